@@ -1,0 +1,55 @@
+# `make chat` and `make test` do everything on a fresh machine. Plain enough for the make 3.81 of macOS.
+
+MODEL = demo
+VENV = .venv
+PY = $(VENV)/bin/python
+CANDIDATES = $(PYTHON) python3 python3.13 python3.12 python3.11 python3.10
+
+# The first Python that is new enough and can make virtual environments.
+FIND_PYTHON = for p in $(CANDIDATES); do \
+	"$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && { echo "$$p"; break; }; done
+
+NO_PYTHON = make: no Python 3.10 or newer with venv found; install one (macOS: brew install python; \
+	Debian: apt install python3-venv) or name it: make PYTHON=/path/to/python3
+
+# A virtual environment whose Python has gone, after a system upgrade say, starts anew.
+GONE := $(shell test -d $(VENV) && ! $(PY) -c '' >/dev/null 2>&1 && rm -rf $(VENV))
+
+.PHONY: help chat test lint bench clean
+
+help:
+	@echo 'make chat    talk with the model (MODEL=demo; MODEL=folder or a Hugging Face id)'
+	@echo 'make test    lint, then every test'
+	@echo 'make lint    ruff and mypy'
+	@echo 'make bench   the speed and memory figures, one JSON line each'
+	@echo 'make clean   remove the virtual environment and the caches'
+
+chat: $(VENV)/runtime.stamp
+	@$(PY) -m phi4_mlx.chat --model '$(MODEL)'
+
+test: lint
+	$(PY) -m pytest
+
+lint: $(VENV)/dev.stamp
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+bench: $(VENV)/dev.stamp
+	@for script in tests/bench/*.py; do echo "$$script"; $(PY) "$$script" || exit 1; done
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist phi4_mlx.egg-info
+
+# Stamps, so that a second `make` starts at once; they live in the environment and go with it.
+$(VENV)/runtime.stamp: setup.py pyproject.toml
+	@$(PY) -c 'import pip' >/dev/null 2>&1 && exit 0; \
+	python=`$(FIND_PYTHON)`; \
+	if test -z "$$python"; then echo '$(NO_PYTHON)' >&2; exit 1; fi; \
+	rm -rf $(VENV); "$$python" -m venv $(VENV)
+	@echo 'Installing into $(VENV), once.'
+	@$(PY) -m pip install --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/runtime.stamp
+	@$(PY) -m pip install --disable-pip-version-check --editable '.[dev]'
+	@touch $@

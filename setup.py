@@ -1,0 +1,53 @@
+"""Metadata and packages; tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="phi4-mlx",
+    version="0.1.0",
+    description="The Phi-4-mini family on Apple MLX: convert, chat, and generate, exact at every length",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    author="the phi4_mlx authors",
+    python_requires=">=3.10",
+    # The converter stands at the top of the repository and installs inside the package: a top-level
+    # `convert` in site-packages would get in everyone's way.
+    packages=[
+        *find_packages(include=["phi4_mlx", "phi4_mlx.*"], exclude=["phi4_mlx.convert"]),
+        "phi4_mlx.convert",
+    ],
+    package_dir={"phi4_mlx.convert": "convert"},
+    package_data={"phi4_mlx": ["py.typed", "demo/*"]},
+    install_requires=[
+        'mlx>=0.31.2; sys_platform == "darwin"',
+        'mlx[cpu]>=0.31.2; sys_platform == "linux"',
+        "mlx-lm>=0.31",
+        "numpy>=1.26",
+        "tiktoken>=0.9",
+        "tokenizers>=0.21",
+        "huggingface_hub>=0.30",
+        "rich>=13.7",
+        "prompt_toolkit>=3.0.40",
+    ],
+    extras_require={
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "pexpect>=4.9",
+            "ruff>=0.17,<0.18",
+            "mypy>=1.18,<3",
+            "setuptools>=65",
+            "wheel",
+        ],
+    },
+    entry_points={"console_scripts": ["phi4-mlx=phi4_mlx.cli:main"]},
+    classifiers=[
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

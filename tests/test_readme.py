@@ -1,0 +1,89 @@
+"""The README's commands and snippets run, as written, on the embedded package.
+
+A block that cannot run here (a download, an install) says so on the line above it:
+`<!-- not run: reason -->`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+FENCE = re.compile(
+    r"^(?:<!-- not run: (?P<why>.+?) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+
+
+class Block(NamedTuple):
+    line: int
+    language: str
+    text: str
+    why_not_run: str | None
+
+
+def blocks() -> list[Block]:
+    readme = README.read_text(encoding="utf-8")
+    return [
+        Block(readme[: m.start()].count("\n") + 1, m["language"], m["text"], m["why"])
+        for m in FENCE.finditer(readme)
+    ]
+
+
+SHELL = [block for block in blocks() if block.language == "sh" and not block.why_not_run]
+MAKE = [block for block in SHELL if "make " in block.text]
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs outside the checkout, with this Python first on the path, and no network asked for."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {
+        "PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HOME": str(folder)
+    }
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_every_block_says_its_language() -> None:
+    assert blocks()
+    assert {block.language for block in blocks()} <= {"sh", "python", "text", "json"}
+
+
+def test_the_two_commands_stand_at_the_top_and_make_knows_them() -> None:
+    first = SHELL[0]
+    assert first.line <= 5
+    for line in first.text.splitlines():
+        command = line.partition("#")[0].split()
+        assert command[0] == "make"
+        done = run(["make", "--dry-run", "-C", str(ROOT), *command[1:]], ROOT)
+        assert done.returncode == 0, done.stderr
+    assert "make chat" in first.text and "make test" in first.text
+
+
+@pytest.mark.parametrize("block", [b for b in SHELL if b not in MAKE], ids=lambda b: f"line {b.line}")
+def test_shell_commands_run(block: Block, tmp_path: Path) -> None:
+    done = run(["bash", "-euo", "pipefail", "-c", block.text], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_python_snippets_run_in_order(tmp_path: Path) -> None:
+    snippets = [b.text for b in blocks() if b.language == "python" and not b.why_not_run]
+    assert snippets
+    done = run([sys.executable, "-c", "\n".join(snippets)], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
