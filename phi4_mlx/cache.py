@@ -1,0 +1,209 @@
+"""What a sequence remembers: its keys and values, its token ids, and the RoPE table they were made under.
+
+`KVCache` is one layer's share and keeps mlx-lm's duck type, so that mlx-lm's own tools work on it. `PromptCache` is the
+list of them, which is what `model.make_cache()` returns and what the caller passes to `model(ids, cache)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from phi4_mlx.errors import RequestError
+
+
+class KVCache:
+    """Keys and values of one layer, [B, K, S, Dh] each, in buffers that grow `STEP` positions at a time."""
+
+    STEP = 256
+
+    def __init__(self) -> None:
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+        self.offset = 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Appends keys and values [B, K, T, Dh]; returns all of them, [B, K, S, Dh]."""
+        end = self.offset + keys.shape[2]
+        self.keys = self._put(self.keys, keys, end)
+        self.values = self._put(self.values, values, end)
+        self.offset = end
+        return self.keys[..., :end, :], self.values[..., :end, :]
+
+    def _put(self, buffer: mx.array | None, new: mx.array, end: int) -> mx.array:
+        if buffer is None or end > buffer.shape[2]:
+            B, K, T, Dh = new.shape
+            room = mx.zeros((B, K, -(-T // self.STEP) * self.STEP, Dh), new.dtype)
+            buffer = room if buffer is None else mx.concatenate([buffer[..., : self.offset, :], room], axis=2)
+        buffer[..., self.offset : end, :] = new
+        return buffer
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> str | mx.array | None:
+        """The attention mask of the next N tokens: causal over all that came before. mlx-lm's signature."""
+        if window_size is not None:
+            raise RequestError(f"attention in a window of {window_size} tokens is not done by this cache")
+        if return_array:
+            return mx.arange(self.offset, self.offset + N)[:, None] >= mx.arange(self.offset + N)
+        return None if N == 1 else "causal"
+
+    @property
+    def state(self) -> tuple[mx.array, mx.array] | list[mx.array]:
+        """Keys and values as far as they are filled, [B, K, S, Dh] each; empty before the first token."""
+        if self.keys is None or self.values is None:
+            return []
+        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
+
+    @state.setter
+    def state(self, state: Sequence[mx.array]) -> None:
+        self.keys, self.values = state if len(state) else (None, None)
+        self.offset = 0 if self.keys is None else self.keys.shape[2]
+
+    @property
+    def meta_state(self) -> str:
+        """Nothing besides `state`; mlx-lm's name."""
+        return ""
+
+    @meta_state.setter
+    def meta_state(self, value: str) -> None:
+        if value:
+            raise ValueError("this cache keeps no meta state")
+
+    def is_trimmable(self) -> bool:
+        """Whether `trim` works: always."""
+        return True
+
+    def trim(self, n: int) -> int:
+        """Forgets the last n tokens; returns how many there were to forget."""
+        n = min(self.offset, n)
+        self.offset -= n
+        return n
+
+    def size(self) -> int:
+        """Tokens held; mlx-lm's name."""
+        return self.offset
+
+    def empty(self) -> bool:
+        """Whether nothing was ever put in; mlx-lm's name."""
+        return self.keys is None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both buffers, filled or not."""
+        return sum(buffer.nbytes for buffer in (self.keys, self.values) if buffer is not None)
+
+
+class PromptCache(list):  # list[KVCache]; the bare base keeps mlx-lm's isinstance checks and Python 3.10 content
+    """The caches of all layers, which stand at one offset, with the ids of the tokens in them and their RoPE regime.
+
+    The ids are what makes a crossing of the LongRoPE boundary exact: `admit` then empties the cache and hands back the
+    whole sequence, to be run again under the other table.
+    """
+
+    def __init__(self, layers: Iterable[Any], regime_for: Callable[[int], str], regime: str | None = None):
+        super().__init__(layers)
+        self._regime_for = regime_for
+        self._pinned = regime
+        self._reach = 0  # the length that was announced, while it is being filled
+        self._pieces: list[mx.array] = []  # [B, t] each
+        self._known = 0  # their length together
+        self.regime = regime or regime_for(self.offset)
+        self.rerun_tokens = 0  # how many were run again at crossings, so far
+
+    @property
+    def offset(self) -> int:
+        """Tokens held."""
+        return self[0].offset
+
+    @property
+    def ids(self) -> mx.array:
+        """The ids of the tokens held, [B, S]."""
+        self._forget_trimmed()
+        if not self._pieces:
+            return mx.zeros((1, 0), mx.int32)
+        if len(self._pieces) > 1:
+            self._pieces = [mx.concatenate(self._pieces, axis=1)]
+        return self._pieces[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, filled or not."""
+        return sum(layer.nbytes for layer in self)
+
+    def admit(self, ids: mx.array, reach: int = 0) -> mx.array:
+        """Makes ready for new tokens, and for a sequence that is about to reach a length.
+
+        Args:
+            ids: the new tokens, [B, T].
+            reach: the whole length that a prefill in chunks will come to; it decides the regime of all its chunks.
+
+        Returns:
+            The ids to run: the new ones [B, T], or all of the sequence [B, S + T] after a crossing.
+
+        Raises:
+            RequestError: a crossing, and the cache was not filled by this model, so that it does not know its ids.
+        """
+        self._forget_trimmed()
+        self._reach = max(self._reach, reach)
+        wanted = self._wanted(ids.shape[1])
+        if self.offset > 0 and wanted != self.regime:
+            if self._known < self.offset:
+                raise RequestError(
+                    f"{self.offset} cached tokens must be run again under the {wanted} RoPE table, and the cache does not "
+                    "know their ids; make it with model.make_cache()"
+                )
+            ids = mx.concatenate([self.ids, ids], axis=1)
+            self.rerun_tokens += self.offset
+            self._empty()
+        self.regime = wanted
+        return ids
+
+    def append(self, ids: mx.array) -> mx.array:
+        """`admit`, for the model itself: also remembers the ids that it is about to run."""
+        ids = self.admit(ids)
+        self._pieces.append(ids)
+        self._known += ids.shape[1]
+        if len(self._pieces) > KVCache.STEP:
+            mx.async_eval(self.ids)
+        return ids
+
+    def trim(self, n: int) -> int:
+        """Forgets the last n tokens; returns how many there were to forget."""
+        trimmed = [layer.trim(n) for layer in self][0]
+        self._forget_trimmed()
+        return trimmed
+
+    def reuse(self, ids: Sequence[int]) -> list[int]:
+        """Keeps what a new prompt shares with the tokens held, and forgets the rest.
+
+        Args:
+            ids: the whole new prompt; B must be 1.
+
+        Returns:
+            The ids still to prefill: at least the last one, so that there are logits to go on from.
+        """
+        held = self.ids[0].tolist()
+        shared = 0
+        for old, new in zip(held, ids[:-1]):  # noqa: B905
+            if old != new:
+                break
+            shared += 1
+        self.trim(self.offset - shared)
+        return list(ids[shared:])
+
+    def _wanted(self, num_tokens: int) -> str:
+        return self._pinned or self._regime_for(max(self._reach, self.offset + num_tokens))
+
+    def _forget_trimmed(self) -> None:
+        """Brings the ids in line with the layers, which mlx-lm's tools trim one by one."""
+        if self._known > self.offset:
+            self._reach = 0
+            self._pieces = [mx.concatenate(self._pieces, axis=1)[:, : self.offset]]
+            self._known = self.offset
+
+    def _empty(self) -> None:
+        self._pieces = []
+        self._known = 0
+        for layer in self:
+            layer.trim(layer.offset)

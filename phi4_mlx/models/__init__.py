@@ -1,0 +1,1 @@
+"""The models, one file each, read from top to bottom."""

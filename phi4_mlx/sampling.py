@@ -1,0 +1,187 @@
+"""Samplers: a value that maps logits to tokens, and the processors that bend the logits before it.
+
+The order is the reference's: penalties and bias, temperature, then top-k, top-p and min-p, each a floor under the
+tempered logits, so that what is cut depends on the distribution that is really drawn from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from phi4_mlx.errors import RequestError
+
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws one token a row from logits [B, V].
+
+    Attributes:
+        temp: temperature; 0 takes the likeliest token.
+        top_p: keeps the fewest tokens whose probabilities come to this much; 1 (or 0) keeps all.
+        min_p: keeps tokens at least this likely in proportion to the likeliest; 0 keeps all.
+        top_k: keeps this many of the likeliest tokens; 0 keeps all.
+    """
+
+    temp: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        check_number("temp", self.temp, 0, 100)
+        check_number("top_p", self.top_p, 0, 1)
+        check_number("min_p", self.min_p, 0, 1)
+        check_whole("top_k", self.top_k, 0)
+
+    def __call__(self, logits: mx.array, key: mx.array | None = None) -> mx.array:
+        """Tokens [B] for logits or log-probabilities [B, V]; `key` is a random key, the default is MLX's own state."""
+        if self.temp == 0:
+            return mx.argmax(logits, axis=-1)
+        logits = logits.astype(mx.float32) / self.temp
+        if 0 < self.top_k < logits.shape[-1]:
+            logits = _keep(logits, mx.min(mx.topk(logits, self.top_k, axis=-1), axis=-1, keepdims=True))
+        if 0 < self.top_p < 1:
+            logits = _keep(logits, _nucleus_floor(logits, self.top_p))
+        if self.min_p > 0:
+            logits = _keep(logits, mx.max(logits, axis=-1, keepdims=True) + math.log(self.min_p))
+        return mx.random.categorical(logits, key=key)
+
+
+def make_sampler(
+    temp: float = 0.0, top_p: float = 1.0, min_p: float = 0.0, top_k: int = 0, seed: int | None = None
+) -> Callable[[mx.array], mx.array]:
+    """A sampler for `generate_step`: logits [B, V] -> tokens [B].
+
+    Args:
+        temp: temperature, from 0 (greedy).
+        top_p: probability mass to keep, 0 to 1.
+        min_p: least probability in proportion to the likeliest token's, 0 to 1.
+        top_k: number of tokens to keep; 0 keeps all.
+        seed: makes the sampler draw the same tokens again, whatever else draws random numbers.
+
+    Raises:
+        RequestError: a number is not one, or lies outside its range.
+    """
+    sampler = Sampler(temp, top_p, min_p, top_k)
+    if seed is None:
+        return sampler
+    check_whole("seed", seed, 0, 2**64 - 1)
+    key = mx.random.key(seed)
+
+    def seeded(logits: mx.array) -> mx.array:
+        nonlocal key
+        key, now = mx.random.split(key)
+        return sampler(logits, now)
+
+    return seeded
+
+
+def make_logits_processors(
+    logit_bias: Mapping[int, float] | None = None,
+    repetition_penalty: float | None = None,
+    repetition_context_size: int = 20,
+    presence_penalty: float | None = None,
+    presence_context_size: int = 20,
+    frequency_penalty: float | None = None,
+    frequency_context_size: int = 20,
+) -> list[LogitsProcessor]:
+    """Functions (tokens so far [S], logits [B, V]) -> logits, in mlx-lm's names.
+
+    Args:
+        logit_bias: token id -> what to add to its logit.
+        repetition_penalty: divides positive logits of recent tokens and multiplies negative ones; 1 does nothing.
+        repetition_context_size: how many recent tokens count; the same for the next two.
+        presence_penalty: subtracted once from the logit of each recent token.
+        presence_context_size: as above.
+        frequency_penalty: subtracted from the logit of each recent token as often as it occurs.
+        frequency_context_size: as above.
+
+    Raises:
+        RequestError: a number is not one, or lies outside its range.
+    """
+    processors: list[LogitsProcessor] = []
+    if logit_bias:
+        processors.append(_bias(logit_bias))
+    if repetition_penalty is not None:
+        check_number("repetition_penalty", repetition_penalty, 0.01, 100)
+        processors.append(_recent(repetition_context_size, "repetition_context_size", _repetition(repetition_penalty)))
+    if presence_penalty is not None:
+        check_number("presence_penalty", presence_penalty, -100, 100)
+        presence = _subtract(presence_penalty, lambda counts: counts > 0)
+        processors.append(_recent(presence_context_size, "presence_context_size", presence))
+    if frequency_penalty is not None:
+        check_number("frequency_penalty", frequency_penalty, -100, 100)
+        frequency = _subtract(frequency_penalty, lambda counts: counts)
+        processors.append(_recent(frequency_context_size, "frequency_context_size", frequency))
+    return processors
+
+
+def check_number(name: str, value: float, low: float, high: float) -> None:
+    """Raises RequestError unless `value` is a number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise RequestError(f"{name} must be a number from {low} to {high}, not {value!r}")
+
+
+def check_whole(name: str, value: int, low: int, high: int = 2**31) -> None:
+    """Raises RequestError unless `value` is a whole number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise RequestError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
+
+
+def _keep(logits: mx.array, floor: mx.array) -> mx.array:
+    """Drops what lies under the floor [B, 1]."""
+    return mx.where(logits < floor, -math.inf, logits)
+
+
+def _nucleus_floor(logits: mx.array, top_p: float) -> mx.array:
+    """The least logit [B, 1] of the smallest set of tokens whose probability reaches top_p."""
+    ordered = -mx.sort(-logits, axis=-1)
+    probs = mx.softmax(ordered, axis=-1, precise=True)
+    before = mx.cumsum(probs, axis=-1) - probs  # mass of all likelier tokens
+    return mx.min(mx.where(before < top_p, ordered, math.inf), axis=-1, keepdims=True)
+
+
+def _bias(logit_bias: Mapping[int, float]) -> LogitsProcessor:
+    for token, bias in logit_bias.items():
+        check_whole("logit_bias token", token, 0)
+        check_number(f"logit_bias of token {token}", bias, -1000, 1000)
+    tokens, biases = mx.array(list(logit_bias)), mx.array(list(logit_bias.values()), mx.float32)
+
+    def add(_: mx.array, logits: mx.array) -> mx.array:
+        if max(logit_bias) >= logits.shape[-1]:
+            raise RequestError(f"logit_bias token {max(logit_bias)} is outside the vocabulary of {logits.shape[-1]}")
+        return logits.at[:, tokens].add(biases.astype(logits.dtype))
+
+    return add
+
+
+def _recent(
+    size: int, name: str, change: Callable[[mx.array, mx.array], mx.array]
+) -> LogitsProcessor:
+    """Applies `change(counts [V], logits)`, the counts being those of the last `size` tokens."""
+    check_whole(name, size, 1)
+
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        counts = mx.zeros(logits.shape[-1]).at[tokens[-size:]].add(1)
+        return change(counts, logits)
+
+    return process
+
+
+def _repetition(penalty: float) -> Callable[[mx.array, mx.array], mx.array]:
+    def change(counts: mx.array, logits: mx.array) -> mx.array:
+        return mx.where(counts > 0, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+    return change
+
+
+def _subtract(
+    penalty: float, weight: Callable[[mx.array], mx.array]
+) -> Callable[[mx.array, mx.array], mx.array]:
+    return lambda counts, logits: logits - (penalty * weight(counts)).astype(logits.dtype)
