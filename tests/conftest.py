@@ -1,0 +1,109 @@
+"""Tiny models of the family, with random weights: small enough for any test, of the same shape as the real ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from hypothesis import settings
+from mlx.utils import tree_flatten, tree_map_with_path
+
+from phi4_mlx.config import ModelConfig
+from phi4_mlx.models.text import Model
+
+settings.register_profile("default", derandomize=True, deadline=None)
+settings.load_profile("default")
+
+TOKENIZER = Path(__file__).parent / "data" / "tiny_tokenizer"
+BOUNDARY = 64  # of the tiny models; their context is 16 times as long
+
+
+def tiny_config_dict(**overrides: Any) -> dict[str, Any]:
+    """A config.json as Phi-4-mini's: tied, 0.75 rotary, GQA 3:1, LongRoPE with two different tables."""
+    raw: dict[str, Any] = {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "max_position_embeddings": 16 * BOUNDARY,
+        "original_max_position_embeddings": BOUNDARY,
+        "partial_rotary_factor": 0.75,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    } | overrides
+    if "rope_scaling" not in raw and "rope_parameters" not in raw:
+        head_dim = raw["hidden_size"] // raw["num_attention_heads"]
+        pairs = int(head_dim * raw["partial_rotary_factor"]) // 2
+        raw["rope_scaling"] = {
+            "type": "longrope",
+            "short_factor": [1.0 + 0.05 * i for i in range(pairs)],
+            "long_factor": [1.0 + 1.5 * i for i in range(pairs)],
+        }
+    return raw
+
+
+def make_tiny_model(seed: int = 0, **overrides: Any) -> Model:
+    """A model in fp32 with logits of unit scale and attention that depends on positions."""
+    model = Model(ModelConfig.from_dict(tiny_config_dict(**overrides)))
+    keys = iter(mx.random.split(mx.random.key(seed), 1000))
+
+    def draw(path: str, old: mx.array) -> mx.array:
+        if old.ndim == 1:
+            return 1 + 0.1 * mx.random.normal(old.shape, key=next(keys))
+        gain = 2.0 if "qkv" in path else 1.0
+        return gain * old.shape[1] ** -0.5 * mx.random.normal(old.shape, key=next(keys))
+
+    model.update(tree_map_with_path(draw, model.parameters()))
+    mx.eval(model.parameters())
+    return model.eval()
+
+
+def write_tiny_checkpoint(
+    folder: Path, seed: int = 0, dtype: mx.Dtype = mx.float32, shards: int = 1, **overrides: Any
+) -> Path:
+    """The same model as a Hugging Face folder, with tokenizer files of the same vocabulary size."""
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = tiny_config_dict(**overrides)
+    (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True))
+    for file in TOKENIZER.glob("*.json"):
+        shutil.copy(file, folder)
+    weights = [(name, w.astype(dtype)) for name, w in tree_flatten(make_tiny_model(seed, **overrides).parameters())]
+    if shards == 1:
+        mx.save_safetensors(str(folder / "model.safetensors"), dict(weights))
+        return folder
+    index: dict[str, str] = {}
+    for n in range(shards):
+        file = f"model-{n + 1:05}-of-{shards:05}.safetensors"
+        mx.save_safetensors(str(folder / file), dict(weights[n::shards]))
+        index |= dict.fromkeys((name for name, _ in weights[n::shards]), file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return folder
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., Model]:
+    """`tiny_model(seed=0, **config)` -> Model."""
+    return make_tiny_model
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """`tiny_checkpoint(name="tiny", seed=0, dtype=mx.float32, shards=1, **config)` -> the folder."""
+
+    def write(name: str = "tiny", **options: Any) -> Path:
+        return write_tiny_checkpoint(tmp_path / name, **options)
+
+    return write
