@@ -1,0 +1,208 @@
+"""What every command shares: a parser that answers in one line, numbers with limits, one door for errors.
+
+Only the standard library is imported here: `--help` and a mistyped option must cost nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from phi4_mlx.errors import Phi4Error, RequestError
+
+Number = TypeVar("Number", int, float)
+
+USER_MISTAKE = 2
+OUR_MISTAKE = 1
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+READER_LEFT = 141  # 128 + SIGPIPE
+
+MAX_TOKENS_LIMIT = 1_000_000
+TEMPERATURE_LIMIT = 100.0
+SEED_LIMIT = 2**64 - 1  # mlx seeds its generator with 64 bits
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that answers a mistake with one line, and that knows `--debug`."""
+
+    def __init__(self, prog: str, description: str, **options: Any) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False, **options)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message: str) -> NoReturn:
+        """Prints one line and exits with 2, without argparse's block of usage."""
+        complain(self.prog, f"{message}; see --help")
+        raise SystemExit(USER_MISTAKE)
+
+
+def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None) -> int:
+    """The door of every command: parses, works, and turns whatever goes wrong into one line and an exit code.
+
+    Args:
+        parser: the command's options; its `prog` begins the line.
+        work: called with the parsed options.
+        argv: the words after the command's name; those of the process if None.
+
+    Returns:
+        The exit code: 0, 2 for a mistake that the user can mend, 1 for one of ours, 130 for Ctrl-C.
+    """
+    args = argparse.Namespace(debug=False)
+    with contextlib.suppress(AttributeError):  # no such method: a test's stand-in
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        try:
+            args = parser.parse_args(argv)
+            work(args)
+        finally:
+            print(end="", flush=True)  # a full disk speaks up here rather than in the interpreter's last breath
+        return 0
+    except SystemExit as leave:  # --help, or an option refused
+        return leave.code if isinstance(leave.code, int) else 0
+    except KeyboardInterrupt:
+        complain("", "")
+        return INTERRUPTED
+    except BrokenPipeError:
+        _forget_output()
+        return READER_LEFT
+    except Exception as error:
+        if isinstance(error, OSError):
+            _forget_output()
+        if args.debug:
+            traceback.print_exc()
+        message, code = _explain(error)
+        complain(parser.prog, message)
+        return code
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """What to tell the user, and the exit code."""
+    if isinstance(error, Phi4Error):
+        return str(error), USER_MISTAKE
+    if isinstance(error, OSError):
+        what = error.strerror or str(error) or type(error).__name__
+        return f"{error.filename}: {what}" if error.filename else what, USER_MISTAKE
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("phi4_mlx"):
+        return f"{error.name} is not installed; pip install phi4-mlx brings it along", USER_MISTAKE
+    if isinstance(error, MemoryError):
+        return "out of memory; a smaller model, prompt or --max-tokens needs less", USER_MISTAKE
+    return f"internal error: {type(error).__name__}: {error}; --debug shows where", OUR_MISTAKE
+
+
+def complain(prog: str, message: str) -> None:
+    """Prints one line to standard error, if anyone is still there to read it."""
+    try:
+        print(f"{prog}: {one_line(message)}" if prog else "", file=sys.stderr, flush=True)
+    except OSError:  # the terminal is gone
+        _point_at_nothing(2)
+
+
+def one_line(text: str) -> str:
+    """The text with line breaks as spaces and without what could steer a terminal."""
+    return printable(" ".join(text.split()))
+
+
+def printable(text: str) -> str:
+    """The text without control characters, except line breaks and tabs: a model must not steer the terminal."""
+    return "".join(c for c in text if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f"))
+
+
+def _forget_output() -> None:
+    """Lets the interpreter's last flush of what could not be written succeed."""
+    _point_at_nothing(1)
+    with contextlib.suppress(OSError):
+        print(end="", flush=True)
+
+
+def _point_at_nothing(descriptor: int) -> None:
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, descriptor)
+    os.close(nothing)
+
+
+def number(kind: type[Number], low: Number, high: Number) -> Callable[[str], Number]:
+    """An option's type: a number from `low` to `high`, both included; NaN and infinity are neither."""
+
+    def parse(text: str) -> Number:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None  # type: ignore[assignment]
+        if value is None or not math.isfinite(value) or not low <= value <= high:
+            shown = text if len(text) <= 40 else text[:40] + "..."
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{shown!r} is not {noun} from {low:,} to {high:,}")
+        return value
+
+    return parse
+
+
+def text(given: str) -> str:
+    """An option's type: text that is valid UTF-8."""
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{given!r} is not UTF-8") from None
+    return given
+
+
+def read_standard_input() -> str:
+    """All of standard input.
+
+    Raises:
+        RequestError: it is not UTF-8.
+    """
+    return utf8(sys.stdin.buffer.read(), "standard input")
+
+
+def utf8(data: bytes, where: str) -> str:
+    """The bytes as text.
+
+    Raises:
+        RequestError: they are not UTF-8; says which byte, and where.
+    """
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; convert it, with iconv say"
+        ) from None
+
+
+SAMPLING: dict[str, tuple[Callable[[str], int | float], int | float | None, str]] = {
+    "temp": (number(float, 0.0, TEMPERATURE_LIMIT), 0.0, "temperature; 0 takes the likeliest token"),
+    "top-p": (number(float, 0.0, 1.0), 1.0, "sample from the likeliest tokens that make up this probability"),
+    "min-p": (number(float, 0.0, 1.0), 0.0, "sample from tokens this likely, relative to the likeliest"),
+    "top-k": (number(int, 0, 2**31 - 1), 0, "sample from this many of the likeliest tokens; 0 means all"),
+    "max-tokens": (number(int, 1, MAX_TOKENS_LIMIT), None, "longest answer, in tokens"),
+    "seed": (number(int, 0, SEED_LIMIT), None, "makes sampling repeatable"),
+}
+"""The sampling options: type, default, help. `/set` in the chat knows the same ones."""
+
+
+def add_model_options(parser: Parser) -> None:
+    """Adds the options that say which model, and how it is read."""
+    parser.add_argument(
+        "--model",
+        type=text,
+        help="a folder, a Hugging Face id, or demo, the model that comes along (default: Phi-4-mini-instruct, 4 bits)",
+    )
+    parser.add_argument("--adapter-path", type=text, metavar="FOLDER", help="a LoRA adapter to put on the model")
+    parser.add_argument("--revision", type=text, help="branch, tag or commit of the Hugging Face id")
+    parser.add_argument("--verify", action="store_true", help="check every file against the package's hashes")
+    parser.add_argument("--chat-format", type=text, metavar="NAME", help="override the recognised chat format")
+
+
+def add_sampling_options(parser: Parser, max_tokens: int) -> None:
+    """Adds the options of `SAMPLING`."""
+    for name, (kind, default, explanation) in SAMPLING.items():
+        value = max_tokens if name == "max-tokens" else default
+        shown = "" if value is None else " (default: %(default)s)"
+        parser.add_argument(
+            f"--{name}", type=kind, default=value, metavar="N", help=explanation + shown
+        )

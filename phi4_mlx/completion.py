@@ -1,0 +1,113 @@
+"""`python -m phi4_mlx generate`: one prompt in, the answer on standard output, nothing else there."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from phi4_mlx.command import (
+    Parser,
+    add_model_options,
+    add_sampling_options,
+    printable,
+    read_standard_input,
+    run,
+    text,
+)
+from phi4_mlx.errors import RequestError
+
+if TYPE_CHECKING:
+    from phi4_mlx.generation import GenerationResponse
+    from phi4_mlx.tokenizer import Tokenizer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return run(_parser(), _complete, argv)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="phi4-mlx generate", description="Print a model's answer to one prompt.")
+    add_model_options(parser)
+    parser.add_argument("--prompt", "-p", type=text, help="the prompt; -, or none at all, reads standard input")
+    parser.add_argument("--system-prompt", type=text, help="what the model is told before the prompt")
+    parser.add_argument(
+        "--ignore-chat-template",
+        action="store_true",
+        help="continue the prompt as it stands, with no turns around it; control strings in it stay text",
+    )
+    add_sampling_options(parser, max_tokens=256)
+    parser.add_argument(
+        "--stop", type=_stop, action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
+    )
+    parser.add_argument("--verbose", action="store_true", help="print counts and speeds to standard error at the end")
+    return parser
+
+
+def _stop(given: str) -> str:
+    if not given:
+        raise argparse.ArgumentTypeError("'' is empty; a stop text has at least one character")
+    return text(given)
+
+
+def _complete(args: argparse.Namespace) -> None:
+    prompt = _prompt(args)  # before the model is loaded: a mistake here should not cost the wait
+
+    from phi4_mlx.checkpoint import DEFAULT_MODEL, load
+    from phi4_mlx.generation import stream_generate
+    from phi4_mlx.sampling import make_sampler
+
+    model, tokenizer = load(
+        args.model or DEFAULT_MODEL,
+        adapter_path=args.adapter_path,
+        revision=args.revision,
+        verify=args.verify,
+        chat_format=args.chat_format,
+        lazy=True,  # the first step reads each weight as it comes to it
+    )
+    ids = _ids(tokenizer, prompt, args)
+    sampler = make_sampler(args.temp, args.top_p, args.min_p, args.top_k, args.seed)
+    show = printable if sys.stdout.isatty() else str
+    last = "\n"
+    for event in stream_generate(model, tokenizer, ids, max_tokens=args.max_tokens, sampler=sampler, stop=args.stop):
+        sys.stdout.write(show(event.text))
+        sys.stdout.flush()
+        last = event.text or last
+    if not last.endswith("\n"):
+        print(flush=True)
+    if args.verbose:
+        _report(event)
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if args.ignore_chat_template and args.system_prompt is not None:
+        raise RequestError("--system-prompt needs the chat format, and --ignore-chat-template leaves it out; drop one")
+    if args.prompt in (None, "-"):
+        if args.prompt is None and sys.stdin.isatty():
+            raise RequestError("there is no prompt; give one with --prompt, or through a pipe")
+        prompt = read_standard_input().removesuffix("\n")
+    else:
+        prompt = args.prompt
+    if not prompt.strip():
+        raise RequestError("the prompt is empty; it needs at least one character that is not white space")
+    return prompt
+
+
+def _ids(tokenizer: Tokenizer, prompt: str, args: argparse.Namespace) -> list[int]:
+    if args.ignore_chat_template:
+        return tokenizer.encode(prompt)
+    messages = [{"role": "user", "content": prompt}]
+    if args.system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": args.system_prompt})
+    return tokenizer.apply_chat_template(messages)
+
+
+def _report(event: GenerationResponse) -> None:
+    print(
+        f"prompt {event.prompt_tokens} tokens, {event.prompt_tps:.1f} tokens/s; "
+        f"answer {event.generation_tokens} tokens, {event.generation_tps:.1f} tokens/s, {event.finish_reason}; "
+        f"peak memory {event.peak_memory:.2f} GB",
+        file=sys.stderr,
+    )
