@@ -162,10 +162,10 @@ class PromptCache(list):  # list[KVCache]; the bare base keeps mlx-lm's isinstan
     def append(self, ids: mx.array) -> mx.array:
         """`admit`, for the model itself: also remembers the ids that it is about to run."""
         ids = self.admit(ids)
+        if len(self._pieces) >= KVCache.STEP:
+            mx.async_eval(self.ids)  # as one piece
         self._pieces.append(ids)
         self._known += ids.shape[1]
-        if len(self._pieces) > KVCache.STEP:
-            mx.async_eval(self.ids)
         return ids
 
     def trim(self, n: int) -> int:

@@ -1,0 +1,159 @@
+"""The cache: append, trim, reuse, its regime, and mlx-lm's duck type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import pytest
+
+from phi4_mlx.cache import KVCache, PromptCache
+from phi4_mlx.errors import RequestError
+from phi4_mlx.models.text import Model
+
+BOUNDARY = 64  # of the tiny models
+
+
+def ids(n: int, seed: int = 1) -> mx.array:
+    return mx.random.randint(0, 512, (1, n), key=mx.random.key(seed))
+
+
+def close(a: mx.array, b: mx.array) -> bool:
+    return bool(mx.allclose(a, b, rtol=0, atol=1e-4))
+
+
+def test_keys_and_values_come_back_in_order() -> None:
+    cache, parts = KVCache(), [mx.random.normal((1, 2, T, 8)) for T in (3, 1, 300, 1, 256)]
+    for part in parts:
+        keys, values = cache.update_and_fetch(part, -part)
+    expected = mx.concatenate(parts, axis=2)
+    assert mx.array_equal(keys, expected) and mx.array_equal(values, -expected)
+    assert cache.offset == cache.size() == 561
+    assert cache.nbytes == 2 * cache.keys.nbytes >= 2 * expected.nbytes  # type: ignore[union-attr]
+
+
+def test_trim_undoes_append() -> None:
+    cache, first, second = KVCache(), mx.random.normal((1, 2, 5, 8)), mx.random.normal((1, 2, 7, 8))
+    cache.update_and_fetch(first, first)
+    cache.update_and_fetch(second, second)
+    assert cache.trim(7) == 7
+    keys, _ = cache.update_and_fetch(second[:, :, :2], second[:, :, :2])
+    assert mx.array_equal(keys, mx.concatenate([first, second[:, :, :2]], axis=2))
+    assert cache.trim(100) == 7
+
+
+def test_state_is_what_is_filled() -> None:
+    cache, other, keys = KVCache(), KVCache(), mx.random.normal((1, 2, 5, 8))
+    assert cache.empty() and list(cache.state) == []
+    cache.update_and_fetch(keys, keys)
+    other.state = cache.state
+    assert other.offset == 5 and mx.array_equal(other.state[0], keys) and not other.empty()
+
+
+def test_the_mask_array_says_what_causal_means(tiny_model: Callable[..., Model]) -> None:
+    cache = KVCache()
+    assert cache.make_mask(1) is None and cache.make_mask(4) == "causal"
+    keys = mx.random.normal((1, 2, 6, 16))
+    cache.update_and_fetch(keys[:, :, :2], keys[:, :, :2])
+    mask = cache.make_mask(4, return_array=True)
+    a = mx.fast.scaled_dot_product_attention(keys[:, :, 2:], keys, keys, scale=1.0, mask=mask)
+    b = mx.fast.scaled_dot_product_attention(keys[:, :, 2:], keys, keys, scale=1.0, mask="causal")
+    assert close(a, b)
+
+
+@pytest.mark.parametrize("length", [BOUNDARY - 1, BOUNDARY, BOUNDARY + 1, 2 * BOUNDARY])
+def test_decoding_equals_a_new_prefill(tiny_model: Callable[..., Model], length: int) -> None:
+    model, prompt = tiny_model(), ids(length)
+    cache = model.make_cache()
+    model(prompt[:, : BOUNDARY - 4], cache)
+    for at in range(BOUNDARY - 4, length):
+        logits = model(prompt[:, at : at + 1], cache)
+    assert close(logits[:, -1], model(prompt)[:, -1])
+    assert cache.regime == ("long" if length > BOUNDARY else "short")
+    assert cache.rerun_tokens == (BOUNDARY if length > BOUNDARY else 0)
+    assert mx.array_equal(cache.ids, prompt) and cache.offset == length
+
+
+def test_a_crossing_in_a_batch(tiny_model: Callable[..., Model]) -> None:
+    model, prompts = tiny_model(), mx.concatenate([ids(90, 1), ids(90, 2), ids(90, 3)])
+    cache = model.make_cache()
+    model(prompts[:, :60], cache)
+    assert close(model(prompts[:, 60:], cache), model(prompts)[:, 60:])
+
+
+def test_a_trim_back_over_the_boundary_goes_back_to_the_short_table(tiny_model: Callable[..., Model]) -> None:
+    model, prompt = tiny_model(), ids(BOUNDARY + 20)
+    cache = model.make_cache()
+    model(prompt, cache)
+    assert cache.trim(30) == 30
+    logits = model(prompt[:, -30:-25], cache)
+    assert cache.regime == "short"
+    assert close(logits, model(prompt[:, :-25])[:, -5:])
+
+
+def test_layers_trimmed_by_foreign_tools_are_noticed(tiny_model: Callable[..., Model]) -> None:
+    model, prompt = tiny_model(), ids(BOUNDARY)
+    cache = model.make_cache()
+    model(prompt, cache)
+    for layer in cache:  # as mlx-lm's trim_prompt_cache does
+        layer.trim(10)
+    other = mx.concatenate([prompt[:, :-10], ids(20, 5)], axis=1)
+    assert close(model(other[:, -20:], cache)[:, -1], model(other)[:, -1])
+    assert mx.array_equal(cache.ids, other)
+
+
+def test_a_pinned_regime_is_never_left(tiny_model: Callable[..., Model]) -> None:
+    model, prompt = tiny_model(), ids(BOUNDARY + 6)
+    cache = model.make_cache("long")
+    model(prompt[:, :5], cache)
+    assert cache.regime == "long"
+    logits = model(prompt[:, 5:], cache)
+    assert cache.rerun_tokens == 0
+    assert close(logits, model(prompt)[:, 5:])
+
+
+def test_reuse_keeps_the_common_beginning(tiny_model: Callable[..., Model]) -> None:
+    model, prompt = tiny_model(), ids(40)[0].tolist()
+    cache = model.make_cache()
+    assert cache.reuse(prompt) == prompt
+    model(mx.array([prompt]), cache)
+    changed = [*prompt[:30], 511 - prompt[30], *prompt[31:]]
+    rest = cache.reuse(changed)
+    assert rest == changed[30:] and cache.offset == 30
+    assert close(model(mx.array([rest]), cache)[:, -1], model(mx.array([changed]))[:, -1])
+    assert cache.reuse(changed) == changed[-1:]  # one must be left to run
+    assert cache.reuse([*changed[:-1], *prompt]) == prompt
+
+
+def test_many_single_tokens_stay_few_pieces(tiny_model: Callable[..., Model]) -> None:
+    model = tiny_model(num_hidden_layers=1)
+    cache, prompt = model.make_cache("long"), ids(600)
+    for at in range(600):
+        model(prompt[:, at : at + 1], cache)
+    assert len(cache._pieces) <= KVCache.STEP
+    assert mx.array_equal(cache.ids, prompt)
+
+
+def test_foreign_caches_serve_on_one_side_of_the_boundary(tiny_model: Callable[..., Model]) -> None:
+    model, prompt = tiny_model(), ids(BOUNDARY + 1)
+    layers = [KVCache() for _ in model.layers]
+    logits = [model(prompt[:, :30], layers), model(prompt[:, 30:BOUNDARY], layers)]
+    assert close(mx.concatenate(logits, axis=1), model(prompt[:, :BOUNDARY]))
+    with pytest.raises(RequestError, match="make_cache"):
+        model(prompt[:, BOUNDARY:], layers)
+
+
+def test_mlx_lms_own_tools_work_and_get_the_right_table(tiny_model: Callable[..., Model]) -> None:
+    from mlx_lm.generate import generate_step
+    from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
+
+    model, prompt = tiny_model(), ids(BOUNDARY - 8)[0]
+    cache = make_prompt_cache(model)
+    assert isinstance(cache, PromptCache)
+    drawn = [token for token, _ in generate_step(prompt, model, max_tokens=20, prompt_cache=cache, prefill_step_size=10)]
+    grown = prompt.tolist()
+    for _ in range(20):
+        grown.append(int(model(mx.array([grown]))[0, -1].argmax().item()))
+    assert grown[-20:] == drawn
+    trim_prompt_cache(cache, 5)
+    assert cache.ids.shape[1] == cache.offset

@@ -1,0 +1,105 @@
+"""Samplers and processors against their definitions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from phi4_mlx.errors import RequestError
+from phi4_mlx.sampling import make_logits_processors, make_sampler
+
+PROBS = np.array([0.40, 0.25, 0.15, 0.10, 0.06, 0.04])
+LOGITS = mx.array(np.log(PROBS), mx.float32)[None] + 3.0  # any shift will do
+
+
+def drawn(sampler: Callable[[mx.array], mx.array], n: int = 4000) -> np.ndarray:
+    """Frequencies of the six tokens."""
+    tokens = sampler(mx.broadcast_to(LOGITS, (n, 6)))
+    return np.bincount(np.array(tokens), minlength=6) / n
+
+
+def test_greedy_takes_the_likeliest() -> None:
+    assert make_sampler()(LOGITS).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, 6),
+        ({"top_k": 2}, 2),
+        ({"top_k": 100}, 6),
+        ({"top_p": 0.39}, 1),
+        ({"top_p": 0.41}, 2),
+        ({"top_p": 0.79}, 3),
+        ({"top_p": 0.81}, 4),
+        ({"top_p": 0.0}, 6),
+        ({"min_p": 0.36}, 3),
+        ({"min_p": 0.11}, 5),
+        ({"top_k": 4, "top_p": 0.9, "min_p": 0.3}, 3),
+    ],
+)
+def test_frequencies_are_the_cut_distribution(options: dict[str, Any], kept: int) -> None:
+    expected = np.where(np.arange(6) < kept, PROBS, 0)
+    found = drawn(make_sampler(temp=1.0, seed=7, **options))
+    assert np.abs(found - expected / expected.sum()).max() < 0.03
+    assert (found[kept:] == 0).all()
+
+
+def test_temperature_comes_before_the_cuts() -> None:
+    tempered = PROBS**2 / (PROBS**2).sum()  # temp 0.5: 0.59, 0.23, 0.08, ...
+    found = drawn(make_sampler(temp=0.5, top_p=0.8, seed=1))
+    assert (found[2:] == 0).all()
+    assert found[0] == pytest.approx(tempered[0] / tempered[:2].sum(), abs=0.03)
+
+
+def test_a_seed_repeats_itself_and_ignores_the_global_state() -> None:
+    a, b = make_sampler(1.0, seed=3), make_sampler(1.0, seed=3)
+    first = [a(LOGITS).item() for _ in range(40)]
+    mx.random.seed(99)
+    assert [b(LOGITS).item() for _ in range(40)] == first
+    assert len(set(first)) > 1
+    c = make_sampler(1.0, seed=4)
+    assert [c(LOGITS).item() for _ in range(40)] != first
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temp": math.nan}, {"temp": -0.1}, {"temp": math.inf}, {"temp": "1"}, {"temp": True}, {"top_p": 1.1},
+        {"top_p": -1}, {"min_p": math.nan}, {"top_k": -1}, {"top_k": 1.5}, {"top_k": 10**12}, {"seed": -1},
+        {"seed": 2**64},
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=f"{next(iter(options))} must be a .*number from"):
+        make_sampler(**{"temp": 1.0, **options})
+
+
+def processed(tokens: list[int], **options: Any) -> list[float]:
+    (process,) = make_logits_processors(**options)
+    return process(mx.array(tokens), mx.array([[2.0, -2.0, 1.0, 0.5]]))[0].tolist()
+
+
+def test_processors_follow_their_formulas() -> None:
+    assert processed([0], logit_bias={1: 5.0, 3: -1.0}) == [2.0, 3.0, 1.0, -0.5]
+    assert processed([0, 1], repetition_penalty=2.0) == [1.0, -4.0, 1.0, 0.5]
+    assert processed([0, 1], repetition_penalty=2.0, repetition_context_size=1) == [2.0, -4.0, 1.0, 0.5]
+    assert processed([0, 0, 2], presence_penalty=0.5) == [1.5, -2.0, 0.5, 0.5]
+    assert processed([0, 0, 2], frequency_penalty=0.5) == [1.0, -2.0, 0.5, 0.5]
+    assert make_logits_processors() == []
+
+
+def test_a_bias_outside_the_vocabulary_is_refused() -> None:
+    with pytest.raises(RequestError, match="99999999 is outside the vocabulary of 4"):
+        processed([0], logit_bias={99999999: 5.0})
+    with pytest.raises(RequestError, match="logit_bias token"):
+        make_logits_processors(logit_bias={-1: 5.0})
+    with pytest.raises(RequestError, match="repetition_penalty"):
+        make_logits_processors(repetition_penalty=math.nan)
+    with pytest.raises(RequestError, match="repetition_context_size"):
+        make_logits_processors(repetition_penalty=1.1, repetition_context_size=0)
