@@ -150,8 +150,8 @@ class PromptCache(list):  # list[KVCache]; the bare base keeps mlx-lm's isinstan
         if self.offset > 0 and wanted != self.regime:
             if self._known < self.offset:
                 raise RequestError(
-                    f"{self.offset} cached tokens must be run again under the {wanted} RoPE table, and the cache does not "
-                    "know their ids; make it with model.make_cache()"
+                    f"{self.offset} cached tokens must be run again under the {wanted} RoPE table, and the cache does "
+                    "not know their ids; make it with model.make_cache()"
                 )
             ids = mx.concatenate([self.ids, ids], axis=1)
             self.rerun_tokens += self.offset
@@ -170,9 +170,11 @@ class PromptCache(list):  # list[KVCache]; the bare base keeps mlx-lm's isinstan
 
     def trim(self, n: int) -> int:
         """Forgets the last n tokens; returns how many there were to forget."""
-        trimmed = [layer.trim(n) for layer in self][0]
+        n = min(self.offset, n)
+        for layer in self:
+            layer.trim(n)
         self._forget_trimmed()
-        return trimmed
+        return n
 
     def reuse(self, ids: Sequence[int]) -> list[int]:
         """Keeps what a new prompt shares with the tokens held, and forgets the rest.

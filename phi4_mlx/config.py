@@ -139,7 +139,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; a model folder holds config.json, weights and tokenizer files") from None
+        raise ConfigError(
+            f"{path} does not exist; a model folder holds config.json, weights and tokenizer files"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -157,7 +159,9 @@ def _parse(raw: Mapping[str, Any]) -> ModelConfig:
         )
     for name, neutral in _NEUTRAL.items():
         if raw.get(name) not in neutral:
-            raise ConfigError(f"config.json: {name} = {raw[name]!r} asks for maths not done here; only {neutral[0]!r} is")
+            raise ConfigError(
+                f"config.json: {name} = {raw[name]!r} asks for maths not done here; only {neutral[0]!r} is"
+            )
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ConfigError(f"config.json: hidden_act = {raw['hidden_act']!r} is not done here; only 'silu' is")
 
@@ -165,7 +169,9 @@ def _parse(raw: Mapping[str, Any]) -> ModelConfig:
     heads = _count(raw, "num_attention_heads")
     kv_heads = _count(raw, "num_key_value_heads", heads)
     if heads % kv_heads:
-        raise ConfigError(f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+        raise ConfigError(
+            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        )
     if raw.get("head_dim") is None and hidden_size % heads:
         raise ConfigError(f"config.json: hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}")
     head_dim = _count(raw, "head_dim", hidden_size // heads)
@@ -181,8 +187,8 @@ def _parse(raw: Mapping[str, Any]) -> ModelConfig:
     partial = _number(rope, "partial_rotary_factor", 1.0)
     if partial > 1 or int(head_dim * partial) % 2 or int(head_dim * partial) == 0:
         raise ConfigError(
-            f"config.json: partial_rotary_factor {partial} of head_dim {head_dim} must give an even number of dimensions, "
-            f"from 2 to {head_dim}"
+            f"config.json: partial_rotary_factor {partial} of head_dim {head_dim} must give an even number of "
+            f"dimensions, from 2 to {head_dim}"
         )
     return ModelConfig(
         hidden_size=hidden_size,
@@ -210,7 +216,9 @@ def _rope_dict(raw: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"config.json: rope_scaling must be an object, not {given!r}")
     unknown = sorted(key for key in given if key not in _ROPE_KEYS and given[key] is not None)
     if unknown:
-        raise ConfigError(f"config.json: {unknown[0]!r} in rope_scaling is not known here; known are {sorted(_ROPE_KEYS)}")
+        raise ConfigError(
+            f"config.json: {unknown[0]!r} in rope_scaling is not known here; known are {sorted(_ROPE_KEYS)}"
+        )
     rope = {key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if raw.get(key) is not None}
     rope |= {key: value for key, value in given.items() if value is not None}
     boundary = raw.get("original_max_position_embeddings")
@@ -232,7 +240,9 @@ def _rope_scaling(raw: Mapping[str, Any], rope: Mapping[str, Any], pairs: int) -
         values = rope.get(name)
         if not isinstance(values, list) or len(values) != pairs:
             found = f"{len(values)} numbers" if isinstance(values, list) else repr(values)
-            raise ConfigError(f"config.json: {name} must be a list of {pairs} numbers, one a rotating pair, not {found}")
+            raise ConfigError(
+                f"config.json: {name} must be a list of {pairs} numbers, one a rotating pair, not {found}"
+            )
         factors[name] = tuple(_number({name: value}, name) for value in values)
     return RopeScaling(**factors, attention_factor=_attention_factor(raw, rope))
 
@@ -244,7 +254,9 @@ def _attention_factor(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> float:
     boundary = rope.get("original_max_position_embeddings") or raw["original_max_position_embeddings"]
     factor = _number(rope, "factor", raw["max_position_embeddings"] / boundary)
     if factor > 1 and boundary == 1:
-        raise ConfigError("config.json: original_max_position_embeddings 1 leaves LongRoPE without a scale; it must be more")
+        raise ConfigError(
+            "config.json: original_max_position_embeddings 1 leaves LongRoPE without a scale; it must be more"
+        )
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(boundary))
 
 
@@ -255,7 +267,7 @@ def _quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if not isinstance(found, Mapping) or "group_size" not in found or "bits" not in found:
         method = found.get("quant_method") if isinstance(found, Mapping) else None
         raise ConfigError(
-            f"config.json: quantization by {method or found!r} is not read here; convert from the unquantised checkpoint"
+            f"config.json: quantization by {method or found!r} is not read here; convert the unquantised checkpoint"
         )
     for name, value in found.items():
         _check_quantization(name, value, found)
@@ -292,7 +304,7 @@ def _number(raw: Mapping[str, Any], name: str, default: float | None = None) -> 
 
 def _flag(raw: Mapping[str, Any], name: str) -> bool:
     value = raw.get(name)
-    if value not in (True, False, None) or isinstance(value, (int, float)) and not isinstance(value, bool):
+    if value not in (True, False, None) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
         raise ConfigError(f"config.json: {name} must be true or false, not {value!r}")
     return bool(value)
 

@@ -1,8 +1,8 @@
 """Generation in three storeys: `generate_step` (ids), `stream_generate` (events), `generate` (a string).
 
 Each step is queued on the device before the token of the step before is read, so that the host never keeps it waiting.
-Prefill runs in chunks and computes logits for the last position alone. Decoding is a prefill of one token: the same code
-takes a sequence across the LongRoPE boundary, where the whole of it is run again under the other table.
+Prefill runs in chunks and computes logits for the last position alone. Decoding is a prefill of one token: the same
+code takes a sequence across the LongRoPE boundary, where the whole of it is run again under the other table.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def _check_prompt(prompt: list[int], model: Model, cached: int, max_tokens: int)
     context, V = model.config.max_position_embeddings, model.config.vocab_size
     if not prompt:
         raise RequestError(f"the prompt has 0 tokens; it needs at least 1, and the context holds {context}")
-    if not (0 <= min(prompt) and max(prompt) < V):
+    if not (min(prompt) >= 0 and max(prompt) < V):
         outside = next(token for token in prompt if not 0 <= token < V)
         raise RequestError(f"token {outside} of the prompt is outside the model's vocabulary of {V}")
     total = cached + len(prompt) + max_tokens
@@ -236,9 +236,7 @@ def _check_prompt(prompt: list[int], model: Model, cached: int, max_tokens: int)
         )
 
 
-def _advance(
-    model: Model, ids: mx.array, cache: PromptCache, step_size: int, progress: Progress | None
-) -> mx.array:
+def _advance(model: Model, ids: mx.array, cache: PromptCache, step_size: int, progress: Progress | None) -> mx.array:
     """Runs ids [1, T] in chunks, and all of the sequence at a RoPE crossing; the last position's logits [1, V]."""
     decoding = ids.shape[1] == 1 and cache.offset > 0
     ids = cache.admit(ids, reach=cache.offset + ids.shape[1])
@@ -266,9 +264,10 @@ class _Text:
 
     def __init__(self, decoder: StreamingDecoder, stop: str | Sequence[str]):
         self._decoder = decoder
-        self._stops = [stop] if isinstance(stop, str) else list(stop)
-        if not all(isinstance(each, str) and each for each in self._stops):
-            raise RequestError(f"stop must be strings that are not empty, not {stop!r}")
+        stops = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stops, (list, tuple)) or not all(isinstance(each, str) and each for each in stops):
+            raise RequestError(f"stop must be a list of strings that are not empty, not {stop!r}")
+        self._stops = stops
         self._held = ""
 
     def add(self, token: int) -> tuple[str, bool]:

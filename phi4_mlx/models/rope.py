@@ -39,8 +39,9 @@ class Rotation:
 class Rope:
     """The frequency tables of a model.
 
-    Cos and sin carry a scale `a` under LongRoPE, the same for both tables. Attention uses only the product of a query and
-    a key, so `a * a` goes once into the softmax scale, or, where a part of the head does not rotate, into the queries.
+    Cos and sin carry a scale `a` under LongRoPE, the same for both tables. Attention uses only the product of a query
+    and a key, so `a * a` goes once into the softmax scale, or, where a part of the head does not rotate, into the
+    queries.
 
     Source: `Phi3RotaryEmbedding` and `_compute_longrope_parameters` in transformers.
     """

@@ -31,9 +31,7 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.scale = softmax_scale
         width = self.num_heads * self.head_dim
-        self.qkv_proj = nn.Linear(
-            config.hidden_size, width + 2 * self.num_kv_heads * self.head_dim, bias=False
-        )
+        self.qkv_proj = nn.Linear(config.hidden_size, width + 2 * self.num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array, rotation: Rotation, mask: Any, cache: Any) -> mx.array:

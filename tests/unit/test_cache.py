@@ -150,7 +150,9 @@ def test_mlx_lms_own_tools_work_and_get_the_right_table(tiny_model: Callable[...
     model, prompt = tiny_model(), ids(BOUNDARY - 8)[0]
     cache = make_prompt_cache(model)
     assert isinstance(cache, PromptCache)
-    drawn = [token for token, _ in generate_step(prompt, model, max_tokens=20, prompt_cache=cache, prefill_step_size=10)]
+    drawn = [
+        token for token, _ in generate_step(prompt, model, max_tokens=20, prompt_cache=cache, prefill_step_size=10)
+    ]
     grown = prompt.tolist()
     for _ in range(20):
         grown.append(int(model(mx.array([grown]))[0, -1].argmax().item()))

@@ -94,8 +94,8 @@ def test_a_scale_of_its_own_survives(extra: dict[str, float]) -> None:
 
 def test_fields_that_change_nothing_are_ignored() -> None:
     same = changed(
-        sliding_window=None, attention_dropout=0.1, resid_pdrop=0.1, full_attn_mod=1, use_cache=False, unsloth_version="1",
-        attention_bias=None, head_dim=128, hidden_act="swish",
+        sliding_window=None, attention_dropout=0.1, resid_pdrop=0.1, full_attn_mod=1, use_cache=False, 
+        unsloth_version="1", attention_bias=None, head_dim=128, hidden_act="swish",
     )  # fmt: skip
     assert ModelConfig.from_dict(same) == PRESETS["phi-4-mini"]
 

@@ -1,0 +1,75 @@
+"""The Phi-4-mini family on Apple MLX: load, generate, convert, fine-tune.
+
+    from phi4_mlx import generate, load
+
+    model, tokenizer = load("demo")
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+    print(generate(model, tokenizer, prompt, max_tokens=40))
+
+Names are imported when they are first used; `import phi4_mlx` itself brings in nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from phi4_mlx.cache import PromptCache
+    from phi4_mlx.checkpoint import load
+    from phi4_mlx.config import ModelConfig
+    from phi4_mlx.errors import CheckpointError, ConfigError, Phi4Error, RequestError, TokenizerError
+    from phi4_mlx.generation import GenerationResponse, generate, generate_step, stream_generate
+    from phi4_mlx.models.text import Model
+    from phi4_mlx.sampling import make_logits_processors, make_sampler
+    from phi4_mlx.tokenizer import Tokenizer
+
+_HOMES = {
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "GenerationResponse": "generation",
+    "Model": "models.text",
+    "ModelConfig": "config",
+    "Phi4Error": "errors",
+    "PromptCache": "cache",
+    "RequestError": "errors",
+    "Tokenizer": "tokenizer",
+    "TokenizerError": "errors",
+    "generate": "generation",
+    "generate_step": "generation",
+    "load": "checkpoint",
+    "make_logits_processors": "sampling",
+    "make_sampler": "sampling",
+    "stream_generate": "generation",
+}
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "GenerationResponse",
+    "Model",
+    "ModelConfig",
+    "Phi4Error",
+    "PromptCache",
+    "RequestError",
+    "Tokenizer",
+    "TokenizerError",
+    "generate",
+    "generate_step",
+    "load",
+    "make_logits_processors",
+    "make_sampler",
+    "stream_generate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value  # found without this function from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

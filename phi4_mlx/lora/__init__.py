@@ -1,0 +1,1 @@
+"""LoRA adapters: small trained matrices beside frozen ones."""
