@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import math
 import os
 import sys
@@ -53,31 +54,29 @@ def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: Sequen
         The exit code: 0, 2 for a mistake that the user can mend, 1 for one of ours, 130 for Ctrl-C.
     """
     args = argparse.Namespace(debug=False)
-    with contextlib.suppress(AttributeError):  # no such method: a test's stand-in
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an answer outlives a terminal that cannot show all of it
     try:
         try:
             args = parser.parse_args(argv)
             work(args)
-        finally:
-            print(end="", flush=True)  # a full disk speaks up here rather than in the interpreter's last breath
-        return 0
-    except SystemExit as leave:  # --help, or an option refused
-        return leave.code if isinstance(leave.code, int) else 0
+            code = 0
+        except SystemExit as leave:  # --help, or an option refused
+            code = leave.code if isinstance(leave.code, int) else 0
+        print(end="", flush=True)  # a full disk speaks up here rather than in the interpreter's last breath
+        return code
     except KeyboardInterrupt:
-        complain("", "")
         return INTERRUPTED
     except BrokenPipeError:
-        _forget_output()
         return READER_LEFT
     except Exception as error:
-        if isinstance(error, OSError):
-            _forget_output()
         if args.debug:
             traceback.print_exc()
         message, code = _explain(error)
         complain(parser.prog, message)
         return code
+    finally:
+        _settle_output()
 
 
 def _explain(error: Exception) -> tuple[str, int]:
@@ -97,7 +96,7 @@ def _explain(error: Exception) -> tuple[str, int]:
 def complain(prog: str, message: str) -> None:
     """Prints one line to standard error, if anyone is still there to read it."""
     try:
-        print(f"{prog}: {one_line(message)}" if prog else "", file=sys.stderr, flush=True)
+        print(f"{prog}: {one_line(message)}", file=sys.stderr, flush=True)
     except OSError:  # the terminal is gone
         _point_at_nothing(2)
 
@@ -112,11 +111,14 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f"))
 
 
-def _forget_output() -> None:
-    """Lets the interpreter's last flush of what could not be written succeed."""
-    _point_at_nothing(1)
-    with contextlib.suppress(OSError):
+def _settle_output() -> None:
+    """Empties the buffer of standard output, into nothing if need be, so that the interpreter's last flush succeeds."""
+    try:
         print(end="", flush=True)
+    except OSError:
+        _point_at_nothing(1)
+        with contextlib.suppress(OSError):
+            print(end="", flush=True)
 
 
 def _point_at_nothing(descriptor: int) -> None:
@@ -130,13 +132,13 @@ def number(kind: type[Number], low: Number, high: Number) -> Callable[[str], Num
 
     def parse(text: str) -> Number:
         try:
-            value = kind(text)
+            value: Number | None = kind(text)
         except ValueError:
-            value = None  # type: ignore[assignment]
+            value = None
         if value is None or not math.isfinite(value) or not low <= value <= high:
             shown = text if len(text) <= 40 else text[:40] + "..."
-            noun = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{shown!r} is not {noun} from {low:,} to {high:,}")
+            limits = f"a whole number from {low:,} to {high:,}" if kind is int else f"a number from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{shown!r} is not {limits}")
         return value
 
     return parse

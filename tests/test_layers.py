@@ -14,12 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = {
     0: "errors config",
-    1: "command tensor_file models.rope cache tokenizer sampling",
+    1: "command line_editor markdown tensor_file models.rope cache tokenizer sampling",
     2: "models lora.layers chat_format tools",
     3: "checkpoint",
     4: "generation",
-    5: "conversation speculate constrain batch agent lora convert",
-    6: "completion chat server bridge",
+    5: "conversation transcript speculate constrain batch agent lora convert",
+    6: "completion chat chat_commands server bridge",
     7: "cli __main__",
 }
 FLOOR_OF = {f"phi4_mlx.{name}": floor for floor, names in FLOORS.items() for name in names.split()}

@@ -1,0 +1,325 @@
+"""`python -m phi4_mlx.chat`: a conversation in the terminal, through a pipe, or one question and its answer."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from phi4_mlx.chat_commands import COMMANDS, Leave, is_command, obey, rescued_file
+from phi4_mlx.command import (
+    SAMPLING,
+    Parser,
+    add_model_options,
+    add_sampling_options,
+    one_line,
+    printable,
+    read_standard_input,
+    run,
+    text,
+    utf8,
+)
+from phi4_mlx.errors import Phi4Error, RequestError
+from phi4_mlx.markdown import RESET, MarkdownStream
+
+if TYPE_CHECKING:
+    from phi4_mlx.conversation import Conversation
+
+LONG_PREFILL = 4096  # tokens; a prefill longer than this tells how far it is
+DIM, RED = "\x1b[2m", "\x1b[31m"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return run(_parser(), _chat, argv)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="phi4-mlx chat",
+        description="Talk with a model. Input from a pipe is answered line by line, as one conversation.",
+    )
+    add_model_options(parser)
+    parser.add_argument("--system-prompt", type=text, help="what the model is told before the conversation")
+    parser.add_argument("--prompt", "-p", type=text, help="answer this and leave; - reads all of standard input")
+    add_sampling_options(parser, max_tokens=2048)
+    return parser
+
+
+def _chat(args: argparse.Namespace) -> None:
+    prompt = read_standard_input() if args.prompt == "-" else args.prompt
+    if prompt is not None and not prompt.strip():
+        raise RequestError("the prompt is empty; it needs at least one character that is not white space")
+    person = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
+    chat = Chat(Screen(), {name: getattr(args, name.replace("-", "_")) for name in SAMPLING}, person)
+    chat.load_model(
+        args.model,
+        adapter_path=args.adapter_path,
+        revision=args.revision,
+        verify=args.verify,
+        chat_format=args.chat_format,
+    )
+    chat.conversation.system = args.system_prompt
+    if prompt is not None:
+        chat.answer(prompt)
+    elif person:
+        _talk(chat)
+    else:
+        _answer_lines(chat)
+
+
+def _answer_lines(chat: Chat) -> None:
+    """Answers each line of standard input; a line is a question, whatever it begins with."""
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        question = utf8(line, f"line {number} of standard input").rstrip("\r\n")
+        if question.strip():
+            chat.answer(question)
+
+
+def _talk(chat: Chat) -> None:
+    """Reads and answers until the person leaves, or the terminal does."""
+    from phi4_mlx.line_editor import LineEditor
+
+    editor = LineEditor([f"/{name}" for name in COMMANDS], chat.screen.colour)
+    chat.greet()
+    signal.signal(signal.SIGHUP, _hang_up)
+    try:
+        with contextlib.suppress(Leave):
+            while True:
+                _take_turn(chat, editor.read)
+    except (HungUp, OSError):
+        where = chat.rescue()
+        raise RequestError(f"the terminal was closed; {where}") from None
+    except Exception:
+        chat.rescue()
+        raise
+    chat.leave()
+
+
+def _take_turn(chat: Chat, read: Callable[[], str]) -> None:
+    """One command or question of the person; a mistake costs a line and no more."""
+    try:
+        typed = read()
+        if is_command(typed):
+            obey(chat, typed)
+        elif typed.strip():
+            chat.answer(typed)
+    except EOFError:
+        raise (Leave if sys.stdin.isatty() else HungUp) from None
+    except KeyboardInterrupt:
+        chat.screen.note("Ctrl-D leaves")
+    except Phi4Error as error:
+        chat.screen.error(str(error))
+
+
+class HungUp(SystemExit):
+    """The terminal was closed; a SystemExit, because an event loop lets that one through."""
+
+
+def _hang_up(signal_number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    raise HungUp
+
+
+@contextlib.contextmanager
+def _stop_button() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C as a question that is asked between two tokens; pressed twice, it is what it always is."""
+    pressed = False
+
+    def press(signal_number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Screen:
+    """Standard output: a terminal with styles, a plain terminal, or a pipe that takes the text as it is.
+
+    Attributes:
+        colour: whether styles may be used; not where NO_COLOR is set.
+    """
+
+    def __init__(self) -> None:
+        self._terminal = sys.stdout.isatty()
+        self.colour = self._terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+        self._status = ""
+
+    def write(self, text: str) -> None:
+        """Writes text, at once."""
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def answer(self) -> tuple[Callable[[str], None], Callable[[], None]]:
+        """Begins an answer: (writes a piece of it, ends it)."""
+        if self.colour:
+            stream = MarkdownStream(self.write)
+            return lambda piece: stream.add(printable(piece)), stream.finish
+        last = "\n"
+
+        def add(piece: str) -> None:
+            nonlocal last
+            last = piece or last
+            self.write(printable(piece) if self._terminal else piece)
+
+        return add, lambda: self.write("" if last.endswith("\n") else "\n")
+
+    def note(self, text: str) -> None:
+        """A line that is ours, not the model's; only a terminal shows it."""
+        if self._terminal:
+            self.write(f"{DIM}{text}{RESET}\n" if self.colour else f"{text}\n")
+
+    def error(self, text: str) -> None:
+        """A line that says what went wrong, in a chat that goes on."""
+        self.write(f"{RED}{one_line(text)}{RESET}\n" if self.colour else f"{one_line(text)}\n")
+
+    def status(self, text: str) -> None:
+        """A line that the next one replaces; an empty one clears it."""
+        if self.colour and text != self._status:
+            self.write(f"\r\x1b[K{DIM}{text}{RESET}" if text else "\r\x1b[K")
+            self._status = text
+
+
+class Chat:
+    """A conversation, how its answers are drawn, and where they are shown.
+
+    Attributes:
+        screen: where answers and notes go.
+        settings: the sampling options by name; change them with `set`.
+        conversation: the turns.
+        model_name: what the person called the model.
+        saved_as: the file that /save may replace, because it holds this conversation.
+    """
+
+    conversation: Conversation
+    model_name: str
+
+    def __init__(self, screen: Screen, settings: dict[str, Any], person: bool) -> None:
+        self.screen = screen
+        self.settings = settings
+        self.defaults = dict(settings)
+        self.saved_as: Path | None = None
+        self._person = person
+        self._sampler: Callable[..., Any] | None = None
+
+    def load_model(self, name: str | None, **options: Any) -> None:
+        """Loads a model; a conversation that is under way goes on with it.
+
+        Args:
+            name: a folder, a Hub id or "demo"; None for the default model.
+            options: those of `phi4_mlx.load`.
+
+        Raises:
+            Phi4Error: the model cannot be loaded; the one before stays.
+        """
+        from phi4_mlx.checkpoint import DEFAULT_MODEL, load
+        from phi4_mlx.conversation import Conversation
+
+        name = name or DEFAULT_MODEL
+        self.screen.status(f"loading {name} ...")
+        try:
+            model, tokenizer = load(name, **options)
+        finally:
+            self.screen.status("")
+        if hasattr(self, "conversation"):
+            self.conversation.switch(model, tokenizer)
+        else:
+            self.conversation = Conversation(model, tokenizer)
+        self.model_name = name
+
+    def set(self, name: str, value: Any) -> None:
+        """Changes a sampling option, from the next answer on."""
+        self.settings[name] = value
+        self._sampler = None
+
+    def greet(self) -> None:
+        """Says who is there, and how to find out more."""
+        self.screen.write(f"{self.model_name}, context {self.conversation.context:,} tokens\n")
+        self.screen.note("/help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves.")
+        if rescued_file().exists():
+            self.screen.note("A conversation whose terminal was closed is kept: /load brings it back.")
+        self.screen.write("\n")
+
+    def answer(self, question: str) -> None:
+        """Asks the model and shows the answer; a person's Ctrl-C stops it, and what was said stays said.
+
+        Raises:
+            RequestError: the question is empty, or the context is full.
+        """
+        with _stop_button() if self._person else contextlib.nullcontext(lambda: False) as stopped:
+            events = self.conversation.ask(
+                question,
+                max_tokens=self.settings["max-tokens"],
+                sampler=self._make_sampler(),
+                progress=lambda done, total: self._show_progress(done, total, stopped()),
+            )
+            add, finish = self.screen.answer()
+            try:
+                with contextlib.closing(events):
+                    for event in events:
+                        add(event.text)
+                        if stopped():
+                            break
+            finally:
+                finish()
+        if self._person:
+            self._explain_end(stopped())
+
+    def _show_progress(self, done: int, total: int, stopped: bool) -> None:
+        from phi4_mlx.conversation import Interrupted
+
+        going_on = done < total and not stopped
+        if total > LONG_PREFILL:
+            self.screen.status(f"reading {done:,} of {total:,} tokens ..." if going_on else "")
+        if stopped:
+            raise Interrupted
+
+    def _make_sampler(self) -> Callable[..., Any]:
+        """The sampler, made once for its settings, so that a seed does not begin anew at each answer."""
+        if self._sampler is None:
+            from phi4_mlx.sampling import make_sampler
+
+            options = {name.replace("-", "_"): self.settings[name] for name in SAMPLING if name != "max-tokens"}
+            self._sampler = make_sampler(**options)
+        return self._sampler
+
+    def _explain_end(self, stopped: bool) -> None:
+        usage = self.conversation.usage
+        if stopped:
+            self.screen.note("stopped")
+        elif usage.finish_reason == "length":
+            self.screen.note(f"cut at {usage.answer_tokens:,} tokens; /set max-tokens N changes the limit")
+        if usage.reprefilled:
+            self.screen.note(f"{usage.reprefilled:,} tokens were run again, under the RoPE table for long texts")
+        self.screen.write("\n")
+
+    def rescue(self) -> str:
+        """Keeps the conversation where the next chat finds it; says so."""
+        from phi4_mlx import transcript
+
+        if not self.conversation.turns:
+            return "nothing had been said"
+        path = rescued_file()
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        transcript.save(path, self.model_name, self.conversation.system, self.conversation.turns, replace=True)
+        return f"/load in the next chat brings the conversation back, from {path}"
+
+    def leave(self) -> None:
+        """The person leaves on purpose: a rescued conversation that was brought back needs no rescue any more."""
+        if self.saved_as == rescued_file():
+            rescued_file().unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

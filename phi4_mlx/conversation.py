@@ -1,0 +1,197 @@
+"""A conversation: its turns, the token ids that the model made for them, and the cache that remembers both.
+
+A reply is kept as the ids that were drawn, never encoded again from its text, so that the next prompt begins with what
+the cache holds and only the new tokens are prefilled. The prompt is put together anew from the turns each time, and the
+cache finds out for itself how much of it is known: to undo, retry or change the system prompt is to change the turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+from phi4_mlx.errors import RequestError
+from phi4_mlx.generation import GenerationResponse, stream_generate
+from phi4_mlx.models.text import Model
+from phi4_mlx.tokenizer import Tokenizer
+
+
+class Interrupted(Exception):
+    """Raised out of a long prefill by its progress callback, when the user has had enough."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and its answer.
+
+    Attributes:
+        question: what the user wrote.
+        answer: the reply's text.
+        ids: the reply's tokens as they were drawn, without the end marker.
+    """
+
+    question: str
+    answer: str
+    ids: tuple[int, ...]
+
+
+@dataclass
+class Usage:
+    """What an answer cost.
+
+    Attributes:
+        prompt_tokens: the whole prompt, in tokens.
+        cached_tokens: those of it that were in the cache already.
+        answer_tokens: tokens drawn.
+        prompt_tps: tokens prefilled a second.
+        answer_tps: tokens drawn a second.
+        reprefilled: tokens run again because the conversation has outgrown its RoPE table.
+        peak_memory: peak of MLX's memory in GB (10^9 bytes).
+        finish_reason: "stop", "length", or None for an answer that was cut off.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    answer_tokens: int = 0
+    prompt_tps: float = 0.0
+    answer_tps: float = 0.0
+    reprefilled: int = 0
+    peak_memory: float = 0.0
+    finish_reason: str | None = None
+
+
+@dataclass
+class Conversation:
+    """Turns with one model.
+
+    Attributes:
+        model: what `load` returned.
+        tokenizer: what `load` returned.
+        system: the system prompt, or None for none.
+        turns: the finished turns; change them as you like between two questions.
+        usage: what the last answer cost.
+    """
+
+    model: Model
+    tokenizer: Tokenizer
+    system: str | None = None
+    turns: list[Turn] = field(default_factory=list)
+    usage: Usage = field(default_factory=Usage)
+
+    def __post_init__(self) -> None:
+        self.cache = self.model.make_cache()
+
+    @property
+    def context(self) -> int:
+        """How many tokens a conversation with this model can hold."""
+        return self.model.config.max_position_embeddings
+
+    def switch(self, model: Model, tokenizer: Tokenizer) -> None:
+        """Goes on with another model, whose tokenizer may be another one too."""
+        self.model, self.tokenizer = model, tokenizer
+        self.forget_cache()
+        self.turns = [Turn(t.question, t.answer, tuple(tokenizer.encode(t.answer))) for t in self.turns]
+
+    def forget_cache(self) -> None:
+        """Drops what the model remembers; the next prompt is prefilled whole."""
+        self.cache = self.model.make_cache()
+
+    def prompt_ids(self, question: str) -> list[int]:
+        """The prompt of the next turn: all turns, `question`, and the start of an answer."""
+        ids: list[int] = []
+        for turn in self.turns:
+            ids = self._with_question(ids, turn.question) + list(turn.ids)
+        return self._with_question(ids, question)
+
+    def _with_question(self, ids: list[int], question: str) -> list[int]:
+        message = {"role": "user", "content": question}
+        chat_format = self.tokenizer.chat_format
+        if ids:  # also closes a reply that was cut before its end marker
+            return chat_format.extend(self.tokenizer, ids, [message])
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return chat_format.render(self.tokenizer, [*system, message])
+
+    def ask(
+        self,
+        question: str,
+        *,
+        max_tokens: int,
+        sampler: Callable[..., Any] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Generator[GenerationResponse, None, None]:
+        """Asks, and yields the answer as it comes; what was yielded becomes a turn, also when the caller stops early.
+
+        Args:
+            question: what the user wrote.
+            max_tokens: the longest answer; less where the context ends before.
+            sampler: as in `generate_step`.
+            progress: as `prompt_progress_callback` in `generate_step`; it may raise `Interrupted`, which ends the
+                answer without a trace.
+
+        Yields:
+            A response a token.
+
+        Raises:
+            RequestError: the question is empty, or the context has no room for it.
+        """
+        if not question.strip():
+            raise RequestError("the question is empty; it needs at least one character that is not white space")
+        prompt = self.prompt_ids(question)
+        room = self.context - len(prompt)
+        if room < 1:
+            raise RequestError(
+                f"the conversation would come to {len(prompt):,} tokens, and the context holds {self.context:,}; "
+                "/reset starts anew, /undo takes back a turn"
+            )
+        return self._answer(question, prompt, max_tokens=min(max_tokens, room), sampler=sampler, progress=progress)
+
+    def _answer(
+        self,
+        question: str,
+        prompt: list[int],
+        *,
+        max_tokens: int,
+        sampler: Callable[..., Any] | None,
+        progress: Callable[[int, int], None] | None,
+    ) -> Generator[GenerationResponse, None, None]:
+        new = self.cache.reuse(prompt)
+        self.usage = usage = Usage(prompt_tokens=len(prompt), cached_tokens=len(prompt) - len(new))
+        text: list[str] = []
+        ids: list[int] = []
+        events = stream_generate(
+            self.model,
+            self.tokenizer,
+            new,
+            cache=self.cache,
+            max_tokens=max_tokens,
+            sampler=sampler,
+            prompt_progress_callback=progress,
+        )
+        try:
+            for event in events:
+                text.append(event.text)
+                if event.token not in self.tokenizer.eos_ids:
+                    ids.append(event.token)
+                _count(usage, event)
+                yield event
+        except Interrupted:
+            return
+        except BaseException as error:
+            # Anywhere else an exception may leave the layers of the cache at different lengths. GeneratorExit is the
+            # caller's way to stop between two tokens.
+            if not isinstance(error, GeneratorExit):
+                self.forget_cache()
+            raise
+        finally:
+            if ids or usage.finish_reason:
+                self.turns.append(Turn(question, "".join(text), tuple(ids)))
+
+
+def _count(usage: Usage, event: GenerationResponse) -> None:
+    usage.answer_tokens = event.generation_tokens
+    usage.prompt_tps = event.prompt_tps
+    usage.answer_tps = event.generation_tps
+    usage.reprefilled += event.reprefilled
+    usage.peak_memory = event.peak_memory
+    usage.finish_reason = event.finish_reason

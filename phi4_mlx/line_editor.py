@@ -1,0 +1,110 @@
+"""The line where a person types: several lines, a history that lasts, Tab after a slash.
+
+Enter sends; Alt-Enter, or a backslash before Enter, begins a new line; pasted line breaks stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+from prompt_toolkit.document import Document
+from prompt_toolkit.formatted_text import ANSI
+from prompt_toolkit.history import FileHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+
+def state_folder() -> Path:
+    """Where this user's history is kept: the platform's folder for what a program remembers."""
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "phi4_mlx"
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "phi4_mlx"
+
+
+class LineEditor:
+    """Reads what a person types.
+
+    Args:
+        words: the commands that Tab completes.
+        colour: whether the prompt may be styled.
+    """
+
+    def __init__(self, words: Sequence[str], colour: bool) -> None:
+        self._prompt = ANSI("\x1b[1;32m> \x1b[0m") if colour else "> "
+        self._session: PromptSession[str] = PromptSession(
+            history=_History(state_folder() / "history"),
+            completer=_Commands(words),
+            complete_while_typing=False,
+            key_bindings=_bindings(),
+            multiline=True,
+            prompt_continuation="  ",
+            enable_suspend=True,
+        )
+
+    def read(self) -> str:
+        """The next message.
+
+        Raises:
+            EOFError: Ctrl-D.
+            KeyboardInterrupt: Ctrl-C.
+        """
+        return _unicode(self._session.prompt(self._prompt))
+
+
+class _Commands(Completer):
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words = words
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        typed = document.text_before_cursor
+        if typed.startswith("/"):
+            yield from (Completion(word, -len(typed)) for word in self._words if word.startswith(typed))
+
+
+class _History(FileHistory):
+    """A file that only its owner can read; without a place to write, the history lasts as long as the program."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+
+    def load_history_strings(self) -> Iterable[str]:
+        try:
+            return list(super().load_history_strings())
+        except OSError:
+            return []
+
+    def store_string(self, string: str) -> None:
+        with contextlib.suppress(OSError):
+            super().store_string(_unicode(string))
+
+
+def _unicode(text: str) -> str:
+    """The text with question marks for bytes that were not UTF-8; prompt_toolkit lets them through as surrogates."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _bindings() -> KeyBindings:
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.document.is_cursor_at_the_end and buffer.document.char_before_cursor == "\\":
+            buffer.delete_before_cursor()
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return keys
