@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation import GenerationResponse, stream_generate
-from phi4_mlx.models.text import Model
-from phi4_mlx.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from phi4_mlx.models.text import Model
+    from phi4_mlx.tokenizer import Tokenizer
 
 
 class Interrupted(Exception):

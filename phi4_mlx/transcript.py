@@ -11,11 +11,13 @@ import stat
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.conversation import Turn
 from phi4_mlx.errors import RequestError
-from phi4_mlx.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from phi4_mlx.tokenizer import Tokenizer
 
 LARGEST_FILE = 64 * 2**20  # bytes; the longest context is about half a megabyte of text
 

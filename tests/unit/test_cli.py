@@ -1,0 +1,48 @@
+"""`python -m phi4_mlx COMMAND`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from phi4_mlx import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert cli.main([]) == 0
+    assert capsys.readouterr().out == shown
+    for name in cli.COMMANDS:
+        assert f"\n  {name} " in shown
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_a_help_of_its_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([name, "--help"]) == 0
+    assert "--debug" in capsys.readouterr().out
+
+
+def test_a_word_that_is_no_command(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generat"]) == 2
+    line = "phi4-mlx: 'generat' is not a command; the commands are generate, chat, convert; see --help\n"
+    assert capfd.readouterr().err == line
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("phi4-mlx ")
+
+
+def test_a_mistyped_option_costs_no_import_of_mlx() -> None:
+    code = (
+        "import sys; from phi4_mlx.cli import main; code = main(['generate', '--temp', 'nan', '--prompt', 'x']);"
+        "print(code, 'mlx' in sys.modules, 'tiktoken' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["2", "False", "False"], done.stderr
