@@ -154,10 +154,10 @@ def _set(chat: Chat, rest: str) -> None:
 
 def _stats(chat: Chat, rest: str) -> None:
     conversation, usage = chat.conversation, chat.conversation.usage
-    held = conversation.cache.offset
+    held, turns = len(conversation.ids()), _turns(len(conversation.turns))
     lines = [
         f"model        {chat.model_name}, chat format {conversation.tokenizer.chat_format.name}",
-        f"context      {held:,} of {conversation.context:,} tokens, in {_turns(len(conversation.turns))}",
+        f"context      {held:,} of {conversation.context:,} tokens, in {turns}",
     ]
     if usage.answer_tokens:
         new = usage.prompt_tokens - usage.cached_tokens

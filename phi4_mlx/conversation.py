@@ -99,12 +99,16 @@ class Conversation:
         """Drops what the model remembers; the next prompt is prefilled whole."""
         self.cache = self.model.make_cache()
 
-    def prompt_ids(self, question: str) -> list[int]:
-        """The prompt of the next turn: all turns, `question`, and the start of an answer."""
+    def ids(self) -> list[int]:
+        """All turns as token ids, as the model saw and made them."""
         ids: list[int] = []
         for turn in self.turns:
-            ids = self._with_question(ids, turn.question) + list(turn.ids)
-        return self._with_question(ids, question)
+            ids = [*self._with_question(ids, turn.question), *turn.ids]
+        return ids
+
+    def prompt_ids(self, question: str) -> list[int]:
+        """The prompt of the next turn: all turns, `question`, and the start of an answer."""
+        return self._with_question(self.ids(), question)
 
     def _with_question(self, ids: list[int], question: str) -> list[int]:
         message = {"role": "user", "content": question}

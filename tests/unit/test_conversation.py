@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,42 +10,7 @@ import pytest
 from phi4_mlx.conversation import Conversation, Interrupted, Turn
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation import generate_step
-
-END, USER, ASSISTANT, SYSTEM = 2, 3, 4, 5
-FIRST_CHAR = 10
-
-
-class OneCharDecoder:
-    def add(self, token: int) -> str:
-        return chr(token - FIRST_CHAR) if token >= FIRST_CHAR else ""
-
-    def finish(self) -> str:
-        return ""
-
-
-class CharFormat:
-    """Role, text, end: with a reply closed if it was cut."""
-
-    def render(self, tokenizer: Any, messages: Sequence[Any], tools: Any = None) -> list[int]:
-        ids = []
-        for message in messages:
-            ids += [USER if message["role"] == "user" else SYSTEM, *tokenizer.encode(message["content"]), END]
-        return [*ids, ASSISTANT]
-
-    def extend(self, tokenizer: Any, ids: Sequence[int], messages: Sequence[Any]) -> list[int]:
-        closed = list(ids) if ids[-1] == END else [*ids, END]
-        return closed + self.render(tokenizer, messages)
-
-
-class CharTokenizer:
-    chat_format = CharFormat()
-    eos_ids = frozenset({END})
-
-    def encode(self, text: str) -> list[int]:
-        return [FIRST_CHAR + ord(c) for c in text]
-
-    def streaming_decoder(self) -> OneCharDecoder:
-        return OneCharDecoder()
+from tests.char_tokenizer import ASSISTANT, END, SYSTEM, USER, CharTokenizer
 
 
 @pytest.fixture

@@ -1,0 +1,44 @@
+"""A tokenizer and a chat format of single characters, for tests of what stands above them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+END, USER, ASSISTANT, SYSTEM = 2, 3, 4, 5
+FIRST_CHAR = 10
+
+
+class OneCharDecoder:
+    def add(self, token: int) -> str:
+        return chr(token - FIRST_CHAR) if token >= FIRST_CHAR else ""
+
+    def finish(self) -> str:
+        return ""
+
+
+class CharFormat:
+    """Role, text, end: with a reply closed if it was cut."""
+
+    name = "chars"
+
+    def render(self, tokenizer: Any, messages: Sequence[Any], tools: Any = None) -> list[int]:
+        ids = []
+        for message in messages:
+            ids += [USER if message["role"] == "user" else SYSTEM, *tokenizer.encode(message["content"]), END]
+        return [*ids, ASSISTANT]
+
+    def extend(self, tokenizer: Any, ids: Sequence[int], messages: Sequence[Any]) -> list[int]:
+        closed = list(ids) if ids[-1] == END else [*ids, END]
+        return closed + self.render(tokenizer, messages)
+
+
+class CharTokenizer:
+    chat_format = CharFormat()
+    eos_ids = frozenset({END})
+
+    def encode(self, text: str) -> list[int]:
+        return [FIRST_CHAR + ord(c) for c in text]
+
+    def streaming_decoder(self) -> OneCharDecoder:
+        return OneCharDecoder()
