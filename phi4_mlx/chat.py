@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -26,7 +27,7 @@ from phi4_mlx.command import (
     utf8,
 )
 from phi4_mlx.errors import Phi4Error, RequestError
-from phi4_mlx.markdown import RESET, MarkdownStream
+from phi4_mlx.markdown import RESET, MarkdownStream, terminal_width
 
 if TYPE_CHECKING:
     from phi4_mlx.conversation import Conversation
@@ -178,11 +179,21 @@ class Screen:
     def note(self, text: str) -> None:
         """A line that is ours, not the model's; only a terminal shows it."""
         if self._terminal:
-            self.write(f"{DIM}{text}{RESET}\n" if self.colour else f"{text}\n")
+            self._line(DIM, text)
 
     def error(self, text: str) -> None:
         """A line that says what went wrong, in a chat that goes on."""
-        self.write(f"{RED}{one_line(text)}{RESET}\n" if self.colour else f"{one_line(text)}\n")
+        self._line(RED, one_line(text))
+        self.end_paragraph()
+
+    def end_paragraph(self) -> None:
+        """A blank line before the next prompt of a person."""
+        if self._terminal:
+            self.write("\n")
+
+    def _line(self, style: str, text: str) -> None:
+        text = textwrap.fill(text, terminal_width())
+        self.write(f"{style}{text}{RESET}\n" if self.colour else f"{text}\n")
 
     def status(self, text: str) -> None:
         """A line that the next one replaces; an empty one clears it."""
@@ -249,7 +260,7 @@ class Chat:
         self.screen.note("/help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves.")
         if rescued_file().exists():
             self.screen.note("A conversation whose terminal was closed is kept: /load brings it back.")
-        self.screen.write("\n")
+        self.screen.end_paragraph()
 
     def answer(self, question: str) -> None:
         """Asks the model and shows the answer; a person's Ctrl-C stops it, and what was said stays said.
@@ -302,7 +313,7 @@ class Chat:
             self.screen.note(f"cut at {usage.answer_tokens:,} tokens; /set max-tokens N changes the limit")
         if usage.reprefilled:
             self.screen.note(f"{usage.reprefilled:,} tokens were run again, under the RoPE table for long texts")
-        self.screen.write("\n")
+        self.screen.end_paragraph()
 
     def rescue(self) -> str:
         """Keeps the conversation where the next chat finds it; says so."""

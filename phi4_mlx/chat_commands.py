@@ -45,6 +45,7 @@ def obey(chat: Chat, typed: str) -> None:
         raise RequestError(f"/{name} is not a command; /help lists them; a space before the slash makes it a message")
     try:
         COMMANDS[name].do(chat, rest.strip())
+        chat.screen.end_paragraph()
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise RequestError(f"/{name} {rest.strip()}: {reason}") from None
@@ -61,7 +62,7 @@ def _help(chat: Chat, rest: str) -> None:
     width = max(len(f"/{name} {command.words}") for name, command in COMMANDS.items())
     for name, command in COMMANDS.items():
         chat.screen.write(f"{f'/{name} {command.words}':{width}}  {command.explanation}\n")
-    chat.screen.note("Enter sends; Alt-Enter, or \\ before Enter, begins a new line. Ctrl-C stops an answer.")
+    chat.screen.note("Enter sends; Alt-Enter, or \\ before Enter, begins a new line; Ctrl-C stops an answer.")
 
 
 def _system(chat: Chat, rest: str) -> None:
@@ -199,7 +200,7 @@ COMMANDS = {
     "undo": Command("", "take back the last question and its answer", _undo),
     "retry": Command("", "ask the last question again", _retry),
     "save": Command("FILE", "write the conversation to a file", _save),
-    "load": Command("[FILE]", "go on with a saved conversation, or with one whose terminal was closed", _load),
+    "load": Command("[FILE]", "bring back a saved conversation", _load),
     "set": Command("[NAME VALUE]", "show or set temp, top-p, max-tokens and so on", _set),
     "stats": Command("", "tokens, speeds, memory", _stats),
     "model": Command("[NAME]", "show the model, or go on with another one", _model),

@@ -178,9 +178,9 @@ def utf8(data: bytes, where: str) -> str:
 
 SAMPLING: dict[str, tuple[Callable[[str], int | float], int | float | None, str]] = {
     "temp": (number(float, 0.0, TEMPERATURE_LIMIT), 0.0, "temperature; 0 takes the likeliest token"),
-    "top-p": (number(float, 0.0, 1.0), 1.0, "sample from the likeliest tokens that make up this probability"),
-    "min-p": (number(float, 0.0, 1.0), 0.0, "sample from tokens this likely, relative to the likeliest"),
-    "top-k": (number(int, 0, 2**31 - 1), 0, "sample from this many of the likeliest tokens; 0 means all"),
+    "top-p": (number(float, 0.0, 1.0), 1.0, "keep the likeliest tokens that come to this probability"),
+    "min-p": (number(float, 0.0, 1.0), 0.0, "keep tokens this likely, relative to the likeliest"),
+    "top-k": (number(int, 0, 2**31 - 1), 0, "keep this many of the likeliest tokens; 0 keeps all"),
     "max-tokens": (number(int, 1, MAX_TOKENS_LIMIT), None, "longest answer, in tokens"),
     "seed": (number(int, 0, SEED_LIMIT), None, "makes sampling repeatable"),
 }
