@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.models.rope import Regime
 
 
 class KVCache:
@@ -101,7 +102,7 @@ class PromptCache(list):  # list[KVCache]; the bare base keeps mlx-lm's isinstan
     whole sequence, to be run again under the other table.
     """
 
-    def __init__(self, layers: Iterable[Any], regime_for: Callable[[int], str], regime: str | None = None):
+    def __init__(self, layers: Iterable[Any], regime_for: Callable[[int], Regime], regime: Regime | None = None):
         super().__init__(layers)
         self._regime_for = regime_for
         self._pinned = regime
@@ -194,7 +195,7 @@ class PromptCache(list):  # list[KVCache]; the bare base keeps mlx-lm's isinstan
         self.trim(self.offset - shared)
         return list(ids[shared:])
 
-    def _wanted(self, num_tokens: int) -> str:
+    def _wanted(self, num_tokens: int) -> Regime:
         return self._pinned or self._regime_for(max(self._reach, self.offset + num_tokens))
 
     def _forget_trimmed(self) -> None:

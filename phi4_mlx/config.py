@@ -329,7 +329,7 @@ def _preset(long_factor: tuple[float, ...] | None = None, **fields: Any) -> Mode
     return ModelConfig.from_dict(raw)
 
 
-_PHI_4 = {
+_PHI_4: dict[str, Any] = {
     "hidden_size": 5120, "intermediate_size": 17920, "num_hidden_layers": 40, "num_attention_heads": 40,
     "num_key_value_heads": 10, "vocab_size": 100352,
 }  # fmt: skip

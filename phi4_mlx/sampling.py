@@ -161,9 +161,7 @@ def _bias(logit_bias: Mapping[int, float]) -> LogitsProcessor:
     return add
 
 
-def _recent(
-    size: int, name: str, change: Callable[[mx.array, mx.array], mx.array]
-) -> LogitsProcessor:
+def _recent(size: int, name: str, change: Callable[[mx.array, mx.array], mx.array]) -> LogitsProcessor:
     """Applies `change(counts [V], logits)`, the counts being those of the last `size` tokens."""
     check_whole(name, size, 1)
 
@@ -181,7 +179,5 @@ def _repetition(penalty: float) -> Callable[[mx.array, mx.array], mx.array]:
     return change
 
 
-def _subtract(
-    penalty: float, weight: Callable[[mx.array], mx.array]
-) -> Callable[[mx.array, mx.array], mx.array]:
+def _subtract(penalty: float, weight: Callable[[mx.array], mx.array]) -> Callable[[mx.array, mx.array], mx.array]:
     return lambda counts, logits: logits - (penalty * weight(counts)).astype(logits.dtype)

@@ -51,7 +51,7 @@ class Rope:
         self._boundary = config.original_max_position_embeddings if config.rope_scaling else math.inf
         exponents = mx.arange(0, self._dims, 2, dtype=mx.float32) / self._dims
         # Powers in double precision, rounded once: a last-bit error is 0.01 rad at position 100,000.
-        periods = mx.array([config.rope_theta**e for e in exponents.tolist()], mx.float32)  # type: ignore[union-attr]
+        periods = mx.array([config.rope_theta**e for e in exponents.tolist()], mx.float32)
         self._periods: dict[Regime, mx.array] = {"short": periods, "long": periods}
         scale = 1.0
         if config.rope_scaling:

@@ -1,0 +1,271 @@
+"""Messages <-> token ids, one small class for each way of the family to write a conversation.
+
+A format lays out control tokens and texts; the tokenizer encodes each text as text, so that `<|end|>` typed by a user
+stays what it is. No template of a checkpoint is ever executed: it is recognised, and written anew here.
+
+Source: the `chat_template` in each model's tokenizer_config.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from phi4_mlx.config import read_json
+from phi4_mlx.errors import ConfigError, RequestError, TokenizerError
+from phi4_mlx.tokenizer import Control, Tokenizer
+from phi4_mlx.tools import tools_text
+
+Message = Mapping[str, Any]
+Pieces = Iterator[Control | str]
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class ChatFormat:
+    """Phi-4-mini-instruct and its base: `<|role|>text<|end|>`, and no line breaks."""
+
+    name = "phi4-mini"
+    end = Control("<|end|>")
+
+    def render(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Ids of a conversation.
+
+        Args:
+            tokenizer: encodes the texts and knows the control tokens.
+            messages: each with "role" and "content"; an assistant's may have "tool_calls" in OpenAI's form.
+            tools: as for `flat_tool`; they go in the system turn, which is made if there is none.
+            add_generation_prompt: ends with the start of the assistant's turn instead of the end of the text.
+
+        Raises:
+            RequestError: a message or a tool is malformed; says which.
+            TokenizerError: the tokenizer lacks a control token of this format.
+        """
+        checked = check_messages(messages)
+        if tools and checked[0]["role"] != "system":
+            checked = [{"role": "system", "content": ""}, *checked]
+        return tokenizer.encode_pieces(self._conversation(checked, tools or (), add_generation_prompt))
+
+    def extend(
+        self,
+        tokenizer: Tokenizer,
+        ids: Sequence[int],
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Ids of a conversation that goes on.
+
+        Args:
+            tokenizer: as in `render`.
+            ids: a prompt and the reply drawn for it, as drawn; closed here if it was cut before its end marker.
+            messages: what is new.
+            add_generation_prompt: as in `render`.
+        """
+        (end,) = tokenizer.encode_pieces([self.end])
+        held = list(ids)
+        while held and held[-1] in tokenizer.eos_ids:
+            held.pop()
+        pieces = [*self._after_end(), *self._turns(check_messages(messages)), *self._close(add_generation_prompt)]
+        return [*held, end, *tokenizer.encode_pieces(pieces)]
+
+    def _conversation(self, messages: Sequence[Message], tools: Sequence[Any], add_generation_prompt: bool) -> Pieces:
+        first, *rest = messages
+        yield from self._turn(first, tools)
+        yield from self._turns(rest)
+        yield from self._close(add_generation_prompt)
+
+    def _turns(self, messages: Sequence[Message]) -> Pieces:
+        for message in messages:
+            yield from self._turn(message)
+
+    def _turn(self, message: Message, tools: Sequence[Any] = ()) -> Pieces:
+        yield Control(f"<|{message['role']}|>")
+        yield message["content"]
+        yield from _tools(message, tools)
+        yield from _tool_calls(message)
+        yield self.end
+
+    def _after_end(self) -> Pieces:
+        """What stands between an end marker and the next turn."""
+        yield from ()
+
+    def _close(self, add_generation_prompt: bool) -> Pieces:
+        yield Control("<|assistant|>" if add_generation_prompt else "<|endoftext|>")
+
+
+class Phi4MiniReasoning(ChatFormat):
+    """Phi-4-mini-reasoning: as Phi-4-mini, behind a system line of its own that the caller's is joined to."""
+
+    name = "phi4-mini-reasoning"
+    SYSTEM = "Your name is Phi, an AI math expert developed by Microsoft."
+
+    def _conversation(self, messages: Sequence[Message], tools: Sequence[Any], add_generation_prompt: bool) -> Pieces:
+        system = [message for message in messages if message["role"] == "system"]
+        yield Control("<|system|>")
+        yield " ".join([self.SYSTEM, *(message["content"] for message in system if message["content"])])
+        for message in system or [{}]:
+            yield from _tools(message, tools)
+            tools = ()
+        yield self.end
+        yield from self._turns([message for message in messages if message["role"] != "system"])
+        yield from self._close(add_generation_prompt)
+
+
+class Phi35Mini(ChatFormat):
+    """Phi-3.5-mini: a line break after each role and each end."""
+
+    name = "phi3.5-mini"
+
+    def _turn(self, message: Message, tools: Sequence[Any] = ()) -> Pieces:
+        _refuse_tools(self.name, message, tools)
+        if message["role"] == "system" and not message["content"]:
+            return
+        yield Control(f"<|{message['role']}|>")
+        yield "\n" + message["content"]
+        yield self.end
+        yield "\n"
+
+    def _after_end(self) -> Pieces:
+        yield "\n"
+
+    def _close(self, add_generation_prompt: bool) -> Pieces:
+        yield Control("<|assistant|>" if add_generation_prompt else "<|endoftext|>")
+        if add_generation_prompt:
+            yield "\n"
+
+
+class Phi4(ChatFormat):
+    """Phi-4 (14B): `<|im_start|>role<|im_sep|>text<|im_end|>`."""
+
+    name = "phi4"
+    end = Control("<|im_end|>")
+
+    def _turn(self, message: Message, tools: Sequence[Any] = ()) -> Pieces:
+        _refuse_tools(self.name, message, tools)
+        yield from (Control("<|im_start|>"), message["role"], Control("<|im_sep|>"), message["content"], self.end)
+
+    def _close(self, add_generation_prompt: bool) -> Pieces:
+        if add_generation_prompt:
+            yield from (Control("<|im_start|>"), "assistant", Control("<|im_sep|>"))
+
+
+CHAT_FORMATS: dict[str, ChatFormat] = {
+    chat_format.name: chat_format for chat_format in (ChatFormat(), Phi4MiniReasoning(), Phi35Mini(), Phi4())
+}
+
+# SHA-256 of chat templates that have been compared with the format.
+_KNOWN_TEMPLATES = {
+    "febf589225c9728ab791f52e8897d7607a823d45368f0a4c92fa68997b40cce9": "phi4-mini",  # Phi-4-mini-instruct
+}
+
+
+def recognise(folder: Path, tokenizer: Tokenizer) -> ChatFormat:
+    """The chat format of a checkpoint: by its template, else by the control tokens that only one format has.
+
+    Raises:
+        TokenizerError: it is none of the family's.
+    """
+    template = _template(folder)
+    name = _KNOWN_TEMPLATES.get(hashlib.sha256(template.encode()).hexdigest())
+    if name is None:
+        control = tokenizer.control_ids.keys()
+        if {"<|im_start|>", "<|im_sep|>", "<|im_end|>"} <= control:
+            name = Phi4.name
+        elif {"<|user|>", "<|assistant|>", "<|end|>"} <= control:
+            mini = "phi4-mini-reasoning" if Phi4MiniReasoning.SYSTEM in template else "phi4-mini"
+            name = mini if "<|tool|>" in control else Phi35Mini.name
+    if name is None:
+        raise TokenizerError(
+            f"{folder}: its chat format is not known; name one of {', '.join(CHAT_FORMATS)} with --chat-format"
+        )
+    return CHAT_FORMATS[name]
+
+
+def check_messages(messages: Any) -> list[dict[str, Any]]:
+    """The messages, each known to have a role and a text.
+
+    Raises:
+        RequestError: there are none, or one is malformed; says which, and how.
+    """
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise RequestError(f"messages must be a list with at least one message, not {messages!r:.100}")
+    return [_checked(index, message) for index, message in enumerate(messages)]
+
+
+def _checked(index: int, message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise RequestError(f"message {index} must be an object with role and content, not {message!r:.100}")
+    if message.get("role") not in ROLES:
+        raise RequestError(f"message {index} has role {message.get('role')!r:.100}; known are {', '.join(ROLES)}")
+    if "content" not in message and not message.get("tool_calls"):
+        raise RequestError(f"message {index} ({message['role']}) has no content")
+    content = message.get("content")
+    if isinstance(content, (list, tuple)):
+        content = "".join(_text_part(index, part) for part in content)
+    if content is not None and not isinstance(content, str):
+        raise RequestError(f"message {index} ({message['role']}) must have text as content, not {content!r:.100}")
+    return {**message, "content": content or ""}
+
+
+def _text_part(index: int, part: Any) -> str:
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+    if not isinstance(text, str):
+        raise RequestError(f"message {index} has a part that is not text: {part!r:.100}; this model reads text alone")
+    return text
+
+
+def _tools(message: Message, tools: Sequence[Any]) -> Pieces:
+    """Tools of the call, or those that a system message carries as text, as in the stock template."""
+    text = tools_text(tools) if tools else message.get("tools") if message.get("role") == "system" else None
+    if text is None:
+        return
+    if not isinstance(text, str):
+        text = tools_text(text)
+    yield from (Control("<|tool|>"), text, Control("<|/tool|>"))
+
+
+def _tool_calls(message: Message) -> Pieces:
+    calls = message.get("tool_calls")
+    if not calls:
+        return
+    try:
+        text = json.dumps([_flat_call(call) for call in calls], ensure_ascii=False)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise RequestError(f"tool_calls must be a list of names with JSON arguments, not {calls!r:.100}") from None
+    yield from (Control("<|tool_call|>"), text, Control("<|/tool_call|>"))
+
+
+def _flat_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call.get("function", call)
+    arguments = function.get("arguments", {})
+    return {
+        "name": function["name"],
+        "arguments": json.loads(arguments) if isinstance(arguments, str) else arguments,
+    }
+
+
+def _refuse_tools(name: str, message: Message, tools: Sequence[Any]) -> None:
+    if tools or message.get("tools") or message.get("tool_calls"):
+        raise RequestError(f"the chat format {name} has no place for tools; only Phi-4-mini was trained to call them")
+
+
+def _template(folder: Path) -> str:
+    """The text of the checkpoint's chat template, if it has one; it is looked at, never run."""
+    try:
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        pass
+    try:
+        template = read_json(folder / "tokenizer_config.json").get("chat_template")
+    except ConfigError:
+        return ""
+    return template if isinstance(template, str) else ""
