@@ -1,0 +1,82 @@
+"""`python -m phi4_mlx.convert`: makes a package, 4-bit say, from a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from phi4_mlx.command import Parser, number, run, text
+
+from .quantize import MODES
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Converts a checkpoint.
+
+    Args:
+        argv: the words after the command's name; those of the process if None.
+
+    Returns:
+        The exit code.
+    """
+    return run(_parser(), _work, argv)
+
+
+def _parser() -> Parser:
+    parser = Parser("phi4_mlx.convert", "Make a package for MLX, 4-bit say, from a Hugging Face checkpoint.")
+    add = parser.add_argument
+    add("--hf-path", type=text, required=True, metavar="SRC", help="a folder, or a Hugging Face id")
+    add("--mlx-path", type=text, default="mlx_model", metavar="OUT", help="the new folder (default: %(default)s)")
+    add("-q", "--quantize", action="store_true", help="quantise the matrices")
+    add("--q-bits", type=number(int, 2, 8), metavar="N", help="bits of each number (default: 4, or what the mode has)")
+    add(
+        "--q-group-size", type=number(int, 16, 128), metavar="N",
+        help="numbers that share a scale (default: 64, or what the mode has)",
+    )  # fmt: skip
+    add("--q-mode", choices=list(MODES), default="affine", help="(default: %(default)s)")
+    add(
+        "--embed-bits", type=number(int, 2, 8), metavar="N",
+        help="bits of the embedding and the head, which are one matrix in Phi-4-mini (default: as --q-bits)",
+    )  # fmt: skip
+    add(
+        "--dtype", choices=["float16", "bfloat16", "float32"],
+        help="of the numbers that are not quantised (default: as they are)",
+    )  # fmt: skip
+    add("-d", "--dequantize", action="store_true", help="unpack a quantised checkpoint; with -q, to quantise it anew")
+    add("--revision", type=text, help="branch, tag or commit of the Hugging Face id")
+    return parser
+
+
+def _work(args: argparse.Namespace) -> None:
+    from .package import convert  # not at the top: --help and a mistyped option must cost nothing
+
+    begin = time.perf_counter()
+    options = {key: value for key, value in vars(args).items() if key != "debug"}
+    with _progress_bar() as progress:
+        convert(**options, progress=progress)
+    size = sum(path.stat().st_size for path in Path(args.mlx_path).expanduser().glob("*.safetensors"))
+    print(f"{args.mlx_path}: {size:,} bytes of weights, {time.perf_counter() - begin:.1f} s")
+
+
+@contextlib.contextmanager
+def _progress_bar() -> Iterator[Callable[[int, int], Any] | None]:
+    """A bar on a terminal, nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("converting", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

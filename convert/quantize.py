@@ -1,0 +1,109 @@
+"""Which matrices are quantised and how, and what sizes that gives; arithmetic on shapes, no weights.
+
+Source: `mlx.core.quantize`, for the modes and what each may be combined with.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from phi4_mlx.errors import RequestError
+
+Shape = tuple[int, ...]
+Layout = dict[str, tuple[str, Shape]]
+"""Tensor name -> (dtype as safetensors names it, shape)."""
+
+# mode -> (bits, group sizes) that it can be had in, the default first
+MODES = {
+    "affine": ((4, 2, 3, 5, 6, 8), (64, 32, 128)),
+    "mxfp4": ((4,), (32,)),
+    "nvfp4": ((4,), (16,)),
+    "mxfp8": ((8,), (32,)),
+}
+
+EMBEDDING_AND_HEAD = ("model.embed_tokens", "lm_head")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a matrix is packed: `bits` a number, and one scale for each `group_size` neighbours in a row."""
+
+    mode: str
+    bits: int
+    group_size: int
+
+    def layout(self, path: str, dtype: str, shape: Shape) -> Layout:
+        """The tensors of a packed matrix.
+
+        Args:
+            path: of the layer, such as "lm_head".
+            dtype: of the numbers to be packed, and so of affine scales and biases.
+            shape: (rows, columns) of the matrix.
+
+        Raises:
+            RequestError: the groups do not divide the rows.
+        """
+        rows, columns = shape
+        if columns % self.group_size:
+            sizes = [size for size in MODES[self.mode][1] if columns % size == 0]
+            way_out = f"--q-group-size {sizes[0]} would" if sizes else "leave out -q"
+            raise RequestError(
+                f"{path}.weight has rows of {columns}, which groups of {self.group_size} do not divide; {way_out}"
+            )
+        groups = (rows, columns // self.group_size)
+        layout: Layout = {f"{path}.weight": ("U32", (rows, columns * self.bits // 32))}
+        if self.mode == "affine":
+            return layout | {f"{path}.scales": (dtype, groups), f"{path}.biases": (dtype, groups)}
+        return layout | {f"{path}.scales": ("U8", groups)}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The scheme of each matrix: one for all, and perhaps a finer one for the embedding and the head."""
+
+    scheme: Scheme
+    embedding: Scheme
+
+    def scheme_of(self, path: str) -> Scheme:
+        """The scheme of the layer at `path`."""
+        return self.embedding if path in EMBEDDING_AND_HEAD else self.scheme
+
+
+def make_recipe(mode: str, bits: int | None, group_size: int | None, embed_bits: int | None) -> Recipe:
+    """Checks a user's choice, and fills in what was left open.
+
+    Args:
+        mode: a key of `MODES`.
+        bits: of each number; the mode's usual ones if None.
+        group_size: numbers that share a scale; the mode's usual ones if None.
+        embed_bits: of the embedding, which is the head too where the two are tied; as `bits` if None.
+
+    Raises:
+        RequestError: mlx has no such combination.
+    """
+    if mode not in MODES:
+        raise RequestError(f"--q-mode {mode!r} is not known; known are {', '.join(MODES)}")
+    choices = MODES[mode]
+    bits = choices[0][0] if bits is None else bits
+    group_size = choices[1][0] if group_size is None else group_size
+    given = [("--q-bits", bits, choices[0]), ("--q-group-size", group_size, choices[1])]
+    if embed_bits is not None:
+        given.append(("--embed-bits", embed_bits, choices[0]))
+    for option, value, allowed in given:
+        if value not in allowed:
+            known = ", ".join(map(str, sorted(allowed)))
+            raise RequestError(f"{option} {value!r} does not go with --q-mode {mode}; it must be one of {known}")
+    return Recipe(Scheme(mode, bits, group_size), Scheme(mode, bits if embed_bits is None else embed_bits, group_size))
+
+
+def quantization_config(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+    """What config.json says about quantised layers: the commonest scheme, and by path those that have another.
+
+    Args:
+        schemes: path of each quantised layer -> how it is packed; not empty.
+    """
+    ((commonest, _),) = Counter(schemes.values()).most_common(1)
+    return asdict(commonest) | {path: asdict(own) for path, own in schemes.items() if own != commonest}

@@ -1,0 +1,5 @@
+"""In a checkout, the signpost to `convert/` at the top; an installed package has that folder here instead."""
+
+from pathlib import Path
+
+__path__ = [str(Path(__file__).resolve().parents[2] / "convert")]
