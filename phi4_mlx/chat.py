@@ -89,7 +89,13 @@ def _talk(chat: Chat) -> None:
 
     editor = LineEditor([f"/{name}" for name in COMMANDS], chat.screen.colour)
     chat.greet()
-    signal.signal(signal.SIGHUP, _hang_up)
+
+    def hang_up(signal_number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        if not editor.abandon(HungUp()):
+            raise HungUp
+
+    signal.signal(signal.SIGHUP, hang_up)
     try:
         with contextlib.suppress(Leave):
             while True:
@@ -119,13 +125,8 @@ def _take_turn(chat: Chat, read: Callable[[], str]) -> None:
         chat.screen.error(str(error))
 
 
-class HungUp(SystemExit):
-    """The terminal was closed; a SystemExit, because an event loop lets that one through."""
-
-
-def _hang_up(signal_number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    raise HungUp
+class HungUp(BaseException):
+    """The terminal was closed."""
 
 
 @contextlib.contextmanager
@@ -237,7 +238,7 @@ class Chat:
         from phi4_mlx.checkpoint import DEFAULT_MODEL, load
         from phi4_mlx.conversation import Conversation
 
-        name = name or DEFAULT_MODEL
+        name = DEFAULT_MODEL if name is None else name
         self.screen.status(f"loading {name} ...")
         try:
             model, tokenizer = load(name, **options)

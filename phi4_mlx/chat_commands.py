@@ -170,7 +170,7 @@ def _stats(chat: Chat, rest: str) -> None:
         ]
     if conversation.model.config.rope_scaling:
         run_again = f"; {usage.reprefilled:,} tokens were run again for it" if usage.reprefilled else ""
-        lines.append(f"RoPE table   {conversation.cache.regime or 'short'}{run_again}")
+        lines.append(f"RoPE table   {conversation.cache.regime}{run_again}")
     chat.screen.write("\n".join(lines) + "\n")
 
 

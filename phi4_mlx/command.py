@@ -153,6 +153,13 @@ def text(given: str) -> str:
     return given
 
 
+def word(given: str) -> str:
+    """An option's type: text that is not empty."""
+    if not given:
+        raise argparse.ArgumentTypeError("'' is empty; it needs at least one character")
+    return text(given)
+
+
 def read_standard_input() -> str:
     """All of standard input.
 
@@ -191,13 +198,13 @@ def add_model_options(parser: Parser) -> None:
     """Adds the options that say which model, and how it is read."""
     parser.add_argument(
         "--model",
-        type=text,
+        type=word,
         help="a folder, a Hugging Face id, or demo, the model that comes along (default: Phi-4-mini-instruct, 4 bits)",
     )
-    parser.add_argument("--adapter-path", type=text, metavar="FOLDER", help="a LoRA adapter to put on the model")
-    parser.add_argument("--revision", type=text, help="branch, tag or commit of the Hugging Face id")
+    parser.add_argument("--adapter-path", type=word, metavar="FOLDER", help="a LoRA adapter to put on the model")
+    parser.add_argument("--revision", type=word, help="branch, tag or commit of the Hugging Face id")
     parser.add_argument("--verify", action="store_true", help="check every file against the package's hashes")
-    parser.add_argument("--chat-format", type=text, metavar="NAME", help="override the recognised chat format")
+    parser.add_argument("--chat-format", type=word, metavar="NAME", help="override the recognised chat format")
 
 
 def add_sampling_options(parser: Parser, max_tokens: int) -> None:

@@ -15,6 +15,7 @@ from phi4_mlx.command import (
     read_standard_input,
     run,
     text,
+    word,
 )
 from phi4_mlx.errors import RequestError
 
@@ -40,16 +41,10 @@ def _parser() -> Parser:
     )
     add_sampling_options(parser, max_tokens=256)
     parser.add_argument(
-        "--stop", type=_stop, action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
+        "--stop", type=word, action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
     parser.add_argument("--verbose", action="store_true", help="print counts and speeds to standard error at the end")
     return parser
-
-
-def _stop(given: str) -> str:
-    if not given:
-        raise argparse.ArgumentTypeError("'' is empty; a stop text has at least one character")
-    return text(given)
 
 
 def _complete(args: argparse.Namespace) -> None:
@@ -60,7 +55,7 @@ def _complete(args: argparse.Namespace) -> None:
     from phi4_mlx.sampling import make_sampler
 
     model, tokenizer = load(
-        args.model or DEFAULT_MODEL,
+        DEFAULT_MODEL if args.model is None else args.model,
         adapter_path=args.adapter_path,
         revision=args.revision,
         verify=args.verify,

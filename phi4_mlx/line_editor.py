@@ -56,6 +56,15 @@ class LineEditor:
         return _unicode(self._session.prompt(self._prompt))
 
 
+    def abandon(self, reason: BaseException) -> bool:
+        """Makes a `read` that is under way raise `reason`, from a signal handler; says whether one was."""
+        app = self._session.app
+        if not app.is_running or app.loop is None:
+            return False
+        app.loop.call_soon_threadsafe(lambda: None if app.is_done else app.exit(exception=reason))
+        return True
+
+
 class _Commands(Completer):
     def __init__(self, words: Sequence[str]) -> None:
         self._words = words

@@ -1,0 +1,280 @@
+"""`python -m phi4_mlx.chat` as a process: through a pipe, with --prompt, and at a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import pexpect
+import pytest
+
+from phi4_mlx.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+CHAT = [sys.executable, "-m", "phi4_mlx.chat"]
+Checkpoint = Callable[..., Path]
+
+
+@pytest.fixture
+def model(tiny_checkpoint: Checkpoint) -> str:
+    """A model whose answers never end by themselves: the end marks have no weight, and the context is long."""
+    folder = tiny_checkpoint(max_position_embeddings=2**17, original_max_position_embeddings=2**16)
+    weights = dict(mx.load(str(folder / "model.safetensors")).items())
+    for end in load_tokenizer(folder).eos_ids:
+        weights["model.embed_tokens.weight"][end] = 0.0
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    return str(folder)
+
+
+def chat(*arguments: str, stdin: bytes = b"", code: int = 0) -> subprocess.CompletedProcess[bytes]:
+    done = subprocess.run(
+        [*CHAT, *arguments],
+        input=stdin,
+        capture_output=True,
+        timeout=120,
+        cwd="/",
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == code, done.stderr.decode()
+    assert b"Traceback" not in done.stderr
+    return done
+
+
+def test_a_pipe_is_answered_line_by_line_in_one_conversation(model: str) -> None:
+    options = ["--model", model, "--max-tokens", "10"]
+    alone = chat(*options, stdin=b"one").stdout
+    both = chat(*options, stdin=b"one\r\n\n/help\n").stdout  # a slash is nothing special in a pipe
+    assert both.startswith(alone) and len(both) > len(alone)
+    assert both != alone + chat(*options, stdin=b"/help\n").stdout  # the second was asked after the first
+    assert chat(*options, stdin=b"").stdout == b""
+
+
+def test_prompt_answers_once(model: str) -> None:
+    options = ["--model", model, "--max-tokens", "10"]
+    once = chat(*options, "--prompt", "one", stdin=b"ignored\n")
+    assert once.stdout == chat(*options, stdin=b"one").stdout and once.stderr == b""
+    assert chat(*options, "--prompt", "-", stdin=b"one").stdout == once.stdout
+    assert chat(*options, "--prompt", "one", "--system-prompt", "be brief").stdout != once.stdout
+
+
+def test_neither_of_the_two_imports_what_only_a_terminal_needs(model: str) -> None:
+    code = (
+        "import sys; from phi4_mlx.chat import main;"
+        f"main(['--model', {model!r}, '--max-tokens', '2', *sys.argv[1:]]); print(*sys.modules)"
+    )
+    for arguments, stdin in ((["--prompt", "x"], ""), ([], "x\n")):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], input=stdin, cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        loaded = {name.partition(".")[0] for name in done.stdout.split()}
+        assert "phi4_mlx" in loaded, done.stderr
+        assert not loaded & {"prompt_toolkit", "rich", "mlx_lm", "transformers", "numpy", "huggingface_hub"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "complaint"),
+    [
+        (["--prompt", ""], b"", "the prompt is empty"),
+        (["--prompt", "-"], b"\xff", "standard input is not UTF-8: byte 0xff at offset 0"),
+        (["--temp", "nan"], b"", "--temp: 'nan' is not a number"),
+        (["--max-tokens", "-1"], b"", "--max-tokens: '-1' is not a whole number"),
+        (["--chat-format", "nope"], b"", "chat format 'nope' is not known"),
+        (["--nope"], b"", "unrecognized arguments"),
+        ([], b"x" * 2**18, "the context holds 131,072; /reset"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], stdin: bytes, complaint: str, model: str) -> None:
+    done = chat("--model", model, *arguments, stdin=stdin, code=2)
+    assert complaint in done.stderr.decode() and done.stderr.count(b"\n") == 1 and done.stdout == b""
+
+
+def test_what_was_answered_before_a_bad_line_stays(model: str) -> None:
+    options = ["--model", model, "--max-tokens", "10"]
+    good = chat(*options, stdin=b"one\n").stdout
+    done = chat(*options, stdin=b"one\ntw\xff\nthree\n", code=2)
+    assert done.stdout == good
+    assert b"line 2 of standard input is not UTF-8: byte 0xff at offset 2" in done.stderr
+
+
+# At a terminal.
+
+
+class Terminal:
+    """The chat in a pseudo-terminal; what it shows, without styles and cursor movements."""
+
+    def __init__(self, model: str, state: Path, *arguments: str, **environment: str) -> None:
+        self.state = state
+        self.errors = state / "stderr.txt"
+        state.mkdir(exist_ok=True)
+        self.child = pexpect.spawn(
+            "/bin/sh",
+            ["-c", f'exec "$@" 2>"{self.errors}"', "sh", *CHAT, "--model", model, *arguments],
+            cwd=str(state),
+            env=os.environ
+            | {"PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(state), "HOME": str(state), "TERM": "xterm-256color"}
+            | {"HF_HUB_OFFLINE": "1", "PROMPT_TOOLKIT_NO_CPR": "1"}  # nobody answers where the cursor is
+            | environment,
+            dimensions=(40, 100),
+            encoding="utf-8",
+            codec_errors="replace",
+            timeout=30,
+        )
+        self.child.delaybeforesend = 0.1
+        self.wait_for("Ctrl-D leaves")
+
+    def wait_for(self, text: str) -> str:
+        """Everything up to a text that must come."""
+        self.child.expect_exact(text)
+        before: str = self.child.before + text
+        return before
+
+    def type(self, text: str) -> None:
+        self.child.send(text)
+
+    def leave(self) -> int:
+        """The exit code, once the chat has ended by itself."""
+        self.child.expect(pexpect.EOF)
+        self.child.close()
+        assert self.child.exitstatus is not None
+        return int(self.child.exitstatus)
+
+    def hang_up(self) -> int:
+        """Closes the terminal; the exit code."""
+        os.close(self.child.child_fd)
+        self.child.closed, self.child.child_fd = True, -1
+        for _ in range(300):
+            pid, status = os.waitpid(self.child.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.1)
+        os.kill(self.child.pid, 9)
+        raise AssertionError("still running 30 s after its terminal was closed")
+
+    def history(self) -> list[str]:
+        """What is in the history file, each entry with its lines."""
+        text = (self.state / "phi4_mlx" / "history").read_text(encoding="utf-8")
+        entries = re.split(r"^# .*\n", text, flags=re.MULTILINE)
+        return ["\n".join(line[1:] for line in entry.splitlines() if line) for entry in entries if entry.strip()]
+
+
+@pytest.fixture
+def terminal(model: str, tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+    opened: list[Terminal] = []
+
+    def start(*arguments: str, **environment: str) -> Terminal:
+        opened.append(Terminal(model, tmp_path / "state", *arguments, **environment))
+        return opened[-1]
+
+    yield start
+    for each in opened:
+        if not each.child.closed:
+            each.child.close(force=True)
+
+
+def test_a_conversation_with_commands(terminal: Callable[..., Terminal]) -> None:
+    screen = terminal("--max-tokens", "5")
+    screen.type("hello\r")
+    screen.wait_for("cut at 5 tokens")
+    screen.type("two\\\rlines\x1b\rthree\r")
+    screen.wait_for("cut at 5 tokens")
+    screen.type("\x1b[200~pasted\nlines\x1b[201~\r")
+    screen.wait_for("cut at 5 tokens")
+    screen.type("/stats\r")
+    assert "from the cache" in screen.wait_for("tokens/s")
+    screen.type("/save talk\r")
+    screen.wait_for("saved 3 turns")
+    screen.type("/quit\r")
+    assert screen.leave() == 0
+    assert screen.errors.read_text() == ""
+    messages = json.loads((screen.state / "talk.json").read_text())["messages"]
+    assert [m["content"] for m in messages[::2]] == ["hello", "two\nlines\nthree", "pasted\nlines"]
+
+    assert screen.history() == ["hello", "two\nlines\nthree", "pasted\nlines", "/stats", "/save talk", "/quit"]
+    assert (screen.state / "phi4_mlx" / "history").stat().st_mode & 0o777 == 0o600
+    again = terminal("--max-tokens", "5")  # another day
+    again.type("\x1b[A" * 3 + "\r")  # three times up in the history of the other day
+    again.wait_for("in 0 turns")
+    again.type("\x04")
+    assert again.leave() == 0
+    assert again.history()[-2:] == ["/quit", "/stats"]
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(terminal: Callable[..., Terminal]) -> None:
+    screen = terminal("--max-tokens", "100000")
+    screen.type("hello\r")
+    screen.wait_for("hello")
+    time.sleep(1)
+    screen.type("\x03")
+    screen.wait_for("stopped")
+    screen.type("\x03")
+    screen.wait_for("Ctrl-D leaves")
+    screen.type("/set max-tokens 5\r")
+    screen.wait_for("max-tokens is 5")
+    screen.type("more\r")
+    screen.wait_for("cut at 5 tokens")
+    screen.type("/save talk\r")
+    screen.wait_for("saved 2 turns")
+    screen.type("\x04")
+    assert screen.leave() == 0
+    assert not (screen.state / "phi4_mlx" / "rescued.json").exists()
+
+
+def test_a_terminal_closed_mid_answer_loses_nothing(terminal: Callable[..., Terminal]) -> None:
+    screen = terminal("--max-tokens", "100000")
+    screen.type("tell me\r")
+    screen.wait_for("tell me")
+    time.sleep(1)
+    assert screen.hang_up() == 2
+    line = screen.errors.read_text()
+    assert line.startswith("phi4-mlx chat: the terminal was closed; /load in the next chat") and line.count("\n") == 1
+    assert screen.history() == ["tell me"]
+
+    again = terminal("--max-tokens", "5")
+    again.wait_for("/load brings it back")
+    again.type("/load\r")
+    again.wait_for("the last question was: tell me")
+    again.type("go on\r")
+    again.wait_for("cut at 5 tokens")
+    again.type("\x04")
+    assert again.leave() == 0
+
+
+def test_a_terminal_closed_between_two_questions_loses_nothing(terminal: Callable[..., Terminal]) -> None:
+    screen = terminal("--max-tokens", "5")
+    screen.type("hello\r")
+    screen.wait_for("cut at 5 tokens")
+    time.sleep(0.5)
+    assert screen.hang_up() == 2
+    line = screen.errors.read_text()
+    assert line.startswith("phi4-mlx chat: the terminal was closed") and line.count("\n") == 1
+    rescued = json.loads((screen.state / "phi4_mlx" / "rescued.json").read_text())
+    assert rescued["messages"][0]["content"] == "hello"
+
+
+def test_a_plain_terminal_gets_no_styles_from_us(terminal: Callable[..., Terminal]) -> None:
+    screen = terminal("--max-tokens", "200", NO_COLOR="1")
+    screen.type("/help\r")
+    assert "\x1b[2m" not in screen.wait_for("/quit")
+    screen.type("hello\r")
+    shown = screen.wait_for("cut at 200 tokens")
+    assert not re.search(r"\x1b\[(1;)?3\dm|\x1b\[2m", shown.rpartition("hello")[2])
+    screen.type("\x04")
+    assert screen.leave() == 0
+
+
+def test_a_history_that_cannot_be_written_does_not_stop_the_chat(model: str, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    (state / "phi4_mlx").write_text("a file where the folder should be")
+    screen = Terminal(model, state, "--max-tokens", "5")
+    screen.type("hello\r")
+    screen.wait_for("cut at 5 tokens")
+    screen.type("\x04")
+    assert screen.leave() == 0

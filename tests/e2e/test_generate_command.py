@@ -1,0 +1,170 @@
+"""`python -m phi4_mlx generate` as a process: what it prints, what it refuses, what it imports."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+Checkpoint = Callable[..., Path]
+
+
+def generate(
+    *arguments: str, stdin: bytes | None = None, code: int = 0, **environment: str
+) -> subprocess.CompletedProcess[bytes]:
+    done = subprocess.run(
+        [sys.executable, "-m", "phi4_mlx", "generate", *arguments],
+        input=b"" if stdin is None else stdin,
+        capture_output=True,
+        timeout=120,
+        cwd="/",
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | environment,
+    )
+    assert done.returncode == code, done.stderr.decode()
+    if code:
+        assert done.stderr.count(b"\n") == 1 and b"Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture
+def model(tiny_checkpoint: Checkpoint) -> str:
+    return str(tiny_checkpoint())
+
+
+def test_the_answer_and_nothing_else_on_standard_output(model: str) -> None:
+    options = ["--model", model, "--max-tokens", "12"]
+    done = generate(*options, "--prompt", "hello")
+    assert done.stderr == b""
+    assert done.stdout.strip() and done.stdout.endswith(b"\n")
+    assert generate(*options, stdin=b"hello\n").stdout == done.stdout
+    assert generate(*options, "--prompt", "-", stdin=b"hello").stdout == done.stdout
+    verbose = generate(*options, "--prompt", "hello", "--verbose")
+    assert verbose.stdout == done.stdout
+    assert b"prompt " in verbose.stderr and b"tokens/s" in verbose.stderr
+
+
+def test_the_command_says_what_the_library_says(model: str) -> None:
+    from phi4_mlx import generate as generate_text
+    from phi4_mlx import load
+
+    loaded, tokenizer = load(model)
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    expected = generate_text(loaded, tokenizer, tokenizer.apply_chat_template(messages), max_tokens=10)
+    common = ["--model", model, "--max-tokens", "10", "--prompt", "hello"]
+    assert generate(*common, "--system-prompt", "be brief").stdout.decode().removesuffix("\n") == expected
+    expected = generate_text(loaded, tokenizer, "hello", max_tokens=10)
+    assert generate(*common, "--ignore-chat-template").stdout.decode().removesuffix("\n") == expected
+
+
+def test_a_seed_repeats_and_stop_stops(model: str) -> None:
+    options = ["--model", model, "--max-tokens", "30", "--prompt", "hello", "--temp", "1"]
+    first = generate(*options, "--seed", "1").stdout
+    assert generate(*options, "--seed", "1").stdout == first
+    assert generate(*options, "--seed", "2").stdout != first
+    text = first.decode()
+    stop = next(c for c in text[5:] if c.isalpha())
+    stopped = generate(*options, "--seed", "1", "--stop", stop).stdout.decode()
+    assert stopped.removesuffix("\n") == text[: text.index(stop)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", " \n"], "the prompt is empty"),
+        ([], "the prompt is empty"),
+        (["--prompt", "x", "--temp", "nan"], "--temp: 'nan' is not a number from 0 to 100"),
+        (["--prompt", "x", "--temp", "-1"], "--temp: '-1' is not a number from 0 to 100"),
+        (["--prompt", "x", "--temp", "1e9"], "--temp: '1e9' is not a number from 0 to 100"),
+        (["--prompt", "x", "--top-p", "1.1"], "--top-p: '1.1' is not a number from 0 to 1"),
+        (["--prompt", "x", "--min-p", "inf"], "--min-p: 'inf' is not a number from 0 to 1"),
+        (["--prompt", "x", "--top-k", "-1"], "--top-k: '-1' is not a whole number from 0 to"),
+        (["--prompt", "x", "--max-tokens", "0"], "--max-tokens: '0' is not a whole number from 1 to"),
+        (["--prompt", "x", "--max-tokens", "9" * 5000], "is not a whole number from 1 to"),
+        (["--prompt", "x", "--seed", "1.5"], "--seed: '1.5' is not a whole number from 0 to"),
+        (["--prompt", "x", "--stop", ""], "--stop: '' is empty"),
+        (["--prompt", "x", "--model", ""], "--model: '' is empty"),
+        (["--prompt", "x", "--system-prompt", "y", "--ignore-chat-template"], "drop one"),
+        (["--prompt", "x", "--chat-format", "nope"], "chat format 'nope' is not known; known are"),
+        (["--prompt", "x" * 5000], "the context holds"),
+        (["--prompt", "x", "--max-tokens", "100000"], "the context holds"),
+        (["--prompt", "x", "--nope"], "unrecognized arguments: --nope"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], complaint: str, model: str) -> None:
+    done = generate("--model", model, *arguments, code=2)
+    assert complaint in done.stderr.decode() and done.stdout == b""
+
+
+def test_input_that_is_not_utf8(model: str) -> None:
+    done = generate("--model", model, stdin=b"caf\xe9", code=2)
+    assert b"standard input is not UTF-8: byte 0xe9 at offset 3" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "phi4_mlx", "generate", "--model", model, "--prompt", b"caf\xe9"],
+        cwd=ROOT, capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and b"is not UTF-8" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [("no/such/folder", "no/such/folder"), ("/nowhere", "neither a folder nor a Hub id")],
+)
+def test_a_model_that_is_not_there(name: str, complaint: str) -> None:
+    done = generate("--model", name, "--prompt", "x", code=2)
+    assert complaint in done.stderr.decode() and b"--model demo" in done.stderr
+
+
+def test_no_network_offers_the_embedded_model(tmp_path: Path) -> None:
+    done = generate("--prompt", "x", code=2, HF_HOME=str(tmp_path))
+    assert b"--model demo" in done.stderr
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    assert b"config.json" in generate("--model", str(tmp_path), "--prompt", "x", code=2).stderr
+    (tmp_path / "config.json").write_text("{")
+    assert b"config.json" in generate("--model", str(tmp_path), "--prompt", "x", code=2).stderr
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert b"llama" in generate("--model", str(tmp_path), "--prompt", "x", code=2).stderr
+
+
+def test_a_disk_that_is_full(model: str) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "phi4_mlx", "generate", "--model", model, "--prompt", "x"],
+            cwd=ROOT, stdout=full, stderr=subprocess.PIPE, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == b"phi4-mlx generate: No space left on device\n"
+
+
+def test_debug_shows_where(model: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "phi4_mlx", "generate", "--model", model, "--prompt", "", "--debug"],
+        cwd=ROOT, capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and b"Traceback" in done.stderr
+
+
+def test_what_the_way_to_the_first_token_imports(model: str) -> None:
+    """Nothing that is heavy, or that only other commands need."""
+    code = (
+        "import sys; from phi4_mlx.cli import main;"
+        f"main(['generate', '--model', {model!r}, '--prompt', 'hi', '--max-tokens', '1', '--temp', '1']);"
+        "print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "phi4_mlx" in loaded, done.stderr
+    unwanted = {
+        "mlx_lm", "transformers", "torch", "numpy", "huggingface_hub", "rich", "prompt_toolkit", "jinja2", "requests"
+    }  # fmt: skip
+    assert not loaded & unwanted
