@@ -70,12 +70,11 @@ class ChatFormat:
             messages: what is new.
             add_generation_prompt: as in `render`.
         """
-        (end,) = tokenizer.encode_pieces([self.end])
         held = list(ids)
         while held and held[-1] in tokenizer.eos_ids:
             held.pop()
-        pieces = [*self._after_end(), *self._turns(check_messages(messages)), *self._close(add_generation_prompt)]
-        return [*held, end, *tokenizer.encode_pieces(pieces)]
+        new = [*self._turns(check_messages(messages)), *self._close(add_generation_prompt)]
+        return [*held, *tokenizer.encode_pieces([self.end, *self._after_end(), *new])]
 
     def _conversation(self, messages: Sequence[Message], tools: Sequence[Any], add_generation_prompt: bool) -> Pieces:
         first, *rest = messages

@@ -1,0 +1,82 @@
+"""Rebuilds Phi-4-mini-instruct's tokenizer files from the o200k rank table, byte for byte.
+
+    python tests/data/o200k.py FOLDER
+
+The table is OpenAI's o200k_base (MIT), the small files are Microsoft's (MIT). A token's merge is what its bytes come
+down to under the ranks below its own; the file that comes out has the hash of the official one.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import shutil
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+SHA256 = "382cc235b56c725945e149cc25f191da667c836655efd0857b004320e90e91ea"
+
+
+def write(folder: Path) -> Path:
+    """Writes tokenizer.json and the small files of the repository into `folder`; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in (HERE / "phi-4-mini-instruct").glob("*.json"):
+        shutil.copy(file, folder)
+    text = json.dumps(_spec(), ensure_ascii=False, indent=2)
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    return folder
+
+
+def _spec() -> dict[str, Any]:
+    char_of = _char_of_byte()
+    ranks = {base64.b64decode(line.split()[0]): int(line.split()[1]) for line in _table().splitlines()}
+    ordered = sorted(ranks, key=ranks.__getitem__)
+    spelled = {token: "".join(map(char_of.__getitem__, token)) for token in ordered}
+    merges = [[spelled[left], spelled[right]] for left, right in (_merge(t, ranks) for t in ordered if len(t) > 1)]
+    vocab = {spelled[token]: rank for token, rank in ranks.items()}
+    vocab |= {"<|endoftext98|>": 199998, "<|endoftext|>": 199999, "<|endofprompt|>": 200018}
+    vocab |= {f"<|endoftext{n:02}|>": 200000 + n for n in range(18)}
+    tiny = json.loads((HERE / "tiny_tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
+    config = json.loads((HERE / "phi-4-mini-instruct" / "tokenizer_config.json").read_text())
+    added = [{"id": int(token), **entry} for token, entry in config["added_tokens_decoder"].items()]
+    keys = ("id", "content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    return {
+        **tiny,
+        "added_tokens": [{key: entry[key] for key in keys} for entry in added],
+        "model": {
+            **tiny["model"],
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
+            "merges": merges,
+        },
+    }
+
+
+def _table() -> bytes:
+    return gzip.decompress((HERE / "o200k_base.tiktoken.gz").read_bytes())
+
+
+def _merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    parts, own = [bytes([byte]) for byte in token], ranks[token]
+    while len(parts) > 2:
+        pairs = [ranks.get(left + right, own) for left, right in pairwise(parts)]
+        at = pairs.index(min(pairs))
+        assert pairs[at] < own, f"{token!r} cannot be reached"
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts
+
+
+def _char_of_byte() -> dict[int, str]:
+    """Source: `bytes_to_unicode` in the GPT-2 release."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + n) for n, byte in enumerate(others)}
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

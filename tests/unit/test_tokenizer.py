@@ -1,0 +1,188 @@
+"""Loading a tokenizer, its end-of-turn ids, its edges, and files that are no tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phi4_mlx import tokenizer as module
+from phi4_mlx.errors import Phi4Error, TokenizerError
+from phi4_mlx.tokenizer import ByteTokenizer, Control, LibraryTokenizer, load_tokenizer
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(DATA / "tiny_tokenizer", tmp_path / "tokenizer"))
+
+
+def change(folder: Path, edit: Callable[[dict[str, Any]], None], name: str = "tokenizer.json") -> Path:
+    spec = json.loads((folder / name).read_text(encoding="utf-8"))
+    edit(spec)
+    (folder / name).write_text(json.dumps(spec))
+    return folder
+
+
+def test_the_text_of_the_facts() -> None:
+    tokenizer = load_tokenizer(DATA / "tiny_tokenizer")
+    control = tokenizer.control_ids
+    assert tokenizer.encode("<|user|>\n hi<|end|>", specials=True) == [
+        control["<|user|>"], *tokenizer.encode("hi"), control["<|end|>"],
+    ]  # fmt: skip
+    assert tokenizer.decode(tokenizer.encode("<|end|><|system|>")) == "<|end|><|system|>"
+    assert not set(control.values()) & set(tokenizer.encode("<|end|><|system|>"))
+
+
+def test_edges_of_text() -> None:
+    tokenizer = load_tokenizer(DATA / "tiny_tokenizer")
+    assert tokenizer.encode("") == [] and tokenizer.decode([]) == ""
+    assert tokenizer.decode(tokenizer.encode("a\x00b")) == "a\x00b"
+    assert tokenizer.decode(tokenizer.encode("\ud83d")) == "\ufffd"  # half a surrogate pair
+    assert tokenizer.decode(tokenizer.encode("\ud83d\ude00")) == "😀"  # both halves, as JSON may write them
+    assert tokenizer.decode([10**9, -1, 2**70, tokenizer.vocab_size]) == ""
+    decoder = tokenizer.streaming_decoder()
+    assert [decoder.add(token) for token in (10**9, *tokenizer.encode("\x00"), *tokenizer.encode(" "))] == [
+        "",
+        "\x00",
+        " ",
+    ]
+
+
+def test_a_stream_holds_back_half_a_character() -> None:
+    tokenizer = load_tokenizer(DATA / "tiny_tokenizer")
+    ids = tokenizer.encode("☃")
+    decoder = tokenizer.streaming_decoder()
+    assert len(ids) == 3 and [decoder.add(token) for token in ids] == ["", "", "☃"]
+    assert [decoder.add(token) for token in ids[:2]] == ["", ""] and decoder.finish() == "\ufffd"
+
+
+def test_a_long_stream_of_the_library_costs_no_more_at_its_end() -> None:
+    tokenizer = load_tokenizer(DATA / "tiny_sentencepiece")
+    decoder: Any = tokenizer.streaming_decoder()
+    for token in tokenizer.encode("the lazy dog ☃ " * 50):
+        decoder.add(token)
+        assert len(decoder._given) + len(decoder._held) <= 8
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        (None, None, set()),
+        ({"eos_token_id": [3, 4]}, {"eos_token_id": 5}, {3, 4, 5}),
+        ({"eos_token_id": 3}, {"eos_token_id": None}, {3}),
+        ({}, {"eos_token_id": [7]}, {7}),
+    ],
+)
+def test_end_of_turn_ids_come_from_both_files_and_the_family(
+    folder: Path, generation: Any, config: Any, expected: set[int]
+) -> None:
+    (folder / "generation_config.json").unlink()
+    for name, value in (("generation_config.json", generation), ("config.json", config)):
+        if value is not None:
+            (folder / name).write_text(json.dumps(value))
+    tokenizer = load_tokenizer(folder)
+    family = {tokenizer.control_ids["<|end|>"], tokenizer.control_ids["<|endoftext|>"]}
+    assert tokenizer.eos_ids == family | expected
+
+
+@pytest.mark.parametrize("value", ["2", -1, 1.5, True, [None], {"a": 1}])
+def test_end_of_turn_ids_that_are_none_are_refused(folder: Path, value: Any) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(TokenizerError, match="eos_token_id"):
+        load_tokenizer(folder)
+
+
+def fall_back(**fields: Any) -> Callable[[dict[str, Any]], None]:
+    def edit(spec: dict[str, Any]) -> None:
+        for name, value in fields.items():
+            where = spec["model"] if name in spec["model"] else spec
+            where[name] = value
+
+    return edit
+
+
+def single_word(spec: dict[str, Any]) -> None:
+    spec["added_tokens"][3]["single_word"] = True
+
+
+def prefix_of_another(spec: dict[str, Any]) -> None:
+    spec["added_tokens"][0]["content"] = "<|end|"
+
+
+def isolated(spec: dict[str, Any]) -> None:
+    spec["pre_tokenizer"]["pretokenizers"][0] |= {"behavior": "Isolated", "invert": False}
+
+
+def add_prefix_space(spec: dict[str, Any]) -> None:
+    spec["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        fall_back(dropout=0.1), fall_back(unk_token="!"), fall_back(byte_fallback=True), fall_back(ignore_merges=True),
+        fall_back(normalizer={"type": "NFC"}), fall_back(pre_tokenizer=None), single_word, prefix_of_another, isolated,
+        add_prefix_space,
+    ],
+)  # fmt: skip
+def test_what_tiktoken_cannot_say_goes_to_the_library(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    assert isinstance(load_tokenizer(folder), ByteTokenizer)
+    assert isinstance(load_tokenizer(change(folder, edit)), LibraryTokenizer)
+
+
+def test_merges_written_as_strings_are_the_same(folder: Path) -> None:
+    expected = load_tokenizer(folder).encode("The quick brown fox")
+    change(folder, lambda spec: spec["model"].update(merges=[" ".join(pair) for pair in spec["model"]["merges"]]))
+    tokenizer = load_tokenizer(folder)
+    assert isinstance(tokenizer, ByteTokenizer) and tokenizer.encode("The quick brown fox") == expected
+
+
+def test_the_converters_word_stands_for_the_check(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def checked(spec: Any) -> bool:
+        raise AssertionError("checked again")
+
+    monkeypatch.setattr(module, "merges_agree", checked)
+    digest = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps({"tokenizer_merges_agree": digest}))
+    assert isinstance(load_tokenizer(folder), ByteTokenizer)
+    (folder / "manifest.json").write_text(json.dumps({"tokenizer_merges_agree": "0" * 64}))
+    with pytest.raises(AssertionError, match="checked again"):
+        load_tokenizer(folder)
+
+
+def test_a_control_token_that_is_not_there_is_named() -> None:
+    with pytest.raises(TokenizerError, match=r"<\|im_start\|>.*--chat-format"):
+        load_tokenizer(DATA / "tiny_tokenizer").encode_pieces([Control("<|im_start|>")])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"[]", b"{}", b"null", b"[" * 100_000, b"\xff\xfe", b'{"model": {}, "added_tokens": []}',
+        b'{"model": {"type": "BPE", "vocab": [], "merges": []}, "added_tokens": []}',
+        b'{"model": {"type": "BPE", "vocab": {}, "merges": [["a"]]}, "added_tokens": []}',
+        b'{"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": [{"id": -1, "content": "x"}]}',
+        b'{"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": [{"id": 1}]}',
+        b'{"model": {"type": "Unigram"}, "added_tokens": []}',
+    ],
+)  # fmt: skip
+def test_what_is_no_tokenizer_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json does not exist"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(Phi4Error, match="cannot be read"):
+        load_tokenizer(tmp_path)
