@@ -98,7 +98,6 @@ class Tokenizer:
         Returns:
             The ids; nothing is added before or behind.
         """
-        text = _whole(text)
         return self._encode_specials(text) if specials else self._encode_plain(text)
 
     def encode_pieces(self, pieces: Iterable[Control | str]) -> list[int]:
@@ -236,10 +235,10 @@ class LibraryTokenizer(Tokenizer):
         self.vocab_size = 1 + max(self._library.get_vocab(with_added_tokens=True).values())
 
     def _encode_plain(self, text: str) -> list[int]:
-        return list(self._plain.encode(text, add_special_tokens=False).ids)
+        return list(self._plain.encode(_whole(text), add_special_tokens=False).ids)
 
     def _encode_specials(self, text: str) -> list[int]:
-        return list(self._library.encode(text, add_special_tokens=False).ids)
+        return list(self._library.encode(_whole(text), add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         known = [token for token in ids if 0 <= token < self.vocab_size]
@@ -453,7 +452,7 @@ def _eos_ids(folder: Path) -> set[int]:
 
 
 def _whole(text: str) -> str:
-    """The text with U+FFFD for each half of a surrogate pair, which no UTF-8 can hold."""
+    """The text with U+FFFD for each half of a surrogate pair, as tiktoken has it; no UTF-8 can hold one."""
     try:
         text.encode()
     except UnicodeEncodeError:
