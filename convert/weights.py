@@ -150,8 +150,8 @@ def plan(
         target = recipe.scheme_of(path) if recipe and matrix else None if dequantize else before
         tensors = [f"{path}.{part}" for part in ("weight", "scales", "biases") if f"{path}.{part}" in stored]
         inputs = tuple(stored[tensor] for tensor in tensors)
-        # The numbers' own dtype: of the last tensor, which holds an affine layer's biases; mx and nv scales have none.
-        numbers = dtype or (inputs[-1].info.dtype if inputs[-1].info.dtype in FLOATS else "BF16")
+        own = inputs[-1].info.dtype  # of the weight, or of affine biases; the scales of mxfp4 and its kin are bytes
+        numbers = dtype or (own if own in FLOATS else infos["model.norm.weight"].dtype)
         outputs = target.layout(path, numbers, array.shape) if target else {name: (numbers, tuple(array.shape))}
         parameters.append(Parameter(path, inputs, outputs, numbers, before, target))
     return parameters
