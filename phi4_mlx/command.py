@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import math
 import os
 import sys
 import traceback
@@ -135,7 +134,7 @@ def number(kind: type[Number], low: Number, high: Number) -> Callable[[str], Num
             value: Number | None = kind(text)
         except ValueError:
             value = None
-        if value is None or not math.isfinite(value) or not low <= value <= high:
+        if value is None or not low <= value <= high:
             shown = text if len(text) <= 40 else text[:40] + "..."
             limits = f"a whole number from {low:,} to {high:,}" if kind is int else f"a number from {low:g} to {high:g}"
             raise argparse.ArgumentTypeError(f"{shown!r} is not {limits}")
