@@ -269,12 +269,19 @@ def test_a_plain_terminal_gets_no_styles_from_us(terminal: Callable[..., Termina
     assert screen.leave() == 0
 
 
-def test_a_history_that_cannot_be_written_does_not_stop_the_chat(model: str, tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    state.mkdir()
-    (state / "phi4_mlx").write_text("a file where the folder should be")
-    screen = Terminal(model, state, "--max-tokens", "5")
+@pytest.mark.parametrize("obstacle", ["a file for a folder", "a folder for a file"])
+def test_a_history_that_cannot_be_kept_does_not_stop_the_chat(
+    obstacle: str, terminal: Callable[..., Terminal], tmp_path: Path
+) -> None:
+    folder = tmp_path / "state" / "phi4_mlx"
+    if obstacle == "a file for a folder":
+        folder.parent.mkdir()
+        folder.touch()
+    else:
+        (folder / "history").mkdir(parents=True)
+    screen = terminal("--max-tokens", "5")
     screen.type("hello\r")
-    screen.wait_for("cut at 5 tokens")
+    assert "xception" not in screen.wait_for("cut at 5 tokens")
     screen.type("\x04")
     assert screen.leave() == 0
+    assert screen.errors.read_text() == ""

@@ -140,7 +140,7 @@ def test_a_disk_that_is_full(model: str) -> None:
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
             [sys.executable, "-m", "phi4_mlx", "generate", "--model", model, "--prompt", "x"],
-            cwd=ROOT, stdout=full, stderr=subprocess.PIPE, timeout=60,
+            cwd=ROOT, stdout=full, stderr=subprocess.PIPE, timeout=60, env=os.environ | {"PYTHONUNBUFFERED": ""},
         )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == b"phi4-mlx generate: No space left on device\n"

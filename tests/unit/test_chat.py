@@ -131,10 +131,12 @@ def test_a_cut_answer_says_how_to_get_more(chat: Chat, script: Script) -> None:
     assert "cut at 5 tokens; /set max-tokens N" in shown(chat)
 
 
-def test_the_model_cannot_steer_the_terminal(chat: Chat, script: Script) -> None:
+@pytest.mark.parametrize("colour", [False, True])
+def test_the_model_cannot_steer_the_terminal(colour: bool, chat: Chat, script: Script) -> None:
+    chat.screen.colour = colour
     script.replies = ["a\x1b[2Jb\x07\x9bc\rd"]
     _take_turn(chat, type_lines("hello"))
-    assert shown(chat).startswith("a[2Jbcd\n")
+    assert shown(chat).removeprefix("\x1b[0m").startswith("a[2Jbcd\n")
 
 
 def test_system_reset_undo_retry(chat: Chat, script: Script) -> None:

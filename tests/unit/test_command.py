@@ -71,6 +71,8 @@ def test_success_is_zero() -> None:
     assert door(lambda args: None) == 0
 
 
+# Buffered, as standard output is for most people, whatever the tests themselves run under.
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 PRINTS_MUCH = (
     "import sys; from phi4_mlx.command import Parser, run\n"
     "def work(args):\n"
@@ -81,7 +83,7 @@ PRINTS_MUCH = (
 
 def test_a_reader_that_leaves_is_told_nothing() -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", PRINTS_MUCH], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", PRINTS_MUCH], cwd=ROOT, env=BUFFERED, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         assert process.stdout and process.stderr
         process.stdout.read(1)
@@ -94,7 +96,9 @@ def test_a_reader_that_leaves_is_told_nothing() -> None:
 @pytest.mark.parametrize("program", [PRINTS_MUCH, PRINTS_MUCH.replace("20000", "1")], ids=["while", "at the end"])
 def test_a_full_disk_is_one_line(program: str) -> None:
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=subprocess.PIPE)
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, env=BUFFERED, stdout=full, stderr=subprocess.PIPE
+        )
     assert done.returncode == 2
     assert done.stderr == b"phi4-mlx test: No space left on device\n"
 

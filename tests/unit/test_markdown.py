@@ -61,6 +61,8 @@ def styles_at(rendered: str, word: str) -> str:
     [
         ("a **b** c", "a b c\n"),
         ("**b** c", "b c\n"),
+        ("**a ** b** c", "a ** b c\n"),
+        ("word " + "日" * 20, "word " + "日" * 17 + "\n日日日\n"),
         ("2 * 3 * 4 ** 5", "2 * 3 * 4 ** 5\n"),
         ("snake_case 3*4*5", "snake_case 3*4*5\n"),
         ("`a * b` and ``c ` d``", "a * b and c ` d\n"),
