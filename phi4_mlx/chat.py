@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import termios
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -100,7 +101,7 @@ def _talk(chat: Chat) -> None:
         with contextlib.suppress(Leave):
             while True:
                 _take_turn(chat, editor.read)
-    except (HungUp, OSError):
+    except (HungUp, OSError, termios.error):
         where = chat.rescue()
         raise RequestError(f"the terminal was closed; {where}") from None
     except Exception:
@@ -113,10 +114,11 @@ def _take_turn(chat: Chat, read: Callable[[], str]) -> None:
     """One command or question of the person; a mistake costs a line and no more."""
     try:
         typed = read()
-        if is_command(typed):
-            obey(chat, typed)
-        elif typed.strip():
-            chat.answer(typed)
+        with _silent_keys():
+            if is_command(typed):
+                obey(chat, typed)
+            elif typed.strip():
+                chat.answer(typed)
     except EOFError:
         raise (Leave if sys.stdin.isatty() else HungUp) from None
     except KeyboardInterrupt:
@@ -144,6 +146,23 @@ def _stop_button() -> Iterator[Callable[[], bool]]:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _silent_keys() -> Iterator[None]:
+    """Keeps the terminal from echoing, into the middle of an answer, what is typed ahead."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    keyboard = sys.stdin.fileno()
+    before = termios.tcgetattr(keyboard)
+    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(keyboard, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(termios.error):  # the terminal is gone
+            termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
 
 
 class Screen:

@@ -211,8 +211,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(terminal: Callable[..., Termin
     screen.type("hello\r")
     screen.wait_for("hello")
     time.sleep(1)
+    screen.type("typed ahead")
     screen.type("\x03")
-    screen.wait_for("stopped")
+    answer = screen.wait_for("stopped")
+    assert "typed ahead" not in answer and "^C" not in answer  # nothing in the middle of it
     screen.type("\x03")
     screen.wait_for("Ctrl-D leaves")
     screen.type("/set max-tokens 5\r")
