@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +45,18 @@ class Stored:
         Raises:
             CheckpointError: they cannot be read.
         """
-        width = (self.info.end - self.info.start) // self.info.shape[0]
-        data = bytearray((last - first) * width)
+        row_bytes = (self.info.end - self.info.start) // self.info.shape[0]
+        count = (last - first) * row_bytes
         try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(self.info.start + first * width)
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[file.readinto(rest) or _ended(self.path) :]
+            with self.path.open("rb") as file:
+                file.seek(self.info.start + first * row_bytes)
+                data = file.read(count)
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from None
-        dtype = _DTYPES[self.info.dtype]
-        return mx.array(memoryview(data)).view(dtype).reshape(last - first, *self.info.shape[1:])
+        if len(data) < count:
+            raise CheckpointError(f"{self.path} ended early; it was changed while it was read")
+        array = mx.array(memoryview(data)).view(_DTYPES[self.info.dtype])
+        return array.reshape(last - first, *self.info.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -209,11 +211,21 @@ def _write_parameter(
 
 
 def _computing(parameters: Iterable[Parameter]) -> Iterator[list[mx.array]]:
+    streams = cycle(_streams())
     for parameter in parameters:
         for first, last in parameter.blocks():
-            arrays = parameter.converted(first, last)
-            mx.async_eval(arrays)
+            with mx.stream(next(streams)):
+                arrays = parameter.converted(first, last)
+                mx.async_eval(arrays)
             yield arrays
+
+
+@cache
+def _streams() -> list[mx.Stream]:
+    """One on a GPU, which a block fills; on the CPU, where a stream is a thread, one for each block ahead."""
+    if mx.default_device() == mx.cpu:
+        return [mx.new_stream(mx.cpu) for _ in range(_BLOCKS_AHEAD)]
+    return [mx.default_stream(mx.default_device())]
 
 
 def _ahead(items: Iterator[list[mx.array]]) -> Iterator[list[mx.array]]:
@@ -224,7 +236,3 @@ def _ahead(items: Iterator[list[mx.array]]) -> Iterator[list[mx.array]]:
         if len(waiting) > _BLOCKS_AHEAD:
             yield waiting.popleft()
     yield from waiting
-
-
-def _ended(path: Path) -> int:
-    raise CheckpointError(f"{path} ended early; it was changed while it was read")
