@@ -12,9 +12,11 @@ Names are imported when they are first used; `import phi4_mlx` itself brings in 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # without `typing`, which would be most of what this import costs
 if TYPE_CHECKING:
+    from typing import Any
+
     from phi4_mlx.cache import PromptCache
     from phi4_mlx.checkpoint import load
     from phi4_mlx.config import ModelConfig
