@@ -76,6 +76,28 @@ class ChatFormat:
         new = [*self._turns(check_messages(messages)), *self._close(add_generation_prompt)]
         return [*held, *tokenizer.encode_pieces([self.end, *self._after_end(), *new])]
 
+    def own_words(self, tokenizer: Tokenizer, ids: Sequence[int]) -> list[bool]:
+        """Which ids of a conversation are for the model to say: the assistant's turns, each with its end marker.
+
+        A turn is known by its control tokens, and no text makes those.
+
+        Args:
+            tokenizer: as in `render`.
+            ids: a conversation as rendered, whole or cut.
+        """
+        prompt = list(self._close(add_generation_prompt=True))
+        last = max(at for at, piece in enumerate(prompt) if isinstance(piece, Control))
+        opening = tokenizer.encode_pieces(prompt[: last + 1])
+        end = tokenizer.encode_pieces([self.end])[0]
+        own, at, speaking = [False] * len(ids), 0, False
+        while at < len(ids):
+            if ids[at] == opening[0] and list(ids[at : at + len(opening)]) == opening:
+                at, speaking = at + len(opening), True
+            else:
+                own[at], speaking = speaking, speaking and ids[at] != end
+                at += 1
+        return own
+
     def _conversation(self, messages: Sequence[Message], tools: Sequence[Any], add_generation_prompt: bool) -> Pieces:
         first, *rest = messages
         yield from self._turn(first, tools)

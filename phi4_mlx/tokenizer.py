@@ -54,6 +54,7 @@ class ChatFormat(Protocol):
     def extend(
         self, tokenizer: Any, ids: Sequence[int], messages: Sequence[Any], add_generation_prompt: bool = True
     ) -> list[int]: ...
+    def own_words(self, tokenizer: Any, ids: Sequence[int]) -> list[bool]: ...
 
 
 class StreamingDecoder(Protocol):
