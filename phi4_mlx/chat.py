@@ -33,7 +33,7 @@ from phi4_mlx.markdown import RESET, MarkdownStream, terminal_width
 if TYPE_CHECKING:
     from phi4_mlx.conversation import Conversation
 
-LONG_PREFILL = 4096  # tokens; a prefill longer than this tells how far it is
+LONG_PREFILL = 512  # tokens; a prefill longer than this tells how far it is
 DIM, RED = "\x1b[2m", "\x1b[31m"
 
 
@@ -303,6 +303,7 @@ class Chat:
                         if stopped():
                             break
             finally:
+                self.screen.status("")
                 finish()
         if self._person:
             self._explain_end(stopped())
@@ -310,9 +311,9 @@ class Chat:
     def _show_progress(self, done: int, total: int, stopped: bool) -> None:
         from phi4_mlx.conversation import Interrupted
 
-        going_on = done < total and not stopped
-        if total > LONG_PREFILL:
-            self.screen.status(f"reading {done:,} of {total:,} tokens ..." if going_on else "")
+        begun = self.conversation.usage.answer_tokens > 0  # a re-prefill, in the middle of a line of the answer
+        if total > LONG_PREFILL and not begun:
+            self.screen.status(f"reading {done:,} of {total:,} tokens ..." if done < total and not stopped else "")
         if stopped:
             raise Interrupted
 

@@ -40,10 +40,11 @@ class Script:
         self.finish_reason = "stop"
         self.at_token: Callable[[int], None] = lambda number: None
         self.options: dict[str, Any] = {}
+        self.prompt_length = 0
 
     def __call__(self, model: Any, tokenizer: Any, prompt: list[int], **options: Any) -> Iterator[GenerationResponse]:
         self.options = options
-        options["prompt_progress_callback"](0, len(prompt))
+        options["prompt_progress_callback"](0, self.prompt_length or len(prompt))
         reply = self.replies.pop(0) if self.replies else "reply"
         for number, char in enumerate(reply, 1):
             self.at_token(number)
@@ -287,6 +288,16 @@ def test_ctrl_c_while_the_prompt_is_read(chat: Chat, script: Script, monkeypatch
     monkeypatch.setattr(chat.conversation.cache, "reuse", press)
     _take_turn(chat, type_lines("one"))
     assert questions(chat) == [] and shown(chat) == "stopped\n\n"
+
+
+def test_a_long_prompt_tells_how_far_it_is(chat: Chat, script: Script) -> None:
+    chat.screen.colour = True
+    script.prompt_length = 5000
+    script.at_token = lambda number: script.options["prompt_progress_callback"](5000 if number == 1 else 100, 5000)
+    chat.answer("one")
+    before, after = shown(chat).split("\x1b[0m\r\x1b[K")  # the line is cleared again
+    assert before == "\r\x1b[K\x1b[2mreading 0 of 5,000 tokens ..."
+    assert "\r" not in after and "reply" in after  # a re-prefill in mid-answer does not write over it
 
 
 def test_ctrl_c_at_the_prompt_says_how_to_leave(chat: Chat) -> None:
