@@ -36,6 +36,32 @@ class Rotation:
         return (queries if self.query_scale is None else queries * self.query_scale), keys
 
 
+@dataclass(frozen=True)
+class PackedRotation:
+    """The rotation of rows of several samples, each from position zero, under the table of its own length."""
+
+    dims: int
+    periods: list[mx.array]  # the short table, the long one, or both
+    positions: mx.array  # [B * T]
+    long: mx.array  # [B, 1, T, 1], whether the long table is the token's
+    query_scale: mx.array | None  # [Dh]
+
+    def __call__(self, heads: mx.array, num_queries: int) -> tuple[mx.array, mx.array]:
+        """As `Rotation`."""
+        B, N, T, Dh = heads.shape
+        # Each token as a batch of its own: that is how `mx.fast.rope` takes positions one by one.
+        tokens = heads.transpose(0, 2, 1, 3).reshape(B * T, N, 1, Dh)
+        rotated = [
+            mx.fast.rope(
+                tokens, self.dims, traditional=False, base=None, scale=1.0, offset=self.positions, freqs=periods
+            ).reshape(B, T, N, Dh).transpose(0, 2, 1, 3)
+            for periods in self.periods
+        ]  # fmt: skip
+        heads = rotated[0] if len(rotated) == 1 else mx.where(self.long, rotated[1], rotated[0])
+        queries, keys = mx.split(heads, [num_queries], axis=1)
+        return (queries if self.query_scale is None else queries * self.query_scale), keys
+
+
 class Rope:
     """The frequency tables of a model.
 
@@ -72,5 +98,34 @@ class Rope:
 
     def at(self, offset: int, regime: Regime, dtype: mx.Dtype) -> Rotation:
         """The rotation of tokens at positions offset, offset + 1, ... under a table."""
-        scale = self._query_scale
-        return Rotation(self._dims, self._periods[regime], offset, scale if scale is None else scale.astype(dtype))
+        return Rotation(self._dims, self._periods[regime], offset, self._scale_as(dtype))
+
+    def packed(self, segments: mx.array, dtype: mx.Dtype) -> PackedRotation:
+        """The rotation of rows that hold several samples each.
+
+        Args:
+            segments: [B, T], the number of the sample that a token belongs to; a sample's tokens stand side by side.
+            dtype: of the heads that will be rotated.
+        """
+        import numpy as np
+
+        numbers = np.array(segments)
+        B, T = numbers.shape
+        starts = np.ones((B, T), bool)
+        starts[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+        firsts = np.maximum.accumulate(np.where(starts, np.arange(T), 0), axis=1)
+        positions = np.arange(T) - firsts
+        runs = (np.cumsum(starts, axis=1) + T * np.arange(B)[:, None]).ravel()
+        lengths = np.bincount(runs)[runs].reshape(B, T)
+        long = lengths > self._boundary
+        used: list[tuple[Regime, bool]] = [("short", not long.all()), ("long", long.any())]
+        return PackedRotation(
+            self._dims,
+            [self._periods[regime] for regime, some in used if some],
+            mx.array(positions.ravel().astype(np.int32)),
+            mx.array(long)[:, None, :, None],
+            self._scale_as(dtype),
+        )
+
+    def _scale_as(self, dtype: mx.Dtype) -> mx.array | None:
+        return None if self._query_scale is None else self._query_scale.astype(dtype)

@@ -19,7 +19,7 @@ import mlx.nn as nn
 
 from phi4_mlx.cache import KVCache, PromptCache
 from phi4_mlx.config import ModelConfig
-from phi4_mlx.models.rope import Regime, Rope, Rotation
+from phi4_mlx.models.rope import PackedRotation, Regime, Rope, Rotation
 
 
 class Attention(nn.Module):
@@ -34,7 +34,7 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, width + 2 * self.num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
 
-    def __call__(self, x: mx.array, rotation: Rotation, mask: Any, cache: Any) -> mx.array:
+    def __call__(self, x: mx.array, rotation: Rotation | PackedRotation, mask: Any, cache: Any) -> mx.array:
         B, T, _ = x.shape
         H, K = self.num_heads, self.num_kv_heads
         heads = self.qkv_proj(x).reshape(B, T, H + 2 * K, self.head_dim).transpose(0, 2, 1, 3)
@@ -69,7 +69,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def __call__(self, x: mx.array, rotation: Rotation, mask: Any, cache: Any) -> mx.array:
+    def __call__(self, x: mx.array, rotation: Rotation | PackedRotation, mask: Any, cache: Any) -> mx.array:
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -83,9 +83,14 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config, self.rope.softmax_scale) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute = False  # in training: keeps each block's input alone, and runs the block again in backward
 
-    def __call__(self, ids: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
-        """Hidden states of the new tokens, [B, T] -> [B, T, D], after the last norm."""
+    def __call__(self, ids: mx.array, cache: Sequence[Any] | None = None, segments: mx.array | None = None) -> mx.array:
+        """Hidden states of the new tokens, [B, T] -> [B, T, D], after the last norm.
+
+        Without a cache, `segments` [B, T] lets a row hold several samples, by their number: none sees another, each
+        begins at position zero and has the RoPE table of its own length.
+        """
         T = ids.shape[1]
         layers: Sequence[Any] = [None] * len(self.layers)
         offset, mask = 0, None if T == 1 else "causal"
@@ -96,10 +101,19 @@ class Decoder(nn.Module):
             offset, regime, mask = layers.offset, layers.regime, layers[0].make_mask(ids.shape[1])
 
         x = self.embed_tokens(ids)
-        rotation = self.rope.at(offset, regime, x.dtype)
+        rotation: Rotation | PackedRotation = self.rope.at(offset, regime, x.dtype)
+        if segments is not None:
+            rotation, mask = self.rope.packed(segments, x.dtype), _block_diagonal(segments)
         for layer, layer_cache in zip(self.layers, layers, strict=True):
-            x = layer(x, rotation, mask, layer_cache)
+            run = nn.utils.checkpoint(layer) if self.recompute else layer
+            x = run(x, rotation, mask, layer_cache)
         return self.norm(x if x.shape[1] == T else x[:, -T:])
+
+
+def _block_diagonal(segments: mx.array) -> mx.array:
+    """Which keys [S] each token [T] of a packed row may look at: [B, 1, T, S]."""
+    at = mx.arange(segments.shape[1])
+    return ((segments[:, :, None] == segments[:, None, :]) & (at[:, None] >= at))[:, None]
 
 
 class Model(nn.Module):
