@@ -53,6 +53,8 @@ def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: Sequen
         The exit code: 0, 2 for a mistake that the user can mend, 1 for one of ours, 130 for Ctrl-C.
     """
     args = argparse.Namespace(debug=False)
+    if sys.stdin is None or sys.stdout is None:  # closed by the caller: reads as empty, swallows what is written
+        sys.stdin, sys.stdout = sys.stdin or open(os.devnull), sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer outlives a terminal that cannot show all of it
     try:

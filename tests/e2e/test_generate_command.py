@@ -146,6 +146,15 @@ def test_a_disk_that_is_full(model: str) -> None:
     assert done.stderr == b"phi4-mlx generate: No space left on device\n"
 
 
+@pytest.mark.parametrize(("closed", "code"), [("<&-", 2), ("<&- --prompt x", 0), (">&- --prompt x", 0)])
+def test_standard_streams_that_are_closed(closed: str, code: int, model: str) -> None:
+    command = f'"{sys.executable}" -m phi4_mlx generate --model "{model}" --max-tokens 2 {closed}'
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert done.stderr == ("" if code == 0 else done.stderr[: done.stderr.index("\n") + 1])
+    assert "internal error" not in done.stderr
+
+
 def test_debug_shows_where(model: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "phi4_mlx", "generate", "--model", model, "--prompt", "", "--debug"],
