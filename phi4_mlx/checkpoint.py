@@ -186,8 +186,9 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
 
 
 def _download(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import constants, errors, logging, snapshot_download
 
+    logging.set_verbosity_error()  # no line for each of its five retries
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(NEEDED_FILES)))
     except errors.RepositoryNotFoundError:  # also for what is gated
