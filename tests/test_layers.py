@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = {
     0: "errors config",
-    1: "command line_editor manifest markdown tensor_file models.rope cache tokenizer sampling",
+    1: "byte_bpe command line_editor manifest markdown tensor_file models.rope cache tokenizer sampling",
     2: "models lora.layers lora.adapter lora.peft chat_format tools",
     3: "checkpoint",
     4: "generation",
