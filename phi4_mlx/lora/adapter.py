@@ -1,7 +1,8 @@
 """An adapter beside the model that it is for: its tensors, how strong they are, and the folder they live in.
 
 The folder is mlx-lm's, and the Swift loader reads it too: `adapters.safetensors` with `<layer path>.lora_a` [in, R] and
-`.lora_b` [R, out], under DoRA also `.m` [out], and `adapter_config.json`.
+`.lora_b` [R, out], under DoRA also `.m` [out], and `adapter_config.json`. After full fine-tuning, which mlx-lm keeps in
+such a folder too, the tensors are the model's own, under its own names.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from phi4_mlx.tensor_file import TensorWriter, read_header
 
 TENSORS_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
 
+FULL = "full"
 PARTS = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}
 """fine_tune_type -> the tensors of each adapted layer."""
 
@@ -32,13 +34,14 @@ _STORED = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 
 @dataclass(frozen=True)
 class Adapter:
-    """The tensors of an adapter, complete and consistent with each other; `checked` sees to that.
+    """What an adapter folder holds, complete and consistent with itself; `checked` sees to that.
 
     Attributes:
-        kind: "lora" or "dora".
+        kind: "lora", "dora", or "full", for which only `tensors` and `source` have a meaning.
         scale: of the product a b; alpha / R, or alpha / sqrt(R) for rsLoRA.
         dropout: the probability that training drops an input of `lora_a`.
-        tensors: "<layer path>.lora_a" [in, R], "<layer path>.lora_b" [R, out], for DoRA "<layer path>.m" [out].
+        tensors: "<layer path>.lora_a" [in, R], "<layer path>.lora_b" [R, out], for DoRA "<layer path>.m" [out]; for
+            "full" the model's own.
         source: the file, for messages.
         num_layers: how many of the last layers it says it is for; None if it does not say, 0 or less for all.
         keys: the places within a layer, or whole paths, that it says it is for; None if it does not say.
@@ -87,8 +90,10 @@ def read_folder(folder: Path) -> Adapter:
     config = read_config(folder)
     path = folder / TENSORS_FILE
     kind, parameters = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
+    if kind == FULL:
+        return Adapter(FULL, 1.0, 0.0, read_tensors(path), str(path))
     if kind not in PARTS:
-        raise CheckpointError(f"{folder}: fine_tune_type {kind!r} is no adapter; {' and '.join(PARTS)} are")
+        raise CheckpointError(f"{folder}: fine_tune_type {kind!r} is not known; known are {', '.join([*PARTS, FULL])}")
     if not isinstance(parameters, dict):
         raise CheckpointError(f"{folder / CONFIG_FILE} has no lora_parameters; it needs rank, scale, dropout and keys")
     keys, rank, num_layers = parameters.get("keys"), parameters.get("rank"), config.get("num_layers")
@@ -124,7 +129,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, mx.array]:
-    """Reads the tensors of an adapter file into memory.
+    """Reads the tensors of an adapter file into memory, in the model's order.
 
     Raises:
         CheckpointError: the file is missing or damaged, is empty, or holds what is not a finite number.
@@ -135,10 +140,11 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
     for name, info in infos.items():
         if info.dtype not in _STORED.values():
             raise CheckpointError(f"{path}: {name} holds {info.dtype} numbers; only BF16, F16 and F32 can serve")
-    tensors = dict(mx.load(str(path)))
+    loaded = mx.load(str(path))
+    tensors = {name: loaded[name] for name in sorted(infos, key=place)}
     finite = {name: mx.all(mx.isfinite(array)) for name, array in tensors.items()}
     mx.eval(tensors, finite)
-    for name in infos:
+    for name in tensors:
         if not finite[name]:
             raise CheckpointError(f"{path}: {name} is not finite: its training went astray; take an earlier one")
     return tensors
@@ -225,6 +231,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _config(adapter: Adapter, total_layers: int) -> dict[str, Any]:
+    if adapter.kind == FULL:
+        return {"fine_tune_type": FULL, "num_layers": total_layers}
     places = [place(path) for path in adapter.paths]
     layers = sorted({layer for layer, _ in places if layer >= 0})
     num_layers = total_layers - layers[0] if layers else 0

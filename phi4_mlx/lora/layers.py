@@ -16,10 +16,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from phi4_mlx.errors import CheckpointError, RequestError
-from phi4_mlx.lora.adapter import PARTS, Adapter, place, read_folder, write_folder
+from phi4_mlx.lora.adapter import FULL, PARTS, Adapter, place, read_folder, write_folder
 from phi4_mlx.lora.peft import is_peft, read_peft
 
 DEFAULT_KEYS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
@@ -186,6 +186,8 @@ def add_adapter(
 def load_adapter(model: nn.Module, folder: Path) -> None:
     """Puts the adapter of a folder on a model, in the place of one that it has already.
 
+    The folder of a full fine-tuning holds no adapter: its weights take the place of the model's for good.
+
     Args:
         model: the model; what training would change from now on is the adapter alone.
         folder: mlx-lm's layout, or PEFT's.
@@ -214,6 +216,10 @@ def put_adapter(model: nn.Module, adapter: Adapter) -> None:
         CheckpointError: it is not for this model; the model is as it was.
     """
     check_fit(model, adapter)
+    if adapter.kind == FULL:
+        remove_adapter(model)
+        model.load_weights(list(adapter.tensors.items()), strict=False)
+        return
     linears = linear_layers(model)
     make: type[Any] = DoRALinear if adapter.kind == "dora" else LoRALinear
     _install(
@@ -228,6 +234,8 @@ def check_fit(model: nn.Module, adapter: Adapter) -> None:
     Raises:
         CheckpointError: names the first layer that differs.
     """
+    if adapter.kind == FULL:
+        return _check_whole(model, adapter)
     linears, total = linear_layers(model), len(model.layers)
     for path in adapter.paths:
         layer, key = place(path)
@@ -261,18 +269,20 @@ def save_adapter(model: nn.Module, folder: Path, config: Mapping[str, Any]) -> N
     """Saves the adapter of a model as mlx-lm and the Swift loader read it, over an older one if there is one.
 
     Args:
-        model: with an adapter on it.
+        model: with an adapter on it; without one, all that is not frozen is saved, as after full fine-tuning.
         folder: is made if need be.
         config: what adapter_config.json shall say besides what the layers themselves say.
 
     Raises:
         OSError: the disk is full, say; the older files are still there, whole.
     """
-    layers = adapter_layers(model)
-    assert layers, "there is no adapter on the model"
-    one = next(iter(layers.values()))
-    tensors = adapter_parameters(model)
-    write_folder(folder, Adapter(one.kind, one.scale, one.dropout, tensors, str(folder)), len(model.layers), config)
+    layers = list(adapter_layers(model).values())
+    if layers:
+        one = layers[0]
+        adapter = Adapter(one.kind, one.scale, one.dropout, adapter_parameters(model), str(folder))
+    else:
+        adapter = Adapter(FULL, 1.0, 0.0, dict(tree_flatten(model.trainable_parameters())), str(folder))
+    write_folder(folder, adapter, len(model.layers), config)
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, mx.array]:
@@ -311,7 +321,7 @@ def draw_dropout(model: nn.Module) -> None:
     """Draws what dropout will drop until the next call, from MLX's global random state.
 
     Without it every forward pass draws anew, and gradient checkpointing, which runs a layer a second time, would
-    compute the gradient of other drops than those that the loss saw. So: once before each step.
+    compute the gradient of other drops than those that the loss saw. So: once before each forward and backward pass.
     """
     layers = [layer for layer in adapter_layers(model).values() if layer.dropout]
     if layers:
@@ -349,6 +359,21 @@ def _install(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
     for layer in layers.values():
         layer.train(model.training)
         layer.unfreeze(recurse=False, keys=list(PARTS[layer.kind]))
+
+
+def _check_whole(model: nn.Module, adapter: Adapter) -> None:
+    """As `check_fit`, for the weights of a full fine-tuning."""
+    on_top = adapter_parameters(model)
+    own = {n.replace(".linear.", "."): array for n, array in tree_flatten(model.parameters()) if n not in on_top}
+    for name, array in adapter.tensors.items():
+        expected = own.get(name)
+        if expected is None or not mx.issubdtype(expected.dtype, mx.floating):
+            raise CheckpointError(f"{adapter.source}: {name} is no tensor of this model that could have been trained")
+        if expected.shape != array.shape:
+            raise CheckpointError(
+                f"{adapter.source}: {name} has shape {list(array.shape)}, and in this model {list(expected.shape)}; "
+                "the weights are of another model"
+            )
 
 
 def _row_squares(linear: nn.Module) -> mx.array:

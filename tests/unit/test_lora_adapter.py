@@ -160,6 +160,40 @@ def test_what_mlx_lm_has_trained_is_read(
     assert len(adapter_layers(ours)) == (4 if num_layers == 1 else 8)
 
 
+def test_a_full_fine_tuning_lives_in_such_a_folder_too(tiny_model: TinyModel, tmp_path: Path) -> None:
+    from mlx_lm.tuner.utils import load_adapters
+
+    tuned = tiny_model(seed=1).unfreeze()
+    tuned.model.embed_tokens.freeze()
+    save_adapter(tuned, tmp_path / "full", {})
+    assert "model.embed_tokens.weight" not in read_header(tmp_path / "full" / TENSORS_FILE)
+    tuned.model.embed_tokens = tiny_model().model.embed_tokens
+    ours, theirs, over = tiny_model(), tiny_model(), adapted(tiny_model())
+    for model in (ours, over):
+        load_adapter(model, tmp_path / "full")
+        assert mx.array_equal(model(SHORT), tuned(SHORT))
+    load_adapters(theirs, str(tmp_path / "full"))
+    assert mx.array_equal(theirs(SHORT), tuned(SHORT))
+
+
+def test_whole_weights_of_another_model_are_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+    save_adapter(tiny_model(num_hidden_layers=3).unfreeze(), tmp_path, {})
+    for model in (tiny_model(), adapted(tiny_model())):
+        with pytest.raises(CheckpointError, match=r"layers\.2\..* is no tensor of this model"):
+            load_adapter(model, tmp_path)
+    save_adapter(tiny_model(vocab_size=600).unfreeze(), tmp_path, {})
+    with pytest.raises(
+        CheckpointError, match=r"embed_tokens.weight has shape \[600, 96\], and in this model \[512, 96\]"
+    ):
+        load_adapter(tiny_model(), tmp_path)
+    quantised = tiny_model()
+    nn.quantize(quantised, group_size=32, bits=4)
+    tensors = {"model.layers.0.mlp.down_proj.weight": mx.zeros(quantised.layers[0].mlp.down_proj.weight.shape)}
+    mx.save_safetensors(str(tmp_path / TENSORS_FILE), tensors)
+    with pytest.raises(CheckpointError, match="could have been trained"):
+        load_adapter(quantised, tmp_path)
+
+
 # --- whole, or as it was ---
 
 
@@ -209,7 +243,7 @@ def test_a_file_cut_short_anywhere_is_refused(tiny_model: TinyModel, folder: Pat
     whole = path.read_bytes()
     for size in (0, 7, 8, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(CheckpointError, match="adapters.safetensors is damaged"):
+        with pytest.raises(CheckpointError, match=r"adapters\.safetensors is damaged"):
             load_adapter(tiny_model(), folder)
 
 
@@ -242,7 +276,8 @@ def zeros(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
         ({}, {"scale": float("nan")}, "scale nan"),
         ({}, {"dropout": 1.5}, r"dropout 1\.5"),
         ({}, {"lora_parameters": None}, "no lora_parameters"),
-        ({}, {"fine_tune_type": "full"}, "'full' is no adapter; lora and dora are"),
+        ({}, {"fine_tune_type": "full"}, r"lora_a is no tensor of this model"),
+        ({}, {"fine_tune_type": "loha"}, "'loha' is not known; known are lora, dora, full"),
         ({}, {"fine_tune_type": "dora"}, "lacks m"),
     ],
 )  # fmt: skip
@@ -256,9 +291,9 @@ def test_what_does_not_fit_is_named(
 
 def test_an_adapter_for_fewer_layers_than_the_model_has_is_refused(tiny_model: TinyModel, folder: Path) -> None:
     """All of its tensors have a place; but it was made for the last two layers, and here those are others."""
-    with pytest.raises(CheckpointError, match="num_layers 2.*has 3, is for layers 1 to 2, and it has tensors for 0"):
+    with pytest.raises(CheckpointError, match=r"num_layers 2.*has 3, is for layers 1 to 2, and it has tensors for 0"):
         load_adapter(tiny_model(num_hidden_layers=3), folder)
-    with pytest.raises(CheckpointError, match="num_layers -1.*layers 0 to 2, and it has no tensors for 2"):
+    with pytest.raises(CheckpointError, match=r"num_layers -1.*layers 0 to 2, and it has no tensors for 2"):
         load_adapter(tiny_model(num_hidden_layers=3), rewrite(folder, num_layers=-1))
 
 
