@@ -1,0 +1,188 @@
+"""The loop: it learns, weighs by token, resumes to the bit, stops in time and never on a number that is none."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from phi4_mlx.errors import CheckpointError, RequestError
+from phi4_mlx.lora import checkpoints
+from phi4_mlx.lora.batches import Batches
+from phi4_mlx.lora.data import Sample
+from phi4_mlx.lora.layers import adapter_parameters, add_adapter
+from phi4_mlx.lora.settings import Settings
+from phi4_mlx.lora.trainer import Step, Trainer
+from phi4_mlx.models.text import Model
+
+SETTINGS = Settings(
+    iters=12, batch_size=2, max_seq_length=64, learning_rate=1e-2, save_every=4, steps_per_eval=4, warmup=2, seed=3
+)
+
+
+def samples(n: int = 24) -> list[Sample]:
+    """Sequences that count up, of different lengths."""
+    made = []
+    for k in range(n):
+        ids = [(7 * k + i) % 500 for i in range(8 + k % 20)]
+        made.append(Sample(ids, [False] + [True] * (len(ids) - 1), f"train.jsonl:{k + 1}"))
+    return made
+
+
+def trainer(make: Callable[..., Model], folder: Path, dropout: float = 0.1, **changes: Any) -> Trainer:
+    settings = replace(SETTINGS, **changes)
+    model = make()
+    add_adapter(model, rank=4, scale=2.0, dropout=dropout, seed=settings.seed)
+    options = {"batch_size": settings.batch_size, "max_seq_length": settings.max_seq_length}
+    batches = Batches(samples(), seed=settings.seed, **options)
+    return Trainer(model, batches, settings, folder, Batches(samples(6), **options))
+
+
+def finish(run: Trainer) -> tuple[list[float], dict[str, mx.array]]:
+    losses = [step.loss for step in run.run()]
+    return losses, adapter_parameters(run.model)
+
+
+def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
+    return a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]) for name in a)
+
+
+def test_it_learns(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    steps = list(trainer(tiny_model, tmp_path, iters=40).run())
+    assert steps[-1].loss < 0.6 * steps[0].loss
+    assert [step.step for step in steps] == list(range(1, 41))
+    validated = [step.valid_loss for step in steps if step.valid_loss is not None]
+    assert len(validated) == 10 and validated[-1] < validated[0]
+    rates = [step.learning_rate for step in steps]
+    assert rates[:3] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])
+    assert max(rates) == rates[2] and rates[-1] == pytest.approx(1e-3, rel=0.05)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("cut", [4, 8])
+def test_a_resumed_run_is_the_unbroken_one_to_the_bit(
+    tiny_model: Callable[..., Model], tmp_path: Path, optimizer: str, cut: int
+) -> None:
+    losses, adapter = finish(trainer(tiny_model, tmp_path / "whole", optimizer=optimizer))
+    broken = trainer(tiny_model, tmp_path / "broken", optimizer=optimizer)
+    first = [step.loss for step, _ in zip(broken.run(), range(cut + 2), strict=False)]  # two steps too many, then gone
+    mx.random.seed(99)
+    again = trainer(tiny_model, tmp_path / "broken", optimizer=optimizer)
+    assert again.resume() == cut
+    rest, resumed = finish(again)
+    assert first[:cut] + rest == losses
+    assert same(resumed, adapter)
+
+
+def test_resuming_a_finished_or_an_unstarted_run(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    run = trainer(tiny_model, tmp_path)
+    assert run.resume() == 0
+    finish(run)
+    again = trainer(tiny_model, tmp_path)
+    assert again.resume() == 12 and finish(again)[0] == []
+
+
+def test_accumulation_weighs_each_target_the_same(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    """Two batches of one row are one batch of two rows, whatever the rows hold."""
+    one = trainer(tiny_model, tmp_path / "a", dropout=0, batch_size=2, iters=1)
+    two = trainer(tiny_model, tmp_path / "b", dropout=0, batch_size=1, grad_accumulation_steps=2, iters=1)
+    batch = next(one.batches)
+    rows = [type(batch)(*(array[n : n + 1] for array in vars(batch).values())) for n in range(2)]
+    one.batches, two.batches = iter([batch]), iter(rows)  # type: ignore[assignment]
+    (loss, tokens, grads), (loss2, tokens2, grads2) = one._gradients(), two._gradients()
+    assert tokens == tokens2 and loss == pytest.approx(loss2, abs=1e-5)
+    for (name, a), (_, b) in zip(tree_flatten(grads), tree_flatten(grads2), strict=True):
+        assert mx.allclose(a, b, rtol=0, atol=1e-5), name
+
+
+def test_only_the_newest_checkpoints_stay(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    finish(trainer(tiny_model, tmp_path, save_every=2, keep_checkpoints=2))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000010", "00000012"]
+
+
+def test_a_checkpoint_is_whole_or_absent(
+    tiny_model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(tiny_model, tmp_path)
+    run.save()
+
+    def full(path: str, tensors: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("no space left on device")
+
+    monkeypatch.setattr(checkpoints.mx, "save_safetensors", full)
+    run.progress.step = 5
+    with pytest.raises(OSError, match="no space"):
+        run.save()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000000"]
+
+
+def test_a_damaged_checkpoint_is_named(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    trainer(tiny_model, tmp_path).save()
+    path = tmp_path / "checkpoints" / "00000000" / "tensors.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"00000000 is damaged.*--resume"):
+        trainer(tiny_model, tmp_path).resume()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"), [({"learning_rate": 0.5}, "learning_rate"), ({"batch_size": 1}, "batch_size")]
+)
+def test_another_runs_checkpoint_is_refused(
+    tiny_model: Callable[..., Model], tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    trainer(tiny_model, tmp_path).save()
+    with pytest.raises(RequestError, match=f"{named}.*adapter-path"):
+        trainer(tiny_model, tmp_path, **changes).resume()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_a_run_after_the_step_with_a_checkpoint(
+    tiny_model: Callable[..., Model], tmp_path: Path, number: signal.Signals
+) -> None:
+    run, before, steps = trainer(tiny_model, tmp_path, save_every=100), signal.getsignal(number), 0
+    for step in run.run():
+        steps = step.step
+        if steps == 2:
+            os.kill(os.getpid(), number)
+    assert steps == 2 and signal.getsignal(number) is before
+    assert trainer(tiny_model, tmp_path, save_every=100).resume() == 2
+
+
+def spoiled(run: Trainer, at: int, loss: float) -> None:
+    """Makes the loss of one step what it should never be."""
+    honest = run._gradients
+
+    def gradients() -> tuple[float, int, Any]:
+        found, tokens, grads = honest()
+        return (loss if run.progress.step + 1 == at else found), tokens, grads
+
+    run._gradients = gradients  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("loss", "at"), [(math.nan, 6), (math.inf, 6), (40.0, 56)])
+def test_a_loss_that_is_no_loss_stops_before_it_does_harm(
+    tiny_model: Callable[..., Model], tmp_path: Path, loss: float, at: int
+) -> None:
+    run = trainer(tiny_model, tmp_path, iters=60, save_every=100, steps_per_eval=1000)
+    spoiled(run, at, loss)
+    seen: list[Step] = []
+    with pytest.raises(RequestError, match=rf"step {at}: the loss .*step {at - 1} had learned.*--learning-rate"):
+        seen.extend(run.run())
+    again = trainer(tiny_model, tmp_path, iters=60, save_every=100, steps_per_eval=1000)
+    assert again.resume() == at - 1
+    assert all(bool(mx.isfinite(array).all()) for array in adapter_parameters(again.model).values())
+
+
+def test_training_stops_when_validation_no_longer_improves(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    run = trainer(tiny_model, tmp_path, iters=200, patience=2, learning_rate=0.0)
+    steps = [step.step for step in run.run()]
+    assert steps[-1] == 12 and run.progress.best_step == 4  # nothing is learned at rate 0: the first stays the best
