@@ -1,0 +1,316 @@
+"""JSONL -> samples: token ids, and which of them are to be learned.
+
+A line is an object in one of mlx-lm's formats, each line in its own:
+
+    {"text": "..."}                                 a plain text
+    {"prompt": "...", "completion": "..."}          a question and its answer, as a chat of two turns
+    {"messages": [{"role": ..., "content": ...}]}   a chat; every turn of the assistant counts, not the last alone
+
+The last two may have "tools". Where a line fits several, a completion goes before messages, and those before a text,
+as in mlx-lm; other keys are left alone. A preference pair has "prompt" or "messages", and "chosen" and "rejected".
+Control strings in the data stay text: only the chat format makes control tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby, takewhile
+from pathlib import Path
+from typing import Any
+
+from phi4_mlx.chat_format import check_messages
+from phi4_mlx.command import printable
+from phi4_mlx.errors import RequestError
+from phi4_mlx.lora.jsonl import find_split, read_lines
+from phi4_mlx.tokenizer import Control, Tokenizer
+
+END_OF_TEXT = Control("<|endoftext|>")
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence to learn from.
+
+    Attributes:
+        ids: its tokens.
+        targets: for each, whether it is to be learned; never the first, since nothing comes before it.
+        source: where it came from, "train.jsonl:12".
+    """
+
+    ids: list[int]
+    targets: list[bool]
+    source: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, the better one first; the targets of both are the answer alone."""
+
+    chosen: Sample
+    rejected: Sample
+
+
+@dataclass
+class Report:
+    """What a file came to.
+
+    Attributes:
+        samples: how many are kept: samples, or pairs.
+        tokens: how many they have together.
+        targets: how many of those are to be learned.
+        truncated: how many of the file's samples were longer than allowed, and cut.
+        longest: tokens of its longest sample, before the cut.
+        skipped: sources of those with nothing to learn: no target left, or a pair with the same answer twice.
+        control_text: sources of those that hold control strings.
+    """
+
+    samples: int = 0
+    tokens: int = 0
+    targets: int = 0
+    truncated: int = 0
+    longest: int = 0
+    skipped: list[str] = field(default_factory=list)
+    control_text: list[str] = field(default_factory=list)
+
+    def sentences(self) -> list[str]:
+        """What to tell the user, a line each: the counts, then what might come as a surprise."""
+        told = [f"{self.samples:,} samples of {self.tokens:,} tokens, {self.targets:,} of them to be learned"]
+        if self.truncated:
+            told.append(f"cut at --max-seq-length: {self.truncated:,}; the longest had {self.longest:,} tokens")
+        if self.skipped:
+            told.append(f"left out, with nothing to learn: {len(self.skipped):,}, the first {self.skipped[0]}")
+        if self.control_text:
+            told.append(
+                f"with control strings like <|end|>, which stay text: {len(self.control_text):,}, the first "
+                f"{self.control_text[0]}; a chat is written as messages"
+            )
+        return told
+
+
+def load_samples(
+    path_or_hf_id: str | Path,
+    tokenizer: Tokenizer,
+    split: str = "train",
+    *,
+    mask_prompt: bool = False,
+    max_seq_length: int = 2048,
+) -> tuple[list[Sample], Report]:
+    """Reads a split, all of it, before anything is trained.
+
+    Args:
+        path_or_hf_id: as for `find_split`.
+        tokenizer: encodes; its chat format lays out the chats.
+        split: "train", "valid" or "test".
+        mask_prompt: only completions and the assistant's turns are to be learned, each with its end marker. A plain
+            text has no prompt: among chats it is learned whole.
+        max_seq_length: longest sample in tokens, at least 2; what is longer is cut at its end.
+
+    Returns:
+        (samples in the file's order, counts); none for a "valid" or "test" that is not there.
+
+    Raises:
+        RequestError: a line is bad, nothing is to be learned, or there is nothing to read; says which.
+    """
+
+    def encoded(record: Record, source: str) -> tuple[Sample]:
+        return (_sample(record, source, tokenizer, mask_prompt),)
+
+    kept, report = _load(path_or_hf_id, split, tokenizer, encoded, max_seq_length)
+    if mask_prompt and split == "train" and all(all(sample.targets[1:]) for (sample,) in kept):
+        raise RequestError(f"{path_or_hf_id}: --mask-prompt has nothing to mask; the samples are all plain texts")
+    return [sample for (sample,) in kept], report
+
+
+def load_pairs(
+    path_or_hf_id: str | Path, tokenizer: Tokenizer, split: str = "train", *, max_seq_length: int = 2048
+) -> tuple[list[Pair], Report]:
+    """Reads a split of preference pairs, all of it, before anything is trained.
+
+    A pair is an object with "chosen" and "rejected", each a text or a list of messages, behind a "prompt" (likewise) or
+    "messages"; it may have "tools". Lists that repeat the prompt are read without it.
+
+    Args:
+        path_or_hf_id: as for `find_split`.
+        tokenizer: as for `load_samples`.
+        split: "train", "valid" or "test".
+        max_seq_length: longest prompt with an answer, in tokens; what is longer is cut at its end.
+
+    Returns:
+        (pairs in the file's order, counts); none for a "valid" or "test" that is not there.
+
+    Raises:
+        RequestError: as for `load_samples`.
+    """
+
+    def encoded(record: Record, source: str) -> tuple[Sample, Sample]:
+        return _chosen_and_rejected(record, source, tokenizer)
+
+    kept, report = _load(path_or_hf_id, split, tokenizer, encoded, max_seq_length)
+    return [Pair(chosen, rejected) for chosen, rejected in kept], report
+
+
+def _load(
+    path_or_hf_id: str | Path,
+    split: str,
+    tokenizer: Tokenizer,
+    encoded: Callable[[Record, str], tuple[Sample, ...]],
+    max_seq_length: int,
+) -> tuple[list[tuple[Sample, ...]], Report]:
+    """The samples of each line that leaves something to learn, cut to length."""
+    if max_seq_length < 2:
+        raise RequestError(f"--max-seq-length {max_seq_length} leaves nothing to learn; it must be at least 2")
+    path = find_split(path_or_hf_id, split)
+    if path is None:
+        return [], Report()
+    report = Report()
+    shared: dict[int, int] = {}
+    control = re.compile("|".join(re.escape(text) for text in tokenizer.control_ids if text.startswith("<|")) or "(?!)")
+
+    def read(record: Record, source: str) -> tuple[Sample, ...]:
+        samples = encoded(record, source)
+        if any(control.search(text) for text in _texts(record)):
+            report.control_text.append(source)
+        report.longest = max(report.longest, *(len(sample.ids) for sample in samples))
+        report.truncated += any(len(sample.ids) > max_seq_length for sample in samples)
+        return tuple(_cut(sample, max_seq_length, shared) for sample in samples)
+
+    kept = []
+    for samples in read_lines(path, read):
+        alike = len(samples) > 1 and all(sample.ids == samples[0].ids for sample in samples)
+        if alike or not all(any(sample.targets) for sample in samples):
+            report.skipped.append(samples[0].source)
+            continue
+        kept.append(samples)
+        report.samples += 1
+        report.tokens += sum(len(sample.ids) for sample in samples)
+        report.targets += sum(sum(sample.targets) for sample in samples)
+    if not kept:
+        raise RequestError(
+            f"{path} leaves nothing to learn in any of its {len(report.skipped):,} samples: no target within the first "
+            f"{max_seq_length:,} tokens; raise --max-seq-length, or leave --mask-prompt out"
+        )
+    return kept, report
+
+
+def _cut(sample: Sample, length: int, shared: dict[int, int]) -> Sample:
+    """The sample's beginning; equal ids become one object, which takes 28 bytes a token off the data's 44."""
+    ids = [shared.setdefault(token, token) for token in sample.ids[:length]]
+    return replace(sample, ids=ids, targets=sample.targets[:length])
+
+
+def _sample(record: Record, source: str, tokenizer: Tokenizer, mask_prompt: bool) -> Sample:
+    messages = _messages(record)
+    if messages is None:
+        ids = tokenizer.encode_pieces([_text(record, "text"), END_OF_TEXT])
+    else:
+        ids = tokenizer.apply_chat_template(messages, _tools(record), add_generation_prompt=False)
+    if mask_prompt and messages is not None:
+        targets = tokenizer.chat_format.own_words(tokenizer, ids)
+    else:
+        targets = [True] * len(ids)
+    return Sample(ids, [False, *targets[1:]], source)
+
+
+def _messages(record: Record) -> Sequence[Record] | None:
+    """The chat of a line in any of the formats; None for a plain text."""
+    if "prompt" in record and "completion" in record:
+        return [_turn("user", _text(record, "prompt")), _turn("assistant", _text(record, "completion"))]
+    if "messages" in record:
+        return check_messages(record["messages"])
+    if "text" in record:
+        return None
+    pair = "; chosen and rejected are for preference tuning" if "chosen" in record else ""
+    raise RequestError(f"has {_keys(record)}; a sample has text, prompt and completion, or messages{pair}")
+
+
+def _chosen_and_rejected(record: Record, source: str, tokenizer: Tokenizer) -> tuple[Sample, Sample]:
+    asked = "messages" if "messages" in record else "prompt"
+    if not {asked, "chosen", "rejected"} <= record.keys():
+        raise RequestError(f"has {_keys(record)}; a pair has prompt or messages, and chosen and rejected")
+    prompt, tools = _turns(record, asked, "user"), _tools(record)
+    before = tokenizer.apply_chat_template(prompt, tools)
+
+    def answered(key: str) -> Sample:
+        answer = _turns(record, key, "assistant")
+        if answer[: len(prompt)] == prompt:
+            answer = answer[len(prompt) :]
+        if not answer or answer[0]["role"] != "assistant":
+            raise RequestError(f"{key} must go on from {asked} with an assistant's message")
+        ids = tokenizer.apply_chat_template([*prompt, *answer], tools, add_generation_prompt=False)
+        same = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(before, ids, strict=False)))
+        own = tokenizer.chat_format.own_words(tokenizer, ids)
+        return Sample(ids, [mine and at >= same for at, mine in enumerate(own)], source)
+
+    return answered("chosen"), answered("rejected")
+
+
+def _turns(record: Record, key: str, role: str) -> list[dict[str, Any]]:
+    """Messages as they are, or a text as the one message of a role."""
+    given = record[key]
+    if not isinstance(given, (str, list)) or given == []:
+        raise RequestError(f"{key} must be a text or a list of messages, not {given!r:.60}")
+    return check_messages([_turn(role, given)] if isinstance(given, str) else given)
+
+
+def _turn(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def _text(record: Record, key: str) -> str:
+    if not isinstance(record[key], str):
+        raise RequestError(f"{key} must be a text, not {record[key]!r:.60}")
+    return record[key]
+
+
+def _tools(record: Record) -> list[Any] | None:
+    tools = record.get("tools")
+    if tools is not None and not isinstance(tools, list):
+        raise RequestError(f"tools must be a list, not {tools!r:.60}")
+    return tools
+
+
+def _keys(record: Record) -> str:
+    return f"no key but {', '.join(map(repr, record)):.60}" if record else "no keys"
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text inside a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
+
+
+def show(sample: Sample, tokenizer: Tokenizer) -> str:
+    """A sample as the model will see it; lines to be learned begin with ">", and line breaks of its own show as "↵".
+
+    On a terminal what is to be learned is green too, and control tokens are dim, unlike text that looks like them.
+    """
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+    control, decoder = set(tokenizer.control_ids.values()), tokenizer.streaming_decoder()
+    kinds = [(learned, token in control) for token, learned in zip(sample.ids, sample.targets, strict=True)]
+    texts = [printable(decoder.add(token)) for token in sample.ids]
+    texts[-1] += decoder.finish()
+
+    shown = ""
+    for learned, run in groupby(zip(kinds, texts, strict=True), key=lambda each: each[0][0]):
+        block = "".join(
+            _painted("".join(text for _, text in same), kind if colour else (False, False))
+            for kind, same in groupby(run, key=lambda each: each[0])
+        )
+        margin = "> " if learned else "  "
+        shown += "\n" + margin + block.replace("\n", "↵\n" + margin)
+    return f"{sample.source}: {len(sample.ids):,} tokens, {sum(sample.targets):,} to be learned{shown}"
+
+
+def _painted(text: str, kind: tuple[bool, bool]) -> str:
+    """The text in the style of (to be learned, control token)."""
+    styles = ";".join(style for style, on in zip(("32", "2"), kind, strict=True) if on)
+    return "\n".join(f"\x1b[{styles}m{line}\x1b[0m" if styles and line else line for line in text.split("\n"))
