@@ -1,0 +1,110 @@
+"""Whatever the samples: batches hold exactly their tokens, nothing lost and nothing doubled, and no row runs over."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phi4_mlx.lora.batches import WIDTH_STEP, Batch, Batches, pack
+from phi4_mlx.lora.data import Pair, Sample
+
+LENGTH = 40
+
+
+@st.composite
+def a_sample(draw: st.DrawFn) -> Sample:
+    # Few different tokens, 0 among them: samples that look like one another, and like an empty slot.
+    ids = draw(st.lists(st.integers(0, 3), min_size=2, max_size=LENGTH))
+    targets = draw(st.lists(st.booleans(), min_size=len(ids) - 1, max_size=len(ids) - 1))
+    return Sample(ids, [False, *targets], "train.jsonl:1")
+
+
+pairs = st.builds(Pair, a_sample(), a_sample())
+data = st.one_of(st.lists(a_sample(), min_size=1, max_size=30), st.lists(pairs, min_size=1, max_size=10))
+options = st.fixed_dictionaries({"packing": st.booleans(), "seed": st.integers(0, 9), "batch_size": st.just(4)})
+
+
+def as_read(sample: Sample) -> tuple[Any, ...]:
+    """What the model is to see of a sample: inputs, the token after each, and whether it counts."""
+    return tuple(sample.ids[:-1]), tuple(sample.ids[1:]), tuple(sample.targets[1:])
+
+
+def rows_of(batch: Batch) -> list[list[tuple[Any, ...]]]:
+    """The segments of each row, from the arrays alone; what is outside them must be empty."""
+    rows = []
+    arrays = (np.array(batch.inputs), np.array(batch.targets), np.array(batch.mask), np.array(batch.segments))
+    assert len({array.shape for array in arrays}) == 1
+    for inputs, targets, mask, segments in zip(*arrays, strict=True):
+        used = int((segments > 0).sum())
+        assert np.all(np.diff(segments[:used]) >= 0) and not segments[used:].any(), "side by side, then nothing"
+        assert not inputs[used:].any() and not targets[used:].any() and not mask[used:].any()
+        assert list(np.unique(segments[:used])) == list(range(1, segments.max() + 1)), "numbered from 1, without gaps"
+        parts = [segments == number for number in range(1, segments.max() + 1)]
+        rows.append([tuple(tuple(array[part].tolist()) for array in (inputs, targets, mask)) for part in parts])
+    return rows
+
+
+@settings(max_examples=150)
+@given(data, options)
+def test_an_epoch_holds_exactly_the_samples(samples: list[Any], options: dict[str, Any]) -> None:
+    batches = Batches(samples, max_seq_length=LENGTH, **options)
+    for _ in range(2):  # the second epoch is in another order, and whole as well
+        rows = [row for _ in range(batches.steps_per_epoch) for row in rows_of(next(batches))]
+        if isinstance(samples[0], Pair):
+            assert all(len(row) % 2 == 0 for row in rows)
+            found = Counter(pair for row in rows for pair in zip(row[::2], row[1::2], strict=True))
+            assert found == Counter((as_read(pair.chosen), as_read(pair.rejected)) for pair in samples)
+        else:
+            assert Counter(segment for row in rows for segment in row) == Counter(map(as_read, samples))
+        if not options["packing"]:
+            assert len(rows) == len(samples)
+
+
+@settings(max_examples=50)
+@given(data, options, st.sampled_from([2, 4]))
+def test_the_ranks_share_each_batch(samples: list[Any], options: dict[str, Any], world: int) -> None:
+    whole = Batches(samples, max_seq_length=LENGTH, **options)
+    parts = [Batches(samples, max_seq_length=LENGTH, rank=rank, world=world, **options) for rank in range(world)]
+    assert {part.steps_per_epoch for part in parts} == {whole.steps_per_epoch}
+    for _ in range(whole.steps_per_epoch + 1):
+        together = [row for part in parts for row in rows_of(next(part))]
+        assert Counter(map(tuple, filter(None, together))) == Counter(map(tuple, rows_of(next(whole))))
+        assert all(part.state_dict() == whole.state_dict() for part in parts)
+
+
+@settings(max_examples=100)
+@given(data, options, st.integers(0, 12), st.integers(0, 9))
+def test_a_position_is_exact(samples: list[Any], options: dict[str, Any], before: int, other: int) -> None:
+    unbroken, resumed = (Batches(samples, max_seq_length=LENGTH, **options) for _ in range(2))
+    for _ in range(before):
+        next(unbroken)
+    for _ in range(other):  # a resumed run may have begun anywhere
+        next(resumed)
+    resumed.load_state_dict(unbroken.state_dict())
+    for _ in range(2 * unbroken.steps_per_epoch):
+        assert rows_of(next(resumed)) == rows_of(next(unbroken))
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=80), st.integers(50, 80))
+def test_no_two_rows_would_fit_in_one(slots: list[int], capacity: int) -> None:
+    """A row is begun only where no other has room, so that at most one can be half empty."""
+    rows = pack(sorted(range(len(slots)), key=lambda each: -slots[each]), slots, capacity)
+    filled = [sum(slots[each] for each in row) for row in rows]
+    assert sorted(each for row in rows for each in row) == list(range(len(slots)))
+    assert max(filled) <= capacity
+    assert len(rows) == 1 or sum(sorted(filled)[:2]) > capacity
+
+
+@settings(max_examples=50)
+@given(data, options)
+def test_rows_are_no_wider_than_they_must(samples: list[Any], options: dict[str, Any]) -> None:
+    batches = Batches(samples, max_seq_length=LENGTH, **options)
+    longest_row = LENGTH * (2 if isinstance(samples[0], Pair) else 1)
+    for batch in batches.fixed():
+        used = int((np.array(batch.segments) > 0).sum(axis=1).max())
+        assert used <= batch.inputs.shape[1] <= min(longest_row, used + WIDTH_STEP - 1)
