@@ -169,7 +169,7 @@ def test_the_manifest_records_that_the_merges_agree(
     convert(source, tmp_path / "yes")
     manifest = read_manifest(tmp_path / "yes")
     assert manifest["tokenizer_merges_agree"] == manifest["files"]["tokenizer.json"]["sha256"]
-    monkeypatch.setattr("phi4_mlx.tokenizer.merges_agree", lambda spec: pytest.fail("checked a second time"))
+    monkeypatch.setattr("phi4_mlx.byte_bpe.merges_agree", lambda spec: pytest.fail("checked a second time"))
     load(tmp_path / "yes")
     monkeypatch.undo()
     shutil.copy(DATA / "disagreeing" / "tokenizer.json", source)

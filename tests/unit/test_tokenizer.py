@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from phi4_mlx import tokenizer as module
-from phi4_mlx.errors import Phi4Error, TokenizerError
+from phi4_mlx import byte_bpe
+from phi4_mlx.errors import Phi4Error, RequestError, TokenizerError
 from phi4_mlx.tokenizer import ByteTokenizer, Control, LibraryTokenizer, load_tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
@@ -55,20 +55,44 @@ def test_edges_of_text() -> None:
     ]
 
 
+def test_white_space_without_end_is_an_error_and_no_panic() -> None:
+    tokenizer = load_tokenizer(DATA / "tiny_tokenizer")
+    assert tokenizer.decode(tokenizer.encode("\t " * 250_000 + "x")) == "\t " * 250_000 + "x"
+    for specials in (False, True):
+        with pytest.raises(RequestError, match=r"500,000 white-space characters on end"):
+            tokenizer.encode("x" + " " * 500_001 + "x", specials=specials)
+
+
+def test_entries_that_no_merge_makes_are_for_decoding_alone(folder: Path) -> None:
+    """Phi-4-mini's numbered fillers, and one in byte-level spelling."""
+
+    def add(spec: dict[str, Any]) -> None:
+        spec["model"]["vocab"] |= {"<|endoftext7|>": 600, "ĠgrÃ¶ÃŁer": 610}
+
+    tokenizer = load_tokenizer(change(folder, add))
+    assert isinstance(tokenizer, ByteTokenizer) and tokenizer.vocab_size == 611
+    assert tokenizer.decode([600, 605, 610]) == "<|endoftext7|> größer"
+    for specials in (False, True):
+        assert not {600, 610} & set(tokenizer.encode("<|endoftext7|> größer", specials=specials))
+
+
+def test_an_ordinary_token_among_the_added_ones_stays_ordinary(folder: Path) -> None:
+    """Some re-uploads of Phi-4-mini list U+FFFD as a special token, in byte-level spelling."""
+    before = load_tokenizer(folder)
+    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    text = "".join(spec["model"]["merges"][9])
+    odd = {**spec["added_tokens"][0], "content": text, "id": spec["model"]["vocab"][text]}
+    tokenizer = load_tokenizer(change(folder, lambda spec: spec["added_tokens"].insert(0, odd)))
+    assert tokenizer.control_ids == before.control_ids
+    assert tokenizer.encode("The quick brown fox") == before.encode("The quick brown fox")
+
+
 def test_a_stream_holds_back_half_a_character() -> None:
     tokenizer = load_tokenizer(DATA / "tiny_tokenizer")
     ids = tokenizer.encode("☃")
     decoder = tokenizer.streaming_decoder()
     assert len(ids) == 3 and [decoder.add(token) for token in ids] == ["", "", "☃"]
     assert [decoder.add(token) for token in ids[:2]] == ["", ""] and decoder.finish() == "\ufffd"
-
-
-def test_a_long_stream_of_the_library_costs_no_more_at_its_end() -> None:
-    tokenizer = load_tokenizer(DATA / "tiny_sentencepiece")
-    decoder: Any = tokenizer.streaming_decoder()
-    for token in tokenizer.encode("the lazy dog ☃ " * 50):
-        decoder.add(token)
-        assert len(decoder._given) + len(decoder._held) <= 8
 
 
 @pytest.mark.parametrize(
@@ -112,8 +136,12 @@ def single_word(spec: dict[str, Any]) -> None:
     spec["added_tokens"][3]["single_word"] = True
 
 
-def prefix_of_another(spec: dict[str, Any]) -> None:
-    spec["added_tokens"][0]["content"] = "<|end|"
+def normalized(spec: dict[str, Any]) -> None:
+    spec["added_tokens"][3]["normalized"] = True
+
+
+def with_a_space(spec: dict[str, Any]) -> None:
+    spec["added_tokens"][3]["content"] = "<|end|> "
 
 
 def isolated(spec: dict[str, Any]) -> None:
@@ -128,8 +156,8 @@ def add_prefix_space(spec: dict[str, Any]) -> None:
     "edit",
     [
         fall_back(dropout=0.1), fall_back(unk_token="!"), fall_back(byte_fallback=True), fall_back(ignore_merges=True),
-        fall_back(normalizer={"type": "NFC"}), fall_back(pre_tokenizer=None), single_word, prefix_of_another, isolated,
-        add_prefix_space,
+        fall_back(normalizer={"type": "NFC"}), fall_back(pre_tokenizer=None), single_word, normalized, with_a_space,
+        isolated, add_prefix_space,
     ],
 )  # fmt: skip
 def test_what_tiktoken_cannot_say_goes_to_the_library(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
@@ -148,7 +176,7 @@ def test_the_converters_word_stands_for_the_check(folder: Path, monkeypatch: pyt
     def checked(spec: Any) -> bool:
         raise AssertionError("checked again")
 
-    monkeypatch.setattr(module, "merges_agree", checked)
+    monkeypatch.setattr(byte_bpe, "merges_agree", checked)
     digest = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps({"tokenizer_merges_agree": digest}))
     assert isinstance(load_tokenizer(folder), ByteTokenizer)
@@ -170,6 +198,10 @@ def test_a_control_token_that_is_not_there_is_named() -> None:
         b'{"model": {"type": "BPE", "vocab": {}, "merges": [["a"]]}, "added_tokens": []}',
         b'{"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": [{"id": -1, "content": "x"}]}',
         b'{"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": [{"id": 1}]}',
+        b'{"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": [{"id": 1, "content": "\\ud800"}]}',
+        b'{"model": {"type": "BPE", "vocab": {"a": 1}, "merges": []}, "added_tokens": [{"id": 1, "content": "x"}]}',
+        b'{"model": {"type": "BPE", "vocab": {"a": 1}, "merges": []}, "added_tokens": [{"id": 2, "content": "a"}]}',
+        b'{"model": {"type": "BPE", "vocab": {}, "merges": []}, "decoder": {"type": "WordPiece"}, "added_tokens": []}',
         b'{"model": {"type": "Unigram"}, "added_tokens": []}',
     ],
 )  # fmt: skip
@@ -185,4 +217,17 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").mkdir()
     with pytest.raises(Phi4Error, match="cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_pattern_that_cannot_be_read_is_one_line(folder: Path) -> None:
+    change(folder, lambda spec: spec["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "("}))
+    with pytest.raises(TokenizerError, match="pattern"):
+        load_tokenizer(folder)
+
+
+def test_an_added_token_that_the_library_numbers_otherwise_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(DATA / "tiny_sentencepiece", tmp_path, dirs_exist_ok=True)
+    change(tmp_path, lambda spec: spec["added_tokens"][-1].update(id=900))
+    with pytest.raises(TokenizerError, match="has id 900"):
         load_tokenizer(tmp_path)
