@@ -74,6 +74,8 @@ def test_all_bad_lines_are_counted(tmp_path: Path) -> None:
     good, bad = b'{"text": "a"}', b"{"
     with pytest.raises(RequestError, match=r"l:2: .* \(1 more bad line: 4\)$"):
         read(written(tmp_path, good, bad, good, bad))
+    with pytest.raises(RequestError, match=r"l:2: the line is empty \(2 more bad lines: 3, 5\)$"):
+        read(written(tmp_path, good, b"", b"", good, b"", good, good))
     with pytest.raises(RequestError, match=r"l:1: .* \(8 more bad lines: 2, 3, 4, 5, 6, \.\.\.\)$"):
         read(written(tmp_path, *[bad] * 9))
 
