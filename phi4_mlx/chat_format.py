@@ -17,7 +17,7 @@ from typing import Any
 from phi4_mlx.config import read_json
 from phi4_mlx.errors import ConfigError, RequestError, TokenizerError
 from phi4_mlx.tokenizer import Control, Tokenizer
-from phi4_mlx.tools import tools_text
+from phi4_mlx.tools import json_text, tools_text
 
 Message = Mapping[str, Any]
 Pieces = Iterator[Control | str]
@@ -29,6 +29,7 @@ class ChatFormat:
     """Phi-4-mini-instruct and its base: `<|role|>text<|end|>`, and no line breaks."""
 
     name = "phi4-mini"
+    roles: tuple[str, ...] = ROLES
     end = Control("<|end|>")
 
     def render(
@@ -47,13 +48,13 @@ class ChatFormat:
             add_generation_prompt: ends with the start of the assistant's turn instead of the end of the text.
 
         Raises:
-            RequestError: a message or a tool is malformed; says which.
+            RequestError: a message or a tool is malformed, or this format has no place for it; says which.
             TokenizerError: the tokenizer lacks a control token of this format.
         """
-        checked = check_messages(messages)
-        if tools and checked[0]["role"] != "system":
-            checked = [{"role": "system", "content": ""}, *checked]
-        return tokenizer.encode_pieces(self._conversation(checked, tools or (), add_generation_prompt))
+        checked = self._checked(messages)
+        if tools and any(message.get("tools") for message in checked):
+            raise RequestError("tools are given twice: as an argument, and in a system message")
+        return tokenizer.encode_pieces(self._conversation(tokenizer, checked, tools or (), add_generation_prompt))
 
     def extend(
         self,
@@ -73,7 +74,7 @@ class ChatFormat:
         held = list(ids)
         while held and held[-1] in tokenizer.eos_ids:
             held.pop()
-        new = [*self._turns(check_messages(messages)), *self._close(add_generation_prompt)]
+        new = [*self._turns(self._checked(messages)), *self._close(add_generation_prompt)]
         return [*held, *tokenizer.encode_pieces([self.end, *self._after_end(), *new])]
 
     def own_words(self, tokenizer: Tokenizer, ids: Sequence[int]) -> list[bool]:
@@ -98,10 +99,23 @@ class ChatFormat:
                 at += 1
         return own
 
-    def _conversation(self, messages: Sequence[Message], tools: Sequence[Any], add_generation_prompt: bool) -> Pieces:
-        first, *rest = messages
-        yield from self._turn(first, tools)
-        yield from self._turns(rest)
+    def _checked(self, messages: Any) -> list[dict[str, Any]]:
+        checked = check_messages(messages)
+        for index, message in enumerate(checked):
+            if message["role"] not in self.roles:
+                known = ", ".join(self.roles)
+                raise RequestError(
+                    f"message {index} has role {message['role']!r}; the format {self.name} knows {known}"
+                )
+        return checked
+
+    def _conversation(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Any], add_generation_prompt: bool
+    ) -> Pieces:
+        if tools and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": ""}, *messages]
+        yield from self._turn(messages[0], tools)
+        yield from self._turns(messages[1:])
         yield from self._close(add_generation_prompt)
 
     def _turns(self, messages: Sequence[Message]) -> Pieces:
@@ -129,13 +143,15 @@ class Phi4MiniReasoning(ChatFormat):
     name = "phi4-mini-reasoning"
     SYSTEM = "Your name is Phi, an AI math expert developed by Microsoft."
 
-    def _conversation(self, messages: Sequence[Message], tools: Sequence[Any], add_generation_prompt: bool) -> Pieces:
-        system = [message for message in messages if message["role"] == "system"]
-        yield Control("<|system|>")
-        yield " ".join([self.SYSTEM, *(message["content"] for message in system if message["content"])])
-        for message in system or [{}]:
-            yield from _tools(message, tools)
-            tools = ()
+    def _conversation(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Any], add_generation_prompt: bool
+    ) -> Pieces:
+        yield from (Control("<|system|>"), self.SYSTEM)
+        for message in messages:
+            if message["role"] == "system":
+                yield " " + message["content"]
+                yield from _tools(message)
+        yield from _tools({}, tools)
         yield self.end
         yield from self._turns([message for message in messages if message["role"] != "system"])
         yield from self._close(add_generation_prompt)
@@ -145,6 +161,7 @@ class Phi35Mini(ChatFormat):
     """Phi-3.5-mini: a line break after each role and each end."""
 
     name = "phi3.5-mini"
+    roles = ("system", "user", "assistant")
 
     def _turn(self, message: Message, tools: Sequence[Any] = ()) -> Pieces:
         _refuse_tools(self.name, message, tools)
@@ -168,6 +185,7 @@ class Phi4(ChatFormat):
     """Phi-4 (14B): `<|im_start|>role<|im_sep|>text<|im_end|>`."""
 
     name = "phi4"
+    roles = ("system", "user", "assistant")
     end = Control("<|im_end|>")
 
     def _turn(self, message: Message, tools: Sequence[Any] = ()) -> Pieces:
@@ -179,13 +197,51 @@ class Phi4(ChatFormat):
             yield from (Control("<|im_start|>"), "assistant", Control("<|im_sep|>"))
 
 
+class Phi4Reasoning(Phi4):
+    """Phi-4-reasoning and -plus (14B): as Phi-4, behind a system message of its own.
+
+    The stock template drops the caller's; here it is joined, as Phi-4-mini-reasoning does it.
+    """
+
+    name = "phi4-reasoning"
+    SYSTEM = (
+        "You are Phi, a language model trained by Microsoft to help users. Your role as an assistant involves "
+        "thoroughly exploring questions through a systematic thinking process before providing the final precise and "
+        "accurate solutions. This requires engaging in a comprehensive cycle of analysis, summarizing, exploration, "
+        "reassessment, reflection, backtracing, and iteration to develop well-considered thinking process. Please "
+        "structure your response into two main sections: Thought and Solution using the specified format: <think> "
+        "{Thought section} </think> {Solution section}. In the Thought section, detail your reasoning process in "
+        "steps. Each step should include detailed considerations such as analysing questions, summarizing relevant "
+        "findings, brainstorming new ideas, verifying the accuracy of the current steps, refining any errors, and "
+        "revisiting previous steps. In the Solution section, based on various attempts, explorations, and reflections "
+        "from the Thought section, systematically present the final solution that you deem correct. The Solution "
+        "section should be logical, accurate, and concise and detail necessary steps needed to reach the conclusion. "
+        "Now, try to solve the following question through the above guidelines:"
+    )
+
+    def _conversation(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Any], add_generation_prompt: bool
+    ) -> Pieces:
+        _refuse_tools(self.name, {}, tools)
+        yield from (Control("<|im_start|>"), "system", Control("<|im_sep|>"))
+        yield from tokenizer.parts(self.SYSTEM)  # <think> is a control token here, and this text may hold it
+        yield from (" " + message["content"] for message in messages if message["role"] == "system")
+        yield self.end
+        yield from self._turns([message for message in messages if message["role"] != "system"])
+        yield from self._close(add_generation_prompt)
+
+
 CHAT_FORMATS: dict[str, ChatFormat] = {
-    chat_format.name: chat_format for chat_format in (ChatFormat(), Phi4MiniReasoning(), Phi35Mini(), Phi4())
+    chat_format.name: chat_format
+    for chat_format in (ChatFormat(), Phi4MiniReasoning(), Phi35Mini(), Phi4(), Phi4Reasoning())
 }
 
 # SHA-256 of chat templates that have been compared with the format.
 _KNOWN_TEMPLATES = {
     "febf589225c9728ab791f52e8897d7607a823d45368f0a4c92fa68997b40cce9": "phi4-mini",  # Phi-4-mini-instruct
+    "cbb504cb43fec3f8877d709d9f7a729441e56f41cb4fddd382675fab35de7fe1": "phi4-mini-reasoning",
+    "78d976a442bcde2f0be15aafbb8e3050e1104f86732266f68403251b89982a90": "phi3.5-mini",
+    "fe4120415a3858b873955c92ce3a103a95bc97c2cb00b72e62659aaf0f891ee5": "phi4",
 }
 
 
@@ -200,10 +256,10 @@ def recognise(folder: Path, tokenizer: Tokenizer) -> ChatFormat:
     if name is None:
         control = tokenizer.control_ids.keys()
         if {"<|im_start|>", "<|im_sep|>", "<|im_end|>"} <= control:
-            name = Phi4.name
+            name = Phi4Reasoning.name if Phi4Reasoning.SYSTEM in template else Phi4.name
         elif {"<|user|>", "<|assistant|>", "<|end|>"} <= control:
-            mini = "phi4-mini-reasoning" if Phi4MiniReasoning.SYSTEM in template else "phi4-mini"
-            name = mini if "<|tool|>" in control else Phi35Mini.name
+            mini = Phi4MiniReasoning if Phi4MiniReasoning.SYSTEM in template else ChatFormat
+            name = mini.name if "<|tool|>" in control else Phi35Mini.name
     if name is None:
         raise TokenizerError(
             f"{folder}: its chat format is not known; name one of {', '.join(CHAT_FORMATS)} with --chat-format"
@@ -225,16 +281,27 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
 def _checked(index: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RequestError(f"message {index} must be an object with role and content, not {message!r:.100}")
-    if message.get("role") not in ROLES:
-        raise RequestError(f"message {index} has role {message.get('role')!r:.100}; known are {', '.join(ROLES)}")
-    if "content" not in message and not message.get("tool_calls"):
-        raise RequestError(f"message {index} ({message['role']}) has no content")
-    content = message.get("content")
+    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+    if role not in ROLES:
+        raise RequestError(f"message {index} has role {role!r:.100}; known are {', '.join(ROLES)}")
+    if "content" not in message and not calls:
+        raise RequestError(f"message {index} ({role}) has no content")
     if isinstance(content, (list, tuple)):
         content = "".join(_text_part(index, part) for part in content)
     if content is not None and not isinstance(content, str):
-        raise RequestError(f"message {index} ({message['role']}) must have text as content, not {content!r:.100}")
-    return {**message, "content": content or ""}
+        raise RequestError(f"message {index} ({role}) must have text as content, not {content!r:.100}")
+    if calls and role != "assistant":
+        raise RequestError(f"message {index} ({role}) has tool_calls; only the assistant calls tools")
+    checked = {**message, "content": content or ""}
+    if calls:
+        try:
+            checked["tool_calls"] = [_flat_call(call) for call in calls]
+            json_text(checked["tool_calls"])
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+            raise RequestError(
+                f"message {index}: tool_calls must be a list of names with JSON arguments, not {calls!r:.100}"
+            ) from None
+    return checked
 
 
 def _text_part(index: int, part: Any) -> str:
@@ -244,34 +311,24 @@ def _text_part(index: int, part: Any) -> str:
     return text
 
 
-def _tools(message: Message, tools: Sequence[Any]) -> Pieces:
+def _tools(message: Message, tools: Sequence[Any] = ()) -> Pieces:
     """Tools of the call, or those that a system message carries as text, as in the stock template."""
     text = tools_text(tools) if tools else message.get("tools") if message.get("role") == "system" else None
-    if text is None:
-        return
-    if not isinstance(text, str):
-        text = tools_text(text)
-    yield from (Control("<|tool|>"), text, Control("<|/tool|>"))
+    if text is not None:
+        yield from (Control("<|tool|>"), text if isinstance(text, str) else tools_text(text), Control("<|/tool|>"))
 
 
 def _tool_calls(message: Message) -> Pieces:
-    calls = message.get("tool_calls")
-    if not calls:
-        return
-    try:
-        text = json.dumps([_flat_call(call) for call in calls], ensure_ascii=False)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise RequestError(f"tool_calls must be a list of names with JSON arguments, not {calls!r:.100}") from None
-    yield from (Control("<|tool_call|>"), text, Control("<|/tool_call|>"))
+    if message.get("tool_calls"):
+        yield from (Control("<|tool_call|>"), json_text(message["tool_calls"]), Control("<|/tool_call|>"))
 
 
 def _flat_call(call: Mapping[str, Any]) -> dict[str, Any]:
     function = call.get("function", call)
-    arguments = function.get("arguments", {})
-    return {
-        "name": function["name"],
-        "arguments": json.loads(arguments) if isinstance(arguments, str) else arguments,
-    }
+    name, arguments = function["name"], function.get("arguments", {})
+    if not isinstance(name, str):
+        raise TypeError
+    return {"name": name, "arguments": json.loads(arguments) if isinstance(arguments, str) else arguments}
 
 
 def _refuse_tools(name: str, message: Message, tools: Sequence[Any]) -> None:
@@ -289,4 +346,7 @@ def _template(folder: Path) -> str:
         template = read_json(folder / "tokenizer_config.json").get("chat_template")
     except ConfigError:
         return ""
+    if isinstance(template, list):  # several by name, as transformers writes them
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
     return template if isinstance(template, str) else ""

@@ -95,6 +95,8 @@ class Tokenizer:
         self._strips_left = {token["content"] for token in added_tokens if token.get("lstrip")}
         self._strips_right = {token["content"] for token in added_tokens if token.get("rstrip")}
         self.vocab_size = 1 + max(self._texts, default=-1)
+        longest_first = sorted(self.control_ids, key=len, reverse=True)
+        self._control = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         markers = {self.control_ids[text] for text in _END_MARKERS if text in self.control_ids}
         self.eos_ids = frozenset(markers | set(eos_ids))
 
@@ -139,6 +141,11 @@ class Tokenizer:
                 ids.append(self._control_id(piece))
             texts, before = [], piece
         return ids
+
+    def parts(self, text: str) -> list[Control | str]:
+        """Parts a text that is trusted at its control strings; leftmost first, and the longest of those."""
+        texts_and_controls = self._control.split(text)  # text, control, text, control, ..., text
+        return [Control(part) if n % 2 else part for n, part in enumerate(texts_and_controls)]
 
     def _control_id(self, piece: str) -> int:
         if piece not in self.control_ids:
@@ -205,8 +212,6 @@ class ByteTokenizer(Tokenizer):
             if rank not in texts:  # no merge makes it: it has a text, and no text becomes it
                 texts[rank] = byte_bpe.token_bytes(entry)
         super().__init__(added_tokens, texts, eos_ids)
-        longest_first = sorted(self.control_ids, key=len, reverse=True)
-        self._control = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def _encode_plain(self, text: str, at_start: bool) -> list[int]:
         if len(text) > _LONGEST_RUN and _TOO_LONG_RUN.search(text):
@@ -216,8 +221,7 @@ class ByteTokenizer(Tokenizer):
         return self._encoding.encode_ordinary(text)
 
     def _encode_specials(self, text: str) -> list[int]:
-        parts = self._control.split(text)  # text, control, text, control, ..., text
-        return self.encode_pieces(Control(part) if n % 2 else part for n, part in enumerate(parts))
+        return self.encode_pieces(self.parts(text))
 
 
 class LibraryTokenizer(Tokenizer):

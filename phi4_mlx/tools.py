@@ -42,10 +42,17 @@ def tools_text(tools: Sequence[Any]) -> str:
     Raises:
         RequestError: a tool is malformed, or holds what JSON cannot.
     """
+    if not isinstance(tools, (list, tuple)):
+        raise RequestError(f"tools must be a list, not {tools!r:.100}")
     try:
-        return json.dumps([flat_tool(tool) for tool in tools], ensure_ascii=False)
-    except (TypeError, ValueError) as error:
+        return json_text([flat_tool(tool) for tool in tools])
+    except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"tools must be JSON: {error}") from None
+
+
+def json_text(value: Any) -> str:
+    """JSON on one line, as the model reads and writes it."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def _flat_argument(argument: Any) -> Any:
