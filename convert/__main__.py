@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from phi4_mlx.command import Parser, number, run, text
+from phi4_mlx.command import Parser, number, progress_bar, run, text
 
 from .quantize import MODES
 
@@ -57,25 +54,10 @@ def _work(args: argparse.Namespace) -> None:
 
     begin = time.perf_counter()
     options = {key: value for key, value in vars(args).items() if key != "debug"}
-    with _progress_bar() as progress:
+    with progress_bar("converting") as progress:
         convert(**options, progress=progress)
     size = sum(path.stat().st_size for path in Path(args.mlx_path).expanduser().glob("*.safetensors"))
     print(f"{args.mlx_path}: {size:,} bytes of weights, {time.perf_counter() - begin:.1f} s")
-
-
-@contextlib.contextmanager
-def _progress_bar() -> Iterator[Callable[[int, int], Any] | None]:
-    """A bar on a terminal, nothing in a pipe."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("converting", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 if __name__ == "__main__":

@@ -84,11 +84,37 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"--dtype {dtype!r} is not known; known are {', '.join(DTYPES)}")
     recipe = make_recipe(q_mode, q_bits, q_group_size, embed_bits) if quantize else None
-    with _whole_or_absent(Path(mlx_path)) as out:
+
+    def planned(folder: Path, config: ModelConfig) -> list[Parameter]:
+        return plan(folder, config, recipe, DTYPES[dtype] if dtype else None, dequantize)
+
+    write_package(Path(mlx_path), hf_path, revision, planned, progress)
+
+
+def write_package(
+    target: Path,
+    hf_path: str | Path,
+    revision: str | None,
+    planned: Callable[[Path, ModelConfig], list[Parameter]],
+    progress: Callable[[int, int], Any] | None = None,
+) -> None:
+    """Writes a package, complete or not at all.
+
+    Args:
+        target: the package's folder; must not exist yet.
+        hf_path: the checkpoint it is made from, a folder or a Hub id.
+        revision: a commit, branch or tag of the Hub repository.
+        planned: says what becomes of each parameter, given the checkpoint's folder and its config.
+        progress: called as (bytes done, bytes in all) of the checkpoint.
+
+    Raises:
+        Phi4Error: as `convert`, and whatever `planned` raises.
+    """
+    with whole_or_absent(target) as out:
         folder = resolve(hf_path, revision)
         raw = read_json(file_in(folder, "config.json"))
         config = ModelConfig.from_dict(raw)
-        parameters = plan(folder, config, recipe, DTYPES[dtype] if dtype else None, dequantize)
+        parameters = planned(folder, config)
         given = {name: file_in(folder, name).read_bytes() for name in SMALL_FILES if os.path.lexists(folder / name)}
         tokenizer = load_tokenizer(folder)
         small = _small_files(folder, raw, config, parameters, given, tokenizer)
@@ -159,8 +185,8 @@ def _check_room(out: Path, parameters: list[Parameter], small: Mapping[str, byte
     free = shutil.disk_usage(out).free
     if needed > free:
         raise RequestError(
-            f"{out.parent} has {free / 1e9:.2f} GB free and the package needs {needed / 1e9:.2f} GB; make room or name "
-            "another disk with --mlx-path"
+            f"{out.parent} has {free / 1e9:.2f} GB free and the package needs {needed / 1e9:.2f} GB; make room, or "
+            "name another disk"
         )
 
 
@@ -190,14 +216,17 @@ def _write_weights(out: Path, parameters: list[Parameter], progress: Callable[[i
 
 
 @contextlib.contextmanager
-def _whole_or_absent(target: Path) -> Iterator[Path]:
+def whole_or_absent(target: Path) -> Iterator[Path]:
     """A new folder that becomes `target` when all went well, and is gone when anything did not.
 
     A run that was killed leaves its folder behind, without its lock; the next run to the same target clears it.
+
+    Raises:
+        RequestError: `target` exists already, or cannot be written.
     """
     target = Path(os.path.abspath(target.expanduser()))
     if os.path.lexists(target):
-        raise RequestError(f"{target} already exists; remove it, or name another folder with --mlx-path")
+        raise RequestError(f"{target} already exists; remove it, or name another folder")
     partial = target.with_name(f".{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -241,7 +270,7 @@ def _lock(folder: Path) -> int | None:
         pass
     except BlockingIOError:
         os.close(lock)
-        raise RequestError(f"{folder} belongs to a conversion that is still running; wait for it to end") from None
+        raise RequestError(f"{folder} belongs to another process, still running; wait for it to end") from None
     os.close(lock)
     return None
 

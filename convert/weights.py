@@ -100,6 +100,10 @@ class Parameter:
         arrays = [stored.rows(first, last) for stored in self.inputs]
         if self.packed != self.target:
             arrays = self._repacked(arrays)
+        return self.as_bytes(arrays)
+
+    def as_bytes(self, arrays: Iterable[mx.array]) -> list[mx.array]:
+        """Some rows of each output, as the file will hold them."""
         kinds = [_DTYPES[dtype] for dtype, _ in self.outputs.values()]
         return [array.astype(kind).view(mx.uint8) for array, kind in zip(arrays, kinds, strict=True)]
 

@@ -12,6 +12,7 @@ COMMANDS = {
     "generate": ("phi4_mlx.completion", "print the answer to one prompt"),
     "chat": ("phi4_mlx.chat", "talk with a model in the terminal"),
     "convert": ("phi4_mlx.convert.__main__", "make a package, 4-bit say, from a Hugging Face checkpoint"),
+    "fuse": ("phi4_mlx.lora.fuse", "make a package of a model and an adapter"),
 }
 PROG = "phi4-mlx"
 

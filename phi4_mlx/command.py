@@ -11,7 +11,7 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from phi4_mlx.errors import Phi4Error, RequestError
@@ -128,6 +128,21 @@ def _point_at_nothing(descriptor: int) -> None:
     os.close(nothing)
 
 
+@contextlib.contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], Any] | None]:
+    """A bar over bytes, moved by calling it as (bytes done, bytes in all); None where there is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def number(kind: type[Number], low: Number, high: Number) -> Callable[[str], Number]:
     """An option's type: a number from `low` to `high`, both included; NaN and infinity are neither."""
 
@@ -213,6 +228,4 @@ def add_sampling_options(parser: Parser, max_tokens: int) -> None:
     for name, (kind, default, explanation) in SAMPLING.items():
         value = max_tokens if name == "max-tokens" else default
         shown = "" if value is None else " (default: %(default)s)"
-        parser.add_argument(
-            f"--{name}", type=kind, default=value, metavar="N", help=explanation + shown
-        )
+        parser.add_argument(f"--{name}", type=kind, default=value, metavar="N", help=explanation + shown)

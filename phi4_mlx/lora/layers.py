@@ -367,7 +367,7 @@ def _check_whole(model: nn.Module, adapter: Adapter) -> None:
     own = {n.replace(".linear.", "."): array for n, array in tree_flatten(model.parameters()) if n not in on_top}
     for name, array in adapter.tensors.items():
         expected = own.get(name)
-        if expected is None or not mx.issubdtype(expected.dtype, mx.floating):
+        if expected is None or not name.endswith("weight") or not mx.issubdtype(expected.dtype, mx.floating):
             raise CheckpointError(f"{adapter.source}: {name} is no tensor of this model that could have been trained")
         if expected.shape != array.shape:
             raise CheckpointError(
