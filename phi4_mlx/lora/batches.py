@@ -101,6 +101,11 @@ class Batches:
             self.epoch, self.step = self.epoch + 1, 0
         return batch
 
+    @property
+    def widest(self) -> int:
+        """Slots of the widest row of the epoch under way, in tokens."""
+        return max(self._width(row) for rows in self._plan for row in rows)
+
     def fixed(self, count: int | None = None) -> Iterator[Batch]:
         """The same batches at every call, for validation: the first `count`, or each sample once. Moves nothing."""
         for rows in self._batches_of(0)[:count]:
@@ -119,8 +124,7 @@ class Batches:
         for name, value in self._settings.items():
             if state.get(name) != value:
                 raise RequestError(
-                    f"the checkpoint is of another run: its {name.replace('_', ' ')} is {state.get(name)!r:.20}, "
-                    f"here it is {value!r:.20}"
+                    f"the checkpoint is of another run: {name} is {state.get(name)!r:.20} there, and {value!r} here"
                 )
         epoch, step = state.get("epoch"), state.get("step")
         if type(epoch) is not int or type(step) is not int or epoch < 0 or not 0 <= step < self.steps_per_epoch:
@@ -140,7 +144,8 @@ class Batches:
             "batch_size": self._batch_size,
             "row_slots": self._capacity,
             "packing": self._packing,
-            "data": data.hexdigest(),
+            "samples": len(self._parts),
+            "data_hash": data.hexdigest()[:16],
         }
 
     def _batches_of(self, epoch: int) -> list[list[Row]]:
@@ -154,11 +159,15 @@ class Batches:
         batches = [rows[at : at + self._batch_size] for at in range(0, len(rows), self._batch_size)]
         return sorted(batches, key=lambda _: draw())
 
+    def _width(self, row: Row) -> int:
+        """The slots that a row takes, as a multiple of `WIDTH_STEP`."""
+        taken = sum(self._slots[each] for each in row)
+        return min(self._capacity, -(-max(taken, 1) // WIDTH_STEP) * WIDTH_STEP)
+
     def _batch(self, rows: Sequence[Row]) -> Batch:
         """The arrays of this rank's rows; where there are fewer rows than ranks, one row without targets."""
         mine = rows[self._rank :: self._world] or [[]]
-        widest = max(sum(self._slots[each] for each in row) for row in mine)
-        width = min(self._capacity, -(-max(widest, 1) // WIDTH_STEP) * WIDTH_STEP)
+        width = max(self._width(row) for row in mine)
         inputs, targets, segments = np.zeros((3, len(mine), width), np.int32)
         mask = np.zeros((len(mine), width), bool)
         for row, members in enumerate(mine):

@@ -87,7 +87,7 @@ class Report:
             told.append(f"left out, with nothing to learn: {len(self.skipped):,}, the first {self.skipped[0]}")
         if self.control_text:
             told.append(
-                f"with control strings like <|end|>, which stay text: {len(self.control_text):,}, the first "
+                f"with control strings, which stay text: {len(self.control_text):,}, the first "
                 f"{self.control_text[0]}; a chat is written as messages"
             )
         return told
@@ -170,7 +170,7 @@ def _load(
         return [], Report()
     report = Report()
     shared: dict[int, int] = {}
-    control = re.compile("|".join(re.escape(text) for text in tokenizer.control_ids if text.startswith("<|")) or "(?!)")
+    control = re.compile("|".join(re.escape(text) for text in tokenizer.control_ids) or "(?!)")
 
     def read(record: Record, source: str) -> tuple[Sample, ...]:
         samples = encoded(record, source)
