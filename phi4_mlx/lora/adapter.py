@@ -195,14 +195,11 @@ def write_folder(folder: Path, adapter: Adapter, total_layers: int, extra: Mappi
     Raises:
         OSError: the disk is full, say; the older files are still there.
     """
-    config = json.dumps({**(extra or {}), **_config(adapter, total_layers)}, indent=4, sort_keys=True)
+    config = {**(extra or {}), **_config(adapter, total_layers)}
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / TENSORS_FILE) as tensors, replacing(folder / CONFIG_FILE) as described:
         write_tensors(tensors, adapter.tensors)
-        with described.open("w", encoding="utf-8") as file:
-            file.write(config + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        write_config(described, config)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, mx.array]) -> None:
@@ -211,6 +208,15 @@ def write_tensors(path: Path, tensors: Mapping[str, mx.array]) -> None:
     with TensorWriter(path, {name: (_STORED[array.dtype], array.shape) for name, array in ordered}) as writer:
         for name, array in ordered:
             writer.write(name, [memoryview(mx.contiguous(array).view(mx.uint8))])
+
+
+def write_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Writes a config to a new file, down to the disk."""
+    with path.open("x", encoding="utf-8") as file:
+        json.dump(config, file, indent=4, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

@@ -88,7 +88,7 @@ def read_peft(folder: Path) -> Adapter:
     return checked(adapter, rank)
 
 
-def to_peft(adapter: Adapter) -> tuple[dict[str, mx.array], dict[str, Any]]:
+def peft_layout(adapter: Adapter) -> tuple[dict[str, mx.array], dict[str, Any]]:
     """An adapter as PEFT has it: its tensors, and what adapter_config.json says.
 
     Returns:

@@ -3,7 +3,7 @@
     pip install torch==2.13.0 transformers==5.23.0
     python tests/conformance/make_golden.py
 
-The only file of the project that imports torch. Tolerance of the comparison: 2e-4 at unit scale (test_model.py).
+The files make_golden*.py alone import torch. Tolerance of the comparison: 2e-4 at unit scale (test_model.py).
 """
 
 from __future__ import annotations

@@ -1,0 +1,107 @@
+"""`python -m phi4_mlx.lora.export`: adapters to and from Hugging Face's PEFT."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from phi4_mlx.command import Parser, run, word
+from phi4_mlx.errors import RequestError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return run(_parser(), _work, argv)
+
+
+def to_peft(adapter_path: str | Path, peft_path: str | Path) -> None:
+    """Makes a folder for PEFT of an adapter folder.
+
+    Args:
+        adapter_path: the adapter, in mlx-lm's layout.
+        peft_path: the new folder; must not exist yet.
+
+    Raises:
+        RequestError: the target exists or cannot be written, or PEFT has no such kind.
+        ConfigError, CheckpointError: the adapter is missing or damaged.
+    """
+    from phi4_mlx.convert.package import whole_or_absent
+    from phi4_mlx.lora.adapter import CONFIG_FILE, FULL, read_folder, write_config, write_tensors
+    from phi4_mlx.lora.peft import PEFT_FILE, peft_layout
+
+    adapter = read_folder(Path(adapter_path).expanduser())
+    if adapter.kind == FULL:
+        raise RequestError(f"{adapter.source} holds whole weights, no adapter; `phi4-mlx fuse` makes a model of them")
+    tensors, config = peft_layout(adapter)
+    with whole_or_absent(Path(peft_path)) as out:
+        write_tensors(out / PEFT_FILE, tensors)
+        write_config(out / CONFIG_FILE, config)
+
+
+def from_peft(peft_path: str | Path, adapter_path: str | Path, model: str | Path | None = None) -> None:
+    """Makes an adapter folder of what PEFT has saved.
+
+    Args:
+        peft_path: PEFT's folder, in safetensors.
+        adapter_path: the new folder; must not exist yet.
+        model: what the adapter is for, a folder or a Hub id; needed where it leaves out layers, because the new folder
+            counts them from the last one.
+
+    Raises:
+        RequestError: the target exists or cannot be written, the adapter is of a kind that is not done here or is
+            stored as pickle, or the model is needed.
+        ConfigError, CheckpointError: the adapter is missing or damaged, or not for the model.
+    """
+    from phi4_mlx.checkpoint import resolve
+    from phi4_mlx.config import ModelConfig
+    from phi4_mlx.convert.package import whole_or_absent
+    from phi4_mlx.lora.adapter import place, write_folder
+    from phi4_mlx.lora.layers import check_fit
+    from phi4_mlx.lora.peft import read_peft
+    from phi4_mlx.models.text import Model
+
+    adapter = read_peft(Path(peft_path).expanduser())
+    layers = sorted({layer for layer, _ in map(place, adapter.paths) if layer >= 0})
+    total_layers = len(layers)
+    if model is not None:
+        config = ModelConfig.from_folder(resolve(model))
+        check_fit(Model(config), adapter)
+        total_layers = config.num_hidden_layers
+    elif adapter.only_layers is not None or layers != list(range(total_layers)):
+        raise RequestError(
+            f"{adapter.source} leaves out layers; name the model with --model, so that they can be counted from its "
+            "last one"
+        )
+    base = {"model": adapter.base_model} if adapter.base_model else {}
+    with whole_or_absent(Path(adapter_path)) as out:
+        write_folder(out, adapter, total_layers, base)
+
+
+def _parser() -> Parser:
+    parser = Parser("phi4_mlx.lora.export", "Carry an adapter over to PEFT, or from it.")
+    add = parser.add_argument
+    add(
+        "--adapter-path", type=word, default="adapters", metavar="FOLDER",
+        help="the adapter; with --from-peft, the new folder (default: %(default)s)",
+    )  # fmt: skip
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--peft", type=word, metavar="OUT", help="make this folder for PEFT")
+    way.add_argument("--from-peft", type=word, metavar="FOLDER", help="read this folder of PEFT's")
+    add("--model", type=word, help="with --from-peft: what it is for, needed where the adapter leaves out layers")
+    return parser
+
+
+def _work(args: argparse.Namespace) -> None:
+    if args.peft is None:
+        from_peft(args.from_peft, args.adapter_path, args.model)
+        print(f"{args.adapter_path}: ready for --adapter-path")
+    elif args.model is not None:
+        raise RequestError(f"--model {args.model} goes with --from-peft; drop it")
+    else:
+        to_peft(args.adapter_path, args.peft)
+        print(f"{args.peft}: ready for PeftModel.from_pretrained")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

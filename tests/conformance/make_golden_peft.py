@@ -1,0 +1,106 @@
+"""Makes golden_peft.npz and the folders in peft/: PEFT on transformers' own Phi3ForCausalLM, fp32, eager, on CPU.
+
+    pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2
+    PYTHONPATH=. python tests/conformance/make_golden_peft.py
+
+One way, PEFT saves adapters (peft/<case>) and the logits that they give. The other way, this project exports adapters
+and PEFT says what logits those files give; the files are kept too, byte for byte, so that the test can say that they
+are still what is written. Tolerance of the comparison: 1e-4 at unit scale (test_peft.py).
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import peft
+import recipe
+import recipe_adapters as adapters
+import torch
+import transformers
+from transformers import Phi3Config, Phi3ForCausalLM
+
+from phi4_mlx.config import ModelConfig
+from phi4_mlx.lora.export import to_peft
+from phi4_mlx.lora.layers import adapter_layers, adapter_parameters, add_adapter, save_adapter
+from phi4_mlx.models.text import Model
+
+HERE = Path(__file__).parent
+
+
+def base() -> Phi3ForCausalLM:
+    """The tiny base, in torch."""
+    model = Phi3ForCausalLM(Phi3Config(**recipe.config(adapters.BASE), attn_implementation="eager")).eval()
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    made = recipe.weights(adapters.BASE, shapes)
+    model.load_state_dict({name: torch.from_numpy(w) for name, w in made.items()}, strict=False)
+    return model
+
+
+def logits(case: str, model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """What the test compares."""
+    ids = torch.from_numpy(recipe.tokens(adapters.BASE))[None]
+    with torch.no_grad():
+        return {f"{case}/logits{T}": model(ids[:, :T]).logits[0].numpy() for T in adapters.LENGTHS}
+
+
+def theirs(case: str) -> dict[str, np.ndarray]:
+    """An adapter that PEFT makes and saves."""
+    model = peft.get_peft_model(base(), peft.LoraConfig(task_type="CAUSAL_LM", **adapters.THEIRS[case])).eval()
+    trained = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    made = adapters.tensors(case, {name: tuple(p.shape) for name, p in trained.items()})
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(torch.from_numpy(made[name]))
+    folder = HERE / "peft" / case
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink()
+    return logits(case, model)
+
+
+def ours(case: str) -> dict[str, np.ndarray]:
+    """An adapter that this project makes and exports, as PEFT understands it."""
+    model = Model(ModelConfig.from_dict(recipe.config(adapters.BASE)))
+    add_adapter(model, **adapters.OURS[case])
+    made = adapters.tensors(case, {name: tuple(a.shape) for name, a in adapter_parameters(model).items()})
+    for path, layer in adapter_layers(model).items():
+        layer.update({name.rpartition(".")[2]: mx.array(a) for name, a in made.items() if name.startswith(path)})
+    with tempfile.TemporaryDirectory() as scratch:
+        save_adapter(model, Path(scratch, "ours"), {})
+        to_peft(Path(scratch, "ours"), Path(scratch, "peft"))
+        files = {
+            f"{case}/{path.name}": np.frombuffer(path.read_bytes(), np.uint8)
+            for path in Path(scratch, "peft").iterdir()
+        }
+        return files | logits(case, peft.PeftModel.from_pretrained(base(), Path(scratch, "peft")).eval())
+
+
+def main() -> None:
+    """Writes golden_peft.npz and peft/ beside this file."""
+    golden: dict[str, np.ndarray] = {}
+    for case in adapters.THEIRS:
+        golden |= theirs(case)
+    for case in adapters.OURS:
+        golden |= ours(case)
+    for T in adapters.LENGTHS:
+        plain = logits("base", base())[f"base/logits{T}"]
+        print(
+            T,
+            {
+                case: float(np.abs(golden[f"{case}/logits{T}"] - plain).mean().round(3))
+                for case in [*adapters.THEIRS, *adapters.OURS]
+            },
+        )
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
+    golden["made_with"] = np.array(versions)
+    path = HERE / "golden_peft.npz"
+    np.savez_compressed(path, **golden)
+    print(f"{path.name}: {path.stat().st_size} bytes, {versions}")
+
+
+if __name__ == "__main__":
+    main()

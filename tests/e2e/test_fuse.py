@@ -1,0 +1,84 @@
+"""`phi4-mlx fuse` and `python -m phi4_mlx.lora.export` as processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from phi4_mlx import load
+from phi4_mlx.convert.package import convert
+from phi4_mlx.lora.layers import adapter_layers, add_adapter, save_adapter
+
+ROOT = Path(__file__).resolve().parents[2]
+IDS = mx.array([[5, 6, 7, 8]])
+
+
+@pytest.fixture
+def base(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    """A 4-bit package, with an adapter beside it."""
+    convert(tiny_checkpoint("source"), tmp_path / "base", quantize=True, q_group_size=32)
+    model, _ = load(tmp_path / "base")
+    add_adapter(model, rank=4, scale=2.0)
+    for layer in adapter_layers(model).values():
+        layer.lora_b = layer.lora_b + 0.1
+    save_adapter(model, tmp_path / "adapters", {})
+    return tmp_path / "base"
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", *words]
+
+
+def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command(*words), cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_from_an_adapter_of_pefts_to_a_package(base: Path, tmp_path: Path) -> None:
+    done = run(tmp_path, "phi4_mlx.lora.export", "--peft", "peft")
+    assert (done.returncode, done.stderr) == (0, "")
+    done = run(tmp_path, "phi4_mlx", "fuse", "--model", "base", "--adapter-path", "peft", "--dequantize")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert re.fullmatch(r"fused_model: [\d,]+ bytes of weights, [\d.]+ s", lines[0])
+    assert re.search(r"8 matrices: .* by \d+\.\d\d% .*they are 0\.00% off", lines[1])
+    assert re.search(r"logits on \d+ tokens", lines[2]) and len(lines) == 3
+    expected = load(base, adapter_path=tmp_path / "adapters")[0](IDS)
+    assert mx.abs(load(tmp_path / "fused_model")[0](IDS) - expected).max() < 1e-4
+
+
+def test_mistakes_are_one_line(base: Path, tmp_path: Path) -> None:
+    for words, message in (
+        (["phi4_mlx", "fuse"], "phi4-mlx fuse: the following arguments are required: --model"),
+        (["phi4_mlx", "fuse", "--model", "nowhere"], "phi4-mlx fuse: 'nowhere' is neither a folder"),
+        (["phi4_mlx", "fuse", "--model", "base", "--save-path", "base"], "already exists; remove it"),
+        (["phi4_mlx", "fuse", "--model", "source", "--adapter-path", "base"], "base holds no adapter_config.json"),
+        (["phi4_mlx.lora.export", "--from-peft", "base"], "phi4_mlx.lora.export: base holds no adapter_config.json"),
+    ):
+        done = run(tmp_path, *words)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "fused_model").exists()
+
+
+def test_killed_it_leaves_no_package(base: Path, tmp_path: Path) -> None:
+    """The package has its name when it is whole, not before; the next run clears what was left."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    words = command("phi4_mlx", "fuse", "--model", "base")
+    with subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as process:
+        while not (tmp_path / ".fused_model.partial").exists() and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+    if not (tmp_path / "fused_model").exists():
+        assert not any(path.name == "config.json" for path in (tmp_path / ".fused_model.partial").iterdir())
+        assert run(tmp_path, "phi4_mlx", "fuse", "--model", "base").returncode == 0
+    assert load(tmp_path / "fused_model", verify=True)[0](IDS).shape == (1, 4, 512)
+    assert not (tmp_path / ".fused_model.partial").exists()
