@@ -32,7 +32,6 @@ def test_a_word_that_is_no_command(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["generat"]) == 2
     known = ", ".join(cli.COMMANDS)
     line = f"phi4-mlx: 'generat' is not a command; the commands are {known}; see --help\n"
-    assert known.startswith("generate, chat, convert")
     assert capfd.readouterr().err == line
 
 
