@@ -31,9 +31,12 @@ setup(
         "huggingface_hub>=0.30",
         "rich>=13.7",
         "prompt_toolkit>=3.0.40",
+        "pyyaml>=6",
     ],
     extras_require={
+        "plots": ["matplotlib>=3.8"],
         "dev": [
+            "matplotlib>=3.8",
             "pytest>=8",
             "hypothesis>=6.100",
             "pexpect>=4.9",

@@ -1,7 +1,8 @@
 """The training loop: a step is a few batches, weighed by their targets, and one update.
 
 Whatever a step depends on is in the checkpoint, or follows from its number: what is trained, the optimizer with its
-schedule, the place in the data, the random state. So a run that was killed goes on to the same numbers, to the bit, on the same machine.
+schedule, the place in the data, the random state. So a run that was killed goes on to the same numbers, to the bit, on
+the same machine.
 """
 
 from __future__ import annotations

@@ -1,0 +1,147 @@
+"""What a run will take, before it starts: measured on narrow rows, and carried on to the real ones.
+
+The peak of a step is either in the loss, which stands on what forward has saved, or in backward. Saved bytes and
+backward's peak are each a constant, a part for each token, and a part for each pair of tokens where attention keeps its
+scores: three small batches with hardly a target give the three. The loss is measured alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from phi4_mlx.errors import RequestError
+from phi4_mlx.lora.batches import Batch
+from phi4_mlx.lora.loss import token_losses
+from phi4_mlx.models.text import Model
+
+Loss = Callable[[Model, Batch], tuple[mx.array, mx.array]]
+
+PROBE_TOKENS = 512  # in the widest row of a probe
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Bytes that grow with a batch: constant + rows * (token * width + pair * width^2)."""
+
+    constant: float
+    token: float
+    pair: float
+
+    @classmethod
+    def fit(cls, rows: int, width: int, one: int, two: int, split: int) -> Growth:
+        """From three measurements: of `rows` rows, of twice as many, and of twice as many half as wide."""
+        pair = max(0.0, 2 * (one - split) / (rows * width**2))
+        token = (two - one) / (rows * width) - pair * width
+        return cls(one - rows * (token * width + pair * width**2), token, pair)
+
+    def at(self, rows: int, width: int) -> float:
+        """The bytes of a batch."""
+        return self.constant + rows * (self.token * width + self.pair * width**2)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step will take, in bytes.
+
+    Attributes:
+        resident: weights, adapter and optimizer, which are there all the time.
+        saved: what forward leaves for backward.
+        backward: the peak of backward.
+        loss: the peak of the loss, above what is saved.
+    """
+
+    resident: int
+    saved: Growth
+    backward: Growth
+    loss: int
+
+    def peak_bytes(self, rows: int, width: int) -> int:
+        """The predicted peak of a step with rows of that many tokens."""
+        step = max(self.saved.at(rows, width) + self.loss, self.backward.at(rows, width))
+        return self.resident + round(step)
+
+
+def make_plan(model: Model, loss: Loss, width: int) -> Plan:
+    """Runs a few small batches through loss and gradient, and fits a plan to what they take.
+
+    Args:
+        model: with what is to be trained unfrozen, and in training mode.
+        loss: what will be minimised.
+        width: tokens of the widest row to come.
+    """
+    width = min(width, PROBE_TOKENS)
+    rows = -(-PROBE_TOKENS // width)
+    _probe(model, loss, 1, width)  # the first run compiles, and makes what stays
+    mx.clear_cache()
+    resident = mx.get_active_memory()
+    shapes = ((rows, width), (2 * rows, width), (2 * rows, width // 2))
+    saved, peaks = zip(*(_probe(model, loss, *shape) for shape in shapes), strict=True)
+    return Plan(
+        resident,
+        Growth.fit(rows, width, *(each - resident for each in saved)),
+        Growth.fit(rows, width, *(each - resident for each in peaks)),
+        _loss_bytes(model),
+    )
+
+
+def check_memory(plan: Plan, rows: int, width: int, checkpointing: bool, limit: int | None = None) -> None:
+    """Refuses a run that cannot fit, and names a setting that would.
+
+    Raises:
+        RequestError: the predicted peak is above what the machine has.
+    """
+    limit = memory_limit() if limit is None else limit
+    needed = plan.peak_bytes(rows, width)
+    if needed <= limit:
+        return
+    ways = [f"--batch-size {n}" for n in range(rows - 1, 0, -1) if plan.peak_bytes(n, width) <= limit][:1]
+    shorter = (w for w in range(width - width % 64, 63, -64) if plan.peak_bytes(rows, w) <= limit)
+    ways += [f"--max-seq-length {w}" for w in list(shorter)[:1]]
+    if not checkpointing:
+        ways.insert(0, "--grad-checkpoint, at a third more time,")
+    advice = " or ".join(ways) or "a smaller model, or one of fewer bits,"
+    raise RequestError(
+        f"{rows} rows of {width:,} tokens need {needed / 1e9:.1f} GB, and this machine has {limit / 1e9:.1f} GB for it;"
+        f" {advice} would need less"
+    )
+
+
+def memory_limit() -> int:
+    """Bytes that a run may take: what Metal recommends, or else the machine's memory."""
+    if mx.metal.is_available():
+        return int(mx.device_info()["max_recommended_working_set_size"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _probe(model: Model, loss: Loss, rows: int, width: int) -> tuple[int, int]:
+    """(bytes there after forward, peak of backward) of a batch with one target in each half of a row."""
+    ids = mx.broadcast_to(mx.arange(width, dtype=mx.int32) % model.config.vocab_size, (rows, width))
+    position = mx.arange(width)
+    segments = mx.broadcast_to(mx.where(position < width // 2, 1, 2), (rows, width))  # two, as a pair of answers is
+    mask = mx.broadcast_to((position == width // 2 - 1) | (position == width - 1), (rows, width))
+    mx.eval(ids, segments, mask)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    (value, _), grads = nn.value_and_grad(model, loss)(model, Batch(ids, ids, mask, segments))
+    mx.eval(value)
+    saved = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(grads)
+    return saved, mx.get_peak_memory()
+
+
+def _loss_bytes(model: Model) -> int:
+    """The peak of the chunked loss of many targets, above what is there."""
+    hidden = mx.zeros((PROBE_TOKENS, model.config.hidden_size), model.model.norm.weight.dtype)
+    targets = mx.zeros((PROBE_TOKENS,), mx.int32)
+    mx.eval(hidden, targets)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(mx.grad(lambda h: token_losses(model, h, targets).sum())(hidden))
+    return mx.get_peak_memory() - before

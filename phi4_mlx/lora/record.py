@@ -1,0 +1,112 @@
+"""What a run leaves to look at: metrics.jsonl, a line a step, and the curve of its losses."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from phi4_mlx.lora.trainer import Step
+
+METRICS_FILE, CURVE_FILE = "metrics.jsonl", "loss.png"
+_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a Braille character, row by row
+
+
+class Record:
+    """The metrics of a run.
+
+    Args:
+        folder: of the adapter.
+        step: the last step that stands; what a broken run wrote after it is dropped.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / METRICS_FILE
+        self.lines = [line for line in read_metrics(self.path) if line["step"] <= step]
+        fresh = self.path.with_name(f".{METRICS_FILE}.partial")
+        with fresh.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in self.lines)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(self.path)
+
+    def add(self, step: Step) -> None:
+        """Appends a step."""
+        line: dict[str, Any] = {
+            "step": step.step,
+            "loss": step.loss,
+            "learning_rate": step.learning_rate,
+            "tokens": step.tokens,
+            "grad_norm": step.grad_norm,
+            "tokens_per_s": step.tokens / step.seconds,
+            "seconds": step.seconds,
+            "peak_bytes": step.peak_bytes,
+        }
+        if step.valid_loss is not None:
+            line["valid_loss"] = step.valid_loss
+        self.lines.append(line)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def curves(self) -> dict[str, tuple[list[int], list[float]]]:
+        """Name -> (steps, losses), of training and validation."""
+        found: dict[str, tuple[list[int], list[float]]] = {}
+        for name, key in (("training", "loss"), ("validation", "valid_loss")):
+            points = [(line["step"], line[key]) for line in self.lines if key in line]
+            if points:
+                found[name] = ([step for step, _ in points], [loss for _, loss in points])
+        return found
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, up to the first that is not whole."""
+    lines: list[dict[str, Any]] = []
+    if not path.exists():
+        return lines
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            break
+        lines.append(line)
+    return lines
+
+
+def draw_in_terminal(record: Record, width: int, height: int = 12) -> str:
+    """The losses of training as text, of that many columns and rows: a Braille character holds 2 x 4 points."""
+    steps, losses = record.curves()["training"]
+    low, high = min(losses), max(losses)
+    label = max(len(f"{high:.2f}"), len(f"{low:.2f}"))
+    columns, rows = 2 * (width - label - 1), 4 * height
+    cells = [[0] * (columns // 2) for _ in range(height)]
+    for step, loss in zip(steps, losses, strict=True):
+        x = round((step - steps[0]) / max(1, steps[-1] - steps[0]) * (columns - 1))
+        y = round((high - loss) / ((high - low) or 1) * (rows - 1))
+        cells[y // 4][x // 2] |= _DOTS[y % 4][x % 2]
+    names = [f"{high:.2f}", *[""] * (height - 2), f"{low:.2f}"]
+    lines = [
+        f"{name:>{label}} {''.join(chr(0x2800 + dots) for dots in row)}" for name, row in zip(names, cells, strict=True)
+    ]
+    return "\n".join([*lines, f"{'':>{label}} loss, steps {steps[0]:,} to {steps[-1]:,}"])
+
+
+def draw_png(record: Record) -> Path | None:
+    """Writes the curves beside the metrics; None where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, (steps, losses) in record.curves().items():
+        axes.plot(steps, losses, label=name, marker="o" if name == "validation" else None, linewidth=1)
+    axes.set(xlabel="step", ylabel="loss, nats a token", title="Fine-tuning")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = record.path.with_name(CURVE_FILE)
+    figure.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,52 @@
+"""The metrics file survives being cut anywhere, and the curves are drawn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from phi4_mlx.lora.record import Record, draw_in_terminal, draw_png, read_metrics
+from phi4_mlx.lora.trainer import Step
+
+
+def step(n: int, valid: float | None = None) -> Step:
+    return Step(n, 3.0 / n, 1e-3, 100, 1.0, 0.5, 10**6, valid)
+
+
+def test_a_resumed_record_goes_on_behind_its_checkpoint(tmp_path: Path) -> None:
+    record = Record(tmp_path, 0)
+    for n in range(1, 8):
+        record.add(step(n, 2.0 if n % 3 == 0 else None))
+    with record.path.open("a") as file:
+        file.write('{"step": 8, "lo')  # killed in the middle of a line
+    again = Record(tmp_path, 5)
+    again.add(step(6))
+    lines = [json.loads(line) for line in again.path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[2]["valid_loss"] == 2.0 and "valid_loss" not in lines[5]
+    assert {"step", "loss", "learning_rate", "tokens", "peak_bytes", "tokens_per_s"} <= lines[0].keys()
+
+
+def test_a_run_that_begins_anew_keeps_nothing(tmp_path: Path) -> None:
+    Record(tmp_path, 0).add(step(1))
+    assert read_metrics(Record(tmp_path, 0).path) == []
+
+
+def test_the_curves_are_drawn(tmp_path: Path) -> None:
+    record = Record(tmp_path, 0)
+    for n in range(1, 30):
+        record.add(step(n, 2.0 / n if n % 5 == 0 else None))
+    drawn = draw_in_terminal(record, 60)
+    lines = drawn.splitlines()
+    assert len(lines) == 13 and {len(line) for line in lines[:-1]} == {60}
+    assert lines[0].startswith("3.00 ") and lines[11].startswith("0.10 ") and "steps 1 to 29" in lines[12]
+    assert lines[0][5] != "\u2800" and lines[11][59] != "\u2800"  # from the top left to the bottom right
+    picture = draw_png(record)
+    assert picture is not None and picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_there_is_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    assert draw_png(Record(tmp_path, 0)) is None
