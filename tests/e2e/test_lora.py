@@ -1,0 +1,122 @@
+"""`python -m phi4_mlx.lora` as a process: dry run, training, kill -9 and resume, and mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+KILLS = int(os.environ.get("KILLS", "3"))
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "phi4_mlx.lora", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def finish(*words: str) -> tuple[int, str, str]:
+    process = start(*words)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+@pytest.fixture
+def options(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> list[str]:
+    draw, lines = random.Random(1), []
+    for _ in range(40):
+        word = draw.choice(["red", "green", "blue"])
+        turns = [{"role": "user", "content": f"Say {word}."}, {"role": "assistant", "content": f"{word}!"}]
+        lines.append(json.dumps({"messages": turns}))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines))
+    (tmp_path / "data" / "valid.jsonl").write_text("\n".join(lines[:5]))
+    config = {
+        "batch_size": 2, "max_seq_length": 64, "iters": 30, "save_every": 4, "steps_per_eval": 10, "mask_prompt": True,
+        "learning_rate": 1e-2, "lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.1},
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    return ["--model", str(tiny_checkpoint()), "--data", str(tmp_path / "data"), "-c", str(tmp_path / "config.yaml")]
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def adapter(folder: Path) -> dict[str, mx.array]:
+    return dict(mx.load(str(folder / "adapters.safetensors")))
+
+
+def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
+    return a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]) for name in a)
+
+
+def test_killed_at_random_and_resumed_is_the_unbroken_run(options: list[str], tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    begin = time.monotonic()
+    code, _, err = finish(*options, "--adapter-path", str(whole))
+    seconds = time.monotonic() - begin
+    assert code == 0, err
+    assert "predicted peak" in err and "best validation loss" in err
+    draw, resume, killed = random.Random(2), [], 0
+    while killed < KILLS:
+        process = start(*options, "--adapter-path", str(broken), *resume)
+        time.sleep(draw.uniform(0.2, 0.9) * seconds)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        process.communicate()
+        resume = ["--resume"] if (broken / "checkpoints").exists() else []
+        if (broken / "checkpoints" / "00000030").exists():
+            break
+    assert killed
+    code, _, err = finish(*options, "--adapter-path", str(broken), *resume)
+    assert code == 0, err
+    assert losses(broken) == losses(whole) and len(losses(whole)) == 30
+    assert same(adapter(broken), adapter(whole)) and same(adapter(broken / "best"), adapter(whole / "best"))
+
+
+def test_a_dry_run_shows_what_will_be_learned_and_writes_nothing(options: list[str], tmp_path: Path) -> None:
+    code, out, err = finish(*options, "--adapter-path", str(tmp_path / "a"), "--dry-run")
+    assert code == 0, err
+    assert out.count("<|user|>Say ") == 3 and out.count("\n> ") == 3 and not (tmp_path / "a").exists()
+
+
+def test_a_run_is_not_begun_over_another(options: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a" / "checkpoints").mkdir(parents=True)
+    code, _, err = finish(*options, "--adapter-path", str(tmp_path / "a"))
+    assert code == 2 and "--resume" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("line", "words", "message"),
+    [
+        ("{", [], "train.jsonl:41"),
+        ("", ["--iters", "-1"], "--iters"),
+        ("", ["--learning-rate", "nan"], "--learning-rate"),
+        ("", ["--fine-tune-type", "magic"], "magic"),
+        ("", ["--batch-size", "0"], "batch_size must be a whole number from 1"),
+        ("", ["-c", "/nothing/here.yaml"], "here.yaml"),
+    ],
+)
+def test_mistakes_are_one_line_and_code_2(
+    options: list[str], tmp_path: Path, line: str, words: list[str], message: str
+) -> None:
+    with (tmp_path / "data" / "train.jsonl").open("a") as file:
+        file.write("\n" + line)
+    code, _, err = finish(*options, "--adapter-path", str(tmp_path / "a"), *words)
+    assert code == 2 and message in err.splitlines()[-1] and "Traceback" not in err
+    assert not (tmp_path / "a").exists()
