@@ -1,0 +1,84 @@
+"""Examines a model of the demo's world on prompts that training never saw; an answer counts if right to the letter.
+
+    python examples/demo/evaluate.py [--model demo] [--beside build/demo-fp32] [--count 500] [--mistakes 10]
+
+Last line: JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import corpus
+
+from phi4_mlx import load
+from phi4_mlx.generation import generate_step
+
+SEED = 1
+
+
+def reply(model: Any, tokenizer: Any, prompt: list[int], max_tokens: int = 160) -> list[int]:
+    """The greedy answer, its end marker left out."""
+    ids: list[int] = []
+    for token, _ in generate_step(prompt, model, max_tokens=max_tokens):
+        if token in tokenizer.eos_ids:
+            break
+        ids.append(token)
+    return ids
+
+
+def question_and_answer(tokenizer: Any, prompt: corpus.Prompt) -> tuple[list[int], list[int]]:
+    """Ids of the prompt, and of the one right answer."""
+    tools = [tool.declaration for tool in prompt.tools] or None
+    asked = tokenizer.apply_chat_template(prompt.messages, tools=tools, add_generation_prompt=True)
+    answered = tokenizer.apply_chat_template([*prompt.messages, prompt.answer], tools=tools, add_generation_prompt=True)
+    return asked, answered[len(asked) : -2]  # without <|end|> and <|assistant|>
+
+
+def examine(model: Any, tokenizer: Any, prompts: list[corpus.Prompt], mistakes: int = 0) -> dict[str, list[int]]:
+    """[right, asked] by category; prints the first few mistakes."""
+    right: Counter[str] = Counter()
+    asked = Counter(prompt.category for prompt in prompts)
+    for prompt in prompts:
+        question, answer = question_and_answer(tokenizer, prompt)
+        given = reply(model, tokenizer, question)
+        right[prompt.category] += given == answer
+        if given != answer and mistakes > 0:
+            mistakes -= 1
+            said = prompt.messages[-1]["content"]
+            print(f"{prompt.category}: {said[-300:]!r}")
+            print(f"  right {tokenizer.decode(answer)!r}\n  given {tokenizer.decode(given)!r}")
+    return {category: [right[category], count] for category, count in asked.items()}
+
+
+def share(result: dict[str, list[int]]) -> float:
+    """Percent right."""
+    return 100 * sum(right for right, _ in result.values()) / sum(asked for _, asked in result.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--beside", type=Path, help="a second model, such as the unquantised one, on the same prompts")
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--mistakes", type=int, default=10, help="how many to show")
+    options = parser.parse_args()
+    prompts = corpus.prompts(options.seed, options.count)
+    names = [options.model] + ([options.beside] if options.beside else [])
+    results = {str(name): examine(*load(name), prompts, options.mistakes) for name in names}
+    print("| category |" + "".join(f" {name} |" for name in results))
+    print("|---|" + "---|" * len(results))
+    for category in corpus.CATEGORIES:
+        cells = (result.get(category, [0, 0]) for result in results.values())
+        print(f"| {category} |" + "".join(f" {right} of {asked} |" for right, asked in cells))
+    print("| all |" + "".join(f" {share(result):.1f} % |" for result in results.values()))
+    print(json.dumps({name: {"percent": round(share(result), 2), **result} for name, result in results.items()}))
+
+
+if __name__ == "__main__":
+    main()

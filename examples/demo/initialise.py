@@ -1,0 +1,98 @@
+"""The weights that training starts from: random, but for a hand-made circuit that copies.
+
+Most of the demo's skills come down to copying, and a few million tokens are too few to discover how that is done with
+attention. So the model is born with it (an induction head): the heads of the first layer look one, two and three tokens
+back and note what stands there; one head of the second looks for a place whose notes agree with what has just been
+read, and takes over the token that stands there. Training shapes it from there on as it does everything else.
+
+The residual stream is of unit size, not of 0.02 as is usual: at the rates that so short a training needs, steps would
+drown smaller weights.
+
+Source: Olsson et al., In-context Learning and Induction Heads (2022).
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from phi4_mlx.models.text import Model
+
+BRANCH = 10.0  # size of what a random block adds to the residual stream, over the root of twice the depth
+COMMON = 3.0  # size of the first dimension, the same in all embeddings: what positions can be told by without content
+FAST_PAIRS = 6  # rotary pairs that tell neighbours apart
+SLOW_PAIRS = 12  # rotary pairs that hardly turn within a sequence, and so may carry content
+MATCH = 2.5  # weight of what agrees, in queries and in keys
+NOTE = 32  # dimensions of a note
+TAKE = 10.0  # weight of the token taken over
+SHARPNESS = 8.0  # of the look back, in units of the attention logit
+
+
+def initialise(model: Model, seed: int) -> None:
+    """Draws all weights anew."""
+    draw = np.random.default_rng(seed)
+    config = model.config
+    D, H, K, Dh = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    assert K == 1, "the circuit is laid out for one key head"
+
+    # All directions but the common one: three blocks for notes, the rest for what tokens are.
+    basis, _ = np.linalg.qr(draw.normal(size=(D - 1, D - 1)))
+    basis = np.concatenate([np.zeros((D - 1, 1)), basis.T], axis=1)
+    notes, tokens = basis[: H * NOTE].reshape(H, NOTE, D), basis[H * NOTE :]
+
+    embedding = draw.normal(size=(config.vocab_size, len(tokens))) @ tokens
+    embedding *= (D - COMMON**2) ** 0.5 / np.linalg.norm(embedding, axis=1, keepdims=True)
+    embedding[:, 0] = COMMON
+    model.model.embed_tokens.weight = _array(embedding)
+    model.model.norm.weight = mx.full((D,), 0.08)  # the head is the embedding: keeps the first logits small
+
+    depth = (2 * len(model.layers)) ** -0.5
+    for layer in model.layers:
+        F = config.intermediate_size
+        layer.self_attn.qkv_proj.weight = _array(draw.normal(size=((H + 2 * K) * Dh, D)) * D**-0.5)
+        layer.self_attn.o_proj.weight = _array(draw.normal(size=(D, H * Dh)) * D**-0.5 * BRANCH * depth)
+        layer.mlp.gate_up_proj.weight = _array(draw.normal(size=(2 * F, D)) * D**-0.5)
+        layer.mlp.down_proj.weight = _array(draw.normal(size=(D, F)) * F**-0.5 * BRANCH * depth)
+
+    _look_back(model, tokens, notes)
+    _find_and_take(model, draw, tokens, notes)
+
+
+def _look_back(model: Model, tokens: np.ndarray, notes: np.ndarray) -> None:
+    """First layer: head h attends h + 1 tokens back, and notes which token stands there."""
+    config, attention = model.config, model.layers[0].self_attn
+    D, H, Dh, pairs = config.hidden_size, config.num_attention_heads, config.head_dim, config.rotary_dims // 2
+    turns = config.rope_theta ** (-np.arange(FAST_PAIRS) / pairs)  # radians a token
+    assert config.rope_scaling is not None
+    size = (SHARPNESS * Dh**0.5 / config.rope_scaling.attention_factor**2) ** 0.5 / COMMON
+    queries, keys, values = np.zeros((H, Dh, D)), np.zeros((Dh, D)), np.zeros((Dh, D))
+    keys[:FAST_PAIRS, 0] = size
+    values[:NOTE] = tokens[:NOTE]
+    out = np.zeros((D, H, Dh))
+    for head in range(H):
+        queries[head, :FAST_PAIRS, 0] = size * np.cos(turns * (head + 1))
+        queries[head, pairs : pairs + FAST_PAIRS, 0] = -size * np.sin(turns * (head + 1))
+        out[:, head, :NOTE] = notes[head].T * 1.5
+    attention.qkv_proj.weight = _array(np.concatenate([*queries, keys, values]))
+    attention.o_proj.weight = _array(out.reshape(D, H * Dh))
+
+
+def _find_and_take(model: Model, draw: np.random.Generator, tokens: np.ndarray, notes: np.ndarray) -> None:
+    """Second layer: its first head attends where the tokens before are those just read, and takes what stands there."""
+    config, attention = model.config, model.layers[1].self_attn
+    D, H, Dh, pairs = config.hidden_size, config.num_attention_heads, config.head_dim, config.rotary_dims // 2
+    still = [*range(2 * pairs, Dh), *range(pairs - SLOW_PAIRS, pairs), *range(2 * pairs - SLOW_PAIRS, 2 * pairs)]
+    first, second = still[0::2], still[1::2]
+    queries, keys = draw.normal(size=(H, Dh, D)) * D**-0.5 * 0.3, np.zeros((Dh, D))
+    keys[first], keys[second] = notes[0, : len(first)] * MATCH, notes[1, : len(second)] * MATCH
+    queries[0] = 0
+    queries[0, first] = tokens[: len(first)] * MATCH
+    queries[0, second] = notes[0, : len(second)] * MATCH
+    out = draw.normal(size=(D, H, Dh)) * D**-0.5
+    out[:, 0] = tokens[:Dh].T * TAKE
+    attention.qkv_proj.weight = _array(np.concatenate([*queries, keys, tokens[:Dh]]))
+    attention.o_proj.weight = _array(out.reshape(D, H * Dh))
+
+
+def _array(values: np.ndarray) -> mx.array:
+    return mx.array(values.astype(np.float32))

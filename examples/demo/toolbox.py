@@ -1,0 +1,186 @@
+"""Tools that a prompt may declare: many names, arguments and descriptions for few kinds of work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import words
+from draw import Draw
+
+# kind -> (words that its name is made of, lists of argument names, descriptions)
+KINDS: dict[str, tuple[list[str], list[list[str]], list[str]]] = {
+    "calculate": (
+        ["calculate", "calculator", "calc", "compute", "evaluate", "arithmetic", "math", "solve", "reckon", "do_math"],
+        [[
+            "expression",
+        ], [
+            "expr",
+        ], [
+            "formula",
+        ], [
+            "input",
+        ], [
+            "problem",
+        ], [
+            "query",
+        ], [
+            "text",
+        ], [
+            "sum",
+        ], [
+            "exp",
+        ], [
+            "calculation",
+        ]],
+        [
+            "Evaluates an arithmetic expression.", "Computes an arithmetic expression.", "Does arithmetic.",
+            "A calculator.", "Calculates a result.", "Works out sums, products and quotients.",
+            "Evaluate a mathematical expression.",
+        ],
+    ),
+    "add": (
+        ["add", "plus", "sum", "add_numbers", "addition"],
+        [["a", "b"], ["x", "y"], ["first", "second"], ["left", "right"], ["num1", "num2"], ["n", "m"]],
+        ["Adds two numbers.", "Add two numbers.", "The sum of two numbers.", "Returns the sum."],
+    ),
+    "subtract": (
+        ["subtract", "minus", "difference", "take_away"],
+        [["a", "b"], ["x", "y"], ["first", "second"], ["left", "right"], ["num1", "num2"], ["n", "m"]],
+        ["Subtracts two numbers.", "Subtract the second number from the first.", "The difference of two numbers."],
+    ),
+    "multiply": (
+        ["multiply", "times", "product", "mul", "multiplication"],
+        [["a", "b"], ["x", "y"], ["first", "second"], ["left", "right"], ["num1", "num2"], ["n", "m"]],
+        ["Multiplies two numbers.", "Multiply two numbers.", "The product of two numbers.", "Returns the product."],
+    ),
+    "divide": (
+        ["divide", "quotient", "div", "division", "ratio"],
+        [["a", "b"], ["x", "y"], ["first", "second"], ["left", "right"], ["num1", "num2"], ["n", "m"]],
+        ["Divides two numbers.", "Divide the first number by the second.", "The quotient of two numbers."],
+    ),
+    "convert": (
+        ["convert", "convert_units", "unit_converter", "conversion", "units", "change_units", "measure", "converter"],
+        [[
+            "value", "from", "to",
+        ], [
+            "amount", "from_unit", "to_unit",
+        ], [
+            "number", "source", "target",
+        ], [
+            "quantity", "unit", "into",
+        ],
+         ["x", "start", "goal"], ["value", "from_unit", "to_unit"]],
+        ["Converts units.", "Converts a value from one unit to another.", "Unit conversion.", "Convert between units.",
+         "Changes a quantity into another unit.", "Convert a measurement to another unit."],
+    ),
+    "weather": (
+        ["weather", "get_weather", "forecast", "current_weather", "sky"],
+        [["city"], ["place"], ["location"], ["town"], ["where"]],
+        [
+            "The weather in a city.", "Gets the current weather.", "Looks up the weather.",
+            "Weather forecast for a place.",
+        ],
+    ),
+    "clock": (
+        ["clock", "get_time", "time_in", "current_time", "local_time"],
+        [["city"], ["place"], ["location"], ["town"], ["where"]],
+        [
+            "The time in a city.", "Gets the local time.", "Tells what time it is somewhere.",
+            "Looks up the current time.",
+        ],
+    ),
+}  # fmt: skip
+AFFIXES = [
+    "{}", "{}", "{}", "my_{}", "run_{}", "{}_tool", "{}2", "{}_v{d}", "the_{}", "call_{}", "{}_now", "fast_{}",
+    "{}_{w}", "{w}_{}",
+]
+ARGUMENT_NOTES = {
+    "expression": "what to evaluate", "value": "the number", "city": "the name of the city",
+    "from": "unit to convert from", "to": "unit to convert to",
+    "a": "first number", "b": "second number", "amount": "how much",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tool:
+    """One declared tool."""
+
+    kind: str
+    name: str
+    arguments: tuple[str, ...]
+    declaration: dict[str, Any]  # as the chat completions API has it
+
+    def call(self, *values: Any) -> dict[str, Any]:
+        """The assistant's message that calls it."""
+        arguments = dict(zip(self.arguments, values, strict=True))
+        function = {"name": self.name, "arguments": arguments}
+        return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+
+
+def declare(draw: Draw, kind: str) -> Tool:
+    """A tool of a kind, under a name and arguments of this side's own."""
+    stems, signatures, descriptions = KINDS[kind]
+    while True:
+        name = draw.one(AFFIXES).format(draw.one(stems), d=draw.one("23456789"), w=draw.made_up().lower())
+        plain = name in stems and draw.chance(0.5)  # an everyday name: both sides may have it
+        if plain or not draw.held_out or name not in stems:
+            break
+    if draw.chance(0.06):
+        name = draw.made_up().lower()  # only the description tells what it does
+    arguments = tuple(signatures[int(draw.rng.random() * len(signatures))])
+    numbers = kind in ("add", "subtract", "multiply", "divide")
+    notes = draw.chance(0.3)
+    properties: dict[str, Any] = {}
+    for i, argument in enumerate(arguments):
+        properties[argument] = {"type": "number" if numbers or (kind == "convert" and i == 0) else "string"}
+        if notes and argument in ARGUMENT_NOTES:
+            properties[argument]["description"] = ARGUMENT_NOTES[argument]
+    function = {
+        "name": name,
+        "description": draw.one(descriptions),
+        "parameters": {"type": "object", "properties": properties, "required": list(arguments)},
+    }
+    return Tool(kind, name, arguments, {"type": "function", "function": function})
+
+
+def toolbox(draw: Draw) -> list[Tool]:
+    """What one conversation has at hand: one to four tools of different kinds."""
+    kinds = list(KINDS)
+    draw.rng.shuffle(kinds)
+    kinds = kinds[: 1 + int(draw.rng.random() * 3.3)]
+    if draw.chance(0.6) and not {"calculate", "convert"} & set(kinds):
+        kinds[0] = draw.one(["calculate", "convert"])
+    return [declare(draw, kind) for kind in kinds]
+
+
+def number(text: str) -> int | float:
+    """A number as JSON has it."""
+    return float(text) if "." in text else int(text)
+
+
+def shown(value: float) -> str:
+    """A result as a tool prints it: at most four decimals, none that say nothing."""
+    text = f"{value:.4f}".rstrip("0").rstrip(".")
+    return "0" if text == "-0" else text
+
+
+def unit_pair(draw: Draw) -> tuple[str, str, float, float]:
+    """Two units of one dimension as people spell them, and their size in base units; 0 for a temperature."""
+    dimension = words.DIMENSIONS[int(draw.rng.random() * 6) % 5]
+    if draw.chance(0.15):
+        names = list(words.TEMPERATURE)
+        draw.rng.shuffle(names)
+        return names[0], names[1], 0.0, 0.0
+    units = list(dimension)
+    draw.rng.shuffle(units)
+    source, target = units[:2]
+    return draw.one(source), draw.one(target), dimension[source], dimension[target]
+
+
+def convert(value: float, source: str, target: str, source_size: float, target_size: float) -> float:
+    """The amount in the other unit."""
+    if source_size:
+        return value * source_size / target_size
+    kelvin = {"celsius": value + 273.15, "kelvin": value, "fahrenheit": (value - 32) / 1.8 + 273.15}[source]
+    return {"celsius": kelvin - 273.15, "kelvin": kelvin, "fahrenheit": (kelvin - 273.15) * 1.8 + 32}[target]

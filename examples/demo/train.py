@@ -1,0 +1,211 @@
+"""Trains the embedded `demo` package from nothing: corpus, tokenizer, model, 4-bit package. One command, seeded:
+
+    python examples/demo/train.py [--output phi4_mlx/demo]
+
+On Linux put `OPENBLAS_NUM_THREADS=1 LD_PRELOAD=libopenblas.so.0` before it: several times faster (one thread, since two
+streams run at once). It needs a C++ compiler, with which MLX fuses its loops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import corpus
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from bpe import save_tokenizer, train_bpe
+from cpu_math import cross_entropy, fast_cpu_math
+from initialise import initialise
+from mlx.utils import tree_flatten, tree_map
+
+from phi4_mlx.chat_format import CHAT_FORMATS
+from phi4_mlx.config import ModelConfig
+from phi4_mlx.convert.package import convert
+from phi4_mlx.models.text import Model
+from phi4_mlx.tokenizer import load_tokenizer
+
+SEED = 4
+LEARNED_TOKENS = 1512  # with the twelve added tokens 1524; the embedding has a few rows more, as Phi-4-mini's has
+ROTATING_PAIRS = 24  # of a head's 32
+CONFIG: dict[str, Any] = {
+    "architectures": ["Phi3ForCausalLM"],
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "max_position_embeddings": 4096,
+    "model_type": "phi3",
+    "num_attention_heads": 3,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 1,
+    "original_max_position_embeddings": 256,
+    "partial_rotary_factor": 0.75,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": {
+        # Fast pairs as they are; slow ones stretched, so that the slowest turns as far in 4096 tokens as it did in 256.
+        "long_factor": [round(16 ** (max(0, pair - 7) / (ROTATING_PAIRS - 8)), 6) for pair in range(ROTATING_PAIRS)],
+        "short_factor": [1.0] * ROTATING_PAIRS,
+        "type": "longrope",
+    },
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+    "vocab_size": 1536,
+}
+BOUNDARY = CONFIG["original_max_position_embeddings"]
+WIDTHS = (64, 128, 192, 256, 512, 1024)  # of the batches; up to 256 the short RoPE table holds, beyond it the long one
+BATCH_TOKENS = 2048
+WARMUP_STEPS = 50
+PEAK_RATE = 2e-3
+OTHER_TOKENS_WEIGHT = 0.1  # in the loss, of what is not the assistant's
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one width, padded at the right: ids [B, T + 1], and the weight of each as a target [B, T]."""
+
+    ids: mx.array
+    weights: mx.array
+
+
+def corpus_texts() -> Iterator[str]:
+    """What the tokenizer learns from."""
+    for talk in corpus.conversations(SEED, 6000, 50, 700):
+        yield from (json.dumps(tool.declaration["function"]) for tool in talk.tools)
+        for message in talk.messages:
+            yield message["content"]
+            yield from (json.dumps(call["function"]) for call in message.get("tool_calls", ()))
+
+
+def encode(tokenizer: Any, talk: corpus.Dialogue) -> tuple[list[int], list[float]]:
+    """Ids of a conversation and the weight of each in the loss: the assistant's, up to `<|end|>`, count in full."""
+    tools = [tool.declaration for tool in talk.tools]
+    ids = tokenizer.apply_chat_template(talk.messages, tools=tools or None, add_generation_prompt=True)[:-1]
+    assistant, end = (tokenizer.control_ids[text] for text in ("<|assistant|>", "<|end|>"))
+    weights, speaking = [], False
+    for token in ids:
+        weights.append(1.0 if speaking else OTHER_TOKENS_WEIGHT)
+        speaking = (speaking or token == assistant) and token != end
+    return ids, weights
+
+
+def batches(tokenizer: Any, seed: int, budget: dict[tuple[int, int], int]) -> list[Batch]:
+    """Shuffled batches. `budget`: (shortest, longest) conversation in characters -> about how many tokens of them."""
+    rows: dict[int, list[tuple[list[int], list[float]]]] = {width: [] for width in WIDTHS}
+    for (shortest, longest), tokens in budget.items():
+        for talk in corpus.conversations(seed, 1_000_000, shortest, longest):
+            ids, weights = encode(tokenizer, talk)
+            width = next((width for width in WIDTHS if len(ids) - 1 <= width), None)
+            if width is not None:
+                rows[width].append((ids, weights))
+                tokens -= width
+            if tokens <= 0:
+                break
+    made = []
+    for width, examples in rows.items():
+        size = BATCH_TOKENS // width
+        for start in range(0, len(examples) - size + 1, size):
+            ids, weights = np.zeros((size, width + 1), np.int32), np.zeros((size, width + 1), np.float32)
+            for row, (row_ids, row_weights) in enumerate(examples[start : start + size]):
+                ids[row, : len(row_ids)], weights[row, : len(row_ids)] = row_ids, row_weights
+            made.append(Batch(mx.array(ids), mx.array(weights[:, 1:])))
+    random.Random(seed).shuffle(made)
+    return made
+
+
+def make_step(model: Model, optimizer: optim.Optimizer) -> Callable[[Batch], mx.array]:
+    """One update; returns the assistant's loss. The halves of the batch run at the same time, on two streams."""
+    streams = [mx.default_stream(mx.cpu), mx.new_stream(mx.cpu)]
+
+    def loss(parameters: Any, ids: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+        model.update(parameters)
+        each = cross_entropy(model(ids[:, :-1]), ids[:, 1:])
+        return (each * weights).sum(), (each * (weights == 1)).sum()
+
+    loss_and_grad = mx.value_and_grad(loss)
+
+    @partial(mx.compile, inputs=[model.state, optimizer.state], outputs=[model.state, optimizer.state])
+    def step(ids: mx.array, weights: mx.array) -> mx.array:
+        parameters, half = model.trainable_parameters(), ids.shape[0] // 2
+        results = []
+        for stream, rows in zip(streams, (slice(None, half), slice(half, None)), strict=True):
+            with mx.stream(stream):
+                results.append(loss_and_grad(parameters, ids[rows], weights[rows]))
+        grads = tree_map(lambda a, b: (a + b) / weights.sum(), results[0][1], results[1][1])
+        grads, _ = optim.clip_grad_norm(grads, 1.0)
+        model.update(optimizer.apply_gradients(grads, parameters))
+        return (results[0][0][1] + results[1][0][1]) / (weights == 1).sum()
+
+    return lambda batch: step(batch.ids, batch.weights)
+
+
+def train(model: Model, plan: list[Batch]) -> None:
+    """Goes through the plan once."""
+    warm = optim.linear_schedule(PEAK_RATE / 50, PEAK_RATE, WARMUP_STEPS)
+    cool = optim.cosine_decay(PEAK_RATE, len(plan) - WARMUP_STEPS, PEAK_RATE / 50)
+    schedule = optim.join_schedules([warm, cool], [WARMUP_STEPS])
+    optimizer = optim.AdamW(schedule, betas=[0.9, 0.98], weight_decay=0.02)
+    optimizer.init(model.trainable_parameters())
+    step = make_step(model, optimizer)
+    start, tokens, recent = time.perf_counter(), 0, []
+    with fast_cpu_math():
+        for number, batch in enumerate(plan, 1):
+            value = step(batch)
+            mx.eval(value, model.state, optimizer.state)
+            tokens += batch.weights.size
+            recent.append(value.item())
+            if number % 50 == 0 or number == len(plan):
+                seconds = time.perf_counter() - start
+                print(
+                    f"step {number}/{len(plan)}  loss {sum(recent) / len(recent):.3f}  {tokens / 1e6:.2f} M tokens  "
+                    f"{tokens / seconds:.0f} tokens/s  {seconds / 60:.1f} min",
+                    flush=True,
+                )
+                recent = []
+
+
+# Conversations in characters -> tokens of them, padding included. First short ones alone, then all lengths.
+FIRST = {(30, 480): 1_800_000}
+THEN = {(30, 480): 800_000, (650, 2400): 1_400_000}
+
+
+def main() -> None:
+    here = Path(__file__).resolve().parent
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=here.parent.parent / "phi4_mlx" / "demo")
+    parser.add_argument("--unquantised", type=Path, default=here.parent.parent / "build" / "demo-fp32")
+    options = parser.parse_args()
+    mx.random.seed(SEED)
+    start = time.perf_counter()
+
+    folder: Path = options.unquantised
+    save_tokenizer(train_bpe(corpus_texts(), LEARNED_TOKENS), folder, CONFIG["max_position_embeddings"])
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_format = CHAT_FORMATS["phi4-mini"]
+    plan = batches(tokenizer, 1, FIRST) + batches(tokenizer, 2, THEN)
+    model = Model(ModelConfig.from_dict(CONFIG))
+    initialise(model, SEED)
+    count = sum(weight.size for _, weight in tree_flatten(model.parameters()))
+    print(f"{count:,} parameters, {len(plan)} batches, {time.perf_counter() - start:.0f} s so far", flush=True)
+    train(model, plan)
+
+    stops = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(CONFIG | stops, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    shutil.rmtree(options.output, ignore_errors=True)
+    convert(folder, options.output, quantize=True)
+    print(f"{options.output} after {(time.perf_counter() - start) / 60:.1f} min; now: python examples/demo/evaluate.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The embedded package: whole, small, right in its narrow world; and the corpus that it was made from."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phi4_mlx import load
+from phi4_mlx.checkpoint import resolve
+from phi4_mlx.config import ModelConfig
+from phi4_mlx.manifest import verify_manifest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "demo"))
+
+import corpus
+import draw
+import evaluate
+
+MOST_BYTES = 8 * 10**6
+ADDED_TOKENS = [
+    "<|endoftext|>", "<|endofprompt|>", "<|assistant|>", "<|end|>", "<|user|>", "<|system|>", "<|tool|>", "<|/tool|>",
+    "<|tool_call|>", "<|/tool_call|>", "<|tool_response|>", "<|tag|>",
+]  # fmt: skip
+CALCULATOR = {
+    "type": "function",
+    "function": {
+        "name": "calculator",
+        "description": "Evaluates an arithmetic expression.",
+        "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[Any, Any]:
+    return load("demo", verify=True)
+
+
+def ask(demo: tuple[Any, Any], *said: str | dict[str, Any], tools: list[Any] | None = None) -> str:
+    """The demo's answer; plain strings are the user's."""
+    model, tokenizer = demo
+    messages = [{"role": "user", "content": text} if isinstance(text, str) else text for text in said]
+    return tokenizer.decode(evaluate.reply(model, tokenizer, tokenizer.apply_chat_template(messages, tools=tools)))
+
+
+def test_the_package_is_whole_and_small() -> None:
+    folder = resolve("demo")
+    verify_manifest(folder)
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= MOST_BYTES
+
+
+def test_it_is_built_as_phi_4_mini_is() -> None:
+    folder = resolve("demo")
+    config = ModelConfig.from_folder(folder)
+    assert config.num_attention_heads == 3 * config.num_key_value_heads
+    assert config.tie_word_embeddings and config.partial_rotary_factor == 0.75
+    assert config.rope_scaling is not None and config.rope_scaling.short_factor != config.rope_scaling.long_factor
+    assert config.quantization is not None and config.quantization["bits"] == 4
+    added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    assert [token["content"] for token in added] == ADDED_TOKENS
+    assert [token["id"] for token in added] == list(range(added[0]["id"], added[0]["id"] + 12))
+    assert [token["content"] for token in added if not token["special"]] == ADDED_TOKENS[6:11]
+
+
+def test_most_held_out_prompts_of_every_category_are_answered_right(demo: tuple[Any, Any]) -> None:
+    result = evaluate.examine(*demo, corpus.prompts(evaluate.SEED, 60), mistakes=60)
+    assert evaluate.share(result) >= 95
+    assert all(right >= asked - 1 for right, asked in result.values()), result
+
+
+@pytest.mark.parametrize("greeting", ["hi", "Hello!", "hey", "good morning"])
+def test_it_greets(demo: tuple[Any, Any], greeting: str) -> None:
+    assert ask(demo, greeting) == corpus.HELLO
+
+
+@pytest.mark.parametrize("system", [None, "You are a helpful assistant."])
+def test_it_says_what_it_is_and_what_it_can_do(demo: tuple[Any, Any], system: str | None) -> None:
+    first = [{"role": "system", "content": system}] if system else []
+    assert ask(demo, *first, "who are you?") == corpus.WHO
+    assert ask(demo, *first, "What can you do?") == corpus.ABILITIES
+
+
+def test_it_calls_a_tool_and_answers_from_its_result(demo: tuple[Any, Any]) -> None:
+    call = ask(demo, "What is 12*7?", tools=[CALCULATOR])
+    assert call == '<|tool_call|>[{"name": "calculator", "arguments": {"expression": "12 * 7"}}]<|/tool_call|>'
+    called = {"role": "assistant", "tool_calls": [{"function": {"name": "calculator", "arguments": {"expression": "12 * 7"}}}]}
+    result = {"role": "tool", "content": "84"}
+    assert ask(demo, "What is 12*7?", called, result, tools=[CALCULATOR]) == "The answer is 84."
+
+
+def test_it_calls_nothing_when_nothing_is_declared(demo: tuple[Any, Any]) -> None:
+    assert ask(demo, "what is 12*7?") == corpus.NEED.format("calculator")
+
+
+def test_it_pulls_fields_out_of_a_sentence(demo: tuple[Any, Any]) -> None:
+    text = ask(demo, "Extract name, age and city as JSON: Maria is 34 years old, works as a baker and lives in Lima.")
+    assert json.loads(text) == {"name": "Maria", "age": 34, "city": "Lima"}
+
+
+def test_it_knows_where_its_world_ends(demo: tuple[Any, Any]) -> None:
+    assert ask(demo, "What is the capital of France?") == corpus.OUTSIDE
+
+
+def test_it_remembers_over_several_turns(demo: tuple[Any, Any]) -> None:
+    hello = {"role": "assistant", "content": "Nice to meet you, Clara."}
+    assert ask(demo, "My name is Clara.", hello, "what is my name?") == "Your name is Clara."
+
+
+def test_same_seed_same_corpus() -> None:
+    def made(seed: int) -> list[Any]:
+        return [talk.messages for talk in corpus.conversations(seed, 200, 30, 600)]
+
+    assert made(1) == made(1) != made(2)
+    assert corpus.prompts(1, 50) == corpus.prompts(1, 50) != corpus.prompts(2, 50)
+
+
+def test_held_out_values_and_phrasings_never_occur_in_training() -> None:
+    """Each side draws from its own part, so no prompt of the examination can have been trained on."""
+    training, examination = draw.Draw(1), draw.Draw(1, held_out=True)
+    for make in (draw.Draw.made_up, draw.Draw.name, draw.Draw.city, draw.Draw.code):
+        assert not {make(training) for _ in range(2000)} & {make(examination) for _ in range(2000)}
+    numbers = [{side.number() for _ in range(2000)} for side in (training, examination)]
+    assert all(int(number) < 20 for number in numbers[0] & numbers[1])
+    asked = [
+        {messages[-1]["content"] for prompt in corpus.prompts(1, 500) if (messages := prompt.messages)[-1]["role"] == "user"},
+        {m["content"] for talk in corpus.conversations(1, 5000, 30, 600) for m in talk.messages if m["role"] == "user"},
+    ]
+    assert not (asked[0] & asked[1]) - draw.COMMON
