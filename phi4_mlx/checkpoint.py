@@ -186,20 +186,34 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
 
 
 def _download(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import constants, errors, logging, snapshot_download
+    from huggingface_hub import constants, errors, snapshot_download
 
-    logging.set_verbosity_error()  # no line for each of its five retries
+    offline = constants.HF_HUB_OFFLINE
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(NEEDED_FILES)))
+        reachable = not offline and _is_reachable(repo, revision)
+        needed = list(NEEDED_FILES)
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=needed, local_files_only=not reachable))
     except errors.RepositoryNotFoundError:  # also for what is gated
         reason = "does not exist, or needs a login (`hf auth login`)"
     except errors.RevisionNotFoundError:
         reason = f"has no revision {revision!r}"
     except errors.HFValidationError:
         reason = "is no valid Hub id"
-    except (errors.LocalEntryNotFoundError, ConnectionError, TimeoutError):
-        offline = constants.HF_HUB_OFFLINE
+    except errors.LocalEntryNotFoundError:
         reason = f"is not cached, and {'HF_HUB_OFFLINE is set' if offline else 'the Hub cannot be reached'}"
     except Exception as error:  # the Hub library's HTTP client, and so what it raises, differs by version
         reason = "could not be downloaded: " + " ".join(str(error).split())
     raise CheckpointError(f"{repo} {reason}; --model demo needs no download")
+
+
+def _is_reachable(repo: str, revision: str | None) -> bool:
+    """Asks the Hub once. A download without network would try again for half a minute before it gave up."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        HfApi().repo_info(repo, revision=revision, timeout=10)
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
+        raise
+    except Exception:  # no network, no answer in time: the cache may still have it
+        return False
+    return True

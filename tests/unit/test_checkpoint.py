@@ -195,17 +195,26 @@ def test_the_hub_is_asked_for_the_needed_files_at_a_pinned_commit(
     import huggingface_hub
 
     asked: list[tuple[str, str | None, list[str]]] = []
+    local: list[bool] = []
 
-    def snapshot_download(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot_download(repo: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool) -> str:
         asked.append((repo, revision, allow_patterns))
+        local.append(local_files_only)
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda self, repo, **options: None)
     assert resolve(DEFAULT_MODEL) == tmp_path
     resolve(DEFAULT_MODEL, "main")
     resolve("owner/name")
     assert [revision for _, revision, _ in asked] == ["ac1c269cb4222a4e136a3d09edad301056c1f36a", "main", None]
     assert asked[0][2] == list(NEEDED_FILES)
+    assert local == [False] * 3
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "repo_info", lambda self, repo, **options: 1 / 0
+    )  # any failure to reach it
+    resolve("owner/name")
+    assert local[-1]  # what is cached serves without network
     assert not any("py" in pattern.rpartition(".")[2] for pattern in NEEDED_FILES)
 
 
