@@ -303,15 +303,14 @@ def _check_added_tokens(spec: Any) -> None:
     tokens = spec.get("added_tokens") if isinstance(spec, dict) else None
     if not isinstance(tokens, list) or not isinstance(spec.get("model"), dict):
         raise TokenizerError("tokenizer.json holds no model with added_tokens; it is no tokenizer of this family")
-    vocab = spec["model"]["vocab"]
-    taken = set(vocab.values())
+    ids: dict[str, int] = dict(spec["model"]["vocab"])
+    texts = {token: text for text, token in ids.items()}
     for token in tokens:
         text, number = token["content"], token["id"]
         if type(number) is not int or number < 0 or not isinstance(text, str) or not text or text != _whole(text):
             raise TokenizerError(f"tokenizer.json: added token {token!r:.100} has no id and text")
-        if vocab.get(text, number) != number or (text not in vocab and number in taken):
-            raise TokenizerError(f"tokenizer.json: added token {text!r} has id {number}, which is another token's")
-        taken.add(number)
+        if ids.setdefault(text, number) != number or texts.setdefault(number, text) != text:
+            raise TokenizerError(f"tokenizer.json: added token {text!r} has id {number}, which is not its own")
 
 
 def _eos_ids(folder: Path) -> set[int]:

@@ -100,6 +100,14 @@ def test_what_the_hash_of_its_model_stands_for(o200k: Path, ours: Tokenizer) -> 
     assert isinstance(ours, ByteTokenizer) and ours.vocab_size == 200_029
 
 
+def test_a_known_model_in_a_file_that_tiktoken_cannot_express_keeps_its_merges(o200k: Path, tmp_path: Path) -> None:
+    text = (o200k / "tokenizer.json").read_text(encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(text.replace('"single_word": false', '"single_word": true', 1))
+    tokenizer = load_tokenizer(tmp_path)
+    assert isinstance(tokenizer, LibraryTokenizer)
+    assert tokenizer.encode("hello world") == [24912, 2375]
+
+
 def test_plain_text_is_encoded_as_the_library_does(ours: Tokenizer, library_without_tags: Library) -> None:
     texts = strings(1, STRINGS, tags=0.05)
     assert {unicodedata.category(c)[0] for text in texts for c in text} == set("LMNPSZC")
