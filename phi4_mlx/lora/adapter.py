@@ -97,7 +97,7 @@ def read_folder(folder: Path) -> Adapter:
     if not isinstance(parameters, dict):
         raise CheckpointError(f"{folder / CONFIG_FILE} has no lora_parameters; it needs rank, scale, dropout and keys")
     keys, rank, num_layers = parameters.get("keys"), parameters.get("rank"), config.get("num_layers")
-    only, base = config.get("layers_to_transform"), config.get("model")
+    base = config.get("model")
     if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
         raise CheckpointError(f"{folder / CONFIG_FILE} has keys {keys!r:.80}; they must be names of layers")
     adapter = Adapter(
@@ -108,7 +108,7 @@ def read_folder(folder: Path) -> Adapter:
         source=str(path),
         num_layers=num_layers if type(num_layers) is int else None,
         keys=None if keys is None else tuple(keys),
-        only_layers=tuple(only) if isinstance(only, list) else None,
+        only_layers=layers_named(folder, config),
         base_model=base if isinstance(base, str) else None,
     )
     return checked(adapter, rank)
@@ -126,6 +126,15 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} holds no {CONFIG_FILE}; an adapter is a folder with that file and {TENSORS_FILE} in it"
         )
     return read_json(folder / CONFIG_FILE)
+
+
+def layers_named(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """What a config has for layers_to_transform: PEFT's name for an adapter's layers, where it is not for all."""
+    named = config.get("layers_to_transform")
+    layers = [named] if type(named) is int else named
+    if layers is None or (isinstance(layers, list) and layers and all(type(layer) is int for layer in layers)):
+        return None if layers is None else tuple(layers)
+    raise CheckpointError(f"{folder / CONFIG_FILE} has layers_to_transform {named!r:.80}; they must be numbers")
 
 
 def read_tensors(path: Path) -> dict[str, mx.array]:
@@ -207,7 +216,7 @@ def write_tensors(path: Path, tensors: Mapping[str, mx.array]) -> None:
     ordered = sorted(tensors.items(), key=lambda item: place(item[0]))
     with TensorWriter(path, {name: (_STORED[array.dtype], array.shape) for name, array in ordered}) as writer:
         for name, array in ordered:
-            writer.write(name, [memoryview(mx.contiguous(array).view(mx.uint8))])
+            writer.write(name, [memoryview(array.view(mx.uint8))])
 
 
 def write_config(path: Path, config: Mapping[str, Any]) -> None:

@@ -74,7 +74,7 @@ def fuse(
         CheckpointError: base or adapter is missing or damaged, or they are not for each other.
         ConfigError, TokenizerError: the base's files are missing, damaged, or ask for what is not done here.
     """
-    adapter = read_adapter(Path(adapter_path).expanduser())
+    adapter = read_adapter(Path(adapter_path))
     changed: list[FusedParameter] = []
 
     def planned(folder: Path, config: ModelConfig) -> list[Parameter]:

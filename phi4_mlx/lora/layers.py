@@ -206,6 +206,7 @@ def read_adapter(folder: Path) -> Adapter:
     Raises:
         ConfigError, CheckpointError, RequestError: as `load_adapter`.
     """
+    folder = folder.expanduser()
     return read_peft(folder) if is_peft(folder) else read_folder(folder)
 
 
@@ -363,8 +364,7 @@ def _install(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
 
 def _check_whole(model: nn.Module, adapter: Adapter) -> None:
     """As `check_fit`, for the weights of a full fine-tuning."""
-    on_top = adapter_parameters(model)
-    own = {n.replace(".linear.", "."): array for n, array in tree_flatten(model.parameters()) if n not in on_top}
+    own = {name.replace(".linear.", "."): array for name, array in tree_flatten(model.parameters())}
     for name, array in adapter.tensors.items():
         expected = own.get(name)
         if expected is None or not name.endswith("weight") or not mx.issubdtype(expected.dtype, mx.floating):

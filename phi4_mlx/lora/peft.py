@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from phi4_mlx.errors import CheckpointError, RequestError
-from phi4_mlx.lora.adapter import CONFIG_FILE, Adapter, checked, place, read_config, read_tensors
+from phi4_mlx.lora.adapter import CONFIG_FILE, Adapter, checked, layers_named, place, read_config, read_tensors
 
 PEFT_FILE = "adapter_model.safetensors"
 
@@ -73,7 +73,7 @@ def read_peft(folder: Path) -> Adapter:
         )
     _check_config(folder, config)
     rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout")
-    only, base = config.get("layers_to_transform"), config.get("base_model_name_or_path")
+    base = config.get("base_model_name_or_path")
     if type(rank) is not int or rank < 1 or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise CheckpointError(f"{folder / CONFIG_FILE} has r {rank!r} and lora_alpha {alpha!r}; they must be numbers")
     adapter = Adapter(
@@ -82,7 +82,7 @@ def read_peft(folder: Path) -> Adapter:
         dropout=dropout if isinstance(dropout, float) else 0.0,
         tensors={_our_name(path, name): array.T for name, array in read_tensors(path).items()},
         source=str(path),
-        only_layers=None if only is None else (only,) if isinstance(only, int) else tuple(only),
+        only_layers=layers_named(folder, config),
         base_model=base if isinstance(base, str) else None,
     )
     return checked(adapter, rank)

@@ -146,6 +146,8 @@ def test_fields_that_change_nothing_are_no_obstacle(tiny_model: TinyModel, peft:
         ({"r": 0}, "r 0 and lora_alpha 8"),
         ({"r": None}, "r None"),
         ({"lora_alpha": float("inf")}, "lora_alpha inf"),
+        ({"layers_to_transform": "all"}, "layers_to_transform 'all'"),
+        ({"layers_to_transform": []}, r"layers_to_transform \[\]"),
         ({"use_dora": True}, "lacks m"),
     ],
 )
@@ -179,12 +181,14 @@ def test_pickle_is_never_read(tiny_model: TinyModel, peft: Path) -> None:
 def test_an_adapter_that_leaves_out_layers_needs_the_model(
     tiny_checkpoint: Callable[..., Path], peft: Path, tmp_path: Path
 ) -> None:
-    reconfigure(peft, layers_to_transform=[0, 1])
-    with pytest.raises(RequestError, match="name the model with --model"):
-        from_peft(peft, tmp_path / "back")
+    for named in (1, [0, 1]):
+        with pytest.raises(RequestError, match="name the model with --model"):
+            from_peft(reconfigure(peft, layers_to_transform=named), tmp_path / "back")
     from_peft(peft, tmp_path / "back", tiny_checkpoint(num_hidden_layers=3))
     written = config(tmp_path / "back")
     assert (written["num_layers"], written["layers_to_transform"]) == (3, [0, 1])
+    to_peft(tmp_path / "back", tmp_path / "forth")
+    assert config(tmp_path / "forth")["layers_to_transform"] == [0, 1]
     rename(peft, "layers.0", "layers.2")
     with pytest.raises(CheckpointError, match=r"layers\.2.*is no linear layer of this model"):
         from_peft(peft, tmp_path / "other", tiny_checkpoint("two"))

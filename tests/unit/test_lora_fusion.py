@@ -11,6 +11,7 @@ import mlx.core as mx
 import pytest
 
 from phi4_mlx import load
+from phi4_mlx.convert import weights
 from phi4_mlx.convert.package import convert
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.lora.fusion import PROMPT, fuse
@@ -20,7 +21,13 @@ from phi4_mlx.tensor_file import read_header
 
 Checkpoint = Callable[..., Path]
 IDS = mx.random.randint(0, 512, (1, 90), key=mx.random.key(9))  # crosses the boundary
+SMALL_BLOCK = 5000  # bytes: a matrix of the tiny models goes through in several
 FOUR_BITS: dict[str, Any] = {"quantize": True, "q_group_size": 32}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_BLOCK_BYTES", SMALL_BLOCK)
 
 
 def train_adapter(base: Path, folder: Path, kind: str = "lora", size: float = 0.1, **options: Any) -> Path:
