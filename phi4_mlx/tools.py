@@ -25,10 +25,10 @@ def flat_tool(tool: Any) -> dict[str, Any]:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise RequestError(f"a tool needs a name: {tool!r:.100}")
     parameters = function.get("parameters") or {}
+    if isinstance(parameters, Mapping) and parameters.get("type") == "object":  # a JSON schema
+        parameters = parameters.get("properties") or {}
     if not isinstance(parameters, Mapping):
         raise RequestError(f"tool {function['name']!r}: parameters must be an object, not {parameters!r:.100}")
-    if parameters.get("type") == "object":  # a JSON schema
-        parameters = parameters.get("properties") or {}
     flat: dict[str, Any] = {"name": function["name"]}
     if function.get("description"):
         flat["description"] = function["description"]

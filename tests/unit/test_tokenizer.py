@@ -146,6 +146,10 @@ def isolated(spec: dict[str, Any]) -> None:
     spec["pre_tokenizer"]["pretokenizers"][0] |= {"behavior": "Isolated", "invert": False}
 
 
+def isolated_outside(spec: dict[str, Any]) -> None:
+    spec["pre_tokenizer"]["pretokenizers"][0]["behavior"] = "Isolated"
+
+
 def add_prefix_space(spec: dict[str, Any]) -> None:
     spec["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
 
@@ -155,7 +159,7 @@ def add_prefix_space(spec: dict[str, Any]) -> None:
     [
         fall_back(dropout=0.1), fall_back(unk_token="!"), fall_back(byte_fallback=True), fall_back(ignore_merges=True),
         fall_back(normalizer={"type": "NFC"}), fall_back(pre_tokenizer=None), single_word, normalized, with_a_space,
-        isolated, add_prefix_space,
+        isolated, isolated_outside, add_prefix_space,
     ],
 )  # fmt: skip
 def test_what_tiktoken_cannot_say_goes_to_the_library(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
@@ -246,7 +250,7 @@ def test_no_merge_and_no_character_makes_a_control_token(tmp_path: Path) -> None
 
 def test_a_pattern_that_cannot_be_read_is_one_line(folder: Path) -> None:
     change(folder, lambda spec: spec["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "("}))
-    with pytest.raises(TokenizerError, match="pattern"):
+    with pytest.raises(TokenizerError, match="its pattern cannot be read"):
         load_tokenizer(folder)
 
 
