@@ -30,6 +30,7 @@ OPTIONS: list[tuple[str, Any, str]] = [
     ("model", text, "a folder, a Hugging Face id, or demo"),
     ("data", text, "a folder with train.jsonl and perhaps valid.jsonl, one file, or a dataset's Hugging Face id"),
     ("adapter-path", text, "where the adapter, checkpoints and metrics go"),
+    ("resume-adapter-file", text, "an adapter to begin with: its folder, or its adapters.safetensors"),
     ("task", ["sft", "dpo", "orpo"], "what is learned: answers, or preferences between two"),
     ("fine-tune-type", ["lora", "dora", "full"], "what is trained"),
     ("num-layers", number(int, -1, 10**6), "blocks with an adapter, from the last; -1 for all"),
@@ -85,17 +86,20 @@ def _parser() -> Parser:
 def _work(args: argparse.Namespace) -> None:
     settings = _settings(args)
 
+    import mlx.core as mx
+
     from phi4_mlx.checkpoint import DEFAULT_MODEL, load
     from phi4_mlx.lora.data import show
 
+    group = mx.distributed.init()
     model, tokenizer = load(settings.model or DEFAULT_MODEL)
-    samples, validation = _data(settings, tokenizer)
+    samples, validation = _data(settings, tokenizer, told=group.rank() == 0)
     if args.dry_run:
         for sample in samples[:DRY_RUN_SAMPLES]:
             for each in (sample,) if hasattr(sample, "ids") else (sample.chosen, sample.rejected):
                 print(f"{show(each, tokenizer)}\n")
         return
-    _train(model, settings, samples, validation, args.resume)
+    _train(model, settings, samples, validation, group, args.resume)
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -117,7 +121,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     return Settings.from_mapping(given, args.config or "the command line")
 
 
-def _data(settings: Settings, tokenizer: Tokenizer) -> tuple[Sequence[Any], Sequence[Any]]:
+def _data(settings: Settings, tokenizer: Tokenizer, told: bool) -> tuple[Sequence[Any], Sequence[Any]]:
     """Samples, or pairs, to train on and to validate with; tells what they came to."""
     from phi4_mlx.lora.data import load_pairs, load_samples
 
@@ -128,20 +132,19 @@ def _data(settings: Settings, tokenizer: Tokenizer) -> tuple[Sequence[Any], Sequ
     for split in ("train", "valid"):
         kept, report = read(settings.data, tokenizer, split, max_seq_length=settings.max_seq_length)
         found.append(kept)
-        for sentence in report.sentences() if kept else ():
+        for sentence in report.sentences() if kept and told else ():
             _tell(f"{split}: {sentence}")
     return found[0], found[1]
 
 
-def _train(model: Model, settings: Settings, samples: Sequence[Any], validation: Sequence[Any], resume: bool) -> None:
-    import mlx.core as mx
-
+def _train(
+    model: Model, settings: Settings, samples: Sequence[Any], validation: Sequence[Any], group: Any, resume: bool
+) -> None:
     from phi4_mlx.lora.batches import Batches
     from phi4_mlx.lora.record import Record
     from phi4_mlx.lora.trainer import Trainer
 
     folder = Path(settings.adapter_path).expanduser()
-    group = mx.distributed.init()
     leads = group.rank() == 0
     if leads and not resume and (folder / "checkpoints").exists():
         raise RequestError(f"{folder} holds a run already; --resume goes on with it, or name another --adapter-path")
@@ -162,8 +165,12 @@ def _train(model: Model, settings: Settings, samples: Sequence[Any], validation:
 
 
 def _make_trainable(model: Model, settings: Settings) -> None:
-    from phi4_mlx.lora.layers import add_adapter
+    from phi4_mlx.lora.layers import add_adapter, load_adapter
 
+    if settings.resume_adapter_file is not None:
+        given = Path(settings.resume_adapter_file).expanduser()
+        load_adapter(model, given.parent if given.is_file() else given)
+        return
     if settings.fine_tune_type != "full":
         shape = settings.lora_parameters
         layers = None if settings.num_layers == -1 else settings.num_layers

@@ -41,6 +41,7 @@ class Settings:
         packing: several samples in a row.
         warmup: steps over which the learning rate rises.
         clip: largest norm of the gradient; 0 for no limit.
+        resume_adapter_file: an adapter to begin with in place of a fresh one: its folder, or its adapters.safetensors.
         num_layers: blocks with an adapter, from the last; -1 for all.
         steps_per_eval: steps between two validations.
         val_batches: batches in a validation; -1 for all.
@@ -53,6 +54,7 @@ class Settings:
     model: str | None = None
     data: str = "data"
     adapter_path: str = "adapters"
+    resume_adapter_file: str | None = None
     task: str = "sft"
     fine_tune_type: str = "lora"
     num_layers: int = -1

@@ -26,7 +26,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.lora.batches import Batch, Batches
-from phi4_mlx.lora.checkpoints import keep_newest, newest_checkpoint, save_checkpoint
+from phi4_mlx.lora.checkpoints import FOLDER, keep_newest, newest_checkpoint, save_checkpoint
 from phi4_mlx.lora.layers import draw_dropout
 from phi4_mlx.lora.loss import next_token_loss
 from phi4_mlx.lora.settings import Settings
@@ -127,7 +127,7 @@ class Trainer:
             RequestError: the loss is no number or has leapt up; the model is as it was before that step.
         """
         with _stopped_by_signals(self._ask_to_stop):
-            while self.progress.step < self.settings.iters and not self._stop:
+            while self.progress.step < self.settings.iters and not self._all_stop():
                 step = self._step()
                 last = self.progress.step == self.settings.iters
                 if self.validation and (last or self.progress.step % self.settings.steps_per_eval == 0):
@@ -146,6 +146,7 @@ class Trainer:
             RequestError: it is one of another run: other data or settings.
         """
         found = newest_checkpoint(self.folder)
+        self._agree(0 if found is None else found[1]["progress"]["step"])
         if found is None:
             return 0
         tensors, state = found
@@ -165,6 +166,17 @@ class Trainer:
         self.model.load_weights(groups["model"], strict=False)
         self.optimizer.state = tree_unflatten(groups["optimizer"])
         return self.progress.step
+
+    def _agree(self, step: int) -> None:
+        """Sees to it that all processes go on from the same step."""
+        if self.group is None:
+            return
+        steps = mx.distributed.all_gather(mx.array([step]), group=self.group).tolist()
+        if len({*steps}) > 1:
+            raise RequestError(
+                f"the processes have checkpoints of the steps {steps}; the first one writes them, so copy the folder "
+                f"{self.folder / FOLDER} to the other machines"
+            )
 
     def save(self) -> None:
         """Writes a checkpoint, and removes the oldest ones."""
@@ -186,7 +198,9 @@ class Trainer:
     def _step(self) -> Step:
         begin = time.perf_counter()
         self.model.train()
-        mx.random.seed(self.settings.seed * 1_000_003 + self.progress.step)  # the step's own: nothing to carry over
+        rank = 0 if self.group is None else self.group.rank()
+        # A state of the step's own: nothing to carry over, and other drops in each process.
+        mx.random.seed((self.settings.seed * 1_000_003 + self.progress.step) * 1009 + rank)
         draw_dropout(self.model)
         loss, tokens, grads = self._gradients()
         norm = math.sqrt(sum(mx.square(g.astype(mx.float32)).sum().item() for _, g in tree_flatten(grads)))
@@ -232,7 +246,8 @@ class Trainer:
         if self.progress.step:
             self.save()
         raise RequestError(
-            f"step {step}: {reason}; stopped with what step {step - 1} had learned; a lower --learning-rate may help"
+            f"step {step}: {reason}; stopped with what step {step - 1} had learned; --resume goes on behind that batch,"
+            " --resume-adapter-file with a lower --learning-rate begins again from there"
         )
 
     def _validate(self) -> float:
@@ -251,6 +266,12 @@ class Trainer:
 
     def _ask_to_stop(self) -> None:
         self._stop = True
+
+    def _all_stop(self) -> bool:
+        """Whether any of the processes was asked to stop: then all do, after the same step."""
+        if self.group is not None:
+            self._stop = mx.distributed.all_sum(mx.array(int(self._stop)), group=self.group).item() > 0
+        return self._stop
 
 
 def evaluate(model: Model, batches: Sequence[Batch], loss: Loss, group: mx.distributed.Group | None = None) -> float:

@@ -120,3 +120,32 @@ def test_mistakes_are_one_line_and_code_2(
     code, _, err = finish(*options, "--adapter-path", str(tmp_path / "a"), *words)
     assert code == 2 and message in err.splitlines()[-1] and "Traceback" not in err
     assert not (tmp_path / "a").exists()
+
+
+def test_two_processes_are_one_with_the_whole_batch(options: list[str], tmp_path: Path) -> None:
+    """Data-parallel, started by MLX's own launcher; gradients are shared, so the adapters come out the same."""
+    config = tmp_path / "config.yaml"  # without dropout, which drops by row
+    config.write_text(config.read_text().replace('"dropout": 0.1', '"dropout": 0.0'))
+    options = [*options, "--iters", "4", "--batch-size", "4"]
+    code, _, err = finish(*options, "--adapter-path", str(tmp_path / "one"))
+    assert code == 0, err
+    launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring"]
+    words = ["--env", f"PYTHONPATH={ROOT}", "--", sys.executable, "-m", "phi4_mlx.lora", *options]
+    done = subprocess.run(
+        [*launch, *words, "--adapter-path", str(tmp_path / "two")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two")
+    assert one.keys() == two.keys() and all(mx.allclose(one[name], two[name], rtol=0, atol=1e-5) for name in one)
+
+
+def test_an_adapter_can_be_begun_with(options: list[str], tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    code, _, err = finish(*options, "--adapter-path", str(first))
+    assert code == 0, err
+    file = str(first / "adapters.safetensors")
+    more = ["--resume-adapter-file", file, "--learning-rate", "0", "--iters", "1"]
+    code, _, err = finish(*options, "--adapter-path", str(second), *more)
+    assert code == 0, err
+    assert losses(second)[0] < losses(first)[0] - 1 and same(adapter(second), adapter(first))
