@@ -303,7 +303,10 @@ def set_adapter(model: nn.Module, on: bool) -> None:
 
 @contextlib.contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Within it the model is its base, to the bit; what is computed there must not be inside `mx.compile`."""
+    """Within it the model is its base, to the bit.
+
+    A gradient taken through it under checkpointing would be wrong: backward runs the blocks again, after it has ended.
+    """
     before = {path: layer.on for path, layer in adapter_layers(model).items()}
     set_adapter(model, False)
     try:
