@@ -186,6 +186,13 @@ def test_shards_stay_under_five_gigabytes(tmp_path: Path) -> None:
     assert sum(map(len, parts)) == 32 * 6 + 2
 
 
+def test_shards_are_as_full_as_their_limit_allows(tmp_path: Path) -> None:
+    parameters = planned(tmp_path / "m", "phi-4-mini")
+    sizes = [sum(parameter.output_bytes for parameter in part) for part in shards(parameters, 2 * 10**9)]
+    assert len(sizes) == 4 and all(size <= 2 * 10**9 for size in sizes)
+    assert sum(sizes) == 2 * 3_836_021_760
+
+
 def test_a_parameter_larger_than_a_shard_has_one_to_itself(tmp_path: Path) -> None:
     parameters = planned(tmp_path / "m", "phi-4-mini")[:4]
     assert [len(part) for part in shards(parameters, 10**6)] == [1, 1, 1, 1]
