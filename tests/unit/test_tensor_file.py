@@ -395,7 +395,7 @@ def test_only_plain_names_are_files_of_a_folder(name: str, tmp_path: Path) -> No
     shard = "model-00001-of-00002.safetensors"
     folder = _sharded(tmp_path / "m")
     assert file_in(folder, shard) == folder / shard
-    with pytest.raises(CheckpointError, match="not the name of a file|outside the folder"):
+    with pytest.raises(CheckpointError, match=r"not the name of a file|outside the folder"):
         file_in(folder, name.format(shard))
 
 
