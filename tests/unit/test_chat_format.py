@@ -276,6 +276,12 @@ def test_malformed_messages_are_named(mini: Tokenizer, messages: Any, message: s
     assert "\n" not in str(caught.value)
 
 
+def test_no_content_is_empty(name: str, tokenizer: Tokenizer) -> None:
+    for role in ("system", "user", "assistant"):
+        given, empty = ([{"role": role, "content": content}, *HELLO] for content in (None, ""))
+        assert shown(tokenizer, given, name) == shown(tokenizer, empty, name)
+
+
 def test_parts_of_text_are_one_text(mini: Tokenizer) -> None:
     parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
     assert shown(mini, [{"role": "user", "content": parts}]) == shown(mini, HELLO)
@@ -305,11 +311,11 @@ def test_formats_without_tools_say_so(phi35: Tokenizer, phi4: Tokenizer, without
         chat_format.render(tokenizer, [*HELLO, {"role": "tool", "content": "21"}])
 
 
-def test_recognition_by_the_hash_of_the_template(mini: Tokenizer, tmp_path: Path) -> None:
+def test_recognition_by_the_hash_of_the_template(mini: Tokenizer, phi4: Tokenizer, tmp_path: Path) -> None:
     """Whatever the tokens; the last template is known by its system message."""
     for known in ("phi4-mini", "phi4-mini-reasoning", "phi3.5-mini", "phi4"):
         (tmp_path / "chat_template.jinja").write_text(TEMPLATES[known])
-        assert recognise(tmp_path, mini).name == known
+        assert recognise(tmp_path, mini).name == recognise(tmp_path, phi4).name == known
     (tmp_path / "chat_template.jinja").unlink()
     several = [{"name": "rag", "template": "x"}, {"name": "default", "template": TEMPLATES["phi4"]}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
