@@ -191,9 +191,9 @@ def _loss(settings: Settings) -> Loss:
         from phi4_mlx.lora.trainer import sft_loss
 
         return sft_loss
-    from phi4_mlx.lora.preference import preference_loss
+    from phi4_mlx.lora.preference import PreferenceLoss
 
-    return preference_loss(settings.task, settings.beta)
+    return PreferenceLoss(settings.task, settings.beta)
 
 
 def _tell_plan(model: Model, loss: Loss, settings: Settings, trainer: Trainer) -> None:

@@ -201,7 +201,6 @@ class Trainer:
         rank = 0 if self.group is None else self.group.rank()
         # A state of the step's own: nothing to carry over, and other drops in each process.
         mx.random.seed((self.settings.seed * 1_000_003 + self.progress.step) * 1009 + rank)
-        draw_dropout(self.model)
         loss, tokens, grads = self._gradients()
         norm = math.sqrt(sum(mx.square(g.astype(mx.float32)).sum().item() for _, g in tree_flatten(grads)))
         self._check(loss, norm)
@@ -222,6 +221,7 @@ class Trainer:
         value_and_grad = nn.value_and_grad(self.model, self.loss)
         total, count, sums = mx.array(0.0), mx.array(0), None
         for _ in range(self.settings.grad_accumulation_steps):
+            draw_dropout(self.model)
             (loss, n), grads = value_and_grad(self.model, next(self.batches))
             grads = tree_map(lambda g, n=n: g * n, grads)
             sums = grads if sums is None else tree_map(mx.add, sums, grads)
