@@ -175,7 +175,8 @@ def test_a_loss_that_is_no_loss_stops_before_it_does_harm(
     run = trainer(tiny_model, tmp_path, iters=60, save_every=100, steps_per_eval=1000)
     spoiled(run, at, loss)
     seen: list[Step] = []
-    with pytest.raises(RequestError, match=rf"step {at}: the loss .*step {at - 1} had learned.*--resume.*--learning-rate"):
+    told = rf"step {at}: the loss .*step {at - 1} had learned.*--resume.*--learning-rate"
+    with pytest.raises(RequestError, match=told):
         seen.extend(run.run())
     again = trainer(tiny_model, tmp_path, iters=60, save_every=100, steps_per_eval=1000)
     assert again.resume() == at - 1
