@@ -9,7 +9,6 @@ Source: DPO (arXiv 2305.18290), equation 7; ORPO (arXiv 2403.07691), equations 6
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +22,7 @@ from phi4_mlx.lora.batches import Batch
 from phi4_mlx.lora.layers import adapter_off, adapter_parameters
 from phi4_mlx.lora.loss import token_losses
 from phi4_mlx.models.text import Model
+from phi4_mlx.sampling import check_number
 
 SURE = 1e-6  # nats a token: an answer likelier than this has odds of a million to one, and no gradient of them
 
@@ -48,7 +48,7 @@ class PreferenceLoss:
 
     Args:
         task: "dpo" or "orpo".
-        beta: how dear it is to DPO to leave the base, above 0; in ORPO the weight of the preference, 0 or more.
+        beta: how dear it is to DPO to leave the base, or the weight of ORPO's preference; from 1e-6 to 100.
 
     Raises:
         RequestError: the task is not known, or beta out of range.
@@ -57,8 +57,7 @@ class PreferenceLoss:
     def __init__(self, task: str, beta: float = 0.1):
         if task not in _TASKS:
             raise RequestError(f"task {task!r} is no preference tuning; known are {', '.join(_TASKS)}")
-        if not 0 <= beta < math.inf or (task == "dpo" and beta == 0):
-            raise RequestError(f"beta {beta} is out of range; it must be a number above 0")
+        check_number("beta", beta, 1e-6, 100)
         self._compare, self._beta = _TASKS[task], beta
         self._margins: list[mx.array] = []
 
@@ -88,7 +87,7 @@ class PreferenceLoss:
             return Figures()
         margins = mx.concatenate(self._margins)
         self._margins = []
-        return Figures(margins.size, (margins > 0).mean().item(), margins.mean().item())
+        return Figures(margins.size, (margins > 0).sum().item() / margins.size, margins.mean().item())
 
 
 class _Answers:
