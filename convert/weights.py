@@ -29,7 +29,7 @@ FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 _DTYPES = {**FLOATS, "U32": mx.uint32, "U8": mx.uint8}
 
 _BLOCK_BYTES = 2**22  # of the source, read at a time
-_BLOCKS_AHEAD = 2  # read and being computed while one is written
+_BLOCKS_AHEAD = 8  # read and being computed while one is written
 
 
 @dataclass(frozen=True)
@@ -226,9 +226,9 @@ def _computing(parameters: Iterable[Parameter]) -> Iterator[list[mx.array]]:
 
 @cache
 def _streams() -> list[mx.Stream]:
-    """One on a GPU, which a block fills; on the CPU, where a stream is a thread, one for each block ahead."""
+    """One on a GPU, which a block fills; two on the CPU, where a stream is a thread."""
     if mx.default_device() == mx.cpu:
-        return [mx.new_stream(mx.cpu) for _ in range(_BLOCKS_AHEAD)]
+        return [mx.new_stream(mx.cpu), mx.new_stream(mx.cpu)]
     return [mx.default_stream(mx.default_device())]
 
 
