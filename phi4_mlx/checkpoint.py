@@ -30,7 +30,8 @@ _PINNED = {DEFAULT_MODEL: "ac1c269cb4222a4e136a3d09edad301056c1f36a"}  # commit 
 # What a checkpoint needs; nothing else is downloaded, least of all code.
 NEEDED_FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json",
-    "tokenizer_config.json", "chat_template.jinja", MANIFEST_FILE,
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", MANIFEST_FILE,
+    "LICENSE",
 )  # fmt: skip
 
 
