@@ -27,7 +27,7 @@ from phi4_mlx.tokenizer import Tokenizer, load_tokenizer
 DEFAULT_MODEL = "mlx-community/Phi-4-mini-instruct-4bit"
 _PINNED = {DEFAULT_MODEL: "ac1c269cb4222a4e136a3d09edad301056c1f36a"}  # commit of 2025-03-05
 
-# What a checkpoint needs; nothing else is downloaded, least of all code.
+# What a checkpoint needs, and what a package passes on; nothing else is downloaded, least of all code.
 NEEDED_FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", MANIFEST_FILE,
