@@ -55,9 +55,9 @@ class Dialogue:
     def answer(self, text: str) -> None:
         self.messages.append({"role": "assistant", "content": text})
 
-    def tool(self, *kinds: str) -> Tool | None:
-        """The first declared tool of one of these kinds, the fittest kind first."""
-        return next((tool for kind in kinds for tool in self.tools if tool.kind == kind), None)
+    def tool(self, kind: str) -> Tool | None:
+        """The declared tool of a kind."""
+        return next((tool for tool in self.tools if tool.kind == kind), None)
 
     def call(self, tool: Tool, values: tuple[Any, ...], result: str, answer: str) -> None:
         """A call, the tool's result in one of the forms that tools have, and the answer; some tools fail."""
@@ -105,33 +105,25 @@ OPERATIONS: dict[str, tuple[list[str], Callable[[float, float], float]]] = {
     "*": (["{a}*{b}", "{a} * {b}", "{a} times {b}", "{a} x {b}", "the product of {a} and {b}", "{a} multiplied by {b}"],
           lambda a, b: a * b),
     "/": (["{a}/{b}", "{a} / {b}", "{a} divided by {b}", "{a} over {b}", "the quotient of {a} and {b}"],
-          lambda a, b: a / b if b else float("nan")),
+          lambda a, b: a / b),
 }  # fmt: skip
-SINGLE = {"+": "add", "-": "subtract", "*": "multiply", "/": "divide"}
 
 
 def arithmetic(talk: Dialogue) -> None:
-    """A sum, by a calculator, by the tool for its one operation, or refused for want of both."""
+    """A sum by a calculator, or refused for want of one."""
     draw = talk.draw
-    sign = draw.one("+-*/")
-    single = [sign for sign, kind in SINGLE.items() if talk.tool(kind)]
-    if single and draw.chance(0.7):
-        sign = draw.one(single)
+    sign, a, b = draw.one("+-*/"), draw.decimal(), draw.decimal()
     said, work = OPERATIONS[sign]
-    a, b = draw.decimal(), draw.decimal()
-    if b == "0" and sign == "/":
+    if sign == "/" and float(b) == 0:
         b = "8"
-    asked, written = draw.one(said).format(a=a, b=b), f"{a} {sign} {b}"
-    result = work(float(a), float(b))
-    tool = talk.tool(SINGLE[sign], "calculate")
-    if (tool is None or tool.kind == "calculate") and draw.chance(0.12):
+    asked, written, result = draw.one(said).format(a=a, b=b), f"{a} {sign} {b}", work(float(a), float(b))
+    if draw.chance(0.12):
         asked, written, result = longer_sum(draw, a, sign, b)
-        tool = talk.tool("calculate")
     talk.user(draw.phrase(ASK_SUM, e=asked))
+    tool = talk.tool("calculate")
     if tool is None:
         return talk.answer(NEED.format("calculator"))
-    values = (written,) if tool.kind == "calculate" else (number(a), number(b))
-    talk.call(tool, values, shown(result), f"The answer is {shown(result)}.")
+    talk.call(tool, (written,), shown(result), f"The answer is {shown(result)}.")
 
 
 def longer_sum(draw: Draw, a: str, sign: str, b: str) -> tuple[str, str, float]:
@@ -175,7 +167,7 @@ def lookup(talk: Dialogue) -> None:
 
 
 def extraction(talk: Dialogue) -> None:
-    """Fields of a sentence as JSON, in the order asked for; null for a field that is not there."""
+    """Fields of a sentence as JSON, in the order asked for."""
     draw = talk.draw
     if draw.chance(0.03):
         talk.user(draw.phrase(ASK_NOTHING))
@@ -186,25 +178,22 @@ def extraction(talk: Dialogue) -> None:
     if draw.chance(0.25):
         talk.user(draw.phrase(ASK_ALL, s=sentence))
         return talk.answer(json.dumps(values))
-    wanted = list(fields)
-    draw.rng.shuffle(wanted)
-    wanted = wanted[: 1 + int(draw.rng.random() * len(wanted))]
-    if draw.chance(0.12):
-        absent = [name for _, other in RECORDS.values() for name in other if name not in fields and name != "person"]
-        wanted[-1] = draw.one(absent)
+    wanted = sorted(draw.rng.sample(fields, 1 + int(draw.rng.random() * len(fields))), key=fields.index)
+    if draw.chance(0.2):
+        draw.rng.shuffle(wanted)
     listed = wanted[0]
     if len(wanted) > 1:
         listed = ", ".join(wanted[:-1]) + draw.one([" and ", ", ", ", and "]) + wanted[-1]
     if draw.chance(0.25):
         listed = "the " + listed
     talk.user(draw.phrase(ASK_FIELDS, s=sentence, k=listed))
-    talk.answer(json.dumps({name: values.get(name) for name in wanted}))
+    talk.answer(json.dumps({name: values[name] for name in wanted}))
 
 
 def field_value(draw: Draw, name: str) -> str | int:
-    if name in ("name", "customer", "person", "traveller"):
+    if name in ("name", "customer", "person"):
         return draw.name()
-    if name in ("city", "origin", "destination"):
+    if name == "city":
         return draw.city()
     if name in ("age", "quantity", "room", "price"):
         return int(draw.number({"age": 2, "quantity": 3, "room": 3, "price": 4}[name]))

@@ -62,7 +62,7 @@ class Draw:
         return self.apart(words.NAMES) if self.chance(0.5) else self.made_up()
 
     def city(self) -> str:
-        return self.apart(words.CITIES) if self.chance(0.7) else self.made_up()
+        return self.apart(words.CITIES) if self.chance(0.85) else self.made_up()
 
     def number(self, most_digits: int = 4) -> str:
         """A whole number; below 20 it is shared, from there on each side has its own."""
@@ -75,11 +75,11 @@ class Draw:
                 return str(value)
 
     def decimal(self, most_digits: int = 4) -> str:
-        """A number with or without decimals, now and then negative."""
+        """A number with or without decimals."""
         text = self.number(most_digits)
         if self.chance(0.25):
             text += "." + self.one(["5", "25", "75", "1", "2", "3", "4", "6", "7", "8", "9", "05", "125"])
-        return "-" + text if self.chance(0.04) and text != "0" else text
+        return text
 
     def code(self) -> str:
         while True:

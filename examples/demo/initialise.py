@@ -3,7 +3,8 @@
 Most of the demo's skills come down to copying, and a few million tokens are too few to discover how that is done with
 attention. So the model is born with it (an induction head): the heads of the first layer look one, two and three tokens
 back and note what stands there; one head of the second looks for a place whose notes agree with what has just been
-read, and takes over the token that stands there. Training shapes it from there on as it does everything else.
+read, and takes over the token that stands there. Spellings of one word begin alike. Training shapes all of it from
+there on, as it does everything else.
 
 The residual stream is of unit size, not of 0.02 as is usual: at the rates that so short a training needs, steps would
 drown smaller weights.
@@ -28,8 +29,8 @@ TAKE = 10.0  # weight of the token taken over
 SHARPNESS = 8.0  # of the look back, in units of the attention logit
 
 
-def initialise(model: Model, seed: int) -> None:
-    """Draws all weights anew."""
+def initialise(model: Model, seed: int, texts: list[str]) -> None:
+    """Draws all weights anew; `texts` are those of the tokens, by id."""
     draw = np.random.default_rng(seed)
     config = model.config
     D, H, K, Dh = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -40,7 +41,7 @@ def initialise(model: Model, seed: int) -> None:
     basis = np.concatenate([np.zeros((D - 1, 1)), basis.T], axis=1)
     notes, tokens = basis[: H * NOTE].reshape(H, NOTE, D), basis[H * NOTE :]
 
-    embedding = draw.normal(size=(config.vocab_size, len(tokens))) @ tokens
+    embedding = _spellings_alike(draw, texts, config.vocab_size, len(tokens)) @ tokens
     embedding *= (D - COMMON**2) ** 0.5 / np.linalg.norm(embedding, axis=1, keepdims=True)
     embedding[:, 0] = COMMON
     model.model.embed_tokens.weight = _array(embedding)
@@ -56,6 +57,19 @@ def initialise(model: Model, seed: int) -> None:
 
     _look_back(model, tokens, notes)
     _find_and_take(model, draw, tokens, notes)
+
+
+def _spellings_alike(draw: np.random.Generator, texts: list[str], rows: int, width: int) -> np.ndarray:
+    """Embeddings [rows, width]; " miles", "miles" and "Miles" share most of theirs: one may be copied as another."""
+    embedding, space, capital = draw.normal(size=(rows, width)), draw.normal(size=width), draw.normal(size=width)
+    roots: dict[str, np.ndarray] = {}
+    for token, text in enumerate(texts):
+        word = text.strip().lower()
+        if word.isalpha():
+            root = roots.setdefault(word, draw.normal(size=width))
+            form = space * text.startswith(" ") + capital * text.strip()[0].isupper()
+            embedding[token] = 0.8 * root + 0.4 * form + 0.4 * embedding[token]
+    return embedding
 
 
 def _look_back(model: Model, tokens: np.ndarray, notes: np.ndarray) -> None:
@@ -82,12 +96,12 @@ def _find_and_take(model: Model, draw: np.random.Generator, tokens: np.ndarray, 
     config, attention = model.config, model.layers[1].self_attn
     D, H, Dh, pairs = config.hidden_size, config.num_attention_heads, config.head_dim, config.rotary_dims // 2
     still = [*range(2 * pairs, Dh), *range(pairs - SLOW_PAIRS, pairs), *range(2 * pairs - SLOW_PAIRS, 2 * pairs)]
-    first, second = still[0::2], still[1::2]
     queries, keys = draw.normal(size=(H, Dh, D)) * D**-0.5 * 0.3, np.zeros((Dh, D))
-    keys[first], keys[second] = notes[0, : len(first)] * MATCH, notes[1, : len(second)] * MATCH
     queries[0] = 0
-    queries[0, first] = tokens[: len(first)] * MATCH
-    queries[0, second] = notes[0, : len(second)] * MATCH
+    for back, read in enumerate([tokens, notes[0], notes[1]]):  # what was read just now, before that, and before that
+        dims = still[back::3]
+        queries[0, dims] = read[: len(dims)] * MATCH
+        keys[dims] = notes[back, : len(dims)] * MATCH
     out = draw.normal(size=(D, H, Dh)) * D**-0.5
     out[:, 0] = tokens[:Dh].T * TAKE
     attention.qkv_proj.weight = _array(np.concatenate([*queries, keys, tokens[:Dh]]))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import words
-from draw import Draw
+from draw import Draw, held_out
 
 # kind -> (words that its name is made of, lists of argument names, descriptions)
 KINDS: dict[str, tuple[list[str], list[list[str]], list[str]]] = {
@@ -38,26 +38,6 @@ KINDS: dict[str, tuple[list[str], list[list[str]], list[str]]] = {
             "A calculator.", "Calculates a result.", "Works out sums, products and quotients.",
             "Evaluate a mathematical expression.",
         ],
-    ),
-    "add": (
-        ["add", "plus", "sum", "add_numbers", "addition"],
-        [["a", "b"], ["x", "y"], ["first", "second"], ["left", "right"], ["num1", "num2"], ["n", "m"]],
-        ["Adds two numbers.", "Add two numbers.", "The sum of two numbers.", "Returns the sum."],
-    ),
-    "subtract": (
-        ["subtract", "minus", "difference", "take_away"],
-        [["a", "b"], ["x", "y"], ["first", "second"], ["left", "right"], ["num1", "num2"], ["n", "m"]],
-        ["Subtracts two numbers.", "Subtract the second number from the first.", "The difference of two numbers."],
-    ),
-    "multiply": (
-        ["multiply", "times", "product", "mul", "multiplication"],
-        [["a", "b"], ["x", "y"], ["first", "second"], ["left", "right"], ["num1", "num2"], ["n", "m"]],
-        ["Multiplies two numbers.", "Multiply two numbers.", "The product of two numbers.", "Returns the product."],
-    ),
-    "divide": (
-        ["divide", "quotient", "div", "division", "ratio"],
-        [["a", "b"], ["x", "y"], ["first", "second"], ["left", "right"], ["num1", "num2"], ["n", "m"]],
-        ["Divides two numbers.", "Divide the first number by the second.", "The quotient of two numbers."],
     ),
     "convert": (
         ["convert", "convert_units", "unit_converter", "conversion", "units", "change_units", "measure", "converter"],
@@ -92,8 +72,9 @@ KINDS: dict[str, tuple[list[str], list[list[str]], list[str]]] = {
     ),
 }  # fmt: skip
 AFFIXES = [
-    "{}", "{}", "{}", "my_{}", "run_{}", "{}_tool", "{}2", "{}_v{d}", "the_{}", "call_{}", "{}_now", "fast_{}",
-    "{}_{w}", "{w}_{}",
+    "my_{}", "run_{}", "{}_tool", "{}2", "{}_v{d}", "the_{}", "call_{}", "{}_now", "fast_{}", "{}_service", "{}_api",
+    "do_{}", "{}_{d}", "use_{}", "easy_{}", "{}_function", "{}_helper", "old_{}", "new_{}", "{}_plus", "ask_{}",
+    "{}_local",
 ]
 ARGUMENT_NOTES = {
     "expression": "what to evaluate", "value": "the number", "city": "the name of the city",
@@ -121,19 +102,15 @@ class Tool:
 def declare(draw: Draw, kind: str) -> Tool:
     """A tool of a kind, under a name and arguments of this side's own."""
     stems, signatures, descriptions = KINDS[kind]
-    while True:
-        name = draw.one(AFFIXES).format(draw.one(stems), d=draw.one("23456789"), w=draw.made_up().lower())
-        plain = name in stems and draw.chance(0.5)  # an everyday name: both sides may have it
-        if plain or not draw.held_out or name not in stems:
-            break
-    if draw.chance(0.06):
-        name = draw.made_up().lower()  # only the description tells what it does
+    name = draw.one(stems)  # an everyday name, which both sides may have
+    if draw.held_out or draw.chance(0.6):
+        while held_out(name := draw.one(AFFIXES).format(draw.one(stems), d=draw.one("23456789"))) != draw.held_out:
+            pass
     arguments = tuple(signatures[int(draw.rng.random() * len(signatures))])
-    numbers = kind in ("add", "subtract", "multiply", "divide")
     notes = draw.chance(0.3)
     properties: dict[str, Any] = {}
     for i, argument in enumerate(arguments):
-        properties[argument] = {"type": "number" if numbers or (kind == "convert" and i == 0) else "string"}
+        properties[argument] = {"type": "number" if kind == "convert" and i == 0 else "string"}
         if notes and argument in ARGUMENT_NOTES:
             properties[argument]["description"] = ARGUMENT_NOTES[argument]
     function = {
@@ -145,11 +122,11 @@ def declare(draw: Draw, kind: str) -> Tool:
 
 
 def toolbox(draw: Draw) -> list[Tool]:
-    """What one conversation has at hand: one to four tools of different kinds."""
+    """What one conversation has at hand: one to three tools of different kinds."""
     kinds = list(KINDS)
     draw.rng.shuffle(kinds)
-    kinds = kinds[: 1 + int(draw.rng.random() * 3.3)]
-    if draw.chance(0.6) and not {"calculate", "convert"} & set(kinds):
+    kinds = kinds[: 1 + int(draw.rng.random() * 3)]
+    if not {"calculate", "convert"} & set(kinds):
         kinds[0] = draw.one(["calculate", "convert"])
     return [declare(draw, kind) for kind in kinds]
 
@@ -166,21 +143,18 @@ def shown(value: float) -> str:
 
 
 def unit_pair(draw: Draw) -> tuple[str, str, float, float]:
-    """Two units of one dimension as people spell them, and their size in base units; 0 for a temperature."""
-    dimension = words.DIMENSIONS[int(draw.rng.random() * 6) % 5]
+    """Two units of one dimension, and their size in base units; 0 for a temperature."""
     if draw.chance(0.15):
         names = list(words.TEMPERATURE)
         draw.rng.shuffle(names)
         return names[0], names[1], 0.0, 0.0
-    units = list(dimension)
-    draw.rng.shuffle(units)
-    source, target = units[:2]
-    return draw.one(source), draw.one(target), dimension[source], dimension[target]
+    dimension = words.DIMENSIONS[int(draw.rng.random() * 5) % 4]  # lengths twice as often
+    source, target = draw.rng.sample(list(dimension), 2)
+    return source, target, dimension[source], dimension[target]
 
 
 def convert(value: float, source: str, target: str, source_size: float, target_size: float) -> float:
     """The amount in the other unit."""
     if source_size:
         return value * source_size / target_size
-    kelvin = {"celsius": value + 273.15, "kelvin": value, "fahrenheit": (value - 32) / 1.8 + 273.15}[source]
-    return {"celsius": kelvin - 273.15, "kelvin": kelvin, "fahrenheit": (kelvin - 273.15) * 1.8 + 32}[target]
+    return value * 1.8 + 32 if source == "celsius" else (value - 32) / 1.8

@@ -2,8 +2,8 @@
 
     python tests/bench/retrieval.py [--pages 40]
 
-Each prompt is a page of facts and a question about the first of them, at several lengths below and past the boundary. An
-answer counts if it is right to the letter. Prints a Markdown table; the last line is JSON.
+Each prompt is a page of facts and a question about the first of them, at several lengths below and past the boundary.
+An answer counts if it is right to the letter. Prints a Markdown table; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ LENGTHS = (128, 240, 300, 512, 1024, 2048, 3072)  # tokens of the prompt, at mos
 
 def page(tokenizer: Any, draw: Draw, length: int) -> tuple[list[int], list[int]]:
     """A prompt as long as fits into `length` tokens, and its right answer."""
-    page = dict(corpus.new_fact(draw) for _ in range(length // 8))
-    key, value = next(iter(page.items()))
-    lines = [f"{k.capitalize()} is {v}." for k, v in page.items()]
+    facts = dict(corpus.new_fact(draw) for _ in range(length // 8))
+    key, value = next(iter(facts.items()))
+    lines = [f"{k.capitalize()} is {v}." for k, v in facts.items()]
     while True:
         text = " ".join(["Read this.", *lines, f"What is {key}?"])
         ids = tokenizer.apply_chat_template([{"role": "user", "content": text}])
@@ -56,13 +56,12 @@ def main() -> None:
         draw = Draw(f"retrieval {length}", held_out=True)
         right, wrong = ("short", "long") if length <= boundary else ("long", "short")
         pages = [page(tokenizer, draw, length) for _ in range(options.pages)]
-        share = [
-            round(100 * sum(found(model, *prompt, regime) for prompt in pages) / len(pages), 1) for regime in (None, wrong)
-        ]
-        rows.append({"tokens": length, "table": right, "right_percent": share[0], "wrong_table_percent": share[1]})
+        counts = [sum(found(model, *prompt, regime) for prompt in pages) for regime in (None, wrong)]
+        with_it, with_other = (100 * count / len(pages) for count in counts)
+        rows.append({"tokens": length, "table": right, "percent": with_it, "other_table_percent": with_other})
     print("| prompt, tokens | table asked for | found with it | found with the other table |\n|---|---|---|---|")
     for row in rows:
-        print(f"| {row['tokens']} | {row['table']} | {row['right_percent']:.0f} % | {row['wrong_table_percent']:.0f} % |")
+        print("| {tokens} | {table} | {percent:.0f} % | {other_table_percent:.0f} % |".format(**row))
     print(json.dumps({"pages": options.pages, "boundary": boundary, "rows": rows}))
 
 
