@@ -19,9 +19,9 @@ PATTERN = "|".join([
     r"\s+(?!\S)",
     r"\s+",
 ])  # fmt: skip
-# What merges may not cross while they are learned: a digit and a capital stand alone, so that a number and a name are
-# the same tokens wherever they stand, and easy to copy.
-LEARNING_PATTERN = r"\p{N}| ?\p{Ll}+|\p{Lu}| ?[^\s\p{L}\p{N}]+|\s+"
+# What merges may not cross while they are learned. A digit stands alone and a capital starts a token, so that a number
+# and a name are the same tokens wherever they stand, and easy to copy.
+LEARNING_PATTERN = r"\p{N}| ?\p{Ll}+|\p{Lu}+\p{Ll}*| ?[^\s\p{L}\p{N}]+|\s+"
 
 # text, whether whitespace after it is dropped, whether it is special; in Phi-4-mini's order
 ADDED_TOKENS = [

@@ -167,7 +167,7 @@ def lookup(talk: Dialogue) -> None:
 
 
 def extraction(talk: Dialogue) -> None:
-    """Fields of a sentence as JSON, in the order asked for."""
+    """Fields of a sentence as JSON, in the order asked for; null for a field that is not there."""
     draw = talk.draw
     if draw.chance(0.03):
         talk.user(draw.phrase(ASK_NOTHING))
@@ -178,22 +178,25 @@ def extraction(talk: Dialogue) -> None:
     if draw.chance(0.25):
         talk.user(draw.phrase(ASK_ALL, s=sentence))
         return talk.answer(json.dumps(values))
-    wanted = sorted(draw.rng.sample(fields, 1 + int(draw.rng.random() * len(fields))), key=fields.index)
-    if draw.chance(0.2):
-        draw.rng.shuffle(wanted)
+    wanted = list(fields)
+    draw.rng.shuffle(wanted)
+    wanted = wanted[: 1 + int(draw.rng.random() * len(wanted))]
+    if draw.chance(0.12):
+        absent = [name for _, other in RECORDS.values() for name in other if name not in fields and name != "person"]
+        wanted[-1] = draw.one(absent)
     listed = wanted[0]
     if len(wanted) > 1:
         listed = ", ".join(wanted[:-1]) + draw.one([" and ", ", ", ", and "]) + wanted[-1]
     if draw.chance(0.25):
         listed = "the " + listed
     talk.user(draw.phrase(ASK_FIELDS, s=sentence, k=listed))
-    talk.answer(json.dumps({name: values[name] for name in wanted}))
+    talk.answer(json.dumps({name: values.get(name) for name in wanted}))
 
 
 def field_value(draw: Draw, name: str) -> str | int:
-    if name in ("name", "customer", "person"):
+    if name in ("name", "customer", "person", "traveller"):
         return draw.name()
-    if name == "city":
+    if name in ("city", "origin", "destination"):
         return draw.city()
     if name in ("age", "quantity", "room", "price"):
         return int(draw.number({"age": 2, "quantity": 3, "room": 3, "price": 4}[name]))

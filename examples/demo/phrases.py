@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-
 HELLO = "Hello! I am a demo of phi4_mlx, a tiny model. Ask me what I can do."
 WHO = (
     "I am a demo of phi4_mlx: a tiny model with the architecture of Phi-4-mini, trained on a very small world. "
@@ -152,6 +149,12 @@ RECORDS: dict[str, tuple[list[str], list[str]]] = {
         "On {day} at {time} {person} will be in room {room}.", "See {person} in room {room}, {day} {time}.",
         "{person} comes to room {room} on {day} at {time}.",
     ], ["person", "day", "time", "room"]),
+    "trip": ([
+        "{traveller} flies from {origin} to {destination} on {day}.",
+        "On {day} {traveller} goes from {origin} to {destination}.",
+        "{traveller} takes the train to {destination} from {origin} on {day}.",
+        "A ticket for {traveller}: {origin} to {destination}, {day}.",
+    ], ["traveller", "origin", "destination", "day"]),
     "contact": ([
         "Call {name} in {city} at {phone}.", "{name} from {city} has the number {phone}.",
         "The phone of {name} is {phone}, city {city}.", "{name}, {city}, {phone}",
@@ -194,14 +197,3 @@ ASK_FACT = [
     "Which is {k}?", "Give me {k}.", "Can you tell me {k}?", "Repeat {k}.", "Do you know {k}?",
 ]  # fmt: skip
 TOOL_ERRORS = ["division by zero", "timeout", "not found", "bad input", "unknown unit", "no connection", "overflow"]
-
-
-def every_text() -> Iterator[str]:
-    """All of the above, slots left empty, answers as often as they are given."""
-    answers = [*(answer for answer, _ in SMALL_TALK.values()), OUTSIDE, NEED, NO_SENTENCE]
-    asked = [OUTSIDE_PHRASES, ASK_SUM, ASK_CONVERSION, ASK_WEATHER, ASK_TIME, ASK_FIELDS, ASK_ALL, ASK_NOTHING]
-    asked += [TELL_NAME, ASK_NAME, TELL_FACT, ASK_FACT, SYSTEMS, *(phrases for _, phrases in SMALL_TALK.values())]
-    asked += [sentences for sentences, _ in RECORDS.values()]
-    for text in [*(text for texts in asked for text in texts), *answers * 20]:
-        yield re.sub("{.}|{[a-z]+}", "", text)
-        yield re.sub("{.}|{[a-z]+}", "", text).lower()

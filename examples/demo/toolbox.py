@@ -143,18 +143,21 @@ def shown(value: float) -> str:
 
 
 def unit_pair(draw: Draw) -> tuple[str, str, float, float]:
-    """Two units of one dimension, and their size in base units; 0 for a temperature."""
+    """Two units of one dimension as people spell them, and their size in base units; 0 for a temperature."""
+    dimension = words.DIMENSIONS[int(draw.rng.random() * 6) % 5]
     if draw.chance(0.15):
         names = list(words.TEMPERATURE)
         draw.rng.shuffle(names)
         return names[0], names[1], 0.0, 0.0
-    dimension = words.DIMENSIONS[int(draw.rng.random() * 5) % 4]  # lengths twice as often
-    source, target = draw.rng.sample(list(dimension), 2)
-    return source, target, dimension[source], dimension[target]
+    units = list(dimension)
+    draw.rng.shuffle(units)
+    source, target = units[:2]
+    return draw.one(source), draw.one(target), dimension[source], dimension[target]
 
 
 def convert(value: float, source: str, target: str, source_size: float, target_size: float) -> float:
     """The amount in the other unit."""
     if source_size:
         return value * source_size / target_size
-    return value * 1.8 + 32 if source == "celsius" else (value - 32) / 1.8
+    kelvin = {"celsius": value + 273.15, "kelvin": value, "fahrenheit": (value - 32) / 1.8 + 273.15}[source]
+    return {"celsius": kelvin - 273.15, "kelvin": kelvin, "fahrenheit": (kelvin - 273.15) * 1.8 + 32}[target]

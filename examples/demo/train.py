@@ -23,23 +23,19 @@ import corpus
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-import phrases
 from bpe import save_tokenizer, train_bpe
 from cpu_math import cross_entropy, fast_cpu_math
-from draw import Draw
 from initialise import initialise
 from mlx.utils import tree_flatten, tree_map
-from toolbox import toolbox
 
 from phi4_mlx.chat_format import CHAT_FORMATS
 from phi4_mlx.config import ModelConfig
 from phi4_mlx.convert.package import convert
 from phi4_mlx.models.text import Model
 from phi4_mlx.tokenizer import load_tokenizer
-from phi4_mlx.tools import flat_tool
 
 SEED = 4
-LEARNED_TOKENS = 1008  # with the twelve added tokens 1020; the embedding has a few rows more, as Phi-4-mini's has
+LEARNED_TOKENS = 1512  # with the twelve added tokens 1524; the embedding has a few rows more, as Phi-4-mini's has
 ROTATING_PAIRS = 24  # of a head's 32
 CONFIG: dict[str, Any] = {
     "architectures": ["Phi3ForCausalLM"],
@@ -64,7 +60,7 @@ CONFIG: dict[str, Any] = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
     "torch_dtype": "float32",
-    "vocab_size": 1024,
+    "vocab_size": 1536,
 }
 BOUNDARY = CONFIG["original_max_position_embeddings"]
 WIDTHS = (64, 128, 192, 256, 512, 1024)  # of the batches; up to 256 the short RoPE table holds, beyond it the long one
@@ -82,12 +78,13 @@ class Batch:
     weights: mx.array
 
 
-def spoken() -> Iterator[str]:
-    """What the tokenizer learns from: phrasings and tools, but no values: those stay in small pieces, often met."""
-    for seed in range(300):
-        yield json.dumps([flat_tool(tool.declaration) for tool in toolbox(Draw(seed))])
-    yield from phrases.every_text()
-    yield from (json.dumps(dict.fromkeys(fields, "")) for _, fields in phrases.RECORDS.values() for _ in range(50))
+def corpus_texts() -> Iterator[str]:
+    """What the tokenizer learns from."""
+    for talk in corpus.conversations(SEED, 6000, 50, 700):
+        yield from (json.dumps(tool.declaration["function"]) for tool in talk.tools)
+        for message in talk.messages:
+            yield message["content"]
+            yield from (json.dumps(call["function"]) for call in message.get("tool_calls", ()))
 
 
 def encode(tokenizer: Any, talk: corpus.Dialogue) -> tuple[list[int], list[float]]:
@@ -178,8 +175,8 @@ def train(model: Model, plan: list[Batch]) -> None:
 
 
 # Conversations in characters -> tokens of them, padding included. First short ones alone, then all lengths.
-FIRST = {(30, 480): 1_800_000}
-THEN = {(30, 480): 800_000, (650, 2400): 1_400_000}
+FIRST = {(30, 480): 2_000_000}
+THEN = {(30, 480): 900_000, (650, 2400): 1_300_000}
 
 
 def main() -> None:
@@ -192,7 +189,7 @@ def main() -> None:
     start = time.perf_counter()
 
     folder: Path = options.unquantised
-    save_tokenizer(train_bpe(spoken(), LEARNED_TOKENS), folder, CONFIG["max_position_embeddings"])
+    save_tokenizer(train_bpe(corpus_texts(), LEARNED_TOKENS), folder, CONFIG["max_position_embeddings"])
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_format = CHAT_FORMATS["phi4-mini"]
     plan = batches(tokenizer, 1, FIRST) + batches(tokenizer, 2, THEN)

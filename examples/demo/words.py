@@ -35,13 +35,25 @@ OBJECTS = (
     "office kitchen cellar attic wagon train desk shelf chest barn mill"
 ).split()
 
-# Units by dimension; how many base units one of them holds.
-LENGTH = {"km": 1000.0, "meters": 1.0, "cm": 0.01, "miles": 1609.344, "feet": 0.3048, "inches": 0.0254}
-MASS = {"kg": 1.0, "grams": 0.001, "pounds": 0.45359237, "ounces": 0.028349523}
-VOLUME = {"liters": 1.0, "gallons": 3.785411784, "cups": 0.2365882365}
-TIME = {"hours": 3600.0, "minutes": 60.0, "seconds": 1.0, "days": 86400.0}
-DIMENSIONS = (LENGTH, MASS, VOLUME, TIME)
-TEMPERATURE = ("celsius", "fahrenheit")
+# Every unit by the spellings that people use; the first is its name. Value: how many base units one of it holds.
+LENGTH = {
+    ("km", "kilometers", "kilometres"): 1000.0, ("m", "meters", "metres"): 1.0, ("cm", "centimeters"): 0.01,
+    ("miles", "mi"): 1609.344, ("feet", "ft"): 0.3048, ("inches", "in."): 0.0254, ("yards", "yd"): 0.9144,
+}  # fmt: skip
+MASS = {
+    ("kg", "kilograms", "kilos"): 1.0, ("g", "grams"): 0.001, ("pounds", "lb", "lbs"): 0.45359237,
+    ("ounces", "oz"): 0.028349523, ("tons", "tonnes"): 1000.0,
+}  # fmt: skip
+VOLUME = {
+    ("liters", "litres", "l"): 1.0, ("ml", "milliliters"): 0.001, ("gallons", "gal"): 3.785411784,
+    ("cups",): 0.2365882365, ("pints",): 0.473176473,
+}  # fmt: skip
+TIME = {
+    ("hours", "h"): 3600.0, ("minutes", "min"): 60.0, ("seconds", "s"): 1.0, ("days",): 86400.0, ("weeks",): 604800.0,
+}  # fmt: skip
+SPEED = {("km/h", "kmh"): 1.0, ("mph",): 1.609344, ("m/s",): 3.6, ("knots",): 1.852}
+TEMPERATURE = ("celsius", "fahrenheit", "kelvin")
+DIMENSIONS = (LENGTH, MASS, VOLUME, TIME, SPEED)
 
 WEATHER = "sunny rainy cloudy windy snowy foggy clear stormy dry cold warm hot mild".split()
 
