@@ -25,7 +25,7 @@ from phi4_mlx.checkpoint import resolve
 from phi4_mlx.config import ModelConfig, read_json
 from phi4_mlx.errors import RequestError, TokenizerError
 from phi4_mlx.manifest import MANIFEST_FILE
-from phi4_mlx.tensor_file import INDEX_FILE, file_in
+from phi4_mlx.tensor_file import INDEX_FILE, file_in, sync
 from phi4_mlx.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 from .quantize import make_recipe, quantization_config
@@ -235,9 +235,9 @@ def whole_or_absent(target: Path) -> Iterator[Path]:
                 for left in partial.iterdir():
                     shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
                 yield partial
-                _sync(partial)
+                sync(partial)
                 partial.rename(target)
-                _sync(target.parent)
+                sync(target.parent)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
@@ -286,14 +286,6 @@ def _write(path: Path, data: bytes) -> dict[str, Any]:
 
 def _entry(data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _json(value: Any) -> bytes:

@@ -247,6 +247,15 @@ class TensorWriter:
         return len(view)
 
 
+def sync(path: Path) -> None:
+    """Sees to it that a file or a folder is on the disk, not only in the system's memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         text = raw.decode("utf-8")

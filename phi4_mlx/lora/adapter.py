@@ -21,7 +21,7 @@ import mlx.core as mx
 
 from phi4_mlx.config import read_json
 from phi4_mlx.errors import CheckpointError
-from phi4_mlx.tensor_file import TensorWriter, read_header
+from phi4_mlx.tensor_file import TensorWriter, read_header, sync
 
 TENSORS_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
 
@@ -236,11 +236,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 

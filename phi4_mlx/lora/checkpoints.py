@@ -7,7 +7,6 @@ counters, in state.json. A folder gets its name when everything in it is on the 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import mlx.core as mx
 
 from phi4_mlx.config import read_json
 from phi4_mlx.errors import CheckpointError
+from phi4_mlx.tensor_file import sync
 
 FOLDER = "checkpoints"
 
@@ -71,15 +71,6 @@ def newest_checkpoint(adapter_path: Path) -> tuple[dict[str, mx.array], dict[str
             f"{folders[-1]} is damaged: {error}; remove it, and --resume takes the one before"
         ) from None
     return dict(tensors), read_json(folders[-1] / "state.json")
-
-
-def sync(path: Path) -> None:
-    """Sees to it that a file or a folder is on the disk, not only in the system's memory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checkpoints(adapter_path: Path) -> list[Path]:

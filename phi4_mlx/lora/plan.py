@@ -8,7 +8,6 @@ scores: three small batches with hardly a target give the three. The loss is mea
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -17,9 +16,8 @@ import mlx.nn as nn
 from phi4_mlx.errors import RequestError
 from phi4_mlx.lora.batches import Batch
 from phi4_mlx.lora.loss import token_losses
+from phi4_mlx.lora.trainer import Loss
 from phi4_mlx.models.text import Model
-
-Loss = Callable[[Model, Batch], tuple[mx.array, mx.array]]
 
 PROBE_TOKENS = 512  # in the widest row of a probe
 
