@@ -77,7 +77,7 @@ class KVCache:
 
     def trim(self, n: int) -> int:
         """Forgets the last n tokens; returns how many there were to forget."""
-        n = min(self.offset, n)
+        n = max(0, min(self.offset, n))
         self.offset -= n
         return n
 
@@ -132,12 +132,13 @@ class PromptCache(list):  # list[KVCache]; the bare base keeps mlx-lm's isinstan
         """Bytes of all buffers, filled or not."""
         return sum(layer.nbytes for layer in self)
 
-    def admit(self, ids: mx.array, reach: int = 0) -> mx.array:
+    def admit(self, ids: mx.array, reach: int | None = None) -> mx.array:
         """Makes ready for new tokens, and for a sequence that is about to reach a length.
 
         Args:
             ids: the new tokens, [B, T].
-            reach: the whole length that a prefill in chunks will come to; it decides the regime of all its chunks.
+            reach: the whole length that a prefill in chunks will come to; it decides the regime of all its chunks,
+                and replaces what was announced before and never came, an interrupted prefill say.
 
         Returns:
             The ids to run: the new ones [B, T], or all of the sequence [B, S + T] after a crossing.
@@ -146,7 +147,7 @@ class PromptCache(list):  # list[KVCache]; the bare base keeps mlx-lm's isinstan
             RequestError: a crossing, and the cache was not filled by this model, so that it does not know its ids.
         """
         self._forget_trimmed()
-        self._reach = max(self._reach, reach)
+        self._reach = self._reach if reach is None else reach
         wanted = self._wanted(ids.shape[1])
         if self.offset > 0 and wanted != self.regime:
             if self._known < self.offset:
@@ -160,8 +161,8 @@ class PromptCache(list):  # list[KVCache]; the bare base keeps mlx-lm's isinstan
         self.regime = wanted
         return ids
 
-    def append(self, ids: mx.array) -> mx.array:
-        """`admit`, for the model itself: also remembers the ids that it is about to run."""
+    def remember(self, ids: mx.array) -> mx.array:
+        """`admit`, for the model itself: also keeps the ids that it is about to run."""
         ids = self.admit(ids)
         if len(self._pieces) >= KVCache.STEP:
             mx.async_eval(self.ids)  # as one piece
@@ -171,7 +172,7 @@ class PromptCache(list):  # list[KVCache]; the bare base keeps mlx-lm's isinstan
 
     def trim(self, n: int) -> int:
         """Forgets the last n tokens; returns how many there were to forget."""
-        n = min(self.offset, n)
+        n = max(0, min(self.offset, n))
         for layer in self:
             layer.trim(n)
         self._forget_trimmed()

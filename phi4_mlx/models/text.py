@@ -97,7 +97,7 @@ class Decoder(nn.Module):
         regime: Regime = self.rope.regime(T)
         if cache is not None:
             layers = cache if isinstance(cache, PromptCache) else PromptCache(cache, self.rope.regime)
-            ids = layers.append(ids)  # the whole sequence, where it has just outgrown its RoPE table
+            ids = layers.remember(ids)  # the whole sequence, where it has just outgrown its RoPE table
             offset, regime, mask = layers.offset, layers.regime, layers[0].make_mask(ids.shape[1])
 
         x = self.embed_tokens(ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -9,6 +10,7 @@ import pytest
 
 from phi4_mlx.cache import KVCache, PromptCache
 from phi4_mlx.errors import RequestError
+from phi4_mlx.generation import generate_step
 from phi4_mlx.models.text import Model
 
 BOUNDARY = 64  # of the tiny models
@@ -123,6 +125,44 @@ def test_reuse_keeps_the_common_beginning(tiny_model: Callable[..., Model]) -> N
     assert close(model(mx.array([rest]), cache)[:, -1], model(mx.array([changed]))[:, -1])
     assert cache.reuse(changed) == changed[-1:]  # one must be left to run
     assert cache.reuse([*changed[:-1], *prompt]) == prompt
+
+
+def test_a_length_that_was_announced_and_never_reached_is_forgotten(tiny_model: Callable[..., Model]) -> None:
+    """An interrupted prefill leaves a beginning under the long table; a short prompt goes on from it, exactly."""
+    model, short = tiny_model(), ids(40)
+
+    class Stop(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        if done:
+            raise Stop
+
+    cache, long = model.make_cache(), mx.concatenate([short[:, :20], ids(BOUNDARY, 5)], axis=1)
+    with pytest.raises(Stop):
+        list(generate_step(long[0], model, cache=cache, prefill_step_size=16, prompt_progress_callback=stop))
+    assert cache.regime == "long" and cache.offset == 16
+    rest = cache.reuse(short[0].tolist())
+    assert [t for t, _ in generate_step(rest, model, max_tokens=8, cache=cache)] == [
+        t for t, _ in generate_step(short[0], model, max_tokens=8)
+    ]
+    assert cache.regime == "short"
+
+
+def test_a_copy_goes_its_own_way(tiny_model: Callable[..., Model]) -> None:
+    model, cache = tiny_model(), tiny_model().make_cache()
+    model(ids(30), cache)
+    twin = copy.deepcopy(cache)
+    logits = model(ids(BOUNDARY, 5), twin)  # crosses, so it needs the ids too
+    assert cache.offset == 30 and twin.offset == 30 + BOUNDARY
+    assert close(logits, model(ids(BOUNDARY, 5), cache))
+
+
+def test_trimming_less_than_nothing_changes_nothing(tiny_model: Callable[..., Model]) -> None:
+    model = tiny_model()
+    cache = model.make_cache()
+    model(ids(30), cache)
+    assert cache.trim(-5) == 0 and cache[0].trim(-5) == 0 and cache.offset == 30
 
 
 def test_many_single_tokens_stay_few_pieces(tiny_model: Callable[..., Model]) -> None:
