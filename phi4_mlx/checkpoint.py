@@ -6,6 +6,7 @@ all tensors are checked from the headers, before any weight is read.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -115,7 +116,9 @@ def empty_model(config: ModelConfig, names: Iterable[str]) -> Model:
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
         own = quantization.get(path)
-        return path in scaled and hasattr(module, "to_quantized") and (settings | own if own else True)
+        if path not in scaled or not hasattr(module, "to_quantized"):
+            return False
+        return settings | own if isinstance(own, dict) else True
 
     try:
         nn.quantize(model, **settings, class_predicate=predicate)
@@ -176,7 +179,7 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
     name = str(path_or_hf_repo)
     if name == "demo":
         return Path(__file__).parent / "demo"
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # leaves `~nobody` as it is, and Path.expanduser raises
     if name and folder.is_dir():
         return folder
     if isinstance(path_or_hf_repo, Path) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):

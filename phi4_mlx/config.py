@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,12 +29,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "residual_multiplier": (1, None),
     "logits_scaling": (1, None),
     "num_local_experts": (0, 1, None),
+    "rope_traditional": (False, None),
 }
 
 _ROPE_KEYS = {
     "type", "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings",
     "short_factor", "long_factor", "factor", "attention_factor",
 }  # fmt: skip
+
+_LARGEST = 2**24  # of a count: far above any of the family's, and small enough for MLX's shapes
 
 QUANTIZATION_MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 
@@ -176,12 +180,7 @@ def _parse(raw: Mapping[str, Any]) -> ModelConfig:
         raise ConfigError(f"config.json: hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}")
     head_dim = _count(raw, "head_dim", hidden_size // heads)
     max_positions = _count(raw, "max_position_embeddings")
-    window = raw.get("sliding_window")
-    if window is not None and _count(raw, "sliding_window") < max_positions:
-        raise ConfigError(
-            f"config.json: sliding_window {window} would bind below max_position_embeddings {max_positions}; "
-            "windowed attention is not done here"
-        )
+    _check_window(raw, max_positions)
 
     rope = _rope_dict(raw)
     partial = _number(rope, "partial_rotary_factor", 1.0)
@@ -193,7 +192,7 @@ def _parse(raw: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(
         hidden_size=hidden_size,
         intermediate_size=_count(raw, "intermediate_size"),
-        num_hidden_layers=_count(raw, "num_hidden_layers"),
+        num_hidden_layers=_count(raw, "num_hidden_layers", most=1000),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         vocab_size=_count(raw, "vocab_size"),
@@ -209,11 +208,22 @@ def _parse(raw: Mapping[str, Any]) -> ModelConfig:
     )
 
 
+def _check_window(raw: Mapping[str, Any], max_positions: int) -> None:
+    """A window as wide as the context changes nothing; a narrower one binds."""
+    window = raw.get("sliding_window")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < max_positions):
+        raise ConfigError(
+            f"config.json: sliding_window {window!r} would bind below max_position_embeddings {max_positions}; "
+            "windowed attention is not done here"
+        )
+
+
 def _rope_dict(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Both layouts as one dict. What stands inside the dict wins, but for the boundary, as in the reference."""
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
         raise ConfigError(f"config.json: rope_scaling must be an object, not {given!r}")
+    _check_rope_type(given)
     unknown = sorted(key for key in given if key not in _ROPE_KEYS and given[key] is not None)
     if unknown:
         raise ConfigError(
@@ -229,12 +239,8 @@ def _rope_dict(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope_scaling(raw: Mapping[str, Any], rope: Mapping[str, Any], pairs: int) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    if _rope_type(rope) == "default":
         return None
-    # "su" and "yarn" are names that early Phi-3 configs gave to the same thing.
-    if kind not in ("longrope", "su", "yarn"):
-        raise ConfigError(f"config.json: rope type {kind!r} is not done here; only 'default' and 'longrope' are")
     factors = {}
     for name in ("short_factor", "long_factor"):
         values = rope.get(name)
@@ -245,6 +251,18 @@ def _rope_scaling(raw: Mapping[str, Any], rope: Mapping[str, Any], pairs: int) -
             )
         factors[name] = tuple(_number({name: value}, name) for value in values)
     return RopeScaling(**factors, attention_factor=_attention_factor(raw, rope))
+
+
+def _rope_type(rope: Mapping[str, Any]) -> Any:
+    """The kind of RoPE, under either layout's key."""
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
+def _check_rope_type(rope: Mapping[str, Any]) -> None:
+    kind = _rope_type(rope)
+    # "su" and "yarn" are names that early Phi-3 configs gave to LongRoPE.
+    if kind not in ("default", "longrope", "su", "yarn"):
+        raise ConfigError(f"config.json: rope type {kind!r} is not done here; only 'default' and 'longrope' are")
 
 
 def _attention_factor(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> float:
@@ -264,8 +282,8 @@ def _quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
     found = raw.get("quantization") or raw.get("quantization_config")
     if found is None:
         return None
-    if not isinstance(found, Mapping) or "group_size" not in found or "bits" not in found:
-        method = found.get("quant_method") if isinstance(found, Mapping) else None
+    method = found.get("quant_method") if isinstance(found, Mapping) else found
+    if method is not None or "group_size" not in found or "bits" not in found:
         raise ConfigError(
             f"config.json: quantization by {method or found!r} is not read here; convert the unquantised checkpoint"
         )
@@ -275,31 +293,43 @@ def _quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _check_quantization(name: str, value: Any, whole: Mapping[str, Any]) -> None:
-    """One entry of `quantization`: a setting, or a layer's path with settings of its own or false."""
+    """One entry of `quantization`: a setting, or a layer's path with settings of its own, true or false."""
     if name in ("group_size", "bits"):
         _count(whole, name)
     elif name == "mode":
         if value not in QUANTIZATION_MODES:
             raise ConfigError(f"config.json: quantization mode {value!r} is not known; known are {QUANTIZATION_MODES}")
-    elif isinstance(value, Mapping):
+    elif isinstance(value, Mapping) and value.keys() <= {"group_size", "bits", "mode"}:
         for key in value:
             _check_quantization(key, value[key], value)
+    elif not isinstance(value, bool):
+        raise ConfigError(
+            f"config.json: quantization of {name} must be true, false or an object of group_size, bits and mode, "
+            f"not {_brief(value)}"
+        )
 
 
-def _count(raw: Mapping[str, Any], name: str, default: int | None = None) -> int:
+def _count(raw: Mapping[str, Any], name: str, default: int | None = None, most: int = _LARGEST) -> int:
     value = raw.get(name)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**31:
-        raise ConfigError(f"config.json: {name} must be a whole number from 1 to {2**31}, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ConfigError(f"config.json: {name} must be a whole number from 1 to {most:,}, not {_brief(value)}")
     return value
 
 
 def _number(raw: Mapping[str, Any], name: str, default: float | None = None) -> float:
     value = raw.get(name)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-        raise ConfigError(f"config.json: {name} must be a number above 0, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
+        raise ConfigError(f"config.json: {name} must be a number above 0, not {_brief(value)}")
     return float(value)
+
+
+def _brief(value: Any) -> str:
+    """A value as an error shows it; a number may have thousands of digits, more than Python would print."""
+    if isinstance(value, int) and abs(value) > 10**40:
+        return "one of more than 40 digits"
+    return f"{value!r:.100}"
 
 
 def _flag(raw: Mapping[str, Any], name: str) -> bool:

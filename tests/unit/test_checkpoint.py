@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from phi4_mlx import checkpoint, load
 from phi4_mlx.checkpoint import DEFAULT_MODEL, NEEDED_FILES, check_tensors, empty_model, resolve
 from phi4_mlx.config import PRESETS
+from phi4_mlx.convert.package import convert
 from phi4_mlx.errors import CheckpointError, ConfigError, Phi4Error, RequestError
 from phi4_mlx.models.text import Model
 from phi4_mlx.tensor_file import TensorInfo
@@ -161,6 +162,16 @@ def test_a_quantisation_that_cannot_be_is_one_line(tiny_checkpoint: Callable[...
         load(reconfigure(folder, quantization={"group_size": 33, "bits": 4}))
 
 
+@pytest.mark.parametrize("own", [True, {"group_size": 32, "bits": 4}])
+def test_a_layer_may_be_named_with_or_without_settings(tiny_checkpoint: Callable[..., Path], own: Any) -> None:
+    source = tiny_checkpoint()
+    convert(source, source.parent / "out", quantize=True, q_group_size=32)
+    raw = json.loads((source.parent / "out" / "config.json").read_text())["quantization"]
+    plain = load(source.parent / "out")[0](IDS)
+    folder = reconfigure(source.parent / "out", quantization=raw | {"model.layers.0.mlp.down_proj": own})
+    assert mx.array_equal(load(folder)[0](IDS), plain)
+
+
 def test_a_folder_without_config_is_named(tiny_checkpoint: Callable[..., Path]) -> None:
     folder = tiny_checkpoint()
     (folder / "config.json").unlink()
@@ -179,7 +190,9 @@ def test_an_adapter_comes_along(tiny_checkpoint: Callable[..., Path], tmp_path: 
         load(tiny_checkpoint(), adapter_path=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["nothing-here", "./nothing/here", "../x/y", "/nothing/here", "a/b/c", "", "a b/c"])
+@pytest.mark.parametrize(
+    "name", ["nothing-here", "~nobody/here", "./nothing/here", "../x/y", "/nothing/here", "a/b/c", "", "a b/c"]
+)
 def test_a_name_that_can_be_nothing_offers_the_demo(name: str) -> None:
     with pytest.raises(CheckpointError, match="--model demo"):
         resolve(name)

@@ -95,9 +95,10 @@ def test_a_scale_of_its_own_survives(extra: dict[str, float]) -> None:
 def test_fields_that_change_nothing_are_ignored() -> None:
     same = changed(
         sliding_window=None, attention_dropout=0.1, resid_pdrop=0.1, full_attn_mod=1, use_cache=False, 
-        unsloth_version="1", attention_bias=None, head_dim=128, hidden_act="swish",
+        unsloth_version="1", attention_bias=None, head_dim=128, hidden_act="swish", rope_traditional=False,
     )  # fmt: skip
     assert ModelConfig.from_dict(same) == PRESETS["phi-4-mini"]
+    assert ModelConfig.from_dict(changed(sliding_window=2**60)) == PRESETS["phi-4-mini"]
 
 
 @pytest.mark.parametrize(
@@ -110,9 +111,11 @@ def test_fields_that_change_nothing_are_ignored() -> None:
         (changed(lm_head_bias=True), "lm_head_bias"),
         (changed(hidden_act="gelu"), "hidden_act"),
         (changed(sliding_window=2047), "sliding_window 2047"),
+        (changed(rope_traditional=True), "rope_traditional"),
         (changed(num_local_experts=16), "num_local_experts"),
         (scaling(type="linear"), "rope type 'linear'"),
         (scaling(type="yarn2"), "rope type 'yarn2'"),
+        (scaling(type="llama3", high_freq_factor=4.0), "rope type 'llama3'"),
         (scaling(long_mscale=1.2), "long_mscale"),
         (scaling(short_factor=[1.0] * 47), "short_factor"),
         (scaling(long_factor="1"), "long_factor"),
@@ -124,6 +127,10 @@ def test_fields_that_change_nothing_are_ignored() -> None:
         (changed(hidden_size=True), "hidden_size"),
         (changed(num_hidden_layers=0), "num_hidden_layers"),
         (changed(num_hidden_layers=10**12), "num_hidden_layers"),
+        (changed(num_hidden_layers=2**20), "num_hidden_layers"),
+        (changed(vocab_size=2**31), "vocab_size"),
+        (changed(vocab_size=10**5000), "vocab_size"),
+        (changed(rope_theta=10**400), "rope_theta"),
         (changed(num_key_value_heads=7), "num_key_value_heads 7"),
         (changed(partial_rotary_factor=1.5), "partial_rotary_factor"),
         (changed(partial_rotary_factor=0.01), "partial_rotary_factor"),
@@ -133,6 +140,9 @@ def test_fields_that_change_nothing_are_ignored() -> None:
         (changed(tie_word_embeddings=1), "tie_word_embeddings"),
         (changed(original_max_position_embeddings=1), "original_max_position_embeddings"),
         (changed(quantization_config={"quant_method": "awq", "bits": 4}), "awq"),
+        (changed(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128}), "gptq"),
+        (changed(quantization={"group_size": 64, "bits": 4, "lm_head": 5}), "lm_head"),
+        (changed(quantization={"group_size": 64, "bits": 4, "lm_head": {"bits": 4, "foo": 1}}), "lm_head"),
         (changed(quantization={"group_size": 64, "bits": 4, "mode": "nf4"}), "nf4"),
         (changed(quantization={"group_size": 64, "bits": "4"}), "bits"),
         (changed(vocab_size=None), "vocab_size"),
