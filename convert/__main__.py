@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ def _parser() -> Parser:
         "--q-group-size", type=number(int, 16, 128), metavar="N",
         help="numbers that share a scale (default: 64, or what the mode has)",
     )  # fmt: skip
-    add("--q-mode", choices=list(MODES), default="affine", help="(default: %(default)s)")
+    add("--q-mode", choices=list(MODES), help="(default: affine)")
     add(
         "--embed-bits", type=number(int, 2, 8), metavar="N",
         help="bits of the embedding and the head, which are one matrix in Phi-4-mini (default: as --q-bits)",
@@ -56,7 +57,7 @@ def _work(args: argparse.Namespace) -> None:
     options = {key: value for key, value in vars(args).items() if key != "debug"}
     with progress_bar("converting") as progress:
         convert(**options, progress=progress)
-    size = sum(path.stat().st_size for path in Path(args.mlx_path).expanduser().glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in Path(os.path.expanduser(args.mlx_path)).glob("*.safetensors"))
     print(f"{args.mlx_path}: {size:,} bytes of weights, {time.perf_counter() - begin:.1f} s")
 
 

@@ -50,7 +50,7 @@ def convert(
     quantize: bool = False,
     q_group_size: int | None = None,
     q_bits: int | None = None,
-    q_mode: str = "affine",
+    q_mode: str | None = None,
     dtype: str | None = None,
     dequantize: bool = False,
     revision: str | None = None,
@@ -66,7 +66,7 @@ def convert(
         quantize: packs the matrices; with `dequantize`, also those of a checkpoint that is packed already.
         q_group_size: numbers that share a scale; 64 if None, or what the mode has.
         q_bits: bits of each number; 4 if None, or what the mode has.
-        q_mode: "affine", "mxfp4", "nvfp4" or "mxfp8".
+        q_mode: "affine" (the default), "mxfp4", "nvfp4" or "mxfp8".
         dtype: "float16", "bfloat16" or "float32" for the numbers that are not packed; None keeps each as it is.
         dequantize: unpacks a quantised checkpoint.
         revision: a commit, branch or tag of the Hub repository.
@@ -79,16 +79,23 @@ def convert(
         CheckpointError: the checkpoint is missing, damaged, incomplete or of another shape.
         TokenizerError: the tokenizer's files are missing or damaged, or do not go with the weights.
     """
-    if embed_bits is not None and not quantize:
-        raise RequestError(f"--embed-bits {embed_bits} does nothing without -q")
+    if not quantize:
+        _refuse_without_q(q_bits=q_bits, q_group_size=q_group_size, q_mode=q_mode, embed_bits=embed_bits)
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"--dtype {dtype!r} is not known; known are {', '.join(DTYPES)}")
-    recipe = make_recipe(q_mode, q_bits, q_group_size, embed_bits) if quantize else None
+    recipe = make_recipe(q_mode or "affine", q_bits, q_group_size, embed_bits) if quantize else None
 
     def planned(folder: Path, config: ModelConfig) -> list[Parameter]:
         return plan(folder, config, recipe, DTYPES[dtype] if dtype else None, dequantize)
 
     write_package(Path(mlx_path), hf_path, revision, planned, progress)
+
+
+def _refuse_without_q(**options: Any) -> None:
+    """A size was asked for, and nothing would be quantised."""
+    for name, value in options.items():
+        if value is not None:
+            raise RequestError(f"--{name.replace('_', '-')} {value} does nothing without -q")
 
 
 def write_package(
@@ -147,8 +154,8 @@ def _small_files(
 
     name = "generation_config.json"
     generation = read_json(folder / name) if name in given else {}
-    named = generation.get("eos_token_id", [])
-    eos = [*named] if isinstance(named, list) else [named]
+    named = generation.get("eos_token_id")
+    eos = list(dict.fromkeys(named)) if isinstance(named, list) else [] if named is None else [named]
     eos += sorted(tokenizer.eos_ids - set(eos), reverse=True)  # <|end|> before <|endoftext|>, as Microsoft has it
     ids = {key: raw[key] for key in ("bos_token_id", "pad_token_id") if isinstance(raw.get(key), int)}
     if generation.get("eos_token_id") != eos:
@@ -224,7 +231,7 @@ def whole_or_absent(target: Path) -> Iterator[Path]:
     Raises:
         RequestError: `target` exists already, or cannot be written.
     """
-    target = Path(os.path.abspath(target.expanduser()))
+    target = Path(os.path.abspath(os.path.expanduser(target)))
     if os.path.lexists(target):
         raise RequestError(f"{target} already exists; remove it, or name another folder")
     partial = target.with_name(f".{target.name}.partial")

@@ -93,7 +93,7 @@ def make_recipe(mode: str, bits: int | None, group_size: int | None, embed_bits:
     if embed_bits is not None:
         given.append(("--embed-bits", embed_bits, choices[0]))
     for option, value, allowed in given:
-        if value not in allowed:
+        if type(value) is not int or value not in allowed:
             known = ", ".join(map(str, sorted(allowed)))
             raise RequestError(f"{option} {value!r} does not go with --q-mode {mode}; it must be one of {known}")
     return Recipe(Scheme(mode, bits, group_size), Scheme(mode, bits if embed_bits is None else embed_bits, group_size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -39,16 +40,15 @@ def obey(chat: Chat, typed: str) -> None:
         RequestError: there is no such command, or it cannot be done.
         Leave: the person wants to leave.
     """
-    name, _, rest = typed[1:].partition(" ")
-    name = name.strip()
+    name, rest = (*typed[1:].strip().split(None, 1), "", "")[:2]
     if name not in COMMANDS:
         raise RequestError(f"/{name} is not a command; /help lists them; a space before the slash makes it a message")
     try:
-        COMMANDS[name].do(chat, rest.strip())
+        COMMANDS[name].do(chat, rest)
         chat.screen.end_paragraph()
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise RequestError(f"/{name} {rest.strip()}: {reason}") from None
+        raise RequestError(f"/{name} {rest}: {reason}") from None
 
 
 def rescued_file() -> Path:
@@ -131,23 +131,23 @@ def _load(chat: Chat, rest: str) -> None:
 
 
 def _json_file(name: str) -> Path:
-    path = Path(name).expanduser().absolute()
-    return path if path.suffix else path.with_suffix(".json")
+    path = Path(os.path.expanduser(name)).absolute()
+    return path if path.suffix or path.is_file() else path.with_suffix(".json")
 
 
 def _set(chat: Chat, rest: str) -> None:
-    name, _, value = rest.partition(" ")
+    name, _, value = " ".join(rest.split()).partition(" ")
     if not rest:
         for known, (_, _, explanation) in SAMPLING.items():
             current = chat.settings[known]
-            chat.screen.write(f"{known:10}  {'-' if current is None else current!s:8}  {explanation}\n")
+            chat.screen.write(f"{known:18}  {'-' if current is None else current!s:8}  {explanation}\n")
         return
     if name not in SAMPLING:
         raise RequestError(f"{name!r} cannot be set; these can: {', '.join(SAMPLING)}")
     if not value:
         raise RequestError(f"/set {name} needs a value; - sets what the chat began with")
     try:
-        chat.set(name, chat.defaults[name] if value.strip() == "-" else SAMPLING[name][0](value.strip()))
+        chat.set(name, chat.defaults[name] if value == "-" else SAMPLING[name][0](value))
     except argparse.ArgumentTypeError as error:
         raise RequestError(f"{name}: {error}") from None
     chat.screen.note(f"{name} is {chat.settings[name]}")

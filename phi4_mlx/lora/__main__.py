@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -144,7 +145,7 @@ def _train(
     from phi4_mlx.lora.record import Record
     from phi4_mlx.lora.trainer import Trainer
 
-    folder = Path(settings.adapter_path).expanduser()
+    folder = Path(os.path.expanduser(settings.adapter_path))
     leads = group.rank() == 0
     if leads and not resume and (folder / "checkpoints").exists():
         raise RequestError(f"{folder} holds a run already; --resume goes on with it, or name another --adapter-path")
@@ -168,7 +169,7 @@ def _make_trainable(model: Model, settings: Settings) -> None:
     from phi4_mlx.lora.layers import add_adapter, load_adapter
 
     if settings.resume_adapter_file is not None:
-        given = Path(settings.resume_adapter_file).expanduser()
+        given = Path(os.path.expanduser(settings.resume_adapter_file))
         load_adapter(model, given.parent if given.is_file() else given)
         return
     if settings.fine_tune_type != "full":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def to_peft(adapter_path: str | Path, peft_path: str | Path) -> None:
     from phi4_mlx.lora.adapter import CONFIG_FILE, FULL, read_folder, write_config, write_tensors
     from phi4_mlx.lora.peft import PEFT_FILE, peft_layout
 
-    adapter = read_folder(Path(adapter_path).expanduser())
+    adapter = read_folder(Path(os.path.expanduser(adapter_path)))
     if adapter.kind == FULL:
         raise RequestError(f"{adapter.source} holds whole weights, no adapter; `phi4-mlx fuse` makes a model of them")
     tensors, config = peft_layout(adapter)
@@ -61,7 +62,7 @@ def from_peft(peft_path: str | Path, adapter_path: str | Path, model: str | Path
     from phi4_mlx.lora.peft import read_peft
     from phi4_mlx.models.text import Model
 
-    adapter = read_peft(Path(peft_path).expanduser())
+    adapter = read_peft(Path(os.path.expanduser(peft_path)))
     layers = sorted({layer for layer, _ in map(place, adapter.paths) if layer >= 0})
     total_layers = len(layers)
     if model is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ def _work(args: argparse.Namespace) -> None:
     begin = time.perf_counter()
     with progress_bar("fusing") as progress:
         fused = fuse(args.model, args.adapter_path, args.save_path, args.dequantize, args.revision, progress=progress)
-    size = sum(path.stat().st_size for path in Path(args.save_path).expanduser().glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in Path(os.path.expanduser(args.save_path)).glob("*.safetensors"))
     print(f"{args.save_path}: {size:,} bytes of weights, {time.perf_counter() - begin:.1f} s")
     print(
         f"{fused.tensors} matrices: the adapter changes them by {fused.change:.2%} (relative RMS), and as they are "

@@ -6,6 +6,7 @@ quantised the fused matrices are quantised again, each as it was, and what that 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,7 +84,7 @@ def fuse(
         changed.extend(parameter for parameter in parameters if isinstance(parameter, FusedParameter))
         return parameters
 
-    target = Path(save_path).expanduser()
+    target = Path(os.path.expanduser(save_path))
     write_package(target, model, revision, planned, progress)
     squares = [sum(sums, start=mx.zeros(3)) for sums in (parameter.squares for parameter in changed)]
     change, error, whole = sum(squares, start=mx.zeros(3)).tolist()

@@ -6,6 +6,7 @@ Training takes an evening, so nothing begins before each line has been looked at
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -40,7 +41,7 @@ def find_split(path_or_hf_id: str | Path, split: str = "train") -> Path | None:
     """
     if split not in SPLITS:
         raise RequestError(f"split {split!r} is not known; known are {', '.join(SPLITS)}")
-    path = Path(path_or_hf_id).expanduser()
+    path = Path(os.path.expanduser(path_or_hf_id))
     places = [path / f"{split}.jsonl"]
     if not path.exists():
         folder = _download(str(path_or_hf_id), split)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,7 +207,7 @@ def read_adapter(folder: Path) -> Adapter:
     Raises:
         ConfigError, CheckpointError, RequestError: as `load_adapter`.
     """
-    folder = folder.expanduser()
+    folder = Path(os.path.expanduser(folder))
     return read_peft(folder) if is_peft(folder) else read_folder(folder)
 
 

@@ -179,7 +179,8 @@ def test_save_and_load(chat: Chat, script: Script, tmp_path: Path) -> None:
     obey(chat, "/reset")
     with pytest.raises(RequestError, match="exists"):  # another conversation
         obey(chat, "/save talk")
-    obey(chat, "/load talk.json")
+    (tmp_path / "talk.json").rename(tmp_path / "renamed")
+    obey(chat, "/load renamed")
     assert questions(chat) == ["one", "two"] and chat.conversation.system == "be brief"
     chat.answer("three")
 
@@ -188,6 +189,7 @@ def test_save_and_load(chat: Chat, script: Script, tmp_path: Path) -> None:
     ("typed", "complaint"),
     [
         ("/save", "needs the name of a file"),
+        ("/save ~nobody/talk", "No such file"),
         ("/save no/such/folder/x", "No such file or directory"),
         ("/save a\0b", "null"),
         ("/load", "needs the name of a file"),
@@ -216,15 +218,15 @@ def test_a_mistake_costs_a_line_and_nothing_else(
 
 
 def test_set_shows_and_changes_and_goes_back(chat: Chat, script: Script) -> None:
-    obey(chat, "/set max-tokens 7")
+    obey(chat, "/set\tmax-tokens  7 ")
     chat.answer("one")
     assert script.options["max_tokens"] == 7
     obey(chat, "/set max-tokens -")
     assert chat.settings["max-tokens"] == 100
-    sampler = chat._make_sampler()
-    assert chat._make_sampler() is sampler  # a seed goes on from answer to answer
+    sampler = chat._how_to_draw()["sampler"]
+    assert chat._how_to_draw()["sampler"] is sampler  # a seed goes on from answer to answer
     obey(chat, "/set temp 0.5")
-    assert chat._make_sampler() is not sampler
+    assert chat._how_to_draw()["sampler"] is not sampler
     shown(chat)
     obey(chat, "/set")
     listed = shown(chat)

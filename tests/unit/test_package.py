@@ -291,6 +291,8 @@ def test_a_shard_cut_anywhere_gives_no_package(source: Path, tmp_path: Path) -> 
     [
         ({"dtype": "int8"}, "--dtype 'int8'"),
         ({"embed_bits": 6}, "does nothing without -q"),
+        ({"q_bits": 3, "q_mode": "mxfp4"}, "does nothing without -q"),
+        ({"quantize": True, "q_bits": 4.0}, "--q-bits 4.0"),
         ({"quantize": True, "q_bits": 7}, "--q-bits 7"),
         ({"quantize": True, "q_mode": "gptq"}, "--q-mode 'gptq'"),
         ({"quantize": True, "q_group_size": 64}, "--q-group-size 32 would"),
@@ -301,6 +303,14 @@ def test_options_that_cannot_be_met(options: dict[str, Any], reason: str, source
     with pytest.raises(RequestError, match=reason):
         convert(source, tmp_path / "out", **options)
     assert left_beside(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("named", [None, [2, 2], 2])
+def test_every_end_of_turn_is_named_once(named: Any, source: Path, tmp_path: Path) -> None:
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    convert(source, tmp_path / "out", **FOUR_BITS)
+    listed = read(tmp_path / "out" / "generation_config.json")["eos_token_id"]
+    assert sorted(listed) == sorted(load(tmp_path / "out")[1].eos_ids)
 
 
 # --- whole or absent ---
