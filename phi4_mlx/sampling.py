@@ -1,7 +1,7 @@
 """Samplers: a value that maps logits to tokens, and the processors that bend the logits before it.
 
-The order is the reference's: penalties and bias, temperature, then top-k, top-p and min-p, each a floor under the
-tempered logits, so that what is cut depends on the distribution that is really drawn from.
+The order is the reference's: penalties and bias, temperature, then top-k, top-p and min-p, each on the tempered logits,
+so that what is cut depends on the distribution that is really drawn from.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from phi4_mlx.errors import RequestError
+
+_LEAST_TEMP = 1e-30  # the least float32 can divide by and stay finite; no draw differs from the likeliest long before
 
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
@@ -43,13 +45,14 @@ class Sampler:
         """Tokens [B] for logits or log-probabilities [B, V]; `key` is a random key, the default is MLX's own state."""
         if self.temp == 0:
             return mx.argmax(logits, axis=-1)
-        logits = logits.astype(mx.float32) / self.temp
+        logits = logits.astype(mx.float32)
+        logits = (logits - mx.max(logits, axis=-1, keepdims=True)) / max(self.temp, _LEAST_TEMP)
         if 0 < self.top_k < logits.shape[-1]:
-            logits = _keep(logits, mx.min(mx.topk(logits, self.top_k, axis=-1), axis=-1, keepdims=True))
+            logits = _likeliest(logits, self.top_k)
         if 0 < self.top_p < 1:
-            logits = _keep(logits, _nucleus_floor(logits, self.top_p))
+            logits = _nucleus(logits, self.top_p)
         if self.min_p > 0:
-            logits = _keep(logits, mx.max(logits, axis=-1, keepdims=True) + math.log(self.min_p))
+            logits = mx.where(logits < math.log(self.min_p), -math.inf, logits)  # the likeliest is at 0
         return mx.random.categorical(logits, key=key)
 
 
@@ -134,17 +137,19 @@ def check_whole(name: str, value: int, low: int, high: int = 2**31) -> None:
         raise RequestError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
 
 
-def _keep(logits: mx.array, floor: mx.array) -> mx.array:
-    """Drops what lies under the floor [B, 1]."""
-    return mx.where(logits < floor, -math.inf, logits)
+def _likeliest(logits: mx.array, k: int) -> mx.array:
+    """Drops all but k tokens a row; by index rather than by a floor, which would keep every token of a tie."""
+    dropped = mx.argpartition(-logits, k - 1, axis=-1)[..., k:]
+    return mx.put_along_axis(logits, dropped, mx.array(-math.inf), axis=-1)
 
 
-def _nucleus_floor(logits: mx.array, top_p: float) -> mx.array:
-    """The least logit [B, 1] of the smallest set of tokens whose probability reaches top_p."""
-    ordered = -mx.sort(-logits, axis=-1)
+def _nucleus(logits: mx.array, top_p: float) -> mx.array:
+    """Drops all but the fewest tokens whose probability reaches top_p."""
+    order = mx.argsort(-logits, axis=-1)
+    ordered = mx.take_along_axis(logits, order, axis=-1)
     probs = mx.softmax(ordered, axis=-1, precise=True)
     before = mx.cumsum(probs, axis=-1) - probs  # mass of all likelier tokens
-    return mx.min(mx.where(before < top_p, ordered, math.inf), axis=-1, keepdims=True)
+    return mx.put_along_axis(logits, order, mx.where(before < top_p, ordered, -math.inf), axis=-1)
 
 
 def _bias(logit_bias: Mapping[int, float]) -> LogitsProcessor:

@@ -50,6 +50,18 @@ def test_frequencies_are_the_cut_distribution(options: dict[str, Any], kept: int
     assert (found[kept:] == 0).all()
 
 
+@pytest.mark.parametrize(("options", "kept"), [({"top_k": 1}, 1), ({"top_k": 3}, 3), ({"top_p": 0.3}, 2)])
+def test_of_equal_tokens_no_more_are_kept_than_asked_for(options: dict[str, Any], kept: int) -> None:
+    tokens = make_sampler(temp=1.0, seed=3, **options)(mx.zeros((2000, 6)))
+    assert len(set(tokens.tolist())) == kept
+
+
+@pytest.mark.parametrize("temp", [1e-3, 1e-30, 1e-39, 1e-300])
+def test_the_smallest_temperatures_take_the_likeliest(temp: float) -> None:
+    tokens = make_sampler(temp=temp, top_p=0.9, seed=1)(mx.broadcast_to(LOGITS[:, ::-1], (100, 6)))
+    assert set(tokens.tolist()) == {5}
+
+
 def test_temperature_comes_before_the_cuts() -> None:
     tempered = PROBS**2 / (PROBS**2).sum()  # temp 0.5: 0.59, 0.23, 0.08, ...
     found = drawn(make_sampler(temp=0.5, top_p=0.8, seed=1))
