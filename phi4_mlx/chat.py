@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.chat_commands import COMMANDS, Leave, is_command, obey, rescued_file
 from phi4_mlx.command import (
+    LONG_PREFILL,
     SAMPLING,
     Parser,
     add_model_options,
     add_sampling_options,
+    drawing,
     one_line,
     printable,
     read_standard_input,
@@ -33,7 +35,6 @@ from phi4_mlx.markdown import RESET, MarkdownStream, terminal_width
 if TYPE_CHECKING:
     from phi4_mlx.conversation import Conversation
 
-LONG_PREFILL = 512  # tokens; a prefill longer than this tells how far it is
 DIM, RED = "\x1b[2m", "\x1b[31m"
 
 
@@ -242,7 +243,7 @@ class Chat:
         self.defaults = dict(settings)
         self.saved_as: Path | None = None
         self._person = person
-        self._sampler: Callable[..., Any] | None = None
+        self._drawing: dict[str, Any] | None = None
 
     def load_model(self, name: str | None, **options: Any) -> None:
         """Loads a model; a conversation that is under way goes on with it.
@@ -272,7 +273,7 @@ class Chat:
     def set(self, name: str, value: Any) -> None:
         """Changes a sampling option, from the next answer on."""
         self.settings[name] = value
-        self._sampler = None
+        self._drawing = None
 
     def greet(self) -> None:
         """Says who is there, and how to find out more."""
@@ -292,8 +293,8 @@ class Chat:
             events = self.conversation.ask(
                 question,
                 max_tokens=self.settings["max-tokens"],
-                sampler=self._make_sampler(),
                 progress=lambda done, total: self._show_progress(done, total, stopped()),
+                **self._how_to_draw(),
             )
             add, finish = self.screen.answer()
             try:
@@ -317,14 +318,11 @@ class Chat:
         if stopped:
             raise Interrupted
 
-    def _make_sampler(self) -> Callable[..., Any]:
-        """The sampler, made once for its settings, so that a seed does not begin anew at each answer."""
-        if self._sampler is None:
-            from phi4_mlx.sampling import make_sampler
-
-            options = {name.replace("-", "_"): self.settings[name] for name in SAMPLING if name != "max-tokens"}
-            self._sampler = make_sampler(**options)
-        return self._sampler
+    def _how_to_draw(self) -> dict[str, Any]:
+        """Sampler and processors, made once for their settings, so that a seed does not begin anew at each answer."""
+        if self._drawing is None:
+            self._drawing = drawing(self.settings)
+        return self._drawing
 
     def _explain_end(self, stopped: bool) -> None:
         usage = self.conversation.usage

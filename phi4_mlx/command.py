@@ -11,7 +11,7 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from phi4_mlx.errors import Phi4Error, RequestError
@@ -148,7 +148,7 @@ def number(kind: type[Number], low: Number, high: Number) -> Callable[[str], Num
 
     def parse(text: str) -> Number:
         try:
-            value: Number | None = kind(text)
+            value: Number | None = None if "_" in text else kind(text)  # Python reads 1_0 as ten
         except ValueError:
             value = None
         if value is None or not low <= value <= high:
@@ -206,8 +206,13 @@ SAMPLING: dict[str, tuple[Callable[[str], int | float], int | float | None, str]
     "top-k": (number(int, 0, 2**31 - 1), 0, "keep this many of the likeliest tokens; 0 keeps all"),
     "max-tokens": (number(int, 1, MAX_TOKENS_LIMIT), None, "longest answer, in tokens"),
     "seed": (number(int, 0, SEED_LIMIT), None, "makes sampling repeatable"),
+    "repetition-penalty": (number(float, 0.01, 100.0), None, "over 1: makes the last 20 tokens less likely"),
+    "presence-penalty": (number(float, -100.0, 100.0), None, "subtracted from the logits of the last 20 tokens"),
+    "frequency-penalty": (number(float, -100.0, 100.0), None, "the same, once for each time that a token occurs"),
 }
 """The sampling options: type, default, help. `/set` in the chat knows the same ones."""
+
+LONG_PREFILL = 512  # tokens; a prefill longer than this tells how far it is
 
 
 def add_model_options(parser: Parser) -> None:
@@ -221,6 +226,15 @@ def add_model_options(parser: Parser) -> None:
     parser.add_argument("--revision", type=word, help="branch, tag or commit of the Hugging Face id")
     parser.add_argument("--verify", action="store_true", help="check every file against the package's hashes")
     parser.add_argument("--chat-format", type=word, metavar="NAME", help="override the recognised chat format")
+
+
+def drawing(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampler and the logits processors, as `generate_step` takes them, for the values of `SAMPLING`."""
+    from phi4_mlx.sampling import make_logits_processors, make_sampler
+
+    values = {name.replace("-", "_"): settings[name] for name in SAMPLING if name != "max-tokens"}
+    penalties = {name: values.pop(name) for name in list(values) if name.endswith("_penalty")}
+    return {"sampler": make_sampler(**values), "logits_processors": make_logits_processors(**penalties)}
 
 
 def add_sampling_options(parser: Parser, max_tokens: int) -> None:

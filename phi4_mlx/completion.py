@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from phi4_mlx.command import (
+    LONG_PREFILL,
+    SAMPLING,
     Parser,
     add_model_options,
     add_sampling_options,
+    drawing,
     printable,
     read_standard_input,
     run,
@@ -52,7 +55,6 @@ def _complete(args: argparse.Namespace) -> None:
 
     from phi4_mlx.checkpoint import DEFAULT_MODEL, load
     from phi4_mlx.generation import stream_generate
-    from phi4_mlx.sampling import make_sampler
 
     model, tokenizer = load(
         DEFAULT_MODEL if args.model is None else args.model,
@@ -63,10 +65,11 @@ def _complete(args: argparse.Namespace) -> None:
         lazy=True,  # the first step reads each weight as it comes to it
     )
     ids = _ids(tokenizer, prompt, args)
-    sampler = make_sampler(args.temp, args.top_p, args.min_p, args.top_k, args.seed)
+    options = drawing({name: getattr(args, name.replace("-", "_")) for name in SAMPLING})
+    options |= {"max_tokens": args.max_tokens, "stop": args.stop, "prompt_progress_callback": _show_progress}
     show = printable if sys.stdout.isatty() else str
     last = "\n"
-    for event in stream_generate(model, tokenizer, ids, max_tokens=args.max_tokens, sampler=sampler, stop=args.stop):
+    for event in stream_generate(model, tokenizer, ids, **options):
         sys.stdout.write(show(event.text))
         sys.stdout.flush()
         last = event.text or last
@@ -97,6 +100,13 @@ def _ids(tokenizer: Tokenizer, prompt: str, args: argparse.Namespace) -> list[in
     if args.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": args.system_prompt})
     return tokenizer.apply_chat_template(messages)
+
+
+def _show_progress(done: int, total: int) -> None:
+    """How far a long prefill is, on a line of standard error that the next one replaces."""
+    if total > LONG_PREFILL and sys.stderr.isatty():
+        sys.stderr.write(f"\rreading {done:,} of {total:,} tokens ..." if done < total else f"\r{' ' * 60}\r")
+        sys.stderr.flush()
 
 
 def _report(event: GenerationResponse) -> None:

@@ -123,17 +123,17 @@ class Conversation:
         question: str,
         *,
         max_tokens: int,
-        sampler: Callable[..., Any] | None = None,
         progress: Callable[[int, int], None] | None = None,
+        **options: Any,
     ) -> Generator[GenerationResponse, None, None]:
         """Asks, and yields the answer as it comes; what was yielded becomes a turn, also when the caller stops early.
 
         Args:
             question: what the user wrote.
             max_tokens: the longest answer; less where the context ends before.
-            sampler: as in `generate_step`.
             progress: as `prompt_progress_callback` in `generate_step`; it may raise `Interrupted`, which ends the
                 answer without a trace.
+            options: others of `generate_step`, such as the sampler.
 
         Yields:
             A response a token.
@@ -150,30 +150,17 @@ class Conversation:
                 f"the conversation would come to {len(prompt):,} tokens, and the context holds {self.context:,}; "
                 "/reset starts anew, /undo takes back a turn"
             )
-        return self._answer(question, prompt, max_tokens=min(max_tokens, room), sampler=sampler, progress=progress)
+        options |= {"max_tokens": min(max_tokens, room), "prompt_progress_callback": progress}
+        return self._answer(question, prompt, options)
 
     def _answer(
-        self,
-        question: str,
-        prompt: list[int],
-        *,
-        max_tokens: int,
-        sampler: Callable[..., Any] | None,
-        progress: Callable[[int, int], None] | None,
+        self, question: str, prompt: list[int], options: dict[str, Any]
     ) -> Generator[GenerationResponse, None, None]:
         new = self.cache.reuse(prompt)
         self.usage = usage = Usage(prompt_tokens=len(prompt), cached_tokens=len(prompt) - len(new))
         text: list[str] = []
         ids: list[int] = []
-        events = stream_generate(
-            self.model,
-            self.tokenizer,
-            new,
-            cache=self.cache,
-            max_tokens=max_tokens,
-            sampler=sampler,
-            prompt_progress_callback=progress,
-        )
+        events = stream_generate(self.model, self.tokenizer, new, cache=self.cache, **options)
         try:
             for event in events:
                 text.append(event.text)

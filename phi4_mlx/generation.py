@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -100,7 +101,7 @@ def generate_step(
     Raises:
         RequestError: no tokens, a token outside the vocabulary, or more tokens than the context holds.
     """
-    prompt = prompt_ids.tolist() if isinstance(prompt_ids, mx.array) else list(prompt_ids)
+    prompt = _whole_numbers(prompt_ids)
     cache = model.make_cache() if cache is None else cache
     check_whole("max_tokens", max_tokens, 1)
     check_whole("prefill_step_size", prefill_step_size, 1)
@@ -137,7 +138,7 @@ def stream_generate(
     tokenizer: Tokenizer,
     prompt: str | Sequence[int],
     *,
-    stop: str | Sequence[str] = (),
+    stop: str | Sequence[str] | None = None,
     cache: PromptCache | None = None,
     **options: Any,
 ) -> Iterator[GenerationResponse]:
@@ -220,6 +221,17 @@ def generate(
     return "".join(pieces)
 
 
+def _whole_numbers(ids: Sequence[int] | mx.array) -> list[int]:
+    """Ids from a list, or from an array of MLX or NumPy."""
+    try:
+        return [index(token) for token in (ids.tolist() if hasattr(ids, "tolist") else ids)]
+    except TypeError:
+        raise RequestError(
+            f"the prompt must be token ids, whole numbers in one dimension, not {ids!r:.60}; tokenizer.encode makes "
+            "them of a text"
+        ) from None
+
+
 def _check_prompt(prompt: list[int], model: Model, cached: int, max_tokens: int) -> None:
     context, V = model.config.max_position_embeddings, model.config.vocab_size
     if not prompt:
@@ -262,9 +274,9 @@ def _advance(model: Model, ids: mx.array, cache: PromptCache, step_size: int, pr
 class _Text:
     """The text of an answer as it becomes certain: whole characters, and nothing that may begin a stop string."""
 
-    def __init__(self, decoder: StreamingDecoder, stop: str | Sequence[str]):
+    def __init__(self, decoder: StreamingDecoder, stop: str | Sequence[str] | None):
         self._decoder = decoder
-        stops = [stop] if isinstance(stop, str) else stop
+        stops = [stop] if isinstance(stop, str) else () if stop is None else stop
         if not isinstance(stops, (list, tuple)) or not all(isinstance(each, str) and each for each in stops):
             raise RequestError(f"stop must be a list of strings that are not empty, not {stop!r}")
         self._stops = stops

@@ -8,10 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+WEIGHTS = "model.safetensors"
 Checkpoint = Callable[..., Path]
 
 
@@ -30,6 +32,11 @@ def generate(
     if code:
         assert done.stderr.count(b"\n") == 1 and b"Traceback" not in done.stderr
     return done
+
+
+def reshape(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.fixture
@@ -87,6 +94,7 @@ def test_a_seed_repeats_and_stop_stops(model: str) -> None:
         (["--prompt", "x", "--top-k", "-1"], "--top-k: '-1' is not a whole number from 0 to"),
         (["--prompt", "x", "--max-tokens", "0"], "--max-tokens: '0' is not a whole number from 1 to"),
         (["--prompt", "x", "--max-tokens", "9" * 5000], "is not a whole number from 1 to"),
+        (["--prompt", "x", "--repetition-penalty", "0"], "--repetition-penalty: '0' is not a number from 0.01 to 100"),
         (["--prompt", "x", "--seed", "1.5"], "--seed: '1.5' is not a whole number from 0 to"),
         (["--prompt", "x", "--stop", ""], "--stop: '' is empty"),
         (["--prompt", "x", "--model", ""], "--model: '' is empty"),
@@ -132,6 +140,30 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     assert b"config.json" in generate("--model", str(tmp_path), "--prompt", "x", code=2).stderr
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert b"llama" in generate("--model", str(tmp_path), "--prompt", "x", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1]), "damaged"),
+        (lambda folder: (folder / WEIGHTS).write_bytes(b"\xff" * 7 + b"\x7f{}"), "damaged"),  # a header of 8 exabytes
+        (lambda folder: (folder / WEIGHTS).unlink(), "holds no model*.safetensors"),
+        (lambda folder: reshape(folder, intermediate_size=192), "has shape"),
+        (lambda folder: reshape(folder, num_hidden_layers=1), "left over"),
+        (lambda folder: reshape(folder, rope_scaling={"type": "llama3", "low_freq_factor": 1}), "rope type 'llama3'"),
+        (lambda folder: (folder / "tokenizer.json").write_text("[]"), "tokenizer.json"),
+    ],
+)
+def test_a_damaged_model_is_one_line(damage: Callable[[Path], object], complaint: str, model: str) -> None:
+    damage(Path(model))
+    assert complaint in generate("--model", model, "--prompt", "x", code=2).stderr.decode()
+
+
+def test_penalties_reach_the_model(model: str) -> None:
+    options = ["--model", model, "--prompt", "hello", "--max-tokens", "20"]
+    plain = generate(*options).stdout
+    assert generate(*options, "--frequency-penalty", "50").stdout != plain
+    assert generate(*options, "--repetition-penalty", "1").stdout == plain
 
 
 def test_a_disk_that_is_full(model: str) -> None:
