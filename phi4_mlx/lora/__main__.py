@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,7 @@ OPTIONS: list[tuple[str, Any, str]] = [
     ("clip", REAL, "largest norm of the gradient; 0 for no limit"),
     ("beta", REAL, "how far DPO may go from the base; the weight of ORPO's preference"),
     ("steps-per-report", WHOLE, "steps between two lines, where there is no progress bar"),
+    ("report-to", ["wandb", "tensorboard"], "where the metrics also go, if it is installed"),
     ("steps-per-eval", WHOLE, "steps between two validations"),
     ("val-batches", number(int, -1, 10**9), "batches in a validation; -1 for all"),
     ("patience", WHOLE, "validations without a better loss after which training stops; 0 never stops"),
@@ -142,7 +143,7 @@ def _train(
     model: Model, settings: Settings, samples: Sequence[Any], validation: Sequence[Any], group: Any, resume: bool
 ) -> None:
     from phi4_mlx.lora.batches import Batches
-    from phi4_mlx.lora.record import Record
+    from phi4_mlx.lora.record import Record, reporter
     from phi4_mlx.lora.trainer import Trainer
 
     folder = Path(os.path.expanduser(settings.adapter_path))
@@ -159,10 +160,12 @@ def _train(
     loss = _loss(settings)
     trainer = Trainer(model, batches, settings, folder, held_out, loss, group)
     step = trainer.resume() if resume else 0
+    record = None
     if leads:
         _tell_plan(model, loss, settings, trainer)
         folder.mkdir(parents=True, exist_ok=True)
-    _go(trainer, Record(folder, step) if leads else None, settings, held_out)
+        record = Record(folder, step, reporter(settings.report_to, folder, asdict(settings)))
+    _go(trainer, record, settings, held_out)
 
 
 def _make_trainable(model: Model, settings: Settings) -> None:

@@ -1,15 +1,19 @@
-"""What a run leaves to look at: metrics.jsonl, a line a step, and the curve of its losses."""
+"""What a run leaves to look at: metrics.jsonl, a line a step, and the curve of its losses; elsewhere too, if asked."""
 
 from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from phi4_mlx.errors import RequestError
 from phi4_mlx.lora.trainer import Step
 
 METRICS_FILE, CURVE_FILE = "metrics.jsonl", "loss.png"
+Metrics = dict[str, Any]
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a Braille character, row by row
 
 
@@ -19,9 +23,11 @@ class Record:
     Args:
         folder: of the adapter.
         step: the last step that stands; what a broken run wrote after it is dropped.
+        report: called with each step's metrics besides; see `reporter`.
     """
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int, report: Callable[[Metrics], Any] = lambda metrics: None):
+        self._report = report
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / METRICS_FILE
         self.lines = [line for line in read_metrics(self.path) if line["step"] <= step]
@@ -34,7 +40,7 @@ class Record:
 
     def add(self, step: Step) -> None:
         """Appends a step."""
-        line: dict[str, Any] = {
+        line: Metrics = {
             "step": step.step,
             "loss": step.loss,
             "learning_rate": step.learning_rate,
@@ -49,6 +55,7 @@ class Record:
         self.lines.append(line)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        self._report(line)
 
     def curves(self) -> dict[str, tuple[list[int], list[float]]]:
         """Name -> (steps, losses), of training and validation."""
@@ -60,9 +67,48 @@ class Record:
         return found
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def reporter(name: str | None, folder: Path, settings: Mapping[str, Any]) -> Callable[[Metrics], Any]:
+    """Sends the metrics of each step to a library that the user has.
+
+    Args:
+        name: "wandb" or "tensorboard"; None for nowhere.
+        folder: of the adapter; what the library writes goes there too.
+        settings: what the run was told.
+
+    Raises:
+        RequestError: the library is not installed.
+    """
+    try:
+        if name == "wandb":
+            import wandb
+
+            run = wandb.init(dir=str(folder), config=dict(settings))
+            return lambda metrics: run.log(metrics, step=metrics["step"])
+        if name == "tensorboard":
+            return _tensorboard(folder)
+    except ImportError:
+        raise RequestError(f"--report-to {name} needs a library: pip install {name}, or leave it out") from None
+    return lambda metrics: None
+
+
+def _tensorboard(folder: Path) -> Callable[[Metrics], Any]:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    writer = EventFileWriter(str(folder))
+
+    def report(metrics: Metrics) -> None:
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items() if name != "step"]
+        writer.add_event(Event(wall_time=time.time(), step=metrics["step"], summary=Summary(value=values)))
+        writer.flush()
+
+    return report
+
+
+def read_metrics(path: Path) -> list[Metrics]:
     """The lines of a metrics file, up to the first that is not whole."""
-    lines: list[dict[str, Any]] = []
+    lines: list[Metrics] = []
     if not path.exists():
         return lines
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():

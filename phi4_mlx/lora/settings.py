@@ -17,6 +17,7 @@ FINE_TUNE_TYPES = ("lora", "dora", "full")
 TASKS = ("sft", "dpo", "orpo")
 OPTIMIZERS = ("adamw", "adafactor")
 SCHEDULES = ("cosine", "constant")
+REPORTS = (None, "wandb", "tensorboard")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Settings:
     clip: float = 1.0
     beta: float = 0.1
     steps_per_report: int = 10
+    report_to: str | None = None
     steps_per_eval: int = 200
     val_batches: int = 25
     patience: int = 0
@@ -98,9 +100,11 @@ class Settings:
             check_number(name, getattr(self, name), low, high)
         for name, known in (
             ("task", TASKS), ("fine_tune_type", FINE_TUNE_TYPES), ("optimizer", OPTIMIZERS), ("lr_schedule", SCHEDULES),
+            ("report_to", REPORTS),
         ):  # fmt: skip
             if getattr(self, name) not in known:
-                raise RequestError(f"{name} {getattr(self, name)!r} is not known; known are {', '.join(known)}")
+                shown = ", ".join(value for value in known if value)
+                raise RequestError(f"{name} {getattr(self, name)!r} is not known; known are {shown}")
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any], where: str) -> Settings:

@@ -190,7 +190,7 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """The settings that the numbers depend on; the rest may change between a run and its resumption."""
-        free = {"data", "adapter_path", "steps_per_report", "save_every", "keep_checkpoints", "patience"}
+        free = {"data", "adapter_path", "steps_per_report", "report_to", "save_every", "keep_checkpoints", "patience"}
         settings = {name: value for name, value in asdict(self.settings).items() if name not in free}
         settings["lora_parameters"]["keys"] = list(settings["lora_parameters"]["keys"])
         return settings

@@ -103,7 +103,9 @@ def test_a_full_disk_is_one_line(program: str) -> None:
     assert done.stderr == b"phi4-mlx test: No space left on device\n"
 
 
-@pytest.mark.parametrize("given_text", ["nan", "inf", "-inf", "-0.1", "2.1", "", "x", "1e999", "0x1", "1_0", "1" * 5000])
+@pytest.mark.parametrize(
+    "given_text", ["nan", "inf", "-inf", "-0.1", "2.1", "", "x", "1e999", "0x1", "1_0", "1" * 5000]
+)
 def test_numbers_outside_their_limits(given_text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is not a number from 0 to 2") as refused:
         number(float, 0.0, 2.0)(given_text)

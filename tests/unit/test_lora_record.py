@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from phi4_mlx.lora.record import Record, draw_in_terminal, draw_png, read_metrics
+from phi4_mlx.errors import RequestError
+from phi4_mlx.lora.record import Record, draw_in_terminal, draw_png, read_metrics, reporter
 from phi4_mlx.lora.trainer import Step
 
 
@@ -50,3 +54,28 @@ def test_the_curves_are_drawn(tmp_path: Path) -> None:
 def test_without_matplotlib_there_is_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     assert draw_png(Record(tmp_path, 0)) is None
+
+
+def test_metrics_go_to_weights_and_biases_where_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[dict[str, Any]] = []
+    logged: list[tuple[dict[str, Any], int]] = []
+
+    def init(**options: Any) -> Any:
+        begun.append(options)
+        return SimpleNamespace(log=lambda metrics, step: logged.append((metrics, step)))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    record = Record(tmp_path, 0, reporter("wandb", tmp_path, {"iters": 2}))
+    record.add(step(1))
+    record.add(step(2, 0.5))
+    assert begun == [{"dir": str(tmp_path), "config": {"iters": 2}}]
+    assert [at for _, at in logged] == [1, 2] and logged[1][0] == record.lines[1]
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_library_that_is_not_installed_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(RequestError, match=f"--report-to {name}.*pip install {name}"):
+        reporter(name, tmp_path, {})
