@@ -123,7 +123,7 @@ def write_package(
         config = ModelConfig.from_dict(raw)
         parameters = planned(folder, config)
         given = {name: file_in(folder, name).read_bytes() for name in SMALL_FILES if os.path.lexists(folder / name)}
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder, prove=True)
         small = _small_files(folder, raw, config, parameters, given, tokenizer)
         _check_room(out, parameters, small)
         files = _write_weights(out, parameters, progress or (lambda done, total: None))

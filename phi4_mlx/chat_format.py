@@ -44,7 +44,7 @@ class ChatFormat:
         Args:
             tokenizer: encodes the texts and knows the control tokens.
             messages: each with "role" and "content"; an assistant's may have "tool_calls" in OpenAI's form.
-            tools: as for `flat_tool`; they go in the system turn, which is made if there is none.
+            tools: as for `flat_tool`; they go in the first system turn, which is made if there is none.
             add_generation_prompt: ends with the start of the assistant's turn instead of the end of the text.
 
         Raises:
@@ -112,10 +112,11 @@ class ChatFormat:
     def _conversation(
         self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Any], add_generation_prompt: bool
     ) -> Pieces:
-        if tools and messages[0]["role"] != "system":
+        if tools and all(message["role"] != "system" for message in messages):
             messages = [{"role": "system", "content": ""}, *messages]
-        yield from self._turn(messages[0], tools)
-        yield from self._turns(messages[1:])
+        for message in messages:
+            shown, tools = (tools, ()) if message["role"] == "system" else ((), tools)
+            yield from self._turn(message, shown)
         yield from self._close(add_generation_prompt)
 
     def _turns(self, messages: Sequence[Message]) -> Pieces:
@@ -250,9 +251,10 @@ def recognise(folder: Path, tokenizer: Tokenizer) -> ChatFormat:
 
     Raises:
         TokenizerError: it is none of the family's.
+        ConfigError: a file that may hold the template is damaged.
     """
     template = _template(folder)
-    name = _KNOWN_TEMPLATES.get(hashlib.sha256(template.encode()).hexdigest())
+    name = _KNOWN_TEMPLATES.get(hashlib.sha256(template.encode(errors="replace")).hexdigest())
     if name is None:
         control = tokenizer.control_ids.keys()
         if {"<|im_start|>", "<|im_sep|>", "<|im_end|>"} <= control:
@@ -338,15 +340,16 @@ def _refuse_tools(name: str, message: Message, tools: Sequence[Any]) -> None:
 
 def _template(folder: Path) -> str:
     """The text of the checkpoint's chat template, if it has one; it is looked at, never run."""
-    try:
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        pass
-    try:
-        template = read_json(folder / "tokenizer_config.json").get("chat_template")
-    except ConfigError:
-        return ""
+    path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if path.exists():
+        try:
+            return path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise ConfigError(f"{path} is not text: {error}") from None
+    template = read_json(config).get("chat_template") if config.exists() else None
     if isinstance(template, list):  # several by name, as transformers writes them
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        named = (each.get("template") for each in template if isinstance(each, dict) and each.get("name") == "default")
+        template = next(named, None)
     return template if isinstance(template, str) else ""

@@ -59,7 +59,7 @@ def load(
         (model, tokenizer)
 
     Raises:
-        ConfigError: config.json asks for maths that is not done here.
+        ConfigError: config.json asks for maths that is not done here; a JSON file or a chat template is damaged.
         CheckpointError: weights are missing, damaged, left over or of another shape; the Hub cannot be reached.
         TokenizerError: the tokenizer's files are missing or damaged.
         RequestError: no such chat format.

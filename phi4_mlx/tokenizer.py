@@ -11,12 +11,14 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from operator import index
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsIndex
 
 from phi4_mlx import byte_bpe
 from phi4_mlx.config import read_json
-from phi4_mlx.errors import ConfigError, RequestError, TokenizerError
+from phi4_mlx.errors import CheckpointError, RequestError, TokenizerError
+from phi4_mlx.manifest import read_manifest
 
 # Markers that end a turn in this family; config.json alone often names only one of them.
 _END_MARKERS = ("<|end|>", "<|endoftext|>", "<|im_end|>")
@@ -26,10 +28,19 @@ _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x20
 _LONGEST_RUN = 500_000
 _TOO_LONG_RUN = re.compile(rf"[{_WHITE_SPACE}]{{{_LONGEST_RUN + 1}}}")
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# The decoder of this family's SentencePiece-style files; where encoding adds a space, the second follows the first.
+_SENTENCEPIECE = [
+    {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+]  # fmt: skip
+_STRIP = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
 
 
 class Control(str):
     """The text of a control token, as a piece of a prompt; a plain `str` beside it is text and nothing but text."""
+
+
+class FallbackByte(bytes):
+    """The byte of a token like `<0x0A>`, whose neighbours decide what it means; see `FallbackDecoder`."""
 
 
 class ChatFormat(Protocol):
@@ -55,22 +66,49 @@ class StreamingDecoder:
 
     def __init__(self, tokenizer: Tokenizer):
         self._bytes_of = tokenizer.token_bytes
-        self._spaces_to_drop = tokenizer.leading_spaces
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def add(self, token: int) -> str:
+    def add(self, token: SupportsIndex) -> str:
         """The text that this token makes certain; may be empty."""
-        data = self._bytes_of(token)
-        while self._spaces_to_drop and data:
-            if data[:1] == b" ":
-                data, self._spaces_to_drop = data[1:], self._spaces_to_drop - 1
-            else:
-                self._spaces_to_drop = 0
-        return self._utf8.decode(data)
+        return self._utf8.decode(self._bytes_of(token))
 
     def finish(self) -> str:
         """What is left: U+FFFD for a character that never came to its end."""
         return self._utf8.decode(b"", final=True)
+
+
+class FallbackDecoder(StreamingDecoder):
+    """For SentencePiece-style files: a run of byte tokens is text if the whole of it is, else U+FFFD for each byte.
+
+    So its first character is not certain before the run has ended.
+
+    Source: `ByteFallback` in the `tokenizers` library.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__(tokenizer)
+        self._drop_space = tokenizer.leading_spaces == 1
+        self._run = bytearray()
+
+    def add(self, token: SupportsIndex) -> str:
+        data = self._bytes_of(token)
+        if isinstance(data, FallbackByte):
+            self._run += data
+            return ""
+        return self._after_run(data.decode()) if data else ""  # an id without text ends no run
+
+    def finish(self) -> str:
+        return self._after_run("")
+
+    def _after_run(self, text: str) -> str:
+        try:
+            text = self._run.decode() + text
+        except UnicodeDecodeError:
+            text = "\ufffd" * len(self._run) + text
+        self._run.clear()
+        if text and self._drop_space:
+            text, self._drop_space = text.removeprefix(" "), False
+        return text
 
 
 class Tokenizer:
@@ -173,12 +211,16 @@ class Tokenizer:
         """
         return self.chat_format.render(self, messages, tools, add_generation_prompt)
 
-    def token_bytes(self, token: int) -> bytes:
+    def token_bytes(self, token: SupportsIndex) -> bytes:
         """The bytes that a token stands for; none for an id without text."""
-        return self._texts.get(token, b"")
+        return self._texts.get(index(token), b"")  # a scalar of MLX equals its number, but is not found by it
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids: control tokens as their text, ids without text as nothing, broken characters as U+FFFD."""
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
+        """Text of ids: control tokens as their text, ids without text as nothing, broken characters as U+FFFD.
+
+        Args:
+            ids: a list, or an array of MLX or NumPy with one dimension.
+        """
         decoder = self.streaming_decoder()
         return "".join(map(decoder.add, ids)) + decoder.finish()
 
@@ -205,6 +247,7 @@ class ByteTokenizer(Tokenizer):
             self._encoding = tiktoken.Encoding("phi4", pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens={})
         except ValueError as error:
             raise TokenizerError(f"tokenizer.json: its pattern cannot be read: {error}") from None
+        self.encode("")  # fails on a pattern that matches an empty text, as it would on every other
         texts = {rank: data for data, rank in ranks.items()}
         # A re-upload may list an ordinary token, such as U+FFFD's, among the added ones; it stays one.
         added_tokens = [token for token in spec["added_tokens"] if token["id"] not in texts]
@@ -218,7 +261,12 @@ class ByteTokenizer(Tokenizer):
             raise RequestError(
                 f"the text has more than {_LONGEST_RUN:,} white-space characters on end; shorten that run"
             )
-        return self._encoding.encode_ordinary(text)
+        try:
+            return self._encoding.encode_ordinary(text)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # Rust's; it is no Exception, and nothing exports it
+                raise
+            raise TokenizerError(f"tokenizer.json: tiktoken cannot work with its pattern: {error}") from None
 
     def _encode_specials(self, text: str) -> list[int]:
         return self.encode_pieces(self.parts(text))
@@ -232,10 +280,16 @@ class LibraryTokenizer(Tokenizer):
 
     def __init__(self, spec: Mapping[str, Any], eos_ids: Iterable[int] = ()):
         decoder = spec.get("decoder") or {}
-        texts = {token: _library_bytes(entry, decoder) for entry, token in spec["model"]["vocab"].items()}
+        steps = decoder.get("decoders")
+        self._byte_level = decoder.get("type") == "ByteLevel"
+        if not self._byte_level and steps not in (_SENTENCEPIECE, _SENTENCEPIECE + _STRIP):
+            raise TokenizerError(f"tokenizer.json: decoder {decoder.get('type')!r} is none of this family's")
+        self.leading_spaces = int(steps == _SENTENCEPIECE + _STRIP)
+        bytes_of = byte_bpe.token_bytes if self._byte_level else _sentencepiece_bytes
+        texts = {token: bytes_of(entry) for entry, token in spec["model"]["vocab"].items()}
         super().__init__(spec["added_tokens"], texts, eos_ids)
-        steps = decoder.get("decoders") or []
-        self.leading_spaces = sum(step.get("start", 0) for step in steps if step.get("type") == "Strip")
+        # To the library's decoder an added token is an entry like any other.
+        self._texts |= {token: bytes_of(text) for text, token in self.control_ids.items()}
         plain = _without_control(spec, set(self.control_ids))
         self._library = _library(spec)
         self._plain = self._plain_inside = _library(plain)
@@ -248,6 +302,9 @@ class LibraryTokenizer(Tokenizer):
                     f"tokenizer.json: added token {text!r} has id {token}, which is not the next free one"
                 )
 
+    def streaming_decoder(self) -> StreamingDecoder:
+        return StreamingDecoder(self) if self._byte_level else FallbackDecoder(self)
+
     def _encode_plain(self, text: str, at_start: bool) -> list[int]:
         library = self._plain if at_start else self._plain_inside
         return list(library.encode(_whole(text), add_special_tokens=False).ids)
@@ -256,11 +313,17 @@ class LibraryTokenizer(Tokenizer):
         return list(self._library.encode(_whole(text), add_special_tokens=False).ids)
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: Path, prove: bool = False) -> Tokenizer:
     """Reads tokenizer.json, and the end-of-turn ids from generation_config.json and config.json.
+
+    Args:
+        folder: the checkpoint's.
+        prove: proves that tiktoken merges as the file says, though its manifest may record that it does; for the
+            converter, which makes that record of files from anywhere.
 
     Raises:
         TokenizerError: a file is missing or damaged.
+        ConfigError: generation_config.json or config.json is damaged.
     """
     path = folder / "tokenizer.json"
     try:
@@ -275,7 +338,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     eos_ids = _eos_ids(folder)
     try:
         _check_added_tokens(spec)
-        if _tiktoken_can_express(spec) and (merged or _recorded_to_agree(folder, raw) or byte_bpe.merges_agree(spec)):
+        agree = merged or (not prove and _recorded_to_agree(folder, raw))
+        if _tiktoken_can_express(spec) and (agree or byte_bpe.merges_agree(spec)):
             return ByteTokenizer(spec, byte_bpe.ranks(spec, merged), eos_ids)
         return LibraryTokenizer(json.loads(raw) if merged else spec, eos_ids)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
@@ -293,8 +357,8 @@ def _tiktoken_can_express(spec: Mapping[str, Any]) -> bool:
 def _recorded_to_agree(folder: Path, raw: bytes) -> bool:
     """Whether our converter has proven of this very file that its merges agree."""
     try:
-        recorded = read_json(folder / "manifest.json").get("tokenizer_merges_agree")
-    except ConfigError:
+        recorded = read_manifest(folder).get("tokenizer_merges_agree")
+    except CheckpointError:
         return False
     return recorded == hashlib.sha256(raw).hexdigest()
 
@@ -331,19 +395,15 @@ def _library(spec: Mapping[str, Any]) -> Any:
     from tokenizers import Tokenizer as Library
 
     try:
-        return Library.from_str(json.dumps(spec))
+        # Both are for batches of training, and would cut or fill up a prompt.
+        return Library.from_str(json.dumps({**spec, "truncation": None, "padding": None}))
     except Exception as error:  # the library raises nothing more specific
         raise TokenizerError(f"tokenizer.json cannot be read: {' '.join(str(error).split())}") from None
 
 
-def _library_bytes(entry: str, decoder: Mapping[str, Any]) -> bytes:
-    """What an entry of the vocabulary decodes to, in the two ways of this family's files."""
-    if decoder.get("type") == "ByteLevel":
-        return byte_bpe.token_bytes(entry)
-    if {"type": "ByteFallback"} not in (decoder.get("decoders") or []):
-        raise TokenizerError(f"tokenizer.json: decoder {decoder.get('type')!r} is none of this family's")
+def _sentencepiece_bytes(entry: str) -> bytes:
     byte = _BYTE_FALLBACK.fullmatch(entry)
-    return bytes([int(byte[1], 16)]) if byte else entry.replace("\u2581", " ").encode(errors="replace")
+    return FallbackByte([int(byte[1], 16)]) if byte else entry.replace("\u2581", " ").encode(errors="replace")
 
 
 def _without_control(spec: Mapping[str, Any], control: set[str]) -> dict[str, Any]:

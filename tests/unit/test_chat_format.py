@@ -11,7 +11,7 @@ import jinja2
 import pytest
 
 from phi4_mlx.chat_format import CHAT_FORMATS, Phi4MiniReasoning, Phi4Reasoning, recognise
-from phi4_mlx.errors import RequestError, TokenizerError
+from phi4_mlx.errors import ConfigError, RequestError, TokenizerError
 from phi4_mlx.tokenizer import Tokenizer, load_tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
@@ -149,6 +149,17 @@ def test_tools_stand_in_the_system_turn(mini: Tokenizer) -> None:
     )
     assert shown(mini, HELLO, tools=[]) == "<|user|>hello<|end|><|assistant|>"
     assert shown(mini, HELLO, tools=json.loads(FLAT)) == "<|system|>" + expected  # the flat form as it is
+
+
+def test_tools_stand_in_a_system_turn_that_comes_late(mini: Tokenizer) -> None:
+    """Where the stock template has them if the message carries them; the first, if there are two."""
+    late = [*HELLO, {"role": "system", "content": "Be brief."}, *HELLO, {"role": "system", "content": "Be kind."}]
+    carried = [late[0], {**late[1], "tools": FLAT}, *late[2:]]
+    for mini_name in ("phi4-mini", "phi4-mini-reasoning"):
+        ids = CHAT_FORMATS[mini_name].render(mini, late, tools=[WEATHER])
+        assert ids.count(mini.control_ids["<|tool|>"]) == 1
+        assert ids.count(mini.control_ids["<|system|>"]) == (2 if mini_name == "phi4-mini" else 1)
+    assert CHAT_FORMATS["phi4-mini"].render(mini, late, tools=[WEATHER]) == stock_ids(mini, STOCK, carried)
 
 
 def test_calls_of_earlier_turns_are_rendered(mini: Tokenizer) -> None:
@@ -332,3 +343,25 @@ def test_recognition_by_tokens(mini: Tokenizer, phi35: Tokenizer, phi4: Tokenize
     assert recognise(tmp_path, phi4).name == "phi4-reasoning"
     with pytest.raises(TokenizerError, match="--chat-format"):
         recognise(tmp_path, Tokenizer([], {}))
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", b"", b"\xff\xfe", None])
+def test_a_damaged_file_is_named_and_nothing_guessed(mini: Tokenizer, tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "tokenizer_config.json"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json (holds a JSON list|is not JSON|cannot be read)"):
+        recognise(tmp_path, mini)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", None])
+def test_a_damaged_template_is_named(mini: Tokenizer, tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "chat_template.jinja"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja (is not text|cannot be read)"):
+        recognise(tmp_path, mini)
+
+
+@pytest.mark.parametrize("template", ["\ud800", [{"name": [], "template": "x"}], [5], 5, None])
+def test_an_odd_template_is_an_unknown_one(mini: Tokenizer, tmp_path: Path, template: Any) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    assert recognise(tmp_path, mini).name == "phi4-mini"

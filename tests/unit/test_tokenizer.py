@@ -9,11 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import pytest
+from tokenizers import Tokenizer as Library
 
 from phi4_mlx import byte_bpe
 from phi4_mlx.errors import Phi4Error, RequestError, TokenizerError
-from phi4_mlx.tokenizer import ByteTokenizer, Control, LibraryTokenizer, load_tokenizer
+from phi4_mlx.tokenizer import ByteTokenizer, Control, FallbackByte, LibraryTokenizer, Tokenizer, load_tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -50,7 +53,7 @@ def test_edges_of_text(name: str, specials: bool) -> None:
         assert tokenizer.decode(tokenizer.encode(text, specials=specials)) == same
     assert tokenizer.decode([10**9, -1, 2**70, tokenizer.vocab_size]) == ""
     decoder = tokenizer.streaming_decoder()
-    assert [decoder.add(token) for token in (10**9, *tokenizer.encode("\x00"))][-1] == "\x00"
+    assert [decoder.add(token) for token in (10**9, *tokenizer.encode("\x00a"))][-1].endswith("a")
 
 
 def test_white_space_without_end_is_an_error_and_no_panic() -> None:
@@ -91,6 +94,59 @@ def test_a_stream_holds_back_half_a_character() -> None:
     decoder = tokenizer.streaming_decoder()
     assert len(ids) == 3 and [decoder.add(token) for token in ids] == ["", "", "☃"]
     assert [decoder.add(token) for token in ids[:2]] == ["", ""] and decoder.finish() == "\ufffd"
+
+
+def test_a_stream_holds_back_a_run_of_byte_tokens_until_it_ends() -> None:
+    """One byte more may yet take all of its characters away, and an id without text does not end it."""
+    tokenizer = load_tokenizer(DATA / "tiny_sentencepiece")
+    byte = {data: token for token, data in tokenizer._texts.items() if isinstance(data, FallbackByte)}
+    e4, bd, a0, ff = (byte[bytes([value])] for value in (0xE4, 0xBD, 0xA0, 0xFF))
+    (q,) = (token for token, data in tokenizer._texts.items() if data == b"q" and token not in byte.values())
+    for ids, texts in (
+        ([e4, bd, 10**9, a0, q, q], ["", "", "", "", "你q", "q", ""]),
+        ([e4, bd, a0, ff, q], ["", "", "", "", "\ufffd\ufffd\ufffd\ufffdq", ""]),
+        ([q, e4, bd, a0], ["q", "", "", "", "你"]),
+        ([q, e4, bd], ["q", "", "", "\ufffd\ufffd"]),
+        ([byte[b" "], byte[b" "], q], ["", "", " q", ""]),  # one space is that which encoding adds
+    ):
+        decoder = tokenizer.streaming_decoder()
+        assert [*(decoder.add(token) for token in ids), decoder.finish()] == texts
+        assert tokenizer.decode(ids) == "".join(texts)
+
+
+def test_an_added_token_is_decoded_as_the_library_decodes_it(tmp_path: Path) -> None:
+    """As an entry like any other: a sign for a space is one, and what is spelled as a byte is a byte."""
+    shutil.copytree(DATA / "tiny_sentencepiece", tmp_path, dirs_exist_ok=True)
+
+    def add(spec: dict[str, Any]) -> None:
+        spec["added_tokens"] += [
+            {**spec["added_tokens"][-1], "content": text, "id": 485 + n} for n, text in enumerate(("▁<b>▁", "<0x4a>"))
+        ]
+
+    change(tmp_path, add)
+    tokenizer, library = load_tokenizer(tmp_path), Library.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.decode([485]) == "<b> " and tokenizer.decode([486, 485]) == "J <b> "
+    for ids in ([485], [486, 485]):
+        assert tokenizer.decode(ids) == library.decode(ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("name", ["tiny_tokenizer", "tiny_sentencepiece"])
+@pytest.mark.parametrize(
+    "made",
+    [mx.array, np.array, lambda ids: [*map(mx.array, ids)], lambda ids: [*map(np.array, ids)], lambda ids: iter(ids)],
+)
+def test_ids_may_come_from_mlx_and_numpy(name: str, made: Callable[[list[int]], Any]) -> None:
+    tokenizer = load_tokenizer(DATA / name)
+    ids = tokenizer.encode("The fox ☃.")
+    decoder = tokenizer.streaming_decoder()
+    assert "".join(map(decoder.add, made(ids))) + decoder.finish() == tokenizer.decode(made(ids)) == "The fox ☃."
+    assert [*map(tokenizer.token_bytes, made(ids))] == [*map(tokenizer.token_bytes, ids)]
+
+
+@pytest.mark.parametrize("ids", [[1.0], ["1"], mx.array([[1, 2]]), np.array([1.5])])
+def test_what_is_no_id_has_no_text(ids: Any) -> None:
+    with pytest.raises(TypeError):
+        load_tokenizer(DATA / "tiny_tokenizer").decode(ids)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +223,20 @@ def test_what_tiktoken_cannot_say_goes_to_the_library(folder: Path, edit: Callab
     assert isinstance(load_tokenizer(change(folder, edit)), LibraryTokenizer)
 
 
+@pytest.mark.parametrize("name", ["disagreeing", "tiny_sentencepiece"])
+@pytest.mark.parametrize("specials", [False, True])
+def test_a_prompt_is_neither_cut_nor_filled_up(name: str, specials: bool, tmp_path: Path) -> None:
+    shutil.copytree(DATA / name, tmp_path, dirs_exist_ok=True)
+    text = "The quick brown fox<|end|>"
+    expected = load_tokenizer(tmp_path).encode(text, specials=specials)
+    cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    fill = {"strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+            "pad_token": "x"}  # fmt: skip
+    for setting in ({"truncation": cut, "padding": None}, {"truncation": None, "padding": fill}):
+        change(tmp_path, lambda spec, setting=setting: spec.update(setting))
+        assert load_tokenizer(tmp_path).encode(text, specials=specials) == expected
+
+
 def test_merges_written_as_strings_are_the_same(folder: Path) -> None:
     expected = load_tokenizer(folder).encode("The quick brown fox")
     change(folder, lambda spec: spec["model"].update(merges=[" ".join(pair) for pair in spec["model"]["merges"]]))
@@ -174,17 +244,34 @@ def test_merges_written_as_strings_are_the_same(folder: Path) -> None:
     assert isinstance(tokenizer, ByteTokenizer) and tokenizer.encode("The quick brown fox") == expected
 
 
+def record(folder: Path, digest: str | None = None) -> None:
+    """A manifest that says of tokenizer.json, or of the file with this hash, that its merges agree."""
+    raw = (folder / "tokenizer.json").read_bytes()
+    entry = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    manifest = {"files": {"tokenizer.json": entry}, "tokenizer_merges_agree": digest or entry["sha256"]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 def test_the_converters_word_stands_for_the_check(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def checked(spec: Any) -> bool:
         raise AssertionError("checked again")
 
     monkeypatch.setattr(byte_bpe, "merges_agree", checked)
-    digest = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps({"tokenizer_merges_agree": digest}))
+    record(folder)
     assert isinstance(load_tokenizer(folder), ByteTokenizer)
-    (folder / "manifest.json").write_text(json.dumps({"tokenizer_merges_agree": "0" * 64}))
+    record(folder, "0" * 64)
     with pytest.raises(AssertionError, match="checked again"):
         load_tokenizer(folder)
+    change(folder, lambda manifest: manifest.pop("files"), "manifest.json")  # no manifest of ours
+    with pytest.raises(AssertionError, match="checked again"):
+        load_tokenizer(folder)
+
+
+def test_who_proves_takes_nobodys_word(tmp_path: Path) -> None:
+    shutil.copy(DATA / "disagreeing" / "tokenizer.json", tmp_path)
+    record(tmp_path)
+    assert isinstance(load_tokenizer(tmp_path), ByteTokenizer)
+    assert isinstance(load_tokenizer(tmp_path, prove=True), LibraryTokenizer)
 
 
 def test_a_control_token_that_is_not_there_is_named() -> None:
@@ -254,6 +341,21 @@ def test_a_pattern_that_cannot_be_read_is_one_line(folder: Path) -> None:
         load_tokenizer(folder)
 
 
+def test_a_pattern_that_matches_an_empty_text_is_an_error_and_no_panic(folder: Path) -> None:
+    """At once, but for one that does so in some places alone."""
+
+    def load(pattern: str) -> Tokenizer:
+        change(folder, lambda spec: spec["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": pattern}))
+        return load_tokenizer(folder)
+
+    for pattern in ("", "a*"):
+        with pytest.raises(TokenizerError, match="tiktoken cannot work with its pattern"):
+            load(pattern)
+    tokenizer = load("(?=b)")
+    with pytest.raises(TokenizerError, match="tiktoken cannot work with its pattern"):
+        tokenizer.encode("b")
+
+
 def test_an_added_token_that_the_library_numbers_otherwise_is_refused(tmp_path: Path) -> None:
     shutil.copytree(DATA / "tiny_sentencepiece", tmp_path, dirs_exist_ok=True)
     change(tmp_path, lambda spec: spec["added_tokens"][-1].update(id=900))
@@ -263,6 +365,11 @@ def test_an_added_token_that_the_library_numbers_otherwise_is_refused(tmp_path: 
 
 def test_a_decoder_of_another_family_is_named(tmp_path: Path) -> None:
     shutil.copytree(DATA / "tiny_sentencepiece", tmp_path, dirs_exist_ok=True)
+    change(tmp_path, lambda spec: spec["decoder"]["decoders"].pop())
+    assert load_tokenizer(tmp_path).decode(load_tokenizer(tmp_path).encode("a")) == " a"  # with no space to drop
+    change(tmp_path, lambda spec: spec["decoder"]["decoders"].reverse())
+    with pytest.raises(TokenizerError, match="decoder 'Sequence' is none of this family's"):
+        load_tokenizer(tmp_path)
     change(tmp_path, lambda spec: spec.update(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True}))
     with pytest.raises(TokenizerError, match="decoder 'WordPiece' is none of this family's"):
         load_tokenizer(tmp_path)
