@@ -1,7 +1,7 @@
 """Markdown on a terminal, as it comes: a word at a time, and what is written is never taken back.
 
 The cursor only moves forward, so an answer longer than the screen, a resized window or a copied text cannot be garbled.
-Held back are the word that is not finished, marks whose meaning the next character decides, and the rows of a table.
+Held back are the word that is not finished, emphasis and code until they close or their line ends, and a table's rows.
 """
 
 from __future__ import annotations
@@ -10,11 +10,16 @@ import re
 import shutil
 import unicodedata
 from collections.abc import Callable
+from dataclasses import dataclass
 
 RESET = "\x1b[0m"
 STYLES = {"bold": "1", "italic": "3", "code": "36", "heading": "1;35", "mark": "35", "dim": "2"}
+SGR = re.compile(r"\x1b\[[\d;]*m")
 FENCE = "```"
 TABLE_RULE = re.compile(r"[\s|:-]+")
+CODE = r"(?P<ticks>`+)(?!`)(?P<code>.+?)(?<!`)(?P=ticks)(?!`)"
+CELL_END = re.compile(rf"\\[|`]|{CODE}|`+|\|")  # where it matches just a pipe
+INLINE = re.compile(rf"\\(?P<escaped>[*_`#])|{CODE}|(?P<stars>\*+)|`+|\\\\|\\|[^\\*`]+")
 
 
 def char_width(char: str) -> int:
@@ -27,8 +32,8 @@ def char_width(char: str) -> int:
 
 
 def text_width(text: str) -> int:
-    """Columns of a text without line breaks."""
-    return sum(map(char_width, text))
+    """Columns of a text without line breaks; its styles take none."""
+    return sum(map(char_width, SGR.sub("", text)))
 
 
 def terminal_width() -> int:
@@ -82,8 +87,7 @@ class MarkdownStream:
         self._styles: set[str] = set()
         self._shown: frozenset[str] = frozenset()
         self._previous = " "
-        self._run = ""  # marks whose meaning the next character decides
-        self._code_ticks = 0
+        self._pieces: list[_Piece] = []  # from an asterisk that may still be closed
 
     def _begin(self, line: str) -> None:
         """Decides the kind of the line as soon as its first characters allow it."""
@@ -104,12 +108,12 @@ class MarkdownStream:
             self._rest(text[found.end() :])
         elif found := re.match(r"[-*+] |\d{1,9}[.)] ", text):
             mark = "• " if found[0][0] in "-*+" else found[0]
-            self._become("text", indent + _styled("mark", mark))
+            self._become("text", indent + _styled(mark, "mark"))
             self._column, self._hanging = len(indent + mark), " " * len(indent + mark)
             self._rest(text[found.end() :])
         elif text.startswith(">"):
-            self._become("text", _styled("dim", "│ "))
-            self._column, self._hanging = 2, _styled("dim", "│ ")
+            self._become("text", _styled("│ ", "dim"))
+            self._column, self._hanging = 2, _styled("│ ", "dim")
             self._rest(text[1:].removeprefix(" "))
         else:
             self._become("text", indent)
@@ -136,12 +140,14 @@ class MarkdownStream:
             self._start_line()
             return
         if self._kind == "fence":
-            self._write(_styled("dim", self._held.strip()))
+            self._write(_styled(self._held.strip(), "dim"))
             self._in_code = True
         elif self._kind == "code":
             self._write(RESET)
         elif self._kind == "text":
-            self._inline("\n")
+            self._settle("\n")
+            self._flush_word()
+            self._write(RESET if self._shown else "")
         else:
             self._short_line()
         self._write("\n")
@@ -153,71 +159,47 @@ class MarkdownStream:
         text = self._held.strip()
         if self._in_code and text == FENCE:
             self._in_code = False
-            self._write(_styled("dim", text))
+            self._write(_styled(text, "dim"))
         elif self._in_code:
-            self._write(_styled("code", self._held))
+            self._write(_styled(self._held, "code"))
         elif re.fullmatch(r"-{3,}|\*{3,}", text):
-            self._write(_styled("dim", "─" * min(40, self._width())))
+            self._write(_styled("─" * min(40, self._width()), "dim"))
         else:
             self._write(text)
 
     # Within a line of text: styles, and words that are not broken.
 
     def _inline(self, char: str) -> None:
-        if self._run and (char != self._run[0] or self._run == "\\"):
-            run, self._run = self._run, ""
-            if run == "\\":
-                if char in "*_`#":
-                    self._put(char)
-                    return
-                self._put("\\")
-            elif run[0] == "`":
-                self._tick(len(run))
-            else:
-                self._star(len(run), char)
-        if char == "`" or (char in "*\\" and not self._code_ticks):
-            self._run += char
-        elif char == "\n":
-            self._flush_word()
-            self._write(RESET if self._shown else "")
+        last = self._held[-1:]
+        escaped = self._held[-2:-1] == "\\" and self._held[0] != "`"  # in code a backslash is itself
+        if escaped or (last in ("*", "`") and char != last):
+            self._settle(char)
+        if self._held or self._pieces or char in "*`\\":
+            self._held += char
         else:
-            self._put(char)
+            self._previous = char
+            self._put(char, self._styles)
 
-    def _tick(self, count: int) -> None:
-        if not self._code_ticks:
-            self._code_ticks = count
-            self._styles.add("code")
-        elif count == self._code_ticks:
-            self._code_ticks = 0
-            self._styles.discard("code")
-        else:
-            self._put_all("`" * count)
+    def _settle(self, following: str) -> None:
+        """Writes what is held, unless it waits for a mark that the line may still bring."""
+        rest = _parse(self._held, self._pieces, self._previous, following)
+        self._previous = (self._previous + self._held)[-1 - len(rest)]
+        self._held = rest
+        if following != "\n" and (rest or any(piece.opens for piece in self._pieces)):
+            return
+        for piece in self._pieces:
+            for char in piece.text:
+                self._put(char, self._styles | piece.styles)
+        self._pieces.clear()
 
-    def _star(self, count: int, following: str) -> None:
-        """Asterisks: emphasis where they touch the words that they emphasise, else themselves."""
-        names = {1: ("italic",), 2: ("bold",), 3: ("bold", "italic")}.get(count, ())
-        opens = not following.isspace() and (count > 1 or not self._previous.isalnum())
-        closes = not self._previous.isspace()
-        if names and closes and self._styles.issuperset(names):
-            self._styles.difference_update(names)
-        elif names and opens and self._styles.isdisjoint(names):
-            self._styles.update(names)
-        else:
-            self._put_all("*" * count)
-
-    def _put_all(self, text: str) -> None:
-        for char in text:
-            self._put(char)
-
-    def _put(self, char: str) -> None:
-        self._previous = char
+    def _put(self, char: str, styles: set[str]) -> None:
         if char in " \t":
             self._flush_word()
             self._spaces += 1
             return
-        if self._shown != self._styles:
-            self._word += RESET + "".join(map(_sgr, sorted(self._styles)))
-            self._shown = frozenset(self._styles)
+        if self._shown != styles:
+            self._word += RESET + _sgr(*styles)
+            self._shown = frozenset(styles)
         width = char_width(char)
         if width == 2 or self._word_width + width > self._width() - len(self._hanging):
             self._flush_word()  # wide scripts break anywhere, and so must a word longer than a line
@@ -245,8 +227,8 @@ class MarkdownStream:
         rows, self._table = self._table, []
         if not rows:
             return
-        cells = [[_bare(cell) for cell in row.strip().strip("|").split("|")] for row in rows]
         ruled = len(rows) > 1 and TABLE_RULE.fullmatch(rows[1]) is not None
+        cells = [_cells(row, {"bold"} if ruled and at == 0 else set()) for at, row in enumerate(rows)]
         body = [row for at, row in enumerate(cells) if not (ruled and at == 1)]
         columns = max(map(len, body))
         body = [row + [""] * (columns - len(row)) for row in body]
@@ -256,19 +238,82 @@ class MarkdownStream:
             return
         for at, row in enumerate(body):
             padded = [cell + " " * (width - text_width(cell)) for cell, width in zip(row, widths, strict=True)]
-            line = " │ ".join(padded).rstrip()
-            self._write((_styled("bold", line) if ruled and at == 0 else line) + "\n")
+            self._write(" │ ".join(padded).rstrip() + "\n")
             if ruled and at == 0:
-                self._write(_styled("dim", "─┼─".join("─" * width for width in widths)) + "\n")
+                self._write(_styled("─┼─".join("─" * width for width in widths), "dim") + "\n")
 
 
-def _bare(cell: str) -> str:
-    return cell.strip().replace("**", "").replace("`", "")
+@dataclass
+class _Piece:
+    """Text of one style, or asterisks that may still be closed."""
+
+    text: str
+    styles: set[str]
+    opens: bool = False
 
 
-def _sgr(style: str) -> str:
-    return f"\x1b[{STYLES[style]}m"
+def _parse(text: str, pieces: list[_Piece], previous: str = " ", following: str = "\n") -> str:
+    """Adds the next part of a line to its pieces, and returns what waits for backticks that close it.
+
+    Marks that do not pair up stay in the text; at the end of the line nothing waits any more.
+    """
+    around = previous + text + following
+    for found in INLINE.finditer(text):
+        if count := len(found["stars"] or ""):
+            left, right = around[found.start()], around[found.end() + 1]
+            if _flanks(left, right, count):
+                count = _close(pieces, count)
+            pieces.append(_Piece("*" * count, set(), count > 0 and _flanks(right, left, count)))
+        elif found["code"]:
+            pieces.append(_Piece(found["code"], {"code"}))
+        elif found[0][0] == "`" and following != "\n":
+            return text[found.start() :]
+        else:
+            pieces.append(_Piece(found["escaped"] or found[0], set()))
+    return ""
 
 
-def _styled(style: str, text: str) -> str:
-    return f"{_sgr(style)}{text}{RESET}"
+def _close(pieces: list[_Piece], count: int) -> int:
+    """Styles the text back to the marks that asterisks close, and returns how many asterisks close nothing."""
+    for at, opening in reversed(list(enumerate(pieces))):
+        size = len(opening.text)
+        if count and opening.opens and {size, count} != {1, 2}:  # one never closes two, nor two one
+            used = min(size, count)
+            count -= used
+            for piece in pieces[at + 1 :]:
+                piece.styles.update(["italic"] * (used % 2), ["bold"] * (used > 1))
+                piece.opens = False
+            opening.text = opening.text[used:]
+            opening.opens = size > used
+    return count
+
+
+def _flanks(inner: str, outer: str, count: int) -> bool:
+    """CommonMark's rule of where asterisks touch the words that they emphasise, but products and powers stay.
+
+    So within a word one asterisk means nothing (a*b), nor do two at a digit (2**3), while two at letters may.
+    """
+    if inner.isspace():
+        return False
+    if not outer.isalnum() or char_width(outer) == 2:  # wide scripts put no spaces between words
+        return True
+    return count > 1 and unicodedata.category(inner)[0] not in "PS" and not (inner.isdigit() or outer.isdigit())
+
+
+def _cells(row: str, styles: set[str]) -> list[str]:
+    """The cells of a table's row, ready to show; a pipe that is escaped or in code is text."""
+    parted = CELL_END.sub(lambda found: "\n" if found[0] == "|" else found[0].replace("\\|", "|"), row.strip())
+    shown = []
+    for cell in parted.removeprefix("\n").removesuffix("\n").split("\n"):
+        pieces: list[_Piece] = []
+        _parse(cell.strip(), pieces)
+        shown.append("".join(_styled(piece.text, *piece.styles | styles) for piece in pieces))
+    return shown
+
+
+def _sgr(*styles: str) -> str:
+    return "".join(f"\x1b[{STYLES[style]}m" for style in sorted(styles))
+
+
+def _styled(text: str, *styles: str) -> str:
+    return _sgr(*styles) + text + RESET if styles and text else text
