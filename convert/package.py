@@ -92,7 +92,7 @@ def convert(
 
 
 def _refuse_without_q(**options: Any) -> None:
-    """A size was asked for, and nothing would be quantised."""
+    """How to quantise was said, and nothing would be quantised."""
     for name, value in options.items():
         if value is not None:
             raise RequestError(f"--{name.replace('_', '-')} {value} does nothing without -q")

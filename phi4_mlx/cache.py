@@ -138,7 +138,7 @@ class PromptCache(list):  # list[KVCache]; the bare base keeps mlx-lm's isinstan
         Args:
             ids: the new tokens, [B, T].
             reach: the whole length that a prefill in chunks will come to; it decides the regime of all its chunks,
-                and replaces what was announced before and never came, an interrupted prefill say.
+                until `forget_reach`. None if nothing new is announced.
 
         Returns:
             The ids to run: the new ones [B, T], or all of the sequence [B, S + T] after a crossing.
@@ -160,6 +160,10 @@ class PromptCache(list):  # list[KVCache]; the bare base keeps mlx-lm's isinstan
             self._empty()
         self.regime = wanted
         return ids
+
+    def forget_reach(self) -> None:
+        """Takes back the length that was announced: it has been reached, or the prefill was interrupted."""
+        self._reach = 0
 
     def remember(self, ids: mx.array) -> mx.array:
         """`admit`, for the model itself: also keeps the ids that it is about to run."""

@@ -40,7 +40,7 @@ def obey(chat: Chat, typed: str) -> None:
         RequestError: there is no such command, or it cannot be done.
         Leave: the person wants to leave.
     """
-    name, rest = (*typed[1:].strip().split(None, 1), "", "")[:2]
+    name, rest = (part.strip() for part in re.split(r"(?=\s|$)", typed[1:], maxsplit=1))
     if name not in COMMANDS:
         raise RequestError(f"/{name} is not a command; /help lists them; a space before the slash makes it a message")
     try:
@@ -122,6 +122,8 @@ def _load(chat: Chat, rest: str) -> None:
     if not rest and not rescued_file().exists():
         raise RequestError("/load needs the name of a file that /save wrote")
     path = _json_file(rest) if rest else rescued_file()
+    if rest and not path.exists():
+        path = Path(os.path.expanduser(rest)).absolute()  # a file that was renamed
     conversation = chat.conversation
     conversation.system, conversation.turns = transcript.load(path, conversation.tokenizer)
     chat.saved_as = path
@@ -132,7 +134,7 @@ def _load(chat: Chat, rest: str) -> None:
 
 def _json_file(name: str) -> Path:
     path = Path(os.path.expanduser(name)).absolute()
-    return path if path.suffix or path.is_file() else path.with_suffix(".json")
+    return path if path.suffix else path.with_suffix(".json")
 
 
 def _set(chat: Chat, rest: str) -> None:

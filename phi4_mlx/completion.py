@@ -66,13 +66,18 @@ def _complete(args: argparse.Namespace) -> None:
     )
     ids = _ids(tokenizer, prompt, args)
     options = drawing({name: getattr(args, name.replace("-", "_")) for name in SAMPLING})
-    options |= {"max_tokens": args.max_tokens, "stop": args.stop, "prompt_progress_callback": _show_progress}
     show = printable if sys.stdout.isatty() else str
-    last = "\n"
+    last, begun = "\n", False
+
+    def progress(done: int, total: int) -> None:
+        if not begun:  # else a prefill in the middle of the answer, at a RoPE crossing
+            _show_progress(done, total)
+
+    options |= {"max_tokens": args.max_tokens, "stop": args.stop, "prompt_progress_callback": progress}
     for event in stream_generate(model, tokenizer, ids, **options):
         sys.stdout.write(show(event.text))
         sys.stdout.flush()
-        last = event.text or last
+        last, begun = event.text or last, True
     if not last.endswith("\n"):
         print(flush=True)
     if args.verbose:

@@ -164,7 +164,7 @@ def _parse(raw: Mapping[str, Any]) -> ModelConfig:
     for name, neutral in _NEUTRAL.items():
         if raw.get(name) not in neutral:
             raise ConfigError(
-                f"config.json: {name} = {raw[name]!r} asks for maths not done here; only {neutral[0]!r} is"
+                f"config.json: {name} = {_brief(raw[name])} asks for maths not done here; only {neutral[0]!r} is"
             )
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ConfigError(f"config.json: hidden_act = {raw['hidden_act']!r} is not done here; only 'silu' is")
@@ -210,10 +210,12 @@ def _parse(raw: Mapping[str, Any]) -> ModelConfig:
 
 def _check_window(raw: Mapping[str, Any], max_positions: int) -> None:
     """A window as wide as the context changes nothing; a narrower one binds."""
-    window = raw.get("sliding_window")
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < max_positions):
+    if raw.get("sliding_window") is None:
+        return
+    window = _number(raw, "sliding_window")
+    if window < max_positions:
         raise ConfigError(
-            f"config.json: sliding_window {window!r} would bind below max_position_embeddings {max_positions}; "
+            f"config.json: sliding_window {window:.0f} would bind below max_position_embeddings {max_positions}; "
             "windowed attention is not done here"
         )
 
@@ -335,7 +337,7 @@ def _brief(value: Any) -> str:
 def _flag(raw: Mapping[str, Any], name: str) -> bool:
     value = raw.get(name)
     if value not in (True, False, None) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
-        raise ConfigError(f"config.json: {name} must be true or false, not {value!r}")
+        raise ConfigError(f"config.json: {name} must be true or false, not {_brief(value)}")
     return bool(value)
 
 

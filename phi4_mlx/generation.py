@@ -85,7 +85,7 @@ def generate_step(
     """Prefills a prompt and yields tokens; it knows no text and no end marker, so the caller stops it.
 
     Args:
-        prompt_ids: the prompt [S]; with a filled cache, the ids that come after it.
+        prompt_ids: the prompt [S], a list or an array of MLX or NumPy; with a filled cache, what comes after it.
         model: what `load` returned.
         max_tokens: how many tokens to draw at most.
         sampler: log-probabilities [1, V] -> token [1]; the default takes the likeliest.
@@ -99,7 +99,7 @@ def generate_step(
         (token, log-probabilities [V]); the latter are computed only if they are looked at.
 
     Raises:
-        RequestError: no tokens, a token outside the vocabulary, or more tokens than the context holds.
+        RequestError: no tokens, what are no tokens or outside the vocabulary, or more than the context holds.
     """
     prompt = _whole_numbers(prompt_ids)
     cache = model.make_cache() if cache is None else cache
@@ -255,15 +255,18 @@ def _advance(model: Model, ids: mx.array, cache: PromptCache, step_size: int, pr
     total = ids.shape[1]
     if progress and decoding and total == 1:
         progress = None
-    if progress:
-        progress(0, total)
-    for start in range(0, total, step_size):
-        hidden = model.model(ids[:, start : start + step_size], cache)
-        if start + step_size < total:
-            mx.eval([layer.state for layer in cache])
-            mx.clear_cache()
-            if progress:
-                progress(start + step_size, total)
+    try:
+        if progress:
+            progress(0, total)
+        for start in range(0, total, step_size):
+            hidden = model.model(ids[:, start : start + step_size], cache)
+            if start + step_size < total:
+                mx.eval([layer.state for layer in cache])
+                mx.clear_cache()
+                if progress:
+                    progress(start + step_size, total)
+    finally:
+        cache.forget_reach()
     logits = model.logits(hidden[:, -1:])[:, 0]
     if progress:
         mx.eval(logits)

@@ -275,9 +275,12 @@ def _parse(text: str, pieces: list[_Piece], previous: str = " ", following: str 
 
 def _close(pieces: list[_Piece], count: int) -> int:
     """Styles the text back to the marks that asterisks close, and returns how many asterisks close nothing."""
-    for at, opening in reversed(list(enumerate(pieces))):
+    for at in range(len(pieces) - 1, -1, -1):
+        if not count:
+            break
+        opening = pieces[at]
         size = len(opening.text)
-        if count and opening.opens and {size, count} != {1, 2}:  # one never closes two, nor two one
+        if opening.opens and {size, count} != {1, 2}:  # one never closes two, nor two one
             used = min(size, count)
             count -= used
             for piece in pieces[at + 1 :]:

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from phi4_mlx.errors import RequestError
 
-_LEAST_TEMP = 1e-30  # the least float32 can divide by and stay finite; no draw differs from the likeliest long before
+_LEAST_TEMP = 1e-30  # logits stay finite in float32, and long before that only the likeliest token is ever drawn
 
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 

@@ -91,6 +91,7 @@ class FallbackDecoder(StreamingDecoder):
         self._run = bytearray()
 
     def add(self, token: SupportsIndex) -> str:
+        """As `StreamingDecoder`; a byte token makes nothing certain."""
         data = self._bytes_of(token)
         if isinstance(data, FallbackByte):
             self._run += data
@@ -98,6 +99,7 @@ class FallbackDecoder(StreamingDecoder):
         return self._after_run(data.decode()) if data else ""  # an id without text ends no run
 
     def finish(self) -> str:
+        """As `StreamingDecoder`."""
         return self._after_run("")
 
     def _after_run(self, text: str) -> str:
@@ -303,6 +305,7 @@ class LibraryTokenizer(Tokenizer):
                 )
 
     def streaming_decoder(self) -> StreamingDecoder:
+        """As `Tokenizer`."""
         return StreamingDecoder(self) if self._byte_level else FallbackDecoder(self)
 
     def _encode_plain(self, text: str, at_start: bool) -> list[int]:

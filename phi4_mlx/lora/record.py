@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -76,19 +77,23 @@ def reporter(name: str | None, folder: Path, settings: Mapping[str, Any]) -> Cal
         settings: what the run was told.
 
     Raises:
-        RequestError: the library is not installed.
+        RequestError: the library is not installed, or does not begin.
     """
+    if name is None:
+        return lambda metrics: None
+    if find_spec(name) is None:
+        raise RequestError(f"--report-to {name} needs a library: pip install {name}, or leave it out")
     try:
-        if name == "wandb":
-            import wandb
+        return _wandb(folder, settings) if name == "wandb" else _tensorboard(folder)
+    except Exception as error:  # a login that is missing, say; what the libraries raise is their own
+        raise RequestError(f"--report-to {name}: {' '.join(str(error).split())}") from error
 
-            run = wandb.init(dir=str(folder), config=dict(settings))
-            return lambda metrics: run.log(metrics, step=metrics["step"])
-        if name == "tensorboard":
-            return _tensorboard(folder)
-    except ImportError:
-        raise RequestError(f"--report-to {name} needs a library: pip install {name}, or leave it out") from None
-    return lambda metrics: None
+
+def _wandb(folder: Path, settings: Mapping[str, Any]) -> Callable[[Metrics], Any]:
+    import wandb
+
+    run = wandb.init(dir=str(folder), config=dict(settings))
+    return lambda metrics: run.log(metrics, step=metrics["step"])
 
 
 def _tensorboard(folder: Path) -> Callable[[Metrics], Any]:

@@ -10,7 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pexpect
 import pytest
+
+from phi4_mlx.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "model.safetensors"
@@ -157,6 +160,17 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
 def test_a_damaged_model_is_one_line(damage: Callable[[Path], object], complaint: str, model: str) -> None:
     damage(Path(model))
     assert complaint in generate("--model", model, "--prompt", "x", code=2).stderr.decode()
+
+
+def test_a_long_prefill_tells_how_far_it_is_but_not_in_the_middle_of_the_answer(tiny_checkpoint: Checkpoint) -> None:
+    folder = tiny_checkpoint(original_max_position_embeddings=600, max_position_embeddings=2048)
+    encode = load_tokenizer(folder).encode
+    prompt = next(text for text in ("z" * n for n in range(598, 3000)) if len(encode(text)) == 598)
+    command = ["-m", "phi4_mlx", "generate", "--model", str(folder), "--ignore-chat-template", "--prompt", prompt]
+    shown = pexpect.spawn(
+        sys.executable, [*command, "--max-tokens", "8"], cwd=str(ROOT), encoding="utf-8", timeout=60
+    ).read()
+    assert shown.startswith("\rreading 0 of 598 tokens ...\r") and shown.count("reading") == 1  # 600 are run again
 
 
 def test_penalties_reach_the_model(model: str) -> None:

@@ -142,6 +142,7 @@ def test_a_length_that_was_announced_and_never_reached_is_forgotten(tiny_model: 
     with pytest.raises(Stop):
         list(generate_step(long[0], model, cache=cache, prefill_step_size=16, prompt_progress_callback=stop))
     assert cache.regime == "long" and cache.offset == 16
+    assert close(model(short[:, 16:20], copy.deepcopy(cache)), model(short[:, :20])[:, 16:])
     rest = cache.reuse(short[0].tolist())
     assert [t for t, _ in generate_step(rest, model, max_tokens=8, cache=cache)] == [
         t for t, _ in generate_step(short[0], model, max_tokens=8)

@@ -188,6 +188,7 @@ def test_save_and_load(chat: Chat, script: Script, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("typed", "complaint"),
     [
+        ("/ reset", "is not a command"),
         ("/save", "needs the name of a file"),
         ("/save ~nobody/talk", "No such file"),
         ("/save no/such/folder/x", "No such file or directory"),

@@ -56,6 +56,11 @@ def test_without_matplotlib_there_is_no_picture(tmp_path: Path, monkeypatch: pyt
     assert draw_png(Record(tmp_path, 0)) is None
 
 
+def install(monkeypatch: pytest.MonkeyPatch, name: str, **content: Any) -> None:
+    """A library that is there, as far as anyone can see."""
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(__spec__=name, **content))
+
+
 def test_metrics_go_to_weights_and_biases_where_it_is_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,12 +71,34 @@ def test_metrics_go_to_weights_and_biases_where_it_is_installed(
         begun.append(options)
         return SimpleNamespace(log=lambda metrics, step: logged.append((metrics, step)))
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    install(monkeypatch, "wandb", init=init)
     record = Record(tmp_path, 0, reporter("wandb", tmp_path, {"iters": 2}))
     record.add(step(1))
     record.add(step(2, 0.5))
     assert begun == [{"dir": str(tmp_path), "config": {"iters": 2}}]
     assert [at for _, at in logged] == [1, 2] and logged[1][0] == record.lines[1]
+
+
+def test_metrics_go_to_tensorboard_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+    writer = SimpleNamespace(add_event=events.append, flush=lambda: None)
+    summary = type("Summary", (SimpleNamespace,), {"Value": SimpleNamespace})
+    for name, content in {
+        "tensorboard": {},
+        "tensorboard.compat.proto.event_pb2": {"Event": SimpleNamespace},
+        "tensorboard.compat.proto.summary_pb2": {"Summary": summary},
+        "tensorboard.summary.writer.event_file_writer": {"EventFileWriter": lambda folder: writer},
+    }.items():
+        install(monkeypatch, name, **content)
+    Record(tmp_path, 0, reporter("tensorboard", tmp_path, {})).add(step(3, 0.5))
+    assert events[0].step == 3
+    assert {"loss": 1.0, "valid_loss": 0.5}.items() <= {v.tag: v.simple_value for v in events[0].summary.value}.items()
+
+
+def test_a_library_that_does_not_begin_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "wandb", init=lambda **options: 1 / 0)
+    with pytest.raises(RequestError, match="--report-to wandb: division by zero"):
+        reporter("wandb", tmp_path, {})
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
