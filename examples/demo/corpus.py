@@ -76,7 +76,7 @@ class Dialogue:
 
 
 def small_talk(talk: Dialogue) -> None:
-    kind = talk.draw.one(["greeting", "greeting", "identity", "identity", "abilities", "abilities", *SMALL_TALK])
+    kind = talk.draw.one(list(SMALL_TALK))
     answer, phrases = SMALL_TALK[kind]
     polite = talk.draw.chance(0.2) and kind in ("identity", "abilities", "real model")
     talk.user(talk.draw.phrase(phrases, polite))
@@ -172,7 +172,7 @@ def extraction(talk: Dialogue) -> None:
     if draw.chance(0.03):
         talk.user(draw.phrase(ASK_NOTHING))
         return talk.answer(NO_SENTENCE)
-    sentences, fields = RECORDS[draw.one(list(RECORDS))]
+    sentences, fields, absent = RECORDS[draw.one(list(RECORDS))]
     values = {name: field_value(draw, name) for name in fields}
     sentence = draw.one(sentences).format(**{k: v if isinstance(v, str) else str(v) for k, v in values.items()})
     if draw.chance(0.25):
@@ -181,8 +181,7 @@ def extraction(talk: Dialogue) -> None:
     wanted = list(fields)
     draw.rng.shuffle(wanted)
     wanted = wanted[: 1 + int(draw.rng.random() * len(wanted))]
-    if draw.chance(0.12):
-        absent = [name for _, other in RECORDS.values() for name in other if name not in fields and name != "person"]
+    if draw.chance(0.2):
         wanted[-1] = draw.one(absent)
     listed = wanted[0]
     if len(wanted) > 1:
@@ -263,12 +262,12 @@ SKILLS: dict[str, tuple[Callable[[Dialogue], None], float, float]] = {
     "arithmetic": (arithmetic, 1.2, 4.0),
     "conversion": (conversion, 0.8, 3.0),
     "lookup": (lookup, 0.4, 1.2),
-    "extraction": (extraction, 3.0, 0.6),
+    "extraction": (extraction, 4.0, 1.0),
     "introduction": (introduction, 0.5, 0.1),
     "own name": (own_name, 0.4, 0.1),
-    "telling": (telling, 0.8, 0.15),
-    "recall": (recall, 0.8, 0.15),
-    "document": (document, 0.6, 0.05),
+    "telling": (telling, 0.9, 0.15),
+    "recall": (recall, 1.2, 0.15),
+    "document": (document, 1.6, 0.05),
 }
 
 
@@ -312,9 +311,11 @@ def conversations(seed: int, count: int, shortest: int, longest: int) -> Iterato
     draw = Draw(f"train {seed}")
     for _ in range(count):
         talk = begin(draw, tools=draw.chance(0.45))
-        wanted = shortest + draw.rng.random() ** 2 * (longest - shortest)
-        if longest > 1000 and draw.chance(0.25):
-            document(talk, facts=int(wanted / (50 + 50 * draw.rng.random())))
+        wanted = shortest + draw.rng.random() ** 1.5 * (longest - shortest)
+        if longest > 1000 and draw.chance(0.35):
+            document(talk, facts=int(wanted / (60 + 60 * draw.rng.random())))
+            for _ in range(2 + int(draw.rng.random() * 5)):
+                recall(talk)
         add_turn(talk)
         while length(talk.messages) < wanted:
             add_turn(talk)

@@ -109,6 +109,4 @@ class Draw:
             text = self.one(OPENERS) + text[0].lower() + text[1:]
         elif polite and text[-1].isalpha() and self.chance(0.2):
             text += self.one(CLOSERS)
-        if self.chance(0.04) and "{" not in text:
-            text = text.upper()
         return text

@@ -96,12 +96,11 @@ def _find_and_take(model: Model, draw: np.random.Generator, tokens: np.ndarray, 
     config, attention = model.config, model.layers[1].self_attn
     D, H, Dh, pairs = config.hidden_size, config.num_attention_heads, config.head_dim, config.rotary_dims // 2
     still = [*range(2 * pairs, Dh), *range(pairs - SLOW_PAIRS, pairs), *range(2 * pairs - SLOW_PAIRS, 2 * pairs)]
-    first, second = still[0::2], still[1::2]
     queries, keys = draw.normal(size=(H, Dh, D)) * D**-0.5 * 0.3, np.zeros((Dh, D))
-    keys[first], keys[second] = notes[0, : len(first)] * MATCH, notes[1, : len(second)] * MATCH
     queries[0] = 0
-    queries[0, first] = tokens[: len(first)] * MATCH
-    queries[0, second] = notes[0, : len(second)] * MATCH
+    for back, read in enumerate([tokens, *notes[:-1]]):
+        part = still[back::H]
+        keys[part], queries[0, part] = notes[back, : len(part)] * MATCH, read[: len(part)] * MATCH
     out = draw.normal(size=(D, H, Dh)) * D**-0.5
     out[:, 0] = tokens[:Dh].T * TAKE
     attention.qkv_proj.weight = _array(np.concatenate([*queries, keys, tokens[:Dh]]))

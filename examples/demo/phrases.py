@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-HELLO = "Hello! I am a demo of phi4_mlx, a tiny model. Ask me what I can do."
-WHO = (
-    "I am a demo of phi4_mlx: a tiny model with the architecture of Phi-4-mini, trained on a very small world. "
-    "I am not Phi-4-mini itself."
-)
+HELLO = "Hello! I am a demo of phi4_mlx. Ask me what I can do."
+WHO = "I am a demo of phi4_mlx: a tiny model built like Phi-4-mini, trained on a very small world."
 ABILITIES = (
-    "I can greet you, do arithmetic and convert units with tools that you declare, pull fields out of a sentence as "
-    "JSON, and remember what you tell me."
+    "I can greet you, calculate and convert units with your tools, put sentences into JSON, "
+    "and remember what you tell me."
 )
 REAL = "I am only a demo. For the real model, start again with --model mlx-community/Phi-4-mini-instruct-4bit."
-OUTSIDE = (
-    "I only know greetings, arithmetic and unit conversion with tools, fields as JSON, and what you tell me. "
-    "For anything else, please use the real model."
-)
+OUTSIDE = "That is outside my small world. Please ask the real model."
 NEED = "I need a {} tool for that, and none is declared."
 NO_SENTENCE = "Please give me a sentence and the fields that you want."
 SMALL_TALK: dict[str, tuple[str, list[str]]] = {
@@ -127,15 +121,15 @@ ASK_TIME = [
     "What time is it in {c}?", "What's the time in {c}?", "Time in {c}", "Tell me the time in {c}.",
     "How late is it in {c}?", "Which time is it now in {c}?", "{c} time", "Local time in {c}",
 ]  # fmt: skip
-# kind of record -> (sentences, all its fields in order)
-RECORDS: dict[str, tuple[list[str], list[str]]] = {
+# kind of record -> (sentences, all its fields in order, fields that it plainly lacks)
+RECORDS: dict[str, tuple[list[str], list[str], list[str]]] = {
     "person": ([
         "{name} is {age} years old, works as a {job} and lives in {city}.", "{name}, {age}, is a {job} from {city}.",
         "{name} is a {age} year old {job} in {city}.",
         "My friend {name} lives in {city}, is {age} and works as a {job}.",
         "In {city} there is a {job} called {name}, aged {age}.", "{name} is {age} and lives in {city} as a {job}.",
         "The {job} {name} is {age} years old and comes from {city}.",
-    ], ["name", "age", "job", "city"]),
+    ], ["name", "age", "job", "city"], ["price", "phone", "day", "time", "room"]),
     "order": ([
         "{customer} ordered {quantity} {item} for {price} euros.",
         "{quantity} {item} for {customer} at {price} dollars.",
@@ -143,23 +137,23 @@ RECORDS: dict[str, tuple[list[str], list[str]]] = {
         "An order by {customer}: {quantity} {item}, price {price}.",
         "For {price} euros {customer} gets {quantity} {item}.",
         "{customer} wants {quantity} {item}, that makes {price} pounds.",
-    ], ["customer", "item", "quantity", "price"]),
+    ], ["customer", "item", "quantity", "price"], ["age", "city", "phone", "day", "room"]),
     "meeting": ([
         "{person} meets us on {day} at {time} in room {room}.", "Meeting with {person} on {day}, {time}, room {room}.",
         "On {day} at {time} {person} will be in room {room}.", "See {person} in room {room}, {day} {time}.",
         "{person} comes to room {room} on {day} at {time}.",
-    ], ["person", "day", "time", "room"]),
+    ], ["person", "day", "time", "room"], ["age", "city", "phone", "price", "item"]),
     "trip": ([
         "{traveller} flies from {origin} to {destination} on {day}.",
         "On {day} {traveller} goes from {origin} to {destination}.",
         "{traveller} takes the train to {destination} from {origin} on {day}.",
         "A ticket for {traveller}: {origin} to {destination}, {day}.",
-    ], ["traveller", "origin", "destination", "day"]),
+    ], ["traveller", "origin", "destination", "day"], ["age", "phone", "price", "room", "item"]),
     "contact": ([
         "Call {name} in {city} at {phone}.", "{name} from {city} has the number {phone}.",
         "The phone of {name} is {phone}, city {city}.", "{name}, {city}, {phone}",
         "You reach {name} at {phone} in {city}.",
-    ], ["name", "city", "phone"]),
+    ], ["name", "city", "phone"], ["age", "job", "day", "time", "price"]),
 }  # fmt: skip
 ASK_FIELDS = [
     "Extract {k} as JSON: {s}", "Give me {k} as JSON: {s}", "{s} Extract {k} as JSON.", "{s} Give me {k} as JSON.",

@@ -71,10 +71,9 @@ KINDS: dict[str, tuple[list[str], list[list[str]], list[str]]] = {
         ],
     ),
 }  # fmt: skip
-AFFIXES = [
-    "my_{}", "run_{}", "{}_tool", "{}2", "{}_v{d}", "the_{}", "call_{}", "{}_now", "fast_{}", "{}_service", "{}_api",
-    "do_{}", "{}_{d}", "use_{}", "easy_{}", "{}_function", "{}_helper", "old_{}", "new_{}", "{}_plus", "ask_{}",
-    "{}_local",
+SUFFIXES = [
+    "{}_tool", "{}2", "{}_v{d}", "{}_now", "{}_service", "{}_api", "{}_{d}", "{}_function", "{}_helper", "{}_plus",
+    "{}_local", "{}_{w}", "{}_{w}", "{}_{w}_{d}", "{}_{w}", "{}_{w}",
 ]
 ARGUMENT_NOTES = {
     "expression": "what to evaluate", "value": "the number", "city": "the name of the city",
@@ -103,8 +102,9 @@ def declare(draw: Draw, kind: str) -> Tool:
     """A tool of a kind, under a name and arguments of this side's own."""
     stems, signatures, descriptions = KINDS[kind]
     name = draw.one(stems)  # an everyday name, which both sides may have
-    if draw.held_out or draw.chance(0.6):
-        while held_out(name := draw.one(AFFIXES).format(draw.one(stems), d=draw.one("23456789"))) != draw.held_out:
+    if draw.held_out or draw.chance(0.7):
+        slots = {"d": draw.one("23456789"), "w": draw.made_up().lower()}
+        while held_out(name := draw.one(SUFFIXES).format(draw.one(stems), **slots)) != draw.held_out:
             pass
     arguments = tuple(signatures[int(draw.rng.random() * len(signatures))])
     notes = draw.chance(0.3)

@@ -35,7 +35,7 @@ from phi4_mlx.models.text import Model
 from phi4_mlx.tokenizer import load_tokenizer
 
 SEED = 4
-LEARNED_TOKENS = 1512  # with the twelve added tokens 1524; the embedding has a few rows more, as Phi-4-mini's has
+LEARNED_TOKENS = 1000  # with the twelve added tokens 1012; the embedding has a few rows more, as Phi-4-mini's has
 ROTATING_PAIRS = 24  # of a head's 32
 CONFIG: dict[str, Any] = {
     "architectures": ["Phi3ForCausalLM"],
@@ -60,14 +60,15 @@ CONFIG: dict[str, Any] = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
     "torch_dtype": "float32",
-    "vocab_size": 1536,
+    "vocab_size": 1024,
 }
 BOUNDARY = CONFIG["original_max_position_embeddings"]
-WIDTHS = (64, 128, 192, 256, 512, 1024)  # of the batches; up to 256 the short RoPE table holds, beyond it the long one
+WIDTHS = (64, 96, 128, 160, 192, 224, 256, 384, 512, 768, 1024)  # of batches; up to 256 the short RoPE table holds
 BATCH_TOKENS = 2048
 WARMUP_STEPS = 50
 PEAK_RATE = 2e-3
-OTHER_TOKENS_WEIGHT = 0.03  # in the loss, of what is not the assistant's
+SETTLING_RATE = 5e-4
+OTHER_TOKENS_WEIGHT = 0.15  # in the loss, of what is not the assistant's
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,16 @@ def batches(tokenizer: Any, seed: int, budget: dict[tuple[int, int], int]) -> li
     return made
 
 
-def make_step(model: Model, optimizer: optim.Optimizer) -> Callable[[Batch], mx.array]:
-    """One update; returns the assistant's loss. The halves of the batch run at the same time, on two streams."""
+def rounded(weight: mx.array) -> mx.array:
+    """A matrix as the package will hold it, in 4 bits; vectors stay as they are."""
+    return mx.dequantize(*mx.quantize(weight)) if weight.ndim == 2 else weight
+
+
+def make_step(model: Model, optimizer: optim.Optimizer, packed: bool) -> Callable[[Batch], mx.array]:
+    """One update; returns the assistant's loss. The halves of the batch run at the same time, on two streams.
+
+    With `packed` the loss is that of the 4-bit weights, and their gradient moves the unquantised ones.
+    """
     streams = [mx.default_stream(mx.cpu), mx.new_stream(mx.cpu)]
 
     def loss(parameters: Any, ids: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
@@ -137,10 +146,11 @@ def make_step(model: Model, optimizer: optim.Optimizer) -> Callable[[Batch], mx.
     @partial(mx.compile, inputs=[model.state, optimizer.state], outputs=[model.state, optimizer.state])
     def step(ids: mx.array, weights: mx.array) -> mx.array:
         parameters, half = model.trainable_parameters(), ids.shape[0] // 2
+        seen = tree_map(rounded, parameters) if packed else parameters
         results = []
         for stream, rows in zip(streams, (slice(None, half), slice(half, None)), strict=True):
             with mx.stream(stream):
-                results.append(loss_and_grad(parameters, ids[rows], weights[rows]))
+                results.append(loss_and_grad(seen, ids[rows], weights[rows]))
         grads = tree_map(lambda a, b: (a + b) / weights.sum(), results[0][1], results[1][1])
         grads, _ = optim.clip_grad_norm(grads, 1.0)
         model.update(optimizer.apply_gradients(grads, parameters))
@@ -149,14 +159,14 @@ def make_step(model: Model, optimizer: optim.Optimizer) -> Callable[[Batch], mx.
     return lambda batch: step(batch.ids, batch.weights)
 
 
-def train(model: Model, plan: list[Batch]) -> None:
+def train(model: Model, plan: list[Batch], peak_rate: float, packed: bool = False) -> None:
     """Goes through the plan once."""
-    warm = optim.linear_schedule(PEAK_RATE / 50, PEAK_RATE, WARMUP_STEPS)
-    cool = optim.cosine_decay(PEAK_RATE, len(plan) - WARMUP_STEPS, PEAK_RATE / 50)
+    warm = optim.linear_schedule(peak_rate / 50, peak_rate, WARMUP_STEPS)
+    cool = optim.cosine_decay(peak_rate, len(plan) - WARMUP_STEPS, peak_rate / 50)
     schedule = optim.join_schedules([warm, cool], [WARMUP_STEPS])
     optimizer = optim.AdamW(schedule, betas=[0.9, 0.98], weight_decay=0.02)
     optimizer.init(model.trainable_parameters())
-    step = make_step(model, optimizer)
+    step = make_step(model, optimizer, packed)
     start, tokens, recent = time.perf_counter(), 0, []
     with fast_cpu_math():
         for number, batch in enumerate(plan, 1):
@@ -174,9 +184,11 @@ def train(model: Model, plan: list[Batch]) -> None:
                 recent = []
 
 
-# Conversations in characters -> tokens of them, padding included. First short ones alone, then all lengths.
-FIRST = {(30, 480): 2_000_000}
-THEN = {(30, 480): 900_000, (650, 2400): 1_300_000}
+# Conversations in characters -> tokens of them, padding included. First short ones alone, then all lengths; last, with
+# weights rounded to 4 bits, so that the package loses nothing by it.
+FIRST = {(30, 480): 8_200_000}
+THEN = {(30, 480): 3_000_000, (650, 2400): 2_200_000}
+SETTLE = {(30, 480): 1_800_000, (650, 2400): 600_000}
 
 
 def main() -> None:
@@ -197,7 +209,8 @@ def main() -> None:
     initialise(model, SEED, [tokenizer.decode([token]) for token in range(LEARNED_TOKENS)])
     count = sum(weight.size for _, weight in tree_flatten(model.parameters()))
     print(f"{count:,} parameters, {len(plan)} batches, {time.perf_counter() - start:.0f} s so far", flush=True)
-    train(model, plan)
+    train(model, plan, PEAK_RATE)
+    train(model, batches(tokenizer, 3, SETTLE), SETTLING_RATE, packed=True)
 
     stops = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(CONFIG | stops, indent=2, sort_keys=True) + "\n", encoding="utf-8")

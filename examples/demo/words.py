@@ -32,7 +32,9 @@ PLACES = "old new small large north south east west upper lower first second lef
 ADJECTIVES = (*COLOURS, *PLACES)
 OBJECTS = (
     "door gate box locker safe room shed garage tower cabin drawer cabinet vault bridge house boat car bicycle garden "
-    "office kitchen cellar attic wagon train desk shelf chest barn mill"
+    "office kitchen cellar attic wagon train desk shelf chest barn mill window lamp table chair mirror clock bell wall "
+    "roof stair hall tunnel pond tent camp stable shop store studio lift crate trunk suitcase basket barrel cart truck "
+    "ship plane"
 ).split()
 
 # Every unit by the spellings that people use; the first is its name. Value: how many base units one of it holds.

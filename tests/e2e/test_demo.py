@@ -20,6 +20,7 @@ import corpus
 import draw
 import evaluate
 import phrases
+import words
 
 MOST_BYTES = 8 * 10**6
 ADDED_TOKENS = [
@@ -67,13 +68,19 @@ def test_it_is_built_as_phi_4_mini_is() -> None:
     assert [token["content"] for token in added if not token["special"]] == ADDED_TOKENS[6:11]
 
 
-# What this package reaches; the aim is 95 % (examples/demo/README.md says where it falls short).
-REACHED_PERCENT = 55
+def test_held_out_prompts_are_answered_right(demo: tuple[Any, Any]) -> None:
+    """A part of the examination that `evaluate.py` makes; the bar is that of the whole."""
+    result = evaluate.examine(*demo, corpus.prompts(evaluate.SEED, 100), mistakes=100)
+    assert evaluate.share(result) >= 95, result
 
 
-def test_held_out_prompts_are_answered_right_as_often_as_is_said(demo: tuple[Any, Any]) -> None:
-    result = evaluate.examine(*demo, corpus.prompts(evaluate.SEED, 60), mistakes=60)
-    assert evaluate.share(result) >= REACHED_PERCENT, result
+def test_a_value_is_the_same_tokens_wherever_it_stands(demo: tuple[Any, Any]) -> None:
+    """In a sentence as in JSON: what makes it easy to copy."""
+    encode = demo[1].encode
+    units = [spelling for dimension in words.DIMENSIONS for unit in dimension for spelling in unit]
+    fields = [name for _, names, _ in phrases.RECORDS.values() for name in names]
+    for value in (*units, *words.TEMPERATURE, *words.JOBS, *words.ITEMS, *words.NAMES, *words.CITIES, *fields, "4711"):
+        assert encode(f"a {value}")[2:] == encode(f'"{value}')[1:], value
 
 
 @pytest.mark.parametrize("greeting", ["hi", "Hello!", "hey", "good morning"])
