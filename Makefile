@@ -21,7 +21,7 @@ help:
 	@echo 'make chat    talk with the model (MODEL=demo; MODEL=folder or a Hugging Face id)'
 	@echo 'make test    lint, then every test'
 	@echo 'make lint    ruff and mypy'
-	@echo 'make bench   the speed and memory figures, one JSON line each'
+	@echo 'make bench   the figures, one JSON line each: speed, memory, what is learned (an hour)'
 	@echo 'make clean   remove the virtual environment and the caches'
 
 chat: $(VENV)/runtime.stamp
