@@ -71,6 +71,8 @@ KINDS: dict[str, tuple[list[str], list[list[str]], list[str]]] = {
         ],
     ),
 }  # fmt: skip
+# What a tool is stands at the front of its name, where a causal model reads it first. Names with a made-up word, which
+# can only be copied, are drawn as often as they are listed.
 SUFFIXES = [
     "{}_tool", "{}2", "{}_v{d}", "{}_now", "{}_service", "{}_api", "{}_{d}", "{}_function", "{}_helper", "{}_plus",
     "{}_local", "{}_{w}", "{}_{w}", "{}_{w}_{d}", "{}_{w}", "{}_{w}",
