@@ -174,6 +174,23 @@ class PromptCache(list):  # list[KVCache]; the bare base keeps mlx-lm's isinstan
         self._known += ids.shape[1]
         return ids
 
+    def restore(self, ids: Sequence[int], states: Iterable[Sequence[mx.array]], regime: Regime) -> None:
+        """Takes over keys and values that were made elsewhere, in the place of its own.
+
+        Args:
+            ids: the tokens that they are of, [S].
+            states: keys and values [1, K, S, Dh] of each layer.
+            regime: the RoPE table that they were made under.
+        """
+        for layer, state in zip(self, states, strict=True):
+            layer.state = state
+        self._pieces, self._known = [mx.array([list(ids)], mx.int32)], len(ids)
+        self.regime = regime
+
+    def make_mask(self, N: int) -> str | mx.array | None:
+        """The attention mask of the next N tokens, the same for all layers."""
+        return self[0].make_mask(N)
+
     def trim(self, n: int) -> int:
         """Forgets the last n tokens; returns how many there were to forget."""
         n = max(0, min(self.offset, n))

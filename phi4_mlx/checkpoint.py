@@ -98,6 +98,14 @@ def load_model(folder: Path) -> Model:
     return model.eval()
 
 
+def share_weights(model: Model) -> Model:
+    """Another model over the same arrays: what is put on the one, such as an adapter, is not on the other."""
+    parameters = model.parameters()
+    twin = empty_model(model.config, [name for name, _ in tree_flatten(parameters)])
+    twin.update(parameters)
+    return twin.eval()
+
+
 def empty_model(config: ModelConfig, names: Iterable[str]) -> Model:
     """The model with lazy random weights, quantised where the checkpoint's tensor `names` hold scales.
 

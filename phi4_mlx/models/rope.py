@@ -24,7 +24,7 @@ class Rotation:
 
     dims: int
     periods: mx.array  # [dims / 2], position / period is the angle in radians
-    offset: int  # position of the first token
+    offset: int | mx.array  # position of the first token; [B] where the rows differ
     query_scale: mx.array | None  # [Dh]
 
     def __call__(self, heads: mx.array, num_queries: int) -> tuple[mx.array, mx.array]:
@@ -96,7 +96,7 @@ class Rope:
         """The table that a sequence of `length` tokens asks for, once all of them are counted."""
         return "long" if length > self._boundary else "short"
 
-    def at(self, offset: int, regime: Regime, dtype: mx.Dtype) -> Rotation:
+    def at(self, offset: int | mx.array, regime: Regime, dtype: mx.Dtype) -> Rotation:
         """The rotation of tokens at positions offset, offset + 1, ... under a table."""
         return Rotation(self._dims, self._periods[regime], offset, self._scale_as(dtype))
 

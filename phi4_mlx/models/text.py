@@ -98,7 +98,7 @@ class Decoder(nn.Module):
         if cache is not None:
             layers = cache if isinstance(cache, PromptCache) else PromptCache(cache, self.rope.regime)
             ids = layers.remember(ids)  # the whole sequence, where it has just outgrown its RoPE table
-            offset, regime, mask = layers.offset, layers.regime, layers[0].make_mask(ids.shape[1])
+            offset, regime, mask = layers.offset, layers.regime, layers.make_mask(ids.shape[1])
 
         x = self.embed_tokens(ids)
         rotation: Rotation | PackedRotation = self.rope.at(offset, regime, x.dtype)

@@ -1,0 +1,425 @@
+"""Continuous batching: many sequences over one model, which join and leave at every step.
+
+A step reads a chunk of one prompt, and draws a token for every sequence whose prompt has been read. Until then a
+sequence has a cache of its own; afterwards its keys and values are a row among `Rows` of the same model and RoPE table.
+Whatever takes a row out of step (a crossing of the RoPE boundary, a run of forced tokens, want of memory, a failure)
+takes it out of the rows, and it comes back as it came first: by a prefill of what its cache does not hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from phi4_mlx.cache import KVCache, PromptCache
+from phi4_mlx.models.rope import Regime
+from phi4_mlx.models.text import Model
+from phi4_mlx.sampling import LogitsProcessor
+
+PREFILL_STEP_SIZE = 512  # tokens a step: what the answers of others wait for
+PADDING = 4096  # columns that a row may cost beside others of another length; a forward pass more costs four times that
+FORCED_RUN = 8  # forced tokens that are worth a prefill of their own, rather than a step each beside the others
+
+
+class Rows(PromptCache):
+    """The caches of several sequences as one, a row each: they end at the same column, and begin where they begin."""
+
+    def __init__(self, model: Model, regime: Regime):
+        super().__init__([KVCache() for _ in model.layers], model.model.rope.regime, regime)
+        self._padding: list[int] = []  # columns before each row begins
+
+    @property
+    def columns(self) -> int:
+        """Columns in use."""
+        return self[0].offset
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens held, by row."""
+        return [self.columns - padding for padding in self._padding]
+
+    @property
+    def offset(self) -> mx.array:
+        """The positions of the next tokens, [B]."""
+        return mx.array(self.lengths)
+
+    def remember(self, ids: mx.array) -> mx.array:
+        """Nothing to keep: the sequences know their ids."""
+        return ids
+
+    def make_mask(self, N: int) -> mx.array | None:
+        """Which columns a row's next token may look at, [B, 1, 1, S]: those that are its own."""
+        if not any(self._padding):
+            return None
+        return mx.arange(self.columns + N) >= mx.array(self._padding)[:, None, None, None]
+
+    def join(self, caches: list[PromptCache]) -> None:
+        """Appends a row for each cache, its arrays copied."""
+        lengths = [*self.lengths, *(cache.offset for cache in caches)]
+        S = max(lengths)
+        members = ([self] if self._padding else []) + [*caches]
+        for number, layer in enumerate(self):
+            keys, values = zip(*(member[number].state for member in members), strict=True)
+            layer.state = _side_by_side(keys, S), _side_by_side(values, S)
+        self._padding = [S - length for length in lengths]
+
+    def copy_row(self, number: int, sequence: Sequence) -> PromptCache:
+        """What a row holds as a cache of its own."""
+        first = self._padding[number]
+        states = [[array[number : number + 1, :, first:] for array in layer.state] for layer in self]
+        cache = sequence.model.make_cache()
+        cache.restore(sequence.ids[: self.columns - first], states, self.regime)
+        return cache
+
+    def keep(self, numbers: list[int]) -> None:
+        """Keeps these rows alone, in this order."""
+        self._padding = [self._padding[number] for number in numbers]
+        unused = min(self._padding, default=0)
+        self._padding = [padding - unused for padding in self._padding]
+        index = mx.array(numbers)
+        for layer in self:
+            layer.state = [array[index, :, unused:] for array in layer.state] if numbers else []
+
+
+def _side_by_side(arrays: Iterable[mx.array], S: int) -> mx.array:
+    """Rows [B, K, s, Dh] of several lengths, filled up before their beginning to [sum of B, K, S, Dh]."""
+    return mx.concatenate([mx.pad(array, [(0, 0), (0, 0), (S - array.shape[2], 0), (0, 0)]) for array in arrays])
+
+
+def kv_bytes(model: Model) -> int:
+    """Bytes of the keys and values of one token."""
+    config, itemsize = model.config, model.model.norm.weight.dtype.size
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
+
+
+def _buffer_bytes(model: Model, length: int) -> int:
+    """Bytes of the buffers that hold so many tokens and the next one."""
+    return -(-(length + 1) // KVCache.STEP) * KVCache.STEP * kv_bytes(model)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A prompt, and the answer to it as far as it has come.
+
+    Attributes:
+        model: which model answers; sequences of several models may share a `Batch`.
+        ids: the prompt, and every token drawn since.
+        max_tokens: how many tokens to draw at most.
+        sampler: log-probabilities [1, V] -> token [1]; None takes the likeliest.
+        processors: each (all ids so far [S], logits [1, V]) -> logits [1, V], in turn.
+        logits_mask: what the answer must obey, as `generate_step` takes it.
+        cache: what of `ids` is known already; None for nothing. Taken over, and changed.
+    """
+
+    model: Model
+    ids: list[int]
+    max_tokens: int
+    sampler: Callable[[mx.array], mx.array] | None = None
+    processors: Iterable[LogitsProcessor] = ()
+    logits_mask: Any | None = None
+    cache: PromptCache | None = None
+
+    def __post_init__(self) -> None:
+        self.prompt_tokens = len(self.ids)
+        self.restarts = 0
+
+    @property
+    def drawn(self) -> int:
+        """Tokens drawn so far."""
+        return len(self.ids) - self.prompt_tokens
+
+    @property
+    def regime(self) -> Regime:
+        """The RoPE table that all of its ids ask for."""
+        return self.model.model.rope.regime(len(self.ids))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the keys and values of all of its ids take, in whole buffers."""
+        return _buffer_bytes(self.model, len(self.ids))
+
+    def take(self, token: int) -> list[int]:
+        """Appends a token that was drawn; returns it, with those that a grammar forces to follow."""
+        forced = self.logits_mask.accept(token) if self.logits_mask is not None else []
+        tokens = [token, *forced][: self.max_tokens - self.drawn]
+        self.ids += tokens
+        return tokens
+
+    def in_step(self, length: int, regime: Regime) -> bool:
+        """Whether a cache of that length and regime goes on by a token at a time."""
+        return self.regime == regime and len(self.ids) - length < FORCED_RUN
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token drawn, and the log-probabilities [V] that it was drawn from, computed only if they are looked at.
+
+    None for a token that a grammar forced.
+    """
+
+    sequence: Sequence
+    token: int
+    logprobs: mx.array | None
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A sequence that cannot go on, and why."""
+
+    sequence: Sequence
+    error: Exception
+
+
+@dataclass(eq=False)
+class _Group:
+    """Rows of one model and one RoPE table, and whose they are.
+
+    Attributes:
+        model: the model of all.
+        rows: their keys and values.
+        members: whose row it is; nobody's where its sequence has left.
+        arrivals: sequences that become rows at the next step, with their caches.
+    """
+
+    model: Model
+    rows: Rows
+    members: list[Sequence | None] = field(default_factory=list)
+    arrivals: list[Sequence] = field(default_factory=list)
+
+    @property
+    def columns(self) -> int:
+        return max([self.rows.columns, *(sequence.cache.offset for sequence in self.arrivals)])
+
+    @property
+    def nbytes(self) -> int:
+        return (len(self.members) + len(self.arrivals)) * _buffer_bytes(self.model, self.columns)
+
+    def padding_with(self, sequence: Sequence, cache: PromptCache) -> float:
+        """Columns that the sequence would cost beyond its own tokens; no number of them if it belongs elsewhere."""
+        if sequence.model is not self.model or cache.regime != self.rows.regime:
+            return math.inf
+        longer = cache.offset - self.columns
+        return longer * (len(self.members) + len(self.arrivals)) if longer > 0 else -longer
+
+    def settle(self) -> list[Sequence]:
+        """Gives up the rows of those that have left, takes in the arrivals; returns the members."""
+        kept = [number for number, member in enumerate(self.members) if member is not None]
+        if len(kept) < len(self.members):
+            self.rows.keep(kept)
+        members = [member for member in self.members if member is not None]
+        if self.arrivals:
+            self.rows.join([sequence.cache for sequence in self.arrivals])
+            for sequence in self.arrivals:
+                sequence.cache = None
+        self.members, self.arrivals = [*members, *self.arrivals], []
+        return [*members, *self.members[len(members) :]]
+
+
+class Batch:
+    """Sequences that are answered together.
+
+    Attributes:
+        max_rows: sequences under way at a time; more wait.
+        kv_limit_bytes: what all keys and values may take; where they would outgrow it, the youngest sequence waits.
+        prefill_step_size: tokens of prompts that a step reads.
+        waiting: sequences that have not begun, in order.
+        active: those that have, the oldest first.
+    """
+
+    def __init__(
+        self, max_rows: int = 32, kv_limit_bytes: float = math.inf, prefill_step_size: int = PREFILL_STEP_SIZE
+    ):
+        self.max_rows, self.kv_limit_bytes, self.prefill_step_size = max_rows, kv_limit_bytes, prefill_step_size
+        self.waiting: list[Sequence] = []
+        self.active: list[Sequence] = []
+        self._reading: list[Sequence] = []
+        self._ready: list[Sequence] = []  # read, and not among the rows yet
+        self._groups: list[_Group] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, with room for the next token of each."""
+        alone = (sequence.nbytes for sequence in [*self._reading, *self._ready])
+        return sum(alone) + sum(group.nbytes for group in self._groups)
+
+    def add(self, sequence: Sequence) -> None:
+        """Takes a sequence in, at the end of the line."""
+        self.waiting.append(sequence)
+
+    def end(self, sequence: Sequence) -> PromptCache | None:
+        """Takes a sequence out, wherever it is; returns the cache of what is known of its ids, if anything is."""
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        elif sequence in self.active:
+            self.active.remove(sequence)
+            self._take_out(sequence)
+        return sequence.cache
+
+    def step(self) -> list[Token | Fault]:
+        """Reads a chunk and draws a token for every sequence that has been read.
+
+        Returns:
+            What was drawn, and who cannot go on and is out already. Whoever has reached `max_tokens`, or an end marker,
+            is for the caller to `end`.
+        """
+        self._admit()
+        events = self._read()
+        ready, self._ready = self._ready, []
+        for sequence in ready:
+            self._place(sequence)
+        for group in self._groups:
+            events += self._decode(group)
+        self._groups = [group for group in self._groups if group.members]
+        return events
+
+    def _admit(self) -> None:
+        """Lets sequences begin as far as there is room, or sends the youngest back where there is none."""
+        while self.nbytes > self.kv_limit_bytes and len(self.active) > 1:
+            youngest = self.active.pop()
+            self._take_out(youngest)
+            youngest.cache = None
+            self.waiting.insert(0, youngest)
+        while self.waiting and len(self.active) < self.max_rows:
+            growth = sum(_buffer_bytes(sequence.model, 0) for sequence in self.active)
+            if self.active and self.nbytes + growth + self.waiting[0].nbytes > self.kv_limit_bytes:
+                break
+            self.active.append(self.waiting.pop(0))
+            self._reading.append(self.active[-1])
+
+    def _read(self) -> list[Token | Fault]:
+        """Runs chunks of prompts, each in its turn, as many as come to `prefill_step_size` tokens."""
+        events: list[Token | Fault] = []
+        room = self.prefill_step_size
+        while self._reading and room > 0:
+            sequence = self._reading.pop(0)
+            try:
+                chunk, logits = _run_chunk(sequence, room)
+                room -= chunk
+                if logits is None:
+                    self._reading.append(sequence)
+                else:
+                    self._ready.append(sequence)
+                    events += self._draw([sequence], logits)
+            except Exception as error:
+                events.append(self._fail(sequence, error))
+        return events
+
+    def _place(self, sequence: Sequence) -> None:
+        """Sends a sequence that has been read to the group that it fits best, or to read on."""
+        cache = sequence.cache
+        assert cache is not None
+        if not sequence.in_step(cache.offset, cache.regime):
+            self._reading.append(sequence)
+            return
+        fitting = [group for group in self._groups if group.padding_with(sequence, cache) <= PADDING]
+        if not fitting:
+            fitting = [_Group(sequence.model, Rows(sequence.model, cache.regime))]
+            self._groups += fitting
+        min(fitting, key=lambda group: group.padding_with(sequence, cache)).arrivals.append(sequence)
+
+    def _decode(self, group: _Group) -> list[Token | Fault]:
+        """A token for every row of a group; one that has fallen out of step leaves it."""
+        for member, length in zip(list(group.members), group.rows.lengths, strict=True):
+            if member is not None and not member.in_step(length, group.rows.regime):
+                self._take_out(member)
+                self._reading.append(member)
+        try:
+            members = group.settle()
+            if not members:
+                return []
+            lengths = group.rows.lengths
+            ids = mx.array([[member.ids[length]] for member, length in zip(members, lengths, strict=True)])
+            logits = group.model(ids, group.rows)[:, -1]  # [B, V]
+            # A row that has a forced token to take in has nothing to draw.
+            due = [n for n, member in enumerate(members) if lengths[n] + 1 == len(member.ids)]
+            return self._draw([members[n] for n in due], logits if len(due) == len(members) else logits[mx.array(due)])
+        except Exception as error:
+            return self._restart(group, error)
+
+    def _draw(self, sequences: list[Sequence], logits: mx.array) -> list[Token | Fault]:
+        """Draws a token for each sequence from its row of the logits [B, V]; the mistake of one is not the others'."""
+        mx.async_eval(logits)  # the device computes them while the host works out what a grammar allows
+        events: list[Token | Fault] = []
+        drawn: list[tuple[Sequence, mx.array, mx.array]] = []
+        likeliest = mx.argmax(logits, axis=-1)  # [B]
+        for n, sequence in enumerate(sequences):
+            try:
+                drawn.append((sequence, *_draw_one(sequence, logits[n : n + 1], likeliest[n : n + 1])))
+            except Exception as error:
+                events.append(self._fail(sequence, error))
+        mx.eval([token for _, token, _ in drawn])
+        for sequence, token, logprobs in drawn:
+            try:
+                tokens = sequence.take(int(token.item()))
+            except Exception as error:
+                events.append(self._fail(sequence, error))
+            else:
+                events += [Token(sequence, each, None if n else logprobs) for n, each in enumerate(tokens)]
+        return events
+
+    def _fail(self, sequence: Sequence, error: Exception) -> Fault:
+        """Takes out a sequence that cannot go on."""
+        self.end(sequence)
+        sequence.cache = None
+        return Fault(sequence, error)
+
+    def _restart(self, group: _Group, error: Exception) -> list[Token | Fault]:
+        """Begins anew with what was lost with a group's rows; a sequence to which it happens again has failed."""
+        lost = [member for member in [*group.members, *group.arrivals] if member is not None]
+        group.members, group.arrivals = [], []
+        events: list[Token | Fault] = []
+        for sequence in lost:
+            sequence.cache = None
+            sequence.restarts += 1
+            if sequence.restarts > 1:
+                events.append(self._fail(sequence, error))
+            else:
+                self._reading.append(sequence)
+        return events
+
+    def _take_out(self, sequence: Sequence) -> None:
+        """Takes an active sequence out of wherever it stands; of a row it keeps what its own regime can use."""
+        for line in (self._reading, self._ready, *(group.arrivals for group in self._groups)):
+            if sequence in line:
+                line.remove(sequence)
+                return
+        for group in self._groups:
+            if sequence in group.members:
+                number = group.members.index(sequence)
+                group.members[number] = None
+                if sequence.regime == group.rows.regime:
+                    sequence.cache = group.rows.copy_row(number, sequence)
+
+
+def _run_chunk(sequence: Sequence, room: int) -> tuple[int, mx.array | None]:
+    """Runs what is not in a sequence's cache yet, at most `room` tokens; the last position's logits [1, V] at its end."""
+    model = sequence.model
+    cache = sequence.cache = sequence.cache or model.make_cache()
+    cache.admit(mx.array([sequence.ids[cache.offset :]]), reach=len(sequence.ids))  # empties it, if need be
+    chunk = sequence.ids[cache.offset : cache.offset + room]
+    hidden = model.model(mx.array([chunk]), cache)
+    if cache.offset < len(sequence.ids):
+        mx.eval([layer.state for layer in cache])
+        mx.clear_cache()
+        return len(chunk), None
+    cache.forget_reach()
+    return len(chunk), model.logits(hidden[:, -1:])[:, 0]
+
+
+def _draw_one(sequence: Sequence, logits: mx.array, likeliest: mx.array) -> tuple[mx.array, mx.array]:
+    """A token [1] from logits [1, V], whose likeliest [1] is known, and the log-probabilities [V]."""
+    plain = not sequence.processors and sequence.logits_mask is None
+    ids = mx.array(sequence.ids) if sequence.processors else None
+    for process in sequence.processors:
+        logits = process(ids, logits)
+    if sequence.logits_mask is not None:
+        allowed = sequence.logits_mask.mask()
+        logits = logits if allowed is None else mx.where(allowed, logits, -math.inf)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    if sequence.sampler is not None:
+        return sequence.sampler(logprobs), logprobs[0]
+    return likeliest if plain else mx.argmax(logits, axis=-1), logprobs[0]
