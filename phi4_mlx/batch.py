@@ -188,11 +188,11 @@ class _Group:
     model: Model
     rows: Rows
     members: list[Sequence | None] = field(default_factory=list)
-    arrivals: list[Sequence] = field(default_factory=list)
+    arrivals: list[tuple[Sequence, PromptCache]] = field(default_factory=list)
 
     @property
     def columns(self) -> int:
-        return max([self.rows.columns, *(sequence.cache.offset for sequence in self.arrivals)])
+        return max([self.rows.columns, *(cache.offset for _, cache in self.arrivals)])
 
     @property
     def nbytes(self) -> int:
@@ -212,11 +212,12 @@ class _Group:
             self.rows.keep(kept)
         members = [member for member in self.members if member is not None]
         if self.arrivals:
-            self.rows.join([sequence.cache for sequence in self.arrivals])
-            for sequence in self.arrivals:
+            self.rows.join([cache for _, cache in self.arrivals])
+            for sequence, _ in self.arrivals:
                 sequence.cache = None
-        self.members, self.arrivals = [*members, *self.arrivals], []
-        return [*members, *self.members[len(members) :]]
+                members.append(sequence)
+        self.members, self.arrivals = [*members], []
+        return members
 
 
 class Batch:
@@ -271,9 +272,8 @@ class Batch:
         ready, self._ready = self._ready, []
         for sequence in ready:
             self._place(sequence)
-        for group in self._groups:
+        for group in list(self._groups):
             events += self._decode(group)
-        self._groups = [group for group in self._groups if group.members]
         return events
 
     def _admit(self) -> None:
@@ -319,7 +319,7 @@ class Batch:
         if not fitting:
             fitting = [_Group(sequence.model, Rows(sequence.model, cache.regime))]
             self._groups += fitting
-        min(fitting, key=lambda group: group.padding_with(sequence, cache)).arrivals.append(sequence)
+        min(fitting, key=lambda group: group.padding_with(sequence, cache)).arrivals.append((sequence, cache))
 
     def _decode(self, group: _Group) -> list[Token | Fault]:
         """A token for every row of a group; one that has fallen out of step leaves it."""
@@ -369,8 +369,9 @@ class Batch:
 
     def _restart(self, group: _Group, error: Exception) -> list[Token | Fault]:
         """Begins anew with what was lost with a group's rows; a sequence to which it happens again has failed."""
-        lost = [member for member in [*group.members, *group.arrivals] if member is not None]
-        group.members, group.arrivals = [], []
+        arrived = [sequence for sequence, _ in group.arrivals]
+        lost = [member for member in [*group.members, *arrived] if member is not None]
+        self._groups.remove(group)
         events: list[Token | Fault] = []
         for sequence in lost:
             sequence.cache = None
@@ -383,20 +384,21 @@ class Batch:
 
     def _take_out(self, sequence: Sequence) -> None:
         """Takes an active sequence out of wherever it stands; of a row it keeps what its own regime can use."""
-        for line in (self._reading, self._ready, *(group.arrivals for group in self._groups)):
+        for line in (self._reading, self._ready):
             if sequence in line:
-                line.remove(sequence)
-                return
+                return line.remove(sequence)
         for group in self._groups:
+            group.arrivals = [arrival for arrival in group.arrivals if arrival[0] is not sequence]
             if sequence in group.members:
                 number = group.members.index(sequence)
                 group.members[number] = None
                 if sequence.regime == group.rows.regime:
                     sequence.cache = group.rows.copy_row(number, sequence)
+        self._groups = [group for group in self._groups if group.arrivals or any(group.members)]
 
 
 def _run_chunk(sequence: Sequence, room: int) -> tuple[int, mx.array | None]:
-    """Runs what is not in a sequence's cache yet, at most `room` tokens; the last position's logits [1, V] at its end."""
+    """Runs what is not in a sequence's cache yet, at most `room` tokens; after its last one the logits [1, V]."""
     model = sequence.model
     cache = sequence.cache = sequence.cache or model.make_cache()
     cache.admit(mx.array([sequence.ids[cache.offset :]]), reach=len(sequence.ids))  # empties it, if need be

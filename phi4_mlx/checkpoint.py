@@ -68,15 +68,25 @@ def load(
     if verify:
         verify_manifest(folder)
     model = load_model(folder)
-    tokenizer = load_tokenizer(folder)
-    if chat_format is not None and chat_format not in CHAT_FORMATS:
-        raise RequestError(f"chat format {chat_format!r} is not known; known are {', '.join(sorted(CHAT_FORMATS))}")
-    tokenizer.chat_format = CHAT_FORMATS[chat_format] if chat_format else recognise(folder, tokenizer)
+    tokenizer = load_tokenizer_and_format(folder, chat_format)
     if adapter_path is not None:
         load_adapter(model, Path(adapter_path))
     if not lazy:
         mx.eval(model.parameters())
     return model, tokenizer
+
+
+def load_tokenizer_and_format(folder: Path, chat_format: str | None = None) -> Tokenizer:
+    """The tokenizer of a folder, with its chat format.
+
+    Raises:
+        ConfigError, TokenizerError, RequestError: as `load`.
+    """
+    tokenizer = load_tokenizer(folder)
+    if chat_format is not None and chat_format not in CHAT_FORMATS:
+        raise RequestError(f"chat format {chat_format!r} is not known; known are {', '.join(sorted(CHAT_FORMATS))}")
+    tokenizer.chat_format = CHAT_FORMATS[chat_format] if chat_format else recognise(folder, tokenizer)
+    return tokenizer
 
 
 def load_model(folder: Path) -> Model:
