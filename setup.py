@@ -20,7 +20,7 @@ setup(
         "phi4_mlx.convert",
     ],
     package_dir={"phi4_mlx.convert": "convert"},
-    package_data={"phi4_mlx": ["py.typed", "demo/*"]},
+    package_data={"phi4_mlx": ["py.typed", "demo/*"], "phi4_mlx.server": ["page.html"]},
     install_requires=[
         'mlx>=0.31.2; sys_platform == "darwin"',
         'mlx[cpu]>=0.31.2; sys_platform == "linux"',
@@ -32,6 +32,8 @@ setup(
         "rich>=13.7",
         "prompt_toolkit>=3.0.40",
         "pyyaml>=6",
+        "starlette>=0.40",
+        "uvicorn>=0.30",
     ],
     extras_require={
         "plots": ["matplotlib>=3.8"],
@@ -39,6 +41,8 @@ setup(
             "matplotlib>=3.8",
             "pytest>=8",
             "hypothesis>=6.100",
+            "openai>=3",
+            "anthropic>=2",
             "pexpect>=4.9",
             "ruff>=0.17,<0.18",
             "mypy>=1.18,<3",

@@ -11,6 +11,7 @@ from phi4_mlx.command import USER_MISTAKE, complain
 COMMANDS = {
     "generate": ("phi4_mlx.completion", "print the answer to one prompt"),
     "chat": ("phi4_mlx.chat", "talk with a model in the terminal"),
+    "server": ("phi4_mlx.server.__main__", "serve a model over HTTP: OpenAI's and Anthropic's APIs, and a chat page"),
     "lora": ("phi4_mlx.lora.__main__", "fine-tune a model on your own data"),
     "convert": ("phi4_mlx.convert.__main__", "make a package, 4-bit say, from a Hugging Face checkpoint"),
     "fuse": ("phi4_mlx.lora.fuse", "make a package of a model and an adapter"),

@@ -9,13 +9,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from tests.conftest import BOUNDARY, make_tiny_model
 
 from phi4_mlx import batch as batch_module
 from phi4_mlx.batch import Batch, Fault, Rows, Sequence, Token, kv_bytes
 from phi4_mlx.generation import generate_step
 from phi4_mlx.models.text import Model
 from phi4_mlx.sampling import make_logits_processors, make_sampler
+from tests.conftest import BOUNDARY, make_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,8 @@ def test_a_sequence_that_ends_leaves_a_cache_of_all_that_is_known(model: Model) 
         assert cache is not None and cache.ids[0].tolist() == sequence.ids[: cache.offset]
         assert cache.offset == len(sequence.ids) - 1
         whole = model(mx.array([sequence.ids]))[:, -1]
-        np.testing.assert_allclose(np.array(model(mx.array([sequence.ids[-1:]]), cache)[:, -1]), np.array(whole), atol=2e-4)
+        onward = model(mx.array([sequence.ids[-1:]]), cache)[:, -1]
+        np.testing.assert_allclose(np.array(onward), np.array(whole), atol=2e-4)
     assert not batch.active
 
 

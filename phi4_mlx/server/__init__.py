@@ -1,0 +1,1 @@
+"""The server: `python -m phi4_mlx.server --model M`."""

@@ -1,0 +1,305 @@
+"""HTTP and server-sent events: the routes, and how an answer is sent whole or as it is made."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import functools
+import hashlib
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from phi4_mlx.server import chat_api, completions_api, messages_api, responses_api
+from phi4_mlx.server.guard import Receive, Scope, Send, refuse
+from phi4_mlx.server.service import Service
+from phi4_mlx.server.wire import Answer, Ask, Delta, End, WireError, json_bytes
+
+HEARTBEAT_S = 10.0  # without a word, a proxy between would take the stream for dead
+
+T = TypeVar("T")
+Parse = Callable[[Any, int], Ask]
+
+
+@dataclass(frozen=True)
+class App:
+    """The routes over a service.
+
+    Attributes:
+        service: what is served.
+        created: when it was started, in seconds since 1970.
+        counts: answers by route and status, for /metrics.
+    """
+
+    service: Service
+    created: int = field(default_factory=lambda: int(time.time()))
+    counts: Counter[tuple[str, int]] = field(default_factory=Counter)
+
+    def starlette(self) -> Starlette:
+        """The ASGI application."""
+        answering = {
+            "/v1/chat/completions": self._answering(chat_api.parse, chat_api.ChatAnswer),
+            "/v1/completions": self._answering(completions_api.parse, self._completion),
+            "/v1/responses": self._answering(responses_api.parse, responses_api.ResponseAnswer),
+            "/v1/messages": self._answering(messages_api.parse, messages_api.MessageAnswer),
+            "/v1/messages/count_tokens": self.count_tokens,
+            "/v1/embeddings": self.embeddings,
+        }
+        routes = [
+            Route("/", self.page),
+            Route("/health", self.health),
+            Route("/metrics", self.metrics),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{model:path}", self.model),
+            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in answering.items()),
+        ]
+        handlers: dict[Any, Any] = {WireError: self._refused, HTTPException: self._http_error, Exception: self._broken}
+        return Starlette(routes=routes, exception_handlers=handlers)
+
+    async def page(self, request: Request) -> Response:
+        """The chat page; its own script and style are all that it may run."""
+        html, policy = _page()
+        safety = {"content-security-policy": policy, "x-content-type-options": "nosniff"}
+        return HTMLResponse(html, headers=safety | {"referrer-policy": "no-referrer"})
+
+    async def health(self, request: Request) -> Response:
+        """Whether the engine answers."""
+        supervisor = self.service.supervisor
+        pong = await supervisor.ping()
+        status = "ok" if pong else "busy" if supervisor.state == "ready" else supervisor.state
+        body = {"status": status, "restarts": supervisor.restarts, "jobs": supervisor.jobs}
+        return _json(body, 200 if pong else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        """Counts and bytes, in Prometheus' text format."""
+        supervisor = self.service.supervisor
+        pong = await supervisor.ping()
+        gauges = {"up": float(pong is not None), "engine_restarts_total": supervisor.restarts, "jobs": supervisor.jobs}
+        lines = [f"phi4_mlx_{name} {value:g}" for name, value in (gauges | dict(pong.gauges if pong else {})).items()]
+        for (route, code), count in sorted(self.counts.items()):
+            lines.append(f'phi4_mlx_answers_total{{route="{route}",status="{code}"}} {count}')
+        return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def models(self, request: Request) -> Response:
+        """The ids that a client may name."""
+        return _json({"object": "list", "data": [self._shown(name) for name in self.service.models]})
+
+    async def model(self, request: Request) -> Response:
+        """One of them."""
+        name = request.path_params["model"]
+        if name not in self.service.models:
+            raise WireError(404, f"there is no model {name!r:.100}", "model", "model_not_found")
+        return _json(self._shown(name))
+
+    async def count_tokens(self, request: Request) -> Response:
+        """How long a prompt of /v1/messages is."""
+        ask = messages_api.parse(_body(await request.body()), self.service.vocabulary, counting=True)
+        return _json({"input_tokens": len((await self.service.prompts(ask))[0])})
+
+    async def embeddings(self, request: Request) -> Response:
+        """Not done: this model makes none."""
+        raise WireError(501, "this model makes no embeddings")
+
+    def _shown(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self.created, "owned_by": "phi4_mlx"}
+
+    def _completion(self, ask: Ask, created: int, **options: Any) -> Answer:
+        decode = self.service.tokenizer.decode
+        texts = [each if isinstance(each, str) else decode(each) for each in ask.prompts] if ask.echo else []
+        return completions_api.CompletionAnswer(ask, created, prompt_texts=texts, **options)
+
+    def _answering(self, parse: Parse, make: Callable[..., Answer]) -> Callable[[Request], Awaitable[Response]]:
+        """A route that answers with tokens of the model."""
+
+        async def route(request: Request) -> Response:
+            ask = parse(_body(await request.body()), self.service.vocabulary)
+            prompts = await self.service.prompts(ask)
+            items = self.service.answers(ask, await self.service.jobs(ask, prompts))
+            answer = make(ask, int(time.time()), prompt_tokens=sum(map(len, prompts)))
+            try:
+                if ask.stream:
+                    paced = _paced(items)
+                    first = await _unless_gone(request.receive, anext(paced))  # a failure may still have its own status
+                    response: Response = EventStream(answer, first, paced)
+                else:
+                    response = _json(answer.whole(await _unless_gone(request.receive, _collected(items))))
+            except ClientGone:
+                response = Response(status_code=499)  # nobody reads it
+            self.counts[request.url.path, response.status_code] += 1
+            return response
+
+        return route
+
+    async def _refused(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, WireError)
+        return self._refusal(request, error)
+
+    async def _http_error(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        status = error.status_code
+        what = {404: "there is no such route", 405: f"{request.method} is not what this route is for"}
+        return self._refusal(request, WireError(status, what.get(status, str(error.detail))))
+
+    async def _broken(self, request: Request, error: Exception) -> Response:
+        return self._refusal(request, WireError(500, f"the server could not answer: {type(error).__name__}"))
+
+    def _refusal(self, request: Request, error: WireError) -> Response:
+        known = request.scope.get("endpoint") is not None  # any other path would be a line of /metrics for ever
+        self.counts[request.url.path if known else "other", error.status] += 1
+        return Refusal(error)
+
+
+class Refusal(Response):
+    """An error in the shape of the API that was asked."""
+
+    def __init__(self, error: WireError) -> None:
+        super().__init__(status_code=error.status)
+        self._error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends it."""
+        await refuse(scope, send, self._error)
+
+
+class EventStream(Response):
+    """An answer as it is made; it ends when the client leaves."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, answer: Answer, first: Delta | End | None, rest: AsyncIterator[Delta | End | None]) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._answer, self._first, self._rest = answer, first, rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends it."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        with contextlib.suppress(ClientGone):
+            await _unless_gone(receive, self._send(send))
+
+    async def _send(self, send: Send) -> None:
+        async def say(events: bytes, more: bool = True) -> None:
+            if events or not more:
+                await send({"type": "http.response.body", "body": events, "more_body": more})
+
+        answer = self._answer
+        async with contextlib.aclosing(self._rest):  # type: ignore[type-var]
+            try:
+                await say(answer.opening() + self._told(self._first))
+                async for item in self._rest:
+                    await say(self._told(item))
+                end = answer.closing()
+            except WireError as error:
+                end = answer.failure(error)
+            except Exception as error:
+                end = answer.failure(WireError(500, f"the server could not go on: {type(error).__name__}"))
+            await say(end, more=False)
+
+    def _told(self, item: Delta | End | None) -> bytes:
+        return self._answer.heartbeat if item is None else self._answer.chunk(item)
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+async def _unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+    """What `work` comes to, unless the client leaves before.
+
+    Raises:
+        ClientGone: it did; the work is cancelled.
+    """
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            return tasks[0].result()
+        raise ClientGone
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _paced(items: AsyncGenerator[Delta | End, None]) -> AsyncGenerator[Delta | End | None, None]:
+    """The items, and None whenever there was none for a while."""
+    pending: asyncio.Future[Delta | End] | None = None
+    async with contextlib.aclosing(items):
+        try:
+            while True:
+                pending = pending or asyncio.ensure_future(anext(items))
+                await asyncio.wait([pending], timeout=HEARTBEAT_S)
+                if not pending.done():
+                    yield None
+                    continue
+                try:
+                    item = pending.result()
+                except StopAsyncIteration:
+                    return
+                pending = None
+                yield item
+        finally:
+            if pending is not None:
+                pending.cancel()
+                await asyncio.gather(pending, return_exceptions=True)
+
+
+async def _collected(items: AsyncGenerator[Delta | End, None]) -> list[Delta | End]:
+    async with contextlib.aclosing(items):
+        return [item async for item in items]
+
+
+def _body(data: bytes) -> Any:
+    """A body as JSON.
+
+    Raises:
+        WireError: it is none.
+    """
+
+    def refuse_constant(name: str) -> None:
+        raise ValueError(f"{name} is no JSON number")
+
+    try:
+        return json.loads(data, parse_constant=refuse_constant)
+    except RecursionError:
+        raise WireError(400, "the body is nested too deeply") from None
+    except ValueError as error:
+        raise WireError(400, f"the body is not JSON: {error!s:.200}") from None
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(json_bytes(value), status, media_type="application/json")
+
+
+@functools.cache
+def _page() -> tuple[str, str]:
+    """The chat page, and a policy under which its own script and style run, and nothing else."""
+    html = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+
+    def hashes(tag: str) -> str:
+        blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        digests = (base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks)
+        return " ".join(f"'sha256-{digest}'" for digest in digests)
+
+    policy = (
+        f"default-src 'none'; connect-src 'self'; script-src {hashes('script')}; style-src {hashes('style')}; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return html, policy
