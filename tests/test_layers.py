@@ -14,11 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = {
     0: "errors config",
-    1: "byte_bpe command line_editor manifest markdown tensor_file models.rope cache tokenizer sampling",
-    2: "models lora.layers lora.adapter lora.peft chat_format tools",
-    3: "checkpoint",
+    1: "byte_bpe command json_scanner line_editor manifest markdown tensor_file models.rope cache tokenizer sampling",
+    2: "models lora.layers lora.adapter lora.peft chat_format grammar_words schema tools tool_calls",
+    3: "checkpoint constrain",
     4: "generation",
-    5: "conversation transcript speculate constrain batch agent lora convert",
+    5: "conversation transcript speculate batch agent lora convert",
     6: "completion chat chat_commands server bridge",
     7: "cli __main__",
 }
