@@ -14,6 +14,9 @@ import mlx.core as mx
 
 from phi4_mlx.errors import RequestError
 
+_UNLUCKY = math.log(2**-32)  # how likely it may be that no draw of several is in the nucleus
+_MOST_TRIES = 16  # at a top_p of 0.75; below, sorting is as fast
+_BLOCK = 512  # token ids
 _LEAST_TEMP = 1e-30  # logits stay finite in float32, and long before that only the likeliest token is ever drawn
 
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
@@ -45,15 +48,26 @@ class Sampler:
         """Tokens [B] for logits or log-probabilities [B, V]; `key` is a random key, the default is MLX's own state."""
         if self.temp == 0:
             return mx.argmax(logits, axis=-1)
-        logits = logits.astype(mx.float32)
-        logits = (logits - mx.max(logits, axis=-1, keepdims=True)) / max(self.temp, _LEAST_TEMP)
+        logits = logits.astype(mx.float32) / max(self.temp, _LEAST_TEMP)
         if 0 < self.top_k < logits.shape[-1]:
-            logits = _likeliest(logits, self.top_k)
-        if 0 < self.top_p < 1:
-            logits = _nucleus(logits, self.top_p)
+            tokens = mx.argpartition(-logits, self.top_k - 1, axis=-1)[..., : self.top_k]
+            drawn = self._draw(mx.take_along_axis(logits, tokens, axis=-1), key)
+            return mx.take_along_axis(tokens, drawn[..., None], axis=-1)[..., 0]
+        return self._draw(logits, key)
+
+    def _draw(self, logits: mx.array, key: mx.array | None) -> mx.array:
+        """Tokens [B] for tempered logits [B, V]."""
         if self.min_p > 0:
-            logits = mx.where(logits < math.log(self.min_p), -math.inf, logits)  # the likeliest is at 0
-        return mx.random.categorical(logits, key=key)
+            floor = mx.max(logits, axis=-1, keepdims=True) + math.log(self.min_p)
+            allowed = mx.where(logits < floor, -math.inf, logits)
+        else:
+            allowed = logits
+        if not 0 < self.top_p < 1:
+            return mx.random.categorical(allowed, key=key)
+        tries = math.ceil(_UNLUCKY / math.log(1 - self.top_p))
+        if tries <= _MOST_TRIES and logits.shape[-1] > _BLOCK:
+            return _draw_from_nucleus(logits, allowed, self.top_p, tries, key)
+        return _draw_sorted(logits, allowed, self.top_p, key)
 
 
 def make_sampler(
@@ -137,19 +151,53 @@ def check_whole(name: str, value: int, low: int, high: int = 2**31) -> None:
         raise RequestError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
 
 
-def _likeliest(logits: mx.array, k: int) -> mx.array:
-    """Drops all but k tokens a row; by index rather than by a floor, which would keep every token of a tie."""
-    dropped = mx.argpartition(-logits, k - 1, axis=-1)[..., k:]
-    return mx.put_along_axis(logits, dropped, mx.array(-math.inf), axis=-1)
-
-
-def _nucleus(logits: mx.array, top_p: float) -> mx.array:
-    """Drops all but the fewest tokens whose probability reaches top_p."""
+def _draw_sorted(logits: mx.array, allowed: mx.array, top_p: float, key: mx.array | None) -> mx.array:
+    """Tokens [B] from the fewest logits [B, V] whose probability reaches top_p, as far as they are allowed."""
     order = mx.argsort(-logits, axis=-1)
-    ordered = mx.take_along_axis(logits, order, axis=-1)
-    probs = mx.softmax(ordered, axis=-1, precise=True)
+    probs = mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1, precise=True)
     before = mx.cumsum(probs, axis=-1) - probs  # mass of all likelier tokens
-    return mx.put_along_axis(logits, order, mx.where(before < top_p, ordered, -math.inf), axis=-1)
+    nucleus = mx.where(before < top_p, mx.take_along_axis(allowed, order, axis=-1), -math.inf)
+    drawn = mx.random.categorical(nucleus, key=key)
+    return mx.take_along_axis(order, drawn[..., None], axis=-1)[..., 0]
+
+
+def _draw_from_nucleus(
+    logits: mx.array, allowed: mx.array, top_p: float, tries: int, key: mx.array | None
+) -> mx.array:
+    """As `_draw_sorted`, without the sort.
+
+    A token drawn from all of them is in the nucleus if the likelier ones come to less than top_p, and so it is with a
+    probability of top_p or more. Several are drawn at once, and the first one that is in it is taken. Equal tokens
+    count in the order of their ids.
+    """
+    probs = mx.softmax(logits, axis=-1)
+    weights = probs if allowed is logits else mx.where(allowed == -math.inf, 0.0, probs)
+    drawn = _draw_by_weight(weights, tries, key)  # [B, N]
+    own = mx.take_along_axis(probs, drawn, axis=-1)
+    inside = _mass_before(probs[:, None], own[..., None], drawn[..., None]) < top_p
+    first = mx.argmax(inside, axis=-1, keepdims=True)
+    lucky = mx.take_along_axis(drawn, first, axis=-1)[:, 0]
+    return mx.where(mx.any(inside, axis=-1), lucky, mx.argmax(logits, axis=-1))
+
+
+@mx.compile
+def _mass_before(probs: mx.array, own: mx.array, token: mx.array) -> mx.array:
+    """The probability of all tokens [.., V] before one in the order of likelihood, and of ids among equals."""
+    ids = mx.arange(probs.shape[-1])
+    before = (probs > own) | ((probs == own) & (ids < token))
+    return mx.where(before, probs, 0.0).sum(axis=-1)
+
+
+def _draw_by_weight(weights: mx.array, n: int, key: mx.array | None) -> mx.array:
+    """Draws n tokens [B, n] in proportion to weights [B, V]: a block of ids, then one in it, which loses no digits."""
+    B, V = weights.shape
+    blocks = mx.pad(weights, [(0, 0), (0, -V % _BLOCK)]).reshape(B, -1, _BLOCK)
+    at, within = mx.random.uniform(shape=(2, B, n, 1), key=key)
+    totals = mx.cumsum(blocks.sum(axis=-1), axis=-1)[:, None]  # [B, 1, V / block]
+    block = mx.minimum((totals <= at * totals[..., -1:]).sum(axis=-1), blocks.shape[1] - 1)  # [B, n]
+    inside = mx.cumsum(mx.take_along_axis(blocks, block[..., None], axis=1), axis=-1)  # [B, n, block]
+    offset = (inside <= within * inside[..., -1:]).sum(axis=-1)
+    return mx.minimum(block * _BLOCK + offset, V - 1)
 
 
 def _bias(logit_bias: Mapping[int, float]) -> LogitsProcessor:

@@ -62,6 +62,45 @@ def test_the_smallest_temperatures_take_the_likeliest(temp: float) -> None:
     assert set(tokens.tolist()) == {5}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"top_p": 0.95}, {"top_p": 0.8}, {"top_p": 0.9, "min_p": 0.05}, {"top_p": 0.3}, {"top_p": 0.9, "top_k": 700}],
+)
+def test_a_large_vocabulary_is_cut_and_drawn_from_as_a_small_one(options: dict[str, Any]) -> None:
+    """Without a sort where most draws are within the cut; the definition in NumPy says what may be drawn, how often."""
+    V, n = 1500, 40_000
+    logits = np.random.default_rng(5).normal(size=V).astype(np.float32) * 1.5
+    order = np.argsort(-logits, kind="stable")[: options.get("top_k", V)]
+    probs = np.exp(logits[order] / 0.8 - logits.max() / 0.8)
+    probs /= probs.sum()
+    kept = (np.cumsum(probs) - probs < options["top_p"]) & (probs >= options.get("min_p", 0) * probs.max())
+    expected = np.zeros(V)
+    expected[order[kept]] = probs[kept] / probs[kept].sum()
+    sampler = make_sampler(0.8, seed=11, **options)
+    drawn = np.concatenate([np.array(sampler(mx.broadcast_to(mx.array(logits), (500, V)))) for _ in range(n // 500)])
+    found = np.bincount(drawn, minlength=V) / n
+    assert (found[expected == 0] == 0).all()
+    likely = expected * n >= 10  # chi-squared needs some of each
+    statistic = (((found - expected) ** 2 / np.where(expected, expected, 1)) * n)[likely].sum()
+    freedom = likely.sum() - 1
+    assert statistic < freedom + 5 * math.sqrt(2 * freedom)
+
+
+def test_of_equal_tokens_in_a_large_vocabulary_the_first_are_kept() -> None:
+    tokens = make_sampler(temp=1.0, top_p=0.8, seed=3)(mx.zeros((4000, 1000)))
+    assert max(tokens.tolist()) < 801 and len(set(tokens.tolist())) > 700
+
+
+def test_rare_tokens_of_a_large_vocabulary_keep_their_share() -> None:
+    """In single precision a running sum over all of it would lose them."""
+    V = 200_064
+    logits = mx.zeros((V,)).at[mx.arange(100_000, V)].add(math.log(3))
+    tokens = np.concatenate([np.array(make_sampler(1.0, top_p=0.99, seed=n)(logits[None])) for n in range(300)])
+    share = (tokens >= 100_000).mean()
+    expected = 3 * 100_064 / (100_000 + 3 * 100_064)
+    assert abs(share - expected / 0.99) < 0.07
+
+
 def test_temperature_comes_before_the_cuts() -> None:
     tempered = PROBS**2 / (PROBS**2).sum()  # temp 0.5: 0.59, 0.23, 0.08, ...
     found = drawn(make_sampler(temp=0.5, top_p=0.8, seed=1))
