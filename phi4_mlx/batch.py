@@ -1,6 +1,6 @@
 """Continuous batching: many sequences over one model, which join and leave at every step.
 
-A step reads a chunk of one prompt, and draws a token for every sequence whose prompt has been read. Until then a
+A step draws a token for every sequence whose prompt has been read, and reads chunks of others. Until then a
 sequence has a cache of its own; afterwards its keys and values are a row among `Rows` of the same model and RoPE table.
 Whatever takes a row out of step (a crossing of the RoPE boundary, a run of forced tokens, want of memory, a failure)
 takes it out of the rows, and it comes back as it came first: by a prefill of what its cache does not hold.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -142,9 +142,14 @@ class Sequence:
         """Bytes that the keys and values of all of its ids take, in whole buffers."""
         return _buffer_bytes(self.model, len(self.ids))
 
-    def take(self, token: int) -> list[int]:
-        """Appends a token that was drawn; returns it, with those that a grammar forces to follow."""
+    def take(self, token: int) -> list[int] | None:
+        """Appends a token that was drawn; returns it, with those that a grammar forces to follow.
+
+        None if the grammar would rather have another in its place.
+        """
         forced = self.logits_mask.accept(token) if self.logits_mask is not None else []
+        if forced is None:
+            return None
         tokens = [token, *forced][: self.max_tokens - self.drawn]
         self.ids += tokens
         return tokens
@@ -172,6 +177,26 @@ class Fault:
 
     sequence: Sequence
     error: Exception
+
+
+class Memory(Protocol):
+    """What is known of prompts that others have brought before."""
+
+    def recall(self, sequence: Sequence) -> PromptCache | None:
+        """A cache of how a sequence's ids begin, for it to take over; asked for when it begins to be read."""
+
+    def keep(self, sequence: Sequence) -> None:
+        """Told when all of a sequence's ids have been read; its cache will change."""
+
+
+class _Forgetful:
+    """Knows nothing."""
+
+    def recall(self, sequence: Sequence) -> PromptCache | None:
+        return None
+
+    def keep(self, sequence: Sequence) -> None:
+        pass
 
 
 @dataclass(eq=False)
@@ -227,25 +252,29 @@ class Batch:
         max_rows: sequences under way at a time; more wait.
         kv_limit_bytes: what all keys and values may take; where they would outgrow it, the youngest sequence waits.
         prefill_step_size: tokens of prompts that a step reads.
+        memory: what is known of earlier prompts.
         waiting: sequences that have not begun, in order.
         active: those that have, the oldest first.
     """
 
     def __init__(
-        self, max_rows: int = 32, kv_limit_bytes: float = math.inf, prefill_step_size: int = PREFILL_STEP_SIZE
+        self,
+        max_rows: int = 32,
+        kv_limit_bytes: float = math.inf,
+        prefill_step_size: int = PREFILL_STEP_SIZE,
+        memory: Memory | None = None,
     ):
         self.max_rows, self.kv_limit_bytes, self.prefill_step_size = max_rows, kv_limit_bytes, prefill_step_size
+        self.memory: Memory = memory or _Forgetful()
         self.waiting: list[Sequence] = []
         self.active: list[Sequence] = []
         self._reading: list[Sequence] = []
-        self._ready: list[Sequence] = []  # read, and not among the rows yet
         self._groups: list[_Group] = []
 
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values, with room for the next token of each."""
-        alone = (sequence.nbytes for sequence in [*self._reading, *self._ready])
-        return sum(alone) + sum(group.nbytes for group in self._groups)
+        return sum(sequence.nbytes for sequence in self._reading) + sum(group.nbytes for group in self._groups)
 
     def add(self, sequence: Sequence) -> None:
         """Takes a sequence in, at the end of the line."""
@@ -261,19 +290,17 @@ class Batch:
         return sequence.cache
 
     def step(self) -> list[Token | Fault]:
-        """Reads a chunk and draws a token for every sequence that has been read.
+        """Draws a token for every sequence that has been read, and reads chunks of others.
 
         Returns:
             What was drawn, and who cannot go on and is out already. Whoever has reached `max_tokens`, or an end marker,
             is for the caller to `end`.
         """
         self._admit()
-        events = self._read()
-        ready, self._ready = self._ready, []
-        for sequence in ready:
-            self._place(sequence)
+        events: list[Token | Fault] = []
         for group in list(self._groups):
-            events += self._decode(group)
+            self._decode(group, events)
+        self._read(events)
         return events
 
     def _admit(self) -> None:
@@ -290,23 +317,35 @@ class Batch:
             self.active.append(self.waiting.pop(0))
             self._reading.append(self.active[-1])
 
-    def _read(self) -> list[Token | Fault]:
+    def _read(self, events: list[Token | Fault]) -> None:
         """Runs chunks of prompts, each in its turn, as many as come to `prefill_step_size` tokens."""
-        events: list[Token | Fault] = []
         room = self.prefill_step_size
         while self._reading and room > 0:
-            sequence = self._reading.pop(0)
+            sequence = self._next_to_read()
+            self._reading.remove(sequence)
             try:
+                sequence.cache = sequence.cache or self.memory.recall(sequence)
                 chunk, logits = _run_chunk(sequence, room)
                 room -= chunk
                 if logits is None:
                     self._reading.append(sequence)
-                else:
-                    self._ready.append(sequence)
-                    events += self._draw([sequence], logits)
+                    continue
+                self.memory.keep(sequence)
+                self._draw([sequence], logits, events)
+                if sequence in self.active:
+                    self._place(sequence)
             except Exception as error:
                 events.append(self._fail(sequence, error))
-        return events
+
+    def _next_to_read(self) -> Sequence:
+        """The first in line, but one whose very prompt is being read already had better wait for what is found."""
+        begun = [each for each in self._reading if each.cache is not None]
+        for sequence in self._reading:
+            if sequence.cache is not None or not any(
+                each.model is sequence.model and each.ids == sequence.ids for each in begun
+            ):
+                return sequence
+        raise AssertionError("one that waits for another, and none that it waits for")
 
     def _place(self, sequence: Sequence) -> None:
         """Sends a sequence that has been read to the group that it fits best, or to read on."""
@@ -321,7 +360,7 @@ class Batch:
             self._groups += fitting
         min(fitting, key=lambda group: group.padding_with(sequence, cache)).arrivals.append((sequence, cache))
 
-    def _decode(self, group: _Group) -> list[Token | Fault]:
+    def _decode(self, group: _Group, events: list[Token | Fault]) -> None:
         """A token for every row of a group; one that has fallen out of step leaves it."""
         for member, length in zip(list(group.members), group.rows.lengths, strict=True):
             if member is not None and not member.in_step(length, group.rows.regime):
@@ -330,36 +369,38 @@ class Batch:
         try:
             members = group.settle()
             if not members:
-                return []
+                return
             lengths = group.rows.lengths
             ids = mx.array([[member.ids[length]] for member, length in zip(members, lengths, strict=True)])
             logits = group.model(ids, group.rows)[:, -1]  # [B, V]
             # A row that has a forced token to take in has nothing to draw.
             due = [n for n, member in enumerate(members) if lengths[n] + 1 == len(member.ids)]
-            return self._draw([members[n] for n in due], logits if len(due) == len(members) else logits[mx.array(due)])
+            if due:
+                chosen = logits if len(due) == len(members) else logits[mx.array(due)]
+                self._draw([members[n] for n in due], chosen, events)
         except Exception as error:
-            return self._restart(group, error)
+            self._restart(group, error, events)
 
-    def _draw(self, sequences: list[Sequence], logits: mx.array) -> list[Token | Fault]:
+    def _draw(self, sequences: list[Sequence], logits: mx.array, events: list[Token | Fault]) -> None:
         """Draws a token for each sequence from its row of the logits [B, V]; the mistake of one is not the others'."""
         mx.async_eval(logits)  # the device computes them while the host works out what a grammar allows
-        events: list[Token | Fault] = []
-        drawn: list[tuple[Sequence, mx.array, mx.array]] = []
+        drawn: list[tuple[int, mx.array, mx.array]] = []
         likeliest = mx.argmax(logits, axis=-1)  # [B]
         for n, sequence in enumerate(sequences):
             try:
-                drawn.append((sequence, *_draw_one(sequence, logits[n : n + 1], likeliest[n : n + 1])))
+                drawn.append((n, *_draw_one(sequence, logits[n : n + 1], likeliest[n : n + 1])))
             except Exception as error:
                 events.append(self._fail(sequence, error))
         mx.eval([token for _, token, _ in drawn])
-        for sequence, token, logprobs in drawn:
+        for n, token, logprobs in drawn:
+            sequence = sequences[n]
             try:
-                tokens = sequence.take(int(token.item()))
+                while (tokens := sequence.take(int(token.item()))) is None:
+                    token, logprobs = _draw_one(sequence, logits[n : n + 1], likeliest[n : n + 1])
             except Exception as error:
                 events.append(self._fail(sequence, error))
             else:
-                events += [Token(sequence, each, None if n else logprobs) for n, each in enumerate(tokens)]
-        return events
+                events += [Token(sequence, each, None if i else logprobs) for i, each in enumerate(tokens)]
 
     def _fail(self, sequence: Sequence, error: Exception) -> Fault:
         """Takes out a sequence that cannot go on."""
@@ -367,12 +408,12 @@ class Batch:
         sequence.cache = None
         return Fault(sequence, error)
 
-    def _restart(self, group: _Group, error: Exception) -> list[Token | Fault]:
+    def _restart(self, group: _Group, error: Exception, events: list[Token | Fault]) -> None:
         """Begins anew with what was lost with a group's rows; a sequence to which it happens again has failed."""
         arrived = [sequence for sequence, _ in group.arrivals]
         lost = [member for member in [*group.members, *arrived] if member is not None]
-        self._groups.remove(group)
-        events: list[Token | Fault] = []
+        if group in self._groups:
+            self._groups.remove(group)
         for sequence in lost:
             sequence.cache = None
             sequence.restarts += 1
@@ -380,13 +421,11 @@ class Batch:
                 events.append(self._fail(sequence, error))
             else:
                 self._reading.append(sequence)
-        return events
 
     def _take_out(self, sequence: Sequence) -> None:
         """Takes an active sequence out of wherever it stands; of a row it keeps what its own regime can use."""
-        for line in (self._reading, self._ready):
-            if sequence in line:
-                return line.remove(sequence)
+        if sequence in self._reading:
+            return self._reading.remove(sequence)
         for group in self._groups:
             group.arrivals = [arrival for arrival in group.arrivals if arrival[0] is not sequence]
             if sequence in group.members:

@@ -255,7 +255,7 @@ def test_models_share_a_batch_but_no_rows(model: Model) -> None:
 def test_a_token_tells_its_log_probabilities(model: Model) -> None:
     batch = Batch()
     batch.add(Sequence(model, [4, 5, 6], 2))
-    token, _ = batch.step()
+    (token,) = batch.step()
     assert isinstance(token, Token) and token.logprobs is not None
     assert mx.exp(token.logprobs).sum().item() == pytest.approx(1, abs=1e-4)
     assert int(mx.argmax(token.logprobs).item()) == token.token
