@@ -10,7 +10,9 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +20,10 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from phi4_mlx.batch import Batch, Fault, Sequence, Token, kv_bytes
-from phi4_mlx.cache import KVCache
+from phi4_mlx.cache import KVCache, PromptCache
 from phi4_mlx.checkpoint import load, share_weights
 from phi4_mlx.errors import Phi4Error, RequestError
-from phi4_mlx.generation import _Text as AnswerText
+from phi4_mlx.generation import _Text
 from phi4_mlx.lora.layers import load_adapter
 from phi4_mlx.models.text import Model
 from phi4_mlx.sampling import make_logits_processors, make_sampler
@@ -67,15 +69,33 @@ class Settings:
     chat_format: str | None = None
 
 
+class _AnswerText(_Text):
+    """The text of an answer, which also knows the stop string that has ended it."""
+
+    stopped_by: str | None = None
+
+    def add(self, token: int) -> tuple[str, bool]:
+        """As it does elsewhere."""
+        certain, stopped = super().add(token)
+        if stopped:
+            rest = self._held[len(certain) :]
+            self.stopped_by = next(each for each in self._stops if rest.startswith(each))
+        return certain, stopped
+
+    def finish(self) -> str:
+        """What was still held back; nothing after a stop string."""
+        return "" if self.stopped_by else super().finish()
+
+
 @dataclass(eq=False)
 class _Answer:
     """A job under way."""
 
     job: Job
     sequence: Sequence
-    text: AnswerText
-    cached_tokens: int
+    text: _AnswerText
     ends_at: float  # on the monotonic clock
+    cached_tokens: int = 0
     tokens: int = 0  # told so far
 
 
@@ -97,7 +117,8 @@ class Engine:
         adapted = self._adapted(settings.adapter_path) if settings.adapter_path else base
         self._models: dict[str | None, Model] = {None: adapted}
         self._answers: dict[Sequence, _Answer] = {}
-        self._batch = Batch(settings.max_rows, self.kv_limit_bytes)
+        self._unkept = 0
+        self._batch = self._new_batch()
 
     @property
     def busy(self) -> bool:
@@ -133,24 +154,35 @@ class Engine:
             answer = self._answers.get(event.sequence)
             if answer is None:  # ended earlier in this step
                 continue
-            try:
-                events += self._told(answer, event)
-            except Exception as error:
-                self._forget(answer)
-                events.append(_failure(answer.job, error))
+            events += self._safely(answer, partial(self._told, answer, event))
         now = time.monotonic()
         for answer in [each for each in self._answers.values() if each.ends_at <= now]:
-            events += self._finish(answer, "timeout")
+            events += self._safely(answer, partial(self._out_of_time, answer))
         return events
 
     def fail_all(self, error: Exception) -> list[Event]:
         """Begins anew after a step that came to nothing: no job under way can be trusted."""
         events: list[Event] = [_failure(answer.job, error) for answer in self._answers.values()]
         self._answers.clear()
-        self._batch = Batch(self.settings.max_rows, self.kv_limit_bytes)
+        self._batch = self._new_batch()
         self.prefixes.clear()
         mx.clear_cache()
         return events
+
+    def recall(self, sequence: Sequence) -> PromptCache | None:
+        """What is known of a prompt that is about to be read; for the batch."""
+        answer = self._answers[sequence]
+        cache = self.prefixes.find(sequence.model, answer.job.adapter, sequence.ids)
+        if not answer.tokens:
+            answer.cached_tokens = cache.offset if cache else 0
+        return cache
+
+    def keep(self, sequence: Sequence) -> None:
+        """A prompt has been read: others that begin alike need not wait for the answer's end; for the batch."""
+        answer = self._answers[sequence]
+        if not answer.tokens:
+            self.prefilled_tokens += len(answer.job.prompt) - answer.cached_tokens
+        self._put(answer, sequence.cache)
 
     def gauges(self) -> dict[str, float]:
         """Counts and bytes, by the name under which they are told."""
@@ -163,18 +195,21 @@ class Engine:
             "prefix_cache_bytes": self.prefixes.nbytes,
             "prefix_cache_limit_bytes": self.prefixes.limit_bytes,
             "prefix_cache_entries": len(self.prefixes),
+            "prefix_cache_failures_total": self._unkept,
             "active_memory_bytes": mx.get_active_memory(),
             "peak_memory_bytes": mx.get_peak_memory(),
         }
 
     def _answer(self, job: Job) -> _Answer:
         model = self._model(job.adapter)
+        V = model.config.vocab_size
+        if not job.prompt or min(job.prompt) < 0 or max(job.prompt) >= V:  # MLX would read beyond the embedding
+            raise RequestError(f"a prompt must be token ids from 0 to {V - 1:,}, and at least one")
         if len(job.prompt) + job.max_tokens > self.longest:
             raise RequestError(
                 f"{len(job.prompt)} prompt tokens and max_tokens {job.max_tokens} come to more than {self.longest}, "
                 "what this server can hold; shorten the prompt or lower max_tokens"
             )
-        cache = self.prefixes.find(model, job.adapter, job.prompt)
         drawing = job.sampling
         sequence = Sequence(
             model,
@@ -188,18 +223,16 @@ class Engine:
                 frequency_penalty=drawing.frequency_penalty,
             ),
             self._constraint(job),
-            cache,
         )
-        cached = cache.offset if cache else 0
-        text = AnswerText(self.tokenizer.streaming_decoder(), list(job.stop))
-        return _Answer(job, sequence, text, cached, time.monotonic() + job.timeout_s)
+        text = _AnswerText(self.tokenizer.streaming_decoder(), list(job.stop))
+        return _Answer(job, sequence, text, time.monotonic() + job.timeout_s)
 
     def _constraint(self, job: Job) -> Any:
         if job.grammar is None:
             return None
         from phi4_mlx.constrain import Constraint, Grammar
 
-        return Constraint(Grammar(job.grammar), self.tokenizer, self._base.config.vocab_size)
+        return Constraint(Grammar(job.grammar), self.tokenizer, self._base.config.vocab_size, job.max_tokens)
 
     def _model(self, adapter: str | None) -> Model:
         """The model that answers under an adapter's name, loaded when it is first asked for."""
@@ -222,8 +255,6 @@ class Engine:
         if isinstance(event, Fault):
             self._forget(answer)
             return [_failure(answer.job, event.error)]
-        if not answer.tokens:
-            self._keep_prompt(answer)
         answer.tokens += 1
         self.drawn_tokens += 1
         job = answer.job
@@ -238,31 +269,49 @@ class Engine:
             return [*piece, *self._finish(answer, "length")]
         return piece
 
-    def _keep_prompt(self, answer: _Answer) -> None:
-        """The prompt has been read: others that begin alike need not wait for the answer's end."""
-        self.prefilled_tokens += len(answer.job.prompt) - answer.cached_tokens
-        if answer.sequence.cache is not None:
-            self.prefixes.put(answer.job.adapter, answer.sequence.cache)
-
     def _finish(self, answer: _Answer, reason: Literal["stop", "length", "timeout"]) -> list[Event]:
         job = answer.job
-        rest = "" if getattr(answer.text,"stopped_by",None) else answer.text.finish()
+        rest = answer.text.finish()
         self._end(answer)
-        counts = len(job.prompt), answer.cached_tokens, answer.tokens
-        finish = Finish(job.id, reason, getattr(answer.text,"stopped_by",None), *counts)
+        finish = Finish(job.id, reason, answer.text.stopped_by, len(job.prompt), answer.cached_tokens, answer.tokens)
         return [Piece(job.id, rest), finish] if rest else [finish]
+
+    def _out_of_time(self, answer: _Answer) -> list[Event]:
+        """Ends an answer where it stands; one that has not begun is a failure, lest it be taken for an empty one."""
+        if answer.tokens:
+            return self._finish(answer, "timeout")
+        self._end(answer)
+        message = f"the answer had not begun after {answer.job.timeout_s:g} s; the server is busy, or the prompt long"
+        return [Failure(answer.job.id, 504, message)]
+
+    def _safely(self, answer: _Answer, work: Callable[[], list[Event]]) -> list[Event]:
+        """What `work` for a job says; its mistake is that job's failure."""
+        try:
+            return work()
+        except Exception as error:
+            self._forget(answer)
+            return [_failure(answer.job, error)]
 
     def _end(self, answer: _Answer) -> None:
         """Takes a job out, and keeps what was computed for it."""
         del self._answers[answer.sequence]
-        cache = self._batch.end(answer.sequence)
-        if cache is not None and cache.offset:
-            self.prefixes.put(answer.job.adapter, cache)
+        self._put(answer, self._batch.end(answer.sequence))
 
     def _forget(self, answer: _Answer) -> None:
         """Takes a job out, and keeps nothing of it."""
-        del self._answers[answer.sequence]
+        self._answers.pop(answer.sequence, None)
         self._batch.end(answer.sequence)
+
+    def _put(self, answer: _Answer, cache: PromptCache | None) -> None:
+        """Keeps what a cache holds for prompts that begin alike. If that fails, they are computed anew, no more."""
+        try:
+            if cache is not None and cache.offset:
+                self.prefixes.put(answer.job.adapter, cache)
+        except Exception:
+            self._unkept += 1
+
+    def _new_batch(self) -> Batch:
+        return Batch(self.settings.max_rows, self.kv_limit_bytes, memory=self)
 
     def _logprob(self, event: Token, count: int) -> TokenLogprob:
         text = self.tokenizer.token_bytes(event.token)
@@ -285,24 +334,34 @@ def run(connection: Connection, settings: Settings) -> None:
             return
         connection.send(Ready(engine.longest))
         while True:
-            while connection.poll(0 if engine.busy else None):
-                _obey(engine, connection, connection.recv())
-            try:
-                events = engine.step()
-            except Exception as error:
-                events = engine.fail_all(error)
-            if events:
+            messages: list[Job | Cancel | Ping] = []
+            while connection.poll(0 if engine.busy or messages else None):
+                messages.append(connection.recv())
+            for message in messages:
+                if isinstance(message, Ping):
+                    connection.send(Pong(message.number, engine.gauges()))
+            if events := _turn(engine, messages):
                 connection.send(events)
 
 
-def _obey(engine: Engine, connection: Connection, message: Job | Cancel | Ping) -> None:
+def _turn(engine: Engine, messages: Iterable[Job | Cancel | Ping]) -> list[Event]:
+    """Obeys what the server says, and takes a step."""
+    events: list[Event] = []
+    works: list[Callable[[], list[Event]]] = [partial(_obey, engine, message) for message in messages]
+    for work in [*works, engine.step]:
+        try:
+            events += work()
+        except Exception as error:
+            events += engine.fail_all(error)
+    return events
+
+
+def _obey(engine: Engine, message: Job | Cancel | Ping) -> list[Event]:
     if isinstance(message, Job):
-        if events := engine.submit(message):
-            connection.send(events)
-    elif isinstance(message, Cancel):
+        return engine.submit(message)
+    if isinstance(message, Cancel):
         engine.cancel(message.job)
-    else:
-        connection.send(Pong(message.number, engine.gauges()))
+    return []
 
 
 def _failure(job: Job, error: Exception) -> Failure:

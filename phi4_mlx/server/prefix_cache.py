@@ -13,7 +13,7 @@ from phi4_mlx.models.rope import Regime
 from phi4_mlx.models.text import Model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Entry:
     adapter: str | None
     regime: Regime
@@ -34,6 +34,7 @@ class PrefixCache:
     """
 
     LEAST_SHARED = 8  # tokens; less than that is as fast to compute again
+    MOST_ENTRIES = 1024  # each is compared with a prompt, in a microsecond or two
 
     def __init__(self, limit_bytes: int):
         self.limit_bytes, self.nbytes = limit_bytes, 0
@@ -72,7 +73,7 @@ class PrefixCache:
             return
         kept = [each for each in self._entries if not _goes_on_from(entry, each)]
         used = sum(each.nbytes for each in kept)
-        while used + entry.nbytes > self.limit_bytes:
+        while used + entry.nbytes > self.limit_bytes or len(kept) >= self.MOST_ENTRIES:
             used -= kept.pop(0).nbytes
         mx.eval(states)
         self._entries, self.nbytes = [*kept, entry], used + entry.nbytes
