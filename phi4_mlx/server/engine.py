@@ -325,7 +325,8 @@ class Engine:
 
 def run(connection: Connection, settings: Settings) -> None:
     """The engine's process: reads jobs from a connection and writes events to it, until the other end is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which says when to end
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may go to both processes; the server says when to end
+        signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(EOFError, BrokenPipeError):
         try:
             engine = Engine(*load(settings.model, chat_format=settings.chat_format), settings)

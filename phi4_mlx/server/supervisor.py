@@ -53,7 +53,7 @@ class Supervisor:
     def __init__(self, settings: engine.Settings, max_jobs: int):
         self._settings, self._max_jobs = settings, max_jobs
         self._clients: dict[int, _Client] = {}
-        self._pongs: dict[int, asyncio.Future[Pong]] = {}
+        self._pongs: dict[int, asyncio.Future[Pong | None]] = {}
         self._numbers = itertools.count(1)
         self._process: Any = None
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -99,14 +99,20 @@ class Supervisor:
         """
         if len(self._clients) >= self._max_jobs:
             raise Full
+        if self.state == "stopped":
+            yield Failure(job.id, 503, "the server is stopping, or its engine could not be started again")
+            return
         job = dataclasses.replace(job, id=next(self._numbers))
         client = self._clients[job.id] = _Client(job)
         self._outbox.put(job)
         try:
             while True:
                 event = await client.events.get()
+                ended = isinstance(event, (Finish, Failure))
+                if ended:
+                    self._clients.pop(job.id, None)  # nothing is left to cancel
                 yield event
-                if isinstance(event, (Finish, Failure)):
+                if ended:
                     return
         finally:
             if self._clients.pop(job.id, None) is not None:
@@ -121,7 +127,7 @@ class Supervisor:
         self._outbox.put(Ping(number))
         try:
             return await asyncio.wait_for(answer, timeout_s)
-        except (asyncio.TimeoutError, asyncio.CancelledError):
+        except asyncio.TimeoutError:
             return None
         finally:
             self._pongs.pop(number, None)
@@ -184,6 +190,9 @@ class Supervisor:
         """Sees to the jobs of an engine that is gone, and starts another."""
         if process is not self._process or self.state == "stopped":
             return
+        for answer in self._pongs.values():
+            if not answer.done():
+                answer.set_result(None)
         if self._deaths >= len(PAUSES_S):
             return self._give_up(f"the engine ended {self._deaths + 1} times (last with {process.exitcode})")
         for client in self._clients.values():
