@@ -1,0 +1,368 @@
+"""What comes from outside: who may ask, whence, with which key, how much and how slowly."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import json
+from collections.abc import AsyncIterator, Iterable, MutableMapping
+from typing import Any
+
+import pytest
+from starlette.routing import Route
+
+from phi4_mlx.errors import RequestError
+from phi4_mlx.server import __main__ as command
+from phi4_mlx.server import guard as guard_module
+from phi4_mlx.server.app import App
+from phi4_mlx.server.guard import BODY_BYTES, HEADER_BYTES, LOOPBACK_NAMES, Guard, is_loopback
+
+Headers = dict[str, str]
+
+
+class Inner:
+    """The application behind the guard; keeps what reached it."""
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.bodies.append((await receive())["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"through"})
+
+
+async def ask(
+    app: Any,
+    method: str = "POST",
+    path: str = "/v1/chat/completions",
+    headers: Headers | None = None,
+    body: Iterable[bytes] | AsyncIterator[bytes] = (b"{}",),
+    raw: Iterable[tuple[bytes, bytes]] = (),
+) -> tuple[int, Headers, bytes]:
+    given = {"host": "localhost", "content-type": "application/json"} | (headers or {})
+    pairs = [(name.encode(), value.encode("latin-1")) for name, value in given.items() if value] + list(raw)
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": pairs,
+    }
+    parts = body if isinstance(body, AsyncIterator) else aiter_of(body)
+
+    async def receive() -> MutableMapping[str, Any]:
+        try:
+            return {"type": "http.request", "body": await anext(parts), "more_body": True}
+        except StopAsyncIteration:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    await app(scope, receive, send)
+    answer = {name.decode(): value.decode("latin-1") for name, value in sent[0]["headers"]}
+    return sent[0]["status"], answer, b"".join(message["body"] for message in sent[1:])
+
+
+async def aiter_of(parts: Iterable[bytes]) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
+
+
+def status(app: Any, **request: Any) -> int:
+    return asyncio.run(ask(app, **request))[0]
+
+
+def guarded(
+    key: str | None = None, hosts: tuple[str, ...] | None = LOOPBACK_NAMES, origins: tuple[str, ...] = ()
+) -> Guard:
+    return Guard(Inner(), key, hosts, origins)
+
+
+@pytest.mark.parametrize("port", ["", ":8080"])
+@pytest.mark.parametrize(
+    ("host", "through"),
+    [
+        ("localhost", True),
+        ("LocalHost", True),
+        ("127.0.0.1", True),
+        ("[::1]", True),
+        ("evil.example", False),  # a name that its owner lets point at 127.0.0.1
+        ("localhost.evil.example", False),
+        ("127.0.0.1.evil.example", False),
+        ("evil.example:80@localhost", False),
+        ("localhost:80:", False),
+        ("0.0.0.0", False),
+        ("127.1", False),
+        ("\xff", False),
+    ],
+)
+def test_the_server_answers_to_its_own_names_alone(host: str, port: str, through: bool) -> None:
+    assert status(guarded(), headers={"host": host + port}) == (200 if through else 403)
+
+
+def test_without_a_host_there_is_no_answer_unless_any_will_do() -> None:
+    assert status(guarded(), headers={"host": ""}) == 403
+    assert status(guarded(hosts=None), headers={"host": "any.example"}) == 200
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+@pytest.mark.parametrize(
+    ("origin", "through"),
+    [
+        ("http://localhost:8080", True),  # the server's own page
+        ("HTTP://LOCALHOST:8080", True),
+        ("http://localhost:8081", False),  # another server of this machine
+        ("http://localhost", False),
+        ("https://evil.example", False),
+        ("http://evil.example/localhost:8080", False),
+        ("http://localhost:8080@evil.example", False),
+        ("null", False),  # a sandboxed frame, a file
+        ("http://[", False),
+        ("http://\xbd\u00e9\u2100".encode("latin-1", "ignore").decode("latin-1"), False),
+        ("\xff", False),
+        ("https://friend.example", True),
+        ("https://friend.example.evil.example", False),
+        ("https://FRIEND.example", False),
+    ],
+)
+def test_pages_of_other_origins_may_not_ask(method: str, origin: str, through: bool) -> None:
+    app = guarded(origins=("https://friend.example",))
+    code, headers, _ = asyncio.run(ask(app, method, headers={"host": "localhost:8080", "origin": origin}))
+    assert code == (403 if not through else 204 if method == "OPTIONS" else 200)
+    assert headers.get("access-control-allow-origin") == (
+        "https://friend.example" if "friend" in origin and through else None
+    )
+
+
+def test_a_missing_host_is_no_ones_origin() -> None:
+    assert status(guarded(hosts=None), headers={"host": "", "origin": "null"}) == 403
+
+
+def test_a_preflight_needs_no_key_and_tells_what_may_be_sent() -> None:
+    app = guarded(key="k", origins=("*",))
+    code, headers, _ = asyncio.run(ask(app, "OPTIONS", headers={"origin": "https://any.example"}))
+    assert code == 204 and headers["access-control-allow-origin"] == "https://any.example"
+    assert headers["access-control-allow-methods"] == "GET, POST" and headers["vary"] == "Origin"
+    assert {"authorization", "*"} == set(headers["access-control-allow-headers"].split(", "))
+    # A refusal too can be read by the page.
+    code, headers, _ = asyncio.run(ask(app, headers={"origin": "https://any.example"}))
+    assert code == 401 and headers["access-control-allow-origin"] == "https://any.example"
+    assert status(app, method="OPTIONS") == 401  # no page asks without an origin
+
+
+def routes() -> list[tuple[str, str]]:
+    found = []
+    for route in App(None).starlette().routes:  # type: ignore[arg-type]
+        assert isinstance(route, Route)
+        for method in sorted(route.methods or ()):
+            found.append((method, route.path.replace("{model:path}", "demo")))
+    return found
+
+
+@pytest.mark.parametrize(("method", "path"), [*routes(), ("GET", "/nowhere"), ("POST", "/health/"), ("DELETE", "/")])
+def test_every_route_but_health_needs_the_key(method: str, path: str) -> None:
+    app = guarded(key="s3cret")
+    code, headers, body = asyncio.run(ask(app, method, path))
+    if path == "/health":
+        assert code == 200
+        return
+    assert code == 401 and headers["www-authenticate"].startswith("Basic" if path == "/" else "Bearer")
+    error = json.loads(body)
+    assert (error["error"]["type"] == "authentication_error") and ("type" in error) == path.startswith("/v1/messages")
+    assert not app.app.bodies  # type: ignore[attr-defined]
+
+
+def basic(text: str) -> str:
+    return "Basic " + base64.b64encode(text.encode()).decode()
+
+
+@pytest.mark.parametrize(
+    ("headers", "through"),
+    [
+        ({"authorization": "Bearer s3cret"}, True),
+        ({"authorization": "bearer  s3cret "}, True),
+        ({"x-api-key": "s3cret"}, True),
+        ({"authorization": basic("me:s3cret")}, True),
+        ({"authorization": basic(":s3cret")}, True),
+        ({"authorization": "Bearer not", "x-api-key": "s3cret"}, True),
+        ({}, False),
+        ({"authorization": "s3cret"}, False),
+        ({"authorization": "Bearer"}, False),
+        ({"authorization": "Bearer s3cre"}, False),
+        ({"authorization": "Bearer s3cret1"}, False),
+        ({"authorization": "Bearer S3CRET"}, False),
+        ({"authorization": "Bearer \xff\xfe"}, False),
+        ({"authorization": basic("s3cret")}, False),
+        ({"authorization": basic("me:")}, False),
+        ({"authorization": "Basic ???"}, False),
+        ({"authorization": "Basic \xff"}, False),
+        ({"authorization": "Basic /////w=="}, False),
+        ({"x-api-key": "\xff"}, False),
+    ],
+)
+def test_the_key_comes_as_a_client_likes_and_must_be_the_whole(headers: Headers, through: bool) -> None:
+    assert status(guarded(key="s3cret"), headers=headers) == (200 if through else 401)
+
+
+def test_a_key_may_hold_any_letters() -> None:
+    app = guarded(key="ключ")
+    assert status(app, raw=[(b"authorization", b"Bearer " + "ключ".encode())]) == 200
+    assert status(app, raw=[(b"x-api-key", "ключ".encode())]) == 200
+    assert status(app, headers={"authorization": basic("me:ключ")}) == 200
+
+
+def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared, compare = [], hmac.compare_digest
+
+    def counting(given: bytes, wanted: bytes) -> bool:
+        compared.append((given, wanted))
+        return compare(given, wanted)
+
+    monkeypatch.setattr(guard_module.hmac, "compare_digest", counting)
+    for headers in ({"x-api-key": "wrong", "authorization": "Bearer s3cret"}, {"x-api-key": "s3cret"}, {}):
+        status(guarded(key="s3cret"), headers=headers)
+    assert [given for given, _ in compared] == [b"wrong", b"s3cret", b"s3cret", b""]
+    assert all(wanted == b"s3cret" for _, wanted in compared)
+
+
+@pytest.mark.parametrize(
+    ("kind", "through"),
+    [
+        ("application/json", True),
+        ("Application/JSON; charset=utf-8", True),
+        ("text/plain", False),  # what a page of any origin can send without being asked about it first
+        ("application/x-www-form-urlencoded", False),
+        ("multipart/form-data", False),
+        ("application/json-not", False),
+        ("text/plain; application/json", False),
+        ("", False),
+    ],
+)
+def test_a_body_must_say_that_it_is_json(kind: str, through: bool) -> None:
+    assert status(guarded(), headers={"content-type": kind}) == (200 if through else 415)
+    assert status(guarded(), method="GET", headers={"content-type": kind}) == 200
+
+
+class Parts:
+    """A body in parts, as from a socket, which knows how much of it was read."""
+
+    def __init__(self, count: float, size: int = 2**20, pause_s: float = 0.0) -> None:
+        self.count, self.part, self.pause_s, self.read = count, b"x" * size, pause_s, 0
+
+    def __aiter__(self) -> Parts:
+        return self
+
+    async def __anext__(self) -> bytes:
+        await asyncio.sleep(self.pause_s)
+        if self.read >= self.count:
+            raise StopAsyncIteration
+        self.read += 1
+        return self.part
+
+
+def test_a_body_is_read_up_to_its_limit_and_no_further() -> None:
+    app, limit = guarded(), BODY_BYTES // 2**20
+    assert limit == 16
+    assert status(app, body=Parts(limit)) == 200 and len(app.app.bodies[0]) == BODY_BYTES  # type: ignore[attr-defined]
+    endless = Parts(float("inf"))
+    code, headers, body = asyncio.run(ask(app, body=endless))
+    assert code == 413 and endless.read == limit + 1 and headers["connection"] == "close"
+    assert str(BODY_BYTES) in json.loads(body)["error"]["message"]
+
+
+@pytest.mark.parametrize("length", ["10737418240", str(BODY_BYTES + 1), "9" * 30])
+def test_a_body_that_announces_too_much_is_not_read(length: str) -> None:
+    parts = Parts(1)
+    assert status(guarded(), headers={"content-length": length}, body=parts) == 413 and parts.read == 0
+
+
+def test_a_body_that_is_too_slow_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard_module, "REQUEST_S", 0.1)
+    parts = Parts(float("inf"), size=1, pause_s=0.03)
+    code, headers, _ = asyncio.run(ask(guarded(), body=parts))
+    assert code == 408 and headers["connection"] == "close" and parts.read < 10
+
+
+def test_a_body_that_is_cut_off_goes_no_further() -> None:
+    app = guarded()
+
+    async def main() -> list[int]:
+        sent: list[int] = []
+        messages = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+
+        async def receive() -> Any:
+            return messages.pop(0)
+
+        async def send(message: Any) -> None:
+            sent.append(message.get("status"))
+
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        await app({"type": "http", "method": "POST", "path": "/", "headers": headers}, receive, send)
+        return sent
+
+    assert asyncio.run(main())[0] == 400 and not app.app.bodies  # type: ignore[attr-defined]
+
+
+def test_headers_have_a_limit_however_fast_they_come() -> None:
+    assert status(guarded(), headers={"x-a": "y" * (HEADER_BYTES - 200)}) == 200
+    assert status(guarded(), headers={"x-a": "y" * HEADER_BYTES}) == 431
+    assert status(guarded(), raw=[(b"x-%d" % n, b"") for n in range(HEADER_BYTES // 4)]) == 431
+    assert status(guarded(), path="/" + "y" * HEADER_BYTES) == 431
+
+
+def test_what_is_behind_may_still_learn_that_the_client_has_left() -> None:
+    heard = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        heard.extend([await receive(), await receive()])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def main() -> None:
+        messages = [{"type": "http.request", "body": b"{}", "more_body": False}, {"type": "http.disconnect"}]
+
+        async def receive() -> Any:
+            return messages.pop(0)
+
+        async def send(message: Any) -> None:
+            pass
+
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": headers}
+        await Guard(app, None, LOOPBACK_NAMES)(scope, receive, send)
+
+    asyncio.run(main())
+    assert [message["type"] for message in heard] == ["http.request", "http.disconnect"] and heard[0]["body"] == b"{}"
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        *((host, True) for host in ("localhost", "127.0.0.1", "127.8.8.8", "::1", "[::1]")),
+        *((host, False) for host in ("0.0.0.0", "::", "192.168.0.1", "example.com", "localhost.example", "", "127.1")),
+    ],
+)
+def test_which_addresses_are_this_machines_alone(host: str, loopback: bool) -> None:
+    assert is_loopback(host) == loopback
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1"])
+def test_other_machines_can_only_be_served_with_a_key(host: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.delenv(command.KEY_VARIABLE, raising=False)
+    monkeypatch.setattr(command, "_listener", lambda *_: pytest.fail("it would listen"))
+    assert command.main(["--host", host, "--port", "0", "--model", "demo"]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "--api-key" in line and host in line
+
+    def listening(*_: Any) -> Any:
+        raise RequestError("as far as it need go")
+
+    monkeypatch.setattr(command, "_listener", listening)
+    monkeypatch.setenv(command.KEY_VARIABLE, "k")
+    assert command.main(["--host", host, "--port", "0", "--model", "demo"]) == 2
+    assert "as far as it need go" in capsys.readouterr().err
