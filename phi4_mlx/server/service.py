@@ -90,6 +90,8 @@ class Service:
                         queue.put_nowait(item)
             except WireError as error:
                 queue.put_nowait(error)
+            except Exception as error:
+                queue.put_nowait(WireError(500, f"the server could not answer: {type(error).__name__}"))
 
         tasks = [asyncio.create_task(listen(index, job)) for index, job in enumerate(jobs)]
         try:
