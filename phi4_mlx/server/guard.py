@@ -208,13 +208,8 @@ class TimedProtocol(H11Protocol):
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """Stops the clock once the headers are there."""
+        """Stops the clock once the headers are there, and starts it when more comes after an answer."""
         super().data_received(data)
-        self._watch()
-
-    def on_response_complete(self) -> None:
-        """Starts the clock for the next request; an idle connection has uvicorn's own limit."""
-        super().on_response_complete()
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
