@@ -128,9 +128,9 @@ def events(response: httpx.Response) -> Iterator[dict[str, Any]]:
 
 
 def answer_on(connection: socket.socket) -> bytes:
-    """All that comes until the other end closes."""
+    """All that comes until the other end closes, or says no more for as long as the connection waits."""
     parts: Sequence[bytes] = []
-    with contextlib.suppress(ConnectionError):
+    with contextlib.suppress(ConnectionError, TimeoutError):
         while part := connection.recv(65536):
             parts = [*parts, part]
     return b"".join(parts)
