@@ -17,6 +17,7 @@ TYPE_CHECKING = False  # without `typing`, which would be most of what this impo
 if TYPE_CHECKING:
     from typing import Any
 
+    from phi4_mlx.agent import AgentResult, run_tools
     from phi4_mlx.cache import PromptCache
     from phi4_mlx.checkpoint import load
     from phi4_mlx.config import ModelConfig
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from phi4_mlx.tokenizer import Tokenizer
 
 _HOMES = {
+    "AgentResult": "agent",
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "GenerationResponse": "generation",
@@ -42,10 +44,12 @@ _HOMES = {
     "load": "checkpoint",
     "make_logits_processors": "sampling",
     "make_sampler": "sampling",
+    "run_tools": "agent",
     "stream_generate": "generation",
 }
 
 __all__ = [
+    "AgentResult",
     "CheckpointError",
     "ConfigError",
     "GenerationResponse",
@@ -61,6 +65,7 @@ __all__ = [
     "load",
     "make_logits_processors",
     "make_sampler",
+    "run_tools",
     "stream_generate",
 ]
 

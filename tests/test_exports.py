@@ -21,6 +21,7 @@ PROMISED = {
     "load",
     "make_logits_processors",
     "make_sampler",
+    "run_tools",
     "stream_generate",
     "CheckpointError",
     "ConfigError",

@@ -16,10 +16,10 @@ FLOORS = {
     0: "errors config",
     1: "byte_bpe command json_scanner line_editor manifest markdown tensor_file models.rope cache tokenizer sampling",
     2: "models lora.layers lora.adapter lora.peft chat_format grammar_words schema tools tool_calls",
-    3: "checkpoint constrain",
+    3: "checkpoint constrain toolbox",
     4: "generation",
-    5: "conversation transcript speculate batch agent lora convert",
-    6: "completion chat chat_commands server bridge",
+    5: "agent batch conversation convert lora mcp_tools speculate transcript user_files",
+    6: "completion chat chat_commands chat_tools server bridge",
     7: "cli __main__",
 }
 FLOOR_OF = {f"phi4_mlx.{name}": floor for floor, names in FLOORS.items() for name in names.split()}
