@@ -37,10 +37,12 @@ setup(
     ],
     extras_require={
         "plots": ["matplotlib>=3.8"],
+        "mcp": ["mcp>=1.10"],
         "dev": [
             "matplotlib>=3.8",
             "pytest>=8",
             "hypothesis>=6.100",
+            "mcp>=1.10",
             "openai>=3",
             "anthropic>=2",
             "pexpect>=4.9",
