@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.chat_commands import COMMANDS, Leave, is_command, obey, rescued_file
+from phi4_mlx.chat_tools import Doorkeeper, add_tool_options, shown_call, shown_result, toolbox_of
 from phi4_mlx.command import (
     LONG_PREFILL,
     SAMPLING,
@@ -28,11 +29,14 @@ from phi4_mlx.command import (
     run,
     text,
     utf8,
+    word,
 )
 from phi4_mlx.errors import Phi4Error, RequestError
 from phi4_mlx.markdown import RESET, MarkdownStream, terminal_width
 
 if TYPE_CHECKING:
+    from phi4_mlx.agent import Event
+    from phi4_mlx.constrain import Grammar
     from phi4_mlx.conversation import Conversation
 
 DIM, RED = "\x1b[2m", "\x1b[31m"
@@ -51,6 +55,8 @@ def _parser() -> Parser:
     add_model_options(parser)
     parser.add_argument("--system-prompt", type=text, help="what the model is told before the conversation")
     parser.add_argument("--prompt", "-p", type=text, help="answer this and leave; - reads all of standard input")
+    add_tool_options(parser)
+    parser.add_argument("--schema", type=word, metavar="FILE.json", help="answers are JSON that obeys this JSON schema")
     add_sampling_options(parser, max_tokens=2048)
     return parser
 
@@ -61,20 +67,35 @@ def _chat(args: argparse.Namespace) -> None:
         raise RequestError("the prompt is empty; it needs at least one character that is not white space")
     person = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     chat = Chat(Screen(), {name: getattr(args, name.replace("-", "_")) for name in SAMPLING}, person)
-    chat.load_model(
-        args.model,
-        adapter_path=args.adapter_path,
-        revision=args.revision,
-        verify=args.verify,
-        chat_format=args.chat_format,
-    )
-    chat.conversation.system = args.system_prompt
-    if prompt is not None:
-        chat.answer(prompt)
-    elif person:
-        _talk(chat)
-    else:
-        _answer_lines(chat)
+    if args.schema is not None:
+        chat.grammar = _grammar(args)
+    with toolbox_of(args, person, chat.screen.note) if args.tools or args.mcp else contextlib.nullcontext() as toolbox:
+        chat.load_model(
+            args.model,
+            adapter_path=args.adapter_path,
+            revision=args.revision,
+            verify=args.verify,
+            chat_format=args.chat_format,
+        )
+        chat.conversation.system = args.system_prompt
+        if toolbox is not None:
+            chat.conversation.toolbox = toolbox
+            chat.conversation.prompt_ids("")  # a format that has no place for tools is refused now
+        chat.approve = None if args.allow_tools else Doorkeeper(chat.screen.ask)
+        if prompt is not None:
+            chat.answer(prompt)
+        elif person:
+            _talk(chat)
+        else:
+            _answer_lines(chat)
+
+
+def _grammar(args: argparse.Namespace) -> Grammar:
+    from phi4_mlx.user_files import schema_grammar
+
+    if args.tools or args.mcp:
+        raise RequestError("--schema leaves no room for calls of tools; drop it, or --tools and --mcp")
+    return schema_grammar(args.schema)
 
 
 def _answer_lines(chat: Chat) -> None:
@@ -115,7 +136,7 @@ def _take_turn(chat: Chat, read: Callable[[], str]) -> None:
     """One command or question of the person; a mistake costs a line and no more."""
     try:
         typed = read()
-        with _silent_keys():
+        with _keys(echo=False):
             if is_command(typed):
                 obey(chat, typed)
             elif typed.strip():
@@ -132,33 +153,42 @@ class HungUp(BaseException):
     """The terminal was closed."""
 
 
+class StopButton:
+    """Ctrl-C as a question that is asked between two tokens; pressed twice, it is what it always is.
+
+    Attributes:
+        pressed: whether it was.
+        at_once: while a tool runs: then it is what it always is the first time.
+    """
+
+    def __init__(self) -> None:
+        self.pressed = self.at_once = False
+        self._before: Any = None
+
+    def __enter__(self) -> StopButton:
+        self._before = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, signal_number: int, frame: FrameType | None) -> None:
+        self.pressed = True
+        signal.signal(signal.SIGINT, self._before)
+        if self.at_once:
+            raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
-def _stop_button() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C as a question that is asked between two tokens; pressed twice, it is what it always is."""
-    pressed = False
-
-    def press(signal_number: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        pressed = True
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
-def _silent_keys() -> Iterator[None]:
-    """Keeps the terminal from echoing, into the middle of an answer, what is typed ahead."""
+def _keys(echo: bool) -> Iterator[None]:
+    """Shows what is typed, or keeps the terminal from echoing it into the middle of an answer."""
     if not sys.stdin.isatty():
         yield
         return
     keyboard = sys.stdin.fileno()
     before = termios.tcgetattr(keyboard)
-    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
-    termios.tcsetattr(keyboard, termios.TCSADRAIN, silent)
+    flags = before[3] | termios.ECHO if echo else before[3] & ~termios.ECHO
+    termios.tcsetattr(keyboard, termios.TCSADRAIN, [*before[:3], flags, *before[4:]])
     try:
         yield
     finally:
@@ -207,6 +237,14 @@ class Screen:
         self._line(RED, one_line(text))
         self.end_paragraph()
 
+    def ask(self, question: str) -> str:
+        """What the person types in answer, Enter included; nothing that was typed before the question counts."""
+        self.write(question)
+        with _keys(echo=True):
+            if sys.stdin.isatty():
+                termios.tcflush(sys.stdin, termios.TCIFLUSH)
+            return sys.stdin.readline()
+
     def end_paragraph(self) -> None:
         """A blank line before the next prompt of a person."""
         if self._terminal:
@@ -232,10 +270,14 @@ class Chat:
         conversation: the turns.
         model_name: what the person called the model.
         saved_as: the file that /save may replace, because it holds this conversation.
+        grammar: what every answer must obey, or None.
+        approve: asked before a call of a tool is run; None runs all.
     """
 
     conversation: Conversation
     model_name: str
+    grammar: Grammar | None = None
+    approve: Doorkeeper | None = None
 
     def __init__(self, screen: Screen, settings: dict[str, Any], person: bool) -> None:
         self.screen = screen
@@ -289,25 +331,48 @@ class Chat:
         Raises:
             RequestError: the question is empty, or the context is full.
         """
-        with _stop_button() if self._person else contextlib.nullcontext(lambda: False) as stopped:
+        stop = StopButton()
+        with stop if self._person else contextlib.nullcontext():
             events = self.conversation.ask(
                 question,
                 max_tokens=self.settings["max-tokens"],
-                progress=lambda done, total: self._show_progress(done, total, stopped()),
+                progress=lambda done, total: self._show_progress(done, total, stop.pressed),
+                grammar=self.grammar,
+                approve=self.approve,
                 **self._how_to_draw(),
             )
-            add, finish = self.screen.answer()
             try:
                 with contextlib.closing(events):
-                    for event in events:
-                        add(event.text)
-                        if stopped():
-                            break
+                    self._show(events, stop)
+            except KeyboardInterrupt:
+                if not stop.at_once:
+                    raise
             finally:
                 self.screen.status("")
-                finish()
         if self._person:
-            self._explain_end(stopped())
+            self._explain_end(stop.pressed)
+
+    def _show(self, events: Iterator[Event], stop: StopButton) -> None:
+        """Shows an answer as it comes, and the calls in it, until the person stops it."""
+        from phi4_mlx.agent import ToolResult
+        from phi4_mlx.generation import GenerationResponse
+
+        add, finish = self.screen.answer()
+        try:
+            for event in events:
+                stop.at_once = not isinstance(event, (GenerationResponse, ToolResult))
+                if isinstance(event, GenerationResponse):
+                    add(event.text)
+                elif isinstance(event, ToolResult):
+                    self.screen.note(f"= {shown_result(event.text)}")
+                else:
+                    finish()
+                    add, finish = self.screen.answer()
+                    self.screen.note(shown_call(event))
+                if stop.pressed:
+                    break
+        finally:
+            finish()
 
     def _show_progress(self, done: int, total: int, stopped: bool) -> None:
         from phi4_mlx.conversation import Interrupted
@@ -330,6 +395,8 @@ class Chat:
             self.screen.note("stopped")
         elif usage.finish_reason == "length":
             self.screen.note(f"cut at {usage.answer_tokens:,} tokens; /set max-tokens N changes the limit")
+        elif usage.finish_reason == "max_rounds":
+            self.screen.note("the last calls were not run: the model went on calling without an answer")
         if usage.reprefilled:
             self.screen.note(f"{usage.reprefilled:,} tokens were run again, under the RoPE table for long texts")
         self.screen.end_paragraph()

@@ -155,6 +155,15 @@ def _set(chat: Chat, rest: str) -> None:
     chat.screen.note(f"{name} is {chat.settings[name]}")
 
 
+def _tools(chat: Chat, rest: str) -> None:
+    from phi4_mlx.chat_tools import shown_tool
+
+    for declared in chat.conversation.toolbox.declarations:
+        chat.screen.write(f"{shown_tool(declared)}\n")
+    if not chat.conversation.toolbox:
+        chat.screen.note("there are none; --tools FILE.py gives the model functions to call, --mcp COMMAND a server's")
+
+
 def _stats(chat: Chat, rest: str) -> None:
     conversation, usage = chat.conversation, chat.conversation.usage
     held, turns = len(conversation.ids()), _turns(len(conversation.turns))
@@ -205,6 +214,7 @@ COMMANDS = {
     "load": Command("[FILE]", "bring back a saved conversation", _load),
     "set": Command("[NAME VALUE]", "show or set temp, top-p, max-tokens and so on", _set),
     "stats": Command("", "tokens, speeds, memory", _stats),
+    "tools": Command("", "what the model may call", _tools),
     "model": Command("[NAME]", "show the model, or go on with another one", _model),
     "quit": Command("", "leave; so does Ctrl-D", _quit),
 }

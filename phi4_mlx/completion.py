@@ -23,6 +23,7 @@ from phi4_mlx.command import (
 from phi4_mlx.errors import RequestError
 
 if TYPE_CHECKING:
+    from phi4_mlx.constrain import Grammar
     from phi4_mlx.generation import GenerationResponse
     from phi4_mlx.tokenizer import Tokenizer
 
@@ -46,12 +47,16 @@ def _parser() -> Parser:
     parser.add_argument(
         "--stop", type=word, action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
+    parser.add_argument(
+        "--schema", type=word, metavar="FILE.json", help="the answer is JSON that obeys this JSON schema"
+    )
     parser.add_argument("--verbose", action="store_true", help="print counts and speeds to standard error at the end")
     return parser
 
 
 def _complete(args: argparse.Namespace) -> None:
     prompt = _prompt(args)  # before the model is loaded: a mistake here should not cost the wait
+    grammar = _grammar(args) if args.schema is not None else None
 
     from phi4_mlx.checkpoint import DEFAULT_MODEL, load
     from phi4_mlx.generation import stream_generate
@@ -74,6 +79,10 @@ def _complete(args: argparse.Namespace) -> None:
             _show_progress(done, total)
 
     options |= {"max_tokens": args.max_tokens, "stop": args.stop, "prompt_progress_callback": progress}
+    if grammar is not None:
+        from phi4_mlx.constrain import Constraint
+
+        options["logits_mask"] = Constraint(grammar, tokenizer, model.config.vocab_size, args.max_tokens)
     for event in stream_generate(model, tokenizer, ids, **options):
         sys.stdout.write(show(event.text))
         sys.stdout.flush()
@@ -82,6 +91,8 @@ def _complete(args: argparse.Namespace) -> None:
         print(flush=True)
     if args.verbose:
         _report(event)
+    if grammar is not None and not options["logits_mask"].complete:
+        raise RequestError(f"the answer had not ended after --max-tokens {args.max_tokens}; allow it more")
 
 
 def _prompt(args: argparse.Namespace) -> str:
@@ -96,6 +107,14 @@ def _prompt(args: argparse.Namespace) -> str:
     if not prompt.strip():
         raise RequestError("the prompt is empty; it needs at least one character that is not white space")
     return prompt
+
+
+def _grammar(args: argparse.Namespace) -> Grammar:
+    from phi4_mlx.user_files import schema_grammar
+
+    if args.stop:
+        raise RequestError("--stop may end an answer before it obeys the schema; drop it, or --schema")
+    return schema_grammar(args.schema)
 
 
 def _ids(tokenizer: Tokenizer, prompt: str, args: argparse.Namespace) -> list[int]:

@@ -7,14 +7,21 @@ cache finds out for itself how much of it is known: to undo, retry or change the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from phi4_mlx.agent import Approval, Event, Round, ToolLoop
 from phi4_mlx.errors import RequestError
-from phi4_mlx.generation import GenerationResponse, stream_generate
+from phi4_mlx.generation import GenerationResponse
+from phi4_mlx.tokenizer import Control
+from phi4_mlx.tool_calls import ToolCall
+from phi4_mlx.toolbox import Toolbox
+from phi4_mlx.tools import json_text
 
 if TYPE_CHECKING:
+    from phi4_mlx.constrain import Grammar
     from phi4_mlx.models.text import Model
     from phi4_mlx.tokenizer import Tokenizer
 
@@ -31,16 +38,18 @@ class Turn:
         question: what the user wrote.
         answer: the reply's text.
         ids: the reply's tokens as they were drawn, without the end marker.
+        rounds: the replies before that one, each with calls of tools and their results.
     """
 
     question: str
     answer: str
     ids: tuple[int, ...]
+    rounds: tuple[Round, ...] = ()
 
 
 @dataclass
 class Usage:
-    """What an answer cost.
+    """What an answer cost; after calls of tools, what its last round did.
 
     Attributes:
         prompt_tokens: the whole prompt, in tokens.
@@ -50,7 +59,7 @@ class Usage:
         answer_tps: tokens drawn a second.
         reprefilled: tokens run again because the conversation has outgrown its RoPE table.
         peak_memory: peak of MLX's memory in GB (10^9 bytes).
-        finish_reason: "stop", "length", or None for an answer that was cut off.
+        finish_reason: "stop", "length", "max_rounds", or None for an answer that was cut off.
     """
 
     prompt_tokens: int = 0
@@ -71,6 +80,7 @@ class Conversation:
         model: what `load` returned.
         tokenizer: what `load` returned.
         system: the system prompt, or None for none.
+        toolbox: the tools that the model may call.
         turns: the finished turns; change them as you like between two questions.
         usage: what the last answer cost.
     """
@@ -78,6 +88,7 @@ class Conversation:
     model: Model
     tokenizer: Tokenizer
     system: str | None = None
+    toolbox: Toolbox = field(default_factory=Toolbox)
     turns: list[Turn] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)
 
@@ -93,7 +104,15 @@ class Conversation:
         """Goes on with another model, whose tokenizer may be another one too."""
         self.model, self.tokenizer = model, tokenizer
         self.forget_cache()
-        self.turns = [Turn(t.question, t.answer, tuple(tokenizer.encode(t.answer))) for t in self.turns]
+        self.turns = [
+            Turn(
+                turn.question,
+                turn.answer,
+                tuple(reply_ids(tokenizer, turn.answer)),
+                tuple(replace(each, ids=reply_ids(tokenizer, each.text, each.calls)) for each in turn.rounds),
+            )
+            for turn in self.turns
+        ]
 
     def forget_cache(self) -> None:
         """Drops what the model remembers; the next prompt is prefilled whole."""
@@ -103,7 +122,11 @@ class Conversation:
         """All turns as token ids, as the model saw and made them."""
         ids: list[int] = []
         for turn in self.turns:
-            ids = [*self._with_question(ids, turn.question), *turn.ids]
+            ids = self._with_question(ids, turn.question)
+            for each in turn.rounds:
+                drawn = [*ids, *each.ids]
+                ids = self.tokenizer.chat_format.extend(self.tokenizer, drawn, each.result_messages())
+            ids = [*ids, *turn.ids]
         return ids
 
     def prompt_ids(self, question: str) -> list[int]:
@@ -116,7 +139,7 @@ class Conversation:
         if ids:  # also closes a reply that was cut before its end marker
             return chat_format.extend(self.tokenizer, ids, [message])
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return chat_format.render(self.tokenizer, [*system, message])
+        return chat_format.render(self.tokenizer, [*system, message], self.toolbox.declarations or None)
 
     def ask(
         self,
@@ -124,8 +147,10 @@ class Conversation:
         *,
         max_tokens: int,
         progress: Callable[[int, int], None] | None = None,
+        grammar: Grammar | None = None,
+        approve: Approval | None = None,
         **options: Any,
-    ) -> Generator[GenerationResponse, None, None]:
+    ) -> Generator[Event, None, None]:
         """Asks, and yields the answer as it comes; what was yielded becomes a turn, also when the caller stops early.
 
         Args:
@@ -133,10 +158,12 @@ class Conversation:
             max_tokens: the longest answer; less where the context ends before.
             progress: as `prompt_progress_callback` in `generate_step`; it may raise `Interrupted`, which ends the
                 answer without a trace.
+            grammar: what the answer must obey.
+            approve: as in `run_tools`; it may raise `Interrupted` too, and what was said before stays.
             options: others of `generate_step`, such as the sampler.
 
         Yields:
-            A response a token.
+            A response a token, and each call of a tool before and after it is run.
 
         Raises:
             RequestError: the question is empty, or the context has no room for it.
@@ -144,30 +171,37 @@ class Conversation:
         if not question.strip():
             raise RequestError("the question is empty; it needs at least one character that is not white space")
         prompt = self.prompt_ids(question)
-        room = self.context - len(prompt)
-        if room < 1:
+        if len(prompt) >= self.context:
             raise RequestError(
                 f"the conversation would come to {len(prompt):,} tokens, and the context holds {self.context:,}; "
                 "/reset starts anew, /undo takes back a turn"
             )
-        options |= {"max_tokens": min(max_tokens, room), "prompt_progress_callback": progress}
-        return self._answer(question, prompt, options)
+        loop = ToolLoop(
+            self.model,
+            self.tokenizer,
+            prompt,
+            self.toolbox,
+            self.cache,
+            max_tokens=max_tokens,
+            grammar=grammar,
+            approve=approve,
+            prompt_progress_callback=progress,
+            **options,
+        )
+        return self._answer(question, loop)
 
-    def _answer(
-        self, question: str, prompt: list[int], options: dict[str, Any]
-    ) -> Generator[GenerationResponse, None, None]:
-        new = self.cache.reuse(prompt)
-        self.usage = usage = Usage(prompt_tokens=len(prompt), cached_tokens=len(prompt) - len(new))
-        text: list[str] = []
-        ids: list[int] = []
-        events = stream_generate(self.model, self.tokenizer, new, cache=self.cache, **options)
+    def _answer(self, question: str, loop: ToolLoop) -> Generator[Event, None, None]:
+        self.usage = Usage()
+        events = loop.events()
         try:
-            for event in events:
-                text.append(event.text)
-                if event.token not in self.tokenizer.eos_ids:
-                    ids.append(event.token)
-                _count(usage, event)
-                yield event
+            with contextlib.closing(events):
+                for event in events:
+                    if isinstance(event, GenerationResponse):
+                        _count(self.usage, event, loop.prompt_tokens)
+                    elif isinstance(event, ToolCall):
+                        self.usage = Usage(reprefilled=self.usage.reprefilled)
+                    yield event
+                self.usage.finish_reason = loop.finish_reason or None
         except Interrupted:
             return
         except BaseException as error:
@@ -177,11 +211,29 @@ class Conversation:
                 self.forget_cache()
             raise
         finally:
-            if ids or usage.finish_reason:
-                self.turns.append(Turn(question, "".join(text), tuple(ids)))
+            if any(each.ids for each in loop.rounds) or self.usage.finish_reason:
+                self.turns.append(_turn(question, loop.rounds))
 
 
-def _count(usage: Usage, event: GenerationResponse) -> None:
+def _turn(question: str, rounds: Sequence[Round]) -> Turn:
+    """A turn of its rounds, of which the last is the answer unless it calls tools."""
+    *before, last = rounds
+    if last.calls:
+        return Turn(question, "", (), tuple(rounds))
+    return Turn(question, last.text, tuple(last.ids), tuple(before))
+
+
+def reply_ids(tokenizer: Tokenizer, text: str, calls: Sequence[ToolCall] = ()) -> list[int]:
+    """A reply that was not drawn here as ids: its text as text, and behind it its calls as the model writes them."""
+    if not calls:
+        return tokenizer.encode(text)
+    written = json_text([{"name": call.name, "arguments": call.arguments} for call in calls])
+    return tokenizer.encode_pieces([text, Control("<|tool_call|>"), written, Control("<|/tool_call|>")])
+
+
+def _count(usage: Usage, event: GenerationResponse, prompt_tokens: int) -> None:
+    usage.prompt_tokens = prompt_tokens
+    usage.cached_tokens = prompt_tokens - event.prompt_tokens
     usage.answer_tokens = event.generation_tokens
     usage.prompt_tps = event.prompt_tps
     usage.answer_tps = event.generation_tps

@@ -9,15 +9,21 @@ import json
 import os
 import stat
 import tempfile
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phi4_mlx.conversation import Turn
+from phi4_mlx.agent import Round, call_ids, round_messages
+from phi4_mlx.conversation import Turn, reply_ids
 from phi4_mlx.errors import RequestError
+from phi4_mlx.tool_calls import ToolCall
+from phi4_mlx.tools import json_text
 
 if TYPE_CHECKING:
     from phi4_mlx.tokenizer import Tokenizer
+
+Waiting = deque[tuple[int, Any]]  # messages with their places
 
 LARGEST_FILE = 64 * 2**20  # bytes; the longest context is about half a megabyte of text
 
@@ -83,11 +89,15 @@ def load(path: Path, tokenizer: Tokenizer) -> tuple[str | None, list[Turn]]:
         raise RequestError(f"{path}: {error}") from None
 
 
-def to_messages(system: str | None, turns: Sequence[Turn]) -> list[dict[str, str]]:
-    """The turns as messages, {"role": str, "content": str} each."""
-    messages = [] if system is None else [{"role": "system", "content": system}]
+def to_messages(system: str | None, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """The turns as messages in OpenAI's form: role and content, calls of tools and their results."""
+    messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+    ids = call_ids()
     for turn in turns:
-        messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer}]
+        messages.append({"role": "user", "content": turn.question})
+        for each in turn.rounds:
+            messages += round_messages(each, ids)
+        messages.append({"role": "assistant", "content": turn.answer})
     return messages
 
 
@@ -95,7 +105,8 @@ def from_messages(messages: Any, tokenizer: Tokenizer) -> tuple[str | None, list
     """The opposite, for messages from anywhere: each is checked.
 
     Args:
-        messages: an optional system message, then user and assistant in turn, each {"role": str, "content": str}.
+        messages: an optional system message, then user and assistant in turn, each {"role": str, "content": str}; an
+            assistant's that has "tool_calls" is followed by a tool's for each of them, and the next of the assistant.
         tokenizer: encodes the replies; as plain text, so that no control token comes out of a file.
 
     Returns:
@@ -106,24 +117,75 @@ def from_messages(messages: Any, tokenizer: Tokenizer) -> tuple[str | None, list
     """
     if not isinstance(messages, list):
         raise RequestError("the messages are not a list")
-    texts: list[str] = []
+    waiting = deque(enumerate(messages))
     system: str | None = None
-    for at, message in enumerate(messages):
-        content = message.get("content") if isinstance(message, dict) else None
-        if not isinstance(content, str) or not _is_unicode(content):
-            raise RequestError(f"message {at} has no 'content' that is text")
-        role = message.get("role")
-        if role == "system" and at == 0:
-            system = content
-            continue
-        expected = "assistant" if len(texts) % 2 else "user"
-        if role != expected:
-            raise RequestError(f"message {at} has the role {role!r}; due is {expected!r}: user and assistant alternate")
-        texts.append(content)
-    if len(texts) % 2:
-        raise RequestError("the last message is the user's, and has no answer")
-    pairs = zip(texts[::2], texts[1::2], strict=True)
-    return system, [Turn(question, answer, tuple(tokenizer.encode(answer))) for question, answer in pairs]
+    turns: list[Turn] = []
+    if waiting and isinstance(messages[0], dict) and messages[0].get("role") == "system":
+        system = _content(*waiting.popleft())
+    while waiting:
+        question = _next(waiting, "user")
+        turns.append(_turn(question["content"], waiting, tokenizer))
+    return system, turns
+
+
+def _turn(question: str, waiting: Waiting, tokenizer: Tokenizer) -> Turn:
+    """Takes the messages that answer a question."""
+    rounds: list[Round] = []
+    while True:
+        at = waiting[0][0] if waiting else 0
+        message = _next(waiting, "assistant")
+        text, calls = message["content"], message.get("tool_calls")
+        if not calls:
+            return Turn(question, text, tuple(reply_ids(tokenizer, text)), tuple(rounds))
+        named = _calls(at, calls)
+        found = [_next(waiting, "tool") for _ in named]
+        by_id = {str(result.get("tool_call_id")): result["content"] for result in found}
+        results = [result["content"] for result in found]
+        if by_id.keys() == {name for name, _ in named}:
+            results = [by_id[name] for name, _ in named]
+        made = [call for _, call in named]
+        rounds.append(Round(text, reply_ids(tokenizer, text, made), made, results))
+
+
+def _next(waiting: Waiting, role: str) -> dict[str, Any]:
+    """The next message, which must be of a role; its content is text."""
+    if not waiting:
+        whose = "the user's, and has no answer" if role == "assistant" else "a call of a tool, and has no result"
+        raise RequestError(f"the last message is {whose}")
+    at, message = waiting.popleft()
+    content = _content(at, message)
+    if message.get("role") != role:
+        raise RequestError(
+            f"message {at} has the role {message.get('role')!r:.100}; due is {role!r}: user and assistant alternate, "
+            "and results follow calls"
+        )
+    return {**message, "content": content}
+
+
+def _content(at: int, message: Any) -> str:
+    content = message.get("content") if isinstance(message, dict) else None
+    if content is None and isinstance(message, dict) and message.get("tool_calls"):
+        content = ""
+    if not isinstance(content, str) or not _is_unicode(content):
+        raise RequestError(f"message {at} has no 'content' that is text")
+    return content
+
+
+def _calls(at: int, calls: Any) -> list[tuple[str, ToolCall]]:
+    """The calls of a message, each with its id."""
+    try:
+        named = []
+        for call in calls:
+            function = call["function"]
+            arguments = function["arguments"]
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+            json_text([function["name"], arguments]).encode()
+            if not isinstance(function["name"], str) or not isinstance(arguments, dict):
+                raise TypeError
+            named.append((str(call.get("id")), ToolCall(function["name"], arguments)))
+        return named
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        raise RequestError(f"message {at} has 'tool_calls' that are no names with JSON arguments") from None
 
 
 def _is_unicode(text: str) -> bool:

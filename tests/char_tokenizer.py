@@ -40,5 +40,8 @@ class CharTokenizer:
     def encode(self, text: str) -> list[int]:
         return [FIRST_CHAR + ord(c) for c in text]
 
+    def encode_pieces(self, pieces: Sequence[str]) -> list[int]:
+        return self.encode("".join(pieces))
+
     def streaming_decoder(self) -> OneCharDecoder:
         return OneCharDecoder()

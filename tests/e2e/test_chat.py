@@ -88,6 +88,12 @@ def test_neither_of_the_two_imports_what_only_a_terminal_needs(model: str) -> No
         (["--chat-format", "nope"], b"", "chat format 'nope' is not known"),
         (["--nope"], b"", "unrecognized arguments"),
         ([], b"x" * 2**18, "the context holds 131,072; /reset"),
+        (["--tools", __file__], b"x", "--allow-tools runs all calls"),
+        (["--mcp", "true", "-p", "x"], b"", "--allow-tools runs all calls"),
+        (["--tools", "no.py", "--allow-tools"], b"", "no.py cannot be read: No such file"),
+        (["--schema", "no.json"], b"", "no.json cannot be read: No such file"),
+        (["--schema", __file__], b"", "is not JSON"),
+        (["--schema", "x", "--tools", "y", "--allow-tools"], b"", "--schema leaves no room for calls"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], stdin: bytes, complaint: str, model: str) -> None:
@@ -101,6 +107,42 @@ def test_what_was_answered_before_a_bad_line_stays(model: str) -> None:
     done = chat(*options, stdin=b"one\ntw\xff\nthree\n", code=2)
     assert done.stdout == good
     assert b"line 2 of standard input is not UTF-8: byte 0xff at offset 2" in done.stderr
+
+
+CALCULATOR = '''
+from pathlib import Path
+
+def calculate(expression: str) -> str:
+    """Evaluates an arithmetic expression."""
+    Path(__file__).with_name("ran").write_text(expression)
+    return str(eval(expression, {"__builtins__": {}}))
+'''
+
+
+@pytest.fixture
+def calculator(tmp_path: Path) -> Path:
+    path = tmp_path / "calculator.py"
+    path.write_text(CALCULATOR)
+    return path
+
+
+def test_tools_in_a_pipe(calculator: Path) -> None:
+    done = chat("--model", "demo", "--tools", str(calculator), "--allow-tools", stdin=b"what is 12 * 31?\nhello\n")
+    assert done.stdout.startswith(b"The answer is 372.\nHello!") and done.stderr == b""
+    assert calculator.with_name("ran").read_text() == "12 * 31"
+
+
+def test_tools_for_a_model_that_has_no_place_for_them(calculator: Path, model: str) -> None:
+    options = ["--tools", str(calculator), "--allow-tools", "--chat-format", "phi3.5-mini", "-p", "x"]
+    assert b"the chat format phi3.5-mini has no place for tools" in chat("--model", model, *options, code=2).stderr
+
+
+def test_answers_obey_a_schema(model: str, tmp_path: Path) -> None:
+    path = tmp_path / "schema.json"
+    path.write_text('{"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}')
+    options = ["--model", model, "--schema", str(path), "--temp", "1", "--seed", "1"]
+    lines = chat(*options, stdin=b"one\ntwo\n").stdout.decode().splitlines()
+    assert len(lines) == 2 and all(json.loads(line)["colour"] in ("red", "blue") for line in lines)
 
 
 # At a terminal.
@@ -204,6 +246,33 @@ def test_a_conversation_with_commands(terminal: Callable[..., Terminal]) -> None
     again.type("\x04")
     assert again.leave() == 0
     assert again.history()[-2:] == ["/quit", "/stats"]
+
+
+def test_a_person_is_asked_before_a_tool_is_run(calculator: Path, tmp_path: Path) -> None:
+    screen = Terminal("demo", tmp_path / "state", "--tools", str(calculator))
+    ran = calculator.with_name("ran")
+    screen.type("what is 12 * 31?\r")
+    assert 'calculate(expression="12 * 31")' in screen.wait_for("run it? [y/N/always]")
+    screen.type("n\r")
+    screen.wait_for("= error: refused by the user")
+    assert not ran.exists()
+    time.sleep(1)
+    screen.type("what is 7 * 3?\r")
+    screen.wait_for("run it? [y/N/always]")
+    screen.type("\x03")
+    screen.wait_for("stopped")
+    screen.type("what is 7 * 3?\r")
+    screen.wait_for("run it? [y/N/always]")
+    screen.type("always\r")
+    screen.wait_for("= 21")
+    screen.wait_for("The answer is 21.")
+    screen.type("/save talk\r")
+    screen.wait_for("saved 3 turns")
+    screen.type("\x04")
+    assert screen.leave() == 0
+    assert screen.errors.read_text() == "" and ran.read_text() == "7 * 3"
+    roles = [message["role"] for message in json.loads((screen.state / "talk.json").read_text())["messages"]]
+    assert roles == ["user", "assistant", "tool", "assistant"] * 3
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(terminal: Callable[..., Terminal]) -> None:

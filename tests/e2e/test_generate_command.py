@@ -201,6 +201,16 @@ def test_standard_streams_that_are_closed(closed: str, code: int, model: str) ->
     assert "internal error" not in done.stderr
 
 
+def test_an_answer_obeys_a_schema(model: str, tmp_path: Path) -> None:
+    path = tmp_path / "schema.json"
+    path.write_text('{"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}')
+    options = ["--model", model, "--schema", str(path), "--prompt", "hi", "--temp", "1", "--seed", "1"]
+    assert json.loads(generate(*options).stdout)["colour"] in ("red", "blue")
+    assert b"had not ended after --max-tokens 2" in generate(*options, "--max-tokens", "2", code=2).stderr
+    assert b"--stop may end an answer" in generate(*options, "--stop", "x", code=2).stderr
+    assert b"no.json cannot be read" in generate(*options, "--schema", "no.json", code=2).stderr
+
+
 def test_debug_shows_where(model: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "phi4_mlx", "generate", "--model", model, "--prompt", "", "--debug"],

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
+from phi4_mlx.agent import Round
 from phi4_mlx.conversation import Conversation, Interrupted, Turn
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation import generate_step
+from phi4_mlx.tool_calls import ToolCall
+from phi4_mlx.toolbox import Toolbox
 from tests.char_tokenizer import ASSISTANT, END, SYSTEM, USER, CharTokenizer
 
 
@@ -162,3 +166,38 @@ def test_another_model_goes_on_with_the_words(conversation: Conversation, tiny_m
     assert conversation.turns[0].ids == tuple(encode("hi"))
     ask(conversation, "again")
     assert conversation.usage.cached_tokens == 0
+
+
+def test_calls_and_their_results_are_part_of_what_was_said(
+    conversation: Conversation, tiny_model: Callable[..., Any]
+) -> None:
+    call = ToolCall("add", {"a": 1})
+    conversation.turns = [Turn("q", "irrelevant", (300,), (Round("so", [301, 302], [call], ["3"]),))]
+    middle = [END, SYSTEM, *encode("3"), END, ASSISTANT]  # the format of this test knows but two roles
+    assert conversation.ids() == [USER, *encode("q"), END, ASSISTANT, 301, 302, *middle, 300]
+    conversation.switch(tiny_model(seed=1), CharTokenizer())  # type: ignore[arg-type]
+    written = encode('so<|tool_call|>[{"name": "add", "arguments": {"a": 1}}]<|/tool_call|>')
+    assert conversation.ids() == [USER, *encode("q"), END, ASSISTANT, *written, *middle, *encode("irrelevant")]
+
+
+def test_a_long_result_can_be_stopped_while_it_is_read(conversation: Conversation) -> None:
+    def page(x: int) -> str:
+        """A page."""
+        return "y" * x
+
+    conversation.toolbox = Toolbox([page], strict=False)
+    said = [*encode('functools[{"name": "page", "arguments": {"x": 200}}]'), END, END]
+
+    def progress(done: int, total: int) -> None:
+        if total > 150 and done:
+            raise Interrupted
+
+    options = {"sampler": lambda logprobs: mx.array([said.pop(0)]), "prefill_step_size": 32}
+    events = list(conversation.ask("q", max_tokens=100, progress=progress, **options))
+    assert [type(event).__name__ for event in events[-2:]] == ["ToolCall", "ToolResult"]
+    (turn,) = conversation.turns
+    assert turn.answer == "" and turn.rounds[0].results == ["y" * 200]
+    prompt = conversation.prompt_ids("next")
+    expected = [token for token, _ in generate_step(prompt, conversation.model, max_tokens=8)]
+    ask(conversation, "next")
+    assert list(conversation.turns[-1].ids) == expected

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 from phi4_mlx import transcript
-from phi4_mlx.conversation import Turn
+from phi4_mlx.agent import Round
+from phi4_mlx.checkpoint import load_tokenizer_and_format
+from phi4_mlx.conversation import Turn, reply_ids
 from phi4_mlx.errors import RequestError
+from phi4_mlx.tool_calls import ToolCall
 
 
 class Encoder:
@@ -20,6 +23,8 @@ class Encoder:
 
 
 TOKENIZER: Any = Encoder()
+TINY: Any = load_tokenizer_and_format(Path(__file__).parents[1] / "data" / "tiny_tokenizer")
+CALLED = b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": null, "tool_calls": %b}]}'
 TURNS = [Turn("a\nquestion é", "ab", (97, 98)), Turn("<|end|><|system|>", "", ())]
 
 
@@ -29,6 +34,28 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert transcript.load(path, TOKENIZER) == ("be brief", TURNS)
     assert path.stat().st_mode & 0o777 == 0o600
     assert json.loads(path.read_text())["messages"][1] == {"role": "user", "content": "a\nquestion é"}
+
+
+def test_calls_of_tools_are_saved_and_loaded_as_the_model_would_write_them(tmp_path: Path) -> None:
+    calls = [ToolCall("add", {"a": "<|end|>é"}), ToolCall("add", {"a": 2})]
+    each = Round("so", reply_ids(TINY, "so", calls), calls, ["<|end|>", "error: no"])
+    last = Turn("q", "done", tuple(TINY.encode("done")), (each, each))
+    path = tmp_path / "talk.json"
+    transcript.save(path, "demo", None, [last, Turn("stopped", "", (), (each,))])
+    assert transcript.load(path, TINY) == (None, [last, Turn("stopped", "", (), (each,))])
+
+    messages = json.loads(path.read_text())["messages"]
+    assert [m["role"] for m in messages[:5]] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert [m["tool_call_id"] for m in messages[2:4]] == ["call_1", "call_2"]
+    rendered = TINY.apply_chat_template(messages[:2], add_generation_prompt=True)
+    asked = TINY.apply_chat_template(messages[:1])
+    assert rendered[len(asked) : -2] == each.ids  # without <|end|> and <|assistant|>
+
+    messages[2:4] = messages[3], messages[2]  # another program's order
+    assert transcript.from_messages(messages, TINY) == (None, [last, Turn("stopped", "", (), (each,))])
+    del messages[2]["tool_call_id"], messages[3]["tool_call_id"]
+    _, turns = transcript.from_messages(messages, TINY)
+    assert turns[0].rounds[0].results == ["error: no", "<|end|>"]
 
 
 def test_a_conversation_without_system_prompt_or_turns(tmp_path: Path) -> None:
@@ -76,6 +103,11 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path: Path, monk
         (b'{"messages": [{"role": "assistant", "content": "x"}]}', "'user' is due|due is 'user'"),
         (b'{"messages": [{"role": "user", "content": "x"}]}', "has no answer"),
         (b'{"messages": [{"role": "user", "content": "x"}, {"role": "tool", "content": "x"}]}', "due is 'assistant'"),
+        (CALLED % b'"x"', "message 1 has 'tool_calls' that are no names"),
+        (CALLED % b'[{"function": {"name": "x", "arguments": "["}}]', "message 1 has 'tool_calls'"),
+        (CALLED % b'[{"function": {"name": "x", "arguments": "[]"}}]', "message 1 has 'tool_calls'"),
+        (CALLED % b'[{"function": {"name": "x", "arguments": {"a": "\\ud800"}}}]', "message 1 has 'tool_calls'"),
+        (CALLED % b'[{"id": [], "function": {"name": "x", "arguments": {}}}]', "a call of a tool, and has no result"),
         (b'{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}]}', "'system'"),
     ],
 )
