@@ -19,7 +19,7 @@ FLOORS = {
     3: "checkpoint constrain toolbox",
     4: "generation",
     5: "agent batch conversation convert lora mcp_tools speculate transcript user_files",
-    6: "completion chat chat_commands chat_tools server bridge",
+    6: "bridge bridge_lines bridge_model bridge_worker chat chat_commands chat_tools completion server",
     7: "cli __main__",
 }
 FLOOR_OF = {f"phi4_mlx.{name}": floor for floor, names in FLOORS.items() for name in names.split()}

@@ -1,0 +1,70 @@
+// A Swift program talks with the model: in its own process by PythonKit, or with a process of its own over JSON Lines.
+//
+// PythonKit needs the environment that phi4_mlx is installed in: PYTHON_LIBRARY names its libpython, PYTHONPATH its
+// site-packages. Under the Hardened Runtime, library validation must be off for it; the second way needs neither.
+
+import Foundation
+import PythonKit
+
+// One thread calls Python, always the same: PythonKit does not take Python's lock. Nothing in the bridge raises, which
+// PythonKit could not catch; what goes wrong is an event.
+func inProcess() {
+    let bridge = Python.import("phi4_mlx.bridge")
+    let loaded = bridge.load("demo")
+    guard String(loaded["event"]) == "finish" else { return print(loaded["message"]) }
+    let messages = [["role": "user", "content": "hello"]]
+    let stream = bridge.start_chat(loaded["model"], messages, max_tokens: 60)
+    reading: while true {
+        let event = bridge.next_event(stream, timeout_s: 0.1)  // so that there is a moment to cancel in
+        switch String(event["event"])! {
+        case "token": print(String(event["text"])!, terminator: "")
+        case "wait": if Task.isCancelled { bridge.cancel(stream) }
+        case "error": print(event["message"]); break reading
+        case "finish": print("\n\(event["reason"])"); break reading
+        default: break
+        }
+    }
+    // What is awkward to write in plain types goes as JSON.
+    let request = #"{"model": \#(loaded["model"]), "messages": [{"role": "user", "content": "hi"}]}"#
+    print(bridge.chat_json(request))
+    bridge.unload(loaded["model"])
+}
+
+struct Event: Decodable {
+    let id: Int?
+    let event: String
+    let text: String?
+    let reason: String?
+    let message: String?  // of an error; in a "finish" it is an object, and `try?` leaves it out
+
+    enum CodingKeys: CodingKey { case id, event, text, reason, message }
+    init(from decoder: Decoder) throws {
+        let fields = try decoder.container(keyedBy: CodingKeys.self)
+        id = try? fields.decode(Int.self, forKey: .id)
+        event = try fields.decode(String.self, forKey: .event)
+        text = try? fields.decode(String.self, forKey: .text)
+        reason = try? fields.decode(String.self, forKey: .reason)
+        message = try? fields.decode(String.self, forKey: .message)
+    }
+}
+
+func ownProcess(python: String) async throws {
+    let process = Process(), input = Pipe(), output = Pipe()
+    process.executableURL = URL(fileURLWithPath: python)
+    process.arguments = ["-m", "phi4_mlx.bridge", "--jsonl", "--model", "demo"]
+    (process.standardInput, process.standardOutput) = (input, output)
+    try process.run()
+    func send(_ line: String) { input.fileHandleForWriting.write(Data((line + "\n").utf8)) }
+    send(#"{"id": 1, "do": "chat", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 60}"#)
+    for try await line in output.fileHandleForReading.bytes.lines {
+        let event = try JSONDecoder().decode(Event.self, from: Data(line.utf8))
+        if event.event == "token" { print(event.text!, terminator: "") }  // send(#"{"cancel": 1}"#) ends it
+        if event.event == "error" { print(event.message!) }
+        if ["finish", "error"].contains(event.event) { break }
+    }
+    try input.fileHandleForWriting.close()  // the end of its input ends the process
+    process.waitUntilExit()
+}
+
+inProcess()
+try await ownProcess(python: CommandLine.arguments.dropFirst().first ?? "/usr/bin/python3")
