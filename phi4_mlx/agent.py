@@ -297,8 +297,10 @@ class ToolLoop:
             return None
         from phi4_mlx.constrain import Constraint
 
+        # What must be is brought to its end in time. A call that is the model's own wish is cut, and so not run, rather
+        # than run with half an argument.
         V = self._model.config.vocab_size
-        return Constraint(grammar, self._tokenizer, V, max_tokens if must else None)  # a text may well be cut
+        return Constraint(grammar, self._tokenizer, V, max_tokens if must else None)
 
     def _run_calls(self, each: Round) -> Iterator[Event]:
         if len(self.rounds) == self._max_rounds:

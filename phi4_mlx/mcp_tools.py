@@ -95,7 +95,7 @@ def _call(portal: Any, session: Any, name: str, /, **arguments: Any) -> str:
     try:
         result = _plain(future.result(CALL_TIMEOUT_S))
     except BaseException:
-        future.cancel()  # else closing would wait for it
+        future.cancel()  # nobody waits for it any more
         raise
     parts = [part.get("text", f"[{part.get('type')}, which is no text]") for part in result.get("content", [])]
     text = "\n".join(parts)
