@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, overload
 
 import mlx.core as mx
 
@@ -24,6 +24,7 @@ from phi4_mlx.sampling import LogitsProcessor, check_whole
 PREFILL_STEP_SIZE = 2048  # tokens a chunk; hidden states of one chunk take about 100 MB in Phi-4-mini
 
 Progress = Callable[[int, int], None]
+Answer = TypeVar("Answer")
 
 
 class StreamingDecoder(Protocol):
@@ -42,14 +43,24 @@ class Tokenizer(Protocol):
     def streaming_decoder(self) -> StreamingDecoder: ...
 
 
+class LogitsMask(Protocol):
+    """What one answer must obey, such as a `phi4_mlx.constrain.Constraint`."""
+
+    def mask(self) -> mx.array | None:
+        """The tokens that may come next, bool [V]; None for any."""
+
+    def accept(self, token: int) -> list[int] | None:
+        """Takes a drawn token; the tokens that must follow it, or None if another must be drawn in its place."""
+
+
 @dataclass(frozen=True)
 class GenerationResponse:
     """One step of `stream_generate`, in mlx-lm's names.
 
     Attributes:
         text: text that has become certain with this token; may be empty.
-        token: the id drawn.
-        logprobs: log-probabilities [V], computed only if they are looked at.
+        token: the id drawn, or forced by a `logits_mask`.
+        logprobs: log-probabilities [V], computed only if they are looked at; 0 for a token that was forced.
         prompt_tokens: tokens prefilled for this call.
         prompt_tps: tokens a second in prefill.
         generation_tokens: tokens drawn so far.
@@ -78,6 +89,7 @@ def generate_step(
     max_tokens: int = 256,
     sampler: Callable[[mx.array], mx.array] | None = None,
     logits_processors: Iterable[LogitsProcessor] | None = None,
+    logits_mask: LogitsMask | None = None,
     cache: PromptCache | None = None,
     prefill_step_size: int = PREFILL_STEP_SIZE,
     prompt_progress_callback: Progress | None = None,
@@ -90,7 +102,10 @@ def generate_step(
         max_tokens: how many tokens to draw at most.
         sampler: log-probabilities [1, V] -> token [1]; the default takes the likeliest.
         logits_processors: each (all ids so far [S], logits [1, V]) -> logits [1, V], in turn.
-        cache: from `model.make_cache()`; appended to. It may hold one token more than was yielded.
+        logits_mask: the tokens that may come next, looked at after the processors and before the sampler; for one
+            answer only. What it forces is yielded too, and costs no step of its own.
+        cache: from `model.make_cache()`; appended to. It may hold a step more than was yielded: one token, or one and
+            those that a `logits_mask` forced.
         prefill_step_size: tokens a chunk.
         prompt_progress_callback: called with (tokens done, tokens in all) before, during and after a prefill, also one
             that a RoPE crossing makes necessary.
@@ -108,29 +123,76 @@ def generate_step(
     _check_prompt(prompt, model, cache.offset, max_tokens)
     processors = list(logits_processors or ())
 
-    def draw(logits: mx.array) -> tuple[mx.array, mx.array]:  # [1, V] -> [1], [V]
+    def advance(ids: mx.array, decoding: bool) -> mx.array:  # [1, T] -> [1, V]
+        return _advance(model, ids, cache, prefill_step_size, prompt_progress_callback, decoding)
+
+    def draw(logits: mx.array, mask: mx.array | None = None) -> tuple[mx.array, mx.array]:  # [1, V] -> [1], [V]
         for process in processors:
             logits = process(cache.ids[0], logits)
+        if mask is not None:
+            logits = mx.where(mask, logits, -mx.inf)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         token = mx.argmax(logits, axis=-1) if sampler is None else sampler(logprobs)
         return token, logprobs[0]
 
-    def steps() -> Iterator[tuple[int, mx.array]]:
-        ids = mx.array([prompt], mx.int32)  # [1, T]
-        waiting: tuple[mx.array, mx.array] | None = None
-        for drawn in range(max_tokens):
-            logits = _advance(model, ids, cache, prefill_step_size, prompt_progress_callback)
-            token, logprobs = draw(logits)
-            mx.async_eval(token)
-            if waiting is not None:
-                yield int(waiting[0].item()), waiting[1]
-            waiting, ids = (token, logprobs), token[:, None]
-            if drawn % 256 == 255:
-                mx.clear_cache()  # buffers of outgrown caches
+    ids = mx.array([prompt], mx.int32)  # [1, T]
+    if logits_mask is None:
+        return _steps(ids, max_tokens, advance, draw)
+    return _masked_steps(ids, max_tokens, advance, draw, logits_mask)
+
+
+def _steps(
+    ids: mx.array,
+    max_tokens: int,
+    advance: Callable[[mx.array, bool], mx.array],
+    draw: Callable[[mx.array], tuple[mx.array, mx.array]],
+) -> Iterator[tuple[int, mx.array]]:
+    """Tokens as the model draws them, each yielded when the step after it is queued."""
+    waiting: tuple[mx.array, mx.array] | None = None
+    for drawn in range(max_tokens):
+        token, logprobs = draw(advance(ids, drawn > 0))
+        mx.async_eval(token)
         if waiting is not None:
             yield int(waiting[0].item()), waiting[1]
+        waiting, ids = (token, logprobs), token[:, None]
+        if drawn % 256 == 255:
+            mx.clear_cache()  # buffers of outgrown caches
+    if waiting is not None:
+        yield int(waiting[0].item()), waiting[1]
 
-    return steps()
+
+def _masked_steps(
+    ids: mx.array,
+    max_tokens: int,
+    advance: Callable[[mx.array, bool], mx.array],
+    draw: Callable[[mx.array, mx.array | None], tuple[mx.array, mx.array]],
+    logits_mask: LogitsMask,
+) -> Iterator[tuple[int, mx.array]]:
+    """Tokens as a mask lets them be drawn; each step runs the token drawn and those that it forces, in one go."""
+    waiting: list[tuple[int, mx.array]] = []
+    left, steps = max_tokens, 0
+    while left:
+        logits = advance(ids, steps > 0)
+        mx.async_eval(logits)
+        token, logprobs = draw(logits, logits_mask.mask())  # the mask is made while the device runs
+        mx.async_eval(token)
+        yield from waiting
+        number = int(token.item())
+        while (forced := logits_mask.accept(number)) is None:
+            token, logprobs = draw(logits, logits_mask.mask())
+            number = int(token.item())
+        certain = [(each, _certain(each, logprobs)) for each in forced[: left - 1]]
+        waiting = [(number, logprobs), *certain]
+        left, steps = left - len(waiting), steps + 1
+        ids = mx.array([[each for each, _ in waiting]], mx.int32)
+        if steps % 256 == 0:
+            mx.clear_cache()
+    yield from waiting
+
+
+def _certain(token: int, like: mx.array) -> mx.array:
+    """Log-probabilities [V] of a token that is the only one."""
+    return mx.where(mx.arange(like.shape[0]) == token, 0.0, -mx.inf).astype(like.dtype)
 
 
 def stream_generate(
@@ -189,24 +251,59 @@ def stream_generate(
                 break
 
 
+@overload
 def generate(
-    model: Model, tokenizer: Tokenizer, prompt: str | Sequence[int], *, verbose: bool = False, **options: Any
-) -> str:
-    """The whole answer as a string.
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int],
+    *,
+    schema: Mapping[str, Any] | None = None,
+    verbose: bool = False,
+    **options: Any,
+) -> str: ...
+
+
+@overload
+def generate(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int],
+    *,
+    schema: type[Answer],
+    verbose: bool = False,
+    **options: Any,
+) -> Answer: ...
+
+
+def generate(
+    model: Model,
+    tokenizer: Any,
+    prompt: str | Sequence[int],
+    *,
+    schema: Any = None,
+    verbose: bool = False,
+    **options: Any,
+) -> Any:
+    """The whole answer as a string, or as an instance of a class.
 
     Args:
         model: what `load` returned.
         tokenizer: what `load` returned.
         prompt: as in `stream_generate`.
+        schema: what the answer must obey: a JSON schema, a dataclass, or a pydantic model (a class with
+            `model_json_schema` and `model_validate_json`). It ends within `max_tokens`.
         verbose: prints the text as it comes, then counts and speeds.
         options: those of `stream_generate`.
 
     Returns:
-        The text, without the end marker.
+        The text, without the end marker; with a class as the schema, an instance of it.
 
     Raises:
-        RequestError: as `generate_step`.
+        RequestError: as `generate_step`; the schema cannot be kept, or `max_tokens` are too few for it.
     """
+    constraint = read = None
+    if schema is not None:
+        constraint, read = _schema_mask(schema, tokenizer, model.config.vocab_size, options)
     pieces = []
     for response in stream_generate(model, tokenizer, prompt, **options):
         pieces.append(response.text)
@@ -218,7 +315,24 @@ def generate(
             f"generation: {response.generation_tokens} tokens, {response.generation_tps:.1f} tokens/s\n"
             f"peak memory: {response.peak_memory:.3f} GB"
         )
-    return "".join(pieces)
+    text = "".join(pieces)
+    if constraint is not None and not constraint.complete:
+        raise RequestError(f"the answer had not ended after max_tokens {options['max_tokens']}; raise max_tokens")
+    return text if read is None else read(text)
+
+
+def _schema_mask(schema: Any, tokenizer: Any, vocab_size: int, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The constraint of a schema, put into `options`, and what makes an instance of the answer, if it is to be one."""
+    from phi4_mlx.constrain import Constraint, class_answer, json_schema
+
+    for other in ("stop", "logits_mask"):  # either would leave half an answer
+        if options.get(other) is not None:
+            raise RequestError(f"schema and {other} cannot be given both; leave one out")
+    max_tokens = options.setdefault("max_tokens", 256)
+    check_whole("max_tokens", max_tokens, 1)
+    grammar, read = (json_schema(schema), None) if isinstance(schema, Mapping) else class_answer(schema)
+    options["logits_mask"] = constraint = Constraint(grammar, tokenizer, vocab_size, max_tokens)
+    return constraint, read
 
 
 def _whole_numbers(ids: Sequence[int] | mx.array) -> list[int]:
@@ -248,12 +362,15 @@ def _check_prompt(prompt: list[int], model: Model, cached: int, max_tokens: int)
         )
 
 
-def _advance(model: Model, ids: mx.array, cache: PromptCache, step_size: int, progress: Progress | None) -> mx.array:
+def _advance(
+    model: Model, ids: mx.array, cache: PromptCache, step_size: int, progress: Progress | None, decoding: bool
+) -> mx.array:
     """Runs ids [1, T] in chunks, and all of the sequence at a RoPE crossing; the last position's logits [1, V]."""
-    decoding = ids.shape[1] == 1 and cache.offset > 0
-    ids = cache.admit(ids, reach=cache.offset + ids.shape[1])
+    T = ids.shape[1]
+    decoding = decoding or (T == 1 and cache.offset > 0)
+    ids = cache.admit(ids, reach=cache.offset + T)
     total = ids.shape[1]
-    if progress and decoding and total == 1:
+    if progress and decoding and total == T:
         progress = None
     try:
         if progress:

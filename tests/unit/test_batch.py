@@ -151,6 +151,80 @@ def test_forced_tokens_are_taken_in_few_or_many(model: Model, length: int) -> No
     assert drawn(beside) == alone(model, [1, 2, 3], 60)
 
 
+def test_rows_of_which_none_has_anything_to_draw_go_on(model: Model) -> None:
+    sequences = [Sequence(model, [n, 2, 3], 12, logits_mask=Script({3: [100, 101, 102]})) for n in range(2)]
+    batch = Batch()
+    for sequence in sequences:
+        batch.add(sequence)
+    assert not run(batch)
+    for n, sequence in enumerate(sequences):
+        assert sequence.restarts == 0
+        head = alone(model, [n, 2, 3], 3)
+        assert drawn(sequence) == [*head, 100, 101, 102, *alone(model, [n, 2, 3, *head, 100, 101, 102], 6)]
+
+
+class Choosy(Script):
+    """A grammar that refuses the first token it is shown at every other step, and masks it from then on."""
+
+    refused: int | None = None
+
+    def mask(self) -> mx.array | None:
+        return None if self.refused is None else mx.arange(512) != self.refused
+
+    def accept(self, token: int) -> Any:
+        if self.refused is None and self.count % 2:
+            self.refused = token
+            return None
+        self.refused = None
+        return super().accept(token)
+
+
+def test_a_grammar_may_ask_for_another_token(model: Model) -> None:
+    masked = Sequence(model, [1, 2, 3], 10, logits_mask=Choosy({}))
+    beside = Sequence(model, [4, 5, 6], 10)
+    batch = Batch()
+    batch.add(masked)
+    batch.add(beside)
+    assert not run(batch)
+    assert drawn(masked) == alone(model, [1, 2, 3], 10, logits_mask=Choosy({})) != alone(model, [1, 2, 3], 10)
+    assert drawn(beside) == alone(model, [4, 5, 6], 10)
+
+
+class Remembering:
+    """Keeps one cache, and gives copies of it away."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.states: list[Any] = []
+        self.recalled: list[int] = []
+
+    def recall(self, sequence: Sequence) -> Any:
+        known = self.ids[: len(sequence.ids) - 1]
+        self.recalled.append(len(known))
+        if not known or sequence.ids[: len(known)] != known:
+            return None
+        cache = sequence.model.make_cache()
+        cache.restore(known, [[array[..., : len(known), :] for array in state] for state in self.states], "short")
+        return cache
+
+    def keep(self, sequence: Sequence) -> None:
+        assert sequence.cache is not None and sequence.cache.offset == len(sequence.ids)
+        self.ids, self.states = list(sequence.ids), [layer.state for layer in sequence.cache]
+
+
+@pytest.mark.parametrize("chunk", [512, 16])
+def test_one_prompt_is_read_once_however_often_it_is_answered(model: Model, chunk: int) -> None:
+    memory = Remembering()
+    batch = Batch(prefill_step_size=chunk, memory=memory)
+    prompt = list(range(50))
+    sequences = [Sequence(model, list(prompt), 8) for _ in range(4)]
+    for sequence in sequences:
+        batch.add(sequence)
+    assert not run(batch)
+    assert memory.recalled == [0, 49, 49, 49]
+    assert all(drawn(sequence) == alone(model, prompt, 8) for sequence in sequences)
+
+
 def test_the_mistake_of_one_is_not_the_others(model: Model) -> None:
     def broken(logprobs: mx.array) -> mx.array:
         raise ValueError("broken sampler")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +13,8 @@ import numpy as np
 import pytest
 
 from phi4_mlx import generation
+from phi4_mlx.checkpoint import load
+from phi4_mlx.constrain import Constraint, json_schema, tool_calls
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation import generate, generate_step, stream_generate
 from phi4_mlx.models.text import Model
@@ -229,3 +234,186 @@ def test_metal_keeps_the_weights_wired_while_tokens_are_drawn(monkeypatch: pytes
         assert limits == [1000, 77]
         raise KeyError
     assert limits == [1000, 77, 1000]
+
+
+# Masks.
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 12}, "population": {"type": "integer", "maximum": 99_999}},
+    "required": ["city", "population"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture
+def pair(tiny_checkpoint: Callable[..., Path]) -> tuple[Model, Any]:
+    """A tiny model with random weights, and the tokenizer of its vocabulary."""
+    return load(tiny_checkpoint())
+
+
+class OneByOne:
+    """The same mask, whose forced tokens take a step each."""
+
+    def __init__(self, mask: Constraint):
+        self.inner, self.queue = mask, list[int]()
+
+    def mask(self) -> mx.array:
+        return mx.arange(512) == self.queue[0] if self.queue else self.inner.mask()
+
+    def accept(self, token: int) -> list[int]:
+        if self.queue:
+            assert self.queue.pop(0) == token
+        else:
+            forced = self.inner.accept(token)
+            assert forced is not None
+            self.queue = forced
+        return []
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of all that goes through the model from now on."""
+    shapes: list[tuple[int, ...]] = []
+    run = generation._advance
+    monkeypatch.setattr(
+        generation, "_advance", lambda model, ids, *more: (shapes.append(ids.shape), run(model, ids, *more))[1]
+    )
+    return shapes
+
+
+@pytest.mark.parametrize("length", [3, BOUNDARY - 20, BOUNDARY - 8, BOUNDARY - 1, 100])
+def test_forced_tokens_take_no_step_and_change_nothing(
+    pair: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    model, tokenizer = pair
+    prompt, shapes = [5 + n % 300 for n in range(length)], counted(monkeypatch)
+
+    def tokens(mask: Any) -> list[tuple[int, mx.array]]:
+        return list(generate_step(prompt, model, max_tokens=60, logits_mask=mask))
+
+    fast = tokens(Constraint(json_schema(CITY), tokenizer, 512, 60))
+    steps = len(shapes)
+    slow = tokens(OneByOne(Constraint(json_schema(CITY), tokenizer, 512, 60)))
+    assert [token for token, _ in fast] == [token for token, _ in slow]
+    for (_, ours), (_, theirs) in zip(fast, slow, strict=True):
+        assert mx.allclose(mx.exp(ours), mx.exp(theirs), atol=1e-4)
+    assert len(fast) == 60 and steps < 50 and max(n for _, n in shapes[1:steps]) > 5 and len(shapes) - steps == 60
+
+
+def test_forced_tokens_stay_in_the_cache_and_count(pair: tuple[Model, Any]) -> None:
+    model, tokenizer = pair
+    cache = model.make_cache()
+    constraint = Constraint(tool_calls([{"name": "now"}], "now"), tokenizer, 512)
+    events = list(stream_generate(model, tokenizer, [5, 6], cache=cache, logits_mask=constraint))
+    assert "".join(event.text for event in events) == '<|tool_call|>[{"name": "now", "arguments": {}}]<|/tool_call|>'
+    assert [event.generation_tokens for event in events] == list(range(1, len(events) + 1))
+    assert events[-1].finish_reason == "stop" and events[-1].token in tokenizer.eos_ids
+    assert cache.ids[0].tolist()[: len(events) + 1] == [5, 6, *[event.token for event in events[:-1]]]
+    assert events[3].logprobs[events[3].token].item() == 0
+
+
+def test_no_more_than_max_tokens_even_if_they_are_forced(pair: tuple[Model, Any]) -> None:
+    model, tokenizer = pair
+    for most in (1, 2, 7):
+        constraint = Constraint(tool_calls([{"name": "now"}], "now"), tokenizer, 512)
+        events = list(stream_generate(model, tokenizer, [5], max_tokens=most, logits_mask=constraint))
+        assert len(events) == most and events[-1].finish_reason == "length"
+        constraint = Constraint(tool_calls([{"name": "now"}], "now"), tokenizer, 512)
+        assert len(list(generate_step([5], model, max_tokens=most, logits_mask=constraint))) == most
+
+
+def test_a_mask_comes_after_the_processors_and_before_the_sampler(tiny_model: Callable[..., Model]) -> None:
+    class Only:
+        def mask(self) -> mx.array:
+            return mx.arange(512) < 100
+
+        def accept(self, token: int) -> list[int]:
+            assert token < 100
+            return []
+
+    biased = make_logits_processors({7: 500.0, 300: 1000.0})
+    forced = generate_step([1], tiny_model(), max_tokens=3, logits_processors=biased, logits_mask=Only())
+    assert [token for token, _ in forced] == [7, 7, 7]
+    sampled = generate_step([1], tiny_model(), max_tokens=40, sampler=make_sampler(50.0, seed=1), logits_mask=Only())
+    tokens = [token for token, _ in sampled]
+    assert len(set(tokens)) > 20 and max(tokens) < 100
+
+
+def test_a_mask_may_allow_all_and_refuse_what_was_drawn(tiny_model: Callable[..., Model]) -> None:
+    class Fussy:
+        seen: list[int] = []  # noqa: RUF012
+        first: int | None = None
+
+        def mask(self) -> mx.array | None:
+            return None if self.first is None else mx.arange(512) != self.first
+
+        def accept(self, token: int) -> list[int] | None:
+            self.seen.append(token)
+            refused = self.first is None
+            self.first = token if refused else None
+            return None if refused else [3]
+
+    tokens = [token for token, _ in generate_step([1], tiny_model(), max_tokens=6, logits_mask=Fussy())]
+    seen = Fussy.seen
+    assert len(seen) == 6 and tokens == [seen[1], 3, seen[3], 3, seen[5], 3] and seen[0] not in (tokens[0],)
+
+
+def test_a_wrong_grammar_ends_generation_with_an_error_of_ours(pair: tuple[Model, Any]) -> None:
+    model, tokenizer = pair
+    constraint = Constraint(json_schema(CITY), tokenizer, 512)
+    with pytest.raises(RequestError, match="cannot be held to its grammar"):
+        biased = make_sampler()
+        list(generate_step([1], model, sampler=lambda logprobs: biased(logprobs) * 0 + 9, logits_mask=constraint))
+
+
+@dataclass
+class Place:
+    city: str
+    tags: list[str]
+    area: float | None = None
+
+
+class Pydantic:
+    """As pydantic's models present themselves."""
+
+    def __init__(self, **fields: Any):
+        self.fields = fields
+
+    @classmethod
+    def model_json_schema(cls) -> dict[str, Any]:
+        return CITY
+
+    @classmethod
+    def model_validate_json(cls, text: str) -> Pydantic:
+        return cls(**json.loads(text))
+
+
+def test_generate_answers_in_a_schema(pair: tuple[Model, Any]) -> None:
+    model, tokenizer = pair
+    for seed in range(5):
+        options: dict[str, Any] = {"max_tokens": 60, "sampler": make_sampler(1.0, seed=seed)}
+        answer = json.loads(generate(model, tokenizer, "hi", schema=CITY, **options))
+        assert list(answer) == ["city", "population"] and answer["population"] <= 99_999
+        place = generate(model, tokenizer, "hi", schema=Place, **options)
+        assert isinstance(place, Place) and isinstance(place.city, str) and isinstance(place.tags, list)
+        assert place.area is None or isinstance(place.area, float)
+        assert list(generate(model, tokenizer, "hi", schema=Pydantic, **options).fields) == ["city", "population"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schema": CITY, "max_tokens": 3}, "had not ended after max_tokens 3; raise max_tokens"),
+        ({"schema": CITY, "max_tokens": 0}, "max_tokens must be a whole number"),
+        ({"schema": CITY, "stop": "x"}, "schema and stop"),
+        ({"schema": CITY, "logits_mask": 5}, "schema and logits_mask"),
+        ({"schema": {"not": CITY}}, "'not'"),
+        ({"schema": int}, "a JSON schema, a dataclass or a pydantic model"),
+        ({"schema": Place("a", [])}, "a JSON schema, a dataclass or a pydantic model"),
+    ],
+)
+def test_a_schema_that_cannot_be_answered_is_refused(
+    pair: tuple[Model, Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        generate(*pair, "hi", **options)

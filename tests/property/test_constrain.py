@@ -1,0 +1,164 @@
+"""Schemas over all that is supported, answered by the demo at temperature 1: each answer is valid, and each one ends.
+
+SCHEMAS=200 python -m pytest tests/property/test_constrain.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import string
+from collections.abc import Callable
+from typing import Any
+
+import jsonschema
+import pytest
+
+from phi4_mlx.checkpoint import load
+from phi4_mlx.constrain import Constraint, json_schema, tool_calls
+from phi4_mlx.generation import stream_generate
+from phi4_mlx.sampling import make_sampler
+
+SCHEMAS = int(os.environ.get("SCHEMAS", "40"))
+MAX_TOKENS = 256
+PATTERNS = ["^[A-Z][a-z]{1,8}$", "[0-9]{3}", "^(red|green|blue)(-(red|green|blue))*$", r"^\w+@\w+\.org$"]
+FORMATS = ["date", "time", "date-time", "email", "ipv4", "ipv6", "uuid", "hostname", "uri", "duration"]
+
+
+class Maker:
+    """Draws schemas."""
+
+    def __init__(self, seed: int):
+        self.dice = random.Random(seed)
+        self.definitions: dict[str, Any] = {}
+
+    def whole(self) -> dict[str, Any]:
+        kind = self.dice.choice([self.object, self.object, self.object, self.array, self.any_of, self.leaf])
+        schema = kind(3)
+        return {**schema, "$defs": self.definitions} if self.definitions else schema
+
+    def schema(self, depth: int) -> dict[str, Any]:
+        kinds: list[Callable[[int], dict[str, Any]]] = [self.leaf] * 4
+        if depth:
+            kinds += [self.object, self.array, self.any_of, self.all_of, self.reference, self.map]
+        return self.dice.choice(kinds)(depth - 1 if depth else 0)
+
+    def leaf(self, _: int) -> dict[str, Any]:
+        dice, low = self.dice, self.dice.randint(-50, 50)
+        return dice.choice(
+            [
+                {"type": "string"},
+                {"type": "string", "minLength": dice.randint(0, 4), "maxLength": dice.randint(4, 20)},
+                {"type": "string", "pattern": dice.choice(PATTERNS)},
+                {"type": "string", "format": dice.choice(FORMATS)},
+                {"type": "integer"},
+                {"type": "integer", "minimum": low, "exclusiveMaximum": low + dice.randint(1, 2_000)},
+                {"type": "integer", "multipleOf": dice.randint(2, 12)},
+                {"type": "number", "exclusiveMinimum": low, "maximum": low + 2.5},
+                {"type": "number", "multipleOf": 0.5},
+                {"type": "number"},
+                {"type": "boolean"},
+                {"type": "null"},
+                {"type": ["string", "null"]},
+                {"enum": [1, "two", None, {"three": [3]}, 4.5]},
+                {"const": {"a": ["é", '"', 1.25]}},
+                {"oneOf": [{"const": "a"}, {"const": "b", "title": "B"}, {"enum": [1, 2]}]},
+                {},
+            ]
+        )
+
+    def object(self, depth: int) -> dict[str, Any]:
+        names = self.dice.sample(
+            [*string.ascii_lowercase[:8], "ключ", "a b", 'q"', "not", "$ref"], self.dice.randint(0, 5)
+        )
+        properties = {name: self.schema(depth) for name in names}
+        required = [name for name in names if self.dice.random() < 0.6]
+        more = self.dice.choice(
+            [
+                {},
+                {"additionalProperties": False},
+                {"additionalProperties": False},
+                {"additionalProperties": self.leaf(0)},
+                {"patternProperties": {"^x-[a-z]+$": self.leaf(0)}, "additionalProperties": False},
+            ]
+        )
+        return {"type": "object", "title": "T", "properties": properties, "required": required, **more}
+
+    def map(self, depth: int) -> dict[str, Any]:
+        return {"type": "object", "additionalProperties": self.schema(depth), "minProperties": 1, "maxProperties": 3}
+
+    def array(self, depth: int) -> dict[str, Any]:
+        low = self.dice.randint(0, 3)
+        bounds = self.dice.choice([{}, {"minItems": low}, {"minItems": low, "maxItems": low + 2}])
+        if self.dice.random() < 0.3:
+            first = [self.schema(depth) for _ in range(self.dice.randint(1, 3))]
+            return {
+                "type": "array",
+                "prefixItems": first,
+                "items": self.dice.choice([False, self.leaf(0)]),
+                "minItems": 1,
+            }
+        return {"type": "array", "items": self.schema(depth), **bounds}
+
+    def any_of(self, depth: int) -> dict[str, Any]:
+        return {"anyOf": [self.schema(depth) for _ in range(self.dice.randint(2, 3))]}
+
+    def all_of(self, depth: int) -> dict[str, Any]:
+        parts = [{"type": "object", "properties": {name: self.schema(depth)}, "required": [name]} for name in "xy"]
+        return {"allOf": parts}
+
+    def reference(self, depth: int) -> dict[str, Any]:
+        """A chain of any length, whose links hold something."""
+        name = f"chain{len(self.definitions)}"
+        self.definitions[name] = {}  # its place, before what it holds takes one
+        following = {"anyOf": [{"type": "null"}, {"$ref": f"#/$defs/{name}"}]}
+        self.definitions[name] |= {
+            "type": "object",
+            "properties": {"value": self.schema(depth), "next": following},
+            "required": ["value", "next"],
+            "additionalProperties": False,
+        }
+        return {"$ref": f"#/$defs/{name}"}
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[Any, Any]:
+    return load("demo")
+
+
+def answer(demo: tuple[Any, Any], grammar: Any, prompt: str, seed: int) -> tuple[str, str | None]:
+    """The text at temperature 1, and why it ended."""
+    model, tokenizer = demo
+    constraint = Constraint(grammar, tokenizer, model.config.vocab_size, MAX_TOKENS)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
+    options = {"max_tokens": MAX_TOKENS, "sampler": make_sampler(1.0, seed=seed), "logits_mask": constraint}
+    events = list(stream_generate(model, tokenizer, ids, **options))
+    return "".join(event.text for event in events), events[-1].finish_reason
+
+
+@pytest.mark.parametrize("seed", range(SCHEMAS))
+def test_every_answer_obeys_its_schema_and_ends(demo: tuple[Any, Any], seed: int) -> None:
+    schema = Maker(seed).whole()
+    text, reason = answer(demo, json_schema(schema), "Fill in the form as JSON.", seed)
+    checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
+    jsonschema.Draft202012Validator(schema, format_checker=checker).validate(json.loads(text))
+    assert reason == "stop" or schema.get("type") in ("integer", "number"), text
+
+
+@pytest.mark.parametrize("seed", range(max(1, SCHEMAS // 4)))
+def test_a_call_that_must_come_is_always_valid(demo: tuple[Any, Any], seed: int) -> None:
+    tools = {}
+    for n in range(3):
+        maker = Maker(1_000 * (seed + 1) + n)
+        parameters = {**maker.object(1), "additionalProperties": False}
+        tools[f"tool_{n}"] = {**parameters, "$defs": maker.definitions}
+    given = [{"type": "function", "function": {"name": name, "parameters": tool}} for name, tool in tools.items()]
+    for choice in ("required", "tool_1"):
+        text, reason = answer(demo, tool_calls(given, choice), "Do what is to be done.", seed)
+        assert reason == "stop" and text.startswith("<|tool_call|>[") and text.endswith("]<|/tool_call|>"), text
+        calls = json.loads(text.removeprefix("<|tool_call|>").removesuffix("<|/tool_call|>"))
+        assert calls and (choice == "required" or [call["name"] for call in calls] == [choice])
+        for call in calls:
+            assert list(call) == ["name", "arguments"]
+            jsonschema.Draft202012Validator(tools[call["name"]]).validate(call["arguments"])
