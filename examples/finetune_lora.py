@@ -52,7 +52,7 @@ def conversations(seed: int, count: int, held_out: bool = False) -> Iterator[dic
             continue
         said = draw.choice(HELD_OUT_PHRASES if held_out else PHRASES).format(n=n, s=s)
         call = {"type": "function", "function": {"name": "roll_dice", "arguments": {"count": n, "sides": s}}}
-        rolled = ", ".join(str(draw.randint(1, s)) for _ in range(n))
+        rolled = str(sum(draw.randint(1, s) for _ in range(n)))
         messages = [
             {"role": "user", "content": said},
             {"role": "assistant", "content": "", "tool_calls": [call]},
@@ -85,8 +85,8 @@ def main() -> None:
     samples, report = load_samples(options.folder, tokenizer, mask_prompt=True, max_seq_length=512)
     print("\n".join(report.sentences()))
     add_adapter(model, rank=8, scale=10.0)
-    settings = Settings(iters=options.iters, batch_size=2, max_seq_length=512, learning_rate=1e-3, warmup=10)
-    trainer = Trainer(model, Batches(samples, batch_size=2, max_seq_length=512), settings, options.folder)
+    settings = Settings(iters=options.iters, batch_size=1, max_seq_length=512, learning_rate=5e-4, warmup=10)
+    trainer = Trainer(model, Batches(samples, batch_size=1, max_seq_length=512), settings, options.folder)
     for step in trainer.run():
         if step.step % 10 == 0:
             print(f"step {step.step}: loss {step.loss:.3f}", flush=True)

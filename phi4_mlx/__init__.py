@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from phi4_mlx.config import ModelConfig
     from phi4_mlx.errors import CheckpointError, ConfigError, Phi4Error, RequestError, TokenizerError
     from phi4_mlx.generation import GenerationResponse, generate, generate_step, stream_generate
+    from phi4_mlx.lora.run import finetune
     from phi4_mlx.models.text import Model
     from phi4_mlx.sampling import make_logits_processors, make_sampler
     from phi4_mlx.tokenizer import Tokenizer
@@ -39,6 +40,7 @@ _HOMES = {
     "RequestError": "errors",
     "Tokenizer": "tokenizer",
     "TokenizerError": "errors",
+    "finetune": "lora.run",
     "generate": "generation",
     "generate_step": "generation",
     "load": "checkpoint",
@@ -60,6 +62,7 @@ __all__ = [
     "RequestError",
     "Tokenizer",
     "TokenizerError",
+    "finetune",
     "generate",
     "generate_step",
     "load",

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Names that other programs use. One may be added; none may go.
 PROMISED = {
+    "finetune",
     "generate",
     "generate_step",
     "load",

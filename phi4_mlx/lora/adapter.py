@@ -80,15 +80,19 @@ def place(path: str) -> tuple[int, str]:
     return (int(found[1]), found[2]) if found else (-1, path)
 
 
-def read_folder(folder: Path) -> Adapter:
+def read_folder(folder: Path, file: str = TENSORS_FILE) -> Adapter:
     """Reads an adapter folder as mlx-lm writes it.
+
+    Args:
+        folder: holds adapter_config.json and the tensors.
+        file: the name of the tensors' file; mlx-lm numbers those that it writes on the way.
 
     Raises:
         ConfigError: adapter_config.json is no JSON object.
         CheckpointError: a file is missing or damaged, or a tensor is missing, left over or does not fit the others.
     """
     config = read_config(folder)
-    path = folder / TENSORS_FILE
+    path = folder / file
     kind, parameters = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
     if kind == FULL:
         return Adapter(FULL, 1.0, 0.0, read_tensors(path), str(path))
@@ -242,11 +246,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _config(adapter: Adapter, total_layers: int) -> dict[str, Any]:
-    if adapter.kind == FULL:
-        return {"fine_tune_type": FULL, "num_layers": total_layers}
     places = [place(path) for path in adapter.paths]
     layers = sorted({layer for layer, _ in places if layer >= 0})
     num_layers = total_layers - layers[0] if layers else 0
+    if adapter.kind == FULL:
+        everything = any(layer < 0 for layer, _ in places)
+        return {"fine_tune_type": FULL, "num_layers": total_layers if everything else num_layers}
     config: dict[str, Any] = {
         "fine_tune_type": adapter.kind,
         "num_layers": num_layers,  # Swift takes this many from the end, so it is never -1

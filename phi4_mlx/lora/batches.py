@@ -48,6 +48,8 @@ class Batches:
         epoch: how many times all samples have been given.
         step: how many batches of the epoch under way have been given.
         steps_per_epoch: batches in an epoch; the last one may have fewer rows.
+        rows: the most rows of a batch here.
+        world: how many processes train together.
 
     Args:
         samples: samples, or pairs, which stay together in a row.
@@ -84,7 +86,8 @@ class Batches:
             if not 0 < slots <= self._capacity:
                 raise RequestError(f"{parts[0].source} takes {slots:,} slots, of a row's {self._capacity:,}")
         self._batch_size, self._packing, self._seed = batch_size, packing, seed
-        self._rank, self._world = rank, world
+        self._rank, self.world = rank, world
+        self.rows = batch_size // world
         self.epoch = self.step = 0
         self._planned, self._plan = 0, self._batches_of(0)
         self.steps_per_epoch = len(self._plan)  # lengths alone decide, so that it is the same in each
@@ -102,9 +105,15 @@ class Batches:
         return batch
 
     @property
-    def widest(self) -> int:
-        """Slots of the widest row of the epoch under way, in tokens."""
-        return max(self._width(row) for rows in self._plan for row in rows)
+    def shapes(self) -> set[tuple[int, int]]:
+        """(rows, slots) of this rank's batches: lengths alone decide, so that they are the same in each epoch."""
+        batches = (rows[self._rank :: self.world] or [[]] for rows in self._plan)
+        return {(len(mine), max(self._width(row) for row in mine)) for mine in batches}
+
+    @property
+    def samples_in_a_pair(self) -> int:
+        """How many samples go together: 2 where they are pairs, else 1."""
+        return len(self._parts[0])
 
     def fixed(self, count: int | None = None) -> Iterator[Batch]:
         """The same batches at every call, for validation: the first `count`, or each sample once. Moves nothing."""
@@ -166,7 +175,7 @@ class Batches:
 
     def _batch(self, rows: Sequence[Row]) -> Batch:
         """The arrays of this rank's rows; where there are fewer rows than ranks, one row without targets."""
-        mine = rows[self._rank :: self._world] or [[]]
+        mine = rows[self._rank :: self.world] or [[]]
         width = max(self._width(row) for row in mine)
         inputs, targets, segments = np.zeros((3, len(mine), width), np.int32)
         mask = np.zeros((len(mine), width), bool)

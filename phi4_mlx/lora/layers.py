@@ -20,7 +20,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from phi4_mlx.errors import CheckpointError, RequestError
-from phi4_mlx.lora.adapter import FULL, PARTS, Adapter, place, read_folder, write_folder
+from phi4_mlx.lora.adapter import FULL, PARTS, Adapter, place, read_config, read_folder, write_folder
 from phi4_mlx.lora.peft import is_peft, read_peft
 
 DEFAULT_KEYS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
@@ -184,31 +184,34 @@ def add_adapter(
     _install(model, layers)
 
 
-def load_adapter(model: nn.Module, folder: Path) -> None:
+def load_adapter(model: nn.Module, path: Path) -> None:
     """Puts the adapter of a folder on a model, in the place of one that it has already.
 
     The folder of a full fine-tuning holds no adapter: its weights take the place of the model's for good.
 
     Args:
         model: the model; what training would change from now on is the adapter alone.
-        folder: mlx-lm's layout, or PEFT's.
+        path: a folder in mlx-lm's layout or PEFT's, or a file of tensors with the config of such a folder beside it.
 
     Raises:
         ConfigError: adapter_config.json is no JSON object.
         CheckpointError: a file is missing or damaged, or the adapter is not for this model; names what differs first.
         RequestError: PEFT's adapter is of a kind that is not done here.
     """
-    put_adapter(model, read_adapter(folder))
+    put_adapter(model, read_adapter(path))
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """Reads an adapter folder in mlx-lm's layout or PEFT's.
+def read_adapter(path: Path) -> Adapter:
+    """Reads an adapter in mlx-lm's layout or PEFT's: a folder, or exactly the file that is named.
 
     Raises:
         ConfigError, CheckpointError, RequestError: as `load_adapter`.
     """
-    folder = Path(os.path.expanduser(folder))
-    return read_peft(folder) if is_peft(folder) else read_folder(folder)
+    path = Path(os.path.expanduser(path))
+    if path.is_file():
+        peft = "peft_type" in read_config(path.parent)
+        return read_peft(path.parent, path.name) if peft else read_folder(path.parent, path.name)
+    return read_peft(path) if is_peft(path) else read_folder(path)
 
 
 def put_adapter(model: nn.Module, adapter: Adapter) -> None:
@@ -237,7 +240,7 @@ def check_fit(model: nn.Module, adapter: Adapter) -> None:
         CheckpointError: names the first layer that differs.
     """
     if adapter.kind == FULL:
-        return _check_whole(model, adapter)
+        return _check_full(model, adapter)
     linears, total = linear_layers(model), len(model.layers)
     for path in adapter.paths:
         layer, key = place(path)
@@ -278,13 +281,14 @@ def save_adapter(model: nn.Module, folder: Path, config: Mapping[str, Any]) -> N
     Raises:
         OSError: the disk is full, say; the older files are still there, whole.
     """
-    layers = list(adapter_layers(model).values())
-    if layers:
-        one = layers[0]
-        adapter = Adapter(one.kind, one.scale, one.dropout, adapter_parameters(model), str(folder))
-    else:
-        adapter = Adapter(FULL, 1.0, 0.0, dict(tree_flatten(model.trainable_parameters())), str(folder))
-    write_folder(folder, adapter, len(model.layers), config)
+    write_folder(folder, current_adapter(model, str(folder)), len(model.layers), config)
+
+
+def current_adapter(model: nn.Module, source: str) -> Adapter:
+    """The adapter of a model as it is now, whatever is trained later; without one, all that is not frozen."""
+    for layer in adapter_layers(model).values():
+        return Adapter(layer.kind, layer.scale, layer.dropout, adapter_parameters(model), source)
+    return Adapter(FULL, 1.0, 0.0, dict(tree_flatten(model.trainable_parameters())), source)
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, mx.array]:
@@ -366,7 +370,7 @@ def _install(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
         layer.unfreeze(recurse=False, keys=list(PARTS[layer.kind]))
 
 
-def _check_whole(model: nn.Module, adapter: Adapter) -> None:
+def _check_full(model: nn.Module, adapter: Adapter) -> None:
     """As `check_fit`, for the weights of a full fine-tuning."""
     own = {name.replace(".linear.", "."): array for name, array in tree_flatten(model.parameters())}
     for name, array in adapter.tensors.items():

@@ -29,8 +29,8 @@ _NAME = re.compile(r"base_model\.model\.(.+)\.(?:lora_(?P<matrix>[AB])\.weight|l
 _NO_MATTER = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "inference_mode",
     "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config",
-    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision", "target_modules", "task_type",
-    "use_dora", "use_rslora",
+    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision", "runtime_config",
+    "target_modules", "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
 _MAY_BE: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
@@ -57,19 +57,23 @@ def is_peft(folder: Path) -> bool:
     return any(folder.glob("adapter_model.*"))
 
 
-def read_peft(folder: Path) -> Adapter:
+def read_peft(folder: Path, file: str = PEFT_FILE) -> Adapter:
     """Reads an adapter that PEFT has saved.
+
+    Args:
+        folder: holds adapter_config.json and the tensors.
+        file: the name of the tensors' file.
 
     Raises:
         ConfigError: adapter_config.json is no JSON object.
         CheckpointError: a file is missing or damaged, or a tensor is missing, left over or does not fit the others.
         RequestError: the adapter is of a kind that is not done here, or is stored as pickle.
     """
-    config, path = read_config(folder), folder / PEFT_FILE
-    if not path.is_file():
+    config, path = read_config(folder), folder / file
+    if path.suffix != ".safetensors" or not path.is_file():
         raise RequestError(
-            f"{folder} holds no {PEFT_FILE}; other formats are pickle, which is never read: save it again with "
-            "safe_serialization=True"
+            f"{folder} holds no {Path(file).stem}.safetensors; other formats are pickle, which is never read: save it "
+            "again with safe_serialization=True"
         )
     _check_config(folder, config)
     rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout")

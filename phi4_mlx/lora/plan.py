@@ -8,13 +8,15 @@ scores: three small batches with hardly a target give the three. The loss is mea
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.lora.batches import Batch
+from phi4_mlx.lora.batches import Batch, Batches
 from phi4_mlx.lora.loss import token_losses
 from phi4_mlx.lora.trainer import Loss
 from phi4_mlx.models.text import Model
@@ -64,14 +66,16 @@ class Plan:
         return self.resident + round(step)
 
 
-def make_plan(model: Model, loss: Loss, width: int) -> Plan:
+def make_plan(model: Model, loss: Loss, width: int, accumulating: bool = False) -> Plan:
     """Runs a few small batches through loss and gradient, and fits a plan to what they take.
 
     Args:
-        model: with what is to be trained unfrozen, and in training mode.
+        model: with what is to be trained unfrozen, and in training mode; the optimizer's state is there already.
         loss: what will be minimised.
         width: tokens of the widest row to come.
+        accumulating: whether a step is more than one batch, or more than one process: their gradients are summed.
     """
+    sums = 4 * sum(array.size for _, array in tree_flatten(model.trainable_parameters())) if accumulating else 0  # fp32
     width = min(width, PROBE_TOKENS)
     rows = -(-PROBE_TOKENS // width)
     _probe(model, loss, 1, width)  # the first run compiles, and makes what stays
@@ -80,33 +84,52 @@ def make_plan(model: Model, loss: Loss, width: int) -> Plan:
     shapes = ((rows, width), (2 * rows, width), (2 * rows, width // 2))
     saved, peaks = zip(*(_probe(model, loss, *shape) for shape in shapes), strict=True)
     return Plan(
-        resident,
+        resident + sums,
         Growth.fit(rows, width, *(each - resident for each in saved)),
         Growth.fit(rows, width, *(each - resident for each in peaks)),
         _loss_bytes(model),
     )
 
 
-def check_memory(plan: Plan, rows: int, width: int, checkpointing: bool, limit: int | None = None) -> None:
-    """Refuses a run that cannot fit, and names a setting that would.
+def check_memory(
+    plan: Plan, batches: Batches, checkpointed: Callable[[], Plan] | None = None, limit: int | None = None
+) -> int:
+    """The predicted peak of a run; refuses one that cannot fit, and names the settings that would.
+
+    Args:
+        plan: what a step takes.
+        batches: the batches to come.
+        checkpointed: makes the plan under gradient checkpointing; None where this one is.
+        limit: bytes that there are; None for what the machine has.
 
     Raises:
-        RequestError: the predicted peak is above what the machine has.
+        RequestError: the predicted peak is above the limit.
     """
     limit = memory_limit() if limit is None else limit
-    needed = plan.peak_bytes(rows, width)
+    needed, rows, width = max((plan.peak_bytes(*shape), *shape) for shape in batches.shapes)
     if needed <= limit:
-        return
-    ways = [f"--batch-size {n}" for n in range(rows - 1, 0, -1) if plan.peak_bytes(n, width) <= limit][:1]
-    shorter = (w for w in range(width - width % 64, 63, -64) if plan.peak_bytes(rows, w) <= limit)
-    ways += [f"--max-seq-length {w}" for w in list(shorter)[:1]]
-    if not checkpointing:
-        ways.insert(0, "--grad-checkpoint, at a third more time,")
+        return needed
+    ways = _ways(plan, batches, rows, width, limit)
+    if checkpointed is not None:
+        other = checkpointed()
+        if other.peak_bytes(rows, width) <= limit:
+            ways.insert(0, "--grad-checkpoint, at a third more time,")
+        elif not ways:
+            ways = [f"--grad-checkpoint with {way}" for way in _ways(other, batches, rows, width, limit)]
     advice = " or ".join(ways) or "a smaller model, or one of fewer bits,"
     raise RequestError(
         f"{rows} rows of {width:,} tokens need {needed / 1e9:.1f} GB, and this machine has {limit / 1e9:.1f} GB for it;"
-        f" {advice} would need less"
+        f" {advice} would {'fit' if ways else 'need less'}"
     )
+
+
+def _ways(plan: Plan, batches: Batches, rows: int, width: int, limit: int) -> list[str]:
+    """The largest settings whose own predicted peak is within the limit."""
+    fewer = (n for n in range(rows - 1, 0, -1) if plan.peak_bytes(n, width) <= limit)
+    # Shorter rows may be more of them: as many as the batch has room for.
+    shorter = (w for w in range(width - width % 64, 63, -64) if w < width and plan.peak_bytes(batches.rows, w) <= limit)
+    ways = [f"--batch-size {n * batches.world}" for n in list(fewer)[:1]]
+    return ways + [f"--max-seq-length {w // batches.samples_in_a_pair}" for w in list(shorter)[:1]]
 
 
 def memory_limit() -> int:

@@ -9,6 +9,7 @@ Source: DPO (arXiv 2305.18290), equation 7; ORPO (arXiv 2403.07691), equations 6
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,9 +22,10 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.lora.batches import Batch
 from phi4_mlx.lora.layers import adapter_off, adapter_parameters
 from phi4_mlx.lora.loss import token_losses
+from phi4_mlx.lora.settings import OPTIONS
 from phi4_mlx.models.text import Model
-from phi4_mlx.sampling import check_number
 
+REMEMBERED = 1000  # batches that figures are of, for a caller who never asks for them
 SURE = 1e-6  # nats a token: an answer likelier than this has odds of a million to one, and no gradient of them
 
 
@@ -57,9 +59,9 @@ class PreferenceLoss:
     def __init__(self, task: str, beta: float = 0.1):
         if task not in _TASKS:
             raise RequestError(f"task {task!r} is no preference tuning; known are {', '.join(_TASKS)}")
-        check_number("beta", beta, 1e-6, 100)
+        OPTIONS["beta"].check("beta", beta)
         self._compare, self._beta = _TASKS[task], beta
-        self._margins: list[mx.array] = []
+        self._margins: deque[mx.array] = deque(maxlen=REMEMBERED)
 
     def __call__(self, model: Model, batch: Batch) -> tuple[mx.array, mx.array]:
         """Mean loss over the pairs of a batch; differentiable.
@@ -82,11 +84,14 @@ class PreferenceLoss:
         return losses.mean(), mx.array(margins.size)
 
     def figures(self) -> Figures:
-        """How the pairs fared that this process has seen since the last call; takes no further pass of the model."""
+        """How the pairs fared that this process has seen since the last call, but for those of more than 1,000 batches.
+
+        Takes no further pass of the model.
+        """
         if not self._margins:
             return Figures()
-        margins = mx.concatenate(self._margins)
-        self._margins = []
+        margins = mx.concatenate([*self._margins])
+        self._margins.clear()
         return Figures(margins.size, (margins > 0).sum().item() / margins.size, margins.mean().item())
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.lora.trainer import Step
+from phi4_mlx.tensor_file import sync
+
+if TYPE_CHECKING:
+    from phi4_mlx.lora.trainer import Step
 
 METRICS_FILE, CURVE_FILE = "metrics.jsonl", "loss.png"
+OPTIONAL = ("accuracy", "margin", "valid_loss", "valid_accuracy")  # what not every step has
 Metrics = dict[str, Any]
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a Braille character, row by row
 
@@ -25,38 +30,66 @@ class Record:
         folder: of the adapter.
         step: the last step that stands; what a broken run wrote after it is dropped.
         report: called with each step's metrics besides; see `reporter`.
+        noun: what a step learns from and a loss is the mean of, "targets" or "pairs".
     """
 
-    def __init__(self, folder: Path, step: int, report: Callable[[Metrics], Any] = lambda metrics: None):
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        report: Callable[[Metrics], Any] = lambda metrics: None,
+        noun: str = "targets",
+    ):
         self._report = report
+        self._count = "tokens" if noun == "targets" else noun
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / METRICS_FILE
         self.lines = [line for line in read_metrics(self.path) if line["step"] <= step]
         fresh = self.path.with_name(f".{METRICS_FILE}.partial")
-        with fresh.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in self.lines)
-            file.flush()
-            os.fsync(file.fileno())
+        fresh.write_bytes(b"".join(map(_encoded, self.lines)))
+        sync(fresh)
         fresh.replace(self.path)
+        self._written, self._end = len(self.lines), self.path.stat().st_size
 
     def add(self, step: Step) -> None:
-        """Appends a step."""
+        """Appends a step, down to the disk, with those that could not be written before.
+
+        Raises:
+            OSError: the disk is full, say; the step will be written with the next one.
+        """
         line: Metrics = {
             "step": step.step,
             "loss": step.loss,
             "learning_rate": step.learning_rate,
-            "tokens": step.tokens,
+            self._count: step.tokens,
             "grad_norm": step.grad_norm,
-            "tokens_per_s": step.tokens / step.seconds,
+            f"{self._count}_per_s": step.tokens / step.seconds,
             "seconds": step.seconds,
             "peak_bytes": step.peak_bytes,
         }
-        if step.valid_loss is not None:
-            line["valid_loss"] = step.valid_loss
+        line |= {name: value for name in OPTIONAL if (value := getattr(step, name)) is not None}
         self.lines.append(line)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self._report(line)
+        try:
+            self.flush()
+        finally:
+            self._report(line)
+
+    def flush(self) -> None:
+        """Sees to it that every step is on the disk.
+
+        Raises:
+            OSError: the disk is full, say.
+        """
+        if self._written == len(self.lines):
+            return
+        new = b"".join(map(_encoded, self.lines[self._written :]))
+        with self.path.open("r+b") as file:
+            file.truncate(self._end)  # half a line, from a disk that was full
+            file.seek(self._end)
+            file.write(new)
+            file.flush()
+            os.fsync(file.fileno())
+        self._written, self._end = len(self.lines), self._end + len(new)
 
     def curves(self) -> dict[str, tuple[list[int], list[float]]]:
         """Name -> (steps, losses), of training and validation."""
@@ -81,12 +114,19 @@ def reporter(name: str | None, folder: Path, settings: Mapping[str, Any]) -> Cal
     """
     if name is None:
         return lambda metrics: None
-    if find_spec(name) is None:
-        raise RequestError(f"--report-to {name} needs a library: pip install {name}, or leave it out")
+    check_reporter(name)
     try:
-        return _wandb(folder, settings) if name == "wandb" else _tensorboard(folder)
+        send = _wandb(folder, settings) if name == "wandb" else _tensorboard(folder)
     except Exception as error:  # a login that is missing, say; what the libraries raise is their own
         raise RequestError(f"--report-to {name}: {' '.join(str(error).split())}") from error
+
+    def report(metrics: Metrics) -> None:
+        try:
+            send(metrics)
+        except Exception as error:  # no reason to end a run
+            raise OSError(errno.EIO, " ".join(str(error).split()), name) from error
+
+    return report
 
 
 def _wandb(folder: Path, settings: Mapping[str, Any]) -> Callable[[Metrics], Any]:
@@ -111,6 +151,12 @@ def _tensorboard(folder: Path) -> Callable[[Metrics], Any]:
     return report
 
 
+def check_reporter(name: str | None) -> None:
+    """Raises RequestError where the library that the metrics shall go to is not installed."""
+    if name is not None and find_spec(name) is None:
+        raise RequestError(f"--report-to {name} needs a library: pip install {name}, or leave it out")
+
+
 def read_metrics(path: Path) -> list[Metrics]:
     """The lines of a metrics file, up to the first that is not whole."""
     lines: list[Metrics] = []
@@ -125,6 +171,10 @@ def read_metrics(path: Path) -> list[Metrics]:
             break
         lines.append(line)
     return lines
+
+
+def _encoded(line: Metrics) -> bytes:
+    return json.dumps(line).encode() + b"\n"
 
 
 def draw_in_terminal(record: Record, width: int, height: int = 12) -> str:

@@ -105,7 +105,7 @@ class Decoder(nn.Module):
         if segments is not None:
             rotation, mask = self.rope.packed(segments, x.dtype), _block_diagonal(segments)
         for layer, layer_cache in zip(self.layers, layers, strict=True):
-            run = nn.utils.checkpoint(layer) if self.recompute else layer
+            run = nn.utils.checkpoint(layer) if self.recompute and self.training else layer
             x = run(x, rotation, mask, layer_cache)
         return self.norm(x if x.shape[1] == T else x[:, -T:])
 

@@ -1,10 +1,11 @@
 """Teaches the demo by DPO to prefer another way of declining, and measures how often it then declines so.
 
-    python tests/bench/preference.py [--count 60] [--iters 150]
+    python tests/bench/preference.py [--count 60] [--iters 25]
 
 Asked about the world outside its own, the demo declines in one sentence; the pairs prefer that it names the real model.
-The bars: on held-out questions from under 20 % to over 80 %, and with the adapter off the logits of the base, to the
-bit. The last line is JSON.
+Beta is small: the preferred sentence begins as one that the demo would never say, and has a long way to go. The bars:
+on held-out questions from under 20 % to over 80 %, and with the adapter off the logits of the base, to the bit. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def percent_preferred(model: Any, tokenizer: Any, count: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=60)
-    parser.add_argument("--iters", type=int, default=150)
+    parser.add_argument("--iters", type=int, default=25)
     options = parser.parse_args()
     base, tokenizer = load("demo")
     before = percent_preferred(base, tokenizer, options.count)
@@ -72,8 +73,8 @@ def main() -> None:
         start = time.perf_counter()
         command = [
             "--model", "demo", "--data", str(folder), "--adapter-path", str(folder / "adapter"), "--task", "dpo",
-            "--iters", str(options.iters), "--batch-size", "2", "--max-seq-length", "256", "--learning-rate", "5e-4",
-            "--warmup", "10", "--save-every", "1000", "--steps-per-report", "25",
+            "--iters", str(options.iters), "--batch-size", "4", "--max-seq-length", "256", "--learning-rate", "2e-4",
+            "--beta", "0.02", "--warmup", "5", "--save-every", "1000", "--steps-per-report", "10",
         ]  # fmt: skip
         subprocess.run([sys.executable, "-m", "phi4_mlx.lora", *command], check=True, cwd=ROOT)
         minutes = (time.perf_counter() - start) / 60

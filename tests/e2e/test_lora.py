@@ -97,9 +97,32 @@ def test_a_dry_run_shows_what_will_be_learned_and_writes_nothing(options: list[s
 
 
 def test_a_run_is_not_begun_over_another(options: list[str], tmp_path: Path) -> None:
-    (tmp_path / "a" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "a" / "checkpoints" / "00000005").mkdir(parents=True)
     code, _, err = finish(*options, "--adapter-path", str(tmp_path / "a"))
     assert code == 2 and "--resume" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("file", ["adapters.safetensors", "adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_that_is_there_is_not_written_over(options: list[str], tmp_path: Path, file: str) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / file).write_bytes(b"{}")
+    code, _, err = finish(*options, "--adapter-path", str(tmp_path / "a"))
+    assert code == 2 and "--adapter-path" in err.splitlines()[-1]
+    assert (tmp_path / "a" / file).read_bytes() == b"{}"
+
+
+def test_there_must_be_something_to_resume(options: list[str], tmp_path: Path) -> None:
+    code, _, err = finish(*options, "--adapter-path", str(tmp_path / "mistyped"), "--resume")
+    assert code == 2 and "no checkpoint" in err.splitlines()[-1] and not (tmp_path / "mistyped").exists()
+
+
+def test_yaml_numbers_as_mlx_lm_writes_them(options: list[str], tmp_path: Path) -> None:
+    """`1e-5` is text to YAML 1.1, and the schedule is an object there."""
+    schedule = "lr_schedule: {name: cosine_decay, warmup: 2, arguments: [1e-5, 30]}"
+    more = tmp_path / "more.yaml"
+    more.write_text(f"learning_rate: 1e-5\n{schedule}\n")
+    code, _, err = finish(*options, "--adapter-path", str(tmp_path / "a"), "-c", str(more), "--dry-run")
+    assert code == 0, err
 
 
 @pytest.mark.parametrize(
@@ -109,7 +132,7 @@ def test_a_run_is_not_begun_over_another(options: list[str], tmp_path: Path) -> 
         ("", ["--iters", "-1"], "--iters"),
         ("", ["--learning-rate", "nan"], "--learning-rate"),
         ("", ["--fine-tune-type", "magic"], "magic"),
-        ("", ["--batch-size", "0"], "batch_size must be a whole number from 1"),
+        ("", ["--batch-size", "0"], "--batch-size"),
         ("", ["-c", "/nothing/here.yaml"], "here.yaml"),
     ],
 )

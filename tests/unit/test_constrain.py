@@ -206,6 +206,11 @@ def test_what_the_choice_of_a_tool_accepts(grammar: Grammar, good: list[str], ba
     assert [text for text in bad if obeys(grammar, text)] == []
 
 
+def test_500_optional_properties_can_be_served(tokenizer: Tokenizer) -> None:
+    constraint = Constraint(json_schema(obj({f"p{n}": STRING for n in range(500)})), tokenizer, V, max_tokens=60)
+    assert drawn(constraint, 1, 60) and constraint.complete
+
+
 def test_what_compiles_too_long_is_refused_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     heavy = obj({f"p{n}": {"type": "string", "pattern": "^(ab|a|b)*$", "minLength": 5_000} for n in range(400)})
     monkeypatch.setattr(constrain, "MAX_COMPILE_S", 0.02)

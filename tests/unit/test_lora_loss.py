@@ -87,7 +87,7 @@ def test_packed_rows_are_the_sum_over_their_samples(tiny_model: Callable[..., Mo
 
 
 def test_running_blocks_again_changes_no_bit(tiny_model: Callable[..., Model]) -> None:
-    model = tiny_model(num_hidden_layers=8)
+    model = tiny_model(num_hidden_layers=8).train()
     grad = nn.value_and_grad(model, next_token_loss)
 
     def run() -> tuple[Any, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -54,12 +55,21 @@ def test_growth_goes_through_its_measurements() -> None:
 
 def test_what_cannot_fit_is_refused_with_a_setting_that_would() -> None:
     plan = Plan(10**9, Growth(0, 1e5, 0), Growth(0, 1e6, 0), 0)
-    check_memory(plan, 4, 1024, checkpointing=False, limit=6 * 10**9)
+    small = Plan(10**9, Growth(0, 1e4, 0), Growth(0, 1e5, 0), 0)
+
+    def check(plan: Plan, rows: int, width: int, other: Plan | None, limit: int) -> None:
+        batches = SimpleNamespace(shapes=[(rows, width)], rows=rows, world=1, samples_in_a_pair=1)
+        check_memory(plan, batches, None if other is None else lambda: other, limit)  # type: ignore[arg-type]
+
+    check(plan, 4, 1024, small, 6 * 10**9)
     with pytest.raises(RequestError, match=r"4 rows of 2,048 tokens need 9\.2 GB.* has 6\.0 GB") as caught:
-        check_memory(plan, 4, 2048, checkpointing=False, limit=6 * 10**9)
+        check(plan, 4, 2048, small, 6 * 10**9)
     message = str(caught.value)
     assert "--grad-checkpoint" in message and "--batch-size 2" in message and "--max-seq-length 1216" in message
     assert plan.peak_bytes(2, 2048) <= 6 * 10**9 and plan.peak_bytes(4, 1216) <= 6 * 10**9
     with pytest.raises(RequestError, match="a smaller model"):
-        check_memory(plan, 1, 64, checkpointing=True, limit=10**9)
+        check(plan, 1, 64, None, 10**9)
+    with pytest.raises(RequestError) as caught:
+        check(plan, 4, 2048, plan, 6 * 10**9)  # running blocks again would not be enough
+    assert "--grad-checkpoint" not in str(caught.value)
     assert memory_limit() > 10**9

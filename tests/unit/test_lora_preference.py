@@ -327,7 +327,8 @@ def test_training_makes_the_chosen_answers_likelier_and_leaves_the_base_alone(
     settings = Settings(task=task, iters=12, batch_size=1, learning_rate=2e-2, grad_checkpoint=True)
     steps = list(Trainer(model, Batches(train, batch_size=1, max_seq_length=64), settings, tmp_path, loss=loss).run())
     assert rate() > 0.8
-    assert steps[-1].loss < 0.7 * steps[0].loss and loss.figures().pairs == sum(step.tokens for step in steps)
+    assert steps[-1].loss < 0.7 * steps[0].loss and steps[0].accuracy == 0 and steps[-1].accuracy == 1
+    assert steps[-1].margin > steps[0].margin and loss.figures().pairs == 0  # each step tells its own
     evaluate(model, [packed(held_out)], loss)
     assert loss.figures().accuracy > 0.8
     ids = mx.array([pairs[0].chosen.ids])

@@ -84,7 +84,8 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(
 
 def test_resuming_a_finished_or_an_unstarted_run(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
     run = trainer(tiny_model, tmp_path)
-    assert run.resume() == 0
+    with pytest.raises(RequestError, match="no checkpoint"):
+        run.resume()
     finish(run)
     again = trainer(tiny_model, tmp_path)
     assert again.resume() == 12 and finish(again)[0] == []
@@ -108,28 +109,33 @@ def test_only_the_newest_checkpoints_stay(tiny_model: Callable[..., Model], tmp_
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000010", "00000012"]
 
 
-def test_a_checkpoint_is_whole_or_absent(
+def test_a_full_disk_is_told_once_and_training_goes_on(
     tiny_model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = trainer(tiny_model, tmp_path)
-    run.save()
+    """The checkpoints before it stay whole; only at the end it is an error."""
+    told: list[str] = []
+    run = trainer(tiny_model, tmp_path, save_every=2)
+    run.storage._warn = told.append
+    steps = run.run()
+    made = [next(steps) for _ in range(4)]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000002", "00000004"]
 
     def full(path: str, tensors: Any) -> None:
         Path(path).write_bytes(b"half")
         raise RuntimeError("no space left on device")
 
     monkeypatch.setattr(checkpoints.mx, "save_safetensors", full)
-    run.progress.step = 5
-    with pytest.raises(OSError, match="no space"):
-        run.save()
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000000"]
+    with pytest.raises(RequestError, match=r"checkpoints.*no space.*--resume"):
+        made += list(steps)
+    assert len(told) == 1 and "no space" in told[0] and len(made) >= 4 and run.progress.step == 12
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000002", "00000004"]
 
 
 def test_a_damaged_checkpoint_is_named(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
     trainer(tiny_model, tmp_path).save()
     path = tmp_path / "checkpoints" / "00000000" / "tensors.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=r"00000000 is damaged.*--resume"):
+    with pytest.raises(CheckpointError, match=r"00000000 is damaged.*remove"):
         trainer(tiny_model, tmp_path).resume()
 
 
