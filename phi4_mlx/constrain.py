@@ -224,8 +224,8 @@ def _lark_grammar(text: str) -> str:
 def _limits() -> Any:
     from llguidance import LLParserLimits
 
-    # Its own limits are 20 ms to 0.3 s of work at each stage; a step is bounded to some 15 ms.
-    return LLParserLimits(verbose_errors=False)
+    # Its own limits are 20 ms to 0.3 s of work at each stage, but 500 optional properties need more than 2,000 items.
+    return LLParserLimits(verbose_errors=False, max_items_in_row=20_000)
 
 
 @lru_cache(maxsize=1)
@@ -264,6 +264,8 @@ def _checked(what: str, grammar: Grammar, costly: Iterable[str] = (), sure: bool
     _raise_error(what, matcher)
     # A way through JSON is found unless there is none, but through hard patterns only by luck.
     if way is None and ((sure and not costly) or not _may_begin(matcher)):
+        matcher.consume_tokens(matcher.compute_ff_tokens())
+        _raise_error(f"{what} is too intricate to follow, or its answers never end", matcher)
         raise RequestError(
             f"{what} is obeyed by no answer of up to {MAX_LEAST:,} bytes: the least of them is longer, never ends, or "
             "there is none"

@@ -21,7 +21,7 @@ from phi4_mlx.tools import function_tool, json_text
 MAX_BYTES = 65_536
 MAX_PROPERTIES = 500
 MAX_DEPTH = 64
-MAX_BRANCHES = 1_000  # alternatives that an intersection multiplies to
+MAX_BRANCHES = 200  # alternatives that an intersection multiplies to; with 1,000 a step may outgrow its limits
 MAX_MULTIPLE = 100_000  # all `multipleOf` together, without their decimal point; each is so many states, at 3 us
 
 _ONE = ("items", "additionalItems", "additionalProperties")

@@ -229,8 +229,11 @@ class Trainer:
         reason = ""
         if not math.isfinite(loss) or not math.isfinite(norm):
             reason = f"the loss is {loss} and the gradient's norm {norm}"
-        elif len(recent) >= SPIKE_BEGIN and loss > max(SPIKE * median(recent), median(recent) + 2):
-            reason = f"the loss has leapt to {loss:.2f}, from a median of {median(recent):.2f}"
+        elif len(recent) >= SPIKE_BEGIN:
+            # Of few steps, the median may be that of a kind of sample that the model knows already.
+            name, usual = ("median", median(recent)) if len(recent) == SPIKE_WINDOW else ("maximum", max(recent))
+            if loss > max(SPIKE * usual, usual + 2):
+                reason = f"the loss has leapt to {loss:.2f}, from a {name} of {usual:.2f}"
         if not reason:
             return
         if not self.progress.step:
