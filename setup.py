@@ -45,6 +45,7 @@ setup(
             "hypothesis>=6.100",
             "mcp>=1.10",
             "jsonschema>=4.20",
+            "httpx>=0.27",
             "openai>=3",
             "anthropic>=2",
             "pexpect>=4.9",
