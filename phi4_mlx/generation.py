@@ -224,7 +224,7 @@ def stream_generate(
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     cache = model.make_cache() if cache is None else cache
     max_tokens = options.setdefault("max_tokens", 256)
-    text = _Text(tokenizer.streaming_decoder(), stop)
+    text = AnswerText(tokenizer.streaming_decoder(), stop)
     start, rerun = time.perf_counter(), cache.rerun_tokens
     with _wired_memory():
         for drawn, (token, logprobs) in enumerate(generate_step(ids, model, cache=cache, **options), 1):
@@ -391,8 +391,14 @@ def _advance(
     return logits
 
 
-class _Text:
-    """The text of an answer as it becomes certain: whole characters, and nothing that may begin a stop string."""
+class AnswerText:
+    """The text of an answer as it becomes certain: whole characters, and nothing that may begin a stop string.
+
+    Attributes:
+        stopped_by: the stop string that has ended it, if one has.
+    """
+
+    stopped_by: str | None = None
 
     def __init__(self, decoder: StreamingDecoder, stop: str | Sequence[str] | None):
         self._decoder = decoder
@@ -408,16 +414,19 @@ class _Text:
         return self._release()
 
     def finish(self) -> str:
-        """What was still held back."""
+        """What was still held back; nothing after a stop string."""
+        if self.stopped_by:
+            return ""
         self._held += self._decoder.finish()
         certain, stopped = self._release()
         return certain if stopped else certain + self._held
 
     def _release(self) -> tuple[str, bool]:
-        found = [at for at in map(self._held.find, self._stops) if at >= 0]
-        if found:
-            return self._held[: min(found)], True
         held = self._held
+        found = [(at, each) for each in self._stops if (at := held.find(each)) >= 0]
+        if found:
+            at, self.stopped_by = min(found, key=lambda place: place[0])
+            return held[:at], True
         keep = max((n for each in self._stops for n in range(1, len(each)) if held.endswith(each[:n])), default=0)
         certain, self._held = held[: len(held) - keep], held[len(held) - keep :]
         return certain, False

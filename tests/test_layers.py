@@ -18,7 +18,7 @@ FLOORS = {
     2: "models lora.layers lora.adapter lora.peft chat_format grammar_words schema tools tool_calls",
     3: "checkpoint constrain toolbox",
     4: "generation",
-    5: "agent batch conversation convert lora mcp_tools speculate transcript user_files",
+    5: "agent batch rows conversation convert lora mcp_tools speculate transcript user_files",
     6: "bridge bridge_lines bridge_model bridge_worker chat chat_commands chat_tools completion server",
     7: "cli __main__",
 }

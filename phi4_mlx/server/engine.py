@@ -23,7 +23,7 @@ from phi4_mlx.batch import Batch, Fault, Sequence, Token, kv_bytes
 from phi4_mlx.cache import KVCache, PromptCache
 from phi4_mlx.checkpoint import load, share_weights
 from phi4_mlx.errors import Phi4Error, RequestError
-from phi4_mlx.generation import _Text
+from phi4_mlx.generation import AnswerText
 from phi4_mlx.lora.layers import load_adapter
 from phi4_mlx.models.text import Model
 from phi4_mlx.sampling import make_logits_processors, make_sampler
@@ -69,31 +69,13 @@ class Settings:
     chat_format: str | None = None
 
 
-class _AnswerText(_Text):
-    """The text of an answer, which also knows the stop string that has ended it."""
-
-    stopped_by: str | None = None
-
-    def add(self, token: int) -> tuple[str, bool]:
-        """As it does elsewhere."""
-        certain, stopped = super().add(token)
-        if stopped:
-            rest = self._held[len(certain) :]
-            self.stopped_by = next(each for each in self._stops if rest.startswith(each))
-        return certain, stopped
-
-    def finish(self) -> str:
-        """What was still held back; nothing after a stop string."""
-        return "" if self.stopped_by else super().finish()
-
-
 @dataclass(eq=False)
 class _Answer:
     """A job under way."""
 
     job: Job
     sequence: Sequence
-    text: _AnswerText
+    text: AnswerText
     ends_at: float  # on the monotonic clock
     cached_tokens: int = 0
     tokens: int = 0  # told so far
@@ -224,7 +206,7 @@ class Engine:
             ),
             self._constraint(job),
         )
-        text = _AnswerText(self.tokenizer.streaming_decoder(), list(job.stop))
+        text = AnswerText(self.tokenizer.streaming_decoder(), list(job.stop))
         return _Answer(job, sequence, text, time.monotonic() + job.timeout_s)
 
     def _constraint(self, job: Job) -> Any:

@@ -309,7 +309,7 @@ def break_text(engine: Engine, patch: pytest.MonkeyPatch) -> None:
     def with_broken_text(job: Job) -> Any:
         it = answer(job)
         if job.id == BAD:
-            it.text = engine_module._AnswerText(Breaking(), None)
+            it.text = engine_module.AnswerText(Breaking(), None)
         return it
 
     patch.setattr(engine, "_answer", with_broken_text)
