@@ -19,6 +19,7 @@ from phi4_mlx.lora import checkpoints
 from phi4_mlx.lora.batches import Batches
 from phi4_mlx.lora.data import Sample
 from phi4_mlx.lora.layers import adapter_parameters, add_adapter
+from phi4_mlx.lora.record import Record, read_metrics
 from phi4_mlx.lora.settings import Settings
 from phi4_mlx.lora.trainer import Step, Trainer
 from phi4_mlx.models.text import Model
@@ -80,6 +81,59 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(
     rest, resumed = finish(again)
     assert first[:cut] + rest == losses
     assert same(resumed, adapter)
+
+
+class Dead(BaseException):
+    """What no code of the trainer's catches, as it would not catch a power cut."""
+
+
+@pytest.mark.parametrize("moment", ["_write_best", "_write_checkpoint", "_write_adapter"])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_run_that_dies_while_a_step_is_written_goes_on_as_if_it_had_not(
+    tiny_model: Callable[..., Model], tmp_path: Path, moment: str, before: bool
+) -> None:
+    """Metrics, best adapter, checkpoint and adapter say the same, wherever between them it ended."""
+
+    def recorded(folder: Path, step: int = 0) -> Trainer:
+        run = trainer(tiny_model, folder)
+        run.storage.record = Record(folder, step)
+        return run
+
+    _, adapter = finish(recorded(tmp_path / "whole"))
+    run, write = recorded(tmp_path / "broken"), 0
+    real = getattr(run.storage, moment)
+
+    def dying() -> None:
+        nonlocal write
+        write += 1
+        if write == 2 and before:
+            raise Dead
+        real()
+        if write == 2:
+            raise Dead
+
+    setattr(run.storage, moment, dying)
+    with pytest.raises(Dead):
+        finish(run)
+    again = trainer(tiny_model, tmp_path / "broken")
+    again.storage.record = Record(tmp_path / "broken", again.resume())
+    assert same(finish(again)[1], adapter)
+    kept = [
+        [(line["step"], line["loss"], line.get("valid_loss")) for line in read_metrics(folder / "metrics.jsonl")]
+        for folder in (tmp_path / "whole", tmp_path / "broken")
+    ]
+    assert kept[0] == kept[1] and len(kept[0]) == 12
+    for file in ("adapters.safetensors", "best/adapters.safetensors"):
+        whole, broken = (mx.load(str(tmp_path / name / file)) for name in ("whole", "broken"))
+        assert same(whole, broken), file
+
+
+def test_a_checkpoint_of_another_base_is_refused(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    steps = trainer(tiny_model, tmp_path).run()
+    for _ in range(5):
+        next(steps)
+    with pytest.raises(CheckpointError, match=r"base|model"):
+        trainer(lambda: tiny_model(intermediate_size=192), tmp_path).resume()
 
 
 def test_resuming_a_finished_or_an_unstarted_run(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
