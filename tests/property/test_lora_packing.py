@@ -108,4 +108,6 @@ def test_rows_are_no_wider_than_they_must(samples: list[Any], options: dict[str,
     for batch in batches.fixed():
         used = int((np.array(batch.segments) > 0).sum(axis=1).max())
         assert used <= batch.inputs.shape[1] <= min(longest_row, used + WIDTH_STEP - 1)
-    assert batches.widest == max(batch.inputs.shape[1] for batch in batches.fixed())
+    assert batches.shapes == {batch.inputs.shape for batch in batches.fixed()}
+    first, second = ({next(batches).inputs.shape for _ in range(batches.steps_per_epoch)} for _ in range(2))
+    assert first == second == batches.shapes
