@@ -110,6 +110,7 @@ def test_where_keys_and_values_would_outgrow_the_limit_the_youngest_waits(model:
     def look(step: int) -> None:
         nonlocal most
         most = max(most, batch.nbytes)
+        assert all(sequence.cache is None for sequence in batch.waiting)  # what waits takes no memory
         under_way.add(len(batch.active))
 
     assert not run(batch, look)

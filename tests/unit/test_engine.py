@@ -129,6 +129,11 @@ def test_a_stop_string_ends_an_answer_before_it_and_is_told(
         events = run(make_engine(), replace(job, stop=tuple(stops)))[1]
         assert text(events) == whole[: whole.index(split)]
         assert (finish(events).reason, finish(events).stop_string) == ("stop", split)
+    # In the midst of a token: what stands before it there is told once.
+    starts = [len(tokenizer.decode(ids[:n])) for n in range(len(ids))]
+    inside = next(whole[at + 1 :] for at in starts if whole.index(whole[at + 1 :][:1]) == at + 1 not in starts)
+    events = run(make_engine(), replace(job, stop=(inside[:1],)))[1]
+    assert text(events) == whole[: -len(inside)] and finish(events).stop_string == inside[:1]
     # What only looked like the beginning of one is told in the end.
     events = run(make_engine(), replace(job, stop=(whole[-1] + "\0",)))[1]
     assert text(events) == whole and finish(events).stop_string is None
@@ -470,6 +475,7 @@ def test_a_step_that_comes_to_nothing_fails_those_under_way_and_no_later_one(
             patch.setattr(Batch, what if what == "step" else "_admit", broken)
             events = engine_module._turn(engine, [])
             assert {(event.job, event.status) for event in events if isinstance(event, Failure)} == {(1, 500), (2, 500)}
+            assert engine.gauges()["kv_bytes"] == 0 and not engine.busy  # nothing goes on that nobody waits for
     late = run_on(engine, []) if what == "cancel" else []
     if late:  # the job that came with the message that failed
         assert text([event for event in [*events, *late] if event.job == 3]) == alone(loaded, jobs[2])

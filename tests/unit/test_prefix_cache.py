@@ -88,6 +88,7 @@ def test_one_that_goes_on_from_another_takes_its_place(model: Model) -> None:
     put(prefixes, model, list(range(25)))
     assert len(prefixes) == 1
     put(prefixes, model, list(range(12)))  # known
+    assert len(prefixes) == 1 and prefixes.nbytes == 25 * TOKEN_BYTES
     put(prefixes, model, list(range(25)))
     assert len(prefixes) == 1 and prefixes.nbytes == 25 * TOKEN_BYTES
     put(prefixes, model, list(range(25)), "one")
