@@ -15,11 +15,13 @@ from typing import Any
 
 import anthropic
 import httpx
+import mlx.core as mx
 import openai
 import pytest
 
 from phi4_mlx.checkpoint import load
 from phi4_mlx.generation import generate
+from phi4_mlx.lora.layers import adapter_layers, add_adapter, save_adapter
 from phi4_mlx.server.guard import BODY_BYTES
 from tests.e2e.server_process import ROOT, Server, alive, answer_on, events, serving, until
 
@@ -679,3 +681,22 @@ def test_mistakes_are_one_line_and_code_2(tmp_path: Path) -> None:
             done = run_command(*words)
             assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
             assert message in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_adapters_are_those_of_one_folder_by_name(tmp_path: Path) -> None:
+    model, _ = load("demo")
+    add_adapter(model, rank=2)
+    for layer in adapter_layers(model).values():
+        layer.lora_b = 0.3 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(1))
+    for folder in ("allowed/mine", "outside"):
+        (tmp_path / folder).mkdir(parents=True)
+        save_adapter(model, tmp_path / folder, {})
+    (tmp_path / "allowed" / "link").symlink_to(tmp_path / "outside")
+    (tmp_path / "allowed" / "empty").mkdir()
+    with serving("--adapters", str(tmp_path / "allowed")) as server:
+        assert [it["id"] for it in server.get("/v1/models").json()["data"]] == ["demo", "mine"]
+        asked = {"temperature": 0, "max_tokens": 20}
+        base, mine = (server.ask(model=name, **asked).json()["choices"][0]["message"] for name in ("demo", "mine"))
+        assert base["content"] != mine["content"]
+        for name in ("link", "empty", "../outside", "mine/../mine", str(tmp_path / "outside"), "mine\0"):
+            assert server.ask(model=name, **asked).status_code == 404
