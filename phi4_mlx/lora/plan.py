@@ -8,8 +8,9 @@ scores: three small batches with hardly a target give the three. The loss is mea
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +23,7 @@ from phi4_mlx.lora.trainer import Loss
 from phi4_mlx.models.text import Model
 
 PROBE_TOKENS = 512  # in the widest row of a probe
+HEAD_PROBE_TARGETS = 2048  # with more, no more is in memory at a time
 
 
 @dataclass(frozen=True)
@@ -53,41 +55,46 @@ class Plan:
         saved: what forward leaves for backward.
         backward: the peak of backward.
         loss: the peak of the loss, above what is saved.
+        update: what the optimizer takes for a step: the gradient, and what is made of it on the way.
     """
 
     resident: int
     saved: Growth
     backward: Growth
     loss: int
+    update: int = 0
 
     def peak_bytes(self, rows: int, width: int) -> int:
         """The predicted peak of a step with rows of that many tokens."""
-        step = max(self.saved.at(rows, width) + self.loss, self.backward.at(rows, width))
+        step = max(self.saved.at(rows, width) + self.loss, self.backward.at(rows, width), self.update)
         return self.resident + round(step)
 
 
-def make_plan(model: Model, loss: Loss, width: int, accumulating: bool = False) -> Plan:
+def make_plan(model: Model, loss: Loss, shapes: Collection[tuple[int, int]], accumulating: bool = False) -> Plan:
     """Runs a few small batches through loss and gradient, and fits a plan to what they take.
 
     Args:
         model: with what is to be trained unfrozen, and in training mode; the optimizer's state is there already.
         loss: what will be minimised.
-        width: tokens of the widest row to come.
+        shapes: (rows, tokens in each) of the batches to come.
         accumulating: whether a step is more than one batch, or more than one process: their gradients are summed.
     """
-    sums = 4 * sum(array.size for _, array in tree_flatten(model.trainable_parameters())) if accumulating else 0  # fp32
-    width = min(width, PROBE_TOKENS)
+    trained = [array for _, array in tree_flatten(model.trainable_parameters())]
+    sums = 4 * sum(array.size for array in trained) if accumulating else 0  # fp32
+    grads = sum(array.nbytes for array in trained)
+    width = min(max(width for _, width in shapes), PROBE_TOKENS)
     rows = -(-PROBE_TOKENS // width)
     _probe(model, loss, 1, width)  # the first run compiles, and makes what stays
     mx.clear_cache()
     resident = mx.get_active_memory()
-    shapes = ((rows, width), (2 * rows, width), (2 * rows, width // 2))
-    saved, peaks = zip(*(_probe(model, loss, *shape) for shape in shapes), strict=True)
+    probes = ((rows, width), (2 * rows, width), (2 * rows, width // 2))
+    saved, peaks = zip(*(_probe(model, loss, *probe) for probe in probes), strict=True)
     return Plan(
         resident + sums,
         Growth.fit(rows, width, *(each - resident for each in saved)),
         Growth.fit(rows, width, *(each - resident for each in peaks)),
-        _loss_bytes(model),
+        _loss_bytes(model, max(rows * width for rows, width in shapes)),
+        grads + max(grads, 3 * max(array.nbytes for array in trained)),  # as measured: AdamW makes three arrays of one
     )
 
 
@@ -156,13 +163,23 @@ def _probe(model: Model, loss: Loss, rows: int, width: int) -> tuple[int, int]:
     return saved, mx.get_peak_memory()
 
 
-def _loss_bytes(model: Model) -> int:
-    """The peak of the chunked loss of many targets, above what is there."""
-    hidden = mx.zeros((PROBE_TOKENS, model.config.hidden_size), model.model.norm.weight.dtype)
-    targets = mx.zeros((PROBE_TOKENS,), mx.int32)
+def _loss_bytes(model: Model, most: int) -> int:
+    """The peak of the chunked loss of many targets, but no more than there will be, above what is there."""
+    head = model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens
+    trained = head.trainable_parameters()
+    # Each chunk of a trained head makes a gradient of its size, and some of them are in memory together.
+    count = min(most, HEAD_PROBE_TARGETS) if trained else PROBE_TOKENS
+    hidden = mx.zeros((count, model.config.hidden_size), model.model.norm.weight.dtype)
+    targets = mx.zeros((count,), mx.int32)
+
+    def loss(hidden: mx.array, weights: Any) -> mx.array:
+        head.update(weights)
+        return token_losses(model, hidden, targets).sum()
+
     mx.eval(hidden, targets)
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(mx.grad(lambda h: token_losses(model, h, targets).sum())(hidden))
+    mx.eval(mx.grad(loss, (0, 1) if trained else 0)(hidden, trained))
+    head.update(trained)
     return mx.get_peak_memory() - before

@@ -202,13 +202,12 @@ def loss_of(settings: Settings) -> Loss:
 def tell_plan(trainer: Trainer, tell: Tell) -> None:
     """Tells what is trained, how long and in how much memory; refuses what cannot fit."""
     settings, model, batches = trainer.settings, trainer.model, trainer.batches
-    width = max(width for _, width in batches.shapes)
     accumulating = settings.grad_accumulation_steps > 1 or trainer.group is not None
 
     def plan(recompute: bool) -> Plan:
         model.model.recompute = recompute
         try:
-            return make_plan(model.train(), trainer.loss, width, accumulating)
+            return make_plan(model.train(), trainer.loss, batches.shapes, accumulating)
         finally:
             model.model.recompute = settings.grad_checkpoint
 

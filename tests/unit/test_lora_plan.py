@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import random
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +14,12 @@ import mlx.nn as nn
 import pytest
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.lora.batches import Batch
+from phi4_mlx.lora.batches import Batch, Batches
+from phi4_mlx.lora.data import Pair, Sample
 from phi4_mlx.lora.layers import add_adapter
 from phi4_mlx.lora.plan import Growth, Plan, check_memory, make_plan, memory_limit
-from phi4_mlx.lora.trainer import sft_loss
+from phi4_mlx.lora.settings import Settings
+from phi4_mlx.lora.trainer import Trainer, sft_loss
 from phi4_mlx.models.text import Model
 
 WIDE = {"hidden_size": 192, "num_attention_heads": 12, "num_key_value_heads": 4}
@@ -37,7 +42,7 @@ def test_the_predicted_peak_is_within_a_tenth(
     add_adapter(model, rank=8)
     model.train()
     model.model.recompute = checkpointing
-    predicted = make_plan(model, sft_loss, width).peak_bytes(rows, width)
+    predicted = make_plan(model, sft_loss, {(rows, width)}).peak_bytes(rows, width)
     ids = mx.random.randint(0, 512, (rows, width), key=mx.random.key(1))
     ones = mx.ones((rows, width), mx.int32)
     mx.eval(ids, ones)
@@ -45,6 +50,57 @@ def test_the_predicted_peak_is_within_a_tenth(
     mx.reset_peak_memory()
     mx.eval(nn.value_and_grad(model, sft_loss)(model, Batch(ids, ids, ones > 0, ones)))
     assert predicted == pytest.approx(mx.get_peak_memory(), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "accumulation", "rows", "options"),
+    [
+        ("lora", 64, 1, 2, {}),
+        ("lora", 64, 3, 2, {}),
+        ("dora", 64, 1, 2, {}),
+        ("full", 0, 1, 2, {}),
+        ("full", 0, 2, 2, {}),
+        ("full", 0, 1, 4, {"vocab_size": 4000}),
+    ],
+)
+def test_the_predicted_peak_of_a_real_step_counts_the_optimizer_and_the_sums(
+    tiny_model: Callable[..., Model], tmp_path: Path, kind: str, rank: int, accumulation: int, rows: int,
+    options: dict[str, Any],
+) -> None:  # fmt: skip
+    gc.collect()
+    shape = {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "intermediate_size": 512}
+    model = tiny_model(**shape, **WIDE, **options)
+    if kind == "full":
+        model.unfreeze()
+    else:
+        add_adapter(model, rank=rank, kind=kind)
+    draw = random.Random(1)
+    samples = [Sample(draw.choices(range(512), k=129), [False] + [True] * 128, "x:1") for _ in range(2 * rows)]
+    batches = Batches(samples, batch_size=rows, max_seq_length=128)
+    settings = Settings(batch_size=rows, grad_accumulation_steps=accumulation, max_seq_length=128)
+    trainer = Trainer(model, batches, settings, tmp_path)
+    plan = make_plan(model.train(), trainer.loss, batches.shapes, accumulation > 1)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    trainer._step()
+    assert batches.shapes == {(rows, 128)}
+    assert plan.peak_bytes(rows, 128) == pytest.approx(mx.get_peak_memory(), rel=0.1)
+
+
+def test_the_rows_of_a_plan_are_those_that_there_are() -> None:
+    """Three short samples are one row, whatever --batch-size says."""
+    plan = Plan(0, Growth(0, 1e6, 0), Growth(0, 2e6, 0), 0)
+    samples = [Sample([1] * 11, [False] + [True] * 10, "x:1")] * 3
+    batches = Batches(samples, batch_size=8, max_seq_length=512)
+    assert check_memory(plan, batches, limit=10**8) == plan.peak_bytes(1, 32)
+
+
+def test_shorter_rows_may_be_more_of_them_and_pairs_are_two() -> None:
+    plan = Plan(0, Growth(0, 1e6, 0), Growth(0, 2e6, 0), 0)
+    sample = Sample([1] * 801, [False] + [True] * 800, "x:1")
+    batches = Batches([Pair(sample, sample)], batch_size=4, max_seq_length=1024)
+    with pytest.raises(RequestError, match=r"1 rows of 1,600 tokens need 3\.2 GB.*; --max-seq-length 128 would fit$"):
+        check_memory(plan, batches, limit=2 * 4 * 256 * 10**6)
 
 
 def test_growth_goes_through_its_measurements() -> None:
