@@ -55,6 +55,7 @@ class Plan:
         saved: what forward leaves for backward.
         backward: the peak of backward.
         loss: the peak of the loss, above what is saved.
+        sums: the gradients of the batches before, where a step is several.
         update: what the optimizer takes for a step: the gradient, and what is made of it on the way.
     """
 
@@ -62,12 +63,13 @@ class Plan:
     saved: Growth
     backward: Growth
     loss: int
+    sums: int = 0
     update: int = 0
 
     def peak_bytes(self, rows: int, width: int) -> int:
         """The predicted peak of a step with rows of that many tokens."""
-        step = max(self.saved.at(rows, width) + self.loss, self.backward.at(rows, width), self.update)
-        return self.resident + round(step)
+        batch = max(self.saved.at(rows, width) + self.loss, self.backward.at(rows, width))
+        return self.resident + round(max(batch + self.sums, self.update))
 
 
 def make_plan(model: Model, loss: Loss, shapes: Collection[tuple[int, int]], accumulating: bool = False) -> Plan:
@@ -90,10 +92,11 @@ def make_plan(model: Model, loss: Loss, shapes: Collection[tuple[int, int]], acc
     probes = ((rows, width), (2 * rows, width), (2 * rows, width // 2))
     saved, peaks = zip(*(_probe(model, loss, *probe) for probe in probes), strict=True)
     return Plan(
-        resident + sums,
+        resident,
         Growth.fit(rows, width, *(each - resident for each in saved)),
         Growth.fit(rows, width, *(each - resident for each in peaks)),
         _loss_bytes(model, max(rows * width for rows, width in shapes)),
+        sums,
         grads + max(grads, 3 * max(array.nbytes for array in trained)),  # as measured: AdamW makes three arrays of one
     )
 
