@@ -84,8 +84,7 @@ class Record:
             return
         new = b"".join(map(_encoded, self.lines[self._written :]))
         with self.path.open("r+b") as file:
-            file.truncate(self._end)  # half a line, from a disk that was full
-            file.seek(self._end)
+            file.seek(self._end)  # over what came of it the last time, on a disk that was full
             file.write(new)
             file.flush()
             os.fsync(file.fileno())

@@ -81,7 +81,7 @@ def test_each_option_is_a_flag_with_the_same_limits(capsys: pytest.CaptureFixtur
         ("lr_schedule: {name: triangle, arguments: [1]}", "name must be one of cosine_decay"),
         ("lr_schedule: {name: cosine_decay}", "arguments of cosine_decay must be 2 or 3 numbers in a list, not None"),
         ("lr_schedule: {name: cosine_decay, arguments: [1e-5]}", "must be 2 or 3 numbers"),
-        ("lr_schedule: {name: cosine_decay, arguments: [1e-5, 0]}", "argument 2 of cosine_decay must be a whole number"),
+        ("lr_schedule: {name: cosine_decay, arguments: [1e-5, 0]}", "argument 2 of cosine_decay must be a whole"),
         ("lr_schedule: {name: cosine_decay, arguments: [x, 5]}", "argument 1 of cosine_decay must be a number"),
         ("lr_schedule: {name: cosine_decay, arguments: [1e-5, 5], cycles: 2}", "'cycles' is not known"),
         ("hf_dataset: {path: a/b, train_split: x}", "hf_dataset is not known here; write data: owner/name"),

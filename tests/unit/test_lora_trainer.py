@@ -6,7 +6,6 @@ import math
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,44 +15,11 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.lora import checkpoints
-from phi4_mlx.lora.batches import Batches
-from phi4_mlx.lora.data import Sample
-from phi4_mlx.lora.layers import adapter_parameters, add_adapter
+from phi4_mlx.lora.layers import adapter_parameters
 from phi4_mlx.lora.record import Record, read_metrics
-from phi4_mlx.lora.settings import Settings
 from phi4_mlx.lora.trainer import Step, Trainer
 from phi4_mlx.models.text import Model
-
-SETTINGS = Settings(
-    iters=12, batch_size=2, max_seq_length=64, learning_rate=1e-2, save_every=4, steps_per_eval=4, warmup=2, seed=3
-)
-
-
-def samples(n: int = 24) -> list[Sample]:
-    """Sequences that count up, of different lengths."""
-    made = []
-    for k in range(n):
-        ids = [(7 * k + i) % 500 for i in range(8 + k % 20)]
-        made.append(Sample(ids, [False] + [True] * (len(ids) - 1), f"train.jsonl:{k + 1}"))
-    return made
-
-
-def trainer(make: Callable[..., Model], folder: Path, dropout: float = 0.1, **changes: Any) -> Trainer:
-    settings = replace(SETTINGS, **changes)
-    model = make()
-    add_adapter(model, rank=4, scale=2.0, dropout=dropout, seed=settings.seed)
-    options = {"batch_size": settings.batch_size, "max_seq_length": settings.max_seq_length}
-    batches = Batches(samples(), seed=settings.seed, **options)
-    return Trainer(model, batches, settings, folder, Batches(samples(6), **options))
-
-
-def finish(run: Trainer) -> tuple[list[float], dict[str, mx.array]]:
-    losses = [step.loss for step in run.run()]
-    return losses, adapter_parameters(run.model)
-
-
-def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
-    return a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]) for name in a)
+from tests.counting_run import finish, same, trainer
 
 
 def test_it_learns(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
