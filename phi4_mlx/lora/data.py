@@ -26,6 +26,7 @@ from phi4_mlx.chat_format import check_messages
 from phi4_mlx.command import printable
 from phi4_mlx.errors import RequestError
 from phi4_mlx.lora.jsonl import find_split, read_lines
+from phi4_mlx.lora.parquet import is_parquet, read_rows
 from phi4_mlx.tokenizer import Control, Tokenizer
 
 END_OF_TEXT = Control("<|endoftext|>")
@@ -67,6 +68,7 @@ class Report:
         truncated: how many of the file's samples were longer than allowed, and cut.
         longest: tokens of its longest sample, before the cut.
         skipped: sources of those with nothing to learn: no target left, or a pair with the same answer twice.
+        alike: how many of those are such pairs.
         control_text: sources of those that hold control strings.
     """
 
@@ -76,6 +78,7 @@ class Report:
     truncated: int = 0
     longest: int = 0
     skipped: list[str] = field(default_factory=list)
+    alike: int = 0
     control_text: list[str] = field(default_factory=list)
 
     def sentences(self) -> list[str]:
@@ -84,7 +87,8 @@ class Report:
         if self.truncated:
             told.append(f"cut at --max-seq-length: {self.truncated:,}; the longest had {self.longest:,} tokens")
         if self.skipped:
-            told.append(f"left out, with nothing to learn: {len(self.skipped):,}, the first {self.skipped[0]}")
+            alike = f", {self.alike:,} of them the same answer twice" if self.alike else ""
+            told.append(f"left out, with nothing to learn: {len(self.skipped):,}, the first {self.skipped[0]}{alike}")
         if self.control_text:
             told.append(
                 f"with control strings, which stay text: {len(self.control_text):,}, the first "
@@ -181,21 +185,32 @@ def _load(
         return tuple(_cut(sample, max_seq_length, shared) for sample in samples)
 
     kept = []
-    for samples in read_lines(path, read):
+    for samples in (read_rows if is_parquet(path) else read_lines)(path, read):
         alike = len(samples) > 1 and all(sample.ids == samples[0].ids for sample in samples)
         if alike or not all(any(sample.targets) for sample in samples):
             report.skipped.append(samples[0].source)
+            report.alike += alike
             continue
         kept.append(samples)
         report.samples += 1
         report.tokens += sum(len(sample.ids) for sample in samples)
         report.targets += sum(sum(sample.targets) for sample in samples)
     if not kept:
-        raise RequestError(
-            f"{path} leaves nothing to learn in any of its {len(report.skipped):,} samples: no target within the first "
-            f"{max_seq_length:,} tokens; raise --max-seq-length, or leave --mask-prompt out"
-        )
+        raise RequestError(f"{path} leaves nothing to learn in any of its {_why_nothing(report, max_seq_length)}")
     return kept, report
+
+
+def _why_nothing(report: Report, max_seq_length: int) -> str:
+    """How many samples there are, why none of them is of use, and what to do."""
+    count = len(report.skipped)
+    if not report.alike:
+        return (
+            f"{count:,} samples: no target within the first {max_seq_length:,} tokens; raise --max-seq-length, or "
+            "leave --mask-prompt out"
+        )
+    which = "" if report.alike == count else f" in {report.alike:,}, and no target in the rest"
+    cut = "" if report.truncated == 0 else " once they are cut; raise --max-seq-length"
+    return f"{count:,} pairs: chosen and rejected are the same{which}{cut or '; a pair is two different answers'}"
 
 
 def _cut(sample: Sample, length: int, shared: dict[int, int]) -> Sample:

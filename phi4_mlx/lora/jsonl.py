@@ -1,4 +1,4 @@
-"""JSONL files: found in a folder, named alone, or fetched from the Hub; read line by line, every bad line told at once.
+"""Files of samples: found in a folder, named alone, or fetched from the Hub; each bad line of JSONL told at once.
 
 Training takes an evening, so nothing begins before each line has been looked at.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.lora.parquet import patterns, shards
 
 SPLITS = ("train", "valid", "test")
 MAX_LINE_BYTES = 2**24  # 16 MiB, some forty times what 128K tokens take
@@ -30,7 +31,7 @@ def find_split(path_or_hf_id: str | Path, split: str = "train") -> Path | None:
 
     Args:
         path_or_hf_id: a folder with train.jsonl, and valid.jsonl and test.jsonl if there are any; one file, which is
-            the training split; or the id of a dataset on the Hub ("owner/name") with such files.
+            the training split; or the id of a dataset on the Hub ("owner/name") with such files, or with Parquet.
         split: "train", "valid" or "test".
 
     Returns:
@@ -42,20 +43,17 @@ def find_split(path_or_hf_id: str | Path, split: str = "train") -> Path | None:
     if split not in SPLITS:
         raise RequestError(f"split {split!r} is not known; known are {', '.join(SPLITS)}")
     path = Path(os.path.expanduser(path_or_hf_id))
-    places = [path / f"{split}.jsonl"]
-    if not path.exists():
-        folder = _download(str(path_or_hf_id), split)
-        places = [folder / f"{split}.jsonl", folder / "data" / f"{split}.jsonl"]
-    elif not path.is_dir():
+    if path.exists() and not path.is_dir():
         return path if split == "train" else None
-    for place in places:
-        if place.exists():
-            return place
-    if split == "train":
+    if path.exists():
+        found = next((place for place in (path / f"{split}.jsonl", *shards(path, split)) if place.exists()), None)
+    else:
+        found = _find_on_hub(str(path_or_hf_id), split)
+    if found is None and split == "train":
         raise RequestError(
             f"{path_or_hf_id} holds no train.jsonl, an object to a line with text, prompt and completion, or messages"
         )
-    return None
+    return found
 
 
 def read_lines(path: Path, read: Callable[[dict[str, Any], str], Read]) -> list[Read]:
@@ -153,13 +151,22 @@ def _others(numbers: list[int]) -> str:
     return f" ({len(numbers):,} more bad line{'s' if len(numbers) > 1 else ''}: {shown})"
 
 
-def _download(name: str, split: str) -> Path:
-    """The folder with a split of a Hub dataset, from the cache if it is there; JSONL files and nothing else."""
+def _find_on_hub(name: str, split: str) -> Path | None:
+    """The file of a split of a Hub dataset: JSONL, or else the first of its Parquet files."""
+    folder = _download(name, [f"{split}.jsonl", f"data/{split}.jsonl"])
+    for place in (folder / f"{split}.jsonl", folder / "data" / f"{split}.jsonl"):
+        if place.exists():
+            return place
+    folder = _download(name, patterns(split))
+    return next(iter(shards(folder, split)), None)
+
+
+def _download(name: str, files: list[str]) -> Path:
+    """The folder with some files of a Hub dataset, from the cache if they are there; and nothing else."""
     if not _HUB_ID.fullmatch(name):
         raise RequestError(f"{name!r} is neither a folder, nor a file, nor the id of a Hub dataset like owner/name")
     from huggingface_hub import constants, errors, snapshot_download
 
-    files = [f"{split}.jsonl", f"data/{split}.jsonl"]
     try:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=files))
     except errors.RepositoryNotFoundError:  # also for what is gated

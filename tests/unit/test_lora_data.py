@@ -282,8 +282,34 @@ def test_pairs_with_nothing_to_tell_apart_are_skipped(tmp_path: Path, tokenizer:
     pairs, report = load_pairs(written(tmp_path, *records), tokenizer, max_seq_length=30)
     assert [found.chosen.source for found in pairs] == ["train.jsonl:1"]
     assert report.skipped == ["train.jsonl:2", "train.jsonl:3", "train.jsonl:4"]
-    assert (report.samples, report.truncated) == (1, 2)
+    assert (report.samples, report.truncated, report.alike) == (1, 2, 2)
+    assert any("3, the first train.jsonl:2, 2 of them the same answer twice" in line for line in report.sentences())
     assert report.tokens == len(pairs[0].chosen.ids) + len(pairs[0].rejected.ids)
+
+
+@pytest.mark.parametrize(
+    ("records", "reason"),
+    [
+        (
+            [{"prompt": "a", "chosen": "same", "rejected": "same"}] * 2,
+            "any of its 2 pairs: chosen and rejected are the same; a pair is two different answers",
+        ),
+        (
+            [{"prompt": "a", "chosen": "word " * 50 + "b", "rejected": "word " * 50 + "c"}],
+            "any of its 1 pairs: chosen and rejected are the same once they are cut; raise --max-seq-length",
+        ),
+        (
+            [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "word " * 50, "chosen": "b", "rejected": "c"}],
+            "2 pairs: chosen and rejected are the same in 1, and no target in the rest once they are cut; raise",
+        ),
+    ],
+)
+def test_pairs_that_are_all_the_same_answer_twice_say_so(
+    tmp_path: Path, tokenizer: Tokenizer, records: list[Any], reason: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        load_pairs(written(tmp_path, *records), tokenizer, max_seq_length=30)
+    assert reason in str(caught.value) and "--mask-prompt" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_what_is_no_path_and_no_hub_id(name: str, tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("place", ["", "data"])
-def test_the_hub_is_asked_for_the_jsonl_file_alone(
+def test_the_hub_is_asked_for_the_jsonl_file_and_for_parquet_where_there_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     import huggingface_hub
@@ -155,9 +155,12 @@ def test_the_hub_is_asked_for_the_jsonl_file_alone(
     path = written(tmp_path / place, b"{}")
     assert find_split("owner/name") == path
     assert find_split("owner/name", "valid") is None
-    assert asked[1:] == [
-        ("owner/name", "dataset", f"{split}.jsonl", f"data/{split}.jsonl") for split in ("train", "valid")
+    assert [each[:3] for each in asked] == [
+        ("owner/name", "dataset", name)
+        for name in ("train.jsonl", "train.parquet", "train.jsonl", "valid.jsonl", "valid.parquet")
     ]
+    assert asked[0] == ("owner/name", "dataset", "train.jsonl", "data/train.jsonl")
+    assert {"data/validation-*.parquet", "default/valid/*.parquet"} <= set(asked[4])
 
 
 @pytest.mark.parametrize("offline", [True, False])

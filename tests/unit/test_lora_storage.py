@@ -1,4 +1,4 @@
-"""What a run leaves on the disk: whole whatever fails, in the order that makes a checkpoint true, and resumed or refused."""
+"""What a run leaves on the disk: whole whatever fails, in the order that makes a checkpoint true, then resumed."""
 
 from __future__ import annotations
 
