@@ -203,14 +203,16 @@ def _load(
 def _why_nothing(report: Report, max_seq_length: int) -> str:
     """How many samples there are, why none of them is of use, and what to do."""
     count = len(report.skipped)
-    if not report.alike:
+    if report.alike < count:
         return (
             f"{count:,} samples: no target within the first {max_seq_length:,} tokens; raise --max-seq-length, or "
             "leave --mask-prompt out"
         )
-    which = "" if report.alike == count else f" in {report.alike:,}, and no target in the rest"
-    cut = "" if report.truncated == 0 else " once they are cut; raise --max-seq-length"
-    return f"{count:,} pairs: chosen and rejected are the same{which}{cut or '; a pair is two different answers'}"
+    if report.truncated:
+        way = f"in {report.truncated:,} of them once they are cut at {max_seq_length:,} tokens; raise --max-seq-length"
+    else:
+        way = "a pair is two different answers"
+    return f"{count:,} pairs: chosen and rejected are the same; {way}"
 
 
 def _cut(sample: Sample, length: int, shared: dict[int, int]) -> Sample:

@@ -282,8 +282,8 @@ def test_pairs_with_nothing_to_tell_apart_are_skipped(tmp_path: Path, tokenizer:
     pairs, report = load_pairs(written(tmp_path, *records), tokenizer, max_seq_length=30)
     assert [found.chosen.source for found in pairs] == ["train.jsonl:1"]
     assert report.skipped == ["train.jsonl:2", "train.jsonl:3", "train.jsonl:4"]
-    assert (report.samples, report.truncated, report.alike) == (1, 2, 2)
-    assert any("3, the first train.jsonl:2, 2 of them the same answer twice" in line for line in report.sentences())
+    assert (report.samples, report.truncated, report.alike) == (1, 2, 3)
+    assert any("3, the first train.jsonl:2, 3 of them the same answer twice" in line for line in report.sentences())
     assert report.tokens == len(pairs[0].chosen.ids) + len(pairs[0].rejected.ids)
 
 
@@ -296,11 +296,11 @@ def test_pairs_with_nothing_to_tell_apart_are_skipped(tmp_path: Path, tokenizer:
         ),
         (
             [{"prompt": "a", "chosen": "word " * 50 + "b", "rejected": "word " * 50 + "c"}],
-            "any of its 1 pairs: chosen and rejected are the same once they are cut; raise --max-seq-length",
+            "any of its 1 pairs: chosen and rejected are the same; in 1 of them once they are cut at 30 tokens; raise",
         ),
         (
             [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "word " * 50, "chosen": "b", "rejected": "c"}],
-            "2 pairs: chosen and rejected are the same in 1, and no target in the rest once they are cut; raise",
+            "2 pairs: chosen and rejected are the same; in 1 of them once they are cut at 30 tokens; raise",
         ),
     ],
 )
