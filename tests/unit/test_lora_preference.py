@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from phi4_mlx.lora.batches import Batch, Batches
 from phi4_mlx.lora.data import Pair, Sample
 from phi4_mlx.lora.layers import adapter_layers, add_adapter
 from phi4_mlx.lora.loss import next_token_loss
-from phi4_mlx.lora.preference import PreferenceLoss
+from phi4_mlx.lora.preference import REMEMBERED, PreferenceLoss
 from phi4_mlx.lora.settings import Settings
 from phi4_mlx.lora.trainer import Trainer, evaluate
 from phi4_mlx.models.text import Model
@@ -166,7 +167,9 @@ def test_the_base_is_the_same_whatever_dropout_drops(tiny_model: Callable[..., M
     assert loss.figures().margin == 0
 
 
-def test_figures_are_those_of_the_pairs_since_the_last_call(tiny_model: Callable[..., Model]) -> None:
+def test_figures_are_those_of_the_pairs_since_the_last_call(
+    tiny_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, base, pairs = with_adapter(tiny_model()), tiny_model(), some_pairs()
     loss = PreferenceLoss("dpo", BETA)
     margins = [margin.item() for margin in naive_margins(model, base, pairs)]
@@ -177,6 +180,10 @@ def test_figures_are_those_of_the_pairs_since_the_last_call(tiny_model: Callable
     assert 0 < figures.accuracy < 1
     assert figures.margin == pytest.approx(sum(margins) / 4, abs=1e-5)
     assert loss.figures().pairs == 0 and loss.figures().margin == 0
+    monkeypatch.setattr(loss, "_margins", deque(maxlen=2))
+    for pair in pairs:  # a caller that never asks
+        loss(model, packed([pair]))
+    assert loss.figures().pairs == 2 and PreferenceLoss("dpo")._margins.maxlen == REMEMBERED
 
 
 def test_the_base_takes_no_memory_of_its_own(tiny_model: Callable[..., Model]) -> None:
@@ -325,7 +332,9 @@ def test_training_makes_the_chosen_answers_likelier_and_leaves_the_base_alone(
 
     assert rate() == 0
     settings = Settings(task=task, iters=12, batch_size=1, learning_rate=2e-2, grad_checkpoint=True)
-    steps = list(Trainer(model, Batches(train, batch_size=1, max_seq_length=64), settings, tmp_path, loss=loss).run())
+    loss._margins.append(mx.array([9.0]))  # what was no step is in no step's figures
+    trainer = Trainer(model, Batches(train, batch_size=1, max_seq_length=64), settings, tmp_path, loss=loss)
+    steps = list(trainer.run())
     assert rate() > 0.8
     assert steps[-1].loss < 0.7 * steps[0].loss and steps[0].accuracy == 0 and steps[-1].accuracy == 1
     assert steps[-1].margin > steps[0].margin and loss.figures().pairs == 0  # each step tells its own
