@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.lora import checkpoints
+from phi4_mlx.lora.batches import Batch
 from phi4_mlx.lora.layers import adapter_parameters
 from phi4_mlx.lora.record import Record, read_metrics
-from phi4_mlx.lora.trainer import Step, Trainer
+from phi4_mlx.lora.trainer import Step, Trainer, evaluate, sft_loss
 from phi4_mlx.models.text import Model
 from tests.counting_run import finish, same, trainer
 
@@ -124,6 +126,46 @@ def test_accumulation_weighs_each_target_the_same(tiny_model: Callable[..., Mode
         assert mx.allclose(a, b, rtol=0, atol=1e-5), name
 
 
+def test_sums_of_gradients_do_not_outgrow_half_precision(
+    tiny_model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient of 1,000 times 100 targets is beyond fp16's largest number; their mean is not."""
+    run = trainer(tiny_model, tmp_path, grad_accumulation_steps=2)
+    run.model.set_dtype(mx.float16)
+    grads = tree_map(lambda weight: mx.full(weight.shape, 1000, mx.float16), run.model.trainable_parameters())
+    monkeypatch.setattr(nn, "value_and_grad", lambda *_: lambda *_: ((mx.array(1.0), mx.array(100)), grads))
+    loss, tokens, found = run._gradients()
+    assert (loss, tokens) == (1.0, 200)
+    assert all(grad.dtype == mx.float16 and (grad == 1000).all() for _, grad in tree_flatten(found))
+
+
+def test_a_validation_has_one_batch_in_memory(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    run, order = trainer(tiny_model, tmp_path), []
+
+    def batches() -> Any:
+        for n, batch in enumerate(run.batches.fixed()):
+            order.append(f"made {n}")
+            yield batch
+
+    def loss(model: Model, batch: Batch) -> Any:
+        order.append(f"used {len(order) // 2}")
+        return sft_loss(model, batch)
+
+    evaluate(run.model, batches(), loss)
+    assert order[:4] == ["made 0", "used 0", "made 1", "used 1"]
+
+
+def test_blocks_are_run_again_in_training_alone(
+    tiny_model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, checkpointed = trainer(tiny_model, tmp_path, grad_checkpoint=True), []
+    monkeypatch.setattr(nn.utils, "checkpoint", lambda layer: checkpointed.append(layer) or layer)
+    run.model.eval()(mx.array([[1, 2, 3]]))
+    assert not checkpointed
+    run.model.train()(mx.array([[1, 2, 3]]))
+    assert len(checkpointed) == 2
+
+
 def test_only_the_newest_checkpoints_stay(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
     finish(trainer(tiny_model, tmp_path, save_every=2, keep_checkpoints=2))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000010", "00000012"]
@@ -194,7 +236,7 @@ def spoiled(run: Trainer, at: int, loss: float) -> None:
     run._gradients = gradients  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize(("loss", "at"), [(math.nan, 6), (math.inf, 6), (40.0, 56)])
+@pytest.mark.parametrize(("loss", "at"), [(math.nan, 6), (math.inf, 6), (40.0, 12), (40.0, 56)])
 def test_a_loss_that_is_no_loss_stops_before_it_does_harm(
     tiny_model: Callable[..., Model], tmp_path: Path, loss: float, at: int
 ) -> None:
@@ -207,6 +249,35 @@ def test_a_loss_that_is_no_loss_stops_before_it_does_harm(
     again = trainer(tiny_model, tmp_path, iters=60, save_every=100, steps_per_eval=1000)
     assert again.resume() == at - 1
     assert all(bool(mx.isfinite(array).all()) for array in adapter_parameters(again.model).values())
+
+
+@pytest.mark.parametrize("loss", [30.0, 40.0])
+def test_the_first_steps_may_be_anything_and_a_rare_kind_of_sample_is_no_spike(
+    tiny_model: Callable[..., Model], tmp_path: Path, loss: float
+) -> None:
+    run = trainer(tiny_model, tmp_path, iters=14, save_every=100, steps_per_eval=1000)
+    for at in (9, 13):
+        spoiled(run, at, loss)  # once it has been as high as that, it may be again
+    assert len(list(run.run())) == 14
+
+
+def test_before_the_first_step_there_is_nothing_to_resume(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    run = trainer(tiny_model, tmp_path / "a")
+    spoiled(run, 1, math.nan)
+    with pytest.raises(RequestError, match=r"step 1: the loss is nan .*nothing was learned") as caught:
+        finish(run)
+    assert "step 0" not in str(caught.value) and "--resume" not in str(caught.value) and not (tmp_path / "a").exists()
+
+
+def test_a_run_that_a_batch_stopped_goes_on_behind_it(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    """Also where a checkpoint of the same step is there, from before that batch."""
+    run = trainer(tiny_model, tmp_path)
+    spoiled(run, 5, math.nan)
+    with pytest.raises(RequestError, match="--resume goes on behind that batch"):
+        finish(run)
+    again = trainer(tiny_model, tmp_path)
+    assert again.resume() == 4 and again.batches.step + again.batches.epoch * again.batches.steps_per_epoch == 5
+    assert same(dict(mx.load(str(tmp_path / "adapters.safetensors"))), adapter_parameters(again.model))
 
 
 def test_training_stops_when_validation_no_longer_improves(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
