@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -49,10 +50,10 @@ def options(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> list[str]:
     return ["--model", str(tiny_checkpoint()), "--data", str(tmp_path / "data"), "-c", str(tmp_path / "config.yaml")]
 
 
-def losses(folder: Path) -> list[float]:
+def losses(folder: Path, name: str = "loss") -> list[float]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [line["loss"] for line in lines]
+    return [line[name] for line in lines if name in line]
 
 
 def steps_made(folder: Path) -> int:
@@ -82,12 +83,96 @@ def test_killed_at_random_and_resumed_is_the_unbroken_run(options: list[str], tm
         time.sleep(draw.uniform(0, 0.1))
         process.kill()
         process.communicate()
-        resume = ["--resume"] if (broken / "checkpoints").exists() else []
+        resume = ["--resume"] if any((broken / "checkpoints").glob("0*")) else []
     assert steps_made(broken)
     code, _, err = finish(*options, "--adapter-path", str(broken), *resume)
     assert code == 0, err
     assert losses(broken) == losses(whole) and len(losses(whole)) == 30
     assert same(adapter(broken), adapter(whole)) and same(adapter(broken / "best"), adapter(whole / "best"))
+
+
+DIE = """
+import os, sys
+from phi4_mlx.lora import storage
+from phi4_mlx.lora.__main__ import main
+
+save = storage.save_checkpoint
+def dying(folder, step, *rest):
+    if step == 20 and {before}:
+        os._exit(9)
+    save(folder, step, *rest)
+    if step == 20:
+        os._exit(9)
+storage.save_checkpoint = dying
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_killed_where_a_checkpoint_is_written_it_is_the_unbroken_run(
+    options: list[str], tmp_path: Path, before: bool
+) -> None:
+    """Step 20 is validated, and the best one so far: whichever side of its checkpoint, nothing is missing."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert finish(*options, "--adapter-path", str(whole))[0] == 0
+    words = [sys.executable, "-c", DIE.format(before=before), *options, "--adapter-path", str(broken)]
+    done = subprocess.run(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=300)
+    assert done.returncode == 9 and steps_made(broken) == 20
+    assert sorted((broken / "checkpoints").glob("0*"))[-1].name == ("00000016" if before else "00000020")
+    assert len(losses(broken, "valid_loss")) == 2 and adapter(broken / "best")
+    code, _, err = finish(*options, "--adapter-path", str(broken), "--resume")
+    assert code == 0, err
+    assert losses(broken) == losses(whole) and losses(broken, "valid_loss") == losses(whole, "valid_loss")
+    assert same(adapter(broken), adapter(whole)) and same(adapter(broken / "best"), adapter(whole / "best"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_as_signals_do_with_all_saved(
+    options: list[str], tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    folder = tmp_path / "a"
+    process = start(*options, "--adapter-path", str(folder), "--save-every", "1000", "--iters", "100000")
+    while process.poll() is None and steps_made(folder) < 2:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    step = steps_made(folder)
+    assert process.returncode == code and "Traceback" not in err
+    assert f"stopped after step {step}: --resume goes on" in err and "second signal" in err
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"{step:08}"] and adapter(folder)
+
+
+FULL = """
+import resource, sys
+from phi4_mlx.lora.__main__ import main
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, 70_000))  # an adapter fits, a checkpoint does not
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_ends_no_training(options: list[str], tmp_path: Path) -> None:
+    words = [sys.executable, "-c", FULL, *options, "--adapter-path", str(tmp_path / "a")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    warnings = [line for line in done.stderr.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and "tensors.safetensors could not be written" in warnings[0]
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "tensors.safetensors could not be written" in last and "make room" in last
+    assert len(losses(tmp_path / "a")) == 30 and adapter(tmp_path / "a") and adapter(tmp_path / "a" / "best")
+    assert not any((tmp_path / "a" / "checkpoints").glob("0*"))
+
+
+def test_the_test_set_is_measured_after_training_or_alone(options: list[str], tmp_path: Path) -> None:
+    (tmp_path / "data" / "test.jsonl").write_bytes((tmp_path / "data" / "valid.jsonl").read_bytes())
+    words = [*options, "--adapter-path", str(tmp_path / "a"), "--test"]
+    code, _, err = finish(*words)
+    assert code == 2 and "holds no adapter_config.json" in err.splitlines()[-1]  # alone, as in mlx-lm: nothing to test
+    code, _, err = finish(*words, "--train", "--iters", "2")
+    told = err.splitlines()[-1]
+    assert code == 0 and told.startswith("test loss ") and ", perplexity " in told
+    code, _, err = finish(*words)
+    assert code == 0 and err.splitlines()[-1] == told and len(losses(tmp_path / "a")) == 2
 
 
 def test_a_dry_run_shows_what_will_be_learned_and_writes_nothing(options: list[str], tmp_path: Path) -> None:

@@ -135,6 +135,7 @@ def test_fields_that_change_nothing_are_no_obstacle(tiny_model: TinyModel, peft:
         "megatron_core": "megatron.core",
         "task_type": None,
         "init_lora_weights": "gaussian",
+        "runtime_config": {"ephemeral_gpu_offload": True},
     }
     load_adapter(tiny_model(), reconfigure(peft, **harmless, modules_to_save=[], lora_bias=False, some_field=None))
 
