@@ -3,7 +3,7 @@
     python examples/finetune_lora.py [--folder dice] [--iters 150]
 
 The data is written first, as JSONL in the chat format that `python -m phi4_mlx.lora` reads too; with data and a model
-of your own, that command does the rest.
+of your own, that command does the rest. Stopped and started again, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -15,12 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from phi4_mlx import generate, load
-from phi4_mlx.lora.batches import Batches
-from phi4_mlx.lora.data import load_samples
-from phi4_mlx.lora.layers import add_adapter, save_adapter
-from phi4_mlx.lora.settings import Settings
-from phi4_mlx.lora.trainer import Trainer
+from phi4_mlx import finetune, generate, load
 
 SIZES = {"type": "object", "properties": {"count": {"type": "number"}, "sides": {"type": "number"}}}
 DICE = {"type": "function", "function": {"name": "roll_dice", "description": "Rolls dice.", "parameters": SIZES}}
@@ -76,24 +71,21 @@ def main() -> None:
     options = parser.parse_args()
 
     write_jsonl(options.folder / "train.jsonl", conversations(1, 300))
-    model, tokenizer = load("demo")
-    question = next(conversations(1, 1, held_out=True))["messages"][:1]
-    prompt = tokenizer.apply_chat_template(question, tools=[DICE])
-    print("asked  ", question[0]["content"])
-    print("before ", generate(model, tokenizer, prompt, max_tokens=60))
+    adapter = options.folder / "adapter"
+    settings = {
+        "model": "demo", "data": str(options.folder), "adapter_path": str(adapter), "mask_prompt": True,
+        "lora_parameters": {"rank": 8, "scale": 10.0}, "iters": options.iters, "batch_size": 1, "max_seq_length": 512,
+        "learning_rate": 5e-4, "warmup": 10,
+    }  # fmt: skip
+    finetune(settings, resume=(adapter / "checkpoints").exists())
 
-    samples, report = load_samples(options.folder, tokenizer, mask_prompt=True, max_seq_length=512)
-    print("\n".join(report.sentences()))
-    add_adapter(model, rank=8, scale=10.0)
-    settings = Settings(iters=options.iters, batch_size=1, max_seq_length=512, learning_rate=5e-4, warmup=10)
-    trainer = Trainer(model, Batches(samples, batch_size=1, max_seq_length=512), settings, options.folder)
-    for step in trainer.run():
-        if step.step % 10 == 0:
-            print(f"step {step.step}: loss {step.loss:.3f}", flush=True)
-    model.eval()
-    print("after  ", generate(model, tokenizer, prompt, max_tokens=60))
-    save_adapter(model, options.folder, {"model": "demo"})
-    print(f"chat with it: python -m phi4_mlx.chat --model demo --adapter-path {options.folder}")
+    question = next(conversations(1, 1, held_out=True))["messages"][:1]
+    print("asked  ", question[0]["content"])
+    for when, path in (("before", None), ("after", adapter)):
+        model, tokenizer = load("demo", path)
+        prompt = tokenizer.apply_chat_template(question, tools=[DICE])
+        print(f"{when:7}", generate(model, tokenizer, prompt, max_tokens=60))
+    print(f"chat with it: python -m phi4_mlx.chat --model demo --adapter-path {adapter}")
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ def tell_plan(trainer: Trainer, tell: Tell) -> None:
     epochs = settings.iters * settings.grad_accumulation_steps / batches.steps_per_epoch
     tell(
         f"{settings.fine_tune_type}: {trained:,} numbers to train; steps {trainer.progress.step + 1:,} to "
-        f"{settings.iters:,} of {batches.steps_per_epoch:,} batches an epoch = {epochs:,.1f} epochs; predicted peak "
+        f"{settings.iters:,} = {epochs:,.1f} epochs of {batches.steps_per_epoch:,} batches; predicted peak "
         f"{peak / 1e9:.2f} GB of {memory_limit() / 1e9:.1f} GB"
     )
     if epochs > MANY_EPOCHS:

@@ -74,17 +74,22 @@ def test_killed_at_random_and_resumed_is_the_unbroken_run(options: list[str], tm
     code, _, err = finish(*options, "--adapter-path", str(whole))
     assert code == 0, err
     assert "predicted peak" in err and "best validation loss" in err
-    draw, resume = random.Random(2), []
+    draw, resume, killed = random.Random(2), [], 0
+    metrics = broken / "metrics.jsonl"
     for _ in range(KILLS):
+        before = metrics.stat().st_ino if metrics.exists() else 0
         process = start(*options, "--adapter-path", str(broken), *resume)
-        fatal = draw.randint(1, 28)  # the step after which it may die, at any moment
+        while process.poll() is None and (not metrics.exists() or metrics.stat().st_ino == before):
+            time.sleep(0.005)  # until it has begun its own file, with what stands of the old one
+        fatal = steps_made(broken) + draw.randint(1, 6)  # the step after which it may die, at any moment
         while process.poll() is None and steps_made(broken) < fatal:
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.1))
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.03))
         process.kill()
+        killed += process.wait() == -signal.SIGKILL
         process.communicate()
         resume = ["--resume"] if any((broken / "checkpoints").glob("0*")) else []
-    assert steps_made(broken)
+    assert killed >= min(KILLS, 3)
     code, _, err = finish(*options, "--adapter-path", str(broken), *resume)
     assert code == 0, err
     assert losses(broken) == losses(whole) and len(losses(whole)) == 30

@@ -64,7 +64,7 @@ def test_a_run_leaves_all_and_tells_it(given: dict[str, Any], tmp_path: Path) ->
     assert config["model"] == given["model"] and config["num_layers"] == 2
     text = "\n".join(told)
     for expected in (
-        "train: 20 samples", "valid: 4 samples", "test: 4 samples", "numbers to train; steps 1 to 6 of", "= 1.5 epochs",
+        "train: 20 samples", "valid: 4 samples", "test: 4 samples", "numbers to train; steps 1 to 6 = 1.5 epochs",
         "predicted peak", "step 2: loss", "targets/s", "adapter in", "metrics in", "best validation loss", "perplexity",
     ):  # fmt: skip
         assert expected in text, expected
