@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,6 +100,25 @@ def test_a_library_that_does_not_begin_is_one_line(tmp_path: Path, monkeypatch: 
     install(monkeypatch, "wandb", init=lambda **options: 1 / 0)
     with pytest.raises(RequestError, match="--report-to wandb: division by zero"):
         reporter("wandb", tmp_path, {})
+
+
+def test_a_library_that_fails_on_the_way_costs_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def log(metrics: dict[str, Any], step: int) -> None:
+        raise RuntimeError("the network\nis gone")
+
+    install(monkeypatch, "wandb", init=lambda **options: SimpleNamespace(log=log))
+    record = Record(tmp_path, 0, reporter("wandb", tmp_path, {}))
+    with pytest.raises(OSError, match="the network is gone") as caught:
+        record.add(step(1))
+    assert caught.value.filename == "wandb" and [line["step"] for line in read_metrics(record.path)] == [1]
+
+
+def test_pairs_are_called_pairs(tmp_path: Path) -> None:
+    record = Record(tmp_path, 0, noun="pairs")
+    record.add(replace(step(1), accuracy=0.5, margin=1.25, valid_accuracy=0.75))
+    line = record.lines[0]
+    assert line["pairs"] == 100 and line["pairs_per_s"] == 200 and "tokens" not in line
+    assert (line["accuracy"], line["margin"], line["valid_accuracy"]) == (0.5, 1.25, 0.75)
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
