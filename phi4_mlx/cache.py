@@ -16,50 +16,76 @@ from phi4_mlx.models.rope import Regime
 
 
 class KVCache:
-    """Keys and values of one layer, [B, K, S, Dh] each, in buffers that grow `STEP` positions at a time."""
+    """Keys and values of one layer, [B, K, S, Dh] each, in buffers that grow `STEP` positions at a time.
+
+    Args:
+        bits: 4 or 8 keeps them quantised, in groups of 64 or 32 along Dh with a scale and a bias each; None does not.
+        max_size: how many tokens may stay. Where more come, the oldest `STEP` are forgotten, but for the first `SINK`,
+            which attention leans on (Xiao et al. 2023, "Efficient streaming language models with attention sinks").
+            None forgets nothing. A chunk of new tokens always sees all of itself.
+    """
 
     STEP = 256
+    SINK = 4
 
-    def __init__(self) -> None:
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
-        self.offset = 0
+    def __init__(self, bits: int | None = None, max_size: int | None = None) -> None:
+        self.bits, self.max_size = bits, max_size
+        self._buffers: list[mx.array] = []  # keys, values; where quantised, weights, scales and biases of each
+        self._filled = 0
+        self._forgotten = 0
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Appends keys and values [B, K, T, Dh]; returns all of them, [B, K, S, Dh]."""
-        end = self.offset + keys.shape[2]
-        self.keys = self._put(self.keys, keys, end)
-        self.values = self._put(self.values, values, end)
-        self.offset = end
-        return self.keys[..., :end, :], self.values[..., :end, :]
+    @property
+    def offset(self) -> int:
+        """Tokens that were put in and not taken back: the position of the next one."""
+        return self._filled + self._forgotten
 
-    def _put(self, buffer: mx.array | None, new: mx.array, end: int) -> mx.array:
-        if buffer is None or end > buffer.shape[2]:
-            B, K, T, Dh = new.shape
-            room = mx.zeros((B, K, -(-T // self.STEP) * self.STEP, Dh), new.dtype)
-            buffer = room if buffer is None else mx.concatenate([buffer[..., : self.offset, :], room], axis=2)
-        buffer[..., self.offset : end, :] = new
-        return buffer
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """Appends keys and values [B, K, T, Dh]; returns all of them, [B, K, S, Dh], or triples if quantised."""
+        T = keys.shape[2]
+        if self.max_size is not None and self._filled + T > self.max_size:
+            self._forget(self._filled - (self.max_size - self.STEP))
+        start, end = self._filled, self._filled + T
+        new = [keys, values] if self.bits is None else [*self._quantised(keys), *self._quantised(values)]
+        if not self._buffers or end > self._buffers[0].shape[2]:
+            self._buffers = [self._grown(*pair) for pair in zip(self._buffers or [None] * len(new), new, strict=True)]
+        self._filled, held = end, []
+        for buffer, part in zip(self._buffers, new, strict=True):
+            buffer[:, :, start:end] = part
+            held.append(buffer[:, :, :end])
+        return (held[0], held[1]) if self.bits is None else (tuple(held[:3]), tuple(held[3:]))
+
+    def _quantised(self, array: mx.array) -> Sequence[mx.array]:
+        return mx.quantize(array, group_size=64 if array.shape[-1] % 64 == 0 else 32, bits=self.bits)
+
+    def _grown(self, buffer: mx.array | None, new: mx.array) -> mx.array:
+        B, K, T, width = new.shape
+        room = mx.zeros((B, K, -(-T // self.STEP) * self.STEP, width), new.dtype)
+        return room if buffer is None else mx.concatenate([buffer[:, :, : self._filled], room], axis=2)
+
+    def _forget(self, n: int) -> None:
+        if n <= 0:
+            return
+        first, last = self.SINK + n, self._filled
+        self._buffers = [mx.concatenate([b[:, :, : self.SINK], b[:, :, first:last]], axis=2) for b in self._buffers]
+        self._filled, self._forgotten = self._filled - n, self._forgotten + n
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> str | mx.array | None:
         """The attention mask of the next N tokens: causal over all that came before. mlx-lm's signature."""
         if window_size is not None:
             raise RequestError(f"attention in a window of {window_size} tokens is not done by this cache")
         if return_array:
-            return mx.arange(self.offset, self.offset + N)[:, None] >= mx.arange(self.offset + N)
+            return mx.arange(self._filled, self._filled + N)[:, None] >= mx.arange(self._filled + N)
         return None if N == 1 else "causal"
 
     @property
-    def state(self) -> tuple[mx.array, mx.array] | list[mx.array]:
+    def state(self) -> Sequence[mx.array]:
         """Keys and values as far as they are filled, [B, K, S, Dh] each; empty before the first token."""
-        if self.keys is None or self.values is None:
-            return []
-        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
+        return [buffer[:, :, : self._filled] for buffer in self._buffers]
 
     @state.setter
     def state(self, state: Sequence[mx.array]) -> None:
-        self.keys, self.values = state if len(state) else (None, None)
-        self.offset = 0 if self.keys is None else self.keys.shape[2]
+        self._buffers = list(state)
+        self._filled, self._forgotten = (state[0].shape[2] if len(state) else 0), 0
 
     @property
     def meta_state(self) -> str:
@@ -72,27 +98,31 @@ class KVCache:
             raise ValueError("this cache keeps no meta state")
 
     def is_trimmable(self) -> bool:
-        """Whether `trim` works: always."""
-        return True
+        """Whether `trim` can take back some tokens and leave others: not once the oldest are forgotten."""
+        return self._forgotten == 0
 
     def trim(self, n: int) -> int:
-        """Forgets the last n tokens; returns how many there were to forget."""
-        n = max(0, min(self.offset, n))
-        self.offset -= n
+        """Takes back the last n tokens; returns how many it took."""
+        if n >= self.offset:
+            n, self._filled, self._forgotten = self.offset, 0, 0
+        elif n > 0 and self.is_trimmable():
+            self._filled -= n
+        else:
+            n = 0
         return n
 
     def size(self) -> int:
         """Tokens held; mlx-lm's name."""
-        return self.offset
+        return self._filled
 
     def empty(self) -> bool:
         """Whether nothing was ever put in; mlx-lm's name."""
-        return self.keys is None
+        return not self._buffers
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both buffers, filled or not."""
-        return sum(buffer.nbytes for buffer in (self.keys, self.values) if buffer is not None)
+        """Bytes of all buffers, filled or not."""
+        return sum(buffer.nbytes for buffer in self._buffers)
 
 
 class PromptCache(list):  # list[KVCache]; the bare base keeps mlx-lm's isinstance checks and Python 3.10 content
@@ -191,13 +221,16 @@ class PromptCache(list):  # list[KVCache]; the bare base keeps mlx-lm's isinstan
         """The attention mask of the next N tokens, the same for all layers."""
         return self[0].make_mask(N)
 
+    def is_trimmable(self) -> bool:
+        """Whether some tokens can be taken back and others stay."""
+        return all(layer.is_trimmable() for layer in self)
+
     def trim(self, n: int) -> int:
-        """Forgets the last n tokens; returns how many there were to forget."""
+        """Takes back the last n tokens; returns how many it took: none where `is_trimmable` says that it cannot."""
         n = max(0, min(self.offset, n))
-        for layer in self:
-            layer.trim(n)
+        taken = [layer.trim(n) for layer in self]
         self._forget_trimmed()
-        return n
+        return taken[0]
 
     def reuse(self, ids: Sequence[int]) -> list[int]:
         """Keeps what a new prompt shares with the tokens held, and forgets the rest.
@@ -214,6 +247,8 @@ class PromptCache(list):  # list[KVCache]; the bare base keeps mlx-lm's isinstan
             if old != new:
                 break
             shared += 1
+        if shared < self.offset and not self.is_trimmable():
+            shared = 0
         self.trim(self.offset - shared)
         return list(ids[shared:])
 

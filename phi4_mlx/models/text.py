@@ -19,6 +19,9 @@ import mlx.nn as nn
 
 from phi4_mlx.cache import KVCache, PromptCache
 from phi4_mlx.config import ModelConfig
+from phi4_mlx.errors import RequestError
+from phi4_mlx.models.attention import attention
+from phi4_mlx.models.compiled import CompiledSteps
 from phi4_mlx.models.rope import PackedRotation, Regime, Rope, Rotation
 
 
@@ -34,16 +37,37 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, width + 2 * self.num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
 
-    def __call__(self, x: mx.array, rotation: Rotation | PackedRotation, mask: Any, cache: Any) -> mx.array:
-        B, T, _ = x.shape
+    def heads(self, x: mx.array, rotation: Rotation | PackedRotation) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries [B, H, T, Dh], keys and values [B, K, T, Dh], the first two rotated."""
         H, K = self.num_heads, self.num_kv_heads
-        heads = self.qkv_proj(x).reshape(B, T, H + 2 * K, self.head_dim).transpose(0, 2, 1, 3)
+        heads = _part_heads(self.qkv_proj(x), self.head_dim)
         heads, values = mx.split(heads, [H + K], axis=1)  # [B, H + K, T, Dh], [B, K, T, Dh]
-        queries, keys = rotation(heads, H)
-        if cache is not None:
-            keys, values = cache.update_and_fetch(keys, values)  # [B, K, S, Dh]
-        out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=mask)
-        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, T, -1))
+        return *rotation(heads, H), values
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, mask: Any, cache: Any) -> mx.array:
+        """What each head saw, [B, H, T, Dh], in the new tokens and in those of the cache, which takes the new in."""
+        if cache is None:
+            return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=mask)
+        keys, values = cache.update_and_fetch(keys, values)  # [B, K, S, Dh], or quantised
+        return attention(queries, keys, values, self.scale, mask, getattr(cache, "bits", None))
+
+    def output(self, attended: mx.array) -> mx.array:
+        """The output projection, [B, H, T, Dh] -> [B, T, D]."""
+        return self.o_proj(_join_heads(attended))
+
+
+# With one token the numbers stand in the same order either way: no transposing there, in the operations that a decode
+# step is made of.
+def _part_heads(x: mx.array, head_dim: int) -> mx.array:
+    """[B, T, N * Dh] -> [B, N, T, Dh]."""
+    B, T, _ = x.shape
+    return x.reshape(B, -1, 1, head_dim) if T == 1 else x.reshape(B, T, -1, head_dim).transpose(0, 2, 1, 3)
+
+
+def _join_heads(x: mx.array) -> mx.array:
+    """[B, N, T, Dh] -> [B, T, N * Dh]."""
+    B, _, T, _ = x.shape
+    return x.reshape(B, 1, -1) if T == 1 else x.transpose(0, 2, 1, 3).reshape(B, T, -1)
 
 
 class MLP(nn.Module):
@@ -69,9 +93,17 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def __call__(self, x: mx.array, rotation: Rotation | PackedRotation, mask: Any, cache: Any) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
+    def heads(self, x: mx.array, rotation: Rotation | PackedRotation) -> tuple[mx.array, mx.array, mx.array]:
+        """What comes before the attention: queries, keys and values."""
+        return self.self_attn.heads(self.input_layernorm(x), rotation)
+
+    def rest(self, x: mx.array, attended: mx.array) -> mx.array:
+        """What comes after it."""
+        x = x + self.self_attn.output(attended)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def __call__(self, x: mx.array, rotation: Rotation | PackedRotation, mask: Any, cache: Any) -> mx.array:
+        return self.rest(x, self.self_attn.attend(*self.heads(x, rotation), mask, cache))
 
 
 class Decoder(nn.Module):
@@ -83,6 +115,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config, self.rope.softmax_scale) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._compiled = CompiledSteps(self.rope)
         self.recompute = False  # in training: keeps each block's input alone, and runs the block again in backward
 
     def __call__(self, ids: mx.array, cache: Sequence[Any] | None = None, segments: mx.array | None = None) -> mx.array:
@@ -100,6 +133,9 @@ class Decoder(nn.Module):
             ids = layers.remember(ids)  # the whole sequence, where it has just outgrown its RoPE table
             offset, regime, mask = layers.offset, layers.regime, layers.make_mask(ids.shape[1])
 
+        alone = ids.shape[1] == 1 and cache is not None and not self.training
+        if alone and self._compiled.ready([self.embed_tokens, *self.layers, self.norm]):
+            return self._compiled(ids, offset, regime, mask, layers)
         x = self.embed_tokens(ids)
         rotation: Rotation | PackedRotation = self.rope.at(offset, regime, x.dtype)
         if segments is not None:
@@ -151,14 +187,28 @@ class Model(nn.Module):
             return self.model.embed_tokens.as_linear(hidden)
         return self.lm_head(hidden)
 
-    def make_cache(self, regime: Regime | None = None) -> PromptCache:
+    def make_cache(
+        self, regime: Regime | None = None, kv_bits: int | None = None, max_kv_size: int | None = None
+    ) -> PromptCache:
         """An empty cache for one batch of sequences.
 
         Args:
             regime: "long" for a conversation that will outgrow the LongRoPE boundary anyway: never run again, but not
                 exact below the boundary. The default picks the table by length, as the reference does.
+            kv_bits: 4 or 8 keeps keys and values quantised; see `KVCache`.
+            max_kv_size: how many tokens may stay, at least 512; see `KVCache`.
+
+        Raises:
+            RequestError: a number is outside its range, or the heads cannot be quantised.
         """
-        return PromptCache([KVCache() for _ in self.layers], self.model.rope.regime, regime)
+        if kv_bits not in (None, 4, 8):
+            raise RequestError(f"kv_bits {kv_bits!r} is not known; it must be 4 or 8, or None for no quantisation")
+        if kv_bits and self.config.head_dim % 32:
+            raise RequestError(f"kv_bits needs heads of a multiple of 32 numbers, not {self.config.head_dim}")
+        if max_kv_size is not None and max_kv_size < 2 * KVCache.STEP:
+            raise RequestError(f"max_kv_size {max_kv_size} is too small; it must be at least {2 * KVCache.STEP} tokens")
+        caches = [KVCache(kv_bits, max_kv_size) for _ in self.layers]
+        return PromptCache(caches, self.model.rope.regime, regime)
 
     @property
     def layers(self) -> list[DecoderLayer]:

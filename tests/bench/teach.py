@@ -1,6 +1,6 @@
 """Teaches the demo a tool that it has never seen, and measures what it learned and what it forgot.
 
-    python tests/bench/teach.py [--count 100] [--iters 150]
+    python tests/bench/teach.py [--count 100] [--iters 110]
 
 The bars: on held-out prompts from under 10 % right to at least 90 %, in under ten minutes, what it could before at most
 three points down. Three lines in seven are conversations of the demo's own world, long ones too, so that it keeps them.
@@ -62,7 +62,7 @@ def percents(count: int, adapter: Path | None = None) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=100, help="prompts of each examination")
-    parser.add_argument("--iters", type=int, default=150)
+    parser.add_argument("--iters", type=int, default=110)
     options = parser.parse_args()
     before = percents(options.count)
     with tempfile.TemporaryDirectory() as name:

@@ -1,0 +1,126 @@
+"""Steps of one token through compiled calls: equal to the blocks one by one, and never with weights of yesterday."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from phi4_mlx.lora.layers import adapter_layers, adapter_off, add_adapter
+from phi4_mlx.models.text import Model
+
+
+def step(model: Model, cache: Any, token: int = 7, plain: bool = False) -> mx.array:
+    """Logits of one token that is taken back afterwards; in training blocks run one by one."""
+    B = cache.ids.shape[0]
+    model.train(plain)
+    for _ in range(2):  # the first one with weights that are new runs plainly
+        logits = model(mx.full((B, 1), token, mx.int32), cache)
+        mx.eval(logits)
+        cache.trim(1)
+    model.eval()
+    return logits
+
+
+def filled(model: Model, length: int = 20, B: int = 1, **options: Any) -> Any:
+    cache = model.make_cache(**options)
+    mx.eval(model(mx.random.randint(0, 512, (B, length), key=mx.random.key(1)), cache))
+    return cache
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("partial", [1.0, 0.75])
+@pytest.mark.parametrize("B", [1, 3])
+def test_equal_to_the_blocks_one_by_one(
+    tiny_model: Callable[..., Model], quantised: bool, partial: float, B: int
+) -> None:
+    model = tiny_model(partial_rotary_factor=partial)
+    if quantised:
+        nn.quantize(model, 32, 4)
+    for length in (20, 5000):
+        cache = filled(model, length, B)
+        assert mx.allclose(step(model, cache), step(model, cache, plain=True), rtol=0, atol=1e-5)
+
+
+def test_equal_across_the_rope_boundary(tiny_model: Callable[..., Model]) -> None:
+    model = tiny_model(original_max_position_embeddings=32)
+    cache = filled(model, 30)
+    for _ in range(5):
+        logits = model(mx.array([[3]]), cache)
+        whole = model(cache.ids)[:, -1:]
+        assert mx.allclose(logits, whole, rtol=0, atol=1e-4)
+
+
+def replace_norm(model: Model) -> None:
+    model.layers[1].input_layernorm.weight = 2 * model.layers[1].input_layernorm.weight
+
+
+def replace_layer(model: Model) -> None:
+    model.model.layers[0] = model.layers[1]
+
+
+def replace_last_norm(model: Model) -> None:
+    model.model.norm = nn.RMSNorm(model.config.hidden_size, eps=0.5)
+
+
+def replace_embedding(model: Model) -> None:
+    model.model.embed_tokens.weight = mx.random.normal(model.model.embed_tokens.weight.shape, key=mx.random.key(5))
+
+
+def update_all(model: Model) -> None:
+    model.update(nn.utils.tree_map(lambda each: 1.1 * each, model.parameters()))
+
+
+def quantise(model: Model) -> None:
+    nn.quantize(model, 32, 4)
+
+
+def put_an_adapter_on(model: Model) -> None:
+    add_adapter(model, rank=4, scale=2.0)
+    for layer in adapter_layers(model).values():
+        layer.lora_b = mx.ones_like(layer.lora_b)
+
+
+CHANGES = [replace_norm, replace_layer, replace_last_norm, replace_embedding, update_all, quantise, put_an_adapter_on]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_changed_is_seen(tiny_model: Callable[..., Model], change: Callable[[Model], None]) -> None:
+    model = tiny_model()
+    cache = filled(model)
+    before = step(model, cache)
+    change(model)
+    after, plain = step(model, cache), step(model, cache, plain=True)
+    assert mx.allclose(after, plain, rtol=0, atol=1e-5) and not mx.allclose(after, before, rtol=0, atol=1e-3)
+
+
+def test_an_adapter_switched_off_is_off(tiny_model: Callable[..., Model]) -> None:
+    model = tiny_model()
+    cache = filled(model)
+    base = step(model, cache)
+    put_an_adapter_on(model)
+    adapted = step(model, cache)
+    with adapter_off(model):
+        assert mx.array_equal(step(model, cache), base)
+    assert mx.array_equal(step(model, cache), adapted) and not mx.array_equal(adapted, base)
+
+
+def test_gradients_flow_through_a_single_token(tiny_model: Callable[..., Model]) -> None:
+    model = tiny_model()
+    cache = filled(model)
+    step(model, cache)
+
+    def loss(model: Model) -> mx.array:
+        return model(mx.array([[7]]), cache).square().sum()
+
+    gradients = []
+    for training in (False, True):
+        model.train(training)
+        _, gradient = nn.value_and_grad(model, loss)(model)
+        gradients.append(gradient["model"]["layers"][0]["mlp"]["down_proj"]["weight"])
+        mx.eval(gradients)
+        cache.trim(1)
+    assert mx.abs(gradients[1]).max() > 0 and mx.allclose(*gradients, rtol=1e-4, atol=1e-5)
