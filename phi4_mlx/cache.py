@@ -162,6 +162,20 @@ class PromptCache(list):  # list[KVCache]; the bare base keeps mlx-lm's isinstan
         """Bytes of all buffers, filled or not."""
         return sum(layer.nbytes for layer in self)
 
+    @property
+    def pinned(self) -> Regime | None:
+        """The RoPE table that was asked for whatever the length, if one was."""
+        return self._pinned
+
+    @property
+    def bounded(self) -> bool:
+        """Whether it forgets the oldest tokens when it is full."""
+        return any(getattr(layer, "max_size", None) is not None for layer in self)
+
+    def crosses(self, num_tokens: int) -> bool:
+        """Whether so many new tokens would ask for another RoPE table."""
+        return self._wanted(num_tokens) != self.regime
+
     def admit(self, ids: mx.array, reach: int | None = None) -> mx.array:
         """Makes ready for new tokens, and for a sequence that is about to reach a length.
 
@@ -261,6 +275,7 @@ class PromptCache(list):  # list[KVCache]; the bare base keeps mlx-lm's isinstan
             self._reach = 0
             self._pieces = [mx.concatenate(self._pieces, axis=1)[:, : self.offset]]
             self._known = self.offset
+            mx.async_eval(self._pieces)  # else trims pile up on each other
 
     def _empty(self) -> None:
         self._pieces = []

@@ -20,8 +20,10 @@ from phi4_mlx.command import (
     LONG_PREFILL,
     SAMPLING,
     Parser,
+    add_decoding_options,
     add_model_options,
     add_sampling_options,
+    cache_options,
     drawing,
     one_line,
     printable,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from phi4_mlx.agent import Event
     from phi4_mlx.constrain import Grammar
     from phi4_mlx.conversation import Conversation
+    from phi4_mlx.speculate import Mode
 
 DIM, RED = "\x1b[2m", "\x1b[31m"
 
@@ -58,6 +61,7 @@ def _parser() -> Parser:
     add_tool_options(parser)
     parser.add_argument("--schema", type=word, metavar="FILE.json", help="answers are JSON that obeys this JSON schema")
     add_sampling_options(parser, max_tokens=2048)
+    add_decoding_options(parser)
     return parser
 
 
@@ -67,6 +71,7 @@ def _chat(args: argparse.Namespace) -> None:
         raise RequestError("the prompt is empty; it needs at least one character that is not white space")
     person = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     chat = Chat(Screen(), {name: getattr(args, name.replace("-", "_")) for name in SAMPLING}, person)
+    chat.cache_options, chat.speculate, chat.draft_model = cache_options(args), args.speculate, args.draft_model
     if args.schema is not None:
         chat.grammar = _grammar(args)
     with toolbox_of(args, person, chat.screen.note) if args.tools or args.mcp else contextlib.nullcontext() as toolbox:
@@ -272,18 +277,24 @@ class Chat:
         saved_as: the file that /save may replace, because it holds this conversation.
         grammar: what every answer must obey, or None.
         approve: asked before a call of a tool is run; None runs all.
+        cache_options: those of `make_cache`.
+        speculate: how tokens are guessed ahead, as `make_proposer` takes it.
+        draft_model: the name of the model that guesses them, or None.
     """
 
     conversation: Conversation
     model_name: str
     grammar: Grammar | None = None
     approve: Doorkeeper | None = None
+    speculate: Mode = "off"
+    draft_model: str | None = None
 
     def __init__(self, screen: Screen, settings: dict[str, Any], person: bool) -> None:
         self.screen = screen
         self.settings = settings
         self.defaults = dict(settings)
         self.saved_as: Path | None = None
+        self.cache_options: dict[str, Any] = {}
         self._person = person
         self._drawing: dict[str, Any] | None = None
 
@@ -309,8 +320,8 @@ class Chat:
         if hasattr(self, "conversation"):
             self.conversation.switch(model, tokenizer)
         else:
-            self.conversation = Conversation(model, tokenizer)
-        self.model_name = name
+            self.conversation = Conversation(model, tokenizer, cache_options=self.cache_options)
+        self.model_name, self._drawing = name, None
 
     def set(self, name: str, value: Any) -> None:
         """Changes a sampling option, from the next answer on."""
@@ -384,9 +395,18 @@ class Chat:
             raise Interrupted
 
     def _how_to_draw(self) -> dict[str, Any]:
-        """Sampler and processors, made once for their settings, so that a seed does not begin anew at each answer."""
+        """How tokens are drawn, made once for its settings, so that a seed does not begin anew at each answer."""
         if self._drawing is None:
-            self._drawing = drawing(self.settings)
+            from phi4_mlx.checkpoint import load
+            from phi4_mlx.speculate import make_proposer
+
+            conversation = self.conversation
+            seeded = self.settings["seed"] is not None and self.settings["temp"] > 0
+            draft = None if self.draft_model is None else load(self.draft_model)[0]
+            proposer = make_proposer(
+                self.speculate, conversation.model, draft, seeded=seeded, bounded=conversation.cache.bounded
+            )
+            self._drawing = drawing(self.settings) | {"proposer": proposer}
         return self._drawing
 
     def _explain_end(self, stopped: bool) -> None:

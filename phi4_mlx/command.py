@@ -228,6 +228,31 @@ def add_model_options(parser: Parser) -> None:
     parser.add_argument("--chat-format", type=word, metavar="NAME", help="override the recognised chat format")
 
 
+def add_decoding_options(parser: Parser) -> None:
+    """Adds the options that say what is remembered of a text, and how tokens are guessed ahead."""
+    parser.add_argument(
+        "--kv-bits", type=int, choices=(4, 8), help="keep keys and values in so many bits: long texts in less memory"
+    )
+    parser.add_argument(
+        "--max-kv-size",
+        type=number(int, 512, 2**31 - 1),
+        metavar="N",
+        help="remember at most N tokens: the first 4, and the latest; what lies between is forgotten",
+    )
+    parser.add_argument(
+        "--speculate",
+        choices=("auto", "off", "lookup"),
+        default="auto",
+        help="guess tokens from what the text repeats: where it pays, never, or wherever it may (default: %(default)s)",
+    )
+    parser.add_argument("--draft-model", type=word, metavar="MODEL", help="guess them with this smaller model instead")
+
+
+def cache_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `make_cache` takes for the options."""
+    return {"kv_bits": args.kv_bits, "max_kv_size": args.max_kv_size}
+
+
 def drawing(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The sampler and the logits processors, as `generate_step` takes them, for the values of `SAMPLING`."""
     from phi4_mlx.sampling import make_logits_processors, make_sampler

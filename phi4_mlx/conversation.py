@@ -83,6 +83,7 @@ class Conversation:
         toolbox: the tools that the model may call.
         turns: the finished turns; change them as you like between two questions.
         usage: what the last answer cost.
+        cache_options: those of `make_cache`.
     """
 
     model: Model
@@ -91,9 +92,10 @@ class Conversation:
     toolbox: Toolbox = field(default_factory=Toolbox)
     turns: list[Turn] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)
+    cache_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.cache = self.model.make_cache()
+        self.forget_cache()
 
     @property
     def context(self) -> int:
@@ -116,7 +118,7 @@ class Conversation:
 
     def forget_cache(self) -> None:
         """Drops what the model remembers; the next prompt is prefilled whole."""
-        self.cache = self.model.make_cache()
+        self.cache = self.model.make_cache(**self.cache_options)
 
     def ids(self) -> list[int]:
         """All turns as token ids, as the model saw and made them."""

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar, overload
 import mlx.core as mx
 
 from phi4_mlx.cache import PromptCache
+from phi4_mlx.decoding import LogitsMask, Proposer, guessed_steps, masked_steps, plain_steps
 from phi4_mlx.errors import RequestError
 from phi4_mlx.models.text import Model
 from phi4_mlx.sampling import LogitsProcessor, check_whole
@@ -41,16 +42,6 @@ class Tokenizer(Protocol):
     def eos_ids(self) -> frozenset[int]: ...
     def encode(self, text: str) -> list[int]: ...
     def streaming_decoder(self) -> StreamingDecoder: ...
-
-
-class LogitsMask(Protocol):
-    """What one answer must obey, such as a `phi4_mlx.constrain.Constraint`."""
-
-    def mask(self) -> mx.array | None:
-        """The tokens that may come next, bool [V]; None for any."""
-
-    def accept(self, token: int) -> list[int] | None:
-        """Takes a drawn token; the tokens that must follow it, or None if another must be drawn in its place."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +82,9 @@ def generate_step(
     logits_processors: Iterable[LogitsProcessor] | None = None,
     logits_mask: LogitsMask | None = None,
     cache: PromptCache | None = None,
+    kv_bits: int | None = None,
+    max_kv_size: int | None = None,
+    proposer: Proposer | None = None,
     prefill_step_size: int = PREFILL_STEP_SIZE,
     prompt_progress_callback: Progress | None = None,
 ) -> Iterator[tuple[int, mx.array]]:
@@ -100,12 +94,16 @@ def generate_step(
         prompt_ids: the prompt [S], a list or an array of MLX or NumPy; with a filled cache, what comes after it.
         model: what `load` returned.
         max_tokens: how many tokens to draw at most.
-        sampler: log-probabilities [1, V] -> token [1]; the default takes the likeliest.
+        sampler: log-probabilities [n, V] -> tokens [n]; the default takes the likeliest. n is 1, and more only where a
+            `proposer` has guessed.
         logits_processors: each (all ids so far [S], logits [1, V]) -> logits [1, V], in turn.
         logits_mask: the tokens that may come next, looked at after the processors and before the sampler; for one
             answer only. What it forces is yielded too, and costs no step of its own.
         cache: from `model.make_cache()`; appended to. It may hold a step more than was yielded: one token, or one and
-            those that a `logits_mask` forced.
+            those that a `logits_mask` forced or a `proposer` guessed.
+        kv_bits: 4 or 8 quantises the keys and values of a cache that is made here.
+        max_kv_size: how many tokens that cache may hold; see `phi4_mlx.cache.KVCache`.
+        proposer: who guesses tokens ahead, such as `phi4_mlx.speculate.PromptLookup`; for one answer at a time.
         prefill_step_size: tokens a chunk.
         prompt_progress_callback: called with (tokens done, tokens in all) before, during and after a prefill, also one
             that a RoPE crossing makes necessary.
@@ -117,82 +115,19 @@ def generate_step(
         RequestError: no tokens, what are no tokens or outside the vocabulary, or more than the context holds.
     """
     prompt = _whole_numbers(prompt_ids)
-    cache = model.make_cache() if cache is None else cache
+    cache = _cache(model, cache, kv_bits, max_kv_size)
     check_whole("max_tokens", max_tokens, 1)
     check_whole("prefill_step_size", prefill_step_size, 1)
     _check_prompt(prompt, model, cache.offset, max_tokens)
-    processors = list(logits_processors or ())
-
-    def advance(ids: mx.array, decoding: bool) -> mx.array:  # [1, T] -> [1, V]
-        return _advance(model, ids, cache, prefill_step_size, prompt_progress_callback, decoding)
-
-    def draw(logits: mx.array, mask: mx.array | None = None) -> tuple[mx.array, mx.array]:  # [1, V] -> [1], [V]
-        for process in processors:
-            logits = process(cache.ids[0], logits)
-        if mask is not None:
-            logits = mx.where(mask, logits, -mx.inf)
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        token = mx.argmax(logits, axis=-1) if sampler is None else sampler(logprobs)
-        return token, logprobs[0]
-
+    if proposer is not None and cache.bounded:
+        raise RequestError("a proposer takes wrong guesses back, which a cache with a max_kv_size cannot; drop one")
+    passes = _Passes(model, cache, sampler, list(logits_processors or ()), prefill_step_size, prompt_progress_callback)
     ids = mx.array([prompt], mx.int32)  # [1, T]
-    if logits_mask is None:
-        return _steps(ids, max_tokens, advance, draw)
-    return _masked_steps(ids, max_tokens, advance, draw, logits_mask)
-
-
-def _steps(
-    ids: mx.array,
-    max_tokens: int,
-    advance: Callable[[mx.array, bool], mx.array],
-    draw: Callable[[mx.array], tuple[mx.array, mx.array]],
-) -> Iterator[tuple[int, mx.array]]:
-    """Tokens as the model draws them, each yielded when the step after it is queued."""
-    waiting: tuple[mx.array, mx.array] | None = None
-    for drawn in range(max_tokens):
-        token, logprobs = draw(advance(ids, drawn > 0))
-        mx.async_eval(token)
-        if waiting is not None:
-            yield int(waiting[0].item()), waiting[1]
-        waiting, ids = (token, logprobs), token[:, None]
-        if drawn % 256 == 255:
-            mx.clear_cache()  # buffers of outgrown caches
-    if waiting is not None:
-        yield int(waiting[0].item()), waiting[1]
-
-
-def _masked_steps(
-    ids: mx.array,
-    max_tokens: int,
-    advance: Callable[[mx.array, bool], mx.array],
-    draw: Callable[[mx.array, mx.array | None], tuple[mx.array, mx.array]],
-    logits_mask: LogitsMask,
-) -> Iterator[tuple[int, mx.array]]:
-    """Tokens as a mask lets them be drawn; each step runs the token drawn and those that it forces, in one go."""
-    waiting: list[tuple[int, mx.array]] = []
-    left, steps = max_tokens, 0
-    while left:
-        logits = advance(ids, steps > 0)
-        mx.async_eval(logits)
-        token, logprobs = draw(logits, logits_mask.mask())  # the mask is made while the device runs
-        mx.async_eval(token)
-        yield from waiting
-        number = int(token.item())
-        while (forced := logits_mask.accept(number)) is None:
-            token, logprobs = draw(logits, logits_mask.mask())
-            number = int(token.item())
-        certain = [(each, _certain(each, logprobs)) for each in forced[: left - 1]]
-        waiting = [(number, logprobs), *certain]
-        left, steps = left - len(waiting), steps + 1
-        ids = mx.array([[each for each, _ in waiting]], mx.int32)
-        if steps % 256 == 0:
-            mx.clear_cache()
-    yield from waiting
-
-
-def _certain(token: int, like: mx.array) -> mx.array:
-    """Log-probabilities [V] of a token that is the only one."""
-    return mx.where(mx.arange(like.shape[0]) == token, 0.0, -mx.inf).astype(like.dtype)
+    if logits_mask is not None:
+        return masked_steps(ids, max_tokens, passes, logits_mask, proposer)
+    if proposer is not None:
+        return guessed_steps(ids, max_tokens, passes, proposer)
+    return plain_steps(ids, max_tokens, passes)
 
 
 def stream_generate(
@@ -222,7 +157,7 @@ def stream_generate(
         RequestError: as `generate_step`.
     """
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    cache = model.make_cache() if cache is None else cache
+    cache = _cache(model, cache, options.pop("kv_bits", None), options.pop("max_kv_size", None))
     max_tokens = options.setdefault("max_tokens", 256)
     text = AnswerText(tokenizer.streaming_decoder(), stop)
     start, rerun = time.perf_counter(), cache.rerun_tokens
@@ -346,6 +281,15 @@ def _whole_numbers(ids: Sequence[int] | mx.array) -> list[int]:
         ) from None
 
 
+def _cache(model: Model, cache: PromptCache | None, kv_bits: int | None, max_kv_size: int | None) -> PromptCache:
+    """The cache given, or a new one of the kind that is asked for."""
+    if cache is None:
+        return model.make_cache(kv_bits=kv_bits, max_kv_size=max_kv_size)
+    if kv_bits is not None or max_kv_size is not None:
+        raise RequestError("a cache that is given has its kind already; give kv_bits and max_kv_size to make_cache")
+    return cache
+
+
 def _check_prompt(prompt: list[int], model: Model, cached: int, max_tokens: int) -> None:
     context, V = model.config.max_position_embeddings, model.config.vocab_size
     if not prompt:
@@ -362,33 +306,58 @@ def _check_prompt(prompt: list[int], model: Model, cached: int, max_tokens: int)
         )
 
 
-def _advance(
-    model: Model, ids: mx.array, cache: PromptCache, step_size: int, progress: Progress | None, decoding: bool
-) -> mx.array:
-    """Runs ids [1, T] in chunks, and all of the sequence at a RoPE crossing; the last position's logits [1, V]."""
-    T = ids.shape[1]
-    decoding = decoding or (T == 1 and cache.offset > 0)
-    ids = cache.admit(ids, reach=cache.offset + T)
-    total = ids.shape[1]
-    if progress and decoding and total == T:
-        progress = None
-    try:
+@dataclass
+class _Passes:
+    """The forward passes of one answer, and how tokens are drawn from them; see `phi4_mlx.decoding.Passes`."""
+
+    model: Model
+    cache: PromptCache
+    sampler: Callable[[mx.array], mx.array] | None
+    processors: list[LogitsProcessor]
+    step_size: int
+    progress: Progress | None
+
+    def advance(self, ids: mx.array, rows: int, decoding: bool) -> mx.array:
+        """Runs ids [1, T] in chunks, and all of the sequence at a RoPE crossing."""
+        T, cache, progress = ids.shape[1], self.cache, self.progress
+        decoding = decoding or (T == 1 and cache.offset > 0)
+        ids = cache.admit(ids, reach=cache.offset + T)
+        total, step_size = ids.shape[1], max(self.step_size, rows)
+        if progress and decoding and total == T:
+            progress = None
+        try:
+            if progress:
+                progress(0, total)
+            for start in range(0, total, step_size):
+                hidden = self.model.model(ids[:, start : start + step_size], cache)
+                if start + step_size < total:
+                    mx.eval([layer.state for layer in cache])
+                    mx.clear_cache()
+                    if progress:
+                        progress(start + step_size, total)
+        finally:
+            cache.forget_reach()
+        logits = self.model.logits(hidden[:, -rows:])[0]
         if progress:
-            progress(0, total)
-        for start in range(0, total, step_size):
-            hidden = model.model(ids[:, start : start + step_size], cache)
-            if start + step_size < total:
-                mx.eval([layer.state for layer in cache])
-                mx.clear_cache()
-                if progress:
-                    progress(start + step_size, total)
-    finally:
-        cache.forget_reach()
-    logits = model.logits(hidden[:, -1:])[:, 0]
-    if progress:
-        mx.eval(logits)
-        progress(total, total)
-    return logits
+            mx.eval(logits)
+            progress(total, total)
+        return logits
+
+    def draw(self, logits: mx.array, mask: mx.array | None = None) -> tuple[mx.array, mx.array]:
+        """Tokens, as processors, mask and sampler have it in turn."""
+        if self.processors:
+            logits = mx.concatenate([self._processed(logits, row) for row in range(logits.shape[0])])
+        if mask is not None:
+            logits = mx.where(mask, logits, -mx.inf)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return (mx.argmax(logits, axis=-1) if self.sampler is None else self.sampler(logprobs)), logprobs
+
+    def _processed(self, logits: mx.array, row: int) -> mx.array:
+        """A row of the logits, bent by what the tokens before it are."""
+        ids, bent = self.cache.ids[0], logits[row : row + 1]
+        for process in self.processors:
+            bent = process(ids[: ids.shape[0] - (logits.shape[0] - 1 - row)], bent)
+        return bent
 
 
 class AnswerText:

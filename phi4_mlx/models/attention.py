@@ -8,18 +8,18 @@ Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
-BLOCK = 512  # keys; with 24 heads and a chunk of 2,048 tokens, 100 MB of scores
-SCORES = 2**16  # scores of a head that a block may have where there are few new tokens
+BLOCK = 256  # keys; with 24 heads and a chunk of 2,048 tokens, 50 MB of scores
+SCORES = 2**15  # scores of a head that a block may have where there are few new tokens
+QUEUED = 2**19  # scores that may be on their way: what is queued has its memory already
 WHOLE = 2**22  # scores of a head that may stand in memory where the device has no kernel that does without them
 
 
-def attention(
-    queries: mx.array, keys: Any, values: Any, scale: float, mask: Any, bits: int | None
-) -> mx.array:
+def attention(queries: mx.array, keys: Any, values: Any, scale: float, mask: Any, bits: int | None) -> mx.array:
     """What each query saw.
 
     Args:
@@ -38,15 +38,9 @@ def attention(
         if T * S <= WHOLE or mx.default_device() != mx.Device(mx.cpu):
             return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
         return in_blocks(queries, (keys,), (values,), scale, mask, lambda x, y: x @ y.swapaxes(-1, -2), mx.matmul)
-    group_size = queries.shape[3] // keys[1].shape[3]
-
-    def product(x: mx.array, *packed: mx.array, transpose: bool) -> mx.array:
-        return mx.quantized_matmul(x, *packed, transpose=transpose, group_size=group_size, bits=bits)
-
-    return in_blocks(
-        queries, keys, values, scale, mask,
-        lambda x, *packed: product(x, *packed, transpose=True), lambda x, *packed: product(x, *packed, transpose=False),
-    )  # fmt: skip
+    product = partial(mx.quantized_matmul, group_size=queries.shape[3] // keys[1].shape[3], bits=bits)
+    score, mix = partial(product, transpose=True), partial(product, transpose=False)
+    return in_blocks(queries, keys, values, scale, mask, score, mix)
 
 
 def in_blocks(
@@ -74,11 +68,12 @@ def in_blocks(
     B, H, T, Dh = queries.shape
     K, S = keys[0].shape[1], keys[0].shape[2]
     block = block or max(BLOCK, SCORES // T)
-    rows = (queries * scale).astype(queries.dtype).reshape(B, K, -1, Dh)  # the queries of one key head side by side
+    rows = (queries.astype(mx.float32) * scale).reshape(B, K, -1, Dh)  # the queries of one key head side by side
     top = total = out = mx.array(0.0)
+    queued = 0
     for start in range(0, S, block):
         stop = min(S, start + block)
-        scores = score(rows, *(array[..., start:stop, :] for array in keys)).astype(mx.float32)
+        scores = score(rows, *(array[..., start:stop, :] for array in keys))
         allowed = _allowed(mask, T, S, start, stop)
         if allowed is not None:
             least = mx.finfo(mx.float32).min  # not minus infinity: a row may see nothing of a block
@@ -87,11 +82,15 @@ def in_blocks(
         highest = mx.maximum(top, highest) if start else highest
         weights = mx.exp(scores - highest)
         mass = weights.sum(axis=-1, keepdims=True)
-        seen = mix(weights.astype(queries.dtype), *(array[..., start:stop, :] for array in values)).astype(mx.float32)
+        seen = mix(weights, *(array[..., start:stop, :] for array in values))
         if start:
             fade = mx.exp(top - highest)
             mass, seen = mass + total * fade, seen + out * fade
         top, total, out = highest, mass, seen
+        queued += scores.size
+        if queued > QUEUED:
+            mx.eval(top, total, out)
+            queued = 0
     return (out / total).astype(queries.dtype).reshape(B, H, T, Dh)
 
 

@@ -200,3 +200,79 @@ def test_mlx_lms_own_tools_work_and_get_the_right_table(tiny_model: Callable[...
     assert grown[-20:] == drawn
     trim_prompt_cache(cache, 5)
     assert cache.ids.shape[1] == cache.offset
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_cache_takes_its_share_of_memory(bits: int) -> None:
+    cache, keys = KVCache(bits), mx.random.normal((1, 2, 512, 128))
+    packed, _ = cache.update_and_fetch(keys, keys)
+    assert cache.nbytes == 2 * 2 * 512 * 128 * (bits / 8 + 2 * 4 / 64)  # scales and biases of groups of 64, in float32
+    step = float(mx.abs(packed[1]).max())  # the width of the coarsest step
+    assert mx.abs(mx.dequantize(*packed, 64, bits) - keys).max() <= 1.01 * step
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_decoding_equals_a_new_prefill(tiny_model: Callable[..., Model], bits: int) -> None:
+    model = tiny_model(hidden_size=192, original_max_position_embeddings=40)
+    cache, sequence = model.make_cache(kv_bits=bits), ids(60)
+    model(sequence[:, :30], cache)
+    logits = [model(sequence[:, at : at + 1], cache) for at in range(30, 60)]  # across the RoPE boundary
+    whole = model(sequence, model.make_cache(kv_bits=bits))
+    assert mx.allclose(logits[-1][:, -1], whole[:, -1], rtol=0, atol=2e-3)
+    cache.trim(12)
+    again = model(sequence[:, 48:], cache)
+    assert mx.allclose(again[:, -1], whole[:, -1], rtol=0, atol=2e-3)
+
+
+def test_quantised_logits_are_near_the_exact_ones(tiny_model: Callable[..., Model]) -> None:
+    model, sequence = tiny_model(hidden_size=192), ids(100)
+    exact = model(sequence)
+    spread = float(mx.sqrt(mx.var(exact)))
+    for bits, most in ((8, 0.05), (4, 0.5)):
+        error = model(sequence, model.make_cache(kv_bits=bits)) - exact
+        assert float(mx.sqrt(mx.mean(error.square()))) < most * spread
+
+
+def test_a_bounded_cache_forgets_the_oldest_but_the_first() -> None:
+    cache = KVCache(max_size=1024)
+    numbers = mx.arange(3000, dtype=mx.float32).reshape(1, 1, 3000, 1)
+    for at in range(3000):
+        held, _ = cache.update_and_fetch(numbers[:, :, at : at + 1], numbers[:, :, at : at + 1])
+        assert held.shape[2] <= 1024
+    kept = [int(each) for each in held.reshape(-1).tolist()]
+    assert kept[:4] == [0, 1, 2, 3] and kept[4:] == list(range(3000 - len(kept) + 4, 3000))
+    assert 768 <= len(kept) == cache.size() and cache.offset == 3000
+    assert cache.nbytes <= 2 * 4 * (1024 + KVCache.STEP)
+    assert not cache.is_trimmable() and cache.trim(5) == 0 and cache.trim(3000) == 3000 and cache.is_trimmable()
+
+
+def test_a_bounded_cache_is_exact_until_it_is_full(tiny_model: Callable[..., Model]) -> None:
+    model, sequence = tiny_model(), ids(500)
+    bounded = model.make_cache(max_kv_size=512)
+    model(sequence[:, :400], bounded)
+    logits = [model(sequence[:, at : at + 1], bounded) for at in range(400, 500)]
+    assert close(logits[-1][:, -1], model(sequence)[:, -1])
+
+
+def test_a_bounded_cache_goes_on_and_on(tiny_model: Callable[..., Model]) -> None:
+    model = tiny_model(original_max_position_embeddings=600)
+    cache = model.make_cache(max_kv_size=512)
+    sequence = ids(1500)
+    for start in range(0, 1500, 100):
+        logits = model(sequence[:, start : start + 100], cache)
+    assert cache.offset == 1500 and cache[0].size() <= 512 and cache.regime == "long"
+    # In a new cache the same chunks, under the long table from the start, forget the same tokens.
+    other = model.make_cache(max_kv_size=512, regime="long")
+    for start in range(0, 1500, 100):
+        expected = model(sequence[:, start : start + 100], other)
+    assert mx.isfinite(logits).all() and logits.shape == expected.shape
+    assert cache.reuse(sequence[0, :700].tolist()) == sequence[0, :700].tolist() and cache.offset == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"kv_bits": 3}, "kv_bits 3.*4 or 8"), ({"max_kv_size": 511}, "511.*512"), ({"kv_bits": 4}, "multiple of 32.*16")],
+)
+def test_caches_that_cannot_be(tiny_model: Callable[..., Model], options: dict[str, int], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        tiny_model(hidden_size=96).make_cache(**options)
