@@ -15,6 +15,11 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.models.rope import Regime
 
 
+def group_size(head_dim: int) -> int:
+    """How many numbers of a head share a scale and a bias where they are quantised."""
+    return 64 if head_dim % 64 == 0 else 32
+
+
 class KVCache:
     """Keys and values of one layer, [B, K, S, Dh] each, in buffers that grow `STEP` positions at a time.
 
@@ -55,7 +60,7 @@ class KVCache:
         return (held[0], held[1]) if self.bits is None else (tuple(held[:3]), tuple(held[3:]))
 
     def _quantised(self, array: mx.array) -> Sequence[mx.array]:
-        return mx.quantize(array, group_size=64 if array.shape[-1] % 64 == 0 else 32, bits=self.bits)
+        return mx.quantize(array, group_size=group_size(array.shape[-1]), bits=self.bits)
 
     def _grown(self, buffer: mx.array | None, new: mx.array) -> mx.array:
         B, K, T, width = new.shape

@@ -26,6 +26,7 @@ from phi4_mlx.tools import check_tools
 MAX_COMPILE_S = 1.0
 MAX_PATTERN = 4_096  # characters
 MAX_LARK = 65_536  # characters
+MAX_LARK_PARTS = 1_000  # rules and brackets; 3,000, each within the one before, overrun the library's stack
 MAX_CHOICES, MAX_CHOICES_CHARS = 1_000, 65_536
 
 # How json.dumps parts items. `\uXXXX` is left out: with it, a free key could spell a named one a second way.
@@ -38,9 +39,11 @@ _JSON = {
 # Text runs until the control token; "spelled" is for a tokenizer without one, where the text itself begins the calls.
 _MAY_CALL = "start: TEXT | opened @calls <|/tool_call|>\nopened: TEXT <|tool_call|>\nTEXT: /(.|\\n)*/\n"
 _MUST_CALL = "start: <|tool_call|> @calls <|/tool_call|>\n"
+_CALL_OR_ANSWER = "start: @answer | <|tool_call|> @calls <|/tool_call|>\n"
 _SPELLED = {
     _MAY_CALL: 'start: TEXT | opened @calls "<|/tool_call|>"\nopened[lazy]: TEXT "<|tool_call|>"\nTEXT: /(.|\\n)*/\n',
     _MUST_CALL: 'start: "<|tool_call|>" @calls "<|/tool_call|>"\n',
+    _CALL_OR_ANSWER: 'start: @answer | "<|tool_call|>" @calls "<|/tool_call|>"\n',
 }
 
 
@@ -139,6 +142,8 @@ def lark(text: str) -> Grammar:
         RequestError: it is malformed or too large, or nothing obeys it.
     """
     _check_text("a Lark grammar", text, MAX_LARK)
+    if (parts := sum(map(text.count, ":([{"))) > MAX_LARK_PARTS:
+        raise RequestError(f"a Lark grammar has {parts:,} rules and brackets; at most {MAX_LARK_PARTS:,} can be served")
     from llguidance import LLMatcher
 
     grammar = Grammar(_lark_grammar(text))
@@ -148,7 +153,12 @@ def lark(text: str) -> Grammar:
     return _checked("the Lark grammar", grammar, sure=False)
 
 
-def tool_calls(tools: Sequence[Any], choice: str | Mapping[str, Any] = "auto", parallel: bool = True) -> Grammar:
+def tool_calls(
+    tools: Sequence[Any],
+    choice: str | Mapping[str, Any] = "auto",
+    parallel: bool = True,
+    answer: Grammar | None = None,
+) -> Grammar:
     """Calls of tools in the model's own form: `<|tool_call|>[{"name": ..., "arguments": {...}}, ...]<|/tool_call|>`.
 
     Arguments obey the tool's schema, and are none but those it names, unless it says otherwise.
@@ -158,6 +168,7 @@ def tool_calls(tools: Sequence[Any], choice: str | Mapping[str, Any] = "auto", p
         choice: "auto" (a text, or a text and then calls), "required" (at least one call), or one tool, by its name or
             as OpenAI's {"type": "function", "function": {"name": ...}} (one call of it). "none" needs no grammar.
         parallel: allows more than one call.
+        answer: what a text must obey that "auto" allows in the place of calls; None for any, also before calls.
 
     Raises:
         RequestError: a tool is malformed, or its schema is refused as by `json_schema`; or there is no such tool.
@@ -180,14 +191,12 @@ def tool_calls(tools: Sequence[Any], choice: str | Mapping[str, Any] = "auto", p
         calls.append({"type": "object", "properties": parts, "required": list(parts), "additionalProperties": False})
     one = not parallel or choice not in ("auto", "required")
     schema = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, **({"maxItems": 1} if one else {})}
-    text = json.dumps(
-        {
-            "grammars": [
-                {"lark_grammar": _MAY_CALL if choice == "auto" else _MUST_CALL},
-                {"name": "calls", "json_schema": {**schema, "$defs": definitions, "x-guidance": _JSON}},
-            ]
-        }
-    )
+    grammars = [{"name": "calls", "json_schema": {**schema, "$defs": definitions, "x-guidance": _JSON}}]
+    main = _MAY_CALL if choice == "auto" else _MUST_CALL
+    if answer is not None and choice == "auto":
+        main = _CALL_OR_ANSWER
+        grammars.append({**json.loads(answer.text)["grammars"][0], "name": "answer"})
+    text = json.dumps({"grammars": [{"lark_grammar": main}, *grammars]})
     return _checked("the tools", Grammar(text), trials)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from phi4_mlx.agent import Approval, Event, Round, ToolLoop
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation import GenerationResponse
+from phi4_mlx.memory import check_context, plan_context
 from phi4_mlx.tokenizer import Control
 from phi4_mlx.tool_calls import ToolCall
 from phi4_mlx.toolbox import Toolbox
@@ -178,6 +179,7 @@ class Conversation:
                 f"the conversation would come to {len(prompt):,} tokens, and the context holds {self.context:,}; "
                 "/reset starts anew, /undo takes back a turn"
             )
+        check_context(plan_context(self.model, **self.cache_options), len(prompt))
         loop = ToolLoop(
             self.model,
             self.tokenizer,

@@ -11,6 +11,7 @@ import json
 import random
 import re
 import sys
+import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -25,6 +26,7 @@ from phi4_mlx.tokenizer import FallbackByte, Tokenizer
 _parser: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 
 MAX_LEAST = 10_000  # tokens of the shortest answer
+MAX_SEARCH_S = 1.0  # of the processor, for a way to the end; 500 properties take 0.3 s
 
 _TRIES = 4
 _LONGEST_EXAMPLE = 500  # characters
@@ -119,8 +121,8 @@ def hints_of(text: str) -> tuple[bytes, ...]:
     """An example of each format and each pattern in a grammar's text; a way to its end needs them."""
     grammars = json.loads(text)["grammars"] if text.startswith("{") else []
     hints, pending = dict[bytes, None](), list(grammars)
-    for main in grammars[:1]:
-        whole = re.fullmatch("start: /(.*)/", main.get("lark_grammar") or "", re.DOTALL)
+    for each in grammars:
+        whole = re.fullmatch("start: /(.*)/", each.get("lark_grammar") or "", re.DOTALL)
         if whole:
             hints[(example(whole[1].replace("\\/", "/")) or "").encode(errors="ignore")] = None
     while pending and len(hints) < _MAX_HINTS:
@@ -153,7 +155,7 @@ def _shortest(tree: Iterable[Any]) -> str:
         if name == "LITERAL":
             text += chr(argument)
         elif name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
-            text += _shortest(argument[2]) * argument[0]
+            text += _repeated(_shortest(argument[2]), argument[0])
         elif name == "SUBPATTERN":
             text += _shortest(argument[-1])
         elif name == "BRANCH":
@@ -165,6 +167,12 @@ def _shortest(tree: Iterable[Any]) -> str:
         if len(text) > _LONGEST_EXAMPLE:
             raise ValueError("too long")
     return text
+
+
+def _repeated(text: str, count: int) -> str:
+    if len(text) * count > _LONGEST_EXAMPLE:  # a{4000000000} is soon written
+        raise ValueError("too long")
+    return text * count
 
 
 def _member(name: str, argument: Any) -> str:
@@ -227,12 +235,13 @@ class Paths:
 
         Returns:
             The tokens, without the end marker, the same for the same state; none if it may end here. None if no way is
-            found.
+            found, or not in time.
         """
         endings = [[self._of_byte[byte] for byte in hint[n:]] for hint in hints for n in range(len(hint))]
+        give_up_at = time.thread_time() + MAX_SEARCH_S
         for dice in map(random.Random, range(_TRIES)):
             here, now, way = matcher.deep_copy(), state, list[int]()
-            while len(way) <= most and not here.is_accepting():
+            while len(way) <= most and not here.is_accepting() and time.thread_time() < give_up_at:
                 step = here.compute_ff_tokens() or self._ending(here, endings, now != _OUTSIDE)
                 step = step or self._nearest(here.compute_bitmask(), now != _OUTSIDE, dice)
                 if not step or not here.consume_tokens(step):

@@ -21,6 +21,7 @@ from phi4_mlx.tools import function_tool, json_text
 MAX_BYTES = 65_536
 MAX_PROPERTIES = 500
 MAX_DEPTH = 64
+MAX_CHAIN = 200  # schemas one within another, references followed; 2,000 would overrun the library's stack
 MAX_BRANCHES = 200  # alternatives that an intersection multiplies to; with 1,000 a step may outgrow its limits
 MAX_MULTIPLE = 100_000  # all `multipleOf` together, without their decimal point; each is so many states, at 3 us
 
@@ -82,7 +83,13 @@ def plain_schema(schema: Any, at: str = "#", closed: bool = False) -> PlainSchem
         raise RequestError(f"the schema has {size:,} bytes, and at most {MAX_BYTES:,} can be served; make it smaller")
     root = json.loads(text)
     walk = _Walk(root, at)
-    plain = walk.copy(root, 0, closed)
+    try:
+        chain = walk.chain(root)
+        plain = walk.copy(root, 0, closed)
+    except RecursionError:
+        chain = MAX_CHAIN + 1
+    if chain > MAX_CHAIN:
+        raise RequestError(f"the schema's references lead more than {MAX_CHAIN} schemas deep; make it flatter")
     for dropped in ("$id", "$schema"):  # no reference needs them, and llguidance would look them up
         plain.pop(dropped, None)
     if walk.properties > MAX_PROPERTIES:
@@ -103,6 +110,7 @@ class _Walk:
     def __init__(self, root: dict[str, Any], at: str):
         self._root, self._at = root, at
         self._branches: dict[int, int] = {}
+        self._chains: dict[int, int] = {}
         self.properties = self.multiples = 0
         self.costly: list[dict[str, Any]] = []
 
@@ -137,6 +145,20 @@ class _Walk:
             elif key in _ONE:
                 plain[key] = self.copy(value, depth + 1, within)
         return plain
+
+    def chain(self, schema: Any) -> int:
+        """How many schemas stand between one and the end of it: the most, with references followed once."""
+        if not isinstance(schema, dict):
+            return 0
+        if id(schema) not in self._chains:
+            self._chains[id(schema)] = 0  # what a circle comes back to
+            inner = [schema[key] for key in _ONE if key in schema]
+            inner += [each for key in _LISTS if isinstance(schema.get(key), list) for each in schema[key]]
+            inner += [each for key in _MAPS if isinstance(schema.get(key), dict) for each in schema[key].values()]
+            if isinstance(schema.get("$ref"), str):
+                inner.append(self._pointed_at(schema["$ref"]))
+            self._chains[id(schema)] = 1 + max(map(self.chain, inner), default=0)
+        return self._chains[id(schema)]
 
     def count_branches(self, schema: Any) -> int:
         """How many alternatives llguidance makes of a schema where it meets another; refuses to multiply too many."""
@@ -204,7 +226,8 @@ class _Walk:
         for part in reference.split("/")[1:]:
             part = part.replace("~1", "/").replace("~0", "~")
             if isinstance(found, list):
-                found = found[int(part)] if part.isdecimal() and int(part) < len(found) else None
+                number = int(part) if part.isdecimal() and len(part) < 10 else len(found)
+                found = found[number] if number < len(found) else None
             else:
                 found = found.get(part) if isinstance(found, dict) else None
         return found
@@ -218,7 +241,10 @@ def _include(plain: dict[str, Any], exclusive: str, inclusive: str, sign: int) -
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
     del plain[exclusive]
-    next_to = value + sign * max(1e-6, abs(value) * 1e-12)
+    try:
+        next_to = value + sign * max(1e-6, abs(value) * 1e-12)
+    except OverflowError:
+        raise RequestError(f"the schema's {exclusive!r} has over 300 digits; choose a smaller number") from None
     if isinstance(bound, (int, float)) and not isinstance(bound, bool):
         next_to = max(next_to, bound) if sign > 0 else min(next_to, bound)
     plain[inclusive] = next_to
@@ -275,26 +301,26 @@ def class_schema(kind: Any) -> tuple[dict[str, Any], Callable[[str], Any]]:
         parameters = function_tool(answer)["function"]["parameters"]
     except RequestError as error:
         raise RequestError(f"dataclass {kind.__qualname__}: {error}") from None
-    return parameters["properties"]["value"], lambda text: _instance(kind, json.loads(text))
+    return parameters["properties"]["value"], lambda text: as_hinted(kind, json.loads(text))
 
 
-def _instance(hint: Any, value: Any) -> Any:
+def as_hinted(hint: Any, value: Any) -> Any:
     """A JSON value as what a type hint says; it obeys the hint's schema already."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        return _instance(inner[0], value)
+        return as_hinted(inner[0], value)
     if origin is typing.Union or origin is types.UnionType:
-        return _instance(next((each for each in inner if _fits(each, value)), Any), value)
+        return as_hinted(next((each for each in inner if _fits(each, value)), Any), value)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         hints = typing.get_type_hints(hint, include_extras=True)
-        return hint(**{name: _instance(hints[name], each) for name, each in value.items()})
+        return hint(**{name: as_hinted(hints[name], each) for name, each in value.items()})
     if isinstance(value, list):
         if (origin or hint) is not tuple:
-            return [_instance(inner[0] if inner else Any, each) for each in value]
+            return [as_hinted(inner[0] if inner else Any, each) for each in value]
         kinds = inner[:1] * len(value) if inner[1:] == (Ellipsis,) else inner or (Any,) * len(value)
-        return tuple(map(_instance, kinds, value))
+        return tuple(map(as_hinted, kinds, value))
     if isinstance(value, dict):
-        return {name: _instance(inner[1] if inner[1:] else Any, each) for name, each in value.items()}
+        return {name: as_hinted(inner[1] if inner[1:] else Any, each) for name, each in value.items()}
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return hint(value)
     return float(value) if hint is float and isinstance(value, int) else value

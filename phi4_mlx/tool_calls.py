@@ -100,18 +100,20 @@ class ToolCallParser:
 
     Args:
         tools: those declared: names, or each as for `flat_tool`. With none, all is text and nothing is held back.
+        marked: whether JSON without a marker is text.
 
     Attributes:
         error: as in `ToolReply`, so far.
     """
 
-    def __init__(self, tools: Iterable[Any]) -> None:
+    def __init__(self, tools: Iterable[Any], marked: bool = False) -> None:
         if isinstance(tools, (str, Mapping)):
             raise RequestError(f"tools must be a list, not {tools!r:.100}")
         self._tools = dict(map(_named, tools))
         self.error: str | None = None
         self._calls: list[ToolCall] = []
-        self._read: Callable[[str, int], int] = self._read_start if self._tools else self._read_plain
+        start = self._read_text if marked else self._read_start
+        self._read: Callable[[str, int], int] = start if self._tools else self._read_plain
         self._carried = ""  # too short yet to be judged
         self._out: list[str] = []  # certain to be text, and not returned yet
         self._space: list[str] = []  # white space that is text only if text follows
@@ -394,8 +396,7 @@ def _call(item: Any, tools: Mapping[str, Any], whole: bool) -> ToolCall:
     return ToolCall(name, arguments)
 
 
-_WRAPPER_KEYS = {"id", "index", "type", "function"}
-_CALL_KEYS = {"id", "name", "arguments", "parameters"}
+_WRAPPER_KEYS, _CALL_KEYS = {"id", "index", "type", "function"}, {"id", "name", "arguments", "parameters"}
 _SCHEMA_KEYS = {"type", "description", "default", "enum", "items", "format"}
 
 
@@ -445,5 +446,4 @@ def _decoded(text: str) -> Any:
 
 
 def _end_of_space(text: str, at: int) -> int:
-    found = _SPACES.match(text, at)
-    return found.end() if found else at
+    return found.end() if (found := _SPACES.match(text, at)) else at

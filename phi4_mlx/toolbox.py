@@ -146,9 +146,9 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 def _given(value: Any, hint: Any) -> Any:
     """An argument as the function's hint has it: an Enum's member, a dataclass, a whole number without a point."""
-    from phi4_mlx.schema import _instance
+    from phi4_mlx.schema import as_hinted
 
-    return int(value) if hint is int and isinstance(value, float) else _instance(hint, value)
+    return int(value) if hint is int and isinstance(value, float) else as_hinted(hint, value)
 
 
 def error_text(text: str) -> str:

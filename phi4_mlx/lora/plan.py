@@ -7,7 +7,6 @@ scores: three small batches with hardly a target give the three. The loss is mea
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.lora.batches import Batch, Batches
 from phi4_mlx.lora.loss import token_losses
 from phi4_mlx.lora.trainer import Loss
+from phi4_mlx.memory import memory_limit
 from phi4_mlx.models.text import Model
 
 PROBE_TOKENS = 512  # in the widest row of a probe
@@ -140,13 +140,6 @@ def _ways(plan: Plan, batches: Batches, rows: int, width: int, limit: int) -> li
     shorter = (w for w in range(width - width % 64, 63, -64) if w < width and plan.peak_bytes(batches.rows, w) <= limit)
     ways = [f"--batch-size {n * batches.world}" for n in list(fewer)[:1]]
     return ways + [f"--max-seq-length {w // batches.samples_in_a_pair}" for w in list(shorter)[:1]]
-
-
-def memory_limit() -> int:
-    """Bytes that a run may take: what Metal recommends, or else the machine's memory."""
-    if mx.metal.is_available():
-        return int(mx.device_info()["max_recommended_working_set_size"])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _probe(model: Model, loss: Loss, rows: int, width: int) -> tuple[int, int]:

@@ -22,13 +22,14 @@ from phi4_mlx.lora.data import load_pairs, load_samples, show
 from phi4_mlx.lora.display import Tell, progress, tell_end, to_stderr
 from phi4_mlx.lora.layers import load_adapter
 from phi4_mlx.lora.peft import is_peft
-from phi4_mlx.lora.plan import Plan, check_memory, make_plan, memory_limit
+from phi4_mlx.lora.plan import Plan, check_memory, make_plan
 from phi4_mlx.lora.preference import PreferenceLoss
 from phi4_mlx.lora.record import Record, check_reporter, reporter
 from phi4_mlx.lora.settings import Settings
 from phi4_mlx.lora.storage import BEST
 from phi4_mlx.lora.trainable import make_trainable
 from phi4_mlx.lora.trainer import Loss, Trainer, evaluate, pair_figures, sft_loss
+from phi4_mlx.memory import memory_limit
 from phi4_mlx.models.text import Model
 from phi4_mlx.tokenizer import Tokenizer
 

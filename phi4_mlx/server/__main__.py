@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -74,7 +75,8 @@ def _serve(args: argparse.Namespace) -> None:
 
 def _listener(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
+    # Only where the protocol is named does asyncio send at once, and not when 40 ms have passed or more has come.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host.strip("[]"), port))
@@ -108,6 +110,8 @@ async def _run(args: argparse.Namespace, key: str | None, listener: socket.socke
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"{PROG}: listening on http://{shown}:{port}", file=sys.stderr, flush=True)
+        # Having ended in good order, uvicorn raises the signal again; it would then look as if it had not.
+        signal.signal(signal.SIGTERM, lambda *_: None)
         await uvicorn.Server(config).serve(sockets=[listener])
     finally:
         await supervisor.stop()

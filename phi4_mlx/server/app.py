@@ -28,6 +28,8 @@ from phi4_mlx.server.service import Service
 from phi4_mlx.server.wire import Answer, Ask, Delta, End, WireError, json_bytes
 
 HEARTBEAT_S = 10.0  # without a word, a proxy between would take the stream for dead
+LARGE_BODY = 2**18  # bytes; one of 16 MB takes up to two seconds to read, and the others would wait
+BRACKETS_LIMIT = 500_000  # in a body; Python is slow to make as many lists, and lets no other thread run meanwhile
 
 T = TypeVar("T")
 Parse = Callable[[Any, int], Ask]
@@ -105,7 +107,8 @@ class App:
 
     async def count_tokens(self, request: Request) -> Response:
         """How long a prompt of /v1/messages is."""
-        ask = messages_api.parse(_body(await request.body()), self.service.vocabulary, counting=True)
+        parse = functools.partial(messages_api.parse, counting=True)
+        ask = await self._asked(parse, await request.body())
         return _json({"input_tokens": len((await self.service.prompts(ask))[0])})
 
     async def embeddings(self, request: Request) -> Response:
@@ -120,11 +123,19 @@ class App:
         texts = [each if isinstance(each, str) else decode(each) for each in ask.prompts] if ask.echo else []
         return completions_api.CompletionAnswer(ask, created, prompt_texts=texts, **options)
 
+    async def _asked(self, parse: Parse, data: bytes) -> Ask:
+        """What a body asks for."""
+
+        def read() -> Ask:
+            return parse(_body(data), self.service.vocabulary)
+
+        return await asyncio.to_thread(read) if len(data) > LARGE_BODY else read()
+
     def _answering(self, parse: Parse, make: Callable[..., Answer]) -> Callable[[Request], Awaitable[Response]]:
         """A route that answers with tokens of the model."""
 
         async def route(request: Request) -> Response:
-            ask = parse(_body(await request.body()), self.service.vocabulary)
+            ask = await self._asked(parse, await request.body())
             prompts = await self.service.prompts(ask)
             items = self.service.answers(ask, await self.service.jobs(ask, prompts))
             answer = make(ask, int(time.time()), prompt_tokens=sum(map(len, prompts)))
@@ -156,7 +167,8 @@ class App:
         return self._refusal(request, WireError(500, f"the server could not answer: {type(error).__name__}"))
 
     def _refusal(self, request: Request, error: WireError) -> Response:
-        known = request.scope.get("endpoint") is not None  # any other path would be a line of /metrics for ever
+        # Any path that a client may choose would be a line of /metrics for ever.
+        known = request.scope.get("endpoint") is not None and not request.path_params
         self.counts[request.url.path if known else "other", error.status] += 1
         return Refusal(error)
 
@@ -276,6 +288,8 @@ def _body(data: bytes) -> Any:
     def refuse_constant(name: str) -> None:
         raise ValueError(f"{name} is no JSON number")
 
+    if (brackets := data.count(b"[") + data.count(b"{")) > BRACKETS_LIMIT:
+        raise WireError(400, f"the body holds {brackets:,} opening brackets; the limit is {BRACKETS_LIMIT:,}")
     try:
         return json.loads(data, parse_constant=refuse_constant)
     except RecursionError:

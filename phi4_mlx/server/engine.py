@@ -7,7 +7,6 @@ an abort that Python cannot catch) is for the supervisor.
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -19,12 +18,13 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from phi4_mlx.batch import Batch, Fault, Sequence, Token, kv_bytes
+from phi4_mlx.batch import Batch, Fault, Sequence, Token, token_bytes
 from phi4_mlx.cache import KVCache, PromptCache
 from phi4_mlx.checkpoint import load, share_weights
 from phi4_mlx.errors import Phi4Error, RequestError
 from phi4_mlx.generation import AnswerText
 from phi4_mlx.lora.layers import load_adapter
+from phi4_mlx.memory import memory_limit
 from phi4_mlx.models.text import Model
 from phi4_mlx.sampling import make_logits_processors, make_sampler
 from phi4_mlx.server.prefix_cache import PrefixCache
@@ -111,7 +111,7 @@ class Engine:
     def longest(self) -> int:
         """Tokens that a prompt and its answer may come to: what the context holds, or the memory."""
         model = self._models[None]
-        return min(model.config.max_position_embeddings, self.kv_limit_bytes // kv_bytes(model) - KVCache.STEP)
+        return min(model.config.max_position_embeddings, self.kv_limit_bytes // token_bytes(model) - KVCache.STEP)
 
     def submit(self, job: Job) -> list[Event]:
         """Takes a job in; a failure is all that it can say at once."""
@@ -359,10 +359,7 @@ def _memory_limits(settings: Settings) -> tuple[int, int]:
     Half of what the weights leave is for answers (as much again may be in use while rows are moved), a quarter for
     earlier prompts.
     """
-    if mx.metal.is_available():
-        total = int(mx.device_info()["max_recommended_working_set_size"])
-    else:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    total = memory_limit() if mx.metal.is_available() else memory_limit() // 2
     free = max(0, total - mx.get_active_memory() - ACTIVATION_BYTES)
     kv, prefix = settings.kv_limit_bytes, settings.prefix_limit_bytes
     return free // 2 if kv is None else kv, free // 4 if prefix is None else prefix

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from phi4_mlx.server import messages_api
@@ -216,6 +217,15 @@ class TimedProtocol(H11Protocol):
         """Stops the clock."""
         self._stop_watching()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers what is no HTTP, in JSON as all else; uvicorn would in plain text."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            headers = [("content-type", "application/json"), ("connection", "close")]
+            body = h11.Data(data=json_bytes(error_body(WireError(400, msg))))
+            for event in (h11.Response(status_code=400, headers=headers), body, h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _watch(self) -> None:
         waiting = self.cycle is None or self.cycle.response_complete

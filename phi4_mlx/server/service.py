@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, replace
 
-from phi4_mlx.errors import Phi4Error, RequestError
+from phi4_mlx.errors import Phi4Error
 from phi4_mlx.server.protocol import Failure, Finish, Job, Piece
 from phi4_mlx.server.supervisor import Full, Supervisor
 from phi4_mlx.server.wire import Ask, Call, Delta, End, WireError, new_id
@@ -58,10 +58,7 @@ class Service:
         Raises:
             WireError: the grammar that it asks for cannot be made.
         """
-        try:
-            grammar = await asyncio.to_thread(_grammar, ask)
-        except Phi4Error as error:
-            raise WireError(400, str(error), "tools" if _calls_tools(ask) else "response_format") from None
+        grammar = await asyncio.to_thread(_grammar, ask)
         jobs = []
         for prompt in prompts:
             room = self.supervisor.longest - len(prompt)
@@ -109,7 +106,7 @@ class Service:
 
     async def _answer(self, ask: Ask, index: int, job: Job) -> AsyncGenerator[Delta | End, None]:
         calling = _calls_tools(ask)
-        parser = ToolCallParser(ask.tools if calling else [])
+        parser = ToolCallParser(ask.tools if calling else [], marked=ask.response_format is not None)
         told = 0  # calls
 
         def delta(text: str, piece: Piece | None) -> list[Delta]:
@@ -157,16 +154,16 @@ def _calls_tools(ask: Ask) -> bool:
 
 
 def _grammar(ask: Ask) -> str | None:
-    """What an answer must obey, as text."""
+    """What an answer must obey, as text.
+
+    Raises:
+        WireError: it cannot be made.
+    """
     if not _calls_tools(ask) and ask.response_format is None:
         return None
 
     from phi4_mlx import constrain  # late: its library is loaded only for those who ask for it
 
-    if _calls_tools(ask):
-        if ask.response_format is not None:
-            raise RequestError("response_format cannot be combined with tools that may be called")
-        return constrain.tool_calls(ask.tools, ask.tool_choice, parallel=ask.parallel_tool_calls).text
     makers: dict[str, Callable[..., constrain.Grammar]] = {
         "json_object": constrain.json_object,
         "json_schema": constrain.json_schema,
@@ -174,5 +171,15 @@ def _grammar(ask: Ask) -> str | None:
         "choice": constrain.choice,
         "grammar": constrain.lark,
     }
-    kind, *given = ask.response_format or ()
-    return makers[kind](*given).text
+    grammar: constrain.Grammar | None = None
+    field = "response_format"
+    try:
+        if ask.response_format is not None:
+            kind, *given = ask.response_format
+            grammar = makers[kind](*given)
+        if _calls_tools(ask):
+            field = "tools"
+            grammar = constrain.tool_calls(ask.tools, ask.tool_choice, ask.parallel_tool_calls, grammar)
+    except Phi4Error as error:
+        raise WireError(400, str(error), field) from None
+    return None if grammar is None else grammar.text

@@ -62,7 +62,7 @@ class Ask:
         tool_choice: "none", "auto", "required", or the name of one of `tools`.
         parallel_tool_calls: whether one answer may call several times.
         response_format: None, ("json_object",), ("json_schema", schema), ("regex", pattern), ("choice", strings) or
-            ("grammar", lark).
+            ("grammar", lark). Beside tools that may be called, an answer calls one or obeys this.
         sampling: how tokens are drawn.
         max_tokens: the longest answer; None for as long as fits.
         stop: strings that end an answer before them.

@@ -199,6 +199,15 @@ def call(*calls: tuple[str, str]) -> str:
             [call(("add", '{"a": 1, "b": 2}'))],
         ),
         (tool_calls([{"name": "now"}], "now"), [call(("now", "{}"))], [call(("now", '{"a": 1}'))]),
+        (
+            tool_calls([ADD], answer=json_schema({"type": "integer"})),
+            ["5", call(("add", '{"a": 1, "b": 2}')), call(*[("add", '{"a": 1, "b": 2}')] * 2)],
+            ["", "Hi", '"5"', "5" + call(("add", '{"a": 1, "b": 2}')), call(("add", "5"))],
+        ),
+        (tool_calls([{"name": "now"}], answer=regex("a+/b")), ["aa/b", call(("now", "{}"))], ["", "a/c", "now"]),
+        (tool_calls([{"name": "now"}], answer=choice(["a", "b"])), ["a", call(("now", "{}"))], ["ab", "c"]),
+        (tool_calls([{"name": "now"}], answer=lark('start: "x" | Y\nY: /[0-9]/')), ["x", "7"], ["", "xx", "y"]),
+        (tool_calls([{"name": "now"}], "required", answer=choice(["a"])), [call(("now", "{}"))], ["a"]),
     ],
 )
 def test_what_the_choice_of_a_tool_accepts(grammar: Grammar, good: list[str], bad: list[str]) -> None:
@@ -237,7 +246,9 @@ def test_a_choice_that_cannot_be_made_is_refused(given: Any) -> None:
         choice(given)
 
 
-@pytest.mark.parametrize("given", ["", 1, "nonsense", "start: start", "start: a", "#" * 70_000, 'start: "a" & "b"'])
+@pytest.mark.parametrize(
+    "given", ["", 1, "nonsense", "start: start", "start: a", "#" * 70_000, 'start: "a" & "b"', "(" * 1_001]
+)
 def test_a_lark_grammar_that_cannot_be_kept_is_refused(given: Any) -> None:
     with pytest.raises(RequestError, match="Lark grammar") as caught:
         lark(given)

@@ -598,7 +598,7 @@ def test_rows_that_outgrow_the_memory_begin_anew_from_what_is_known(
     loaded: tuple[Model, Tokenizer], make_engine: Callable[..., Engine]
 ) -> None:
     model, tokenizer = loaded
-    limit = 3 * 256 * batch_module.kv_bytes(model)
+    limit = 3 * 256 * batch_module.token_bytes(model)
     engine = make_engine(kv_limit_bytes=limit)
     draw = random.Random(3)
     bias = Sampling(temp=0, logit_bias=dict.fromkeys(tokenizer.eos_ids, -100.0))

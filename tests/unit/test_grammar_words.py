@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def test_an_example_of_a_pattern_is_one(pattern: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(", r"\p{L}", "(?=a)b", r"(a)\1", "a{1000}", "(a{400}){400}", "(" * 5_000, "a{99999999999}"]
+    "pattern",
+    ["(", r"\p{L}", "(?=a)b", r"(a)\1", "a{1000}", "(a{400}){400}", "(" * 5_000, "a{99999999999}", "a{4000000000}"],
 )
 def test_there_may_be_no_example(pattern: str) -> None:
     assert example(pattern) is None
@@ -107,3 +109,12 @@ def test_tokens_of_control_strings_outside_the_added_ones_are_no_text() -> None:
     tokenizer._texts[fake] = b"<|fake|>"
     mask = Constraint(regex("(?s:.*)"), tokenizer, V).mask().tolist()
     assert mask[tokenizer.encode("y")[0]] and not mask[fake]
+
+
+def test_the_search_for_a_way_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_words, "MAX_SEARCH_S", 0.2)
+    endless = constrain._lark_grammar("start: " + " | ".join(f'"w{n}" start' for n in range(50)))
+    matcher = LLMatcher(constrain._bytes_tokenizer(), endless)
+    start = time.perf_counter()
+    assert constrain._byte_paths().way_out(matcher) is None
+    assert time.perf_counter() - start < 2

@@ -28,6 +28,13 @@ def deep(n: int) -> dict[str, Any]:
     return schema
 
 
+def row(link: str, count: int, backwards: bool = False) -> dict[str, Any]:
+    """Definitions each of which refers to the next."""
+    links = [(str(n), json.loads(link.replace("NEXT", f"#/$defs/{n + 1}"))) for n in range(count)]
+    links.append((str(count), {}))
+    return {"$defs": dict(reversed(links) if backwards else links), "$ref": "#/$defs/0"}
+
+
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
@@ -96,6 +103,12 @@ def deep(n: int) -> dict[str, Any]:
         ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "never end"),
         ({"$ref": "#/$defs/a", "$defs": {"a": obj({"c": {"$ref": "#/$defs/a"}}, "c")}}, "never end"),
         ({"const": "\x01"}, "never end"),
+        ({"type": "number", "exclusiveMinimum": 10**400}, "'exclusiveMinimum' has over 300 digits"),
+        ({"anyOf": [STRING], "$ref": "#/anyOf/" + "9" * 5_000}, "array index"),
+        (row('{"items": {"$ref": "NEXT"}}', 300), "200 schemas deep"),
+        (row('{"anyOf": [{"$ref": "NEXT"}]}', 1_000), "200 schemas deep"),
+        (row('{"properties": {"a": {"$ref": "NEXT"}}}', 900, backwards=True), "200 schemas deep"),
+        (row('{"prefixItems": [{"$ref": "NEXT"}]}', 900, backwards=True), "200 schemas deep"),
         ({"type": "string", "minLength": 20_000}, "obeyed by no answer of up to 10,000"),
     ],
 )
@@ -105,6 +118,11 @@ def test_a_schema_that_cannot_be_kept_is_refused(schema: Any, message: str) -> N
         json_schema(schema)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
     assert time.perf_counter() - start < 3
+
+
+def test_references_in_a_row_may_be_many() -> None:
+    json_schema(row('{"items": {"$ref": "NEXT"}}', 90))
+    json_schema({"$defs": {"a": {"items": {"$ref": "#/$defs/a"}}}, "$ref": "#/$defs/a"})
 
 
 def test_nothing_given_is_changed() -> None:

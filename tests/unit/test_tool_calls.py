@@ -252,6 +252,16 @@ def test_without_tools_all_is_text_at_once() -> None:
     assert parser.finish() == "" and parser.calls == () and parser.error is None
 
 
+@pytest.mark.parametrize("text", [ONE, f"[{ONE}]", f"```json\n{ONE}\n```", f" {TWO}"])
+def test_json_is_a_call_only_behind_a_marker_where_that_is_asked(text: str) -> None:
+    assert parse_tool_calls(text, TOOLS).calls
+    parser = ToolCallParser(TOOLS, marked=True)
+    assert parser.add(text) + parser.finish() == text and not parser.calls and parser.error is None
+    parser = ToolCallParser(TOOLS, marked=True)
+    assert parser.add(f"<|tool_call|>{ONE}<|/tool_call|>") + parser.finish() == "" and parser.calls == (CALL,)
+    assert ToolCallParser([], marked=True).add("<|tool") == "<|tool"
+
+
 def test_only_what_may_be_a_call_is_held_back() -> None:
     parser = ToolCallParser(TOOLS)
     steps = [
