@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from phi4_mlx.generation import GenerationResponse, generate, generate_step, stream_generate
     from phi4_mlx.lora.run import finetune
     from phi4_mlx.models.text import Model
+    from phi4_mlx.prompt_file import load_prompt_cache, save_prompt_cache
     from phi4_mlx.sampling import make_logits_processors, make_sampler
     from phi4_mlx.tokenizer import Tokenizer
 
@@ -44,9 +45,11 @@ _HOMES = {
     "generate": "generation",
     "generate_step": "generation",
     "load": "checkpoint",
+    "load_prompt_cache": "prompt_file",
     "make_logits_processors": "sampling",
     "make_sampler": "sampling",
     "run_tools": "agent",
+    "save_prompt_cache": "prompt_file",
     "stream_generate": "generation",
 }
 
@@ -66,9 +69,11 @@ __all__ = [
     "generate",
     "generate_step",
     "load",
+    "load_prompt_cache",
     "make_logits_processors",
     "make_sampler",
     "run_tools",
+    "save_prompt_cache",
     "stream_generate",
 ]
 

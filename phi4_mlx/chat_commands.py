@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from phi4_mlx.command import SAMPLING
-from phi4_mlx.errors import RequestError
+from phi4_mlx.errors import Phi4Error, RequestError
 
 if TYPE_CHECKING:
     from phi4_mlx.chat import Chat
+    from phi4_mlx.conversation import Turn
+    from phi4_mlx.tokenizer import Tokenizer
 
 
 class Leave(Exception):
@@ -113,7 +117,7 @@ def _save(chat: Chat, rest: str) -> None:
     conversation = chat.conversation
     transcript.save(path, chat.model_name, conversation.system, conversation.turns, replace=path == chat.saved_as)
     chat.saved_as = path
-    chat.screen.note(f"saved {_turns(len(conversation.turns))} to {path}")
+    chat.screen.note(f"saved {_turns(len(conversation.turns))} to {path}{_save_cache(chat, path)}")
 
 
 def _load(chat: Chat, rest: str) -> None:
@@ -127,9 +131,68 @@ def _load(chat: Chat, rest: str) -> None:
     conversation = chat.conversation
     conversation.system, conversation.turns = transcript.load(path, conversation.tokenizer)
     chat.saved_as = path
-    chat.screen.note(f"loaded {_turns(len(conversation.turns))} from {path}")
+    chat.screen.note(f"loaded {_turns(len(conversation.turns))} from {path}{_load_cache(chat, path)}")
     if conversation.turns:
         chat.screen.note(f"the last question was: {_shortened(conversation.turns[-1].question)}")
+
+
+def _save_cache(chat: Chat, path: Path) -> str:
+    """Keeps what the model remembers beside a conversation that is safe already; says what came of it."""
+    from phi4_mlx.prompt_file import save_prompt_cache
+
+    conversation, beside = chat.conversation, _cache_file(path)
+    cache = conversation.cache
+    if cache.is_trimmable():
+        cache.reuse([*conversation.ids(), -1])  # a turn that was taken back is not kept; -1 is no token
+    if not cache.offset:
+        return ""
+    drawn = json.dumps([_replies(turn) for turn in conversation.turns])
+    try:
+        size = save_prompt_cache(beside, cache, conversation.model, conversation.tokenizer, {"replies": drawn})
+    except (Phi4Error, OSError) as error:
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        return f"; the prompt cache is not kept, and /load will prefill anew: {reason}"
+    return f", its prompt cache to {beside.name}, {size / 1e6:,.1f} MB"
+
+
+def _load_cache(chat: Chat, path: Path) -> str:
+    """Takes up what `_save_cache` kept, if it fits; says what came of it."""
+    from phi4_mlx.prompt_file import load_prompt_cache
+
+    conversation, beside = chat.conversation, _cache_file(path)
+    if not beside.exists():
+        return ""
+    try:
+        model, tokenizer = conversation.model, conversation.tokenizer
+        cache, said = load_prompt_cache(beside, model, tokenizer, return_metadata=True)
+        own = model.make_cache(**conversation.cache_options)
+        if (cache[0].bits, cache[0].max_size) != (own[0].bits, own[0].max_size):
+            raise RequestError(f"{beside} was made with another --kv-bits or --max-kv-size than this chat")
+    except Phi4Error as error:
+        return f"; the next prompt is prefilled anew: {error}"
+    conversation.cache = cache
+    known = zip(conversation.turns, json.loads(said.get("replies", "[]")), strict=False)
+    turns = [_as_drawn(tokenizer, turn, drawn) for turn, drawn in known]
+    conversation.turns[: len(turns)] = turns
+    return f", with the prompt cache of {conversation.cache.offset:,} tokens"
+
+
+def _replies(turn: Turn) -> list[list[int]]:
+    """The ids of all that the model said in a turn."""
+    return [*(each.ids for each in turn.rounds), [*turn.ids]]
+
+
+def _as_drawn(tokenizer: Tokenizer, turn: Turn, drawn: list[list[int]]) -> Turn:
+    """The turn with the ids that the model drew, which the cache holds, if they stand for the text of the file."""
+    if [tokenizer.decode(ids) for ids in drawn] != [tokenizer.decode(ids) for ids in _replies(turn)]:
+        return turn
+    *before, last = drawn
+    rounds = (replace(each, ids=ids) for each, ids in zip(turn.rounds, before, strict=True))
+    return replace(turn, ids=tuple(last), rounds=tuple(rounds))
+
+
+def _cache_file(path: Path) -> Path:
+    return path.with_suffix(".cache.safetensors")
 
 
 def _json_file(name: str) -> Path:
@@ -210,7 +273,7 @@ COMMANDS = {
     "reset": Command("", "begin a new conversation; the system prompt stays", _reset),
     "undo": Command("", "take back the last question and its answer", _undo),
     "retry": Command("", "ask the last question again", _retry),
-    "save": Command("FILE", "write the conversation to a file", _save),
+    "save": Command("FILE", "write the conversation to a file, and its prompt cache beside it", _save),
     "load": Command("[FILE]", "bring back a saved conversation", _load),
     "set": Command("[NAME VALUE]", "show or set temp, top-p, max-tokens and so on", _set),
     "stats": Command("", "tokens, speeds, memory", _stats),

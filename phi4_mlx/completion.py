@@ -11,8 +11,10 @@ from phi4_mlx.command import (
     LONG_PREFILL,
     SAMPLING,
     Parser,
+    add_decoding_options,
     add_model_options,
     add_sampling_options,
+    cache_options,
     drawing,
     printable,
     read_standard_input,
@@ -23,8 +25,10 @@ from phi4_mlx.command import (
 from phi4_mlx.errors import RequestError
 
 if TYPE_CHECKING:
+    from phi4_mlx.cache import PromptCache
     from phi4_mlx.constrain import Grammar
     from phi4_mlx.generation import GenerationResponse
+    from phi4_mlx.models.text import Model
     from phi4_mlx.tokenizer import Tokenizer
 
 
@@ -44,22 +48,32 @@ def _parser() -> Parser:
         help="continue the prompt as it stands, with no turns around it; control strings in it stay text",
     )
     add_sampling_options(parser, max_tokens=256)
+    add_decoding_options(parser)
     parser.add_argument(
         "--stop", type=word, action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
     parser.add_argument(
         "--schema", type=word, metavar="FILE.json", help="the answer is JSON that obeys this JSON schema"
     )
+    parser.add_argument(
+        "--prompt-cache-file",
+        type=word,
+        metavar="FILE",
+        help="what cache-prompt wrote: the prompt goes on from its text, after an empty line",
+    )
     parser.add_argument("--verbose", action="store_true", help="print counts and speeds to standard error at the end")
     return parser
 
 
 def _complete(args: argparse.Namespace) -> None:
-    prompt = _prompt(args)  # before the model is loaded: a mistake here should not cost the wait
+    _check_options(args)
+    prompt = read_prompt(args)  # before the model is loaded: a mistake here should not cost the wait
     grammar = _grammar(args) if args.schema is not None else None
 
     from phi4_mlx.checkpoint import DEFAULT_MODEL, load
     from phi4_mlx.generation import stream_generate
+    from phi4_mlx.memory import check_context, plan_context
+    from phi4_mlx.speculate import make_proposer
 
     model, tokenizer = load(
         DEFAULT_MODEL if args.model is None else args.model,
@@ -69,16 +83,24 @@ def _complete(args: argparse.Namespace) -> None:
         chat_format=args.chat_format,
         lazy=True,  # the first step reads each weight as it comes to it
     )
-    ids = _ids(tokenizer, prompt, args)
+    if args.prompt_cache_file is None:
+        ids, cache = _ids(tokenizer, prompt, args), model.make_cache(**cache_options(args))
+    else:
+        ids, cache = _after_cached(args.prompt_cache_file, prompt, model, tokenizer)
+    check_context(plan_context(model, cache[0].bits, cache[0].max_size), cache.offset + len(ids))
+    cached = cache.offset
     options = drawing({name: getattr(args, name.replace("-", "_")) for name in SAMPLING})
+    draft = None if args.draft_model is None else load(args.draft_model, lazy=True)[0]
+    seeded = args.seed is not None and args.temp > 0
+    options["proposer"] = make_proposer(args.speculate, model, draft, seeded=seeded, bounded=cache.bounded)
     show = printable if sys.stdout.isatty() else str
     last, begun = "\n", False
 
     def progress(done: int, total: int) -> None:
         if not begun:  # else a prefill in the middle of the answer, at a RoPE crossing
-            _show_progress(done, total)
+            show_progress(done, total)
 
-    options |= {"max_tokens": args.max_tokens, "stop": args.stop, "prompt_progress_callback": progress}
+    options |= {"cache": cache, "max_tokens": args.max_tokens, "stop": args.stop, "prompt_progress_callback": progress}
     if grammar is not None:
         from phi4_mlx.constrain import Constraint
 
@@ -90,14 +112,17 @@ def _complete(args: argparse.Namespace) -> None:
     if not last.endswith("\n"):
         print(flush=True)
     if args.verbose:
-        _report(event)
+        _report(event, cached)
     if grammar is not None and not options["logits_mask"].complete:
         raise RequestError(f"the answer had not ended after --max-tokens {args.max_tokens}; allow it more")
 
 
-def _prompt(args: argparse.Namespace) -> str:
-    if args.ignore_chat_template and args.system_prompt is not None:
-        raise RequestError("--system-prompt needs the chat format, and --ignore-chat-template leaves it out; drop one")
+def read_prompt(args: argparse.Namespace) -> str:
+    """The prompt of `--prompt`, or else of standard input.
+
+    Raises:
+        RequestError: there is none, it is blank or not UTF-8.
+    """
     if args.prompt in (None, "-"):
         if args.prompt is None and sys.stdin.isatty():
             raise RequestError("there is no prompt; give one with --prompt, or through a pipe")
@@ -117,25 +142,47 @@ def _grammar(args: argparse.Namespace) -> Grammar:
     return schema_grammar(args.schema)
 
 
+def _check_options(args: argparse.Namespace) -> None:
+    if args.ignore_chat_template and args.system_prompt is not None:
+        raise RequestError("--system-prompt needs the chat format, and --ignore-chat-template leaves it out; drop one")
+    settled = {"ignore_chat_template": False, "system_prompt": None, "kv_bits": None, "max_kv_size": None}
+    given = [f"--{name.replace('_', '-')}" for name, default in settled.items() if getattr(args, name) != default]
+    if args.prompt_cache_file is not None and given:
+        raise RequestError(f"{given[0]} is settled by the file of --prompt-cache-file; drop one of the two")
+
+
 def _ids(tokenizer: Tokenizer, prompt: str, args: argparse.Namespace) -> list[int]:
     if args.ignore_chat_template:
         return tokenizer.encode(prompt)
-    messages = [{"role": "user", "content": prompt}]
-    if args.system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": args.system_prompt})
-    return tokenizer.apply_chat_template(messages)
+    return tokenizer.apply_chat_template(prompt_messages(prompt, args.system_prompt))
 
 
-def _show_progress(done: int, total: int) -> None:
+def prompt_messages(prompt: str, system_prompt: str | None, text: str | None = None) -> list[dict[str, str]]:
+    """A prompt as a conversation; behind an empty line where it goes on from a text."""
+    question = {"role": "user", "content": prompt if text is None else f"{text}\n\n{prompt}"}
+    return [question] if system_prompt is None else [{"role": "system", "content": system_prompt}, question]
+
+
+def _after_cached(path: str, prompt: str, model: Model, tokenizer: Tokenizer) -> tuple[list[int], PromptCache]:
+    """A file's cache, and what is still to be prefilled of the prompt behind its text."""
+    from phi4_mlx.prompt_file import load_prompt_cache
+
+    cache, said = load_prompt_cache(path, model, tokenizer, return_metadata=True)
+    whole = tokenizer.apply_chat_template(prompt_messages(prompt, said.get("system_prompt"), said.get("text")))
+    return cache.reuse(whole), cache
+
+
+def show_progress(done: int, total: int) -> None:
     """How far a long prefill is, on a line of standard error that the next one replaces."""
     if total > LONG_PREFILL and sys.stderr.isatty():
         sys.stderr.write(f"\rreading {done:,} of {total:,} tokens ..." if done < total else f"\r{' ' * 60}\r")
         sys.stderr.flush()
 
 
-def _report(event: GenerationResponse) -> None:
+def _report(event: GenerationResponse, cached: int) -> None:
+    before = f"{cached} cached tokens; " if cached else ""
     print(
-        f"prompt {event.prompt_tokens} tokens, {event.prompt_tps:.1f} tokens/s; "
+        f"{before}prompt {event.prompt_tokens} tokens, {event.prompt_tps:.1f} tokens/s; "
         f"answer {event.generation_tokens} tokens, {event.generation_tps:.1f} tokens/s, {event.finish_reason}; "
         f"peak memory {event.peak_memory:.2f} GB",
         file=sys.stderr,

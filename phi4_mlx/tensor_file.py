@@ -25,6 +25,7 @@ from phi4_mlx.config import read_json
 from phi4_mlx.errors import CheckpointError, ConfigError
 
 INDEX_FILE = "model.safetensors.index.json"
+GET_ANEW = "download or convert it again"
 
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 _MAX_NESTING = 127  # of JSON within JSON, the library's own limit
@@ -53,6 +54,21 @@ class TensorInfo:
     end: int
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself, once it has been held against the file's size.
+
+    Attributes:
+        tensors: name -> where it lies. They cover the file: no gap, no overlap, nothing after the last.
+        metadata: free text by name.
+        raw: the bytes before the numbers, as they stand there.
+    """
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    raw: bytes
+
+
 def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
     """The size of a tensor in bytes.
 
@@ -75,13 +91,15 @@ def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file; see `read_whole_header`."""
+    return read_whole_header(path).tensors
+
+
+def read_whole_header(path: Path) -> Header:
     """Reads what a safetensors file says it holds, and checks every claim against the file's size.
 
     Args:
         path: the file; a link is followed, see `file_in`.
-
-    Returns:
-        Tensor name -> where it lies. The tensors cover the file: no gap, no overlap, nothing after the last.
 
     Raises:
         CheckpointError: the file cannot be read, or a claim of its header is false.
@@ -108,7 +126,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         _damaged(path, "__metadata__ is not an object of strings")
     infos = {name: _check_entry(path, name, entry, 8 + length) for name, entry in header.items()}
     _check_cover(path, infos, 8 + length, size)
-    return infos
+    return Header(infos, metadata or {}, length.to_bytes(8, "little") + raw)
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -184,17 +202,21 @@ class TensorWriter:
     As a context it closes itself; after an exception it leaves the file unfinished, for the caller to remove.
 
     Attributes:
+        header: the bytes before the numbers.
         sha256: of the whole file, in hexadecimal, once it is closed.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[str, Sequence[int]]]):
+    def __init__(
+        self, path: Path, tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str] | None = None
+    ):
         """Creates the file and writes its header.
 
         Args:
             path: must not exist yet.
             tensors: name -> (dtype, shape), in the order in which they will come.
+            metadata: free text by name, to stand in the header too.
         """
-        header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+        header: dict[str, Any] = {"__metadata__": {"format": "mlx", **(metadata or {})}}
         end = 0
         for name, (dtype, shape) in tensors.items():
             start, end = end, end + tensor_bytes(dtype, shape)
@@ -204,7 +226,8 @@ class TensorWriter:
         self._pending = iter([(name, tensor_bytes(*kind)) for name, kind in tensors.items()])
         self._digest = hashlib.sha256()
         self._file = path.open("xb", buffering=0)
-        self._put(len(raw).to_bytes(8, "little") + raw)
+        self.header = len(raw).to_bytes(8, "little") + raw
+        self._put(self.header)
         self.sha256 = ""
 
     def write(self, name: str, pieces: Iterable[Any]) -> None:
@@ -319,7 +342,7 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 
 def _damaged(path: Path, reason: str) -> NoReturn:
-    raise CheckpointError(f"{path} is damaged: {reason[:300]}; download or convert it again")
+    raise CheckpointError(f"{path} is damaged: {reason[:300]}; {GET_ANEW}")
 
 
 def _is_offset(value: Any) -> bool:

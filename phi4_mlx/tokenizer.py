@@ -230,6 +230,13 @@ class Tokenizer:
         """A decoder for one answer; what it gives, joined, is `decode` of all its ids."""
         return StreamingDecoder(self)
 
+    def fingerprint(self) -> str:
+        """A hash that tells one vocabulary from another: the texts of its ids, and which are control tokens."""
+        ids = sorted(self._texts)
+        texts = [self._texts[token] for token in ids]
+        marks = sorted(self.control_ids.values()), sorted(self.eos_ids)
+        return hashlib.sha256(repr((ids, [*map(len, texts)], marks)).encode() + b"".join(texts)).hexdigest()
+
     def _encode_plain(self, text: str, at_start: bool) -> list[int]:
         """Ids of text as text; `at_start` when no control token stands before it."""
         raise NotImplementedError

@@ -43,5 +43,11 @@ class CharTokenizer:
     def encode_pieces(self, pieces: Sequence[str]) -> list[int]:
         return self.encode("".join(pieces))
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(token - FIRST_CHAR) for token in ids if token >= FIRST_CHAR)
+
     def streaming_decoder(self) -> OneCharDecoder:
         return OneCharDecoder()
+
+    def fingerprint(self) -> str:
+        return "chars"
