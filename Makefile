@@ -21,7 +21,7 @@ help:
 	@echo 'make chat    talk with the model (MODEL=demo; MODEL=folder or a Hugging Face id)'
 	@echo 'make test    lint, then every test'
 	@echo 'make lint    ruff and mypy'
-	@echo 'make bench   the figures, one JSON line each: speed, memory, what is learned (an hour)'
+	@echo 'make bench   the figures, beside mlx-lm: a table and plots in bench/ (an hour)'
 	@echo 'make clean   remove the virtual environment and the caches'
 
 chat: $(VENV)/runtime.stamp
@@ -35,7 +35,7 @@ lint: $(VENV)/dev.stamp
 	$(PY) -m mypy
 
 bench: $(VENV)/dev.stamp
-	@for script in tests/bench/*.py; do echo "$$script"; $(PY) "$$script" || exit 1; done
+	$(PY) tests/bench
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist phi4_mlx.egg-info

@@ -378,13 +378,13 @@ def _run_chunk(sequence: Sequence, room: int) -> tuple[int, mx.array | None]:
     cache = sequence.cache = sequence.cache or model.make_cache()
     cache.admit(mx.array([sequence.ids[cache.offset :]]), reach=len(sequence.ids))  # empties it, if need be
     chunk = sequence.ids[cache.offset : cache.offset + room]
-    hidden = model.model(mx.array([chunk]), cache)
+    hidden = model.model(mx.array([chunk]), cache, rows=1)
     if cache.offset < len(sequence.ids):
         mx.eval([layer.state for layer in cache])
         mx.clear_cache()
         return len(chunk), None
     cache.forget_reach()
-    return len(chunk), model.logits(hidden[:, -1:])[:, 0]
+    return len(chunk), model.logits(hidden)[:, 0]
 
 
 def _draw_one(sequence: Sequence, logits: mx.array, likeliest: mx.array) -> tuple[mx.array, mx.array]:

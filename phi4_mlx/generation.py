@@ -329,7 +329,7 @@ class _Passes:
             if progress:
                 progress(0, total)
             for start in range(0, total, step_size):
-                hidden = self.model.model(ids[:, start : start + step_size], cache)
+                hidden = self.model.model(ids[:, start : start + step_size], cache, rows=rows)
                 if start + step_size < total:
                     mx.eval([layer.state for layer in cache])
                     mx.clear_cache()
@@ -337,7 +337,7 @@ class _Passes:
                         progress(start + step_size, total)
         finally:
             cache.forget_reach()
-        logits = self.model.logits(hidden[:, -rows:])[0]
+        logits = self.model.logits(hidden)[0]
         if progress:
             mx.eval(logits)
             progress(total, total)

@@ -102,8 +102,13 @@ class DecoderLayer(nn.Module):
         x = x + self.self_attn.output(attended)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def __call__(self, x: mx.array, rotation: Rotation | PackedRotation, mask: Any, cache: Any) -> mx.array:
-        return self.rest(x, self.self_attn.attend(*self.heads(x, rotation), mask, cache))
+    def __call__(
+        self, x: mx.array, rotation: Rotation | PackedRotation, mask: Any, cache: Any, rows: int | None = None
+    ) -> mx.array:
+        queries, keys, values = self.heads(x, rotation)
+        if rows is not None:
+            x, queries, mask = x[:, -rows:], queries[:, :, -rows:], mask if rows > 1 else None
+        return self.rest(x, self.self_attn.attend(queries, keys, values, mask, cache))
 
 
 class Decoder(nn.Module):
@@ -118,8 +123,17 @@ class Decoder(nn.Module):
         self._compiled = CompiledSteps(self.rope)
         self.recompute = False  # in training: keeps each block's input alone, and runs the block again in backward
 
-    def __call__(self, ids: mx.array, cache: Sequence[Any] | None = None, segments: mx.array | None = None) -> mx.array:
+    def __call__(
+        self,
+        ids: mx.array,
+        cache: Sequence[Any] | None = None,
+        segments: mx.array | None = None,
+        rows: int | None = None,
+    ) -> mx.array:
         """Hidden states of the new tokens, [B, T] -> [B, T, D], after the last norm.
+
+        With `rows`, those of the last so many alone, [B, rows, D], under the causal mask: the last block then makes
+        keys and values of all tokens, and nothing else of the others.
 
         Without a cache, `segments` [B, T] lets a row hold several samples, by their number: none sees another, each
         begins at position zero and has the RoPE table of its own length.
@@ -142,7 +156,8 @@ class Decoder(nn.Module):
             rotation, mask = self.rope.packed(segments, x.dtype), _block_diagonal(segments)
         for layer, layer_cache in zip(self.layers, layers, strict=True):
             run = nn.utils.checkpoint(layer) if self.recompute and self.training else layer
-            x = run(x, rotation, mask, layer_cache)
+            x = run(x, rotation, mask, layer_cache, rows if layer is self.layers[-1] else None)
+        T = T if rows is None else rows
         return self.norm(x if x.shape[1] == T else x[:, -T:])
 
 

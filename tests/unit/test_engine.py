@@ -358,12 +358,12 @@ def break_decode(times: int) -> Callable[[Engine, pytest.MonkeyPatch], None]:
     def install(engine: Engine, patch: pytest.MonkeyPatch) -> None:
         left, forward = times, Decoder.__call__
 
-        def failing(self: Any, ids: mx.array, cache: Any = None, segments: Any = None) -> mx.array:
+        def failing(self: Any, ids: mx.array, cache: Any = None, **options: Any) -> mx.array:
             nonlocal left
             if left and isinstance(cache, batch_module.Rows):
                 left -= 1
                 broken()
-            return forward(self, ids, cache, segments)
+            return forward(self, ids, cache, **options)
 
         patch.setattr(Decoder, "__call__", failing)
 
@@ -533,9 +533,9 @@ def count_tokens_run(patch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     forward = Decoder.__call__
 
-    def counting(self: Any, ids: mx.array, cache: Any = None, segments: Any = None) -> mx.array:
+    def counting(self: Any, ids: mx.array, cache: Any = None, **options: Any) -> mx.array:
         calls.append(ids.size)
-        return forward(self, ids, cache, segments)
+        return forward(self, ids, cache, **options)
 
     patch.setattr(Decoder, "__call__", counting)
     return calls

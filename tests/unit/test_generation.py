@@ -274,9 +274,9 @@ class OneByOne:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of all that goes through the model from now on."""
     shapes: list[tuple[int, ...]] = []
-    run = generation._advance
+    run = generation._Passes.advance
     monkeypatch.setattr(
-        generation, "_advance", lambda model, ids, *more: (shapes.append(ids.shape), run(model, ids, *more))[1]
+        generation._Passes, "advance", lambda passes, ids, *more: (shapes.append(ids.shape), run(passes, ids, *more))[1]
     )
     return shapes
 
@@ -417,3 +417,17 @@ def test_a_schema_that_cannot_be_answered_is_refused(
 ) -> None:
     with pytest.raises(RequestError, match=message):
         generate(*pair, "hi", **options)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("cached", [0, 25])
+def test_the_last_rows_alone_are_those_of_the_whole(tiny_model: Callable[..., Model], rows: int, cached: int) -> None:
+    model, ids = tiny_model(), mx.random.randint(0, 512, (1, 65), key=mx.random.key(3))
+    whole, part = model.make_cache(), model.make_cache()
+    for cache in (whole, part):
+        if cached:
+            model(ids[:, :cached], cache)
+    expected = model.model(ids[:, cached:], whole)[:, -rows:]
+    assert mx.allclose(model.model(ids[:, cached:], part, rows=rows), expected, rtol=0, atol=1e-5)
+    for one, other in zip(whole, part, strict=True):
+        assert all(map(mx.array_equal, one.state, other.state))
