@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from phi4_mlx.cache import KVCache, PromptCache
+from phi4_mlx.cache import PromptCache, buffer_length
 from phi4_mlx.memory import kv_bytes
 from phi4_mlx.models.rope import Regime
 from phi4_mlx.models.text import Model
@@ -27,14 +27,9 @@ PADDING = 4096  # columns that a row may cost beside others of another length; a
 FORCED_RUN = 8  # forced tokens that are worth a prefill of their own, rather than a step each beside the others
 
 
-def token_bytes(model: Model) -> int:
-    """Bytes of the keys and values of one token."""
-    return kv_bytes(model.config, model.model.norm.weight.dtype.size)
-
-
 def _buffer_bytes(model: Model, length: int) -> int:
     """Bytes of the buffers that hold so many tokens and the next one."""
-    return -(-(length + 1) // KVCache.STEP) * KVCache.STEP * token_bytes(model)
+    return buffer_length(length + 1) * kv_bytes(model)
 
 
 @dataclass(eq=False)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from phi4_mlx.command import Parser, add_model_options, number, run
+from phi4_mlx.command import Parser, add_kv_bits_option, add_model_options, load_options, number, run
 from phi4_mlx.errors import RequestError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--repeats", type=number(int, 1, 1000), default=3, metavar="N", help="runs a length (default: %(default)s)"
     )
-    parser.add_argument("--kv-bits", type=int, choices=(4, 8), help="keep keys and values in so many bits")
+    add_kv_bits_option(parser)
     parser.add_argument(
         "--bandwidth", type=number(float, 0.001, 1e6), metavar="GB/S",
         help="of the memory; needed for the share of the ceiling where the chip is not known",
@@ -67,14 +67,8 @@ def _benchmark(args: argparse.Namespace) -> None:
 
     from phi4_mlx.checkpoint import DEFAULT_MODEL, load
 
-    name = DEFAULT_MODEL if args.model is None else args.model
-    model, _ = load(
-        name,
-        adapter_path=args.adapter_path,
-        revision=args.revision,
-        verify=args.verify,
-        chat_format=args.chat_format,
-    )
+    name = args.model or DEFAULT_MODEL
+    model, _ = load(name, **load_options(args))
     longest, context = max(args.prompt_tokens) + args.generation_tokens, model.config.max_position_embeddings
     if longest > context:
         raise RequestError(
@@ -140,29 +134,17 @@ def measure(model: Model, length: int, new_tokens: int, kv_bits: int | None = No
 
     import mlx.core as mx
 
-    from phi4_mlx.generation import generate_step
+    from phi4_mlx.generation import generate_step, wired_memory
 
     draw = random.Random(length)
     prompt = [draw.randrange(model.config.vocab_size) for _ in range(length)]
     cache = model.make_cache(model.model.rope.regime(length + new_tokens), kv_bits)
-    before = _wire()
     mx.clear_cache()
-    start = time.perf_counter()
-    times = [time.perf_counter() for _ in generate_step(prompt, model, max_tokens=new_tokens, cache=cache)]
-    mx.synchronize()
-    if before is not None:
-        mx.set_wired_limit(before)
+    with wired_memory():
+        start = time.perf_counter()
+        times = [time.perf_counter() for _ in generate_step(prompt, model, max_tokens=new_tokens, cache=cache)]
     kv_bytes = sum(part.nbytes for layer in cache for part in layer.state) / cache.offset
     return times[0] - start, times[-1] - times[0], kv_bytes
-
-
-def _wire() -> int | None:
-    """Keeps the weights resident, as generation does; the limit before."""
-    import mlx.core as mx
-
-    if not mx.metal.is_available():
-        return None
-    return mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
 
 
 def weights_read(model: Model) -> int:

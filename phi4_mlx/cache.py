@@ -20,6 +20,11 @@ def group_size(head_dim: int) -> int:
     return 64 if head_dim % 64 == 0 else 32
 
 
+def buffer_length(num_tokens: int) -> int:
+    """The positions of the buffer that so many tokens are put in."""
+    return -(-num_tokens // KVCache.STEP) * KVCache.STEP
+
+
 class KVCache:
     """Keys and values of one layer, [B, K, S, Dh] each, in buffers that grow `STEP` positions at a time.
 
@@ -64,7 +69,7 @@ class KVCache:
 
     def _grown(self, buffer: mx.array | None, new: mx.array) -> mx.array:
         B, K, T, width = new.shape
-        room = mx.zeros((B, K, -(-T // self.STEP) * self.STEP, width), new.dtype)
+        room = mx.zeros((B, K, buffer_length(T), width), new.dtype)
         return room if buffer is None else mx.concatenate([buffer[:, :, : self._filled], room], axis=2)
 
     def _forget(self, n: int) -> None:

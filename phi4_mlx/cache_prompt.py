@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phi4_mlx.command import Parser, add_model_options, run, text, word
+from phi4_mlx.command import Parser, add_kv_bits_option, add_model_options, load_options, run, text, word
 from phi4_mlx.completion import prompt_messages, read_prompt, show_progress
 from phi4_mlx.errors import RequestError
 
@@ -32,7 +32,7 @@ def _parser() -> Parser:
         "--prompt", "-p", type=text, help="the text, which begins the user's turn; -, or none, reads standard input"
     )
     parser.add_argument("--system-prompt", type=text, help="what the model is told before the text")
-    parser.add_argument("--kv-bits", type=int, choices=(4, 8), help="keep keys and values in so many bits; not exact")
+    add_kv_bits_option(parser)
     parser.add_argument("--prompt-cache-file", type=word, required=True, metavar="FILE", help="the file to write")
     return parser
 
@@ -47,14 +47,7 @@ def _cache(args: argparse.Namespace) -> None:
     from phi4_mlx.generation import generate_step
     from phi4_mlx.prompt_file import save_prompt_cache
 
-    model, tokenizer = load(
-        DEFAULT_MODEL if args.model is None else args.model,
-        adapter_path=args.adapter_path,
-        revision=args.revision,
-        verify=args.verify,
-        chat_format=args.chat_format,
-        lazy=True,
-    )
+    model, tokenizer = load(args.model or DEFAULT_MODEL, **load_options(args), lazy=True)
     cache = model.make_cache(kv_bits=args.kv_bits)
     ids = _beginning(tokenizer, prompt, args.system_prompt)
     for _ in generate_step(ids, model, max_tokens=1, cache=cache, prompt_progress_callback=show_progress):

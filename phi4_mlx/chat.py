@@ -25,6 +25,7 @@ from phi4_mlx.command import (
     add_sampling_options,
     cache_options,
     drawing,
+    load_options,
     one_line,
     printable,
     read_standard_input,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from phi4_mlx.agent import Event
     from phi4_mlx.constrain import Grammar
     from phi4_mlx.conversation import Conversation
+    from phi4_mlx.models.text import Model
     from phi4_mlx.speculate import Mode
 
 DIM, RED = "\x1b[2m", "\x1b[31m"
@@ -71,17 +73,13 @@ def _chat(args: argparse.Namespace) -> None:
         raise RequestError("the prompt is empty; it needs at least one character that is not white space")
     person = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     chat = Chat(Screen(), {name: getattr(args, name.replace("-", "_")) for name in SAMPLING}, person)
-    chat.cache_options, chat.speculate, chat.draft_model = cache_options(args), args.speculate, args.draft_model
+    chat.cache_options, chat.speculate = cache_options(args), args.speculate
     if args.schema is not None:
         chat.grammar = _grammar(args)
     with toolbox_of(args, person, chat.screen.note) if args.tools or args.mcp else contextlib.nullcontext() as toolbox:
-        chat.load_model(
-            args.model,
-            adapter_path=args.adapter_path,
-            revision=args.revision,
-            verify=args.verify,
-            chat_format=args.chat_format,
-        )
+        chat.load_model(args.model, **load_options(args))
+        if args.draft_model is not None:
+            chat.load_draft(args.draft_model)
         chat.conversation.system = args.system_prompt
         if toolbox is not None:
             chat.conversation.toolbox = toolbox
@@ -279,7 +277,7 @@ class Chat:
         approve: asked before a call of a tool is run; None runs all.
         cache_options: those of `make_cache`.
         speculate: how tokens are guessed ahead, as `make_proposer` takes it.
-        draft_model: the name of the model that guesses them, or None.
+        draft: the model that guesses them, or None.
     """
 
     conversation: Conversation
@@ -287,7 +285,7 @@ class Chat:
     grammar: Grammar | None = None
     approve: Doorkeeper | None = None
     speculate: Mode = "off"
-    draft_model: str | None = None
+    draft: Model | None = None
 
     def __init__(self, screen: Screen, settings: dict[str, Any], person: bool) -> None:
         self.screen = screen
@@ -322,6 +320,12 @@ class Chat:
         else:
             self.conversation = Conversation(model, tokenizer, cache_options=self.cache_options)
         self.model_name, self._drawing = name, None
+
+    def load_draft(self, name: str) -> None:
+        """Loads the model that guesses tokens, from the next answer on."""
+        from phi4_mlx.checkpoint import load
+
+        self.draft, self._drawing = load(name)[0], None
 
     def set(self, name: str, value: Any) -> None:
         """Changes a sampling option, from the next answer on."""
@@ -397,14 +401,12 @@ class Chat:
     def _how_to_draw(self) -> dict[str, Any]:
         """How tokens are drawn, made once for its settings, so that a seed does not begin anew at each answer."""
         if self._drawing is None:
-            from phi4_mlx.checkpoint import load
             from phi4_mlx.speculate import make_proposer
 
             conversation = self.conversation
             seeded = self.settings["seed"] is not None and self.settings["temp"] > 0
-            draft = None if self.draft_model is None else load(self.draft_model)[0]
             proposer = make_proposer(
-                self.speculate, conversation.model, draft, seeded=seeded, bounded=conversation.cache.bounded
+                self.speculate, conversation.model, self.draft, seeded=seeded, bounded=conversation.cache.bounded
             )
             self._drawing = drawing(self.settings) | {"proposer": proposer}
         return self._drawing

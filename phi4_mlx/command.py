@@ -228,11 +228,16 @@ def add_model_options(parser: Parser) -> None:
     parser.add_argument("--chat-format", type=word, metavar="NAME", help="override the recognised chat format")
 
 
+def add_kv_bits_option(parser: Parser) -> None:
+    """Adds `--kv-bits`."""
+    parser.add_argument(
+        "--kv-bits", type=int, choices=(4, 8), help="keep keys and values in so many bits: less memory, not quite exact"
+    )
+
+
 def add_decoding_options(parser: Parser) -> None:
     """Adds the options that say what is remembered of a text, and how tokens are guessed ahead."""
-    parser.add_argument(
-        "--kv-bits", type=int, choices=(4, 8), help="keep keys and values in so many bits: long texts in less memory"
-    )
+    add_kv_bits_option(parser)
     parser.add_argument(
         "--max-kv-size",
         type=number(int, 512, 2**31 - 1),
@@ -251,6 +256,11 @@ def add_decoding_options(parser: Parser) -> None:
 def cache_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `make_cache` takes for the options."""
     return {"kv_bits": args.kv_bits, "max_kv_size": args.max_kv_size}
+
+
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `load` takes for the options of `add_model_options`, besides the model's name."""
+    return {name: getattr(args, name) for name in ("adapter_path", "revision", "verify", "chat_format")}
 
 
 def drawing(settings: Mapping[str, Any]) -> dict[str, Any]:

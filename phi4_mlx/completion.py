@@ -16,6 +16,7 @@ from phi4_mlx.command import (
     add_sampling_options,
     cache_options,
     drawing,
+    load_options,
     printable,
     read_standard_input,
     run,
@@ -75,14 +76,8 @@ def _complete(args: argparse.Namespace) -> None:
     from phi4_mlx.memory import check_context, plan_context
     from phi4_mlx.speculate import make_proposer
 
-    model, tokenizer = load(
-        DEFAULT_MODEL if args.model is None else args.model,
-        adapter_path=args.adapter_path,
-        revision=args.revision,
-        verify=args.verify,
-        chat_format=args.chat_format,
-        lazy=True,  # the first step reads each weight as it comes to it
-    )
+    # Lazily: the first step reads each weight as it comes to it.
+    model, tokenizer = load(args.model or DEFAULT_MODEL, **load_options(args), lazy=True)
     if args.prompt_cache_file is None:
         ids, cache = _ids(tokenizer, prompt, args), model.make_cache(**cache_options(args))
     else:

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from phi4_mlx.command import Parser, add_model_options, run
+from phi4_mlx.command import Parser, add_model_options, load_options, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,11 +27,8 @@ def _context(args: argparse.Namespace) -> None:
     from phi4_mlx.checkpoint import DEFAULT_MODEL, load
     from phi4_mlx.memory import plan_context
 
-    name = DEFAULT_MODEL if args.model is None else args.model
-    model, _ = load(
-        name, adapter_path=args.adapter_path, revision=args.revision, verify=args.verify,
-        chat_format=args.chat_format, lazy=True,
-    )  # fmt: skip
+    name = args.model or DEFAULT_MODEL
+    model, _ = load(name, **load_options(args), lazy=True)
     plans = {bits: plan_context(model, bits) for bits in (None, 8, 4) if bits is None or not model.config.head_dim % 32}
     plain = plans[None]
     powers = [2**n for n in range(9, 40) if 2**n < plain.longest]

@@ -19,10 +19,9 @@ import mlx.core as mx
 from phi4_mlx.cache import PromptCache
 from phi4_mlx.decoding import LogitsMask, Proposer, guessed_steps, masked_steps, plain_steps
 from phi4_mlx.errors import RequestError
+from phi4_mlx.memory import PREFILL_STEP_SIZE, memory_limit
 from phi4_mlx.models.text import Model
 from phi4_mlx.sampling import LogitsProcessor, check_whole
-
-PREFILL_STEP_SIZE = 2048  # tokens a chunk; hidden states of one chunk take about 100 MB in Phi-4-mini
 
 Progress = Callable[[int, int], None]
 Answer = TypeVar("Answer")
@@ -161,7 +160,7 @@ def stream_generate(
     max_tokens = options.setdefault("max_tokens", 256)
     text = AnswerText(tokenizer.streaming_decoder(), stop)
     start, rerun = time.perf_counter(), cache.rerun_tokens
-    with _wired_memory():
+    with wired_memory():
         for drawn, (token, logprobs) in enumerate(generate_step(ids, model, cache=cache, **options), 1):
             now = time.perf_counter()
             if drawn == 1:
@@ -402,12 +401,12 @@ class AnswerText:
 
 
 @contextlib.contextmanager
-def _wired_memory() -> Iterator[None]:
+def wired_memory() -> Iterator[None]:
     """Lets Metal keep the weights resident while tokens are drawn; without it, large models page on macOS 15."""
     if not mx.metal.is_available():
         yield
         return
-    before = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    before = mx.set_wired_limit(memory_limit())
     try:
         yield
     finally:

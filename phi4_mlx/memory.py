@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from phi4_mlx.cache import KVCache, group_size
-from phi4_mlx.config import ModelConfig
+from phi4_mlx.cache import buffer_length, group_size
 from phi4_mlx.errors import RequestError
 from phi4_mlx.models.attention import BLOCK
+from phi4_mlx.models.text import Model
 
-CHUNK = 2048  # tokens that a prefill runs at a time
+PREFILL_STEP_SIZE = 2048  # tokens a chunk; hidden states of one chunk take about 100 MB in Phi-4-mini
 
 
 def memory_limit() -> int:
@@ -24,14 +23,14 @@ def memory_limit() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def kv_bytes(config: ModelConfig, itemsize: int, kv_bits: int | None = None) -> int:
+def kv_bytes(model: Model, kv_bits: int | None = None) -> int:
     """Bytes of the keys and values of one token.
 
     Args:
-        config: the model's.
-        itemsize: bytes of a number of the activations.
+        model: what `load` returned.
         kv_bits: as `make_cache` takes it.
     """
+    config, itemsize = model.config, model.model.norm.weight.dtype.size
     head = config.head_dim * itemsize
     if kv_bits is not None:  # and a scale and a bias for each group
         head = config.head_dim * kv_bits // 8 + 2 * itemsize * config.head_dim // group_size(config.head_dim)
@@ -62,10 +61,9 @@ class ContextPlan:
 
     def cache_bytes(self, length: int) -> int:
         """Bytes of the buffers that so many tokens fill."""
-        step = KVCache.STEP
-        return -(-min(length, self.held) // step) * step * self.token_bytes
+        return buffer_length(min(length, self.held)) * self.token_bytes
 
-    def peak_bytes(self, length: int, chunk: int = CHUNK) -> int:
+    def peak_bytes(self, length: int, chunk: int = PREFILL_STEP_SIZE) -> int:
         """Bytes at the peak of a prefill of so many tokens, in chunks."""
         growing = self.cache_bytes(length) * self.layer_bytes // self.token_bytes
         return self.weights_bytes + self.cache_bytes(length) + growing + min(length, chunk) * self.work_bytes
@@ -80,7 +78,7 @@ class ContextPlan:
         return low
 
 
-def plan_context(model: Any, kv_bits: int | None = None, max_kv_size: int | None = None) -> ContextPlan:
+def plan_context(model: Model, kv_bits: int | None = None, max_kv_size: int | None = None) -> ContextPlan:
     """The plan of a model; nothing of it is read for that.
 
     Args:
@@ -94,7 +92,7 @@ def plan_context(model: Any, kv_bits: int | None = None, max_kv_size: int | None
     work = itemsize * (2 * config.hidden_size + max(3 * width, 3 * config.intermediate_size))
     if kv_bits is not None:  # in float32: queries, what they saw, and two blocks of scores
         work += 4 * (3 * heads + 2 * config.num_attention_heads * BLOCK)
-    token_bytes = kv_bytes(config, itemsize, kv_bits)
+    token_bytes = kv_bytes(model, kv_bits)
     return ContextPlan(
         weights_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
         token_bytes=token_bytes,

@@ -52,19 +52,18 @@ class Pace:
             further = (seconds / self._step_s - 1) / (tokens - 1)
             self._further = MEMORY * self._further + (1 - MEMORY) * min(max(further, 0.0), 2.0)
 
-    def length(self, chance: float, most: int, guess_cost: float = 0.0) -> int:
+    def length(self, chance: float, most: int) -> int:
         """How many guesses promise the most tokens a second; 0 if none do.
 
         Args:
             chance: that a guess holds, if those before it did.
             most: guesses there may be.
-            guess_cost: of each, in forward passes.
         """
         best, gain, tokens = 0, GAIN, 1.0
         for n in range(1, min(most, MOST) + 1):
             tokens += chance**n
-            if tokens / (1 + n * (self._further + guess_cost)) > gain:
-                best, gain = n, tokens / (1 + n * (self._further + guess_cost))
+            if (promised := tokens / (1 + n * self._further)) > gain:
+                best, gain = n, promised
         return best
 
 
@@ -185,7 +184,6 @@ class DraftModel:
         self._ids: list[int] = []
         self._guesses: list[int] = []
         self._since = 0  # tokens since the last guess
-        self._cost = 0.1  # of a guess, in forward passes of the model that is guessed for
 
     def begin(self, ids: Sequence[int]) -> None:
         """Told of the tokens that there are already."""

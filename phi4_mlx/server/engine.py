@@ -18,13 +18,13 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from phi4_mlx.batch import Batch, Fault, Sequence, Token, token_bytes
+from phi4_mlx.batch import Batch, Fault, Sequence, Token
 from phi4_mlx.cache import KVCache, PromptCache
 from phi4_mlx.checkpoint import load, share_weights
 from phi4_mlx.errors import Phi4Error, RequestError
 from phi4_mlx.generation import AnswerText
 from phi4_mlx.lora.layers import load_adapter
-from phi4_mlx.memory import memory_limit
+from phi4_mlx.memory import kv_bytes, memory_limit
 from phi4_mlx.models.text import Model
 from phi4_mlx.sampling import make_logits_processors, make_sampler
 from phi4_mlx.server.prefix_cache import PrefixCache
@@ -111,7 +111,7 @@ class Engine:
     def longest(self) -> int:
         """Tokens that a prompt and its answer may come to: what the context holds, or the memory."""
         model = self._models[None]
-        return min(model.config.max_position_embeddings, self.kv_limit_bytes // token_bytes(model) - KVCache.STEP)
+        return min(model.config.max_position_embeddings, self.kv_limit_bytes // kv_bytes(model) - KVCache.STEP)
 
     def submit(self, job: Job) -> list[Event]:
         """Takes a job in; a failure is all that it can say at once."""

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from phi4_mlx import batch as batch_module
-from phi4_mlx.batch import Batch, Fault, Rows, Sequence, Token, token_bytes
+from phi4_mlx.batch import Batch, Fault, Rows, Sequence, Token
 from phi4_mlx.generation import generate_step
+from phi4_mlx.memory import kv_bytes
 from phi4_mlx.models.text import Model
 from phi4_mlx.sampling import make_logits_processors, make_sampler
 from tests.conftest import BOUNDARY, make_tiny_model
@@ -100,7 +101,7 @@ def test_samplers_and_processors_are_each_sequences_own(model: Model) -> None:
 
 def test_where_keys_and_values_would_outgrow_the_limit_the_youngest_waits(model: Model) -> None:
     asked = prompts(6, seed=4, longest=60)
-    limit = 3 * 256 * token_bytes(model)
+    limit = 3 * 256 * kv_bytes(model)
     batch = Batch(kv_limit_bytes=limit)
     sequences = [Sequence(model, list(prompt), 300) for prompt in asked]
     for sequence in sequences:
@@ -114,7 +115,7 @@ def test_where_keys_and_values_would_outgrow_the_limit_the_youngest_waits(model:
         under_way.add(len(batch.active))
 
     assert not run(batch, look)
-    assert most <= limit + 2 * 256 * token_bytes(model)  # looked at before a step, which may add a buffer to each
+    assert most <= limit + 2 * 256 * kv_bytes(model)  # looked at before a step, which may add a buffer to each
     assert {1, 2} <= under_way  # two that have grown are too many
     for sequence, prompt in zip(sequences, asked, strict=True):
         assert drawn(sequence) == alone(model, prompt, 300)

@@ -35,14 +35,14 @@ def test_an_answer_that_crosses_the_boundary_is_of_one_table(
     assert (cache.regime, cache.rerun_tokens) == (regime, 0)
     assert cache.offset == length + 9  # the last token is drawn and not run
     assert first_s > 0 and decode_s > 0
-    assert kv_bytes_per_token == kv_bytes(model.config, itemsize=4)
+    assert kv_bytes_per_token == kv_bytes(model)
 
 
 def test_quantised_keys_and_values_are_counted_as_they_are_kept(tiny_model: TinyModel) -> None:
     model = tiny_model(hidden_size=192)  # heads of 32
     packed = benchmark.measure(model, 20, 2, kv_bits=4)[2]
-    assert packed == kv_bytes(model.config, 4, kv_bits=4)
-    assert packed == kv_bytes(model.config, 4) * (4 + 2) / 32  # of 32 bits: 4, and a scale and a bias for 32 numbers
+    assert packed == kv_bytes(model, kv_bits=4)
+    assert packed == kv_bytes(model) * (4 + 2) / 32  # of 32 bits: 4, and a scale and a bias for 32 numbers
 
 
 def test_a_step_reads_the_embedding_only_where_it_is_the_head(tiny_model: TinyModel) -> None:

@@ -17,6 +17,7 @@ from phi4_mlx.batch import Batch
 from phi4_mlx.checkpoint import load
 from phi4_mlx.generation import generate
 from phi4_mlx.lora.layers import adapter_layers, add_adapter, load_adapter, save_adapter
+from phi4_mlx.memory import kv_bytes
 from phi4_mlx.models.text import Decoder, Model
 from phi4_mlx.server import engine as engine_module
 from phi4_mlx.server.engine import Engine, Settings
@@ -598,7 +599,7 @@ def test_rows_that_outgrow_the_memory_begin_anew_from_what_is_known(
     loaded: tuple[Model, Tokenizer], make_engine: Callable[..., Engine]
 ) -> None:
     model, tokenizer = loaded
-    limit = 3 * 256 * batch_module.token_bytes(model)
+    limit = 3 * 256 * kv_bytes(model)
     engine = make_engine(kv_limit_bytes=limit)
     draw = random.Random(3)
     bias = Sampling(temp=0, logit_bias=dict.fromkeys(tokenizer.eos_ids, -100.0))

@@ -230,7 +230,7 @@ def test_metal_keeps_the_weights_wired_while_tokens_are_drawn(monkeypatch: pytes
     monkeypatch.setattr(generation.mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(generation.mx, "device_info", lambda: {"max_recommended_working_set_size": 77})
     monkeypatch.setattr(generation.mx, "set_wired_limit", lambda new: (limits.append(new), limits[-2])[1])
-    with pytest.raises(KeyError), generation._wired_memory():
+    with pytest.raises(KeyError), generation.wired_memory():
         assert limits == [1000, 77]
         raise KeyError
     assert limits == [1000, 77, 1000]
