@@ -24,10 +24,10 @@ BANDWIDTHS = {
     "Apple M2": 100, "Apple M2 Pro": 200, "Apple M2 Max": 400, "Apple M2 Ultra": 800,
     "Apple M3": 100, "Apple M3 Pro": 150, "Apple M3 Max": 400, "Apple M3 Ultra": 819,
     "Apple M4": 120, "Apple M4 Pro": 273, "Apple M4 Max": 546,
-    "Apple M5": 153,
+    "Apple M5": 153, "Apple M5 Pro": 307, "Apple M5 Max": 614,
 }  # fmt: skip
-"""Memory bandwidth in GB/s, by the name of the chip. Source: Apple's technical specifications. The M3 Max and M4 Max
-are also sold with fewer cores, at 300 and 410 GB/s."""
+"""Memory bandwidth in GB/s, by the name of the chip. Source: Apple's technical specifications. The M3, M4 and M5 Max
+are also sold with fewer cores, at 300, 410 and 460 GB/s."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,28 +1,23 @@
 """A prompt cache as a file, so that what was prefilled once is read the next time.
 
 A safetensors file: the ids, the arrays of each layer, a checksum. Its metadata names what the numbers hang on: model,
-adapter and tokenizer by a hash, the RoPE table. They fit nothing else, so anything else is refused.
-
-Checksum and hashes are SHA-256 over the sum of each row's 32-bit words (`_sums`), which the device adds up about as
-fast as it reads memory. A flipped bit changes a sum for certain. They guard against damage and mix-ups, not forgers.
+adapter and tokenizer by a fingerprint, the RoPE table. They fit nothing else, so anything else is refused.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol, overload
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from phi4_mlx.cache import PromptCache
 from phi4_mlx.errors import CheckpointError, RequestError
+from phi4_mlx.fingerprint import WITHOUT, adapter_fingerprint, base_fingerprint, checksum
 from phi4_mlx.lora.adapter import replacing
-from phi4_mlx.lora.layers import adapter_layers, adapter_parameters
 from phi4_mlx.models.text import Model
 from phi4_mlx.tensor_file import GET_ANEW, Header, TensorWriter, read_whole_header
 
@@ -76,7 +71,7 @@ def save_prompt_cache(
             os.chmod(partial, 0o600)
             for name, array in tensors.items():
                 writer.write(name, [memoryview(mx.contiguous(array).view(mx.uint8))])
-            writer.write("checksum", [_checksum(writer.header, tensors.values())])
+            writer.write("checksum", [checksum(writer.header, tensors.values())])
         size = partial.stat().st_size
     return size
 
@@ -114,7 +109,7 @@ def load_prompt_cache(path: str | Path, model: Model, tokenizer: Tokenizer, retu
     tensors = _read_tensors(path, header)
     for what, wanted in _identity(model, tokenizer).items():
         if own.get(what) != wanted:
-            _refuse(path, what, own.get(what) == "none", wanted == "none")
+            _refuse(path, what, own.get(what) == WITHOUT, wanted == WITHOUT)
     bits, pinned, most = (json.loads(own[name]) for name in ("kv_bits", "pinned", "max_kv_size"))
     cache = model.make_cache(pinned, bits, most)
     states = [[tensors[name] for name in _names(layer, bits)] for layer in range(len(cache))]
@@ -166,45 +161,12 @@ def _shape(cache: PromptCache) -> dict[str, str]:
 
 
 def _identity(model: Model, tokenizer: Tokenizer) -> dict[str, str]:
-    """What the numbers hang on, by hashes."""
-    trained = adapter_parameters(model)
-    # All tensors, for a model with an adapter fused into it shares config and norms with its base.
-    base = {
-        name.replace(".linear.", "."): array for name, array in tree_flatten(model.parameters()) if name not in trained
-    }
-    on = {path: (layer.kind, layer.scale) for path, layer in adapter_layers(model).items() if layer.on}
-    adapter = {name: array for name, array in trained.items() if name.rpartition(".")[0] in on}
+    """What the numbers hang on."""
     return {
-        "model": _hash(model.config.to_dict(), base),
-        "adapter": _hash(on, adapter) if on else "none",
+        "model": base_fingerprint(model),
+        "adapter": adapter_fingerprint(model),
         "tokenizer": tokenizer.fingerprint()[:32],
     }
-
-
-def _hash(about: Any, arrays: Mapping[str, mx.array]) -> str:
-    ordered = sorted(arrays.items())
-    described = [about, [(name, str(array.dtype), array.shape) for name, array in ordered]]
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
-    digest.update(_sums(array for _, array in ordered))
-    return digest.hexdigest()[:32]
-
-
-def _checksum(header: bytes, arrays: Iterable[mx.array]) -> bytes:
-    return hashlib.sha256(header + _sums(arrays)).digest()
-
-
-def _sums(arrays: Iterable[mx.array]) -> bytes:
-    """The sums of the rows, along the last axis, modulo 2**32."""
-    return bytes(memoryview(mx.concatenate([_words(array).sum(axis=-1).reshape(-1) for array in arrays])))
-
-
-def _words(array: mx.array) -> mx.array:
-    """The bits of an array as whole numbers of 32 bits, or fewer where a row ends within 32."""
-    array = array.reshape(-1) if array.ndim == 0 else array
-    row_bytes = array.shape[-1] * array.itemsize
-    if row_bytes % 4 == 0:
-        return array.view(mx.uint32)
-    return array.view(mx.uint16 if row_bytes % 2 == 0 else mx.uint8).astype(mx.uint32)
 
 
 def _read_header(path: Path) -> Header:
@@ -226,7 +188,7 @@ def _read_tensors(path: Path, header: Header) -> dict[str, mx.array]:
     try:
         loaded = mx.load(str(path), format="safetensors")
         tensors = {name: loaded[name] for name in names if name != "checksum"}
-        whole = bytes(memoryview(loaded["checksum"])) == _checksum(header.raw, tensors.values())
+        whole = bytes(memoryview(loaded["checksum"])) == checksum(header.raw, tensors.values())
     except (KeyError, RuntimeError, ValueError):  # mlx raises the latter two on a file that has changed by now
         whole = False
     if not whole:

@@ -16,7 +16,7 @@ FLOORS = {
     0: "errors config",
     1: "byte_bpe command json_scanner line_editor manifest markdown tensor_file models.rope cache tokenizer sampling",
     2: "models lora.layers lora.adapter lora.peft chat_format grammar_words schema tools tool_calls",
-    3: "checkpoint constrain memory prompt_file toolbox",
+    3: "checkpoint constrain fingerprint memory prompt_file toolbox",
     4: "decoding generation",
     5: "agent batch rows conversation convert lora mcp_tools speculate transcript user_files",
     6: "benchmark bridge bridge_lines bridge_model bridge_worker cache_prompt chat chat_commands chat_tools completion "

@@ -7,7 +7,6 @@ newest checkpoint says has happened is there.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -16,15 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from phi4_mlx.errors import CheckpointError, RequestError
+from phi4_mlx.fingerprint import base_fingerprint
 from phi4_mlx.lora.adapter import TENSORS_FILE, Adapter, write_folder
 from phi4_mlx.lora.checkpoints import FOLDER, damaged, keep_newest, newest_checkpoint, save_checkpoint
-from phi4_mlx.lora.layers import adapter_parameters, current_adapter
+from phi4_mlx.lora.layers import current_adapter
 from phi4_mlx.lora.settings import Settings
-from phi4_mlx.models.text import Model
 
 if TYPE_CHECKING:
     from phi4_mlx.lora.record import Record
@@ -65,7 +63,7 @@ class Storage:
     def __init__(self, trainer: Trainer, warn: Callable[[str], Any], adapter_config: Mapping[str, Any]):
         self.record: Record | None = None
         self._trainer, self._warn, self._adapter_config = trainer, warn, adapter_config
-        self._base = fingerprint(trainer.model)
+        self._base = base_fingerprint(trainer.model)
         self._warned = False
         self._best: Adapter | None = None  # the best adapter while it is not on the disk
         self._checkpoint_at: Any = None  # step and place in the data of the newest one
@@ -272,18 +270,6 @@ class Storage:
             (shape, dtype), (own_shape, own_dtype) = ((t[name].shape, t[name].dtype) for t in (tensors, expected))
             if shape != own_shape or dtype != own_dtype:
                 raise damaged(self._trainer.folder, f"{name} has shape {list(shape)}, the run's {list(own_shape)}")
-
-
-def fingerprint(model: Model) -> str:
-    """A hash that tells one base model from another: its config, what its tensors are, and the values of its norms."""
-    adapter = adapter_parameters(model)
-    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
-    for name, array in sorted(tree_flatten(model.parameters())):
-        if name not in adapter:
-            digest.update(f"{name.replace('.linear.', '.')} {array.shape} {array.dtype}\n".encode())
-            if array.ndim == 1:
-                digest.update(np.array(array.astype(mx.float32)).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _identity(settings: Settings) -> dict[str, Any]:

@@ -13,20 +13,16 @@ The bar: the new tokens alone are prefilled, in at most 0.05 of the time. Paired
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_map
+from peer import config_of, last_line, random_pair
 
 from phi4_mlx import load, load_prompt_cache, save_prompt_cache
 from phi4_mlx.cache import PromptCache
-from phi4_mlx.config import PRESETS
 from phi4_mlx.generation import generate_step
 from phi4_mlx.models.rope import Regime
 from phi4_mlx.models.text import Model
@@ -34,22 +30,6 @@ from phi4_mlx.tokenizer import Tokenizer
 
 TOKENS, NEW, V = 4096, 24, 2048
 LIMIT = 0.05
-
-
-def random_model(layers: int, kv_heads: int) -> Model:
-    width = 3 * kv_heads * 128
-    shape = {"hidden_size": width, "intermediate_size": 8 * width // 3, "vocab_size": V, "num_hidden_layers": layers}
-    heads = {"num_attention_heads": 3 * kv_heads, "num_key_value_heads": kv_heads}
-    model = Model(replace(PRESETS["phi-4-mini"], **shape, **heads))
-    keys = iter(mx.random.split(mx.random.key(1), 1000))
-
-    def draw(old: mx.array) -> mx.array:
-        return old if old.ndim == 1 else old.shape[1] ** -0.5 * mx.random.normal(old.shape, key=next(keys))
-
-    model.update(tree_map(draw, model.parameters()))
-    nn.quantize(model, group_size=64, bits=4)
-    mx.eval(model.parameters())
-    return model.eval()
 
 
 def first_token(model: Model, ids: list[int], cache: PromptCache) -> tuple[int, int]:
@@ -91,12 +71,14 @@ def compare(
 
 
 def main() -> None:
+    """Prints a line a turn, then JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--kv-heads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
-    model, (_, tokenizer) = random_model(options.layers, options.kv_heads), load("demo")
+    model, _ = random_pair(config_of(options.layers, options.kv_heads, V))
+    _, tokenizer = load("demo")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "history.cache"
         results = {
@@ -106,7 +88,7 @@ def main() -> None:
     prefilled = {name: count for name, (count, _) in results.items()}
     ratios = {name: ratio for name, (_, ratio) in results.items()}
     ok = all(count == NEW for count in prefilled.values()) and max(ratios.values()) <= LIMIT
-    print(json.dumps({"bench": "second_turn", "new": NEW, "prefilled": prefilled, "ratios": ratios, "ok": ok}))
+    last_line("second_turn", ok, new=NEW, prefilled=prefilled, ratios=ratios)
 
 
 if __name__ == "__main__":

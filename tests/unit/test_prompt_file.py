@@ -206,7 +206,7 @@ def test_a_file_is_whole_or_the_older_one(
     def full(*_: Any) -> bytes:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("phi4_mlx.prompt_file._checksum", full)
+    monkeypatch.setattr("phi4_mlx.prompt_file.checksum", full)
     with pytest.raises(OSError, match="No space left"):
         save_prompt_cache(path, filled(model, 50), model, TOKENIZER)
     assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]

@@ -1,0 +1,65 @@
+"""What tells one model, one adapter or one file's numbers from another, by SHA-256 over sums of bits.
+
+What is hashed are the names and, of each row of a tensor, the sum of its 32-bit words, which the device adds up about
+as fast as it reads memory. A flipped bit changes a sum for certain. It guards against damage and mix-ups, not forgers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from phi4_mlx.lora.layers import adapter_layers, adapter_parameters
+from phi4_mlx.models.text import Model
+
+WITHOUT = "none"  # the fingerprint of no adapter
+
+
+def base_fingerprint(model: Model) -> str:
+    """Tells one base model from another by its config and all its tensors; 32 hexadecimal digits.
+
+    Args:
+        model: with or without an adapter; lazy weights are read. A model with an adapter fused into it is another one.
+    """
+    trained = adapter_parameters(model)
+    parameters = tree_flatten(model.parameters())
+    base = {name.replace(".linear.", "."): array for name, array in parameters if name not in trained}
+    return _fingerprint(model.config.to_dict(), base)
+
+
+def adapter_fingerprint(model: Model) -> str:
+    """Tells one adapter of a model from another by its kinds, scales and tensors; `WITHOUT` if none is switched on."""
+    on = {path: (layer.kind, layer.scale) for path, layer in adapter_layers(model).items() if layer.on}
+    trained = {name: array for name, array in adapter_parameters(model).items() if name.rpartition(".")[0] in on}
+    return _fingerprint(on, trained) if on else WITHOUT
+
+
+def checksum(header: bytes, arrays: Iterable[mx.array]) -> bytes:
+    """The digest of a file's header and arrays, 32 bytes."""
+    return hashlib.sha256(header + _sums(arrays)).digest()
+
+
+def _fingerprint(about: Any, arrays: Mapping[str, mx.array]) -> str:
+    ordered = sorted(arrays.items())
+    described = [about, [(name, str(array.dtype), array.shape) for name, array in ordered]]
+    header = json.dumps(described, sort_keys=True, default=str).encode()
+    return checksum(header, (array for _, array in ordered)).hex()[:32]
+
+
+def _sums(arrays: Iterable[mx.array]) -> bytes:
+    """The sums of the rows, along the last axis, modulo 2**32."""
+    return bytes(memoryview(mx.concatenate([_words(array).sum(axis=-1).reshape(-1) for array in arrays])))
+
+
+def _words(array: mx.array) -> mx.array:
+    """The bits of an array as whole numbers of 32 bits, or fewer where a row ends within 32."""
+    array = array.reshape(-1) if array.ndim == 0 else array
+    row_bytes = array.shape[-1] * array.itemsize
+    if row_bytes % 4 == 0:
+        return array.view(mx.uint32)
+    return array.view(mx.uint16 if row_bytes % 2 == 0 else mx.uint8).astype(mx.uint32)

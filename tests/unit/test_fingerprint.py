@@ -1,0 +1,61 @@
+"""Fingerprints: the same for what is the same, another for anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_map
+
+from phi4_mlx.checkpoint import load_model
+from phi4_mlx.fingerprint import WITHOUT, adapter_fingerprint, base_fingerprint, checksum
+from phi4_mlx.lora.adapter import write_folder
+from phi4_mlx.lora.fusion import fuse
+from phi4_mlx.lora.layers import adapter_layers, add_adapter, current_adapter, set_adapter
+from phi4_mlx.models.text import Model
+
+TinyModel = Callable[..., Model]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint32, np.float16, np.uint8])
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (5, 8), (2, 3, 7)])
+def test_any_flipped_bit_changes_a_checksum(dtype: type, shape: tuple[int, ...]) -> None:
+    array = np.asarray(np.random.default_rng(0).integers(0, 100, shape)).astype(dtype)
+    whole = checksum(b"", [mx.array(array)])
+    assert len(whole) == 32 and whole == checksum(b"", [mx.array(array)]) != checksum(b"x", [mx.array(array)])
+    for bit in range(array.nbytes * 8):
+        data = bytearray(array.tobytes())
+        data[bit // 8] ^= 1 << bit % 8
+        damaged = np.frombuffer(bytes(data), dtype).reshape(shape)
+        assert checksum(b"", [mx.array(damaged)]) != whole, bit
+
+
+def test_a_base_is_known_under_its_adapter_and_not_with_it_fused(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint()
+    model = load_model(folder)
+    base = base_fingerprint(model)
+    assert adapter_fingerprint(model) == WITHOUT
+    add_adapter(model, scale=2.0)
+    assert base_fingerprint(model) == base and adapter_fingerprint(model) != WITHOUT
+    set_adapter(model, False)
+    assert adapter_fingerprint(model) == WITHOUT
+    for layer in adapter_layers(model).values():
+        layer.update(tree_map(lambda array: array + 0.1, layer.trainable_parameters()))
+    write_folder(tmp_path / "adapter", current_adapter(model, ""), len(model.layers))
+    fuse(folder, tmp_path / "adapter", tmp_path / "fused")
+    fused = load_model(tmp_path / "fused")
+    assert base_fingerprint(fused) != base  # though its config, its shapes and its norms are the same
+    assert adapter_fingerprint(fused) == WITHOUT
+
+
+def test_models_of_other_weights_config_or_dtype_are_others(tiny_model: TinyModel) -> None:
+    half = tiny_model()
+    half.set_dtype(mx.bfloat16)
+    models = [tiny_model(), tiny_model(seed=1), tiny_model(rms_norm_eps=1e-6), half]
+    assert len({*map(base_fingerprint, models)}) == 4
+    assert base_fingerprint(tiny_model()) == base_fingerprint(models[0])
