@@ -11,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from phi4_mlx.chat_session import Chat, rescued_file
+from phi4_mlx.chat_tools import shown_tool
 from phi4_mlx.command import SAMPLING
 from phi4_mlx.errors import Phi4Error, RequestError
 
 if TYPE_CHECKING:
-    from phi4_mlx.chat import Chat
     from phi4_mlx.conversation import Turn
     from phi4_mlx.tokenizer import Tokenizer
 
@@ -53,13 +54,6 @@ def obey(chat: Chat, typed: str) -> None:
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise RequestError(f"/{name} {rest}: {reason}") from None
-
-
-def rescued_file() -> Path:
-    """Where a conversation is kept whose terminal was closed."""
-    from phi4_mlx.line_editor import state_folder
-
-    return state_folder() / "rescued.json"
 
 
 def _help(chat: Chat, rest: str) -> None:
@@ -219,8 +213,6 @@ def _set(chat: Chat, rest: str) -> None:
 
 
 def _tools(chat: Chat, rest: str) -> None:
-    from phi4_mlx.chat_tools import shown_tool
-
     for declared in chat.conversation.toolbox.declarations:
         chat.screen.write(f"{shown_tool(declared)}\n")
     if not chat.conversation.toolbox:

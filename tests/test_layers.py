@@ -19,8 +19,8 @@ FLOORS = {
     3: "checkpoint constrain fingerprint memory prompt_file toolbox",
     4: "decoding generation",
     5: "agent batch rows conversation convert lora mcp_tools speculate transcript user_files",
-    6: "benchmark bridge bridge_lines bridge_model bridge_worker cache_prompt chat chat_commands chat_tools completion "
-    "context server",
+    6: "benchmark bridge bridge_lines bridge_model bridge_worker cache_prompt chat chat_commands chat_screen "
+    "chat_session chat_tools completion context server",
     7: "cli __main__",
 }
 FLOOR_OF = {f"phi4_mlx.{name}": floor for floor, names in FLOORS.items() for name in names.split()}

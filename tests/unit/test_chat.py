@@ -13,9 +13,11 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from phi4_mlx import agent, chat_commands, conversation, transcript
-from phi4_mlx.chat import Chat, HungUp, Screen, _take_turn, _talk
+from phi4_mlx import agent, conversation, transcript
+from phi4_mlx.chat import HungUp, _take_turn, _talk
 from phi4_mlx.chat_commands import COMMANDS, Leave, is_command, obey
+from phi4_mlx.chat_screen import Screen
+from phi4_mlx.chat_session import Chat, rescued_file
 from phi4_mlx.chat_tools import Doorkeeper, shown_call
 from phi4_mlx.command import SAMPLING
 from phi4_mlx.errors import RequestError
@@ -335,7 +337,7 @@ def test_a_closed_terminal_or_a_crash_keeps_the_conversation(
     monkeypatch.setattr("phi4_mlx.line_editor.LineEditor", Editor)
     with pytest.raises(ZeroDivisionError if ending is ZeroDivisionError else RequestError):
         _talk(chat)
-    rescued = chat_commands.rescued_file()
+    rescued = rescued_file()
     assert transcript.load(rescued, chat.conversation.tokenizer)[1] == chat.conversation.turns
 
     chat.conversation.turns.clear()

@@ -12,8 +12,9 @@ import pytest
 
 from phi4_mlx import prompt_file
 from phi4_mlx.agent import Round
-from phi4_mlx.chat import Chat, Screen
 from phi4_mlx.chat_commands import obey
+from phi4_mlx.chat_screen import Screen
+from phi4_mlx.chat_session import Chat
 from phi4_mlx.command import SAMPLING
 from phi4_mlx.conversation import Conversation, Turn, reply_ids
 from phi4_mlx.tool_calls import ToolCall
@@ -92,7 +93,7 @@ def test_no_failure_costs_the_conversation(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(prompt_file, "_checksum", full)
+        patch.setattr(prompt_file, "checksum", full)
         note = last_note(chat, "/save talk")
     assert note.startswith("saved 1 turn to") and note.endswith("/load will prefill anew: No space left on device")
     assert [file.name for file in tmp_path.iterdir()] == ["talk.json"]
