@@ -56,8 +56,10 @@ class Passes(Protocol):
     def advance(self, ids: mx.array, rows: int, decoding: bool) -> mx.array:
         """Runs ids [1, T]; the logits of the last positions, [rows, V]."""
 
-    def draw(self, logits: mx.array, mask: mx.array | None = None) -> tuple[mx.array, mx.array]:
-        """Tokens [rows] for logits [rows, V], and the log-probabilities [rows, V]."""
+    def draw(
+        self, logits: mx.array, row: int | None = None, mask: mx.array | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """Tokens [rows] for the logits [rows, V] of a pass, and log-probabilities [rows, V]; or [1] for one row."""
 
 
 def plain_steps(ids: mx.array, max_tokens: int, passes: Passes) -> Iterator[Drawn]:
@@ -82,9 +84,11 @@ def guessed_steps(ids: mx.array, max_tokens: int, passes: Passes, proposer: Prop
     `plain_steps`, and the proposer learns of each token one pass late.
     """
     proposer.begin([*passes.cache.ids[0].tolist(), *ids[0].tolist()])
-    waiting: tuple[mx.array, mx.array] | None = None  # drawn, and not read
+    # Before a pass the newest token is either unread, in `waiting` and on the device in `ids`, or read, in `newest`.
+    # Before the first one it is neither: then `ids` are the prompt.
+    waiting: tuple[mx.array, mx.array] | None = None
+    newest: int | None = None
     ready: list[Drawn] = []  # read, and not yielded
-    newest: int | None = None  # if it has been read
     left, count = max_tokens, 0
     while left:
         if waiting is not None and proposer.pays():
@@ -133,13 +137,13 @@ def masked_steps(
         guesses = _guesses(proposer, passes.cache, left - 1, len(unread)) if proposer is not None and count else []
         logits = passes.advance(mx.array([[*unread, *guesses]], mx.int32), 1 + len(guesses), count > 0)
         mx.async_eval(logits)
-        first = passes.draw(logits[:1], logits_mask.mask())  # the mask is made while the device runs
+        first = passes.draw(logits, 0, logits_mask.mask())  # the mask is made while the device runs
         mx.async_eval(first[0])
         yield from waiting
-        certain = _obedient(first, logits, passes, logits_mask)[:left]
+        certain = _obedient(first, logits, 0, passes, logits_mask)[:left]
         while (n := len(certain)) < min(left, len(logits)) and [token for token, _ in certain] == guesses[:n]:
-            drawn = passes.draw(logits[n : n + 1], logits_mask.mask())
-            certain = (certain + _obedient(drawn, logits[n:], passes, logits_mask))[:left]
+            drawn = passes.draw(logits, n, logits_mask.mask())
+            certain = (certain + _obedient(drawn, logits, n, passes, logits_mask))[:left]
         numbers = [token for token, _ in certain]
         held = min(_alike(numbers, guesses), len(numbers) - 1)
         if guesses:
@@ -172,13 +176,13 @@ def _alike(tokens: Sequence[int], guesses: Sequence[int]) -> int:
 
 
 def _obedient(
-    drawn: tuple[mx.array, mx.array], logits: mx.array, passes: Passes, logits_mask: LogitsMask
+    drawn: tuple[mx.array, mx.array], logits: mx.array, row: int, passes: Passes, logits_mask: LogitsMask
 ) -> list[Drawn]:
-    """A token that the mask accepts, drawn from the first of the logits [.., V], and those that it forces."""
+    """A token that the mask accepts, drawn from a row of the logits, and those that it forces."""
     token, logprobs = drawn
     number = int(token.item())
     while (forced := logits_mask.accept(number)) is None:
-        token, logprobs = passes.draw(logits[:1], logits_mask.mask())
+        token, logprobs = passes.draw(logits, row, logits_mask.mask())
         number = int(token.item())
     return [(number, logprobs[0]), *((each, _certain(each, logprobs[0])) for each in forced)]
 

@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import index
 from typing import Any, Protocol, TypeVar, overload
 
@@ -317,23 +318,24 @@ class _Passes:
     progress: Progress | None
 
     def advance(self, ids: mx.array, rows: int, decoding: bool) -> mx.array:
-        """Runs ids [1, T] in chunks, and all of the sequence at a RoPE crossing."""
+        """Runs ids [1, T] in chunks, and all of the sequence at a RoPE crossing; the last chunk has all the rows."""
         T, cache, progress = ids.shape[1], self.cache, self.progress
         decoding = decoding or (T == 1 and cache.offset > 0)
         ids = cache.admit(ids, reach=cache.offset + T)
-        total, step_size = ids.shape[1], max(self.step_size, rows)
+        total = ids.shape[1]
+        stops = [*range(self.step_size, total - rows + 1, self.step_size), total]
         if progress and decoding and total == T:
             progress = None
         try:
             if progress:
                 progress(0, total)
-            for start in range(0, total, step_size):
-                hidden = self.model.model(ids[:, start : start + step_size], cache, rows=rows)
-                if start + step_size < total:
+            for start, stop in pairwise([0, *stops]):
+                hidden = self.model.model(ids[:, start:stop], cache, rows=rows)
+                if stop < total:
                     mx.eval([layer.state for layer in cache])
                     mx.clear_cache()
                     if progress:
-                        progress(start + step_size, total)
+                        progress(stop, total)
         finally:
             cache.forget_reach()
         logits = self.model.logits(hidden)[0]
@@ -342,10 +344,15 @@ class _Passes:
             progress(total, total)
         return logits
 
-    def draw(self, logits: mx.array, mask: mx.array | None = None) -> tuple[mx.array, mx.array]:
+    def draw(
+        self, logits: mx.array, row: int | None = None, mask: mx.array | None = None
+    ) -> tuple[mx.array, mx.array]:
         """Tokens, as processors, mask and sampler have it in turn."""
+        rows = range(logits.shape[0]) if row is None else [row]
         if self.processors:
-            logits = mx.concatenate([self._processed(logits, row) for row in range(logits.shape[0])])
+            logits = mx.concatenate([self._processed(logits, each) for each in rows])
+        elif row is not None:
+            logits = logits[row : row + 1]
         if mask is not None:
             logits = mx.where(mask, logits, -mx.inf)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)

@@ -98,8 +98,11 @@ def test_processors_see_the_tokens_before_each_guess(tiny_model: Callable[..., M
         assert tokens(model, PROMPT, 50, proposer=Oracle(plain, wrong), **options) == plain
 
 
-def test_under_a_grammar(demo: tuple[Model, Any]) -> None:
+@pytest.mark.parametrize("penalty", ["none", "repetition_penalty", "presence_penalty", "frequency_penalty"])
+@pytest.mark.parametrize("prefill_step_size", [2, 2048])
+def test_under_a_grammar(demo: tuple[Model, Any], penalty: str, prefill_step_size: int) -> None:
     model, tokenizer = demo
+    processors = [] if penalty == "none" else make_logits_processors(**{penalty: 1.5})
     schema = {
         "type": "object",
         "properties": {"name": {"type": "string"}, "kind": {"enum": ["river", "mill"]}, "n": {"type": "integer"}},
@@ -111,20 +114,18 @@ def test_under_a_grammar(demo: tuple[Model, Any]) -> None:
     def answer(proposer: Any) -> tuple[list[int], int]:
         mask = Constraint(json_schema(schema), tokenizer, model.config.vocab_size, 80)
         cache = model.make_cache()
-        events = [
-            event.token
-            for event in stream_generate(
-                model, tokenizer, prompt, max_tokens=80, logits_mask=mask, proposer=proposer, cache=cache
-            )
-        ]
+        options = {"logits_mask": mask, "logits_processors": processors, "prefill_step_size": prefill_step_size}
+        events = stream_generate(model, tokenizer, prompt, max_tokens=80, proposer=proposer, cache=cache, **options)
+        drawn = [event.token for event in events]
         assert mask.complete
-        return events, cache.offset
+        return drawn, cache.offset
 
     plain, _ = answer(None)
     for wrong in (0, 2, 5):
         guessed, held = answer(Oracle(plain, wrong))
-        assert guessed == plain and len(prompt) < held <= len(prompt) + len(plain)
+        assert guessed == plain and len(prompt) < held <= len(prompt) + len(plain) + 1 + 5  # a pass more, with guesses
     assert answer(PromptLookup(timed=False))[0] == plain
+    assert answer(DraftModel(model, timed=False))[0] == plain
 
 
 @pytest.mark.parametrize("guess", ["likely", "unlikely"])
@@ -244,6 +245,13 @@ def test_a_draft_model_of_other_weights_changes_nothing(tiny_model: Callable[...
         assert tokens(model, PROMPT, 60, proposer=draft) == plain
 
 
+def test_a_draft_whose_context_is_full_guesses_no_more(tiny_model: Callable[..., Model]) -> None:
+    model = tiny_model()
+    plain, draft = tokens(model, PROMPT, 60), DraftModel(tiny_model(max_position_embeddings=30), timed=False)
+    assert tokens(model, PROMPT, 60, proposer=draft) == plain
+    assert not draft.pays() and draft.guess(5) == []
+
+
 def test_a_draft_model_with_another_vocabulary_is_refused(tiny_model: Callable[..., Model]) -> None:
     with pytest.raises(RequestError, match=r"256.*512"):
         make_proposer("auto", tiny_model(), tiny_model(vocab_size=256))
@@ -253,6 +261,8 @@ def test_when_there_are_no_guesses(tiny_model: Callable[..., Model]) -> None:
     model = tiny_model()
     assert make_proposer("off", model) is None
     assert make_proposer("auto", model, seeded=True) is None and make_proposer("auto", model, bounded=True) is None
+    draft = make_proposer("auto", model, tiny_model(seed=1), seeded=True)  # that was asked for, and needs no clock
+    assert isinstance(draft, DraftModel) and not draft.pace.timed
     lookup = make_proposer("lookup", model, seeded=True)
     assert isinstance(lookup, PromptLookup) and not lookup.pace.timed
     with pytest.raises(RequestError, match="max_kv_size"):
