@@ -1,23 +1,30 @@
 """A decode step with little work for the host: what stands between two attentions is one compiled call.
 
 Operation by operation, Python takes longer to build the graph of a step than a fast chip takes to run it. But for the
-cache, that graph is the same from token to token: `mx.compile` traces it once, with the weights as constants. So every
-step makes sure that the weights and modules are still those that were traced, and a step with new ones runs plainly:
-a gradient's are new each time. Gradients through several single-token steps at once need `model.train()`.
+cache, that graph is the same from token to token: `mx.compile` traces it once, with the weights as inputs, so that what
+is written into them in place is seen. Every step makes sure that weights and modules are still those that were traced,
+and one with new ones runs plainly: a gradient's are new each time. Gradients through several single-token steps at once
+need `model.train()`.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, pairwise
 from operator import is_
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 from phi4_mlx.models.rope import Regime, Rope
 
 Call = Callable[..., Any]
+
+ALL = ("",)  # what the names of a module's weights begin with
+BEFORE, AFTER = ("input_layernorm.", "self_attn.qkv_proj."), ("self_attn.o_proj.", "post_attention_layernorm.", "mlp.")
 
 
 class CompiledSteps:
@@ -55,6 +62,10 @@ class CompiledSteps:
             x, *heads = call(x, layer.self_attn.attend(*heads, mask, cache), offset)
         return x
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of it, for a copy of its model, has traced nothing."""
+        return CompiledSteps, (self._rope,)
+
     def _watch(self, parts: Sequence[Any]) -> None:
         """Notes what the parts hold now."""
         self._parts, self._calls = [*parts], {}
@@ -69,16 +80,54 @@ class CompiledSteps:
         return chain(chain.from_iterable(map(dict.values, self._watched)), (self,))
 
     def _trace(self, regime: Regime) -> list[Call]:
+        def heads(layer: Any, x: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
+            return x, *layer.heads(x, self._rope.at(offset, regime, x.dtype))
+
+        def first(embedding: Any, layer: Any, ids: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
+            return heads(layer, embedding(ids), offset)
+
+        def between(layer: Any, following: Any, x: mx.array, seen: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
+            return heads(following, layer.rest(x, seen), offset)
+
+        def last(layer: Any, norm: Any, x: mx.array, seen: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
+            return (norm(layer.rest(x, seen)),)
+
         embedding, *layers, norm = self._parts
         self._calls[regime] = [
-            mx.compile(lambda ids, offset: self._heads(layers[0], embedding(ids), offset, regime)),
-            *(self._between(*pair, regime) for pair in pairwise(layers)),
-            mx.compile(lambda x, attended, offset: (norm(layers[-1].rest(x, attended)),)),
+            _compiled(first, (embedding, ALL), (layers[0], BEFORE)),
+            *(_compiled(between, (layer, AFTER), (following, BEFORE)) for layer, following in pairwise(layers)),
+            _compiled(last, (layers[-1], AFTER), (norm, ALL)),
         ]
         return self._calls[regime]
 
-    def _between(self, layer: Any, following: Any, regime: Regime) -> Call:
-        return mx.compile(lambda x, attended, offset: self._heads(following, layer.rest(x, attended), offset, regime))
 
-    def _heads(self, layer: Any, x: mx.array, offset: mx.array, regime: Regime) -> tuple[mx.array, ...]:
-        return x, *layer.heads(x, self._rope.at(offset, regime, x.dtype))
+def _compiled(function: Call, *modules: tuple[nn.Module, tuple[str, ...]]) -> Call:
+    """`mx.compile` of a function of modules and arrays, as one of arrays.
+
+    Args:
+        function: what is compiled.
+        modules: each with what the names of its weights begin with that the function uses.
+    """
+    twins = [_twin(module) for module, _ in modules]
+    held = [
+        [(name, weight) for name, weight in tree_flatten(module.parameters()) if name.startswith(used)]
+        for module, used in modules
+    ]
+    given = [[weight for _, weight in each] for each in held]
+
+    def traced(weights: list[list[mx.array]], *arrays: mx.array) -> Any:
+        for twin, own, new in zip(twins, held, weights, strict=True):
+            twin.update(tree_unflatten([(name, weight) for (name, _), weight in zip(own, new, strict=True)]))
+        return function(*twins, *arrays)
+
+    call = mx.compile(traced)
+    return lambda *arrays: call(given, *arrays)
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """The module again, over the same arrays, for a trace to put its own in."""
+    twin = copy.copy(module)
+    for name, part in module.items():
+        if isinstance(part, nn.Module):
+            twin[name] = _twin(part)
+    return twin

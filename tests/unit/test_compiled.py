@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx.utils import tree_flatten
 
 from phi4_mlx.lora.layers import adapter_layers, adapter_off, add_adapter
 from phi4_mlx.models.text import Model
@@ -95,6 +98,35 @@ def test_what_was_changed_is_seen(tiny_model: Callable[..., Model], change: Call
     change(model)
     after, plain = step(model, cache), step(model, cache, plain=True)
     assert mx.allclose(after, plain, rtol=0, atol=1e-5) and not mx.allclose(after, before, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_what_is_written_into_an_array_in_place_is_seen(tiny_model: Callable[..., Model], quantised: bool) -> None:
+    model = tiny_model()
+    if quantised:
+        nn.quantize(model, 32, 4)
+    cache = filled(model)
+    before = step(model, cache)
+    for name, array in tree_flatten(model.parameters()):
+        if array.dtype == mx.uint32:
+            array[:] = mx.random.randint(0, 2**31, array.shape, key=mx.random.key(4)).astype(mx.uint32)
+        else:
+            array *= -1.5
+        logits = model(mx.array([[7]]), cache)  # a single step: the first one after it
+        cache.trim(1)
+        plain = step(model, cache, plain=True)
+        assert mx.allclose(logits, plain, rtol=1e-4, atol=1e-4) and not mx.allclose(logits, before, atol=1e-4), name
+        before = logits
+
+
+def test_a_copy_of_a_model_that_has_decoded(tiny_model: Callable[..., Model]) -> None:
+    model = tiny_model()
+    logits = step(model, filled(model))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert mx.array_equal(step(twin, filled(twin)), logits)
+        replace_norm(twin)
+        assert not mx.allclose(step(twin, filled(twin)), logits, atol=1e-3)
+    assert mx.array_equal(step(model, filled(model)), logits)
 
 
 def test_an_adapter_switched_off_is_off(tiny_model: Callable[..., Model]) -> None:
