@@ -21,8 +21,11 @@ def group_size(head_dim: int) -> int:
 
 
 def buffer_length(num_tokens: int) -> int:
-    """The positions of the buffer that so many tokens are put in."""
-    return -(-num_tokens // KVCache.STEP) * KVCache.STEP
+    """The positions of the buffer that so many tokens are put in.
+
+    One is always left: a buffer that they filled would be no copy of them, and hold on to all that they are a part of.
+    """
+    return (num_tokens // KVCache.STEP + 1) * KVCache.STEP
 
 
 class KVCache:

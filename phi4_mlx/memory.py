@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from phi4_mlx.cache import buffer_length, group_size
+from phi4_mlx.cache import KVCache, buffer_length, group_size
 from phi4_mlx.errors import RequestError
-from phi4_mlx.models.attention import BLOCK
+from phi4_mlx.models.attention import BLOCK, SLICE
 from phi4_mlx.models.text import Model
 
 PREFILL_STEP_SIZE = 2048  # tokens a chunk; hidden states of one chunk take about 100 MB in Phi-4-mini
@@ -46,8 +46,9 @@ class ContextPlan:
         token_bytes: of the keys and values of one token.
         layer_bytes: of those, in one layer: while its buffers grow, the old ones stand beside the new.
         work_bytes: of what a chunk of a prefill has in memory besides, for each of its tokens.
+        score_bytes: of the scores of all heads for a pair of tokens, and their softmax, where they are made: on a CPU.
         longest: tokens that the model's context holds.
-        held: tokens that the cache holds at most.
+        held: tokens that the cache holds at most, between two chunks.
         limit_bytes: what this machine allows.
     """
 
@@ -55,18 +56,21 @@ class ContextPlan:
     token_bytes: int
     layer_bytes: int
     work_bytes: int
+    score_bytes: int
     longest: int
     held: int
     limit_bytes: int
 
-    def cache_bytes(self, length: int) -> int:
-        """Bytes of the buffers that so many tokens fill."""
-        return buffer_length(min(length, self.held)) * self.token_bytes
+    def cache_bytes(self, length: int, chunk: int = PREFILL_STEP_SIZE) -> int:
+        """Bytes of the buffers for so many tokens, put in in chunks; a cache that forgets still holds all of one."""
+        return buffer_length(min(length, max(self.held, self.held - KVCache.STEP + chunk))) * self.token_bytes
 
     def peak_bytes(self, length: int, chunk: int = PREFILL_STEP_SIZE) -> int:
         """Bytes at the peak of a prefill of so many tokens, in chunks."""
-        growing = self.cache_bytes(length) * self.layer_bytes // self.token_bytes
-        return self.weights_bytes + self.cache_bytes(length) + growing + min(length, chunk) * self.work_bytes
+        new, cache = min(length, chunk), self.cache_bytes(length, chunk)
+        growing = cache * self.layer_bytes // self.token_bytes
+        scores = min(new * length, SLICE) * self.score_bytes
+        return self.weights_bytes + cache + growing + new * self.work_bytes + scores
 
     @property
     def most_tokens(self) -> int:
@@ -92,12 +96,14 @@ def plan_context(model: Model, kv_bits: int | None = None, max_kv_size: int | No
     work = itemsize * (2 * config.hidden_size + max(3 * width, 3 * config.intermediate_size))
     if kv_bits is not None:  # in float32: queries, what they saw, and two blocks of scores
         work += 4 * (3 * heads + 2 * config.num_attention_heads * BLOCK)
+    dense = kv_bits is None and mx.default_device() == mx.Device(mx.cpu)
     token_bytes = kv_bytes(model, kv_bits)
     return ContextPlan(
         weights_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
         token_bytes=token_bytes,
         layer_bytes=token_bytes // config.num_hidden_layers,
         work_bytes=work,
+        score_bytes=2 * itemsize * config.num_attention_heads if dense else 0,
         longest=config.max_position_embeddings,
         held=max_kv_size or config.max_position_embeddings,
         limit_bytes=memory_limit(),

@@ -206,7 +206,7 @@ def test_mlx_lms_own_tools_work_and_get_the_right_table(tiny_model: Callable[...
 def test_a_quantised_cache_takes_its_share_of_memory(bits: int) -> None:
     cache, keys = KVCache(bits), mx.random.normal((1, 2, 512, 128))
     packed, _ = cache.update_and_fetch(keys, keys)
-    assert cache.nbytes == 2 * 2 * 512 * 128 * (bits / 8 + 2 * 4 / 64)  # scales and biases of groups of 64, in float32
+    assert cache.nbytes == 2 * 2 * 768 * 128 * (bits / 8 + 2 * 4 / 64)  # scales and biases of groups of 64, in float32
     step = float(mx.abs(packed[1]).max())  # the width of the coarsest step
     assert mx.abs(mx.dequantize(*packed, 64, bits) - keys).max() <= 1.01 * step
 
@@ -271,7 +271,11 @@ def test_a_bounded_cache_goes_on_and_on(tiny_model: Callable[..., Model]) -> Non
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"kv_bits": 3}, "kv_bits 3.*4 or 8"), ({"max_kv_size": 511}, "511.*512"), ({"kv_bits": 4}, "multiple of 32.*16")],
+    [
+        ({"kv_bits": 3}, "kv_bits 3.*4 or 8"), ({"kv_bits": 4.0}, r"kv_bits 4\.0.*4 or 8"),
+        ({"kv_bits": 4}, "multiple of 32.*16"), ({"max_kv_size": 511}, "512.*511"),
+        ({"max_kv_size": 600.5}, r"whole number from 512.*600\.5"), ({"regime": "middle"}, "'middle'.*short or long"),
+    ],
 )
 def test_caches_that_cannot_be(tiny_model: Callable[..., Model], options: dict[str, int], said: str) -> None:
     with pytest.raises(RequestError, match=said):

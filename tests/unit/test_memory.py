@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -68,14 +69,44 @@ def test_the_longest_context_is_the_last_that_fits(tiny_model: Callable[..., Mod
     assert replace(plan, limit_bytes=10**15).most_tokens == 4096 and memory_limit() > 10**9
 
 
-def test_a_bounded_cache_costs_no_more_than_its_bound(tiny_model: Callable[..., Model]) -> None:
-    plan = plan_context(tiny_model(max_position_embeddings=4096), max_kv_size=512)
-    assert plan.cache_bytes(4096) == plan.cache_bytes(512) and plan.most_tokens == 4096
+@pytest.mark.parametrize("chunk", [100, 256, 700, 2048])
+def test_a_bounded_cache_costs_its_bound_and_a_chunk(tiny_model: Callable[..., Model], chunk: int) -> None:
+    model = tiny_model(max_position_embeddings=4096)
+    plan = plan_context(model, max_kv_size=512)
+    cache, most = model.make_cache(max_kv_size=512), 0
+    for start in range(0, 3000, chunk):
+        mx.eval(model(mx.ones((1, min(chunk, 3000 - start)), mx.int32), cache))
+        most = max(most, cache.nbytes)
+    assert 0.75 < most / plan.cache_bytes(3000, chunk) <= 1.0
+    assert plan.cache_bytes(4096, chunk) == plan.cache_bytes(3000, chunk) and plan.most_tokens == 4096
+
+
+@pytest.mark.parametrize("kv_bits", [None, 4])
+@pytest.mark.parametrize("length", [300, 2048])
+def test_a_prefill_takes_what_is_planned(tiny_model: Callable[..., Model], kv_bits: int | None, length: int) -> None:
+    wide = {"hidden_size": 192, "head_dim": 32, "num_attention_heads": 6, "num_key_value_heads": 2}
+    model = tiny_model(num_hidden_layers=12, max_position_embeddings=4096, **wide)
+    plan, cache = plan_context(model, kv_bits), model.make_cache("long", kv_bits)
+    others = mx.get_active_memory() - plan.weights_bytes
+    taken = peak(lambda: model.model(mx.ones((1, length), mx.int32), cache, rows=1)) - others
+    assert 0.8 < taken / plan.peak_bytes(length) < 1.2, f"{taken / 1e6:.1f} MB, planned {plan.peak_bytes(length) / 1e6}"
+
+
+@pytest.mark.parametrize("length", [256, 300, 1024])
+def test_a_cache_holds_on_to_nothing_but_its_buffers(tiny_model: Callable[..., Model], length: int) -> None:
+    model = tiny_model(max_position_embeddings=4096)
+    mx.eval(model(mx.ones((1, 1), mx.int32)))
+    cache = model.make_cache("long")
+    gc.collect()
+    before = mx.get_active_memory()
+    mx.eval(model(mx.ones((1, length), mx.int32), cache))
+    held = mx.get_active_memory() - before
+    assert cache.nbytes <= held < cache.nbytes + 10_000  # a view of the chunk's heads would be as large again
 
 
 def test_what_cannot_fit_is_refused_with_what_would() -> None:
     plan = ContextPlan(
-        weights_bytes=2 * 10**9, token_bytes=131_072, layer_bytes=4096, work_bytes=100_000,
+        weights_bytes=2 * 10**9, token_bytes=131_072, layer_bytes=4096, work_bytes=100_000, score_bytes=0,
         longest=131_072, held=131_072, limit_bytes=8 * 10**9,
     )  # fmt: skip
     check_context(plan, plan.most_tokens)
