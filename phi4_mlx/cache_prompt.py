@@ -39,17 +39,19 @@ def _parser() -> Parser:
 
 def _cache(args: argparse.Namespace) -> None:
     file = Path(os.path.expanduser(args.prompt_cache_file)).absolute()
-    if file.is_dir() or not file.parent.is_dir():  # now, not after a long prefill
+    if (file.exists() and not file.is_file()) or not file.parent.is_dir():  # now, not after a long prefill
         raise RequestError(f"{file} cannot be written; name a file in a folder that exists")
     prompt = read_prompt(args)
 
     from phi4_mlx.checkpoint import DEFAULT_MODEL, load
     from phi4_mlx.generation import generate_step
+    from phi4_mlx.memory import check_context, plan_context
     from phi4_mlx.prompt_file import save_prompt_cache
 
     model, tokenizer = load(args.model or DEFAULT_MODEL, **load_options(args), lazy=True)
     cache = model.make_cache(kv_bits=args.kv_bits)
     ids = _beginning(tokenizer, prompt, args.system_prompt)
+    check_context(plan_context(model, args.kv_bits), len(ids))
     for _ in generate_step(ids, model, max_tokens=1, cache=cache, prompt_progress_callback=show_progress):
         pass
     said = {"text": prompt} if args.system_prompt is None else {"text": prompt, "system_prompt": args.system_prompt}

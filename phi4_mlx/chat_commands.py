@@ -139,11 +139,13 @@ def _save_cache(chat: Chat, path: Path) -> str:
     if cache.is_trimmable():
         cache.reuse([*conversation.ids(), -1])  # a turn that was taken back is not kept; -1 is no token
     if not cache.offset:
+        beside.unlink(missing_ok=True)  # of turns that were taken back
         return ""
     drawn = json.dumps([_replies(turn) for turn in conversation.turns])
     try:
         size = save_prompt_cache(beside, cache, conversation.model, conversation.tokenizer, {"replies": drawn})
     except (Phi4Error, OSError) as error:
+        beside.unlink(missing_ok=True)
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
         return f"; the prompt cache is not kept, and /load will prefill anew: {reason}"
     return f", its prompt cache to {beside.name}, {size / 1e6:,.1f} MB"

@@ -17,20 +17,16 @@ import mlx.core as mx
 from phi4_mlx.cache import PromptCache
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.fingerprint import WITHOUT, adapter_fingerprint, base_fingerprint, checksum
-from phi4_mlx.lora.adapter import replacing
 from phi4_mlx.models.text import Model
-from phi4_mlx.tensor_file import GET_ANEW, Header, TensorWriter, read_whole_header
+from phi4_mlx.tensor_file import GET_ANEW, Header, TensorWriter, read_whole_header, replacing
 
 _FORMAT, _VERSION = "phi4_mlx_prompt_cache", "1"
-_OWN = "phi4_mlx."  # what stands before the names of our metadata, so that the caller's may be any
+_OWN = "phi4_mlx."  # what stands before the names of our metadata
 _MAKE_ANEW = "make it anew, with cache-prompt or save_prompt_cache"
-_PARTS = {
-    None: ("keys", "values"),
-    4: ("keys", "keys.scales", "keys.biases", "values", "values.scales", "values.biases"),
-}
-_PARTS[8] = _PARTS[4]
+_PLAIN = ("keys", "values")
+_QUANTISED = ("keys", "keys.scales", "keys.biases", "values", "values.scales", "values.biases")
 _STORED = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.int32: "I32", mx.uint8: "U8"}
-_CHECKSUM = ("checksum", ("U8", (32,)))
+_CHECKSUM = ("U8", (32,))
 
 
 class Tokenizer(Protocol):
@@ -49,17 +45,19 @@ def save_prompt_cache(
         cache: from `model.make_cache()`, with a prompt in it; B must be 1.
         model: the one that filled it, with the same adapter.
         tokenizer: the one that made the ids.
-        metadata: what else the file shall say.
+        metadata: what else the file shall say; no name begins with "phi4_mlx".
 
     Returns:
         The size of the file in bytes.
 
     Raises:
-        RequestError: the cache is empty, has forgotten tokens, holds several sequences, or does not know its ids.
+        RequestError: the cache is empty, has forgotten tokens, holds several sequences, or does not know its ids;
+            the metadata are no texts by name; there is something at the path that is no regular file.
         OSError: the file cannot be written; the older one is still there.
     """
     path = Path(os.path.expanduser(path))
     _check_savable(cache)
+    _check_metadata(metadata or {})
     tensors = {"ids": cache.ids[0].astype(mx.int32)}
     for layer, held in enumerate(cache):
         tensors |= zip(_names(layer, held.bits), held.state, strict=True)
@@ -67,7 +65,7 @@ def save_prompt_cache(
     about = {_FORMAT: _VERSION, **(metadata or {}), **{f"{_OWN}{name}": value for name, value in own.items()}}
     layout = {name: (_STORED[array.dtype], array.shape) for name, array in tensors.items()}
     with replacing(path) as partial:
-        with TensorWriter(partial, dict([*layout.items(), _CHECKSUM]), about) as writer:
+        with TensorWriter(partial, layout | {"checksum": _CHECKSUM}, about) as writer:
             os.chmod(partial, 0o600)
             for name, array in tensors.items():
                 writer.write(name, [memoryview(mx.contiguous(array).view(mx.uint8))])
@@ -141,8 +139,18 @@ def _check_savable(cache: PromptCache) -> None:
         )
 
 
+def _check_metadata(metadata: Mapping[str, str]) -> None:
+    for name, value in metadata.items():
+        try:
+            (name + value).encode()
+        except (TypeError, AttributeError, UnicodeEncodeError):
+            raise RequestError(f"the metadata {name!r:.60}: {value!r:.60} must be two texts in UTF-8") from None
+        if name == "format" or name.startswith("phi4_mlx"):
+            raise RequestError(f"the metadata cannot have the name {name!r:.60}, which the format uses; take another")
+
+
 def _names(layer: int, bits: int | None) -> list[str]:
-    return [f"layers.{layer}.{part}" for part in _PARTS[bits]]
+    return [f"layers.{layer}.{part}" for part in (_PLAIN if bits is None else _QUANTISED)]
 
 
 def _shape(cache: PromptCache) -> dict[str, str]:

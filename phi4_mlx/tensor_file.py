@@ -10,19 +10,20 @@ stands twice and for entries written as lists, which mlx cannot read.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from phi4_mlx.config import read_json
-from phi4_mlx.errors import CheckpointError, ConfigError
+from phi4_mlx.errors import CheckpointError, ConfigError, RequestError
 
 INDEX_FILE = "model.safetensors.index.json"
 GET_ANEW = "download or convert it again"
@@ -277,6 +278,25 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write a file to, which becomes `path` when all went well, and is gone when anything did not.
+
+    Raises:
+        RequestError: what is there is no regular file.
+    """
+    if path.exists() and not path.is_file():
+        raise RequestError(f"{path} is there and is no regular file, so it is not replaced; name another file")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)  # of a run that was killed
+    try:
+        yield partial
+        partial.replace(path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:

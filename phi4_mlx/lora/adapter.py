@@ -7,12 +7,11 @@ such a folder too, the tensors are the model's own, under its own names.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import mlx.core as mx
 
 from phi4_mlx.config import read_json
 from phi4_mlx.errors import CheckpointError
-from phi4_mlx.tensor_file import TensorWriter, read_header, sync
+from phi4_mlx.tensor_file import TensorWriter, read_header, replacing
 
 TENSORS_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
 
@@ -230,19 +229,6 @@ def write_config(path: Path, config: Mapping[str, Any]) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write a file to, which becomes `path` when all went well, and is gone when anything did not."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)  # of a run that was killed
-    try:
-        yield partial
-        partial.replace(path)
-        sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _config(adapter: Adapter, total_layers: int) -> dict[str, Any]:

@@ -83,6 +83,29 @@ def test_the_next_prompt_is_prefilled_behind_what_was_kept(new_chat: Callable[..
     assert second.conversation.turns == first.conversation.turns
 
 
+def test_an_older_cache_of_what_was_taken_back_is_gone(
+    new_chat: Callable[..., Chat], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    kept = tmp_path / "talk.cache.safetensors"
+    for failing in (False, True):
+        chat = new_chat()
+        remember(chat, said("one", "a secret"), *([said("two", "three")] if failing else []))
+        last_note(chat, "/save talk")
+        assert kept.exists()
+        for _ in chat.conversation.turns.copy():
+            obey(chat, "/undo")
+        if failing:
+            remember(chat, said("five", "six"))
+        with monkeypatch.context() as patch:
+            patch.setattr(prompt_file, "checksum", full)
+            last_note(chat, "/save talk")
+        assert not kept.exists()
+        (tmp_path / "talk.json").unlink()
+
+
 def test_no_failure_costs_the_conversation(
     new_chat: Callable[..., Chat], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import stat
 from collections.abc import Callable
@@ -193,6 +194,39 @@ def test_what_cannot_be_kept_is_refused(tiny_model: TinyModel, tmp_path: Path) -
         with pytest.raises(RequestError, match=complaint):
             save_prompt_cache(path, cache, model, TOKENIZER)  # type: ignore[arg-type]
         assert not [*tmp_path.iterdir()]
+
+
+def test_only_a_regular_file_is_replaced(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model, pipe, link = tiny_model(), tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(tmp_path / "kept")
+    for path in (pipe, tmp_path, ""):
+        with pytest.raises(RequestError, match="is no regular file, so it is not replaced; name another file"):
+            save_prompt_cache(path, filled(model), model, TOKENIZER)
+    assert stat.S_ISFIFO(pipe.stat().st_mode) and {*tmp_path.iterdir()} == {pipe, link}
+    save_prompt_cache(link, filled(model), model, TOKENIZER)
+    assert load_prompt_cache(link, model, TOKENIZER).offset == 40
+
+
+@pytest.mark.parametrize(
+    ("metadata", "complaint"),
+    [
+        ({"phi4_mlx_prompt_cache": "9"}, "cannot have the name 'phi4_mlx_prompt_cache', which the format uses"),
+        ({"phi4_mlx.model": "x"}, "cannot have the name"),
+        ({"format": "x"}, "cannot have the name 'format'"),
+        ({"a": 9}, "'a': 9 must be two texts in UTF-8"),
+        ({9: 9}, "must be two texts in UTF-8"),
+        ({"a": b"b"}, "must be two texts in UTF-8"),
+        ({"a": "\ud800"}, "must be two texts in UTF-8"),
+    ],
+)
+def test_metadata_that_would_not_come_back_are_refused(
+    tiny_model: TinyModel, tmp_path: Path, metadata: Any, complaint: str
+) -> None:
+    model = tiny_model()
+    with pytest.raises(RequestError, match=complaint):
+        save_prompt_cache(tmp_path / "kept", filled(model), model, TOKENIZER, metadata)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_file_is_whole_or_the_older_one(
