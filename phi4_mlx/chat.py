@@ -22,6 +22,7 @@ from phi4_mlx.command import (
     add_model_options,
     add_sampling_options,
     cache_options,
+    check_decoding_options,
     load_options,
     read_standard_input,
     run,
@@ -59,6 +60,7 @@ def _chat(args: argparse.Namespace) -> None:
     prompt = read_standard_input() if args.prompt == "-" else args.prompt
     if prompt is not None and not prompt.strip():
         raise RequestError("the prompt is empty; it needs at least one character that is not white space")
+    check_decoding_options(args)
     person = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     chat = Chat(Screen(), {name: getattr(args, name.replace("-", "_")) for name in SAMPLING}, person)
     chat.cache_options, chat.speculate = cache_options(args), args.speculate

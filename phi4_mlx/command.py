@@ -253,6 +253,19 @@ def add_decoding_options(parser: Parser) -> None:
     parser.add_argument("--draft-model", type=word, metavar="MODEL", help="guess them with this smaller model instead")
 
 
+def check_decoding_options(args: argparse.Namespace) -> None:
+    """Sees to it that no option leaves another one nothing to do.
+
+    Raises:
+        RequestError: one does.
+    """
+    guesses = "--draft-model" if args.draft_model is not None else f"--speculate {args.speculate}"
+    if args.draft_model is not None and args.speculate == "off":
+        raise RequestError("--draft-model guesses tokens, and --speculate off forbids it; drop one")
+    if args.max_kv_size is not None and guesses in ("--draft-model", "--speculate lookup"):
+        raise RequestError(f"{guesses} may have to take tokens back, which --max-kv-size forgets; drop one")
+
+
 def cache_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `make_cache` takes for the options."""
     return {"kv_bits": args.kv_bits, "max_kv_size": args.max_kv_size}

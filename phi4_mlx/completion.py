@@ -15,6 +15,7 @@ from phi4_mlx.command import (
     add_model_options,
     add_sampling_options,
     cache_options,
+    check_decoding_options,
     drawing,
     load_options,
     printable,
@@ -138,6 +139,7 @@ def _grammar(args: argparse.Namespace) -> Grammar:
 
 
 def _check_options(args: argparse.Namespace) -> None:
+    check_decoding_options(args)
     if args.ignore_chat_template and args.system_prompt is not None:
         raise RequestError("--system-prompt needs the chat format, and --ignore-chat-template leaves it out; drop one")
     settled = {"ignore_chat_template": False, "system_prompt": None, "kv_bits": None, "max_kv_size": None}

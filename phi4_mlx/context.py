@@ -39,9 +39,9 @@ def _context(args: argparse.Namespace) -> None:
             for n in lengths
             for bits, plan in plans.items()
         ]
-        longest = {str(bits): plan.most_tokens for bits, plan in plans.items()}
+        longest = [{"kv_bits": bits, "tokens": plan.most_tokens} for bits, plan in plans.items()]
         weights = {"weights_bytes": plain.weights_bytes, "limit_bytes": plain.limit_bytes}
-        print(json.dumps({"model": name} | weights | {"longest_tokens": longest, "contexts": rows}))
+        print(json.dumps({"model": name} | weights | {"longest": longest, "contexts": rows}))
         return
     heads = ["" if bits is None else f"--kv-bits {bits}" for bits in plans]
     print(f"{name}: weights {_size(plain.weights_bytes)}; this machine allows {_size(plain.limit_bytes)}")

@@ -64,9 +64,9 @@ class Sampler:
             allowed = logits
         if not 0 < self.top_p < 1:
             return mx.random.categorical(allowed, key=key)
-        tries = math.ceil(_UNLUCKY / math.log(1 - self.top_p))
+        tries = _UNLUCKY / math.log1p(-self.top_p)
         if tries <= _MOST_TRIES and logits.shape[-1] > _BLOCK:
-            return _draw_from_nucleus(logits, allowed, self.top_p, tries, key)
+            return _draw_from_nucleus(logits, allowed, self.top_p, math.ceil(tries), key)
         return _draw_sorted(logits, allowed, self.top_p, key)
 
 

@@ -205,18 +205,23 @@ class DraftModel:
 
     def pays(self) -> bool:
         """Whether a guess is worth waiting for the token before it."""
-        return self.pace.length(self._rate.chance, MOST) > 0 or self._since >= self.RETRY
+        promising = self.pace.length(self._rate.chance, MOST) > 0 or self._since >= self.RETRY
+        return promising and self._room > 0
 
     def guess(self, most: int) -> list[int]:
         """The tokens that may come next, at most so many."""
-        n = min(most, max(1, self.pace.length(self._rate.chance, most)))
-        n = min(n, self.draft.config.max_position_embeddings - len(self._ids))
+        n = min(most, max(1, self.pace.length(self._rate.chance, most)), self._room)
         if n < 1:
             return []
         new = self._cache.reuse(self._ids)
         self._guesses = [token for token, _ in generate_step(new, self.draft, max_tokens=n, cache=self._cache)]
         self._since = 0
         return [*self._guesses]
+
+    @property
+    def _room(self) -> int:
+        """How many tokens more the draft's context holds, but for one that is certain and not yet known here."""
+        return self.draft.config.max_position_embeddings - len(self._ids) - 1
 
 
 def make_proposer(
@@ -234,11 +239,12 @@ def make_proposer(
     Raises:
         RequestError: the draft model has another vocabulary.
     """
-    if mode == "off" or (mode == "auto" and (seeded or bounded)):
+    timed = mode == "auto" and not seeded
+    if mode == "off" or bounded or (draft is None and mode == "auto" and seeded):
         return None
     if draft is None:
-        return PromptLookup(timed=mode == "auto")
+        return PromptLookup(timed)
     ours, theirs = model.config.vocab_size, draft.config.vocab_size
     if ours != theirs:
         raise RequestError(f"the draft model's vocabulary is {theirs}, the model's {ours}; take one of the same family")
-    return DraftModel(draft, timed=mode == "auto")
+    return DraftModel(draft, timed)

@@ -23,6 +23,7 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.models.attention import attention
 from phi4_mlx.models.compiled import CompiledSteps
 from phi4_mlx.models.rope import PackedRotation, Regime, Rope, Rotation
+from phi4_mlx.sampling import check_whole
 
 
 class Attention(nn.Module):
@@ -216,12 +217,14 @@ class Model(nn.Module):
         Raises:
             RequestError: a number is outside its range, or the heads cannot be quantised.
         """
-        if kv_bits not in (None, 4, 8):
+        if regime not in (None, "short", "long"):
+            raise RequestError(f"regime {regime!r} is not known; it must be short or long, or None to go by the length")
+        if kv_bits is not None and (type(kv_bits) is not int or kv_bits not in (4, 8)):
             raise RequestError(f"kv_bits {kv_bits!r} is not known; it must be 4 or 8, or None for no quantisation")
         if kv_bits and self.config.head_dim % 32:
             raise RequestError(f"kv_bits needs heads of a multiple of 32 numbers, not {self.config.head_dim}")
-        if max_kv_size is not None and max_kv_size < 2 * KVCache.STEP:
-            raise RequestError(f"max_kv_size {max_kv_size} is too small; it must be at least {2 * KVCache.STEP} tokens")
+        if max_kv_size is not None:
+            check_whole("max_kv_size", max_kv_size, 2 * KVCache.STEP)
         caches = [KVCache(kv_bits, max_kv_size) for _ in self.layers]
         return PromptCache(caches, self.model.rope.regime, regime)
 

@@ -25,7 +25,7 @@ from report import draw, markdown, rows
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-LAST = ("speculation", "batching", "load", "tools", "preference", "teach")  # those that take long
+LAST = ("speculation", "batching", "load", "tools", "preference", "loss", "teach", "retrieval")  # those that take long
 TIMEOUT_S = 3600
 
 

@@ -1,6 +1,6 @@
 """How often the demo finds a fact at the far end of its context, under the right RoPE table and under the wrong one.
 
-    python tests/bench/retrieval.py [--pages 40]
+    python tests/bench/retrieval.py [--pages 20]
 
 Each prompt is a page of facts and a question about the first of them, at several lengths below and past the boundary.
 An answer counts if it is right to the letter. Prints a Markdown table; the last line is JSON.
@@ -47,7 +47,7 @@ def found(model: Any, ids: list[int], answer: list[int], regime: str | None) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--pages", type=int, default=40, help="prompts of each length")
+    parser.add_argument("--pages", type=int, default=20, help="prompts of each length")
     options = parser.parse_args()
     model, tokenizer = load(options.model)
     boundary = model.config.original_max_position_embeddings

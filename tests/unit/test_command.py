@@ -14,7 +14,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi4_mlx.command import Parser, number, one_line, printable, run, text, utf8
+from phi4_mlx.command import (
+    Parser,
+    add_decoding_options,
+    check_decoding_options,
+    number,
+    one_line,
+    printable,
+    run,
+    text,
+    utf8,
+)
 from phi4_mlx.errors import ConfigError, RequestError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,3 +142,23 @@ def test_nothing_printed_can_steer_a_terminal(anything: str) -> None:
     shown = printable(anything)
     assert not {c for c in shown if (c < " " and c not in "\n\t") or "\x7f" <= c <= "\x9f"}
     assert "\n" not in one_line(anything)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--draft-model", "demo", "--speculate", "off"], "--draft-model guesses tokens, and --speculate off forbids"),
+        (["--draft-model", "demo", "--max-kv-size", "512"], "--draft-model may have to take tokens back, which --max"),
+        (["--speculate", "lookup", "--max-kv-size", "512"], "--speculate lookup may have to take tokens back, which"),
+        (["--max-kv-size", "512"], ""),
+        (["--draft-model", "demo"], ""),
+        (["--speculate", "off", "--max-kv-size", "512"], ""),
+    ],
+)
+def test_no_option_is_dropped_in_silence(
+    options: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = Parser(prog="phi4-mlx test", description="")
+    add_decoding_options(parser)
+    assert run(parser, check_decoding_options, options) == (2 if complaint else 0)
+    assert complaint in capsys.readouterr().err

@@ -38,6 +38,8 @@ def test_greedy_takes_the_likeliest() -> None:
         ({"top_p": 0.79}, 3),
         ({"top_p": 0.81}, 4),
         ({"top_p": 0.0}, 6),
+        ({"top_p": 1e-17}, 1),
+        ({"top_p": 5e-324}, 1),
         ({"min_p": 0.36}, 3),
         ({"min_p": 0.11}, 5),
         ({"top_k": 4, "top_p": 0.9, "min_p": 0.3}, 3),
