@@ -37,7 +37,7 @@ def attention(queries: mx.array, keys: Any, values: Any, scale: float, mask: Any
     """
     if bits is not None:
         return in_blocks(queries, keys, values, scale, mask, bits)
-    if mx.default_device() == mx.Device(mx.cpu) and isinstance(mask, str):
+    if isinstance(mask, str) and mx.default_device() == mx.Device(mx.cpu):
         return in_slices(queries, keys, values, scale, max(1, SLICE // keys.shape[2]))
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 

@@ -1,10 +1,10 @@
 """A decode step with little work for the host: what stands between two attentions is one compiled call.
 
 Operation by operation, Python takes longer to build the graph of a step than a fast chip takes to run it. But for the
-cache, that graph is the same from token to token: `mx.compile` traces it once, with the weights as inputs, so that what
-is written into them in place is seen. Every step makes sure that weights and modules are still those that were traced,
-and one with new ones runs plainly: a gradient's are new each time. Gradients through several single-token steps at once
-need `model.train()`.
+cache, that graph is the same from token to token, and from block to block: `mx.compile` traces it once, with weights as
+inputs, so that what is written into them in place is seen. Every step makes sure that weights and modules are still
+those that were traced, and one with new ones runs plainly: a gradient's are new each time. Gradients through several
+single-token steps at once need `model.train()`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class CompiledSteps:
     def __init__(self, rope: Rope) -> None:
         self._rope = rope
         self._parts: list[Any] = []  # what is traced: the embedding, the blocks, the norm
+        self._attends: list[Call] = []
         self._watched: list[dict[str, Any]] = []
         self._seen: list[Any] = []
         self._calls: dict[Regime, list[Call]] = {}
@@ -58,8 +59,8 @@ class CompiledSteps:
         calls = self._calls.get(regime) or self._trace(regime)
         offset = mx.array(offset)
         x, *heads = calls[0](ids, offset)
-        for layer, cache, call in zip(self._parts[1:-1], caches, calls[1:], strict=True):
-            x, *heads = call(x, layer.self_attn.attend(*heads, mask, cache), offset)
+        for attend, cache, call in zip(self._attends, caches, calls[1:], strict=True):
+            x, *heads = call(x, attend(*heads, mask, cache), offset)
         return x
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -69,10 +70,11 @@ class CompiledSteps:
     def _watch(self, parts: Sequence[Any]) -> None:
         """Notes what the parts hold now."""
         self._parts, self._calls = [*parts], {}
+        self._attends = [layer.self_attn.attend for layer in parts[1:-1]]
         modules = [module for part in parts for _, module in part.named_modules()]
-        # A module is a dict of its arrays and modules; an adapter's scale is a plain attribute.
-        plain = ("mlx.", "phi4_mlx.models.")
-        self._watched = [*modules, *(vars(each) for each in modules if not type(each).__module__.startswith(plain))]
+        # A module is a dict of its arrays and modules; an epsilon, or an adapter's scale, is a plain attribute.
+        all_have = {"_no_grad", "_training"}
+        self._watched = [*modules, *(plain for each in modules if (plain := vars(each)).keys() - all_have)]
         self._seen = [*self._contents()]
 
     def _contents(self) -> Iterable[Any]:
@@ -93,35 +95,52 @@ class CompiledSteps:
             return (norm(layer.rest(x, seen)),)
 
         embedding, *layers, norm = self._parts
+        inner = _Traced(between, AFTER, BEFORE)
         self._calls[regime] = [
-            _compiled(first, (embedding, ALL), (layers[0], BEFORE)),
-            *(_compiled(between, (layer, AFTER), (following, BEFORE)) for layer, following in pairwise(layers)),
-            _compiled(last, (layers[-1], AFTER), (norm, ALL)),
+            _Traced(first, ALL, BEFORE).on(embedding, layers[0]),
+            *(inner.on(*pair) for pair in pairwise(layers)),
+            _Traced(last, AFTER, ALL).on(layers[-1], norm),
         ]
         return self._calls[regime]
 
 
-def _compiled(function: Call, *modules: tuple[nn.Module, tuple[str, ...]]) -> Call:
-    """`mx.compile` of a function of modules and arrays, as one of arrays.
+class _Traced:
+    """`mx.compile` of a function of modules and arrays; one trace serves all modules that differ in weights alone.
 
     Args:
         function: what is compiled.
-        modules: each with what the names of its weights begin with that the function uses.
+        used: what the names of the weights begin with that it uses, for each module.
     """
-    twins = [_twin(module) for module, _ in modules]
-    held = [
-        [(name, weight) for name, weight in tree_flatten(module.parameters()) if name.startswith(used)]
-        for module, used in modules
-    ]
-    given = [[weight for _, weight in each] for each in held]
 
-    def traced(weights: list[list[mx.array]], *arrays: mx.array) -> Any:
-        for twin, own, new in zip(twins, held, weights, strict=True):
-            twin.update(tree_unflatten([(name, weight) for (name, _), weight in zip(own, new, strict=True)]))
-        return function(*twins, *arrays)
+    def __init__(self, function: Call, *used: tuple[str, ...]) -> None:
+        self._function, self._used = function, used
+        self._traces: list[tuple[list[nn.Module], Call]] = []  # each with modules of its own
 
-    call = mx.compile(traced)
-    return lambda *arrays: call(given, *arrays)
+    def on(self, *modules: nn.Module) -> Call:
+        """The function of the arrays that are left."""
+        weights = [[weight for _, weight in each] for each in self._weights(modules)]
+        call = next((call for twins, call in self._traces if all(map(_alike, twins, modules))), None)
+        call = call or self._compile(modules)
+        return lambda *arrays: call(weights, *arrays)
+
+    def _weights(self, modules: Sequence[nn.Module]) -> list[list[tuple[str, mx.array]]]:
+        return [
+            [(name, weight) for name, weight in sorted(tree_flatten(module.parameters())) if name.startswith(used)]
+            for module, used in zip(modules, self._used, strict=True)
+        ]
+
+    def _compile(self, modules: Sequence[nn.Module]) -> Call:
+        twins = [_twin(module) for module in modules]
+        names = [[name for name, _ in each] for each in self._weights(modules)]
+
+        def traced(weights: list[list[mx.array]], *arrays: mx.array) -> Any:
+            for twin, own, given in zip(twins, names, weights, strict=True):
+                twin.update(tree_unflatten([*zip(own, given, strict=True)]))
+            return self._function(*twins, *arrays)
+
+        call = mx.compile(traced)
+        self._traces.append((twins, call))
+        return call
 
 
 def _twin(module: nn.Module) -> nn.Module:
@@ -131,3 +150,15 @@ def _twin(module: nn.Module) -> nn.Module:
         if isinstance(part, nn.Module):
             twin[name] = _twin(part)
     return twin
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two modules, or parts of them, differ in nothing but their weights, which `parameters` has all."""
+    if type(one) is not type(other):
+        return False
+    if not isinstance(one, nn.Module):
+        return isinstance(one, mx.array) or one == other
+    if vars(one) != vars(other) or one.keys() != other.keys():
+        return False
+    private = any(name.startswith("_") and isinstance(part, mx.array) for name, part in one.items())
+    return not private and all(_alike(part, other[name]) for name, part in one.items())

@@ -199,7 +199,8 @@ def _ratios(results: Results, folder: Path) -> Path | None:
     for place, row in enumerate(reversed(found)):
         cost, bar = ((1 / n if row.figure.side == "least" else n) if n else None for n in (row.value, row.figure.bar))
         axes.barh(place, cost, color="tab:red" if row.ok is False else "tab:blue", height=0.7)
-        axes.annotate(f" {cost:.2f}", (0, place), va="center", fontsize=8, color="white")
+        at, colour = (0.0, "white") if cost > 0.1 else (cost, "black")  # beside a bar that is too short for it
+        axes.annotate(f" {cost:.2g}", (at, place), va="center", fontsize=8, color=colour)
         if bar:
             axes.plot([bar, bar], [place - 0.4, place + 0.4], color="black", linewidth=1.5)
     axes.axvline(1, color="grey", linestyle="--", linewidth=1)

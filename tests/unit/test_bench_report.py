@@ -84,7 +84,7 @@ def test_plots_are_drawn_of_what_there_is(report: ModuleType, tmp_path: Path) ->
 def test_every_figure_names_a_script(report: ModuleType, runner: ModuleType) -> None:
     names = runner.scripts(BENCH)
     assert {figure.bench for figure in report.FIGURES} <= set(names)
-    assert names[-1] == "teach" and not {"peer", "report", "__main__"} & set(names)
+    assert names[-1] == "retrieval" and not {"peer", "report", "__main__"} & set(names)
 
 
 @pytest.mark.parametrize(

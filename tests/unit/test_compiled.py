@@ -87,12 +87,50 @@ def put_an_adapter_on(model: Model) -> None:
         layer.lora_b = mx.ones_like(layer.lora_b)
 
 
-CHANGES = [replace_norm, replace_layer, replace_last_norm, replace_embedding, update_all, quantise, put_an_adapter_on]
+def change_epsilon(model: Model) -> None:
+    model.layers[0].post_attention_layernorm.eps = 9.0
+
+
+def put_an_adapter_on_some_layers(model: Model) -> None:
+    add_adapter(model, num_layers=1, rank=4, scale=2.0)
+    for layer in adapter_layers(model).values():
+        layer.lora_b = mx.ones_like(layer.lora_b)
+
+
+def quantise_some_layers(model: Model) -> None:
+    nn.quantize(model.layers[1], 32, 4)
+
+
+class Scaled(nn.Module):
+    """A module with an array that is no parameter, and a number that is no array."""
+
+    def __init__(self, inner: nn.Module, array: float, number: float) -> None:
+        super().__init__()
+        self.inner, self._array, self.number = inner, mx.array(array), number
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.inner(x) * self._array * self.number
+
+
+def scale_by_arrays(model: Model) -> None:
+    for place, layer in enumerate(model.layers):
+        layer.mlp = Scaled(layer.mlp, 1.0 + place, 1.0)
+
+
+def scale_by_numbers(model: Model) -> None:
+    for place, layer in enumerate(model.layers):
+        layer.mlp = Scaled(layer.mlp, 1.0, 1.0 + place)
+
+
+CHANGES = [
+    replace_norm, replace_layer, replace_last_norm, replace_embedding, update_all, quantise, quantise_some_layers,
+    put_an_adapter_on, put_an_adapter_on_some_layers, scale_by_arrays, scale_by_numbers, change_epsilon,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_was_changed_is_seen(tiny_model: Callable[..., Model], change: Callable[[Model], None]) -> None:
-    model = tiny_model()
+    model = tiny_model(num_hidden_layers=5)
     cache = filled(model)
     before = step(model, cache)
     change(model)
