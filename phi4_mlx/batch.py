@@ -29,7 +29,7 @@ FORCED_RUN = 8  # forced tokens that are worth a prefill of their own, rather th
 
 def _buffer_bytes(model: Model, length: int) -> int:
     """Bytes of the buffers that hold so many tokens and the next one."""
-    return buffer_length(length + 1) * kv_bytes(model)
+    return buffer_length(length) * kv_bytes(model)
 
 
 @dataclass(eq=False)

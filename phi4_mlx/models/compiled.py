@@ -10,14 +10,14 @@ single-token steps at once need `model.train()`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, pairwise
 from operator import is_
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from phi4_mlx.models.rope import Regime, Rope
 
@@ -125,7 +125,7 @@ class _Traced:
 
     def _weights(self, modules: Sequence[nn.Module]) -> list[list[tuple[str, mx.array]]]:
         return [
-            [(name, weight) for name, weight in sorted(tree_flatten(module.parameters())) if name.startswith(used)]
+            [(name, weight) for name, weight in sorted(_weights(module)) if name.startswith(used)]
             for module, used in zip(modules, self._used, strict=True)
         ]
 
@@ -143,8 +143,24 @@ class _Traced:
         return call
 
 
+def _is_open(part: Any) -> bool:
+    """Whether it is a module without more than weights and plain values; an adapter also keeps what it made of them."""
+    return isinstance(part, nn.Module) and type(part).__module__.startswith(("mlx.", "phi4_mlx.models."))
+
+
+def _weights(module: nn.Module, path: str = "") -> Iterator[tuple[str, mx.array]]:
+    """The arrays of a module by name, but for those of modules that are not open: they are constants of a trace."""
+    for name, part in module.items() if _is_open(module) else ():
+        if isinstance(part, mx.array):
+            yield path + name, part
+        elif _is_open(part):
+            yield from _weights(part, f"{path}{name}.")
+
+
 def _twin(module: nn.Module) -> nn.Module:
     """The module again, over the same arrays, for a trace to put its own in."""
+    if not _is_open(module):
+        return module
     twin = copy.copy(module)
     for name, part in module.items():
         if isinstance(part, nn.Module):
@@ -153,12 +169,12 @@ def _twin(module: nn.Module) -> nn.Module:
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Whether two modules, or parts of them, differ in nothing but their weights, which `parameters` has all."""
+    """Whether two modules, or parts of them, differ in nothing but weights, which a trace is given."""
     if type(one) is not type(other):
         return False
-    if not isinstance(one, nn.Module):
-        return isinstance(one, mx.array) or one == other
-    if vars(one) != vars(other) or one.keys() != other.keys():
-        return False
-    private = any(name.startswith("_") and isinstance(part, mx.array) for name, part in one.items())
-    return not private and all(_alike(part, other[name]) for name, part in one.items())
+    if _is_open(one):
+        parts, others = {**vars(one), **one}, {**vars(other), **other}
+        return parts.keys() == others.keys() and all(_alike(part, others[name]) for name, part in parts.items())
+    if isinstance(one, (bool, int, float, str, set)):
+        return one == other
+    return isinstance(one, mx.array) or one is other
