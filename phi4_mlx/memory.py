@@ -46,7 +46,7 @@ class ContextPlan:
         token_bytes: of the keys and values of one token.
         layer_bytes: of those, in one layer: while its buffers grow, the old ones stand beside the new.
         work_bytes: of what a chunk of a prefill has in memory besides, for each of its tokens.
-        score_bytes: of the scores of all heads for a pair of tokens, and their softmax, where they are made: on a CPU.
+        score_bytes: of the scores of all heads for a pair of tokens, where they are made: on a CPU.
         longest: tokens that the model's context holds.
         held: tokens that the cache holds at most, between two chunks.
         limit_bytes: what this machine allows.
@@ -103,7 +103,7 @@ def plan_context(model: Model, kv_bits: int | None = None, max_kv_size: int | No
         token_bytes=token_bytes,
         layer_bytes=token_bytes // config.num_hidden_layers,
         work_bytes=work,
-        score_bytes=2 * itemsize * config.num_attention_heads if dense else 0,
+        score_bytes=itemsize * config.num_attention_heads if dense else 0,
         longest=config.max_position_embeddings,
         held=max_kv_size or config.max_position_embeddings,
         limit_bytes=memory_limit(),

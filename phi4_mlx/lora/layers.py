@@ -75,8 +75,8 @@ class LoRALinear(nn.Module):
         if self.training:
             return self._fold(dtype)
         arrays = self.adapter()
-        if self._folded is None or not self._folded.is_of(arrays, dtype):
-            self._folded = _Folded(arrays, dtype, self._fold(dtype))
+        if self._folded is None or not self._folded.is_of(arrays, dtype, self.scale):
+            self._folded = _Folded(arrays, dtype, self.scale, self._fold(dtype))
         return self._folded.operands
 
     def _fold(self, dtype: mx.Dtype) -> tuple[mx.array, ...]:
@@ -129,16 +129,18 @@ class DoRALinear(LoRALinear):
         return mx.sqrt(mx.maximum(squares, 1e-30))  # a row of zeros stays one
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Folded:
     """Operands, and what they were made of. No array is ever changed in place, so the same object is the same value."""
 
     arrays: tuple[mx.array, ...]
     dtype: mx.Dtype
+    scale: float
     operands: tuple[mx.array, ...]
 
-    def is_of(self, arrays: tuple[mx.array, ...], dtype: mx.Dtype) -> bool:
-        return self.dtype == dtype and all(old is new for old, new in zip(self.arrays, arrays, strict=True))
+    def is_of(self, arrays: tuple[mx.array, ...], dtype: mx.Dtype, scale: float) -> bool:
+        same = all(old is new for old, new in zip(self.arrays, arrays, strict=True))
+        return same and (self.dtype, self.scale) == (dtype, scale)
 
 
 def add_adapter(

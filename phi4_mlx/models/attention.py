@@ -45,7 +45,7 @@ def attention(queries: mx.array, keys: Any, values: Any, scale: float, mask: Any
 def in_slices(queries: mx.array, keys: mx.array, values: mx.array, scale: float, rows: int) -> mx.array:
     """Causal attention, `rows` queries at a time, each slice over the keys that it may see."""
     T, S = queries.shape[2], keys.shape[2]
-    slices = []
+    slices, queued = [], 0
     for start in range(0, T, rows):
         stop = min(T, start + rows)
         seen = S - T + stop
@@ -54,8 +54,10 @@ def in_slices(queries: mx.array, keys: mx.array, values: mx.array, scale: float,
                 queries[:, :, start:stop], keys[:, :, :seen], values[:, :, :seen], scale=scale, mask="causal"
             )
         )
-        if seen * (stop - start) > QUEUED and stop < T:
+        queued += seen * (stop - start)
+        if queued > QUEUED:
             mx.eval(slices)
+            queued = 0
     return slices[0] if len(slices) == 1 else mx.concatenate(slices, axis=2)
 
 

@@ -2,9 +2,9 @@
 
 Operation by operation, Python takes longer to build the graph of a step than a fast chip takes to run it. But for the
 cache, that graph is the same from token to token, and from block to block: `mx.compile` traces it once, with weights as
-inputs, so that what is written into them in place is seen. Every step makes sure that weights and modules are still
-those that were traced, and one with new ones runs plainly: a gradient's are new each time. Gradients through several
-single-token steps at once need `model.train()`.
+inputs, so that what is written into them in place is seen; adapters, and what they are on, are constants of a trace.
+Every step makes sure that weights and modules are still those that were traced, and one with new ones runs plainly: a
+gradient's are new each time. Gradients through several single-token steps at once need `model.train()`.
 """
 
 from __future__ import annotations

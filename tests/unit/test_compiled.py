@@ -12,7 +12,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from phi4_mlx.lora.layers import adapter_layers, adapter_off, add_adapter
+from phi4_mlx.lora.layers import DoRALinear, adapter_layers, adapter_off, add_adapter
 from phi4_mlx.models.text import Model
 
 
@@ -20,7 +20,7 @@ def step(model: Model, cache: Any, token: int = 7, plain: bool = False) -> mx.ar
     """Logits of one token that is taken back afterwards; in training blocks run one by one."""
     B = cache.ids.shape[0]
     model.train(plain)
-    for _ in range(2):  # the first one with weights that are new runs plainly
+    for _ in range(3):  # the first one with weights that are new runs plainly, and the next one where adapters fold
         logits = model(mx.full((B, 1), token, mx.int32), cache)
         mx.eval(logits)
         cache.trim(1)
@@ -122,9 +122,17 @@ def scale_by_numbers(model: Model) -> None:
         layer.mlp = Scaled(layer.mlp, 1.0, 1.0 + place)
 
 
+def change_the_scale_of_an_adapter(model: Model) -> None:
+    put_an_adapter_on(model)
+    mx.eval(model(mx.array([[1]])))
+    for layer in adapter_layers(model).values():
+        layer.scale *= 3
+
+
 CHANGES = [
     replace_norm, replace_layer, replace_last_norm, replace_embedding, update_all, quantise, quantise_some_layers,
     put_an_adapter_on, put_an_adapter_on_some_layers, scale_by_arrays, scale_by_numbers, change_epsilon,
+    change_the_scale_of_an_adapter,
 ]  # fmt: skip
 
 
@@ -194,3 +202,12 @@ def test_gradients_flow_through_a_single_token(tiny_model: Callable[..., Model])
         mx.eval(gradients)
         cache.trim(1)
     assert mx.abs(gradients[1]).max() > 0 and mx.allclose(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_fold_once_for_all_steps(tiny_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(num_hidden_layers=5)
+    add_adapter(model, kind="dora")
+    cache = filled(model)
+    step(model, cache)
+    monkeypatch.setattr(DoRALinear, "_fold", None)
+    step(model, cache)
