@@ -155,9 +155,10 @@ class Decoder(nn.Module):
         rotation: Rotation | PackedRotation = self.rope.at(offset, regime, x.dtype)
         if segments is not None:
             rotation, mask = self.rope.packed(segments, x.dtype), _block_diagonal(segments)
-        for layer, layer_cache in zip(self.layers, layers, strict=True):
+        wanted = [*[None] * (len(self.layers) - 1), rows]
+        for layer, layer_cache, layer_rows in zip(self.layers, layers, wanted, strict=True):
             run = nn.utils.checkpoint(layer) if self.recompute and self.training else layer
-            x = run(x, rotation, mask, layer_cache, rows if layer is self.layers[-1] else None)
+            x = run(x, rotation, mask, layer_cache, layer_rows)
         T = T if rows is None else rows
         return self.norm(x if x.shape[1] == T else x[:, -T:])
 

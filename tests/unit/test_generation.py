@@ -419,6 +419,12 @@ def test_a_schema_that_cannot_be_answered_is_refused(
         generate(*pair, "hi", **options)
 
 
+def test_a_block_that_stands_twice_has_all_rows_the_first_time(tiny_model: Callable[..., Model]) -> None:
+    model, ids = tiny_model(), mx.arange(20)[None]
+    model.model.layers[0] = model.layers[1]
+    assert mx.allclose(model.model(ids, model.make_cache(), rows=2), model.model(ids)[:, -2:], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 40])
 @pytest.mark.parametrize("cached", [0, 25])
 def test_the_last_rows_alone_are_those_of_the_whole(tiny_model: Callable[..., Model], rows: int, cached: int) -> None:
