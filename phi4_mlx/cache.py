@@ -61,11 +61,10 @@ class KVCache:
         new = [keys, values] if self.bits is None else [*self._quantised(keys), *self._quantised(values)]
         if not self._buffers or end > self._buffers[0].shape[2]:
             self._buffers = [self._grown(*pair) for pair in zip(self._buffers or [None] * len(new), new, strict=True)]
-        self._filled = end
-        where, filled = (slice(None), slice(None), slice(start, end)), (slice(None), slice(None), slice(end))
+        self._filled, held = end, []
         for buffer, part in zip(self._buffers, new, strict=True):
-            buffer[where] = part
-        held = [buffer[filled] for buffer in self._buffers]
+            buffer[:, :, start:end] = part
+            held.append(buffer[:, :, :end])
         return (held[0], held[1]) if self.bits is None else (tuple(held[:3]), tuple(held[3:]))
 
     def _quantised(self, array: mx.array) -> Sequence[mx.array]:

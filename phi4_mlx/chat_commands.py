@@ -136,16 +136,15 @@ def _save_cache(chat: Chat, path: Path) -> str:
 
     conversation, beside = chat.conversation, _cache_file(path)
     cache = conversation.cache
+    beside.unlink(missing_ok=True)  # what it holds may have been taken back
     if cache.is_trimmable():
         cache.reuse([*conversation.ids(), -1])  # a turn that was taken back is not kept; -1 is no token
     if not cache.offset:
-        beside.unlink(missing_ok=True)  # of turns that were taken back
         return ""
     drawn = json.dumps([_replies(turn) for turn in conversation.turns])
     try:
         size = save_prompt_cache(beside, cache, conversation.model, conversation.tokenizer, {"replies": drawn})
     except (Phi4Error, OSError) as error:
-        beside.unlink(missing_ok=True)
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
         return f"; the prompt cache is not kept, and /load will prefill anew: {reason}"
     return f", its prompt cache to {beside.name}, {size / 1e6:,.1f} MB"

@@ -33,7 +33,6 @@ class CompiledSteps:
     def __init__(self, rope: Rope) -> None:
         self._rope = rope
         self._parts: list[Any] = []  # what is traced: the embedding, the blocks, the norm
-        self._attends: list[Call] = []
         self._watched: list[dict[str, Any]] = []
         self._seen: list[Any] = []
         self._calls: dict[Regime, list[Call]] = {}
@@ -59,8 +58,8 @@ class CompiledSteps:
         calls = self._calls.get(regime) or self._trace(regime)
         offset = mx.array(offset)
         x, *heads = calls[0](ids, offset)
-        for attend, cache, call in zip(self._attends, caches, calls[1:], strict=True):
-            x, *heads = call(x, attend(*heads, mask, cache), offset)
+        for layer, cache, call in zip(self._parts[1:-1], caches, calls[1:], strict=True):
+            x, *heads = call(x, layer.self_attn.attend(*heads, mask, cache), offset)
         return x
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -70,7 +69,6 @@ class CompiledSteps:
     def _watch(self, parts: Sequence[Any]) -> None:
         """Notes what the parts hold now."""
         self._parts, self._calls = [*parts], {}
-        self._attends = [layer.self_attn.attend for layer in parts[1:-1]]
         modules = [module for part in parts for _, module in part.named_modules()]
         # A module is a dict of its arrays and modules; an epsilon, or an adapter's scale, is a plain attribute.
         all_have = {"_no_grad", "_training"}
@@ -118,20 +116,17 @@ class _Traced:
 
     def on(self, *modules: nn.Module) -> Call:
         """The function of the arrays that are left."""
-        weights = [[weight for _, weight in each] for each in self._weights(modules)]
-        call = next((call for twins, call in self._traces if all(map(_alike, twins, modules))), None)
-        call = call or self._compile(modules)
-        return lambda *arrays: call(weights, *arrays)
-
-    def _weights(self, modules: Sequence[nn.Module]) -> list[list[tuple[str, mx.array]]]:
-        return [
-            [(name, weight) for name, weight in sorted(_weights(module)) if name.startswith(used)]
+        held = [
+            {name: weight for name, weight in sorted(_weights(module)) if name.startswith(used)}
             for module, used in zip(modules, self._used, strict=True)
         ]
+        call = next((call for twins, call in self._traces if all(map(_alike, twins, modules))), None)
+        call = call or self._compile(modules, [[*each] for each in held])
+        weights = [[*each.values()] for each in held]
+        return lambda *arrays: call(weights, *arrays)
 
-    def _compile(self, modules: Sequence[nn.Module]) -> Call:
+    def _compile(self, modules: Sequence[nn.Module], names: list[list[str]]) -> Call:
         twins = [_twin(module) for module in modules]
-        names = [[name for name, _ in each] for each in self._weights(modules)]
 
         def traced(weights: list[list[mx.array]], *arrays: mx.array) -> Any:
             for twin, own, given in zip(twins, names, weights, strict=True):

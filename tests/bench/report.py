@@ -190,6 +190,11 @@ def _canvas(height: float) -> tuple[Any, Any]:
     return canvas, canvas.subplots()
 
 
+def _saved(canvas: Any, path: Path) -> Path:
+    canvas.savefig(path, dpi=120)
+    return path
+
+
 def _ratios(results: Results, folder: Path) -> Path | None:
     """Bars of what ours costs where mlx-lm's costs 1, with the bar of each as a tick."""
     found = [row for row in rows(results) if row.figure.ratio and row.value > 0]
@@ -207,9 +212,7 @@ def _ratios(results: Results, folder: Path) -> Path | None:
     axes.set_yticks(range(len(found)), [row.figure.what.replace("`", "") for row in reversed(found)], fontsize=8)
     axes.set(xlabel="cost, mlx-lm = 1 (tokens a second: inverted); tick: the bar", title="Beside mlx-lm")
     axes.set_xlim(left=0)
-    path = folder / "ratios.png"
-    canvas.savefig(path, dpi=120)
-    return path
+    return _saved(canvas, folder / "ratios.png")
 
 
 def _memory(results: Results, folder: Path) -> Path | None:
@@ -231,9 +234,7 @@ def _memory(results: Results, folder: Path) -> Path | None:
     axes.set(xlabel="context, tokens", ylabel="peak, MB", title="One layer: 128 new tokens over a 4-bit cache")
     axes.grid(alpha=0.3)
     axes.legend()
-    path = folder / "memory.png"
-    canvas.savefig(path, dpi=120)
-    return path
+    return _saved(canvas, folder / "memory.png")
 
 
 def _accepted(results: Results, folder: Path) -> Path | None:
@@ -246,6 +247,4 @@ def _accepted(results: Results, folder: Path) -> Path | None:
     axes.bar_label(bars, fmt="%.2f")
     axes.axhline(1, color="grey", linestyle="--", linewidth=1)
     axes.set(xlabel="task", ylabel="tokens a forward pass", title="Guessed from the prompt")
-    path = folder / "accepted.png"
-    canvas.savefig(path, dpi=120)
-    return path
+    return _saved(canvas, folder / "accepted.png")
