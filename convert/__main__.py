@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from phi4_mlx.command import Parser, number, progress_bar, run, text
+from phi4_mlx.terminal.command import Parser, number, progress_bar, run, text
 
 from .quantize import MODES
 

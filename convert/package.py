@@ -9,24 +9,24 @@ without it no loader takes the folder for a model.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from phi4_mlx.checkpoint import resolve
-from phi4_mlx.config import ModelConfig, read_json
+from phi4_mlx.config import ModelConfig
 from phi4_mlx.errors import RequestError, TokenizerError
-from phi4_mlx.manifest import MANIFEST_FILE
-from phi4_mlx.tensor_file import INDEX_FILE, file_in, sync
-from phi4_mlx.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from phi4_mlx.files.atomic import whole_or_absent
+from phi4_mlx.files.json_file import read_json
+from phi4_mlx.files.manifest import MANIFEST_FILE
+from phi4_mlx.files.safetensors import INDEX_FILE, file_in
+from phi4_mlx.hub import resolve
+from phi4_mlx.tokens.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 from .quantize import make_recipe, quantization_config
 from .weights import Parameter, plan, shards, write_shard
@@ -220,66 +220,6 @@ def _write_weights(out: Path, parameters: list[Parameter], progress: Callable[[i
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         files[INDEX_FILE] = _write(out / INDEX_FILE, _json(index))
     return files
-
-
-@contextlib.contextmanager
-def whole_or_absent(target: Path) -> Iterator[Path]:
-    """A new folder that becomes `target` when all went well, and is gone when anything did not.
-
-    A run that was killed leaves its folder behind, without its lock; the next run to the same target clears it.
-
-    Raises:
-        RequestError: `target` exists already, or cannot be written.
-    """
-    target = Path(os.path.abspath(os.path.expanduser(target)))
-    if os.path.lexists(target):
-        raise RequestError(f"{target} already exists; remove it, or name another folder")
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(partial):
-            try:
-                for left in partial.iterdir():
-                    shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-                yield partial
-                sync(partial)
-                partial.rename(target)
-                sync(target.parent)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise RequestError(f"{target} cannot be written: {reason}; nothing was left there") from None
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Makes the folder, or takes over one that nobody holds; the lock ends with the process, however it ends."""
-    lock = None
-    while lock is None:
-        folder.mkdir(exist_ok=True)
-        lock = _lock(folder)
-    try:
-        yield
-    finally:
-        os.close(lock)
-
-
-def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder; None if its owner has renamed or removed it in the meantime."""
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(folder.stat(), os.fstat(lock)):
-            return lock
-    except FileNotFoundError:
-        pass
-    except BlockingIOError:
-        os.close(lock)
-        raise RequestError(f"{folder} belongs to another process, still running; wait for it to end") from None
-    os.close(lock)
-    return None
 
 
 def _write(path: Path, data: bytes) -> dict[str, Any]:

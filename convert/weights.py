@@ -20,8 +20,8 @@ from mlx.utils import tree_flatten
 from phi4_mlx.checkpoint import check_tensors, empty_model
 from phi4_mlx.config import ModelConfig
 from phi4_mlx.errors import CheckpointError, RequestError
+from phi4_mlx.files.safetensors import TensorInfo, TensorWriter, read_header, tensor_bytes, weight_files
 from phi4_mlx.models.text import Model
-from phi4_mlx.tensor_file import TensorInfo, TensorWriter, read_header, tensor_bytes, weight_files
 
 from .quantize import Layout, Recipe, Scheme
 

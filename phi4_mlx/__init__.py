@@ -18,39 +18,40 @@ if TYPE_CHECKING:
     from typing import Any
 
     from phi4_mlx.agent import AgentResult, run_tools
-    from phi4_mlx.cache import PromptCache
     from phi4_mlx.checkpoint import load
     from phi4_mlx.config import ModelConfig
     from phi4_mlx.errors import CheckpointError, ConfigError, Phi4Error, RequestError, TokenizerError
-    from phi4_mlx.generation import GenerationResponse, generate, generate_step, stream_generate
+    from phi4_mlx.generation.prompt_cache_file import load_prompt_cache, save_prompt_cache
+    from phi4_mlx.generation.sampling import make_logits_processors, make_sampler
+    from phi4_mlx.generation.steps import generate_step
+    from phi4_mlx.generation.stream import GenerationResponse, generate, stream_generate
     from phi4_mlx.lora.run import finetune
+    from phi4_mlx.models.cache import PromptCache
     from phi4_mlx.models.text import Model
-    from phi4_mlx.prompt_file import load_prompt_cache, save_prompt_cache
-    from phi4_mlx.sampling import make_logits_processors, make_sampler
-    from phi4_mlx.tokenizer import Tokenizer
+    from phi4_mlx.tokens.tokenizer import Tokenizer
 
 _HOMES = {
     "AgentResult": "agent",
     "CheckpointError": "errors",
     "ConfigError": "errors",
-    "GenerationResponse": "generation",
+    "GenerationResponse": "generation.stream",
     "Model": "models.text",
     "ModelConfig": "config",
     "Phi4Error": "errors",
-    "PromptCache": "cache",
+    "PromptCache": "models.cache",
     "RequestError": "errors",
-    "Tokenizer": "tokenizer",
+    "Tokenizer": "tokens.tokenizer",
     "TokenizerError": "errors",
     "finetune": "lora.run",
-    "generate": "generation",
-    "generate_step": "generation",
+    "generate": "generation.stream",
+    "generate_step": "generation.steps",
     "load": "checkpoint",
-    "load_prompt_cache": "prompt_file",
-    "make_logits_processors": "sampling",
-    "make_sampler": "sampling",
+    "load_prompt_cache": "generation.prompt_cache_file",
+    "make_logits_processors": "generation.sampling",
+    "make_sampler": "generation.sampling",
     "run_tools": "agent",
-    "save_prompt_cache": "prompt_file",
-    "stream_generate": "generation",
+    "save_prompt_cache": "generation.prompt_cache_file",
+    "stream_generate": "generation.stream",
 }
 
 __all__ = [

@@ -13,17 +13,16 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from phi4_mlx.errors import RequestError
-from phi4_mlx.generation import GenerationResponse, stream_generate
-from phi4_mlx.sampling import check_whole
-from phi4_mlx.tool_calls import ToolCall, ToolCallParser
-from phi4_mlx.toolbox import Tool, Toolbox, error_text
+from phi4_mlx.errors import RequestError, check_whole
+from phi4_mlx.generation.stream import GenerationResponse, stream_generate
+from phi4_mlx.tools.calls import ToolCall, ToolCallParser
+from phi4_mlx.tools.toolbox import Tool, Toolbox, error_text
 
 if TYPE_CHECKING:
-    from phi4_mlx.cache import PromptCache
-    from phi4_mlx.constrain import Grammar
+    from phi4_mlx.grammar.grammars import Grammar
+    from phi4_mlx.models.cache import PromptCache
     from phi4_mlx.models.text import Model
-    from phi4_mlx.tokenizer import Tokenizer
+    from phi4_mlx.tokens.tokenizer import Tokenizer
 
 MAX_ROUNDS = 8
 MAX_TOKENS = 1024  # of one answer; more than elsewhere, since a call that is cut is none
@@ -116,7 +115,7 @@ def run_tools(
         prompt,
         toolbox if tool_choice != "none" else Toolbox(),
         model.make_cache() if cache is None else cache,
-        grammar=None if tool_choice == "auto" else toolbox.grammar(tool_choice),
+        grammar=None if tool_choice == "auto" else tool_grammar(toolbox, tool_choice),
         max_rounds=max_rounds,
         timeout_s=timeout_s,
         approve=approve,
@@ -220,6 +219,7 @@ class ToolLoop:
             raise RequestError("logits_mask is for one answer only, and there may be several; use tool_choice")
         self._model, self._tokenizer, self._prompt = model, tokenizer, list(prompt)
         self._toolbox, self._cache, self._grammar = toolbox, cache, grammar
+        self._call_grammar = tool_grammar(toolbox, "auto")
         self._max_tokens, self._max_rounds, self._timeout_s = max_tokens, max_rounds, timeout_s
         self._approve, self._options, self._ends_at = approve, options, float("inf")
         self.rounds: list[Round] = []
@@ -292,10 +292,10 @@ class ToolLoop:
     def _constraint(self, max_tokens: int) -> Any:
         """What holds the answer that is about to be drawn, if anything does."""
         must = self._grammar if len(self.rounds) == 1 else None
-        grammar = must or self._toolbox.grammar("auto")
+        grammar = must or self._call_grammar
         if grammar is None:
             return None
-        from phi4_mlx.constrain import Constraint
+        from phi4_mlx.grammar.constraint import Constraint
 
         # What must be is brought to its end in time. A call that is the model's own wish is cut, and so not run, rather
         # than run with half an argument.
@@ -336,6 +336,19 @@ class ToolLoop:
                 raise _TimeUp
 
         return watch
+
+
+def tool_grammar(toolbox: Toolbox, choice: str | Mapping[str, Any]) -> Grammar | None:
+    """The grammar of an answer under a `tool_choice`; None where the answer is free.
+
+    Raises:
+        RequestError: `choice` names an unknown tool, or a tool's schema has no grammar.
+    """
+    if choice == "none" or (choice == "auto" and not (toolbox.strict and toolbox.declarations)):
+        return None
+    from phi4_mlx.grammar.grammars import tool_calls
+
+    return tool_calls(toolbox.declarations) if choice == "auto" else tool_calls(toolbox.declarations, choice)
 
 
 class _TimeUp(Exception):

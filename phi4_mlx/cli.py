@@ -6,19 +6,19 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from phi4_mlx.command import USER_MISTAKE, complain
+from phi4_mlx.terminal.command import USER_MISTAKE, complain
 
 COMMANDS = {
-    "generate": ("phi4_mlx.completion", "print the answer to one prompt"),
-    "cache-prompt": ("phi4_mlx.cache_prompt", "prefill a long text once, for many prompts of generate"),
-    "chat": ("phi4_mlx.chat", "talk with a model in the terminal"),
+    "generate": ("phi4_mlx.commands.generate", "print the answer to one prompt"),
+    "cache-prompt": ("phi4_mlx.commands.cache_prompt", "prefill a long text once, for many prompts of generate"),
+    "chat": ("phi4_mlx.chat.__main__", "talk with a model in the terminal"),
     "server": ("phi4_mlx.server.__main__", "serve a model over HTTP: OpenAI's and Anthropic's APIs, and a chat page"),
-    "bridge": ("phi4_mlx.bridge", "serve another program over standard input and output"),
-    "context": ("phi4_mlx.context", "what contexts of a model cost in memory, and what this machine allows"),
+    "bridge": ("phi4_mlx.bridge.__main__", "serve another program over standard input and output"),
+    "context": ("phi4_mlx.commands.context", "what contexts of a model cost in memory, and what this machine allows"),
     "lora": ("phi4_mlx.lora.__main__", "fine-tune a model on your own data"),
     "convert": ("phi4_mlx.convert.__main__", "make a package, 4-bit say, from a Hugging Face checkpoint"),
-    "benchmark": ("phi4_mlx.benchmark", "measure how fast a model is on this machine"),
-    "fuse": ("phi4_mlx.lora.fuse", "make a package of a model and an adapter"),
+    "benchmark": ("phi4_mlx.commands.benchmark", "measure how fast a model is on this machine"),
+    "fuse": ("phi4_mlx.commands.fuse", "make a package of a model and an adapter"),
 }
 PROG = "phi4-mlx"
 

@@ -6,7 +6,6 @@ Both layouts are read: `rope_scaling` beside `rope_theta` (transformers 4), and 
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from phi4_mlx.errors import ConfigError
+from phi4_mlx.files.json_file import read_json
 
 # Maths that the decoder does not do: each field, and the values under which it changes nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -132,27 +132,6 @@ class ModelConfig:
         if self.quantization:
             raw["quantization"] = raw["quantization_config"] = dict(self.quantization)
         return raw
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file.
-
-    Raises:
-        ConfigError: the file is missing, cannot be read, or does not hold a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path} does not exist; a model folder holds config.json, weights and tokenizer files"
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
 
 
 def _parse(raw: Mapping[str, Any]) -> ModelConfig:

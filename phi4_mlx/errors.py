@@ -30,3 +30,15 @@ class TokenizerError(Phi4Error):
 
 class RequestError(Phi4Error):
     """A prompt, an option, or a file named on the command line cannot be served."""
+
+
+def check_number(name: str, value: float, low: float, high: float) -> None:
+    """Raises RequestError unless `value` is a number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise RequestError(f"{name} must be a number from {low} to {high}, not {value!r}")
+
+
+def check_whole(name: str, value: int, low: int, high: int = 2**31) -> None:
+    """Raises RequestError unless `value` is a whole number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise RequestError(f"{name} must be a whole number from {low} to {high}, not {value!r}")

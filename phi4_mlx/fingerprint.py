@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from phi4_mlx.lora.layers import adapter_layers, adapter_parameters
+from phi4_mlx.adapters.layers import adapter_layers, adapter_parameters
 from phi4_mlx.models.text import Model
 
 WITHOUT = "none"  # the fingerprint of no adapter

@@ -19,7 +19,9 @@ from phi4_mlx.models.text import Model
 settings.register_profile("default", derandomize=True, deadline=None)
 settings.load_profile("default")
 
-TOKENIZER = Path(__file__).parent / "data" / "tiny_tokenizer"
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "tests" / "data"
+TOKENIZER = DATA / "tiny_tokenizer"
 BOUNDARY = 64  # of the tiny models; their context is 16 times as long
 
 

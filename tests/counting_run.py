@@ -9,11 +9,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from phi4_mlx.lora.batches import Batches
-from phi4_mlx.lora.data import Sample
-from phi4_mlx.lora.layers import adapter_parameters, add_adapter
+from phi4_mlx.adapters.layers import adapter_parameters, add_adapter
+from phi4_mlx.lora.data.batches import Batches
+from phi4_mlx.lora.data.samples import Sample
 from phi4_mlx.lora.settings import Settings
-from phi4_mlx.lora.trainer import Trainer
+from phi4_mlx.lora.training.trainer import Trainer
 from phi4_mlx.models.text import Model
 
 SETTINGS = Settings(

@@ -6,13 +6,11 @@ import inspect
 import pkgutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import phi4_mlx
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
 
 # Names that other programs use. One may be added; none may go.
 PROMISED = {

@@ -1,66 +1,63 @@
-"""Imports go down only. The floors are the design; a module that is not in the table has no place yet."""
+"""Imports go up the design's table only: a row imports rows above it, never its own row or one below.
+
+Late imports inside functions count, and so do imports for type checking.
+"""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
 
-FLOORS = {
-    0: "errors config",
-    1: "byte_bpe command json_scanner line_editor manifest markdown tensor_file models.rope cache tokenizer sampling",
-    2: "models lora.layers lora.adapter lora.peft chat_format grammar_words schema tools tool_calls",
-    3: "checkpoint constrain fingerprint memory prompt_file toolbox",
-    4: "decoding generation",
-    5: "agent batch rows conversation convert lora mcp_tools speculate transcript user_files",
-    6: "benchmark bridge bridge_lines bridge_model bridge_worker cache_prompt chat chat_commands chat_screen "
-    "chat_session chat_tools completion context server",
-    7: "cli __main__",
-}
-FLOOR_OF = {f"phi4_mlx.{name}": floor for floor, names in FLOORS.items() for name in names.split()}
-PUBLIC_API = 8  # phi4_mlx/__init__.py stands on the roof: nothing inside imports it
+# One line a row, top first. A room is a folder or a file directly under phi4_mlx/.
+ROWS = """
+errors
+files
+terminal
+config
+hub
+tools
+tokens
+adapters
+models
+grammar
+checkpoint
+fingerprint
+convert
+generation
+agent
+lora server evaluation
+chat commands bridge
+cli
+__main__
+"""
+ROW_OF = {room: row for row, line in enumerate(ROWS.split("\n")) for room in line.split()}
 
 
-def modules() -> dict[str, Path]:
+def sources(root: Path) -> dict[str, Path]:
     """Every module by its installed name; the converter's folder stands at the top of the checkout."""
     found = {}
-    for folder, package in ((ROOT / "phi4_mlx", "phi4_mlx"), (ROOT / "convert", "phi4_mlx.convert")):
+    for folder, package in ((root / "phi4_mlx", "phi4_mlx"), (root / "convert", "phi4_mlx.convert")):
         for path in sorted(folder.rglob("*.py")):
             parts = path.relative_to(folder).with_suffix("").parts
-            name = ".".join((package, *parts)).removesuffix(".__init__")
-            if path != ROOT / "phi4_mlx" / "convert" / "__init__.py":  # the signpost to the real folder
-                found[name] = path
+            if path != root / "phi4_mlx" / "convert" / "__init__.py":  # the signpost to the real folder
+                found[".".join((package, *parts)).removesuffix(".__init__")] = path
     return found
 
 
-MODULES = modules()
+MODULES = sources(ROOT)
 
 
-def floor(module: str) -> int | None:
-    """The floor of the longest name in the table that is `module`, or a package that it lives in."""
-    if module == "phi4_mlx":
-        return PUBLIC_API
-    while module and module not in FLOOR_OF:
-        module = module.rpartition(".")[0]
-    return FLOOR_OF.get(module)
-
-
-def imports(tree: ast.AST, module: str, path: Path) -> Iterator[tuple[str, bool]]:
-    """(module of ours that is imported, whether at import time), late imports inside functions included."""
-    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    late = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) or is_type_checking(node)
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
+def imports(source: str, module: str, is_package: bool, modules: Mapping[str, Path]) -> Iterator[str]:
+    """The modules of this package that a source imports, early and late."""
+    package = module if is_package else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(source)):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -69,51 +66,94 @@ def imports(tree: ast.AST, module: str, path: Path) -> Iterator[tuple[str, bool]
             if node.level:
                 above = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*above, base] if base else above)
-            names = [
-                f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base for alias in node.names
-            ]
-        elif isinstance(node, ast.Call) and called_name(node) in ("import_module", "__import__"):
-            names = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
-        for name in names:
-            if name == "phi4_mlx" or name.startswith("phi4_mlx."):
-                yield name, id(node) not in late
+            names = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            names = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        yield from (name for name in names if name == "phi4_mlx" or name.startswith("phi4_mlx."))
 
 
-def is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+def graph(modules: Mapping[str, Path]) -> dict[str, set[str]]:
+    """Module -> the modules that it imports."""
+    return {
+        module: set(imports(path.read_text(encoding="utf-8"), module, path.name == "__init__.py", modules)) - {module}
+        for module, path in modules.items()
+    }
 
 
-def called_name(node: ast.Call) -> str:
-    return ast.unparse(node.func).rpartition(".")[2]
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
 
 
-def all_imports(module: str) -> list[tuple[str, bool]]:
-    path = MODULES[module]
-    return list(imports(ast.parse(path.read_text(encoding="utf-8")), module, path))
+def breaches(edges: Mapping[str, set[str]]) -> list[str]:
+    """One line for each import that the table forbids: the two modules, and the rule."""
+    found = []
+    for module, imported in sorted(edges.items()):
+        here = room(module)
+        for other in sorted(imported):
+            there = room(other)
+            if not here:  # the public API stands over everything
+                continue
+            if not there:
+                found.append(f"{module} imports {other}: nothing inside imports the public API")
+            elif there not in ROW_OF:
+                found.append(f"{module} imports {other}: {there} has no row in the table")
+            elif here != there and ROW_OF[there] >= ROW_OF[here]:
+                where = "in the same row" if ROW_OF[there] == ROW_OF[here] else "below it"
+                found.append(f"{module} imports {other}: {there}/ stands {where}, and a row imports rows above it only")
+    return found
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_every_module_has_a_floor(module: str) -> None:
-    assert floor(module) is not None, f"{module} is not in FLOORS: which floor is it on?"
+def circle(edges: Mapping[str, set[str]]) -> list[str]:
+    """Modules that import one another in a circle; empty if there is none."""
+    left = {module: set(imported) for module, imported in edges.items()}
+    while left:
+        free = {module for module, imported in left.items() if not imported & left.keys()}
+        if not free:
+            return sorted(left)
+        left = {module: imported for module, imported in left.items() if module not in free}
+    return []
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - {"phi4_mlx"}))
-def test_imports_go_down_only(module: str) -> None:
-    here = floor(module)
-    assert here is not None
-    for imported, _ in all_imports(module):
-        there = floor(imported)
-        assert there is not None and there <= here, (
-            f"{module} (floor {here}) imports {imported} (floor {there})"
-        )
+def test_every_room_has_a_row() -> None:
+    assert {room(module) for module in MODULES} - {""} <= ROW_OF.keys()
 
 
-def test_no_module_imports_itself_in_a_circle() -> None:
-    graph = {name: {to for to, early in all_imports(name) if early and to != name} for name in MODULES}
-    while graph:  # take away what imports nothing that is left; a circle never goes away
-        free = {name for name, to in graph.items() if not (to & graph.keys())}
-        assert free, f"these import one another in a circle: {sorted(graph)}"
-        graph = {name: to for name, to in graph.items() if name not in free}
+def test_imports_go_up_the_table_only() -> None:
+    found = breaches(graph(MODULES))
+    assert not found, "\n".join(found)
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    assert not circle(graph(MODULES))
+
+
+@pytest.mark.parametrize(
+    ("planted", "rule"),
+    [
+        ("from phi4_mlx.generation import stream\n", "below it"),
+        ("def late():\n    from phi4_mlx.chat.session import Chat\n", "below it"),
+        ("def late():\n    import phi4_mlx.lora.run\n", "below it"),
+        ("if TYPE_CHECKING:\n    from phi4_mlx.agent import ToolLoop\n", "below it"),
+        ("from importlib import import_module\nimport_module('phi4_mlx.agent')\n", "below it"),
+        ("from phi4_mlx import load\n", "public API"),
+    ],
+)
+def test_a_planted_import_is_found(planted: str, rule: str) -> None:
+    edges = {"phi4_mlx.models.text": set(imports(planted, "phi4_mlx.models.text", False, MODULES))}
+    (found,) = breaches(edges)
+    assert found.startswith("phi4_mlx.models.text imports ") and rule in found
+
+
+def test_neighbours_in_a_row_do_not_import_each_other() -> None:
+    (found,) = breaches({"phi4_mlx.lora.run": {"phi4_mlx.server.app"}})
+    assert "in the same row" in found
+
+
+def test_a_late_circle_is_found() -> None:
+    late = "def later():\n    from phi4_mlx.bridge import __main__\n"
+    edges = graph(MODULES)
+    edges["phi4_mlx.bridge.worker"] |= set(imports(late, "phi4_mlx.bridge.worker", False, MODULES))
+    assert {"phi4_mlx.bridge.__main__", "phi4_mlx.bridge.worker"} <= set(circle(edges))
 
 
 def test_importing_the_package_brings_in_only_the_standard_library() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import corpus
 
 from phi4_mlx import load
-from phi4_mlx.generation import generate_step
+from phi4_mlx.generation.steps import generate_step
 
 SEED = 1
 

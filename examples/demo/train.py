@@ -28,11 +28,11 @@ from cpu_math import cross_entropy, fast_cpu_math
 from initialise import initialise
 from mlx.utils import tree_flatten, tree_map
 
-from phi4_mlx.chat_format import CHAT_FORMATS
 from phi4_mlx.config import ModelConfig
 from phi4_mlx.convert.package import convert
 from phi4_mlx.models.text import Model
-from phi4_mlx.tokenizer import load_tokenizer
+from phi4_mlx.tokens.chat_format import CHAT_FORMATS
+from phi4_mlx.tokens.tokenizer import load_tokenizer
 
 SEED = 4
 LEARNED_TOKENS = 1000  # with the twelve added tokens 1012; the embedding has a few rows more, as Phi-4-mini's has

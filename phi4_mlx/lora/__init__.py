@@ -1,1 +1,1 @@
-"""LoRA adapters: small trained matrices beside frozen ones."""
+"""Fine-tuning: data, training, and saving, behind the command `python -m phi4_mlx.lora`."""

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from phi4_mlx.command import Parser, run, text
 from phi4_mlx.lora.settings import OPTIONS, Option, Settings
+from phi4_mlx.terminal.command import Parser, run, text
 
 DRY_RUN_SAMPLES = 3
 # mlx-lm's flags that change nothing here: how many words follow each

@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from phi4_mlx.command import utf8
 from phi4_mlx.errors import RequestError
 from phi4_mlx.lora.settings import Settings
+from phi4_mlx.terminal.command import utf8
 
 # Options of mlx-lm, of today and of old, that make no difference here: memory is freed by itself, no code is ever
 # fetched, and a project's name is the library's own business.

@@ -7,8 +7,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from phi4_mlx.command import Parser, run, word
 from phi4_mlx.errors import RequestError
+from phi4_mlx.terminal.command import Parser, run, word
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,9 +27,9 @@ def to_peft(adapter_path: str | Path, peft_path: str | Path) -> None:
         RequestError: the target exists or cannot be written, or PEFT has no such kind.
         ConfigError, CheckpointError: the adapter is missing or damaged.
     """
-    from phi4_mlx.convert.package import whole_or_absent
-    from phi4_mlx.lora.adapter import CONFIG_FILE, FULL, read_folder, write_config, write_tensors
-    from phi4_mlx.lora.peft import PEFT_FILE, peft_layout
+    from phi4_mlx.adapters.folder import CONFIG_FILE, FULL, read_folder, write_config, write_tensors
+    from phi4_mlx.adapters.peft import PEFT_FILE, peft_layout
+    from phi4_mlx.files.atomic import whole_or_absent
 
     adapter = read_folder(Path(os.path.expanduser(adapter_path)))
     if adapter.kind == FULL:
@@ -54,12 +54,12 @@ def from_peft(peft_path: str | Path, adapter_path: str | Path, model: str | Path
             stored as pickle, or the model is needed.
         ConfigError, CheckpointError: the adapter is missing or damaged, or not for the model.
     """
-    from phi4_mlx.checkpoint import resolve
+    from phi4_mlx.adapters.folder import place, write_folder
+    from phi4_mlx.adapters.layers import check_fit
+    from phi4_mlx.adapters.peft import read_peft
     from phi4_mlx.config import ModelConfig
-    from phi4_mlx.convert.package import whole_or_absent
-    from phi4_mlx.lora.adapter import place, write_folder
-    from phi4_mlx.lora.layers import check_fit
-    from phi4_mlx.lora.peft import read_peft
+    from phi4_mlx.files.atomic import whole_or_absent
+    from phi4_mlx.hub import resolve
     from phi4_mlx.models.text import Model
 
     adapter = read_peft(Path(os.path.expanduser(peft_path)))

@@ -13,25 +13,26 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from phi4_mlx.checkpoint import DEFAULT_MODEL, load
+from phi4_mlx.adapters.folder import CONFIG_FILE, TENSORS_FILE
+from phi4_mlx.adapters.layers import load_adapter
+from phi4_mlx.adapters.peft import is_peft
+from phi4_mlx.checkpoint import load
 from phi4_mlx.errors import RequestError
-from phi4_mlx.lora.adapter import CONFIG_FILE, TENSORS_FILE
-from phi4_mlx.lora.batches import Batches
-from phi4_mlx.lora.checkpoints import checkpoints
-from phi4_mlx.lora.data import load_pairs, load_samples, show
-from phi4_mlx.lora.display import Tell, progress, tell_end, to_stderr
-from phi4_mlx.lora.layers import load_adapter
-from phi4_mlx.lora.peft import is_peft
-from phi4_mlx.lora.plan import Plan, check_memory, make_plan
-from phi4_mlx.lora.preference import PreferenceLoss
-from phi4_mlx.lora.record import Record, check_reporter, reporter
+from phi4_mlx.generation.memory import memory_limit
+from phi4_mlx.hub import DEFAULT_MODEL
+from phi4_mlx.lora.data.batches import Batches
+from phi4_mlx.lora.data.samples import load_pairs, load_samples
+from phi4_mlx.lora.display import Tell, progress, show, tell_end, to_stderr
+from phi4_mlx.lora.saving.checkpoints import checkpoints
+from phi4_mlx.lora.saving.metrics import Record, check_reporter, reporter
+from phi4_mlx.lora.saving.run_folder import BEST
 from phi4_mlx.lora.settings import Settings
-from phi4_mlx.lora.storage import BEST
-from phi4_mlx.lora.trainable import make_trainable
-from phi4_mlx.lora.trainer import Loss, Trainer, evaluate, pair_figures, sft_loss
-from phi4_mlx.memory import memory_limit
+from phi4_mlx.lora.training.memory_plan import Plan, check_memory, make_plan
+from phi4_mlx.lora.training.preference import PreferenceLoss
+from phi4_mlx.lora.training.trainable import make_trainable
+from phi4_mlx.lora.training.trainer import Loss, Trainer, evaluate, pair_figures, sft_loss
 from phi4_mlx.models.text import Model
-from phi4_mlx.tokenizer import Tokenizer
+from phi4_mlx.tokens.tokenizer import Tokenizer
 
 MANY_EPOCHS = 10
 

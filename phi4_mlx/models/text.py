@@ -17,13 +17,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from phi4_mlx.cache import KVCache, PromptCache
 from phi4_mlx.config import ModelConfig
-from phi4_mlx.errors import RequestError
+from phi4_mlx.errors import RequestError, check_whole
 from phi4_mlx.models.attention import attention
+from phi4_mlx.models.cache import KVCache, PromptCache
 from phi4_mlx.models.compiled import CompiledSteps
 from phi4_mlx.models.rope import PackedRotation, Regime, Rope, Rotation
-from phi4_mlx.sampling import check_whole
 
 
 class Attention(nn.Module):

@@ -1,1 +1,1 @@
-"""The server: `python -m phi4_mlx.server --model M`."""
+"""The HTTP server: OpenAI's and Anthropic's APIs, and the chat page."""

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from phi4_mlx.command import MAX_TOKENS_LIMIT, Parser, add_model_options, number, run, word
 from phi4_mlx.errors import RequestError
+from phi4_mlx.terminal.command import Parser, number, run, word
+from phi4_mlx.terminal.options import MAX_TOKENS_LIMIT, add_model_options
 
 PROG = "phi4-mlx server"
 GRACE_S = 30  # for answers under way, when the server is told to end
@@ -119,14 +120,15 @@ async def _run(args: argparse.Namespace, key: str | None, listener: socket.socke
 
 async def _start(args: argparse.Namespace, key: str | None, adapters: dict[str, str]) -> tuple[Any, Any]:
     """The engine, running, and the application in front of it."""
-    from phi4_mlx.checkpoint import DEFAULT_MODEL, load_tokenizer_and_format, resolve
+    from phi4_mlx.checkpoint import load_tokenizer_and_format
     from phi4_mlx.config import ModelConfig
-    from phi4_mlx.manifest import verify_manifest
+    from phi4_mlx.files.manifest import verify_manifest
+    from phi4_mlx.hub import DEFAULT_MODEL, resolve
     from phi4_mlx.server.app import App
-    from phi4_mlx.server.engine import Settings
+    from phi4_mlx.server.engine.engine import Settings
+    from phi4_mlx.server.engine.supervisor import Supervisor
     from phi4_mlx.server.guard import LOOPBACK_NAMES, Guard, is_loopback
     from phi4_mlx.server.service import Service
-    from phi4_mlx.server.supervisor import Supervisor
 
     name = DEFAULT_MODEL if args.model is None else args.model
     folder = resolve(name, args.revision)

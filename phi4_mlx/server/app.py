@@ -22,10 +22,13 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from phi4_mlx.server import chat_api, completions_api, messages_api, responses_api
+from phi4_mlx.server.apis import chat as chat_api
+from phi4_mlx.server.apis import completions as completions_api
+from phi4_mlx.server.apis import messages as messages_api
+from phi4_mlx.server.apis import responses as responses_api
+from phi4_mlx.server.apis.wire import Answer, Ask, Delta, End, WireError, json_bytes
 from phi4_mlx.server.guard import Receive, Scope, Send, refuse
 from phi4_mlx.server.service import Service
-from phi4_mlx.server.wire import Answer, Ask, Delta, End, WireError, json_bytes
 
 HEARTBEAT_S = 10.0  # without a word, a proxy between would take the stream for dead
 LARGE_BODY = 2**18  # bytes; one of 16 MB takes up to two seconds to read, and the others would wait

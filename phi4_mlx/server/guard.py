@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from phi4_mlx.server import messages_api
-from phi4_mlx.server.wire import WireError, error_body, json_bytes
+from phi4_mlx.server.apis import messages as messages_api
+from phi4_mlx.server.apis.wire import WireError, error_body, json_bytes
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]

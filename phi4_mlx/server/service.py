@@ -8,11 +8,11 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, replace
 
 from phi4_mlx.errors import Phi4Error
-from phi4_mlx.server.protocol import Failure, Finish, Job, Piece
-from phi4_mlx.server.supervisor import Full, Supervisor
-from phi4_mlx.server.wire import Ask, Call, Delta, End, WireError, new_id
-from phi4_mlx.tokenizer import Tokenizer
-from phi4_mlx.tool_calls import ToolCallParser
+from phi4_mlx.server.apis.wire import Ask, Call, Delta, End, WireError, new_id
+from phi4_mlx.server.engine.protocol import Failure, Finish, Job, Piece
+from phi4_mlx.server.engine.supervisor import Full, Supervisor
+from phi4_mlx.tokens.tokenizer import Tokenizer
+from phi4_mlx.tools.calls import ToolCallParser
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _grammar(ask: Ask) -> str | None:
     if not _calls_tools(ask) and ask.response_format is None:
         return None
 
-    from phi4_mlx import constrain  # late: its library is loaded only for those who ask for it
+    from phi4_mlx.grammar import grammars as constrain  # late: its library is loaded only for those who ask for it
 
     makers: dict[str, Callable[..., constrain.Grammar]] = {
         "json_object": constrain.json_object,

@@ -16,9 +16,9 @@ import time
 
 import mlx.core as mx
 
-from phi4_mlx.batch import Batch, Fault, Sequence
 from phi4_mlx.checkpoint import load
-from phi4_mlx.generation import generate_step
+from phi4_mlx.generation.batch import Batch, Fault, Sequence
+from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.models.text import Model
 
 REQUESTS, REPEATS = 32, 3

@@ -20,9 +20,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from phi4_mlx.constrain import Constraint, any_json, json_schema, regex, tool_calls
-from phi4_mlx.grammar_words import words_of
-from phi4_mlx.tokenizer import Tokenizer, load_tokenizer
+from phi4_mlx.grammar.constraint import Constraint
+from phi4_mlx.grammar.grammars import any_json, json_schema, regex, tool_calls
+from phi4_mlx.grammar.words import words_of
+from phi4_mlx.tokens.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 V, MAX_TOKENS, ANSWERS = 200_064, 256, 5

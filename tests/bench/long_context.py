@@ -22,8 +22,8 @@ from mlx_lm.models.base import quantized_scaled_dot_product_attention
 from mlx_lm.models.cache import QuantizedKVCache
 from peer import HEAD_DIM, last_line
 
-from phi4_mlx.cache import KVCache
 from phi4_mlx.models.attention import attention
+from phi4_mlx.models.cache import KVCache
 
 H, K = 24, 8  # query heads, key heads
 BITS, GROUP = 4, 64

@@ -21,9 +21,9 @@ import mlx.optimizers as optim
 from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
 from peer import last_line
 
+from phi4_mlx.adapters.layers import add_adapter
 from phi4_mlx.config import ModelConfig
-from phi4_mlx.lora.layers import add_adapter
-from phi4_mlx.lora.loss import next_token_loss
+from phi4_mlx.lora.training.loss import next_token_loss
 from phi4_mlx.models.text import Model
 
 VOCABULARY = 200_064

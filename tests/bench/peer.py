@@ -19,8 +19,9 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.generate import generate_step as their_generate_step
 from mlx_lm.models import phi3
 
-from phi4_mlx.checkpoint import load_model, resolve
+from phi4_mlx.checkpoint import load_model
 from phi4_mlx.config import PRESETS, ModelConfig
+from phi4_mlx.hub import resolve
 from phi4_mlx.models.text import Model
 
 HEAD_DIM = 128  # of Phi-4-mini; kept at any width, so that its RoPE tables fit

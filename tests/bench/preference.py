@@ -31,7 +31,7 @@ from draw import Draw
 from finetune_lora import write_jsonl
 
 from phi4_mlx import load
-from phi4_mlx.lora.layers import adapter_off
+from phi4_mlx.adapters.layers import adapter_off
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = 150

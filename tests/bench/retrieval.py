@@ -20,7 +20,7 @@ import corpus
 from draw import Draw
 
 from phi4_mlx import load
-from phi4_mlx.generation import generate_step
+from phi4_mlx.generation.steps import generate_step
 
 LENGTHS = (128, 240, 300, 512, 1024, 2048, 3072)  # tokens of the prompt, at most; the boundary is at 256
 

@@ -22,11 +22,11 @@ import mlx.core as mx
 from peer import config_of, last_line, random_pair
 
 from phi4_mlx import load, load_prompt_cache, save_prompt_cache
-from phi4_mlx.cache import PromptCache
-from phi4_mlx.generation import generate_step
+from phi4_mlx.generation.steps import generate_step
+from phi4_mlx.models.cache import PromptCache
 from phi4_mlx.models.rope import Regime
 from phi4_mlx.models.text import Model
-from phi4_mlx.tokenizer import Tokenizer
+from phi4_mlx.tokens.tokenizer import Tokenizer
 
 TOKENS, NEW, V = 4096, 24, 2048
 LIMIT = 0.05

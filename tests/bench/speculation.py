@@ -22,10 +22,10 @@ from pathlib import Path
 import mlx.core as mx
 
 from phi4_mlx import load
-from phi4_mlx.generation import generate_step
+from phi4_mlx.generation.speculate import PromptLookup
+from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.models.text import Model
-from phi4_mlx.speculate import PromptLookup
-from phi4_mlx.tokenizer import Tokenizer
+from phi4_mlx.tokens.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 BARS = {"edit": 0.5, "quote": 0.5, "tool": 0.5, "free": 1.0}

@@ -18,7 +18,7 @@ from statistics import median
 
 from tokenizers import Tokenizer as Library
 
-from phi4_mlx.tokenizer import Tokenizer, load_tokenizer
+from phi4_mlx.tokens.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS, TEXT_CHARS = 5, 1_000_000

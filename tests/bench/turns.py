@@ -19,7 +19,7 @@ import mlx.core as mx
 from peer import last_line
 
 from phi4_mlx import load, make_sampler
-from phi4_mlx.conversation import Conversation
+from phi4_mlx.chat.conversation import Conversation
 
 WARM, TALK = 40, 10  # turns, and turns of a conversation
 BAR_PERCENT = 2.0

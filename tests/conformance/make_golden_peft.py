@@ -23,9 +23,9 @@ import torch
 import transformers
 from transformers import Phi3Config, Phi3ForCausalLM
 
+from phi4_mlx.adapters.layers import adapter_layers, adapter_parameters, add_adapter, save_adapter
 from phi4_mlx.config import ModelConfig
 from phi4_mlx.lora.export import to_peft
-from phi4_mlx.lora.layers import adapter_layers, adapter_parameters, add_adapter, save_adapter
 from phi4_mlx.models.text import Model
 
 HERE = Path(__file__).parent

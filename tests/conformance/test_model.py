@@ -18,7 +18,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from phi4_mlx.config import ModelConfig
-from phi4_mlx.generation import generate_step
+from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.models.text import Model
 
 HERE = Path(__file__).parent

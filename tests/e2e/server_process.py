@@ -17,7 +17,8 @@ from typing import Any
 
 import httpx
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import ROOT
+
 LAUNCH = "import sys; from phi4_mlx.server import guard; guard.REQUEST_S = {request_s}; {more}" \
     "from phi4_mlx.server.__main__ import main; sys.exit(main())"  # fmt: skip
 

@@ -6,11 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import ROOT
+
 SMALL = ["--model", "demo", "--prompt-tokens", "16", "300", "--generation-tokens", "4", "--repeats", "2"]
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from phi4_mlx import bridge
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 BRIDGE = [sys.executable, "-m", "phi4_mlx.bridge", "--jsonl"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 ASK = [{"role": "user", "content": "hi"}]
@@ -93,7 +93,7 @@ def test_bad_lines_are_answered_and_do_no_harm(model: str) -> None:
 
 def test_a_line_that_is_too_long(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
-        "import sys; from phi4_mlx import bridge_lines; bridge_lines.MAX_LINE = 50;"
+        "import sys; from phi4_mlx.bridge import __main__ as bridge_lines; bridge_lines.MAX_LINE = 50;"
         "sys.exit(bridge_lines.main(['--jsonl']))"
     )
     lines = b'{"id": 1, "do": "version", "x": "' + b"y" * 200 + b'"}\n{"id": 2, "do": "version"}\n'
@@ -159,7 +159,8 @@ def test_cancel_is_heard_while_a_request_runs(session: Session) -> None:
 
 def test_nothing_but_events_is_on_standard_output(model: str) -> None:
     code = (
-        "import os, sys; from phi4_mlx import bridge, bridge_lines; made = bridge.version\n"
+        "import os, sys; from phi4_mlx import bridge; from phi4_mlx.bridge import __main__ as bridge_lines\n"
+        "made = bridge.version\n"
         "def noisy():\n    print('python says'); os.write(1, b'C says\\n'); return made()\n"
         "bridge.version = noisy; sys.exit(bridge_lines.main(['--jsonl']))"
     )

@@ -15,9 +15,9 @@ import mlx.core as mx
 import pexpect
 import pytest
 
-from phi4_mlx.tokenizer import load_tokenizer
+from phi4_mlx.tokens.tokenizer import load_tokenizer
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CHAT = [sys.executable, "-m", "phi4_mlx.chat"]
 Checkpoint = Callable[..., Path]
 
@@ -66,7 +66,7 @@ def test_prompt_answers_once(model: str) -> None:
 
 def test_neither_of_the_two_imports_what_only_a_terminal_needs(model: str) -> None:
     code = (
-        "import sys; from phi4_mlx.chat import main;"
+        "import sys; from phi4_mlx.chat.__main__ import main;"
         f"main(['--model', {model!r}, '--max-tokens', '2', *sys.argv[1:]]); print(*sys.modules)"
     )
     for arguments, stdin in ((["--prompt", "x"], ""), ([], "x\n")):

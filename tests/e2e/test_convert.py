@@ -22,8 +22,8 @@ import pytest
 
 from phi4_mlx import load
 from phi4_mlx.errors import Phi4Error
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 CONVERT = [sys.executable, "-m", "phi4_mlx.convert"]
 FOUR_BITS = ["-q", "--q-group-size", "32"]
@@ -100,7 +100,7 @@ KILL_AT = """
 import os, signal, sys
 from pathlib import Path
 from phi4_mlx.convert.__main__ import main
-from phi4_mlx.tensor_file import TensorWriter
+from phi4_mlx.files.safetensors import TensorWriter
 steps = 0
 def counted(function):
     def call(*args):

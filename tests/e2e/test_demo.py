@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from phi4_mlx import load
-from phi4_mlx.checkpoint import resolve
 from phi4_mlx.config import ModelConfig
-from phi4_mlx.manifest import verify_manifest
+from phi4_mlx.files.manifest import verify_manifest
+from phi4_mlx.hub import resolve
+from tests.conftest import ROOT
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "demo"))
+sys.path.insert(0, str(ROOT / "examples" / "demo"))
 
 import corpus
 import draw

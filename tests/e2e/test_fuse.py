@@ -15,10 +15,10 @@ import mlx.core as mx
 import pytest
 
 from phi4_mlx import load
+from phi4_mlx.adapters.layers import adapter_layers, add_adapter, save_adapter
 from phi4_mlx.convert.package import convert
-from phi4_mlx.lora.layers import adapter_layers, add_adapter, save_adapter
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 IDS = mx.array([[5, 6, 7, 8]])
 
 

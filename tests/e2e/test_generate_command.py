@@ -13,9 +13,9 @@ from typing import Any
 import pexpect
 import pytest
 
-from phi4_mlx.tokenizer import load_tokenizer
+from phi4_mlx.tokens.tokenizer import load_tokenizer
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "model.safetensors"
 Checkpoint = Callable[..., Path]
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import ROOT
+
 KILLS = int(os.environ.get("KILLS", "3"))
 
 
@@ -98,7 +99,7 @@ def test_killed_at_random_and_resumed_is_the_unbroken_run(options: list[str], tm
 
 DIE = """
 import os, sys
-from phi4_mlx.lora import storage
+from phi4_mlx.lora.saving import run_folder as storage
 from phi4_mlx.lora.__main__ import main
 
 save = storage.save_checkpoint

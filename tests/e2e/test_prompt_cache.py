@@ -12,8 +12,8 @@ import pexpect
 import pytest
 
 from phi4_mlx import load, load_prompt_cache
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 TEXT = "Order of the 3rd of May. Ada wants 4 lamps at 25 each. " * 12
 QUESTIONS = ("what is 12 * 31?", "hello", "\nwhat are you?")
 

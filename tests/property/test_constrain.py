@@ -16,9 +16,10 @@ import jsonschema
 import pytest
 
 from phi4_mlx.checkpoint import load
-from phi4_mlx.constrain import Constraint, json_schema, tool_calls
-from phi4_mlx.generation import stream_generate
-from phi4_mlx.sampling import make_sampler
+from phi4_mlx.generation.sampling import make_sampler
+from phi4_mlx.generation.stream import stream_generate
+from phi4_mlx.grammar.constraint import Constraint
+from phi4_mlx.grammar.grammars import json_schema, tool_calls
 
 SCHEMAS = int(os.environ.get("SCHEMAS", "40"))
 MAX_TOKENS = 256

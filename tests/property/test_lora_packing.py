@@ -9,8 +9,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi4_mlx.lora.batches import WIDTH_STEP, Batch, Batches, pack
-from phi4_mlx.lora.data import Pair, Sample
+from phi4_mlx.lora.data.batches import WIDTH_STEP, Batch, Batches, pack
+from phi4_mlx.lora.data.samples import Pair, Sample
 
 LENGTH = 40
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer as Library
 
-from phi4_mlx import byte_bpe
-from phi4_mlx.tokenizer import ByteTokenizer, Control, LibraryTokenizer, Tokenizer, load_tokenizer
+from phi4_mlx.tokens import byte_bpe
+from phi4_mlx.tokens.tokenizer import ByteTokenizer, Control, LibraryTokenizer, Tokenizer, load_tokenizer
+from tests.conftest import DATA
 
-DATA = Path(__file__).parents[1] / "data"
 STRINGS = 20_000
 
 TAGS = [

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from phi4_mlx.tool_calls import ToolCall, ToolCallParser, ToolReply, parse_tool_calls
-from phi4_mlx.tools import json_text
+from phi4_mlx.tools.calls import ToolCall, ToolCallParser, ToolReply, parse_tool_calls
+from phi4_mlx.tools.json_text import json_text
 
 ROUND_TRIPS = 20_000
 HOSTILE = 20_000

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -17,12 +16,14 @@ from phi4_mlx import AgentResult, run_tools
 from phi4_mlx.agent import ToolLoop, ToolResult
 from phi4_mlx.checkpoint import load_tokenizer_and_format
 from phi4_mlx.errors import RequestError
-from phi4_mlx.generation import GenerationResponse, generate_step
-from phi4_mlx.tokenizer import Control
-from phi4_mlx.tool_calls import ToolCall
-from phi4_mlx.toolbox import MAX_RESULT_CHARS, Toolbox
+from phi4_mlx.generation.steps import generate_step
+from phi4_mlx.generation.stream import GenerationResponse
+from phi4_mlx.tokens.tokenizer import Control
+from phi4_mlx.tools.calls import ToolCall
+from phi4_mlx.tools.toolbox import MAX_RESULT_CHARS, Toolbox
+from tests.conftest import DATA
 
-TOKENIZER: Any = load_tokenizer_and_format(Path(__file__).parents[1] / "data" / "tiny_tokenizer")
+TOKENIZER: Any = load_tokenizer_and_format(DATA / "tiny_tokenizer")
 END = TOKENIZER.control_ids["<|end|>"]
 ASK = [{"role": "user", "content": "hi"}]
 

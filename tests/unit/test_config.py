@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from mlx.utils import tree_flatten
 
-from phi4_mlx.config import PRESETS, ModelConfig, read_json
+from phi4_mlx.config import PRESETS, ModelConfig
 from phi4_mlx.errors import ConfigError
+from phi4_mlx.files.json_file import read_json
 from phi4_mlx.models.text import Model
+from tests.conftest import DATA
 
-PHI_4_MINI = json.loads((Path(__file__).parents[1] / "data" / "phi-4-mini-instruct" / "config.json").read_text())
+PHI_4_MINI = json.loads((DATA / "phi-4-mini-instruct" / "config.json").read_text())
 
 
 def changed(**fields: Any) -> dict[str, Any]:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 
+from phi4_mlx.adapters.folder import write_folder
+from phi4_mlx.adapters.layers import adapter_layers, add_adapter, current_adapter, set_adapter
 from phi4_mlx.checkpoint import load_model
 from phi4_mlx.fingerprint import WITHOUT, adapter_fingerprint, base_fingerprint, checksum
-from phi4_mlx.lora.adapter import write_folder
-from phi4_mlx.lora.fusion import fuse
-from phi4_mlx.lora.layers import adapter_layers, add_adapter, current_adapter, set_adapter
+from phi4_mlx.lora.fuse import fuse
 from phi4_mlx.models.text import Model
 
 TinyModel = Callable[..., Model]

@@ -1,0 +1,260 @@
+"""An adapter beside the model that it is for: its tensors, how strong they are, and the folder they live in.
+
+The folder is mlx-lm's, and the Swift loader reads it too: `adapters.safetensors` with `<layer path>.lora_a` [in, R] and
+`.lora_b` [R, out], under DoRA also `.m` [out], and `adapter_config.json`. After full fine-tuning, which mlx-lm keeps in
+such a folder too, the tensors are the model's own, under its own names.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from phi4_mlx.errors import CheckpointError
+from phi4_mlx.files.atomic import replacing
+from phi4_mlx.files.json_file import read_json
+from phi4_mlx.files.safetensors import TensorWriter, read_header
+
+TENSORS_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
+
+FULL = "full"
+PARTS = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}
+"""fine_tune_type -> the tensors of each adapted layer."""
+
+_STORED = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter folder holds, complete and consistent with itself; `checked` sees to that.
+
+    Attributes:
+        kind: "lora", "dora", or "full", for which only `tensors` and `source` have a meaning.
+        scale: of the product a b; alpha / R, or alpha / sqrt(R) for rsLoRA.
+        dropout: the probability that training drops an input of `lora_a`.
+        tensors: "<layer path>.lora_a" [in, R], "<layer path>.lora_b" [R, out], for DoRA "<layer path>.m" [out]; for
+            "full" the model's own.
+        source: the file, for messages.
+        num_layers: how many of the last layers it says it is for; None if it does not say, 0 or less for all.
+        keys: the places within a layer, or whole paths, that it says it is for; None if it does not say.
+        only_layers: the layers it is for, where they are not the last ones.
+        base_model: the name of the model it was trained on, where it is known.
+    """
+
+    kind: str
+    scale: float
+    dropout: float
+    tensors: Mapping[str, mx.array]
+    source: str
+    num_layers: int | None = None
+    keys: tuple[str, ...] | None = None
+    only_layers: tuple[int, ...] | None = None
+    base_model: str | None = None
+
+    @property
+    def paths(self) -> list[str]:
+        """The layers that it adapts, in the model's order."""
+        return sorted({name.rpartition(".")[0] for name in self.tensors}, key=place)
+
+    @property
+    def rank(self) -> int:
+        """R, the same for all layers."""
+        return self.tensors[f"{self.paths[0]}.lora_a"].shape[1]
+
+    def of(self, path: str) -> tuple[mx.array, ...]:
+        """The tensors of one layer: a and b, and m for DoRA."""
+        return tuple(self.tensors[f"{path}.{part}"] for part in PARTS[self.kind])
+
+
+def place(path: str) -> tuple[int, str]:
+    """Where a layer stands: "model.layers.3.mlp.down_proj" -> (3, "mlp.down_proj"), "lm_head" -> (-1, "lm_head")."""
+    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", path)
+    return (int(found[1]), found[2]) if found else (-1, path)
+
+
+def read_folder(folder: Path, file: str = TENSORS_FILE) -> Adapter:
+    """Reads an adapter folder as mlx-lm writes it.
+
+    Args:
+        folder: holds adapter_config.json and the tensors.
+        file: the name of the tensors' file; mlx-lm numbers those that it writes on the way.
+
+    Raises:
+        ConfigError: adapter_config.json is no JSON object.
+        CheckpointError: a file is missing or damaged, or a tensor is missing, left over or does not fit the others.
+    """
+    config = read_config(folder)
+    path = folder / file
+    kind, parameters = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
+    if kind == FULL:
+        return Adapter(FULL, 1.0, 0.0, read_tensors(path), str(path))
+    if kind not in PARTS:
+        raise CheckpointError(f"{folder}: fine_tune_type {kind!r} is not known; known are {', '.join([*PARTS, FULL])}")
+    if not isinstance(parameters, dict):
+        raise CheckpointError(f"{folder / CONFIG_FILE} has no lora_parameters; it needs rank, scale, dropout and keys")
+    keys, rank, num_layers = parameters.get("keys"), parameters.get("rank"), config.get("num_layers")
+    base = config.get("model")
+    if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
+        raise CheckpointError(f"{folder / CONFIG_FILE} has keys {keys!r:.80}; they must be names of layers")
+    adapter = Adapter(
+        kind=kind,
+        scale=_number(folder, "scale", parameters.get("scale")),
+        dropout=_number(folder, "dropout", parameters.get("dropout", 0.0)),
+        tensors=read_tensors(path),
+        source=str(path),
+        num_layers=num_layers if type(num_layers) is int else None,
+        keys=None if keys is None else tuple(keys),
+        only_layers=layers_named(folder, config),
+        base_model=base if isinstance(base, str) else None,
+    )
+    return checked(adapter, rank)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json of a folder, mlx-lm's or PEFT's.
+
+    Raises:
+        ConfigError: it is no JSON object.
+        CheckpointError: there is none.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{folder} holds no {CONFIG_FILE}; an adapter is a folder with that file and {TENSORS_FILE} in it"
+        )
+    return read_json(folder / CONFIG_FILE)
+
+
+def layers_named(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """What a config has for layers_to_transform: PEFT's name for an adapter's layers, where it is not for all."""
+    named = config.get("layers_to_transform")
+    layers = [named] if type(named) is int else named
+    if layers is None or (isinstance(layers, list) and layers and all(type(layer) is int for layer in layers)):
+        return None if layers is None else tuple(layers)
+    raise CheckpointError(f"{folder / CONFIG_FILE} has layers_to_transform {named!r:.80}; they must be numbers")
+
+
+def read_tensors(path: Path) -> dict[str, mx.array]:
+    """Reads the tensors of an adapter file into memory, in the model's order.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, is empty, or holds what is not a finite number.
+    """
+    infos = read_header(path)
+    if not infos:
+        raise CheckpointError(f"{path} holds no tensors; it is no adapter")
+    for name, info in infos.items():
+        if info.dtype not in _STORED.values():
+            raise CheckpointError(f"{path}: {name} holds {info.dtype} numbers; only BF16, F16 and F32 can serve")
+    loaded = mx.load(str(path))
+    tensors = {name: loaded[name] for name in sorted(infos, key=place)}
+    finite = {name: mx.all(mx.isfinite(array)) for name, array in tensors.items()}
+    mx.eval(tensors, finite)
+    for name in tensors:
+        if not finite[name]:
+            raise CheckpointError(f"{path}: {name} is not finite: its training went astray; take an earlier one")
+    return tensors
+
+
+def checked(adapter: Adapter, rank: Any) -> Adapter:
+    """The adapter, once every tensor has its place, and shapes that go with the others'.
+
+    Args:
+        adapter: as it was read.
+        rank: what its config says; None if it does not.
+
+    Raises:
+        CheckpointError: names the first tensor that is missing, left over or of another shape.
+    """
+    parts = PARTS[adapter.kind]
+    for name in adapter.tensors:
+        if name.rpartition(".")[2] not in parts or not name.rpartition(".")[0]:
+            raise CheckpointError(
+                f"{adapter.source}: {name} is left over; a {adapter.kind} adapter has {', '.join(parts)} for each layer"
+            )
+    if not 0 <= adapter.dropout < 1:
+        raise CheckpointError(f"{adapter.source}: dropout {adapter.dropout} is not a number from 0 to below 1")
+    for path in adapter.paths:
+        if missing := [part for part in parts if f"{path}.{part}" not in adapter.tensors]:
+            raise CheckpointError(f"{adapter.source}: {path} lacks {missing[0]}; the file is incomplete, get it anew")
+        a, b, *m = adapter.of(path)
+        if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or any(norms.shape != b.shape[1:] for norms in m):
+            shapes = ", ".join(f"{part} {list(adapter.tensors[f'{path}.{part}'].shape)}" for part in parts)
+            raise CheckpointError(f"{adapter.source}: {path} has {shapes}, which do not go together: [in, R], [R, out]")
+        rank = a.shape[1] if rank is None else rank
+        if a.shape[1] != rank:
+            raise CheckpointError(f"{adapter.source}: {path} has rank {a.shape[1]}; the adapter's is said to be {rank}")
+    return adapter
+
+
+def write_folder(folder: Path, adapter: Adapter, total_layers: int, extra: Mapping[str, Any] | None = None) -> None:
+    """Writes an adapter folder as mlx-lm and the Swift loader read it, over an older one if there is one.
+
+    Both files are complete on the disk before either takes its name.
+
+    Args:
+        folder: is made if need be.
+        adapter: what to write.
+        total_layers: of the model; the file counts its layers from the last one.
+        extra: what else adapter_config.json shall say.
+
+    Raises:
+        OSError: the disk is full, say; the older files are still there.
+    """
+    config = {**(extra or {}), **_config(adapter, total_layers)}
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / TENSORS_FILE) as tensors, replacing(folder / CONFIG_FILE) as described:
+        write_tensors(tensors, adapter.tensors)
+        write_config(described, config)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, mx.array]) -> None:
+    """Writes tensors to a new file, down to the disk."""
+    ordered = sorted(tensors.items(), key=lambda item: place(item[0]))
+    with TensorWriter(path, {name: (_STORED[array.dtype], array.shape) for name, array in ordered}) as writer:
+        for name, array in ordered:
+            writer.write(name, [memoryview(array.view(mx.uint8))])
+
+
+def write_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Writes a config to a new file, down to the disk."""
+    with path.open("x", encoding="utf-8") as file:
+        json.dump(config, file, indent=4, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _config(adapter: Adapter, total_layers: int) -> dict[str, Any]:
+    places = [place(path) for path in adapter.paths]
+    layers = sorted({layer for layer, _ in places if layer >= 0})
+    num_layers = total_layers - layers[0] if layers else 0
+    if adapter.kind == FULL:
+        everything = any(layer < 0 for layer, _ in places)
+        return {"fine_tune_type": FULL, "num_layers": total_layers if everything else num_layers}
+    config: dict[str, Any] = {
+        "fine_tune_type": adapter.kind,
+        "num_layers": num_layers,  # Swift takes this many from the end, so it is never -1
+        "lora_parameters": {
+            "rank": adapter.rank,
+            "scale": adapter.scale,
+            "dropout": adapter.dropout,
+            "keys": sorted({key for _, key in places}),
+        },
+    }
+    if len(layers) != num_layers:
+        config["layers_to_transform"] = layers
+    return config
+
+
+def _number(folder: Path, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise CheckpointError(f"{folder / CONFIG_FILE} has {name} {value!r:.40}; it must be a number")
+    return float(value)

@@ -1,0 +1,1 @@
+"""The chat in a terminal: `python -m phi4_mlx.chat`."""

@@ -1,0 +1,276 @@
+"""What a person can say to the chat itself: a word after a slash."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from phi4_mlx.chat.session import Chat, rescued_file
+from phi4_mlx.chat.tools import shown_tool
+from phi4_mlx.errors import Phi4Error, RequestError
+from phi4_mlx.terminal.options import SAMPLING
+
+if TYPE_CHECKING:
+    from phi4_mlx.chat.conversation import Turn
+    from phi4_mlx.tokens.tokenizer import Tokenizer
+
+
+class Leave(Exception):
+    """The person has had enough."""
+
+
+class Command(NamedTuple):
+    """A command: what comes after its name, what it does in a few words, and the function that does it."""
+
+    words: str
+    explanation: str
+    do: Callable[[Chat, str], None]
+
+
+def is_command(typed: str) -> bool:
+    """Whether a line is for the chat: `/word` is, `/etc/hosts` and a slash after a space are not."""
+    return re.match(r"/[a-z]*(\s|$)", typed) is not None
+
+
+def obey(chat: Chat, typed: str) -> None:
+    """Carries out a command.
+
+    Raises:
+        RequestError: there is no such command, or it cannot be done.
+        Leave: the person wants to leave.
+    """
+    name, rest = (part.strip() for part in re.split(r"(?=\s|$)", typed[1:], maxsplit=1))
+    if name not in COMMANDS:
+        raise RequestError(f"/{name} is not a command; /help lists them; a space before the slash makes it a message")
+    try:
+        COMMANDS[name].do(chat, rest)
+        chat.screen.end_paragraph()
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise RequestError(f"/{name} {rest}: {reason}") from None
+
+
+def _help(chat: Chat, rest: str) -> None:
+    width = max(len(f"/{name} {command.words}") for name, command in COMMANDS.items())
+    for name, command in COMMANDS.items():
+        chat.screen.write(f"{f'/{name} {command.words}':{width}}  {command.explanation}\n")
+    chat.screen.note("Enter sends; Alt-Enter, or \\ before Enter, begins a new line; Ctrl-C stops an answer.")
+
+
+def _system(chat: Chat, rest: str) -> None:
+    if rest:
+        chat.conversation.system = None if rest == "-" else rest
+    chat.screen.note(f"system prompt: {chat.conversation.system or 'none'}")
+
+
+def _reset(chat: Chat, rest: str) -> None:
+    chat.conversation.turns.clear()
+    chat.conversation.forget_cache()
+    chat.saved_as = None
+    chat.screen.note("a new conversation")
+
+
+def _undo(chat: Chat, rest: str) -> None:
+    _last_question(chat)
+    turn = chat.conversation.turns.pop()
+    chat.screen.note(f"taken back: {_shortened(turn.question)}")
+
+
+def _retry(chat: Chat, rest: str) -> None:
+    question = _last_question(chat)
+    if chat.settings["temp"] == 0:
+        chat.screen.note("temp is 0, so the answer will be the same; /set temp 0.7 lets it vary")
+    turns = chat.conversation.turns
+    before = turns.pop()
+    length = len(turns)
+    try:
+        chat.answer(question)
+    finally:
+        if len(turns) == length:  # stopped before its first token: the old answer stays
+            turns.append(before)
+
+
+def _last_question(chat: Chat) -> str:
+    if not chat.conversation.turns:
+        raise RequestError("there is no turn yet")
+    return chat.conversation.turns[-1].question
+
+
+def _save(chat: Chat, rest: str) -> None:
+    from phi4_mlx.chat import transcript
+
+    if not rest:
+        raise RequestError("/save needs the name of a file")
+    path = _json_file(rest)
+    conversation = chat.conversation
+    transcript.save(path, chat.model_name, conversation.system, conversation.turns, replace=path == chat.saved_as)
+    chat.saved_as = path
+    chat.screen.note(f"saved {_turns(len(conversation.turns))} to {path}{_save_cache(chat, path)}")
+
+
+def _load(chat: Chat, rest: str) -> None:
+    from phi4_mlx.chat import transcript
+
+    if not rest and not rescued_file().exists():
+        raise RequestError("/load needs the name of a file that /save wrote")
+    path = _json_file(rest) if rest else rescued_file()
+    if rest and not path.exists():
+        path = Path(os.path.expanduser(rest)).absolute()  # a file that was renamed
+    conversation = chat.conversation
+    conversation.system, conversation.turns = transcript.load(path, conversation.tokenizer)
+    chat.saved_as = path
+    chat.screen.note(f"loaded {_turns(len(conversation.turns))} from {path}{_load_cache(chat, path)}")
+    if conversation.turns:
+        chat.screen.note(f"the last question was: {_shortened(conversation.turns[-1].question)}")
+
+
+def _save_cache(chat: Chat, path: Path) -> str:
+    """Keeps what the model remembers beside a conversation that is safe already; says what came of it."""
+    from phi4_mlx.generation.prompt_cache_file import save_prompt_cache
+
+    conversation, beside = chat.conversation, _cache_file(path)
+    cache = conversation.cache
+    beside.unlink(missing_ok=True)  # what it holds may have been taken back
+    if cache.is_trimmable():
+        cache.reuse([*conversation.ids(), -1])  # a turn that was taken back is not kept; -1 is no token
+    if not cache.offset:
+        return ""
+    drawn = json.dumps([_replies(turn) for turn in conversation.turns])
+    try:
+        size = save_prompt_cache(beside, cache, conversation.model, conversation.tokenizer, {"replies": drawn})
+    except (Phi4Error, OSError) as error:
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        return f"; the prompt cache is not kept, and /load will prefill anew: {reason}"
+    return f", its prompt cache to {beside.name}, {size / 1e6:,.1f} MB"
+
+
+def _load_cache(chat: Chat, path: Path) -> str:
+    """Takes up what `_save_cache` kept, if it fits; says what came of it."""
+    from phi4_mlx.generation.prompt_cache_file import load_prompt_cache
+
+    conversation, beside = chat.conversation, _cache_file(path)
+    if not beside.exists():
+        return ""
+    try:
+        model, tokenizer = conversation.model, conversation.tokenizer
+        cache, said = load_prompt_cache(beside, model, tokenizer, return_metadata=True)
+        own = model.make_cache(**conversation.cache_options)
+        if (cache[0].bits, cache[0].max_size) != (own[0].bits, own[0].max_size):
+            raise RequestError(f"{beside} was made with another --kv-bits or --max-kv-size than this chat")
+    except Phi4Error as error:
+        return f"; the next prompt is prefilled anew: {error}"
+    conversation.cache = cache
+    known = zip(conversation.turns, json.loads(said.get("replies", "[]")), strict=False)
+    turns = [_as_drawn(tokenizer, turn, drawn) for turn, drawn in known]
+    conversation.turns[: len(turns)] = turns
+    return f", with the prompt cache of {conversation.cache.offset:,} tokens"
+
+
+def _replies(turn: Turn) -> list[list[int]]:
+    """The ids of all that the model said in a turn."""
+    return [*(each.ids for each in turn.rounds), [*turn.ids]]
+
+
+def _as_drawn(tokenizer: Tokenizer, turn: Turn, drawn: list[list[int]]) -> Turn:
+    """The turn with the ids that the model drew, which the cache holds, if they stand for the text of the file."""
+    if [tokenizer.decode(ids) for ids in drawn] != [tokenizer.decode(ids) for ids in _replies(turn)]:
+        return turn
+    *before, last = drawn
+    rounds = (replace(each, ids=ids) for each, ids in zip(turn.rounds, before, strict=True))
+    return replace(turn, ids=tuple(last), rounds=tuple(rounds))
+
+
+def _cache_file(path: Path) -> Path:
+    return path.with_suffix(".cache.safetensors")
+
+
+def _json_file(name: str) -> Path:
+    path = Path(os.path.expanduser(name)).absolute()
+    return path if path.suffix else path.with_suffix(".json")
+
+
+def _set(chat: Chat, rest: str) -> None:
+    name, _, value = " ".join(rest.split()).partition(" ")
+    if not rest:
+        for known, (_, _, explanation) in SAMPLING.items():
+            current = chat.settings[known]
+            chat.screen.write(f"{known:18}  {'-' if current is None else current!s:8}  {explanation}\n")
+        return
+    if name not in SAMPLING:
+        raise RequestError(f"{name!r} cannot be set; these can: {', '.join(SAMPLING)}")
+    if not value:
+        raise RequestError(f"/set {name} needs a value; - sets what the chat began with")
+    try:
+        chat.set(name, chat.defaults[name] if value == "-" else SAMPLING[name][0](value))
+    except argparse.ArgumentTypeError as error:
+        raise RequestError(f"{name}: {error}") from None
+    chat.screen.note(f"{name} is {chat.settings[name]}")
+
+
+def _tools(chat: Chat, rest: str) -> None:
+    for declared in chat.conversation.toolbox.declarations:
+        chat.screen.write(f"{shown_tool(declared)}\n")
+    if not chat.conversation.toolbox:
+        chat.screen.note("there are none; --tools FILE.py gives the model functions to call, --mcp COMMAND a server's")
+
+
+def _stats(chat: Chat, rest: str) -> None:
+    conversation, usage = chat.conversation, chat.conversation.usage
+    held, turns = len(conversation.ids()), _turns(len(conversation.turns))
+    lines = [
+        f"model        {chat.model_name}, chat format {conversation.tokenizer.chat_format.name}",
+        f"context      {held:,} of {conversation.context:,} tokens, in {turns}",
+    ]
+    if usage.answer_tokens:
+        new = usage.prompt_tokens - usage.cached_tokens
+        lines += [
+            f"last prompt  {usage.prompt_tokens:,} tokens: {usage.cached_tokens:,} from the cache, {new:,} run "
+            f"at {usage.prompt_tps:,.0f} tokens/s",
+            f"last answer  {usage.answer_tokens:,} tokens at {usage.answer_tps:,.1f} tokens/s",
+            f"memory       {usage.peak_memory:.2f} GB at the peak, {conversation.cache.nbytes / 1e6:,.1f} MB of cache",
+        ]
+    if conversation.model.config.rope_scaling:
+        run_again = f"; {usage.reprefilled:,} tokens were run again for it" if usage.reprefilled else ""
+        lines.append(f"RoPE table   {conversation.cache.regime}{run_again}")
+    chat.screen.write("\n".join(lines) + "\n")
+
+
+def _model(chat: Chat, rest: str) -> None:
+    if rest:
+        chat.load_model(rest)
+    chat.screen.note(f"model: {chat.model_name}")
+
+
+def _quit(chat: Chat, rest: str) -> None:
+    raise Leave
+
+
+def _turns(count: int) -> str:
+    return f"{count} turn{'' if count == 1 else 's'}"
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 60 else line[:60] + " ..."
+
+
+COMMANDS = {
+    "help": Command("", "this list", _help),
+    "system": Command("[TEXT]", "show or set the system prompt; - removes it", _system),
+    "reset": Command("", "begin a new conversation; the system prompt stays", _reset),
+    "undo": Command("", "take back the last question and its answer", _undo),
+    "retry": Command("", "ask the last question again", _retry),
+    "save": Command("FILE", "write the conversation to a file, and its prompt cache beside it", _save),
+    "load": Command("[FILE]", "bring back a saved conversation", _load),
+    "set": Command("[NAME VALUE]", "show or set temp, top-p, max-tokens and so on", _set),
+    "stats": Command("", "tokens, speeds, memory", _stats),
+    "tools": Command("", "what the model may call", _tools),
+    "model": Command("[NAME]", "show the model, or go on with another one", _model),
+    "quit": Command("", "leave; so does Ctrl-D", _quit),
+}

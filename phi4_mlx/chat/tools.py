@@ -1,0 +1,112 @@
+"""Tools in the chat: where they come from, who is asked before one is run, how calls and results are shown."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from phi4_mlx.errors import RequestError
+from phi4_mlx.terminal.command import Parser, word
+from phi4_mlx.terminal.printable import one_line
+
+if TYPE_CHECKING:
+    from phi4_mlx.tools.calls import ToolCall
+    from phi4_mlx.tools.toolbox import Tool, Toolbox
+
+SHOWN_RESULT = 300  # characters
+
+
+def add_tool_options(parser: Parser) -> None:
+    """Adds the options that give the model tools."""
+    parser.add_argument(
+        "--tools", type=word, action="append", default=[], metavar="FILE.py",
+        help="the public functions of this file are tools that the model may call; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mcp", type=word, action="append", default=[], metavar="COMMAND",
+        help="an MCP server to start, whose tools the model may call; may be repeated; needs the extra 'mcp'",
+    )  # fmt: skip
+    parser.add_argument("--allow-tools", action="store_true", help="run the model's calls without asking")
+
+
+@contextlib.contextmanager
+def toolbox_of(args: argparse.Namespace, person: bool, note: Callable[[str], None]) -> Iterator[Toolbox]:
+    """The tools that the options name; MCP servers end with it.
+
+    Args:
+        args: the options.
+        person: whether somebody is at a terminal.
+        note: told if calls cannot be held to the tools' schemas; such a tool is often somebody else's, and serves.
+
+    Raises:
+        RequestError: a file or a server cannot serve, or there is nobody to ask before a call.
+    """
+    from phi4_mlx.agent import tool_grammar
+    from phi4_mlx.tools.toolbox import Toolbox
+
+    if (args.tools or args.mcp) and not (person or args.allow_tools):
+        raise RequestError("nobody is at a terminal to be asked before a tool is run; --allow-tools runs all calls")
+    with contextlib.ExitStack() as stack:
+        tools: list[Tool] = []
+        for name in args.tools:
+            from phi4_mlx.tools.python_file import tool_functions
+
+            tools += tool_functions(name)
+        for command in args.mcp:
+            from phi4_mlx.tools.mcp import mcp_tools
+
+            tools += stack.enter_context(mcp_tools(command))
+        toolbox = Toolbox(tools)
+        try:
+            tool_grammar(toolbox, "auto")
+        except RequestError as error:
+            toolbox.strict = False
+            note(f"calls are not held to the tools' schemas: {error}")
+        yield toolbox
+
+
+class Doorkeeper:
+    """Asks the person before a call is run; a tool that may always run is asked about once."""
+
+    def __init__(self, ask: Callable[[str], str]) -> None:
+        self._ask = ask
+        self._always: set[str] = set()
+
+    def __call__(self, call: ToolCall) -> bool:
+        """Whether a call may run."""
+        if call.name in self._always:
+            return True
+        answer = self._ask("run it? [y/N/always] ").strip().lower()
+        if answer in ("a", "always"):
+            self._always.add(call.name)
+        return answer in ("y", "yes", "a", "always")
+
+
+def shown_call(call: ToolCall) -> str:
+    """A call on one line; what a terminal would not show as it stands is escaped, so that nothing is hidden."""
+    return _visible(f"{call.name}({', '.join(f'{name}={_json(value)}' for name, value in call.arguments.items())})")
+
+
+def shown_result(text: str) -> str:
+    """The beginning of a result, on one line."""
+    line = one_line(text)
+    return line if len(line) <= SHOWN_RESULT else f"{line[:SHOWN_RESULT]} ... ({len(text):,} characters)"
+
+
+def shown_tool(declared: dict[str, Any]) -> str:
+    """A tool as /tools lists it."""
+    function = declared["function"]
+    text, _, _ = function.get("description", "").partition("\n")
+    return _visible(f"{function['name']}({', '.join(function['parameters']['properties'])})  {text}".rstrip())
+
+
+def _json(value: Any) -> str:
+    from phi4_mlx.tools.json_text import json_text
+
+    return json_text(value)
+
+
+def _visible(text: str) -> str:
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)

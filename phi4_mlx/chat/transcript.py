@@ -1,0 +1,196 @@
+"""A conversation as a file: JSON with the messages, as other programs write them too.
+
+A file is complete or absent, and one that comes from elsewhere is checked before it is believed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import tempfile
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phi4_mlx.agent import Round, call_ids, round_messages
+from phi4_mlx.chat.conversation import Turn, reply_ids
+from phi4_mlx.errors import RequestError
+from phi4_mlx.tools.calls import ToolCall
+from phi4_mlx.tools.json_text import json_text
+
+if TYPE_CHECKING:
+    from phi4_mlx.tokens.tokenizer import Tokenizer
+
+Waiting = deque[tuple[int, Any]]  # messages with their places
+
+LARGEST_FILE = 64 * 2**20  # bytes; the longest context is about half a megabyte of text
+
+
+def save(path: Path, model_name: str, system: str | None, turns: Sequence[Turn], replace: bool = False) -> None:
+    """Writes a conversation, readable by its owner only.
+
+    Args:
+        path: the file.
+        model_name: told to the reader of the file.
+        system: the system prompt, or None.
+        turns: the turns.
+        replace: whether a file that is there may be replaced.
+
+    Raises:
+        RequestError: there is such a file, and it may not be replaced.
+        OSError: the file cannot be written; nothing is left behind then.
+    """
+    content = {"model": model_name, "messages": to_messages(system, turns)}
+    if path.exists() and not replace:
+        raise RequestError(f"{path} exists; choose another name, or remove it")
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            json.dump(content, file, ensure_ascii=False, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def load(path: Path, tokenizer: Tokenizer) -> tuple[str | None, list[Turn]]:
+    """Reads a conversation.
+
+    Args:
+        path: the file.
+        tokenizer: encodes the replies; as plain text, so that no control token comes out of a file.
+
+    Returns:
+        (system prompt or None, turns)
+
+    Raises:
+        RequestError: the file is no conversation.
+        OSError: the file cannot be read.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise RequestError(f"{path} is not a file")
+    if status.st_size > LARGEST_FILE:
+        raise RequestError(f"{path} has {status.st_size:,} bytes; a conversation has at most {LARGEST_FILE:,}")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, or nested without end
+        raise RequestError(f"{path} is not JSON; /save writes files that /load reads") from None
+    if not isinstance(content, dict) or "messages" not in content:
+        raise RequestError(f"{path} has no 'messages'; /save writes files that /load reads")
+    try:
+        return from_messages(content["messages"], tokenizer)
+    except RequestError as error:
+        raise RequestError(f"{path}: {error}") from None
+
+
+def to_messages(system: str | None, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """The turns as messages in OpenAI's form: role and content, calls of tools and their results."""
+    messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+    ids = call_ids()
+    for turn in turns:
+        messages.append({"role": "user", "content": turn.question})
+        for each in turn.rounds:
+            messages += round_messages(each, ids)
+        messages.append({"role": "assistant", "content": turn.answer})
+    return messages
+
+
+def from_messages(messages: Any, tokenizer: Tokenizer) -> tuple[str | None, list[Turn]]:
+    """The opposite, for messages from anywhere: each is checked.
+
+    Args:
+        messages: an optional system message, then user and assistant in turn, each {"role": str, "content": str}; an
+            assistant's that has "tool_calls" is followed by a tool's for each of them, and the next of the assistant.
+        tokenizer: encodes the replies; as plain text, so that no control token comes out of a file.
+
+    Returns:
+        (system prompt, turns)
+
+    Raises:
+        RequestError: they are anything else.
+    """
+    if not isinstance(messages, list):
+        raise RequestError("the messages are not a list")
+    waiting = deque(enumerate(messages))
+    system: str | None = None
+    turns: list[Turn] = []
+    if waiting and isinstance(messages[0], dict) and messages[0].get("role") == "system":
+        system = _content(*waiting.popleft())
+    while waiting:
+        question = _next(waiting, "user")
+        turns.append(_turn(question["content"], waiting, tokenizer))
+    return system, turns
+
+
+def _turn(question: str, waiting: Waiting, tokenizer: Tokenizer) -> Turn:
+    """Takes the messages that answer a question."""
+    rounds: list[Round] = []
+    while True:
+        at = waiting[0][0] if waiting else 0
+        message = _next(waiting, "assistant")
+        text, calls = message["content"], message.get("tool_calls")
+        if not calls:
+            return Turn(question, text, tuple(reply_ids(tokenizer, text)), tuple(rounds))
+        named = _calls(at, calls)
+        found = [_next(waiting, "tool") for _ in named]
+        by_id = {str(result.get("tool_call_id")): result["content"] for result in found}
+        results = [result["content"] for result in found]
+        if by_id.keys() == {name for name, _ in named}:
+            results = [by_id[name] for name, _ in named]
+        made = [call for _, call in named]
+        rounds.append(Round(text, reply_ids(tokenizer, text, made), made, results))
+
+
+def _next(waiting: Waiting, role: str) -> dict[str, Any]:
+    """The next message, which must be of a role; its content is text."""
+    if not waiting:
+        whose = "the user's, and has no answer" if role == "assistant" else "a call of a tool, and has no result"
+        raise RequestError(f"the last message is {whose}")
+    at, message = waiting.popleft()
+    content = _content(at, message)
+    if message.get("role") != role:
+        raise RequestError(
+            f"message {at} has the role {message.get('role')!r:.100}; due is {role!r}: user and assistant alternate, "
+            "and results follow calls"
+        )
+    return {**message, "content": content}
+
+
+def _content(at: int, message: Any) -> str:
+    content = message.get("content") if isinstance(message, dict) else None
+    if content is None and isinstance(message, dict) and message.get("tool_calls"):
+        content = ""
+    if not isinstance(content, str) or not _is_unicode(content):
+        raise RequestError(f"message {at} has no 'content' that is text")
+    return content
+
+
+def _calls(at: int, calls: Any) -> list[tuple[str, ToolCall]]:
+    """The calls of a message, each with its id."""
+    try:
+        named = []
+        for call in calls:
+            function = call["function"]
+            arguments = function["arguments"]
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+            json_text([function["name"], arguments]).encode()
+            if not isinstance(function["name"], str) or not isinstance(arguments, dict):
+                raise TypeError
+            named.append((str(call.get("id")), ToolCall(function["name"], arguments)))
+        return named
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        raise RequestError(f"message {at} has 'tool_calls' that are no names with JSON arguments") from None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,188 @@
+"""`python -m phi4_mlx benchmark`: how fast a model is on this machine, and how near to what its memory allows.
+
+To draw a token is to read all weights, keys and values once: bandwidth over those bytes is the ceiling of decode.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from phi4_mlx.errors import RequestError
+from phi4_mlx.terminal.command import Parser, number, run
+from phi4_mlx.terminal.options import add_kv_bits_option, add_model_options, load_options
+
+if TYPE_CHECKING:
+    from phi4_mlx.models.text import Model
+
+BANDWIDTHS = {
+    "Apple M1": 68.25, "Apple M1 Pro": 200, "Apple M1 Max": 400, "Apple M1 Ultra": 800,
+    "Apple M2": 100, "Apple M2 Pro": 200, "Apple M2 Max": 400, "Apple M2 Ultra": 800,
+    "Apple M3": 100, "Apple M3 Pro": 150, "Apple M3 Max": 400, "Apple M3 Ultra": 819,
+    "Apple M4": 120, "Apple M4 Pro": 273, "Apple M4 Max": 546,
+    "Apple M5": 153, "Apple M5 Pro": 307, "Apple M5 Max": 614,
+}  # fmt: skip
+"""Memory bandwidth in GB/s, by the name of the chip. Source: Apple's technical specifications. The M3, M4 and M5 Max
+are also sold with fewer cores, at 300, 410 and 460 GB/s."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return run(_parser(), _benchmark, argv)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="phi4-mlx benchmark",
+        description="Measure the speed and memory of a model: medians of several runs on random prompts, greedy.",
+    )
+    add_model_options(parser)
+    count = number(int, 1, 10_000_000)
+    parser.add_argument(
+        "--prompt-tokens", type=count, nargs="+", default=[512, 2048], metavar="N",
+        help="lengths of the prompts (default: 512 2048)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--generation-tokens", type=number(int, 2, 10_000_000), default=128, metavar="N",
+        help="tokens drawn after each prompt (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--repeats", type=number(int, 1, 1000), default=3, metavar="N", help="runs a length (default: %(default)s)"
+    )
+    add_kv_bits_option(parser)
+    parser.add_argument(
+        "--bandwidth", type=number(float, 0.001, 1e6), metavar="GB/S",
+        help="of the memory; needed for the share of the ceiling where the chip is not known",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
+    return parser
+
+
+def _benchmark(args: argparse.Namespace) -> None:
+    import mlx.core as mx
+
+    from phi4_mlx.checkpoint import load
+    from phi4_mlx.hub import DEFAULT_MODEL
+
+    name = args.model or DEFAULT_MODEL
+    model, _ = load(name, **load_options(args))
+    longest, context = max(args.prompt_tokens) + args.generation_tokens, model.config.max_position_embeddings
+    if longest > context:
+        raise RequestError(
+            f"--prompt-tokens {max(args.prompt_tokens)} and --generation-tokens {args.generation_tokens} come to "
+            f"{longest}, and the context holds {context}; lower one"
+        )
+    device = str(mx.device_info().get("device_name", "unknown"))
+    bandwidth = BANDWIDTHS.get(device) if args.bandwidth is None else args.bandwidth
+    report: dict[str, Any] = {
+        "model": name,
+        "device": device,
+        "mlx": mx.__version__,
+        "bandwidth_gb_per_s": bandwidth,
+        "weights_bytes": sum(array.nbytes for array in _arrays(model).values()),
+        "kv_bits": args.kv_bits,
+        "generation_tokens": args.generation_tokens,
+        "repeats": args.repeats,
+        "lengths": [_length(model, length, args, bandwidth) for length in args.prompt_tokens],
+    }
+    print(json.dumps(report) if args.json else table(report))
+
+
+def _length(model: Model, length: int, args: argparse.Namespace, bandwidth: float | None) -> dict[str, Any]:
+    """The figures of one length of prompt."""
+    import mlx.core as mx
+
+    measure(model, length, 2, args.kv_bits)  # compiles kernels, and reads what is still on disk
+    mx.reset_peak_memory()
+    runs = []
+    for each in range(1, args.repeats + 1):
+        first_s, decode_s, kv_bytes = measure(model, length, args.generation_tokens, args.kv_bits)
+        runs.append((first_s, decode_s))
+        line = f"{length:,} tokens, run {each} of {args.repeats}: first token after {first_s:.2f} s"
+        print(f"{line}, the others in {decode_s:.2f} s", file=sys.stderr, flush=True)
+    first_s, decode_s = (median(times) for times in zip(*runs, strict=True))
+    decode = (args.generation_tokens - 1) / decode_s
+    ceiling = ceiling_tokens_per_s(weights_read(model) + kv_bytes * (length + args.generation_tokens // 2), bandwidth)
+    return {
+        "prompt_tokens": length,
+        "prefill_tokens_per_s": length / first_s,
+        "time_to_first_token_s": first_s,
+        "decode_tokens_per_s": decode,
+        "kv_bytes_per_token": kv_bytes,
+        "ceiling_tokens_per_s": ceiling,
+        "share_of_ceiling": None if ceiling is None else decode / ceiling,
+        "peak_bytes": mx.get_peak_memory(),
+    }
+
+
+def measure(model: Model, length: int, new_tokens: int, kv_bits: int | None = None) -> tuple[float, float, float]:
+    """Times one prompt and its answer, which are of one RoPE table from their first token on.
+
+    Args:
+        model: what `load` returned.
+        length: of the prompt, in tokens.
+        new_tokens: how many to draw, at least 2.
+        kv_bits: 4 or 8 for quantised keys and values.
+
+    Returns:
+        (seconds to the first token, seconds from there to the last, bytes of keys and values a token)
+    """
+    import random
+
+    import mlx.core as mx
+
+    from phi4_mlx.generation.steps import generate_step
+    from phi4_mlx.generation.stream import wired_memory
+
+    draw = random.Random(length)
+    prompt = [draw.randrange(model.config.vocab_size) for _ in range(length)]
+    cache = model.make_cache(model.model.rope.regime(length + new_tokens), kv_bits)
+    mx.clear_cache()
+    with wired_memory():
+        start = time.perf_counter()
+        times = [time.perf_counter() for _ in generate_step(prompt, model, max_tokens=new_tokens, cache=cache)]
+    kv_bytes = sum(part.nbytes for layer in cache for part in layer.state) / cache.offset
+    return times[0] - start, times[-1] - times[0], kv_bytes
+
+
+def weights_read(model: Model) -> int:
+    """Bytes of the weights that a decode step reads: all but an embedding that is not the head too."""
+    tied = model.config.tie_word_embeddings
+    return sum(array.nbytes for path, array in _arrays(model).items() if tied or "embed_tokens" not in path)
+
+
+def ceiling_tokens_per_s(bytes_per_token: float, bandwidth_gb_per_s: float | None) -> float | None:
+    """What the memory allows, None if its bandwidth is not known."""
+    return None if bandwidth_gb_per_s is None else 1e9 * bandwidth_gb_per_s / bytes_per_token
+
+
+def _arrays(model: Model) -> dict[str, Any]:
+    from mlx.utils import tree_flatten
+
+    return dict(tree_flatten(model.parameters()))
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for people."""
+    bandwidth = report["bandwidth_gb_per_s"]
+    known = "bandwidth not known: --bandwidth" if bandwidth is None else f"{bandwidth:g} GB/s"
+    kv_bytes = report["lengths"][0]["kv_bytes_per_token"]
+    lines = [
+        f"{report['model']} on {report['device']} ({known}), mlx {report['mlx']}",
+        f"{report['weights_bytes'] / 1e9:.3f} GB of weights, {kv_bytes:,.0f} bytes of keys and values a token",
+        "",
+        f"{'prompt':>9} {'prefill':>11} {'first token':>12} {'decode':>11} {'of ceiling':>11} {'peak':>9}",
+        f"{'tokens':>9} {'tokens/s':>11} {'s':>12} {'tokens/s':>11} {'%':>11} {'GB':>9}",
+    ]
+    for row in report["lengths"]:
+        share = "-" if row["share_of_ceiling"] is None else f"{100 * row['share_of_ceiling']:.1f}"
+        lines.append(
+            f"{row['prompt_tokens']:9,} {row['prefill_tokens_per_s']:11,.1f} {row['time_to_first_token_s']:12.3f} "
+            f"{row['decode_tokens_per_s']:11,.1f} {share:>11} {row['peak_bytes'] / 1e9:9.3f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,68 @@
+"""`python -m phi4_mlx cache-prompt`: prefills a text once, and keeps what the model remembers of it in a file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from phi4_mlx.commands.prompt import prompt_messages, read_prompt, show_progress
+from phi4_mlx.errors import RequestError
+from phi4_mlx.terminal.command import Parser, run, text, word
+from phi4_mlx.terminal.options import add_kv_bits_option, add_model_options, load_options
+
+if TYPE_CHECKING:
+    from phi4_mlx.tokens.tokenizer import Tokenizer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return run(_parser(), _cache, argv)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="phi4-mlx cache-prompt",
+        description="Prefill a long text once, for many prompts. `generate --prompt-cache-file FILE` then answers as "
+        "if its prompt were the text, an empty line, and the prompt that it is given, and reads only the latter.",
+    )
+    add_model_options(parser)
+    parser.add_argument(
+        "--prompt", "-p", type=text, help="the text, which begins the user's turn; -, or none, reads standard input"
+    )
+    parser.add_argument("--system-prompt", type=text, help="what the model is told before the text")
+    add_kv_bits_option(parser)
+    parser.add_argument("--prompt-cache-file", type=word, required=True, metavar="FILE", help="the file to write")
+    return parser
+
+
+def _cache(args: argparse.Namespace) -> None:
+    file = Path(os.path.expanduser(args.prompt_cache_file)).absolute()
+    if (file.exists() and not file.is_file()) or not file.parent.is_dir():  # now, not after a long prefill
+        raise RequestError(f"{file} cannot be written; name a file in a folder that exists")
+    prompt = read_prompt(args)
+
+    from phi4_mlx.checkpoint import load
+    from phi4_mlx.generation.memory import check_context, plan_context
+    from phi4_mlx.generation.prompt_cache_file import save_prompt_cache
+    from phi4_mlx.generation.steps import generate_step
+    from phi4_mlx.hub import DEFAULT_MODEL
+
+    model, tokenizer = load(args.model or DEFAULT_MODEL, **load_options(args), lazy=True)
+    cache = model.make_cache(kv_bits=args.kv_bits)
+    ids = _beginning(tokenizer, prompt, args.system_prompt)
+    check_context(plan_context(model, args.kv_bits), len(ids))
+    for _ in generate_step(ids, model, max_tokens=1, cache=cache, prompt_progress_callback=show_progress):
+        pass
+    said = {"text": prompt} if args.system_prompt is None else {"text": prompt, "system_prompt": args.system_prompt}
+    size = save_prompt_cache(file, cache, model, tokenizer, said)
+    print(f"{args.prompt_cache_file}: {cache.offset:,} tokens, {size:,} bytes")
+
+
+def _beginning(tokenizer: Tokenizer, prompt: str, system_prompt: str | None) -> list[int]:
+    """The ids that all prompts behind a text begin with: what two of them, which begin with other letters, share."""
+    one, other = (tokenizer.apply_chat_template(prompt_messages(each, system_prompt, prompt)) for each in ("a", "1"))
+    shared = next(at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return one[:shared]

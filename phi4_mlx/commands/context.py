@@ -1,0 +1,62 @@
+"""`python -m phi4_mlx context`: what a context costs in bytes, and how much of one this machine allows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from phi4_mlx.terminal.command import Parser, run
+from phi4_mlx.terminal.options import add_model_options, load_options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return run(_parser(), _context, argv)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="phi4-mlx context", description="Print what contexts of a model cost in memory; computes nothing."
+    )
+    add_model_options(parser)
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    return parser
+
+
+def _context(args: argparse.Namespace) -> None:
+    from phi4_mlx.checkpoint import load
+    from phi4_mlx.generation.memory import plan_context
+    from phi4_mlx.hub import DEFAULT_MODEL
+
+    name = args.model or DEFAULT_MODEL
+    model, _ = load(name, **load_options(args), lazy=True)
+    plans = {bits: plan_context(model, bits) for bits in (None, 8, 4) if bits is None or not model.config.head_dim % 32}
+    plain = plans[None]
+    powers = [2**n for n in range(9, 40) if 2**n < plain.longest]
+    lengths = [*powers[-6:], plain.longest]
+    if args.json:
+        rows = [
+            {"tokens": n, "kv_bits": bits, "cache_bytes": plan.cache_bytes(n), "peak_bytes": plan.peak_bytes(n)}
+            for n in lengths
+            for bits, plan in plans.items()
+        ]
+        longest = [{"kv_bits": bits, "tokens": plan.most_tokens} for bits, plan in plans.items()]
+        weights = {"weights_bytes": plain.weights_bytes, "limit_bytes": plain.limit_bytes}
+        print(json.dumps({"model": name} | weights | {"longest": longest, "contexts": rows}))
+        return
+    heads = ["" if bits is None else f"--kv-bits {bits}" for bits in plans]
+    print(f"{name}: weights {_size(plain.weights_bytes)}; this machine allows {_size(plain.limit_bytes)}")
+    print(f"{'tokens':>10}" + "".join(f"  {head:>13}" for head in heads))
+    for n in lengths:
+        cells = [_size(plan.peak_bytes(n)) + (" " if n <= plan.most_tokens else "!") for plan in plans.values()]
+        print(f"{n:>10,}" + "".join(f"  {cell:>13}" for cell in cells))
+    print("at most   " + "".join(f"  {f'{plan.most_tokens:,} ':>13}" for plan in plans.values()))
+    print("Weights, cache and the work of a prefill together; ! is more than the machine allows.")
+
+
+def _size(nbytes: int) -> str:
+    for unit, power in (("GB", 9), ("MB", 6)):
+        if nbytes >= 10**power:
+            return f"{nbytes / 10**power:.2f} {unit}"
+    return f"{nbytes:,} bytes"

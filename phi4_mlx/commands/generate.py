@@ -1,0 +1,153 @@
+"""`python -m phi4_mlx generate`: one prompt in, the answer on standard output, nothing else there."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from phi4_mlx.commands.prompt import prompt_messages, read_prompt, show_progress
+from phi4_mlx.errors import RequestError
+from phi4_mlx.terminal.command import Parser, run, text, word
+from phi4_mlx.terminal.options import (
+    SAMPLING,
+    add_decoding_options,
+    add_model_options,
+    add_sampling_options,
+    cache_options,
+    check_decoding_options,
+    load_options,
+)
+from phi4_mlx.terminal.printable import printable
+
+if TYPE_CHECKING:
+    from phi4_mlx.generation.stream import GenerationResponse
+    from phi4_mlx.grammar.grammars import Grammar
+    from phi4_mlx.models.cache import PromptCache
+    from phi4_mlx.models.text import Model
+    from phi4_mlx.tokens.tokenizer import Tokenizer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return run(_parser(), _complete, argv)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="phi4-mlx generate", description="Print a model's answer to one prompt.")
+    add_model_options(parser)
+    parser.add_argument("--prompt", "-p", type=text, help="the prompt; -, or none at all, reads standard input")
+    parser.add_argument("--system-prompt", type=text, help="what the model is told before the prompt")
+    parser.add_argument(
+        "--ignore-chat-template",
+        action="store_true",
+        help="continue the prompt as it stands, with no turns around it; control strings in it stay text",
+    )
+    add_sampling_options(parser, max_tokens=256)
+    add_decoding_options(parser)
+    parser.add_argument(
+        "--stop", type=word, action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
+    )
+    parser.add_argument(
+        "--schema", type=word, metavar="FILE.json", help="the answer is JSON that obeys this JSON schema"
+    )
+    parser.add_argument(
+        "--prompt-cache-file",
+        type=word,
+        metavar="FILE",
+        help="what cache-prompt wrote: the prompt goes on from its text, after an empty line",
+    )
+    parser.add_argument("--verbose", action="store_true", help="print counts and speeds to standard error at the end")
+    return parser
+
+
+def _complete(args: argparse.Namespace) -> None:
+    _check_options(args)
+    prompt = read_prompt(args)  # before the model is loaded: a mistake here should not cost the wait
+    grammar = _grammar(args) if args.schema is not None else None
+
+    from phi4_mlx.checkpoint import load
+    from phi4_mlx.generation.memory import check_context, plan_context
+    from phi4_mlx.generation.sampling import drawing
+    from phi4_mlx.generation.speculate import make_proposer
+    from phi4_mlx.generation.stream import stream_generate
+    from phi4_mlx.hub import DEFAULT_MODEL
+
+    # Lazily: the first step reads each weight as it comes to it.
+    model, tokenizer = load(args.model or DEFAULT_MODEL, **load_options(args), lazy=True)
+    if args.prompt_cache_file is None:
+        ids, cache = _ids(tokenizer, prompt, args), model.make_cache(**cache_options(args))
+    else:
+        ids, cache = _after_cached(args.prompt_cache_file, prompt, model, tokenizer)
+    check_context(plan_context(model, cache[0].bits, cache[0].max_size), cache.offset + len(ids))
+    cached = cache.offset
+    options = drawing({name: getattr(args, name.replace("-", "_")) for name in SAMPLING})
+    draft = None if args.draft_model is None else load(args.draft_model, lazy=True)[0]
+    seeded = args.seed is not None and args.temp > 0
+    options["proposer"] = make_proposer(args.speculate, model, draft, seeded=seeded, bounded=cache.bounded)
+    show = printable if sys.stdout.isatty() else str
+    last, begun = "\n", False
+
+    def progress(done: int, total: int) -> None:
+        if not begun:  # else a prefill in the middle of the answer, at a RoPE crossing
+            show_progress(done, total)
+
+    options |= {"cache": cache, "max_tokens": args.max_tokens, "stop": args.stop, "prompt_progress_callback": progress}
+    if grammar is not None:
+        from phi4_mlx.grammar.constraint import Constraint
+
+        options["logits_mask"] = Constraint(grammar, tokenizer, model.config.vocab_size, args.max_tokens)
+    for event in stream_generate(model, tokenizer, ids, **options):
+        sys.stdout.write(show(event.text))
+        sys.stdout.flush()
+        last, begun = event.text or last, True
+    if not last.endswith("\n"):
+        print(flush=True)
+    if args.verbose:
+        _report(event, cached)
+    if grammar is not None and not options["logits_mask"].complete:
+        raise RequestError(f"the answer had not ended after --max-tokens {args.max_tokens}; allow it more")
+
+
+def _grammar(args: argparse.Namespace) -> Grammar:
+    from phi4_mlx.grammar.grammars import schema_grammar
+
+    if args.stop:
+        raise RequestError("--stop may end an answer before it obeys the schema; drop it, or --schema")
+    return schema_grammar(args.schema)
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    check_decoding_options(args)
+    if args.ignore_chat_template and args.system_prompt is not None:
+        raise RequestError("--system-prompt needs the chat format, and --ignore-chat-template leaves it out; drop one")
+    settled = {"ignore_chat_template": False, "system_prompt": None, "kv_bits": None, "max_kv_size": None}
+    given = [f"--{name.replace('_', '-')}" for name, default in settled.items() if getattr(args, name) != default]
+    if args.prompt_cache_file is not None and given:
+        raise RequestError(f"{given[0]} is settled by the file of --prompt-cache-file; drop one of the two")
+
+
+def _ids(tokenizer: Tokenizer, prompt: str, args: argparse.Namespace) -> list[int]:
+    if args.ignore_chat_template:
+        return tokenizer.encode(prompt)
+    return tokenizer.apply_chat_template(prompt_messages(prompt, args.system_prompt))
+
+
+def _after_cached(path: str, prompt: str, model: Model, tokenizer: Tokenizer) -> tuple[list[int], PromptCache]:
+    """A file's cache, and what is still to be prefilled of the prompt behind its text."""
+    from phi4_mlx.generation.prompt_cache_file import load_prompt_cache
+
+    cache, said = load_prompt_cache(path, model, tokenizer, return_metadata=True)
+    whole = tokenizer.apply_chat_template(prompt_messages(prompt, said.get("system_prompt"), said.get("text")))
+    return cache.reuse(whole), cache
+
+
+def _report(event: GenerationResponse, cached: int) -> None:
+    before = f"{cached} cached tokens; " if cached else ""
+    print(
+        f"{before}prompt {event.prompt_tokens} tokens, {event.prompt_tps:.1f} tokens/s; "
+        f"answer {event.generation_tokens} tokens, {event.generation_tps:.1f} tokens/s, {event.finish_reason}; "
+        f"peak memory {event.peak_memory:.2f} GB",
+        file=sys.stderr,
+    )

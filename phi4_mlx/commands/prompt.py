@@ -1,0 +1,40 @@
+"""phi4_mlx.commands.prompt."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from phi4_mlx.errors import RequestError
+from phi4_mlx.terminal.command import read_standard_input
+from phi4_mlx.terminal.options import LONG_PREFILL
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The prompt of `--prompt`, or else of standard input.
+
+    Raises:
+        RequestError: there is none, it is blank or not UTF-8.
+    """
+    if args.prompt in (None, "-"):
+        if args.prompt is None and sys.stdin.isatty():
+            raise RequestError("there is no prompt; give one with --prompt, or through a pipe")
+        prompt = read_standard_input().removesuffix("\n")
+    else:
+        prompt = args.prompt
+    if not prompt.strip():
+        raise RequestError("the prompt is empty; it needs at least one character that is not white space")
+    return prompt
+
+
+def prompt_messages(prompt: str, system_prompt: str | None, text: str | None = None) -> list[dict[str, str]]:
+    """A prompt as a conversation; behind an empty line where it goes on from a text."""
+    question = {"role": "user", "content": prompt if text is None else f"{text}\n\n{prompt}"}
+    return [question] if system_prompt is None else [{"role": "system", "content": system_prompt}, question]
+
+
+def show_progress(done: int, total: int) -> None:
+    """How far a long prefill is, on a line of standard error that the next one replaces."""
+    if total > LONG_PREFILL and sys.stderr.isatty():
+        sys.stderr.write(f"\rreading {done:,} of {total:,} tokens ..." if done < total else f"\r{' ' * 60}\r")
+        sys.stderr.flush()

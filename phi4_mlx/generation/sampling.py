@@ -1,0 +1,249 @@
+"""Samplers: a value that maps logits to tokens, and the processors that bend the logits before it.
+
+The order is the reference's: penalties and bias, temperature, then top-k, top-p and min-p, each on the tempered logits,
+so that what is cut depends on the distribution that is really drawn from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from phi4_mlx.errors import RequestError, check_number, check_whole
+from phi4_mlx.terminal.options import SAMPLING
+
+_UNLUCKY = math.log(2**-32)  # how likely it may be that no draw of several is in the nucleus
+_MOST_TRIES = 16  # at a top_p of 0.75; below, sorting is as fast
+_BLOCK = 512  # token ids
+_LEAST_TEMP = 1e-30  # logits stay finite in float32, and long before that only the likeliest token is ever drawn
+
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws one token a row from logits [B, V].
+
+    Attributes:
+        temp: temperature; 0 takes the likeliest token.
+        top_p: keeps the fewest tokens whose probabilities come to this much; 1 (or 0) keeps all.
+        min_p: keeps tokens at least this likely in proportion to the likeliest; 0 keeps all.
+        top_k: keeps this many of the likeliest tokens; 0 keeps all.
+    """
+
+    temp: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        check_number("temp", self.temp, 0, 100)
+        check_number("top_p", self.top_p, 0, 1)
+        check_number("min_p", self.min_p, 0, 1)
+        check_whole("top_k", self.top_k, 0)
+
+    def __call__(self, logits: mx.array, key: mx.array | None = None) -> mx.array:
+        """Tokens [B] for logits or log-probabilities [B, V]; `key` is a random key, the default is MLX's own state."""
+        if self.temp == 0:
+            return mx.argmax(logits, axis=-1)
+        logits = logits.astype(mx.float32) / max(self.temp, _LEAST_TEMP)
+        if 0 < self.top_k < logits.shape[-1]:
+            tokens = mx.argpartition(-logits, self.top_k - 1, axis=-1)[..., : self.top_k]
+            drawn = self._draw(mx.take_along_axis(logits, tokens, axis=-1), key)
+            return mx.take_along_axis(tokens, drawn[..., None], axis=-1)[..., 0]
+        return self._draw(logits, key)
+
+    def _draw(self, logits: mx.array, key: mx.array | None) -> mx.array:
+        """Tokens [B] for tempered logits [B, V]."""
+        if self.min_p > 0:
+            floor = mx.max(logits, axis=-1, keepdims=True) + math.log(self.min_p)
+            allowed = mx.where(logits < floor, -math.inf, logits)
+        else:
+            allowed = logits
+        if not 0 < self.top_p < 1:
+            return mx.random.categorical(allowed, key=key)
+        tries = _UNLUCKY / math.log1p(-self.top_p)
+        if tries <= _MOST_TRIES and logits.shape[-1] > _BLOCK:
+            return _draw_from_nucleus(logits, allowed, self.top_p, math.ceil(tries), key)
+        return _draw_sorted(logits, allowed, self.top_p, key)
+
+
+def make_sampler(
+    temp: float = 0.0, top_p: float = 1.0, min_p: float = 0.0, top_k: int = 0, seed: int | None = None
+) -> Callable[[mx.array], mx.array]:
+    """A sampler for `generate_step`: logits [B, V] -> tokens [B].
+
+    Args:
+        temp: temperature, from 0 (greedy).
+        top_p: probability mass to keep, 0 to 1.
+        min_p: least probability in proportion to the likeliest token's, 0 to 1.
+        top_k: number of tokens to keep; 0 keeps all.
+        seed: makes the sampler draw the same tokens again, whatever else draws random numbers.
+
+    Raises:
+        RequestError: a number is not one, or lies outside its range.
+    """
+    sampler = Sampler(temp, top_p, min_p, top_k)
+    if seed is None:
+        return sampler
+    check_whole("seed", seed, 0, 2**64 - 1)
+    key = mx.random.key(seed)
+
+    def seeded(logits: mx.array) -> mx.array:
+        nonlocal key
+        key, now = mx.random.split(key)
+        return sampler(logits, now)
+
+    return seeded
+
+
+def make_logits_processors(
+    logit_bias: Mapping[int, float] | None = None,
+    repetition_penalty: float | None = None,
+    repetition_context_size: int = 20,
+    presence_penalty: float | None = None,
+    presence_context_size: int = 20,
+    frequency_penalty: float | None = None,
+    frequency_context_size: int = 20,
+) -> list[LogitsProcessor]:
+    """Functions (tokens so far [S], logits [B, V]) -> logits, in mlx-lm's names.
+
+    Args:
+        logit_bias: token id -> what to add to its logit.
+        repetition_penalty: divides positive logits of recent tokens and multiplies negative ones; 1 does nothing.
+        repetition_context_size: how many recent tokens count; the same for the next two.
+        presence_penalty: subtracted once from the logit of each recent token.
+        presence_context_size: as above.
+        frequency_penalty: subtracted from the logit of each recent token as often as it occurs.
+        frequency_context_size: as above.
+
+    Raises:
+        RequestError: a number is not one, or lies outside its range.
+    """
+    processors: list[LogitsProcessor] = []
+    if logit_bias:
+        processors.append(_bias(logit_bias))
+    if repetition_penalty is not None:
+        check_number("repetition_penalty", repetition_penalty, 0.01, 100)
+        processors.append(_recent(repetition_context_size, "repetition_context_size", _repetition(repetition_penalty)))
+    if presence_penalty is not None:
+        check_number("presence_penalty", presence_penalty, -100, 100)
+        presence = _subtract(presence_penalty, lambda counts: counts > 0)
+        processors.append(_recent(presence_context_size, "presence_context_size", presence))
+    if frequency_penalty is not None:
+        check_number("frequency_penalty", frequency_penalty, -100, 100)
+        frequency = _subtract(frequency_penalty, lambda counts: counts)
+        processors.append(_recent(frequency_context_size, "frequency_context_size", frequency))
+    return processors
+
+
+def _draw_sorted(logits: mx.array, allowed: mx.array, top_p: float, key: mx.array | None) -> mx.array:
+    """Tokens [B] from the fewest logits [B, V] whose probability reaches top_p, as far as they are allowed."""
+    order = mx.argsort(-logits, axis=-1)
+    probs = mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1, precise=True)
+    before = mx.cumsum(probs, axis=-1) - probs  # mass of all likelier tokens
+    nucleus = mx.where(before < top_p, mx.take_along_axis(allowed, order, axis=-1), -math.inf)
+    drawn = mx.random.categorical(nucleus, key=key)
+    return mx.take_along_axis(order, drawn[..., None], axis=-1)[..., 0]
+
+
+def _draw_from_nucleus(
+    logits: mx.array, allowed: mx.array, top_p: float, tries: int, key: mx.array | None
+) -> mx.array:
+    """As `_draw_sorted`, without the sort.
+
+    A token drawn from all of them is in the nucleus if the likelier ones come to less than top_p, and so it is with a
+    probability of top_p or more. Several are drawn at once, and the first one that is in it is taken. Equal tokens
+    count in the order of their ids.
+    """
+    probs = mx.softmax(logits, axis=-1)
+    weights = probs if allowed is logits else mx.where(allowed == -math.inf, 0.0, probs)
+    drawn = _draw_by_weight(weights, tries, key)  # [B, N]
+    own = mx.take_along_axis(probs, drawn, axis=-1)
+    inside = _mass_before(probs[:, None], own[..., None], drawn[..., None]) < top_p
+    first = mx.argmax(inside, axis=-1, keepdims=True)
+    lucky = mx.take_along_axis(drawn, first, axis=-1)[:, 0]
+    return mx.where(mx.any(inside, axis=-1), lucky, mx.argmax(logits, axis=-1))
+
+
+@mx.compile
+def _mass_before(probs: mx.array, own: mx.array, token: mx.array) -> mx.array:
+    """The probability of all tokens [.., V] before one in the order of likelihood, and of ids among equals."""
+    ids = mx.arange(probs.shape[-1])
+    before = (probs > own) | ((probs == own) & (ids < token))
+    return mx.where(before, probs, 0.0).sum(axis=-1)
+
+
+def _draw_by_weight(weights: mx.array, n: int, key: mx.array | None) -> mx.array:
+    """Draws n tokens [B, n] in proportion to weights [B, V]: a block of ids, then one in it, which loses no digits."""
+    B, V = weights.shape
+    blocks = mx.pad(weights, [(0, 0), (0, -V % _BLOCK)]).reshape(B, -1, _BLOCK)
+    at, within = mx.random.uniform(shape=(2, B, n, 1), key=key)
+    totals = mx.cumsum(blocks.sum(axis=-1), axis=-1)[:, None]  # [B, 1, V / block]
+    block = mx.minimum((totals <= at * totals[..., -1:]).sum(axis=-1), blocks.shape[1] - 1)  # [B, n]
+    inside = mx.cumsum(mx.take_along_axis(blocks, block[..., None], axis=1), axis=-1)  # [B, n, block]
+    offset = (inside <= within * inside[..., -1:]).sum(axis=-1)
+    return mx.minimum(block * _BLOCK + offset, V - 1)
+
+
+def _bias(logit_bias: Mapping[int, float]) -> LogitsProcessor:
+    for token, bias in logit_bias.items():
+        check_whole("logit_bias token", token, 0)
+        check_number(f"logit_bias of token {token}", bias, -1000, 1000)
+    tokens, biases = mx.array(list(logit_bias)), mx.array(list(logit_bias.values()), mx.float32)
+
+    def add(_: mx.array, logits: mx.array) -> mx.array:
+        if max(logit_bias) >= logits.shape[-1]:
+            raise RequestError(f"logit_bias token {max(logit_bias)} is outside the vocabulary of {logits.shape[-1]}")
+        return logits.at[:, tokens].add(biases.astype(logits.dtype))
+
+    return add
+
+
+def _recent(size: int, name: str, change: Callable[[mx.array, mx.array], mx.array]) -> LogitsProcessor:
+    """Applies `change(counts [V], logits)`, the counts being those of the last `size` tokens."""
+    check_whole(name, size, 1)
+
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        counts = mx.zeros(logits.shape[-1]).at[tokens[-size:]].add(1)
+        return change(counts, logits)
+
+    return process
+
+
+def _repetition(penalty: float) -> Callable[[mx.array, mx.array], mx.array]:
+    def change(counts: mx.array, logits: mx.array) -> mx.array:
+        return mx.where(counts > 0, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+    return change
+
+
+def _subtract(penalty: float, weight: Callable[[mx.array], mx.array]) -> Callable[[mx.array, mx.array], mx.array]:
+    return lambda counts, logits: logits - (penalty * weight(counts)).astype(logits.dtype)
+
+
+def drawing(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampler and the logits processors, as `generate_step` takes them, for the values of `SAMPLING`."""
+
+    values = {name.replace("-", "_"): settings[name] for name in SAMPLING if name != "max-tokens"}
+    penalties = {name: values.pop(name) for name in list(values) if name.endswith("_penalty")}
+    return {"sampler": make_sampler(**values), "logits_processors": make_logits_processors(**penalties)}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; names, ranges and meaning are those of `make_sampler` and `make_logits_processors`."""
+
+    temp: float = 1.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
+    seed: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)

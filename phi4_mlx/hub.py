@@ -1,0 +1,78 @@
+"""phi4_mlx.hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from phi4_mlx.errors import CheckpointError
+from phi4_mlx.files.manifest import MANIFEST_FILE
+
+DEFAULT_MODEL = "mlx-community/Phi-4-mini-instruct-4bit"
+
+_PINNED = {DEFAULT_MODEL: "ac1c269cb4222a4e136a3d09edad301056c1f36a"}  # commit of 2025-03-05
+
+# What a checkpoint needs, and what a package passes on; nothing else is downloaded, least of all code.
+NEEDED_FILES = (
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", MANIFEST_FILE,
+    "LICENSE",
+)  # fmt: skip
+
+
+def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
+    """The folder that a name stands for; downloads a Hub repository unless it is cached.
+
+    Args:
+        path_or_hf_repo: "demo", a folder, or a Hub id ("owner/name").
+        revision: commit, branch or tag on the Hub; the default model is pinned to one commit.
+
+    Raises:
+        CheckpointError: there is no such folder, or the Hub cannot be reached.
+    """
+    name = str(path_or_hf_repo)
+    if name == "demo":
+        return Path(__file__).parent / "demo"
+    folder = Path(os.path.expanduser(name))  # leaves `~nobody` as it is, and Path.expanduser raises
+    if name and folder.is_dir():
+        return folder
+    if isinstance(path_or_hf_repo, Path) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise CheckpointError(
+            f"{name!r} is neither a folder nor a Hub id like {DEFAULT_MODEL!r}; --model demo needs no download"
+        )
+    return _download(name, revision or _PINNED.get(name))
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import constants, errors, snapshot_download
+
+    offline = constants.HF_HUB_OFFLINE
+    try:
+        reachable = not offline and _is_reachable(repo, revision)
+        needed = list(NEEDED_FILES)
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=needed, local_files_only=not reachable))
+    except errors.RepositoryNotFoundError:  # also for what is gated
+        reason = "does not exist, or needs a login (`hf auth login`)"
+    except errors.RevisionNotFoundError:
+        reason = f"has no revision {revision!r}"
+    except errors.HFValidationError:
+        reason = "is no valid Hub id"
+    except errors.LocalEntryNotFoundError:
+        reason = f"is not cached, and {'HF_HUB_OFFLINE is set' if offline else 'the Hub cannot be reached'}"
+    except Exception as error:  # the Hub library's HTTP client, and so what it raises, differs by version
+        reason = "could not be downloaded: " + " ".join(str(error).split())
+    raise CheckpointError(f"{repo} {reason}; --model demo needs no download")
+
+
+def _is_reachable(repo: str, revision: str | None) -> bool:
+    """Asks the Hub once. A download without network would try again for half a minute before it gave up."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        HfApi().repo_info(repo, revision=revision, timeout=10)
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
+        raise
+    except Exception:  # no network, no answer in time: the cache may still have it
+        return False
+    return True

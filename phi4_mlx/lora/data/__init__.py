@@ -1,0 +1,1 @@
+"""Training data: files to samples, samples to batches."""

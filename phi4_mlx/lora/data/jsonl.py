@@ -1,0 +1,181 @@
+"""Files of samples: found in a folder, named alone, or fetched from the Hub; each bad line of JSONL told at once.
+
+Training takes an evening, so nothing begins before each line has been looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from phi4_mlx.errors import RequestError
+from phi4_mlx.lora.data.parquet import patterns, shards
+
+SPLITS = ("train", "valid", "test")
+MAX_LINE_BYTES = 2**24  # 16 MiB, some forty times what 128K tokens take
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.jsonl)")
+_BLANK = b" \t\r\n"
+_SHOWN = 5  # bad lines behind the first that are listed by number
+
+Read = TypeVar("Read")
+
+
+def find_split(path_or_hf_id: str | Path, split: str = "train") -> Path | None:
+    """The file of a split.
+
+    Args:
+        path_or_hf_id: a folder with train.jsonl, and valid.jsonl and test.jsonl if there are any; one file, which is
+            the training split; or the id of a dataset on the Hub ("owner/name") with such files, or with Parquet.
+        split: "train", "valid" or "test".
+
+    Returns:
+        The file, or None for a "valid" or "test" that is not there.
+
+    Raises:
+        RequestError: nothing is there, or no training split is; the Hub cannot be reached.
+    """
+    if split not in SPLITS:
+        raise RequestError(f"split {split!r} is not known; known are {', '.join(SPLITS)}")
+    path = Path(os.path.expanduser(path_or_hf_id))
+    if path.exists() and not path.is_dir():
+        return path if split == "train" else None
+    if path.exists():
+        found = next((place for place in (path / f"{split}.jsonl", *shards(path, split)) if place.exists()), None)
+    else:
+        found = _find_on_hub(str(path_or_hf_id), split)
+    if found is None and split == "train":
+        raise RequestError(
+            f"{path_or_hf_id} holds no train.jsonl, an object to a line with text, prompt and completion, or messages"
+        )
+    return found
+
+
+def read_lines(path: Path, read: Callable[[dict[str, Any], str], Read]) -> list[Read]:
+    """What `read` makes of each line of a file.
+
+    Blank lines at the end of the file are no lines.
+
+    Args:
+        path: the file.
+        read: called with a line's object and its name, "train.jsonl:12"; raises RequestError for one it cannot use.
+
+    Raises:
+        RequestError: the file cannot be read or holds no line, or lines of it are bad: the first is told with its
+            number and reason, the others by number. All lines have then been looked at.
+    """
+    made: list[Read] = []
+    bad: list[tuple[int, str]] = []
+    try:
+        with path.open("rb") as file:
+            for number, line in _numbered(file):
+                try:
+                    made.append(read(_parsed(line), f"{path.name}:{number}"))
+                except RequestError as error:
+                    bad.append((number, str(error)))
+                except RecursionError:
+                    bad.append((number, "has too many brackets inside one another"))
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+    if bad:
+        raise RequestError(f"{path}:{bad[0][0]}: {bad[0][1]}{_others([number for number, _ in bad[1:]])}")
+    if not made:
+        raise RequestError(f"{path} is empty; each line of it should be a sample")
+    return made
+
+
+def _numbered(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The lines with their numbers from 1; of one that is too long, no more than shows that it is."""
+    blank: list[int] = []
+    for number in count(1):
+        line = file.readline(MAX_LINE_BYTES + 1)
+        if not line:
+            return
+        rest = line
+        while rest and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_LINE_BYTES)
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")  # the mark that some editors put before UTF-8
+        if not line.strip(_BLANK):
+            blank.append(number)
+            continue
+        yield from ((n, b"") for n in blank)
+        blank = []
+        yield number, line.rstrip(b"\r\n")
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    if not line:
+        raise RequestError("the line is empty")
+    if len(line) > MAX_LINE_BYTES:
+        raise RequestError(f"the line is longer than {MAX_LINE_BYTES:,} bytes; a sample is a few thousand tokens")
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"not UTF-8: byte 0x{line[error.start]:02x} at offset {error.start}; convert the file, with iconv say"
+        ) from None
+    try:
+        record = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise RequestError(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from None
+    except ValueError as error:  # a whole number of thousands of digits
+        raise RequestError(f"not JSON that can be read: {error}") from None
+    if not isinstance(record, dict):
+        raise RequestError(f'holds {record!r:.60}, not an object like {{"text": "..."}}')
+    return record
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise RequestError(f"key {key!r:.60} is there twice; only one of them could count")
+        found[key] = value
+    return found
+
+
+def _refuse_constant(name: str) -> Any:
+    raise RequestError(f"not JSON: {name} is no JSON number")
+
+
+def _others(numbers: list[int]) -> str:
+    if not numbers:
+        return ""
+    shown = ", ".join(map(str, numbers[:_SHOWN])) + (", ..." if len(numbers) > _SHOWN else "")
+    return f" ({len(numbers):,} more bad line{'s' if len(numbers) > 1 else ''}: {shown})"
+
+
+def _find_on_hub(name: str, split: str) -> Path | None:
+    """The file of a split of a Hub dataset: JSONL, or else the first of its Parquet files."""
+    folder = _download(name, [f"{split}.jsonl", f"data/{split}.jsonl"])
+    for place in (folder / f"{split}.jsonl", folder / "data" / f"{split}.jsonl"):
+        if place.exists():
+            return place
+    folder = _download(name, patterns(split))
+    return next(iter(shards(folder, split)), None)
+
+
+def _download(name: str, files: list[str]) -> Path:
+    """The folder with some files of a Hub dataset, from the cache if they are there; and nothing else."""
+    if not _HUB_ID.fullmatch(name):
+        raise RequestError(f"{name!r} is neither a folder, nor a file, nor the id of a Hub dataset like owner/name")
+    from huggingface_hub import constants, errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=files))
+    except errors.RepositoryNotFoundError:  # also for what is gated
+        reason = "does not exist, or needs a login (`hf auth login`)"
+    except errors.HFValidationError:
+        reason = "is no valid Hub id"
+    except (errors.LocalEntryNotFoundError, ConnectionError, TimeoutError):
+        offline = constants.HF_HUB_OFFLINE
+        reason = f"is not cached, and {'HF_HUB_OFFLINE is set' if offline else 'the Hub cannot be reached'}"
+    except Exception as error:  # the Hub library's HTTP client, and so what it raises, differs by version
+        reason = "could not be downloaded: " + " ".join(str(error).split())
+    raise RequestError(f"no such file or folder here, and the Hub dataset {name} {reason}")

@@ -1,0 +1,109 @@
+"""Where a run stands, on disk: whole or absent, and enough to go on as if nothing had happened.
+
+`checkpoints/00000100` in the adapter folder holds what is trained and the optimizer, in tensors.safetensors, and the
+counters, in state.json. A folder gets its name when everything in it is on the disk, and loses it before anything in it
+goes: one with a name is whole. Names with a dot in front are on their way, to or fro.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from phi4_mlx.errors import CheckpointError, ConfigError
+from phi4_mlx.files.atomic import sync
+from phi4_mlx.files.json_file import read_json
+
+FOLDER = "checkpoints"
+TENSORS_FILE, STATE_FILE = "tensors.safetensors", "state.json"
+
+
+def save_checkpoint(adapter_path: Path, step: int, tensors: Mapping[str, mx.array], state: Mapping[str, Any]) -> None:
+    """Writes the checkpoint of a step, in the place of one of the same step if there is one.
+
+    Raises:
+        OSError: the disk is full, say; the older checkpoints are still there, whole.
+    """
+    folder = adapter_path / FOLDER / f"{step:08}"
+    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    _put_back(adapter_path)
+    _sweep(adapter_path)
+    partial.mkdir(parents=True)
+    try:
+        try:
+            mx.save_safetensors(str(partial / TENSORS_FILE), dict(tensors))
+        except RuntimeError as error:  # how MLX says that the disk is full
+            raise OSError(errno.EIO, " ".join(str(error).split()), str(partial / TENSORS_FILE)) from None
+        (partial / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+        for path in (*partial.iterdir(), partial):
+            sync(path)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        sync(folder.parent)
+    except BaseException:
+        _put_back(adapter_path)
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def keep_newest(adapter_path: Path, count: int) -> None:
+    """Removes all but the newest checkpoints."""
+    for folder in checkpoints(adapter_path)[:-count]:
+        gone = folder.with_name(f".{folder.name}.partial")
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def newest_checkpoint(adapter_path: Path) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
+    """The tensors and the state of the newest checkpoint; None where there is none.
+
+    Raises:
+        CheckpointError: it was damaged since it was written.
+    """
+    _put_back(adapter_path)
+    folders = checkpoints(adapter_path)
+    if not folders:
+        return None
+    try:
+        tensors = mx.load(str(folders[-1] / TENSORS_FILE))
+        mx.eval(tensors)
+        return dict(tensors), read_json(folders[-1] / STATE_FILE)
+    except (RuntimeError, OSError, ConfigError) as error:
+        raise damaged(adapter_path, " ".join(str(error).split())) from None
+
+
+def damaged(adapter_path: Path, reason: str) -> CheckpointError:
+    """What to raise where the newest checkpoint cannot be used."""
+    *older, newest = checkpoints(adapter_path)
+    way = "--resume takes the one before" if older else "begin anew, it was the only one"
+    return CheckpointError(f"{newest} is damaged: {reason}; remove it, and {way}")
+
+
+def checkpoints(adapter_path: Path) -> list[Path]:
+    """The folders of the checkpoints, from the oldest."""
+    return sorted(path for path in (adapter_path / FOLDER).glob("[0-9]*") if path.name.isdigit())
+
+
+def _put_back(adapter_path: Path) -> None:
+    """Gives a checkpoint its name back if a run was killed, or failed, while another was about to take its place."""
+    for old in (adapter_path / FOLDER).glob(".[0-9]*.old"):
+        named = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+        if not named.exists():
+            with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                old.rename(named)
+
+
+def _sweep(adapter_path: Path) -> None:
+    """Removes what killed runs have left."""
+    for kind in ("partial", "old"):
+        for left in (adapter_path / FOLDER).glob(f".[0-9]*.{kind}"):
+            shutil.rmtree(left, ignore_errors=True)

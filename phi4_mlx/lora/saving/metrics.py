@@ -1,0 +1,175 @@
+"""What a run leaves to look at: metrics.jsonl, a line a step, and the curve of its losses; elsewhere too, if asked."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phi4_mlx.errors import RequestError
+from phi4_mlx.files.atomic import sync
+
+if TYPE_CHECKING:
+    from phi4_mlx.lora.progress import Step
+
+METRICS_FILE, CURVE_FILE = "metrics.jsonl", "loss.png"
+OPTIONAL = ("accuracy", "margin", "valid_loss", "valid_accuracy")  # what not every step has
+Metrics = dict[str, Any]
+class Record:
+    """The metrics of a run.
+
+    Args:
+        folder: of the adapter.
+        step: the last step that stands; what a broken run wrote after it is dropped.
+        report: called with each step's metrics besides; see `reporter`.
+        noun: what a step learns from and a loss is the mean of, "targets" or "pairs".
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        report: Callable[[Metrics], Any] = lambda metrics: None,
+        noun: str = "targets",
+    ):
+        self._report = report
+        self._count = "tokens" if noun == "targets" else noun
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / METRICS_FILE
+        self.lines = [line for line in read_metrics(self.path) if line["step"] <= step]
+        fresh = self.path.with_name(f".{METRICS_FILE}.partial")
+        fresh.write_bytes(b"".join(map(_encoded, self.lines)))
+        sync(fresh)
+        fresh.replace(self.path)
+        self._written, self._end = len(self.lines), self.path.stat().st_size
+
+    def add(self, step: Step) -> None:
+        """Appends a step, down to the disk, with those that could not be written before.
+
+        Raises:
+            OSError: the disk is full, say; the step will be written with the next one.
+        """
+        line: Metrics = {
+            "step": step.step,
+            "loss": step.loss,
+            "learning_rate": step.learning_rate,
+            self._count: step.tokens,
+            "grad_norm": step.grad_norm,
+            f"{self._count}_per_s": step.tokens / step.seconds,
+            "seconds": step.seconds,
+            "peak_bytes": step.peak_bytes,
+        }
+        line |= {name: value for name in OPTIONAL if (value := getattr(step, name)) is not None}
+        self.lines.append(line)
+        try:
+            self.flush()
+        finally:
+            self._report(line)
+
+    def flush(self) -> None:
+        """Sees to it that every step is on the disk.
+
+        Raises:
+            OSError: the disk is full, say.
+        """
+        if self._written == len(self.lines):
+            return
+        new = b"".join(map(_encoded, self.lines[self._written :]))
+        with self.path.open("r+b") as file:
+            file.seek(self._end)  # over what came of it the last time, on a disk that was full
+            file.write(new)
+            file.flush()
+            os.fsync(file.fileno())
+        self._written, self._end = len(self.lines), self._end + len(new)
+
+    def curves(self) -> dict[str, tuple[list[int], list[float]]]:
+        """Name -> (steps, losses), of training and validation."""
+        found: dict[str, tuple[list[int], list[float]]] = {}
+        for name, key in (("training", "loss"), ("validation", "valid_loss")):
+            points = [(line["step"], line[key]) for line in self.lines if key in line]
+            if points:
+                found[name] = ([step for step, _ in points], [loss for _, loss in points])
+        return found
+
+
+def reporter(name: str | None, folder: Path, settings: Mapping[str, Any]) -> Callable[[Metrics], Any]:
+    """Sends the metrics of each step to a library that the user has.
+
+    Args:
+        name: "wandb" or "tensorboard"; None for nowhere.
+        folder: of the adapter; what the library writes goes there too.
+        settings: what the run was told.
+
+    Raises:
+        RequestError: the library is not installed, or does not begin.
+    """
+    if name is None:
+        return lambda metrics: None
+    check_reporter(name)
+    try:
+        send = _wandb(folder, settings) if name == "wandb" else _tensorboard(folder)
+    except Exception as error:  # a login that is missing, say; what the libraries raise is their own
+        raise RequestError(f"--report-to {name}: {' '.join(str(error).split())}") from error
+
+    def report(metrics: Metrics) -> None:
+        try:
+            send(metrics)
+        except Exception as error:  # no reason to end a run
+            raise OSError(errno.EIO, " ".join(str(error).split()), name) from error
+
+    return report
+
+
+def _wandb(folder: Path, settings: Mapping[str, Any]) -> Callable[[Metrics], Any]:
+    import wandb
+
+    run = wandb.init(dir=str(folder), config=dict(settings))
+    return lambda metrics: run.log(metrics, step=metrics["step"])
+
+
+def _tensorboard(folder: Path) -> Callable[[Metrics], Any]:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    writer = EventFileWriter(str(folder))
+
+    def report(metrics: Metrics) -> None:
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items() if name != "step"]
+        writer.add_event(Event(wall_time=time.time(), step=metrics["step"], summary=Summary(value=values)))
+        writer.flush()
+
+    return report
+
+
+def check_reporter(name: str | None) -> None:
+    """Raises RequestError where the library that the metrics shall go to is not installed."""
+    if name is not None and find_spec(name) is None:
+        raise RequestError(f"--report-to {name} needs a library: pip install {name}, or leave it out")
+
+
+def read_metrics(path: Path) -> list[Metrics]:
+    """The lines of a metrics file, up to the first that is not whole."""
+    lines: list[Metrics] = []
+    if not path.exists():
+        return lines
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            break
+        lines.append(line)
+    return lines
+
+
+def _encoded(line: Metrics) -> bytes:
+    return json.dumps(line).encode() + b"\n"
+
+

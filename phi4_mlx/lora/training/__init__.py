@@ -1,0 +1,1 @@
+"""Training steps: losses, the optimizer, the loop, and its predicted memory."""

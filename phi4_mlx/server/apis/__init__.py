@@ -1,0 +1,1 @@
+"""HTTP bodies to requests and answers to bodies, one file an API."""

@@ -1,0 +1,187 @@
+"""What every command shares: a parser that answers in one line, numbers with limits, one door for errors.
+
+Only the standard library is imported here: `--help` and a mistyped option must cost nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from phi4_mlx.errors import Phi4Error, RequestError
+from phi4_mlx.terminal.printable import one_line
+
+Number = TypeVar("Number", int, float)
+
+USER_MISTAKE = 2
+OUR_MISTAKE = 1
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+READER_LEFT = 141  # 128 + SIGPIPE
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that answers a mistake with one line, and that knows `--debug`."""
+
+    def __init__(self, prog: str, description: str, **options: Any) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False, **options)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message: str) -> NoReturn:
+        """Prints one line and exits with 2, without argparse's block of usage."""
+        complain(self.prog, f"{message}; see --help")
+        raise SystemExit(USER_MISTAKE)
+
+
+def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None) -> int:
+    """The door of every command: parses, works, and turns whatever goes wrong into one line and an exit code.
+
+    Args:
+        parser: the command's options; its `prog` begins the line.
+        work: called with the parsed options.
+        argv: the words after the command's name; those of the process if None.
+
+    Returns:
+        The exit code: 0, 2 for a mistake that the user can mend, 1 for one of ours, 130 for Ctrl-C.
+    """
+    args = argparse.Namespace(debug=False)
+    if sys.stdin is None or sys.stdout is None:  # closed by the caller: reads as empty, swallows what is written
+        sys.stdin, sys.stdout = sys.stdin or open(os.devnull), sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an answer outlives a terminal that cannot show all of it
+    try:
+        try:
+            args = parser.parse_args(argv)
+            work(args)
+            code = 0
+        except SystemExit as leave:  # --help, or an option refused
+            code = leave.code if isinstance(leave.code, int) else 0
+        print(end="", flush=True)  # a full disk speaks up here rather than in the interpreter's last breath
+        return code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        return READER_LEFT
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        message, code = _explain(error)
+        complain(parser.prog, message)
+        return code
+    finally:
+        _settle_output()
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """What to tell the user, and the exit code."""
+    if isinstance(error, Phi4Error):
+        return str(error), USER_MISTAKE
+    if isinstance(error, OSError):
+        what = error.strerror or str(error) or type(error).__name__
+        return f"{error.filename}: {what}" if error.filename else what, USER_MISTAKE
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("phi4_mlx"):
+        return f"{error.name} is not installed; pip install phi4-mlx brings it along", USER_MISTAKE
+    if isinstance(error, MemoryError):
+        return "out of memory; a smaller model, prompt or --max-tokens needs less", USER_MISTAKE
+    return f"internal error: {type(error).__name__}: {error}; --debug shows where", OUR_MISTAKE
+
+
+def complain(prog: str, message: str) -> None:
+    """Prints one line to standard error, if anyone is still there to read it."""
+    try:
+        print(f"{prog}: {one_line(message)}", file=sys.stderr, flush=True)
+    except OSError:  # the terminal is gone
+        _point_at_nothing(2)
+
+
+def _settle_output() -> None:
+    """Empties the buffer of standard output, into nothing if need be, so that the interpreter's last flush succeeds."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        _point_at_nothing(1)
+        with contextlib.suppress(OSError):
+            print(end="", flush=True)
+
+
+def _point_at_nothing(descriptor: int) -> None:
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, descriptor)
+    os.close(nothing)
+
+
+@contextlib.contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], Any] | None]:
+    """A bar over bytes, moved by calling it as (bytes done, bytes in all); None where there is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def number(kind: type[Number], low: Number, high: Number) -> Callable[[str], Number]:
+    """An option's type: a number from `low` to `high`, both included; NaN and infinity are neither."""
+
+    def parse(text: str) -> Number:
+        try:
+            value: Number | None = None if "_" in text else kind(text)  # Python reads 1_0 as ten
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            shown = text if len(text) <= 40 else text[:40] + "..."
+            limits = f"a whole number from {low:,} to {high:,}" if kind is int else f"a number from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{shown!r} is not {limits}")
+        return value
+
+    return parse
+
+
+def text(given: str) -> str:
+    """An option's type: text that is valid UTF-8."""
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{given!r} is not UTF-8") from None
+    return given
+
+
+def word(given: str) -> str:
+    """An option's type: text that is not empty."""
+    if not given:
+        raise argparse.ArgumentTypeError("'' is empty; it needs at least one character")
+    return text(given)
+
+
+def read_standard_input() -> str:
+    """All of standard input.
+
+    Raises:
+        RequestError: it is not UTF-8.
+    """
+    return utf8(sys.stdin.buffer.read(), "standard input")
+
+
+def utf8(data: bytes, where: str) -> str:
+    """The bytes as text.
+
+    Raises:
+        RequestError: they are not UTF-8; says which byte, and where.
+    """
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; convert it, with iconv say"
+        ) from None
+
+

@@ -1,0 +1,13 @@
+"""phi4_mlx.terminal.printable."""
+
+from __future__ import annotations
+
+
+def one_line(text: str) -> str:
+    """The text with line breaks as spaces and without what could steer a terminal."""
+    return printable(" ".join(text.split()))
+
+
+def printable(text: str) -> str:
+    """The text without control characters, except line breaks and tabs: a model must not steer the terminal."""
+    return "".join(c for c in text if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f"))

@@ -1,0 +1,434 @@
+"""tokenizer.json -> token ids and back: through tiktoken where it makes the same of it, else through `tokenizers`.
+
+Both stand behind one interface. Plain text never becomes a control token: control ids come only from `Control` pieces,
+or from `encode(text, specials=True)`, which reads a text as Hugging Face does.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from operator import index
+from pathlib import Path
+from typing import Any, Protocol, SupportsIndex
+
+from phi4_mlx.errors import CheckpointError, RequestError, TokenizerError
+from phi4_mlx.files.json_file import read_json
+from phi4_mlx.files.manifest import read_manifest
+from phi4_mlx.tokens import byte_bpe
+
+# Markers that end a turn in this family; config.json alone often names only one of them.
+_END_MARKERS = ("<|end|>", "<|endoftext|>", "<|im_end|>")
+# What `tokenizers` strips beside a control token: Unicode's White_Space. Python's own class has \x1c to \x1f as well.
+_WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+# tiktoken's pattern engine gives up (with a panic) on a run of a million white-space characters.
+_LONGEST_RUN = 500_000
+_TOO_LONG_RUN = re.compile(rf"[{_WHITE_SPACE}]{{{_LONGEST_RUN + 1}}}")
+_BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# The decoder of this family's SentencePiece-style files; where encoding adds a space, the second follows the first.
+_SENTENCEPIECE = [
+    {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+]  # fmt: skip
+_STRIP = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+
+
+class Control(str):
+    """The text of a control token, as a piece of a prompt; a plain `str` beside it is text and nothing but text."""
+
+
+class FallbackByte(bytes):
+    """The byte of a token like `<0x0A>`, whose neighbours decide what it means; see `FallbackDecoder`."""
+
+
+class ChatFormat(Protocol):
+    """Messages to ids; see `phi4_mlx.tokens.chat_format`."""
+
+    name: str
+
+    def render(
+        self,
+        tokenizer: Any,
+        messages: Sequence[Any],
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]: ...
+    def extend(
+        self, tokenizer: Any, ids: Sequence[int], messages: Sequence[Any], add_generation_prompt: bool = True
+    ) -> list[int]: ...
+    def own_words(self, tokenizer: Any, ids: Sequence[int]) -> list[bool]: ...
+
+
+class StreamingDecoder:
+    """Ids in, one by one; text out as soon as it is whole characters."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._bytes_of = tokenizer.token_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: SupportsIndex) -> str:
+        """The text that this token makes certain; may be empty."""
+        return self._utf8.decode(self._bytes_of(token))
+
+    def finish(self) -> str:
+        """What is left: U+FFFD for a character that never came to its end."""
+        return self._utf8.decode(b"", final=True)
+
+
+class FallbackDecoder(StreamingDecoder):
+    """For SentencePiece-style files: a run of byte tokens is text if the whole of it is, else U+FFFD for each byte.
+
+    So its first character is not certain before the run has ended.
+
+    Source: `ByteFallback` in the `tokenizers` library.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__(tokenizer)
+        self._drop_space = tokenizer.leading_spaces == 1
+        self._run = bytearray()
+
+    def add(self, token: SupportsIndex) -> str:
+        """As `StreamingDecoder`; a byte token makes nothing certain."""
+        data = self._bytes_of(token)
+        if isinstance(data, FallbackByte):
+            self._run += data
+            return ""
+        return self._after_run(data.decode()) if data else ""  # an id without text ends no run
+
+    def finish(self) -> str:
+        """As `StreamingDecoder`."""
+        return self._after_run("")
+
+    def _after_run(self, text: str) -> str:
+        try:
+            text = self._run.decode() + text
+        except UnicodeDecodeError:
+            text = "\ufffd" * len(self._run) + text
+        self._run.clear()
+        if text and self._drop_space:
+            text, self._drop_space = text.removeprefix(" "), False
+        return text
+
+
+class Tokenizer:
+    """What the two backends share.
+
+    Attributes:
+        control_ids: the added tokens, text -> id.
+        eos_ids: ids that end a turn, from generation_config.json, config.json and the family.
+        vocab_size: one more than the highest id with a text.
+        leading_spaces: spaces that decoding drops at the start of a text; 1 where encoding puts one there.
+        chat_format: renders messages; set by `load`.
+    """
+
+    chat_format: ChatFormat
+    leading_spaces = 0
+
+    def __init__(
+        self, added_tokens: Sequence[Mapping[str, Any]], texts: Mapping[int, bytes], eos_ids: Iterable[int] = ()
+    ):
+        self.control_ids: dict[str, int] = {token["content"]: token["id"] for token in added_tokens}
+        self._texts = {**texts, **{token: text.encode() for text, token in self.control_ids.items()}}
+        self._strips_left = {token["content"] for token in added_tokens if token.get("lstrip")}
+        self._strips_right = {token["content"] for token in added_tokens if token.get("rstrip")}
+        self.vocab_size = 1 + max(self._texts, default=-1)
+        longest_first = sorted(self.control_ids, key=len, reverse=True)
+        self._control = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+        markers = {self.control_ids[text] for text in _END_MARKERS if text in self.control_ids}
+        self.eos_ids = frozenset(markers | set(eos_ids))
+
+    def encode(self, text: str, specials: bool = False) -> list[int]:
+        """Ids of a text.
+
+        Args:
+            text: any text; half a surrogate pair counts as U+FFFD.
+            specials: reads control strings in the text as control tokens, as Hugging Face does, and drops the white
+                space beside those that ask for it. By default they are text like any other.
+
+        Returns:
+            The ids; nothing is added before or behind.
+
+        Raises:
+            RequestError: the text holds more than 500,000 white-space characters on end.
+        """
+        return self._encode_specials(text) if specials else self._encode_plain(text, at_start=True)
+
+    def encode_pieces(self, pieces: Iterable[Control | str]) -> list[int]:
+        """Ids of a prompt made of control tokens and texts, as Hugging Face reads the prompt's whole text.
+
+        White space beside a control token that strips it is dropped; texts side by side are one text.
+
+        Raises:
+            TokenizerError: there is no such control token.
+        """
+        ids: list[int] = []
+        texts: list[str] = []
+        before: Control | None = None
+        for piece in [*pieces, None]:
+            if isinstance(piece, str) and not isinstance(piece, Control):
+                texts.append(piece)
+                continue
+            text = "".join(texts)
+            if before in self._strips_right:
+                text = text.lstrip(_WHITE_SPACE)
+            if piece in self._strips_left:
+                text = text.rstrip(_WHITE_SPACE)
+            ids += self._encode_plain(text, at_start=before is None) if text else []
+            if piece is not None:
+                ids.append(self._control_id(piece))
+            texts, before = [], piece
+        return ids
+
+    def parts(self, text: str) -> list[Control | str]:
+        """Parts a text that is trusted at its control strings; leftmost first, and the longest of those."""
+        texts_and_controls = self._control.split(text)  # text, control, text, control, ..., text
+        return [Control(part) if n % 2 else part for n, part in enumerate(texts_and_controls)]
+
+    def _control_id(self, piece: str) -> int:
+        if piece not in self.control_ids:
+            raise TokenizerError(
+                f"this tokenizer has no {piece!r}: the chat format is not its own; choose another with --chat-format"
+            )
+        return self.control_ids[piece]
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Ids of a conversation in the model's own chat format.
+
+        Args:
+            messages: each {"role": "system" | "user" | "assistant" | "tool", "content": text}.
+            tools: OpenAI tools or flat schemas, shown to the model in the system turn.
+            add_generation_prompt: ends with the start of the assistant's turn.
+
+        Raises:
+            RequestError: a message or a tool is malformed; says which.
+            TokenizerError: the chat format is not known.
+        """
+        return self.chat_format.render(self, messages, tools, add_generation_prompt)
+
+    def token_bytes(self, token: SupportsIndex) -> bytes:
+        """The bytes that a token stands for; none for an id without text."""
+        return self._texts.get(index(token), b"")  # a scalar of MLX equals its number, but is not found by it
+
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
+        """Text of ids: control tokens as their text, ids without text as nothing, broken characters as U+FFFD.
+
+        Args:
+            ids: a list, or an array of MLX or NumPy with one dimension.
+        """
+        decoder = self.streaming_decoder()
+        return "".join(map(decoder.add, ids)) + decoder.finish()
+
+    def streaming_decoder(self) -> StreamingDecoder:
+        """A decoder for one answer; what it gives, joined, is `decode` of all its ids."""
+        return StreamingDecoder(self)
+
+    def fingerprint(self) -> str:
+        """A hash that tells one vocabulary from another: the texts of its ids, and which are control tokens."""
+        ids = sorted(self._texts)
+        texts = [self._texts[token] for token in ids]
+        marks = sorted(self.control_ids.values()), sorted(self.eos_ids)
+        return hashlib.sha256(repr((ids, [*map(len, texts)], marks)).encode() + b"".join(texts)).hexdigest()
+
+    def _encode_plain(self, text: str, at_start: bool) -> list[int]:
+        """Ids of text as text; `at_start` when no control token stands before it."""
+        raise NotImplementedError
+
+    def _encode_specials(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+
+class ByteTokenizer(Tokenizer):
+    """A byte-level BPE in tiktoken."""
+
+    def __init__(self, spec: Mapping[str, Any], ranks: Mapping[bytes, int], eos_ids: Iterable[int] = ()):
+        import tiktoken
+
+        try:
+            pattern = byte_bpe.pattern(spec) or ""
+            self._encoding = tiktoken.Encoding("phi4", pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens={})
+        except ValueError as error:
+            raise TokenizerError(f"tokenizer.json: its pattern cannot be read: {error}") from None
+        self.encode("")  # fails on a pattern that matches an empty text, as it would on every other
+        texts = {rank: data for data, rank in ranks.items()}
+        # A re-upload may list an ordinary token, such as U+FFFD's, among the added ones; it stays one.
+        added_tokens = [token for token in spec["added_tokens"] if token["id"] not in texts]
+        for entry, rank in spec["model"]["vocab"].items():
+            if rank not in texts:  # no merge makes it: it has a text, and no text becomes it
+                texts[rank] = byte_bpe.token_bytes(entry)
+        super().__init__(added_tokens, texts, eos_ids)
+
+    def _encode_plain(self, text: str, at_start: bool) -> list[int]:
+        if len(text) > _LONGEST_RUN and _TOO_LONG_RUN.search(text):
+            raise RequestError(
+                f"the text has more than {_LONGEST_RUN:,} white-space characters on end; shorten that run"
+            )
+        try:
+            return self._encoding.encode_ordinary(text)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # Rust's; it is no Exception, and nothing exports it
+                raise
+            raise TokenizerError(f"tokenizer.json: tiktoken cannot work with its pattern: {error}") from None
+
+    def _encode_specials(self, text: str) -> list[int]:
+        return self.encode_pieces(self.parts(text))
+
+
+class LibraryTokenizer(Tokenizer):
+    """Any other BPE of tokenizer.json, such as Phi-3.5-mini's SentencePiece-style one, in the `tokenizers` library.
+
+    Plain text goes through a second copy that has no added tokens, and no way to make one by merging.
+    """
+
+    def __init__(self, spec: Mapping[str, Any], eos_ids: Iterable[int] = ()):
+        decoder = spec.get("decoder") or {}
+        steps = decoder.get("decoders")
+        self._byte_level = decoder.get("type") == "ByteLevel"
+        if not self._byte_level and steps not in (_SENTENCEPIECE, _SENTENCEPIECE + _STRIP):
+            raise TokenizerError(f"tokenizer.json: decoder {decoder.get('type')!r} is none of this family's")
+        self.leading_spaces = int(steps == _SENTENCEPIECE + _STRIP)
+        bytes_of = byte_bpe.token_bytes if self._byte_level else _sentencepiece_bytes
+        texts = {token: bytes_of(entry) for entry, token in spec["model"]["vocab"].items()}
+        super().__init__(spec["added_tokens"], texts, eos_ids)
+        # To the library's decoder an added token is an entry like any other.
+        self._texts |= {token: bytes_of(text) for text, token in self.control_ids.items()}
+        plain = _without_control(spec, set(self.control_ids))
+        self._library = _library(spec)
+        self._plain = self._plain_inside = _library(plain)
+        before = spec.get("pre_tokenizer") or {}
+        if before.get("prepend_scheme") == "first":  # then only a text that nothing stands before gets its space
+            self._plain_inside = _library({**plain, "pre_tokenizer": {**before, "prepend_scheme": "never"}})
+        for text, token in self.control_ids.items():
+            if self._library.token_to_id(text) != token:
+                raise TokenizerError(
+                    f"tokenizer.json: added token {text!r} has id {token}, which is not the next free one"
+                )
+
+    def streaming_decoder(self) -> StreamingDecoder:
+        """As `Tokenizer`."""
+        return StreamingDecoder(self) if self._byte_level else FallbackDecoder(self)
+
+    def _encode_plain(self, text: str, at_start: bool) -> list[int]:
+        library = self._plain if at_start else self._plain_inside
+        return list(library.encode(_whole(text), add_special_tokens=False).ids)
+
+    def _encode_specials(self, text: str) -> list[int]:
+        return list(self._library.encode(_whole(text), add_special_tokens=False).ids)
+
+
+def load_tokenizer(folder: Path, prove: bool = False) -> Tokenizer:
+    """Reads tokenizer.json, and the end-of-turn ids from generation_config.json and config.json.
+
+    Args:
+        folder: the checkpoint's.
+        prove: proves that tiktoken merges as the file says, though its manifest may record that it does; for the
+            converter, which makes that record of files from anywhere.
+
+    Raises:
+        TokenizerError: a file is missing or damaged.
+        ConfigError: generation_config.json or config.json is damaged.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        raw = path.read_bytes()
+        spec, merged = byte_bpe.parse(raw)
+    except FileNotFoundError:
+        raise TokenizerError(f"{path} does not exist; vocab.json and merges.txt alone will not do") from None
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path} is not JSON: {error}") from None
+    eos_ids = _eos_ids(folder)
+    try:
+        _check_added_tokens(spec)
+        agree = merged or (not prove and _recorded_to_agree(folder, raw))
+        if _tiktoken_can_express(spec) and (agree or byte_bpe.merges_agree(spec)):
+            return ByteTokenizer(spec, byte_bpe.ranks(spec, merged), eos_ids)
+        return LibraryTokenizer(json.loads(raw) if merged else spec, eos_ids)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise TokenizerError(f"{path} is not laid out as a tokenizer: {type(error).__name__} {error}") from None
+
+
+def _tiktoken_can_express(spec: Mapping[str, Any]) -> bool:
+    """Whether it can part the text, and `ByteTokenizer` the control tokens from the text."""
+    return byte_bpe.pattern(spec) is not None and not any(
+        token.get("single_word") or token.get("normalized") or token["content"] != token["content"].strip()
+        for token in spec["added_tokens"]
+    )
+
+
+def _recorded_to_agree(folder: Path, raw: bytes) -> bool:
+    """Whether our converter has proven of this very file that its merges agree."""
+    try:
+        recorded = read_manifest(folder).get("tokenizer_merges_agree")
+    except CheckpointError:
+        return False
+    return recorded == hashlib.sha256(raw).hexdigest()
+
+
+def _check_added_tokens(spec: Any) -> None:
+    tokens = spec.get("added_tokens") if isinstance(spec, dict) else None
+    if not isinstance(tokens, list) or not isinstance(spec.get("model"), dict):
+        raise TokenizerError("tokenizer.json holds no model with added_tokens; it is no tokenizer of this family")
+    ids: dict[str, int] = dict(spec["model"]["vocab"])
+    texts = {token: text for text, token in ids.items()}
+    for token in tokens:
+        text, number = token["content"], token["id"]
+        if type(number) is not int or number < 0 or not isinstance(text, str) or not text or text != _whole(text):
+            raise TokenizerError(f"tokenizer.json: added token {token!r:.100} has no id and text")
+        if ids.setdefault(text, number) != number or texts.setdefault(number, text) != text:
+            raise TokenizerError(f"tokenizer.json: added token {text!r} has id {number}, which is not its own")
+
+
+def _eos_ids(folder: Path) -> set[int]:
+    """`eos_token_id` of both files; either may be absent, a number or a list."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        if not (folder / name).exists():
+            continue
+        value = read_json(folder / name).get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int and token >= 0 for token in ids):
+            raise TokenizerError(f"{folder / name}: eos_token_id {value!r} is neither a token id nor a list of them")
+        found.update(ids)
+    return found
+
+
+def _library(spec: Mapping[str, Any]) -> Any:
+    from tokenizers import Tokenizer as Library
+
+    try:
+        # Both are for batches of training, and would cut or fill up a prompt.
+        return Library.from_str(json.dumps({**spec, "truncation": None, "padding": None}))
+    except Exception as error:  # the library raises nothing more specific
+        raise TokenizerError(f"tokenizer.json cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _sentencepiece_bytes(entry: str) -> bytes:
+    byte = _BYTE_FALLBACK.fullmatch(entry)
+    return FallbackByte([int(byte[1], 16)]) if byte else entry.replace("\u2581", " ").encode(errors="replace")
+
+
+def _without_control(spec: Mapping[str, Any], control: set[str]) -> dict[str, Any]:
+    """The same tokenizer, with no way to make a control token out of text."""
+    model = spec["model"]
+    keep = control - {model.get("unk_token")}
+    vocab = {text: token for text, token in model["vocab"].items() if text not in keep}
+    merges = [[a, b] for a, b in byte_bpe.merge_pairs(spec) if not {a, b, a + b} & control]
+    return {**spec, "model": {**model, "vocab": vocab, "merges": merges}, "added_tokens": []}
+
+
+def _whole(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair, as tiktoken has it; no UTF-8 can hold one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

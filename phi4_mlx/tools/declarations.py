@@ -1,0 +1,256 @@
+"""Tools: from a Python function, an OpenAI tool or the flat form to OpenAI's form, and to what the model was shown.
+
+In training that was a JSON list of flat objects, in the system turn.
+
+Source: the Phi-4-mini-instruct model card.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from phi4_mlx.errors import RequestError
+from phi4_mlx.tools.hints import Field, NoSchema, error_line, object_schema
+from phi4_mlx.tools.json_text import json_text
+
+MAX_TOOLS = 128  # OpenAI's limit
+MAX_PROPERTIES = 500  # in one tool, nested ones included; a grammar of more is slow to build
+NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
+
+# Names of types as the flat form has them.
+_FLAT_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array",
+               "tuple": "array", "dict": "object"}  # fmt: skip
+_SECTION = re.compile(
+    r"(args|arguments|parameters|returns?|raises|yields?|examples?|notes?|attributes|source|see also|warnings?):", re.I
+)
+_ARGUMENT = re.compile(r"\*{0,2}(\w+)\s*(?:\([^)]*\))?\s*:\s*(.*)")
+
+
+def flat_tool(tool: Any) -> dict[str, Any]:
+    """A tool in the model's own form: {"name", "description", "parameters": {argument: {"description", "type", ...}}}.
+
+    Args:
+        tool: a Python function, an OpenAI tool ({"type": "function", "function": {...}}), its function alone, or the
+            flat form itself.
+
+    Raises:
+        RequestError: it has no name, or its parameters are no object.
+    """
+    function = declaration(tool)
+    parameters = function.get("parameters") or {}
+    if isinstance(parameters, Mapping) and parameters.get("type") == "object":  # a JSON schema
+        parameters = parameters.get("properties") or {}
+    if not isinstance(parameters, Mapping):
+        raise RequestError(f"tool {function['name']!r}: parameters must be an object, not {parameters!r:.100}")
+    flat: dict[str, Any] = {"name": function["name"]}
+    if function.get("description"):
+        flat["description"] = function["description"]
+    flat["parameters"] = {name: _flat_argument(argument) for name, argument in parameters.items()}
+    return flat
+
+
+def tools_text(tools: Sequence[Any]) -> str:
+    """The JSON that stands between `<|tool|>` and `<|/tool|>`.
+
+    Args:
+        tools: each as for `flat_tool`.
+
+    Raises:
+        RequestError: a tool is malformed, or holds what JSON cannot.
+    """
+    if not isinstance(tools, (list, tuple)):
+        raise RequestError(f"tools must be a list, not {tools!r:.100}")
+    try:
+        return json_text([flat_tool(tool) for tool in tools])
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"tools must be JSON: {error}") from None
+
+
+def declaration(tool: Any) -> Mapping[str, Any]:
+    """The object that holds a tool's name, description and parameters, whatever form the tool is given in.
+
+    Raises:
+        RequestError: it has no name, or is a function that cannot be described.
+    """
+    if callable(tool):
+        tool = function_tool(tool)
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise RequestError(f"a tool needs a name: {tool!r:.100}")
+    return function
+
+
+def check_tools(tools: Any) -> list[dict[str, Any]]:
+    """Tools in OpenAI's form, each known to be one that can be served; what was given is copied, and never changed.
+
+    Args:
+        tools: a list or tuple, each as for `flat_tool`. In the flat form an argument without a default is required.
+
+    Returns:
+        {"type": "function", "function": {"name", "description", "parameters": a JSON schema of an object}} for each;
+        "description" and "strict" only where they are given.
+
+    Raises:
+        RequestError: there are more than 128, two have one name, or one is malformed, too large, or holds what JSON
+            cannot; says which.
+    """
+    if not isinstance(tools, (list, tuple)):
+        raise RequestError(f"tools must be a list, not {tools!r:.100}")
+    if len(tools) > MAX_TOOLS:
+        raise RequestError(f"{len(tools)} tools are given; at most {MAX_TOOLS} can be: leave out those not needed")
+    checked: dict[str, dict[str, Any]] = {}
+    for index, tool in enumerate(tools):
+        try:
+            function = _checked(tool)
+        except RecursionError:
+            raise RequestError(f"tool {index} is nested too deep to be JSON; make it flatter") from None
+        if function["name"] in checked:
+            raise RequestError(f"two tools are called {function['name']!r}; give each a name of its own")
+        checked[function["name"]] = function
+    return [{"type": "function", "function": function} for function in checked.values()]
+
+
+def _checked(tool: Any) -> dict[str, Any]:
+    if isinstance(tool, Mapping) and tool.get("type", "function") != "function":
+        raise RequestError(f"a tool has the type {tool['type']!r:.100}; only 'function' is known")
+    given = declaration(tool)
+    name = given["name"]
+    if not NAME.fullmatch(name):
+        raise RequestError(f"tool {name!r:.150}: a name is 1 to 128 of the characters a-z, A-Z, 0-9, _, . and -")
+    kept = {key: given[key] for key in ("name", "description", "parameters", "strict") if given.get(key) is not None}
+    try:
+        text = json_text(kept)
+        text.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"tool {name!r}: it holds half a surrogate pair, which is no text; take that out") from None
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"tool {name!r}: it must be JSON: {error}") from None
+    function: dict[str, Any] = json.loads(text)
+    for key, kind in (("description", str), ("strict", bool)):
+        if not isinstance(function.get(key, kind()), kind):
+            raise RequestError(f"tool {name!r}: {key} must be a {kind.__name__}, not {function[key]!r:.100}")
+    function["parameters"] = _schema_of(name, function.get("parameters") or {})
+    properties = sum(_property_counts(function["parameters"]))
+    if properties > MAX_PROPERTIES:
+        raise RequestError(
+            f"tool {name!r} has {properties:,} properties; at most {MAX_PROPERTIES} can be served: split the tool"
+        )
+    return function
+
+
+def _schema_of(name: str, parameters: Any) -> dict[str, Any]:
+    """Parameters as a JSON schema; in the flat form they are the properties, under Python's names of types."""
+    if not isinstance(parameters, dict):
+        raise RequestError(f"tool {name!r}: parameters must be an object, not {parameters!r:.100}")
+    if parameters.get("type") == "object":
+        schema = {**parameters, "properties": parameters.get("properties") or {}}
+    else:
+        required = [key for key, value in parameters.items() if isinstance(value, dict) and "default" not in value]
+        schema = {"type": "object", "properties": {key: _unflat(value) for key, value in parameters.items()}}
+        schema["required"] = required
+    if not isinstance(schema["properties"], dict):
+        raise RequestError(f"tool {name!r}: parameters must be an object, not {schema['properties']!r:.100}")
+    for key, value in schema["properties"].items():
+        if not isinstance(value, (dict, bool)):
+            raise RequestError(f"tool {name!r}: argument {key!r:.100} must be a JSON schema, not {value!r:.100}")
+    required = schema.get("required", [])
+    if not isinstance(required, list) or not all(isinstance(key, str) for key in required):
+        raise RequestError(f"tool {name!r}: required must be a list of names, not {required!r:.100}")
+    return schema
+
+
+def _unflat(argument: Any) -> Any:
+    kind = argument.get("type") if isinstance(argument, dict) else None
+    return {**argument, "type": _FLAT_TYPES.get(kind, kind)} if isinstance(kind, str) else argument
+
+
+def _property_counts(schema: Any) -> Iterator[int]:
+    pending = [schema]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            if isinstance(value.get("properties"), dict):
+                yield len(value["properties"])
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
+
+
+def _flat_argument(argument: Any) -> Any:
+    if isinstance(argument, Mapping) and argument.get("type") == "string":
+        return {**argument, "type": "str"}
+    return argument
+
+
+# A Python function.
+
+
+def function_tool(function: Callable[..., Any]) -> dict[str, Any]:
+    """A Python function as an OpenAI tool: its name, docstring and type hints.
+
+    Args:
+        function: its hints may be str, int, float, bool, None, Any, Literal, list, tuple, dict with str keys, Union,
+            an Enum, a dataclass, a TypedDict, and Annotated[..., "description"] of any of them. The docstring's text
+            up to its first section describes the tool, its Args section the arguments.
+
+    Returns:
+        {"type": "function", "function": {"name", "description", "parameters": a JSON schema of an object}}; a default
+        that JSON can hold is in the schema.
+
+    Raises:
+        RequestError: it is no function with a name, takes arguments that have none, or a hint has no JSON schema.
+    """
+    name = getattr(function, "__name__", None)
+    if not callable(function) or isinstance(function, type) or not isinstance(name, str):
+        raise RequestError(f"a tool must be a function with a name, not {function!r:.100}")
+    if not NAME.fullmatch(name):
+        raise RequestError(f"{name!r:.150} cannot be the name of a tool; define it with `def` and a plain name")
+    try:
+        parameters = inspect.signature(function).parameters.values()
+        hints = typing.get_type_hints(function, include_extras=True)
+    except Exception as error:  # hints are code, and may fail in any way
+        raise RequestError(f"tool {name!r}: its type hints cannot be read: {error_line(error)}") from None
+    text, described = _docstring(function)
+    fields: list[Field] = []
+    for parameter in parameters:
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise RequestError(
+                f"tool {name!r}: its argument {str(parameter).partition(':')[0]!r} cannot be given by name, as a model "
+                "gives all; make it an ordinary argument"
+            )
+        hint = hints.get(parameter.name, Any)
+        fields.append(Field(parameter.name, hint, parameter.default is parameter.empty, parameter.default))
+    try:
+        schema = object_schema(fields, described, ())
+    except RecursionError:
+        raise RequestError(f"tool {name!r}: its type hints are nested too deep for a JSON schema") from None
+    except NoSchema as error:
+        raise RequestError(f"tool {name!r}: {error}") from None
+    function_part = {"name": name, **({"description": text} if text else {}), "parameters": schema}
+    return {"type": "function", "function": function_part}
+
+
+def _docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
+    """What a docstring says of the function, and of each argument in its Args section (Google style)."""
+    text: list[str] = []
+    described: dict[str, str] = {}
+    section, margin, name = "", 0, ""
+    for line in (inspect.getdoc(function) or "").split("\n"):
+        indent = len(line) - len(line.lstrip())
+        if header := _SECTION.fullmatch(line.rstrip()):
+            section, margin, name = header[1].lower(), 0, ""
+        elif not section:
+            text.append(line)
+        elif section in ("args", "arguments", "parameters") and line.strip():
+            margin = margin or indent
+            argument = _ARGUMENT.fullmatch(line.strip()) if indent == margin else None
+            if argument:
+                name, described[argument[1]] = argument[1], argument[2]
+            elif name:
+                described[name] = f"{described[name]} {line.strip()}".strip()
+    return "\n".join(text).strip(), {name: said for name, said in described.items() if said}

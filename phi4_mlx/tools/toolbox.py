@@ -1,0 +1,136 @@
+"""Tools that can be run: functions beside their declarations, and what the model is told of a call."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from phi4_mlx.errors import RequestError
+from phi4_mlx.tools.calls import ToolCall
+from phi4_mlx.tools.declarations import check_tools, function_tool
+from phi4_mlx.tools.hints import as_hinted
+from phi4_mlx.tools.json_text import json_text
+
+MAX_RESULT_CHARS = 16_384  # some 4,000 tokens
+MAX_ERROR_CHARS = 500
+
+Function = Callable[..., Any]
+Tool = Function | tuple[Mapping[str, Any], Function]
+
+
+class Toolbox:
+    """Tools that can be run.
+
+    Attributes:
+        declarations: in OpenAI's form.
+        strict: whether every call is held to its tool's schema while it is drawn.
+    """
+
+    def __init__(self, tools: Sequence[Tool] = (), strict: bool = True, max_result_chars: int = MAX_RESULT_CHARS):
+        """Checks the tools.
+
+        Args:
+            tools: Python functions, described by their hints and docstrings; or (OpenAI tool, function) pairs.
+            strict: as above.
+            max_result_chars: a longer result is cut, and says so.
+
+        Raises:
+            RequestError: a tool is neither a function nor a pair, or is malformed; says which.
+        """
+        if not isinstance(tools, (list, tuple)):
+            raise RequestError(f"tools must be a list, not {tools!r:.100}")
+        pairs = [_pair(tool) for tool in tools]
+        self.declarations = check_tools([declared for declared, _, _ in pairs])
+        self.strict = strict
+        self._max_result_chars = max_result_chars
+        self._functions: dict[str, tuple[Function, Mapping[str, Any]]] = {}
+        self._schemas: dict[str, Mapping[str, Any]] = {}
+        for declared, (_, function, hints) in zip(self.declarations, pairs, strict=True):
+            part = declared["function"]
+            self._functions[part["name"]] = function, hints
+            self._schemas[part["name"]] = part["parameters"]
+
+    def __bool__(self) -> bool:
+        return bool(self.declarations)
+
+    def problem(self, call: ToolCall) -> str | None:
+        """Why a call cannot be run as it stands, in one line; None if it can."""
+        schema = self._schemas[call.name]
+        properties = schema["properties"]
+        if missing := [name for name in schema.get("required", ()) if name not in call.arguments]:
+            return f"{call.name} needs the argument {missing[0]!r}"
+        for name, value in call.arguments.items():
+            if name in properties:
+                wrong = _mismatch(value, properties[name])
+            else:
+                wrong = "is not known" if not schema.get("additionalProperties") else None
+            if wrong:
+                return f"the argument {name!r:.100} of {call.name} {wrong}"
+        return None
+
+    def run(self, call: ToolCall) -> str:
+        """Runs a call; the result as text, and an exception as an error in it."""
+        function, hints = self._functions[call.name]
+        try:
+            arguments = {name: _given(value, hints.get(name, Any)) for name, value in call.arguments.items()}
+            result = function(**arguments)
+            text = result if isinstance(result, str) else json_text(result)
+        except (Exception, SystemExit) as error:  # a tool that leaves does not take the program along
+            return error_text(f"{type(error).__name__}: {error}")
+        text = text.encode("utf-8", "replace").decode()  # without halves of surrogate pairs
+        if len(text) > self._max_result_chars:
+            text = f"{text[: self._max_result_chars]} ... (cut after {self._max_result_chars:,} of {len(text):,})"
+        return text
+
+
+def _pair(tool: Any) -> tuple[Mapping[str, Any], Function, Mapping[str, Any]]:
+    """A tool's declaration, its function, and the type hints that its arguments are converted to."""
+    hints: Mapping[str, Any] = {}
+    if isinstance(tool, tuple) and len(tool) == 2 and isinstance(tool[0], Mapping) and callable(tool[1]):
+        declared, function = tool
+    elif callable(tool):
+        declared, function = function_tool(tool), tool
+        hints = typing.get_type_hints(tool, include_extras=True)
+    else:
+        raise RequestError(f"a tool must be a function, or a pair of an OpenAI tool and a function, not {tool!r:.100}")
+    if inspect.iscoroutinefunction(function):
+        raise RequestError(f"the tool {tool!r:.100} is async, and calls are run without a loop; wrap it in asyncio.run")
+    return declared, function, hints
+
+
+_KINDS: dict[Any, Any] = {
+    "string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict,
+    "null": type(None),
+}  # fmt: skip
+
+
+def _mismatch(value: Any, schema: Any) -> str | None:
+    """How an argument breaks the top of its schema; deeper down, that is for the tool to find."""
+    if not isinstance(schema, Mapping):
+        return None
+    kinds = schema.get("type")
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if isinstance(kinds, list) and not any(_is_of(value, kind) for kind in kinds):
+        return f"must be of type {' or '.join(map(str, kinds))}, not {json_text(value):.100}"
+    if isinstance(schema.get("enum"), list) and value not in schema["enum"]:
+        return f"must be one of {json_text(schema['enum']):.200}, not {json_text(value):.100}"
+    return None
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if isinstance(value, bool):
+        return kind == "boolean" or kind not in _KINDS
+    whole = isinstance(value, float) and value.is_integer() and kind == "integer"
+    return kind not in _KINDS or whole or isinstance(value, _KINDS[kind])
+
+
+def _given(value: Any, hint: Any) -> Any:
+    """An argument as the function's hint has it: an Enum's member, a dataclass, a whole number without a point."""
+    return int(value) if hint is int and isinstance(value, float) else as_hinted(hint, value)
+
+
+def error_text(text: str) -> str:
+    """What the model is told of what went wrong: one line, and not too long a one."""
+    return f"error: {' '.join(text.split())[:MAX_ERROR_CHARS]}".encode("utf-8", "replace").decode()

@@ -1,0 +1,317 @@
+"""The adapter's folder: as mlx-lm and the Swift loader read it, whole or as it was, refused where it does not fit."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+
+from phi4_mlx import load
+from phi4_mlx.adapters.folder import CONFIG_FILE, TENSORS_FILE
+from phi4_mlx.adapters.layers import (
+    DEFAULT_KEYS,
+    adapter_layers,
+    adapter_parameters,
+    add_adapter,
+    load_adapter,
+    save_adapter,
+)
+from phi4_mlx.errors import CheckpointError, ConfigError, Phi4Error
+from phi4_mlx.files.safetensors import read_header
+from phi4_mlx.models.text import Model
+
+TinyModel = Callable[..., Model]
+SHORT = mx.array([[5, 6, 7, 8]])
+LONG = mx.random.randint(0, 512, (1, 90), key=mx.random.key(9))  # past the boundary, where mlx-lm's one table is right
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def adapted(model: Model, kind: str = "lora", **options: Any) -> Model:
+    add_adapter(model, **{"rank": 4, "scale": 2.0, "kind": kind} | options)
+    for n, layer in enumerate(adapter_layers(model).values()):
+        layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(n))
+        if kind == "dora":
+            layer.m = layer.m * (1 + 0.3 * mx.random.normal(layer.m.shape, key=mx.random.key(n)))
+    return model
+
+
+@pytest.fixture
+def folder(tiny_model: TinyModel, tmp_path: Path) -> Path:
+    """An adapter of rank 4 for all linear layers of both blocks."""
+    save_adapter(adapted(tiny_model()), tmp_path / "adapter", {})
+    return tmp_path / "adapter"
+
+
+def rewrite(folder: Path, tensors: dict[str, mx.array | None] | None = None, **config: Any) -> Path:
+    """Changes an adapter: tensors by name, None to drop one; fields of its config, those of lora_parameters too."""
+    path = folder / TENSORS_FILE
+    kept = dict(mx.load(str(path)))
+    mx.eval(kept)
+    kept |= tensors or {}
+    mx.save_safetensors(str(path), {name: array for name, array in kept.items() if array is not None})
+    raw = json.loads((folder / CONFIG_FILE).read_text())
+    for key, value in config.items():
+        place = raw["lora_parameters"] if key in raw["lora_parameters"] else raw
+        place.pop(key, None)
+        if value is not None:
+            place[key] = value
+    (folder / CONFIG_FILE).write_text(json.dumps(raw))
+    return folder
+
+
+# --- what is written ---
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_what_comes_back_is_what_was_saved(tiny_model: TinyModel, tmp_path: Path, kind: str) -> None:
+    model = adapted(tiny_model(), kind, dropout=0.125)
+    save_adapter(model, tmp_path / "deep" / "down", {})
+    again = tiny_model()
+    load_adapter(again, tmp_path / "deep" / "down")
+    saved, loaded = adapter_parameters(model), adapter_parameters(again)
+    assert saved.keys() == loaded.keys() == read_header(tmp_path / "deep" / "down" / TENSORS_FILE).keys()
+    assert all(mx.array_equal(saved[name], loaded[name]) for name in saved)
+    assert mx.array_equal(model(SHORT), again(SHORT))
+    assert adapter_layers(again)[DOWN].dropout == 0.125
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_halves_are_saved_as_halves(tiny_model: TinyModel, tmp_path: Path, dtype: mx.Dtype) -> None:
+    model = adapted(tiny_model())
+    model.set_dtype(dtype)
+    save_adapter(model, tmp_path, {})
+    load_adapter(tiny_model(), tmp_path)
+    saved = mx.load(str(tmp_path / TENSORS_FILE))
+    assert all(mx.array_equal(saved[name], array) for name, array in adapter_parameters(model).items())
+    assert {array.dtype for array in saved.values()} == {dtype}
+
+
+def test_the_config_is_the_one_that_mlx_lm_and_swift_read(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """mlx-swift-lm requires fine_tune_type, num_layers (a suffix, so no -1), rank and scale; mlx-lm dropout too."""
+    model = adapted(tiny_model(num_hidden_layers=3), num_layers=2, keys=DEFAULT_KEYS[1:3])
+    save_adapter(model, tmp_path, {"model": "some/model", "iters": 5, "num_layers": -1})
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert config == {
+        "fine_tune_type": "lora",
+        "num_layers": 2,
+        "lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": ["mlp.gate_up_proj", "self_attn.o_proj"]},
+        "model": "some/model",
+        "iters": 5,
+    }
+    assert type(config["num_layers"]) is type(config["lora_parameters"]["rank"]) is int
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG_FILE, TENSORS_FILE]
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_mlx_lm_reads_it_the_same_way(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, kind: str, bits: int | None
+) -> None:
+    from mlx_lm.tuner.utils import load_adapters
+    from mlx_lm.utils import load_model
+
+    base = tiny_checkpoint(max_position_embeddings=1024, num_hidden_layers=3)
+    ours, _ = load(base)
+    theirs, _ = load_model(base)
+    for model in (ours, theirs):
+        if bits:
+            nn.quantize(model, group_size=32, bits=bits)
+    save_adapter(adapted(ours, kind, num_layers=2, keys=DEFAULT_KEYS[:3]), tmp_path / "a", {})
+    without = theirs(LONG)
+    load_adapters(theirs, str(tmp_path / "a"))
+    assert mx.abs(ours(LONG) - theirs.eval()(LONG)).max() < 1e-4
+    assert mx.abs(ours(LONG) - without).max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("num_layers", [1, 16, -1])
+def test_what_mlx_lm_has_trained_is_read(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, kind: str, num_layers: int
+) -> None:
+    """Its own defaults among them: 16 layers although the model has fewer, -1 for all, and no keys at all."""
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from mlx_lm.utils import load_model
+
+    base = tiny_checkpoint(max_position_embeddings=1024)
+    theirs, _ = load_model(base)
+    theirs.freeze()
+    parameters = {"rank": 8, "scale": 20.0, "dropout": 0.0}
+    # Their "all" for -1 comes from the command, which counts the layers; the config keeps the -1.
+    linear_to_lora_layers(theirs, 2 if num_layers == -1 else num_layers, parameters, use_dora=kind == "dora")
+    random = iter(mx.random.split(mx.random.key(0), 100))
+    for module in theirs.modules():
+        if hasattr(module, "lora_b"):
+            module.lora_b = 0.02 * mx.random.normal(module.lora_b.shape, key=next(random))
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    mx.save_safetensors(str(folder / TENSORS_FILE), dict(tree_flatten(theirs.trainable_parameters())))
+    config = {"fine_tune_type": kind, "num_layers": num_layers, "lora_parameters": parameters, "seed": 0}
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
+    ours, _ = load(base, adapter_path=folder)
+    assert mx.abs(ours(LONG) - theirs.eval()(LONG)).max() < 1e-4
+    assert len(adapter_layers(ours)) == (4 if num_layers == 1 else 8)
+
+
+def test_a_full_fine_tuning_lives_in_such_a_folder_too(tiny_model: TinyModel, tmp_path: Path) -> None:
+    from mlx_lm.tuner.utils import load_adapters
+
+    tuned = tiny_model(seed=1).unfreeze()
+    tuned.model.embed_tokens.freeze()
+    save_adapter(tuned, tmp_path / "full", {})
+    assert "model.embed_tokens.weight" not in read_header(tmp_path / "full" / TENSORS_FILE)
+    tuned.model.embed_tokens = tiny_model().model.embed_tokens
+    ours, theirs, over = tiny_model(), tiny_model(), adapted(tiny_model())
+    for model in (ours, over):
+        load_adapter(model, tmp_path / "full")
+        assert mx.array_equal(model(SHORT), tuned(SHORT))
+    load_adapters(theirs, str(tmp_path / "full"))
+    assert mx.array_equal(theirs(SHORT), tuned(SHORT))
+
+
+def test_whole_weights_of_another_model_are_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+    save_adapter(tiny_model(num_hidden_layers=3).unfreeze(), tmp_path, {})
+    for model in (tiny_model(), adapted(tiny_model())):
+        with pytest.raises(CheckpointError, match=r"layers\.2\..* is no tensor of this model"):
+            load_adapter(model, tmp_path)
+    save_adapter(tiny_model(vocab_size=600).unfreeze(), tmp_path, {})
+    with pytest.raises(
+        CheckpointError, match=r"embed_tokens.weight has shape \[600, 96\], and in this model \[512, 96\]"
+    ):
+        load_adapter(tiny_model(), tmp_path)
+    quantised = tiny_model()
+    nn.quantize(quantised, group_size=32, bits=4)
+    tensors = {"model.layers.0.mlp.down_proj.weight": mx.zeros(quantised.layers[0].mlp.down_proj.weight.shape)}
+    mx.save_safetensors(str(tmp_path / TENSORS_FILE), tensors)
+    with pytest.raises(CheckpointError, match="could have been trained"):
+        load_adapter(quantised, tmp_path)
+
+
+# --- whole, or as it was ---
+
+
+@pytest.mark.parametrize("fault_at", range(1, 6))
+def test_a_save_that_fails_leaves_the_old_adapter_whole(
+    tiny_model: TinyModel, folder: Path, monkeypatch: pytest.MonkeyPatch, fault_at: int
+) -> None:
+    """A full disk shows up at the first flush, the second, or the rename; a new adapter of another rank beside the old
+    config would be refused, or worse, not."""
+    before = {name: (folder / name).read_bytes() for name in (TENSORS_FILE, CONFIG_FILE)}
+    calls = 0
+
+    def failing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == fault_at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(*args)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", failing(os.fsync))
+    monkeypatch.setattr(Path, "replace", failing(Path.replace))
+    newer = adapted(tiny_model(), keys=DEFAULT_KEYS, seed=5)
+    with pytest.raises(OSError, match="No space"):
+        save_adapter(newer, folder, {})
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, TENSORS_FILE]
+    assert (folder / TENSORS_FILE).read_bytes() == before[TENSORS_FILE]
+    monkeypatch.undo()
+    load_adapter(tiny_model(), folder)
+    save_adapter(newer, folder, {})
+    assert (folder / TENSORS_FILE).read_bytes() != before[TENSORS_FILE]
+
+
+def test_what_a_killed_run_left_is_in_nobodys_way(tiny_model: TinyModel, folder: Path) -> None:
+    (folder / f".{TENSORS_FILE}.partial").write_bytes(b"half a file")
+    save_adapter(adapted(tiny_model()), folder, {})
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, TENSORS_FILE]
+
+
+# --- what does not fit ---
+
+
+def test_a_file_cut_short_anywhere_is_refused(tiny_model: TinyModel, folder: Path) -> None:
+    path = folder / TENSORS_FILE
+    whole = path.read_bytes()
+    for size in (0, 7, 8, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match=r"adapters\.safetensors is damaged"):
+            load_adapter(tiny_model(), folder)
+
+
+def zeros(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+    return mx.zeros(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "message"),
+    [
+        ({f"{DOWN}.lora_b": None}, {}, f"{DOWN} lacks lora_b"),
+        ({f"{DOWN}.m": zeros(96)}, {}, f"{DOWN}.m is left over.* lora adapter has lora_a, lora_b"),
+        ({"model.norm.weight": zeros(96)}, {}, r"model\.norm\.weight is left over"),
+        ({"lora_a": zeros(96, 4)}, {}, "lora_a is left over"),
+        ({f"{DOWN}.lora_b": zeros(3, 96)}, {}, r"lora_b \[3, 96\].*do not go together"),
+        ({f"{DOWN}.lora_b": zeros(96)}, {}, r"lora_b \[96\].*do not go together"),
+        ({f"{DOWN}.lora_a": zeros(161, 4)}, {}, r"lora_a \[161, 4\].*asks for \[160, R\]"),
+        ({f"{DOWN}.lora_b": zeros(4, 97)}, {}, r"lora_b \[4, 97\].*\[R, 96\]"),
+        ({f"{DOWN}.lora_a": zeros(160, 5), f"{DOWN}.lora_b": zeros(5, 96)}, {}, "has rank 5.*said to be 4"),
+        ({f"{DOWN}.lora_b": zeros(4, 96, dtype=mx.int32)}, {}, "lora_b holds I32"),
+        ({f"{DOWN}.lora_b": zeros(4, 96) / 0}, {}, "lora_b is not finite"),
+        ({"model.layers.2.mlp.down_proj.lora_a": zeros(160, 4), "model.layers.2.mlp.down_proj.lora_b": zeros(4, 96)},
+         {}, r"layers\.2\.mlp\.down_proj is no linear layer of this model, which has layers 0 to 1"),
+        ({}, {"rank": 8}, r"layers\.0\.mlp\.down_proj has rank 4.*said to be 8"),
+        ({}, {"num_layers": 1}, "num_layers 1.*layers 1 to 1, and it has tensors for 0"),
+        ({}, {"keys": ["mlp.down_proj"]}, r"gate_up_proj is not among the keys"),
+        ({}, {"keys": "mlp.down_proj"}, "names of layers"),
+        ({}, {"scale": None}, "scale None"),
+        ({}, {"scale": True}, "scale True"),
+        ({}, {"scale": float("nan")}, "scale nan"),
+        ({}, {"dropout": 1.5}, r"dropout 1\.5"),
+        ({}, {"lora_parameters": None}, "no lora_parameters"),
+        ({}, {"fine_tune_type": "full"}, r"lora_a is no tensor of this model"),
+        ({}, {"fine_tune_type": "loha"}, "'loha' is not known; known are lora, dora, full"),
+        ({}, {"fine_tune_type": "dora"}, "lacks m"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(
+    tiny_model: TinyModel, folder: Path, tensors: dict[str, mx.array | None], config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_adapter(tiny_model(), rewrite(folder, tensors, **config))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_for_fewer_layers_than_the_model_has_is_refused(tiny_model: TinyModel, folder: Path) -> None:
+    """All of its tensors have a place; but it was made for the last two layers, and here those are others."""
+    with pytest.raises(CheckpointError, match=r"num_layers 2.*has 3, is for layers 1 to 2, and it has tensors for 0"):
+        load_adapter(tiny_model(num_hidden_layers=3), folder)
+    with pytest.raises(CheckpointError, match=r"num_layers -1.*layers 0 to 2, and it has no tensors for 2"):
+        load_adapter(tiny_model(num_hidden_layers=3), rewrite(folder, num_layers=-1))
+
+
+def test_an_empty_file_is_no_adapter(tiny_model: TinyModel, folder: Path) -> None:
+    mx.save_safetensors(str(folder / TENSORS_FILE), {})
+    with pytest.raises(CheckpointError, match="holds no tensors"):
+        load_adapter(tiny_model(), folder)
+
+
+def test_missing_files_are_named(tiny_model: TinyModel, folder: Path, tmp_path: Path) -> None:
+    (folder / TENSORS_FILE).unlink()
+    with pytest.raises(Phi4Error, match=r"adapters\.safetensors: No such file"):
+        load_adapter(tiny_model(), folder)
+    (folder / CONFIG_FILE).unlink()
+    with pytest.raises(CheckpointError, match=r"holds no adapter_config\.json"):
+        load_adapter(tiny_model(), folder)
+    (folder / CONFIG_FILE).write_text("[]")
+    with pytest.raises(ConfigError, match="not an object"):
+        load_adapter(tiny_model(), folder)
+    with pytest.raises(CheckpointError, match="nowhere holds no"):
+        load_adapter(tiny_model(), tmp_path / "nowhere")

@@ -1,0 +1,83 @@
+"""What `phi4-mlx benchmark` counts; its speeds are the machine's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from phi4_mlx.commands import benchmark
+from phi4_mlx.generation.memory import kv_bytes
+from phi4_mlx.models.cache import PromptCache
+from phi4_mlx.models.text import Model
+from tests.conftest import BOUNDARY
+
+TinyModel = Callable[..., Model]
+
+
+def caches_made(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[PromptCache]:
+    """Notes every cache that the model makes."""
+    made: list[PromptCache] = []
+    make = model.make_cache
+    monkeypatch.setattr(model, "make_cache", lambda *given: made.append(make(*given)) or made[-1])
+    return made
+
+
+@pytest.mark.parametrize(("length", "regime"), [(20, "short"), (BOUNDARY - 5, "long")])
+def test_an_answer_that_crosses_the_boundary_is_of_one_table(
+    length: int, regime: str, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    made = caches_made(model, monkeypatch)
+    first_s, decode_s, kv_bytes_per_token = benchmark.measure(model, length, 10)
+    (cache,) = made
+    assert (cache.regime, cache.rerun_tokens) == (regime, 0)
+    assert cache.offset == length + 9  # the last token is drawn and not run
+    assert first_s > 0 and decode_s > 0
+    assert kv_bytes_per_token == kv_bytes(model)
+
+
+def test_quantised_keys_and_values_are_counted_as_they_are_kept(tiny_model: TinyModel) -> None:
+    model = tiny_model(hidden_size=192)  # heads of 32
+    packed = benchmark.measure(model, 20, 2, kv_bits=4)[2]
+    assert packed == kv_bytes(model, kv_bits=4)
+    assert packed == kv_bytes(model) * (4 + 2) / 32  # of 32 bits: 4, and a scale and a bias for 32 numbers
+
+
+def test_a_step_reads_the_embedding_only_where_it_is_the_head(tiny_model: TinyModel) -> None:
+    tied, apart = tiny_model(), tiny_model(tie_word_embeddings=False)
+    assert benchmark.weights_read(tied) == benchmark.weights_read(apart)
+
+
+def test_the_ceiling_of_phi_4_mini() -> None:
+    bandwidth = benchmark.BANDWIDTHS["Apple M4 Max"]
+    assert benchmark.ceiling_tokens_per_s(2.158e9, bandwidth) == pytest.approx(253, abs=0.5)
+    assert benchmark.ceiling_tokens_per_s(2.158e9 + 131_072 * 16_464, bandwidth) == pytest.approx(126.5, abs=0.5)
+    assert benchmark.ceiling_tokens_per_s(2.158e9, None) is None
+
+
+def report(share: float | None) -> dict[str, Any]:
+    row = {
+        "prompt_tokens": 2048, "prefill_tokens_per_s": 2100.0, "time_to_first_token_s": 0.975,
+        "decode_tokens_per_s": 95.25, "kv_bytes_per_token": 131072.0, "share_of_ceiling": share, "peak_bytes": 3.5e9,
+    }  # fmt: skip
+    bandwidth = None if share is None else 400
+    return {
+        "model": "some/model", "device": "Apple M2 Max", "mlx": "1.0", "bandwidth_gb_per_s": bandwidth,
+        "weights_bytes": 2_158_000_000, "lengths": [row, row],
+    }  # fmt: skip
+
+
+def test_the_table() -> None:
+    head, sizes, _, *columns, first, second = benchmark.table(report(0.625)).splitlines()
+    assert head == "some/model on Apple M2 Max (400 GB/s), mlx 1.0"
+    assert sizes == "2.158 GB of weights, 131,072 bytes of keys and values a token"
+    assert first == second and first.split() == ["2,048", "2,100.0", "0.975", "95.2", "62.5", "3.500"]
+    assert len({len(line) for line in (*columns, first)}) == 1
+
+
+def test_an_unknown_chip_has_no_share() -> None:
+    head, *_, row = benchmark.table(report(None)).splitlines()
+    assert "bandwidth not known: --bandwidth" in head
+    assert row.split()[4] == "-"

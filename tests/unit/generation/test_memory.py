@@ -1,0 +1,114 @@
+"""What a context costs: as planned, at 131,072 tokens too, and nothing in it grows with the square."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from phi4_mlx.errors import RequestError
+from phi4_mlx.generation.memory import ContextPlan, check_context, memory_limit, plan_context
+from phi4_mlx.models.text import Model
+
+HEADS = {"hidden_size": 256, "head_dim": 128, "num_attention_heads": 24, "num_key_value_heads": 8}
+FACTORS = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+
+
+def full_cache(model: Model, length: int, kv_bits: int | None) -> Any:
+    """A cache of so many tokens, a multiple of 256, with random keys and values, as if the model had made them."""
+    cache = model.make_cache(kv_bits=kv_bits)
+    K, Dh = model.config.num_key_value_heads, model.config.head_dim
+    for number, layer in enumerate(cache):
+        for start in range(0, length, 8192):
+            part = mx.random.normal((1, K, min(8192, length - start), Dh), key=mx.random.key(start + number))
+            mx.eval(layer.update_and_fetch(part, part))
+    cache.restore([1] * length, [layer.state for layer in cache], "long")
+    return cache
+
+
+def peak(step: Callable[[], mx.array]) -> int:
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    mx.eval(step())
+    return mx.get_peak_memory()
+
+
+def test_the_whole_context_takes_what_is_planned(tiny_model: Callable[..., Model]) -> None:
+    S, T = 131_072, 2
+    model = tiny_model(num_hidden_layers=3, max_position_embeddings=S, rope_scaling=FACTORS, **HEADS)
+    cache, plan = full_cache(model, S - 256, 4), plan_context(model, kv_bits=4)
+    others = mx.get_active_memory() - plan.weights_bytes - cache.nbytes
+    chunk = peak(lambda: model(mx.ones((1, T), mx.int32), cache)) - others
+    assert 0.9 < chunk / plan.peak_bytes(S, T) < 1.1, f"{chunk / 1e6:.1f} MB, planned {plan.peak_bytes(S, T) / 1e6:.1f}"
+    for _ in range(3):  # on a CPU, the product of quantised matrices makes copies of slices: those of a layer or two
+        step = peak(lambda: model(mx.ones((1, 1), mx.int32), cache)) - others
+        assert step < plan.peak_bytes(S, T) + 2 * plan.cache_bytes(S) // 3
+
+
+@pytest.mark.parametrize("kv_bits", [None, 4, 8])
+def test_the_plan_counts_the_cache_to_the_byte(tiny_model: Callable[..., Model], kv_bits: int | None) -> None:
+    model = tiny_model(max_position_embeddings=4096, **HEADS, rope_scaling=FACTORS)
+    plan = plan_context(model, kv_bits)
+    for length in (1, 256, 257):
+        cache = model.make_cache(kv_bits=kv_bits)
+        mx.eval(model(mx.ones((1, length), mx.int32), cache))
+        assert cache.nbytes == plan.cache_bytes(length)
+
+
+def test_the_longest_context_is_the_last_that_fits(tiny_model: Callable[..., Model]) -> None:
+    plan = replace(plan_context(tiny_model(max_position_embeddings=4096)), limit_bytes=0)
+    assert plan.most_tokens == 0 and plan.limit_bytes == 0
+    for length in (1, 700, 4096):
+        some = replace(plan, limit_bytes=plan.peak_bytes(length))
+        assert some.most_tokens >= length and some.peak_bytes(some.most_tokens) <= some.limit_bytes
+        assert some.most_tokens == 4096 or some.peak_bytes(some.most_tokens + 1) > some.limit_bytes
+    assert replace(plan, limit_bytes=10**15).most_tokens == 4096 and memory_limit() > 10**9
+
+
+@pytest.mark.parametrize("chunk", [100, 256, 700, 2048])
+def test_a_bounded_cache_costs_its_bound_and_a_chunk(tiny_model: Callable[..., Model], chunk: int) -> None:
+    model = tiny_model(max_position_embeddings=4096)
+    plan = plan_context(model, max_kv_size=512)
+    cache, most = model.make_cache(max_kv_size=512), 0
+    for start in range(0, 3000, chunk):
+        mx.eval(model(mx.ones((1, min(chunk, 3000 - start)), mx.int32), cache))
+        most = max(most, cache.nbytes)
+    assert 0.75 < most / plan.cache_bytes(3000, chunk) <= 1.0
+    assert plan.cache_bytes(4096, chunk) == plan.cache_bytes(3000, chunk) and plan.most_tokens == 4096
+
+
+@pytest.mark.parametrize("kv_bits", [None, 4])
+@pytest.mark.parametrize("length", [300, 2048])
+def test_a_prefill_takes_what_is_planned(tiny_model: Callable[..., Model], kv_bits: int | None, length: int) -> None:
+    wide = {"hidden_size": 192, "head_dim": 32, "num_attention_heads": 6, "num_key_value_heads": 2}
+    model = tiny_model(num_hidden_layers=12, max_position_embeddings=4096, **wide)
+    plan, cache = plan_context(model, kv_bits), model.make_cache("long", kv_bits)
+    others = mx.get_active_memory() - plan.weights_bytes
+    taken = peak(lambda: model.model(mx.ones((1, length), mx.int32), cache, rows=1)) - others
+    assert 0.8 < taken / plan.peak_bytes(length) < 1.2, f"{taken / 1e6:.1f} MB, planned {plan.peak_bytes(length) / 1e6}"
+
+
+@pytest.mark.parametrize("length", [256, 300, 1024])
+def test_a_cache_holds_on_to_nothing_but_its_buffers(tiny_model: Callable[..., Model], length: int) -> None:
+    model = tiny_model(max_position_embeddings=4096)
+    mx.eval(model(mx.ones((1, 1), mx.int32)))
+    cache = model.make_cache("long")
+    gc.collect()
+    before = mx.get_active_memory()
+    mx.eval(model(mx.ones((1, length), mx.int32), cache))
+    held = mx.get_active_memory() - before
+    assert cache.nbytes <= held < cache.nbytes + 10_000  # a view of the chunk's heads would be as large again
+
+
+def test_what_cannot_fit_is_refused_with_what_would() -> None:
+    plan = ContextPlan(
+        weights_bytes=2 * 10**9, token_bytes=131_072, layer_bytes=4096, work_bytes=100_000, score_bytes=0,
+        longest=131_072, held=131_072, limit_bytes=8 * 10**9,
+    )  # fmt: skip
+    check_context(plan, plan.most_tokens)
+    with pytest.raises(RequestError, match=rf"100,000 tokens need 15.* 8.0 GB: {plan.most_tokens:,} tokens; --kv"):
+        check_context(plan, 100_000)

@@ -1,0 +1,277 @@
+"""Prompt caches on disk: they go on to the bit, and nothing that is damaged or of another model is taken."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from phi4_mlx import load_prompt_cache, save_prompt_cache
+from phi4_mlx.adapters.layers import add_adapter, set_adapter
+from phi4_mlx.checkpoint import load_model
+from phi4_mlx.errors import CheckpointError, RequestError
+from phi4_mlx.files.safetensors import read_whole_header
+from phi4_mlx.models.cache import KVCache, PromptCache
+from phi4_mlx.models.text import Model
+from phi4_mlx.tokens.tokenizer import load_tokenizer
+from tests.char_tokenizer import CharTokenizer
+from tests.conftest import BOUNDARY
+from tests.conftest import TOKENIZER as TOKENIZER_FILES
+
+TinyModel = Callable[..., Model]
+TOKENIZER = CharTokenizer()
+WIDE = {"num_attention_heads": 3, "num_key_value_heads": 1}  # heads of 32 numbers, which can be quantised
+
+
+def ids(n: int, seed: int = 0) -> mx.array:
+    return mx.random.randint(0, 512, (1, n), key=mx.random.key(seed))
+
+
+def filled(model: Model, n: int = 40, **options: Any) -> PromptCache:
+    cache = model.make_cache(**options)
+    mx.eval(model(ids(n), cache))
+    return cache
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("length", [1, 40, BOUNDARY, BOUNDARY + 1, 300])
+def test_a_loaded_cache_goes_on_to_the_bit(
+    tiny_model: TinyModel, tmp_path: Path, bits: int | None, length: int
+) -> None:
+    model = tiny_model(**WIDE)
+    cache = filled(model, length, kv_bits=bits)
+    size = save_prompt_cache(tmp_path / "kept", cache, model, TOKENIZER)
+    assert size == (tmp_path / "kept").stat().st_size
+    loaded = load_prompt_cache(tmp_path / "kept", model, TOKENIZER)
+    assert (loaded.offset, loaded.regime) == (length, "short" if length <= BOUNDARY else "long")
+    assert mx.array_equal(loaded.ids, cache.ids) and [layer.bits for layer in loaded] == [bits] * 2
+    for seed, n in enumerate((1, 3, 30, 1)):  # the third takes 40 tokens and 64 over the boundary
+        assert mx.array_equal(model(ids(n, seed), loaded), model(ids(n, seed), cache))
+    assert loaded.regime == cache.regime and loaded.rerun_tokens == cache.rerun_tokens
+
+
+def test_a_crossing_after_loading_is_a_prefill_of_all(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model = tiny_model()
+    save_prompt_cache(tmp_path / "kept", filled(model, BOUNDARY), model, TOKENIZER)
+    loaded = load_prompt_cache(tmp_path / "kept", model, TOKENIZER)
+    new = ids(10, 1)
+    whole = model(mx.concatenate([ids(BOUNDARY), new], axis=1))[:, -10:]
+    assert mx.abs(model(new, loaded) - whole).max() < 1e-4
+    assert loaded.rerun_tokens == BOUNDARY and loaded.regime == "long"
+
+
+def test_what_was_asked_of_a_cache_is_kept(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model = tiny_model()
+    cache = filled(model, 20, regime="long", max_kv_size=512)
+    cache.trim(5)
+    save_prompt_cache(tmp_path / "kept", cache, model, TOKENIZER, {"title": "é\n", "text": ""})
+    loaded, said = load_prompt_cache(tmp_path / "kept", model, TOKENIZER, return_metadata=True)
+    assert said == {"title": "é\n", "text": ""}
+    assert (loaded.offset, loaded.regime, loaded.pinned, loaded[0].max_size) == (15, "long", "long", 512)
+    for n in (1, 505, 1):
+        assert mx.array_equal(model(ids(n, n), loaded), model(ids(n, n), cache))
+    assert not loaded.is_trimmable() and loaded.rerun_tokens == 0
+
+
+def test_reuse_leaves_only_what_is_new(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model = tiny_model()
+    save_prompt_cache(tmp_path / "kept", filled(model, 40), model, TOKENIZER)
+    history = ids(40)[0].tolist()
+    for shared, new in ((40, [1, 2, 3]), (17, [511 - history[17]]), (0, [511 - history[0], 5])):
+        loaded = load_prompt_cache(tmp_path / "kept", model, TOKENIZER)
+        assert loaded.reuse([*history[:shared], *new]) == new and loaded.offset == shared
+
+
+def test_every_flipped_bit_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model, path = tiny_model(**WIDE), tmp_path / "kept"
+    for bits in (None, 4):
+        save_prompt_cache(path, filled(model, 7, kv_bits=bits), model, TOKENIZER, {"text": "A text with é in it"})
+        whole, header = path.read_bytes(), len(read_whole_header(path).raw)
+        draw = random.Random(bits)
+        end = len(whole) - 32  # of all but the checksum
+        places = [*range(header), *draw.sample(range(header, end), 300), *range(end, len(whole))]
+        for place in places:
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << draw.randrange(8)
+            path.write_bytes(damaged)
+            with pytest.raises(CheckpointError, match=r"cache-prompt|is no prompt cache") as refused:
+                load_prompt_cache(path, model, TOKENIZER)
+            assert "\n" not in str(refused.value), place
+        path.write_bytes(whole)
+        load_prompt_cache(path, model, TOKENIZER)
+
+
+def test_what_is_cut_moved_or_longer_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model, path = tiny_model(), tmp_path / "kept"
+    save_prompt_cache(path, filled(model), model, TOKENIZER)
+    whole, header = path.read_bytes(), len(read_whole_header(path).raw)
+    a = header + 40 * 4  # behind the ids
+    b, c = a + 16 * 4, a + 2 * 16 * 4  # a token further
+    swapped = whole[:a] + whole[b:c] + whole[a:b] + whole[c:]
+    hole = whole[:a] + bytes(4096) + whole[a + 4096 :]
+    for damaged in (b"", whole[:7], whole[:100], whole[:header], whole[:-1], whole + b"\0", swapped, hole):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"is damaged: .*; make it anew"):
+            load_prompt_cache(path, model, TOKENIZER)
+
+
+def test_other_files_are_refused(tiny_model: TinyModel, tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    model, path = tiny_model(), tmp_path / "kept"
+    with pytest.raises(CheckpointError, match="No such file"):
+        load_prompt_cache(path, model, TOKENIZER)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        load_prompt_cache(tmp_path, model, TOKENIZER)
+    with pytest.raises(CheckpointError, match="is no prompt cache of phi4_mlx"):
+        load_prompt_cache(tiny_checkpoint() / "model.safetensors", model, TOKENIZER)
+    save_prompt_cache(path, filled(model), model, TOKENIZER)
+    old = b'"phi4_mlx_prompt_cache":"1"'
+    path.write_bytes(path.read_bytes().replace(old, old.replace(b"1", b"2")))
+    with pytest.raises(CheckpointError, match="has the format '2', and only 1 is known"):
+        load_prompt_cache(path, model, TOKENIZER)
+
+
+def test_another_model_or_tokenizer_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model, path = tiny_model(), tmp_path / "kept"
+    save_prompt_cache(path, filled(model), model, TOKENIZER)
+    load_prompt_cache(path, tiny_model(), TOKENIZER)  # the same one, loaded again
+    nearly = tiny_model()
+    weight = nearly.layers[1].mlp.down_proj.weight
+    weight[17, 5] = weight[17, 5] * 1.0000002  # the norms and all but a number are the same
+    for other in (tiny_model(seed=1), tiny_model(rms_norm_eps=1e-6), nearly):
+        with pytest.raises(CheckpointError, match="was made with another model, and fits nothing else"):
+            load_prompt_cache(path, other, TOKENIZER)
+    renamed = CharTokenizer()
+    renamed.fingerprint = lambda: "others"  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError, match="was made with another tokenizer"):
+        load_prompt_cache(path, model, renamed)
+
+
+def test_another_adapter_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model, path = tiny_model(), tmp_path / "kept"
+
+    save_prompt_cache(path, filled(model), model, TOKENIZER)
+    add_adapter(model, scale=2.0)
+    with pytest.raises(CheckpointError, match="was made without an adapter, and fits nothing else"):
+        load_prompt_cache(path, model, TOKENIZER)
+    set_adapter(model, False)  # the base, to the bit
+    assert load_prompt_cache(path, model, TOKENIZER).offset == 40
+    set_adapter(model, True)
+    save_prompt_cache(path, filled(model), model, TOKENIZER)
+    add_adapter(model, scale=2.0)
+    load_prompt_cache(path, model, TOKENIZER)
+    for seed, scale in ((1, 2.0), (0, 3.0)):
+        add_adapter(model, scale=scale, seed=seed)
+        with pytest.raises(CheckpointError, match="was made with another adapter"):
+            load_prompt_cache(path, model, TOKENIZER)
+    set_adapter(model, False)
+    with pytest.raises(CheckpointError, match="was made with an adapter, and fits nothing else"):
+        load_prompt_cache(path, model, TOKENIZER)
+
+
+def test_what_cannot_be_kept_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model, path = tiny_model(), tmp_path / "kept"
+    forgetful = filled(model, 500, max_kv_size=512)
+    model(ids(100), forgetful)
+    two = model.make_cache()
+    model(mx.concatenate([ids(5), ids(5, 1)]), two)
+    unknown = model.make_cache()
+    for layer in unknown:
+        layer.update_and_fetch(mx.zeros((1, 2, 3, 16)), mx.zeros((1, 2, 3, 16)))
+    for cache, complaint in (
+        (model.make_cache(), "it has 0 tokens; prefill a prompt first"),
+        (forgetful, "it has forgotten its oldest tokens"),
+        (two, "it holds 2 sequences"),
+        (unknown, "it knows the ids of 0 of its 3 tokens"),
+        ([KVCache()], "a list cannot be saved"),
+    ):
+        with pytest.raises(RequestError, match=complaint):
+            save_prompt_cache(path, cache, model, TOKENIZER)  # type: ignore[arg-type]
+        assert not [*tmp_path.iterdir()]
+
+
+def test_only_a_regular_file_is_replaced(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model, pipe, link = tiny_model(), tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(tmp_path / "kept")
+    for path in (pipe, tmp_path, ""):
+        with pytest.raises(RequestError, match="is no regular file, so it is not replaced; name another file"):
+            save_prompt_cache(path, filled(model), model, TOKENIZER)
+    assert stat.S_ISFIFO(pipe.stat().st_mode) and {*tmp_path.iterdir()} == {pipe, link}
+    save_prompt_cache(link, filled(model), model, TOKENIZER)
+    assert load_prompt_cache(link, model, TOKENIZER).offset == 40
+
+
+@pytest.mark.parametrize(
+    ("metadata", "complaint"),
+    [
+        ({"phi4_mlx_prompt_cache": "9"}, "cannot have the name 'phi4_mlx_prompt_cache', which the format uses"),
+        ({"phi4_mlx.model": "x"}, "cannot have the name"),
+        ({"format": "x"}, "cannot have the name 'format'"),
+        ({"a": 9}, "'a': 9 must be two texts in UTF-8"),
+        ({9: 9}, "must be two texts in UTF-8"),
+        ({"a": b"b"}, "must be two texts in UTF-8"),
+        ({"a": "\ud800"}, "must be two texts in UTF-8"),
+    ],
+)
+def test_metadata_that_would_not_come_back_are_refused(
+    tiny_model: TinyModel, tmp_path: Path, metadata: Any, complaint: str
+) -> None:
+    model = tiny_model()
+    with pytest.raises(RequestError, match=complaint):
+        save_prompt_cache(tmp_path / "kept", filled(model), model, TOKENIZER, metadata)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_file_is_whole_or_the_older_one(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = tiny_model(), tmp_path / "kept"
+    save_prompt_cache(path, filled(model), model, TOKENIZER)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    before = path.read_bytes()
+
+    def full(*_: Any) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("phi4_mlx.generation.prompt_cache_file.checksum", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_prompt_cache(path, filled(model, 50), model, TOKENIZER)
+    assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
+
+
+def test_a_package_loaded_lazily_is_known_again(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint(dtype=mx.bfloat16)
+    model = load_model(folder)
+    save_prompt_cache(tmp_path / "kept", filled(model), model, TOKENIZER)
+    assert load_prompt_cache(tmp_path / "kept", load_model(folder), TOKENIZER).offset == 40
+
+
+def test_a_tokenizer_is_known_by_what_its_ids_mean(tmp_path: Path) -> None:
+    spec = json.loads((TOKENIZER_FILES / "tokenizer.json").read_text())
+
+    def fingerprint(edit: Callable[[dict[str, Any]], Any] = lambda spec: None) -> str:
+        changed = json.loads(json.dumps(spec))
+        edit(changed)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
+        return load_tokenizer(tmp_path).fingerprint()
+
+    added = spec["added_tokens"]
+    last = added[-1]["content"]
+    assert fingerprint() == fingerprint(lambda spec: spec.update(truncation=None))
+    others = [
+        fingerprint(lambda spec: spec["added_tokens"].pop()),
+        fingerprint(lambda spec: spec["added_tokens"][-1].update(content="x" * len(last))),
+        fingerprint(lambda spec: spec["model"]["vocab"].update({"qqq": added[-1]["id"] + 1})),
+    ]
+    ending = load_tokenizer(tmp_path)
+    ending.eos_ids |= {5}
+    assert len({fingerprint(), *others, ending.fingerprint()}) == 5

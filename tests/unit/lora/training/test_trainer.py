@@ -1,0 +1,287 @@
+"""The loop: it learns, weighs by token, resumes to the bit, stops in time and never on a number that is none."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten, tree_map
+
+from phi4_mlx.adapters.layers import adapter_parameters
+from phi4_mlx.errors import CheckpointError, RequestError
+from phi4_mlx.lora.data.batches import Batch
+from phi4_mlx.lora.progress import Step
+from phi4_mlx.lora.saving import checkpoints
+from phi4_mlx.lora.saving.metrics import Record, read_metrics
+from phi4_mlx.lora.training.trainer import Trainer, evaluate, sft_loss
+from phi4_mlx.models.text import Model
+from tests.counting_run import finish, same, trainer
+
+
+def test_it_learns(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    steps = list(trainer(tiny_model, tmp_path, iters=40).run())
+    assert steps[-1].loss < 0.6 * steps[0].loss
+    assert [step.step for step in steps] == list(range(1, 41))
+    validated = [step.valid_loss for step in steps if step.valid_loss is not None]
+    assert len(validated) == 10 and validated[-1] < validated[0]
+    rates = [step.learning_rate for step in steps]
+    assert rates[:3] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])
+    assert max(rates) == rates[2] and rates[-1] == pytest.approx(1e-3, rel=0.05)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("cut", [4, 8])
+def test_a_resumed_run_is_the_unbroken_one_to_the_bit(
+    tiny_model: Callable[..., Model], tmp_path: Path, optimizer: str, cut: int
+) -> None:
+    losses, adapter = finish(trainer(tiny_model, tmp_path / "whole", optimizer=optimizer))
+    broken = trainer(tiny_model, tmp_path / "broken", optimizer=optimizer)
+    first = [step.loss for step, _ in zip(broken.run(), range(cut + 2), strict=False)]  # two steps too many, then gone
+    mx.random.seed(99)
+    again = trainer(tiny_model, tmp_path / "broken", optimizer=optimizer)
+    assert again.resume() == cut
+    rest, resumed = finish(again)
+    assert first[:cut] + rest == losses
+    assert same(resumed, adapter)
+
+
+class Dead(BaseException):
+    """What no code of the trainer's catches, as it would not catch a power cut."""
+
+
+@pytest.mark.parametrize("moment", ["_write_best", "_write_checkpoint", "_write_adapter"])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_run_that_dies_while_a_step_is_written_goes_on_as_if_it_had_not(
+    tiny_model: Callable[..., Model], tmp_path: Path, moment: str, before: bool
+) -> None:
+    """Metrics, best adapter, checkpoint and adapter say the same, wherever between them it ended."""
+
+    def recorded(folder: Path, step: int = 0) -> Trainer:
+        run = trainer(tiny_model, folder)
+        run.storage.record = Record(folder, step)
+        return run
+
+    _, adapter = finish(recorded(tmp_path / "whole"))
+    run, write = recorded(tmp_path / "broken"), 0
+    real = getattr(run.storage, moment)
+
+    def dying() -> None:
+        nonlocal write
+        write += 1
+        if write == 2 and before:
+            raise Dead
+        real()
+        if write == 2:
+            raise Dead
+
+    setattr(run.storage, moment, dying)
+    with pytest.raises(Dead):
+        finish(run)
+    again = trainer(tiny_model, tmp_path / "broken")
+    again.storage.record = Record(tmp_path / "broken", again.resume())
+    assert same(finish(again)[1], adapter)
+    kept = [
+        [(line["step"], line["loss"], line.get("valid_loss")) for line in read_metrics(folder / "metrics.jsonl")]
+        for folder in (tmp_path / "whole", tmp_path / "broken")
+    ]
+    assert kept[0] == kept[1] and len(kept[0]) == 12
+    for file in ("adapters.safetensors", "best/adapters.safetensors"):
+        whole, broken = (mx.load(str(tmp_path / name / file)) for name in ("whole", "broken"))
+        assert same(whole, broken), file
+
+
+def test_a_checkpoint_of_another_base_is_refused(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    steps = trainer(tiny_model, tmp_path).run()
+    for _ in range(5):
+        next(steps)
+    with pytest.raises(CheckpointError, match=r"base|model"):
+        trainer(lambda: tiny_model(intermediate_size=192), tmp_path).resume()
+
+
+def test_resuming_a_finished_or_an_unstarted_run(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    run = trainer(tiny_model, tmp_path)
+    with pytest.raises(RequestError, match="no checkpoint"):
+        run.resume()
+    finish(run)
+    again = trainer(tiny_model, tmp_path)
+    assert again.resume() == 12 and finish(again)[0] == []
+
+
+def test_accumulation_weighs_each_target_the_same(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    """Two batches of one row are one batch of two rows, whatever the rows hold."""
+    one = trainer(tiny_model, tmp_path / "a", dropout=0, batch_size=2, iters=1)
+    two = trainer(tiny_model, tmp_path / "b", dropout=0, batch_size=1, grad_accumulation_steps=2, iters=1)
+    batch = next(one.batches)
+    rows = [type(batch)(*(array[n : n + 1] for array in vars(batch).values())) for n in range(2)]
+    one.batches, two.batches = iter([batch]), iter(rows)  # type: ignore[assignment]
+    (loss, tokens, grads), (loss2, tokens2, grads2) = one._gradients(), two._gradients()
+    assert tokens == tokens2 and loss == pytest.approx(loss2, abs=1e-5)
+    for (name, a), (_, b) in zip(tree_flatten(grads), tree_flatten(grads2), strict=True):
+        assert mx.allclose(a, b, rtol=0, atol=1e-5), name
+
+
+def test_sums_of_gradients_do_not_outgrow_half_precision(
+    tiny_model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient of 1,000 times 100 targets is beyond fp16's largest number; their mean is not."""
+    run = trainer(tiny_model, tmp_path, grad_accumulation_steps=2)
+    run.model.set_dtype(mx.float16)
+    grads = tree_map(lambda weight: mx.full(weight.shape, 1000, mx.float16), run.model.trainable_parameters())
+    monkeypatch.setattr(nn, "value_and_grad", lambda *_: lambda *_: ((mx.array(1.0), mx.array(100)), grads))
+    loss, tokens, found = run._gradients()
+    assert (loss, tokens) == (1.0, 200)
+    assert all(grad.dtype == mx.float16 and (grad == 1000).all() for _, grad in tree_flatten(found))
+
+
+def test_a_validation_has_one_batch_in_memory(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    run, order = trainer(tiny_model, tmp_path), []
+
+    def batches() -> Any:
+        for n, batch in enumerate(run.batches.fixed()):
+            order.append(f"made {n}")
+            yield batch
+
+    def loss(model: Model, batch: Batch) -> Any:
+        order.append(f"used {len(order) // 2}")
+        return sft_loss(model, batch)
+
+    evaluate(run.model, batches(), loss)
+    assert order[:4] == ["made 0", "used 0", "made 1", "used 1"]
+
+
+def test_blocks_are_run_again_in_training_alone(
+    tiny_model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, checkpointed = trainer(tiny_model, tmp_path, grad_checkpoint=True), []
+    monkeypatch.setattr(nn.utils, "checkpoint", lambda layer: checkpointed.append(layer) or layer)
+    run.model.eval()(mx.array([[1, 2, 3]]))
+    assert not checkpointed
+    run.model.train()(mx.array([[1, 2, 3]]))
+    assert len(checkpointed) == 2
+
+
+def test_only_the_newest_checkpoints_stay(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    finish(trainer(tiny_model, tmp_path, save_every=2, keep_checkpoints=2))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000010", "00000012"]
+
+
+def test_a_full_disk_is_told_once_and_training_goes_on(
+    tiny_model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoints before it stay whole; only at the end it is an error."""
+    told: list[str] = []
+    run = trainer(tiny_model, tmp_path, save_every=2)
+    run.storage._warn = told.append
+    steps = run.run()
+    made = [next(steps) for _ in range(4)]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000002", "00000004"]
+
+    def full(path: str, tensors: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("no space left on device")
+
+    monkeypatch.setattr(checkpoints.mx, "save_safetensors", full)
+    with pytest.raises(RequestError, match=r"checkpoints.*no space.*--resume"):
+        made += list(steps)
+    assert len(told) == 1 and "no space" in told[0] and len(made) >= 4 and run.progress.step == 12
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000002", "00000004"]
+
+
+def test_a_damaged_checkpoint_is_named(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    trainer(tiny_model, tmp_path).save()
+    path = tmp_path / "checkpoints" / "00000000" / "tensors.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"00000000 is damaged.*remove"):
+        trainer(tiny_model, tmp_path).resume()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"), [({"learning_rate": 0.5}, "learning_rate"), ({"batch_size": 1}, "batch_size")]
+)
+def test_another_runs_checkpoint_is_refused(
+    tiny_model: Callable[..., Model], tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    trainer(tiny_model, tmp_path).save()
+    with pytest.raises(RequestError, match=f"{named}.*adapter-path"):
+        trainer(tiny_model, tmp_path, **changes).resume()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_a_run_after_the_step_with_a_checkpoint(
+    tiny_model: Callable[..., Model], tmp_path: Path, number: signal.Signals
+) -> None:
+    run, before, steps = trainer(tiny_model, tmp_path, save_every=100), signal.getsignal(number), 0
+    for step in run.run():
+        steps = step.step
+        if steps == 2:
+            os.kill(os.getpid(), number)
+    assert steps == 2 and signal.getsignal(number) is before
+    assert trainer(tiny_model, tmp_path, save_every=100).resume() == 2
+
+
+def spoiled(run: Trainer, at: int, loss: float) -> None:
+    """Makes the loss of one step what it should never be."""
+    honest = run._gradients
+
+    def gradients() -> tuple[float, int, Any]:
+        found, tokens, grads = honest()
+        return (loss if run.progress.step + 1 == at else found), tokens, grads
+
+    run._gradients = gradients  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("loss", "at"), [(math.nan, 6), (math.inf, 6), (40.0, 12), (40.0, 56)])
+def test_a_loss_that_is_no_loss_stops_before_it_does_harm(
+    tiny_model: Callable[..., Model], tmp_path: Path, loss: float, at: int
+) -> None:
+    run = trainer(tiny_model, tmp_path, iters=60, save_every=100, steps_per_eval=1000)
+    spoiled(run, at, loss)
+    seen: list[Step] = []
+    told = rf"step {at}: the loss .*step {at - 1} had learned.*--resume.*--learning-rate"
+    with pytest.raises(RequestError, match=told):
+        seen.extend(run.run())
+    again = trainer(tiny_model, tmp_path, iters=60, save_every=100, steps_per_eval=1000)
+    assert again.resume() == at - 1
+    assert all(bool(mx.isfinite(array).all()) for array in adapter_parameters(again.model).values())
+
+
+@pytest.mark.parametrize("loss", [30.0, 40.0])
+def test_the_first_steps_may_be_anything_and_a_rare_kind_of_sample_is_no_spike(
+    tiny_model: Callable[..., Model], tmp_path: Path, loss: float
+) -> None:
+    run = trainer(tiny_model, tmp_path, iters=14, save_every=100, steps_per_eval=1000)
+    for at in (9, 13):
+        spoiled(run, at, loss)  # once it has been as high as that, it may be again
+    assert len(list(run.run())) == 14
+
+
+def test_before_the_first_step_there_is_nothing_to_resume(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    run = trainer(tiny_model, tmp_path / "a")
+    spoiled(run, 1, math.nan)
+    with pytest.raises(RequestError, match=r"step 1: the loss is nan .*nothing was learned") as caught:
+        finish(run)
+    assert "step 0" not in str(caught.value) and "--resume" not in str(caught.value) and not (tmp_path / "a").exists()
+
+
+def test_a_run_that_a_batch_stopped_goes_on_behind_it(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    """Also where a checkpoint of the same step is there, from before that batch."""
+    run = trainer(tiny_model, tmp_path)
+    spoiled(run, 5, math.nan)
+    with pytest.raises(RequestError, match="--resume goes on behind that batch"):
+        finish(run)
+    again = trainer(tiny_model, tmp_path)
+    assert again.resume() == 4 and again.batches.step + again.batches.epoch * again.batches.steps_per_epoch == 5
+    assert same(dict(mx.load(str(tmp_path / "adapters.safetensors"))), adapter_parameters(again.model))
+
+
+def test_training_stops_when_validation_no_longer_improves(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    run = trainer(tiny_model, tmp_path, iters=200, patience=2, learning_rate=0.0)
+    steps = [step.step for step in run.run()]
+    assert steps[-1] == 12 and run.progress.best_step == 4  # nothing is learned at rate 0: the first stays the best

@@ -1,0 +1,538 @@
+"""The readers of requests: what each refuses, in which words, and that nothing else ever comes of any body."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from phi4_mlx.generation.sampling import make_logits_processors, make_sampler
+from phi4_mlx.server.apis import chat as chat_api
+from phi4_mlx.server.apis import completions as completions_api
+from phi4_mlx.server.apis import messages as messages_api
+from phi4_mlx.server.apis import responses as responses_api
+from phi4_mlx.server.apis.body import (
+    Fields,
+    check_json,
+    read_arguments,
+    read_body,
+    read_max_tokens,
+    read_model,
+    read_response_format,
+    read_sampling,
+    read_schema,
+    read_stop,
+    read_text,
+    read_tool,
+    read_tool_choice,
+    shown,
+)
+from phi4_mlx.server.apis.wire import Ask, WireError
+from phi4_mlx.tokens.chat_format import check_messages
+from phi4_mlx.tools.declarations import check_tools, tools_text
+
+V = 1_000
+
+
+def refusal(work: Callable[[], Any]) -> WireError:
+    with pytest.raises(WireError) as caught:
+        work()
+    error = caught.value
+    assert error.status == 400
+    assert "\n" not in error.message and len(error.message) < 400
+    error.message.encode()
+    return error
+
+
+def test_a_refusal_names_the_field_its_value_and_the_limit() -> None:
+    fields = Fields({"list": [{"n": 9}]})
+    error = refusal(lambda: fields.children("list", 3)[0].whole("n", 1, 1, 8))
+    assert error.message == "list[0].n must be a whole number from 1 to 8, not 9"
+    assert error.param == "list[0].n"
+
+
+@pytest.mark.parametrize("value", [True, "1", 1.5, [], {}, 0, 9, pytest.param(10**400, id="huge"), math.nan, 1.0])
+def test_a_whole_number_is_nothing_else(value: Any) -> None:
+    assert refusal(lambda: Fields({"n": value}).whole("n", 1, 1, 8)).param == "n"
+
+
+@pytest.mark.parametrize("value", [False, "1", [], {}, -0.01, 2.01, pytest.param(-(10**400), id="huge"), math.nan])
+def test_a_number_is_nothing_else(value: Any) -> None:
+    assert refusal(lambda: Fields({"t": value}).number("t", 1.0, 0, 2)).param == "t"
+
+
+@pytest.mark.parametrize("value", [1, True, [], {}, 1.5])
+def test_text_is_nothing_else(value: Any) -> None:
+    refusal(lambda: Fields({"t": value}).text("t", ""))
+
+
+@pytest.mark.parametrize("value", [1, 0, "true", [], {}])
+def test_true_and_false_are_nothing_else(value: Any) -> None:
+    refusal(lambda: Fields({"t": value}).boolean("t", True))
+
+
+def test_null_is_the_same_as_absent() -> None:
+    for fields in (Fields({}), Fields(dict.fromkeys("abcdefg"))):
+        assert fields.text("a", "x") == "x"
+        assert fields.whole("b", 3, 0, 9) == 3
+        assert fields.number("c", None, 0, 9) is None
+        assert fields.boolean("d", True) is True
+        assert fields.items("e", 9) == []
+        assert fields.child("f").values == {}
+        assert fields.one_of("g", ("x", "y"), "y") == "y"
+        refusal(lambda fields=fields: fields.need("a"))
+        fields.forbid("why", "a")
+
+
+def test_limits_are_inclusive() -> None:
+    fields = Fields({"n": 8, "t": 2, "s": "abc", "l": [1, 2]})
+    assert fields.whole("n", 1, 8, 8) == 8
+    assert fields.number("t", 1.0, 0, 2) == 2.0
+    assert fields.text("s", "", 3, 3) == "abc"
+    assert fields.items("l", 2, 2) == [1, 2]
+    refusal(lambda: fields.text("s", "", 0, 2))
+    refusal(lambda: fields.items("l", 1))
+    refusal(lambda: fields.items("l", 3, 3))
+    refusal(lambda: Fields({"s": ""}).text("s", "", 1))
+
+
+@pytest.mark.parametrize("body", [None, [], "x", 1, True, 1.5])
+def test_a_body_is_an_object(body: Any) -> None:
+    assert "the body must be a JSON object" in refusal(lambda: read_body(body)).message
+
+
+@pytest.mark.parametrize("bad", ["\ud800", "a\udfffb", "é\ud83d"])
+def test_half_characters_are_refused_wherever_they_are(bad: str) -> None:
+    for body in ({"a": bad}, {bad: 1}, {"a": [{"b": [bad]}]}):
+        assert "surrogate" in refusal(lambda body=body: read_body(body)).message
+    assert read_body({"a": "\x00😀"}).get("a") == "\x00😀"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_no_json_number_is_refused_wherever_it_is(bad: float) -> None:
+    refusal(lambda: read_body({"a": [{"b": bad}]}))
+
+
+def test_depth_is_limited() -> None:
+    def nested(depth: int) -> Any:
+        value: Any = 1
+        for level in range(depth):
+            value = [value] if level % 2 else {"a": value}
+        return value
+
+    check_json(nested(200), "it")
+    assert "deeper than 200" in refusal(lambda: check_json(nested(201), "it")).message
+    assert "deeper than 200" in refusal(lambda: check_json(nested(100_000), "it")).message
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "null"),
+        (True, "true"),
+        ("a\nb", r"'a\nb'"),
+        ("\ud800", r"'\ud800'"),
+        ("x" * 61, "'" + "x" * 60 + "...'"),
+        (1.5, "1.5"),
+        (math.nan, "nan"),
+        ([1, 2], "a list of 2"),
+        ({}, "an object"),
+    ],
+)
+def test_values_are_shown_short(value: Any, text: str) -> None:
+    assert shown(value) == text
+    assert shown(10**5000) == shown(-(10**5000)) == "a number of over 30 digits"
+
+
+def test_sampling_is_openais_by_default() -> None:
+    sampling = read_sampling(Fields({}), V)
+    assert (sampling.temp, sampling.top_p, sampling.min_p, sampling.top_k, sampling.seed) == (1.0, 1.0, 0.0, 0, None)
+    assert sampling.presence_penalty is sampling.frequency_penalty is sampling.repetition_penalty is None
+    assert sampling.logit_bias == {}
+
+
+def test_sampling_is_read() -> None:
+    given = {
+        "temperature": 0,
+        "top_p": 0.5,
+        "min_p": 0.1,
+        "top_k": -1,
+        "seed": -1,
+        "presence_penalty": -2,
+        "frequency_penalty": 2,
+        "repetition_penalty": 1.1,
+        "logit_bias": {"0": -100, "999": 100.0},
+    }
+    sampling = read_sampling(Fields(given), V)
+    assert (sampling.temp, sampling.top_p, sampling.min_p, sampling.top_k) == (0.0, 0.5, 0.1, 0)
+    assert sampling.seed == 2**64 - 1
+    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) == (-2.0, 2.0, 1.1)
+    assert sampling.logit_bias == {0: -100.0, 999: 100.0}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"temperature": 2.1},
+        {"temperature": -1},
+        {"temperature": "1"},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"top_k": 1e9},
+        {"top_k": 2**31},
+        {"top_k": -2},
+        {"seed": 2**64},
+        {"seed": -(2**63) - 1},
+        {"seed": 1.0},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": -2.1},
+        {"repetition_penalty": 0},
+        {"logit_bias": []},
+        {"logit_bias": {"1000": 1}},
+        {"logit_bias": {"-1": 1}},
+        {"logit_bias": {"1.5": 1}},
+        {"logit_bias": {"²": 1}},
+        {"logit_bias": {"": 1}},
+        {"logit_bias": {"9" * 5000: 1}},
+        {"logit_bias": {"1": 101}},
+        {"logit_bias": {"1": "1"}},
+        {"logit_bias": {"1": True}},
+        {"logit_bias": {str(i): 1 for i in range(1_025)}},
+    ],
+)
+def test_sampling_out_of_range_is_refused(given: dict[str, Any]) -> None:
+    assert next(iter(given)) in refusal(lambda: read_sampling(Fields(given), V)).message
+
+
+def test_stops() -> None:
+    assert read_stop(Fields({})) == ()
+    assert read_stop(Fields({"stop": "\n"})) == ("\n",)
+    assert read_stop(Fields({"stop": ["a"] * 16})) == ("a",) * 16
+    assert read_stop(Fields({"stop": ["x" * 1_000]})) == ("x" * 1_000,)
+    for bad in (5, [5], [[]], [""], "", ["a"] * 17, ["x" * 1_001], {}, True, [None]):
+        assert refusal(lambda bad=bad: read_stop(Fields({"stop": bad}))).param == "stop"
+
+
+def test_model_and_max_tokens() -> None:
+    assert read_model(Fields({"model": "phi:mine"})) == "phi:mine"
+    for bad in ({}, {"model": None}, {"model": ""}, {"model": 5}, {"model": "x" * 257}):
+        assert refusal(lambda bad=bad: read_model(Fields(bad))).param == "model"
+    assert read_max_tokens(Fields({"max_tokens": None})) is None
+    assert read_max_tokens(Fields({"max_tokens": 1_000_000})) == 1_000_000
+    for value in (0, -1, 1_000_001, "5", 1.0):
+        refusal(lambda value=value: read_max_tokens(Fields({"max_tokens": value})))
+
+
+def test_text_parts_are_joined() -> None:
+    kinds = [{"type": "text", "text": "a"}, {"type": "input_text", "text": "\x00"}, {"type": "output_text", "text": ""}]
+    assert read_text(Fields({"content": kinds})) == "a\x00"
+    assert read_text(Fields({"content": [{"type": "refusal", "refusal": "no"}]})) == "no"
+    assert read_text(Fields({"content": []})) == ""
+    assert read_text(Fields({})) is None
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_image", "image", "input_audio", "file", "document", ""])
+def test_parts_that_are_not_text_are_refused(kind: str) -> None:
+    error = refusal(lambda: read_text(Fields({"content": [{"type": "text", "text": ""}, {"type": kind}]})))
+    assert "reads text alone" in error.message and error.param == "content[1].type"
+
+
+@pytest.mark.parametrize("bad", [5, True, {}, ["x"], [{}], [{"type": "text"}], [{"type": "text", "text": 5}]])
+def test_content_of_another_shape_is_refused(bad: Any) -> None:
+    refusal(lambda: read_text(Fields({"content": bad})))
+
+
+def test_arguments_of_earlier_calls() -> None:
+    assert read_arguments(Fields({"arguments": '{"a": [1]}'})) == '{"a": [1]}'
+    assert read_arguments(Fields({"arguments": ""})) == read_arguments(Fields({})) == "{}"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "{", "[]", "5", "nul", '{"a": NaN}', '{"a": 1e999}', r'{"a": "\ud800"}', "[" * 100_000, "1" * 5_000, {}, 5,
+        '{"a":' * 300 + "1" + "}" * 300,
+    ],
+)  # fmt: skip
+def test_arguments_that_are_no_object_are_refused(bad: Any) -> None:
+    assert "arguments" in refusal(lambda: read_arguments(Fields({"arguments": bad}))).message
+
+
+def test_a_tool_is_read() -> None:
+    schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/x"}}, "$defs": {"x": {"type": "string"}}}
+    tool = read_tool(Fields({"name": "f", "description": "d", "input_schema": schema, "other": 1}), "input_schema")
+    assert tool == {"type": "function", "function": {"name": "f", "description": "d", "parameters": schema}}
+    untyped = read_tool(Fields({"name": "f", "parameters": {"properties": {"a": {}}}}))
+    assert untyped["function"]["parameters"] == {"type": "object", "properties": {"a": {}}}
+    bare = read_tool(Fields({"name": "f"}))
+    assert bare["function"]["parameters"]["properties"] == {}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {},
+        {"name": ""},
+        {"name": 5},
+        {"name": "x" * 300},
+        {"name": "auto"},
+        {"name": "f", "description": 5},
+        {"name": "f", "parameters": []},
+        {"name": "f", "parameters": {"type": "object", "properties": {f"p{i}": {} for i in range(5_000)}}},
+        {"name": "f", "parameters": {"type": "object", "properties": {"a": {"$ref": "https://example.org/s"}}}},
+        {"name": "f", "parameters": {"type": "object", "description": "x" * 70_000}},
+    ],
+)
+def test_a_tool_that_cannot_be_served_is_refused(bad: dict[str, Any]) -> None:
+    refusal(lambda: read_tool(Fields(bad, "tools[0]")))
+
+
+def test_tool_choice_fits_the_tools() -> None:
+    tools = [read_tool(Fields({"name": name})) for name in ("f", "g")]
+    fields = Fields({})
+    for choice in ("none", "auto", "required", "g"):
+        assert read_tool_choice(fields, tools, choice) == choice
+    assert read_tool_choice(fields, [], "auto") == "none"
+    refusal(lambda: read_tool_choice(fields, tools, "h"))
+    refusal(lambda: read_tool_choice(fields, [], "required"))
+    refusal(lambda: read_tool_choice(fields, [], "f"))
+    assert "two tools" in refusal(lambda: read_tool_choice(fields, [*tools, tools[0]], "auto")).message
+
+
+def test_schemas_are_bounded_and_stand_alone() -> None:
+    def read(schema: Any) -> Any:
+        return read_schema(Fields({"schema": schema}), "schema")
+
+    assert read({"properties": {"$ref": {"type": "string"}}}) == {"properties": {"$ref": {"type": "string"}}}
+    fine = {"properties": {f"p{i}": {} for i in range(500)}}
+    assert read(fine) == fine
+    for bad in (
+        {"anyOf": [fine, {"properties": {"a": {}}}]},
+        {"description": "x" * 70_000},
+        {"items": [{"$ref": "file:///etc/passwd"}]},
+        {"$dynamicRef": "other.json#x"},
+        [],
+        5,
+    ):
+        refusal(lambda bad=bad: read(bad))
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (None, None),
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, ("json_object",)),
+        ({"type": "json_schema", "json_schema": {"name": "x", "schema": {"a": 1}}}, ("json_schema", {"a": 1})),
+        ({"type": "json_schema", "name": "x", "schema": {"a": 1}}, ("json_schema", {"a": 1})),
+        ({"type": "regex", "pattern": "a+"}, ("regex", "a+")),
+        ({"type": "choice", "choices": ["a", "b"]}, ("choice", ("a", "b"))),
+        ({"type": "grammar", "grammar": "start: x"}, ("grammar", "start: x")),
+    ],
+)
+def test_response_formats(given: Any, wanted: Any) -> None:
+    assert read_response_format(Fields({"response_format": given})) == wanted
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "json_object",
+        {},
+        {"type": "xml"},
+        {"type": ["json_object"]},
+        {"type": "json_schema"},
+        {"type": "json_schema", "json_schema": {"name": "x"}},
+        {"type": "json_schema", "json_schema": {"schema": True}},
+        {"type": "regex"},
+        {"type": "regex", "pattern": ""},
+        {"type": "regex", "pattern": "a" * 70_000},
+        {"type": "choice", "choices": []},
+        {"type": "choice", "choices": [1]},
+        {"type": "choice", "choices": ["a"] * 1_001},
+        {"type": "grammar"},
+    ],
+)
+def test_response_formats_of_another_shape_are_refused(bad: Any) -> None:
+    refusal(lambda: read_response_format(Fields({"response_format": bad})))
+
+
+# Any body at all: 5,000 to each API.
+
+JUNK: list[Any] = [
+    None, True, False, 0, 1, -1, 7, 2**31, 2**63, 2**64, 10**400, 0.5, -0.5, 1e308, math.nan, math.inf, "", "x", "auto",
+    "\x00", "\ud800", "a\udfff", "<|end|>", "../..", "x" * 70_000, [], [None], [[]], [{}], [1, "a"], ["a"], [1, 2],
+    [True], {}, {"type": "text"}, {"type": None}, {"type": []}, {"type": "function"}, {"a": {"b": []}}, {"": None},
+]  # fmt: skip
+TEXTS: list[Any] = ["hi", "", "é😀", "\x00", [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}]]
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+FUNCTION = {"name": "weather", "description": "Tells", "parameters": SCHEMA}
+CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Köln"}'}}
+IMAGE = {"type": "image_url", "image_url": {"url": "https://example.org/x.png"}}
+
+SHARED: dict[str, list[Any]] = {
+    "temperature": [0, 0.7, 2],
+    "top_p": [0.5, 1],
+    "top_k": [-1, 0, 40],
+    "min_p": [0.1],
+    "seed": [0, -5, 2**63],
+    "presence_penalty": [-2, 0, 1.5],
+    "frequency_penalty": [0.5],
+    "repetition_penalty": [1.1],
+    "logit_bias": [{}, {"5": 1, "999": -100}, {"1000": 1}],
+    "stop": ["x", ["a", "b"]],
+    "stream": [True, False],
+    "stream_options": [{"include_usage": True}, {}],
+    "response_format": [{"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": SCHEMA}}],
+    "max_tokens": [1, 100, None],
+    "n": [1, 3, 8, 9],
+    "user": ["me"],
+    "metadata": [{"a": "b"}],
+    "unknown_field": [5],
+}
+CHAT: dict[str, list[Any]] = {
+    **SHARED,
+    "max_completion_tokens": [5],
+    "logprobs": [True, False],
+    "top_logprobs": [0, 5, 20],
+    "tools": [[{"type": "function", "function": FUNCTION}], [{"type": "web_search"}], []],
+    "tool_choice": ["auto", "none", "required", {"type": "function", "function": {"name": "weather"}}],
+    "parallel_tool_calls": [True, False],
+    "modalities": [["text"], ["text", "audio"]],
+    "functions": [[FUNCTION]],
+    "audio": [{"voice": "x"}],
+}
+COMPLETIONS: dict[str, list[Any]] = {
+    **SHARED,
+    "best_of": [1, 2],
+    "echo": [True, False],
+    "logprobs": [0, 5],
+    "suffix": ["x"],
+}
+RESPONSES: dict[str, list[Any]] = {
+    **SHARED,
+    "instructions": ["be kind"],
+    "tools": [[{"type": "function", **FUNCTION}], [{"type": "web_search"}]],
+    "tool_choice": ["auto", "required", {"type": "function", "name": "weather"}],
+    "text": [{"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}}, {"verbosity": "low"}],
+    "max_output_tokens": [5],
+    "include": [["message.output_text.logprobs"], ["reasoning.encrypted_content"]],
+    "top_logprobs": [3],
+    "previous_response_id": ["resp_1"],
+    "truncation": ["auto", "disabled"],
+    "background": [True, False],
+}
+MESSAGES: dict[str, list[Any]] = {
+    **SHARED,
+    "max_tokens": [1, 100],
+    "system": TEXTS,
+    "stop_sequences": [["a"]],
+    "tools": [[{"name": "weather", "input_schema": SCHEMA}], [{"type": "bash_20250124", "name": "bash"}]],
+    "tool_choice": [{"type": "auto"}, {"type": "any"}, {"type": "tool", "name": "weather"}, {"type": "none"}],
+    "thinking": [{"type": "disabled"}, {"type": "enabled", "budget_tokens": 5}],
+    "output_config": [{"format": {"type": "json_schema", "schema": SCHEMA}}],
+}
+
+
+def chat_message(draw: random.Random) -> Any:
+    role = draw.choice(["system", "developer", "user", "assistant", "tool"] * 4 + ["function"])
+    message: dict[str, Any] = {"role": role, "content": draw.choice([*TEXTS, *TEXTS, None, [IMAGE]])}
+    if draw.random() < (0.5 if role == "assistant" else 0.05):
+        message["tool_calls"] = [CALL] * draw.randint(0, 2)
+    if role == "tool":
+        message["tool_call_id"] = draw.choice(["1", "2"])
+    return message
+
+
+def input_item(draw: random.Random) -> Any:
+    call = {"type": "function_call", "call_id": "1", "name": "weather", "arguments": "{}"}
+    result = {"type": "function_call_output", "call_id": "1", "output": draw.choice(TEXTS)}
+    message = {"role": draw.choice(["user", "assistant", "developer", "tool"]), "content": draw.choice(TEXTS)}
+    return draw.choice([call, result, message, {**message, "type": "message"}, {"type": "item_reference", "id": "x"}])
+
+
+def anthropic_message(draw: random.Random) -> Any:
+    blocks = [
+        {"type": "text", "text": "a"},
+        {"type": "tool_use", "id": "1", "name": "weather", "input": {"city": "Köln"}},
+        {"type": "tool_result", "tool_use_id": "1", "content": draw.choice(TEXTS), "is_error": draw.random() < 0.5},
+        {"type": "image", "source": {}},
+        {"type": "thinking", "thinking": "hm", "signature": ""},
+    ]
+    content = draw.choice(["hi", draw.sample([blocks[0], blocks[2]], draw.randint(0, 2)), draw.sample(blocks, 2)])
+    return {"role": draw.choice(["user"] * 4 + ["assistant", "system"]), "content": content}
+
+
+APIS: list[tuple[ModuleType, dict[str, list[Any]], str, Callable[[random.Random], Any]]] = [
+    (chat_api, CHAT, "messages", chat_message),
+    (completions_api, COMPLETIONS, "prompt", lambda draw: draw.choice(["a", "b", "c", [1, 2], [1000]])),
+    (responses_api, RESPONSES, "input", input_item),
+    (messages_api, MESSAGES, "messages", anthropic_message),
+]
+
+
+def spoil(draw: random.Random, value: Any) -> Any:
+    """The value with one thing in it, perhaps deep down, made into junk."""
+    if isinstance(value, dict) and value and draw.random() < 0.8:
+        name = draw.choice(list(value))
+        if draw.random() < 0.2:
+            return {key: it for key, it in value.items() if key != name}
+        return {**value, name: spoil(draw, value[name])}
+    if isinstance(value, list) and value and draw.random() < 0.8:
+        at = draw.randrange(len(value))
+        return [*value[:at], spoil(draw, value[at]), *value[at + 1 :]]
+    return draw.choice(JUNK)
+
+
+def some_body(draw: random.Random, known: dict[str, list[Any]], name: str, one: Callable[[random.Random], Any]) -> Any:
+    body = {"model": "phi", name: [one(draw) for _ in range(draw.choice([1, 1, 2, 4]))], "max_tokens": 5}
+    for field in draw.sample(sorted(known), draw.randint(0, 3)):
+        body[field] = draw.choice([known[field][0], draw.choice(known[field])])
+    for _ in range(draw.choice([0, 0, 1, 1, 2])):
+        body = spoil(draw, body)
+    return body
+
+
+@pytest.mark.parametrize("api", APIS, ids=lambda api: api[0].__name__.rpartition(".")[2])
+def test_of_any_body_comes_an_ask_or_a_refusal(api: tuple[ModuleType, dict[str, list[Any]], str, Any]) -> None:
+    module, known, name, one = api
+    draw = random.Random(4)
+    asks = refusals = 0
+    for _ in range(5_000):
+        body = some_body(draw, known, name, one)
+        try:
+            ask = module.parse(body, V)
+        except WireError as error:
+            refusals += 1
+            assert error.status == 400, error.message
+            assert "\n" not in error.message and len(error.message) < 500
+            error.message.encode()
+            continue
+        asks += 1
+        can_be_served(ask)
+    assert asks > 800 and refusals > 800, (asks, refusals)
+
+
+def can_be_served(ask: Ask) -> None:
+    assert isinstance(ask, Ask)
+    assert bool(ask.messages) != bool(ask.prompts)
+    if ask.messages:
+        check_messages(ask.messages)
+    json.dumps([ask.messages, ask.prompts, ask.tools, ask.repeated], allow_nan=False, ensure_ascii=False).encode()
+    assert check_tools(ask.tools) == ask.tools
+    tools_text(ask.tools)
+    drawn = ask.sampling
+    make_sampler(drawn.temp, drawn.top_p, drawn.min_p, drawn.top_k, drawn.seed)
+    make_logits_processors(
+        drawn.logit_bias, drawn.repetition_penalty,
+        presence_penalty=drawn.presence_penalty, frequency_penalty=drawn.frequency_penalty,
+    )  # fmt: skip
+    assert ask.tool_choice in ("none", "auto", "required", *(tool["function"]["name"] for tool in ask.tools))
+    assert ask.max_tokens is None or ask.max_tokens >= 1
+    assert 1 <= ask.n <= 8 and len(ask.stop) <= 16 and all(ask.stop)

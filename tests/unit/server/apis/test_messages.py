@@ -1,0 +1,294 @@
+"""/v1/messages: what its bodies mean, and answers that Anthropic's client reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from phi4_mlx.server.apis.messages import MessageAnswer, error_body, parse
+from phi4_mlx.server.apis.wire import Call, Delta, End, WireError
+from phi4_mlx.tokens.chat_format import check_messages
+
+V = 1_000
+NOW = 1_700_000_000
+HI = [{"role": "user", "content": "hi"}]
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOL = {"name": "weather", "description": "Tells", "input_schema": SCHEMA}
+KÖLN = Call("toolu_1", "weather", {"city": "Köln"})
+TEXT = [Delta(text="Gr"), Delta(), Delta(text="üße"), End(0, "stop", None, 10, 4, 3)]
+
+
+def ask(**more: Any) -> Any:
+    return parse({"model": "phi", "messages": HI, "max_tokens": 5, **more}, V)
+
+
+def make_answer(asked: Any) -> MessageAnswer:
+    return MessageAnswer(asked, NOW, lambda prefix: prefix + "0", prompt_tokens=10)
+
+
+def stream(answer: MessageAnswer, items: Sequence[Delta | End]) -> bytes:
+    return answer.opening() + b"".join(map(answer.chunk, items)) + answer.closing()
+
+
+def events(data: bytes) -> list[Any]:
+    told = []
+    for event in data.decode().split("\n\n")[:-1]:
+        name, text = event.split("\n")
+        told.append(json.loads(text.removeprefix("data: ")))
+        assert name == f"event: {told[-1]['type']}"
+    return told
+
+
+@pytest.fixture
+def known() -> Callable[[Any], None]:
+    """Checks events against the official client's types."""
+    types, pydantic = pytest.importorskip("anthropic.types"), pytest.importorskip("pydantic")
+    adapter = pydantic.TypeAdapter(types.RawMessageStreamEvent)
+
+    def check(told: Any) -> None:
+        for event in told:
+            if event["type"] != "ping":
+                assert adapter.validate_python(event).type == event["type"]
+
+    return check
+
+
+@pytest.fixture
+def client() -> Any:
+    """Makes the official client, served by this module alone, with the same answer for everyone."""
+    httpx, anthropic = pytest.importorskip("httpx2"), pytest.importorskip("anthropic")
+
+    def make(items: Sequence[Delta | End], error: WireError | None = None) -> Any:
+        def serve(request: Any) -> Any:
+            try:
+                answer = make_answer(parse(json.loads(request.content), V))
+            except WireError as refusal:
+                return httpx.Response(refusal.status, json=error_body(refusal))
+            if not answer.ask.stream:
+                return httpx.Response(200, json=answer.whole(items))
+            data = answer.opening() + answer.failure(error) if error else stream(answer, items)
+            return httpx.Response(200, content=answer.heartbeat + data, headers={"content-type": "text/event-stream"})
+
+        http = httpx.Client(transport=httpx.MockTransport(serve))
+        return anthropic.Anthropic(api_key="k", base_url="http://localhost", http_client=http, max_retries=0)
+
+    return make
+
+
+def test_a_plain_body() -> None:
+    plain = ask()
+    assert plain.messages == HI and plain.max_tokens == 5 and plain.sampling.temp == 1.0
+    assert plain.tools == [] and plain.tool_choice == "none" and plain.stop == () and plain.parallel_tool_calls
+
+
+def test_a_full_body_is_read() -> None:
+    full = ask(
+        system=[{"type": "text", "text": "be "}, {"type": "text", "text": "kind", "cache_control": {}}], tools=[TOOL],
+        tool_choice={"type": "tool", "name": "weather", "disable_parallel_tool_use": True}, stop_sequences=["a", "b"],
+        temperature=0.5, top_p=0.9, top_k=40, stream=True, metadata={"user_id": "me"}, service_tier="auto",
+        thinking={"type": "disabled"},
+        output_config={"effort": "low", "format": {"type": "json_schema", "schema": SCHEMA}},
+    )  # fmt: skip
+    assert full.messages == [{"role": "system", "content": "be kind"}, *HI]
+    assert full.tools == [
+        {"type": "function", "function": {"name": "weather", "description": "Tells", "parameters": SCHEMA}}
+    ]
+    assert full.tool_choice == "weather" and not full.parallel_tool_calls and full.stop == ("a", "b")
+    assert (full.sampling.temp, full.sampling.top_p, full.sampling.top_k) == (0.5, 0.9, 40)
+    assert full.stream and full.response_format == ("json_schema", SCHEMA)
+
+
+@pytest.mark.parametrize(("kind", "choice"), [("auto", "auto"), ("any", "required"), ("none", "none")])
+def test_tool_choice(kind: str, choice: str) -> None:
+    assert ask(tools=[TOOL], tool_choice={"type": kind}).tool_choice == choice
+
+
+def test_counting_needs_no_max_tokens() -> None:
+    assert parse({"model": "phi", "messages": HI}, V, counting=True).messages == HI
+    with pytest.raises(WireError, match="max_tokens is missing"):
+        parse({"model": "phi", "messages": HI}, V)
+
+
+def test_a_conversation_with_calls_is_one_that_the_model_can_be_shown() -> None:
+    def use(name: str, city: str) -> Any:
+        return {"type": "tool_use", "id": name, "name": "weather", "input": {"city": city}}
+
+    def result(name: str, **more: Any) -> Any:
+        return {"type": "tool_result", "tool_use_id": name, **more}
+
+    given = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "\x00"}]},
+        {"role": "assistant", "content": [
+            {"type": "thinking", "thinking": "hm", "signature": ""}, {"type": "text", "text": "So."}, use("1", "Köln"),
+            use("2", "Rom"),
+        ]},
+        {"role": "user", "content": [
+            result("2", content=[{"type": "text", "text": "none"}], is_error=True), result("1", content="sun"),
+            {"type": "text", "text": "and?"},
+        ]},
+        {"role": "assistant", "content": [use("3", "Ulm")]},
+        {"role": "user", "content": [result("3")]},
+    ]  # fmt: skip
+    checked = check_messages(ask(messages=given, system="be kind").messages)
+    assert [(it["role"], it["content"]) for it in checked] == [
+        ("system", "be kind"), ("user", "a\x00"), ("assistant", "So."), ("tool", "sun"), ("tool", "Error: none"),
+        ("user", "and?"), ("assistant", ""), ("tool", ""),
+    ]  # fmt: skip
+    assert [it["arguments"] for it in checked[2]["tool_calls"]] == [{"city": "Köln"}, {"city": "Rom"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("messages", None),
+        ("messages", []),
+        ("messages", ["hi"]),
+        ("messages", [{"role": "tool", "content": "x"}]),
+        ("messages", [{"role": "user"}]),
+        ("messages", [{"role": "user", "content": 5}]),
+        ("messages", [{"role": "user", "content": [{"type": "image", "source": {}}]}]),
+        ("messages", [{"role": "user", "content": [{"type": "document", "source": {}}]}]),
+        ("messages", [{"role": "user", "content": [{"type": "tool_result"}]}]),
+        ("messages", [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": [{}]}]}]),
+        ("messages", [{"role": "user", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {}}]}]),
+        ("messages", [{"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f"}]}, *HI]),
+        ("messages", [{"role": "assistant", "content": [{"type": "tool_use", "input": {}, "name": "f"}]}, *HI]),
+        ("messages", [{"role": "assistant", "content": [{"type": "server_tool_use"}]}, *HI]),
+        ("messages", [*HI, {"role": "assistant", "content": "Let me"}]),
+        ("max_tokens", None),
+        ("max_tokens", 0),
+        ("system", 5),
+        ("tools", [{"type": "bash_20250124", "name": "bash"}]),
+        ("tools", [{"name": "f", "input_schema": []}]),
+        ("tool_choice", "auto"),
+        ("tool_choice", {"type": "any"}),
+        ("tool_choice", {"type": "tool"}),
+        ("stop_sequences", [""]),
+        ("thinking", {"type": "enabled", "budget_tokens": 1024}),
+        ("thinking", 5),
+        ("mcp_servers", [{"url": "https://example.org"}]),
+        ("output_config", {"format": {"type": "xml"}}),
+    ],
+)
+def test_a_body_that_cannot_be_served_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(WireError) as caught:
+        ask(**{name: value})
+    assert caught.value.status == 400 and (caught.value.param or "").startswith(name)
+
+
+def test_an_image_is_refused_in_clear_words() -> None:
+    with pytest.raises(WireError, match=r"messages\[0\]\.content\[0\]\.type is 'image'; this model reads text"):
+        ask(messages=[{"role": "user", "content": [{"type": "image", "source": {}}]}])
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, "invalid_request_error"),
+        (401, "authentication_error"),
+        (403, "permission_error"),
+        (404, "not_found_error"),
+        (413, "request_too_large"),
+        (429, "rate_limit_error"),
+        (500, "api_error"),
+        (501, "api_error"),
+        (503, "overloaded_error"),
+        (504, "timeout_error"),
+    ],
+)
+def test_errors_have_anthropics_shape(status: int, kind: str) -> None:
+    assert error_body(WireError(status, "no")) == {"type": "error", "error": {"type": kind, "message": "no"}}
+
+
+def test_a_whole_answer() -> None:
+    assert make_answer(ask()).whole(TEXT) == {
+        "id": "msg_0",
+        "type": "message",
+        "role": "assistant",
+        "model": "phi",
+        "content": [{"type": "text", "text": "Grüße"}],
+        "stop_reason": "end_turn",
+        "stop_sequence": None,
+        "usage": {
+            "input_tokens": 6,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": 4,
+            "output_tokens": 3,
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("end", "reason", "string"),
+    [
+        (End(0, "stop"), "end_turn", None),
+        (End(0, "stop", "###"), "stop_sequence", "###"),
+        (End(0, "length"), "max_tokens", None),
+        (End(0, "timeout"), "max_tokens", None),
+        (End(0, "tool_calls"), "tool_use", None),
+        (End(0, "tool_calls", "###"), "tool_use", None),
+    ],
+)
+def test_reasons_in_anthropics_words(end: End, reason: str, string: str | None) -> None:
+    body = make_answer(ask()).whole([Delta(text="a"), end])
+    assert (body["stop_reason"], body["stop_sequence"]) == (reason, string)
+    told = events(stream(make_answer(ask()), [Delta(text="a"), end]))
+    assert told[-2]["delta"] == {"stop_reason": reason, "stop_sequence": string}
+
+
+def test_a_stream_says_the_same(known: Any) -> None:
+    items = [Delta(text="So"), Delta(text="."), Delta(call=KÖLN), Delta(text="!"), End(0, "tool_calls", None, 10, 4, 5)]
+    told = events(stream(make_answer(ask()), items))
+    known(told)
+    assert [(it["type"], it.get("index")) for it in told] == [
+        ("message_start", None), ("ping", None),
+        ("content_block_start", 0), ("content_block_delta", 0), ("content_block_delta", 0), ("content_block_stop", 0),
+        ("content_block_start", 1), ("content_block_delta", 1), ("content_block_stop", 1),
+        ("content_block_start", 2), ("content_block_delta", 2), ("content_block_stop", 2),
+        ("message_delta", None), ("message_stop", None),
+    ]  # fmt: skip
+    assert told[0]["message"]["usage"]["input_tokens"] == 10 and told[0]["message"]["content"] == []
+    assert told[2]["content_block"] == {"type": "text", "text": ""}
+    assert told[6]["content_block"]["input"] == {} and json.loads(told[7]["delta"]["partial_json"]) == {"city": "Köln"}
+    whole = make_answer(ask()).whole(items)
+    assert [it["type"] for it in whole["content"]] == ["text", "tool_use", "text"]
+    assert told[-2]["usage"] == whole["usage"]
+
+
+def test_an_empty_answer_is_an_empty_block(known: Any) -> None:
+    told = events(stream(make_answer(ask()), [End(0)]))
+    known(told)
+    assert make_answer(ask()).whole([End(0)])["content"] == [{"type": "text", "text": ""}]
+
+
+def test_the_client_reads_a_whole_answer_and_sends_it_back(client: Any) -> None:
+    items = [Delta(text="So."), Delta(call=KÖLN), End(0, "tool_calls")]
+    done = client(items).messages.create(model="phi", max_tokens=5, messages=HI, tools=[TOOL])
+    type(done).model_validate(done.model_dump())
+    assert done.content[0].text == "So." and done.content[1].input == {"city": "Köln"}
+    result = {"type": "tool_result", "tool_use_id": done.content[1].id, "content": "sun"}
+    history = [*HI, {"role": "assistant", "content": done.content}, {"role": "user", "content": [result]}]
+    assert client(TEXT).messages.create(model="phi", max_tokens=5, messages=history).content[0].text == "Grüße"
+
+
+def test_the_client_reads_a_stream(client: Any) -> None:
+    items = [Delta(text="So."), Delta(call=KÖLN), End(0, "tool_calls", None, 10, 4, 5)]
+    with client(items).messages.stream(model="phi", max_tokens=5, messages=HI, tools=[TOOL]) as told:
+        final = told.get_final_message()
+    assert final.content[0].text == "So." and final.content[1].input == {"city": "Köln"}
+    assert final.stop_reason == "tool_use" and final.usage.output_tokens == 5 and final.usage.input_tokens == 6
+    with client(TEXT).messages.stream(model="phi", max_tokens=5, messages=HI) as told:
+        assert "".join(told.text_stream) == "Grüße"
+
+
+def test_the_client_raises_what_is_refused_and_what_breaks(client: Any) -> None:
+    anthropic = pytest.importorskip("anthropic")
+    with pytest.raises(anthropic.BadRequestError, match="thinking"):
+        thinking = {"type": "enabled", "budget_tokens": 1024}
+        client(TEXT).messages.create(model="phi", max_tokens=2000, messages=HI, thinking=thinking)
+    told = client(TEXT, WireError(500, "it broke")).messages.create(model="phi", max_tokens=5, messages=HI, stream=True)
+    with pytest.raises(anthropic.APIStatusError, match="it broke"):
+        list(told)

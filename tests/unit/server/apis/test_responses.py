@@ -1,0 +1,270 @@
+"""/v1/responses: what its bodies mean, and answers that the official client reads."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from phi4_mlx.server.apis.responses import ResponseAnswer, parse
+from phi4_mlx.server.apis.wire import Call, Delta, End, WireError, error_body
+from phi4_mlx.server.engine.protocol import TokenLogprob
+from phi4_mlx.tokens.chat_format import check_messages
+
+V = 1_000
+NOW = 1_700_000_000
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOL = {"type": "function", "name": "weather", "description": "Tells", "parameters": SCHEMA}
+CALL = {"type": "function_call", "call_id": "call_1", "name": "weather", "arguments": '{"city": "Köln"}'}
+OUTPUT = {"type": "function_call_output", "call_id": "call_1", "output": "sun"}
+KÖLN = Call("call_1", "weather", {"city": "Köln"})
+TEXT = [Delta(text="Gr"), Delta(), Delta(text="üße"), End(0, "stop", None, 10, 4, 3)]
+
+
+def ask(given: Any = "hi", **more: Any) -> Any:
+    return parse({"model": "phi", "input": given, **more}, V)
+
+
+def make_answer(asked: Any) -> ResponseAnswer:
+    count = itertools.count()
+    return ResponseAnswer(asked, NOW, lambda prefix: f"{prefix}{next(count)}")
+
+
+def stream(answer: ResponseAnswer, items: Sequence[Delta | End]) -> bytes:
+    return answer.opening() + b"".join(map(answer.chunk, items)) + answer.closing()
+
+
+def events(data: bytes) -> list[Any]:
+    told = []
+    for event in data.decode().split("\n\n")[:-1]:
+        name, text = event.split("\n")
+        told.append(json.loads(text.removeprefix("data: ")))
+        assert name == f"event: {told[-1]['type']}"
+    assert [it["sequence_number"] for it in told] == list(range(len(told)))
+    return told
+
+
+@pytest.fixture
+def known() -> Callable[[Any], None]:
+    """Checks events against the official client's types."""
+    types = pytest.importorskip("openai.types.responses")
+    pydantic = pytest.importorskip("pydantic")
+    adapter = pydantic.TypeAdapter(types.ResponseStreamEvent)
+
+    def check(told: Any) -> None:
+        for event in told:
+            assert adapter.validate_python(event).type == event["type"]
+            if "response" in event:
+                types.Response.model_validate(event["response"])
+
+    return check
+
+
+@pytest.fixture
+def client() -> Any:
+    """Makes the official client, served by this module alone, with the same answer for everyone."""
+    httpx, openai = pytest.importorskip("httpx2"), pytest.importorskip("openai")
+
+    def make(items: Sequence[Delta | End]) -> Any:
+        def serve(request: Any) -> Any:
+            try:
+                answer = make_answer(parse(json.loads(request.content), V))
+            except WireError as refusal:
+                return httpx.Response(refusal.status, json=error_body(refusal))
+            if not answer.ask.stream:
+                return httpx.Response(200, json=answer.whole(items))
+            headers = {"content-type": "text/event-stream"}
+            return httpx.Response(200, content=answer.heartbeat + stream(answer, items), headers=headers)
+
+        http = httpx.Client(transport=httpx.MockTransport(serve))
+        return openai.OpenAI(api_key="k", base_url="http://localhost/v1", http_client=http, max_retries=0)
+
+    return make
+
+
+def test_a_plain_body() -> None:
+    plain = ask()
+    assert plain.messages == [{"role": "user", "content": "hi"}]
+    assert plain.max_tokens is None and plain.sampling.temp == 1.0 and plain.top_logprobs is None
+
+
+def test_a_full_body_is_read() -> None:
+    full = ask(
+        [{"role": "user", "content": "hi"}], instructions="be kind", tools=[TOOL], parallel_tool_calls=False,
+        tool_choice={"type": "function", "name": "weather"}, max_output_tokens=5, stream=True, top_logprobs=2,
+        text={"format": {"type": "json_schema", "name": "x", "schema": SCHEMA, "strict": True}},
+        include=["message.output_text.logprobs", "reasoning.encrypted_content"], store=True, metadata={"a": "b"},
+        reasoning={"effort": "low"}, truncation="disabled", temperature=0,
+    )  # fmt: skip
+    assert full.messages == [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
+    assert full.tools[0]["function"] == {key: value for key, value in TOOL.items() if key != "type"}
+    assert full.tool_choice == "weather" and not full.parallel_tool_calls and full.max_tokens == 5 and full.stream
+    assert full.response_format == ("json_schema", SCHEMA) and full.top_logprobs == 2 and full.sampling.temp == 0
+    assert full.repeated["instructions"] == "be kind" and full.repeated["metadata"] == {"a": "b"}
+
+
+def test_logprobs_are_asked_for_in_two_ways() -> None:
+    assert ask(include=["message.output_text.logprobs"]).top_logprobs == 0
+    assert ask(top_logprobs=3).top_logprobs == 3
+    assert ask(top_logprobs=0).top_logprobs is None
+
+
+def test_a_conversation_with_calls_is_one_that_the_model_can_be_shown() -> None:
+    said = {"type": "output_text", "text": "Let me see.", "annotations": []}
+    items = [
+        {"role": "developer", "content": "be kind"},
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "weather?"}]},
+        {"type": "reasoning", "id": "rs_1", "summary": []},
+        {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed", "content": [said]},
+        {**CALL, "id": "fc_1"},
+        {**CALL, "call_id": "call_2", "arguments": ""},
+        {**OUTPUT, "call_id": "call_2", "output": [{"type": "input_text", "text": "rain"}]},
+        OUTPUT,
+        CALL,
+        OUTPUT,
+    ]
+    checked = check_messages(ask(items, instructions="Phi").messages)
+    assert [(it["role"], it["content"]) for it in checked] == [
+        ("system", "Phi"), ("system", "be kind"), ("user", "weather?"), ("assistant", "Let me see."),
+        ("tool", "sun"), ("tool", "rain"), ("assistant", ""), ("tool", "sun"),
+    ]  # fmt: skip
+    assert checked[3]["tool_calls"] == [
+        {"name": "weather", "arguments": {"city": "Köln"}}, {"name": "weather", "arguments": {}}
+    ]  # fmt: skip
+    assert len(checked[6]["tool_calls"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("previous_response_id", "resp_1"),
+        ("conversation", "conv_1"),
+        ("prompt", {"id": "pmpt_1"}),
+        ("background", True),
+        ("moderation", {"model": "x"}),
+        ("context_management", [{"type": "compaction"}]),
+        ("tool_choice", {"type": "function"}),
+        ("truncation", "auto"),
+        ("tools", [{"type": "web_search"}]),
+        ("tools", [{"type": "custom", "name": "x"}]),
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"),
+        ("tool_choice", {"type": "file_search"}),
+        ("text", {"format": {"type": "json_schema", "name": "x"}}),
+        ("text", 5),
+        ("include", [5]),
+        ("metadata", {"a": 5}),
+        ("metadata", {str(i): "x" for i in range(17)}),
+        ("max_output_tokens", 0),
+        ("top_logprobs", 21),
+        ("instructions", ["x"]),
+        ("input", None),
+        ("input", []),
+        ("input", 5),
+        ("input", ["hi"]),
+        ("input", [{"type": "reasoning"}]),
+        ("input", [{"type": "item_reference", "id": "msg_1"}]),
+        ("input", [{"role": "tool", "content": "x"}]),
+        ("input", [{"role": "user"}]),
+        ("input", [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]),
+        ("input", [{**CALL, "arguments": "["}]),
+        ("input", [{**CALL, "call_id": None}]),
+        ("input", [{**CALL, "name": None}]),
+        ("input", [{**OUTPUT, "output": None}]),
+        ("input", [{**OUTPUT, "output": {"a": 1}}]),
+    ],
+)
+def test_a_body_that_cannot_be_served_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(WireError) as caught:
+        parse({"model": "phi", "input": "hi", name: value}, V)
+    assert caught.value.status == 400 and (caught.value.param or "").startswith(name)
+
+
+def test_a_whole_answer(known: Any) -> None:
+    body = make_answer(ask(instructions="be kind", tools=[TOOL])).whole(TEXT)
+    assert body["id"] == "resp_0" and body["status"] == "completed" and body["created_at"] == NOW
+    assert body["instructions"] == "be kind" and body["tools"][0]["name"] == "weather"
+    part = {"type": "output_text", "text": "Grüße", "annotations": [], "logprobs": []}
+    assert body["output"] == [
+        {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed", "content": [part]}
+    ]
+    assert body["usage"]["input_tokens_details"]["cached_tokens"] == 4 and body["usage"]["total_tokens"] == 13
+    known([{"type": "response.completed", "sequence_number": 0, "response": body}])
+
+
+def test_a_stream_grows_to_the_whole(known: Any) -> None:
+    items = [Delta(text="So"), Delta(text="."), Delta(call=KÖLN), Delta(text="!"), End(0, "tool_calls", None, 10, 0, 5)]
+    told = events(stream(make_answer(ask(tools=[TOOL])), items))
+    known(told)
+    assert [it["type"].removeprefix("response.") for it in told] == [
+        "created", "in_progress",
+        "output_item.added", "content_part.added", "output_text.delta", "output_text.delta", "output_text.done",
+        "content_part.done", "output_item.done",
+        "output_item.added", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done",
+        "output_item.added", "content_part.added", "output_text.delta", "output_text.done", "content_part.done",
+        "output_item.done",
+        "completed",
+    ]  # fmt: skip
+    assert [it["output_index"] for it in told if it["type"] == "response.output_item.done"] == [0, 1, 2]
+    assert told[0]["response"]["output"] == [] and told[0]["response"]["status"] == "in_progress"
+    assert told[2]["item"]["content"] == [] and told[9]["item"]["arguments"] == ""
+    final = told[-1]["response"]
+    assert final["output"] == [it["item"] for it in told if it["type"] == "response.output_item.done"]
+    assert final == make_answer(ask(tools=[TOOL])).whole(items)
+
+
+@pytest.mark.parametrize("reason", ["length", "timeout"])
+def test_an_answer_that_was_cut_is_incomplete(reason: Any, known: Any) -> None:
+    told = events(stream(make_answer(ask()), [Delta(text="a"), End(0, reason)]))
+    known(told)
+    assert told[-1]["type"] == "response.incomplete"
+    assert told[-1]["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert told[-1]["response"]["output"][0]["status"] == "incomplete"
+
+
+def test_an_empty_answer_is_an_empty_message(known: Any) -> None:
+    told = events(stream(make_answer(ask()), [End(0)]))
+    known(told)
+    assert told[-1]["response"]["output"][0]["content"][0]["text"] == ""
+
+
+def test_logprobs_wait_for_their_text(known: Any) -> None:
+    first, second, last = (TokenLogprob(text, -0.5, ((text, -0.5),)) for text in (b"\xc3", b"\xa9", b""))
+    items = [Delta(logprobs=(first,)), Delta(text="é", logprobs=(second,)), Delta(logprobs=(last,)), End(0)]
+    told = events(stream(make_answer(ask(top_logprobs=1)), items))
+    known(told)
+    deltas = [it for it in told if it["type"] == "response.output_text.delta"]
+    assert [len(it["logprobs"]) for it in deltas] == [2]
+    assert len(told[-1]["response"]["output"][0]["content"][0]["logprobs"]) == 3
+    assert make_answer(ask()).whole(items)["output"][0]["content"][0]["logprobs"] == []
+
+
+def test_an_error_in_the_midst_of_a_stream_fails_the_response(known: Any) -> None:
+    answer = make_answer(ask())
+    told = events(answer.opening() + answer.chunk(Delta(text="a")) + answer.failure(WireError(500, "it broke")))
+    known(told)
+    assert [it["type"] for it in told[-2:]] == ["error", "response.failed"]
+    assert told[-2]["message"] == told[-1]["response"]["error"]["message"] == "it broke"
+    assert told[-1]["response"]["status"] == "failed"
+
+
+def test_the_client_reads_answers_and_refusals(client: Any) -> None:
+    openai = pytest.importorskip("openai")
+    done = client(TEXT).responses.create(model="phi", input="hi")
+    assert done.output_text == "Grüße" and done.usage.output_tokens == 3
+    with pytest.raises(openai.BadRequestError, match="previous_response_id"):
+        client(TEXT).responses.create(model="phi", input="hi", previous_response_id="resp_1")
+
+
+def test_the_client_reads_a_stream_and_sends_it_back(client: Any) -> None:
+    items = [Delta(text="So."), Delta(call=KÖLN), End(0, "tool_calls")]
+    with client(items).responses.stream(model="phi", input="hi", tools=[TOOL]) as told:
+        types = {it.type for it in told}
+        final = told.get_final_response()
+    assert {"response.output_text.delta", "response.function_call_arguments.delta"} <= types
+    assert final.output_text == "So." and final.output[1].call_id == "call_1"
+    history = [{"role": "user", "content": "hi"}, *final.output, OUTPUT]
+    assert client(TEXT).responses.create(model="phi", input=history).output_text == "Grüße"

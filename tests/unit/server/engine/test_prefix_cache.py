@@ -1,0 +1,145 @@
+"""What is kept of earlier prompts: the longest beginning is found, the limit holds, strangers find nothing."""
+
+from __future__ import annotations
+
+import random
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from phi4_mlx.models.cache import PromptCache
+from phi4_mlx.models.rope import Regime
+from phi4_mlx.models.text import Model
+from phi4_mlx.server.engine.prefix_cache import PrefixCache
+from tests.conftest import BOUNDARY, make_tiny_model
+
+TOKEN_BYTES = 2 * 2 * 2 * 16 * 4 + 4  # keys and values: layers, heads, width, fp32; and the id
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return make_tiny_model(seed=5)
+
+
+def filled(model: Model, ids: list[int], regime: Regime | None = None) -> PromptCache:
+    cache = model.make_cache(regime)
+    mx.eval(model(mx.array([ids]), cache))
+    return cache
+
+
+def put(prefixes: PrefixCache, model: Model, ids: list[int], adapter: str | None = None) -> None:
+    prefixes.put(adapter, filled(model, ids))
+
+
+def found(prefixes: PrefixCache, model: Model, ids: list[int], adapter: str | None = None) -> int:
+    cache = prefixes.find(model, adapter, ids)
+    return cache.offset if cache else 0
+
+
+def test_the_longest_beginning_is_found_and_as_good_as_read_anew(model: Model) -> None:
+    prefixes = PrefixCache(2**20)
+    put(prefixes, model, list(range(20)))
+    put(prefixes, model, [*range(30), 7, 7])
+    ids = [*range(30), 9, 8, 7]
+    cache = prefixes.find(model, None, ids)
+    assert cache is not None and cache.offset == 30 and cache.ids[0].tolist() == ids[:30]
+    warm = model(mx.array([ids[30:]]), cache)[:, -1]
+    cold = model(mx.array([ids]))[:, -1]
+    np.testing.assert_allclose(np.array(warm), np.array(cold), atol=2e-5)
+    # What was appended to it is its own: the entry is as it was.
+    again = prefixes.find(model, None, ids)
+    assert again is not None and again.offset == 30
+    np.testing.assert_array_equal(np.array(model(mx.array([ids[30:]]), again)[:, -1]), np.array(warm))
+
+
+def test_there_is_always_a_token_left_to_read(model: Model) -> None:
+    prefixes = PrefixCache(2**20)
+    put(prefixes, model, list(range(20)))
+    assert found(prefixes, model, list(range(20))) == 19
+    assert found(prefixes, model, list(range(21))) == 20
+
+
+def test_less_than_a_few_tokens_is_not_worth_it(model: Model) -> None:
+    prefixes = PrefixCache(2**20)
+    put(prefixes, model, list(range(7)))
+    assert len(prefixes) == 0
+    put(prefixes, model, list(range(20)))
+    assert found(prefixes, model, [*range(7), 99, 99]) == 0
+    assert found(prefixes, model, [*range(8), 99, 99]) == 8
+
+
+def test_another_adapter_or_rope_table_finds_nothing(model: Model) -> None:
+    prefixes, ids = PrefixCache(2**20), list(range(30))
+    put(prefixes, model, ids, "one")
+    assert [found(prefixes, model, ids, adapter) for adapter in ("one", "two", None)] == [29, 0, 0]
+    longer = [*ids, *[1] * BOUNDARY]  # asks for the long table
+    assert found(prefixes, model, longer, "one") == 0
+    prefixes.put("one", filled(model, longer))
+    assert found(prefixes, model, longer, "one") == len(longer) - 1
+    assert found(prefixes, model, ids, "one") == 29  # the short one's own
+    prefixes.put("two", filled(model, ids, "long"))  # kept under the table that it was made under
+    assert found(prefixes, model, ids, "two") == 0
+
+
+def test_one_that_goes_on_from_another_takes_its_place(model: Model) -> None:
+    prefixes = PrefixCache(2**20)
+    put(prefixes, model, list(range(20)))
+    put(prefixes, model, list(range(25)))
+    assert len(prefixes) == 1
+    put(prefixes, model, list(range(12)))  # known
+    assert len(prefixes) == 1 and prefixes.nbytes == 25 * TOKEN_BYTES
+    put(prefixes, model, list(range(25)))
+    assert len(prefixes) == 1 and prefixes.nbytes == 25 * TOKEN_BYTES
+    put(prefixes, model, list(range(25)), "one")
+    assert len(prefixes) == 2
+
+
+def test_the_limit_is_never_passed(model: Model) -> None:
+    draw, limit = random.Random(1), 150 * TOKEN_BYTES
+    prefixes = PrefixCache(limit)
+    for _ in range(300):
+        start = draw.randrange(4)
+        ids = [start] * draw.randint(1, 30) + [draw.randrange(512) for _ in range(draw.randint(1, 60))]
+        if draw.random() < 0.3:
+            found(prefixes, model, ids)
+        else:
+            put(prefixes, model, ids, draw.choice([None, "one"]))
+        assert prefixes.nbytes <= limit
+        assert prefixes.nbytes == sum(entry.nbytes for entry in prefixes._entries)
+    assert len(prefixes) > 1
+    before = prefixes.nbytes
+    put(prefixes, model, [1] * 151)  # more than there may be in all: nothing makes room for it
+    assert prefixes.nbytes == before
+    prefixes.clear()
+    assert (len(prefixes), prefixes.nbytes) == (0, 0)
+
+
+def test_entries_hold_no_more_memory_than_they_say(model: Model) -> None:
+    """A slice would keep the whole array alive that it was cut from."""
+    prefixes = PrefixCache(2**30)
+    mx.eval(model(mx.array([[1] * 10])))
+    before = mx.get_active_memory()
+    for n in range(10):
+        cache = filled(model, [n] * 10)  # in buffers of 256 columns
+        prefixes.put(None, cache)
+        del cache
+    grown = mx.get_active_memory() - before
+    assert grown < 3 * prefixes.nbytes  # pages; the buffers would be 25 times as much
+
+
+def test_the_one_that_was_of_no_use_for_longest_makes_room(model: Model) -> None:
+    prefixes = PrefixCache(3 * 20 * TOKEN_BYTES)
+    for n in range(3):
+        put(prefixes, model, [n] * 20)
+    assert found(prefixes, model, [0] * 20)  # of use again
+    put(prefixes, model, [3] * 20)
+    assert [found(prefixes, model, [n] * 20) > 0 for n in range(4)] == [True, False, True, True]
+
+
+def test_there_are_never_too_many_to_look_through(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PrefixCache, "MOST_ENTRIES", 3)
+    prefixes = PrefixCache(2**30)
+    for n in range(5):
+        put(prefixes, model, [n] * 10)
+    assert len(prefixes) == 3 and [found(prefixes, model, [n] * 10) for n in range(5)] == [0, 0, 9, 9, 9]

@@ -1,0 +1,154 @@
+"""The door of every command: one line, the right exit code, no traceback unless asked for."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phi4_mlx.errors import ConfigError, RequestError
+from phi4_mlx.terminal.command import Parser, number, run, text, utf8
+from phi4_mlx.terminal.options import add_decoding_options, check_decoding_options
+from phi4_mlx.terminal.printable import one_line, printable
+from tests.conftest import ROOT
+
+
+def door(work: Callable[[argparse.Namespace], None], *argv: str) -> int:
+    return run(Parser(prog="phi4-mlx test", description=""), work, argv)
+
+
+def failing(error: BaseException) -> Callable[[argparse.Namespace], None]:
+    def work(args: argparse.Namespace) -> None:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ConfigError("rope type 'x' is not done here"), 2, "phi4-mlx test: rope type 'x' is not done here"),
+        (OSError(errno.ENOSPC, "No space left on device", "out"), 2, "phi4-mlx test: out: No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), 2, "phi4-mlx test: out: Permission denied"),
+        (ModuleNotFoundError("No module named 'rich'", name="rich"), 2, "phi4-mlx test: rich is not installed"),
+        (MemoryError(), 2, "phi4-mlx test: out of memory"),
+        (ZeroDivisionError("division by zero"), 1, "phi4-mlx test: internal error: ZeroDivisionError"),
+    ],
+)
+def test_an_error_is_one_line_and_an_exit_code(
+    error: Exception, code: int, line: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert door(failing(error)) == code
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith(line) and err.count("\n") == 1
+
+
+def test_debug_adds_the_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    assert door(failing(RequestError("no")), "--debug") == 2
+    err = capfd.readouterr().err
+    assert "Traceback" in err and err.endswith("phi4-mlx test: no\n")
+
+
+def test_an_unknown_option_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    assert door(lambda args: None, "--nope\nx") == 2
+    assert capfd.readouterr().err == "phi4-mlx test: unrecognized arguments: --nope x; see --help\n"
+
+
+def test_ctrl_c_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    assert door(failing(KeyboardInterrupt())) == 130
+    assert capfd.readouterr() == ("", "")
+
+
+def test_success_is_zero() -> None:
+    assert door(lambda args: None) == 0
+
+
+# Buffered, as standard output is for most people, whatever the tests themselves run under.
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+PRINTS_MUCH = (
+    "import sys; from phi4_mlx.terminal.command import Parser, run\n"
+    "def work(args):\n"
+    "    for _ in range(20000): print('x' * 100)\n"
+    "sys.exit(run(Parser(prog='phi4-mlx test', description=''), work, []))"
+)
+
+
+def test_a_reader_that_leaves_is_told_nothing() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", PRINTS_MUCH], cwd=ROOT, env=BUFFERED, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout and process.stderr
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("program", [PRINTS_MUCH, PRINTS_MUCH.replace("20000", "1")], ids=["while", "at the end"])
+def test_a_full_disk_is_one_line(program: str) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, env=BUFFERED, stdout=full, stderr=subprocess.PIPE
+        )
+    assert done.returncode == 2
+    assert done.stderr == b"phi4-mlx test: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    "given_text", ["nan", "inf", "-inf", "-0.1", "2.1", "", "x", "1e999", "0x1", "1_0", "1" * 5000]
+)
+def test_numbers_outside_their_limits(given_text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a number from 0 to 2") as refused:
+        number(float, 0.0, 2.0)(given_text)
+    assert len(str(refused.value)) < 100
+
+
+def test_numbers_inside_their_limits() -> None:
+    assert number(float, 0.0, 2.0)("2") == 2.0
+    assert number(int, 1, 3)("3") == 3
+    with pytest.raises(argparse.ArgumentTypeError, match=r"'1.5' is not a whole number from 1 to 3,000"):
+        number(int, 1, 3000)("1.5")
+
+
+def test_text_that_is_not_utf8() -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="UTF-8"):
+        text(b"\xff".decode("utf-8", "surrogateescape"))
+    with pytest.raises(RequestError, match="standard input is not UTF-8: byte 0xff at offset 1"):
+        utf8(b"a\xff", "standard input")
+    assert utf8("é".encode(), "x") == text("é") == "é"
+
+
+@given(st.text())
+def test_nothing_printed_can_steer_a_terminal(anything: str) -> None:
+    shown = printable(anything)
+    assert not {c for c in shown if (c < " " and c not in "\n\t") or "\x7f" <= c <= "\x9f"}
+    assert "\n" not in one_line(anything)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--draft-model", "demo", "--speculate", "off"], "--draft-model guesses tokens, and --speculate off forbids"),
+        (["--draft-model", "demo", "--max-kv-size", "512"], "--draft-model may have to take tokens back, which --max"),
+        (["--speculate", "lookup", "--max-kv-size", "512"], "--speculate lookup may have to take tokens back, which"),
+        (["--max-kv-size", "512"], ""),
+        (["--draft-model", "demo"], ""),
+        (["--speculate", "off", "--max-kv-size", "512"], ""),
+    ],
+)
+def test_no_option_is_dropped_in_silence(
+    options: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = Parser(prog="phi4-mlx test", description="")
+    add_decoding_options(parser)
+    assert run(parser, check_decoding_options, options) == (2 if complaint else 0)
+    assert complaint in capsys.readouterr().err
