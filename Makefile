@@ -15,11 +15,12 @@ NO_PYTHON = make: no Python 3.10 or newer with venv found; install one (macOS: b
 # A virtual environment whose Python has gone, after a system upgrade say, starts anew.
 GONE := $(shell test -d $(VENV) && ! $(PY) -c '' >/dev/null 2>&1 && rm -rf $(VENV))
 
-.PHONY: help chat test lint bench clean
+.PHONY: help chat test test-fast lint bench clean
 
 help:
 	@echo 'make chat    talk with the model (MODEL=demo; MODEL=folder or a Hugging Face id)'
-	@echo 'make test    lint, then every test'
+	@echo 'make test    lint, then every test, on every core'
+	@echo 'make test-fast  lint, then the tests that take less than five seconds each'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make bench   the figures, beside mlx-lm: a table and plots in bench/ (an hour)'
 	@echo 'make clean   remove the virtual environment and the caches'
@@ -27,8 +28,12 @@ help:
 chat: $(VENV)/runtime.stamp
 	@$(PY) -m phi4_mlx.chat --model '$(MODEL)'
 
+# A file's tests stay in one process: they share servers and trained models.
 test: lint
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist loadfile
+
+test-fast: lint
+	$(PY) -m pytest -n auto --dist loadfile -m 'not slow'
 
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check .

@@ -42,6 +42,7 @@ setup(
         "dev": [
             "matplotlib>=3.8",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "mcp>=1.10",
             "jsonschema>=4.20",
