@@ -22,7 +22,7 @@ from phi4_mlx.convert.package import write_package
 from phi4_mlx.convert.quantize import Scheme
 from phi4_mlx.convert.weights import FLOATS, Parameter, plan
 from phi4_mlx.hub import resolve
-from phi4_mlx.models.text import Model
+from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.tokens.tokenizer import load_tokenizer
 
 PROMPT = "The quick brown fox jumps over the lazy dog. 1, 2, 3, 4, 5: which number comes next, and why?"
@@ -152,7 +152,7 @@ def _differences(
     """How far the package's logits are from those of base and adapter: largest, mean, agreeing tokens, tokens."""
     ids = mx.array([load_tokenizer(target).encode(PROMPT)])
 
-    def logits(model: Model) -> mx.array:
+    def logits(model: LanguageModel) -> mx.array:
         found = model(ids).astype(mx.float32)
         mx.eval(found)
         return found

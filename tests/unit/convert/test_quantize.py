@@ -13,13 +13,13 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from phi4_mlx.config import PRESETS
 from phi4_mlx.convert.package import SHARD_BYTES
 from phi4_mlx.convert.quantize import MODES, Scheme, make_recipe, quantization_config
 from phi4_mlx.convert.weights import Parameter, plan, shards
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.safetensors import TensorWriter, read_header
 from phi4_mlx.models.text import Model
+from tests.presets import PRESETS
 
 STORED = {mx.uint32: "U32", mx.uint8: "U8", mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32"}
 
