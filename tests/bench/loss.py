@@ -94,10 +94,10 @@ def steps(model: Model) -> tuple[Loss, Loss]:
     optimizer.init(model.trainable_parameters())
 
     def ours(ids: mx.array) -> Any:
-        model.model.recompute = True
+        model.recompute = True
         loss, grads = our_loss(ids)
         optimizer.update(model, grads)
-        model.model.recompute = False
+        model.recompute = False
         return loss, model.trainable_parameters()
 
     def theirs(ids: mx.array) -> Any:

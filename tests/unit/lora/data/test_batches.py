@@ -82,10 +82,10 @@ def test_the_model_keeps_a_rows_samples_apart(tiny_model: Callable[..., Model], 
     """Samples on both sides of the LongRoPE boundary share rows, and padding past it changes no table."""
     model, samples = tiny_model(), samples_of([3, 5, 9, 20, 30, BOUNDARY + 1, BOUNDARY + 2, 80])
     batches = Batches(samples, max_seq_length=100, packing=packing, batch_size=2)
-    alone = {tuple(s.ids[:-1]): model.model(mx.array([s.ids[:-1]]))[0] for s in samples}
+    alone = {tuple(s.ids[:-1]): model.hidden(mx.array([s.ids[:-1]]))[0] for s in samples}
     seen, mixed = 0, False
     for batch in batches.fixed():
-        hidden, segments = model.model(batch.inputs, segments=batch.segments), np.array(batch.segments)
+        hidden, segments = model.hidden(batch.inputs, segments=batch.segments), np.array(batch.segments)
         for row in range(len(segments)):
             places = [np.flatnonzero(segments[row] == number) for number in range(1, segments[row].max() + 1)]
             mixed |= {len(at) > BOUNDARY for at in places} == {True, False}

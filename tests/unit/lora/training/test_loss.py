@@ -20,7 +20,7 @@ def naive_loss(
     model: Model, inputs: mx.array, targets: mx.array, mask: mx.array, segments: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
     """The obvious code."""
-    logits = model.logits(model.model(inputs, segments=segments)).astype(mx.float32)
+    logits = model.logits(model.hidden(inputs, segments=segments)).astype(mx.float32)
     return (nn.losses.cross_entropy(logits, targets) * mask).sum() / mask.sum(), mask.sum()
 
 
@@ -68,7 +68,7 @@ def test_packed_rows_are_the_sum_over_their_samples(tiny_model: Callable[..., Mo
     """Also across the RoPE boundary (64), and with each block run again in backward."""
     model = tiny_model()
     model.model.embed_tokens.freeze()
-    model.model.recompute = recompute
+    model.recompute = recompute
     inputs, targets, mask = batch(3, B=1, T=170)
     ends = [0, 20, 100, 101, 170]
     spans = list(pairwise(ends))
@@ -99,7 +99,7 @@ def test_running_blocks_again_changes_no_bit(tiny_model: Callable[..., Model]) -
         return result, mx.get_peak_memory() - before
 
     kept, kept_bytes = run()
-    model.model.recompute = True
+    model.recompute = True
     again, again_bytes = run()
     assert again_bytes < 0.6 * kept_bytes
     assert mx.array_equal(kept[0][0], again[0][0])

@@ -41,7 +41,7 @@ def test_the_predicted_peak_is_within_a_tenth(
     model = tiny_model(max_position_embeddings=4096, original_max_position_embeddings=4096, **config)
     add_adapter(model, rank=8)
     model.train()
-    model.model.recompute = checkpointing
+    model.recompute = checkpointing
     predicted = make_plan(model, sft_loss, {(rows, width)}).peak_bytes(rows, width)
     ids = mx.random.randint(0, 512, (rows, width), key=mx.random.key(1))
     ones = mx.ones((rows, width), mx.int32)

@@ -116,7 +116,7 @@ def test_loss_and_gradients_are_those_of_the_whole_logits(
     batch = packed(pairs)
     assert batch.segments.max().item() > 2
     theirs, their_grads = flat_grad(NAIVE[task], model, tiny_model(), pairs)
-    model.model.recompute = recompute
+    model.recompute = recompute
     (ours, count), our_grads = flat_grad(PreferenceLoss(task, BETA), model, batch)
     assert abs(ours.item() - theirs.item()) < 1e-5 and count.item() == len(pairs)
     assert_close(our_grads, their_grads)
@@ -204,7 +204,7 @@ def test_the_base_takes_no_memory_of_its_own(tiny_model: Callable[..., Model]) -
 
     mx.eval(vars(batch), model.parameters())
     for recompute in (False, True):
-        model.model.recompute = recompute
+        model.recompute = recompute
         peak(plain_loss)  # whatever the first run leaves behind
         assert peak(PreferenceLoss("dpo")) < 1.1 * peak(plain_loss), recompute
 
