@@ -16,6 +16,7 @@ from phi4_mlx import AgentResult, run_tools
 from phi4_mlx.agent import ToolLoop, ToolResult
 from phi4_mlx.checkpoint import load_tokenizer_and_format
 from phi4_mlx.errors import RequestError
+from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.generation.stream import GenerationResponse
 from phi4_mlx.tokens.tokenizer import Control
@@ -369,14 +370,14 @@ def test_a_cut_answer_and_a_full_context_say_length(
 def test_a_caller_who_leaves_early_finds_what_was_said(model: Any) -> None:
     prompt = TOKENIZER.apply_chat_template(ASK, tools=[add])
     reply = "so " + calling(("add", {"a": 1}), ("add", {"a": 2}))
-    options = {"max_tokens": 200, "sampler": Mouth(reply)}
-    loop = ToolLoop(model, TOKENIZER, prompt, Toolbox([add], strict=False), model.make_cache(), **options)
+    options = DecodeOptions(max_tokens=200, sampler=Mouth(reply))
+    loop = ToolLoop(model, TOKENIZER, prompt, Toolbox([add], strict=False), model.make_cache(), options)
     events = loop.events()
     leave_after(events, ToolResult)
     assert loop.rounds[0].results == ["2", "error: not run: stopped"] and loop.finish_reason == ""
 
-    options = {"max_tokens": 9, "sampler": Mouth("a [TO")}
-    loop = ToolLoop(model, TOKENIZER, prompt, Toolbox([add], strict=False), model.make_cache(), **options)
+    options = DecodeOptions(max_tokens=9, sampler=Mouth("a [TO"))
+    loop = ToolLoop(model, TOKENIZER, prompt, Toolbox([add], strict=False), model.make_cache(), options)
     events = loop.events()
     while not loop.rounds or not TOKENIZER.decode(loop.rounds[0].ids).endswith("[TO"):
         next(events)

@@ -9,18 +9,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from phi4_mlx import bridge
+from phi4_mlx import agent, bridge
 from phi4_mlx.adapters.layers import add_adapter, save_adapter
 from phi4_mlx.bridge import WORKER
-from phi4_mlx.bridge import model as bridge_model
 from phi4_mlx.checkpoint import load
-from phi4_mlx.generation.stream import generate
+from phi4_mlx.generation.options import DecodeOptions
+from phi4_mlx.generation.stream import generate, stream
 from tests.conftest import ROOT
 
 ASK = [{"role": "user", "content": "hi"}]
@@ -113,7 +114,7 @@ def test_whole_streamed_and_iterated_answers_are_the_same(model: int, folder: Pa
         (lambda m: bridge.chat(m, ASK, tools=[{}]), "request", "a tool needs a name"),
         (lambda m: bridge.chat(m, ASK, tools=[TOOL], tool_choice="x"), "request", "one of 'paint'"),
         (lambda m: bridge.chat(m, ASK, schema={"type": 5}), "request", "schema"),
-        (lambda m: bridge.chat(m, ASK, schema={}, tools=[TOOL]), "request", "no room for calls"),
+        (lambda m: bridge.chat(m, ASK, schema={}, tools=[TOOL]), "request", "no room for tool calls"),
         (lambda m: bridge.chat(m, [{"role": "user", "content": "x " * 9_000}]), "request", "the context holds 8192"),
         (lambda m: bridge.next_event(99), "request", "there is no stream 99"),
         (lambda m: bridge.next_event([]), "request", r"there is no stream \[\]"),  # type: ignore[arg-type]
@@ -210,12 +211,12 @@ def test_a_time_limit_and_waiting_for_a_moment(model: int) -> None:
 
 
 def test_a_prefill_is_cancelled_between_its_chunks(model: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = bridge_model.stream_generate
-    monkeypatch.setattr(
-        bridge_model, "stream_generate", lambda *given, **options: drawn(*given, prefill_step_size=4, **options)
-    )
-    stream = bridge.start_chat(model, [{"role": "user", "content": "x " * 3_000}], max_tokens=1, timeout_s=0.2)
-    finish = taken(stream)[-1]
+    def in_small_chunks(model: Any, tokenizer: Any, ids: Any, cache: Any, options: DecodeOptions) -> Iterator[Any]:
+        return stream(model, tokenizer, ids, cache, replace(options, prefill_step_size=4))
+
+    monkeypatch.setattr(agent, "stream", in_small_chunks)
+    number = bridge.start_chat(model, [{"role": "user", "content": "x " * 3_000}], max_tokens=1, timeout_s=0.2)
+    finish = taken(number)[-1]
     assert (finish["reason"], finish["answer_tokens"]) == ("timeout", 0)
 
 
@@ -227,7 +228,7 @@ def test_what_breaks_inside_costs_its_own_request(model: int, monkeypatch: pytes
         yield
 
     with monkeypatch.context() as patched:
-        patched.setattr(bridge_model, "stream_generate", breaks)
+        patched.setattr(agent, "stream", breaks)
         assert taken(bridge.start_chat(model, ASK)) == [
             {"event": "error", "code": "internal", "message": "RuntimeError: a bug"}
         ]
@@ -240,7 +241,7 @@ def test_unloading_cancels_what_is_under_way(folder: Path) -> None:
     assert bridge.next_event(stream)["event"] == "token"
     assert bridge.unload(model) == {"event": "finish"}
     assert taken(stream)[-1]["reason"] == "cancelled"
-    assert bridge.chat(model, ASK)["message"] == f"there is no model {model}; load gives one its number"
+    assert bridge.chat(model, ASK)["message"] == f"there is no model {model}; load returns a model's number"
 
 
 def test_all_of_mlx_is_on_one_thread_whoever_calls(model: int) -> None:
