@@ -58,7 +58,7 @@ class AgentResult:
         rounds: number of answers.
         finish_reason: "stop"; "length" if `max_tokens` or a full context cut the last answer; "max_rounds" or "timeout"
             if a limit ended the loop. The results of the calls that were left are errors.
-        error: why text in the last answer that looks like a tool call is not one, in one line; or None.
+        error: why a tool call in the last answer was left as text, in one line; or None.
     """
 
     text: str
@@ -209,7 +209,7 @@ class AnswerAssembler:
 
     @property
     def complaint(self) -> str | None:
-        """Why text that looks like a tool call is not one, in one line; or None."""
+        """The reason why a tool call was left as text, in one line; None if none was."""
         return self._parser.error
 
     def add(self, text: str, finish_reason: str | None = None) -> str:
@@ -221,7 +221,8 @@ class AnswerAssembler:
         final = self._parser.add(text)
         self.text += final
         self.reason = finish_reason or ""
-        return final + self.finish() if self.reason or self.stopped() else final
+        ended = self.reason or self.stopped()
+        return final + self.finish() if ended else final
 
     def finish(self) -> str:
         """Ends the answer, also early; returns the text that was kept back as a possible start of a call."""
@@ -273,8 +274,7 @@ def stream_answer(
     if grammar is not None:
         from phi4_mlx.grammar.constraint import Constraint
 
-        limit = options.max_tokens if must_end else None
-        mask = Constraint(grammar, tokenizer, model.config.vocab_size, limit)
+        mask = Constraint(grammar, tokenizer, model.config.vocab_size, options.max_tokens if must_end else None)
         options = replace(options, logits_mask=mask)
     show_progress = options.prompt_progress_callback
 

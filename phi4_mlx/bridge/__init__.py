@@ -103,8 +103,7 @@ def chat(model: int, messages: Sequence[Any], **options: Any) -> BridgeEvent:
     Returns:
         A "finish" with "reason" ("stop", "length", "tool_calls", "cancelled", "timeout"), "text", "message" (to append
         to the messages; its "tool_calls", if any, are to be answered by messages with the role "tool"), "complaint"
-        (why text that looks like a tool call is not one, or ""), "prompt_tokens", "cached_tokens", "answer_tokens"; or
-        an "error".
+        (why a tool call was left as text, or ""), "prompt_tokens", "cached_tokens", "answer_tokens"; or an "error".
     """
     return _last(_start(model, messages, options))
 
