@@ -77,7 +77,9 @@ def use_adapter(model: int, path: str = "") -> BridgeEvent:
     return WORKER.call(replace)
 
 
-def count_tokens(model: int, text: str = "", messages: Sequence[Any] = (), tools: Sequence[Any] = ()) -> BridgeEvent:
+def count_tokens(
+    model: int, text: str = "", messages: Sequence[Mapping[str, Any]] = (), tools: Sequence[Mapping[str, Any]] = ()
+) -> BridgeEvent:
     """Counts the tokens of a text, or of messages as a prompt, without waiting for the requests under way.
 
     Returns:
@@ -90,7 +92,7 @@ def count_tokens(model: int, text: str = "", messages: Sequence[Any] = (), tools
         return error_event(error)
 
 
-def chat(model: int, messages: Sequence[Any], **options: Any) -> BridgeEvent:
+def chat(model: int, messages: Sequence[Mapping[str, Any]], **options: Any) -> BridgeEvent:
     """Answers messages; returns when the answer is complete.
 
     Args:
@@ -113,7 +115,7 @@ def complete(model: int, prompt: str, **options: Any) -> BridgeEvent:
     return _last(_start(model, prompt, options))
 
 
-def start_chat(model: int, messages: Sequence[Any], **options: Any) -> int:
+def start_chat(model: int, messages: Sequence[Mapping[str, Any]], **options: Any) -> int:
     """As `chat`, streamed; returns a stream's number for `next_event`."""
     return _start(model, messages, options).number
 
@@ -142,7 +144,7 @@ def next_event(stream: int, timeout_s: float = -1.0) -> BridgeEvent:
     return event
 
 
-def chat_events(model: int, messages: Sequence[Any], **options: Any) -> Iterator[BridgeEvent]:
+def chat_events(model: int, messages: Sequence[Mapping[str, Any]], **options: Any) -> Iterator[BridgeEvent]:
     """As `chat`, streamed; returns an iterator, and leaving it early cancels the request."""
     return _events(_start(model, messages, options))
 

@@ -71,9 +71,7 @@ class BridgeModel:
             return self.tokenizer.encode(given)
         return self.tokenizer.apply_chat_template(given, tools=tools)
 
-    def events(
-        self, given: Given, options: Mapping[str, Any], cancelled: Callable[[], bool]
-    ) -> Iterator[BridgeEvent]:
+    def events(self, given: Given, options: Mapping[str, Any], cancelled: Callable[[], bool]) -> Iterator[BridgeEvent]:
         """Generates an answer.
 
         Args:

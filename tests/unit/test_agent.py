@@ -94,7 +94,7 @@ def test_a_call_is_run_and_its_result_is_answered(run: Callable[..., AgentResult
     ]
 
 
-def test_calls_of_one_answer_run_in_order_and_the_next_conversation_goes_on(run: Callable[..., AgentResult]) -> None:
+def test_calls_of_one_answer_run_in_order_and_the_conversation_continues(run: Callable[..., AgentResult]) -> None:
     seen: list[int] = []
 
     def note(number: int) -> str:
@@ -187,7 +187,7 @@ def surrogate(x: int) -> str:
         (add, {"a": 2.0}, "3"),
     ],
 )
-def test_what_goes_wrong_is_told_to_the_model(
+def test_an_error_is_the_result_of_its_call(
     tool: Any, arguments: dict[str, Any], expected: str, run: Callable[..., AgentResult]
 ) -> None:
     result = run([tool], calling((tool.__name__, arguments)), "well")
@@ -195,7 +195,7 @@ def test_what_goes_wrong_is_told_to_the_model(
     assert (result.text, result.finish_reason) == ("well", "stop")
 
 
-def test_a_tool_is_interrupted_as_the_program_is(run: Callable[..., AgentResult]) -> None:
+def test_ctrl_c_in_a_tool_ends_the_program(run: Callable[..., AgentResult]) -> None:
     def hang(x: int) -> None:
         """Hangs."""
         raise KeyboardInterrupt
@@ -476,7 +476,7 @@ def test_calls_obey_the_schemas_in_every_round(model: Any) -> None:
     assert run_tools(model, TOKENIZER, ASK, [odd], max_tokens=5, strict=False).rounds == 1
 
 
-def test_a_text_may_be_cut_though_calls_are_held_to_schemas(model: Any) -> None:
+def test_a_text_may_be_cut_although_calls_obey_schemas(model: Any) -> None:
     result = run_tools(model, TOKENIZER, ASK, [add], sampler=Chance(), max_tokens=4)
     assert (result.finish_reason, result.rounds) == ("length", 1) and result.text
 
@@ -492,7 +492,7 @@ def test_a_call_that_does_not_end_in_time_is_not_run_with_half_an_argument(model
     assert result.error is not None and "ends inside a tool call" in result.error
 
 
-def test_no_call_can_be_wanted(run: Callable[..., AgentResult]) -> None:
+def test_calls_can_be_switched_off(run: Callable[..., AgentResult]) -> None:
     spoken = calling(("add", {"a": 1}))
     result = run([add], spoken, tool_choice="none")
     assert (result.text, result.rounds) == (spoken, 1)
