@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from phi4_mlx.agent import Approval, Event, Round, ToolLoop
+from phi4_mlx.agent import AgentEvent, Approval, Round, ToolLoop
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import check_context, plan_context
 from phi4_mlx.generation.options import DecodeOptions
@@ -153,7 +153,7 @@ class Conversation:
         *,
         grammar: Grammar | None = None,
         approve: Approval | None = None,
-    ) -> Generator[Event, None, None]:
+    ) -> Generator[AgentEvent, None, None]:
         """Asks, and yields the answer as it comes; what was yielded becomes a turn, also when the caller stops early.
 
         Args:
@@ -191,7 +191,7 @@ class Conversation:
         )
         return self._answer(question, loop)
 
-    def _answer(self, question: str, loop: ToolLoop) -> Generator[Event, None, None]:
+    def _answer(self, question: str, loop: ToolLoop) -> Generator[AgentEvent, None, None]:
         self.usage = Usage()
         events = loop.events()
         try:

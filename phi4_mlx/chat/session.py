@@ -13,7 +13,7 @@ from phi4_mlx.terminal.options import LONG_PREFILL
 from phi4_mlx.terminal.screen import Screen, StopButton
 
 if TYPE_CHECKING:
-    from phi4_mlx.agent import Event
+    from phi4_mlx.agent import AgentEvent
     from phi4_mlx.chat.conversation import Conversation
     from phi4_mlx.generation.options import DecodeOptions
     from phi4_mlx.generation.speculate import Mode
@@ -123,7 +123,7 @@ class Chat:
         if self._person:
             self._explain_end(stop.pressed)
 
-    def _show(self, events: Iterator[Event], stop: StopButton) -> None:
+    def _show(self, events: Iterator[AgentEvent], stop: StopButton) -> None:
         """Shows an answer as it comes, and the calls in it, until the person stops it."""
         from phi4_mlx.agent import ToolResult
         from phi4_mlx.generation.stream import GenerationResponse

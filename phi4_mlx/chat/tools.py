@@ -60,7 +60,7 @@ def toolbox_of(args: argparse.Namespace, person: bool, note: Callable[[str], Non
             tools += stack.enter_context(mcp_tools(command))
         toolbox = Toolbox(tools)
         try:
-            tool_grammar(toolbox, "auto")
+            tool_grammar(toolbox.declarations, "auto", toolbox.strict)
         except RequestError as error:
             toolbox.strict = False
             note(f"calls are not held to the tools' schemas: {error}")

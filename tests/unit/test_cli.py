@@ -26,7 +26,7 @@ def test_every_command_has_a_help_of_its_own(name: str, capsys: pytest.CaptureFi
     assert "--debug" in capsys.readouterr().out
 
 
-def test_a_word_that_is_no_command(capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_command(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["generat"]) == 2
     known = ", ".join(cli.COMMANDS)
     line = f"phi4-mlx: 'generat' is not a command; the commands are {known}; see --help\n"

@@ -66,7 +66,7 @@ def test_tools_of_a_server(command: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert box.declarations[0]["function"]["description"] == "Adds."
         assert box.run(ToolCall("add", {"a": 2, "b": 3})) == "5" and box.run(ToolCall("add", {"a": 2})) == "3"
         assert box.problem(ToolCall("add", {})) == "add needs the argument 'a'"
-        assert tool_grammar(box, "auto") is not None
+        assert tool_grammar(box.declarations, "auto", box.strict) is not None
         assert box.run(ToolCall("fail", {})).startswith("error: ")
         process, secret = box.run(ToolCall("whoami", {})).split()
         assert secret == "key"
