@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from phi4_mlx.generation.steps import generate_step
     from phi4_mlx.generation.stream import GenerationResponse, generate, stream_generate
     from phi4_mlx.lora.run import finetune
-    from phi4_mlx.models.cache import PromptCache
+    from phi4_mlx.models.prompt_cache import PromptCache
     from phi4_mlx.models.text import Model
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
@@ -38,7 +38,7 @@ _HOMES = {
     "Model": "models.text",
     "ModelConfig": "config",
     "Phi4Error": "errors",
-    "PromptCache": "models.cache",
+    "PromptCache": "models.prompt_cache",
     "RequestError": "errors",
     "Tokenizer": "tokens.tokenizer",
     "TokenizerError": "errors",

@@ -21,8 +21,8 @@ from phi4_mlx.tools.toolbox import Tool, Toolbox, error_text
 
 if TYPE_CHECKING:
     from phi4_mlx.grammar.grammars import Grammar
-    from phi4_mlx.models.cache import PromptCache
     from phi4_mlx.models.model import LanguageModel
+    from phi4_mlx.models.prompt_cache import PromptCache
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
 MAX_ROUNDS = 8

@@ -19,8 +19,9 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from phi4_mlx.checkpoint import KINDS, Kind
 from phi4_mlx.models.batch_cache import BatchCache
-from phi4_mlx.models.cache import CacheOptions, PromptCache
+from phi4_mlx.models.cache import CacheOptions
 from phi4_mlx.models.model import ContextCost, LanguageModel
+from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.tokens.chat_format import recognise
 from tests.conftest import TOKENIZER
 

@@ -23,8 +23,8 @@ from phi4_mlx.terminal.printable import printable
 if TYPE_CHECKING:
     from phi4_mlx.generation.stream import GenerationResponse
     from phi4_mlx.grammar.grammars import Grammar
-    from phi4_mlx.models.cache import PromptCache
     from phi4_mlx.models.model import LanguageModel
+    from phi4_mlx.models.prompt_cache import PromptCache
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
 

@@ -23,7 +23,7 @@ from peer import config_of, last_line, random_pair
 
 from phi4_mlx import load, load_prompt_cache, save_prompt_cache
 from phi4_mlx.generation.steps import generate_step
-from phi4_mlx.models.cache import PromptCache
+from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime
 from phi4_mlx.models.text import Model
 from phi4_mlx.tokens.tokenizer import Tokenizer

@@ -25,8 +25,9 @@ from phi4_mlx.generation.batch import Batch, BatchSequence, Fault, Token
 from phi4_mlx.generation.memory import memory_limit
 from phi4_mlx.generation.options import LogitsMask
 from phi4_mlx.generation.stream import AnswerText
-from phi4_mlx.models.cache import KVCache, PromptCache
+from phi4_mlx.models.cache import KVCache
 from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
 from phi4_mlx.server.engine.protocol import (
     Broken,

@@ -9,7 +9,7 @@ import pytest
 
 from phi4_mlx.commands import benchmark
 from phi4_mlx.generation.memory import kv_bytes
-from phi4_mlx.models.cache import PromptCache
+from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.text import Model
 from tests.conftest import BOUNDARY
 

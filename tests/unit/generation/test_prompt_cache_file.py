@@ -18,7 +18,8 @@ from phi4_mlx.adapters.layers import add_adapter, set_adapter
 from phi4_mlx.checkpoint import load_model
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.files.safetensors import read_whole_header
-from phi4_mlx.models.cache import CacheOptions, KVCache, PromptCache
+from phi4_mlx.models.cache import CacheOptions, KVCache
+from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.text import Model
 from phi4_mlx.tokens.tokenizer import load_tokenizer
 from tests.char_tokenizer import CharTokenizer

@@ -10,7 +10,8 @@ import pytest
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.steps import generate_step
-from phi4_mlx.models.cache import KVCache, PromptCache
+from phi4_mlx.models.cache import KVCache
+from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.text import Model
 
 BOUNDARY = 64  # of the tiny models

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from phi4_mlx.models.cache import PromptCache
+from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime
 from phi4_mlx.models.text import Model
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
