@@ -53,7 +53,7 @@ def run(engine: Engine, *jobs: Job, each_step: Callable[[int], None] = lambda st
     told: dict[int, list[Event]] = {job.id: [] for job in jobs}
     messages: list[Job] = list(jobs)
     for step in range(3000):
-        for event in engine_module._turn(engine, messages):
+        for event in engine_module.turn(engine, messages):
             told[event.job].append(event)
         messages = []
         each_step(step)
@@ -201,8 +201,8 @@ def test_a_job_that_is_cancelled_says_no_more_and_leaves_its_prompt(
     engine, (first, second, *_) = make_engine(), greedy_jobs(loaded[1])
     for moment in ("waiting", "reading", "decoding"):
         engine.prefixes.clear()
-        engine._batch.prefill_step_size = 4 if moment == "reading" else 512
-        told = engine_module._turn(engine, [first, second]) if moment != "waiting" else engine.submit(first)
+        engine.batch.prefill_step_size = 4 if moment == "reading" else 512
+        told = engine_module.turn(engine, [first, second]) if moment != "waiting" else engine.submit(first)
         if moment == "waiting":
             engine.submit(second)
         assert engine.gauges()["answers_under_way"] == 2
@@ -465,15 +465,15 @@ def test_a_step_that_comes_to_nothing_fails_those_under_way_and_no_later_one(
     loaded: tuple[Model, Tokenizer], make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     engine, jobs = make_engine(), greedy_jobs(loaded[1])
-    engine_module._turn(engine, jobs[:2])
+    engine_module.turn(engine, jobs[:2])
     with monkeypatch.context() as patch:
         if what == "cancel":
             break_cancel(engine, patch)
-            events = engine_module._turn(engine, [Cancel(1), jobs[2]])
+            events = engine_module.turn(engine, [Cancel(1), jobs[2]])
             assert {event.job for event in events if isinstance(event, Failure)} == {2}
         else:
             patch.setattr(Batch, what if what == "step" else "_admit", broken)
-            events = engine_module._turn(engine, [])
+            events = engine_module.turn(engine, [])
             assert {(event.job, event.status) for event in events if isinstance(event, Failure)} == {(1, 500), (2, 500)}
             assert engine.gauges()["kv_bytes"] == 0 and not engine.busy  # nothing goes on that nobody waits for
     late = run_on(engine, []) if what == "cancel" else []
@@ -576,7 +576,7 @@ def test_answers_to_one_prompt_read_it_once(
 ) -> None:
     for words, chunk in ((3, 512), (100, 64)):  # at one go, or over many steps
         engine = make_engine()
-        engine._batch.prefill_step_size = chunk
+        engine.batch.prefill_step_size = chunk
         asked = prompt(loaded[1], "Count: " + "one " * words)
         jobs = [Job(n, asked, 4, Sampling(temp=1.0, seed=n)) for n in range(5)]
         told = run(engine, *jobs)
