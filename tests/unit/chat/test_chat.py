@@ -20,7 +20,9 @@ from phi4_mlx.chat.commands import COMMANDS, Leave, is_command, obey
 from phi4_mlx.chat.session import Chat, rescued_file
 from phi4_mlx.chat.tools import Doorkeeper, shown_call
 from phi4_mlx.errors import RequestError
+from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.stream import GenerationResponse
+from phi4_mlx.models.cache import PromptCache
 from phi4_mlx.terminal.options import SAMPLING
 from phi4_mlx.terminal.screen import Screen
 from phi4_mlx.tools.calls import ToolCall
@@ -41,18 +43,20 @@ class Recorder(Screen):
 
 
 class Script:
-    """Stands in for `stream_generate`: the replies to give, one a question, and what happens on the way."""
+    """Stands in for `stream`: the replies to give, one a question, and what happens on the way."""
 
     def __init__(self) -> None:
         self.replies: list[str] = []
         self.finish_reason = "stop"
         self.at_token: Callable[[int], None] = lambda number: None
-        self.options: dict[str, Any] = {}
+        self.options = DecodeOptions()
         self.prompt_length = 0
 
-    def __call__(self, model: Any, tokenizer: Any, prompt: list[int], **options: Any) -> Iterator[GenerationResponse]:
+    def __call__(
+        self, model: Any, tokenizer: Any, prompt: list[int], cache: PromptCache, options: DecodeOptions
+    ) -> Iterator[GenerationResponse]:
         self.options = options
-        options["prompt_progress_callback"](0, self.prompt_length or len(prompt))
+        self.progress(0, self.prompt_length or len(prompt))
         reply = self.replies.pop(0) if self.replies else "reply"
         for number, char in enumerate(reply, 1):
             self.at_token(number)
@@ -60,11 +64,16 @@ class Script:
             token = FIRST_CHAR + ord(char)
             yield GenerationResponse(char, token, mx.zeros(1), len(prompt), 1.0, number, 1.0, 0.1, 0, reason)
 
+    def progress(self, done: int, total: int) -> None:
+        """Reports the progress of a prefill, as generation does."""
+        assert self.options.prompt_progress_callback is not None
+        self.options.prompt_progress_callback(done, total)
+
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Script:
     made = Script()
-    monkeypatch.setattr(agent, "stream_generate", made)
+    monkeypatch.setattr(agent, "stream", made)
     return made
 
 
@@ -229,13 +238,13 @@ def test_a_mistake_costs_a_line_and_nothing_else(
 def test_set_shows_and_changes_and_goes_back(chat: Chat, script: Script) -> None:
     obey(chat, "/set\tmax-tokens  7 ")
     chat.answer("one")
-    assert script.options["max_tokens"] == 7
+    assert script.options.max_tokens == 7
     obey(chat, "/set max-tokens -")
     assert chat.settings["max-tokens"] == 100
-    sampler = chat._how_to_draw()["sampler"]
-    assert chat._how_to_draw()["sampler"] is sampler  # a seed goes on from answer to answer
+    sampler = chat.decode_options().sampler
+    assert chat.decode_options().sampler is sampler  # a seed goes on from answer to answer
     obey(chat, "/set temp 0.5")
-    assert chat._how_to_draw()["sampler"] is not sampler
+    assert chat.decode_options().sampler is not sampler
     shown(chat)
     obey(chat, "/set")
     listed = shown(chat)
@@ -304,7 +313,7 @@ def test_ctrl_c_while_the_prompt_is_read(chat: Chat, script: Script, monkeypatch
 def test_a_long_prompt_tells_how_far_it_is(chat: Chat, script: Script) -> None:
     chat.screen.colour = True
     script.prompt_length = 5000
-    script.at_token = lambda number: script.options["prompt_progress_callback"](5000 if number == 1 else 100, 5000)
+    script.at_token = lambda number: script.progress(5000 if number == 1 else 100, 5000)
     chat.answer("one")
     before, after = shown(chat).split("\x1b[0m\r\x1b[K")  # the line is cleared again
     assert before == "\r\x1b[K\x1b[2mreading 0 of 5,000 tokens ..."

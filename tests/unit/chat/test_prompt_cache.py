@@ -15,6 +15,7 @@ from phi4_mlx.chat.commands import obey
 from phi4_mlx.chat.conversation import Conversation, Turn, reply_ids
 from phi4_mlx.chat.session import Chat
 from phi4_mlx.generation import prompt_cache_file as prompt_file
+from phi4_mlx.models.cache import CacheOptions
 from phi4_mlx.terminal.options import SAMPLING
 from phi4_mlx.terminal.screen import Screen
 from phi4_mlx.tools.calls import ToolCall
@@ -131,7 +132,7 @@ def test_no_failure_costs_the_conversation(
     assert "is damaged" in last_note(new_chat(), "/load talk")
     obey(chat, "/save talk")
     fewer = new_chat()
-    fewer.conversation.cache_options = {"max_kv_size": 600}
+    fewer.conversation.cache_options = CacheOptions(max_kv_size=600)
     assert "another --kv-bits or --max-kv-size" in last_note(fewer, "/load talk")
     for each in (other, chat, fewer):
         each.answer("three")
@@ -158,7 +159,7 @@ def test_a_cache_that_has_forgotten_is_not_kept_and_stays(new_chat: Callable[...
     ids = conversation.ids()
     for part in (ids[:500], [*ids[500:], 2]):  # an end marker, which no turn keeps
         mx.eval(conversation.model(mx.array([part]), conversation.cache))
-    assert "has forgotten its oldest tokens" in last_note(chat, "/save talk")
+    assert "has dropped its oldest tokens" in last_note(chat, "/save talk")
     assert conversation.cache.offset == len(ids) + 1
 
 
