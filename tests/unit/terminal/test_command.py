@@ -138,8 +138,8 @@ def test_nothing_printed_can_steer_a_terminal(anything: str) -> None:
     ("options", "complaint"),
     [
         (["--draft-model", "demo", "--speculate", "off"], "--draft-model guesses tokens, and --speculate off forbids"),
-        (["--draft-model", "demo", "--max-kv-size", "512"], "--draft-model may have to take tokens back, which --max"),
-        (["--speculate", "lookup", "--max-kv-size", "512"], "--speculate lookup may have to take tokens back, which"),
+        (["--draft-model", "demo", "--max-kv-size", "512"], "--draft-model may have to take tokens back, and --max"),
+        (["--speculate", "lookup", "--max-kv-size", "512"], "--speculate lookup may have to take tokens back, and"),
         (["--max-kv-size", "512"], ""),
         (["--draft-model", "demo"], ""),
         (["--speculate", "off", "--max-kv-size", "512"], ""),
