@@ -51,7 +51,7 @@ SAMPLING = {
 }
 
 
-class LoadArguments(TypedDict):
+class LoadArguments(TypedDict, total=False):
     """The keyword arguments of `phi4_mlx.load` that `add_model_options` covers."""
 
     adapter_path: str | None

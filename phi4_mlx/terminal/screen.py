@@ -43,12 +43,13 @@ class Screen:
     """Standard output: a terminal with styles, a plain terminal, or a pipe that receives the text unchanged.
 
     Attributes:
+        terminal: True if standard output is a terminal.
         colour: True if styles may be used; False where NO_COLOR is set.
     """
 
     def __init__(self) -> None:
-        self._terminal = sys.stdout.isatty()
-        self.colour = self._terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+        self.terminal = sys.stdout.isatty()
+        self.colour = self.terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
         self._status = ""
 
     def write(self, text: str) -> None:
@@ -59,11 +60,11 @@ class Screen:
     def answer(self) -> Answer:
         """Begins an answer."""
         stream = MarkdownStream(self.write) if self.colour else PlainStream(self.write)
-        return Answer(stream, printable if self._terminal else str)
+        return Answer(stream, printable if self.terminal else str)
 
     def note(self, text: str) -> None:
         """Writes a line of the program's own, such as a confirmation; only on a terminal."""
-        if self._terminal:
+        if self.terminal:
             self._line(DIM, text)
 
     def error(self, text: str) -> None:
@@ -81,7 +82,7 @@ class Screen:
 
     def end_paragraph(self) -> None:
         """Writes a blank line before the person's next prompt; only on a terminal."""
-        if self._terminal:
+        if self.terminal:
             self.write("\n")
 
     def status(self, text: str) -> None:

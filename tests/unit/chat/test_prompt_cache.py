@@ -12,42 +12,15 @@ import pytest
 
 from phi4_mlx.agent import Round
 from phi4_mlx.chat.commands import obey
-from phi4_mlx.chat.conversation import Conversation, Turn, reply_ids
+from phi4_mlx.chat.conversation import Turn, reply_ids
 from phi4_mlx.chat.session import Chat
 from phi4_mlx.generation import prompt_cache_file as prompt_file
 from phi4_mlx.models.cache import CacheOptions
-from phi4_mlx.terminal.options import SAMPLING
-from phi4_mlx.terminal.screen import Screen
 from phi4_mlx.tools.calls import ToolCall
 from tests.char_tokenizer import CharTokenizer
+from tests.unit.chat.scripted import Recorder
 
 SILENT = 7  # a token without text: encoding an answer again does not bring it back
-
-
-class Recorder(Screen):
-    """A screen that remembers its notes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
-@pytest.fixture
-def new_chat(tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Chat]:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.chdir(tmp_path)
-
-    def make(seed: int = 0) -> Chat:
-        settings = {name: default for name, (_, default, _) in SAMPLING.items()} | {"max-tokens": 4}
-        chat = Chat(Recorder(), settings, person=True)
-        chat.conversation = Conversation(tiny_model(seed), CharTokenizer())  # type: ignore[arg-type]
-        chat.model_name = "tiny"
-        return chat
-
-    return make
 
 
 def said(question: str, answer: str, rounds: tuple[Round, ...] = ()) -> Turn:
@@ -70,7 +43,7 @@ def last_note(chat: Chat, command: str) -> str:
 
 
 def test_the_next_prompt_is_prefilled_behind_what_was_kept(new_chat: Callable[..., Chat], tmp_path: Path) -> None:
-    first, second = new_chat(), new_chat()
+    first, second = new_chat(max_tokens=4), new_chat(max_tokens=4)
     first.conversation.system = "be brief"
     remember(first, said("one", "two"), said("three", "four"))
     assert "saved 2 turns" in (note := last_note(first, "/save talk")) and "to talk.cache.safetensors, 0." in note
@@ -92,7 +65,7 @@ def test_an_older_cache_of_what_was_taken_back_is_gone(
 
     kept = tmp_path / "talk.cache.safetensors"
     for failing in (False, True):
-        chat = new_chat()
+        chat = new_chat(max_tokens=4)
         remember(chat, said("one", "a secret"), *([said("two", "three")] if failing else []))
         last_note(chat, "/save talk")
         assert kept.exists()
@@ -110,7 +83,7 @@ def test_an_older_cache_of_what_was_taken_back_is_gone(
 def test_no_failure_costs_the_conversation(
     new_chat: Callable[..., Chat], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chat = new_chat()
+    chat = new_chat(max_tokens=4)
     remember(chat, said("one", "two"))
 
     def full(*_: Any) -> bytes:
@@ -119,19 +92,19 @@ def test_no_failure_costs_the_conversation(
     with monkeypatch.context() as patch:
         patch.setattr(prompt_file, "checksum", full)
         note = last_note(chat, "/save talk")
-    assert note.startswith("saved 1 turn to") and note.endswith("/load will prefill anew: No space left on device")
+    assert note.startswith("saved 1 turn to") and note.endswith("/load will prefill again: No space left on device")
     assert [file.name for file in tmp_path.iterdir()] == ["talk.json"]
-    assert last_note(new_chat(), "/load talk").endswith("talk.json")
+    assert last_note(new_chat(max_tokens=4), "/load talk").endswith("talk.json")
     assert "talk.cache.safetensors" in last_note(chat, "/save talk")  # there is room again
 
-    other = new_chat(seed=1)
-    assert "the next prompt is prefilled anew: " in (note := last_note(other, "/load talk"))
+    other = new_chat(seed=1, max_tokens=4)
+    assert "the next prompt is prefilled again: " in (note := last_note(other, "/load talk"))
     assert "was made with another model" in note and "\n" not in note
     kept = tmp_path / "talk.cache.safetensors"
     kept.write_bytes(kept.read_bytes()[:-1])
-    assert "is damaged" in last_note(new_chat(), "/load talk")
+    assert "is damaged" in last_note(new_chat(max_tokens=4), "/load talk")
     obey(chat, "/save talk")
-    fewer = new_chat()
+    fewer = new_chat(max_tokens=4)
     fewer.conversation.cache_options = CacheOptions(max_kv_size=600)
     assert "another --kv-bits or --max-kv-size" in last_note(fewer, "/load talk")
     for each in (other, chat, fewer):
@@ -140,11 +113,11 @@ def test_no_failure_costs_the_conversation(
 
 
 def test_what_was_taken_back_is_not_kept(new_chat: Callable[..., Chat]) -> None:
-    chat = new_chat()
+    chat = new_chat(max_tokens=4)
     remember(chat, said("one", "two"), said("secret", "four"))
     obey(chat, "/undo")
     obey(chat, "/save talk")
-    loaded = new_chat()
+    loaded = new_chat(max_tokens=4)
     obey(loaded, "/load talk")
     assert loaded.conversation.cache.ids[0].tolist() == loaded.conversation.ids()
     obey(chat, "/undo")
@@ -152,7 +125,7 @@ def test_what_was_taken_back_is_not_kept(new_chat: Callable[..., Chat]) -> None:
 
 
 def test_a_cache_that_has_forgotten_is_not_kept_and_stays(new_chat: Callable[..., Chat]) -> None:
-    chat = new_chat()
+    chat = new_chat(max_tokens=4)
     conversation = chat.conversation
     conversation.turns = [said("one", "x" * 700)]
     conversation.cache = conversation.model.make_cache(max_kv_size=512)
@@ -164,7 +137,7 @@ def test_a_cache_that_has_forgotten_is_not_kept_and_stays(new_chat: Callable[...
 
 
 def test_a_file_that_was_edited_says_what_was_said(new_chat: Callable[..., Chat], tmp_path: Path) -> None:
-    chat = new_chat()
+    chat = new_chat(max_tokens=4)
     called = ToolCall("add", {"x": 1})
     drawn = [SILENT, *reply_ids(CharTokenizer(), "let me see", [called])]  # type: ignore[arg-type]
     calls = Round("let me see", drawn, [called], ["3"])
@@ -174,7 +147,7 @@ def test_a_file_that_was_edited_says_what_was_said(new_chat: Callable[..., Chat]
     content = json.loads(path.read_text())
     content["messages"][3]["content"] = "FOUR"
     path.write_text(json.dumps(content))
-    loaded = new_chat()
+    loaded = new_chat(max_tokens=4)
     obey(loaded, "/load talk")
     conversation = loaded.conversation
     assert [turn.answer for turn in conversation.turns] == ["two", "FOUR", "six"]
