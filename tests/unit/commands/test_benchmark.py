@@ -1,4 +1,4 @@
-"""What `phi4-mlx benchmark` counts; its speeds are the machine's own."""
+"""The counts and the table of `phi4-mlx benchmark`; speeds depend on the machine."""
 
 from __future__ import annotations
 
