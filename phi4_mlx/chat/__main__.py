@@ -77,9 +77,7 @@ def _grammar(args: argparse.Namespace) -> Grammar:
     return schema_grammar(args.schema)
 
 
-def _open(
-    args: argparse.Namespace, screen: Screen, person: bool, toolbox: Toolbox, grammar: Grammar | None
-) -> Chat:
+def _open(args: argparse.Namespace, screen: Screen, person: bool, toolbox: Toolbox, grammar: Grammar | None) -> Chat:
     """Loads the models of the options, and begins a chat with them."""
     from phi4_mlx.chat.conversation import Conversation
     from phi4_mlx.checkpoint import load

@@ -132,8 +132,8 @@ class Conversation:
         if not self.cache.is_trimmable():
             return
         shared = 0
-        for cached, said in zip(self.cache.ids[0].tolist(), self.ids(), strict=False):
-            if cached != said:
+        for cached, kept in zip(self.cache.ids[0].tolist(), self.ids(), strict=False):
+            if cached != kept:
                 break
             shared += 1
         self.cache.truncate(shared)

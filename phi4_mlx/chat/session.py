@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from phi4_mlx.chat.tools import Doorkeeper, shown_call, shown_result
 from phi4_mlx.terminal.options import LONG_PREFILL, LoadArguments
@@ -67,7 +67,7 @@ class Chat:
         screen: Screen,
         conversation: Conversation,
         model_name: str,
-        settings: dict[str, Any],
+        settings: dict[str, int | float | None],
         *,
         person: bool,
         speculate: Mode = "off",
@@ -96,7 +96,7 @@ class Chat:
         self.conversation.switch(*load_shown(self.screen, name, LoadArguments()))
         self.model_name, self._options = name, None
 
-    def set(self, name: str, value: Any) -> None:
+    def set(self, name: str, value: int | float | None) -> None:
         """Changes a sampling option, from the next answer on."""
         self.settings[name] = value
         self._options = None
@@ -172,8 +172,10 @@ class Chat:
             from phi4_mlx.generation.speculate import make_proposer
 
             sampling, conversation = Sampling.of(self.settings), self.conversation
+            max_tokens = self.settings["max-tokens"]
+            assert isinstance(max_tokens, int)
             self._options = DecodeOptions(
-                max_tokens=self.settings["max-tokens"],
+                max_tokens=max_tokens,
                 sampler=sampling.sampler(),
                 logits_processors=sampling.processors(),
                 proposer=make_proposer(

@@ -41,7 +41,7 @@ def toolbox_of(args: argparse.Namespace, person: bool, note: Callable[[str], Non
         note: called with a sentence if a tool's schema has no grammar; calls are then not constrained to the schemas.
 
     Raises:
-        RequestError: a file or a server has no usable tools, or nobody is there to be asked before a call.
+        RequestError: a file or a server has no usable tools, or no person is there to approve a call.
     """
     from phi4_mlx.agent import tool_grammar
     from phi4_mlx.tools.toolbox import Toolbox
@@ -106,7 +106,7 @@ def shown_tool(declared: dict[str, Any]) -> str:
     return _visible(f"{function['name']}({', '.join(function['parameters']['properties'])})  {text}".rstrip())
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     from phi4_mlx.tools.json_text import json_text
 
     return json_text(value)

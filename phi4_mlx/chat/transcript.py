@@ -11,7 +11,7 @@ import stat
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from phi4_mlx.agent import Round, call_ids, round_messages
 from phi4_mlx.chat.conversation import Turn, reply_ids
@@ -23,7 +23,7 @@ from phi4_mlx.tools.json_text import json_text
 if TYPE_CHECKING:
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
-Waiting = deque[tuple[int, Any]]  # (index, message) of those not read yet
+Waiting = deque[tuple[int, Any]]  # (number, message) pairs, not read yet
 
 LARGEST_FILE = 64 * 2**20  # bytes; the longest context is about half a megabyte of text
 
@@ -100,7 +100,7 @@ def to_messages(system: str | None, turns: Sequence[Turn]) -> list[dict[str, Any
     return messages
 
 
-def from_messages(messages: Any, tokenizer: Tokenizer) -> tuple[str | None, list[Turn]]:
+def from_messages(messages: object, tokenizer: Tokenizer) -> tuple[str | None, list[Turn]]:
     """The turns of messages from any source; each message is checked.
 
     Args:
@@ -120,11 +120,11 @@ def from_messages(messages: Any, tokenizer: Tokenizer) -> tuple[str | None, list
     waiting = deque(enumerate(messages))
     system: str | None = None
     turns: list[Turn] = []
-    if waiting and isinstance(messages[0], dict) and messages[0].get("role") == "system":
+    if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
         system = _content(*waiting.popleft())
     while waiting:
-        question = _next(waiting, "user")
-        turns.append(_turn(question["content"], waiting, tokenizer))
+        question = _next(waiting, "user").content
+        turns.append(_turn(question, waiting, tokenizer))
     return system, turns
 
 
@@ -132,60 +132,71 @@ def _turn(question: str, waiting: Waiting, tokenizer: Tokenizer) -> Turn:
     """Reads the messages that answer a question."""
     rounds: list[Round] = []
     while True:
-        at = waiting[0][0] if waiting else 0
-        message = _next(waiting, "assistant")
-        text, calls = message["content"], message.get("tool_calls")
-        if not calls:
-            return Turn(question, text, tuple(reply_ids(tokenizer, text)), tuple(rounds))
-        named = _calls(at, calls)
+        reply = _next(waiting, "assistant")
+        if not reply.tool_calls:
+            return Turn(question, reply.content, tuple(reply_ids(tokenizer, reply.content)), tuple(rounds))
+        named = _calls(reply)
+        calls = [call for _, call in named]
         found = [_next(waiting, "tool") for _ in named]
-        by_id = {str(result.get("tool_call_id")): result["content"] for result in found}
-        results = [result["content"] for result in found]
+        by_id = {str(result.tool_call_id): result.content for result in found}
+        results = [result.content for result in found]
         if by_id.keys() == {name for name, _ in named}:
             results = [by_id[name] for name, _ in named]
-        made = [call for _, call in named]
-        rounds.append(Round(text, reply_ids(tokenizer, text, made), made, results))
+        rounds.append(Round(reply.content, reply_ids(tokenizer, reply.content, calls), calls, results))
 
 
-def _next(waiting: Waiting, role: str) -> dict[str, Any]:
-    """Reads the next message, which must have the given role; its content is text."""
+class _Message(NamedTuple):
+    """The fields of a message; only the content is checked yet."""
+
+    number: int
+    content: str
+    tool_calls: object
+    tool_call_id: object
+
+
+def _next(waiting: Waiting, role: str) -> _Message:
+    """Reads the next message, which must have the given role."""
     if not waiting:
         missing = "the user's, and has no answer" if role == "assistant" else "a call of a tool, and has no result"
         raise RequestError(f"the last message is {missing}")
-    at, message = waiting.popleft()
-    content = _content(at, message)
+    number, message = waiting.popleft()
+    content = _content(number, message)
     if message.get("role") != role:
         raise RequestError(
-            f"message {at} has the role {message.get('role')!r:.100}; it must be {role!r}: user and assistant "
+            f"message {number} has the role {message.get('role')!r:.100}; it must be {role!r}: user and assistant "
             "alternate, and results follow calls"
         )
-    return {**message, "content": content}
+    return _Message(number, content, message.get("tool_calls"), message.get("tool_call_id"))
 
 
-def _content(at: int, message: Any) -> str:
+def _content(number: int, message: object) -> str:
+    """The text of a message; empty for tool calls alone."""
     content = message.get("content") if isinstance(message, dict) else None
     if content is None and isinstance(message, dict) and message.get("tool_calls"):
         content = ""
     if not isinstance(content, str) or not _is_unicode(content):
-        raise RequestError(f"message {at} has no 'content' that is text")
+        raise RequestError(f"message {number} has no 'content' that is text")
     return content
 
 
-def _calls(at: int, calls: Any) -> list[tuple[str, ToolCall]]:
+def _calls(message: _Message) -> list[tuple[str, ToolCall]]:
     """The (id, call) pairs of a message."""
     try:
-        named = []
-        for call in calls:
-            function = call["function"]
-            arguments = function["arguments"]
-            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-            json_text([function["name"], arguments]).encode()
-            if not isinstance(function["name"], str) or not isinstance(arguments, dict):
-                raise TypeError
-            named.append((str(call.get("id")), ToolCall(function["name"], arguments)))
-        return named
+        if not isinstance(message.tool_calls, list):
+            raise TypeError
+        return [_call(call) for call in message.tool_calls]
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        raise RequestError(f"message {at} has 'tool_calls' other than names with JSON arguments") from None
+        raise RequestError(f"message {message.number} has 'tool_calls' other than names with JSON arguments") from None
+
+
+def _call(call: Any) -> tuple[str, ToolCall]:
+    function = call["function"]
+    name, arguments = function["name"], function["arguments"]
+    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    json_text([name, arguments]).encode()  # raises unless both are JSON and Unicode
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise TypeError
+    return str(call.get("id")), ToolCall(name, arguments)
 
 
 def _is_unicode(text: str) -> bool:

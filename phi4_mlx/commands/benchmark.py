@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.terminal.command import Parser, number, run
@@ -31,6 +31,33 @@ BANDWIDTHS = {
 
 Source: Apple's technical specifications.
 """
+
+
+class LengthReport(TypedDict):
+    """The medians for one prompt length."""
+
+    prompt_tokens: int
+    prefill_tokens_per_s: float
+    time_to_first_token_s: float
+    decode_tokens_per_s: float
+    kv_bytes_per_token: float
+    ceiling_tokens_per_s: float | None
+    share_of_ceiling: float | None
+    peak_bytes: int
+
+
+class Report(TypedDict):
+    """The JSON of `--json`."""
+
+    model: str
+    device: str
+    mlx: str
+    bandwidth_gb_per_s: float | None
+    weights_bytes: int
+    kv_bits: int | None
+    generation_tokens: int
+    repeats: int
+    lengths: list[LengthReport]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,7 +109,7 @@ def _benchmark(args: argparse.Namespace) -> None:
         )
     device = str(mx.device_info().get("device_name", "unknown"))
     bandwidth = BANDWIDTHS.get(device) if args.bandwidth is None else args.bandwidth
-    report: dict[str, Any] = {
+    report: Report = {
         "model": name,
         "device": device,
         "mlx": mx.__version__,
@@ -96,7 +123,7 @@ def _benchmark(args: argparse.Namespace) -> None:
     print(json.dumps(report) if args.json else table(report))
 
 
-def _length(model: LanguageModel, length: int, args: argparse.Namespace, bandwidth: float | None) -> dict[str, Any]:
+def _length(model: LanguageModel, length: int, args: argparse.Namespace, bandwidth: float | None) -> LengthReport:
     """The figures for one prompt length."""
     import mlx.core as mx
 
@@ -160,7 +187,7 @@ def ceiling_tokens_per_s(bytes_per_token: float, bandwidth_gb_per_s: float | Non
     return None if bandwidth_gb_per_s is None else 1e9 * bandwidth_gb_per_s / bytes_per_token
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: Report) -> str:
     """The report as a table for people."""
     bandwidth = report["bandwidth_gb_per_s"]
     known = "bandwidth not known: --bandwidth" if bandwidth is None else f"{bandwidth:g} GB/s"

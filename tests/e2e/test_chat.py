@@ -161,7 +161,7 @@ class Terminal:
             cwd=str(state),
             env=os.environ
             | {"PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(state), "HOME": str(state), "TERM": "xterm-256color"}
-            | {"HF_HUB_OFFLINE": "1", "PROMPT_TOOLKIT_NO_CPR": "1"}  # no terminal answers the query for the cursor's position
+            | {"HF_HUB_OFFLINE": "1", "PROMPT_TOOLKIT_NO_CPR": "1"}  # no reply to cursor queries
             | environment,
             dimensions=(40, 100),
             encoding="utf-8",

@@ -152,7 +152,7 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
         (lambda folder: (folder / WEIGHTS).write_bytes(b"\xff" * 7 + b"\x7f{}"), "damaged"),  # a header of 8 exabytes
         (lambda folder: (folder / WEIGHTS).unlink(), "holds no model*.safetensors"),
         (lambda folder: reshape(folder, intermediate_size=192), "has shape"),
-        (lambda folder: reshape(folder, num_hidden_layers=1), "left over"),
+        (lambda folder: reshape(folder, num_hidden_layers=1), "are unexpected"),
         (lambda folder: reshape(folder, rope_scaling={"type": "llama3", "low_freq_factor": 1}), "rope type 'llama3'"),
         (lambda folder: (folder / "tokenizer.json").write_text("[]"), "tokenizer.json"),
     ],

@@ -99,7 +99,7 @@ def test_save_and_load(chat: Chat, script: Script, tmp_path: Path) -> None:
     obey(chat, "/save talk")
     saved = (tmp_path / "talk.json").read_text()
     chat.answer("two")
-    obey(chat, "/save talk")  # the same conversation, gone on
+    obey(chat, "/save talk")  # the same conversation, continued
     assert (tmp_path / "talk.json").read_text() != saved
     obey(chat, "/reset")
     with pytest.raises(RequestError, match="exists"):  # another conversation
@@ -150,7 +150,7 @@ def test_set_shows_and_changes_and_goes_back(chat: Chat, script: Script) -> None
     obey(chat, "/set max-tokens -")
     assert chat.settings["max-tokens"] == 100
     sampler = chat.decode_options().sampler
-    assert chat.decode_options().sampler is sampler  # a seed goes on from answer to answer
+    assert chat.decode_options().sampler is sampler  # a seed continues from answer to answer
     obey(chat, "/set temp 0.5")
     assert chat.decode_options().sampler is not sampler
     shown(chat)
@@ -159,7 +159,7 @@ def test_set_shows_and_changes_and_goes_back(chat: Chat, script: Script) -> None
     assert all(name in listed for name in SAMPLING)
 
 
-def test_stats_tell_what_an_answer_cost(chat: Chat, script: Script) -> None:
+def test_stats_show_the_counts_of_an_answer(chat: Chat, script: Script) -> None:
     obey(chat, "/stats")
     assert "in 0 turns" in shown(chat)
     chat.answer("one")
@@ -171,7 +171,7 @@ def test_stats_tell_what_an_answer_cost(chat: Chat, script: Script) -> None:
     assert "4,097 tokens were run again" in text
 
 
-def test_another_model_goes_on_with_the_conversation(
+def test_another_model_continues_the_conversation(
     chat: Chat, script: Script, monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Any]
 ) -> None:
     import phi4_mlx.checkpoint
@@ -218,7 +218,7 @@ def test_ctrl_c_while_the_prompt_is_read(chat: Chat, script: Script, monkeypatch
     assert questions(chat) == [] and shown(chat) == "stopped\n\n"
 
 
-def test_a_long_prompt_tells_how_far_it_is(chat: Chat, script: Script) -> None:
+def test_a_long_prompt_shows_its_progress(chat: Chat, script: Script) -> None:
     chat.screen.colour = True
     script.prompt_length = 5000
     script.at_token = lambda number: script.progress(5000 if number == 1 else 100, 5000)

@@ -170,12 +170,12 @@ def test_another_model_goes_on_with_the_words(conversation: Conversation, tiny_m
     assert conversation.usage.cached_tokens == 0
 
 
-def test_calls_and_their_results_are_part_of_what_was_said(
+def test_calls_and_their_results_are_part_of_the_prompt(
     conversation: Conversation, tiny_model: Callable[..., Any]
 ) -> None:
     call = ToolCall("add", {"a": 1})
     conversation.turns = [Turn("q", "irrelevant", (300,), (Round("so", [301, 302], [call], ["3"]),))]
-    middle = [END, SYSTEM, *encode("3"), END, ASSISTANT]  # the format of this test knows but two roles
+    middle = [END, SYSTEM, *encode("3"), END, ASSISTANT]  # CharFormat has two roles
     assert conversation.ids() == [USER, *encode("q"), END, ASSISTANT, 301, 302, *middle, 300]
     conversation.switch(tiny_model(seed=1), CharTokenizer())  # type: ignore[arg-type]
     written = encode('so<|tool_call|>[{"name": "add", "arguments": {"a": 1}}]<|/tool_call|>')
@@ -188,7 +188,7 @@ def test_a_long_result_can_be_stopped_while_it_is_read(conversation: Conversatio
         return "y" * x
 
     conversation.toolbox = Toolbox([page], strict=False)
-    said = [*encode('functools[{"name": "page", "arguments": {"x": 200}}]'), END, END]
+    tokens = [*encode('functools[{"name": "page", "arguments": {"x": 200}}]'), END, END]
 
     def progress(done: int, total: int) -> None:
         if total > 150 and done:
@@ -196,7 +196,7 @@ def test_a_long_result_can_be_stopped_while_it_is_read(conversation: Conversatio
 
     options = DecodeOptions(
         max_tokens=100,
-        sampler=lambda logprobs: mx.array([said.pop(0)]),
+        sampler=lambda logprobs: mx.array([tokens.pop(0)]),
         prefill_step_size=32,
         prompt_progress_callback=progress,
     )

@@ -1,4 +1,4 @@
-"""What `/save` keeps beside a conversation, and `/load` takes up: never at the conversation's cost."""
+"""The prompt cache that `/save` writes and `/load` reads: no failure of it costs the conversation."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tests.unit.chat.scripted import Recorder
 SILENT = 7  # a token without text: encoding an answer again does not bring it back
 
 
-def said(question: str, answer: str, rounds: tuple[Round, ...] = ()) -> Turn:
+def drawn_turn(question: str, answer: str, rounds: tuple[Round, ...] = ()) -> Turn:
     return Turn(question, answer, (SILENT, *CharTokenizer().encode(answer)), rounds)
 
 
 def remember(chat: Chat, *turns: Turn) -> None:
-    """The turns, as if the model had made them just now."""
+    """Sets the turns and caches their ids, as if the model had just drawn them."""
     conversation = chat.conversation
     conversation.turns = list(turns)
     conversation.forget_cache()
@@ -42,10 +42,10 @@ def last_note(chat: Chat, command: str) -> str:
     return chat.screen.notes[0]
 
 
-def test_the_next_prompt_is_prefilled_behind_what_was_kept(new_chat: Callable[..., Chat], tmp_path: Path) -> None:
+def test_the_next_prompt_continues_the_saved_cache(new_chat: Callable[..., Chat], tmp_path: Path) -> None:
     first, second = new_chat(max_tokens=4), new_chat(max_tokens=4)
     first.conversation.system = "be brief"
-    remember(first, said("one", "two"), said("three", "four"))
+    remember(first, drawn_turn("one", "two"), drawn_turn("three", "four"))
     assert "saved 2 turns" in (note := last_note(first, "/save talk")) and "to talk.cache.safetensors, 0." in note
     assert "with the prompt cache of" in last_note(second, "/load talk")
     assert second.conversation.turns == first.conversation.turns  # the tokens without text too
@@ -57,7 +57,7 @@ def test_the_next_prompt_is_prefilled_behind_what_was_kept(new_chat: Callable[..
     assert second.conversation.turns == first.conversation.turns
 
 
-def test_an_older_cache_of_what_was_taken_back_is_gone(
+def test_an_older_cache_of_a_turn_taken_back_is_removed(
     new_chat: Callable[..., Chat], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> bytes:
@@ -66,13 +66,13 @@ def test_an_older_cache_of_what_was_taken_back_is_gone(
     kept = tmp_path / "talk.cache.safetensors"
     for failing in (False, True):
         chat = new_chat(max_tokens=4)
-        remember(chat, said("one", "a secret"), *([said("two", "three")] if failing else []))
+        remember(chat, drawn_turn("one", "a secret"), *([drawn_turn("two", "three")] if failing else []))
         last_note(chat, "/save talk")
         assert kept.exists()
         for _ in chat.conversation.turns.copy():
             obey(chat, "/undo")
         if failing:
-            remember(chat, said("five", "six"))
+            remember(chat, drawn_turn("five", "six"))
         with monkeypatch.context() as patch:
             patch.setattr(prompt_file, "checksum", full)
             last_note(chat, "/save talk")
@@ -84,7 +84,7 @@ def test_no_failure_costs_the_conversation(
     new_chat: Callable[..., Chat], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chat = new_chat(max_tokens=4)
-    remember(chat, said("one", "two"))
+    remember(chat, drawn_turn("one", "two"))
 
     def full(*_: Any) -> bytes:
         raise OSError(28, "No space left on device")
@@ -112,9 +112,9 @@ def test_no_failure_costs_the_conversation(
         assert [turn.question for turn in each.conversation.turns] == ["one", "three"]
 
 
-def test_what_was_taken_back_is_not_kept(new_chat: Callable[..., Chat]) -> None:
+def test_a_turn_taken_back_is_not_saved(new_chat: Callable[..., Chat]) -> None:
     chat = new_chat(max_tokens=4)
-    remember(chat, said("one", "two"), said("secret", "four"))
+    remember(chat, drawn_turn("one", "two"), drawn_turn("secret", "four"))
     obey(chat, "/undo")
     obey(chat, "/save talk")
     loaded = new_chat(max_tokens=4)
@@ -124,10 +124,10 @@ def test_what_was_taken_back_is_not_kept(new_chat: Callable[..., Chat]) -> None:
     assert "cache" not in last_note(chat, "/save talk")
 
 
-def test_a_cache_that_has_forgotten_is_not_kept_and_stays(new_chat: Callable[..., Chat]) -> None:
+def test_a_cache_that_has_dropped_tokens_is_not_saved_and_stays(new_chat: Callable[..., Chat]) -> None:
     chat = new_chat(max_tokens=4)
     conversation = chat.conversation
-    conversation.turns = [said("one", "x" * 700)]
+    conversation.turns = [drawn_turn("one", "x" * 700)]
     conversation.cache = conversation.model.make_cache(max_kv_size=512)
     ids = conversation.ids()
     for part in (ids[:500], [*ids[500:], 2]):  # an end marker, which no turn keeps
@@ -136,12 +136,12 @@ def test_a_cache_that_has_forgotten_is_not_kept_and_stays(new_chat: Callable[...
     assert conversation.cache.offset == len(ids) + 1
 
 
-def test_a_file_that_was_edited_says_what_was_said(new_chat: Callable[..., Chat], tmp_path: Path) -> None:
+def test_only_the_edited_reply_of_a_file_is_encoded_again(new_chat: Callable[..., Chat], tmp_path: Path) -> None:
     chat = new_chat(max_tokens=4)
     called = ToolCall("add", {"x": 1})
     drawn = [SILENT, *reply_ids(CharTokenizer(), "let me see", [called])]  # type: ignore[arg-type]
     calls = Round("let me see", drawn, [called], ["3"])
-    remember(chat, said("one", "two"), said("three", "four"), said("five", "six", (calls,)))
+    remember(chat, drawn_turn("one", "two"), drawn_turn("three", "four"), drawn_turn("five", "six", (calls,)))
     obey(chat, "/save talk")
     path = tmp_path / "talk.json"
     content = json.loads(path.read_text())

@@ -22,7 +22,7 @@ CALL = '<|tool_call|>[{"name": "add", "arguments": {"a": 1, "b": 2}}]<|/tool_cal
 
 @pytest.fixture
 def ran(chat: Chat, script: Script) -> list[int]:
-    """The sums that were really computed; the chat has a tool for them, and a model that calls it."""
+    """The sums that were computed, in a chat with a tool that adds and a script that calls it."""
     sums: list[int] = []
 
     def add(a: int, b: int) -> int:
@@ -39,7 +39,7 @@ def ran(chat: Chat, script: Script) -> list[int]:
 
 
 def answering(chat: Chat, *answers: str) -> list[str]:
-    """Lays the person's answers in their mouth; returns what they were asked."""
+    """Scripts the person's answers; returns the list of questions that they are asked."""
     asked: list[str] = []
     waiting = iter(answers)
 
@@ -66,9 +66,7 @@ def test_calls_and_results_are_shown_and_kept(chat: Chat, script: Script, ran: l
 @pytest.mark.parametrize(
     ("answer", "runs"), [("y\n", True), (" YES\n", True), ("n\n", False), ("\n", False), ("", False), ("yo\n", False)]
 )
-def test_the_person_is_asked_before_a_call(
-    answer: str, runs: bool, chat: Chat, script: Script, ran: list[int]
-) -> None:
+def test_the_person_is_asked_before_a_call(answer: str, runs: bool, chat: Chat, script: Script, ran: list[int]) -> None:
     asked = answering(chat, answer)
     take_turn(chat, type_lines("how much?"))
     assert asked == ["run it? [y/N/always] "] and bool(ran) == runs
@@ -99,7 +97,7 @@ def test_nothing_in_a_call_is_hidden_from_the_person_who_is_asked() -> None:
     assert line.isprintable() and line.count("z") == 2_000
 
 
-def test_ctrl_c_stops_a_tool_and_keeps_what_was_said(chat: Chat, script: Script) -> None:
+def test_ctrl_c_stops_a_tool_and_keeps_the_turn(chat: Chat, script: Script) -> None:
     def hang(x: int) -> str:
         """Hangs."""
         os.kill(os.getpid(), signal.SIGINT)

@@ -1,4 +1,4 @@
-"""A conversation as a file: complete or absent, and checked when it comes back."""
+"""A conversation as a file: complete or absent, and checked when it is read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CALLED = b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant",
 TURNS = [Turn("a\nquestion é", "ab", (97, 98)), Turn("<|end|><|system|>", "", ())]
 
 
-def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+def test_a_saved_conversation_is_loaded(tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
     transcript.save(path, "demo", "be brief", TURNS)
     assert transcript.load(path, TOKENIZER) == ("be brief", TURNS)
@@ -52,7 +52,7 @@ def test_calls_of_tools_are_saved_and_loaded_as_the_model_would_write_them(tmp_p
     asked = TINY.apply_chat_template(messages[:1])
     assert rendered[len(asked) : -2] == each.ids  # without <|end|> and <|assistant|>
 
-    messages[2:4] = messages[3], messages[2]  # another program's order
+    messages[2:4] = messages[3], messages[2]  # the order of another program
     assert transcript.from_messages(messages, TINY) == (None, [last, Turn("stopped", "", (), (each,))])
     del messages[2]["tool_call_id"], messages[3]["tool_call_id"]
     _, turns = transcript.from_messages(messages, TINY)
