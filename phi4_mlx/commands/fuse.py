@@ -40,7 +40,7 @@ def _fuse(args: argparse.Namespace) -> None:
     print(f"{args.save_path}: {size:,} bytes of weights, {time.perf_counter() - begin:.1f} s")
     print(
         f"{fused.tensors} matrices: the adapter changes them by {fused.change:.2%} (relative RMS); "
-        f"the stored ones are {fused.error:.2%} off"
+        f"as stored, they are {fused.error:.2%} off"
     )
     print(
         f"logits on {fused.prompt_tokens} tokens, compared with base and adapter: {fused.max_difference:.3g} off "
