@@ -20,6 +20,7 @@ from peer import last_line
 
 from phi4_mlx import load, make_sampler
 from phi4_mlx.chat.conversation import Conversation
+from phi4_mlx.generation.options import DecodeOptions
 
 WARM, TALK = 40, 10  # turns, and turns of a conversation
 BAR_PERCENT = 2.0
@@ -38,11 +39,11 @@ def resident_bytes() -> int:
 def talk(conversation: Conversation, number: int) -> None:
     """One conversation, and the end of it."""
     for turn, question in enumerate(QUESTIONS[:TALK]):
-        options = {} if turn % 2 else {"sampler": make_sampler(0.8, top_p=0.95, seed=number)}
-        for _ in conversation.ask(question, max_tokens=40, **options):
+        sampler = None if turn % 2 else make_sampler(0.8, top_p=0.95, seed=number)
+        for _ in conversation.ask(question, DecodeOptions(max_tokens=40, sampler=sampler)):
             pass
     last = conversation.turns.pop()
-    for _ in conversation.ask(last.question, max_tokens=40):
+    for _ in conversation.ask(last.question, DecodeOptions(max_tokens=40)):
         pass
     conversation.turns.clear()
     conversation.forget_cache()
