@@ -15,8 +15,8 @@ from phi4_mlx.generation.sampling import make_logits_processors, make_sampler
 from phi4_mlx.generation.stream import stream_generate
 from phi4_mlx.grammar.constraint import Constraint
 from phi4_mlx.grammar.grammars import Grammar, json_schema, tool_calls
-from phi4_mlx.tools.calls import ToolCallParser
 from phi4_mlx.tools.declarations import check_tools
+from phi4_mlx.tools.parser import ToolCallParser
 
 SAMPLER = ("temp", "top_p", "min_p", "top_k", "seed")
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")

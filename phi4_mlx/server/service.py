@@ -12,7 +12,7 @@ from phi4_mlx.server.apis.wire import Ask, Call, Delta, End, WireError, new_id
 from phi4_mlx.server.engine.protocol import Failure, Finish, Job, Piece
 from phi4_mlx.server.engine.supervisor import Full, Supervisor
 from phi4_mlx.tokens.tokenizer import Tokenizer
-from phi4_mlx.tools.calls import ToolCallParser
+from phi4_mlx.tools.parser import ToolCallParser
 
 
 @dataclass(frozen=True)
