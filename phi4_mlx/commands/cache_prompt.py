@@ -62,7 +62,5 @@ def _cache(args: argparse.Namespace) -> None:
 
 
 def _beginning(tokenizer: Tokenizer, prompt: str, system_prompt: str | None) -> list[int]:
-    """The ids that all prompts behind a text begin with: what two of them, which begin with other letters, share."""
-    one, other = (tokenizer.apply_chat_template(prompt_messages(each, system_prompt, prompt)) for each in ("a", "1"))
-    shared = next(at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return one[:shared]
+    """The ids that all prompts after the text begin with."""
+    return tokenizer.chat_format.render_open(tokenizer, prompt_messages("", system_prompt, prompt))
