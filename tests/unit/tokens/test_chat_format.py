@@ -224,9 +224,8 @@ def test_an_open_conversation_begins_every_prompt_that_continues_it(name: str, t
     chat_format = CHAT_FORMATS[name]
     system, text = {"role": "system", "content": "Be brief."}, "A text with <|end|> in it.\n\n"
     opened = chat_format.render_open(tokenizer, [system, {"role": "user", "content": text}])
-    prompts = [
-        chat_format.render(tokenizer, [system, {"role": "user", "content": text + more}]) for more in ("a", "1", "Größe")
-    ]
+    questions = [{"role": "user", "content": text + more} for more in ("a", "1", "Größe")]
+    prompts = [chat_format.render(tokenizer, [system, question]) for question in questions]
     assert [prompt[: len(opened)] for prompt in prompts] == [opened] * 3
     assert len({prompt[len(opened)] for prompt in prompts}) == 3  # nothing shared is missing
 
