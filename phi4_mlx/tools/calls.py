@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from phi4_mlx.tools.declarations import flat_argument
 from phi4_mlx.tools.json_text import JsonObject, JsonScanner, json_text
 
 _DECODER = json.JSONDecoder(strict=False)  # a model writes line breaks in strings
 _WRAPPER_KEYS = {"id", "index", "type", "function"}
 _CALL_KEYS = {"id", "name", "arguments", "parameters"}
 _SCHEMA_KEYS = {"type", "description", "default", "enum", "items", "format"}
-# Types, in either spelling, of arguments that cannot be objects; `_flat_type` turns "string" into "str".
+# Types of arguments that cannot be objects, in the flat form and in JSON's spelling.
 _NOT_OBJECTS = ("str", "int", "integer", "float", "number", "bool", "boolean", "array", "list", "null")
 
 
@@ -94,7 +95,7 @@ def _call(item: Any, tools: Mapping[str, Any], whole: bool) -> ToolCall:
 def _repeats(arguments: Mapping[str, Any], declared: Mapping[str, Any] | None) -> bool:
     """True if arguments are the tool's declaration, which the model sometimes writes instead of a call."""
     known = declared or {}
-    if arguments.get("type") == "object" and isinstance(arguments.get("properties"), dict):
+    if arguments.get("type") == "object" and isinstance(arguments.get("properties"), dict):  # a JSON schema
         return not {"type", "properties"} <= known.keys()
     return bool(arguments) and all(_is_schema(value, known.get(name)) for name, value in arguments.items())
 
@@ -104,16 +105,11 @@ def _is_schema(value: Any, declared: Any) -> bool:
     if not isinstance(value, dict):
         return False
     if declared is not None:
-        known = declared if isinstance(declared, dict) else {}
-        if {**value, "type": _flat_type(value)} == {**known, "type": _flat_type(known)}:
+        if flat_argument(value) == declared:
             return True
-        if _flat_type(known) not in _NOT_OBJECTS:
+        if not isinstance(declared, dict) or declared.get("type") not in _NOT_OBJECTS:
             return False
     return value.keys() <= _SCHEMA_KEYS and (isinstance(value.get("type"), str) or "description" in value)
-
-
-def _flat_type(schema: Mapping[str, Any]) -> Any:
-    return "str" if schema.get("type") == "string" else schema.get("type")
 
 
 def _scanned(text: str) -> Any:

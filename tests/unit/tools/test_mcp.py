@@ -91,7 +91,7 @@ def test_a_call_that_takes_too_long_and_an_error_inside_do_not_hold_the_program(
         ("no-such-program x", "cannot be started: .*No such file"),
         ("false", "cannot be started"),
         (f"{sys.executable} -c 'import sys; sys.exit(\"bad weather\")'", "cannot be started: bad weather"),
-        ("'", "is no command: No closing quotation"),
+        ("'", "is not a command: No closing quotation"),
         (" ", "is empty"),
     ],
 )
