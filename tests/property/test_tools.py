@@ -1,4 +1,4 @@
-"""Calls of tools: 20,000 written in every form and read back exactly, 20,000 hostile answers and no false call."""
+"""Tool calls: 20,000 written in all forms and parsed back exactly; 20,000 hostile answers without a false call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROUND_TRIPS = 20_000
 HOSTILE = 20_000
 NAMES = ["f", "get_weather", "a.b-c", "functools"]
 
-# What a string in an argument, or an answer, may be made of to lead a reader astray.
+# Parts of strings and answers that may mislead a parser.
 FRAGMENTS = [
     "<|tool_call|>", "<|/tool_call|>", "<|tool_call|>[", "]<|/tool_call|>", "functools", "functools[", "functools[{",
     "[TOOL_REQUEST]", "[END_TOOL_REQUEST]", "[TOOL_", "<|", "|>", "<|end|>", "<|endoftext|>", "<|tool|>", "```json\n",
@@ -27,7 +27,7 @@ FRAGMENTS = [
     "-", "1e5", "0", "12", ".5", "name", '"name"', '"name": "', '"arguments": {', "}}", "}]", "a",
     "Yes.",
 ]  # fmt: skip
-# Whole values and calls of tools that are not declared; the last look like calls of one that is.
+# Whole values, calls of undeclared tools, and values that look like calls of a declared one.
 DECOYS = [
     "[]", "{}", "[[]]", '""', "[1, 2]", '[{"name": "rm", "arguments": {}}]', '{"name": "rm", "arguments": {"a": "x]"}}',
     '{"name": 5, "arguments": {}}', '{"name": "f", "arguments": [1]}', '{"name": "f", "arguments": 5}',
@@ -75,7 +75,7 @@ def listed(items: list[Any]) -> str:
     return json_text(items)
 
 
-# Each writes calls in its form; those of which only one call can be written get one.
+# Form -> writes calls in that form.
 FORMS: dict[str, Callable[[list[ToolCall]], str]] = {
     "1": lambda calls: f"<|tool_call|>{listed([plain(call) for call in calls])}<|/tool_call|>",
     "2": lambda calls: f"<|tool_call|>{listed([plain(call) for call in calls])}",
@@ -106,11 +106,11 @@ def cut(draw: random.Random, text: str) -> list[str]:
 
 
 def exact(calls: list[ToolCall] | tuple[ToolCall, ...]) -> list[str]:
-    return [json_text(plain(call)) for call in calls]  # 1, 1.0 and True are equal, and not the same
+    return [json_text(plain(call)) for call in calls]  # 1, 1.0 and True are equal, but not identical
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_is_written_is_read_back(form: str) -> None:
+def test_calls_written_in_a_form_are_parsed_back(form: str) -> None:
     draw = random.Random(f"round trips {form}")
     for n in range(ROUND_TRIPS // len(FORMS) + 1):
         calls = [call_of(draw) for _ in range(1 if form in SINGLE else draw.randint(1, 3))]
@@ -137,7 +137,7 @@ def test_arguments_nested_to_depth_50_split_at_every_character(form: str) -> Non
         assert parsed_pieces([text[:at], text[at:]], NAMES) == expected, text[:at]
 
 
-def test_hostile_answers_hold_no_call_and_lose_no_character() -> None:
+def test_hostile_answers_give_no_call_and_lose_no_character() -> None:
     draw = random.Random("hostile")
     for _ in range(HOSTILE):
         text = "".join(draw.choices(FRAGMENTS + DECOYS * 2, k=draw.randint(1, 14)))
@@ -155,11 +155,11 @@ def test_bare_and_fenced_calls_in_other_text_are_text() -> None:
         word = draw.choice(harmless)
         text = draw.choice([f"{word} {call}", f"{call} {word}"])
         if "<|tool_call|>" in text or "functools" in text or "[TOOL_REQUEST]" in text:
-            continue  # in a string of the call, which is text here, and so are its markers
+            continue  # a marker in a string of the call, which is text here, may begin another call
         assert parsed(text, NAMES) == Reply(text, (), None), text
 
 
-def test_calls_among_hostile_text_are_of_known_tools_however_it_is_cut() -> None:
+def test_calls_among_hostile_text_are_of_declared_tools() -> None:
     draw = random.Random("mixed")
     found = 0
     for _ in range(5_000):
@@ -171,6 +171,6 @@ def test_calls_among_hostile_text_are_of_known_tools_however_it_is_cut() -> None
         assert {call.name for call in reply.calls} <= set(NAMES)
         assert reply.calls or reply.text == text
         rest = iter(text)
-        assert all(char in rest for char in reply.text), text  # nothing but what is there, in its order
+        assert all(char in rest for char in reply.text), text  # a subsequence of the answer
         found += len(reply.calls)
     assert 1_000 < found < 5_000
