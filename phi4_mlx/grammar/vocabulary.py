@@ -7,7 +7,8 @@ from typing import Any
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.grammar.way_out import Paths
-from phi4_mlx.tokens.tokenizer import FallbackByte, Tokenizer
+from phi4_mlx.tokens.decoders import FallbackByte
+from phi4_mlx.tokens.tokenizer import Tokenizer
 
 
 class Vocabulary:

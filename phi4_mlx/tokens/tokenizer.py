@@ -6,7 +6,6 @@ or from `encode(text, specials=True)`, which reads a text as Hugging Face does.
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import re
@@ -19,6 +18,7 @@ from phi4_mlx.errors import CheckpointError, RequestError, TokenizerError
 from phi4_mlx.files.json_file import read_json
 from phi4_mlx.files.manifest import read_manifest
 from phi4_mlx.tokens import byte_bpe
+from phi4_mlx.tokens.decoders import FallbackByte, FallbackDecoder, StreamingDecoder
 
 # Markers that end a turn in this family; config.json often names only one of them.
 _END_MARKERS = ("<|end|>", "<|endoftext|>", "<|im_end|>")
@@ -37,10 +37,6 @@ _STRIP = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
 
 class Control(str):
     """The text of a control token, as a piece of a prompt; a piece that is a plain `str` is text only."""
-
-
-class FallbackByte(bytes):
-    """The byte of a token like `<0x0A>`, whose text depends on its neighbours; see `FallbackDecoder`."""
 
 
 class ChatFormat(Protocol):
@@ -64,58 +60,6 @@ class ChatFormat(Protocol):
         add_generation_prompt: bool = True,
     ) -> list[int]: ...
     def own_words(self, tokenizer: Tokenizer, ids: Sequence[int]) -> list[bool]: ...
-
-
-class StreamingDecoder:
-    """Decodes ids one at a time, and returns text as soon as its characters are complete."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._bytes_of = tokenizer.token_bytes
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def add(self, token: SupportsIndex) -> str:
-        """Adds a token; returns the text that it completes, which may be empty."""
-        return self._utf8.decode(self._bytes_of(token))
-
-    def finish(self) -> str:
-        """Ends the answer; returns U+FFFD for an incomplete character."""
-        return self._utf8.decode(b"", final=True)
-
-
-class FallbackDecoder(StreamingDecoder):
-    """Decodes ids of SentencePiece-style files: a run of byte tokens is UTF-8 as a whole, or U+FFFD for each byte.
-
-    The first character of a run is therefore known only when the run has ended.
-
-    Source: `ByteFallback` in the `tokenizers` library.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        super().__init__(tokenizer)
-        self._drop_space = tokenizer.leading_spaces == 1
-        self._run = bytearray()
-
-    def add(self, token: SupportsIndex) -> str:
-        """As `StreamingDecoder`; a byte token returns no text."""
-        data = self._bytes_of(token)
-        if isinstance(data, FallbackByte):
-            self._run += data
-            return ""
-        return self._after_run(data.decode()) if data else ""  # an id without text does not end a run
-
-    def finish(self) -> str:
-        """As `StreamingDecoder`."""
-        return self._after_run("")
-
-    def _after_run(self, text: str) -> str:
-        try:
-            text = self._run.decode() + text
-        except UnicodeDecodeError:
-            text = "\ufffd" * len(self._run) + text
-        self._run.clear()
-        if text and self._drop_space:
-            text, self._drop_space = text.removeprefix(" "), False
-        return text
 
 
 class Tokenizer:
@@ -243,7 +187,7 @@ class Tokenizer:
 
     def streaming_decoder(self) -> StreamingDecoder:
         """A decoder for one answer; its texts, joined, equal `decode` of all the ids."""
-        return StreamingDecoder(self)
+        return StreamingDecoder(self.token_bytes)
 
     def fingerprint(self) -> str:
         """SHA-256 of the vocabulary: the text of each id, the control tokens and the end-of-turn ids."""
@@ -328,7 +272,9 @@ class LibraryTokenizer(Tokenizer):
 
     def streaming_decoder(self) -> StreamingDecoder:
         """As `Tokenizer`."""
-        return StreamingDecoder(self) if self._byte_level else FallbackDecoder(self)
+        if self._byte_level:
+            return StreamingDecoder(self.token_bytes)
+        return FallbackDecoder(self.token_bytes, drop_space=self.leading_spaces == 1)
 
     def _encode_plain(self, text: str, at_start: bool) -> list[int]:
         library = self._plain if at_start else self._plain_inside

@@ -19,9 +19,9 @@ from phi4_mlx.grammar.constraint import Constraint
 from phi4_mlx.grammar.grammars import Grammar, choice, json_object, json_schema, lark, regex, tool_calls
 from phi4_mlx.tokens.tokenizer import Tokenizer, load_tokenizer
 from tests.conftest import DATA
+from tests.json_schemas import STRING, obj
 
 V = 512  # more than the tiny tokenizers' ids
-STRING = {"type": "string"}
 WEATHER = {
     "type": "function",
     "function": {
@@ -46,10 +46,6 @@ def tokenizer() -> Tokenizer:
 def sentencepiece() -> Tokenizer:
     """A tokenizer without control tokens for tool calls."""
     return load_tokenizer(DATA / "tiny_sentencepiece")
-
-
-def obj(properties: dict[str, Any], *required: str, **more: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": list(required), **more}
 
 
 def obeys(grammar: Grammar, text: str) -> bool:

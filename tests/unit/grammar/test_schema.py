@@ -15,12 +15,7 @@ from phi4_mlx.grammar.grammars import json_schema, tool_calls
 from phi4_mlx.grammar.schema import plain_schema
 from phi4_mlx.tools.declarations import MAX_PROPERTIES
 from phi4_mlx.tools.hints import class_schema
-
-STRING = {"type": "string"}
-
-
-def obj(properties: dict[str, Any], *required: str, **more: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": list(required), **more}
+from tests.json_schemas import STRING, obj
 
 
 def deep(n: int) -> dict[str, Any]:

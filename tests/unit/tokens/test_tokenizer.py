@@ -16,7 +16,8 @@ from tokenizers import Tokenizer as Library
 
 from phi4_mlx.errors import Phi4Error, RequestError, TokenizerError
 from phi4_mlx.tokens import byte_bpe
-from phi4_mlx.tokens.tokenizer import ByteTokenizer, Control, FallbackByte, LibraryTokenizer, Tokenizer, load_tokenizer
+from phi4_mlx.tokens.decoders import FallbackByte
+from phi4_mlx.tokens.tokenizer import ByteTokenizer, Control, LibraryTokenizer, Tokenizer, load_tokenizer
 from tests.conftest import DATA
 
 
@@ -98,9 +99,10 @@ def test_a_stream_withholds_an_incomplete_character() -> None:
 def test_a_stream_withholds_a_run_of_byte_tokens_until_it_ends() -> None:
     """The next byte may make the run invalid UTF-8; an id without text does not end it."""
     tokenizer = load_tokenizer(DATA / "tiny_sentencepiece")
-    byte = {data: token for token, data in tokenizer._texts.items() if isinstance(data, FallbackByte)}
+    texts = {token: tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)}
+    byte = {data: token for token, data in texts.items() if isinstance(data, FallbackByte)}
     e4, bd, a0, ff = (byte[bytes([value])] for value in (0xE4, 0xBD, 0xA0, 0xFF))
-    (q,) = (token for token, data in tokenizer._texts.items() if data == b"q" and token not in byte.values())
+    (q,) = (token for token, data in texts.items() if data == b"q" and token not in byte.values())
     for ids, texts in (
         ([e4, bd, 10**9, a0, q, q], ["", "", "", "", "你q", "q", ""]),
         ([e4, bd, a0, ff, q], ["", "", "", "", "\ufffd\ufffd\ufffd\ufffdq", ""]),
