@@ -11,7 +11,7 @@ import numpy as np
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.grammar.examples import grammar_examples
-from phi4_mlx.grammar.way_out import MAX_LEAST, Paths
+from phi4_mlx.grammar.way_out import MAX_WAY, Paths
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -81,7 +81,7 @@ def check_grammar(what: str, text: str, costly: Sequence[str] = (), sure: bool =
         matcher.consume_tokens(matcher.compute_ff_tokens())
         raise_error(f"{what} is too complex to follow, or its answers never end", matcher)
         raise RequestError(
-            f"{what} is obeyed by no answer of up to {MAX_LEAST:,} bytes: the shortest is longer, never ends, or does "
+            f"{what} is obeyed by no answer of up to {MAX_WAY:,} bytes: the shortest is longer, never ends, or does "
             "not exist; make it simpler"
         )
 

@@ -10,7 +10,7 @@ from phi4_mlx.grammar.compiler import compile_grammar, raise_error
 from phi4_mlx.grammar.examples import grammar_examples
 from phi4_mlx.grammar.grammars import Grammar
 from phi4_mlx.grammar.vocabulary import vocabulary_of
-from phi4_mlx.grammar.way_out import MAX_LEAST
+from phi4_mlx.grammar.way_out import MAX_WAY
 from phi4_mlx.tokens.tokenizer import Tokenizer
 from phi4_mlx.tools.markup import CALLS_CLOSE, CALLS_OPEN
 
@@ -44,7 +44,7 @@ class Constraint:
         self._barred: list[int] = []  # tokens refused at this step
         self._in_string = self._in_string_before = 0
         self._examples = grammar_examples(text)
-        self._way = self._find_way(MAX_LEAST) if max_tokens else None  # tokens that lead to the end
+        self._way = self._find_way(MAX_WAY) if max_tokens else None  # tokens that lead to the end
         self._longest_way = len(self._way or ())
         self._follow_way = False
 

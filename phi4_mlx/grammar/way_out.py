@@ -17,7 +17,7 @@ import numpy as np
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-MAX_LEAST = 10_000  # tokens of the shortest answer
+MAX_WAY = 10_000  # tokens of the shortest answer that is searched for
 MAX_SEARCH_S = 1.0  # seconds of processor time for one search; 500 properties take 0.3 s
 
 _TRIES = 4  # each with its own random seed
@@ -58,7 +58,7 @@ class Paths:
         return state
 
     def way_out(
-        self, matcher: LLMatcher, examples: Iterable[bytes] = (), state: int = _OUTSIDE, most: int = MAX_LEAST
+        self, matcher: LLMatcher, examples: Iterable[bytes] = (), state: int = _OUTSIDE, most: int = MAX_WAY
     ) -> list[int] | None:
         """Finds tokens that lead from a matcher's state to a place where the answer may end.
 

@@ -137,9 +137,12 @@ def _fields(kind: Any) -> list[Field]:
     fields = []
     for field in dataclasses.fields(kind):
         if field.init:
-            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-            fields.append(Field(field.name, hints[field.name], required, field.default))
+            fields.append(Field(field.name, hints[field.name], _is_required(field), field.default))
     return fields
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _qualifier(hint: Any) -> str:
@@ -266,7 +269,7 @@ def _fits(hint: Any, value: Any) -> bool:
         return True
     if dataclasses.is_dataclass(kind):
         fields = dataclasses.fields(kind)
-        needed = {each.name for each in fields if each.default is each.default_factory}  # both are MISSING
+        needed = {each.name for each in fields if _is_required(each)}
         return isinstance(value, dict) and needed <= value.keys() <= {each.name for each in fields}
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return any(value == member.value for member in kind)

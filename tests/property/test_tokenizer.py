@@ -89,6 +89,7 @@ def test_the_file_is_microsofts(o200k: Path) -> None:
     assert found == "382cc235b56c725945e149cc25f191da667c836655efd0857b004320e90e91ea"
 
 
+@pytest.mark.slow
 def test_the_known_hash_is_of_a_model_whose_merges_agree(o200k: Path, ours: Tokenizer) -> None:
     """The ranks without reading the merges equal those with the merges."""
     raw = (o200k / "tokenizer.json").read_bytes()

@@ -14,7 +14,7 @@ from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.parser import ToolCallParser
 from tests.tool_replies import Reply, parsed, parsed_pieces
 
-ARGUMENTS = {"city": "Köln ] } \" <|/tool_call|>", "days": [1, [2, {"a": []}]], "x": None}
+ARGUMENTS = {"city": 'Köln ] } " <|/tool_call|>', "days": [1, [2, {"a": []}]], "x": None}
 CALL = ToolCall("get_weather", ARGUMENTS)
 TOOLS = ["get_weather", "now"]
 ONE = json.dumps({"name": "get_weather", "arguments": ARGUMENTS})
@@ -285,9 +285,7 @@ def test_only_text_that_may_begin_a_call_is_withheld() -> None:
         (["```json", "\n[1]", "\n```", "\n", "x"], ["", "", "", "", "```json\n[1]\n```\nx"]),
     ],
 )
-def test_json_at_the_start_is_text_once_it_cannot_be_the_whole_answer(
-    pieces: list[str], shown: list[str]
-) -> None:
+def test_json_at_the_start_is_text_once_it_cannot_be_the_whole_answer(pieces: list[str], shown: list[str]) -> None:
     parser = ToolCallParser(TOOLS)
     assert [parser.add(piece) for piece in pieces] == shown
     assert parser.finish() == ""
