@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from phi4_mlx.errors import RequestError, check_whole
 from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.stream import GenerationResponse, stream
-from phi4_mlx.tools.calls import ToolCall, ToolCallParser
+from phi4_mlx.tools.calls import ToolCall
+from phi4_mlx.tools.parser import ToolCallParser
 from phi4_mlx.tools.toolbox import Tool, Toolbox, error_text
 
 if TYPE_CHECKING:

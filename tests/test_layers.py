@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 
 # One line a row, top first. A room is a folder or a file directly under phi4_mlx/.
 ROWS = """
-errors limits
+errors
 files
 terminal
 config

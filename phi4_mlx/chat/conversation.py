@@ -21,6 +21,7 @@ from phi4_mlx.models.cache import CacheOptions
 from phi4_mlx.tokens.tokenizer import Control
 from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.json_text import json_text
+from phi4_mlx.tools.markup import CALLS_CLOSE, CALLS_OPEN
 from phi4_mlx.tools.toolbox import Toolbox
 
 if TYPE_CHECKING:
@@ -246,7 +247,7 @@ def reply_ids(tokenizer: Tokenizer, text: str, calls: Sequence[ToolCall] = ()) -
     if not calls:
         return tokenizer.encode(text)
     written = json_text([{"name": call.name, "arguments": call.arguments} for call in calls])
-    return tokenizer.encode_pieces([text, Control("<|tool_call|>"), written, Control("<|/tool_call|>")])
+    return tokenizer.encode_pieces([text, Control(CALLS_OPEN), written, Control(CALLS_CLOSE)])
 
 
 def _count(usage: Usage, event: GenerationResponse, prompt_tokens: int) -> None:

@@ -63,10 +63,5 @@ def _cache(args: argparse.Namespace) -> None:
 
 
 def _beginning(tokenizer: Tokenizer, prompt: str, system_prompt: str | None) -> list[int]:
-    """The ids that all prompts after a text begin with: the prefix that two of them share."""
-    letter = tokenizer.apply_chat_template(prompt_messages("a", system_prompt, prompt))
-    digit = tokenizer.apply_chat_template(prompt_messages("1", system_prompt, prompt))
-    shared = 0
-    while letter[shared] == digit[shared]:  # they differ before either ends
-        shared += 1
-    return letter[:shared]
+    """The ids that all prompts after the text begin with."""
+    return tokenizer.chat_format.render_open(tokenizer, prompt_messages("", system_prompt, prompt))

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from phi4_mlx.errors import RequestError, check_number, check_whole
-from phi4_mlx.limits import PENALTY_RANGE, REPETITION_PENALTY_RANGE, SEED_LIMIT, TEMPERATURE_LIMIT, TOP_K_LIMIT
+from phi4_mlx.terminal.limits import PENALTY_RANGE, REPETITION_PENALTY_RANGE, SEED_LIMIT, TEMPERATURE_LIMIT, TOP_K_LIMIT
 
 _MISS = math.log(2**-32)  # log of the accepted probability that no draw of several lies in the nucleus
 _MAX_TRIES = 16  # at a top_p of 0.75; below that, sorting is as fast

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.limits import MAX_TOKENS_LIMIT
 from phi4_mlx.terminal.command import Parser, number, run, word
+from phi4_mlx.terminal.limits import MAX_TOKENS_LIMIT
 from phi4_mlx.terminal.options import add_model_options
 
 PROG = "phi4-mlx server"

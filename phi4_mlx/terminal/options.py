@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import NamedTuple, TypedDict
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.limits import (
+from phi4_mlx.terminal.command import Parser, number, word
+from phi4_mlx.terminal.limits import (
     MAX_TOKENS_LIMIT,
     PENALTY_RANGE,
     REPETITION_PENALTY_RANGE,
@@ -18,7 +19,6 @@ from phi4_mlx.limits import (
     TEMPERATURE_LIMIT,
     TOP_K_LIMIT,
 )
-from phi4_mlx.terminal.command import Parser, number, word
 
 LONG_PREFILL = 512  # tokens; a longer prefill shows its progress
 

@@ -21,8 +21,8 @@ import mlx.core as mx
 import numpy as np
 
 from phi4_mlx.grammar.constraint import Constraint
-from phi4_mlx.grammar.grammars import any_json, json_schema, regex, tool_calls
-from phi4_mlx.grammar.words import words_of
+from phi4_mlx.grammar.grammars import json_schema, regex, tool_calls
+from phi4_mlx.grammar.vocabulary import vocabulary_of
 from phi4_mlx.tokens.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +46,7 @@ SCHEMAS: dict[str, Any] = {
         {"$ref": "#/$defs/t", "$defs": {"t": {"type": "object", "additionalProperties": {"$ref": "#/$defs/t"}}}}
     ),
     "wide": lambda: json_schema({"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(400)}}),
-    "any": any_json,
+    "any": lambda: json_schema(True),
     "pattern": lambda: regex(r"(\w+ ){3,20}\w+\."),
     "tools": lambda: tool_calls([{"name": f"tool_{n}", "parameters": ITEM} for n in range(20)], "required"),
     "text or tools": lambda: tool_calls([{"name": f"tool_{n}", "parameters": ITEM} for n in range(20)]),
@@ -74,7 +74,7 @@ def prepared() -> tuple[Tokenizer, float]:
     with tempfile.TemporaryDirectory() as name:
         tokenizer = load_tokenizer(runpy.run_path(str(ROOT / "tests" / "data" / "o200k.py"))["write"](Path(name)))
     start = time.perf_counter()
-    words_of(tokenizer)
+    vocabulary_of(tokenizer)
     return tokenizer, time.perf_counter() - start
 
 

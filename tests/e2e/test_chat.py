@@ -134,7 +134,7 @@ def test_tools_in_a_pipe(calculator: Path) -> None:
 
 def test_tools_with_a_chat_format_without_a_place_for_them(calculator: Path, model: str) -> None:
     options = ["--tools", str(calculator), "--allow-tools", "--chat-format", "phi3.5-mini"]  # refused before a question
-    assert b"the chat format phi3.5-mini has no place for tools" in chat("--model", model, *options, code=2).stderr
+    assert b"the chat format phi3.5-mini does not support tools" in chat("--model", model, *options, code=2).stderr
 
 
 def test_answers_obey_a_schema(model: str, tmp_path: Path) -> None:

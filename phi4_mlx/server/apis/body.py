@@ -12,8 +12,8 @@ from typing import Any, NoReturn, TypeVar
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.sampling import Sampling
-from phi4_mlx.limits import MAX_TOKENS_LIMIT
 from phi4_mlx.server.apis.wire import WireError
+from phi4_mlx.terminal.limits import MAX_TOKENS_LIMIT
 from phi4_mlx.tools.declarations import MAX_PROPERTIES, MAX_TOOLS, check_tools
 
 D = TypeVar("D")

@@ -364,7 +364,7 @@ def test_a_mask_may_allow_all_and_refuse_what_was_drawn(tiny_model: Callable[...
 def test_a_wrong_grammar_ends_generation_with_an_error_of_ours(pair: tuple[Model, Any]) -> None:
     model, tokenizer = pair
     constraint = Constraint(json_schema(CITY), tokenizer, 512)
-    with pytest.raises(RequestError, match="cannot be held to its grammar"):
+    with pytest.raises(RequestError, match="cannot follow its grammar"):
         biased = make_sampler()
         list(generate_step([1], model, sampler=lambda logprobs: biased(logprobs) * 0 + 9, logits_mask=constraint))
 

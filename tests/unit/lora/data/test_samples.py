@@ -95,7 +95,7 @@ def test_the_other_chat_formats_say_what_is_theirs(tmp_path: Path) -> None:
     tokenizer.chat_format = CHAT_FORMATS["phi3.5-mini"]
     sample = one(tmp_path, tokenizer, {"messages": TWO_TURNS}, mask_prompt=True)
     assert learned(sample, tokenizer).replace(" ", "") == "Yes,one.<|end|>No.<|end|>"
-    with pytest.raises(RequestError, match=r"train\.jsonl:1: the chat format phi3\.5-mini has no place for tools"):
+    with pytest.raises(RequestError, match=r"train\.jsonl:1: the chat format phi3\.5-mini does not support tools"):
         one(tmp_path, tokenizer, {"messages": TWO_TURNS, "tools": [TOOL]})
 
 
