@@ -392,7 +392,7 @@ class ToolLoop:
         prompt, context = self._prompt, self._model.config.max_position_embeddings
         while not self.finish_reason:
             room = context - len(prompt)
-            if self.rounds and (room < 1 or self._late()):
+            if self.rounds and (room < 1 or time.monotonic() >= self._ends_at):
                 self.finish_reason = "length" if room < 1 else "timeout"
                 return
             self.rounds.append(each := Round())
@@ -430,7 +430,7 @@ class ToolLoop:
             self.finish_reason = self.finish_reason or "max_rounds"
         for call in each.calls:
             yield call
-            if self._late():
+            if time.monotonic() >= self._ends_at:
                 self.finish_reason = self.finish_reason or "timeout"
             each.results.append(self._result_text(call))
             yield ToolResult(call, each.results[-1])
@@ -446,6 +446,3 @@ class ToolLoop:
         if verdict is not True:
             return error_text(f"refused: {verdict}" if isinstance(verdict, str) and verdict else "refused by the user")
         return self._toolbox.run(call)
-
-    def _late(self) -> bool:
-        return time.monotonic() >= self._ends_at

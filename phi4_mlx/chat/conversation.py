@@ -130,14 +130,8 @@ class Conversation:
 
         A cache that has dropped its oldest tokens stays as it is.
         """
-        if not self.cache.is_trimmable():
-            return
-        shared = 0
-        for cached, kept in zip(self.cache.ids[0].tolist(), self.ids(), strict=False):
-            if cached != kept:
-                break
-            shared += 1
-        self.cache.truncate(shared)
+        if self.cache.is_trimmable() or self.cache.needs_snapshots:
+            self.cache.keep_shared(self.ids())
 
     def check_tools(self) -> None:
         """Checks that the chat format has a place for the tools, by rendering a prompt.

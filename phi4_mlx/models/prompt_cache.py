@@ -201,14 +201,18 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
         Returns:
             The ids still to prefill: at least the last one, so that there are logits to continue from.
         """
+        return list(ids[self.keep_shared(ids[:-1]) :])
+
+    def keep_shared(self, ids: Sequence[int]) -> int:
+        """Keeps the longest reusable prefix that the cached tokens share with `ids`; returns its length."""
         shared = 0
-        for old, new in zip(self.ids[0].tolist(), ids[:-1]):  # noqa: B905
+        for old, new in zip(self.ids[0].tolist(), ids, strict=False):
             if old != new:
                 break
             shared += 1
         kept = self.reusable(shared)
         self.truncate(kept)
-        return list(ids[kept:])
+        return kept
 
     def fork(self, length: int) -> PromptCache:
         """Another cache of the first `length` tokens, which must be `reusable`, over the same arrays; B must be 1."""
