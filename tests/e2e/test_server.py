@@ -22,7 +22,7 @@ import pytest
 from phi4_mlx.adapters.layers import adapter_layers, add_adapter, save_adapter
 from phi4_mlx.checkpoint import load
 from phi4_mlx.generation.stream import generate
-from phi4_mlx.server.guard import BODY_BYTES
+from phi4_mlx.server.limits import BODY_BYTES
 from phi4_mlx.tokens.tokenizer import load_tokenizer
 from tests.e2e.server_process import ROOT, Server, alive, answer_on, events, serving, until
 

@@ -16,7 +16,8 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.server import __main__ as command
 from phi4_mlx.server import guard as guard_module
 from phi4_mlx.server.app import App
-from phi4_mlx.server.guard import BODY_BYTES, HEADER_BYTES, LOOPBACK_NAMES, Guard, is_loopback
+from phi4_mlx.server.guard import LOOPBACK_NAMES, Guard, is_loopback
+from phi4_mlx.server.limits import BODY_BYTES, HEADER_BYTES
 
 Headers = dict[str, str]
 

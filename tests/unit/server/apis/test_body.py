@@ -17,10 +17,8 @@ from phi4_mlx.server.apis import completions as completions_api
 from phi4_mlx.server.apis import messages as messages_api
 from phi4_mlx.server.apis import responses as responses_api
 from phi4_mlx.server.apis.body import (
-    Fields,
-    check_json,
+    check_tool_choice,
     read_arguments,
-    read_body,
     read_max_tokens,
     read_model,
     read_response_format,
@@ -29,9 +27,8 @@ from phi4_mlx.server.apis.body import (
     read_stop,
     read_text,
     read_tool,
-    read_tool_choice,
-    shown,
 )
+from phi4_mlx.server.apis.fields import Fields, check_json, read_body, shown
 from phi4_mlx.server.apis.wire import Ask, WireError
 from phi4_mlx.tokens.chat_format import check_messages
 from phi4_mlx.tools.declarations import check_tools, tools_text
@@ -51,14 +48,14 @@ def refusal(work: Callable[[], Any]) -> WireError:
 
 def test_a_refusal_names_the_field_its_value_and_the_limit() -> None:
     fields = Fields({"list": [{"n": 9}]})
-    error = refusal(lambda: fields.children("list", 3)[0].whole("n", 1, 1, 8))
+    error = refusal(lambda: fields.children("list", 3)[0].integer("n", 1, 1, 8))
     assert error.message == "list[0].n must be a whole number from 1 to 8, not 9"
     assert error.param == "list[0].n"
 
 
 @pytest.mark.parametrize("value", [True, "1", 1.5, [], {}, 0, 9, pytest.param(10**400, id="huge"), math.nan, 1.0])
 def test_a_whole_number_is_nothing_else(value: Any) -> None:
-    assert refusal(lambda: Fields({"n": value}).whole("n", 1, 1, 8)).param == "n"
+    assert refusal(lambda: Fields({"n": value}).integer("n", 1, 1, 8)).param == "n"
 
 
 @pytest.mark.parametrize("value", [False, "1", [], {}, -0.01, 2.01, pytest.param(-(10**400), id="huge"), math.nan])
@@ -79,7 +76,7 @@ def test_true_and_false_are_nothing_else(value: Any) -> None:
 def test_null_is_the_same_as_absent() -> None:
     for fields in (Fields({}), Fields(dict.fromkeys("abcdefg"))):
         assert fields.text("a", "x") == "x"
-        assert fields.whole("b", 3, 0, 9) == 3
+        assert fields.integer("b", 3, 0, 9) == 3
         assert fields.number("c", None, 0, 9) is None
         assert fields.boolean("d", True) is True
         assert fields.items("e", 9) == []
@@ -91,7 +88,7 @@ def test_null_is_the_same_as_absent() -> None:
 
 def test_limits_are_inclusive() -> None:
     fields = Fields({"n": 8, "t": 2, "s": "abc", "l": [1, 2]})
-    assert fields.whole("n", 1, 8, 8) == 8
+    assert fields.integer("n", 1, 8, 8) == 8
     assert fields.number("t", 1.0, 0, 2) == 2.0
     assert fields.text("s", "", 3, 3) == "abc"
     assert fields.items("l", 2, 2) == [1, 2]
@@ -240,7 +237,7 @@ def test_text_parts_are_joined() -> None:
 @pytest.mark.parametrize("kind", ["image_url", "input_image", "image", "input_audio", "file", "document", ""])
 def test_parts_that_are_not_text_are_refused(kind: str) -> None:
     error = refusal(lambda: read_text(Fields({"content": [{"type": "text", "text": ""}, {"type": kind}]})))
-    assert "reads text alone" in error.message and error.param == "content[1].type"
+    assert "reads only text" in error.message and error.param == "content[1].type"
 
 
 @pytest.mark.parametrize("bad", [5, True, {}, ["x"], [{}], [{"type": "text"}], [{"type": "text", "text": 5}]])
@@ -297,12 +294,12 @@ def test_tool_choice_fits_the_tools() -> None:
     tools = [read_tool(Fields({"name": name})) for name in ("f", "g")]
     fields = Fields({})
     for choice in ("none", "auto", "required", "g"):
-        assert read_tool_choice(fields, tools, choice) == choice
-    assert read_tool_choice(fields, [], "auto") == "none"
-    refusal(lambda: read_tool_choice(fields, tools, "h"))
-    refusal(lambda: read_tool_choice(fields, [], "required"))
-    refusal(lambda: read_tool_choice(fields, [], "f"))
-    assert "two tools" in refusal(lambda: read_tool_choice(fields, [*tools, tools[0]], "auto")).message
+        assert check_tool_choice(fields, tools, choice) == choice
+    assert check_tool_choice(fields, [], "auto") == "none"
+    refusal(lambda: check_tool_choice(fields, tools, "h"))
+    refusal(lambda: check_tool_choice(fields, [], "required"))
+    refusal(lambda: check_tool_choice(fields, [], "f"))
+    assert "two tools" in refusal(lambda: check_tool_choice(fields, [*tools, tools[0]], "auto")).message
 
 
 def test_schemas_are_bounded_and_stand_alone() -> None:
