@@ -94,11 +94,16 @@ def _serve(args: argparse.Namespace) -> None:
             f"--host {args.host} can be reached from other machines, so it needs --api-key (or {KEY_VARIABLE}); "
             "--host 127.0.0.1 does not"
         )
-    with _listener(args.host, args.port) as listener:  # first: a port in use fails before the model loads
+    with open_listener(args.host, args.port) as listener:  # first: a port in use fails before the model loads
         asyncio.run(_run(args, key, listener))
 
 
-def _listener(host: str, port: int) -> socket.socket:
+def open_listener(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        RequestError: the address cannot be used.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio sets TCP_NODELAY only if the protocol is named; without it, small writes wait about 40 ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)

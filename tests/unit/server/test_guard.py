@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hmac
 import json
+import socket
 from collections.abc import AsyncIterator, Iterable, MutableMapping
 from typing import Any
 
@@ -355,7 +356,7 @@ def test_which_addresses_are_this_machines_alone(host: str, loopback: bool) -> N
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1"])
 def test_other_machines_can_only_be_served_with_a_key(host: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.delenv(command.KEY_VARIABLE, raising=False)
-    monkeypatch.setattr(command, "_listener", lambda *_: pytest.fail("it would listen"))
+    monkeypatch.setattr(command, "open_listener", lambda *_: pytest.fail("it would listen"))
     assert command.main(["--host", host, "--port", "0", "--model", "demo"]) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and "--api-key" in line and host in line
@@ -363,7 +364,29 @@ def test_other_machines_can_only_be_served_with_a_key(host: str, monkeypatch: py
     def listening(*_: Any) -> Any:
         raise RequestError("as far as it need go")
 
-    monkeypatch.setattr(command, "_listener", listening)
+    monkeypatch.setattr(command, "open_listener", listening)
     monkeypatch.setenv(command.KEY_VARIABLE, "k")
     assert command.main(["--host", host, "--port", "0", "--model", "demo"]) == 2
     assert "as far as it need go" in capsys.readouterr().err
+
+
+def test_small_writes_are_sent_at_once() -> None:
+    """With Nagle's algorithm, an answer in two writes waits 40 ms for the client's delayed acknowledgement."""
+
+    async def main() -> int:
+        loop = asyncio.get_running_loop()
+        connected: asyncio.Future[int] = loop.create_future()
+
+        class Accepted(asyncio.Protocol):
+            def connection_made(self, transport: Any) -> None:
+                connection = transport.get_extra_info("socket")
+                connected.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+        with command.open_listener("127.0.0.1", 0) as listener:
+            server = await loop.create_server(Accepted, sock=listener)
+            with socket.create_connection(listener.getsockname()):
+                no_delay = await connected
+            server.close()
+        return no_delay
+
+    assert asyncio.run(main())
