@@ -48,7 +48,7 @@ def client(items: Sequence[Delta | End], error: WireError | None = None) -> Any:
     return openai_client(make_answer, items, error)
 
 
-def test_a_plain_body_is_what_openai_would_make_of_it() -> None:
+def test_a_plain_body_has_openais_defaults() -> None:
     plain = ask()
     assert plain.model == "phi" and plain.messages == HI
     assert plain.sampling.temp == 1.0 and plain.max_tokens is None and plain.n == 1
@@ -155,19 +155,19 @@ def test_a_message_that_cannot_be_read_is_refused(message: Any) -> None:
     assert "messages[1]" in error.message or "surrogate" in error.message
 
 
-def test_what_an_assistant_refused_is_what_it_said() -> None:
+def test_an_assistants_refusal_is_its_content() -> None:
     said = {"role": "assistant", "content": None, "refusal": "No."}
     assert ask(messages=[*HI, said]).messages[1] == {"role": "assistant", "content": "No."}
     refused(lambda: ask(messages=[{"role": "user", "content": None, "refusal": "No."}]))
 
 
-def test_an_image_is_refused_in_clear_words() -> None:
+def test_an_image_is_refused_with_its_field() -> None:
     image = {"type": "image_url", "image_url": {"url": "x"}}
     error = refused(lambda: ask(messages=[{"role": "user", "content": [image]}]))
     assert error.message == "messages[0].content[0].type is 'image_url'; this model reads only text"
 
 
-def test_a_conversation_with_calls_is_one_that_the_model_can_be_shown() -> None:
+def test_a_conversation_with_calls_is_valid_for_the_model() -> None:
     calls = [
         {"id": it.id, "type": "function", "function": {"name": it.name, "arguments": it.text}} for it in (KÖLN, ROM)
     ]
@@ -215,7 +215,7 @@ def test_a_whole_answer() -> None:
     }
 
 
-def test_a_stream_says_the_same() -> None:
+def test_a_stream_has_the_same_text() -> None:
     data = stream(answer(stream=True), LINES)
     told = chunks(data)
     deltas = [it["choices"][0]["delta"] for it in told]
@@ -241,7 +241,7 @@ def test_reasons_in_openais_words(reason: Any, told: str) -> None:
     assert chunks(stream(answer(), items))[-1]["choices"][0]["finish_reason"] == told
 
 
-def test_an_error_in_the_midst_of_a_stream_is_told_in_openais_shape() -> None:
+def test_a_stream_that_fails_ends_with_openais_error() -> None:
     data = answer().failure(WireError(503, "the engine is gone", code="engine"))
     assert json.loads(data.removeprefix(b"data: ")) == {
         "error": {"message": "the engine is gone", "type": "overloaded_error", "param": None, "code": "engine"}
@@ -315,7 +315,7 @@ def test_the_client_reads_logprobs() -> None:
     assert [it.model_dump() for it in streamed] == [it.model_dump() for it in content]
 
 
-def test_the_client_raises_what_is_refused_and_what_breaks() -> None:
+def test_the_client_raises_refusals_and_failures() -> None:
     openai = pytest.importorskip("openai")
     with pytest.raises(openai.BadRequestError) as caught:
         client(LINES).chat.completions.create(model="phi", messages=HI, n=99)

@@ -50,12 +50,12 @@ def test_prompts(prompt: Any, prompts: Any) -> None:
         [[1, None]], [1.0], [1, True], [None], [[["a"]]], "\ud800", ["a"] * 129, [{}],
     ],
 )  # fmt: skip
-def test_a_prompt_of_another_shape_is_refused(prompt: Any) -> None:
+def test_a_malformed_prompt_is_refused(prompt: Any) -> None:
     message = refused(lambda: ask(prompt=prompt)).message
     assert "prompt" in message or "surrogate" in message
 
 
-def test_max_tokens_is_openais_16_unless_said() -> None:
+def test_max_tokens_defaults_to_openais_16() -> None:
     assert ask().max_tokens == 16
     assert ask(max_tokens=5).max_tokens == 5
     assert ask(max_tokens=None).max_tokens is None
@@ -101,7 +101,7 @@ def test_a_whole_answer() -> None:
     }
 
 
-def test_a_stream_says_the_same() -> None:
+def test_a_stream_has_the_same_text() -> None:
     told = chunks(stream(make_answer(ask(stream_options={"include_usage": True})), TEXT))
     assert [it["choices"][0]["text"] for it in told[:-1]] == [" upon", " é", ""]
     assert [it["choices"][0]["finish_reason"] for it in told[:-1]] == [None, None, "length"]
@@ -127,7 +127,7 @@ def test_several_prompts_several_times_each_with_its_echo() -> None:
     assert texts == ["a0", "a1", "b2", "b3"]
 
 
-def test_logprobs_know_where_each_token_begins() -> None:
+def test_logprobs_have_the_offset_of_each_token() -> None:
     tokens = [
         TokenLogprob(b"a", -0.5, ((b"a", -0.5), (b"b", -1.5))),
         TokenLogprob(b"\xc3", -0.25, ((b"\xc3", -0.25),)),
@@ -152,7 +152,7 @@ def test_logprobs_know_where_each_token_begins() -> None:
     assert make_answer(ask()).body(items)["choices"][0]["logprobs"] is None
 
 
-def test_an_error_in_the_midst_of_a_stream_is_told_in_openais_shape() -> None:
+def test_a_stream_that_fails_ends_with_openais_error() -> None:
     told = make_answer(ask()).failure(WireError(500, "it broke"))
     assert json.loads(told.removeprefix(b"data: "))["error"]["message"] == "it broke"
 

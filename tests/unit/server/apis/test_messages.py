@@ -92,7 +92,7 @@ def test_counting_needs_no_max_tokens() -> None:
         parse({"model": "phi", "messages": HI}, V)
 
 
-def test_a_conversation_with_calls_is_one_that_the_model_can_be_shown() -> None:
+def test_a_conversation_with_calls_is_valid_for_the_model() -> None:
     def use(name: str, city: str) -> Any:
         return {"type": "tool_use", "id": name, "name": "weather", "input": {"city": city}}
 
@@ -157,7 +157,7 @@ def test_a_body_that_cannot_be_served_is_refused(name: str, value: Any) -> None:
     assert (refused(lambda: ask(**{name: value})).param or "").startswith(name)
 
 
-def test_an_image_is_refused_in_clear_words() -> None:
+def test_an_image_is_refused_with_its_field() -> None:
     with pytest.raises(WireError, match=r"messages\[0\]\.content\[0\]\.type is 'image'; this model reads only text"):
         ask(messages=[{"role": "user", "content": [{"type": "image", "source": {}}]}])
 
@@ -217,7 +217,7 @@ def test_reasons_in_anthropics_words(end: End, reason: str, string: str | None) 
     assert events[-2]["delta"] == {"stop_reason": reason, "stop_sequence": string}
 
 
-def test_a_stream_says_the_same(known: Any) -> None:
+def test_a_stream_has_the_same_blocks(known: Any) -> None:
     events = named_events(stream(make_answer(ask()), CALLS))
     known(events)
     assert [(it["type"], it.get("index")) for it in events] == [
@@ -263,7 +263,7 @@ def test_the_client_reads_a_stream() -> None:
         assert "".join(told.text_stream) == "Grüße"
 
 
-def test_the_client_raises_what_is_refused_and_what_breaks() -> None:
+def test_the_client_raises_refusals_and_failures() -> None:
     anthropic = pytest.importorskip("anthropic")
     with pytest.raises(anthropic.BadRequestError, match="thinking"):
         thinking = {"type": "enabled", "budget_tokens": 1024}

@@ -91,7 +91,7 @@ def test_logprobs_are_asked_for_in_two_ways() -> None:
     assert ask(top_logprobs=0).top_logprobs is None
 
 
-def test_a_conversation_with_calls_is_one_that_the_model_can_be_shown() -> None:
+def test_a_conversation_with_calls_is_valid_for_the_model() -> None:
     said = {"type": "output_text", "text": "Let me see.", "annotations": []}
     items = [
         {"role": "developer", "content": "be kind"},
@@ -173,7 +173,7 @@ def test_a_whole_answer(known: Any) -> None:
     known([{"type": "response.completed", "sequence_number": 0, "response": body}])
 
 
-def test_a_stream_grows_to_the_whole(known: Any) -> None:
+def test_a_stream_ends_with_the_complete_response(known: Any) -> None:
     events = events_of(stream(make_answer(ask(tools=[TOOL])), CALLS))
     known(events)
     assert [it["type"].removeprefix("response.") for it in events] == [
@@ -194,7 +194,7 @@ def test_a_stream_grows_to_the_whole(known: Any) -> None:
 
 
 @pytest.mark.parametrize("reason", ["length", "timeout"])
-def test_an_answer_that_was_cut_is_incomplete(reason: Any, known: Any) -> None:
+def test_a_truncated_answer_is_incomplete(reason: Any, known: Any) -> None:
     events = events_of(stream(make_answer(ask()), [Delta(text="a"), End(0, reason)]))
     known(events)
     assert events[-1]["type"] == "response.incomplete"
@@ -219,7 +219,7 @@ def test_logprobs_wait_for_their_text(known: Any) -> None:
     assert make_answer(ask()).body(items)["output"][0]["content"][0]["logprobs"] == []
 
 
-def test_an_error_in_the_midst_of_a_stream_fails_the_response(known: Any) -> None:
+def test_a_stream_that_fails_ends_with_a_failed_response(known: Any) -> None:
     answer = make_answer(ask())
     events = events_of(answer.opening() + answer.chunk(Delta(text="a")) + answer.failure(WireError(500, "it broke")))
     known(events)
