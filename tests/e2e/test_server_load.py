@@ -16,6 +16,7 @@ from collections import Counter
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.e2e.server_process import Server, serving, until
 
@@ -72,6 +73,7 @@ def resident_bytes(pid: int) -> int:
     return 1024 * int(subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, check=True).stdout)
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_under_load() -> None:
     told: Counter[str] = Counter()
     memory: list[float] = []

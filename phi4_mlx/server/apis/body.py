@@ -213,7 +213,7 @@ def read_schema(fields: Fields, name: str) -> JsonObject:
 def read_response_format(fields: Fields, name: str = "response_format") -> tuple[Any, ...] | None:
     """The format that an answer must follow, as in `Ask.response_format`.
 
-    Beside OpenAI's text, json_object and json_schema there are {"type": "regex", "pattern"},
+    In addition to OpenAI's text, json_object and json_schema there are {"type": "regex", "pattern"},
     {"type": "choice", "choices"} and {"type": "grammar", "grammar"}. The schema may also be in the format itself, as
     in the Responses API.
     """
