@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.lora.data.samples import Sample
-from phi4_mlx.lora.saving.metrics import CURVE_FILE, Record
+from phi4_mlx.lora.saving.metrics import CURVE_FILE, MetricsLog
 from phi4_mlx.terminal.printable import printable
 from phi4_mlx.tokens.tokenizer import Tokenizer
 
@@ -84,25 +84,25 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def tell_end(record: Record, tell: Tell) -> None:
+def tell_end(log: MetricsLog, tell: Tell) -> None:
     """Draws the curve, and tells where everything is."""
     curve = ""
-    if len(record.lines) > 1:
+    if len(log.lines) > 1:
         if tell is to_stderr and sys.stdout.isatty():
-            print(draw_in_terminal(record, min(100, shutil.get_terminal_size().columns)))
+            print(draw_in_terminal(log, min(100, shutil.get_terminal_size().columns)))
         try:
-            picture = draw_png(record)
+            picture = draw_png(log)
             curve = f", curve in {picture}" if picture else ""
         except OSError as error:  # a full disk: what counts is there
             curve = f", the curve could not be drawn: {error.strerror}"
-    tell(f"adapter in {record.path.parent}, metrics in {record.path}{curve}")
+    tell(f"adapter in {log.path.parent}, metrics in {log.path}{curve}")
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a Braille character, row by row
 
 
-def draw_in_terminal(record: Record, width: int, height: int = 12) -> str:
+def draw_in_terminal(log: MetricsLog, width: int, height: int = 12) -> str:
     """The losses of training as text, of that many columns and rows: a Braille character holds 2 x 4 points."""
-    steps, losses = record.curves()["training"]
+    steps, losses = log.curves()["training"]
     low, high = min(losses), max(losses)
     label = max(len(f"{high:.2f}"), len(f"{low:.2f}"))
     columns, rows = 2 * (width - label - 1), 4 * height
@@ -118,7 +118,7 @@ def draw_in_terminal(record: Record, width: int, height: int = 12) -> str:
     return "\n".join([*lines, f"{'':>{label}} loss, steps {steps[0]:,} to {steps[-1]:,}"])
 
 
-def draw_png(record: Record) -> Path | None:
+def draw_png(log: MetricsLog) -> Path | None:
     """Writes the curves beside the metrics; None where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
@@ -126,12 +126,12 @@ def draw_png(record: Record) -> Path | None:
         return None
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, (steps, losses) in record.curves().items():
+    for name, (steps, losses) in log.curves().items():
         axes.plot(steps, losses, label=name, marker="o" if name == "validation" else None, linewidth=1)
     axes.set(xlabel="step", ylabel="loss, nats a token", title="Fine-tuning")
     axes.grid(alpha=0.3)
     axes.legend()
-    path = record.path.with_name(CURVE_FILE)
+    path = log.path.with_name(CURVE_FILE)
     figure.savefig(path, dpi=120)
     return path
 

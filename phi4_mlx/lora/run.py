@@ -21,16 +21,18 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import memory_limit
 from phi4_mlx.hub import DEFAULT_MODEL
 from phi4_mlx.lora.data.batches import Batches
-from phi4_mlx.lora.data.samples import load_pairs, load_samples
+from phi4_mlx.lora.data.samples import Pair, load_pairs, load_samples
 from phi4_mlx.lora.display import Tell, progress, show, tell_end, to_stderr
 from phi4_mlx.lora.saving.checkpoints import checkpoints
-from phi4_mlx.lora.saving.metrics import Record, check_reporter, reporter
-from phi4_mlx.lora.saving.run_folder import BEST
+from phi4_mlx.lora.saving.metrics import MetricsLog, check_reporter, reporter
+from phi4_mlx.lora.saving.run_folder import BEST, RunFolder
 from phi4_mlx.lora.settings import Settings
+from phi4_mlx.lora.training.loss import Loss, sft_loss
 from phi4_mlx.lora.training.memory_plan import Plan, check_memory, make_plan
-from phi4_mlx.lora.training.preference import PreferenceLoss
+from phi4_mlx.lora.training.preference import PreferenceLoss, pair_figures
+from phi4_mlx.lora.training.processes import Group
 from phi4_mlx.lora.training.trainable import make_trainable
-from phi4_mlx.lora.training.trainer import Loss, Trainer, evaluate, pair_figures, sft_loss
+from phi4_mlx.lora.training.trainer import Trainer, evaluate
 from phi4_mlx.models.text import Model
 from phi4_mlx.tokens.tokenizer import Tokenizer
 
@@ -98,21 +100,20 @@ def finetune(settings: Settings | Mapping[str, Any], *, resume: bool = False, te
     batches = _batches(data.train, settings, group, settings.seed)
     validation = _batches(data.valid, settings, group) if data.valid else None
     make_trainable(model, settings)
-    trainer = Trainer(
-        model, batches, settings, folder, validation, loss_of(settings), group,
-        warn=tell, adapter_config={"model": settings.model or DEFAULT_MODEL},
+    run_folder = RunFolder(
+        folder, len(model.layers), keep_checkpoints=settings.keep_checkpoints,
+        adapter_config={"model": settings.model or DEFAULT_MODEL}, warn=tell,
     )  # fmt: skip
+    trainer = Trainer(model, batches, settings, run_folder, validation, loss_of(settings), group)
     step = trainer.resume() if resume else 0
     mx.eval(model.parameters())
-    record = None
     if trainer.leads:
         if not trainer.finished:
             tell_plan(trainer, tell)
         report_to = None if trainer.finished else settings.report_to
-        record = Record(folder, step, reporter(report_to, folder, asdict(settings)), settings.noun)
-        trainer.storage.record = record
+        run_folder.metrics = MetricsLog(folder, step, reporter(report_to, folder, asdict(settings)), settings.noun)
     loss = _train(trainer, tell)
-    _tell_result(trainer, record, step, tell)
+    _tell_result(trainer, step, tell)
     trainer.stop.pass_on()
     tested = tell_test(model, _batches(data.test, settings, group), settings, tell, group) if data.test else None
     best = trainer.progress
@@ -123,8 +124,10 @@ def preview(settings: Settings, count: int) -> list[str]:
     """The first samples, as the model will see them; no weights are read."""
     _, tokenizer = load(settings.model or DEFAULT_MODEL, lazy=True)
     samples = read_data(settings, tokenizer, to_stderr).train[:count]
-    each = [part for sample in samples for part in ((sample,) if hasattr(sample, "ids") else vars(sample).values())]
-    return [show(sample, tokenizer) for sample in each]
+    parts = [
+        part for each in samples for part in ((each.chosen, each.rejected) if isinstance(each, Pair) else (each,))
+    ]
+    return [show(part, tokenizer) for part in parts]
 
 
 def measure_adapter(settings: Settings, tell: Tell = to_stderr) -> float:
@@ -227,11 +230,10 @@ def tell_plan(trainer: Trainer, tell: Tell) -> None:
 
 
 def tell_test(
-    model: Model, batches: Batches, settings: Settings, tell: Tell, group: mx.distributed.Group | None = None
+    model: Model, batches: Batches, settings: Settings, tell: Tell, group: Group | None = None
 ) -> float:
     """The loss on the test set, and tells it."""
     count = None if settings.test_batches < 0 else settings.test_batches
-    group = group if group is not None and group.size() > 1 else None
     loss = loss_of(settings)
     found = evaluate(model, batches.fixed(count), loss, group)
     accuracy, _ = pair_figures(loss, group)
@@ -254,25 +256,25 @@ def _train(trainer: Trainer, tell: Tell) -> float | None:
     return loss
 
 
-def _tell_result(trainer: Trainer, record: Record | None, resumed_at: int, tell: Tell) -> None:
-    settings, now = trainer.settings, trainer.progress
-    if record is None:
+def _tell_result(trainer: Trainer, resumed_at: int, tell: Tell) -> None:
+    settings, now, folder, metrics = trainer.settings, trainer.progress, trainer.folder.path, trainer.folder.metrics
+    if metrics is None:
         return
     if trainer.finished and now.step == resumed_at:
         why = "validation no longer improved" if trainer.ended_early else f"step {now.step:,} was its last"
         more = "a larger --patience" if trainer.ended_early else "another --adapter-path"
-        tell(f"the run in {trainer.folder} had ended: {why}; {more} goes on")
+        tell(f"the run in {folder} had ended: {why}; {more} goes on")
     elif now.step < settings.iters:
         why = "validation no longer improves" if trainer.ended_early else "--resume goes on"
         tell(f"stopped after step {now.step:,}: {why}")
     if not now.step:
         return
-    tell_end(record, tell)
+    tell_end(metrics, tell)
     if now.best_step:
-        tell(f"best validation loss {now.best_loss:.3f}, after step {now.best_step:,}, in {trainer.folder / BEST}")
+        tell(f"best validation loss {now.best_loss:.3f}, after step {now.best_step:,}, in {folder / BEST}")
 
 
-def _batches(samples: Sequence[Any], settings: Settings, group: mx.distributed.Group, seed: int = 0) -> Batches:
+def _batches(samples: Sequence[Any], settings: Settings, group: Group, seed: int = 0) -> Batches:
     return Batches(
         samples, batch_size=settings.batch_size, max_seq_length=settings.max_seq_length, packing=settings.packing,
         seed=seed, rank=group.rank(), world=group.size(),

@@ -99,17 +99,17 @@ def test_killed_at_random_and_resumed_is_the_unbroken_run(options: list[str], tm
 
 DIE = """
 import os, sys
-from phi4_mlx.lora.saving import run_folder as storage
+from phi4_mlx.lora.saving import run_folder
 from phi4_mlx.lora.__main__ import main
 
-save = storage.save_checkpoint
+save = run_folder.save_checkpoint
 def dying(folder, step, *rest):
     if step == 20 and {before}:
         os._exit(9)
     save(folder, step, *rest)
     if step == 20:
         os._exit(9)
-storage.save_checkpoint = dying
+run_folder.save_checkpoint = dying
 main(sys.argv[1:])
 """
 

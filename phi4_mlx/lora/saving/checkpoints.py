@@ -24,8 +24,11 @@ from phi4_mlx.files.json_file import read_json
 FOLDER = "checkpoints"
 TENSORS_FILE, STATE_FILE = "tensors.safetensors", "state.json"
 
+State = dict[str, Any]
+"""JSON values by name."""
 
-def save_checkpoint(adapter_path: Path, step: int, tensors: Mapping[str, mx.array], state: Mapping[str, Any]) -> None:
+
+def save_checkpoint(adapter_path: Path, step: int, tensors: Mapping[str, mx.array], state: State) -> None:
     """Writes the checkpoint of a step, in the place of one of the same step if there is one.
 
     Raises:
@@ -63,7 +66,7 @@ def keep_newest(adapter_path: Path, count: int) -> None:
         shutil.rmtree(gone, ignore_errors=True)
 
 
-def newest_checkpoint(adapter_path: Path) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
+def newest_checkpoint(adapter_path: Path) -> tuple[dict[str, mx.array], State] | None:
     """The tensors and the state of the newest checkpoint; None where there is none.
 
     Raises:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 METRICS_FILE, CURVE_FILE = "metrics.jsonl", "loss.png"
 OPTIONAL = ("accuracy", "margin", "valid_loss", "valid_accuracy")  # what not every step has
 Metrics = dict[str, Any]
-class Record:
+class MetricsLog:
     """The metrics of a run.
 
     Args:

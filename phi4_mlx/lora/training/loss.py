@@ -15,10 +15,19 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from phi4_mlx.lora.data.batches import Batch
 from phi4_mlx.models.text import Model
+
+Loss = Callable[[Model, Batch], tuple[mx.array, mx.array]]
+"""(model, batch) -> (mean loss in nats, number of targets or pairs that it is the mean of)"""
 
 CHUNK_ROWS = 32  # 26 MB of fp32 logits at the vocabulary of Phi-4-mini
 TRAINED_CHUNK_ROWS = 256  # each chunk adds to a gradient as large as the head: fewer chunks
+
+
+def sft_loss(model: Model, batch: Batch) -> tuple[mx.array, mx.array]:
+    """Cross-entropy of the targets of packed rows; a `Loss`."""
+    return next_token_loss(model, batch.inputs, batch.targets, batch.mask, batch.segments)
 
 
 def next_token_loss(

@@ -18,8 +18,7 @@ from mlx.utils import tree_flatten
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import memory_limit
 from phi4_mlx.lora.data.batches import Batch, Batches
-from phi4_mlx.lora.training.loss import token_losses
-from phi4_mlx.lora.training.trainer import Loss
+from phi4_mlx.lora.training.loss import Loss, token_losses
 from phi4_mlx.models.text import Model
 
 PROBE_TOKENS = 512  # in the widest row of a probe

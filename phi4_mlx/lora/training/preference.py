@@ -22,7 +22,8 @@ from phi4_mlx.adapters.layers import adapter_off, adapter_parameters
 from phi4_mlx.errors import RequestError
 from phi4_mlx.lora.data.batches import Batch
 from phi4_mlx.lora.settings import OPTIONS
-from phi4_mlx.lora.training.loss import token_losses
+from phi4_mlx.lora.training.loss import Loss, token_losses
+from phi4_mlx.lora.training.processes import Group, all_sum
 from phi4_mlx.models.text import Model
 
 REMEMBERED = 1000  # batches that figures are of, for a caller who never asks for them
@@ -91,8 +92,30 @@ class PreferenceLoss:
         if not self._margins:
             return Figures()
         margins = mx.concatenate([*self._margins])
-        self._margins.clear()
+        self.reset()
         return Figures(margins.size, (margins > 0).sum().item() / margins.size, margins.mean().item())
+
+    def reset(self) -> None:
+        """Discards the pairs that `figures` would count."""
+        self._margins.clear()
+
+
+def pair_figures(loss: Loss, group: Group | None = None) -> tuple[float | None, float | None]:
+    """Accuracy and margin over all processes of the pairs since the last call.
+
+    Args:
+        loss: the loss of the run.
+        group: the processes that train together; None for this one alone.
+
+    Returns:
+        (accuracy, margin), see `Figures`; (None, None) without pairs, or for another loss than `PreferenceLoss`.
+    """
+    if not isinstance(loss, PreferenceLoss):
+        return None, None
+    found = loss.figures()
+    sums = all_sum(mx.array([found.pairs, found.pairs * found.accuracy, found.pairs * found.margin]), group)
+    pairs, ahead, margin = sums.tolist()
+    return (ahead / pairs, margin / pairs) if pairs else (None, None)
 
 
 class _Answers:

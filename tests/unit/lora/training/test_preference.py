@@ -19,6 +19,7 @@ from phi4_mlx.adapters.layers import adapter_layers, add_adapter
 from phi4_mlx.errors import RequestError
 from phi4_mlx.lora.data.batches import Batch, Batches
 from phi4_mlx.lora.data.samples import Pair, Sample
+from phi4_mlx.lora.saving.run_folder import RunFolder
 from phi4_mlx.lora.settings import Settings
 from phi4_mlx.lora.training.loss import next_token_loss
 from phi4_mlx.lora.training.preference import REMEMBERED, PreferenceLoss
@@ -333,7 +334,8 @@ def test_training_makes_the_chosen_answers_likelier_and_leaves_the_base_alone(
     assert rate() == 0
     settings = Settings(task=task, iters=12, batch_size=1, learning_rate=2e-2, grad_checkpoint=True)
     loss._margins.append(mx.array([9.0]))  # what was no step is in no step's figures
-    trainer = Trainer(model, Batches(train, batch_size=1, max_seq_length=64), settings, tmp_path, loss=loss)
+    folder = RunFolder(tmp_path, len(model.layers))
+    trainer = Trainer(model, Batches(train, batch_size=1, max_seq_length=64), settings, folder, loss=loss)
     steps = list(trainer.run())
     assert rate() > 0.8
     assert steps[-1].loss < 0.7 * steps[0].loss and steps[0].accuracy == 0 and steps[-1].accuracy == 1
