@@ -243,6 +243,6 @@ def test_a_fault_while_writing_leaves_nothing(adapter: Path, tmp_path: Path, mon
 
 def test_whole_weights_are_no_adapter(tiny_model: TinyModel, tmp_path: Path) -> None:
     save_adapter(tiny_model().unfreeze(), tmp_path / "full", {})
-    with pytest.raises(RequestError, match="holds whole weights, no adapter; `phi4-mlx fuse`"):
+    with pytest.raises(RequestError, match="holds the weights of a full fine-tuning; `phi4-mlx fuse`"):
         to_peft(tmp_path / "full", tmp_path / "out")
     shutil.rmtree(tmp_path / "full")

@@ -259,7 +259,7 @@ def test_full_fine_tuning_trains_the_last_blocks_or_everything(given: dict[str, 
     assert before.keys() == after.keys() and all(mx.array_equal(before[name], after[name]) for name in before)
     with pytest.raises(RequestError, match=r"holds model\.embed_tokens\.weight, which --num-layers 1 leaves out"):
         run(given, **begun, resume_adapter_file=str(everything.adapter_path), num_layers=1)
-    with pytest.raises(RequestError, match="DPO measures from the base, so --fine-tune-type full cannot serve"):
+    with pytest.raises(RequestError, match="DPO compares with the base, which --fine-tune-type full changes"):
         run({**given, **begun}, task="dpo", data=str(Path(given["data"]).with_name("pairs")))
 
 
@@ -292,7 +292,7 @@ def test_the_adapter_to_begin_with_is_the_file_that_was_named(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fine_tune_type": "dora"}, "is of the kind lora, and --fine-tune-type is dora; --fine-tune-type lora goes"),
+        ({"fine_tune_type": "dora"}, "is of the kind lora, and --fine-tune-type is dora; use --fine-tune-type lora"),
         ({"fine_tune_type": "full"}, "is of the kind lora"),
         ({"lora_parameters": {"rank": 8}}, "has rank 4, and the settings say 8; leave rank out"),
         ({"lora_parameters": {"scale": 20.0}}, "has scale 2.0, and the settings say 20.0"),

@@ -229,7 +229,7 @@ def test_the_head_runs_on_answers_alone(tiny_model: Callable[..., Model], monkey
 
 def test_dpo_without_an_adapter_is_refused(tiny_model: Callable[..., Model]) -> None:
     batch = packed(some_pairs())
-    with pytest.raises(RequestError, match=r"embed_tokens.weight would be trained; take --fine-tune-type lora .*orpo"):
+    with pytest.raises(RequestError, match=r"embed_tokens.weight would be trained; use --fine-tune-type lora .*orpo"):
         PreferenceLoss("dpo")(tiny_model(), batch)
     model = tiny_model()
     model.freeze()
@@ -282,7 +282,7 @@ def test_what_is_no_pair_is_refused(tiny_model: Callable[..., Model], emptied: l
     for number, answer in emptied:
         targets = getattr(pairs[number], answer).targets
         targets[:] = [False] * len(targets)
-    with pytest.raises(RequestError, match="each with something to learn"):
+    with pytest.raises(RequestError, match="each with a target"):
         PreferenceLoss("orpo")(tiny_model(), packed(pairs))
     with pytest.raises(RequestError, match="takes pairs of answers"):
         PreferenceLoss("orpo")(tiny_model(), packed([some_pairs()[0].chosen]))  # type: ignore[list-item]
@@ -291,7 +291,7 @@ def test_what_is_no_pair_is_refused(tiny_model: Callable[..., Model], emptied: l
 @pytest.mark.parametrize(
     ("task", "beta", "message"),
     [
-        ("sft", 0.1, "'sft' is no preference tuning; known are dpo, orpo"),
+        ("sft", 0.1, "'sft' is not a preference task; known are dpo, orpo"),
         ("dpo", 0.0, "beta must be a number from 1e-06 to 100, not 0.0"),
         ("orpo", -1.0, r"beta .* not -1\.0"),
         ("orpo", math.nan, "beta .* not nan"),
