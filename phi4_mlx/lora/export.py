@@ -33,7 +33,7 @@ def to_peft(adapter_path: str | Path, peft_path: str | Path) -> None:
 
     adapter = read_folder(Path(os.path.expanduser(adapter_path)))
     if adapter.kind == FULL:
-        raise RequestError(f"{adapter.source} holds the weights of a full fine-tuning, not an adapter; `phi4-mlx fuse` makes a model of them")
+        raise RequestError(f"{adapter.source} holds full weights, not an adapter; convert it with `phi4-mlx fuse`")
     tensors, config = peft_layout(adapter)
     with whole_or_absent(Path(peft_path)) as out:
         write_tensors(out / PEFT_FILE, tensors)

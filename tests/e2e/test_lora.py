@@ -144,7 +144,7 @@ def test_a_signal_ends_a_run_as_signals_do_with_all_saved(
     _, err = process.communicate(timeout=60)
     step = steps_made(folder)
     assert process.returncode == code and "Traceback" not in err
-    assert f"stopped after step {step}: --resume goes on" in err and "second signal" in err
+    assert f"stopped after step {step}: --resume continues" in err and "second signal" in err
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"{step:08}"] and adapter(folder)
 
 

@@ -233,7 +233,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("settings.old_option", 1, "its settings do not match: 'old_option'"),
         ("batches", {}, "another run: seed is None"),
         ("batches.epoch", "x", "is damaged: epoch 'x'"),
-        ("batches.step", 10**6, "are no position"),
+        ("batches.step", 10**6, "are not a position"),
     ],
 )
 def test_a_damaged_state_is_one_line(
