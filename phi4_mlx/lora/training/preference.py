@@ -26,7 +26,7 @@ from phi4_mlx.lora.training.loss import Loss, token_losses
 from phi4_mlx.lora.training.processes import Group, all_sum
 from phi4_mlx.models.text import Model
 
-REMEMBERED = 1000  # the most batches that figures cover, in case nobody asks for them
+REMEMBERED = 1000  # most batches that figures cover, if `figures` is never called
 SURE = 1e-6  # nats per token: below this loss, odds above a million to one, the log odds have no gradient
 
 

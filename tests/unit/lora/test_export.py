@@ -1,4 +1,4 @@
-"""Adapters to and from PEFT: what is refused, and why; the logits are in tests/conformance/test_peft.py."""
+"""Adapters to and from PEFT: refusals; equality of logits is tested in tests/conformance/test_peft.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run from Python: what it tells, what it leaves, whose folders it leaves alone, and in which order mistakes come."""
+"""A run from Python: messages, files, folders that it refuses, and the order of the checks."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_many_epochs_are_told(given: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("task", ["dpo", "orpo"])
 def test_pairs_have_accuracy_and_margin_of_their_own_step(given: dict[str, Any], task: str) -> None:
-    """Not of the plan's probes, nor of the validation before."""
+    """Pairs of the memory plan's probes and of the last validation do not count."""
     del given["mask_prompt"]
     pairs = str(Path(given["data"]).with_name("pairs"))
     done, told = run(given, task=task, data=pairs, steps_per_eval=1, test=True, max_seq_length=32, save_every=1)
@@ -265,7 +265,7 @@ def test_full_fine_tuning_trains_the_last_blocks_or_everything(given: dict[str, 
 
 @pytest.fixture
 def adapter(given: dict[str, Any], tmp_path: Path) -> Path:
-    """An adapter of rank 4 for the last block, that says something."""
+    """An adapter of rank 4 for the last block that changes the output."""
     model, _ = load(given["model"])
     add_adapter(model, rank=4, scale=2.0, num_layers=1, seed=5)
     model.layers[1].mlp.down_proj.lora_b += 0.1

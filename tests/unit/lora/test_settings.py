@@ -1,4 +1,4 @@
-"""Options: one source of limits for flags, YAML and Python; mlx-lm's files as they are; every mistake is one line."""
+"""Options: the same limits for flags, YAML and Python; mlx-lm's files work unchanged; every mistake is one line."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_numbers_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: float) 
 
 
 def test_a_file_of_mlx_lm_is_taken_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its own example, but for the model's keys; what makes no difference here is told in one line."""
+    """mlx-lm's example, except for the model's keys; options without effect are reported in one line."""
     settings = from_yaml(
         tmp_path,
         """

@@ -1,4 +1,4 @@
-"""JSONL files: where they are found, and that every bad line is told, by number and reason, before anything is used."""
+"""JSONL files: where they are found, and every bad line is reported, with its number, before any line is used."""
 
 from __future__ import annotations
 

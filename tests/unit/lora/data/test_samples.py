@@ -1,4 +1,4 @@
-"""JSONL lines -> samples: the right ids, the right targets, nothing dropped or cut without a word."""
+"""JSONL lines -> samples: ids, targets, and a message for every sample that is dropped or cut."""
 
 from __future__ import annotations
 
@@ -263,7 +263,7 @@ def test_a_pair_is_two_answers_to_one_prompt(tmp_path: Path, tokenizer: Tokenize
 
 
 def test_only_the_answers_of_a_pair_are_learned(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Not earlier turns; but every turn of an answer of several."""
+    """Earlier turns are not targets; every turn of an answer is."""
     again = [GOOD, USER, {"role": "assistant", "content": "Still no."}]
     record = {"messages": TWO_TURNS[:-1], "chosen": again, "rejected": "Nope.", "tools": [TOOL]}
     found = pair(tmp_path, tokenizer, record)

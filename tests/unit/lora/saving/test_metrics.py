@@ -1,4 +1,4 @@
-"""The metrics file survives being cut anywhere, and the curves are drawn."""
+"""The metrics file survives a cut at any byte, trackers get its lines, and the curves are drawn."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_without_matplotlib_there_is_no_picture(tmp_path: Path, monkeypatch: pyt
 
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str, **content: Any) -> None:
-    """A library that is there, as far as anyone can see."""
+    """Makes a library look installed."""
     monkeypatch.setitem(sys.modules, name, SimpleNamespace(__spec__=name, **content))
 
 

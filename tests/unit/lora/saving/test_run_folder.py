@@ -1,4 +1,4 @@
-"""What a run leaves on the disk: whole whatever fails, in the order that makes a checkpoint true, then resumed."""
+"""A run's folder: complete whatever fails, written in the order that keeps a checkpoint true, and resumed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ONE = {"a": mx.array([1.0])}
 
 
 class Dead(BaseException):
-    """What nothing catches, as nothing would catch a power cut."""
+    """An exception that nothing catches, like a power cut."""
 
 
 def names(folder: Path) -> list[str]:
@@ -46,7 +46,7 @@ def state_file(folder: Path) -> Path:
 def test_a_checkpoint_of_the_same_step_takes_the_olds_place_whenever_it_dies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fatal: int, after: bool
 ) -> None:
-    """There is a newest checkpoint at any moment, and what has a name is whole."""
+    """At any moment there is a newest checkpoint, and every named one is complete."""
     save_checkpoint(tmp_path, 7, ONE, {"n": 1})
     real, calls = Path.rename, 0
 
@@ -118,7 +118,7 @@ def test_a_step_is_saved_once_but_for_another_place_in_the_data(
 
 
 def full(*names: str) -> Callable[..., Any]:
-    """Writes an adapter, unless it goes where the disk is full."""
+    """A `write_folder` that fails for folders of these names, as on a full disk."""
     real = run_folder.write_folder
 
     def write(folder: Path, *rest: Any) -> None:
@@ -132,7 +132,7 @@ def full(*names: str) -> Callable[..., Any]:
 def test_a_best_adapter_that_could_not_be_written_is_not_forgotten(
     tiny_model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is written as it was, though the model has gone on."""
+    """It is written as it was, although the model has changed since."""
     options = {"steps_per_eval": 2, "iters": 8}
     losses = iter([3.0, 1.0, 2.0, 4.0] * 2)
     monkeypatch.setattr("phi4_mlx.lora.training.trainer.evaluate", lambda *args: next(losses))
@@ -193,7 +193,7 @@ def test_at_the_end_what_is_not_written_is_an_error_and_the_rest_is_written(
 
 
 def change(state: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """The state with something else at a place like "progress.step"; None drops it."""
+    """The state with another value at a path like "progress.step"; None removes it."""
     *way, last = path.split(".")
     place = state
     for name in way:
@@ -329,7 +329,7 @@ def test_checkpointing_may_change_and_so_may_the_length_under_a_constant_rate(
 
 
 def interrupted(run: Trainer, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
-    """A signal, and a second and a third one while the first's checkpoint is being written."""
+    """Runs with a signal, and two more while the checkpoint of the first is being written."""
     real = run_folder.save_checkpoint
 
     def save(*args: Any) -> None:

@@ -1,4 +1,4 @@
-"""The plan: predicted peaks beside measured ones, and a refusal that names a way."""
+"""The memory plan: predicted peaks equal measured ones, and a refusal names settings that fit."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from phi4_mlx.models.text import Model
 WIDE = {"hidden_size": 192, "num_attention_heads": 12, "num_key_value_heads": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "checkpointing", "rows", "width"),
     [
@@ -54,6 +55,7 @@ def test_the_predicted_peak_is_within_a_tenth(
     assert predicted == pytest.approx(mx.get_peak_memory(), rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "rank", "accumulation", "rows", "options"),
     [

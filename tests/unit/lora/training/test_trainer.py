@@ -1,4 +1,4 @@
-"""The loop: it learns, weighs by token, resumes to the bit, stops in time and never on a number that is none."""
+"""The training loop: learning, weighting by target, resuming to the bit, stopping, and losses that are not finite."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_accumulation_weighs_each_target_the_same(tiny_model: Callable[..., Mode
 def test_sums_of_gradients_do_not_outgrow_half_precision(
     tiny_model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A gradient of 1,000 times 100 targets is beyond fp16's largest number; their mean is not."""
+    """A gradient of 1,000 times 100 targets overflows fp16; their mean does not."""
     run = trainer(tiny_model, tmp_path, grad_accumulation_steps=2)
     run.model.set_dtype(mx.float16)
     grads = tree_map(lambda weight: mx.full(weight.shape, 1000, mx.float16), run.model.trainable_parameters())
@@ -192,7 +192,7 @@ def test_only_the_newest_checkpoints_stay(tiny_model: Callable[..., Model], tmp_
 def test_a_full_disk_is_told_once_and_training_goes_on(
     tiny_model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The checkpoints before it stay whole; only at the end it is an error."""
+    """The checkpoints before it stay complete; only at the end it is an error."""
     warnings: list[str] = []
     run = trainer(tiny_model, tmp_path, warn=warnings.append, save_every=2)
     steps = run.run()
@@ -287,7 +287,7 @@ def test_before_the_first_step_there_is_nothing_to_resume(tiny_model: Callable[.
 
 
 def test_a_run_that_a_batch_stopped_goes_on_behind_it(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
-    """Also where a checkpoint of the same step is there, from before that batch."""
+    """Also if there is a checkpoint of the same step, from before that batch."""
     run = trainer(tiny_model, tmp_path)
     spoiled(run, 5, math.nan)
     with pytest.raises(RequestError, match="--resume continues behind that batch"):
