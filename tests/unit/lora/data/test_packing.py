@@ -1,4 +1,4 @@
-"""Rows of several samples: hidden states, and so everything else, are those of each sample alone."""
+"""Rows of several samples: the hidden states equal those of each sample alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BOUNDARY = 64  # of the tiny models
 
 
 def pack(lengths: list[int], padding: int, seed: int) -> tuple[list[mx.array], mx.array, mx.array]:
-    """Samples, and the row that holds them all: ids and segments [1, T]."""
+    """Samples, and one row with all of them: ids and segments [1, T]."""
     keys = mx.random.split(mx.random.key(seed), len(lengths))
     samples = [mx.random.randint(1, 512, (n,), key=key) for n, key in zip(lengths, keys, strict=True)]
     segments = [mx.full((n,), number, mx.int32) for number, n in enumerate(lengths, 1)]
