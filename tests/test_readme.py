@@ -77,13 +77,22 @@ def test_the_two_make_commands_at_the_top_exist() -> None:
     assert "make chat" in first.text and "make test" in first.text
 
 
-@pytest.mark.parametrize("block", [b for b in SHELL if b not in MAKE], ids=lambda b: f"line {b.line}")
+def marks(block: Block) -> list[pytest.MarkDecorator]:
+    """`slow` for blocks that train or measure."""
+    slow = "phi4_mlx.lora" in block.text or "phi4_mlx benchmark" in block.text
+    return [pytest.mark.slow] if slow else []
+
+
+@pytest.mark.parametrize(
+    "block", [pytest.param(b, id=f"line {b.line}", marks=marks(b)) for b in SHELL if b not in MAKE]
+)
 def test_shell_commands_run(block: Block, tmp_path: Path) -> None:
     done = run(["bash", "-euo", "pipefail", "-c", block.text], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_python_snippets_run_in_order(tmp_path: Path) -> None:
     snippets = [b.text for b in blocks() if b.language == "python" and not b.why_not_run]
     assert snippets
