@@ -32,7 +32,6 @@ def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def runner(report: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.delitem(sys.modules, "harness", raising=False)
     return module("bench_main", "__main__.py", monkeypatch)
 
 
