@@ -6,14 +6,14 @@
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
     print(generate(model, tokenizer, prompt, max_tokens=40))
 
-Names are imported when they are first used; `import phi4_mlx` itself brings in nothing but the standard library.
+Names are imported on first use; `import phi4_mlx` itself imports only the standard library.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 
-TYPE_CHECKING = False  # without `typing`, which would be most of what this import costs
+TYPE_CHECKING = False  # not from `typing`, which would take most of the time of this import
 if TYPE_CHECKING:
     from typing import Any
 
@@ -83,7 +83,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value  # found without this function from now on
+    globals()[name] = value  # later lookups do not call this function
     return value
 
 
