@@ -6,18 +6,23 @@ float32: a CPU multiplies 4-bit matrices at 3 GFLOP/s in float32, and at a tenth
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from harness import ROOT
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models import phi3
 
 from phi4_mlx.checkpoint import load_model
-from phi4_mlx.config import PRESETS, ModelConfig
+from phi4_mlx.config import ModelConfig
 from phi4_mlx.hub import resolve
 from phi4_mlx.models.text import Model
+
+sys.path.insert(0, str(ROOT))
+from tests.presets import PRESETS
 
 HEAD_DIM = 128  # Phi-4-mini's; the same at every width, so that its RoPE tables fit
 
