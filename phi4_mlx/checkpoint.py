@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 from phi4_mlx.adapters.layers import load_adapter
 from phi4_mlx.config import ModelConfig
 from phi4_mlx.errors import CheckpointError, RequestError
+from phi4_mlx.files.dtypes import FLOATS, name_of
 from phi4_mlx.files.manifest import verify_manifest
 from phi4_mlx.files.safetensors import TensorInfo, read_header, weight_files
 from phi4_mlx.hub import resolve
@@ -157,7 +158,7 @@ def check_tensors(model: Model, infos: Mapping[str, TensorInfo]) -> set[str]:
         found = infos[name]
         if found.shape != tuple(array.shape):
             raise CheckpointError(f"{name} has shape {list(found.shape)}; config.json asks for {list(array.shape)}")
-        kinds = {mx.uint32: ("U32",), mx.uint8: ("U8",)}.get(array.dtype, ("BF16", "F16", "F32"))
+        kinds = FLOATS if mx.issubdtype(array.dtype, mx.floating) else (name_of(array.dtype),)
         if found.dtype not in kinds:
             raise CheckpointError(f"{name} holds {found.dtype} numbers; only {' or '.join(kinds)} can serve there")
     return set(expected)

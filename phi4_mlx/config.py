@@ -87,7 +87,8 @@ class ModelConfig:
         Raises:
             ConfigError: as `from_dict`, and for a file that is missing or not JSON.
         """
-        return cls.from_dict(read_json(folder / "config.json"))
+        advice = "a model folder holds config.json, weights and tokenizer files"
+        return cls.from_dict(read_json(folder / "config.json", if_missing=advice))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:

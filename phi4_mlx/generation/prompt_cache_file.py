@@ -16,7 +16,8 @@ import mlx.core as mx
 
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.files.atomic import replacing
-from phi4_mlx.files.safetensors import GET_ANEW, Header, TensorWriter, read_whole_header
+from phi4_mlx.files.dtypes import name_of
+from phi4_mlx.files.safetensors import Header, TensorWriter, read_whole_header
 from phi4_mlx.fingerprint import WITHOUT, adapter_fingerprint, base_fingerprint, checksum
 from phi4_mlx.models.cache import PromptCache
 from phi4_mlx.models.text import Model
@@ -26,7 +27,6 @@ _OWN = "phi4_mlx."  # what stands before the names of our metadata
 _MAKE_ANEW = "make it anew, with cache-prompt or save_prompt_cache"
 _PLAIN = ("keys", "values")
 _QUANTISED = ("keys", "keys.scales", "keys.biases", "values", "values.scales", "values.biases")
-_STORED = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.int32: "I32", mx.uint8: "U8"}
 _CHECKSUM = ("U8", (32,))
 
 
@@ -64,7 +64,7 @@ def save_prompt_cache(
         tensors |= zip(_names(layer, held.bits), held.state, strict=True)
     own = {**_identity(model, tokenizer), **_shape(cache)}
     about = {_FORMAT: _VERSION, **(metadata or {}), **{f"{_OWN}{name}": value for name, value in own.items()}}
-    layout = {name: (_STORED[array.dtype], array.shape) for name, array in tensors.items()}
+    layout = {name: (name_of(array.dtype), array.shape) for name, array in tensors.items()}
     with replacing(path) as partial:
         with TensorWriter(partial, layout | {"checksum": _CHECKSUM}, about) as writer:
             os.chmod(partial, 0o600)
@@ -179,10 +179,7 @@ def _identity(model: Model, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def _read_header(path: Path) -> Header:
-    try:
-        header = read_whole_header(path)
-    except CheckpointError as error:
-        raise CheckpointError(str(error).replace(GET_ANEW, _MAKE_ANEW)) from None
+    header = read_whole_header(path, _MAKE_ANEW)
     version = header.metadata.get(_FORMAT)
     if version is None:
         raise CheckpointError(f"{path} is no prompt cache of phi4_mlx; {_MAKE_ANEW}")

@@ -20,7 +20,8 @@ from phi4_mlx.checkpoint import load_model
 from phi4_mlx.config import ModelConfig
 from phi4_mlx.convert.package import write_package
 from phi4_mlx.convert.quantize import Scheme
-from phi4_mlx.convert.weights import FLOATS, Parameter, plan
+from phi4_mlx.convert.weights import Parameter, plan
+from phi4_mlx.files.dtypes import mlx_dtype
 from phi4_mlx.hub import resolve
 from phi4_mlx.models.text import Model
 from phi4_mlx.tokens.tokenizer import load_tokenizer
@@ -110,7 +111,7 @@ class FusedParameter(Parameter):
         """Some rows of each output, as bytes, not yet computed."""
         base = _dense([stored.rows(first, last) for stored in self.inputs], self.packed)
         exact = _with_adapter(self.adapter, self.path, base, first, last)
-        arrays = [exact.astype(FLOATS[self.numbers])]
+        arrays = [exact.astype(mlx_dtype(self.numbers))]
         if self.target:
             arrays = mx.quantize(arrays[0], **vars(self.target))
         parts = (exact - base, _dense(arrays, self.target) - exact, exact)

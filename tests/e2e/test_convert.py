@@ -95,7 +95,7 @@ def test_one_door_and_help_at_no_cost(tmp_path: Path) -> None:
     assert done.returncode == 0 and "--embed-bits" in done.stdout, done.stderr
 
 
-# Dies at the n-th step: before each fsync, the rename, and at every write to a file of tensors.
+# Dies at the n-th step: before each fsync, the rename, and each write of a tensor.
 KILL_AT = """
 import os, signal, sys
 from pathlib import Path
@@ -111,7 +111,7 @@ def counted(function):
         return function(*args)
     return call
 os.fsync, Path.rename = counted(os.fsync), counted(Path.rename)
-TensorWriter._put = counted(TensorWriter._put)
+TensorWriter.append = counted(TensorWriter.append)
 assert main(sys.argv[2:]) == 0
 print(steps)
 """

@@ -19,11 +19,12 @@ import mlx.core as mx
 import openai
 import pytest
 
-from phi4_mlx.adapters.layers import adapter_layers, add_adapter, save_adapter
+from phi4_mlx.adapters.layers import adapter_layers, add_adapter
 from phi4_mlx.checkpoint import load
 from phi4_mlx.generation.stream import generate
 from phi4_mlx.server.guard import BODY_BYTES
 from phi4_mlx.tokens.tokenizer import load_tokenizer
+from tests.adapters import save_adapter
 from tests.e2e.server_process import ROOT, Server, alive, answer_on, events, serving, until
 
 REQUEST_S = 1.5  # what a request may take to be sent, here

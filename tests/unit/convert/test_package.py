@@ -201,7 +201,7 @@ def test_load_verify_finds_a_flipped_bit(source: Path, tmp_path: Path) -> None:
     data[-1000] ^= 4
     weights.write_bytes(data)
     load(tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"model.safetensors is not what its hash says"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors does not match its SHA-256"):
         load(tmp_path / "out", verify=True)
 
 
@@ -352,12 +352,12 @@ def test_too_little_room_is_told_before_any_weight_is_written(
 
 
 class Fault:
-    """Fails the n-th call of fsync, a write or the rename, as a full disk or a Ctrl-C would."""
+    """Fails at the n-th fsync, write of a tensor or a file, or rename, as on a full disk or by Ctrl-C."""
 
     def __init__(self, patch: pytest.MonkeyPatch, at: int, error: BaseException):
         self.calls = 0
         self.at, self.error = at, error
-        for owner, name in ((os, "fsync"), (TensorWriter, "_put"), (Path, "rename"), (package, "_entry")):
+        for owner, name in ((os, "fsync"), (Path, "rename"), (Path, "write_bytes"), (TensorWriter, "append")):
             patch.setattr(owner, name, self._counted(getattr(owner, name)))
 
     def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -412,7 +412,7 @@ def test_a_conversion_under_way_is_not_disturbed(source: Path, tmp_path: Path) -
     holder = os.open(other, os.O_RDONLY)
     fcntl.flock(holder, fcntl.LOCK_EX)
     try:
-        with pytest.raises(RequestError, match="still running"):
+        with pytest.raises(RequestError, match="being written by another process"):
             convert(source, tmp_path / "out")
     finally:
         os.close(holder)

@@ -24,7 +24,7 @@ MATRIX, VECTOR = "model.layers.1.mlp.down_proj", "model.norm.weight"
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that part even a tiny tensor, not evenly."""
-    monkeypatch.setattr(weights, "_BLOCK_BYTES", 5000)
+    monkeypatch.setattr(weights, "BLOCK_BYTES", 5000)
 
 
 def converted(folder: Path, out: Path, recipe: Any = None, dtype: str | None = None, dequantize: bool = False) -> dict:
@@ -133,7 +133,7 @@ def test_progress_counts_every_byte_once(tiny_checkpoint: Checkpoint, tmp_path: 
 
 def test_memory_does_not_grow_with_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four matrices of 16 MB each pass through within 4 MB, blocks of 256 KB at a time."""
-    monkeypatch.setattr(weights, "_BLOCK_BYTES", 2**18)
+    monkeypatch.setattr(weights, "BLOCK_BYTES", 2**18)
     path = tmp_path / "model.safetensors"
     mx.save_safetensors(str(path), {str(n): mx.zeros((8192, 1024), mx.bfloat16) for n in range(4)})
     scheme = make_recipe("affine", 4, 64, None).scheme

@@ -230,7 +230,7 @@ def test_four_thousand_mutated_files_are_judged_as_the_library_judges_them(tmp_p
         theirs, ours = library_accepts(path), we_accept(path)
         verdicts[theirs] += 1
         if theirs != ours:
-            # The one difference that a mutation can make: a name that now stands twice.
+            # The one difference that a mutation can make: a name that now appears twice.
             assert theirs and "twice" in _reason(path), f"round {round_}: library {theirs}, we {ours}: {data!r}"
     assert verdicts[True] > 150 and verdicts[False] > 2000, verdicts
 
@@ -386,7 +386,7 @@ def test_a_tensor_in_two_files_without_an_index(tmp_path: Path) -> None:
     folder = _sharded(tmp_path / "m")
     (folder / "model.safetensors.index.json").unlink()
     _shard(folder / "model-00002-of-00002.safetensors", "b")
-    with pytest.raises(CheckpointError, match="b is both in"):
+    with pytest.raises(CheckpointError, match="b is in both"):
         weight_files(folder)
 
 
