@@ -169,7 +169,7 @@ def file_in(folder: Path, name: str) -> Path:
     Links from a snapshot of a Hugging Face cache to the cache's blobs are the only ones that may leave the folder.
 
     Raises:
-        CheckpointError: there is no such file, or it lies outside the folder.
+        CheckpointError: the file is missing, is not a regular file, or is outside the folder.
     """
     path = folder / name
     if not name or Path(name).name != name or "\0" in name:

@@ -110,7 +110,7 @@ def test_names_of_older_versions_are_read(tiny_model: TinyModel, tmp_path: Path)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"peft_type": "LOHA"}, "'LOHA' of PEFT's; only 'LORA'"),
+        ({"peft_type": "LOHA"}, "'LOHA'; only 'LORA'"),
         ({"bias": "all"}, "bias = 'all' asks for maths"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\]"),
