@@ -133,7 +133,7 @@ def _check_config(folder: Path, config: JsonObject) -> None:
             continue
         empty = value in (None, False) or (isinstance(value, (dict, list, str)) and not value)
         if not (value in _ALLOWED[name] if name in _ALLOWED else empty):
-            raise RequestError(f"{folder / CONFIG_FILE}: {name} = {value!r:.80} needs maths that is not implemented")
+            raise RequestError(f"{folder / CONFIG_FILE}: {name} = {value!r:.80} asks for maths that is not supported")
 
 
 def _our_name(path: Path, name: str) -> str:
