@@ -10,7 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from phi4_mlx.adapters.folder import write_folder
-from phi4_mlx.adapters.layers import DoRALinear, adapter_layers, add_adapter, current_adapter
+from phi4_mlx.adapters.layers import adapter_layers, add_adapter, current_adapter
+from phi4_mlx.adapters.linear import DoRALinear
 
 
 def adapted(model: nn.Module, kind: str = "lora", seed: int = 0, **options: Any) -> Any:

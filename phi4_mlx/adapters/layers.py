@@ -1,8 +1,6 @@
-"""LoRA and DoRA layers, and the adapter of a model: added, loaded, read, switched off, removed.
+"""The adapter of a model: added, loaded, read, switched off, removed.
 
 An adapter's layers wrap the base's own, unchanged and not copied, so the base model stays available.
-
-Source: LoRA (arXiv 2106.09685), equation 3; DoRA (arXiv 2402.09353), equations 5 and 11.
 """
 
 from __future__ import annotations
@@ -11,142 +9,19 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from phi4_mlx.adapters.folder import FULL, PARTS, Adapter, place, read_config, read_folder
+from phi4_mlx.adapters.linear import DoRALinear, LoRALinear
 from phi4_mlx.adapters.peft import is_peft, read_peft
 from phi4_mlx.errors import CheckpointError, RequestError
 
 DEFAULT_KEYS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 """The paths of all linear layers within a block."""
-
-_ROWS = 1024  # rows of a matrix that are unpacked to fp32 at a time
-
-
-class LoRALinear(nn.Module):  # type: ignore[misc]  # mlx is not type-checked
-    """y = W x + scale * (x a) b, over a dense or a quantised linear layer W.
-
-    The product is computed in the dtype of x; a and b may have a higher precision.
-
-    Attributes:
-        linear: the base's own layer.
-        lora_a: [in, R].
-        lora_b: [R, out].
-        scale: factor of the product.
-        dropout: the probability that training drops an input of `lora_a`, from 0 to below 1.
-        on: False makes the layer compute W x.
-    """
-
-    kind = "lora"
-
-    def __init__(self, linear: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0):
-        super().__init__()
-        self.linear = linear
-        self.lora_a, self.lora_b = lora_a, lora_b
-        self.scale, self.dropout, self.on = scale, dropout, True
-        self._dropout_key: mx.array | None = None
-        self._folded: _Folded | None = None
-
-    def __call__(self, x: mx.array) -> mx.array:
-        y = self.linear(x)
-        if not self.on:
-            return y
-        a, b = self.operands(x.dtype)
-        return y + (self._dropped(x) @ a) @ b
-
-    def adapter(self) -> tuple[mx.array, ...]:
-        """The trained tensors, in the order of `PARTS`."""
-        return tuple(self[part] for part in PARTS[self.kind])
-
-    def _dropped(self, x: mx.array) -> mx.array:
-        if not (self.training and self.dropout):
-            return x
-        kept = mx.random.bernoulli(1 - self.dropout, x.shape, key=self._dropout_key)
-        return mx.where(kept, x * (1 / (1 - self.dropout)), 0)
-
-    def operands(self, dtype: mx.Dtype) -> tuple[mx.array, ...]:
-        """The operands of the forward pass, made once for all calls outside training.
-
-        Args:
-            dtype: the dtype of x, and of the result.
-
-        Returns:
-            a [in, R] and scale * b [R, out]; for DoRA a, gain * scale * b and gain - 1 [out].
-        """
-        if self.training:
-            return self._fold(dtype)
-        arrays = self.adapter()
-        if self._folded is None or not self._folded.is_of(arrays, dtype, self.scale):
-            self._folded = _Folded(arrays, dtype, self.scale, self._fold(dtype))
-        return self._folded.operands
-
-    def _fold(self, dtype: mx.Dtype) -> tuple[mx.array, ...]:
-        return self.lora_a.astype(dtype), (self.scale * self.lora_b).astype(dtype)
-
-
-class DoRALinear(LoRALinear):
-    """y = gain * (W x + scale * (x a) b), so that row i of the effective matrix has the norm m[i].
-
-    As in the paper, the norm in gain = m / norm is a constant to the gradient. It is computed from W a [R, out] and
-    a^T a [R, R], without the sum of the matrices and without unpacking a quantised W.
-
-    Attributes:
-        m: the trained norms of the rows, [out], in fp32.
-    """
-
-    kind = "dora"
-
-    def __init__(
-        self,
-        linear: nn.Module,
-        lora_a: mx.array,
-        lora_b: mx.array,
-        m: mx.array | None,
-        scale: float,
-        dropout: float = 0.0,
-    ):
-        super().__init__(linear, lora_a, lora_b, scale, dropout)
-        self._row_squares = _row_squares(linear)  # [out]
-        self.m = mx.sqrt(self._row_squares) if m is None else m
-
-    def __call__(self, x: mx.array) -> mx.array:
-        y = self.linear(x)
-        if not self.on:
-            return y
-        a, b, excess = self.operands(x.dtype)
-        return y + (y * excess + (self._dropped(x) @ a) @ b)
-
-    def _fold(self, dtype: mx.Dtype) -> tuple[mx.array, ...]:
-        gain = self.m / mx.stop_gradient(self._norms(dtype))
-        # gain - 1, because half precision would round a gain close to 1.
-        return self.lora_a.astype(dtype), (gain * self.scale * self.lora_b).astype(dtype), (gain - 1).astype(dtype)
-
-    def _norms(self, dtype: mx.Dtype) -> mx.array:
-        """The norms of the rows of W + scale * (a b)^T, [out]."""
-        a, b = self.lora_a.astype(mx.float32), self.scale * self.lora_b.astype(mx.float32)
-        cross = self.linear(a.T.astype(dtype)).astype(mx.float32)  # [R, out]
-        squares = self._row_squares + ((2 * cross + (a.T @ a) @ b) * b).sum(axis=0)
-        return mx.sqrt(mx.maximum(squares, 1e-30))  # a row of zeros stays zero
-
-
-@dataclass(frozen=True, eq=False)
-class _Folded:
-    """Operands and their inputs. Arrays are never changed in place, so the same object has the same value."""
-
-    arrays: tuple[mx.array, ...]
-    dtype: mx.Dtype
-    scale: float
-    operands: tuple[mx.array, ...]
-
-    def is_of(self, arrays: tuple[mx.array, ...], dtype: mx.Dtype, scale: float) -> bool:
-        same = all(old is new for old, new in zip(self.arrays, arrays, strict=True))
-        return same and (self.dtype, self.scale) == (dtype, scale)
 
 
 def add_adapter(
@@ -185,10 +60,7 @@ def add_adapter(
         width, out = _dimensions(linears[path])
         bound = 1 / math.sqrt(width)
         a, b = mx.random.uniform(-bound, bound, (width, rank), key=random), mx.zeros((rank, out))
-        if kind == "dora":
-            layers[path] = DoRALinear(linears[path], a, b, None, scale, dropout)
-        else:
-            layers[path] = LoRALinear(linears[path], a, b, scale, dropout)
+        layers[path] = _layer(kind, linears[path], (a, b), scale, dropout)
     _install(model, layers)
 
 
@@ -228,6 +100,10 @@ def read_adapter(path: Path) -> Adapter:
 def put_adapter(model: nn.Module, adapter: Adapter) -> None:
     """Puts an adapter on a model, in place of one that it already has.
 
+    Args:
+        model: the model; everything except the adapter is frozen.
+        adapter: the adapter; whole weights, if it is of the kind "full".
+
     Raises:
         CheckpointError: the adapter does not fit the model, which stays unchanged.
     """
@@ -237,24 +113,29 @@ def put_adapter(model: nn.Module, adapter: Adapter) -> None:
         model.load_weights(list(adapter.tensors.items()), strict=False)
         return
     linears = _linear_layers(model)
-    make: type[Any] = DoRALinear if adapter.kind == "dora" else LoRALinear
-    _install(
-        model,
-        {path: make(linears[path], *adapter.of(path), adapter.scale, adapter.dropout) for path in adapter.paths},
-    )
+    layers = {
+        path: _layer(adapter.kind, linears[path], adapter.of(path), adapter.scale, adapter.dropout)
+        for path in adapter.paths
+    }
+    _install(model, layers)
 
 
 def check_fit(model: nn.Module, adapter: Adapter) -> None:
     """Checks that the layers and shapes of an adapter fit a model, and that it covers the layers that it claims.
 
+    Args:
+        model: the model, with or without another adapter.
+        adapter: the adapter.
+
     Raises:
         CheckpointError: names the first layer that does not fit.
     """
     if adapter.kind == FULL:
-        return _check_full(model, adapter)
+        _check_full(model, adapter)
+        return
     linears, total = _linear_layers(model), len(model.layers)
     for path in adapter.paths:
-        layer, key = place(path)
+        _, key = place(path)
         if path not in linears:
             raise CheckpointError(
                 f"{adapter.source}: {path} is not a linear layer of this model, which has layers 0 to {total - 1}; "
@@ -268,6 +149,11 @@ def check_fit(model: nn.Module, adapter: Adapter) -> None:
             )
         if adapter.keys is not None and key not in adapter.keys:
             raise CheckpointError(f"{adapter.source}: {path} is not among the keys in its config, {[*adapter.keys]}")
+    _check_count(adapter, total)
+
+
+def _check_count(adapter: Adapter, total: int) -> None:
+    """Checks that the adapter covers the layers that its config claims, of `total` in the model."""
     count, used = adapter.num_layers, {layer for layer, _ in map(place, adapter.paths) if layer >= 0}
     if count is None or not used:
         return
@@ -334,7 +220,7 @@ def draw_dropout(model: nn.Module) -> None:
     if layers:
         keys = mx.random.randint(0, 2**32, (len(layers), 2), mx.uint32)
         for layer, key in zip(layers, keys, strict=True):
-            layer._dropout_key = key
+            layer.fix_dropout(key)
 
 
 def adapter_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -359,6 +245,14 @@ def _dimensions(linear: nn.Module) -> tuple[int, int]:
     return width * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else width, out
 
 
+def _layer(kind: str, linear: nn.Module, tensors: tuple[mx.array, ...], scale: float, dropout: float) -> LoRALinear:
+    """An adapted layer from its tensors: a, b, and for DoRA m, which a new layer takes from the linear one."""
+    a, b, *m = tensors
+    if kind == "dora":
+        return DoRALinear(linear, a, b, m[0] if m else None, scale, dropout)
+    return LoRALinear(linear, a, b, scale, dropout)
+
+
 def _install(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
     remove_adapter(model)
     model.update_modules(tree_unflatten(list(layers.items())))
@@ -380,26 +274,6 @@ def _check_full(model: nn.Module, adapter: Adapter) -> None:
                 f"{adapter.source}: {name} has shape {list(array.shape)}, but in this model {list(expected.shape)}; "
                 "the weights are for another model"
             )
-
-
-def _row_squares(linear: nn.Module) -> mx.array:
-    """The sums of squares of the rows of a layer's matrix, [out], in fp32."""
-    parts = []
-    for first in range(0, linear.weight.shape[0], _ROWS):
-        rows = linear.weight[first : first + _ROWS]
-        if isinstance(linear, nn.QuantizedLinear):
-            biases = linear.get("biases")
-            rows = mx.dequantize(
-                rows,
-                linear.scales[first : first + _ROWS],
-                None if biases is None else biases[first : first + _ROWS],
-                group_size=linear.group_size,
-                bits=linear.bits,
-                mode=linear.mode,
-            )
-        parts.append(mx.square(rows.astype(mx.float32)).sum(axis=1))
-        mx.eval(parts[-1])
-    return mx.concatenate(parts)
 
 
 def _check_options(

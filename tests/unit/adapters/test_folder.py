@@ -1,4 +1,4 @@
-"""The adapter's folder: as mlx-lm and the Swift loader read it, whole or as it was, refused where it does not fit."""
+"""Adapter folders: in the layout of mlx-lm and Swift, written whole or not at all, refused where they do not fit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from tests.adapters import adapted, save_adapter
 
 TinyModel = Callable[..., Model]
 SHORT = mx.array([[5, 6, 7, 8]])
-LONG = mx.random.randint(0, 512, (1, 90), key=mx.random.key(9))  # past the boundary, where mlx-lm's one table is right
+LONG = mx.random.randint(
+    0, 512, (1, 90), key=mx.random.key(9)
+)  # past the boundary, where mlx-lm's single table is right
 DOWN = "model.layers.1.mlp.down_proj"
 
 
@@ -52,11 +54,11 @@ def rewrite(folder: Path, tensors: dict[str, mx.array | None] | None = None, **c
     return folder
 
 
-# --- what is written ---
+# --- writing ---
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_what_comes_back_is_what_was_saved(tiny_model: TinyModel, tmp_path: Path, kind: str) -> None:
+def test_a_saved_adapter_is_loaded_unchanged(tiny_model: TinyModel, tmp_path: Path, kind: str) -> None:
     model = adapted(tiny_model(), kind, dropout=0.125)
     save_adapter(model, tmp_path / "deep" / "down", {})
     again = tiny_model()
@@ -69,7 +71,7 @@ def test_what_comes_back_is_what_was_saved(tiny_model: TinyModel, tmp_path: Path
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
-def test_halves_are_saved_as_halves(tiny_model: TinyModel, tmp_path: Path, dtype: mx.Dtype) -> None:
+def test_half_precision_is_saved_as_half_precision(tiny_model: TinyModel, tmp_path: Path, dtype: mx.Dtype) -> None:
     model = adapted(tiny_model())
     model.set_dtype(dtype)
     save_adapter(model, tmp_path, {})
@@ -80,7 +82,7 @@ def test_halves_are_saved_as_halves(tiny_model: TinyModel, tmp_path: Path, dtype
 
 
 def test_the_config_is_the_one_that_mlx_lm_and_swift_read(tiny_model: TinyModel, tmp_path: Path) -> None:
-    """mlx-swift-lm requires fine_tune_type, num_layers (a suffix, so no -1), rank and scale; mlx-lm dropout too."""
+    """mlx-swift-lm requires fine_tune_type, num_layers (never -1), rank and scale; mlx-lm requires dropout too."""
     model = adapted(tiny_model(num_hidden_layers=3), num_layers=2, keys=DEFAULT_KEYS[1:3])
     save_adapter(model, tmp_path, {"model": "some/model", "iters": 5, "num_layers": -1})
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
@@ -121,7 +123,7 @@ def test_mlx_lm_reads_it_the_same_way(
 def test_what_mlx_lm_has_trained_is_read(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, kind: str, num_layers: int
 ) -> None:
-    """Its own defaults among them: 16 layers although the model has fewer, -1 for all, and no keys at all."""
+    """With its defaults: 16 layers although the model has fewer, -1 for all, and no keys."""
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load_model
 
@@ -129,7 +131,7 @@ def test_what_mlx_lm_has_trained_is_read(
     theirs, _ = load_model(base)
     theirs.freeze()
     parameters = {"rank": 8, "scale": 20.0, "dropout": 0.0}
-    # Their "all" for -1 comes from the command, which counts the layers; the config keeps the -1.
+    # Their command replaces -1 by the number of layers; the config keeps the -1.
     linear_to_lora_layers(theirs, 2 if num_layers == -1 else num_layers, parameters, use_dora=kind == "dora")
     random = iter(mx.random.split(mx.random.key(0), 100))
     for module in theirs.modules():
@@ -145,7 +147,7 @@ def test_what_mlx_lm_has_trained_is_read(
     assert len(adapter_layers(ours)) == (4 if num_layers == 1 else 8)
 
 
-def test_a_full_fine_tuning_lives_in_such_a_folder_too(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_full_fine_tuning_is_saved_in_such_a_folder_too(tiny_model: TinyModel, tmp_path: Path) -> None:
     from mlx_lm.tuner.utils import load_adapters
 
     tuned = tiny_model(seed=1).unfreeze()
@@ -179,7 +181,7 @@ def test_whole_weights_of_another_model_are_refused(tiny_model: TinyModel, tmp_p
         load_adapter(quantised, tmp_path)
 
 
-# --- whole, or as it was ---
+# --- whole or not at all ---
 
 
 @pytest.mark.parametrize("fault_at", range(1, 7))
@@ -213,13 +215,13 @@ def test_a_save_that_fails_leaves_the_old_adapter_whole(
     assert (folder / TENSORS_FILE).read_bytes() != before[TENSORS_FILE]
 
 
-def test_what_a_killed_run_left_is_in_nobodys_way(tiny_model: TinyModel, folder: Path) -> None:
+def test_what_a_killed_run_left_is_overwritten(tiny_model: TinyModel, folder: Path) -> None:
     (folder / f".{TENSORS_FILE}.partial").write_bytes(b"half a file")
     save_adapter(adapted(tiny_model()), folder, {})
     assert sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, TENSORS_FILE]
 
 
-# --- what does not fit ---
+# --- refusals ---
 
 
 def test_a_file_cut_short_anywhere_is_refused(tiny_model: TinyModel, folder: Path) -> None:
@@ -274,7 +276,7 @@ def test_what_does_not_fit_is_named(
 
 
 def test_an_adapter_for_fewer_layers_than_the_model_has_is_refused(tiny_model: TinyModel, folder: Path) -> None:
-    """All of its tensors have a place; but it was made for the last two layers, and here those are others."""
+    """All of its tensors have a place, but it was made for the last two layers, which are other ones here."""
     with pytest.raises(CheckpointError, match=r"num_layers is 2 .*has 3, so .*layers 1 to 2, but it has tensors for 0"):
         load_adapter(tiny_model(num_hidden_layers=3), folder)
     with pytest.raises(CheckpointError, match=r"num_layers is -1.*layers 0 to 2, but it has no tensors for 2"):

@@ -294,7 +294,7 @@ def test_a_shard_cut_anywhere_gives_no_package(source: Path, tmp_path: Path) -> 
         ({"dequantize": True}, "not quantised"),
     ],
 )
-def test_options_that_cannot_be_combined_are_refused(
+def test_options_that_contradict_are_refused(
     options: dict[str, Any], reason: str, source: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(RequestError, match=reason):
@@ -317,9 +317,7 @@ def test_every_end_of_turn_is_named_once(named: Any, source: Path, tmp_path: Pat
 def test_an_existing_target_is_refused_before_any_work(
     make: Callable[[Path], object], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        package, "resolve", lambda *_: pytest.fail("resolved the checkpoint before checking the target")
-    )
+    monkeypatch.setattr(package, "resolve", lambda *_: pytest.fail("resolved before checking the target"))
     make(tmp_path / "out")
     with pytest.raises(RequestError, match="already exists"):
         convert(source, tmp_path / "out")
@@ -329,9 +327,7 @@ def test_an_existing_target_is_refused_before_any_work(
 def test_an_unwritable_target_is_reported_before_any_work(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        package, "resolve", lambda *_: pytest.fail("resolved the checkpoint before checking the target")
-    )
+    monkeypatch.setattr(package, "resolve", lambda *_: pytest.fail("resolved before checking the target"))
     (tmp_path / "file").touch()
     with pytest.raises(RequestError, match="cannot be written"):
         convert(source, tmp_path / "file" / "out")

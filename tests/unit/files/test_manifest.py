@@ -1,4 +1,4 @@
-"""A package whose hashes hold passes; every change to it is found and named."""
+"""An unchanged package passes; every change to it is found and named."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def package(folder: Path) -> Path:
 
 def test_a_whole_package_passes(tmp_path: Path) -> None:
     folder = package(tmp_path / "m")
-    (folder / "README.md").write_text("not of the package, and read by no loader")
+    (folder / "README.md").write_text("not part of the package, and not read by loaders")
     verify_manifest(folder)
     assert read_manifest(folder)["files"].keys() == FILES.keys()
 

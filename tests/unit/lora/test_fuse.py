@@ -11,7 +11,8 @@ import mlx.core as mx
 import pytest
 
 from phi4_mlx import load
-from phi4_mlx.adapters.layers import DoRALinear, adapter_layers, add_adapter
+from phi4_mlx.adapters.layers import adapter_layers, add_adapter
+from phi4_mlx.adapters.linear import DoRALinear
 from phi4_mlx.convert import weights
 from phi4_mlx.convert.package import convert
 from phi4_mlx.errors import CheckpointError, RequestError
