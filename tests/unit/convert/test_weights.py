@@ -108,7 +108,8 @@ def test_a_quantised_checkpoint_is_copied_dequantised_or_quantised_again(
 
     recipe = make_recipe("affine", 8, 32, None)
     again = converted(folder, tmp_path / "again", recipe, "F32", dequantize=True)
-    weight, scales, biases = mx.quantize(mx.dequantize(*parts, **vars(scheme)).astype(mx.float32), **vars(recipe.scheme))
+    plain = mx.dequantize(*parts, **vars(scheme)).astype(mx.float32)
+    weight, scales, biases = mx.quantize(plain, **vars(recipe.scheme))
     assert same(again[f"{MATRIX}.weight"], weight)
     assert same(again[f"{MATRIX}.scales"], scales) and same(again[f"{MATRIX}.biases"], biases)
 
