@@ -14,14 +14,15 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.errors import RequestError, check_whole
-from phi4_mlx.generation.stream import GenerationResponse, stream_generate
+from phi4_mlx.generation.options import DecodeOptions
+from phi4_mlx.generation.stream import GenerationResponse, stream
 from phi4_mlx.tools.calls import ToolCall, ToolCallParser
 from phi4_mlx.tools.toolbox import Tool, Toolbox, error_text
 
 if TYPE_CHECKING:
     from phi4_mlx.grammar.grammars import Grammar
     from phi4_mlx.models.cache import PromptCache
-    from phi4_mlx.models.text import Model
+    from phi4_mlx.models.model import LanguageModel
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
 MAX_ROUNDS = 8
@@ -67,7 +68,7 @@ class AgentResult:
 
 
 def run_tools(
-    model: Model,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Tool],
@@ -107,6 +108,7 @@ def run_tools(
     Raises:
         RequestError: a message, a tool or an option is malformed, or the context has no room for the messages.
     """
+    chosen = DecodeOptions(**{"max_tokens": MAX_TOKENS, **options})
     toolbox = Toolbox(tools, strict)
     prompt = tokenizer.apply_chat_template(messages, tools=toolbox.declarations or None)
     loop = ToolLoop(
@@ -115,11 +117,11 @@ def run_tools(
         prompt,
         toolbox if tool_choice != "none" else Toolbox(),
         model.make_cache() if cache is None else cache,
+        chosen,
         grammar=None if tool_choice == "auto" else tool_grammar(toolbox, tool_choice),
         max_rounds=max_rounds,
         timeout_s=timeout_s,
         approve=approve,
-        **{"max_tokens": MAX_TOKENS, **options},
     )
     for event in loop.events():
         if on_event is not None:
@@ -183,18 +185,17 @@ class ToolLoop:
 
     def __init__(
         self,
-        model: Model,
+        model: LanguageModel,
         tokenizer: Tokenizer,
         prompt: Sequence[int],
         toolbox: Toolbox,
         cache: PromptCache,
+        options: DecodeOptions,
         *,
-        max_tokens: int,
         grammar: Grammar | None = None,
         max_rounds: int = MAX_ROUNDS,
         timeout_s: float | None = None,
         approve: Approval | None = None,
-        **options: Any,
     ):
         """As `run_tools`.
 
@@ -203,24 +204,22 @@ class ToolLoop:
             prompt: ids that end with the start of an answer.
             toolbox: the tools; with none, there is one round.
             cache: as there; what it shares with the prompt is not run again.
-            max_tokens: of each answer; less where the context ends before.
+            options: of each answer, which is shorter than `max_tokens` where the context ends before.
             grammar: what the first answer must obey, and come to its end in time; the others, and without it all, are
                 held to what the toolbox says of calls.
-            options: others of `stream_generate`.
 
         Raises:
             RequestError: an option is out of its limits.
         """
-        check_whole("max_tokens", max_tokens, 1)
         check_whole("max_rounds", max_rounds, 1)
         if timeout_s is not None and not (isinstance(timeout_s, (int, float)) and timeout_s > 0):
             raise RequestError(f"timeout_s must be a number of seconds over 0, or None, not {timeout_s!r:.100}")
-        if options.get("logits_mask") is not None:
+        if options.logits_mask is not None:
             raise RequestError("logits_mask is for one answer only, and there may be several; use tool_choice")
         self._model, self._tokenizer, self._prompt = model, tokenizer, list(prompt)
         self._toolbox, self._cache, self._grammar = toolbox, cache, grammar
         self._call_grammar = tool_grammar(toolbox, "auto")
-        self._max_tokens, self._max_rounds, self._timeout_s = max_tokens, max_rounds, timeout_s
+        self._max_rounds, self._timeout_s = max_rounds, timeout_s
         self._approve, self._options, self._ends_at = approve, options, float("inf")
         self.rounds: list[Round] = []
         self.prompt_tokens = 0
@@ -253,7 +252,7 @@ class ToolLoop:
                 self.finish_reason = "length" if room < 1 else "timeout"
                 return
             self.rounds.append(each := Round())
-            yield from self._answer(each, prompt, min(self._max_tokens, max(room, 1)))
+            yield from self._answer(each, prompt, min(self._options.max_tokens, max(room, 1)))
             if not each.calls:
                 return
             yield from self._run_calls(each)
@@ -262,15 +261,15 @@ class ToolLoop:
 
     def _answer(self, each: Round, prompt: list[int], max_tokens: int) -> Iterator[Event]:
         """One answer, its calls taken out of its text."""
-        options = {**self._options, "max_tokens": max_tokens}
+        options = dataclasses.replace(self._options, max_tokens=max_tokens, logits_mask=self._constraint(max_tokens))
         if self._timeout_s is not None:
-            options["prompt_progress_callback"] = self._watched(options.get("prompt_progress_callback"))
-        options["logits_mask"] = self._constraint(max_tokens)
+            watched = self._watched(options.prompt_progress_callback)
+            options = dataclasses.replace(options, prompt_progress_callback=watched)
         parser = ToolCallParser(self._toolbox.declarations)
         self.prompt_tokens, reason = len(prompt), ""
         new = self._cache.reuse(prompt)
         try:
-            for event in stream_generate(self._model, self._tokenizer, new, cache=self._cache, **options):
+            for event in stream(self._model, self._tokenizer, new, self._cache, options):
                 if event.token not in self._tokenizer.eos_ids:
                     each.ids.append(event.token)
                 reason = event.finish_reason or ("timeout" if self._late() else "")

@@ -1,12 +1,13 @@
 """A folder or a Hub id -> (model, tokenizer), every tensor accounted for.
 
-It reads a Hugging Face folder as it is, a package of our converter, and an mlx-lm package. Names, shapes and kinds of
-all tensors are checked from the headers, before any weight is read.
+Reads Hugging Face folders, packages of our converter and mlx-lm packages. Names, shapes and dtypes of all tensors are
+checked from the headers before any weight is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,36 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from phi4_mlx.adapters.layers import load_adapter
-from phi4_mlx.config import ModelConfig
-from phi4_mlx.errors import CheckpointError, RequestError
+from phi4_mlx.config import MODEL_FOLDER, Config, ModelConfig
+from phi4_mlx.errors import CheckpointError, ConfigError, RequestError
 from phi4_mlx.files.dtypes import FLOATS, name_of
+from phi4_mlx.files.json_file import read_json
 from phi4_mlx.files.manifest import verify_manifest
 from phi4_mlx.files.safetensors import TensorInfo, read_header, weight_files
 from phi4_mlx.hub import resolve
+from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.text import Model
-from phi4_mlx.tokens.chat_format import CHAT_FORMATS, recognise
+from phi4_mlx.tokens.chat_format import CHAT_FORMATS, ChatFormat, recognise
 from phi4_mlx.tokens.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of model.
+
+    Attributes:
+        config: a parsed config.json -> the kind's config; raises ConfigError.
+        model: config -> the model, with lazy random weights.
+        chat_format: (folder, tokenizer) -> the chat format of a package.
+    """
+
+    config: Callable[[Mapping[str, Any]], Config]
+    model: Callable[[Any], LanguageModel]
+    chat_format: Callable[[Path, Tokenizer], ChatFormat]
+
+
+# model_type in config.json -> the kind.
+KINDS: dict[str, Kind] = {"phi3": Kind(ModelConfig.from_dict, Model, recognise)}
 
 
 def load(
@@ -34,7 +56,7 @@ def load(
     *,
     verify: bool = False,
     chat_format: str | None = None,
-) -> tuple[Model, Tokenizer]:
+) -> tuple[LanguageModel, Tokenizer]:
     """Loads a model and its tokenizer.
 
     Args:
@@ -43,22 +65,22 @@ def load(
         lazy: leaves the weights on disk until they are first used.
         revision: a commit, branch or tag of the Hub repository.
         verify: checks every file against the package's manifest of SHA-256 hashes first.
-        chat_format: overrides the recognised chat format, by its name in `phi4_mlx.tokens.chat_format.CHAT_FORMATS`.
+        chat_format: overrides the recognised chat format; a key of `phi4_mlx.tokens.chat_format.CHAT_FORMATS`.
 
     Returns:
         (model, tokenizer)
 
     Raises:
-        ConfigError: config.json asks for maths that is not done here; a JSON file or a chat template is damaged.
-        CheckpointError: weights are missing, damaged, left over or of another shape; the Hub cannot be reached.
+        ConfigError: config.json needs maths that is not implemented; a JSON file or a chat template is damaged.
+        CheckpointError: weights are missing, damaged, unexpected or of another shape; the Hub cannot be reached.
         TokenizerError: the tokenizer's files are missing or damaged.
-        RequestError: no such chat format.
+        RequestError: the chat format is unknown.
     """
     folder = resolve(path_or_hf_repo, revision)
     if verify:
         verify_manifest(folder)
     model = load_model(folder)
-    tokenizer = load_tokenizer_and_format(folder, chat_format)
+    tokenizer = load_tokenizer_and_format(folder, chat_format, model.config.model_type)
     if adapter_path is not None:
         load_adapter(model, Path(adapter_path))
     if not lazy:
@@ -66,27 +88,54 @@ def load(
     return model, tokenizer
 
 
-def load_tokenizer_and_format(folder: Path, chat_format: str | None = None) -> Tokenizer:
+def load_tokenizer_and_format(folder: Path, chat_format: str | None = None, model_type: str = "phi3") -> Tokenizer:
     """The tokenizer of a folder, with its chat format.
 
+    Args:
+        folder: of the package.
+        chat_format: overrides the recognised chat format.
+        model_type: the kind of model whose chat formats are tried; a key of `KINDS`.
+
     Raises:
-        ConfigError, TokenizerError, RequestError: as `load`.
+        ConfigError, TokenizerError, RequestError: as for `load`.
     """
     tokenizer = load_tokenizer(folder)
     if chat_format is not None and chat_format not in CHAT_FORMATS:
-        raise RequestError(f"chat format {chat_format!r} is not known; known are {', '.join(sorted(CHAT_FORMATS))}")
-    tokenizer.chat_format = CHAT_FORMATS[chat_format] if chat_format else recognise(folder, tokenizer)
+        raise RequestError(f"chat format {chat_format!r} is unknown; known are {', '.join(sorted(CHAT_FORMATS))}")
+    known = CHAT_FORMATS[chat_format] if chat_format else None
+    tokenizer.chat_format = known or KINDS[model_type].chat_format(folder, tokenizer)
     return tokenizer
 
 
-def load_model(folder: Path) -> Model:
-    """The model of a folder, its weights still on disk until they are used.
+def load_config(folder: Path) -> Config:
+    """The config of a folder, of the kind that its `model_type` names.
 
     Raises:
-        ConfigError: config.json asks for maths that is not done here.
-        CheckpointError: weights are missing, damaged, left over or of another shape.
+        ConfigError: config.json is missing or not JSON, or needs maths that is not implemented.
     """
-    config = ModelConfig.from_folder(folder)
+    return read_config(read_json(folder / "config.json", if_missing=MODEL_FOLDER))
+
+
+def read_config(raw: Mapping[str, Any]) -> Config:
+    """The config in a parsed config.json, of the kind that its `model_type` names.
+
+    Raises:
+        ConfigError: the kind is unknown, or a field is refused.
+    """
+    name = raw.get("model_type")
+    if not isinstance(name, str) or name not in KINDS:
+        raise ConfigError(f"config.json: model_type {name!r:.100} is not supported; supported are {', '.join(KINDS)}")
+    return KINDS[name].config(raw)
+
+
+def load_model(folder: Path) -> LanguageModel:
+    """The model of a folder; its weights stay on disk until they are used.
+
+    Raises:
+        ConfigError: config.json needs maths that is not implemented.
+        CheckpointError: weights are missing, damaged, unexpected or of another shape.
+    """
+    config = load_config(folder)
     files = weight_files(folder)
     infos = {name: info for path in sorted(set(files.values())) for name, info in read_header(path).items()}
     model = empty_model(config, infos)
@@ -95,30 +144,32 @@ def load_model(folder: Path) -> Model:
     for path in sorted(set(files.values())):
         weights += [(name, array) for name, array in mx.load(str(path)).items() if name in wanted]
     model.load_weights(weights)
-    return model.eval()
+    model.eval()
+    return model
 
 
-def share_weights(model: Model) -> Model:
-    """Another model over the same arrays: what is put on the one, such as an adapter, is not on the other."""
+def share_weights(model: LanguageModel) -> LanguageModel:
+    """Another model over the same arrays; an adapter on one is not on the other."""
     parameters = model.parameters()
     twin = empty_model(model.config, [name for name, _ in tree_flatten(parameters)])
     twin.update(parameters)
-    return twin.eval()
+    twin.eval()
+    return twin
 
 
-def empty_model(config: ModelConfig, names: Iterable[str]) -> Model:
-    """The model with lazy random weights, quantised where the checkpoint's tensor `names` hold scales.
+def empty_model(config: Config, names: Iterable[str]) -> LanguageModel:
+    """The model with lazy random weights, quantised where the checkpoint's tensor `names` include scales.
 
     Raises:
-        CheckpointError: there are scales, and config.json does not say how they were made.
+        CheckpointError: there are scales, and config.json does not describe the quantisation.
     """
-    model, quantization = Model(config), config.quantization
+    model, quantization = KINDS[config.model_type].model(config), config.quantization
     scaled = {name.removesuffix(".scales") for name in names if name.endswith(".scales")}
     if not scaled:
         return model
     if quantization is None:
         raise CheckpointError(
-            f"{min(scaled)} is quantised, and config.json does not say how; 'quantization' is missing there"
+            f"{min(scaled)} is quantised, but config.json has no 'quantization' that describes it"
         )
     settings = {key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization}
 
@@ -135,14 +186,14 @@ def empty_model(config: ModelConfig, names: Iterable[str]) -> Model:
     return model
 
 
-def check_tensors(model: Model, infos: Mapping[str, TensorInfo]) -> set[str]:
-    """Holds a checkpoint's headers against the model.
+def check_tensors(model: LanguageModel, infos: Mapping[str, TensorInfo]) -> set[str]:
+    """Compares a checkpoint's headers with the model.
 
     Returns:
-        The names to load: all but those that the model derives from others.
+        The names to load: all except those that the model derives from others.
 
     Raises:
-        CheckpointError: a tensor is missing, left over, of another shape or of a kind that cannot serve.
+        CheckpointError: a tensor is missing, unexpected, or of another shape or dtype.
     """
     expected = dict(tree_flatten(model.parameters()))
     if missing := sorted(expected.keys() - infos.keys()):
@@ -152,7 +203,7 @@ def check_tensors(model: Model, infos: Mapping[str, TensorInfo]) -> set[str]:
     extra = sorted(name for name in infos.keys() - expected.keys() if not _derived(name, model.config))
     if extra:
         raise CheckpointError(
-            f"{_some(extra)} left over: config.json describes a model without; they do not belong together"
+            f"{_some(extra)} unexpected: the model that config.json describes does not have them"
         )
     for name, array in expected.items():
         found = infos[name]
@@ -160,12 +211,12 @@ def check_tensors(model: Model, infos: Mapping[str, TensorInfo]) -> set[str]:
             raise CheckpointError(f"{name} has shape {list(found.shape)}; config.json asks for {list(array.shape)}")
         kinds = FLOATS if mx.issubdtype(array.dtype, mx.floating) else (name_of(array.dtype),)
         if found.dtype not in kinds:
-            raise CheckpointError(f"{name} holds {found.dtype} numbers; only {' or '.join(kinds)} can serve there")
+            raise CheckpointError(f"{name} has dtype {found.dtype}; it must be {' or '.join(kinds)}")
     return set(expected)
 
 
-def _derived(name: str, config: ModelConfig) -> bool:
-    """Tensors that some checkpoints carry though the model computes them: a tied head, the RoPE frequencies."""
+def _derived(name: str, config: Config) -> bool:
+    """True for tensors that some checkpoints carry and the model computes: a tied head, the RoPE frequencies."""
     return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name.startswith("lm_head."))
 
 

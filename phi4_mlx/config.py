@@ -1,7 +1,7 @@
-"""config.json -> a frozen, complete `ModelConfig`, before any weight exists.
+"""config.json -> one frozen, complete config a model kind, before any weight exists.
 
-One decoder serves the whole family, so a config that asks for anything else is refused here, by the name of the field.
-Both layouts are read: `rope_scaling` beside `rope_theta` (transformers 4), and `rope_parameters` (transformers 5).
+A config that needs maths which its model does not implement is refused here, with the name of the field. Both layouts
+are read: `rope_scaling` beside `rope_theta` (transformers 4), and `rope_parameters` (transformers 5).
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from phi4_mlx.errors import ConfigError
 from phi4_mlx.files.json_file import read_json
 
-# Maths that the decoder does not do: each field, and the values under which it changes nothing.
+# Maths that the decoder does not implement: each field, and the values that leave it unused.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
@@ -37,26 +37,63 @@ _ROPE_KEYS = {
     "short_factor", "long_factor", "factor", "attention_factor",
 }  # fmt: skip
 
-_LARGEST = 2**24  # of a count: far above any of the family's, and small enough for MLX's shapes
+_MAX_COUNT = 2**24  # far above any count of the family, and small enough for MLX's shapes
+
+MODEL_FOLDER = "a model folder holds config.json, weights and tokenizer files"  # advice where config.json is missing
 
 QUANTIZATION_MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 
 
+class Config(Protocol):
+    """The fields that every kind of config has."""
+
+    @property
+    def model_type(self) -> str:
+        """The kind of model, a key of `phi4_mlx.checkpoint.KINDS`."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding, [V]."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states, [D]."""
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """The context: the most tokens of a prompt and its answer."""
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Blocks."""
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """True if the head is the embedding."""
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """The quantisation of the weights, as config.json has it; None for none."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as a config.json."""
+
+
 @dataclass(frozen=True)
 class RopeScaling:
-    """The two LongRoPE tables; one divisor of the frequency for each rotating pair.
+    """The two LongRoPE tables: a divisor of the frequency for each rotating pair.
 
     Source: LongRoPE (arXiv 2402.13753) and `_compute_longrope_parameters` in transformers.
     """
 
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]
-    attention_factor: float  # scale of cos and sin, the same under both tables
+    attention_factor: float  # scale of cos and sin, under both tables
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the decoder needs to know, under Hugging Face's own names. The defaults are those of `Phi3Config`."""
+    """The shapes of a phi3 decoder, under Hugging Face's field names. The defaults are those of `Phi3Config`."""
 
     hidden_size: int
     intermediate_size: int
@@ -77,7 +114,7 @@ class ModelConfig:
 
     @property
     def rotary_dims(self) -> int:
-        """How many of the head's dimensions rotate: the first ones."""
+        """The number of head dimensions that rotate: the first ones."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     @classmethod
@@ -85,22 +122,21 @@ class ModelConfig:
         """Reads `folder/config.json`.
 
         Raises:
-            ConfigError: as `from_dict`, and for a file that is missing or not JSON.
+            ConfigError: as for `from_dict`; or the file is missing or not JSON.
         """
-        advice = "a model folder holds config.json, weights and tokenizer files"
-        return cls.from_dict(read_json(folder / "config.json", if_missing=advice))
+        return cls.from_dict(read_json(folder / "config.json", if_missing=MODEL_FOLDER))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
-        """Makes the config from a parsed config.json in either layout.
+        """Builds the config from a parsed config.json in either layout.
 
         Raises:
-            ConfigError: a field is missing, is not a sensible number, or asks for maths that is not done here.
+            ConfigError: a field is missing, out of range, or needs maths that is not implemented.
         """
         return _parse(raw)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same config as a config.json in transformers 4 layout, which mlx-lm and the Swift loader read too."""
+        """The config as a config.json in transformers 4 layout, which mlx-lm and the Swift loader read too."""
         raw: dict[str, Any] = {
             "architectures": ["Phi3ForCausalLM"],
             "attention_bias": False,
@@ -139,15 +175,15 @@ def _parse(raw: Mapping[str, Any]) -> ModelConfig:
     if raw.get("model_type") != "phi3":
         raise ConfigError(
             f"config.json: model_type {raw.get('model_type')!r} is another architecture; "
-            "this package runs 'phi3' (Phi-4-mini, Phi-3.5-mini, Phi-4)"
+            "this config is of 'phi3' (Phi-4-mini, Phi-3.5-mini, Phi-4)"
         )
     for name, neutral in _NEUTRAL.items():
         if raw.get(name) not in neutral:
             raise ConfigError(
-                f"config.json: {name} = {_brief(raw[name])} asks for maths not done here; only {neutral[0]!r} is"
+                f"config.json: {name} = {_brief(raw[name])} is not supported; only {neutral[0]!r} is"
             )
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ConfigError(f"config.json: hidden_act = {raw['hidden_act']!r} is not done here; only 'silu' is")
+        raise ConfigError(f"config.json: hidden_act = {raw['hidden_act']!r} is not supported; only 'silu' is")
 
     hidden_size = _count(raw, "hidden_size")
     heads = _count(raw, "num_attention_heads")
@@ -189,19 +225,19 @@ def _parse(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def _check_window(raw: Mapping[str, Any], max_positions: int) -> None:
-    """A window as wide as the context changes nothing; a narrower one binds."""
+    """Refuses a window narrower than the context; a wider one never binds."""
     if raw.get("sliding_window") is None:
         return
     window = _number(raw, "sliding_window")
     if window < max_positions:
         raise ConfigError(
             f"config.json: sliding_window {window:.0f} would bind below max_position_embeddings {max_positions}; "
-            "windowed attention is not done here"
+            "windowed attention is not supported"
         )
 
 
 def _rope_dict(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Both layouts as one dict. What stands inside the dict wins, but for the boundary, as in the reference."""
+    """Both layouts as one dict. The inner dict wins, except for the boundary, as in the reference."""
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
         raise ConfigError(f"config.json: rope_scaling must be an object, not {given!r}")
@@ -209,7 +245,7 @@ def _rope_dict(raw: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(key for key in given if key not in _ROPE_KEYS and given[key] is not None)
     if unknown:
         raise ConfigError(
-            f"config.json: {unknown[0]!r} in rope_scaling is not known here; known are {sorted(_ROPE_KEYS)}"
+            f"config.json: {unknown[0]!r} in rope_scaling is unknown; known keys are {sorted(_ROPE_KEYS)}"
         )
     rope = {key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if raw.get(key) is not None}
     rope |= {key: value for key, value in given.items() if value is not None}
@@ -236,26 +272,26 @@ def _rope_scaling(raw: Mapping[str, Any], rope: Mapping[str, Any], pairs: int) -
 
 
 def _rope_type(rope: Mapping[str, Any]) -> Any:
-    """The kind of RoPE, under either layout's key."""
+    """The RoPE type, under either layout's key."""
     return rope.get("rope_type") or rope.get("type") or "default"
 
 
 def _check_rope_type(rope: Mapping[str, Any]) -> None:
     kind = _rope_type(rope)
-    # "su" and "yarn" are names that early Phi-3 configs gave to LongRoPE.
+    # Early Phi-3 configs call LongRoPE "su" or "yarn".
     if kind not in ("default", "longrope", "su", "yarn"):
-        raise ConfigError(f"config.json: rope type {kind!r} is not done here; only 'default' and 'longrope' are")
+        raise ConfigError(f"config.json: rope type {kind!r} is not supported; only 'default' and 'longrope' are")
 
 
 def _attention_factor(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> float:
-    """sqrt(1 + ln(factor) / ln(boundary)): keeps the softmax as sharp over the longer context."""
+    """sqrt(1 + ln(factor) / ln(boundary)), which keeps the softmax sharp over the longer context."""
     if rope.get("attention_factor") is not None:
         return _number(rope, "attention_factor")
     boundary = rope.get("original_max_position_embeddings") or raw["original_max_position_embeddings"]
     factor = _number(rope, "factor", raw["max_position_embeddings"] / boundary)
     if factor > 1 and boundary == 1:
         raise ConfigError(
-            "config.json: original_max_position_embeddings 1 leaves LongRoPE without a scale; it must be more"
+            "config.json: original_max_position_embeddings must be over 1: LongRoPE's scale divides by its logarithm"
         )
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(boundary))
 
@@ -267,7 +303,7 @@ def _quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
     method = found.get("quant_method") if isinstance(found, Mapping) else found
     if method is not None or "group_size" not in found or "bits" not in found:
         raise ConfigError(
-            f"config.json: quantization by {method or found!r} is not read here; convert the unquantised checkpoint"
+            f"config.json: quantization {method or found!r} is not supported; convert the unquantised checkpoint"
         )
     for name, value in found.items():
         _check_quantization(name, value, found)
@@ -275,12 +311,12 @@ def _quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _check_quantization(name: str, value: Any, whole: Mapping[str, Any]) -> None:
-    """One entry of `quantization`: a setting, or a layer's path with settings of its own, true or false."""
+    """One entry of `quantization`: a setting, or a layer's path with its own settings, true or false."""
     if name in ("group_size", "bits"):
         _count(whole, name)
     elif name == "mode":
         if value not in QUANTIZATION_MODES:
-            raise ConfigError(f"config.json: quantization mode {value!r} is not known; known are {QUANTIZATION_MODES}")
+            raise ConfigError(f"config.json: quantization mode {value!r} is unknown; known are {QUANTIZATION_MODES}")
     elif isinstance(value, Mapping) and value.keys() <= {"group_size", "bits", "mode"}:
         for key in value:
             _check_quantization(key, value[key], value)
@@ -291,7 +327,7 @@ def _check_quantization(name: str, value: Any, whole: Mapping[str, Any]) -> None
         )
 
 
-def _count(raw: Mapping[str, Any], name: str, default: int | None = None, most: int = _LARGEST) -> int:
+def _count(raw: Mapping[str, Any], name: str, default: int | None = None, most: int = _MAX_COUNT) -> int:
     value = raw.get(name)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
@@ -308,9 +344,9 @@ def _number(raw: Mapping[str, Any], name: str, default: float | None = None) -> 
 
 
 def _brief(value: Any) -> str:
-    """A value as an error shows it; a number may have thousands of digits, more than Python would print."""
+    """A value as errors show it; Python refuses to print a number of thousands of digits."""
     if isinstance(value, int) and abs(value) > 10**40:
-        return "one of more than 40 digits"
+        return "a number of more than 40 digits"
     return f"{value!r:.100}"
 
 
@@ -319,43 +355,3 @@ def _flag(raw: Mapping[str, Any], name: str) -> bool:
     if value not in (True, False, None) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
         raise ConfigError(f"config.json: {name} must be true or false, not {_brief(value)}")
     return bool(value)
-
-
-# The true shapes, so that tensors can be named and counted without weights. Frequencies: Phi-4-mini's own config.json;
-# Phi-3.5-mini's tables are not at hand, and its preset carries neutral ones of the right length.
-_PHI_4_MINI_LONG_FACTOR = (
-    1, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649,
-    2.446418898, 2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845, 5.351743533,
-    5.984965424, 6.693110555, 7.485043894, 8.370679318, 9.36110372, 10.4687158, 11.70738129, 13.09260651,
-    14.64173252, 16.37415215, 18.31155283, 20.47818807, 22.90118105, 25.61086418, 28.64115884, 32.03,
-    32.1, 32.13, 32.23, 32.6, 32.61, 32.64, 32.66, 32.7, 32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77,
-)  # fmt: skip
-
-
-def _preset(long_factor: tuple[float, ...] | None = None, **fields: Any) -> ModelConfig:
-    raw = {"model_type": "phi3", "original_max_position_embeddings": 4096, **fields}
-    if long_factor:
-        raw["rope_scaling"] = {
-            "type": "longrope", "short_factor": [1.0] * len(long_factor), "long_factor": list(long_factor),
-        }  # fmt: skip
-    return ModelConfig.from_dict(raw)
-
-
-_PHI_4: dict[str, Any] = {
-    "hidden_size": 5120, "intermediate_size": 17920, "num_hidden_layers": 40, "num_attention_heads": 40,
-    "num_key_value_heads": 10, "vocab_size": 100352,
-}  # fmt: skip
-
-PRESETS: dict[str, ModelConfig] = {
-    "phi-4-mini": _preset(
-        _PHI_4_MINI_LONG_FACTOR, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, num_attention_heads=24,
-        num_key_value_heads=8, vocab_size=200064, max_position_embeddings=131072, partial_rotary_factor=0.75,
-        tie_word_embeddings=True,
-    ),
-    "phi-3.5-mini": _preset(
-        (1.0,) * 48, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=32, vocab_size=32064, max_position_embeddings=131072,
-    ),
-    "phi-4": _preset(**_PHI_4, max_position_embeddings=16384, rope_theta=250000.0),
-    "phi-4-reasoning": _preset(**_PHI_4, max_position_embeddings=32768, rope_theta=500000.0),
-}  # fmt: skip

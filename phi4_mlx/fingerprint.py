@@ -1,7 +1,7 @@
-"""What tells one model, one adapter or one file's numbers from another, by SHA-256 over sums of bits.
+"""Fingerprints of models, adapters and tensor files: SHA-256 over names and sums of bits.
 
-What is hashed are the names and, of each row of a tensor, the sum of its 32-bit words, which the device adds up about
-as fast as it reads memory. A flipped bit changes a sum for certain. It guards against damage and mix-ups, not forgers.
+The hash covers the sum of the 32-bit words of each tensor row, which the device computes about as fast as it reads
+memory. Any single flipped bit changes a sum. This guards against damage and mix-ups, not against forgery.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from phi4_mlx.adapters.layers import adapter_layers, adapter_parameters
-from phi4_mlx.models.text import Model
+from phi4_mlx.models.model import LanguageModel
 
-WITHOUT = "none"  # the fingerprint of no adapter
+WITHOUT = "none"  # the fingerprint of a model without an adapter
 
 
-def base_fingerprint(model: Model) -> str:
-    """Tells one base model from another by its config and all its tensors; 32 hexadecimal digits.
+def base_fingerprint(model: LanguageModel) -> str:
+    """The fingerprint of a base model, from its config and all its tensors; 32 hexadecimal digits.
 
     Args:
-        model: with or without an adapter; lazy weights are read. A model with an adapter fused into it is another one.
+        model: with or without an adapter; lazy weights are read. Fusing an adapter changes the fingerprint.
     """
     trained = adapter_parameters(model)
     parameters = tree_flatten(model.parameters())
@@ -32,8 +32,8 @@ def base_fingerprint(model: Model) -> str:
     return _fingerprint(model.config.to_dict(), base)
 
 
-def adapter_fingerprint(model: Model) -> str:
-    """Tells one adapter of a model from another by its kinds, scales and tensors; `WITHOUT` if none is switched on."""
+def adapter_fingerprint(model: LanguageModel) -> str:
+    """The fingerprint of the adapter on a model, from its kinds, scales and tensors; `WITHOUT` if none is on."""
     on = {path: (layer.kind, layer.scale) for path, layer in adapter_layers(model).items() if layer.on}
     trained = {name: array for name, array in adapter_parameters(model).items() if name.rpartition(".")[0] in on}
     return _fingerprint(on, trained) if on else WITHOUT
@@ -52,12 +52,12 @@ def _fingerprint(about: Any, arrays: Mapping[str, mx.array]) -> str:
 
 
 def _sums(arrays: Iterable[mx.array]) -> bytes:
-    """The sums of the rows, along the last axis, modulo 2**32."""
+    """Row sums along the last axis, modulo 2**32."""
     return bytes(memoryview(mx.concatenate([_words(array).sum(axis=-1).reshape(-1) for array in arrays])))
 
 
 def _words(array: mx.array) -> mx.array:
-    """The bits of an array as whole numbers of 32 bits, or fewer where a row ends within 32."""
+    """The bits of an array as 32-bit integers, or narrower ones where a row is not a multiple of 4 bytes."""
     array = array.reshape(-1) if array.ndim == 0 else array
     row_bytes = array.shape[-1] * array.itemsize
     if row_bytes % 4 == 0:

@@ -15,7 +15,7 @@ from phi4_mlx.adapters.folder import PARTS
 _ROWS = 1024  # rows of a matrix that are unpacked to fp32 at a time
 
 
-class LoRALinear(nn.Module):  # type: ignore[misc]  # mlx is not type-checked
+class LoRALinear(nn.Module):
     """y = W x + scale * (x a) b, over a dense or a quantised linear layer W.
 
     The product is computed in the dtype of x; a and b may have a higher precision.
@@ -30,6 +30,7 @@ class LoRALinear(nn.Module):  # type: ignore[misc]  # mlx is not type-checked
     """
 
     kind = "lora"
+    constant_in_trace = True  # `_folded` is derived from weights, so a compiled step may not take them as inputs
 
     def __init__(self, linear: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0):
         super().__init__()

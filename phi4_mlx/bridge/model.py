@@ -11,7 +11,7 @@ from phi4_mlx.adapters.layers import put_adapter, read_adapter, remove_adapter
 from phi4_mlx.agent import call_ids
 from phi4_mlx.checkpoint import load
 from phi4_mlx.errors import RequestError, check_number, check_whole
-from phi4_mlx.generation.sampling import make_logits_processors, make_sampler
+from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.generation.stream import stream_generate
 from phi4_mlx.grammar.constraint import Constraint
 from phi4_mlx.grammar.grammars import Grammar, json_schema, tool_calls
@@ -128,10 +128,11 @@ class _Answer:
         check_whole("max_tokens", max_tokens, 1)
         max_tokens = min(max_tokens, max(room, 1))
         grammar, bounded = self._grammar()
+        sampling = Sampling.of(given)
         return {
             "max_tokens": max_tokens,
-            "sampler": make_sampler(**{name: given[name] for name in SAMPLER if name in given}),
-            "logits_processors": make_logits_processors(**{name: given[name] for name in PENALTIES if name in given}),
+            "sampler": sampling.sampler(),
+            "logits_processors": sampling.processors(),
             "stop": given.get("stop"),
             "logits_mask": grammar
             and Constraint(grammar, self._tokenizer, vocab_size, max_tokens if bounded else None),

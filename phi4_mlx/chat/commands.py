@@ -160,8 +160,7 @@ def _load_cache(chat: Chat, path: Path) -> str:
     try:
         model, tokenizer = conversation.model, conversation.tokenizer
         cache, said = load_prompt_cache(beside, model, tokenizer, return_metadata=True)
-        own = model.make_cache(**conversation.cache_options)
-        if (cache[0].bits, cache[0].max_size) != (own[0].bits, own[0].max_size):
+        if cache.options != conversation.cache_options:
             raise RequestError(f"{beside} was made with another --kv-bits or --max-kv-size than this chat")
     except Phi4Error as error:
         return f"; the next prompt is prefilled anew: {error}"
@@ -235,7 +234,7 @@ def _stats(chat: Chat, rest: str) -> None:
             f"last answer  {usage.answer_tokens:,} tokens at {usage.answer_tps:,.1f} tokens/s",
             f"memory       {usage.peak_memory:.2f} GB at the peak, {conversation.cache.nbytes / 1e6:,.1f} MB of cache",
         ]
-    if conversation.model.config.rope_scaling:
+    if conversation.model.boundary is not None:
         run_again = f"; {usage.reprefilled:,} tokens were run again for it" if usage.reprefilled else ""
         lines.append(f"RoPE table   {conversation.cache.regime}{run_again}")
     chat.screen.write("\n".join(lines) + "\n")

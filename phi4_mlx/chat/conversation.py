@@ -8,14 +8,16 @@ cache finds out for itself how much of it is known: to undo, retry or change the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from phi4_mlx.agent import Approval, Event, Round, ToolLoop
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import check_context, plan_context
+from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.stream import GenerationResponse
+from phi4_mlx.models.cache import CacheOptions
 from phi4_mlx.tokens.tokenizer import Control
 from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.json_text import json_text
@@ -23,7 +25,7 @@ from phi4_mlx.tools.toolbox import Toolbox
 
 if TYPE_CHECKING:
     from phi4_mlx.grammar.grammars import Grammar
-    from phi4_mlx.models.text import Model
+    from phi4_mlx.models.model import LanguageModel
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
 
@@ -84,16 +86,16 @@ class Conversation:
         toolbox: the tools that the model may call.
         turns: the finished turns; change them as you like between two questions.
         usage: what the last answer cost.
-        cache_options: those of `make_cache`.
+        cache_options: the kind of cache; see `make_cache`.
     """
 
-    model: Model
+    model: LanguageModel
     tokenizer: Tokenizer
     system: str | None = None
     toolbox: Toolbox = field(default_factory=Toolbox)
     turns: list[Turn] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)
-    cache_options: dict[str, Any] = field(default_factory=dict)
+    cache_options: CacheOptions = field(default_factory=CacheOptions)
 
     def __post_init__(self) -> None:
         self.forget_cache()
@@ -103,7 +105,7 @@ class Conversation:
         """How many tokens a conversation with this model can hold."""
         return self.model.config.max_position_embeddings
 
-    def switch(self, model: Model, tokenizer: Tokenizer) -> None:
+    def switch(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
         """Goes on with another model, whose tokenizer may be another one too."""
         self.model, self.tokenizer = model, tokenizer
         self.forget_cache()
@@ -119,7 +121,7 @@ class Conversation:
 
     def forget_cache(self) -> None:
         """Drops what the model remembers; the next prompt is prefilled whole."""
-        self.cache = self.model.make_cache(**self.cache_options)
+        self.cache = self.model.make_cache(**vars(self.cache_options))
 
     def ids(self) -> list[int]:
         """All turns as token ids, as the model saw and made them."""
@@ -147,23 +149,19 @@ class Conversation:
     def ask(
         self,
         question: str,
+        options: DecodeOptions,
         *,
-        max_tokens: int,
-        progress: Callable[[int, int], None] | None = None,
         grammar: Grammar | None = None,
         approve: Approval | None = None,
-        **options: Any,
     ) -> Generator[Event, None, None]:
         """Asks, and yields the answer as it comes; what was yielded becomes a turn, also when the caller stops early.
 
         Args:
             question: what the user wrote.
-            max_tokens: the longest answer; less where the context ends before.
-            progress: as `prompt_progress_callback` in `generate_step`; it may raise `Interrupted`, which ends the
-                answer without a trace.
+            options: of the answer; it is shorter than `max_tokens` where the context ends before. The progress callback
+                may raise `Interrupted`, which ends the answer without a trace.
             grammar: what the answer must obey.
             approve: as in `run_tools`; it may raise `Interrupted` too, and what was said before stays.
-            options: others of `generate_step`, such as the sampler.
 
         Yields:
             A response a token, and each call of a tool before and after it is run.
@@ -179,18 +177,17 @@ class Conversation:
                 f"the conversation would come to {len(prompt):,} tokens, and the context holds {self.context:,}; "
                 "/reset starts anew, /undo takes back a turn"
             )
-        check_context(plan_context(self.model, **self.cache_options), len(prompt))
+        plan = plan_context(self.model, self.cache_options.kv_bits, self.cache_options.max_kv_size)
+        check_context(plan, len(prompt))
         loop = ToolLoop(
             self.model,
             self.tokenizer,
             prompt,
             self.toolbox,
             self.cache,
-            max_tokens=max_tokens,
+            options,
             grammar=grammar,
             approve=approve,
-            prompt_progress_callback=progress,
-            **options,
         )
         return self._answer(question, loop)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,10 @@ from phi4_mlx.terminal.screen import Screen, StopButton
 if TYPE_CHECKING:
     from phi4_mlx.agent import Event
     from phi4_mlx.chat.conversation import Conversation
+    from phi4_mlx.generation.options import DecodeOptions
     from phi4_mlx.generation.speculate import Mode
     from phi4_mlx.grammar.grammars import Grammar
-    from phi4_mlx.models.text import Model
+    from phi4_mlx.models.model import LanguageModel
 
 
 class Chat:
@@ -40,16 +42,16 @@ class Chat:
     grammar: Grammar | None = None
     approve: Doorkeeper | None = None
     speculate: Mode = "off"
-    draft: Model | None = None
+    draft: LanguageModel | None = None
 
     def __init__(self, screen: Screen, settings: dict[str, Any], person: bool) -> None:
         self.screen = screen
         self.settings = settings
         self.defaults = dict(settings)
         self.saved_as: Path | None = None
-        self.cache_options: dict[str, Any] = {}
+        self.cache_options: dict[str, Any] = {}  # kv_bits and max_kv_size, before models are imported
         self._person = person
-        self._drawing: dict[str, Any] | None = None
+        self._options: DecodeOptions | None = None
 
     def load_model(self, name: str | None, **options: Any) -> None:
         """Loads a model; a conversation that is under way goes on with it.
@@ -64,6 +66,7 @@ class Chat:
         from phi4_mlx.chat.conversation import Conversation
         from phi4_mlx.checkpoint import load
         from phi4_mlx.hub import DEFAULT_MODEL
+        from phi4_mlx.models.cache import CacheOptions
 
         name = DEFAULT_MODEL if name is None else name
         self.screen.status(f"loading {name} ...")
@@ -74,19 +77,19 @@ class Chat:
         if hasattr(self, "conversation"):
             self.conversation.switch(model, tokenizer)
         else:
-            self.conversation = Conversation(model, tokenizer, cache_options=self.cache_options)
-        self.model_name, self._drawing = name, None
+            self.conversation = Conversation(model, tokenizer, cache_options=CacheOptions(**self.cache_options))
+        self.model_name, self._options = name, None
 
     def load_draft(self, name: str) -> None:
         """Loads the model that guesses tokens, from the next answer on."""
         from phi4_mlx.checkpoint import load
 
-        self.draft, self._drawing = load(name)[0], None
+        self.draft, self._options = load(name)[0], None
 
     def set(self, name: str, value: Any) -> None:
         """Changes a sampling option, from the next answer on."""
         self.settings[name] = value
-        self._drawing = None
+        self._options = None
 
     def greet(self) -> None:
         """Says who is there, and how to find out more."""
@@ -104,14 +107,11 @@ class Chat:
         """
         stop = StopButton()
         with stop if self._person else contextlib.nullcontext():
-            events = self.conversation.ask(
-                question,
-                max_tokens=self.settings["max-tokens"],
-                progress=lambda done, total: self._show_progress(done, total, stop.pressed),
-                grammar=self.grammar,
-                approve=self.approve,
-                **self._how_to_draw(),
+            options = dataclasses.replace(
+                self.decode_options(),
+                prompt_progress_callback=lambda done, total: self._show_progress(done, total, stop.pressed),
             )
+            events = self.conversation.ask(question, options, grammar=self.grammar, approve=self.approve)
             try:
                 with contextlib.closing(events):
                     self._show(events, stop)
@@ -154,19 +154,27 @@ class Chat:
         if stopped:
             raise Interrupted
 
-    def _how_to_draw(self) -> dict[str, Any]:
-        """How tokens are drawn, made once for its settings, so that a seed does not begin anew at each answer."""
-        if self._drawing is None:
-            from phi4_mlx.generation.sampling import drawing
+    def decode_options(self) -> DecodeOptions:
+        """The options of every answer, made once for its settings: a seed must not start again at each answer."""
+        if self._options is None:
+            from phi4_mlx.generation.options import DecodeOptions
+            from phi4_mlx.generation.sampling import Sampling
             from phi4_mlx.generation.speculate import make_proposer
 
-            conversation = self.conversation
-            seeded = self.settings["seed"] is not None and self.settings["temp"] > 0
-            proposer = make_proposer(
-                self.speculate, conversation.model, self.draft, seeded=seeded, bounded=conversation.cache.bounded
+            sampling, conversation = Sampling.of(self.settings), self.conversation
+            self._options = DecodeOptions(
+                max_tokens=self.settings["max-tokens"],
+                sampler=sampling.sampler(),
+                logits_processors=sampling.processors(),
+                proposer=make_proposer(
+                    self.speculate,
+                    conversation.model,
+                    self.draft,
+                    seeded=sampling.seeded,
+                    rewindable=conversation.cache.rewindable,
+                ),
             )
-            self._drawing = drawing(self.settings) | {"proposer": proposer}
-        return self._drawing
+        return self._options
 
     def _explain_end(self, stopped: bool) -> None:
         usage = self.conversation.usage

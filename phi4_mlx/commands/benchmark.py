@@ -18,7 +18,7 @@ from phi4_mlx.terminal.command import Parser, number, run
 from phi4_mlx.terminal.options import add_kv_bits_option, add_model_options, load_options
 
 if TYPE_CHECKING:
-    from phi4_mlx.models.text import Model
+    from phi4_mlx.models.model import LanguageModel
 
 BANDWIDTHS = {
     "Apple M1": 68.25, "Apple M1 Pro": 200, "Apple M1 Max": 400, "Apple M1 Ultra": 800,
@@ -84,7 +84,7 @@ def _benchmark(args: argparse.Namespace) -> None:
         "device": device,
         "mlx": mx.__version__,
         "bandwidth_gb_per_s": bandwidth,
-        "weights_bytes": sum(array.nbytes for array in _arrays(model).values()),
+        "weights_bytes": model.weights_bytes,
         "kv_bits": args.kv_bits,
         "generation_tokens": args.generation_tokens,
         "repeats": args.repeats,
@@ -93,7 +93,7 @@ def _benchmark(args: argparse.Namespace) -> None:
     print(json.dumps(report) if args.json else table(report))
 
 
-def _length(model: Model, length: int, args: argparse.Namespace, bandwidth: float | None) -> dict[str, Any]:
+def _length(model: LanguageModel, length: int, args: argparse.Namespace, bandwidth: float | None) -> dict[str, Any]:
     """The figures of one length of prompt."""
     import mlx.core as mx
 
@@ -107,7 +107,7 @@ def _length(model: Model, length: int, args: argparse.Namespace, bandwidth: floa
         print(f"{line}, the others in {decode_s:.2f} s", file=sys.stderr, flush=True)
     first_s, decode_s = (median(times) for times in zip(*runs, strict=True))
     decode = (args.generation_tokens - 1) / decode_s
-    ceiling = ceiling_tokens_per_s(weights_read(model) + kv_bytes * (length + args.generation_tokens // 2), bandwidth)
+    ceiling = ceiling_tokens_per_s(model.step_bytes + kv_bytes * (length + args.generation_tokens // 2), bandwidth)
     return {
         "prompt_tokens": length,
         "prefill_tokens_per_s": length / first_s,
@@ -120,7 +120,9 @@ def _length(model: Model, length: int, args: argparse.Namespace, bandwidth: floa
     }
 
 
-def measure(model: Model, length: int, new_tokens: int, kv_bits: int | None = None) -> tuple[float, float, float]:
+def measure(
+    model: LanguageModel, length: int, new_tokens: int, kv_bits: int | None = None
+) -> tuple[float, float, float]:
     """Times one prompt and its answer, which are of one RoPE table from their first token on.
 
     Args:
@@ -141,7 +143,7 @@ def measure(model: Model, length: int, new_tokens: int, kv_bits: int | None = No
 
     draw = random.Random(length)
     prompt = [draw.randrange(model.config.vocab_size) for _ in range(length)]
-    cache = model.make_cache(model.model.rope.regime(length + new_tokens), kv_bits)
+    cache = model.make_cache(model.regime(length + new_tokens), kv_bits)
     mx.clear_cache()
     with wired_memory():
         start = time.perf_counter()
@@ -150,21 +152,9 @@ def measure(model: Model, length: int, new_tokens: int, kv_bits: int | None = No
     return times[0] - start, times[-1] - times[0], kv_bytes
 
 
-def weights_read(model: Model) -> int:
-    """Bytes of the weights that a decode step reads: all but an embedding that is not the head too."""
-    tied = model.config.tie_word_embeddings
-    return sum(array.nbytes for path, array in _arrays(model).items() if tied or "embed_tokens" not in path)
-
-
 def ceiling_tokens_per_s(bytes_per_token: float, bandwidth_gb_per_s: float | None) -> float | None:
     """What the memory allows, None if its bandwidth is not known."""
     return None if bandwidth_gb_per_s is None else 1e9 * bandwidth_gb_per_s / bytes_per_token
-
-
-def _arrays(model: Model) -> dict[str, Any]:
-    from mlx.utils import tree_flatten
-
-    return dict(tree_flatten(model.parameters()))
 
 
 def table(report: dict[str, Any]) -> str:

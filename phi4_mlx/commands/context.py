@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Sequence
 
+from phi4_mlx.errors import RequestError
 from phi4_mlx.terminal.command import Parser, run
 from phi4_mlx.terminal.options import add_model_options, load_options
 
@@ -31,7 +33,10 @@ def _context(args: argparse.Namespace) -> None:
 
     name = args.model or DEFAULT_MODEL
     model, _ = load(name, **load_options(args), lazy=True)
-    plans = {bits: plan_context(model, bits) for bits in (None, 8, 4) if bits is None or not model.config.head_dim % 32}
+    plans = {}
+    for bits in (None, 8, 4):
+        with contextlib.suppress(RequestError):  # a model whose cache cannot be quantised
+            plans[bits] = plan_context(model, bits)
     plain = plans[None]
     powers = [2**n for n in range(9, 40) if 2**n < plain.longest]
     lengths = [*powers[-6:], plain.longest]

@@ -11,7 +11,6 @@ from phi4_mlx.commands.prompt import prompt_messages, read_prompt, show_progress
 from phi4_mlx.errors import RequestError
 from phi4_mlx.terminal.command import Parser, run, text, word
 from phi4_mlx.terminal.options import (
-    SAMPLING,
     add_decoding_options,
     add_model_options,
     add_sampling_options,
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from phi4_mlx.generation.stream import GenerationResponse
     from phi4_mlx.grammar.grammars import Grammar
     from phi4_mlx.models.cache import PromptCache
-    from phi4_mlx.models.text import Model
+    from phi4_mlx.models.model import LanguageModel
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
 
@@ -69,9 +68,10 @@ def _complete(args: argparse.Namespace) -> None:
 
     from phi4_mlx.checkpoint import load
     from phi4_mlx.generation.memory import check_context, plan_context
-    from phi4_mlx.generation.sampling import drawing
+    from phi4_mlx.generation.options import DecodeOptions
+    from phi4_mlx.generation.sampling import Sampling
     from phi4_mlx.generation.speculate import make_proposer
-    from phi4_mlx.generation.stream import stream_generate
+    from phi4_mlx.generation.stream import stream
     from phi4_mlx.hub import DEFAULT_MODEL
 
     # Lazily: the first step reads each weight as it comes to it.
@@ -80,12 +80,11 @@ def _complete(args: argparse.Namespace) -> None:
         ids, cache = _ids(tokenizer, prompt, args), model.make_cache(**cache_options(args))
     else:
         ids, cache = _after_cached(args.prompt_cache_file, prompt, model, tokenizer)
-    check_context(plan_context(model, cache[0].bits, cache[0].max_size), cache.offset + len(ids))
+    plan = plan_context(model, cache.options.kv_bits, cache.options.max_kv_size)
+    check_context(plan, cache.offset + len(ids))
     cached = cache.offset
-    options = drawing({name: getattr(args, name.replace("-", "_")) for name in SAMPLING})
+    sampling = Sampling.of(vars(args))
     draft = None if args.draft_model is None else load(args.draft_model, lazy=True)[0]
-    seeded = args.seed is not None and args.temp > 0
-    options["proposer"] = make_proposer(args.speculate, model, draft, seeded=seeded, bounded=cache.bounded)
     show = printable if sys.stdout.isatty() else str
     last, begun = "\n", False
 
@@ -93,12 +92,23 @@ def _complete(args: argparse.Namespace) -> None:
         if not begun:  # else a prefill in the middle of the answer, at a RoPE crossing
             show_progress(done, total)
 
-    options |= {"cache": cache, "max_tokens": args.max_tokens, "stop": args.stop, "prompt_progress_callback": progress}
+    constraint = None
     if grammar is not None:
         from phi4_mlx.grammar.constraint import Constraint
 
-        options["logits_mask"] = Constraint(grammar, tokenizer, model.config.vocab_size, args.max_tokens)
-    for event in stream_generate(model, tokenizer, ids, **options):
+        constraint = Constraint(grammar, tokenizer, model.config.vocab_size, args.max_tokens)
+    options = DecodeOptions(
+        max_tokens=args.max_tokens,
+        sampler=sampling.sampler(),
+        logits_processors=sampling.processors(),
+        logits_mask=constraint,
+        stop=args.stop,
+        proposer=make_proposer(
+            args.speculate, model, draft, seeded=sampling.seeded, rewindable=cache.rewindable
+        ),
+        prompt_progress_callback=progress,
+    )
+    for event in stream(model, tokenizer, ids, cache, options):
         sys.stdout.write(show(event.text))
         sys.stdout.flush()
         last, begun = event.text or last, True
@@ -106,7 +116,7 @@ def _complete(args: argparse.Namespace) -> None:
         print(flush=True)
     if args.verbose:
         _report(event, cached)
-    if grammar is not None and not options["logits_mask"].complete:
+    if constraint is not None and not constraint.complete:
         raise RequestError(f"the answer had not ended after --max-tokens {args.max_tokens}; allow it more")
 
 
@@ -134,7 +144,7 @@ def _ids(tokenizer: Tokenizer, prompt: str, args: argparse.Namespace) -> list[in
     return tokenizer.apply_chat_template(prompt_messages(prompt, args.system_prompt))
 
 
-def _after_cached(path: str, prompt: str, model: Model, tokenizer: Tokenizer) -> tuple[list[int], PromptCache]:
+def _after_cached(path: str, prompt: str, model: LanguageModel, tokenizer: Tokenizer) -> tuple[list[int], PromptCache]:
     """A file's cache, and what is still to be prefilled of the prompt behind its text."""
     from phi4_mlx.generation.prompt_cache_file import load_prompt_cache
 

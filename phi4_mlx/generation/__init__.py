@@ -1,6 +1,7 @@
 """Generation: ids to tokens to text; sampling, speculation, batches, memory plans, prompt cache files."""
 
-from phi4_mlx.generation.steps import Progress, generate_step
+from phi4_mlx.generation.options import DecodeOptions, Progress
+from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.generation.stream import (
     AnswerText,
     GenerationResponse,
@@ -13,6 +14,7 @@ from phi4_mlx.generation.stream import (
 
 __all__ = [
     "AnswerText",
+    "DecodeOptions",
     "GenerationResponse",
     "Progress",
     "StreamingDecoder",

@@ -1,57 +1,55 @@
-"""Continuous batching: many sequences over one model, which join and leave at every step.
+"""Continuous batching: a scheduler of many sequences, which join and leave at every step.
 
-A step draws a token for every sequence whose prompt has been read, and reads chunks of others. Until then a
-sequence has a cache of its own; afterwards its keys and values are a row among `Rows` of the same model and RoPE table.
-Whatever takes a row out of step (a crossing of the RoPE boundary, a run of forced tokens, want of memory, a failure)
-takes it out of the rows, and it comes back as it came first: by a prefill of what its cache does not hold.
+A step draws one token for every prefilled sequence and prefills chunks of the others. While its prompt is prefilled, a
+sequence has its own cache; afterwards it is a row of a `BatchCache` of its model and RoPE table. Whatever takes a row
+out of step (a RoPE crossing, a run of forced tokens, lack of memory, a failure) takes it out of the batch cache, and it
+comes back as it first came: by a prefill of the ids that its cache does not hold.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import mlx.core as mx
 
-from phi4_mlx.generation.memory import kv_bytes
-from phi4_mlx.generation.sampling import LogitsProcessor
-from phi4_mlx.models.batch_cache import Rows
-from phi4_mlx.models.cache import PromptCache, buffer_length
+from phi4_mlx.generation.memory import cache_bytes
+from phi4_mlx.generation.options import LogitsMask
+from phi4_mlx.generation.sampling import Draw, LogitsProcessor, apply_processors, draw
+from phi4_mlx.generation.steps import chunk_ends, finish_chunk
+from phi4_mlx.models.batch_cache import BatchCache
+from phi4_mlx.models.cache import PromptCache
+from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.rope import Regime
-from phi4_mlx.models.text import Model
 
-PREFILL_STEP_SIZE = 512  # tokens a step: what the answers of others wait for
-PADDING = 4096  # columns that a row may cost beside others of another length; a forward pass more costs four times that
-FORCED_RUN = 8  # forced tokens that are worth a prefill of their own, rather than a step each beside the others
-
-
-def _buffer_bytes(model: Model, length: int) -> int:
-    """Bytes of the buffers that hold so many tokens and the next one."""
-    return buffer_length(length) * kv_bytes(model)
+PREFILL_STEP_SIZE = 512  # prompt tokens a step; running answers wait for them
+MAX_PADDING = 4096  # columns that a row may add to rows of another length; one more forward pass costs four times that
+FORCED_RUN = 8  # forced tokens from which a prefill is faster than a step each
 
 
 @dataclass(eq=False)
-class Sequence:
-    """A prompt, and the answer to it as far as it has come.
+class BatchSequence:
+    """A prompt and its answer so far.
 
     Attributes:
-        model: which model answers; sequences of several models may share a `Batch`.
+        model: the model that answers; sequences of several models may share a `Batch`.
         ids: the prompt, and every token drawn since.
-        max_tokens: how many tokens to draw at most.
+        max_tokens: the most tokens to draw.
         sampler: log-probabilities [1, V] -> token [1]; None takes the likeliest.
         processors: each (all ids so far [S], logits [1, V]) -> logits [1, V], in turn.
-        logits_mask: what the answer must obey, as `generate_step` takes it.
-        cache: what of `ids` is known already; None for nothing. Taken over, and changed.
+        logits_mask: restricts the answer; see `generate_step`.
+        cache: of the first ids; None for none. Taken over, and changed.
+        restarts: times that its rows were lost to a failure of a whole step.
     """
 
-    model: Model
+    model: LanguageModel
     ids: list[int]
     max_tokens: int
-    sampler: Callable[[mx.array], mx.array] | None = None
-    processors: Iterable[LogitsProcessor] = ()
-    logits_mask: Any | None = None
+    sampler: Draw | None = None
+    processors: Sequence[LogitsProcessor] = ()
+    logits_mask: LogitsMask | None = None
     cache: PromptCache | None = None
 
     def __post_init__(self) -> None:
@@ -65,18 +63,23 @@ class Sequence:
 
     @property
     def regime(self) -> Regime:
-        """The RoPE table that all of its ids ask for."""
-        return self.model.model.rope.regime(len(self.ids))
+        """The RoPE table that all its ids need."""
+        return self.model.regime(len(self.ids))
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the keys and values of all of its ids take, in whole buffers."""
-        return _buffer_bytes(self.model, len(self.ids))
+        """Bytes that a cache of all its ids takes, in whole buffers."""
+        return cache_bytes(self.model.context_cost(), len(self.ids))
+
+    @property
+    def is_greedy(self) -> bool:
+        """True if it takes the likeliest token of unchanged logits."""
+        return self.sampler is None and not self.processors and self.logits_mask is None
 
     def take(self, token: int) -> list[int] | None:
-        """Appends a token that was drawn; returns it, with those that a grammar forces to follow.
+        """Appends a drawn token; returns it with the tokens that a grammar forces after it.
 
-        None if the grammar would rather have another in its place.
+        None if the grammar wants another token in its place.
         """
         forced = self.logits_mask.accept(token) if self.logits_mask is not None else []
         if forced is None:
@@ -86,89 +89,79 @@ class Sequence:
         return tokens
 
     def in_step(self, length: int, regime: Regime) -> bool:
-        """Whether a cache of that length and regime goes on by a token at a time."""
+        """True if a cache of that length and regime continues one token at a time."""
         return self.regime == regime and len(self.ids) - length < FORCED_RUN
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token drawn, and the log-probabilities [V] that it was drawn from, computed only if they are looked at.
+    """A drawn token and the log-probabilities [V] it was drawn from, computed only when read.
 
-    None for a token that a grammar forced.
+    The latter are None for a token that a grammar forced.
     """
 
-    sequence: Sequence
+    sequence: BatchSequence
     token: int
     logprobs: mx.array | None
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A sequence that cannot go on, and why."""
+    """A sequence that cannot continue, and the reason."""
 
-    sequence: Sequence
+    sequence: BatchSequence
     error: Exception
 
 
-class Memory(Protocol):
-    """What is known of prompts that others have brought before."""
+class PrefixStore(Protocol):
+    """Caches of earlier prompts."""
 
-    def recall(self, sequence: Sequence) -> PromptCache | None:
-        """A cache of how a sequence's ids begin, for it to take over; asked for when it begins to be read."""
+    def recall(self, sequence: BatchSequence) -> PromptCache | None:
+        """A cache of the first ids of a sequence, for it to take over; called when its prefill starts."""
 
-    def keep(self, sequence: Sequence) -> None:
-        """Told when all of a sequence's ids have been read; its cache will change."""
-
-
-class _Forgetful:
-    """Knows nothing."""
-
-    def recall(self, sequence: Sequence) -> PromptCache | None:
-        return None
-
-    def keep(self, sequence: Sequence) -> None:
-        pass
+    def keep(self, sequence: BatchSequence) -> None:
+        """Called when all ids of a sequence are prefilled; its cache will change afterwards."""
 
 
 @dataclass(eq=False)
 class _Group:
-    """Rows of one model and one RoPE table, and whose they are.
+    """Rows of one model and one RoPE table.
 
     Attributes:
-        model: the model of all.
-        rows: their keys and values.
-        members: whose row it is; nobody's where its sequence has left.
+        model: the model of all rows.
+        cache: their keys and values.
+        members: the sequence of each row; None where it has left.
         arrivals: sequences that become rows at the next step, with their caches.
     """
 
-    model: Model
-    rows: Rows
-    members: list[Sequence | None] = field(default_factory=list)
-    arrivals: list[tuple[Sequence, PromptCache]] = field(default_factory=list)
+    model: LanguageModel
+    cache: BatchCache
+    members: list[BatchSequence | None] = field(default_factory=list)
+    arrivals: list[tuple[BatchSequence, PromptCache]] = field(default_factory=list)
 
     @property
     def columns(self) -> int:
-        return max([self.rows.columns, *(cache.offset for _, cache in self.arrivals)])
+        return max([self.cache.columns, *(cache.offset for _, cache in self.arrivals)])
 
     @property
     def nbytes(self) -> int:
-        return (len(self.members) + len(self.arrivals)) * _buffer_bytes(self.model, self.columns)
+        return (len(self.members) + len(self.arrivals)) * cache_bytes(self.model.context_cost(), self.columns)
 
-    def padding_with(self, sequence: Sequence, cache: PromptCache) -> float:
-        """Columns that the sequence would cost beyond its own tokens; no number of them if it belongs elsewhere."""
-        if sequence.model is not self.model or cache.regime != self.rows.regime:
+    def padding_with(self, sequence: BatchSequence, cache: PromptCache) -> float:
+        """Columns that the sequence would add beyond its own tokens; infinite if it cannot be a row here."""
+        if sequence.model is not self.model or cache.regime != self.cache.regime:
             return math.inf
         longer = cache.offset - self.columns
         return longer * (len(self.members) + len(self.arrivals)) if longer > 0 else -longer
 
-    def settle(self) -> list[Sequence]:
-        """Gives up the rows of those that have left, takes in the arrivals; returns the members."""
+    def settle(self) -> list[BatchSequence]:
+        """Drops the rows of sequences that have left and appends the arrivals; returns the members."""
         kept = [number for number, member in enumerate(self.members) if member is not None]
         if len(kept) < len(self.members):
-            self.rows.keep(kept)
+            self.cache.keep(kept)
         members = [member for member in self.members if member is not None]
         if self.arrivals:
-            self.rows.join([cache for _, cache in self.arrivals])
+            self.cache.join([cache for _, cache in self.arrivals])
             for sequence, _ in self.arrivals:
                 sequence.cache = None
                 members.append(sequence)
@@ -177,15 +170,15 @@ class _Group:
 
 
 class Batch:
-    """Sequences that are answered together.
+    """The scheduler of sequences that are answered together.
 
     Attributes:
-        max_rows: sequences under way at a time; more wait.
-        kv_limit_bytes: what all keys and values may take; where they would outgrow it, the youngest sequence waits.
-        prefill_step_size: tokens of prompts that a step reads.
-        memory: what is known of earlier prompts.
-        waiting: sequences that have not begun, in order.
-        active: those that have, the oldest first.
+        max_rows: the most active sequences; more wait.
+        kv_limit_bytes: the most bytes of all caches; where they would exceed it, the youngest sequence waits.
+        prefill_step_size: prompt tokens that a step prefills.
+        prefixes: caches of earlier prompts; None for none.
+        waiting: sequences that have not started, in order.
+        active: started sequences, the oldest first.
     """
 
     def __init__(
@@ -193,26 +186,26 @@ class Batch:
         max_rows: int = 32,
         kv_limit_bytes: float = math.inf,
         prefill_step_size: int = PREFILL_STEP_SIZE,
-        memory: Memory | None = None,
+        prefixes: PrefixStore | None = None,
     ):
         self.max_rows, self.kv_limit_bytes, self.prefill_step_size = max_rows, kv_limit_bytes, prefill_step_size
-        self.memory: Memory = memory or _Forgetful()
-        self.waiting: list[Sequence] = []
-        self.active: list[Sequence] = []
-        self._reading: list[Sequence] = []
+        self.prefixes = prefixes
+        self.waiting: list[BatchSequence] = []
+        self.active: list[BatchSequence] = []
+        self._prefilling: list[BatchSequence] = []
         self._groups: list[_Group] = []
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values, with room for the next token of each."""
-        return sum(sequence.nbytes for sequence in self._reading) + sum(group.nbytes for group in self._groups)
+        """Bytes of all caches, with room for the next token of each."""
+        return sum(sequence.nbytes for sequence in self._prefilling) + sum(group.nbytes for group in self._groups)
 
-    def add(self, sequence: Sequence) -> None:
-        """Takes a sequence in, at the end of the line."""
+    def add(self, sequence: BatchSequence) -> None:
+        """Appends a sequence to the queue."""
         self.waiting.append(sequence)
 
-    def end(self, sequence: Sequence) -> PromptCache | None:
-        """Takes a sequence out, wherever it is; returns the cache of what is known of its ids, if anything is."""
+    def end(self, sequence: BatchSequence) -> PromptCache | None:
+        """Takes a sequence out, wherever it is; returns the cache of its ids, if there is one."""
         if sequence in self.waiting:
             self.waiting.remove(sequence)
         elif sequence in self.active:
@@ -221,90 +214,92 @@ class Batch:
         return sequence.cache
 
     def step(self) -> list[Token | Fault]:
-        """Draws a token for every sequence that has been read, and reads chunks of others.
+        """Draws a token for every prefilled sequence, and prefills chunks of the others.
 
         Returns:
-            What was drawn, and who cannot go on and is out already. Whoever has reached `max_tokens`, or an end marker,
-            is for the caller to `end`.
+            The drawn tokens, and the sequences that cannot continue and are already out. A sequence that has reached
+            `max_tokens` or an end marker is for the caller to `end`.
         """
         self._admit()
         events: list[Token | Fault] = []
         for group in list(self._groups):
             self._decode(group, events)
-        self._read(events)
+        self._prefill(events)
         return events
 
     def _admit(self) -> None:
-        """Lets sequences begin as far as there is room, or sends the youngest back where there is none."""
+        """Starts sequences while there is room; sends the youngest back to the queue where there is none."""
         while self.nbytes > self.kv_limit_bytes and len(self.active) > 1:
             youngest = self.active.pop()
             self._take_out(youngest)
             youngest.cache = None
             self.waiting.insert(0, youngest)
         while self.waiting and len(self.active) < self.max_rows:
-            growth = sum(_buffer_bytes(sequence.model, 0) for sequence in self.active)
+            growth = sum(cache_bytes(sequence.model.context_cost(), 0) for sequence in self.active)
             if self.active and self.nbytes + growth + self.waiting[0].nbytes > self.kv_limit_bytes:
                 break
             self.active.append(self.waiting.pop(0))
-            self._reading.append(self.active[-1])
+            self._prefilling.append(self.active[-1])
 
-    def _read(self, events: list[Token | Fault]) -> None:
-        """Runs chunks of prompts, each in its turn, as many as come to `prefill_step_size` tokens."""
+    def _prefill(self, events: list[Token | Fault]) -> None:
+        """Runs chunks of prompts in turn, `prefill_step_size` tokens in all."""
         room = self.prefill_step_size
-        while self._reading and room > 0:
-            sequence = self._next_to_read()
-            self._reading.remove(sequence)
+        while self._prefilling and room > 0:
+            sequence = self._next_to_prefill()
+            self._prefilling.remove(sequence)
             try:
-                sequence.cache = sequence.cache or self.memory.recall(sequence)
+                if sequence.cache is None and self.prefixes is not None:
+                    sequence.cache = self.prefixes.recall(sequence)
                 chunk, logits = _run_chunk(sequence, room)
                 room -= chunk
                 if logits is None:
-                    self._reading.append(sequence)
+                    self._prefilling.append(sequence)
                     continue
-                self.memory.keep(sequence)
+                if self.prefixes is not None:
+                    self.prefixes.keep(sequence)
                 self._draw([sequence], logits, events)
                 if sequence in self.active:
                     self._place(sequence)
             except Exception as error:
                 events.append(self._fail(sequence, error))
 
-    def _next_to_read(self) -> Sequence:
-        """The first in line, but one whose very prompt is being read already had better wait for what is found."""
-        begun = [each for each in self._reading if each.cache is not None]
-        for sequence in self._reading:
+    def _next_to_prefill(self) -> BatchSequence:
+        """Next sequence to prefill. One whose identical prompt is being prefilled waits, to reuse that cache."""
+        started = [each for each in self._prefilling if each.cache is not None]
+        for sequence in self._prefilling:
             if sequence.cache is not None or not any(
-                each.model is sequence.model and each.ids == sequence.ids for each in begun
+                each.model is sequence.model and each.ids == sequence.ids for each in started
             ):
                 return sequence
-        raise AssertionError("one that waits for another, and none that it waits for")
+        raise AssertionError("every sequence waits for another one")
 
-    def _place(self, sequence: Sequence) -> None:
-        """Sends a sequence that has been read to the group that it fits best, or to read on."""
+    def _place(self, sequence: BatchSequence) -> None:
+        """Sends a prefilled sequence to the group that it fits best, or back to prefill."""
         cache = sequence.cache
         assert cache is not None
         if not sequence.in_step(cache.offset, cache.regime):
-            self._reading.append(sequence)
+            self._prefilling.append(sequence)
             return
-        fitting = [group for group in self._groups if group.padding_with(sequence, cache) <= PADDING]
+        fitting = [group for group in self._groups if group.padding_with(sequence, cache) <= MAX_PADDING]
         if not fitting:
-            fitting = [_Group(sequence.model, Rows(sequence.model, cache.regime))]
+            fitting = [_Group(sequence.model, sequence.model.make_batch_cache(cache.regime))]
             self._groups += fitting
         min(fitting, key=lambda group: group.padding_with(sequence, cache)).arrivals.append((sequence, cache))
 
     def _decode(self, group: _Group, events: list[Token | Fault]) -> None:
-        """A token for every row of a group; one that has fallen out of step leaves it."""
-        for member, length in zip(list(group.members), group.rows.lengths, strict=True):
-            if member is not None and not member.in_step(length, group.rows.regime):
+        """Draws a token for every row of a group; a row that is out of step leaves it."""
+        for member, length in zip(list(group.members), group.cache.lengths, strict=True):
+            if member is not None and not member.in_step(length, group.cache.regime):
                 self._take_out(member)
-                self._reading.append(member)
+                self._prefilling.append(member)
         try:
             members = group.settle()
             if not members:
                 return
-            lengths = group.rows.lengths
+            lengths = group.cache.lengths
             ids = mx.array([[member.ids[length]] for member, length in zip(members, lengths, strict=True)])
-            logits = group.model(ids, group.rows)[:, -1]  # [B, V]
-            # A row that has a forced token to take in has nothing to draw.
+            logits = group.model(ids, group.cache)[:, -1]  # [B, V]
+            # A row that still has a forced token to run draws nothing.
             due = [n for n, member in enumerate(members) if lengths[n] + 1 == len(member.ids)]
             if due:
                 chosen = logits if len(due) == len(members) else logits[mx.array(due)]
@@ -312,14 +307,17 @@ class Batch:
         except Exception as error:
             self._restart(group, error, events)
 
-    def _draw(self, sequences: list[Sequence], logits: mx.array, events: list[Token | Fault]) -> None:
-        """Draws a token for each sequence from its row of the logits [B, V]; the mistake of one is not the others'."""
-        mx.async_eval(logits)  # the device computes them while the host works out what a grammar allows
+    def _draw(self, sequences: list[BatchSequence], logits: mx.array, events: list[Token | Fault]) -> None:
+        """Draws a token for each sequence from its row of the logits [B, V]; a failure is of one sequence alone."""
+        mx.async_eval(logits)  # the device computes them while the host computes grammar masks
+        greedy = draw(logits, None)
         drawn: list[tuple[int, mx.array, mx.array]] = []
-        likeliest = mx.argmax(logits, axis=-1)  # [B]
         for n, sequence in enumerate(sequences):
             try:
-                drawn.append((n, *_draw_one(sequence, logits[n : n + 1], likeliest[n : n + 1])))
+                if sequence.is_greedy:
+                    drawn.append((n, greedy[0][n : n + 1], greedy[1][n : n + 1]))
+                else:
+                    drawn.append((n, *_draw_one(sequence, logits, n)))
             except Exception as error:
                 events.append(self._fail(sequence, error))
         mx.eval([token for _, token, _ in drawn])
@@ -327,20 +325,20 @@ class Batch:
             sequence = sequences[n]
             try:
                 while (tokens := sequence.take(int(token.item()))) is None:
-                    token, logprobs = _draw_one(sequence, logits[n : n + 1], likeliest[n : n + 1])
+                    token, logprobs = _draw_one(sequence, logits, n)
             except Exception as error:
                 events.append(self._fail(sequence, error))
             else:
-                events += [Token(sequence, each, None if i else logprobs) for i, each in enumerate(tokens)]
+                events += [Token(sequence, each, None if i else logprobs[0]) for i, each in enumerate(tokens)]
 
-    def _fail(self, sequence: Sequence, error: Exception) -> Fault:
-        """Takes out a sequence that cannot go on."""
+    def _fail(self, sequence: BatchSequence, error: Exception) -> Fault:
+        """Takes out a sequence that cannot continue."""
         self.end(sequence)
         sequence.cache = None
         return Fault(sequence, error)
 
     def _restart(self, group: _Group, error: Exception, events: list[Token | Fault]) -> None:
-        """Begins anew with what was lost with a group's rows; a sequence to which it happens again has failed."""
+        """Starts the sequences of a lost group again; one that loses its row twice has failed."""
         arrived = [sequence for sequence, _ in group.arrivals]
         lost = [member for member in [*group.members, *arrived] if member is not None]
         if group in self._groups:
@@ -351,47 +349,40 @@ class Batch:
             if sequence.restarts > 1:
                 events.append(self._fail(sequence, error))
             else:
-                self._reading.append(sequence)
+                self._prefilling.append(sequence)
 
-    def _take_out(self, sequence: Sequence) -> None:
-        """Takes an active sequence out of wherever it stands; of a row it keeps what its own regime can use."""
-        if sequence in self._reading:
-            return self._reading.remove(sequence)
+    def _take_out(self, sequence: BatchSequence) -> None:
+        """Takes an active sequence out of wherever it is; keeps its row's cache if its regime still fits."""
+        if sequence in self._prefilling:
+            return self._prefilling.remove(sequence)
         for group in self._groups:
             group.arrivals = [arrival for arrival in group.arrivals if arrival[0] is not sequence]
             if sequence in group.members:
                 number = group.members.index(sequence)
                 group.members[number] = None
-                if sequence.regime == group.rows.regime:
-                    sequence.cache = group.rows.copy_row(number, sequence.ids, sequence.model.make_cache())
+                if sequence.regime == group.cache.regime:
+                    sequence.cache = group.cache.copy_row(number, sequence.ids, sequence.model.make_cache())
         self._groups = [group for group in self._groups if group.arrivals or any(group.members)]
 
 
-def _run_chunk(sequence: Sequence, room: int) -> tuple[int, mx.array | None]:
-    """Runs what is not in a sequence's cache yet, at most `room` tokens; after its last one the logits [1, V]."""
-    model = sequence.model
-    cache = sequence.cache = sequence.cache or model.make_cache()
-    cache.admit(mx.array([sequence.ids[cache.offset :]]), reach=len(sequence.ids))  # empties it, if need be
-    chunk = sequence.ids[cache.offset : cache.offset + room]
-    hidden = model.model(mx.array([chunk]), cache, rows=1)
-    if cache.offset < len(sequence.ids):
-        mx.eval([layer.state for layer in cache])
-        mx.clear_cache()
-        return len(chunk), None
-    cache.forget_reach()
-    return len(chunk), model.logits(hidden)[:, 0]
+def _run_chunk(sequence: BatchSequence, room: int) -> tuple[int, mx.array | None]:
+    """Runs up to `room` ids that a sequence's cache lacks; returns their count, and logits [1, V] after the last id."""
+    model, cache = sequence.model, sequence.cache
+    if cache is None or cache.regime != sequence.regime:  # another RoPE table: nothing cached is of use
+        cache = sequence.cache = model.make_cache(sequence.regime)
+    rest = len(sequence.ids) - cache.offset
+    size = chunk_ends(rest, room, 1, cache)[0]
+    chunk = mx.array([sequence.ids[cache.offset : cache.offset + size]])
+    hidden = model.hidden(chunk, cache, rows=1)
+    if size < rest:
+        finish_chunk(cache)
+        return size, None
+    return size, model.logits(hidden)[:, 0]
 
 
-def _draw_one(sequence: Sequence, logits: mx.array, likeliest: mx.array) -> tuple[mx.array, mx.array]:
-    """A token [1] from logits [1, V], whose likeliest [1] is known, and the log-probabilities [V]."""
-    plain = not sequence.processors and sequence.logits_mask is None
-    ids = mx.array(sequence.ids) if sequence.processors else None
-    for process in sequence.processors:
-        logits = process(ids, logits)
-    if sequence.logits_mask is not None:
-        allowed = sequence.logits_mask.mask()
-        logits = logits if allowed is None else mx.where(allowed, logits, -math.inf)
-    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    if sequence.sampler is not None:
-        return sequence.sampler(logprobs), logprobs[0]
-    return likeliest if plain else mx.argmax(logits, axis=-1), logprobs[0]
+def _draw_one(sequence: BatchSequence, logits: mx.array, n: int) -> tuple[mx.array, mx.array]:
+    """A token [1] and log-probabilities [1, V] for row n of the logits [B, V], as its sequence wants them drawn."""
+    row = logits[n : n + 1]
+    if sequence.processors:
+        row = apply_processors(sequence.processors, mx.array(sequence.ids), row)
+    return draw(row, sequence.sampler, sequence.logits_mask.mask() if sequence.logits_mask is not None else None)

@@ -1,27 +1,90 @@
-"""Samplers: a value that maps logits to tokens, and the processors that bend the logits before it.
+"""Samplers map logits to tokens; logits processors change the logits before that.
 
 The order is the reference's: penalties and bias, temperature, then top-k, top-p and min-p, each on the tempered logits,
-so that what is cut depends on the distribution that is really drawn from.
+so that a cut-off applies to the distribution that is sampled.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import mlx.core as mx
 
 from phi4_mlx.errors import RequestError, check_number, check_whole
-from phi4_mlx.terminal.options import SAMPLING
 
-_UNLUCKY = math.log(2**-32)  # how likely it may be that no draw of several is in the nucleus
-_MOST_TRIES = 16  # at a top_p of 0.75; below, sorting is as fast
+_MISS = math.log(2**-32)  # log of the accepted probability that no draw of several lies in the nucleus
+_MAX_TRIES = 16  # at a top_p of 0.75; below that, sorting is as fast
 _BLOCK = 512  # token ids
-_LEAST_TEMP = 1e-30  # logits stay finite in float32, and long before that only the likeliest token is ever drawn
+_MIN_TEMP = 1e-30  # keeps logits finite in float32; far above it, only the likeliest token is ever drawn
 
-LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+Draw = Callable[[mx.array], mx.array]  # logits or log-probabilities [n, V] -> tokens [n]
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]  # (tokens so far [S], logits [1, V]) -> logits [1, V]
+
+
+def draw(logits: mx.array, sampler: Draw | None, mask: mx.array | None = None) -> tuple[mx.array, mx.array]:
+    """Draws a token from each row of logits: the one place where tokens come from.
+
+    Args:
+        logits: [n, V], after any processors.
+        sampler: None takes the likeliest token.
+        mask: allowed tokens, bool [V]; None for all.
+
+    Returns:
+        (tokens [n], log-probabilities [n, V])
+    """
+    if mask is not None:
+        logits = mx.where(mask, logits, -mx.inf)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return (mx.argmax(logits, axis=-1) if sampler is None else sampler(logprobs)), logprobs
+
+
+def apply_processors(processors: Iterable[LogitsProcessor], ids: mx.array, logits: mx.array) -> mx.array:
+    """Logits [1, V] after each processor in turn; `ids` [S] are the tokens before them."""
+    for process in processors:
+        logits = process(ids, logits)
+    return logits
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling settings; names, ranges and meaning are those of `make_sampler` and `make_logits_processors`."""
+
+    temp: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
+    seed: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Sampling:
+        """The sampling settings among command-line settings, by their option names; others are ignored."""
+        values = {name.replace("-", "_"): value for name, value in settings.items()}
+        return cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
+
+    @property
+    def seeded(self) -> bool:
+        """True if the draws are random and must be repeatable."""
+        return self.seed is not None and self.temp > 0
+
+    def sampler(self) -> Draw:
+        """See `make_sampler`."""
+        return make_sampler(self.temp, self.top_p, self.min_p, self.top_k, self.seed)
+
+    def processors(self) -> list[LogitsProcessor]:
+        """See `make_logits_processors`."""
+        return make_logits_processors(
+            self.logit_bias,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+        )
 
 
 @dataclass(frozen=True)
@@ -30,8 +93,8 @@ class Sampler:
 
     Attributes:
         temp: temperature; 0 takes the likeliest token.
-        top_p: keeps the fewest tokens whose probabilities come to this much; 1 (or 0) keeps all.
-        min_p: keeps tokens at least this likely in proportion to the likeliest; 0 keeps all.
+        top_p: keeps the fewest tokens whose probabilities sum to this; 1 (or 0) keeps all.
+        min_p: keeps tokens at least this likely relative to the likeliest; 0 keeps all.
         top_k: keeps this many of the likeliest tokens; 0 keeps all.
     """
 
@@ -47,10 +110,10 @@ class Sampler:
         check_whole("top_k", self.top_k, 0)
 
     def __call__(self, logits: mx.array, key: mx.array | None = None) -> mx.array:
-        """Tokens [B] for logits or log-probabilities [B, V]; `key` is a random key, the default is MLX's own state."""
+        """Tokens [B] for logits or log-probabilities [B, V]; `key` is a random key, by default MLX's global state."""
         if self.temp == 0:
             return mx.argmax(logits, axis=-1)
-        logits = logits.astype(mx.float32) / max(self.temp, _LEAST_TEMP)
+        logits = logits.astype(mx.float32) / max(self.temp, _MIN_TEMP)
         if 0 < self.top_k < logits.shape[-1]:
             tokens = mx.argpartition(-logits, self.top_k - 1, axis=-1)[..., : self.top_k]
             drawn = self._draw(mx.take_along_axis(logits, tokens, axis=-1), key)
@@ -66,26 +129,26 @@ class Sampler:
             allowed = logits
         if not 0 < self.top_p < 1:
             return mx.random.categorical(allowed, key=key)
-        tries = _UNLUCKY / math.log1p(-self.top_p)
-        if tries <= _MOST_TRIES and logits.shape[-1] > _BLOCK:
+        tries = _MISS / math.log1p(-self.top_p)
+        if tries <= _MAX_TRIES and logits.shape[-1] > _BLOCK:
             return _draw_from_nucleus(logits, allowed, self.top_p, math.ceil(tries), key)
         return _draw_sorted(logits, allowed, self.top_p, key)
 
 
 def make_sampler(
     temp: float = 0.0, top_p: float = 1.0, min_p: float = 0.0, top_k: int = 0, seed: int | None = None
-) -> Callable[[mx.array], mx.array]:
+) -> Draw:
     """A sampler for `generate_step`: logits [B, V] -> tokens [B].
 
     Args:
         temp: temperature, from 0 (greedy).
         top_p: probability mass to keep, 0 to 1.
-        min_p: least probability in proportion to the likeliest token's, 0 to 1.
+        min_p: least probability relative to the likeliest token's, 0 to 1.
         top_k: number of tokens to keep; 0 keeps all.
-        seed: makes the sampler draw the same tokens again, whatever else draws random numbers.
+        seed: makes the draws repeatable, whatever else draws random numbers.
 
     Raises:
-        RequestError: a number is not one, or lies outside its range.
+        RequestError: a value is not a number, or is outside its range.
     """
     sampler = Sampler(temp, top_p, min_p, top_k)
     if seed is None:
@@ -110,19 +173,19 @@ def make_logits_processors(
     frequency_penalty: float | None = None,
     frequency_context_size: int = 20,
 ) -> list[LogitsProcessor]:
-    """Functions (tokens so far [S], logits [B, V]) -> logits, in mlx-lm's names.
+    """Logits processors, in mlx-lm's names.
 
     Args:
-        logit_bias: token id -> what to add to its logit.
-        repetition_penalty: divides positive logits of recent tokens and multiplies negative ones; 1 does nothing.
-        repetition_context_size: how many recent tokens count; the same for the next two.
+        logit_bias: token id -> amount added to its logit.
+        repetition_penalty: divides positive logits of recent tokens and multiplies negative ones; 1 has no effect.
+        repetition_context_size: number of recent tokens that count; likewise for the next two.
         presence_penalty: subtracted once from the logit of each recent token.
         presence_context_size: as above.
-        frequency_penalty: subtracted from the logit of each recent token as often as it occurs.
+        frequency_penalty: subtracted from the logit of each recent token once for each occurrence.
         frequency_context_size: as above.
 
     Raises:
-        RequestError: a number is not one, or lies outside its range.
+        RequestError: a value is not a number, or is outside its range.
     """
     processors: list[LogitsProcessor] = []
     if logit_bias:
@@ -142,7 +205,7 @@ def make_logits_processors(
 
 
 def _draw_sorted(logits: mx.array, allowed: mx.array, top_p: float, key: mx.array | None) -> mx.array:
-    """Tokens [B] from the fewest logits [B, V] whose probability reaches top_p, as far as they are allowed."""
+    """Tokens [B] from the fewest logits [B, V] whose probability reaches top_p, restricted to the allowed ones."""
     order = mx.argsort(-logits, axis=-1)
     probs = mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1, precise=True)
     before = mx.cumsum(probs, axis=-1) - probs  # mass of all likelier tokens
@@ -154,11 +217,11 @@ def _draw_sorted(logits: mx.array, allowed: mx.array, top_p: float, key: mx.arra
 def _draw_from_nucleus(
     logits: mx.array, allowed: mx.array, top_p: float, tries: int, key: mx.array | None
 ) -> mx.array:
-    """As `_draw_sorted`, without the sort.
+    """`_draw_sorted` without the sort.
 
-    A token drawn from all of them is in the nucleus if the likelier ones come to less than top_p, and so it is with a
-    probability of top_p or more. Several are drawn at once, and the first one that is in it is taken. Equal tokens
-    count in the order of their ids.
+    A token drawn from the whole vocabulary lies in the nucleus if the likelier tokens sum to less than top_p, which has
+    a probability of top_p or more. Several are drawn at once, and the first in the nucleus is taken. Equally likely
+    tokens are ordered by id.
     """
     probs = mx.softmax(logits, axis=-1)
     weights = probs if allowed is logits else mx.where(allowed == -math.inf, 0.0, probs)
@@ -172,14 +235,14 @@ def _draw_from_nucleus(
 
 @mx.compile
 def _mass_before(probs: mx.array, own: mx.array, token: mx.array) -> mx.array:
-    """The probability of all tokens [.., V] before one in the order of likelihood, and of ids among equals."""
+    """Probability mass of all tokens [.., V] likelier than one; equally likely tokens are ordered by id."""
     ids = mx.arange(probs.shape[-1])
     before = (probs > own) | ((probs == own) & (ids < token))
     return mx.where(before, probs, 0.0).sum(axis=-1)
 
 
 def _draw_by_weight(weights: mx.array, n: int, key: mx.array | None) -> mx.array:
-    """Draws n tokens [B, n] in proportion to weights [B, V]: a block of ids, then one in it, which loses no digits."""
+    """Draws n tokens [B, n] by weights [B, V]: first a block of ids, then one within it, which loses no precision."""
     B, V = weights.shape
     blocks = mx.pad(weights, [(0, 0), (0, -V % _BLOCK)]).reshape(B, -1, _BLOCK)
     at, within = mx.random.uniform(shape=(2, B, n, 1), key=key)
@@ -205,7 +268,7 @@ def _bias(logit_bias: Mapping[int, float]) -> LogitsProcessor:
 
 
 def _recent(size: int, name: str, change: Callable[[mx.array, mx.array], mx.array]) -> LogitsProcessor:
-    """Applies `change(counts [V], logits)`, the counts being those of the last `size` tokens."""
+    """Applies `change(counts [V], logits)` with the counts of the last `size` tokens."""
     check_whole(name, size, 1)
 
     def process(tokens: mx.array, logits: mx.array) -> mx.array:
@@ -224,26 +287,3 @@ def _repetition(penalty: float) -> Callable[[mx.array, mx.array], mx.array]:
 
 def _subtract(penalty: float, weight: Callable[[mx.array], mx.array]) -> Callable[[mx.array, mx.array], mx.array]:
     return lambda counts, logits: logits - (penalty * weight(counts)).astype(logits.dtype)
-
-
-def drawing(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The sampler and the logits processors, as `generate_step` takes them, for the values of `SAMPLING`."""
-
-    values = {name.replace("-", "_"): settings[name] for name in SAMPLING if name != "max-tokens"}
-    penalties = {name: values.pop(name) for name in list(values) if name.endswith("_penalty")}
-    return {"sampler": make_sampler(**values), "logits_processors": make_logits_processors(**penalties)}
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn; names, ranges and meaning are those of `make_sampler` and `make_logits_processors`."""
-
-    temp: float = 1.0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    top_k: int = 0
-    seed: int | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=dict)

@@ -1,10 +1,10 @@
-"""Guesses of the tokens to come, which one forward pass checks all at once.
+"""Speculative decoding: guesses of the next tokens, which one forward pass verifies together.
 
-`PromptLookup` guesses that what the sequence ends with goes on as it did the last time; `DraftModel` asks a smaller
-model. Neither changes what is drawn: a guess holds if the model draws that very token from its own distribution. For a
-guess that is certain of itself this is what rejection sampling comes to.
+`PromptLookup` guesses that the end of the sequence continues as it did at an earlier place; `DraftModel` asks a smaller
+model. Neither changes the tokens drawn: a guess holds if the model draws that token from its own distribution. For a
+deterministic guess this equals rejection sampling.
 
-How long a guess is, and whether there is one, is worked out from what forward passes take and how many guesses held.
+The length of a guess follows from the measured time of forward passes and the share of guesses that held.
 
 Source: Leviathan et al. 2023, "Fast inference from transformers via speculative decoding".
 """
@@ -16,51 +16,51 @@ from typing import Literal
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.steps import generate_step
-from phi4_mlx.models.text import Model
+from phi4_mlx.models.model import LanguageModel
 
 Mode = Literal["auto", "off", "lookup"]
 
-MOST = 16  # guesses a pass: half of them would have to hold to pay for more
-GAIN = 1.05  # what a guess must promise: what its bookkeeping costs, and more
-NGRAM = 2  # tokens that the sequence must have in common with an earlier place
-CANDIDATES = 16  # earlier places that are looked at, the latest first
-LONGEST = 32  # tokens in common, beyond which a place is not better for having more
-MEMORY = 0.9  # what a measurement still weighs at the next one
+MAX_GUESSES = 16  # a pass; half of them would have to hold to pay for more
+MIN_GAIN = 1.05  # expected gain of a guess, to cover its bookkeeping
+NGRAM = 2  # tokens that an earlier place must share with the end
+CANDIDATES = 16  # earlier places examined, the latest first
+LONGEST = 32  # shared tokens beyond which a longer match is not better
+DECAY = 0.9  # weight of past measurements at the next one
 
 
 class Pace:
-    """What forward passes take: one of a token, and every further token in it.
+    """The time of a forward pass of one token, and of every further token in it.
 
     Args:
-        timed: whether to measure it; else a further token is taken to cost a tenth of a pass, which is what it does
-            where reading the weights takes the time. Then the guesses are the same every time.
+        timed: measure the times. False assumes that a further token costs a tenth of a pass, as where reading the
+            weights dominates; guesses are then reproducible.
     """
 
     def __init__(self, timed: bool):
         self.timed = timed
         self._step_s = 0.0
-        self._further = 0.5 if timed else 0.1  # passes; half of one is what it costs at worst, on a CPU
+        self._further = 0.5 if timed else 0.1  # in passes; half of one is the worst case, on a CPU
 
     def took(self, tokens: int, seconds: float) -> None:
-        """Notes a pass of so many tokens."""
+        """Records the wall time of a pass over `tokens` tokens."""
         if not self.timed:
             return
         if tokens == 1:
-            # The quickest of late: a pass is often held up, and never takes less than it must.
-            self._step_s = min(seconds, self._step_s / MEMORY) if self._step_s else seconds
+            # The fastest recent pass: passes are often delayed, never too fast.
+            self._step_s = min(seconds, self._step_s / DECAY) if self._step_s else seconds
         elif self._step_s:
             further = (seconds / self._step_s - 1) / (tokens - 1)
-            self._further = MEMORY * self._further + (1 - MEMORY) * min(max(further, 0.0), 2.0)
+            self._further = DECAY * self._further + (1 - DECAY) * min(max(further, 0.0), 2.0)
 
     def length(self, chance: float, most: int) -> int:
-        """How many guesses promise the most tokens a second; 0 if none do.
+        """The number of guesses with the most expected tokens a second; 0 if guessing does not pay.
 
         Args:
-            chance: that a guess holds, if those before it did.
-            most: guesses there may be.
+            chance: probability that a guess holds if those before it did.
+            most: upper limit.
         """
-        best, gain, tokens = 0, GAIN, 1.0
-        for n in range(1, min(most, MOST) + 1):
+        best, gain, tokens = 0, MIN_GAIN, 1.0
+        for n in range(1, min(most, MAX_GUESSES) + 1):
             tokens += chance**n
             if (promised := tokens / (1 + n * self._further)) > gain:
                 best, gain = n, promised
@@ -68,14 +68,14 @@ class Pace:
 
 
 class _Rate:
-    """How often something came true of late, from a first opinion that weighs as much as four times seen."""
+    """Recent success rate, starting from a prior that weighs as much as four observations."""
 
-    def __init__(self, opinion: float):
-        self.held, self.tried = 4 * opinion, 4.0
+    def __init__(self, prior: float):
+        self.held, self.tried = 4 * prior, 4.0
 
     def saw(self, held: bool) -> None:
-        if self.tried > 1 / (1 - MEMORY):
-            self.held, self.tried = MEMORY * self.held, MEMORY * self.tried
+        if self.tried > 1 / (1 - DECAY):
+            self.held, self.tried = DECAY * self.held, DECAY * self.tried
         self.held, self.tried = self.held + held, self.tried + 1
 
     @property
@@ -84,10 +84,10 @@ class _Rate:
 
 
 class PromptLookup:
-    """Guesses from an earlier place, in prompt or answer, where the same tokens stood.
+    """Guesses from an earlier place in prompt or answer with the same tokens.
 
-    It also guesses in silence, where guessing does not pay, and so finds out for nothing when it would. Takes a few
-    numbers a token of the sequence, and a few steps a token.
+    Where guessing does not pay it still compares guesses with the tokens drawn, at no cost, and so notices when it
+    would. Memory and time are a few numbers and a few operations a token.
 
     Args:
         timed: see `Pace`.
@@ -95,22 +95,22 @@ class PromptLookup:
 
     def __init__(self, timed: bool = True):
         self.pace = Pace(timed)
-        # By how much stood there alike: 2 or 3 tokens, 4 to 7, 8 to 15, 16 and more.
-        self._rates = [_Rate(opinion) for opinion in (0.2, 0.5, 0.8, 0.9)]
+        # By the length of the match: 2 or 3 tokens, 4 to 7, 8 to 15, 16 and more.
+        self._rates = [_Rate(prior) for prior in (0.2, 0.5, 0.8, 0.9)]
         self._ids: list[int] = []
         self._latest: dict[tuple[int, ...], int] = {}  # n-gram -> where it last ended
-        self._earlier: list[int] = []  # the same for each place: where its n-gram ended before, or -1
-        self._source, self._alike = -1, 0  # where the token stands that is guessed next, and how much is alike before
+        self._earlier: list[int] = []  # by place: where its n-gram ended before, or -1
+        self._source, self._matched = -1, 0  # the position guessed from next, and the length of the match before it
 
     def begin(self, ids: Sequence[int]) -> None:
-        """Told of the tokens that there are already."""
+        """See `Proposer.begin`."""
         self._ids, self._latest, self._earlier, self._source = [], {}, [], -1
         for token in ids:
             self._append(token)
-        self._source, self._alike = self._find()
+        self._source, self._matched = self._find()
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Told of tokens that have become certain."""
+        """See `Proposer.extend`."""
         for token in tokens:
             guessed = self._source >= 0
             held = guessed and self._ids[self._source] == token
@@ -118,20 +118,20 @@ class PromptLookup:
                 self._rate.saw(held)
             self._append(token)
             if held:
-                self._source, self._alike = self._source + 1, self._alike + 1
+                self._source, self._matched = self._source + 1, self._matched + 1
             else:
-                self._source, self._alike = self._find()
+                self._source, self._matched = self._find()
 
     def took(self, tokens: int, seconds: float) -> None:
-        """Told how long a forward pass of so many tokens took."""
+        """See `Proposer.took`."""
         self.pace.took(tokens, seconds)
 
     def pays(self) -> bool:
-        """Whether a guess is worth waiting for the token before it."""
-        return self._source >= 0 and self.pace.length(self._rate.chance, MOST) > 0
+        """See `Proposer.pays`."""
+        return self._source >= 0 and self.pace.length(self._rate.chance, MAX_GUESSES) > 0
 
     def guess(self, most: int) -> list[int]:
-        """The tokens that may come next, at most so many."""
+        """See `Proposer.guess`."""
         if self._source < 0:
             return []
         guesses: list[int] = []
@@ -141,7 +141,7 @@ class PromptLookup:
 
     @property
     def _rate(self) -> _Rate:
-        return self._rates[min(max(self._alike.bit_length() - 2, 0), 3)]
+        return self._rates[min(max(self._matched.bit_length() - 2, 0), 3)]
 
     def _append(self, token: int) -> None:
         self._ids.append(token)
@@ -152,32 +152,32 @@ class PromptLookup:
             self._latest[ngram] = end
 
     def _find(self) -> tuple[int, int]:
-        """The earlier place that has most in common with the end, the latest of equals; -1 if there is none."""
+        """The earlier place with the longest match, the latest of equals, and the match's length; (-1, 0) if none."""
         ids, end = self._ids, len(self._ids)
-        source, alike, place = -1, 0, self._earlier[-1] if ids else -1
+        source, matched, place = -1, 0, self._earlier[-1] if ids else -1
         for _ in range(CANDIDATES):
             if place < 0:
                 break
             n = NGRAM
             while n < min(place, LONGEST) and ids[place - 1 - n] == ids[end - 1 - n]:
                 n += 1
-            if n > alike:
-                source, alike = place, n
+            if n > matched:
+                source, matched = place, n
             place = self._earlier[place - 1]
-        return source, alike
+        return source, matched
 
 
 class DraftModel:
-    """Guesses what a smaller model finds likeliest.
+    """Guesses the likeliest tokens of a smaller model.
 
     Args:
-        draft: a model with the vocabulary of the one that is guessed for.
+        draft: a model with the same vocabulary.
         timed: see `Pace`.
     """
 
-    RETRY = 64  # tokens until it tries again where it did not pay
+    RETRY = 64  # tokens after which it tries again where guessing did not pay
 
-    def __init__(self, draft: Model, timed: bool = True):
+    def __init__(self, draft: LanguageModel, timed: bool = True):
         self.draft, self.pace = draft, Pace(timed)
         self._cache = draft.make_cache()
         self._rate = _Rate(0.8)
@@ -186,11 +186,11 @@ class DraftModel:
         self._since = 0  # tokens since the last guess
 
     def begin(self, ids: Sequence[int]) -> None:
-        """Told of the tokens that there are already."""
+        """See `Proposer.begin`."""
         self._ids, self._guesses = [*ids], []
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Told of tokens that have become certain."""
+        """See `Proposer.extend`."""
         for token, guess in zip(tokens, self._guesses):  # noqa: B905
             self._rate.saw(token == guess)
             if token != guess:
@@ -200,16 +200,16 @@ class DraftModel:
         self._guesses = []
 
     def took(self, tokens: int, seconds: float) -> None:
-        """Told how long a forward pass of so many tokens took, guessing included."""
+        """See `Proposer.took`; the time includes guessing."""
         self.pace.took(tokens, seconds)
 
     def pays(self) -> bool:
-        """Whether a guess is worth waiting for the token before it."""
-        promising = self.pace.length(self._rate.chance, MOST) > 0 or self._since >= self.RETRY
+        """See `Proposer.pays`."""
+        promising = self.pace.length(self._rate.chance, MAX_GUESSES) > 0 or self._since >= self.RETRY
         return promising and self._room > 0
 
     def guess(self, most: int) -> list[int]:
-        """The tokens that may come next, at most so many."""
+        """See `Proposer.guess`."""
         n = min(most, max(1, self.pace.length(self._rate.chance, most)), self._room)
         if n < 1:
             return []
@@ -220,27 +220,32 @@ class DraftModel:
 
     @property
     def _room(self) -> int:
-        """How many tokens more the draft's context holds, but for one that is certain and not yet known here."""
+        """Tokens that the draft's context still holds, less one that is final and not yet known here."""
         return self.draft.config.max_position_embeddings - len(self._ids) - 1
 
 
 def make_proposer(
-    mode: Mode, model: Model, draft: Model | None = None, *, seeded: bool = False, bounded: bool = False
+    mode: Mode,
+    model: LanguageModel,
+    draft: LanguageModel | None = None,
+    *,
+    seeded: bool = False,
+    rewindable: bool = True,
 ) -> PromptLookup | DraftModel | None:
-    """What a command's options ask for; None for no guesses.
+    """The proposer that a command's options name; None for no guesses.
 
     Args:
-        mode: "auto" guesses where the clock says that it pays; "lookup" wherever it may; "off" never.
-        model: that is guessed for.
-        draft: guesses in the place of a lookup.
-        seeded: tokens are drawn at random and must be the same again, so that the clock can have no say.
-        bounded: the cache forgets tokens, and cannot take guesses back.
+        mode: "auto" guesses where measured times say that it pays; "lookup" always; "off" never.
+        model: the model whose tokens are guessed.
+        draft: guesses in place of a lookup.
+        seeded: draws are random and must be repeatable, so measured times may not influence them.
+        rewindable: the cache can take wrong guesses back; see `PromptCache.rewindable`.
 
     Raises:
         RequestError: the draft model has another vocabulary.
     """
     timed = mode == "auto" and not seeded
-    if mode == "off" or bounded or (draft is None and mode == "auto" and seeded):
+    if mode == "off" or not rewindable or (draft is None and mode == "auto" and seeded):
         return None
     if draft is None:
         return PromptLookup(timed)

@@ -1,75 +1,204 @@
-"""The loops under `generate_step`: tokens from forward passes, one at a time, as a mask allows, or ahead of themselves.
+"""Three decode loops: plain, grammar-masked, speculative.
 
-Every loop yields the same tokens as the first one would, and each a token when the pass after it is queued, so that the
-device does not wait for whoever reads them.
+Each yields the tokens that the plain loop would. A token is yielded once the pass after it is queued, so that the
+device never waits for the reader.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import index
-from typing import Protocol
 
 import mlx.core as mx
 
-from phi4_mlx.errors import RequestError, check_whole
+from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import PREFILL_STEP_SIZE
-from phi4_mlx.generation.sampling import LogitsProcessor
+from phi4_mlx.generation.options import DecodeOptions, LogitsMask, Progress, Proposer
+from phi4_mlx.generation.sampling import Draw, LogitsProcessor, apply_processors, draw
 from phi4_mlx.models.cache import PromptCache
-from phi4_mlx.models.text import Model
+from phi4_mlx.models.model import LanguageModel
 
-Drawn = tuple[int, mx.array]  # a token, and the log-probabilities [V] that it was drawn from
+Drawn = tuple[int, mx.array]  # a token, and the log-probabilities [V] it was drawn from
 
-TIDY = 256  # passes between two looks for buffers of outgrown caches
-
-
-class LogitsMask(Protocol):
-    """What one answer must obey, such as a `phi4_mlx.grammar.constraint.Constraint`."""
-
-    def mask(self) -> mx.array | None:
-        """The tokens that may come next, bool [V]; None for any."""
-
-    def accept(self, token: int) -> list[int] | None:
-        """Takes a drawn token; the tokens that must follow it, or None if another must be drawn in its place."""
+CLEAR_EVERY = 256  # passes; frees the buffers of outgrown caches
 
 
-class Proposer(Protocol):
-    """Who guesses the tokens to come, such as `phi4_mlx.generation.speculate.PromptLookup`."""
+def generate_step(
+    prompt_ids: Sequence[int] | mx.array,
+    model: LanguageModel,
+    *,
+    max_tokens: int = 256,
+    sampler: Draw | None = None,
+    logits_processors: Iterable[LogitsProcessor] | None = None,
+    logits_mask: LogitsMask | None = None,
+    cache: PromptCache | None = None,
+    kv_bits: int | None = None,
+    max_kv_size: int | None = None,
+    proposer: Proposer | None = None,
+    prefill_step_size: int = PREFILL_STEP_SIZE,
+    prompt_progress_callback: Progress | None = None,
+) -> Iterator[Drawn]:
+    """Prefills a prompt and yields tokens; it knows no text and no end marker, so the caller stops it.
 
-    def begin(self, ids: Sequence[int]) -> None:
-        """Told of the tokens that there are already."""
+    Args:
+        prompt_ids: the prompt [S], a list or an array of MLX or NumPy; with a filled cache, the ids after it.
+        model: from `load`.
+        max_tokens: the most tokens to draw.
+        sampler: log-probabilities [n, V] -> tokens [n]; None takes the likeliest. n is 1, and more only with a
+            `proposer`.
+        logits_processors: each (all ids so far [S], logits [1, V]) -> logits [1, V], in turn.
+        logits_mask: the tokens allowed next, applied after the processors and before the sampler; for one answer only.
+            Tokens that it forces are yielded too, without a step of their own.
+        cache: from `model.make_cache()`; appended to. It may be one step ahead of the last yielded token.
+        kv_bits: 4 or 8 quantises the keys and values of the cache made here.
+        max_kv_size: the most tokens that cache keeps; see `phi4_mlx.models.cache.KVCache`.
+        proposer: guesses tokens ahead, such as a `PromptLookup`; for one answer at a time.
+        prefill_step_size: tokens a prefill chunk.
+        prompt_progress_callback: called with (tokens done, tokens in all) before, during and after a prefill,
+            including the one at a RoPE crossing.
 
-    def extend(self, tokens: Sequence[int]) -> None:
-        """Told of tokens that have become certain."""
+    Yields:
+        (token, log-probabilities [V]); the latter are computed only when they are read.
 
-    def took(self, tokens: int, seconds: float) -> None:
-        """Told how long a forward pass of so many tokens took."""
+    Raises:
+        RequestError: the prompt is empty, is not token ids, is outside the vocabulary, or exceeds the context.
+    """
+    options = DecodeOptions(
+        max_tokens, sampler, logits_processors, logits_mask, None, kv_bits, max_kv_size, proposer, prefill_step_size,
+        prompt_progress_callback,
+    )  # fmt: skip
+    return decode(prompt_ids, model, open_cache(model, cache, options), options)
 
-    def pays(self) -> bool:
-        """Whether a guess is worth waiting for the token before it."""
 
-    def guess(self, most: int) -> list[int]:
-        """The tokens that may come next, at most so many."""
+def open_cache(model: LanguageModel, cache: PromptCache | None, options: DecodeOptions) -> PromptCache:
+    """The given cache, or a new one of the kind in `options`.
+
+    Raises:
+        RequestError: there is a cache, and the options name a kind.
+    """
+    if cache is None:
+        return model.make_cache(kv_bits=options.kv_bits, max_kv_size=options.max_kv_size)
+    if options.kv_bits is not None or options.max_kv_size is not None:
+        raise RequestError("a cache that is given has its kind already; give kv_bits and max_kv_size to make_cache")
+    return cache
 
 
-class Passes(Protocol):
-    """What the loops are made of."""
+def decode(
+    prompt_ids: Sequence[int] | mx.array, model: LanguageModel, cache: PromptCache, options: DecodeOptions
+) -> Iterator[Drawn]:
+    """`generate_step` with its options in one value and its cache open."""
+    prompt = _token_ids(prompt_ids)
+    model.check_ids(prompt)
+    _check_room(prompt, model, cache.offset, options.max_tokens)
+    if options.proposer is not None and not cache.rewindable:
+        raise RequestError(
+            "a proposer needs a cache that can take back wrong guesses, and this one cannot; drop the proposer, or "
+            "max_kv_size if it is set"
+        )
+    passes = _Passes(model, cache, options)
+    ids = mx.array([prompt], mx.int32)  # [1, T]
+    if options.logits_mask is not None:
+        return _masked_steps(ids, options.max_tokens, passes, options.logits_mask, options.proposer)
+    if options.proposer is not None:
+        return _guessed_steps(ids, options.max_tokens, passes, options.proposer)
+    return _plain_steps(ids, options.max_tokens, passes)
 
+
+def chunk_ends(total: int, step_size: int, rows: int, cache: PromptCache) -> list[int]:
+    """The end of each prefill chunk of `total` tokens; the last one has at least `rows` positions.
+
+    A cache that goes back by snapshots only gets one before the last token, so that the same prompt can run again.
+    """
+    ends = [*range(step_size, total - rows + 1, step_size), total]
+    if cache.needs_snapshots and total - rows > 0 and total - rows not in ends:
+        ends.insert(-1, total - rows)
+    return ends
+
+
+def _token_ids(ids: Sequence[int] | mx.array) -> list[int]:
+    """Ids from a list, or from an array of MLX or NumPy."""
+    try:
+        return [index(token) for token in (ids.tolist() if hasattr(ids, "tolist") else ids)]
+    except TypeError:
+        raise RequestError(
+            f"the prompt must be token ids, whole numbers in one dimension, not {ids!r:.60}; tokenizer.encode makes "
+            "them from a text"
+        ) from None
+
+
+def _check_room(prompt: list[int], model: LanguageModel, cached: int, max_tokens: int) -> None:
+    context = model.config.max_position_embeddings
+    total = cached + len(prompt) + max_tokens
+    if total > context:
+        before = f"{cached} cached tokens, " if cached else ""
+        raise RequestError(
+            f"{before}{len(prompt)} prompt tokens and max_tokens {max_tokens} come to {total}, and the context holds "
+            f"{context}; shorten the prompt or lower max_tokens"
+        )
+
+
+@dataclass
+class _Passes:
+    """The forward passes of one answer, and the draws from them."""
+
+    model: LanguageModel
     cache: PromptCache
+    options: DecodeOptions
+
+    def __post_init__(self) -> None:
+        self._processors = list(self.options.logits_processors or ())
 
     def advance(self, ids: mx.array, rows: int, decoding: bool) -> mx.array:
-        """Runs ids [1, T]; the logits of the last positions, [rows, V]."""
+        """Runs ids [1, T] in chunks, at a RoPE crossing the whole sequence; the logits of the last `rows` positions."""
+        T, cache, progress = ids.shape[1], self.cache, self.options.prompt_progress_callback
+        decoding = decoding or (T == 1 and cache.offset > 0)
+        ids = cache.admit(ids)
+        total = ids.shape[1]
+        if decoding and total == T:
+            progress = None
+        else:
+            cache.mark()
+        if progress:
+            progress(0, total)
+        for start, stop in pairwise([0, *chunk_ends(total, self.options.prefill_step_size, rows, cache)]):
+            hidden = self.model.hidden(ids[:, start:stop], cache, rows=rows)
+            if stop < total:
+                finish_chunk(cache)
+                if progress:
+                    progress(stop, total)
+        logits = self.model.logits(hidden)[0]
+        if progress:
+            mx.eval(logits)
+            progress(total, total)
+        return logits
 
-    def draw(
-        self, logits: mx.array, row: int | None = None, mask: mx.array | None = None
-    ) -> tuple[mx.array, mx.array]:
-        """Tokens [rows] for the logits [rows, V] of a pass, and log-probabilities [rows, V]; or [1] for one row."""
+    def draw(self, logits: mx.array, row: int | None = None, mask: mx.array | None = None) -> Sequence[mx.array]:
+        """Tokens [n] and log-probabilities [n, V] for the logits [n, V] of a pass, or for one of its rows."""
+        rows = range(logits.shape[0]) if row is None else [row]
+        if self._processors:
+            logits = mx.concatenate([self._processed(logits, each) for each in rows])
+        elif row is not None:
+            logits = logits[row : row + 1]
+        return draw(logits, self.options.sampler, mask)
+
+    def _processed(self, logits: mx.array, row: int) -> mx.array:
+        """One row of the logits, processed with the tokens before it."""
+        ids = self.cache.ids[0]
+        before = ids[: ids.shape[0] - (logits.shape[0] - 1 - row)]
+        return apply_processors(self._processors, before, logits[row : row + 1])
 
 
-def plain_steps(ids: mx.array, max_tokens: int, passes: Passes) -> Iterator[Drawn]:
+def finish_chunk(cache: PromptCache) -> None:
+    """Computes what a prefill chunk has cached, frees its activations, and takes a snapshot where one is needed."""
+    mx.eval([layer.state for layer in cache])
+    mx.clear_cache()
+    cache.mark()
+
+
+def _plain_steps(ids: mx.array, max_tokens: int, passes: _Passes) -> Iterator[Drawn]:
     """Tokens as the model draws them; ids [1, T] are the prompt."""
     waiting: tuple[mx.array, mx.array] | None = None
     for drawn in range(max_tokens):
@@ -78,24 +207,24 @@ def plain_steps(ids: mx.array, max_tokens: int, passes: Passes) -> Iterator[Draw
         if waiting is not None:
             yield int(waiting[0].item()), waiting[1]
         waiting, ids = (token, logprobs[0]), token[:, None]
-        if drawn % TIDY == TIDY - 1:
+        if drawn % CLEAR_EVERY == CLEAR_EVERY - 1:
             mx.clear_cache()
     if waiting is not None:
         yield int(waiting[0].item()), waiting[1]
 
 
-def guessed_steps(ids: mx.array, max_tokens: int, passes: Passes, proposer: Proposer) -> Iterator[Drawn]:
-    """As `plain_steps`; where guesses pay, a pass runs the newest token and its guesses, and keeps those that hold.
+def _guessed_steps(ids: mx.array, max_tokens: int, passes: _Passes, proposer: Proposer) -> Iterator[Drawn]:
+    """`_plain_steps` where a pass runs the newest token and guesses after it, and keeps the guesses that hold.
 
-    Guessing needs the newest token, so the host reads it first. Where it does not pay the loop is that of
-    `plain_steps`, and the proposer learns of each token one pass late.
+    Guessing needs the newest token, so the host reads it first. Where guessing does not pay, the loop is that of
+    `_plain_steps`, and the proposer learns of each token one pass late.
     """
     proposer.begin([*passes.cache.ids[0].tolist(), *ids[0].tolist()])
     # Before a pass the newest token is either unread, in `waiting` and on the device in `ids`, or read, in `newest`.
-    # Before the first one it is neither: then `ids` are the prompt.
+    # Before the first pass it is neither: `ids` are the prompt.
     waiting: tuple[mx.array, mx.array] | None = None
     newest: int | None = None
-    ready: list[Drawn] = []  # read, and not yielded
+    ready: list[Drawn] = []  # read and not yet yielded
     left, count = max_tokens, 0
     while left:
         if waiting is not None and proposer.pays():
@@ -110,7 +239,7 @@ def guessed_steps(ids: mx.array, max_tokens: int, passes: Passes, proposer: Prop
         mx.async_eval(tokens)
         if guesses:
             numbers = tokens.tolist()
-            certain = numbers[: _alike(numbers, guesses) + 1]
+            certain = numbers[: _shared(numbers, guesses) + 1]
             passes.cache.trim(len(guesses) + 1 - len(certain))
             proposer.took(1 + len(guesses), time.perf_counter() - start)
             ready += zip(certain, logprobs, strict=False)
@@ -124,16 +253,16 @@ def guessed_steps(ids: mx.array, max_tokens: int, passes: Passes, proposer: Prop
             waiting, ids, newest, left = (tokens, logprobs[0]), tokens[:, None], None, left - 1
         yield from ready
         ready, count = [], count + 1
-        if count % TIDY == 0:
+        if count % CLEAR_EVERY == 0:
             mx.clear_cache()
     if waiting is not None:
         yield int(waiting[0].item()), waiting[1]
 
 
-def masked_steps(
-    ids: mx.array, max_tokens: int, passes: Passes, logits_mask: LogitsMask, proposer: Proposer | None
+def _masked_steps(
+    ids: mx.array, max_tokens: int, passes: _Passes, logits_mask: LogitsMask, proposer: Proposer | None
 ) -> Iterator[Drawn]:
-    """Tokens as a mask lets them be drawn; each pass runs the token drawn, those that it forces, and guesses."""
+    """Tokens that a mask allows; each pass runs the last drawn token, the tokens it forces, and guesses."""
     if proposer is not None:
         proposer.begin([*passes.cache.ids[0].tolist(), *ids[0].tolist()])
     waiting: list[Drawn] = []
@@ -144,48 +273,48 @@ def masked_steps(
         guesses = _guesses(proposer, passes.cache, left - 1, len(unread)) if proposer is not None and count else []
         logits = passes.advance(mx.array([[*unread, *guesses]], mx.int32), 1 + len(guesses), count > 0)
         mx.async_eval(logits)
-        first = passes.draw(logits, 0, logits_mask.mask())  # the mask is made while the device runs
+        first = passes.draw(logits, 0, logits_mask.mask())  # the host computes the mask while the device runs
         mx.async_eval(first[0])
         yield from waiting
-        certain = _obedient(first, logits, 0, passes, logits_mask)[:left]
+        certain = _accepted(first, logits, 0, passes, logits_mask)[:left]
         while (n := len(certain)) < min(left, len(logits)) and [token for token, _ in certain] == guesses[:n]:
             drawn = passes.draw(logits, n, logits_mask.mask())
-            certain = (certain + _obedient(drawn, logits, n, passes, logits_mask))[:left]
+            certain = (certain + _accepted(drawn, logits, n, passes, logits_mask))[:left]
         numbers = [token for token, _ in certain]
-        held = min(_alike(numbers, guesses), len(numbers) - 1)
+        kept = min(_shared(numbers, guesses), len(numbers) - 1)
         if guesses:
-            passes.cache.trim(len(guesses) - held)
+            passes.cache.trim(len(guesses) - kept)
         if proposer is not None:
             if count:
                 proposer.took(len(unread) + len(guesses), time.perf_counter() - start)
             proposer.extend(numbers)
-        waiting, unread = certain, numbers[held:]
+        waiting, unread = certain, numbers[kept:]
         left, count = left - len(certain), count + 1
-        if count % TIDY == 0:
+        if count % CLEAR_EVERY == 0:
             mx.clear_cache()
     yield from waiting
 
 
 def _guesses(proposer: Proposer, cache: PromptCache, most: int, unread: int) -> list[int]:
-    """What a proposer guesses, as far as the RoPE table stays the same."""
+    """Guesses of a proposer, cut where the RoPE table would change."""
     guesses = proposer.guess(most) if most > 0 and proposer.pays() else []
     while guesses and cache.crosses(unread + len(guesses)):
         guesses.pop()
     return guesses
 
 
-def _alike(tokens: Sequence[int], guesses: Sequence[int]) -> int:
-    """How many guesses hold."""
+def _shared(tokens: Sequence[int], guesses: Sequence[int]) -> int:
+    """The number of leading guesses that hold."""
     n = 0
     while n < min(len(tokens), len(guesses)) and tokens[n] == guesses[n]:
         n += 1
     return n
 
 
-def _obedient(
-    drawn: tuple[mx.array, mx.array], logits: mx.array, row: int, passes: Passes, logits_mask: LogitsMask
+def _accepted(
+    drawn: Sequence[mx.array], logits: mx.array, row: int, passes: _Passes, logits_mask: LogitsMask
 ) -> list[Drawn]:
-    """A token that the mask accepts, drawn from a row of the logits, and those that it forces."""
+    """The first token drawn from a row of the logits that the mask accepts, and the tokens it forces."""
     token, logprobs = drawn
     number = int(token.item())
     while (forced := logits_mask.accept(number)) is None:
@@ -195,160 +324,5 @@ def _obedient(
 
 
 def _certain(token: int, like: mx.array) -> mx.array:
-    """Log-probabilities [V] of a token that is the only one."""
+    """Log-probabilities [V] of a token with probability 1."""
     return mx.where(mx.arange(like.shape[0]) == token, 0.0, -mx.inf).astype(like.dtype)
-
-Progress = Callable[[int, int], None]
-
-
-def generate_step(
-    prompt_ids: Sequence[int] | mx.array,
-    model: Model,
-    *,
-    max_tokens: int = 256,
-    sampler: Callable[[mx.array], mx.array] | None = None,
-    logits_processors: Iterable[LogitsProcessor] | None = None,
-    logits_mask: LogitsMask | None = None,
-    cache: PromptCache | None = None,
-    kv_bits: int | None = None,
-    max_kv_size: int | None = None,
-    proposer: Proposer | None = None,
-    prefill_step_size: int = PREFILL_STEP_SIZE,
-    prompt_progress_callback: Progress | None = None,
-) -> Iterator[tuple[int, mx.array]]:
-    """Prefills a prompt and yields tokens; it knows no text and no end marker, so the caller stops it.
-
-    Args:
-        prompt_ids: the prompt [S], a list or an array of MLX or NumPy; with a filled cache, what comes after it.
-        model: what `load` returned.
-        max_tokens: how many tokens to draw at most.
-        sampler: log-probabilities [n, V] -> tokens [n]; the default takes the likeliest. n is 1, and more only where a
-            `proposer` has guessed.
-        logits_processors: each (all ids so far [S], logits [1, V]) -> logits [1, V], in turn.
-        logits_mask: the tokens that may come next, looked at after the processors and before the sampler; for one
-            answer only. What it forces is yielded too, and costs no step of its own.
-        cache: from `model.make_cache()`; appended to. It may hold a step more than was yielded: one token, or one and
-            those that a `logits_mask` forced or a `proposer` guessed.
-        kv_bits: 4 or 8 quantises the keys and values of a cache that is made here.
-        max_kv_size: how many tokens that cache may hold; see `phi4_mlx.models.cache.KVCache`.
-        proposer: guesses tokens ahead, such as a `PromptLookup`; for one answer at a time.
-        prefill_step_size: tokens a chunk.
-        prompt_progress_callback: called with (tokens done, tokens in all) before, during and after a prefill, also one
-            that a RoPE crossing makes necessary.
-
-    Yields:
-        (token, log-probabilities [V]); the latter are computed only if they are looked at.
-
-    Raises:
-        RequestError: no tokens, what are no tokens or outside the vocabulary, or more than the context holds.
-    """
-    prompt = _whole_numbers(prompt_ids)
-    cache = _cache(model, cache, kv_bits, max_kv_size)
-    check_whole("max_tokens", max_tokens, 1)
-    check_whole("prefill_step_size", prefill_step_size, 1)
-    _check_prompt(prompt, model, cache.offset, max_tokens)
-    if proposer is not None and cache.bounded:
-        raise RequestError("a proposer takes wrong guesses back, which a cache with a max_kv_size cannot; drop one")
-    passes = _Passes(model, cache, sampler, list(logits_processors or ()), prefill_step_size, prompt_progress_callback)
-    ids = mx.array([prompt], mx.int32)  # [1, T]
-    if logits_mask is not None:
-        return masked_steps(ids, max_tokens, passes, logits_mask, proposer)
-    if proposer is not None:
-        return guessed_steps(ids, max_tokens, passes, proposer)
-    return plain_steps(ids, max_tokens, passes)
-
-
-def _whole_numbers(ids: Sequence[int] | mx.array) -> list[int]:
-    """Ids from a list, or from an array of MLX or NumPy."""
-    try:
-        return [index(token) for token in (ids.tolist() if hasattr(ids, "tolist") else ids)]
-    except TypeError:
-        raise RequestError(
-            f"the prompt must be token ids, whole numbers in one dimension, not {ids!r:.60}; tokenizer.encode makes "
-            "them of a text"
-        ) from None
-
-
-def _cache(model: Model, cache: PromptCache | None, kv_bits: int | None, max_kv_size: int | None) -> PromptCache:
-    """The cache given, or a new one of the kind that is asked for."""
-    if cache is None:
-        return model.make_cache(kv_bits=kv_bits, max_kv_size=max_kv_size)
-    if kv_bits is not None or max_kv_size is not None:
-        raise RequestError("a cache that is given has its kind already; give kv_bits and max_kv_size to make_cache")
-    return cache
-
-
-def _check_prompt(prompt: list[int], model: Model, cached: int, max_tokens: int) -> None:
-    context, V = model.config.max_position_embeddings, model.config.vocab_size
-    if not prompt:
-        raise RequestError(f"the prompt has 0 tokens; it needs at least 1, and the context holds {context}")
-    if not (min(prompt) >= 0 and max(prompt) < V):
-        outside = next(token for token in prompt if not 0 <= token < V)
-        raise RequestError(f"token {outside} of the prompt is outside the model's vocabulary of {V}")
-    total = cached + len(prompt) + max_tokens
-    if total > context:
-        before = f"{cached} cached tokens, " if cached else ""
-        raise RequestError(
-            f"{before}{len(prompt)} prompt tokens and max_tokens {max_tokens} come to {total}, and the context holds "
-            f"{context}; shorten the prompt or lower max_tokens"
-        )
-
-
-@dataclass
-class _Passes:
-    """The forward passes of one answer, and how tokens are drawn from them; see `phi4_mlx.generation.steps.Passes`."""
-
-    model: Model
-    cache: PromptCache
-    sampler: Callable[[mx.array], mx.array] | None
-    processors: list[LogitsProcessor]
-    step_size: int
-    progress: Progress | None
-
-    def advance(self, ids: mx.array, rows: int, decoding: bool) -> mx.array:
-        """Runs ids [1, T] in chunks, and all of the sequence at a RoPE crossing; the last chunk has all the rows."""
-        T, cache, progress = ids.shape[1], self.cache, self.progress
-        decoding = decoding or (T == 1 and cache.offset > 0)
-        ids = cache.admit(ids, reach=cache.offset + T)
-        total = ids.shape[1]
-        stops = [*range(self.step_size, total - rows + 1, self.step_size), total]
-        if progress and decoding and total == T:
-            progress = None
-        try:
-            if progress:
-                progress(0, total)
-            for start, stop in pairwise([0, *stops]):
-                hidden = self.model.model(ids[:, start:stop], cache, rows=rows)
-                if stop < total:
-                    mx.eval([layer.state for layer in cache])
-                    mx.clear_cache()
-                    if progress:
-                        progress(stop, total)
-        finally:
-            cache.forget_reach()
-        logits = self.model.logits(hidden)[0]
-        if progress:
-            mx.eval(logits)
-            progress(total, total)
-        return logits
-
-    def draw(
-        self, logits: mx.array, row: int | None = None, mask: mx.array | None = None
-    ) -> tuple[mx.array, mx.array]:
-        """Tokens, as processors, mask and sampler have it in turn."""
-        rows = range(logits.shape[0]) if row is None else [row]
-        if self.processors:
-            logits = mx.concatenate([self._processed(logits, each) for each in rows])
-        elif row is not None:
-            logits = logits[row : row + 1]
-        if mask is not None:
-            logits = mx.where(mask, logits, -mx.inf)
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        return (mx.argmax(logits, axis=-1) if self.sampler is None else self.sampler(logprobs)), logprobs
-
-    def _processed(self, logits: mx.array, row: int) -> mx.array:
-        """A row of the logits, bent by what the tokens before it are."""
-        ids, bent = self.cache.ids[0], logits[row : row + 1]
-        for process in self.processors:
-            bent = process(ids[: ids.shape[0] - (logits.shape[0] - 1 - row)], bent)
-        return bent

@@ -1,8 +1,6 @@
-"""Generation in three storeys: `generate_step` (ids), `stream_generate` (events), `generate` (a string).
+"""`stream_generate` yields an event a token, `generate` returns a string; both stand on `decode`.
 
-Each step is queued on the device before the token of the step before is read, so that the host never keeps it waiting.
-Prefill runs in chunks and computes logits for the last position alone. Decoding is a prefill of one token: the same
-code takes a sequence across the LongRoPE boundary, where the whole of it is run again under the other table.
+Each step is queued on the device before the token of the previous step is read, so that the host never delays it.
 """
 
 from __future__ import annotations
@@ -10,32 +8,33 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, overload
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 import mlx.core as mx
 
-from phi4_mlx.errors import RequestError, check_whole
+from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import memory_limit
-from phi4_mlx.generation.steps import (
-    _cache,
-    generate_step,
-)
+from phi4_mlx.generation.options import DecodeOptions
+from phi4_mlx.generation.steps import decode, open_cache
 from phi4_mlx.models.cache import PromptCache
-from phi4_mlx.models.text import Model
+from phi4_mlx.models.model import LanguageModel
+
+if TYPE_CHECKING:
+    from phi4_mlx.tokens.tokenizer import Tokenizer as Phi4Tokenizer
 
 Answer = TypeVar("Answer")
 
 
 class StreamingDecoder(Protocol):
-    """Ids in, text out as soon as it is certain."""
+    """Ids in, text out as soon as it is final."""
 
     def add(self, token: int) -> str: ...
     def finish(self) -> str: ...
 
 
 class Tokenizer(Protocol):
-    """What generation asks of a tokenizer."""
+    """The part of a tokenizer that generation uses."""
 
     @property
     def eos_ids(self) -> frozenset[int]: ...
@@ -45,19 +44,19 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class GenerationResponse:
-    """One step of `stream_generate`, in mlx-lm's names.
+    """One token of `stream_generate`, in mlx-lm's names.
 
     Attributes:
-        text: text that has become certain with this token; may be empty.
+        text: text that this token makes final; may be empty.
         token: the id drawn, or forced by a `logits_mask`.
-        logprobs: log-probabilities [V], computed only if they are looked at; 0 for a token that was forced.
+        logprobs: log-probabilities [V], computed only when read; 0 for a forced token.
         prompt_tokens: tokens prefilled for this call.
-        prompt_tps: tokens a second in prefill.
+        prompt_tps: prefilled tokens per second.
         generation_tokens: tokens drawn so far.
-        generation_tps: tokens a second since the first.
+        generation_tps: tokens per second since the first.
         peak_memory: peak of MLX's memory in GB (10^9 bytes).
-        reprefilled: tokens run again because the sequence has outgrown its RoPE table; else 0.
-        finish_reason: "stop" or "length" at the last step, else None.
+        reprefilled: tokens run again because the sequence has crossed the RoPE boundary; else 0.
+        finish_reason: "stop" or "length" at the last token, else None.
     """
 
     text: str
@@ -73,46 +72,55 @@ class GenerationResponse:
 
 
 def stream_generate(
-    model: Model,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompt: str | Sequence[int],
     *,
-    stop: str | Sequence[str] | None = None,
     cache: PromptCache | None = None,
     **options: Any,
 ) -> Iterator[GenerationResponse]:
     """Yields a `GenerationResponse` for each token, until the model ends its turn.
 
     Args:
-        model: what `load` returned.
-        tokenizer: what `load` returned.
-        prompt: ids, as `tokenizer.apply_chat_template` makes them; or text, which is encoded as plain text: control
+        model: from `load`.
+        tokenizer: from `load`.
+        prompt: ids, as `tokenizer.apply_chat_template` returns them; or text, which is encoded as plain text: control
             strings in it stay text.
-        stop: strings that end the text before them, also where they stretch over several tokens.
-        cache: as in `generate_step`.
-        options: those of `generate_step`.
+        cache: as for `generate_step`.
+        options: those of `generate_step`, and `stop`: a string or strings that end the text before them, also across
+            tokens.
 
     Yields:
-        A response a token; the last one has a `finish_reason`.
+        One response a token; the last one has a `finish_reason`.
 
     Raises:
-        RequestError: as `generate_step`.
+        RequestError: as for `generate_step`.
     """
+    return stream(model, tokenizer, prompt, cache, DecodeOptions(**options))
+
+
+def stream(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int],
+    cache: PromptCache | None,
+    options: DecodeOptions,
+) -> Iterator[GenerationResponse]:
+    """`stream_generate` with its options in one value."""
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    cache = _cache(model, cache, options.pop("kv_bits", None), options.pop("max_kv_size", None))
-    max_tokens = options.setdefault("max_tokens", 256)
-    text = AnswerText(tokenizer.streaming_decoder(), stop)
+    cache = open_cache(model, cache, options)
+    text = AnswerText(tokenizer.streaming_decoder(), options.stop)
     start, rerun = time.perf_counter(), cache.rerun_tokens
     with wired_memory():
-        for drawn, (token, logprobs) in enumerate(generate_step(ids, model, cache=cache, **options), 1):
+        for drawn, (token, logprobs) in enumerate(decode(ids, model, cache, options), 1):
             now = time.perf_counter()
             if drawn == 1:
                 first, prompt_tps = now, len(ids) / (now - start)
             ended = token in tokenizer.eos_ids
-            certain, stopped = ("", False) if ended else text.add(token)
-            reason = "stop" if ended or stopped else "length" if drawn == max_tokens else None
+            final, stopped = ("", False) if ended else text.add(token)
+            reason = "stop" if ended or stopped else "length" if drawn == options.max_tokens else None
             yield GenerationResponse(
-                text=certain if stopped or reason is None else certain + text.finish(),
+                text=final if stopped or reason is None else final + text.finish(),
                 token=token,
                 logprobs=logprobs,
                 prompt_tokens=len(ids),
@@ -130,8 +138,8 @@ def stream_generate(
 
 @overload
 def generate(
-    model: Model,
-    tokenizer: Tokenizer,
+    model: LanguageModel,
+    tokenizer: Phi4Tokenizer,
     prompt: str | Sequence[int],
     *,
     schema: Mapping[str, Any] | None = None,
@@ -142,8 +150,8 @@ def generate(
 
 @overload
 def generate(
-    model: Model,
-    tokenizer: Tokenizer,
+    model: LanguageModel,
+    tokenizer: Phi4Tokenizer,
     prompt: str | Sequence[int],
     *,
     schema: type[Answer],
@@ -153,22 +161,22 @@ def generate(
 
 
 def generate(
-    model: Model,
-    tokenizer: Any,
+    model: LanguageModel,
+    tokenizer: Phi4Tokenizer,
     prompt: str | Sequence[int],
     *,
-    schema: Any = None,
+    schema: Mapping[str, Any] | type[Answer] | None = None,
     verbose: bool = False,
     **options: Any,
-) -> Any:
+) -> str | Answer:
     """The whole answer as a string, or as an instance of a class.
 
     Args:
-        model: what `load` returned.
-        tokenizer: what `load` returned.
-        prompt: as in `stream_generate`.
-        schema: what the answer must obey: a JSON schema, a dataclass, or a pydantic model (a class with
-            `model_json_schema` and `model_validate_json`). It ends within `max_tokens`.
+        model: from `load`.
+        tokenizer: from `load`.
+        prompt: as for `stream_generate`.
+        schema: a JSON schema, a dataclass or a pydantic model (a class with `model_json_schema` and
+            `model_validate_json`) that the answer obeys. The answer ends within `max_tokens`.
         verbose: prints the text as it comes, then counts and speeds.
         options: those of `stream_generate`.
 
@@ -176,13 +184,30 @@ def generate(
         The text, without the end marker; with a class as the schema, an instance of it.
 
     Raises:
-        RequestError: as `generate_step`; the schema cannot be kept, or `max_tokens` are too few for it.
+        RequestError: as for `generate_step`; the schema is not supported, or `max_tokens` is too small for it.
     """
-    constraint = read = None
-    if schema is not None:
-        constraint, read = _schema_mask(schema, tokenizer, model.config.vocab_size, options)
+    cache, chosen = options.pop("cache", None), DecodeOptions(**options)
+    if schema is None:
+        return _text(stream(model, tokenizer, prompt, cache, chosen), verbose)
+    for other in ("stop", "logits_mask"):  # either would leave half an answer
+        if options.get(other) is not None:
+            raise RequestError(f"schema and {other} exclude each other; leave one out")
+    from phi4_mlx.grammar.constraint import Constraint
+    from phi4_mlx.grammar.grammars import class_answer, json_schema
+
+    grammar, read = (json_schema(schema), str) if isinstance(schema, Mapping) else class_answer(schema)
+    constraint = Constraint(grammar, tokenizer, model.config.vocab_size, chosen.max_tokens)
+    text = _text(stream(model, tokenizer, prompt, cache, replace(chosen, logits_mask=constraint)), verbose)
+    if not constraint.complete:
+        raise RequestError(f"the answer had not ended after max_tokens {chosen.max_tokens}; raise max_tokens")
+    answer: str | Answer = read(text)
+    return answer
+
+
+def _text(responses: Iterator[GenerationResponse], verbose: bool) -> str:
+    """The text of all responses; with `verbose` it is printed too, with counts and speeds."""
     pieces = []
-    for response in stream_generate(model, tokenizer, prompt, **options):
+    for response in responses:
         pieces.append(response.text)
         if verbose:
             print(response.text, end="", flush=True)
@@ -192,32 +217,14 @@ def generate(
             f"generation: {response.generation_tokens} tokens, {response.generation_tps:.1f} tokens/s\n"
             f"peak memory: {response.peak_memory:.3f} GB"
         )
-    text = "".join(pieces)
-    if constraint is not None and not constraint.complete:
-        raise RequestError(f"the answer had not ended after max_tokens {options['max_tokens']}; raise max_tokens")
-    return text if read is None else read(text)
-
-
-def _schema_mask(schema: Any, tokenizer: Any, vocab_size: int, options: dict[str, Any]) -> tuple[Any, Any]:
-    """The constraint of a schema, put into `options`, and what makes an instance of the answer, if it is to be one."""
-    from phi4_mlx.grammar.constraint import Constraint
-    from phi4_mlx.grammar.grammars import class_answer, json_schema
-
-    for other in ("stop", "logits_mask"):  # either would leave half an answer
-        if options.get(other) is not None:
-            raise RequestError(f"schema and {other} cannot be given both; leave one out")
-    max_tokens = options.setdefault("max_tokens", 256)
-    check_whole("max_tokens", max_tokens, 1)
-    grammar, read = (json_schema(schema), None) if isinstance(schema, Mapping) else class_answer(schema)
-    options["logits_mask"] = constraint = Constraint(grammar, tokenizer, vocab_size, max_tokens)
-    return constraint, read
+    return "".join(pieces)
 
 
 class AnswerText:
-    """The text of an answer as it becomes certain: whole characters, and nothing that may begin a stop string.
+    """The text of an answer as it becomes final: whole characters, and nothing that may begin a stop string.
 
     Attributes:
-        stopped_by: the stop string that has ended it, if one has.
+        stopped_by: the stop string that ended the answer; None if none has.
     """
 
     stopped_by: str | None = None
@@ -226,37 +233,37 @@ class AnswerText:
         self._decoder = decoder
         stops = [stop] if isinstance(stop, str) else () if stop is None else stop
         if not isinstance(stops, (list, tuple)) or not all(isinstance(each, str) and each for each in stops):
-            raise RequestError(f"stop must be a list of strings that are not empty, not {stop!r}")
+            raise RequestError(f"stop must be a list of non-empty strings, not {stop!r}")
         self._stops = stops
-        self._held = ""
+        self._pending = ""
 
     def add(self, token: int) -> tuple[str, bool]:
-        """The text that `token` makes certain, and whether a stop string has ended it."""
-        self._held += self._decoder.add(token)
+        """(text that `token` makes final, True if a stop string has ended it)."""
+        self._pending += self._decoder.add(token)
         return self._release()
 
     def finish(self) -> str:
-        """What was still held back; nothing after a stop string."""
+        """The rest of the text; empty after a stop string."""
         if self.stopped_by:
             return ""
-        self._held += self._decoder.finish()
-        certain, stopped = self._release()
-        return certain if stopped else certain + self._held
+        self._pending += self._decoder.finish()
+        final, stopped = self._release()
+        return final if stopped else final + self._pending
 
     def _release(self) -> tuple[str, bool]:
-        held = self._held
-        found = [(at, each) for each in self._stops if (at := held.find(each)) >= 0]
+        pending = self._pending
+        found = [(at, each) for each in self._stops if (at := pending.find(each)) >= 0]
         if found:
             at, self.stopped_by = min(found, key=lambda place: place[0])
-            return held[:at], True
-        keep = max((n for each in self._stops for n in range(1, len(each)) if held.endswith(each[:n])), default=0)
-        certain, self._held = held[: len(held) - keep], held[len(held) - keep :]
-        return certain, False
+            return pending[:at], True
+        keep = max((n for each in self._stops for n in range(1, len(each)) if pending.endswith(each[:n])), default=0)
+        final, self._pending = pending[: len(pending) - keep], pending[len(pending) - keep :]
+        return final, False
 
 
 @contextlib.contextmanager
 def wired_memory() -> Iterator[None]:
-    """Lets Metal keep the weights resident while tokens are drawn; without it, large models page on macOS 15."""
+    """Lets Metal keep the weights wired while tokens are drawn; otherwise large models page on macOS 15."""
     if not mx.metal.is_available():
         yield
         return

@@ -23,7 +23,7 @@ from phi4_mlx.convert.quantize import Scheme
 from phi4_mlx.convert.weights import Parameter, plan
 from phi4_mlx.files.dtypes import mlx_dtype
 from phi4_mlx.hub import resolve
-from phi4_mlx.models.text import Model
+from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.tokens.tokenizer import load_tokenizer
 
 PROMPT = "The quick brown fox jumps over the lazy dog. 1, 2, 3, 4, 5: which number comes next, and why?"
@@ -153,7 +153,7 @@ def _differences(
     """How far the package's logits are from those of base and adapter: largest, mean, agreeing tokens, tokens."""
     ids = mx.array([load_tokenizer(target).encode(PROMPT)])
 
-    def logits(model: Model) -> mx.array:
+    def logits(model: LanguageModel) -> mx.array:
         found = model(ids).astype(mx.float32)
         mx.eval(found)
         return found

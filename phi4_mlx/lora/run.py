@@ -31,7 +31,7 @@ from phi4_mlx.lora.training.memory_plan import Plan, check_memory, make_plan
 from phi4_mlx.lora.training.preference import PreferenceLoss
 from phi4_mlx.lora.training.trainable import make_trainable
 from phi4_mlx.lora.training.trainer import Loss, Trainer, evaluate, pair_figures, sft_loss
-from phi4_mlx.models.text import Model
+from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.tokens.tokenizer import Tokenizer
 
 MANY_EPOCHS = 10
@@ -207,11 +207,11 @@ def tell_plan(trainer: Trainer, tell: Tell) -> None:
     accumulating = settings.grad_accumulation_steps > 1 or trainer.group is not None
 
     def plan(recompute: bool) -> Plan:
-        model.model.recompute = recompute
+        model.recompute = recompute
         try:
             return make_plan(model.train(), trainer.loss, batches.shapes, accumulating)
         finally:
-            model.model.recompute = settings.grad_checkpoint
+            model.recompute = settings.grad_checkpoint
 
     other = None if settings.grad_checkpoint else functools.partial(plan, True)
     peak = check_memory(plan(settings.grad_checkpoint), batches, other)
@@ -227,7 +227,7 @@ def tell_plan(trainer: Trainer, tell: Tell) -> None:
 
 
 def tell_test(
-    model: Model, batches: Batches, settings: Settings, tell: Tell, group: mx.distributed.Group | None = None
+    model: LanguageModel, batches: Batches, settings: Settings, tell: Tell, group: mx.distributed.Group | None = None
 ) -> float:
     """The loss on the test set, and tells it."""
     count = None if settings.test_batches < 0 else settings.test_batches

@@ -1,7 +1,7 @@
-"""Attention of new tokens over all that a cache holds, without an array of all scores, [heads, T, S].
+"""Attention of new tokens over a whole cache, without materialising all scores [heads, T, S].
 
-Metal's kernel does without one. Over quantised keys and values it goes a block of keys at a time, with a running
-softmax; on a CPU, a slice of queries at a time.
+Metal's kernel never does. Quantised keys and values are processed in blocks of keys with a running softmax; on a CPU,
+causal attention runs in slices of queries.
 
 Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
 """
@@ -13,24 +13,24 @@ from typing import Any
 
 import mlx.core as mx
 
-SLICE = 2**20  # scores of a head in a slice of queries
+from phi4_mlx.models.cache import Mask, Quantized
+
+SLICE = 2**20  # scores a head in one slice of queries
 BLOCK = 256  # keys; with 24 heads and a chunk of 2,048 tokens, 50 MB of scores
-SCORES = 2**15  # scores of a head that a block may have where there are few new tokens
-QUEUED = 2**19  # scores that may be on their way: what is queued has its memory already
-
-Packed = tuple[mx.array, mx.array, mx.array]  # what `mx.quantize` makes of [B, K, S, Dh]
+SCORES = 2**15  # scores a head in one block when there are few new tokens
+QUEUED = 2**19  # scores queued before a wait: MLX allocates when it queues
 
 
-def attention(queries: mx.array, keys: Any, values: Any, scale: float, mask: Any, bits: int | None) -> mx.array:
-    """What each query saw.
+def attention(queries: mx.array, keys: Any, values: Any, scale: float, mask: Mask, bits: int | None) -> mx.array:
+    """Attention output for each query.
 
     Args:
         queries: [B, H, T, Dh].
-        keys: [B, K, S, Dh], or `Packed`; the last T are the queries' own.
+        keys: [B, K, S, Dh], or `Quantized`; the last T belong to the queries.
         values: like the keys.
         scale: of the scores, before the softmax.
-        mask: None where every query sees all keys, "causal", or bool [B or 1, 1, T, S].
-        bits: of keys and values, if they are quantised.
+        mask: None where every query sees every key, "causal", or bool [B or 1, 1, T, S].
+        bits: of quantised keys and values; else None.
 
     Returns:
         [B, H, T, Dh], in the dtype of the queries.
@@ -43,7 +43,7 @@ def attention(queries: mx.array, keys: Any, values: Any, scale: float, mask: Any
 
 
 def in_slices(queries: mx.array, keys: mx.array, values: mx.array, scale: float, rows: int) -> mx.array:
-    """Causal attention, `rows` queries at a time, each slice over the keys that it may see."""
+    """Causal attention, `rows` queries at a time, each slice over the keys it may attend to."""
     T, S = queries.shape[2], keys.shape[2]
     slices, queued = [], 0
     for start in range(0, T, rows):
@@ -62,14 +62,14 @@ def in_slices(queries: mx.array, keys: mx.array, values: mx.array, scale: float,
 
 
 def in_blocks(
-    queries: mx.array, keys: Packed, values: Packed, scale: float, mask: Any, bits: int, block: int | None = None
+    queries: mx.array, keys: Quantized, values: Quantized, scale: float, mask: Mask, bits: int, block: int | None = None
 ) -> mx.array:
-    """Attention over quantised keys and values, `block` of them at a time; all in float32."""
+    """Attention over quantised keys and values, `block` positions at a time, in float32."""
     B, H, T, Dh = queries.shape
     K, S = keys[0].shape[1], keys[0].shape[2]
     block = block or max(BLOCK, SCORES // T)
     product = partial(mx.quantized_matmul, group_size=Dh // keys[1].shape[3], bits=bits)
-    rows = (queries.astype(mx.float32) * scale).reshape(B, K, -1, Dh)  # the queries of one key head side by side
+    rows = (queries.astype(mx.float32) * scale).reshape(B, K, -1, Dh)  # queries of one key head together
     top = total = out = mx.array(0.0)
     queued = 0
     for start in range(0, S, block):
@@ -77,7 +77,7 @@ def in_blocks(
         scores = product(rows, *(array[:, :, start:stop] for array in keys), transpose=True)  # [B, K, G * T, block]
         allowed = _allowed(mask, T, S, start, stop)
         if allowed is not None:
-            least = mx.finfo(mx.float32).min  # not minus infinity: a row may see nothing of a block
+            least = mx.finfo(mx.float32).min  # not -inf: a row may see nothing of a block
             scores = mx.where(allowed, scores.reshape(B, K, H // K, T, -1), least).reshape(scores.shape)
         highest = scores.max(axis=-1, keepdims=True)
         highest = mx.maximum(top, highest) if start else highest
@@ -95,8 +95,8 @@ def in_blocks(
     return (out / total).astype(queries.dtype).reshape(B, H, T, Dh)
 
 
-def _allowed(mask: Any, T: int, S: int, start: int, stop: int) -> mx.array | None:
-    """Which keys of a block the queries may look at, broadcast to [B, K, G, T, block]; None for all."""
+def _allowed(mask: Mask, T: int, S: int, start: int, stop: int) -> mx.array | None:
+    """The keys of a block that each query may attend to, broadcastable to [B, K, G, T, block]; None for all."""
     if mask is None or (isinstance(mask, str) and stop <= S - T + 1):
         return None
     if isinstance(mask, str):

@@ -1,22 +1,27 @@
-"""Several sequences of one model side by side, for one forward pass: rows that end at the same column."""
+"""The caches of several sequences side by side, for one forward pass: rows that end at the same column."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
 
-from phi4_mlx.models.cache import KVCache, PromptCache
+from phi4_mlx.models.cache import LayerCache, PromptCache
 from phi4_mlx.models.rope import Regime
-from phi4_mlx.models.text import Model
 
 
-class Rows(PromptCache):
-    """The caches of several sequences as one, a row each: they end at the same column, and begin where they begin."""
+class BatchCache(list[LayerCache]):
+    """One row a sequence: rows end at the same column and start where their sequence starts.
 
-    def __init__(self, model: Model, regime: Regime):
-        super().__init__([KVCache() for _ in model.layers], model.model.rope.regime, regime)
-        self._padding: list[int] = []  # columns before each row begins
+    Args:
+        layers: an empty `LayerCache` for each layer.
+        regime: the RoPE table of all rows.
+    """
+
+    def __init__(self, layers: Iterable[LayerCache], regime: Regime):
+        super().__init__(layers)
+        self.regime: Regime = regime
+        self._padding: list[int] = []  # columns before each row starts
 
     @property
     def columns(self) -> int:
@@ -25,57 +30,48 @@ class Rows(PromptCache):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens held, by row."""
+        """Tokens cached, by row."""
         return [self.columns - padding for padding in self._padding]
 
     @property
-    def offset(self) -> mx.array:
-        """The positions of the next tokens, [B]."""
+    def positions(self) -> mx.array:
+        """The position of each row's next token, [B]."""
         return mx.array(self.lengths)
 
-    def remember(self, ids: mx.array) -> mx.array:
-        """Nothing to keep: the sequences know their ids."""
-        return ids
+    def record(self, ids: mx.array) -> None:
+        """Keeps no ids: the sequences have them."""
 
     def make_mask(self, N: int) -> mx.array | None:
-        """Which columns a row's next token may look at, [B, 1, 1, S]: those that are its own."""
+        """The columns that each row's next token may attend to, bool [B, 1, 1, S]; None where all may."""
         if not any(self._padding):
             return None
         return mx.arange(self.columns + N) >= mx.array(self._padding)[:, None, None, None]
 
-    def join(self, caches: list[PromptCache]) -> None:
-        """Appends a row for each cache, its arrays copied."""
+    def join(self, caches: Sequence[PromptCache]) -> None:
+        """Appends a row for each cache; its arrays are copied."""
         lengths = [*self.lengths, *(cache.offset for cache in caches)]
-        S = max(lengths)
-        members = ([self] if self._padding else []) + [*caches]
+        columns = max(lengths)
+        members = [*([self] if self._padding else []), *caches]
         for number, layer in enumerate(self):
-            keys, values = zip(*(member[number].state for member in members), strict=True)
-            layer.state = _side_by_side(keys, S), _side_by_side(values, S)
-        self._padding = [S - length for length in lengths]
+            layer.join([member[number] for member in members], columns)
+        self._padding = [columns - length for length in lengths]
 
     def copy_row(self, number: int, ids: list[int], cache: PromptCache) -> PromptCache:
-        """What a row holds, in a cache of its own.
+        """Copies a row into a cache of its own.
 
         Args:
-            number: which row.
-            ids: those of its tokens, and perhaps more.
+            number: the row.
+            ids: the ids of its tokens; more may follow.
             cache: an empty one.
         """
-        first = self._padding[number]
-        states = [[array[number : number + 1, :, first:] for array in layer.state] for layer in self]
-        cache.restore(ids[: self.columns - first], states, self.regime)
+        start = self._padding[number]
+        cache.restore(ids[: self.columns - start], [layer.row(number, start) for layer in self], self.regime)
         return cache
 
-    def keep(self, numbers: list[int]) -> None:
+    def keep(self, rows: list[int]) -> None:
         """Keeps these rows alone, in this order."""
-        self._padding = [self._padding[number] for number in numbers]
-        unused = min(self._padding, default=0)
-        self._padding = [padding - unused for padding in self._padding]
-        index = mx.array(numbers)
+        padding = [self._padding[row] for row in rows]
+        unused = min(padding, default=0)
+        self._padding = [each - unused for each in padding]
         for layer in self:
-            layer.state = [array[index, :, unused:] for array in layer.state] if numbers else []
-
-
-def _side_by_side(arrays: Iterable[mx.array], S: int) -> mx.array:
-    """Rows [B, K, s, Dh] of several lengths, filled up before their beginning to [sum of B, K, S, Dh]."""
-    return mx.concatenate([mx.pad(array, [(0, 0), (0, 0), (S - array.shape[2], 0), (0, 0)]) for array in arrays])
+            layer.keep(rows, unused)

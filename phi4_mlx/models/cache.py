@@ -1,29 +1,111 @@
-"""What a sequence remembers: its keys and values, its token ids, and the RoPE table they were made under.
+"""Caches: keys and values of one layer, and the prompt cache of one sequence.
 
-`KVCache` is one layer's share and keeps mlx-lm's duck type, so that mlx-lm's own tools work on it. `PromptCache` is the
-list of them, which is what `model.make_cache()` returns and what the caller passes to `model(ids, cache)`.
+`KVCache` keeps mlx-lm's duck type, so that mlx-lm's own tools work on it. `PromptCache` is the list of all layers'
+caches; `model.make_cache()` returns one, and the caller passes it to `model(ids, cache)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
-from phi4_mlx.errors import RequestError
+from phi4_mlx.errors import RequestError, check_whole
 from phi4_mlx.models.rope import Regime
+
+Mask: TypeAlias = "str | mx.array | None"  # "causal", bool [.., T, S], or None where every query sees every key
+Quantized: TypeAlias = "tuple[mx.array, mx.array, mx.array]"  # weights, scales and biases from `mx.quantize`
+
+MAX_SNAPSHOTS = 8  # of one sequence; each takes as many bytes as the recurrent states of all layers
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """The kind of cache to make; the arguments of `make_cache`.
+
+    Raises:
+        RequestError: a value is outside its range.
+    """
+
+    regime: Regime | None = None
+    kv_bits: int | None = None
+    max_kv_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.regime not in (None, "short", "long"):
+            raise RequestError(f"regime {self.regime!r} is unknown; use short or long, or None to choose by the length")
+        if self.kv_bits is not None and (type(self.kv_bits) is not int or self.kv_bits not in (4, 8)):
+            raise RequestError(f"kv_bits {self.kv_bits!r} is unknown; use 4 or 8, or None for no quantisation")
+        if self.max_kv_size is not None:
+            check_whole("max_kv_size", self.max_kv_size, 2 * KVCache.STEP)
+
+
+class LayerCache(Protocol):
+    """The cached state of one layer, in mlx-lm's names where mlx-lm has the thing."""
+
+    @property
+    def offset(self) -> int:
+        """Tokens appended and not taken back: the position of the next one."""
+
+    @property
+    def state(self) -> Sequence[mx.array]:
+        """The filled part of all arrays; assigning it replaces what is cached."""
+
+    @state.setter
+    def state(self, state: Sequence[mx.array]) -> None: ...
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """A name for each array of `state`, for files."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+
+    @property
+    def rewindable(self) -> bool:
+        """True if tokens can always be taken back, however many follow."""
+
+    def is_trimmable(self) -> bool:
+        """True if `trim` can take back some tokens and keep the others."""
+
+    def trim(self, n: int) -> int:
+        """Takes back the last n tokens and returns how many it took: all, n, or 0 where that is not possible."""
+
+    def make_mask(self, N: int) -> Mask:
+        """The attention mask of the next N tokens."""
+
+    def fork(self, length: int) -> LayerCache:
+        """Another cache of the first `length` tokens, over the same arrays."""
+
+    def snapshot(self) -> Any:
+        """A cheap record of this moment for `restore`; None if there can be none."""
+
+    def restore(self, snapshot: Any) -> None:
+        """Goes back to the moment of a snapshot."""
+
+    def join(self, members: Sequence[Any], columns: int) -> None:
+        """Takes over the rows of `members`, one below the other, right-aligned in `columns` columns."""
+
+    def keep(self, rows: Sequence[int], start: int) -> None:
+        """Keeps these rows, in this order, from column `start` on."""
+
+    def row(self, number: int, start: int) -> Sequence[mx.array]:
+        """The `state` of one row, from column `start` on."""
 
 
 def group_size(head_dim: int) -> int:
-    """How many numbers of a head share a scale and a bias where they are quantised."""
+    """Elements of a head that share a scale and a bias when quantised."""
     return 64 if head_dim % 64 == 0 else 32
 
 
 def buffer_length(num_tokens: int) -> int:
-    """The positions of the buffer that so many tokens are put in.
+    """Positions of the buffer for `num_tokens` tokens.
 
-    One is always left: a buffer that they filled would be no copy of them, and hold on to all that they are a part of.
+    Always leave a spare slot: a full buffer would alias the caller's array and keep its parent alive.
     """
     return (num_tokens // KVCache.STEP + 1) * KVCache.STEP
 
@@ -32,10 +114,10 @@ class KVCache:
     """Keys and values of one layer, [B, K, S, Dh] each, in buffers that grow `STEP` positions at a time.
 
     Args:
-        bits: 4 or 8 keeps them quantised, in groups of 64 or 32 along Dh with a scale and a bias each; None does not.
-        max_size: how many tokens may stay. Where more come, the oldest `STEP` are forgotten, but for the first `SINK`,
-            which attention leans on (Xiao et al. 2023, "Efficient streaming language models with attention sinks").
-            None forgets nothing. A chunk of new tokens always sees all of itself.
+        bits: 4 or 8 quantises in groups of 64 or 32 along Dh; None does not.
+        max_size: the most tokens to keep. When more come, the oldest `STEP` are dropped, except the first `SINK`
+            (attention sinks: Xiao et al. 2023, "Efficient streaming language models with attention sinks"). None keeps
+            all. A chunk of new tokens always sees all of itself.
     """
 
     STEP = 256
@@ -43,66 +125,73 @@ class KVCache:
 
     def __init__(self, bits: int | None = None, max_size: int | None = None) -> None:
         self.bits, self.max_size = bits, max_size
-        self._buffers: list[mx.array] = []  # keys, values; where quantised, weights, scales and biases of each
+        self._buffers: list[mx.array] = []  # keys, values; if quantised, weights, scales and biases of each
         self._filled = 0
-        self._forgotten = 0
+        self._dropped = 0
 
     @property
     def offset(self) -> int:
-        """Tokens that were put in and not taken back: the position of the next one."""
-        return self._filled + self._forgotten
+        """Tokens appended and not taken back: the position of the next one."""
+        return self._filled + self._dropped
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
-        """Appends keys and values [B, K, T, Dh]; returns all of them, [B, K, S, Dh], or triples if quantised."""
+        """Appends keys and values [B, K, T, Dh]; returns all of them, [B, K, S, Dh], or `Quantized` triples."""
         T = keys.shape[2]
         if self.max_size is not None and self._filled + T > self.max_size:
-            self._forget(self._filled - (self.max_size - self.STEP))
+            self._drop(self._filled - (self.max_size - self.STEP))
         start, end = self._filled, self._filled + T
-        new = [keys, values] if self.bits is None else [*self._quantised(keys), *self._quantised(values)]
+        new = [keys, values] if self.bits is None else [*self._quantized(keys), *self._quantized(values)]
         if not self._buffers or end > self._buffers[0].shape[2]:
             self._buffers = [self._grown(*pair) for pair in zip(self._buffers or [None] * len(new), new, strict=True)]
-        self._filled, held = end, []
+        self._filled, filled = end, []
         for buffer, part in zip(self._buffers, new, strict=True):
             buffer[:, :, start:end] = part
-            held.append(buffer[:, :, :end])
-        return (held[0], held[1]) if self.bits is None else (tuple(held[:3]), tuple(held[3:]))
+            filled.append(buffer[:, :, :end])
+        return (filled[0], filled[1]) if self.bits is None else (tuple(filled[:3]), tuple(filled[3:]))
 
-    def _quantised(self, array: mx.array) -> Sequence[mx.array]:
-        return mx.quantize(array, group_size=group_size(array.shape[-1]), bits=self.bits)
+    def _quantized(self, array: mx.array) -> Sequence[mx.array]:
+        return list(mx.quantize(array, group_size=group_size(array.shape[-1]), bits=self.bits))
 
     def _grown(self, buffer: mx.array | None, new: mx.array) -> mx.array:
         B, K, T, width = new.shape
         room = mx.zeros((B, K, buffer_length(T), width), new.dtype)
         return room if buffer is None else mx.concatenate([buffer[:, :, : self._filled], room], axis=2)
 
-    def _forget(self, n: int) -> None:
+    def _drop(self, n: int) -> None:
         if n <= 0:
             return
         first, last = self.SINK + n, self._filled
         self._buffers = [mx.concatenate([b[:, :, : self.SINK], b[:, :, first:last]], axis=2) for b in self._buffers]
-        self._filled, self._forgotten = self._filled - n, self._forgotten + n
+        self._filled, self._dropped = self._filled - n, self._dropped + n
 
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> str | mx.array | None:
-        """The attention mask of the next N tokens: causal over all that came before. mlx-lm's signature."""
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
+        """The attention mask of the next N tokens: causal over everything before. mlx-lm's signature."""
         if window_size is not None:
-            raise RequestError(f"attention in a window of {window_size} tokens is not done by this cache")
+            raise RequestError(f"this cache does not support attention in a window of {window_size} tokens")
         if return_array:
             return mx.arange(self._filled, self._filled + N)[:, None] >= mx.arange(self._filled + N)
         return None if N == 1 else "causal"
 
     @property
     def state(self) -> Sequence[mx.array]:
-        """Keys and values as far as they are filled, [B, K, S, Dh] each; empty before the first token."""
+        """The filled part of keys and values, [B, K, S, Dh] each; empty before the first token."""
         return [buffer[:, :, : self._filled] for buffer in self._buffers]
 
     @state.setter
     def state(self, state: Sequence[mx.array]) -> None:
         self._buffers = list(state)
-        self._filled, self._forgotten = (state[0].shape[2] if len(state) else 0), 0
+        self._filled, self._dropped = (state[0].shape[2] if len(state) else 0), 0
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The name of each array of `state`."""
+        if self.bits is None:
+            return "keys", "values"
+        return "keys", "keys.scales", "keys.biases", "values", "values.scales", "values.biases"
 
     @property
     def meta_state(self) -> str:
-        """Nothing besides `state`; mlx-lm's name."""
+        """Empty: `state` holds everything; mlx-lm's name."""
         return ""
 
     @meta_state.setter
@@ -110,26 +199,61 @@ class KVCache:
         if value:
             raise ValueError("this cache keeps no meta state")
 
+    @property
+    def rewindable(self) -> bool:
+        """True without a `max_size`: dropped tokens do not come back."""
+        return self.max_size is None
+
     def is_trimmable(self) -> bool:
-        """Whether `trim` can take back some tokens and leave others: not once the oldest are forgotten."""
-        return self._forgotten == 0
+        """True until the oldest tokens have been dropped."""
+        return self._dropped == 0
 
     def trim(self, n: int) -> int:
         """Takes back the last n tokens; returns how many it took."""
         if n >= self.offset:
-            n, self._filled, self._forgotten = self.offset, 0, 0
+            n, self._filled, self._dropped = self.offset, 0, 0
         elif n > 0 and self.is_trimmable():
             self._filled -= n
         else:
             n = 0
         return n
 
+    def snapshot(self) -> int | None:
+        """The length: what follows is appended, so that trimming restores it. None with a `max_size`."""
+        return self._filled if self.rewindable else None
+
+    def restore(self, snapshot: int) -> None:
+        """Goes back to the length of a snapshot."""
+        self._filled = snapshot
+
+    def fork(self, length: int) -> KVCache:
+        """Another cache of the first `length` tokens, over the same arrays."""
+        twin = KVCache(self.bits, self.max_size)
+        twin.state = [array[:, :, :length] for array in self.state]
+        return twin
+
+    def join(self, members: Sequence[KVCache], columns: int) -> None:
+        """Takes over the rows of `members`, one below the other, right-aligned in `columns` columns."""
+        self.state = [
+            mx.concatenate([mx.pad(each, [(0, 0), (0, 0), (columns - each.shape[2], 0), (0, 0)]) for each in arrays])
+            for arrays in zip(*(member.state for member in members), strict=True)
+        ]
+
+    def keep(self, rows: Sequence[int], start: int) -> None:
+        """Keeps these rows, in this order, from column `start` on."""
+        index = mx.array(rows)
+        self.state = [array[index, :, start:] for array in self.state] if rows else []
+
+    def row(self, number: int, start: int) -> Sequence[mx.array]:
+        """The `state` of one row, from column `start` on."""
+        return [array[number : number + 1, :, start:] for array in self.state]
+
     def size(self) -> int:
-        """Tokens held; mlx-lm's name."""
+        """Tokens kept; mlx-lm's name."""
         return self._filled
 
     def empty(self) -> bool:
-        """Whether nothing was ever put in; mlx-lm's name."""
+        """True if nothing was ever appended; mlx-lm's name."""
         return not self._buffers
 
     @property
@@ -138,32 +262,58 @@ class KVCache:
         return sum(buffer.nbytes for buffer in self._buffers)
 
 
-class PromptCache(list):  # list[KVCache]; the bare base keeps mlx-lm's isinstance checks and Python 3.10 content
-    """The caches of all layers, which stand at one offset, with the ids of the tokens in them and their RoPE regime.
+@dataclass(frozen=True)
+class _Snapshot:
+    length: int
+    layers: list[Any]  # one a layer
 
-    The ids are what makes a crossing of the LongRoPE boundary exact: `admit` then empties the cache and hands back the
-    whole sequence, to be run again under the other table.
+
+class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
+    """The caches of all layers, with the ids of the tokens in them and the RoPE regime they were computed under.
+
+    The ids make a crossing of the RoPE boundary exact: `admit` then empties the cache and returns the whole sequence,
+    to be run again under the other table.
+
+    Args:
+        layers: one `LayerCache` a layer, all at the same offset.
+        regime_for: length -> the regime it needs.
+        options: the options that the layers were made with.
+
+    Attributes:
+        regime: the RoPE table of everything cached.
+        options: as given.
+        rerun_tokens: tokens that crossings made the model run again, so far.
     """
 
-    def __init__(self, layers: Iterable[Any], regime_for: Callable[[int], Regime], regime: Regime | None = None):
+    def __init__(
+        self,
+        layers: Iterable[LayerCache],
+        regime_for: Callable[[int], Regime],
+        options: CacheOptions | None = None,
+    ):
         super().__init__(layers)
+        self.options = options or CacheOptions()
         self._regime_for = regime_for
-        self._pinned = regime
-        self._reach = 0  # the length that was announced, while it is being filled
-        self._pieces: list[mx.array] = []  # [B, t] each
-        self._known = 0  # their length together
-        self.regime = regime or regime_for(self.offset)
-        self.rerun_tokens = 0  # how many were run again at crossings, so far
+        self._pieces: list[mx.array] = []  # ids, [B, t] each
+        self._known = 0  # ids in all pieces
+        self._snapshots: list[_Snapshot] = []
+        self.regime: Regime = self.options.regime or regime_for(self.offset)
+        self.rerun_tokens = 0
 
     @property
     def offset(self) -> int:
-        """Tokens held."""
+        """Tokens cached."""
         return self[0].offset
 
     @property
+    def positions(self) -> int:
+        """The position of the next token."""
+        return self.offset
+
+    @property
     def ids(self) -> mx.array:
-        """The ids of the tokens held, [B, S]."""
-        self._forget_trimmed()
+        """The ids of the cached tokens, [B, S]."""
+        self._drop_trimmed_ids()
         if not self._pieces:
             return mx.zeros((1, 0), mx.int32)
         if len(self._pieces) > 1:
@@ -172,126 +322,158 @@ class PromptCache(list):  # list[KVCache]; the bare base keeps mlx-lm's isinstan
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers, filled or not."""
-        return sum(layer.nbytes for layer in self)
+        """Bytes of all buffers, filled or not, and of snapshots."""
+        parts = [part for _, part in tree_flatten([each.layers for each in self._snapshots])]
+        kept = sum(int(part.nbytes) for part in parts if isinstance(part, mx.array))
+        return sum(layer.nbytes for layer in self) + kept
 
     @property
-    def pinned(self) -> Regime | None:
-        """The RoPE table that was asked for whatever the length, if one was."""
-        return self._pinned
+    def rewindable(self) -> bool:
+        """True if tokens can always be taken back, however many follow; speculation needs that."""
+        return all(layer.rewindable for layer in self)
 
     @property
-    def bounded(self) -> bool:
-        """Whether it forgets the oldest tokens when it is full."""
-        return any(getattr(layer, "max_size", None) is not None for layer in self)
+    def needs_snapshots(self) -> bool:
+        """True if tokens are taken back by returning to a snapshot."""
+        return not self.rewindable and all(layer.snapshot() is not None for layer in self)
 
     def crosses(self, num_tokens: int) -> bool:
-        """Whether so many new tokens would ask for another RoPE table."""
-        return self._wanted(num_tokens) != self.regime
+        """True if `num_tokens` more tokens would need the other RoPE table."""
+        return self._regime_with(num_tokens) != self.regime
 
-    def admit(self, ids: mx.array, reach: int | None = None) -> mx.array:
-        """Makes ready for new tokens, and for a sequence that is about to reach a length.
+    def admit(self, ids: mx.array) -> mx.array:
+        """Chooses the RoPE table of a sequence that goes on with `ids`, before they are run in one chunk or several.
 
         Args:
-            ids: the new tokens, [B, T].
-            reach: the whole length that a prefill in chunks will come to; it decides the regime of all its chunks,
-                until `forget_reach`. None if nothing new is announced.
+            ids: all the new tokens, [B, T].
 
         Returns:
-            The ids to run: the new ones [B, T], or all of the sequence [B, S + T] after a crossing.
+            The ids to run: the new ones [B, T], or the whole sequence [B, S + T] after a crossing.
 
         Raises:
-            RequestError: a crossing, and the cache was not filled by this model, so that it does not know its ids.
+            RequestError: at a crossing, the cache does not know its ids, because this model did not fill it.
         """
-        self._forget_trimmed()
-        self._reach = self._reach if reach is None else reach
-        wanted = self._wanted(ids.shape[1])
-        if self.offset > 0 and wanted != self.regime:
+        self._drop_trimmed_ids()
+        regime = self._regime_with(ids.shape[1])
+        if self.offset > 0 and regime != self.regime:
             if self._known < self.offset:
                 raise RequestError(
-                    f"{self.offset} cached tokens must be run again under the {wanted} RoPE table, and the cache does "
+                    f"{self.offset} cached tokens must be run again under the {regime} RoPE table, and the cache does "
                     "not know their ids; make it with model.make_cache()"
                 )
             ids = mx.concatenate([self.ids, ids], axis=1)
             self.rerun_tokens += self.offset
-            self._empty()
-        self.regime = wanted
+            self._clear()
+        self.regime = regime
         return ids
 
-    def forget_reach(self) -> None:
-        """Takes back the length that was announced: it has been reached, or the prefill was interrupted."""
-        self._reach = 0
-
-    def remember(self, ids: mx.array) -> mx.array:
-        """`admit`, for the model itself: also keeps the ids that it is about to run."""
-        ids = self.admit(ids)
+    def record(self, ids: mx.array) -> None:
+        """Appends the ids [B, T] that the model is about to run."""
         if len(self._pieces) >= KVCache.STEP:
             mx.async_eval(self.ids)  # as one piece
         self._pieces.append(ids)
         self._known += ids.shape[1]
-        return ids
 
-    def restore(self, ids: Sequence[int], states: Iterable[Sequence[mx.array]], regime: Regime) -> None:
-        """Takes over keys and values that were made elsewhere, in the place of its own.
-
-        Args:
-            ids: the tokens that they are of, [S].
-            states: keys and values [1, K, S, Dh] of each layer.
-            regime: the RoPE table that they were made under.
-        """
-        for layer, state in zip(self, states, strict=True):
-            layer.state = state
-        self._pieces, self._known = [mx.array([list(ids)], mx.int32)], len(ids)
-        self.regime = regime
-
-    def make_mask(self, N: int) -> str | mx.array | None:
+    def make_mask(self, N: int) -> Mask:
         """The attention mask of the next N tokens, the same for all layers."""
         return self[0].make_mask(N)
 
     def is_trimmable(self) -> bool:
-        """Whether some tokens can be taken back and others stay."""
+        """True if some tokens can be taken back while others stay."""
         return all(layer.is_trimmable() for layer in self)
 
     def trim(self, n: int) -> int:
-        """Takes back the last n tokens; returns how many it took: none where `is_trimmable` says that it cannot."""
+        """Takes back the last n tokens; returns how many it took: 0 unless `is_trimmable`, or all of them."""
         n = max(0, min(self.offset, n))
         taken = [layer.trim(n) for layer in self]
-        self._forget_trimmed()
+        self._drop_trimmed_ids()
         return taken[0]
 
+    def mark(self) -> None:
+        """Takes a snapshot to return to, where `needs_snapshots`."""
+        known = {0, *(each.length for each in self._snapshots)}
+        if self.offset not in known and self.needs_snapshots:
+            snapshot = _Snapshot(self.offset, [layer.snapshot() for layer in self])
+            self._snapshots = [*self._snapshots[1 - MAX_SNAPSHOTS :], snapshot]
+
+    def reusable(self, length: int) -> int:
+        """How many of the first `length` tokens can be kept without the rest.
+
+        All of them where tokens can be taken back; else those up to the latest snapshot.
+        """
+        if length >= self.offset or self.is_trimmable():
+            return min(length, self.offset)
+        return max((each.length for each in self._snapshots if each.length <= length), default=0)
+
+    def truncate(self, length: int) -> None:
+        """Keeps the first `length` tokens, which must be `reusable`."""
+        if length == self.offset:
+            return
+        if length == 0 or self.is_trimmable():
+            self.trim(self.offset - length)
+        else:
+            found = next(each for each in self._snapshots if each.length == length)
+            for layer, snapshot in zip(self, found.layers, strict=True):
+                layer.restore(snapshot)
+        self._drop_trimmed_ids()
+
     def reuse(self, ids: Sequence[int]) -> list[int]:
-        """Keeps what a new prompt shares with the tokens held, and forgets the rest.
+        """Keeps what can be kept of the cached tokens that a new prompt shares, and drops the rest.
 
         Args:
             ids: the whole new prompt; B must be 1.
 
         Returns:
-            The ids still to prefill: at least the last one, so that there are logits to go on from.
+            The ids still to prefill: at least the last one, so that there are logits to continue from.
         """
-        held = self.ids[0].tolist()
         shared = 0
-        for old, new in zip(held, ids[:-1]):  # noqa: B905
+        for old, new in zip(self.ids[0].tolist(), ids[:-1]):  # noqa: B905
             if old != new:
                 break
             shared += 1
-        if shared < self.offset and not self.is_trimmable():
-            shared = 0
-        self.trim(self.offset - shared)
-        return list(ids[shared:])
+        kept = self.reusable(shared)
+        self.truncate(kept)
+        return list(ids[kept:])
 
-    def _wanted(self, num_tokens: int) -> Regime:
-        return self._pinned or self._regime_for(max(self._reach, self.offset + num_tokens))
+    def fork(self, length: int) -> PromptCache:
+        """Another cache of the first `length` tokens, which must be `reusable`, over the same arrays; B must be 1."""
+        twin = PromptCache([layer.fork(self.offset) for layer in self], self._regime_for, self.options)
+        twin._pieces, twin._known = [self.ids], self.offset
+        twin._snapshots, twin.regime = [*self._snapshots], self.regime
+        twin.truncate(length)
+        return twin
 
-    def _forget_trimmed(self) -> None:
-        """Brings the ids in line with the layers, which mlx-lm's tools trim one by one."""
+    def compact(self) -> None:
+        """Copies the filled part out of larger buffers, which are then free."""
+        for layer in self:
+            layer.state = [mx.contiguous(array) for array in layer.state]
+        mx.eval([layer.state for layer in self])
+
+    def restore(self, ids: Sequence[int], states: Iterable[Sequence[mx.array]], regime: Regime) -> None:
+        """Replaces everything cached by states that were computed elsewhere.
+
+        Args:
+            ids: their token ids, [S].
+            states: the `state` of each layer.
+            regime: the RoPE table they were computed under.
+        """
+        for layer, state in zip(self, states, strict=True):
+            layer.state = state
+        self._pieces, self._known = [mx.array([list(ids)], mx.int32)], len(ids)
+        self._snapshots, self.regime = [], regime
+
+    def _regime_with(self, num_tokens: int) -> Regime:
+        return self.options.regime or self._regime_for(self.offset + num_tokens)
+
+    def _drop_trimmed_ids(self) -> None:
+        """Follows the layers' length, which mlx-lm's tools trim one by one."""
         if self._known > self.offset:
-            self._reach = 0
             self._pieces = [mx.concatenate(self._pieces, axis=1)[:, : self.offset]]
             self._known = self.offset
-            mx.async_eval(self._pieces)  # else trims pile up on each other
+            self._snapshots = [each for each in self._snapshots if each.length <= self.offset]
+            mx.async_eval(self._pieces)  # else a chain of slices grows from trim to trim
 
-    def _empty(self) -> None:
-        self._pieces = []
-        self._known = 0
+    def _clear(self) -> None:
+        self._pieces, self._known, self._snapshots = [], 0, []
         for layer in self:
             layer.trim(layer.offset)

@@ -1,10 +1,10 @@
-"""A decode step with little work for the host: what stands between two attentions is one compiled call.
+"""Compiled decode steps: everything between two attentions is one `mx.compile`d call.
 
-Operation by operation, Python takes longer to build the graph of a step than a fast chip takes to run it. But for the
-cache, that graph is the same from token to token, and from block to block: `mx.compile` traces it once, with weights as
-inputs, so that what is written into them in place is seen; adapters, and what they are on, are constants of a trace.
-Every step makes sure that weights and modules are still those that were traced, and one with new ones runs plainly: a
-gradient's are new each time. Gradients through several single-token steps at once need `model.train()`.
+Python takes longer to build the graph of a step than a fast chip takes to run it. Apart from the cache, that graph is
+the same for every token and every block, so it is traced once. Weights are inputs of a trace, so that in-place changes
+are seen; adapters and the layers under them are constants. Every step first checks that weights and modules are still
+the traced ones; a step with new ones, such as those of a gradient, runs uncompiled. Gradients through several
+single-token steps at once need `model.train()`.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from phi4_mlx.models.rope import Regime, Rope
 
 Call = Callable[..., Any]
 
-ALL = ("",)  # what the names of a module's weights begin with
+ALL = ("",)  # prefixes of weight names
 BEFORE, AFTER = ("input_layernorm.", "self_attn.qkv_proj."), ("self_attn.o_proj.", "post_attention_layernorm.", "mlp.")
 
 
 class CompiledSteps:
-    """A decoder's steps of one token, from the embedding to the last norm; equal to running its blocks one by one."""
+    """Single-token steps of a decoder, from the embedding to the last norm; equal to running its blocks one by one."""
 
     def __init__(self, rope: Rope) -> None:
         self._rope = rope
-        self._parts: list[Any] = []  # what is traced: the embedding, the blocks, the norm
+        self._parts: list[Any] = []  # the embedding, the blocks, the norm
         self._watched: list[dict[str, Any]] = []
         self._seen: list[Any] = []
         self._calls: dict[Regime, list[Call]] = {}
 
     def ready(self, parts: Sequence[Any]) -> bool:
-        """Whether these modules hold what they held the last time that this was asked."""
+        """True if these modules have the same contents as at the last call; else notes the new ones."""
         same = len(parts) == len(self._parts) and all(map(is_, parts, self._parts))
         if same and all(map(is_, self._contents(), self._seen)):
             return True
@@ -46,13 +46,13 @@ class CompiledSteps:
         return False
 
     def __call__(self, ids: mx.array, offset: int | mx.array, regime: Regime, mask: Any, caches: Any) -> mx.array:
-        """Hidden states [B, 1, D] after the last norm, of the parts that are ready.
+        """Hidden states [B, 1, D] after the last norm, of the parts given to `ready`.
 
         Args:
             ids: [B, 1].
             offset: the position of the token; [B] where the rows differ.
             regime: the RoPE table.
-            mask: what the attention takes.
+            mask: of the attention.
             caches: one a block.
         """
         calls = self._calls.get(regime) or self._trace(regime)
@@ -63,20 +63,20 @@ class CompiledSteps:
         return x
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of it, for a copy of its model, has traced nothing."""
+        """Copies of the model start without traces."""
         return CompiledSteps, (self._rope,)
 
     def _watch(self, parts: Sequence[Any]) -> None:
-        """Notes what the parts hold now."""
+        """Notes the contents of the parts."""
         self._parts, self._calls = [*parts], {}
         modules = [module for part in parts for _, module in part.named_modules()]
-        # A module is a dict of its arrays and modules; an epsilon, or an adapter's scale, is a plain attribute.
+        # A module is a dict of its arrays and modules; an epsilon or an adapter's scale is a plain attribute.
         all_have = {"_no_grad", "_training"}
         self._watched = [*modules, *(plain for each in modules if (plain := vars(each)).keys() - all_have)]
         self._seen = [*self._contents()]
 
     def _contents(self) -> Iterable[Any]:
-        """All that is watched, and a mark that nothing comes after it."""
+        """All watched contents, then an end marker."""
         return chain(chain.from_iterable(map(dict.values, self._watched)), (self,))
 
     def _trace(self, regime: Regime) -> list[Call]:
@@ -103,24 +103,24 @@ class CompiledSteps:
 
 
 class _Traced:
-    """`mx.compile` of a function of modules and arrays; one trace serves all modules that differ in weights alone.
+    """`mx.compile` of a function of modules and arrays; modules that differ only in weights share a trace.
 
     Args:
-        function: what is compiled.
-        used: what the names of the weights begin with that it uses, for each module.
+        function: (*modules, *arrays) -> arrays.
+        used: for each module, the prefixes of the weights that `function` uses.
     """
 
     def __init__(self, function: Call, *used: tuple[str, ...]) -> None:
         self._function, self._used = function, used
-        self._traces: list[tuple[list[nn.Module], Call]] = []  # each with modules of its own
+        self._traces: list[tuple[list[nn.Module], Call]] = []  # each with its own modules
 
     def on(self, *modules: nn.Module) -> Call:
-        """The function of the arrays that are left."""
+        """The compiled function with its modules bound: (*arrays) -> arrays."""
         held = [
             {name: weight for name, weight in sorted(_weights(module)) if name.startswith(used)}
             for module, used in zip(modules, self._used, strict=True)
         ]
-        call = next((call for twins, call in self._traces if all(map(_alike, twins, modules))), None)
+        call = next((call for twins, call in self._traces if all(map(_interchangeable, twins, modules))), None)
         call = call or self._compile(modules, [[*each] for each in held])
         weights = [[*each.values()] for each in held]
         return lambda *arrays: call(weights, *arrays)
@@ -133,18 +133,21 @@ class _Traced:
                 twin.update(tree_unflatten([*zip(own, given, strict=True)]))
             return self._function(*twins, *arrays)
 
-        call = mx.compile(traced)
+        call: Call = mx.compile(traced)
         self._traces.append((twins, call))
         return call
 
 
 def _is_open(part: Any) -> bool:
-    """Whether it is a module without more than weights and plain values; an adapter also keeps what it made of them."""
-    return isinstance(part, nn.Module) and type(part).__module__.startswith(("mlx.", "phi4_mlx.models."))
+    """True for modules whose weights are inputs of a trace.
+
+    A module with `constant_in_trace`, such as an adapter, also keeps arrays derived from weights: it is a constant.
+    """
+    return isinstance(part, nn.Module) and not getattr(part, "constant_in_trace", False)
 
 
 def _weights(module: nn.Module, path: str = "") -> Iterator[tuple[str, mx.array]]:
-    """The arrays of a module by name, but for those of modules that are not open: they are constants of a trace."""
+    """The arrays of a module by name, except those of modules that are constants of a trace."""
     for name, part in module.items() if _is_open(module) else ():
         if isinstance(part, mx.array):
             yield path + name, part
@@ -153,7 +156,7 @@ def _weights(module: nn.Module, path: str = "") -> Iterator[tuple[str, mx.array]
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """The module again, over the same arrays, for a trace to put its own in."""
+    """A copy of the module over the same arrays, for a trace to put its inputs in."""
     if not _is_open(module):
         return module
     twin = copy.copy(module)
@@ -163,13 +166,15 @@ def _twin(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _alike(one: Any, other: Any) -> bool:
-    """Whether two modules, or parts of them, differ in nothing but weights, which a trace is given."""
+def _interchangeable(one: Any, other: Any) -> bool:
+    """True if two modules, or parts of them, differ only in the weights that are inputs of a trace."""
     if type(one) is not type(other):
         return False
     if _is_open(one):
         parts, others = {**vars(one), **one}, {**vars(other), **other}
-        return parts.keys() == others.keys() and all(_alike(part, others[name]) for name, part in parts.items())
+        return parts.keys() == others.keys() and all(
+            _interchangeable(part, others[name]) for name, part in parts.items()
+        )
     if isinstance(one, (bool, int, float, str, set)):
-        return one == other
+        return bool(one == other)
     return isinstance(one, mx.array) or one is other

@@ -1,8 +1,8 @@
-"""Rotary positions: one frequency table for plain RoPE, two for LongRoPE, and which one a length asks for.
+"""Rotary positions: one frequency table for plain RoPE, two for LongRoPE.
 
-A sequence is rotated under one table from its first token to its last. While it is at most
-`original_max_position_embeddings` long that is the short table; beyond, the long one. Keys cached under the other table
-are of no use, and neither are the hidden states behind them: a crossing means to run the whole sequence again.
+One table rotates a whole sequence: the short one up to `original_max_position_embeddings` tokens, the long one beyond.
+Keys cached under the other table are wrong, and so are the hidden states computed from them, so a crossing runs the
+whole sequence again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Regime = Literal["short", "long"]
 
 @dataclass(frozen=True)
 class Rotation:
-    """The rotation of one forward pass: the same for all its layers."""
+    """The rotation of one forward pass, shared by all layers."""
 
     dims: int
     periods: mx.array  # [dims / 2], position / period is the angle in radians
@@ -28,7 +28,7 @@ class Rotation:
     query_scale: mx.array | None  # [Dh]
 
     def __call__(self, heads: mx.array, num_queries: int) -> tuple[mx.array, mx.array]:
-        """Rotates `heads` [B, H + K, T, Dh], queries before keys, and parts them: [B, H, T, Dh], [B, K, T, Dh]."""
+        """Rotates `heads` [B, H + K, T, Dh], queries before keys, and splits them: [B, H, T, Dh], [B, K, T, Dh]."""
         heads = mx.fast.rope(
             heads, self.dims, traditional=False, base=None, scale=1.0, offset=self.offset, freqs=self.periods
         )
@@ -38,18 +38,18 @@ class Rotation:
 
 @dataclass(frozen=True)
 class PackedRotation:
-    """The rotation of rows of several samples, each from position zero, under the table of its own length."""
+    """The rotation of packed rows: each sample starts at position 0, under the table of its own length."""
 
     dims: int
     periods: list[mx.array]  # the short table, the long one, or both
     positions: mx.array  # [B * T]
-    long: mx.array  # [B, 1, T, 1], whether the long table is the token's
+    long: mx.array  # bool [B, 1, T, 1]: tokens under the long table
     query_scale: mx.array | None  # [Dh]
 
     def __call__(self, heads: mx.array, num_queries: int) -> tuple[mx.array, mx.array]:
-        """As `Rotation`."""
+        """See `Rotation`."""
         B, N, T, Dh = heads.shape
-        # Each token as a batch of its own: that is how `mx.fast.rope` takes positions one by one.
+        # One token a batch row, since `mx.fast.rope` takes one position a row.
         tokens = heads.transpose(0, 2, 1, 3).reshape(B * T, N, 1, Dh)
         rotated = [
             mx.fast.rope(
@@ -65,16 +65,19 @@ class PackedRotation:
 class Rope:
     """The frequency tables of a model.
 
-    Cos and sin carry a scale `a` under LongRoPE, the same for both tables. Attention uses only the product of a query
-    and a key, so `a * a` goes once into the softmax scale, or, where a part of the head does not rotate, into the
-    queries.
+    Under LongRoPE, cos and sin carry a scale `a`, the same for both tables. Attention uses only products of a query and
+    a key, so `a * a` goes into the softmax scale, or into the queries where part of the head does not rotate.
+
+    Attributes:
+        boundary: the longest sequence under the short table; None for plain RoPE.
+        softmax_scale: of attention scores.
 
     Source: `Phi3RotaryEmbedding` and `_compute_longrope_parameters` in transformers.
     """
 
     def __init__(self, config: ModelConfig):
         self._dims = config.rotary_dims
-        self._boundary = config.original_max_position_embeddings if config.rope_scaling else math.inf
+        self.boundary = config.original_max_position_embeddings if config.rope_scaling else None
         exponents = mx.arange(0, self._dims, 2, dtype=mx.float32) / self._dims
         # Powers in double precision, rounded once: a last-bit error is 0.01 rad at position 100,000.
         periods = mx.array([config.rope_theta**e for e in exponents.tolist()], mx.float32)
@@ -92,20 +95,16 @@ class Rope:
             self._query_scale = mx.array([scale] * self._dims + [1.0] * (config.head_dim - self._dims), mx.float32)
         self.softmax_scale = (1.0 if partial else scale) / math.sqrt(config.head_dim)
 
-    def regime(self, length: int) -> Regime:
-        """The table that a sequence of `length` tokens asks for, once all of them are counted."""
-        return "long" if length > self._boundary else "short"
-
     def at(self, offset: int | mx.array, regime: Regime, dtype: mx.Dtype) -> Rotation:
-        """The rotation of tokens at positions offset, offset + 1, ... under a table."""
+        """The rotation of tokens at positions offset, offset + 1, ... under one table."""
         return Rotation(self._dims, self._periods[regime], offset, self._scale_as(dtype))
 
     def packed(self, segments: mx.array, dtype: mx.Dtype) -> PackedRotation:
-        """The rotation of rows that hold several samples each.
+        """The rotation of packed rows.
 
         Args:
-            segments: [B, T], the number of the sample that a token belongs to; a sample's tokens stand side by side.
-            dtype: of the heads that will be rotated.
+            segments: [B, T], the number of each token's sample; the tokens of a sample are adjacent.
+            dtype: of the heads to rotate.
         """
         import numpy as np
 
@@ -117,7 +116,7 @@ class Rope:
         positions = np.arange(T) - firsts
         runs = (np.cumsum(starts, axis=1) + T * np.arange(B)[:, None]).ravel()
         lengths = np.bincount(runs)[runs].reshape(B, T)
-        long = lengths > self._boundary
+        long = lengths > (math.inf if self.boundary is None else self.boundary)
         used: list[tuple[Regime, bool]] = [("short", not long.all()), ("long", long.any())]
         return PackedRotation(
             self._dims,

@@ -1,7 +1,7 @@
-"""The decoder of Phi-4-mini, Phi-4-mini-reasoning, Phi-3.5-mini and Phi-4 (`model_type` phi3), whole, top to bottom.
+"""The decoder of Phi-4-mini, Phi-4-mini-reasoning, Phi-3.5-mini and Phi-4 (`model_type` phi3), top to bottom.
 
 A block is x + attention(norm(x)), then x + mlp(norm(x)). Queries, keys and values are one matrix, gate and up another;
-nothing has a bias; the head may be the embedding. Attribute names are the checkpoint's own.
+there are no biases; the head may be the embedding. Attribute names are the checkpoint's own.
 
 Shapes: B batch, T new tokens, S cached plus new, D hidden, H query heads, K key/value heads, Dh head dim, F MLP width,
 V vocabulary.
@@ -16,12 +16,15 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from phi4_mlx.config import ModelConfig
-from phi4_mlx.errors import RequestError, check_whole
-from phi4_mlx.models.attention import attention
-from phi4_mlx.models.cache import KVCache, PromptCache
+from phi4_mlx.errors import RequestError
+from phi4_mlx.models.attention import BLOCK, attention
+from phi4_mlx.models.batch_cache import BatchCache
+from phi4_mlx.models.cache import CacheOptions, KVCache, LayerCache, Mask, PromptCache, group_size
 from phi4_mlx.models.compiled import CompiledSteps
+from phi4_mlx.models.model import ContextCost, LanguageModel
 from phi4_mlx.models.rope import PackedRotation, Regime, Rope, Rotation
 
 
@@ -38,14 +41,16 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def heads(self, x: mx.array, rotation: Rotation | PackedRotation) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries [B, H, T, Dh], keys and values [B, K, T, Dh], the first two rotated."""
+        """Queries [B, H, T, Dh], keys and values [B, K, T, Dh]; queries and keys are rotated."""
         H, K = self.num_heads, self.num_kv_heads
-        heads = _part_heads(self.qkv_proj(x), self.head_dim)
+        heads = _split_heads(self.qkv_proj(x), self.head_dim)
         heads, values = mx.split(heads, [H + K], axis=1)  # [B, H + K, T, Dh], [B, K, T, Dh]
         return *rotation(heads, H), values
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, mask: Any, cache: Any) -> mx.array:
-        """What each head saw, [B, H, T, Dh], in the new tokens and in those of the cache, which takes the new in."""
+    def attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, cache: KVCache | None
+    ) -> mx.array:
+        """Attention [B, H, T, Dh] over the new tokens and the cached ones; the new ones are appended to the cache."""
         if cache is None:
             return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=mask)
         keys, values = cache.update_and_fetch(keys, values)  # [B, K, S, Dh], or quantised
@@ -56,9 +61,8 @@ class Attention(nn.Module):
         return self.o_proj(_join_heads(attended))
 
 
-# With one token the numbers stand in the same order either way: no transposing there, in the operations that a decode
-# step is made of.
-def _part_heads(x: mx.array, head_dim: int) -> mx.array:
+# A single token has the same memory layout either way, so decode steps skip the transpose.
+def _split_heads(x: mx.array, head_dim: int) -> mx.array:
     """[B, T, N * Dh] -> [B, N, T, Dh]."""
     B, T, _ = x.shape
     return x.reshape(B, -1, 1, head_dim) if T == 1 else x.reshape(B, T, -1, head_dim).transpose(0, 2, 1, 3)
@@ -94,16 +98,21 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def heads(self, x: mx.array, rotation: Rotation | PackedRotation) -> tuple[mx.array, mx.array, mx.array]:
-        """What comes before the attention: queries, keys and values."""
+        """Everything before the attention: queries, keys and values."""
         return self.self_attn.heads(self.input_layernorm(x), rotation)
 
     def rest(self, x: mx.array, attended: mx.array) -> mx.array:
-        """What comes after it."""
+        """Everything after the attention."""
         x = x + self.self_attn.output(attended)
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def __call__(
-        self, x: mx.array, rotation: Rotation | PackedRotation, mask: Any, cache: Any, rows: int | None = None
+        self,
+        x: mx.array,
+        rotation: Rotation | PackedRotation,
+        mask: Mask,
+        cache: KVCache | None,
+        rows: int | None = None,
     ) -> mx.array:
         queries, keys, values = self.heads(x, rotation)
         if rows is not None:
@@ -112,7 +121,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything under the head."""
+    """Everything below the head."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -121,59 +130,51 @@ class Decoder(nn.Module):
         self.layers = [DecoderLayer(config, self.rope.softmax_scale) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self._compiled = CompiledSteps(self.rope)
-        self.recompute = False  # in training: keeps each block's input alone, and runs the block again in backward
 
     def __call__(
         self,
         ids: mx.array,
-        cache: Sequence[Any] | None = None,
-        segments: mx.array | None = None,
-        rows: int | None = None,
+        cache: PromptCache | BatchCache | None,
+        regime: Regime,
+        embeddings: mx.array | None,
+        segments: mx.array | None,
+        rows: int | None,
+        recompute: bool,
     ) -> mx.array:
-        """Hidden states of the new tokens, [B, T] -> [B, T, D], after the last norm.
-
-        With `rows`, those of the last so many alone, [B, rows, D], under the causal mask: the last block then makes
-        keys and values of all tokens, and nothing else of the others.
-
-        Without a cache, `segments` [B, T] lets a row hold several samples, by their number: none sees another, each
-        begins at position zero and has the RoPE table of its own length.
-        """
+        """See `LanguageModel.hidden`. With `rows`, the last block computes only keys and values of the other tokens."""
         T = ids.shape[1]
-        layers: Sequence[Any] = [None] * len(self.layers)
-        offset, mask = 0, None if T == 1 else "causal"
-        regime: Regime = self.rope.regime(T)
+        caches: Sequence[Any] = [None] * len(self.layers)
+        position: int | mx.array = 0
+        mask: Mask = None if T == 1 else "causal"
         if cache is not None:
-            layers = cache if isinstance(cache, PromptCache) else PromptCache(cache, self.rope.regime)
-            ids = layers.remember(ids)  # the whole sequence, where it has just outgrown its RoPE table
-            offset, regime, mask = layers.offset, layers.regime, layers.make_mask(ids.shape[1])
+            cache.record(ids)
+            caches, position, mask = cache, cache.positions, cache.make_mask(T)
 
-        alone = ids.shape[1] == 1 and cache is not None and not self.training
-        if alone and self._compiled.ready([self.embed_tokens, *self.layers, self.norm]):
-            return self._compiled(ids, offset, regime, mask, layers)
-        x = self.embed_tokens(ids)
-        rotation: Rotation | PackedRotation = self.rope.at(offset, regime, x.dtype)
+        one_step = T == 1 and cache is not None and embeddings is None and not self.training
+        if one_step and self._compiled.ready([self.embed_tokens, *self.layers, self.norm]):
+            return self._compiled(ids, position, regime, mask, caches)
+        x = self.embed_tokens(ids) if embeddings is None else embeddings
+        rotation: Rotation | PackedRotation = self.rope.at(position, regime, x.dtype)
         if segments is not None:
             rotation, mask = self.rope.packed(segments, x.dtype), _block_diagonal(segments)
-        wanted = [*[None] * (len(self.layers) - 1), rows]
-        for layer, layer_cache, layer_rows in zip(self.layers, layers, wanted, strict=True):
-            run = nn.utils.checkpoint(layer) if self.recompute and self.training else layer
+        rows_of_layer = [*[None] * (len(self.layers) - 1), rows]
+        for layer, layer_cache, layer_rows in zip(self.layers, caches, rows_of_layer, strict=True):
+            run = nn.utils.checkpoint(layer) if recompute else layer
             x = run(x, rotation, mask, layer_cache, layer_rows)
-        T = T if rows is None else rows
-        return self.norm(x if x.shape[1] == T else x[:, -T:])
+        return self.norm(x)
 
 
 def _block_diagonal(segments: mx.array) -> mx.array:
-    """Which keys [S] each token [T] of a packed row may look at: [B, 1, T, S]."""
+    """The keys [S] that each token [T] of a packed row may attend to: bool [B, 1, T, S]."""
     at = mx.arange(segments.shape[1])
     return ((segments[:, :, None] == segments[:, None, :]) & (at[:, None] >= at))[:, None]
 
 
-class Model(nn.Module):
-    """Ids in, logits out.
+class Model(LanguageModel):
+    """A phi3 decoder with its head."""
 
-    `model(ids, cache)` is exact whatever the length: where the new tokens take a cached sequence past the LongRoPE
-    boundary, the whole of it is run again under the long table (`PromptCache.admit`).
-    """
+    config: ModelConfig
+    lora_keys = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -181,54 +182,71 @@ class Model(nn.Module):
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.boundary = self.model.rope.boundary
+        self.recompute = False
 
-    def __call__(self, ids: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
-        """Logits of the next token at each position.
-
-        Args:
-            ids: token ids [B, T], any integer dtype, each below the vocabulary's size.
-            cache: what `make_cache` returned, or a list of mlx-lm's `KVCache`; it is appended to.
-
-        Returns:
-            Logits [B, T, V], in the dtype of the embedding.
-
-        Raises:
-            RequestError: a list of foreign caches would cross the LongRoPE boundary.
-        """
-        return self.logits(self.model(ids, cache))
+    def hidden(
+        self,
+        ids: mx.array,
+        cache: PromptCache | BatchCache | None = None,
+        *,
+        embeddings: mx.array | None = None,
+        segments: mx.array | None = None,
+        rows: int | None = None,
+    ) -> mx.array:
+        """See `LanguageModel.hidden`."""
+        regime = self.regime(ids.shape[1]) if cache is None else cache.regime
+        return self.model(ids, cache, regime, embeddings, segments, rows, self.recompute and self.training)
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """The head alone: hidden states [B, T, D] -> logits [B, T, V]."""
-        if self.config.tie_word_embeddings:
-            return self.model.embed_tokens.as_linear(hidden)
-        return self.lm_head(hidden)
-
-    def make_cache(
-        self, regime: Regime | None = None, kv_bits: int | None = None, max_kv_size: int | None = None
-    ) -> PromptCache:
-        """An empty cache for one batch of sequences.
-
-        Args:
-            regime: "long" for a conversation that will outgrow the LongRoPE boundary anyway: never run again, but not
-                exact below the boundary. The default picks the table by length, as the reference does.
-            kv_bits: 4 or 8 keeps keys and values quantised; see `KVCache`.
-            max_kv_size: how many tokens may stay, at least 512; see `KVCache`.
-
-        Raises:
-            RequestError: a number is outside its range, or the heads cannot be quantised.
-        """
-        if regime not in (None, "short", "long"):
-            raise RequestError(f"regime {regime!r} is not known; it must be short or long, or None to go by the length")
-        if kv_bits is not None and (type(kv_bits) is not int or kv_bits not in (4, 8)):
-            raise RequestError(f"kv_bits {kv_bits!r} is not known; it must be 4 or 8, or None for no quantisation")
-        if kv_bits and self.config.head_dim % 32:
-            raise RequestError(f"kv_bits needs heads of a multiple of 32 numbers, not {self.config.head_dim}")
-        if max_kv_size is not None:
-            check_whole("max_kv_size", max_kv_size, 2 * KVCache.STEP)
-        caches = [KVCache(kv_bits, max_kv_size) for _ in self.layers]
-        return PromptCache(caches, self.model.rope.regime, regime)
+        """See `LanguageModel.logits`."""
+        head = self.model.embed_tokens.as_linear if self.config.tie_word_embeddings else self.lm_head
+        return head(hidden)
 
     @property
-    def layers(self) -> list[DecoderLayer]:
+    def head(self) -> nn.Module:
+        """See `LanguageModel.head`."""
+        return self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+
+    @property
+    def layers(self) -> list[nn.Module]:
         """The blocks; mlx-lm's name."""
-        return self.model.layers
+        return list(self.model.layers)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """See `LanguageModel.dtype`."""
+        return self.model.norm.weight.dtype
+
+    @property
+    def step_bytes(self) -> int:
+        """See `LanguageModel.step_bytes`; an embedding that is not the head is only looked up."""
+        looked_up = [] if self.config.tie_word_embeddings else tree_flatten(self.model.embed_tokens.parameters())
+        return self.weights_bytes - sum(int(array.nbytes) for _, array in looked_up)
+
+    def layer_caches(self, options: CacheOptions) -> list[LayerCache]:
+        """See `LanguageModel.layer_caches`."""
+        if options.kv_bits and self.config.head_dim % 32:
+            raise RequestError(f"kv_bits needs a head_dim that is a multiple of 32, not {self.config.head_dim}")
+        return [KVCache(options.kv_bits, options.max_kv_size) for _ in self.layers]
+
+    def context_cost(self, kv_bits: int | None = None) -> ContextCost:
+        """See `LanguageModel.context_cost`."""
+        config, itemsize = self.config, self.dtype.size
+        head = config.head_dim * itemsize
+        if kv_bits is not None:  # and a scale and a bias for each group
+            head = config.head_dim * kv_bits // 8 + 2 * itemsize * config.head_dim // group_size(config.head_dim)
+        layer_bytes = 2 * config.num_key_value_heads * head
+        heads = config.num_attention_heads * config.head_dim
+        width = heads + 2 * config.num_key_value_heads * config.head_dim
+        activations = itemsize * (2 * config.hidden_size + max(3 * width, 3 * config.intermediate_size))
+        if kv_bits is not None:  # in float32: queries, attention output, and two blocks of scores
+            activations += 4 * (3 * heads + 2 * config.num_attention_heads * BLOCK)
+        has_scores = kv_bits is None and mx.default_device() == mx.Device(mx.cpu)
+        return ContextCost(
+            token_bytes=config.num_hidden_layers * layer_bytes,
+            layer_bytes=layer_bytes,
+            fixed_bytes=0,
+            activation_bytes=activations,
+            score_bytes=itemsize * config.num_attention_heads if has_scores else 0,
+        )

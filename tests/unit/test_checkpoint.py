@@ -14,12 +14,12 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx import checkpoint, load
 from phi4_mlx.checkpoint import check_tensors, empty_model
-from phi4_mlx.config import PRESETS
 from phi4_mlx.convert.package import convert
 from phi4_mlx.errors import CheckpointError, ConfigError, Phi4Error, RequestError
 from phi4_mlx.files.safetensors import TensorInfo
 from phi4_mlx.hub import DEFAULT_MODEL, NEEDED_FILES, resolve
 from phi4_mlx.models.text import Model
+from tests.presets import PRESETS
 
 IDS = mx.array([[5, 6, 7, 8]])
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from mlx.utils import tree_flatten
 
-from phi4_mlx.config import PRESETS, ModelConfig
+from phi4_mlx.config import ModelConfig
 from phi4_mlx.errors import ConfigError
 from phi4_mlx.files.json_file import read_json
 from phi4_mlx.models.text import Model
 from tests.conftest import DATA
+from tests.presets import PRESETS
 
 PHI_4_MINI = json.loads((DATA / "phi-4-mini-instruct" / "config.json").read_text())
 

@@ -15,14 +15,14 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from phi4_mlx.models.text import Model
+from phi4_mlx.models.model import LanguageModel
 
 CHUNK_ROWS = 32  # 26 MB of fp32 logits at the vocabulary of Phi-4-mini
 TRAINED_CHUNK_ROWS = 256  # each chunk adds to a gradient as large as the head: fewer chunks
 
 
 def next_token_loss(
-    model: Model, inputs: mx.array, targets: mx.array, mask: mx.array, segments: mx.array | None = None
+    model: LanguageModel, inputs: mx.array, targets: mx.array, mask: mx.array, segments: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
     """Mean cross-entropy over the targets of a batch; differentiable.
 
@@ -31,12 +31,12 @@ def next_token_loss(
         inputs: token ids [B, T].
         targets: the token that follows each, [B, T].
         mask: which targets count, [B, T]; it is looked at before anything is computed.
-        segments: the samples of packed rows, [B, T]; see `Decoder`.
+        segments: the samples of packed rows, [B, T]; see `LanguageModel.hidden`.
 
     Returns:
         (mean loss in nats, number of targets that count), both scalars; 0 and 0 where none counts.
     """
-    hidden = model.model(inputs, segments=segments)  # [B, T, D]
+    hidden = model.hidden(inputs, segments=segments)  # [B, T, D]
     rows = np.flatnonzero(np.array(mask))
     if not rows.size:
         return mx.array(0.0), mx.array(0)
@@ -45,12 +45,11 @@ def next_token_loss(
     return losses.mean(), mx.array(rows.size)
 
 
-def token_losses(model: Model, hidden: mx.array, targets: mx.array) -> mx.array:
+def token_losses(model: LanguageModel, hidden: mx.array, targets: mx.array) -> mx.array:
     """Cross-entropy in nats of hidden states [N, D] and the tokens [N] that follow: [N] in fp32; differentiable."""
-    head = model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens
-    trained = dict(tree_flatten(head.trainable_parameters()))
+    trained = dict(tree_flatten(model.head.trainable_parameters()))
     if trained:
-        return _with_trained_head(model.logits, head, trained, hidden, targets)
+        return _with_trained_head(model.logits, model.head, trained, hidden, targets)
     return _with_frozen_head(model.logits, hidden, targets)
 
 

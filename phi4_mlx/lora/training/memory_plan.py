@@ -20,7 +20,7 @@ from phi4_mlx.generation.memory import memory_limit
 from phi4_mlx.lora.data.batches import Batch, Batches
 from phi4_mlx.lora.training.loss import token_losses
 from phi4_mlx.lora.training.trainer import Loss
-from phi4_mlx.models.text import Model
+from phi4_mlx.models.model import LanguageModel
 
 PROBE_TOKENS = 512  # in the widest row of a probe
 HEAD_PROBE_TARGETS = 2048  # with more, no more is in memory at a time
@@ -72,7 +72,9 @@ class Plan:
         return self.resident + round(max(batch + self.sums, self.update))
 
 
-def make_plan(model: Model, loss: Loss, shapes: Collection[tuple[int, int]], accumulating: bool = False) -> Plan:
+def make_plan(
+    model: LanguageModel, loss: Loss, shapes: Collection[tuple[int, int]], accumulating: bool = False
+) -> Plan:
     """Runs a few small batches through loss and gradient, and fits a plan to what they take.
 
     Args:
@@ -142,7 +144,7 @@ def _ways(plan: Plan, batches: Batches, rows: int, width: int, limit: int) -> li
     return ways + [f"--max-seq-length {w // batches.samples_in_a_pair}" for w in list(shorter)[:1]]
 
 
-def _probe(model: Model, loss: Loss, rows: int, width: int) -> tuple[int, int]:
+def _probe(model: LanguageModel, loss: Loss, rows: int, width: int) -> tuple[int, int]:
     """(bytes there after forward, peak of backward) of a batch with one target in each half of a row."""
     ids = mx.broadcast_to(mx.arange(width, dtype=mx.int32) % model.config.vocab_size, (rows, width))
     position = mx.arange(width)
@@ -159,13 +161,13 @@ def _probe(model: Model, loss: Loss, rows: int, width: int) -> tuple[int, int]:
     return saved, mx.get_peak_memory()
 
 
-def _loss_bytes(model: Model, most: int) -> int:
+def _loss_bytes(model: LanguageModel, most: int) -> int:
     """The peak of the chunked loss of many targets, but no more than there will be, above what is there."""
-    head = model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens
+    head = model.head
     trained = head.trainable_parameters()
     # Each chunk of a trained head makes a gradient of its size, and some of them are in memory together.
     count = min(most, HEAD_PROBE_TARGETS) if trained else PROBE_TOKENS
-    hidden = mx.zeros((count, model.config.hidden_size), model.model.norm.weight.dtype)
+    hidden = mx.zeros((count, model.config.hidden_size), model.dtype)
     targets = mx.zeros((count,), mx.int32)
 
     def loss(hidden: mx.array, weights: Any) -> mx.array:

@@ -23,7 +23,7 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.lora.data.batches import Batch
 from phi4_mlx.lora.settings import OPTIONS
 from phi4_mlx.lora.training.loss import token_losses
-from phi4_mlx.models.text import Model
+from phi4_mlx.models.model import LanguageModel
 
 REMEMBERED = 1000  # batches that figures are of, for a caller who never asks for them
 SURE = 1e-6  # nats a token: an answer likelier than this has odds of a million to one, and no gradient of them
@@ -63,7 +63,7 @@ class PreferenceLoss:
         self._compare, self._beta = _TASKS[task], beta
         self._margins: deque[mx.array] = deque(maxlen=REMEMBERED)
 
-    def __call__(self, model: Model, batch: Batch) -> tuple[mx.array, mx.array]:
+    def __call__(self, model: LanguageModel, batch: Batch) -> tuple[mx.array, mx.array]:
         """Mean loss over the pairs of a batch; differentiable.
 
         Args:
@@ -117,9 +117,9 @@ class _Answers:
         self.starts: list[int] = starts.tolist()
         self.lengths = mx.array(np.diff(starts, append=len(at)).reshape(-1, 2).astype(np.float32))
 
-    def token_losses(self, model: Model) -> mx.array:
+    def token_losses(self, model: LanguageModel) -> mx.array:
         """Cross-entropy of each target token in nats, [N]."""
-        hidden = model.model(self._batch.inputs, segments=self._batch.segments)  # [B, T, D]
+        hidden = model.hidden(self._batch.inputs, segments=self._batch.segments)  # [B, T, D]
         targets = self._batch.targets.reshape(-1)[self._at]
         return token_losses(model, hidden.reshape(-1, hidden.shape[-1])[self._at], targets)
 
@@ -130,7 +130,7 @@ class _Answers:
         return mx.stack([part.sum() for part in parts]).reshape(-1, 2)
 
 
-def _dpo(model: Model, answers: _Answers, beta: float) -> tuple[mx.array, mx.array]:
+def _dpo(model: LanguageModel, answers: _Answers, beta: float) -> tuple[mx.array, mx.array]:
     """Losses and margins of the pairs, [P] each."""
     _check_base(model)
     # No gradient, so nothing is kept for one; and no `mx.eval`, which inside a gradient would keep it all.
@@ -142,7 +142,7 @@ def _dpo(model: Model, answers: _Answers, beta: float) -> tuple[mx.array, mx.arr
     return nn.softplus(-margins), margins
 
 
-def _orpo(model: Model, answers: _Answers, beta: float) -> tuple[mx.array, mx.array]:
+def _orpo(model: LanguageModel, answers: _Answers, beta: float) -> tuple[mx.array, mx.array]:
     """Losses and margins of the pairs, [P] each."""
     losses = answers.sums(answers.token_losses(model)) / answers.lengths  # -log p of the mean token, [P, 2]
     unsure = mx.maximum(losses, SURE)
@@ -151,10 +151,10 @@ def _orpo(model: Model, answers: _Answers, beta: float) -> tuple[mx.array, mx.ar
     return losses[:, 0] + beta * nn.softplus(-margins), margins
 
 
-_TASKS: dict[str, Callable[[Model, _Answers, float], tuple[mx.array, mx.array]]] = {"dpo": _dpo, "orpo": _orpo}
+_TASKS: dict[str, Callable[[LanguageModel, _Answers, float], tuple[mx.array, mx.array]]] = {"dpo": _dpo, "orpo": _orpo}
 
 
-def _check_base(model: Model) -> None:
+def _check_base(model: LanguageModel) -> None:
     """Refuses a model whose base would not stay as it is."""
     adapter = adapter_parameters(model)
     trained = [name for name, _ in tree_flatten(model.trainable_parameters()) if name not in adapter]

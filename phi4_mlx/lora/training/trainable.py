@@ -12,10 +12,10 @@ from phi4_mlx.adapters.folder import FULL, Adapter, place
 from phi4_mlx.adapters.layers import DEFAULT_KEYS, add_adapter, put_adapter, read_adapter
 from phi4_mlx.errors import RequestError
 from phi4_mlx.lora.settings import Settings
-from phi4_mlx.models.text import Model
+from phi4_mlx.models.model import LanguageModel
 
 
-def make_trainable(model: Model, settings: Settings) -> None:
+def make_trainable(model: LanguageModel, settings: Settings) -> None:
     """Leaves unfrozen what the settings say, and nothing else.
 
     Raises:
@@ -41,7 +41,7 @@ def make_trainable(model: Model, settings: Settings) -> None:
         )  # fmt: skip
 
 
-def _check_full(model: Model, settings: Settings) -> None:
+def _check_full(model: LanguageModel, settings: Settings) -> None:
     """Raises RequestError where the settings ask for weights to be trained that cannot be, or must not."""
     if settings.fine_tune_type != FULL:
         return
@@ -55,7 +55,7 @@ def _check_full(model: Model, settings: Settings) -> None:
         )
 
 
-def _unfreeze(model: Model, settings: Settings, adapter: Adapter | None) -> None:
+def _unfreeze(model: LanguageModel, settings: Settings, adapter: Adapter | None) -> None:
     """Unfreezes the last blocks, or everything, or what the weights to begin with are of."""
     total = len(model.layers)
     if not -1 <= settings.num_layers <= total:

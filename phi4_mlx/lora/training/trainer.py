@@ -28,9 +28,9 @@ from phi4_mlx.lora.settings import Settings
 from phi4_mlx.lora.training.loss import next_token_loss
 from phi4_mlx.lora.training.optimizer import make_optimizer
 from phi4_mlx.lora.training.signals import Stop
-from phi4_mlx.models.text import Model
+from phi4_mlx.models.model import LanguageModel
 
-Loss = Callable[[Model, Batch], tuple[mx.array, mx.array]]
+Loss = Callable[[LanguageModel, Batch], tuple[mx.array, mx.array]]
 """(model, batch) -> (mean loss, how many it is the mean of); one with `figures` says how pairs fared besides."""
 
 SPIKE_WINDOW = 50  # steps whose median a loss is held against
@@ -38,7 +38,7 @@ SPIKE_BEGIN = 10  # with fewer behind it, a loss may be anything
 SPIKE = 4.0  # times that median, and at least 2 nats above it, is no longer learning
 
 
-def sft_loss(model: Model, batch: Batch) -> tuple[mx.array, mx.array]:
+def sft_loss(model: LanguageModel, batch: Batch) -> tuple[mx.array, mx.array]:
     """Cross-entropy of the targets of packed rows."""
     return next_token_loss(model, batch.inputs, batch.targets, batch.mask, batch.segments)
 
@@ -60,7 +60,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: Model,
+        model: LanguageModel,
         batches: Batches,
         settings: Settings,
         folder: Path,
@@ -82,7 +82,7 @@ class Trainer:
         self.optimizer.init(model.trainable_parameters())
         mx.eval(self.optimizer.state)  # else its memory would not be there yet when the plan is made
         self.storage = Storage(self, warn, adapter_config or {})
-        model.model.recompute = settings.grad_checkpoint
+        model.recompute = settings.grad_checkpoint
         self._between_steps = True
 
     @property
@@ -254,7 +254,9 @@ def pair_figures(loss: Loss, group: mx.distributed.Group | None = None) -> tuple
     return (ahead / pairs, margin / pairs) if pairs else (None, None)
 
 
-def evaluate(model: Model, batches: Iterable[Batch], loss: Loss, group: mx.distributed.Group | None = None) -> float:
+def evaluate(
+    model: LanguageModel, batches: Iterable[Batch], loss: Loss, group: mx.distributed.Group | None = None
+) -> float:
     """Mean loss over the targets of some batches."""
     model.eval()
     total, count = mx.array(0.0), mx.array(0)

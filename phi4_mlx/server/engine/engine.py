@@ -1,7 +1,7 @@
-"""The engine: jobs in, events out, a step at a time, over one batch. It runs in a process of its own.
+"""The engine: jobs in, events out, one step at a time, over one batch, in a process of its own.
 
-What goes wrong for one job is told to that job alone. What takes the whole process down (Metal, out of memory, ends in
-an abort that Python cannot catch) is for the supervisor.
+An error of one job fails that job alone. Whatever ends the process (Metal out of memory is an abort that Python cannot
+catch) is for the supervisor.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import mlx.core as mx
 
 from phi4_mlx.adapters.layers import load_adapter
 from phi4_mlx.checkpoint import load, share_weights
 from phi4_mlx.errors import Phi4Error, RequestError
-from phi4_mlx.generation.batch import Batch, Fault, Sequence, Token
-from phi4_mlx.generation.memory import kv_bytes, memory_limit
-from phi4_mlx.generation.sampling import make_logits_processors, make_sampler
+from phi4_mlx.generation.batch import Batch, BatchSequence, Fault, Token
+from phi4_mlx.generation.memory import memory_limit
+from phi4_mlx.generation.options import LogitsMask
 from phi4_mlx.generation.stream import AnswerText
 from phi4_mlx.models.cache import KVCache, PromptCache
-from phi4_mlx.models.text import Model
+from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
 from phi4_mlx.server.engine.protocol import (
     Broken,
@@ -43,20 +43,20 @@ from phi4_mlx.server.engine.protocol import (
 )
 from phi4_mlx.tokens.tokenizer import Tokenizer
 
-ACTIVATION_BYTES = 2**29  # what a forward pass needs besides weights, keys and values
+ACTIVATION_BYTES = 2**29  # activation memory of a forward pass
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an engine is started with; crosses to its process.
+    """The settings of an engine; they cross to its process.
 
     Attributes:
         model: a folder, a Hub id or "demo".
         adapter_path: an adapter that is always on.
-        adapters: folders of the adapters that a job may name.
-        max_rows: answers under way at a time.
-        kv_limit_bytes: what keys and values may take; None for a share of what the machine has.
-        prefix_limit_bytes: the same, for what is kept of earlier prompts.
+        adapters: name -> folder of the adapters that a job may name.
+        max_rows: the most jobs that are answered at a time.
+        kv_limit_bytes: the most bytes of keys and values; None for a share of the machine's memory.
+        prefix_limit_bytes: likewise for the prefix cache.
         chat_format: overrides the recognised one.
     """
 
@@ -71,50 +71,78 @@ class Settings:
 
 @dataclass(eq=False)
 class _Answer:
-    """A job under way."""
+    """A running job."""
 
     job: Job
-    sequence: Sequence
+    sequence: BatchSequence
     text: AnswerText
     ends_at: float  # on the monotonic clock
     cached_tokens: int = 0
-    tokens: int = 0  # told so far
+    tokens: int = 0  # sent so far
+
+
+class _AdaptedModels:
+    """A model for each adapter, all over the weights of one base; `None` names the default."""
+
+    def __init__(self, base: LanguageModel, settings: Settings):
+        self._base, self._folders = base, settings.adapters
+        default = self._load(settings.adapter_path) if settings.adapter_path else base
+        self._models: dict[str | None, LanguageModel] = {None: default}
+
+    def get(self, adapter: str | None) -> LanguageModel:
+        """The model with the adapter of that name, loaded at its first use.
+
+        Raises:
+            RequestError: the name is unknown.
+        """
+        if adapter not in self._models:
+            folder = self._folders.get(str(adapter))
+            if folder is None:
+                raise RequestError(f"adapter {adapter!r} is unknown; known are {', '.join(self._folders)}")
+            self._models[adapter] = self._load(folder)
+        return self._models[adapter]
+
+    def _load(self, folder: str) -> LanguageModel:
+        twin = share_weights(self._base)
+        load_adapter(twin, Path(folder))
+        mx.eval(twin.parameters())
+        return twin
 
 
 class Engine:
-    """One model, its adapters, and the jobs under way.
+    """One model, its adapters, and the running jobs.
 
     Attributes:
-        prefixes: what is kept of earlier prompts.
-        prefilled_tokens: tokens of prompts that were computed so far, not counting those known from earlier ones.
-        drawn_tokens: tokens of answers so far.
+        prefixes: caches of earlier prompts.
+        prefilled_tokens: prompt tokens computed so far, without those found in the prefix cache.
+        drawn_tokens: answer tokens so far.
     """
 
-    def __init__(self, base: Model, tokenizer: Tokenizer, settings: Settings):
+    def __init__(self, base: LanguageModel, tokenizer: Tokenizer, settings: Settings):
         self.tokenizer, self.settings = tokenizer, settings
         self.kv_limit_bytes, prefix_limit_bytes = _memory_limits(settings)
         self.prefixes = PrefixCache(prefix_limit_bytes)
         self.prefilled_tokens = self.drawn_tokens = 0
-        self._base = base
-        adapted = self._adapted(settings.adapter_path) if settings.adapter_path else base
-        self._models: dict[str | None, Model] = {None: adapted}
-        self._answers: dict[Sequence, _Answer] = {}
+        self._models = _AdaptedModels(base, settings)
+        self._answers: dict[BatchSequence, _Answer] = {}
         self._unkept = 0
         self._batch = self._new_batch()
 
     @property
     def busy(self) -> bool:
-        """Whether a step would do anything."""
+        """True if there are jobs to step."""
         return bool(self._answers)
 
     @property
     def longest(self) -> int:
-        """Tokens that a prompt and its answer may come to: what the context holds, or the memory."""
-        model = self._models[None]
-        return min(model.config.max_position_embeddings, self.kv_limit_bytes // kv_bytes(model) - KVCache.STEP)
+        """The most tokens of a prompt and its answer: the limit of the context, or of memory."""
+        model = self._models.get(None)
+        cost = model.context_cost()
+        tokens = (self.kv_limit_bytes - cost.fixed_bytes) // max(cost.token_bytes, 1) - KVCache.STEP
+        return min(model.config.max_position_embeddings, tokens)
 
     def submit(self, job: Job) -> list[Event]:
-        """Takes a job in; a failure is all that it can say at once."""
+        """Queues a job; returns its failure if it cannot be served."""
         try:
             answer = self._answer(job)
         except Exception as error:
@@ -124,26 +152,26 @@ class Engine:
         return []
 
     def cancel(self, job: int) -> None:
-        """Forgets a job whose client has left; what was computed for it is kept for prompts that begin alike."""
+        """Ends a job whose client has left; its cache is kept for prompts with the same prefix."""
         for answer in list(self._answers.values()):
             if answer.job.id == job:
                 self._end(answer)
 
     def step(self) -> list[Event]:
-        """One step of all jobs under way."""
+        """One step of all running jobs."""
         events: list[Event] = []
         for event in self._batch.step():
             answer = self._answers.get(event.sequence)
             if answer is None:  # ended earlier in this step
                 continue
-            events += self._safely(answer, partial(self._told, answer, event))
+            events += self._safely(answer, partial(self._events_of, answer, event))
         now = time.monotonic()
         for answer in [each for each in self._answers.values() if each.ends_at <= now]:
             events += self._safely(answer, partial(self._out_of_time, answer))
         return events
 
     def fail_all(self, error: Exception) -> list[Event]:
-        """Begins anew after a step that came to nothing: no job under way can be trusted."""
+        """Resets after a step that failed as a whole: no running job can be trusted."""
         events: list[Event] = [_failure(answer.job, error) for answer in self._answers.values()]
         self._answers.clear()
         self._batch = self._new_batch()
@@ -151,23 +179,23 @@ class Engine:
         mx.clear_cache()
         return events
 
-    def recall(self, sequence: Sequence) -> PromptCache | None:
-        """What is known of a prompt that is about to be read; for the batch."""
+    def recall(self, sequence: BatchSequence) -> PromptCache | None:
+        """The cached prefix of a prompt that is about to be prefilled; called by the batch."""
         answer = self._answers[sequence]
         cache = self.prefixes.find(sequence.model, answer.job.adapter, sequence.ids)
         if not answer.tokens:
             answer.cached_tokens = cache.offset if cache else 0
         return cache
 
-    def keep(self, sequence: Sequence) -> None:
-        """A prompt has been read: others that begin alike need not wait for the answer's end; for the batch."""
+    def keep(self, sequence: BatchSequence) -> None:
+        """Stores a prefilled prompt at once, for prompts with the same prefix; called by the batch."""
         answer = self._answers[sequence]
         if not answer.tokens:
             self.prefilled_tokens += len(answer.job.prompt) - answer.cached_tokens
         self._put(answer, sequence.cache)
 
     def gauges(self) -> dict[str, float]:
-        """Counts and bytes, by the name under which they are told."""
+        """Counts and bytes by metric name."""
         return {
             "answers_under_way": len(self._answers),
             "prefilled_tokens_total": self.prefilled_tokens,
@@ -183,65 +211,41 @@ class Engine:
         }
 
     def _answer(self, job: Job) -> _Answer:
-        model = self._model(job.adapter)
-        V = model.config.vocab_size
-        if not job.prompt or min(job.prompt) < 0 or max(job.prompt) >= V:  # MLX would read beyond the embedding
-            raise RequestError(f"a prompt must be token ids from 0 to {V - 1:,}, and at least one")
+        model = self._models.get(job.adapter)
+        model.check_ids(job.prompt)
         if len(job.prompt) + job.max_tokens > self.longest:
             raise RequestError(
                 f"{len(job.prompt)} prompt tokens and max_tokens {job.max_tokens} come to more than {self.longest}, "
-                "what this server can hold; shorten the prompt or lower max_tokens"
+                "the limit of this server; shorten the prompt or lower max_tokens"
             )
-        drawing = job.sampling
-        sequence = Sequence(
+        sequence = BatchSequence(
             model,
             list(job.prompt),
             job.max_tokens,
-            make_sampler(drawing.temp, drawing.top_p, drawing.min_p, drawing.top_k, drawing.seed),
-            make_logits_processors(
-                drawing.logit_bias or None,
-                drawing.repetition_penalty,
-                presence_penalty=drawing.presence_penalty,
-                frequency_penalty=drawing.frequency_penalty,
-            ),
-            self._constraint(job),
+            job.sampling.sampler(),
+            job.sampling.processors(),
+            self._constraint(job, model.config.vocab_size),
         )
         text = AnswerText(self.tokenizer.streaming_decoder(), list(job.stop))
         return _Answer(job, sequence, text, time.monotonic() + job.timeout_s)
 
-    def _constraint(self, job: Job) -> Any:
+    def _constraint(self, job: Job, vocab_size: int) -> LogitsMask | None:
         if job.grammar is None:
             return None
         from phi4_mlx.grammar.constraint import Constraint
         from phi4_mlx.grammar.grammars import Grammar
 
-        return Constraint(Grammar(job.grammar), self.tokenizer, self._base.config.vocab_size, job.max_tokens)
+        return Constraint(Grammar(job.grammar), self.tokenizer, vocab_size, job.max_tokens)
 
-    def _model(self, adapter: str | None) -> Model:
-        """The model that answers under an adapter's name, loaded when it is first asked for."""
-        if adapter not in self._models:
-            folder = self.settings.adapters.get(str(adapter))
-            if folder is None:
-                raise RequestError(f"there is no adapter {adapter!r}; there are {', '.join(self.settings.adapters)}")
-            self._models[adapter] = self._adapted(folder)
-        return self._models[adapter]
-
-    def _adapted(self, folder: str) -> Model:
-        """A model of its own with an adapter on it, over the weights of the base."""
-        twin = share_weights(self._base)
-        load_adapter(twin, Path(folder))
-        mx.eval(twin.parameters())
-        return twin
-
-    def _told(self, answer: _Answer, event: Token | Fault) -> list[Event]:
-        """What a token or a failure of a job's sequence means to its client."""
+    def _events_of(self, answer: _Answer, event: Token | Fault) -> list[Event]:
+        """The events for the client of a drawn token or a failure."""
         if isinstance(event, Fault):
             self._forget(answer)
             return [_failure(answer.job, event.error)]
         answer.tokens += 1
         self.drawn_tokens += 1
         job = answer.job
-        logprobs = () if job.top_logprobs is None else (self._logprob(event, job.top_logprobs),)
+        logprobs = () if job.top_logprobs is None else (_logprob(self.tokenizer, event, job.top_logprobs),)
         if event.token in self.tokenizer.eos_ids:
             return self._finish(answer, "stop")
         text, stopped = answer.text.add(event.token)
@@ -260,15 +264,15 @@ class Engine:
         return [Piece(job.id, rest), finish] if rest else [finish]
 
     def _out_of_time(self, answer: _Answer) -> list[Event]:
-        """Ends an answer where it stands; one that has not begun is a failure, lest it be taken for an empty one."""
+        """Cuts an answer at its time limit; one without tokens fails, so that it is not taken for an empty answer."""
         if answer.tokens:
             return self._finish(answer, "timeout")
         self._end(answer)
-        message = f"the answer had not begun after {answer.job.timeout_s:g} s; the server is busy, or the prompt long"
+        message = f"no token after {answer.job.timeout_s:g} s; the server is busy, or the prompt is long"
         return [Failure(answer.job.id, 504, message)]
 
     def _safely(self, answer: _Answer, work: Callable[[], list[Event]]) -> list[Event]:
-        """What `work` for a job says; its mistake is that job's failure."""
+        """The events of `work` for a job; an exception fails that job."""
         try:
             return work()
         except Exception as error:
@@ -276,17 +280,17 @@ class Engine:
             return [_failure(answer.job, error)]
 
     def _end(self, answer: _Answer) -> None:
-        """Takes a job out, and keeps what was computed for it."""
+        """Ends a job and keeps its cache."""
         del self._answers[answer.sequence]
         self._put(answer, self._batch.end(answer.sequence))
 
     def _forget(self, answer: _Answer) -> None:
-        """Takes a job out, and keeps nothing of it."""
+        """Ends a job and drops its cache."""
         self._answers.pop(answer.sequence, None)
         self._batch.end(answer.sequence)
 
     def _put(self, answer: _Answer, cache: PromptCache | None) -> None:
-        """Keeps what a cache holds for prompts that begin alike. If that fails, they are computed anew, no more."""
+        """Stores a cache for prompts with the same prefix; a failure only costs their prefill."""
         try:
             if cache is not None and cache.offset:
                 self.prefixes.put(answer.job.adapter, cache)
@@ -294,21 +298,23 @@ class Engine:
             self._unkept += 1
 
     def _new_batch(self) -> Batch:
-        return Batch(self.settings.max_rows, self.kv_limit_bytes, memory=self)
+        return Batch(self.settings.max_rows, self.kv_limit_bytes, prefixes=self)
 
-    def _logprob(self, event: Token, count: int) -> TokenLogprob:
-        text = self.tokenizer.token_bytes(event.token)
-        if event.logprobs is None:  # a grammar leaves nothing else
-            return TokenLogprob(text, 0.0, ((text, 0.0),) if count else ())
-        likeliest = mx.argpartition(-event.logprobs, max(count - 1, 0))[:count]
-        top = [(self.tokenizer.token_bytes(token), event.logprobs[token].item()) for token in likeliest.tolist()]
-        top.sort(key=lambda each: -each[1])
-        return TokenLogprob(text, event.logprobs[event.token].item(), tuple(top))
+
+def _logprob(tokenizer: Tokenizer, event: Token, count: int) -> TokenLogprob:
+    """The log-probability of a drawn token, and the `count` likeliest alternatives."""
+    text = tokenizer.token_bytes(event.token)
+    if event.logprobs is None:  # forced by a grammar
+        return TokenLogprob(text, 0.0, ((text, 0.0),) if count else ())
+    likeliest = mx.argpartition(-event.logprobs, max(count - 1, 0))[:count]
+    top = [(tokenizer.token_bytes(token), event.logprobs[token].item()) for token in likeliest.tolist()]
+    top.sort(key=lambda each: -each[1])
+    return TokenLogprob(text, event.logprobs[event.token].item(), tuple(top))
 
 
 def run(connection: Connection, settings: Settings) -> None:
-    """The engine's process: reads jobs from a connection and writes events to it, until the other end is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # they may go to both processes; the server says when to end
+    """The engine's process: reads jobs from a connection and writes events to it, until the other end closes."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to both processes; the server decides when to end
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(EOFError, BrokenPipeError):
         try:
@@ -329,9 +335,9 @@ def run(connection: Connection, settings: Settings) -> None:
 
 
 def _turn(engine: Engine, messages: Iterable[Job | Cancel | Ping]) -> list[Event]:
-    """Obeys what the server says, and takes a step."""
+    """Handles the server's messages, then takes a step."""
     events: list[Event] = []
-    works: list[Callable[[], list[Event]]] = [partial(_obey, engine, message) for message in messages]
+    works: list[Callable[[], list[Event]]] = [partial(_handle, engine, message) for message in messages]
     for work in [*works, engine.step]:
         try:
             events += work()
@@ -340,7 +346,7 @@ def _turn(engine: Engine, messages: Iterable[Job | Cancel | Ping]) -> list[Event
     return events
 
 
-def _obey(engine: Engine, message: Job | Cancel | Ping) -> list[Event]:
+def _handle(engine: Engine, message: Job | Cancel | Ping) -> list[Event]:
     if isinstance(message, Job):
         return engine.submit(message)
     if isinstance(message, Cancel):
@@ -355,10 +361,10 @@ def _failure(job: Job, error: Exception) -> Failure:
 
 
 def _memory_limits(settings: Settings) -> tuple[int, int]:
-    """Bytes for keys and values under way, and for those of earlier prompts.
+    """(bytes for keys and values of running jobs, bytes for the prefix cache).
 
-    Half of what the weights leave is for answers (as much again may be in use while rows are moved), a quarter for
-    earlier prompts.
+    Running jobs get half of the memory beside the weights (as much again may be in use while rows are moved), the
+    prefix cache a quarter.
     """
     total = memory_limit() if mx.metal.is_available() else memory_limit() // 2
     free = max(0, total - mx.get_active_memory() - ACTIVATION_BYTES)

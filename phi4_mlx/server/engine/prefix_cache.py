@@ -1,99 +1,95 @@
-"""What was computed for earlier prompts, kept for prompts that begin alike, by adapter and RoPE table."""
+"""The prefix cache: caches of earlier prompts, reused by prompts with the same prefix, adapter and RoPE table."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from phi4_mlx.models.cache import PromptCache
-from phi4_mlx.models.rope import Regime
-from phi4_mlx.models.text import Model
+from phi4_mlx.models.model import LanguageModel
+
+Ids = NDArray[np.int32]  # [S]
 
 
 @dataclass(frozen=True, eq=False)
 class _Entry:
     adapter: str | None
-    regime: Regime
-    ids: np.ndarray  # [S]
-    states: list[tuple[mx.array, mx.array]]  # [1, K, S, Dh] each, by layer
+    ids: Ids
+    cache: PromptCache
 
     @property
     def nbytes(self) -> int:
-        return self.ids.nbytes + sum(array.nbytes for state in self.states for array in state)
+        return self.ids.nbytes + self.cache.nbytes
+
+    def reusable(self, ids: Ids) -> int:
+        """Tokens of a prompt that the entry can serve."""
+        return self.cache.reusable(_shared(self.ids, ids))
+
+    def covers(self, other: _Entry) -> bool:
+        """True if this entry serves every prompt that `other` serves."""
+        same = (self.adapter, self.cache.regime) == (other.adapter, other.cache.regime)
+        return same and len(other.ids) <= len(self.ids) and self.reusable(other.ids) == len(other.ids)
 
 
 class PrefixCache:
-    """Entries up to a limit in bytes; the one that has not been of use for longest makes room.
+    """Entries up to a limit in bytes; the least recently used goes first.
 
     Attributes:
-        limit_bytes: what all entries together may take.
-        nbytes: what they take.
+        limit_bytes: the most bytes of all entries together.
+        nbytes: bytes of all entries.
     """
 
-    LEAST_SHARED = 8  # tokens; less than that is as fast to compute again
-    MOST_ENTRIES = 1024  # each is compared with a prompt, in a microsecond or two
+    MIN_SHARED = 8  # tokens; a shorter prefix is as fast to compute
+    MAX_ENTRIES = 1024  # each is compared with a prompt, in a microsecond or two
 
     def __init__(self, limit_bytes: int):
         self.limit_bytes, self.nbytes = limit_bytes, 0
-        self._entries: list[_Entry] = []  # the one used last at the end
+        self._entries: list[_Entry] = []  # the most recently used last
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def find(self, model: Model, adapter: str | None, ids: Sequence[int]) -> PromptCache | None:
-        """A cache that holds the longest known beginning of a prompt, at most all of it but one token.
+    def find(self, model: LanguageModel, adapter: str | None, ids: Sequence[int]) -> PromptCache | None:
+        """A cache of the longest known prefix of a prompt, at most all of it except one token.
 
         Args:
-            model: whose cache it shall be.
-            adapter: the adapter that is on it; what another computed is of no use.
-            ids: the whole prompt; its length decides which RoPE table's entries are of use.
+            model: the model that will use the cache.
+            adapter: the adapter on it; entries of others are not used.
+            ids: the whole prompt; its length decides the RoPE table.
         """
-        wanted, regime = np.array(ids[:-1], np.int32), model.model.rope.regime(len(ids))
-        useful = (entry for entry in self._entries if (entry.adapter, entry.regime) == (adapter, regime))
-        shared, best = max(((_shared(entry.ids, wanted), entry) for entry in useful), key=_first, default=(0, None))
-        if best is None or shared < self.LEAST_SHARED:
+        wanted, key = np.array(ids[:-1], np.int32), (adapter, model.regime(len(ids)))
+        found = [(each.reusable(wanted), each) for each in self._entries if (each.adapter, each.cache.regime) == key]
+        length, best = max(found, key=lambda pair: pair[0], default=(0, None))
+        if best is None or length < self.MIN_SHARED:
             return None
         self._entries.remove(best)
         self._entries.append(best)
-        cache = model.make_cache()
-        cache.restore(ids[:shared], [[array[..., :shared, :] for array in state] for state in best.states], regime)
-        return cache
+        return best.cache.fork(length)
 
     def put(self, adapter: str | None, cache: PromptCache) -> None:
-        """Keeps what a cache holds. Entries that it goes on from are given up for it."""
-        ids = np.array(cache.ids[0], np.int32)
-        # Copies: a slice would keep all of the rows alive that it was cut from.
-        states = [tuple(mx.contiguous(array) for array in layer.state) for layer in cache]
-        entry = _Entry(adapter, cache.regime, ids, states)
-        known = any(_goes_on_from(each, entry) for each in self._entries)
-        if known or len(ids) < self.LEAST_SHARED or entry.nbytes > self.limit_bytes:
+        """Stores a copy of a cache, in place of the entries that it covers."""
+        entry = _Entry(adapter, np.array(cache.ids[0], np.int32), cache.fork(cache.offset))
+        if len(entry.ids) < self.MIN_SHARED or any(each.covers(entry) for each in self._entries):
             return
-        kept = [each for each in self._entries if not _goes_on_from(entry, each)]
+        entry.cache.compact()  # else slices of a batch would keep all of its rows alive
+        if entry.nbytes > self.limit_bytes:
+            return
+        kept = [each for each in self._entries if not entry.covers(each)]
         used = sum(each.nbytes for each in kept)
-        while used + entry.nbytes > self.limit_bytes or len(kept) >= self.MOST_ENTRIES:
+        while used + entry.nbytes > self.limit_bytes or len(kept) >= self.MAX_ENTRIES:
             used -= kept.pop(0).nbytes
-        mx.eval(states)
         self._entries, self.nbytes = [*kept, entry], used + entry.nbytes
 
     def clear(self) -> None:
-        """Gives up all entries."""
+        """Drops all entries."""
         self._entries, self.nbytes = [], 0
 
 
-def _first(pair: tuple[int, _Entry | None]) -> int:
-    return pair[0]
-
-
-def _shared(a: np.ndarray, b: np.ndarray) -> int:
-    """How many ids two sequences have in common from their beginning."""
+def _shared(a: Ids, b: Ids) -> int:
+    """The length of the common prefix of two sequences."""
     n = min(len(a), len(b))
     differing = np.flatnonzero(a[:n] != b[:n])
     return int(differing[0]) if len(differing) else n
-
-
-def _goes_on_from(longer: _Entry, shorter: _Entry) -> bool:
-    alike = (longer.adapter, longer.regime) == (shorter.adapter, shorter.regime)
-    return alike and len(shorter.ids) <= len(longer.ids) and _shared(longer.ids, shorter.ids) == len(shorter.ids)

@@ -13,7 +13,6 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from phi4_mlx.config import PRESETS
 from phi4_mlx.convert.package import SHARD_BYTES
 from phi4_mlx.convert.quantize import MODES, Scheme, make_recipe, quantization_config
 from phi4_mlx.convert.weights import Parameter, plan, shards
@@ -21,6 +20,7 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.files.dtypes import name_of
 from phi4_mlx.files.safetensors import TensorWriter, read_header, tensor_bytes
 from phi4_mlx.models.text import Model
+from tests.presets import PRESETS
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,0 +1,185 @@
+"""The contract of a model: everything that the rest of the package may ask of one.
+
+A new model is one file that subclasses `LanguageModel`, a config, a chat format, and a line in
+`phi4_mlx.checkpoint.KINDS`. Generation, batching, serving, training and conversion then work with it unchanged.
+
+Shapes: B batch, T new tokens, S cached plus new, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from phi4_mlx.config import Config
+from phi4_mlx.errors import RequestError
+from phi4_mlx.models.batch_cache import BatchCache
+from phi4_mlx.models.cache import CacheOptions, LayerCache, PromptCache
+from phi4_mlx.models.rope import Regime
+
+
+@dataclass(frozen=True)
+class ContextCost:
+    """Bytes that a context takes, from which memory plans are made.
+
+    Attributes:
+        token_bytes: cached by each token, all layers together.
+        layer_bytes: of those, cached by the largest layer; its old buffer stands beside the new one while it grows.
+        fixed_bytes: cached whatever the length, such as recurrent states.
+        activation_bytes: activation memory of each prefilled token.
+        score_bytes: attention scores of one (query, key) pair over all heads, where they are materialised; else 0.
+    """
+
+    token_bytes: int
+    layer_bytes: int
+    fixed_bytes: int
+    activation_bytes: int
+    score_bytes: int
+
+
+class LanguageModel(nn.Module, ABC):
+    """Token ids in, logits out.
+
+    Attributes:
+        config: the model's shapes.
+        boundary: the longest sequence under the short RoPE table; None for a model with a single regime.
+        lora_keys: the linear layers within a block that LoRA adapts by default, by their path.
+        recompute: in training, keep only each block's input and run the block again in backward.
+    """
+
+    config: Config
+    boundary: int | None = None
+    lora_keys: tuple[str, ...] = ()
+    recompute: bool
+
+    @abstractmethod
+    def hidden(
+        self,
+        ids: mx.array,
+        cache: PromptCache | BatchCache | None = None,
+        *,
+        embeddings: mx.array | None = None,
+        segments: mx.array | None = None,
+        rows: int | None = None,
+    ) -> mx.array:
+        """Hidden states after the last norm, of ids that the cache has admitted.
+
+        Args:
+            ids: token ids [B, T], any integer dtype.
+            cache: appended to; None for no cache.
+            embeddings: [B, T, D], used in place of those of `ids`.
+            segments: [B, T], without a cache: the number of the packed sample that each token belongs to. Samples do
+                not see each other, and each starts at position 0.
+            rows: compute only the last `rows` positions; None for all.
+
+        Returns:
+            [B, rows or T, D], in `dtype`.
+        """
+
+    @abstractmethod
+    def logits(self, hidden: mx.array) -> mx.array:
+        """The head: hidden states [..., D] -> logits [..., V]."""
+
+    @property
+    @abstractmethod
+    def head(self) -> nn.Module:
+        """The module whose weights `logits` uses; the embedding where the two are tied."""
+
+    @property
+    @abstractmethod
+    def layers(self) -> list[nn.Module]:
+        """The blocks, from the first; mlx-lm's name."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> mx.Dtype:
+        """The dtype of hidden states, keys and values."""
+
+    @abstractmethod
+    def layer_caches(self, options: CacheOptions) -> list[LayerCache]:
+        """An empty cache for each layer that has one.
+
+        Raises:
+            RequestError: the model cannot keep such a cache.
+        """
+
+    @abstractmethod
+    def context_cost(self, kv_bits: int | None = None) -> ContextCost:
+        """Bytes that a context takes, with keys and values in `kv_bits` (None: unquantised)."""
+
+    def __call__(self, ids: mx.array, cache: Sequence[LayerCache] | None = None) -> mx.array:
+        """Logits of the next token at each position, exact at every length.
+
+        Where the new tokens take a cached sequence past the RoPE boundary, the whole sequence runs again under the
+        long table.
+
+        Args:
+            ids: token ids [B, T], any integer dtype, each below the vocabulary size.
+            cache: from `make_cache`, or a list of mlx-lm's `KVCache`; it is appended to.
+
+        Returns:
+            Logits [B, T, V], in `dtype`.
+
+        Raises:
+            RequestError: a list of foreign caches would cross the RoPE boundary.
+        """
+        T = ids.shape[1]
+        if cache is not None and not isinstance(cache, (PromptCache, BatchCache)):
+            cache = PromptCache(cache, self.regime)
+        if isinstance(cache, PromptCache):
+            ids = cache.admit(ids)
+        return self.logits(self.hidden(ids, cache)[:, -T:])
+
+    def make_cache(
+        self, regime: Regime | None = None, kv_bits: int | None = None, max_kv_size: int | None = None
+    ) -> PromptCache:
+        """An empty cache for one batch of sequences.
+
+        Args:
+            regime: "long" for a conversation that will outgrow the RoPE boundary anyway: it never runs again, but is
+                not exact below the boundary. None chooses the table by the length, as the reference does.
+            kv_bits: 4 or 8 quantises keys and values; None does not.
+            max_kv_size: the most tokens to keep, at least 512; None keeps all.
+
+        Raises:
+            RequestError: a value is outside its range, or the model cannot keep such a cache.
+        """
+        options = CacheOptions(regime, kv_bits, max_kv_size)
+        return PromptCache(self.layer_caches(options), self.regime, options)
+
+    def make_batch_cache(self, regime: Regime) -> BatchCache:
+        """An empty cache for rows of several sequences, all under one RoPE table."""
+        return BatchCache(self.layer_caches(CacheOptions(regime)), regime)
+
+    def regime(self, length: int) -> Regime:
+        """The RoPE table that a sequence of `length` tokens needs."""
+        return "long" if self.boundary is not None and length > self.boundary else "short"
+
+    def quantizable(self, path: str, module: nn.Module) -> bool:
+        """True if the converter may quantise the module at `path`."""
+        return hasattr(module, "to_quantized")
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(int(array.nbytes) for _, array in tree_flatten(self.parameters()))
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of the weights that a decode step reads."""
+        return self.weights_bytes
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raises RequestError unless there are ids and all of them are in the vocabulary; MLX would read past it."""
+        V = self.config.vocab_size
+        if not ids:
+            context = self.config.max_position_embeddings
+            raise RequestError(f"the prompt has 0 tokens; it needs at least 1, and the context holds {context}")
+        if not (min(ids) >= 0 and max(ids) < V):
+            outside = next(token for token in ids if not 0 <= token < V)
+            raise RequestError(f"token {outside} of the prompt is outside the model's vocabulary of {V}")
