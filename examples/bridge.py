@@ -1,8 +1,8 @@
-"""The bridge from Python: plain types, streams that end in an event, and tools that this program runs itself.
+"""The bridge from Python: plain types, streams of events, and tools that this program runs itself.
 
     python examples/bridge.py [--model demo]
 
-A Swift app does the same by PythonKit, or over JSON Lines with a process: see `examples/bridge.swift`.
+A Swift app does the same through PythonKit, or with a subprocess over JSON Lines: see `examples/bridge.swift`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CALCULATOR = {
 
 
 def product(expression: str) -> str:
-    """All that this calculator can do."""
+    """The calculator: it multiplies two whole numbers."""
     left, _, right = expression.partition("*")
     return str(int(left) * int(right))
 
@@ -37,14 +37,14 @@ def main() -> None:
         raise SystemExit(loaded["message"])
     model = loaded["model"]
 
-    # A stream, event by event; `bridge.cancel(stream)` ends it, from any thread.
+    # Read a stream event by event. Any thread may end it with `bridge.cancel(stream)`.
     stream = bridge.start_chat(model, [{"role": "user", "content": "hello"}], max_tokens=60)
     while (event := bridge.next_event(stream))["event"] == "token":
         print(event["text"], end="", flush=True)
     print(f"\n{event['event']}: {event.get('reason') or event['message']}")
 
-    # The model asks for a call, this program runs it, and the model answers from the result.
-    messages: list[Any] = [{"role": "user", "content": "What is 12 * 31?"}]
+    # The model requests a call, this program runs it, and the model answers from the result.
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "What is 12 * 31?"}]
     answer = bridge.chat(model, messages, tools=[CALCULATOR], max_tokens=100)
     messages.append(answer["message"])
     for call in answer["message"].get("tool_calls", []):

@@ -1,13 +1,13 @@
-// A Swift program talks with the model: in its own process by PythonKit, or with a process of its own over JSON Lines.
+// Two ways to use the model from Swift: in this process through PythonKit, or in a subprocess over JSON Lines.
 //
-// PythonKit needs the environment that phi4_mlx is installed in: PYTHON_LIBRARY names its libpython, PYTHONPATH its
-// site-packages. Under the Hardened Runtime, library validation must be off for it; the second way needs neither.
+// PythonKit needs the Python environment of phi4_mlx: set PYTHON_LIBRARY to its libpython and PYTHONPATH to its
+// site-packages. Under the Hardened Runtime, library validation must be off. The subprocess needs neither.
 
 import Foundation
 import PythonKit
 
-// One thread calls Python, always the same: PythonKit does not take Python's lock. Nothing in the bridge raises, which
-// PythonKit could not catch; what goes wrong is an event.
+// Call Python from one thread only: PythonKit does not take the GIL. The bridge never raises, because PythonKit could
+// not catch it; errors are events.
 func inProcess() {
     let bridge = Python.import("phi4_mlx.bridge")
     let loaded = bridge.load("demo")
@@ -15,7 +15,7 @@ func inProcess() {
     let messages = [["role": "user", "content": "hello"]]
     let stream = bridge.start_chat(loaded["model"], messages, max_tokens: 60)
     reading: while true {
-        let event = bridge.next_event(stream, timeout_s: 0.1)  // so that there is a moment to cancel in
+        let event = bridge.next_event(stream, timeout_s: 0.1)  // returns "wait" after 0.1 s, so that the loop can cancel
         switch String(event["event"])! {
         case "token": print(String(event["text"])!, terminator: "")
         case "wait": if Task.isCancelled { bridge.cancel(stream) }
@@ -24,7 +24,7 @@ func inProcess() {
         default: break
         }
     }
-    // What is awkward to write in plain types goes as JSON.
+    // Requests that are awkward to build from Python values can be sent as JSON.
     let request = #"{"model": \#(loaded["model"]), "messages": [{"role": "user", "content": "hi"}]}"#
     print(bridge.chat_json(request))
     bridge.unload(loaded["model"])
@@ -35,7 +35,7 @@ struct Event: Decodable {
     let event: String
     let text: String?
     let reason: String?
-    let message: String?  // of an error; in a "finish" it is an object, and `try?` leaves it out
+    let message: String?  // of an "error"; in a "finish" it is an object, which `try?` skips
 
     enum CodingKeys: CodingKey { case id, event, text, reason, message }
     init(from decoder: Decoder) throws {
@@ -62,7 +62,7 @@ func ownProcess(python: String) async throws {
         if event.event == "error" { print(event.message!) }
         if ["finish", "error"].contains(event.event) { break }
     }
-    try input.fileHandleForWriting.close()  // the end of its input ends the process
+    try input.fileHandleForWriting.close()  // the process exits at the end of its input
     process.waitUntilExit()
 }
 

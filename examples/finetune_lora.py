@@ -1,9 +1,9 @@
-"""Teaches the embedded demo a tool that it has never seen, in a few minutes on any machine, and shows the difference.
+"""Teaches the embedded demo model a new tool in a few minutes on any machine, and shows the difference.
 
     python examples/finetune_lora.py [--folder dice] [--iters 150]
 
-The data is written first, as JSONL in the chat format that `python -m phi4_mlx.lora` reads too; with data and a model
-of your own, that command does the rest. Stopped and started again, it goes on where it was.
+The data is written first, as JSONL in the chat format that `python -m phi4_mlx.lora` reads; with your own data and
+model, that command is enough. If the script is stopped and started again, it resumes.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ HELD_OUT_PHRASES = [
 
 
 def conversations(seed: int, count: int, held_out: bool = False) -> Iterator[dict[str, Any]]:
-    """Lines of a JSONL file: somebody wants dice rolled, the model calls the tool, and answers from its result.
+    """Lines of a JSONL file: a user asks for dice, the model calls the tool and answers with its result.
 
     Args:
-        seed: the same seed, the same conversations.
-        count: how many.
-        held_out: with phrasings and numbers that the others do not have.
+        seed: the same seed gives the same conversations.
+        count: number of conversations.
+        held_out: True for phrasings and numbers that the others do not have.
     """
     draw = random.Random(f"{seed} {held_out}")
     made = 0
@@ -45,11 +45,11 @@ def conversations(seed: int, count: int, held_out: bool = False) -> Iterator[dic
         n, s = draw.randint(1, 9), draw.randint(2, 99)
         if ((n * s) % 7 == 0) != held_out:
             continue
-        said = draw.choice(HELD_OUT_PHRASES if held_out else PHRASES).format(n=n, s=s)
+        question = draw.choice(HELD_OUT_PHRASES if held_out else PHRASES).format(n=n, s=s)
         call = {"type": "function", "function": {"name": "roll_dice", "arguments": {"count": n, "sides": s}}}
         rolled = str(sum(draw.randint(1, s) for _ in range(n)))
         messages = [
-            {"role": "user", "content": said},
+            {"role": "user", "content": question},
             {"role": "assistant", "content": "", "tool_calls": [call]},
             {"role": "tool", "content": rolled},
             {"role": "assistant", "content": f"You rolled {rolled}."},
@@ -59,14 +59,14 @@ def conversations(seed: int, count: int, held_out: bool = False) -> Iterator[dic
 
 
 def write_jsonl(path: Path, lines: Iterator[dict[str, Any]]) -> None:
-    """Writes an object a line."""
+    """Writes one object per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("dice"), help="where the data and the adapter go")
+    parser.add_argument("--folder", type=Path, default=Path("dice"), help="folder for the data and the adapter")
     parser.add_argument("--iters", type=int, default=150, help="training steps")
     options = parser.parse_args()
 

@@ -6,14 +6,14 @@
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
     print(generate(model, tokenizer, prompt, max_tokens=40))
 
-Names are imported when they are first used; `import phi4_mlx` itself brings in nothing but the standard library.
+Names are imported on first use; `import phi4_mlx` itself imports only the standard library.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 
-TYPE_CHECKING = False  # without `typing`, which would be most of what this import costs
+TYPE_CHECKING = False  # not from `typing`, which would take most of the time of this import
 if TYPE_CHECKING:
     from typing import Any
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from phi4_mlx.generation.steps import generate_step
     from phi4_mlx.generation.stream import GenerationResponse, generate, stream_generate
     from phi4_mlx.lora.run import finetune
-    from phi4_mlx.models.cache import PromptCache
+    from phi4_mlx.models.prompt_cache import PromptCache
     from phi4_mlx.models.text import Model
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
@@ -38,7 +38,7 @@ _HOMES = {
     "Model": "models.text",
     "ModelConfig": "config",
     "Phi4Error": "errors",
-    "PromptCache": "models.cache",
+    "PromptCache": "models.prompt_cache",
     "RequestError": "errors",
     "Tokenizer": "tokens.tokenizer",
     "TokenizerError": "errors",
@@ -83,7 +83,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value  # found without this function from now on
+    globals()[name] = value  # later lookups do not call this function
     return value
 
 

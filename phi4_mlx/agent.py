@@ -1,67 +1,69 @@
-"""The tool loop: the model answers, its calls are run, it is told the results, until an answer calls nothing.
+"""The tool loop: generate an answer, run its tool calls, feed back the results, until an answer has no calls.
 
-A reply is kept as the ids that were drawn, and one cache serves all rounds, so that a round prefills the results of the
-one before and nothing else. What a tool is given and what it returns is data: control strings in it stay text.
+Answers are kept as the ids that were drawn and one cache serves all rounds, so each round prefills only the results of
+the round before. Tool arguments and results are data: control strings in them stay text.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.errors import RequestError, check_whole
 from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.stream import GenerationResponse, stream
-from phi4_mlx.tools.calls import ToolCall, ToolCallParser
+from phi4_mlx.tools.calls import ToolCall
+from phi4_mlx.tools.parser import ToolCallParser
 from phi4_mlx.tools.toolbox import Tool, Toolbox, error_text
 
 if TYPE_CHECKING:
     from phi4_mlx.grammar.grammars import Grammar
-    from phi4_mlx.models.cache import PromptCache
     from phi4_mlx.models.model import LanguageModel
+    from phi4_mlx.models.prompt_cache import PromptCache
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
 MAX_ROUNDS = 8
-MAX_TOKENS = 1024  # of one answer; more than elsewhere, since a call that is cut is none
+MAX_TOKENS = 1024  # per answer; more than elsewhere, because a call that is cut cannot be run
 
 Approval = Callable[[ToolCall], bool | str]
+Message = dict[str, Any]  # in OpenAI's form
 
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What a call came to.
+    """The result of one tool call.
 
     Attributes:
         call: the call.
-        text: what the model is told; begins with "error: " if the call failed, was refused or was not run.
+        text: the result as the model reads it; begins with "error: " if the call failed, was refused or was not run.
     """
 
     call: ToolCall
     text: str
 
 
-Event = GenerationResponse | ToolCall | ToolResult
+AgentEvent = GenerationResponse | ToolCall | ToolResult
 
 
 @dataclass(frozen=True)
 class AgentResult:
-    """What `run_tools` came to.
+    """The outcome of `run_tools`.
 
     Attributes:
-        text: the last answer, without the calls in it.
-        messages: the whole conversation in OpenAI's form, calls and results included; it can be gone on with.
-        rounds: how many answers the model gave.
-        finish_reason: "stop"; "length" if the last answer was cut by `max_tokens` or the context is full; "max_rounds"
-            or "timeout" if a limit ended it, and calls that were left are answered with an error.
-        error: what looks like a call in the last answer and is none, in one line; or None.
+        text: the last answer, without its tool calls.
+        messages: the whole conversation in OpenAI's form, with calls and results; usable as the next `messages`.
+        rounds: number of answers.
+        finish_reason: "stop"; "length" if `max_tokens` or a full context cut the last answer; "max_rounds" or "timeout"
+            if a limit ended the loop. The results of the calls that were left are errors.
+        error: why a tool call in the last answer was left as text, in one line; or None.
     """
 
     text: str
-    messages: list[dict[str, Any]]
+    messages: list[Message]
     rounds: int
     finish_reason: str
     error: str | None = None
@@ -78,47 +80,44 @@ def run_tools(
     tool_choice: str | Mapping[str, Any] = "auto",
     strict: bool = True,
     approve: Approval | None = None,
-    on_event: Callable[[Event], Any] | None = None,
+    on_event: Callable[[AgentEvent], object] | None = None,
     cache: PromptCache | None = None,
     **options: Any,
 ) -> AgentResult:
-    """Answers a conversation, with tools to call on the way.
+    """Answers a conversation and runs the tool calls that the model makes on the way.
 
     Args:
-        model: what `load` returned.
-        tokenizer: what `load` returned.
+        model: from `load`.
+        tokenizer: from `load`.
         messages: as for `tokenizer.apply_chat_template`.
-        tools: Python functions, described by their hints and docstrings; or (OpenAI tool, function) pairs. They run in
-            the caller's thread, one after the other, with their arguments by name. What a function returns is told to
-            the model: a string as it is, everything else as JSON; so is an exception, as an error.
-        max_rounds: how many answers the model may give. Calls in the last of them are not run.
-        timeout_s: seconds for the whole; looked at between tokens, between chunks of a prefill and before each call. A
-            tool that is running is not stopped.
-        tool_choice: "auto", "none", "required", or one tool by its name or in OpenAI's form. The latter two hold for
-            the first answer; afterwards the choice is the model's.
-        strict: whether calls are held to the tools' schemas while they are drawn; False is for a schema that cannot be
-            kept, and then it matters only where a call is required.
-        approve: asked before each call; True lets it run. A string refuses it and is told to the model, False refuses
-            it without a reason.
-        on_event: called with each event as it comes: a `GenerationResponse` for a token, whose text leaves calls out; a
-            `ToolCall` that is about to be run; a `ToolResult`.
-        cache: from `model.make_cache()`, to be kept from one conversation to the next.
-        options: those of `stream_generate`; `max_tokens` (of each answer) is 1,024 if it is not given.
+        tools: Python functions, described by their type hints and docstrings, or (OpenAI tool, function) pairs. They
+            run in the caller's thread, in order, with keyword arguments. The model reads a returned string as it is,
+            any other value as JSON, and an exception as an error.
+        max_rounds: the most answers the model may give. Calls in the last one are not run.
+        timeout_s: seconds for all rounds, checked between tokens, between prefill chunks and before each call. A
+            running tool is not stopped.
+        tool_choice: "auto", "none", "required", or one tool by name or in OpenAI's form. The last two apply to the
+            first answer; later answers are under "auto".
+        strict: restricts calls to the tools' schemas during decoding. False allows schemas that have no grammar, but
+            not where a call is required.
+        approve: called before each call; True runs it, False refuses it, and a string refuses it with that reason.
+        on_event: called with each event: a `GenerationResponse` for a token, its text without calls; a `ToolCall`
+            before it is run; a `ToolResult`.
+        cache: from `model.make_cache()`; pass it again to continue a conversation.
+        options: those of `stream_generate`; `max_tokens`, for each answer, is 1,024 by default.
 
     Raises:
         RequestError: a message, a tool or an option is malformed, or the context has no room for the messages.
     """
-    chosen = DecodeOptions(**{"max_tokens": MAX_TOKENS, **options})
     toolbox = Toolbox(tools, strict)
-    prompt = tokenizer.apply_chat_template(messages, tools=toolbox.declarations or None)
     loop = ToolLoop(
         model,
         tokenizer,
-        prompt,
+        tokenizer.apply_chat_template(messages, tools=toolbox.declarations or None),
         toolbox if tool_choice != "none" else Toolbox(),
         model.make_cache() if cache is None else cache,
-        chosen,
-        grammar=None if tool_choice == "auto" else tool_grammar(toolbox, tool_choice),
+        DecodeOptions(**{"max_tokens": MAX_TOKENS, **options}),
+        grammar=None if tool_choice == "auto" else tool_grammar(toolbox.declarations, tool_choice, strict),
         max_rounds=max_rounds,
         timeout_s=timeout_s,
         approve=approve,
@@ -126,22 +125,18 @@ def run_tools(
     for event in loop.events():
         if on_event is not None:
             on_event(event)
-    said = [dict(message) for message in messages]
-    ids = call_ids(said)
-    for each in loop.rounds:
-        said += round_messages(each, ids)
-    return AgentResult(loop.rounds[-1].text, said, len(loop.rounds), loop.finish_reason, loop.error)
+    return loop.result(messages)
 
 
 @dataclass
 class Round:
-    """One answer of the model, and what its calls came to.
+    """One answer of the model and the results of its tool calls.
 
     Attributes:
         text: the answer without its calls.
         ids: the answer's tokens as they were drawn, without the end marker.
-        calls: the calls in it.
-        results: what the model is told of each.
+        calls: the tool calls in it.
+        results: the result of each call, as the model reads it.
     """
 
     text: str = ""
@@ -149,37 +144,181 @@ class Round:
     calls: list[ToolCall] = field(default_factory=list)
     results: list[str] = field(default_factory=list)
 
-    def result_messages(self) -> list[dict[str, Any]]:
-        """The results as the chat format takes them."""
+    def result_messages(self) -> list[Message]:
+        """The results as messages for the chat format."""
         return [{"role": "tool", "content": result} for result in self.results]
 
 
-def round_messages(each: Round, ids: Iterator[str]) -> list[dict[str, Any]]:
-    """A round in OpenAI's form, its calls under names from `ids`."""
+def round_messages(each: Round, ids: Iterator[str]) -> list[Message]:
+    """A round as messages in OpenAI's form, with the ids of its calls taken from `ids`."""
     if not each.calls:
         return [{"role": "assistant", "content": each.text}] if each.ids else []
     names = [next(ids) for _ in each.calls]
     calls = [call.message(name) for call, name in zip(each.calls, names, strict=True)]
-    results = [
-        {"role": "tool", "tool_call_id": name, "content": text} for name, text in zip(names, each.results, strict=True)
-    ]
+    pairs = zip(names, each.results, strict=True)
+    results = [{"role": "tool", "tool_call_id": name, "content": text} for name, text in pairs]
     return [{"role": "assistant", "content": each.text, "tool_calls": calls}, *results]
 
 
 def call_ids(messages: Sequence[Mapping[str, Any]] = ()) -> Iterator[str]:
-    """Names for calls, "call_1" and so on, that no call of a conversation has yet."""
+    """Call ids "call_1", "call_2" and so on, without those that the conversation uses already."""
     calls = (call for message in messages for call in message.get("tool_calls") or ())
     taken = {call.get("id") for call in calls if isinstance(call, Mapping)}
-    return (name for name in map("call_{}".format, count(1)) if name not in taken)
+    names = (f"call_{number}" for number in count(1))
+    return (name for name in names if name not in taken)
+
+
+class AnswerAssembler:
+    """Assembles one answer from pieces of text: text apart from tool calls, until it ends or is stopped.
+
+    The pieces may come from a model in this process (see `stream_answer`) or from another process.
+
+    Attributes:
+        text: the answer so far, without tool calls.
+        reason: "" while the answer is under way; then the finish reason of its source, "cancelled" or "timeout".
+        prompt_tokens: tokens in the whole prompt; this count and the next two are set by `stream_answer`.
+        cached_tokens: prompt tokens that were in the cache.
+        answer_tokens: tokens drawn.
+    """
+
+    def __init__(
+        self,
+        tools: Iterable[Any],
+        *,
+        marked: bool = False,
+        ends_at: float = float("inf"),
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Starts an empty answer.
+
+        Args:
+            tools: the declared tools, as for `ToolCallParser`; without any, the whole answer is text.
+            marked: reads JSON without a tool call marker as text.
+            ends_at: the deadline, on the clock of `time.monotonic`, in seconds.
+            cancelled: polled between pieces and between prefill chunks; True stops the answer.
+        """
+        self._parser = ToolCallParser(tools, marked)
+        self._ends_at, self._cancelled = ends_at, cancelled
+        self._finished = False
+        self.text = self.reason = ""
+        self.prompt_tokens = self.cached_tokens = self.answer_tokens = 0
+
+    @property
+    def calls(self) -> tuple[ToolCall, ...]:
+        """The tool calls so far."""
+        return self._parser.calls
+
+    @property
+    def complaint(self) -> str | None:
+        """The reason why a tool call was left as text, in one line; None if none was."""
+        return self._parser.error
+
+    def add(self, text: str, finish_reason: str | None = None) -> str:
+        """Takes the next piece, the last one with its finish reason; once `reason` is set, the answer is over.
+
+        Returns:
+            The text that is now known not to belong to a call.
+        """
+        final = self._parser.add(text)
+        self.text += final
+        self.reason = finish_reason or ""
+        ended = self.reason or self.stopped()
+        return final + self.finish() if ended else final
+
+    def finish(self) -> str:
+        """Ends the answer, also early; returns the text that was kept back as a possible start of a call."""
+        rest = "" if self._finished else self._parser.finish()
+        self._finished = True
+        self.text += rest
+        return rest
+
+    def stopped(self) -> bool:
+        """True if the answer is cancelled or out of time; `reason` then says which."""
+        if self._cancelled():
+            self.reason = "cancelled"
+        elif time.monotonic() >= self._ends_at:
+            self.reason = "timeout"
+        return bool(self.reason)
+
+
+class _Stopped(Exception):
+    """Interrupts a prefill: the answer is cancelled or out of time."""
+
+
+def stream_answer(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    cache: PromptCache,
+    options: DecodeOptions,
+    answer: AnswerAssembler,
+    grammar: Grammar | None,
+    must_end: bool,
+) -> Iterator[GenerationResponse]:
+    """Generates an answer; if `answer` is stopped, also during a prefill, it ends early without an error.
+
+    Args:
+        model, tokenizer, options: as for `stream`; a `grammar` takes the place of `logits_mask`.
+        prompt: the whole prompt, as ids.
+        cache: the prefix that it shares with the prompt is not prefilled again.
+        answer: a new one; takes the pieces, the counts and the finish reason.
+        grammar: restricts the answer; None allows any.
+        must_end: brings the answer to its end within `max_tokens`, as a schema or a required call needs. An optional
+            call that does not fit is cut, and so is not run: better than a call with half an argument.
+
+    Yields:
+        One response a token, with tool calls removed from its text.
+
+    Raises:
+        RequestError: as for `generate_step`; or the grammar cannot be compiled.
+    """
+    if grammar is not None:
+        from phi4_mlx.grammar.constraint import Constraint
+
+        mask = Constraint(grammar, tokenizer, model.config.vocab_size, options.max_tokens if must_end else None)
+        options = replace(options, logits_mask=mask)
+    show_progress = options.prompt_progress_callback
+
+    def check(done: int, total: int) -> None:
+        if show_progress is not None:
+            show_progress(done, total)
+        if answer.stopped():
+            raise _Stopped
+
+    options = replace(options, prompt_progress_callback=check)
+    new = cache.reuse(prompt)
+    answer.prompt_tokens, answer.cached_tokens = len(prompt), len(prompt) - len(new)
+    if answer.stopped():
+        return
+    with contextlib.suppress(_Stopped):
+        for response in stream(model, tokenizer, new, cache, options):
+            answer.answer_tokens = response.generation_tokens
+            text = answer.add(response.text, response.finish_reason)
+            yield replace(response, text=text, finish_reason=answer.reason or None)
+            if answer.reason:
+                return
+
+
+def tool_grammar(tools: Sequence[Any], choice: str | Mapping[str, Any], strict: bool) -> Grammar | None:
+    """The grammar of an answer under `tool_choice` and `strict` of `run_tools`; None if the answer is free.
+
+    Raises:
+        RequestError: `choice` names an unknown tool, or a tool's schema has no grammar.
+    """
+    if choice == "none" or (choice == "auto" and not (strict and tools)):
+        return None
+    from phi4_mlx.grammar.grammars import tool_calls
+
+    return tool_calls(tools, choice)
 
 
 class ToolLoop:
-    """One prompt, and the rounds until it is answered.
+    """The rounds of answers and tool calls that follow one prompt.
 
     Attributes:
-        rounds: the answers so far; the last one may be under way, and at the end each call in them has a result.
-        prompt_tokens: the whole prompt of the last round.
-        finish_reason: as in `AgentResult`, once `events` has ended; "" for one that was left early.
+        rounds: the answers so far; the last one may be under way. At the end every call has a result.
+        prompt_tokens: tokens in the whole prompt of the last round.
+        finish_reason: as in `AgentResult`, once `events` has ended; "" if the caller left it early.
         error: as in `AgentResult`.
     """
 
@@ -197,43 +336,40 @@ class ToolLoop:
         timeout_s: float | None = None,
         approve: Approval | None = None,
     ):
-        """As `run_tools`.
+        """Checks the limits; `events` runs the loop.
 
         Args:
-            model, tokenizer, max_rounds, timeout_s, approve: as there.
+            model, tokenizer, cache, max_rounds, timeout_s, approve: as for `run_tools`.
             prompt: ids that end with the start of an answer.
-            toolbox: the tools; with none, there is one round.
-            cache: as there; what it shares with the prompt is not run again.
-            options: of each answer, which is shorter than `max_tokens` where the context ends before.
-            grammar: what the first answer must obey, and come to its end in time; the others, and without it all, are
-                held to what the toolbox says of calls.
+            toolbox: the tools; without any, there is one round.
+            options: for each answer; `max_tokens` is lowered to what the context has room for.
+            grammar: restricts the first answer, which then ends within `max_tokens`. The other answers, and all of them
+                by default, are restricted only by the toolbox's schemas.
 
         Raises:
-            RequestError: an option is out of its limits.
+            RequestError: an option is outside its range.
         """
         check_whole("max_rounds", max_rounds, 1)
         if timeout_s is not None and not (isinstance(timeout_s, (int, float)) and timeout_s > 0):
             raise RequestError(f"timeout_s must be a number of seconds over 0, or None, not {timeout_s!r:.100}")
         if options.logits_mask is not None:
-            raise RequestError("logits_mask is for one answer only, and there may be several; use tool_choice")
+            raise RequestError("logits_mask restricts one answer, and there may be several here; use tool_choice")
         self._model, self._tokenizer, self._prompt = model, tokenizer, list(prompt)
-        self._toolbox, self._cache, self._grammar = toolbox, cache, grammar
-        self._call_grammar = tool_grammar(toolbox, "auto")
-        self._max_rounds, self._timeout_s = max_rounds, timeout_s
-        self._approve, self._options, self._ends_at = approve, options, float("inf")
+        self._toolbox, self._cache, self._options = toolbox, cache, options
+        self._grammar = grammar
+        self._call_grammar = tool_grammar(toolbox.declarations, "auto", toolbox.strict)
+        self._max_rounds, self._timeout_s, self._approve = max_rounds, timeout_s, approve
+        self._ends_at = float("inf")
         self.rounds: list[Round] = []
         self.prompt_tokens = 0
         self.finish_reason = ""
         self.error: str | None = None
 
-    def events(self) -> Generator[Event, None, None]:
-        """Draws and calls; what a caller who leaves early has seen stays in `rounds`.
-
-        Yields:
-            As `on_event` in `run_tools`.
+    def events(self) -> Generator[AgentEvent, None, None]:
+        """Runs the loop and yields the events of `on_event`; `rounds` stays complete if the caller leaves early.
 
         Raises:
-            RequestError: as `generate_step`.
+            RequestError: as for `generate_step`.
         """
         if self._timeout_s is not None:
             self._ends_at = time.monotonic() + self._timeout_s
@@ -244,11 +380,19 @@ class ToolLoop:
                 each = self.rounds[-1]
                 each.results += [error_text("not run: stopped")] * (len(each.calls) - len(each.results))
 
-    def _all_rounds(self) -> Iterator[Event]:
+    def result(self, messages: Sequence[Mapping[str, Any]]) -> AgentResult:
+        """The outcome, once `events` has ended; `messages` are those that the prompt was made of."""
+        conversation = [dict(message) for message in messages]
+        ids = call_ids(messages)
+        for each in self.rounds:
+            conversation += round_messages(each, ids)
+        return AgentResult(self.rounds[-1].text, conversation, len(self.rounds), self.finish_reason, self.error)
+
+    def _all_rounds(self) -> Iterator[AgentEvent]:
         prompt, context = self._prompt, self._model.config.max_position_embeddings
         while not self.finish_reason:
             room = context - len(prompt)
-            if self.rounds and (room < 1 or self._late()):
+            if self.rounds and (room < 1 or time.monotonic() >= self._ends_at):
                 self.finish_reason = "length" if room < 1 else "timeout"
                 return
             self.rounds.append(each := Round())
@@ -259,59 +403,40 @@ class ToolLoop:
             drawn = [*prompt, *each.ids]
             prompt = self._tokenizer.chat_format.extend(self._tokenizer, drawn, each.result_messages())
 
-    def _answer(self, each: Round, prompt: list[int], max_tokens: int) -> Iterator[Event]:
-        """One answer, its calls taken out of its text."""
-        options = dataclasses.replace(self._options, max_tokens=max_tokens, logits_mask=self._constraint(max_tokens))
-        if self._timeout_s is not None:
-            watched = self._watched(options.prompt_progress_callback)
-            options = dataclasses.replace(options, prompt_progress_callback=watched)
-        parser = ToolCallParser(self._toolbox.declarations)
-        self.prompt_tokens, reason = len(prompt), ""
-        new = self._cache.reuse(prompt)
+    def _answer(self, each: Round, prompt: list[int], max_tokens: int) -> Iterator[AgentEvent]:
+        """Generates one answer into `each`."""
+        required = self._grammar if len(self.rounds) == 1 else None
+        options = replace(self._options, max_tokens=max_tokens)
+        answer = AnswerAssembler(self._toolbox.declarations, ends_at=self._ends_at)
+        model, tokenizer, cache = self._model, self._tokenizer, self._cache
+        grammar, must_end = required or self._call_grammar, required is not None
+        responses = stream_answer(model, tokenizer, prompt, cache, options, answer, grammar, must_end)
+        self.prompt_tokens = len(prompt)
         try:
-            for event in stream(self._model, self._tokenizer, new, self._cache, options):
-                if event.token not in self._tokenizer.eos_ids:
-                    each.ids.append(event.token)
-                reason = event.finish_reason or ("timeout" if self._late() else "")
-                text = parser.add(event.text) + (parser.finish() if reason else "")
-                each.text, each.calls = each.text + text, list(parser.calls)
-                yield dataclasses.replace(event, text=text, finish_reason=reason or None)
-                if reason:
-                    break
-        except _TimeUp:
-            reason = "timeout"
-        finally:
-            if not reason:  # left between two tokens
-                each.text += parser.finish()
-                each.calls = list(parser.calls)
-        self.error = parser.error
-        if not each.calls or reason == "timeout":
-            self.finish_reason = reason
+            for response in responses:
+                if response.token not in tokenizer.eos_ids:
+                    each.ids.append(response.token)
+                each.text, each.calls = answer.text, list(answer.calls)
+                yield response
+        finally:  # the caller may leave between two tokens
+            answer.finish()
+            each.text, each.calls = answer.text, list(answer.calls)
+        self.error = answer.complaint
+        if not each.calls or answer.reason == "timeout":
+            self.finish_reason = answer.reason
 
-    def _constraint(self, max_tokens: int) -> Any:
-        """What holds the answer that is about to be drawn, if anything does."""
-        must = self._grammar if len(self.rounds) == 1 else None
-        grammar = must or self._call_grammar
-        if grammar is None:
-            return None
-        from phi4_mlx.grammar.constraint import Constraint
-
-        # What must be is brought to its end in time. A call that is the model's own wish is cut, and so not run, rather
-        # than run with half an argument.
-        V = self._model.config.vocab_size
-        return Constraint(grammar, self._tokenizer, V, max_tokens if must else None)
-
-    def _run_calls(self, each: Round) -> Iterator[Event]:
+    def _run_calls(self, each: Round) -> Iterator[AgentEvent]:
         if len(self.rounds) == self._max_rounds:
             self.finish_reason = self.finish_reason or "max_rounds"
         for call in each.calls:
             yield call
-            if self._late():
+            if time.monotonic() >= self._ends_at:
                 self.finish_reason = self.finish_reason or "timeout"
-            each.results.append(self._result(call))
+            each.results.append(self._result_text(call))
             yield ToolResult(call, each.results[-1])
 
-    def _result(self, call: ToolCall) -> str:
+    def _result_text(self, call: ToolCall) -> str:
+        """Runs a call if the limits, its schema and `approve` allow it; returns the result or the error."""
         if self.finish_reason:
             limit = f"{self._timeout_s} s" if self.finish_reason == "timeout" else f"{self._max_rounds} rounds"
             return error_text(f"not run: the limit of {limit} is reached")
@@ -321,34 +446,3 @@ class ToolLoop:
         if verdict is not True:
             return error_text(f"refused: {verdict}" if isinstance(verdict, str) and verdict else "refused by the user")
         return self._toolbox.run(call)
-
-    def _late(self) -> bool:
-        return time.monotonic() >= self._ends_at
-
-    def _watched(self, progress: Callable[[int, int], None] | None) -> Callable[[int, int], None]:
-        """A progress callback that also ends a prefill whose time is up."""
-
-        def watch(done: int, total: int) -> None:
-            if progress is not None:
-                progress(done, total)
-            if self._late():
-                raise _TimeUp
-
-        return watch
-
-
-def tool_grammar(toolbox: Toolbox, choice: str | Mapping[str, Any]) -> Grammar | None:
-    """The grammar of an answer under a `tool_choice`; None where the answer is free.
-
-    Raises:
-        RequestError: `choice` names an unknown tool, or a tool's schema has no grammar.
-    """
-    if choice == "none" or (choice == "auto" and not (toolbox.strict and toolbox.declarations)):
-        return None
-    from phi4_mlx.grammar.grammars import tool_calls
-
-    return tool_calls(toolbox.declarations) if choice == "auto" else tool_calls(toolbox.declarations, choice)
-
-
-class _TimeUp(Exception):
-    """The time limit was reached in the middle of a prefill."""

@@ -1,33 +1,33 @@
-"""`python -m phi4_mlx COMMAND`, also installed as `phi4-mlx`: finds the command and imports it, and no other."""
+"""`python -m phi4_mlx COMMAND`, also installed as `phi4-mlx`: imports only the module of that command and runs it."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from phi4_mlx.terminal.command import USER_MISTAKE, complain
 
 COMMANDS = {
     "generate": ("phi4_mlx.commands.generate", "print the answer to one prompt"),
-    "cache-prompt": ("phi4_mlx.commands.cache_prompt", "prefill a long text once, for many prompts of generate"),
-    "chat": ("phi4_mlx.chat.__main__", "talk with a model in the terminal"),
+    "cache-prompt": ("phi4_mlx.commands.cache_prompt", "prefill a long text once, for many runs of generate"),
+    "chat": ("phi4_mlx.chat.__main__", "chat with a model in the terminal"),
     "server": ("phi4_mlx.server.__main__", "serve a model over HTTP: OpenAI's and Anthropic's APIs, and a chat page"),
     "bridge": ("phi4_mlx.bridge.__main__", "serve another program over standard input and output"),
-    "context": ("phi4_mlx.commands.context", "what contexts of a model cost in memory, and what this machine allows"),
+    "context": ("phi4_mlx.commands.context", "show the memory that a context takes, and what fits on this machine"),
     "lora": ("phi4_mlx.lora.__main__", "fine-tune a model on your own data"),
-    "convert": ("phi4_mlx.convert.__main__", "make a package, 4-bit say, from a Hugging Face checkpoint"),
-    "benchmark": ("phi4_mlx.commands.benchmark", "measure how fast a model is on this machine"),
-    "fuse": ("phi4_mlx.commands.fuse", "make a package of a model and an adapter"),
+    "convert": ("phi4_mlx.convert.__main__", "convert a Hugging Face checkpoint to a package, such as a 4-bit one"),
+    "benchmark": ("phi4_mlx.commands.benchmark", "measure the speed of a model on this machine"),
+    "fuse": ("phi4_mlx.commands.fuse", "merge an adapter into a model and write the result as a package"),
 }
 PROG = "phi4-mlx"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command that the first word names; the words after it are the command's own.
+    """Runs the command named by the first argument; the other arguments are the command's.
 
     Args:
-        argv: the words after the program's name; those of the process if None.
+        argv: arguments without the program's name; those of the process if None.
 
     Returns:
         The exit code.
@@ -43,12 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(PROG, f"{name!r} is not a command; the commands are {', '.join(COMMANDS)}; see --help")
         return USER_MISTAKE
     module, _ = COMMANDS[name]
-    return importlib.import_module(module).main(rest)
+    command: Callable[[Sequence[str]], int] = importlib.import_module(module).main
+    return command(rest)
 
 
 def _help() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(
         [
             f"usage: {PROG} COMMAND [options]",
@@ -57,15 +58,12 @@ def _help() -> str:
             "",
             *lines,
             "",
-            f"{PROG} COMMAND --help lists the options of one; {PROG} --version tells the version.",
+            f"{PROG} COMMAND --help lists the options of a command; {PROG} --version prints the version.",
         ]
     )
 
 
 def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
+    from phi4_mlx.bridge import version
 
-    try:
-        return version("phi4-mlx")
-    except PackageNotFoundError:
-        return "(run from a checkout that is not installed)"
+    return version() or "(run from a checkout that is not installed)"

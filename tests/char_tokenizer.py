@@ -1,4 +1,4 @@
-"""A tokenizer and a chat format of single characters, for tests of what stands above them."""
+"""A tokenizer and a chat format of single characters, for tests of the rooms below tokens/."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class OneCharDecoder:
 
 
 class CharFormat:
-    """Role, text, end: with a reply closed if it was cut."""
+    """Role, text, end marker."""
 
     name = "chars"
 

@@ -12,6 +12,7 @@ import mlx.core as mx
 from phi4_mlx.adapters.layers import adapter_parameters, add_adapter
 from phi4_mlx.lora.data.batches import Batches
 from phi4_mlx.lora.data.samples import Sample
+from phi4_mlx.lora.saving.run_folder import RunFolder
 from phi4_mlx.lora.settings import Settings
 from phi4_mlx.lora.training.trainer import Trainer
 from phi4_mlx.models.text import Model
@@ -30,19 +31,26 @@ def samples(n: int = 24) -> list[Sample]:
     return made
 
 
-def trainer(make: Callable[..., Model], folder: Path, dropout: float = 0.1, **changes: Any) -> Trainer:
+def trainer(
+    make: Callable[..., Model], folder: Path, dropout: float = 0.1, *,
+    warn: Callable[[str], Any] = lambda message: None, **changes: Any,
+) -> Trainer:  # fmt: skip
+    """A run of `SETTINGS` with some changes."""
     settings = replace(SETTINGS, **changes)
     model = make()
     add_adapter(model, rank=4, scale=2.0, dropout=dropout, seed=settings.seed)
     options = {"batch_size": settings.batch_size, "max_seq_length": settings.max_seq_length}
     batches = Batches(samples(), seed=settings.seed, **options)
-    return Trainer(model, batches, settings, folder, Batches(samples(6), **options))
+    run_folder = RunFolder(folder, len(model.layers), keep_checkpoints=settings.keep_checkpoints, warn=warn)
+    return Trainer(model, batches, settings, run_folder, Batches(samples(6), **options))
 
 
 def finish(run: Trainer) -> tuple[list[float], dict[str, mx.array]]:
+    """The losses of all steps that are left, and the adapter at the end."""
     losses = [step.loss for step in run.run()]
     return losses, adapter_parameters(run.model)
 
 
 def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
+    """True if the tensors are equal to the bit."""
     return a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]) for name in a)

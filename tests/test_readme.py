@@ -1,7 +1,6 @@
-"""The README's commands and snippets run, as written, on the embedded package.
+"""The README's commands and snippets run as printed, on the embedded package.
 
-A block that cannot run here (a download, an install) says so on the line above it:
-`<!-- not run: reason -->`.
+A block that cannot run here (a download, an install) has this line above it: `<!-- not run: reason -->`.
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ FENCE = re.compile(
 
 
 class Block(NamedTuple):
+    """A fenced block of the README."""
+
     line: int
     language: str
     text: str
@@ -31,6 +32,7 @@ class Block(NamedTuple):
 
 
 def blocks() -> list[Block]:
+    """All fenced blocks, in order."""
     readme = README.read_text(encoding="utf-8")
     return [
         Block(readme[: m.start()].count("\n") + 1, m["language"], m["text"], m["why"])
@@ -43,7 +45,7 @@ MAKE = [block for block in SHELL if "make " in block.text]
 
 
 def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs outside the checkout, with this Python first on the path, and no network asked for."""
+    """Runs a command in `folder`, with this Python first on the path and the Hub offline."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | {
         "PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HOME": str(folder)
@@ -59,12 +61,12 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_every_block_says_its_language() -> None:
+def test_every_block_names_its_language() -> None:
     assert blocks()
     assert {block.language for block in blocks()} <= {"sh", "python", "text", "json"}
 
 
-def test_the_two_commands_stand_at_the_top_and_make_knows_them() -> None:
+def test_the_two_make_commands_at_the_top_exist() -> None:
     first = SHELL[0]
     assert first.line <= 5
     for line in first.text.splitlines():
@@ -75,13 +77,22 @@ def test_the_two_commands_stand_at_the_top_and_make_knows_them() -> None:
     assert "make chat" in first.text and "make test" in first.text
 
 
-@pytest.mark.parametrize("block", [b for b in SHELL if b not in MAKE], ids=lambda b: f"line {b.line}")
+def marks(block: Block) -> list[pytest.MarkDecorator]:
+    """`slow` for blocks that train or measure."""
+    slow = "phi4_mlx.lora" in block.text or "phi4_mlx benchmark" in block.text
+    return [pytest.mark.slow] if slow else []
+
+
+@pytest.mark.parametrize(
+    "block", [pytest.param(b, id=f"line {b.line}", marks=marks(b)) for b in SHELL if b not in MAKE]
+)
 def test_shell_commands_run(block: Block, tmp_path: Path) -> None:
     done = run(["bash", "-euo", "pipefail", "-c", block.text], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_python_snippets_run_in_order(tmp_path: Path) -> None:
     snippets = [b.text for b in blocks() if b.language == "python" and not b.why_not_run]
     assert snippets

@@ -1,4 +1,4 @@
-"""The demo's own small byte-level BPE, laid out as Phi-4-mini's: o200k's pattern, the same added tokens."""
+"""The demo's byte-level BPE tokenizer in the layout of Phi-4-mini's: o200k's pattern, the same added tokens."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ PATTERN = "|".join([
     r"\s+(?!\S)",
     r"\s+",
 ])  # fmt: skip
-# What merges may not cross while they are learned. A digit stands alone, a capital starts a token and no word but these
-# takes in the space before it, so that a number, a name or a unit is the same tokens wherever it stands, and easy to
-# copy. None of these begins a unit, an item, a job or the name of a field.
+# The pattern for learning merges. Digits are single tokens, a capital starts a token, and only these words include the
+# space before them. So a number, name or unit has the same tokens everywhere, which makes it easy to copy.
 WITH_SPACE = ["and", "are", "as", "is", "my", "need", "of", "please", "tell", "that", "the", "this", "you"]
 LEARNING_PATTERN = (
     rf"\p{{N}}| (?:{'|'.join(WITH_SPACE)})(?!\p{{Ll}})|\p{{Ll}}+|\p{{Lu}}+\p{{Ll}}*| ?[^\s\p{{L}}\p{{N}}]+|\s+"
 )
 
-# text, whether whitespace after it is dropped, whether it is special; in Phi-4-mini's order
+# (text, rstrip, special), in Phi-4-mini's order
 ADDED_TOKENS = [
     ("<|endoftext|>", False, True), ("<|endofprompt|>", False, True), ("<|assistant|>", True, True),
     ("<|end|>", True, True), ("<|user|>", True, True), ("<|system|>", True, True), ("<|tool|>", True, False),
@@ -45,7 +44,7 @@ CHAT_TEMPLATE = (
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learns `vocab_size` tokens, the 256 bytes among them, and appends the added tokens."""
+    """Learns `vocab_size` tokens, including the 256 bytes, and appends the added tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(LEARNING_PATTERN), "removed", invert=True),
@@ -60,13 +59,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     ])  # fmt: skip
     tokenizer.decoder = decoders.ByteLevel()
     for text, rstrip, special in ADDED_TOKENS:
-        token = AddedToken(text, rstrip=rstrip, normalized=False, special=special)
-        tokenizer.add_special_tokens([token]) if special else tokenizer.add_tokens([token])
+        add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
+        add([AddedToken(text, rstrip=rstrip, normalized=False, special=special)])
     return tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and generation_config.json, as Phi-4-mini has them."""
+    """Writes tokenizer.json, tokenizer_config.json and generation_config.json in Phi-4-mini's layout."""
     ids = {text: tokenizer.token_to_id(text) for text, _, _ in ADDED_TOKENS}
     decoder = {
         str(ids[text]): {

@@ -1,7 +1,7 @@
-"""The demo's whole world as seeded conversations: what people ask there, and the one right answer.
+"""The demo's world as seeded conversations, each question with one right answer.
 
-`conversations(seed, count, ...)` yields training material, `prompts(seed, count)` the held-out examination. Names,
-numbers and phrasings of the two never meet (`draw.py`).
+`conversations` yields the training corpus, and `prompts` the held-out examination, whose values and phrasings are kept
+out of the corpus (`draw.py`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import words
 from draw import Draw
@@ -41,7 +41,15 @@ Message = dict[str, Any]
 
 @dataclass
 class Dialogue:
-    """A conversation under way: its draws, its tools, what the user has told, and the messages so far."""
+    """A conversation in progress.
+
+    Attributes:
+        draw: the source of its random values.
+        tools: the declared tools.
+        name: the user's name, once given.
+        facts: the facts that the user has given, by key.
+        messages: the messages so far.
+    """
 
     draw: Draw
     tools: list[Tool] = field(default_factory=list)
@@ -50,17 +58,19 @@ class Dialogue:
     messages: list[Message] = field(default_factory=list)
 
     def user(self, text: str) -> None:
+        """Adds a message of the user."""
         self.messages.append({"role": "user", "content": text})
 
     def answer(self, text: str) -> None:
+        """Adds an answer of the assistant."""
         self.messages.append({"role": "assistant", "content": text})
 
     def tool(self, kind: str) -> Tool | None:
-        """The declared tool of a kind."""
+        """The declared tool of a kind, if any."""
         return next((tool for tool in self.tools if tool.kind == kind), None)
 
     def call(self, tool: Tool, values: tuple[Any, ...], result: str, answer: str) -> None:
-        """A call, the tool's result in one of the forms that tools have, and the answer; some tools fail."""
+        """Adds a call, the tool's result in one of several formats, and the answer. One call in twenty fails."""
         draw = self.draw
         self.messages.append(tool.call(*values))
         if draw.chance(0.05):
@@ -76,6 +86,7 @@ class Dialogue:
 
 
 def small_talk(talk: Dialogue) -> None:
+    """A greeting, thanks, or a question about the demo."""
     kind = talk.draw.one(list(SMALL_TALK))
     answer, phrases = SMALL_TALK[kind]
     polite = talk.draw.chance(0.2) and kind in ("identity", "abilities", "real model")
@@ -84,7 +95,7 @@ def small_talk(talk: Dialogue) -> None:
 
 
 def outside(talk: Dialogue) -> None:
-    """A question from beyond the world."""
+    """A question from outside the demo's world."""
     draw = talk.draw
     slots = {
         "t": draw.apart(words.TOPICS) if draw.chance(0.8) else draw.made_up().lower(), "u": draw.one(words.TOPICS),
@@ -110,13 +121,13 @@ OPERATIONS: dict[str, tuple[list[str], Callable[[float, float], float]]] = {
 
 
 def arithmetic(talk: Dialogue) -> None:
-    """A sum by a calculator, or refused for want of one."""
+    """A calculation with a tool, or a refusal if no calculator is declared."""
     draw = talk.draw
     sign, a, b = draw.one("+-*/"), draw.decimal(), draw.decimal()
-    said, work = OPERATIONS[sign]
+    templates, work = OPERATIONS[sign]
     if sign == "/" and float(b) == 0:
         b = "8"
-    asked, written, result = draw.one(said).format(a=a, b=b), f"{a} {sign} {b}", work(float(a), float(b))
+    asked, written, result = draw.one(templates).format(a=a, b=b), f"{a} {sign} {b}", work(float(a), float(b))
     if draw.chance(0.12):
         asked, written, result = longer_sum(draw, a, sign, b)
     talk.user(draw.phrase(ASK_SUM, e=asked))
@@ -127,7 +138,7 @@ def arithmetic(talk: Dialogue) -> None:
 
 
 def longer_sum(draw: Draw, a: str, sign: str, b: str) -> tuple[str, str, float]:
-    """Three numbers: as asked, as a calculator wants them, and the result."""
+    """Three numbers: (the question's expression, the calculator's expression, the result)."""
     c, other, bracketed = draw.number(3), draw.one("+-*"), draw.chance(0.5)
     first, second = OPERATIONS[sign][1], OPERATIONS[other][1]
     if not bracketed and other == "*" and sign in "+-":
@@ -139,6 +150,7 @@ def longer_sum(draw: Draw, a: str, sign: str, b: str) -> tuple[str, str, float]:
 
 
 def conversion(talk: Dialogue) -> None:
+    """A unit conversion with a tool, or a refusal if none is declared."""
     draw = talk.draw
     value = draw.decimal()
     source, target, source_size, target_size = unit_pair(draw)
@@ -151,7 +163,7 @@ def conversion(talk: Dialogue) -> None:
 
 
 def lookup(talk: Dialogue) -> None:
-    """The weather or the time in a city."""
+    """The weather or the time in a city, with a tool or refused."""
     draw = talk.draw
     weather = draw.chance(0.5) if bool(talk.tool("weather")) == bool(talk.tool("clock")) else bool(talk.tool("weather"))
     city = draw.city()
@@ -167,7 +179,7 @@ def lookup(talk: Dialogue) -> None:
 
 
 def extraction(talk: Dialogue) -> None:
-    """Fields of a sentence as JSON, in the order asked for; null for a field that is not there."""
+    """Fields of a sentence as JSON, in the requested order; null for a missing field."""
     draw = talk.draw
     if draw.chance(0.03):
         talk.user(draw.phrase(ASK_NOTHING))
@@ -193,6 +205,7 @@ def extraction(talk: Dialogue) -> None:
 
 
 def field_value(draw: Draw, name: str) -> str | int:
+    """A random value for a field of a record."""
     if name in ("name", "customer", "person", "traveller"):
         return draw.name()
     if name in ("city", "origin", "destination"):
@@ -207,18 +220,20 @@ def field_value(draw: Draw, name: str) -> str | int:
 
 
 def introduction(talk: Dialogue) -> None:
+    """The user gives a name."""
     talk.name = talk.draw.name()
     talk.user(talk.draw.phrase(TELL_NAME, n=talk.name))
     talk.answer(f"Nice to meet you, {talk.name}.")
 
 
 def own_name(talk: Dialogue) -> None:
+    """The user asks for the name given earlier, if any."""
     talk.user(talk.draw.phrase(ASK_NAME))
     talk.answer(f"Your name is {talk.name}." if talk.name else "You have not told me your name.")
 
 
 def new_fact(draw: Draw) -> tuple[str, str]:
-    """("the code of the blue door", "4711"), or an owner by name."""
+    """(key, value), such as ("the code of the blue door", "4711"); the value may be a name."""
     thing = f"the {draw.one(words.ADJECTIVES)} {draw.one(words.OBJECTS)}"
     if draw.chance(0.3):
         return f"the {draw.one(['owner', 'keeper', 'guard'])} of {thing}", draw.name()
@@ -226,6 +241,7 @@ def new_fact(draw: Draw) -> tuple[str, str]:
 
 
 def telling(talk: Dialogue) -> None:
+    """The user gives a fact to remember."""
     key, value = new_fact(talk.draw)
     talk.facts[key] = value
     talk.user(talk.draw.phrase(TELL_FACT, f=f"{key} is {value}"))
@@ -233,46 +249,53 @@ def telling(talk: Dialogue) -> None:
 
 
 def recall(talk: Dialogue) -> None:
-    """A fact told before, as often as not the oldest; or one never told."""
+    """The user asks for an earlier fact, half the time the oldest, or for one that was never given."""
     draw = talk.draw
     key = new_fact(draw)[0]
     if talk.facts and draw.chance(0.85):
-        told = list(talk.facts)
-        key = told[0] if draw.chance(0.5) else draw.one(told)
+        known = list(talk.facts)
+        key = known[0] if draw.chance(0.5) else draw.one(known)
     talk.user(draw.phrase(ASK_FACT, k=key))
     talk.answer(f"{key.capitalize()} is {talk.facts[key]}." if key in talk.facts else f"You have not told me {key}.")
 
 
 def document(talk: Dialogue, facts: int = 0) -> None:
-    """A page of facts, and at its end a question about one of them."""
+    """A page of facts with a question about one of them at its end."""
     draw = talk.draw
     page = dict(new_fact(draw) for _ in range(facts or 2 + int(draw.rng.random() * 6)))
     talk.facts.update(page)
     key = next(iter(page)) if draw.chance(0.3) else draw.one(list(page))
     lines = " ".join(f"{k.capitalize()} is {v}." for k, v in page.items())
-    question = draw.phrase(ASK_FACT, polite=False, k=key)
+    question = draw.phrase(ASK_FACT, False, k=key)
     talk.user(draw.one(["Read this. ", "Here is a page. ", "Text: ", "", "Some facts. "]) + lines + " " + question)
     talk.answer(f"{key.capitalize()} is {page[key]}.")
 
 
-# skill -> (maker, weight without tools, with tools)
-SKILLS: dict[str, tuple[Callable[[Dialogue], None], float, float]] = {
-    "small talk": (small_talk, 3.0, 0.8),
-    "outside": (outside, 2.0, 0.6),
-    "arithmetic": (arithmetic, 1.2, 4.0),
-    "conversion": (conversion, 0.8, 3.0),
-    "lookup": (lookup, 0.4, 1.2),
-    "extraction": (extraction, 4.0, 1.0),
-    "introduction": (introduction, 0.5, 0.1),
-    "own name": (own_name, 0.4, 0.1),
-    "telling": (telling, 0.9, 0.15),
-    "recall": (recall, 1.2, 0.15),
-    "document": (document, 1.6, 0.05),
+class Skill(NamedTuple):
+    """A kind of turn: the function that adds it, and its weights in a draw without and with tools."""
+
+    add: Callable[[Dialogue], None]
+    weight: float
+    weight_with_tools: float
+
+
+SKILLS = {
+    "small talk": Skill(small_talk, 3.0, 0.8),
+    "outside": Skill(outside, 2.0, 0.6),
+    "arithmetic": Skill(arithmetic, 1.2, 4.0),
+    "conversion": Skill(conversion, 0.8, 3.0),
+    "lookup": Skill(lookup, 0.4, 1.2),
+    "extraction": Skill(extraction, 4.0, 1.0),
+    "introduction": Skill(introduction, 0.5, 0.1),
+    "own name": Skill(own_name, 0.4, 0.1),
+    "telling": Skill(telling, 0.9, 0.15),
+    "recall": Skill(recall, 1.2, 0.15),
+    "document": Skill(document, 1.6, 0.05),
 }
 
 
 def begin(draw: Draw, tools: bool) -> Dialogue:
-    """A conversation with nothing said in it yet, perhaps with a system turn."""
+    """A new conversation, in 45 % of cases with a system message."""
     talk = Dialogue(draw, toolbox(draw) if tools else [])
     if draw.chance(0.45):
         text = draw.one(SYSTEMS).format(c=draw.city(), d=draw.one(words.DAYS), n=draw.name())
@@ -281,20 +304,20 @@ def begin(draw: Draw, tools: bool) -> Dialogue:
 
 
 def add_turn(talk: Dialogue, skills: list[str] | None = None) -> str:
-    """Adds a turn of a skill drawn by weight, and returns the skill."""
+    """Adds a turn of a skill drawn by weight, and returns the skill's name."""
     names = skills or list(SKILLS)
-    weights = [SKILLS[name][2 if talk.tools else 1] for name in names]
+    weights = [SKILLS[name].weight_with_tools if talk.tools else SKILLS[name].weight for name in names]
     if talk.facts and "recall" in names:
         weights[names.index("recall")] *= 2
     if talk.name and "own name" in names:
         weights[names.index("own name")] *= 2
     skill = talk.draw.rng.choices(names, weights)[0]
-    SKILLS[skill][0](talk)
+    SKILLS[skill].add(talk)
     return skill
 
 
 def length(messages: list[Message]) -> int:
-    """Characters of all messages, the calls included."""
+    """Characters of all messages, including calls."""
     calls = (call for message in messages for call in message.get("tool_calls", []))
     return sum(len(message["content"]) for message in messages) + sum(len(json.dumps(call)) for call in calls)
 
@@ -303,10 +326,10 @@ def conversations(seed: int, count: int, shortest: int, longest: int) -> Iterato
     """Training conversations.
 
     Args:
-        seed: the same seed, the same conversations.
-        count: how many.
-        shortest: characters, at least about; the length of each is drawn between the two.
-        longest: characters, at most about.
+        seed: the seed; equal seeds give equal conversations.
+        count: number of conversations.
+        shortest: approximate lower limit of a conversation's length, in characters.
+        longest: approximate upper limit, in characters.
     """
     draw = Draw(f"train {seed}")
     for _ in range(count):
@@ -324,7 +347,7 @@ def conversations(seed: int, count: int, shortest: int, longest: int) -> Iterato
 
 @dataclass(frozen=True)
 class Prompt:
-    """An examination question: the messages so far, and the one right next message."""
+    """A held-out prompt: the messages so far, and the one right next message."""
 
     category: str
     messages: list[Message]
@@ -332,24 +355,39 @@ class Prompt:
     answer: Message
 
 
+class Category(NamedTuple):
+    """A category of held-out prompts.
+
+    Attributes:
+        skills: skills of the last turn.
+        tools: whether tools are declared; None draws it.
+        part: the message of the last turn to predict.
+        earlier: turns before the last one: 1 to `earlier` at random, or exactly `earlier` from 10 up.
+    """
+
+    skills: list[str]
+    tools: bool | None
+    part: Literal["answer", "call", "any"]
+    earlier: int
+
+
 TELLING = ["introduction", "telling", "telling", "small talk", "outside"]
-# category -> (skills of the last turn, with tools, which message of the turn is asked for, turns before it)
-CATEGORIES: dict[str, tuple[list[str], bool | None, str, int]] = {
-    "small talk": (["small talk"], None, "answer", 0),
-    "outside the world": (["outside"], None, "answer", 0),
-    "arithmetic call": (["arithmetic"], True, "call", 0),
-    "conversion call": (["conversion"], True, "call", 0),
-    "answer from a result": (["arithmetic", "conversion", "lookup"], True, "answer", 0),
-    "no tool declared": (["arithmetic", "conversion", "lookup"], False, "answer", 0),
-    "fields as JSON": (["extraction"], None, "answer", 0),
-    "several turns": (list(SKILLS), None, "any", 3),
-    "memory": (["recall", "own name", "document"], False, "answer", 4),
-    "past the boundary": (list(SKILLS), None, "any", 16),
+CATEGORIES = {
+    "small talk": Category(["small talk"], None, "answer", 0),
+    "outside the world": Category(["outside"], None, "answer", 0),
+    "arithmetic call": Category(["arithmetic"], True, "call", 0),
+    "conversion call": Category(["conversion"], True, "call", 0),
+    "answer from a result": Category(["arithmetic", "conversion", "lookup"], True, "answer", 0),
+    "no tool declared": Category(["arithmetic", "conversion", "lookup"], False, "answer", 0),
+    "fields as JSON": Category(["extraction"], None, "answer", 0),
+    "several turns": Category(list(SKILLS), None, "any", 3),
+    "memory": Category(["recall", "own name", "document"], False, "answer", 4),
+    "past the boundary": Category(list(SKILLS), None, "any", 16),
 }
 
 
 def prompts(seed: int, count: int = 500, categories: list[str] | None = None) -> list[Prompt]:
-    """Held-out prompts, the categories in turn."""
+    """Held-out prompts, one category after the other in rotation."""
     draw = Draw(f"examination {seed}", held_out=True)
     made: list[Prompt] = []
     order = categories or list(CATEGORIES)
@@ -361,10 +399,10 @@ def prompts(seed: int, count: int = 500, categories: list[str] | None = None) ->
 
 
 def examine(draw: Draw, category: str) -> Prompt | None:
-    """One prompt of a category; None where the draw came to nothing, such as a call without a tool for it."""
-    skills, tools, part, before = CATEGORIES[category]
+    """One prompt of a category; None if the drawn turn does not fit, such as a call without its tool."""
+    skills, tools, part, earlier = CATEGORIES[category]
     talk = begin(draw, draw.chance(0.45) if tools is None else tools)
-    for _ in range(1 + int(draw.rng.random() * before) if before < 10 else before):
+    for _ in range(1 + int(draw.rng.random() * earlier) if earlier < 10 else earlier):
         add_turn(talk, TELLING if category == "memory" else None)
     start = len(talk.messages)
     add_turn(talk, skills)

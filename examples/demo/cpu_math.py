@@ -1,8 +1,8 @@
 """Softmax and SiLU for training on a CPU.
 
-MLX has no vector code for `exp` on x86, and a training step spends most of its time there. These are the same functions
-from additions and multiplications, which its compiler fuses into vector loops: five times as fast, equal to 1e-5. Only
-training uses them; the finished model runs on the project's ordinary code.
+MLX does not vectorise `exp` on x86, and a training step would spend most of its time there. These versions use
+additions and multiplications, which MLX's compiler fuses into vector loops: five times as fast, equal to 1e-5. Only
+training uses them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-QUERIES_AT_ONCE = 256  # so that the scores fit the processor's cache, and keys after the last query are left out
+QUERIES_AT_ONCE = 256  # the scores fit the CPU cache, and keys after the last query are skipped
 
 
 def exp(x: mx.array) -> mx.array:
@@ -27,6 +27,7 @@ def exp(x: mx.array) -> mx.array:
 
 
 def sigmoid(x: mx.array) -> mx.array:
+    """1 / (1 + e^-x)."""
     return 1 / (1 + exp(-mx.clip(x, -30.0, 30.0)))
 
 
@@ -101,7 +102,7 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, *, scale: flo
 
 @contextmanager
 def fast_cpu_math() -> Iterator[None]:
-    """Inside it, the model's attention and SiLU are the ones of this file."""
+    """Replaces attention and SiLU in MLX with the versions of this file."""
     ordinary = mx.fast.scaled_dot_product_attention, nn.silu
     mx.fast.scaled_dot_product_attention, nn.silu = attention, silu
     try:

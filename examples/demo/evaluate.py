@@ -1,8 +1,8 @@
-"""Examines a model of the demo's world on prompts that training never saw; an answer counts if right to the letter.
+"""Exact-match accuracy of a model on held-out prompts of the demo's world.
 
     python examples/demo/evaluate.py [--model demo] [--beside build/demo-fp32] [--count 500] [--mistakes 10]
 
-Last line: JSON.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import argparse
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import corpus
 
-from phi4_mlx import load
+from phi4_mlx import Tokenizer, load
 from phi4_mlx.generation.steps import generate_step
+from phi4_mlx.models.text import Model
 
 SEED = 1
 
 
-def reply(model: Any, tokenizer: Any, prompt: list[int], max_tokens: int = 160) -> list[int]:
-    """The greedy answer, its end marker left out."""
+def reply(model: Model, tokenizer: Tokenizer, prompt: list[int], max_tokens: int = 160) -> list[int]:
+    """The greedy answer without its end marker."""
     ids: list[int] = []
     for token, _ in generate_step(prompt, model, max_tokens=max_tokens):
         if token in tokenizer.eos_ids:
@@ -31,16 +31,18 @@ def reply(model: Any, tokenizer: Any, prompt: list[int], max_tokens: int = 160) 
     return ids
 
 
-def question_and_answer(tokenizer: Any, prompt: corpus.Prompt) -> tuple[list[int], list[int]]:
-    """Ids of the prompt, and of the one right answer."""
+def question_and_answer(tokenizer: Tokenizer, prompt: corpus.Prompt) -> tuple[list[int], list[int]]:
+    """(ids of the prompt, ids of the one right answer)."""
     tools = [tool.declaration for tool in prompt.tools] or None
     asked = tokenizer.apply_chat_template(prompt.messages, tools=tools, add_generation_prompt=True)
     answered = tokenizer.apply_chat_template([*prompt.messages, prompt.answer], tools=tools, add_generation_prompt=True)
     return asked, answered[len(asked) : -2]  # without <|end|> and <|assistant|>
 
 
-def examine(model: Any, tokenizer: Any, prompts: list[corpus.Prompt], mistakes: int = 0) -> dict[str, list[int]]:
-    """[right, asked] by category; prints the first few mistakes."""
+def examine(
+    model: Model, tokenizer: Tokenizer, prompts: list[corpus.Prompt], mistakes: int = 0
+) -> dict[str, list[int]]:
+    """Category -> [right, asked]; prints the first `mistakes` wrong answers."""
     right: Counter[str] = Counter()
     asked = Counter(prompt.category for prompt in prompts)
     for prompt in prompts:
@@ -49,8 +51,7 @@ def examine(model: Any, tokenizer: Any, prompts: list[corpus.Prompt], mistakes: 
         right[prompt.category] += given == answer
         if given != answer and mistakes > 0:
             mistakes -= 1
-            said = prompt.messages[-1]["content"]
-            print(f"{prompt.category}: {said[-300:]!r}")
+            print(f"{prompt.category}: {prompt.messages[-1]['content'][-300:]!r}")
             print(f"  right {tokenizer.decode(answer)!r}\n  given {tokenizer.decode(given)!r}")
     return {category: [right[category], count] for category, count in asked.items()}
 
@@ -61,12 +62,13 @@ def share(result: dict[str, list[int]]) -> float:
 
 
 def main() -> None:
+    """Prints wrong answers and a Markdown table, then JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--beside", type=Path, help="a second model, such as the unquantised one, on the same prompts")
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--mistakes", type=int, default=10, help="how many to show")
+    parser.add_argument("--mistakes", type=int, default=10, help="number of wrong answers to print")
     options = parser.parse_args()
     prompts = corpus.prompts(options.seed, options.count)
     names = [options.model] + ([options.beside] if options.beside else [])

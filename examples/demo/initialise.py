@@ -1,13 +1,12 @@
-"""The weights that training starts from: random, but for a hand-made circuit that copies.
+"""Initial weights: random, except for a hand-made circuit that copies tokens.
 
-Most of the demo's skills come down to copying, and a few million tokens are too few to discover how that is done with
-attention. So the model is born with it (an induction head): the heads of the first layer look one, two and three tokens
-back and note what stands there; one head of the second looks for a place whose notes agree with what has just been
-read, and takes over the token that stands there. Spellings of one word begin alike. Training shapes all of it from
-there on, as it does everything else.
+Most of the demo's skills need copying, and a few million tokens are too few to learn it. So the model starts with an
+induction head. The heads of the first layer attend one, two and three tokens back and write what they find into the
+residual stream as notes. One head of the second layer attends to positions whose notes match the latest tokens, and
+copies the token there. Spellings of one word start with similar embeddings. Training changes all of these weights.
 
-The residual stream is of unit size, not of 0.02 as is usual: at the rates that so short a training needs, steps would
-drown smaller weights.
+The residual stream has unit size instead of the usual 0.02, because a training this short needs learning rates that
+would overwrite smaller weights.
 
 Source: Olsson et al., In-context Learning and Induction Heads (2022).
 """
@@ -19,24 +18,30 @@ import numpy as np
 
 from phi4_mlx.models.text import Model
 
-BRANCH = 10.0  # size of what a random block adds to the residual stream, over the root of twice the depth
-COMMON = 3.0  # size of the first dimension, the same in all embeddings: what positions can be told by without content
-FAST_PAIRS = 6  # rotary pairs that tell neighbours apart
-SLOW_PAIRS = 12  # rotary pairs that hardly turn within a sequence, and so may carry content
-MATCH = 2.5  # weight of what agrees, in queries and in keys
+BRANCH = 10.0  # scale of a random block's output, before division by the root of twice the depth
+COMMON = 3.0  # first dimension, equal in all embeddings, so that heads can attend by position alone
+FAST_PAIRS = 6  # rotary pairs that distinguish neighbouring positions
+SLOW_PAIRS = 12  # rotary pairs that hardly rotate within a sequence, and so can carry content
+MATCH = 2.5  # scale of the matching content in queries and keys
 NOTE = 32  # dimensions of a note
-TAKE = 10.0  # weight of the token taken over
-SHARPNESS = 8.0  # of the look back, in units of the attention logit
+TAKE = 10.0  # scale of the copied token
+SHARPNESS = 8.0  # attention logit of the position that a first-layer head looks back to
 
 
 def initialise(model: Model, seed: int, texts: list[str]) -> None:
-    """Draws all weights anew; `texts` are those of the tokens, by id."""
+    """Sets all weights of a model.
+
+    Args:
+        model: a model with one key head.
+        seed: the seed of the random weights.
+        texts: the text of each token, by id.
+    """
     draw = np.random.default_rng(seed)
     config = model.config
     D, H, K, Dh = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    assert K == 1, "the circuit is laid out for one key head"
+    assert K == 1, "the circuit needs exactly one key head"
 
-    # All directions but the common one: three blocks for notes, the rest for what tokens are.
+    # All directions except the common one: three blocks for notes, the rest for the tokens.
     basis, _ = np.linalg.qr(draw.normal(size=(D - 1, D - 1)))
     basis = np.concatenate([np.zeros((D - 1, 1)), basis.T], axis=1)
     notes, tokens = basis[: H * NOTE].reshape(H, NOTE, D), basis[H * NOTE :]
@@ -45,7 +50,7 @@ def initialise(model: Model, seed: int, texts: list[str]) -> None:
     embedding *= (D - COMMON**2) ** 0.5 / np.linalg.norm(embedding, axis=1, keepdims=True)
     embedding[:, 0] = COMMON
     model.model.embed_tokens.weight = _array(embedding)
-    model.model.norm.weight = mx.full((D,), 0.08)  # the head is the embedding: keeps the first logits small
+    model.model.norm.weight = mx.full((D,), 0.08)  # tied embeddings: keeps the first logits small
 
     depth = (2 * len(model.layers)) ** -0.5
     for layer in model.layers:
@@ -60,7 +65,7 @@ def initialise(model: Model, seed: int, texts: list[str]) -> None:
 
 
 def _spellings_alike(draw: np.random.Generator, texts: list[str], rows: int, width: int) -> np.ndarray:
-    """Embeddings [rows, width]; " miles", "miles" and "Miles" share most of theirs: one may be copied as another."""
+    """Embeddings [rows, width]; those of " miles", "miles" and "Miles" are similar, so one can be copied as another."""
     embedding, space, capital = draw.normal(size=(rows, width)), draw.normal(size=width), draw.normal(size=width)
     roots: dict[str, np.ndarray] = {}
     for token, text in enumerate(texts):
@@ -73,10 +78,10 @@ def _spellings_alike(draw: np.random.Generator, texts: list[str], rows: int, wid
 
 
 def _look_back(model: Model, tokens: np.ndarray, notes: np.ndarray) -> None:
-    """First layer: head h attends h + 1 tokens back, and notes which token stands there."""
+    """First layer: head h attends h + 1 tokens back and writes that token as a note."""
     config, attention = model.config, model.layers[0].self_attn
     D, H, Dh, pairs = config.hidden_size, config.num_attention_heads, config.head_dim, config.rotary_dims // 2
-    turns = config.rope_theta ** (-np.arange(FAST_PAIRS) / pairs)  # radians a token
+    turns = config.rope_theta ** (-np.arange(FAST_PAIRS) / pairs)  # radians per token
     assert config.rope_scaling is not None
     size = (SHARPNESS * Dh**0.5 / config.rope_scaling.attention_factor**2) ** 0.5 / COMMON
     queries, keys, values = np.zeros((H, Dh, D)), np.zeros((Dh, D)), np.zeros((Dh, D))
@@ -92,7 +97,7 @@ def _look_back(model: Model, tokens: np.ndarray, notes: np.ndarray) -> None:
 
 
 def _find_and_take(model: Model, draw: np.random.Generator, tokens: np.ndarray, notes: np.ndarray) -> None:
-    """Second layer: its first head attends where the tokens before are those just read, and takes what stands there."""
+    """Second layer: the first head attends to positions preceded by the latest tokens, and copies their token."""
     config, attention = model.config, model.layers[1].self_attn
     D, H, Dh, pairs = config.hidden_size, config.num_attention_heads, config.head_dim, config.rotary_dims // 2
     still = [*range(2 * pairs, Dh), *range(pairs - SLOW_PAIRS, pairs), *range(2 * pairs - SLOW_PAIRS, 2 * pairs)]

@@ -1,4 +1,4 @@
-"""What people say in the demo's world, and its fixed answers. Slots stand in braces."""
+"""User phrasings of the demo's world, and its fixed answers. Slots are in braces."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ ASK_TIME = [
     "What time is it in {c}?", "What's the time in {c}?", "Time in {c}", "Tell me the time in {c}.",
     "How late is it in {c}?", "Which time is it now in {c}?", "{c} time", "Local time in {c}",
 ]  # fmt: skip
-# kind of record -> (sentences, all its fields in order, fields that it plainly lacks)
+# kind of record -> (sentences, its fields in order, fields that it does not have)
 RECORDS: dict[str, tuple[list[str], list[str], list[str]]] = {
     "person": ([
         "{name} is {age} years old, works as a {job} and lives in {city}.", "{name}, {age}, is a {job} from {city}.",

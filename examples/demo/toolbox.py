@@ -1,4 +1,4 @@
-"""Tools that a prompt may declare: many names, arguments and descriptions for few kinds of work."""
+"""Tools that a prompt may declare: a few kinds, with many names, arguments and descriptions."""
 
 from __future__ import annotations
 
@@ -8,31 +8,12 @@ from typing import Any
 import words
 from draw import Draw, held_out
 
-# kind -> (words that its name is made of, lists of argument names, descriptions)
+# kind -> (stems of its name, lists of argument names, descriptions)
 KINDS: dict[str, tuple[list[str], list[list[str]], list[str]]] = {
     "calculate": (
         ["calculate", "calculator", "calc", "compute", "evaluate", "arithmetic", "math", "solve", "reckon", "do_math"],
-        [[
-            "expression",
-        ], [
-            "expr",
-        ], [
-            "formula",
-        ], [
-            "input",
-        ], [
-            "problem",
-        ], [
-            "query",
-        ], [
-            "text",
-        ], [
-            "sum",
-        ], [
-            "exp",
-        ], [
-            "calculation",
-        ]],
+        [["expression"], ["expr"], ["formula"], ["input"], ["problem"], ["query"], ["text"], ["sum"], ["exp"],
+         ["calculation"]],
         [
             "Evaluates an arithmetic expression.", "Computes an arithmetic expression.", "Does arithmetic.",
             "A calculator.", "Calculates a result.", "Works out sums, products and quotients.",
@@ -41,16 +22,8 @@ KINDS: dict[str, tuple[list[str], list[list[str]], list[str]]] = {
     ),
     "convert": (
         ["convert", "convert_units", "unit_converter", "conversion", "units", "change_units", "measure", "converter"],
-        [[
-            "value", "from", "to",
-        ], [
-            "amount", "from_unit", "to_unit",
-        ], [
-            "number", "source", "target",
-        ], [
-            "quantity", "unit", "into",
-        ],
-         ["x", "start", "goal"], ["value", "from_unit", "to_unit"]],
+        [["value", "from", "to"], ["amount", "from_unit", "to_unit"], ["number", "source", "target"],
+         ["quantity", "unit", "into"], ["x", "start", "goal"], ["value", "from_unit", "to_unit"]],
         ["Converts units.", "Converts a value from one unit to another.", "Unit conversion.", "Convert between units.",
          "Changes a quantity into another unit.", "Convert a measurement to another unit."],
     ),
@@ -71,8 +44,8 @@ KINDS: dict[str, tuple[list[str], list[list[str]], list[str]]] = {
         ],
     ),
 }  # fmt: skip
-# What a tool is stands at the front of its name, where a causal model reads it first. Names with a made-up word, which
-# can only be copied, are drawn as often as they are listed.
+# The kind of a tool comes first in its name, where a causal model reads it first. The made-up word {w} can only be
+# copied; entries with it are repeated, so that they are drawn more often.
 SUFFIXES = [
     "{}_tool", "{}2", "{}_v{d}", "{}_now", "{}_service", "{}_api", "{}_{d}", "{}_function", "{}_helper", "{}_plus",
     "{}_local", "{}_{w}", "{}_{w}", "{}_{w}_{d}", "{}_{w}", "{}_{w}",
@@ -86,12 +59,19 @@ ARGUMENT_NOTES = {
 
 @dataclass(frozen=True)
 class Tool:
-    """One declared tool."""
+    """One declared tool.
+
+    Attributes:
+        kind: a key of `KINDS`.
+        name: its name in the declaration.
+        arguments: the names of its arguments.
+        declaration: the tool in the format of the chat completions API.
+    """
 
     kind: str
     name: str
     arguments: tuple[str, ...]
-    declaration: dict[str, Any]  # as the chat completions API has it
+    declaration: dict[str, Any]
 
     def call(self, *values: Any) -> dict[str, Any]:
         """The assistant's message that calls it."""
@@ -101,9 +81,9 @@ class Tool:
 
 
 def declare(draw: Draw, kind: str) -> Tool:
-    """A tool of a kind, under a name and arguments of this side's own."""
+    """A tool of a kind, with a name from this stream's part."""
     stems, signatures, descriptions = KINDS[kind]
-    name = draw.one(stems)  # an everyday name, which both sides may have
+    name = draw.one(stems)  # a plain stem may be in training and in held-out prompts
     if draw.held_out or draw.chance(0.7):
         slots = {"d": draw.one("23456789"), "w": draw.made_up().lower()}
         while held_out(name := draw.one(SUFFIXES).format(draw.one(stems), **slots)) != draw.held_out:
@@ -124,7 +104,7 @@ def declare(draw: Draw, kind: str) -> Tool:
 
 
 def toolbox(draw: Draw) -> list[Tool]:
-    """What one conversation has at hand: one to three tools of different kinds."""
+    """One to three tools of different kinds, at least one for arithmetic or conversion."""
     kinds = list(KINDS)
     draw.rng.shuffle(kinds)
     kinds = kinds[: 1 + int(draw.rng.random() * 3)]
@@ -134,18 +114,18 @@ def toolbox(draw: Draw) -> list[Tool]:
 
 
 def number(text: str) -> int | float:
-    """A number as JSON has it."""
+    """The JSON number of a text."""
     return float(text) if "." in text else int(text)
 
 
 def shown(value: float) -> str:
-    """A result as a tool prints it: at most four decimals, none that say nothing."""
+    """A result as a tool prints it: at most four decimals, without trailing zeros."""
     text = f"{value:.4f}".rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
 
 
 def unit_pair(draw: Draw) -> tuple[str, str, float, float]:
-    """Two units of one dimension as people spell them, and their size in base units; 0 for a temperature."""
+    """(source, target, size of each in base units) of one dimension; sizes are 0 for temperatures."""
     dimension = words.DIMENSIONS[int(draw.rng.random() * 6) % 5]
     if draw.chance(0.15):
         names = list(words.TEMPERATURE)
@@ -158,7 +138,7 @@ def unit_pair(draw: Draw) -> tuple[str, str, float, float]:
 
 
 def convert(value: float, source: str, target: str, source_size: float, target_size: float) -> float:
-    """The amount in the other unit."""
+    """The value in the target unit; sizes as from `unit_pair`."""
     if source_size:
         return value * source_size / target_size
     kelvin = {"celsius": value + 273.15, "kelvin": value, "fahrenheit": (value - 32) / 1.8 + 273.15}[source]

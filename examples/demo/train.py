@@ -1,9 +1,9 @@
-"""Trains the embedded `demo` package from nothing: corpus, tokenizer, model, 4-bit package. One command, seeded:
+"""Trains the embedded `demo` package from scratch: corpus, tokenizer, model, 4-bit package. The run is seeded.
 
     python examples/demo/train.py [--output phi4_mlx/demo]
 
-On Linux put `OPENBLAS_NUM_THREADS=1 LD_PRELOAD=libopenblas.so.0` before it: several times faster (one thread, since two
-streams run at once). It needs a C++ compiler, with which MLX fuses its loops.
+On Linux, set `OPENBLAS_NUM_THREADS=1 LD_PRELOAD=libopenblas.so.0`, which is several times faster (one thread, because
+two streams run at once). MLX needs a C++ compiler to fuse its loops.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from phi4_mlx.config import ModelConfig
 from phi4_mlx.convert.package import convert
 from phi4_mlx.models.text import Model
 from phi4_mlx.tokens.chat_format import CHAT_FORMATS
-from phi4_mlx.tokens.tokenizer import load_tokenizer
+from phi4_mlx.tokens.tokenizer import Tokenizer, load_tokenizer
 
 SEED = 4
-LEARNED_TOKENS = 1000  # with the twelve added tokens 1012; the embedding has a few rows more, as Phi-4-mini's has
-ROTATING_PAIRS = 24  # of a head's 32
+LEARNED_TOKENS = 1000  # 1,012 with the added tokens; the embedding has a few more rows, like Phi-4-mini's
+ROTATING_PAIRS = 24  # of 32 pairs in a head
 CONFIG: dict[str, Any] = {
     "architectures": ["Phi3ForCausalLM"],
     "attention_bias": False,
@@ -52,7 +52,7 @@ CONFIG: dict[str, Any] = {
     "partial_rotary_factor": 0.75,
     "rms_norm_eps": 1e-5,
     "rope_scaling": {
-        # Fast pairs as they are; slow ones stretched, so that the slowest turns as far in 4096 tokens as it did in 256.
+        # Fast pairs are unchanged; the slowest rotates as far in 4,096 tokens as it did in 256.
         "long_factor": [round(16 ** (max(0, pair - 7) / (ROTATING_PAIRS - 8)), 6) for pair in range(ROTATING_PAIRS)],
         "short_factor": [1.0] * ROTATING_PAIRS,
         "type": "longrope",
@@ -63,24 +63,24 @@ CONFIG: dict[str, Any] = {
     "vocab_size": 1024,
 }
 BOUNDARY = CONFIG["original_max_position_embeddings"]
-WIDTHS = (64, 96, 128, 160, 192, 224, 256, 384, 512, 768, 1024)  # of batches; up to 256 the short RoPE table holds
+WIDTHS = (64, 96, 128, 160, 192, 224, 256, 384, 512, 768, 1024)  # of batches; up to 256 use the short RoPE table
 BATCH_TOKENS = 2048
 WARMUP_STEPS = 50
 PEAK_RATE = 2e-3
 SETTLING_RATE = 5e-4
-OTHER_TOKENS_WEIGHT = 0.15  # in the loss, of what is not the assistant's
+OTHER_TOKENS_WEIGHT = 0.15  # loss weight of tokens that are not the assistant's
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one width, padded at the right: ids [B, T + 1], and the weight of each as a target [B, T]."""
+    """Rows of one width, padded on the right: ids [B, T + 1], and loss weights of the targets [B, T]."""
 
     ids: mx.array
     weights: mx.array
 
 
 def corpus_texts() -> Iterator[str]:
-    """What the tokenizer learns from."""
+    """Texts for learning the tokenizer's merges."""
     for talk in corpus.conversations(SEED, 6000, 50, 700):
         yield from (json.dumps(tool.declaration["function"]) for tool in talk.tools)
         for message in talk.messages:
@@ -88,8 +88,8 @@ def corpus_texts() -> Iterator[str]:
             yield from (json.dumps(call["function"]) for call in message.get("tool_calls", ()))
 
 
-def encode(tokenizer: Any, talk: corpus.Dialogue) -> tuple[list[int], list[float]]:
-    """Ids of a conversation and the weight of each in the loss: the assistant's, up to `<|end|>`, count in full."""
+def encode(tokenizer: Tokenizer, talk: corpus.Dialogue) -> tuple[list[int], list[float]]:
+    """(ids, loss weights) of a conversation; the assistant's tokens up to `<|end|>` have weight 1."""
     tools = [tool.declaration for tool in talk.tools]
     ids = tokenizer.apply_chat_template(talk.messages, tools=tools or None, add_generation_prompt=True)[:-1]
     assistant, end = (tokenizer.control_ids[text] for text in ("<|assistant|>", "<|end|>"))
@@ -100,8 +100,14 @@ def encode(tokenizer: Any, talk: corpus.Dialogue) -> tuple[list[int], list[float
     return ids, weights
 
 
-def batches(tokenizer: Any, seed: int, budget: dict[tuple[int, int], int]) -> list[Batch]:
-    """Shuffled batches. `budget`: (shortest, longest) conversation in characters -> about how many tokens of them."""
+def batches(tokenizer: Tokenizer, seed: int, budget: dict[tuple[int, int], int]) -> list[Batch]:
+    """Shuffled batches.
+
+    Args:
+        tokenizer: the demo's tokenizer.
+        seed: the seed of the corpus and of the order.
+        budget: (shortest, longest) conversation in characters -> approximate number of tokens.
+    """
     rows: dict[int, list[tuple[list[int], list[float]]]] = {width: [] for width in WIDTHS}
     for (shortest, longest), tokens in budget.items():
         for talk in corpus.conversations(seed, 1_000_000, shortest, longest):
@@ -116,23 +122,24 @@ def batches(tokenizer: Any, seed: int, budget: dict[tuple[int, int], int]) -> li
     for width, examples in rows.items():
         size = BATCH_TOKENS // width
         for start in range(0, len(examples) - size + 1, size):
-            ids, weights = np.zeros((size, width + 1), np.int32), np.zeros((size, width + 1), np.float32)
-            for row, (row_ids, row_weights) in enumerate(examples[start : start + size]):
-                ids[row, : len(row_ids)], weights[row, : len(row_ids)] = row_ids, row_weights
-            made.append(Batch(mx.array(ids), mx.array(weights[:, 1:])))
+            rows_ids, rows_weights = np.zeros((size, width + 1), np.int32), np.zeros((size, width + 1), np.float32)
+            for row, (ids, weights) in enumerate(examples[start : start + size]):
+                rows_ids[row, : len(ids)], rows_weights[row, : len(ids)] = ids, weights
+            made.append(Batch(mx.array(rows_ids), mx.array(rows_weights[:, 1:])))
     random.Random(seed).shuffle(made)
     return made
 
 
 def rounded(weight: mx.array) -> mx.array:
-    """A matrix as the package will hold it, in 4 bits; vectors stay as they are."""
+    """A matrix quantised to 4 bits and dequantised; vectors unchanged."""
     return mx.dequantize(*mx.quantize(weight)) if weight.ndim == 2 else weight
 
 
 def make_step(model: Model, optimizer: optim.Optimizer, packed: bool) -> Callable[[Batch], mx.array]:
-    """One update; returns the assistant's loss. The halves of the batch run at the same time, on two streams.
+    """A function that does one update and returns the assistant's loss.
 
-    With `packed` the loss is that of the 4-bit weights, and their gradient moves the unquantised ones.
+    The halves of a batch run in parallel on two streams. With `packed`, the loss is computed with 4-bit weights, and
+    its gradient updates the unquantised ones.
     """
     streams = [mx.default_stream(mx.cpu), mx.new_stream(mx.cpu)]
 
@@ -160,7 +167,7 @@ def make_step(model: Model, optimizer: optim.Optimizer, packed: bool) -> Callabl
 
 
 def train(model: Model, plan: list[Batch], peak_rate: float, packed: bool = False) -> None:
-    """Goes through the plan once."""
+    """Trains on each batch of the plan once."""
     warm = optim.linear_schedule(peak_rate / 50, peak_rate, WARMUP_STEPS)
     cool = optim.cosine_decay(peak_rate, len(plan) - WARMUP_STEPS, peak_rate / 50)
     schedule = optim.join_schedules([warm, cool], [WARMUP_STEPS])
@@ -184,14 +191,15 @@ def train(model: Model, plan: list[Batch], peak_rate: float, packed: bool = Fals
                 recent = []
 
 
-# Conversations in characters -> tokens of them, padding included. First short ones alone, then all lengths; last, with
-# weights rounded to 4 bits, so that the package loses nothing by it.
+# (shortest, longest) conversation in characters -> tokens, padding included. First short conversations only, then all
+# lengths; last with weights rounded to 4 bits, so that quantisation does not cost accuracy.
 FIRST = {(30, 480): 8_200_000}
 THEN = {(30, 480): 3_000_000, (650, 2400): 2_200_000}
 SETTLE = {(30, 480): 1_800_000, (650, 2400): 600_000}
 
 
 def main() -> None:
+    """Writes the unquantised checkpoint and the package."""
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=here.parent.parent / "phi4_mlx" / "demo")

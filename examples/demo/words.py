@@ -1,5 +1,5 @@
 # ruff: noqa: SIM905
-"""The values that the demo's world is filled with. Which of them are held out is decided in `draw.py`, not here."""
+"""Values of the demo's world; `draw.py` decides which are held out."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OBJECTS = (
     "ship plane"
 ).split()
 
-# Every unit by the spellings that people use; the first is its name. Value: how many base units one of it holds.
+# Spellings of a unit -> its size in base units. The first spelling is the unit's name.
 LENGTH = {
     ("km", "kilometers", "kilometres"): 1000.0, ("m", "meters", "metres"): 1.0, ("cm", "centimeters"): 0.01,
     ("miles", "mi"): 1609.344, ("feet", "ft"): 0.3048, ("inches", "in."): 0.0254, ("yards", "yd"): 0.9144,
@@ -59,7 +59,7 @@ DIMENSIONS = (LENGTH, MASS, VOLUME, TIME, SPEED)
 
 WEATHER = "sunny rainy cloudy windy snowy foggy clear stormy dry cold warm hot mild".split()
 
-# What the demo knows nothing of.
+# Subjects outside the demo's world.
 COUNTRIES = (
     "France Germany Italy Spain Portugal Brazil Japan China India Kenya Egypt Canada Mexico Peru Chile Norway Sweden "
     "Finland Poland Greece Turkey Vietnam Australia Ireland Iceland Cuba"

@@ -1,13 +1,14 @@
-"""For programs that are not Python's own: Swift by PythonKit, or anything that can start a process.
+"""Functions for programs outside Python: Swift with PythonKit, or any program that can start a process.
 
-Functions here take and return plain types alone, and raise nothing: what they return are events, dicts whose "event" is
-"finish" or, with "code" and "message", "error". Each has a twin, `..._json`, from a JSON text to a JSON text. A stream
-is a number; `next_event` takes its events one by one, and the last one is a "finish" or an "error". Models are numbers
-too. All that MLX does runs on one thread, request after request: what it makes on one thread is not for others.
+The functions take and return plain types and raise nothing. They return events: dicts whose "event" is "finish" or,
+with "code" and "message", "error". Models and streams are numbers; `next_event` takes the events of a stream one by
+one, and the last one is a "finish" or an "error". Each function has a twin, `..._json`, from JSON text to JSON text.
 
-`python -m phi4_mlx.bridge --jsonl` is the same over standard input and output; see `phi4_mlx.bridge.__main__`.
+MLX runs on one thread, one request after another, because its arrays belong to the thread that made them. Importing
+this module imports only the standard library and starts nothing.
 
-Importing this imports the standard library and starts nothing.
+`python -m phi4_mlx.bridge --jsonl` serves the same functions over standard input and output; see
+`phi4_mlx.bridge.__main__`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from __future__ import annotations
 import inspect
 import json
 import queue
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from phi4_mlx.bridge.worker import LAST, Event, Stream, Worker, error_event
+from phi4_mlx.bridge.events import LAST, BridgeEvent, error_event, refusal
+from phi4_mlx.bridge.worker import Stream, Worker
+
+if TYPE_CHECKING:
+    from phi4_mlx.bridge.model import Given
 
 WORKER = Worker()
 
@@ -33,224 +38,186 @@ def version() -> str:
         return ""
 
 
-def load(name: str, adapter_path: str = "", chat_format: str = "", revision: str = "", verify: bool = False) -> Event:
+def load(
+    name: str, adapter_path: str = "", chat_format: str = "", revision: str = "", verify: bool = False
+) -> BridgeEvent:
     """Loads a model.
 
     Args:
         name: a folder, a Hub id ("owner/name"), or "demo".
-        adapter_path: a folder with an adapter to put on it; see `use_adapter` too.
-        chat_format: overrides the recognised one.
-        revision: of the Hub id.
-        verify: checks every file against the package's hashes.
+        adapter_path: a folder with an adapter to put on the model; see also `use_adapter`.
+        chat_format: overrides the recognised chat format.
+        revision: a commit, branch or tag of the Hub repository.
+        verify: checks every file against the package's manifest of hashes.
 
     Returns:
-        A "finish" with "model", a number, and "context", tokens; or an "error".
+        A "finish" with "model", the model's number, and "context", in tokens; or an "error".
     """
-    options = {"adapter_path": adapter_path, "chat_format": chat_format, "revision": revision}
-    given: dict[str, Any] = {"verify": verify, **{key: value for key, value in options.items() if value}}
-    return WORKER.only(lambda: WORKER.load(name, given))
+    return WORKER.call(lambda: WORKER.load(name, adapter_path, chat_format, revision, verify))
 
 
-def unload(model: int) -> Event:
-    """Cancels what is under way with a model, and forgets it."""
+def unload(model: int) -> BridgeEvent:
+    """Cancels the requests of a model and frees it."""
     WORKER.cancel_all(model)
-    return WORKER.only(lambda: WORKER.unload(model))
+    return WORKER.call(lambda: WORKER.unload(model))
 
 
-def use_adapter(model: int, path: str = "") -> Event:
-    """Puts a LoRA adapter on a model, in the place of another; without a path, takes it off.
-
-    What is under way ends first.
+def use_adapter(model: int, path: str = "") -> BridgeEvent:
+    """Replaces the LoRA adapter of a model, or removes it, after the requests under way.
 
     Args:
         model: from `load`.
-        path: a folder in mlx-lm's layout or PEFT's.
+        path: a folder in the layout of mlx-lm or PEFT; "" removes the adapter.
     """
 
-
-    def put() -> Event:
+    def replace() -> BridgeEvent:
         WORKER.model(model).use_adapter(path)
         return {"event": "finish"}
 
-    return WORKER.only(put)
+    return WORKER.call(replace)
 
 
-def count_tokens(model: int, text: str = "", messages: Sequence[Any] = (), tools: Sequence[Any] = ()) -> Event:
-    """How many tokens a text is, or a prompt of messages; does not wait for what is under way.
+def count_tokens(
+    model: int, text: str = "", messages: Sequence[Mapping[str, Any]] = (), tools: Sequence[Mapping[str, Any]] = ()
+) -> BridgeEvent:
+    """Counts the tokens of a text, or of messages as a prompt, without waiting for the requests under way.
 
     Returns:
         A "finish" with "tokens"; or an "error".
     """
     try:
-        held = WORKER.model(model)
-        return {"event": "finish", "tokens": len(held.prompt(messages, tools) if messages else held.prompt(text))}
+        found = WORKER.model(model)
+        return {"event": "finish", "tokens": len(found.prompt(messages, tools) if messages else found.prompt(text))}
     except Exception as error:
         return error_event(error)
 
 
-def chat(model: int, messages: Sequence[Any], **options: Any) -> Event:
-    """Answers messages, and returns when the answer is whole.
+def chat(model: int, messages: Sequence[Mapping[str, Any]], **options: Any) -> BridgeEvent:
+    """Answers messages; returns when the answer is complete.
 
     Args:
         model: from `load`.
         messages: in OpenAI's form.
         options: max_tokens (1,024), temp, top_p, min_p, top_k, seed, repetition_penalty, presence_penalty,
             frequency_penalty, stop, timeout_s; schema, a JSON schema that the answer obeys; tools, in OpenAI's form,
-            tool_choice ("auto", "none", "required", a name), strict (True: calls obey the tools' schemas).
+            tool_choice ("auto", "none", "required", or a name), strict (True: calls obey the tools' schemas).
 
     Returns:
-        A "finish" with "reason" ("stop", "length", "tool_calls", "cancelled", "timeout"), "text", "message" (what to
-        append to the messages; with "tool_calls" whose results are messages of the role "tool"), "complaint" (what
-        looks like a call and is none, or ""), "prompt_tokens", "cached_tokens", "answer_tokens"; or an "error".
+        A "finish" with "reason" ("stop", "length", "tool_calls", "cancelled", "timeout"), "text", "message" (to append
+        to the messages; its "tool_calls", if any, are to be answered by messages with the role "tool"), "complaint"
+        (why a tool call was left as text, or ""), "prompt_tokens", "cached_tokens", "answer_tokens"; or an "error".
     """
     return _last(_start(model, messages, options))
 
 
-def complete(model: int, prompt: str, **options: Any) -> Event:
-    """Goes on with a text, as `chat` without what belongs to messages."""
+def complete(model: int, prompt: str, **options: Any) -> BridgeEvent:
+    """Continues a plain text; as `chat`, without tools and "message"."""
     return _last(_start(model, prompt, options))
 
 
-def start_chat(model: int, messages: Sequence[Any], **options: Any) -> int:
-    """As `chat`, streamed: a stream for `next_event`."""
+def start_chat(model: int, messages: Sequence[Mapping[str, Any]], **options: Any) -> int:
+    """As `chat`, streamed; returns a stream's number for `next_event`."""
     return _start(model, messages, options).number
 
 
 def start_complete(model: int, prompt: str, **options: Any) -> int:
-    """As `complete`, streamed: a stream for `next_event`."""
+    """As `complete`, streamed; returns a stream's number for `next_event`."""
     return _start(model, prompt, options).number
 
 
-def next_event(stream: int, timeout_s: float = -1.0) -> Event:
+def next_event(stream: int, timeout_s: float = -1.0) -> BridgeEvent:
     """The next event of a stream: "token" with "text"; "tool_call" with "id", "name" and "arguments"; the last one.
 
     Args:
-        stream: from `start_chat` or `start_complete`; forgotten with its last event.
-        timeout_s: how long to wait for it; below 0, until it comes. A "wait" event says that it has not come yet.
+        stream: from `start_chat` or `start_complete`; its number ends with its last event.
+        timeout_s: seconds to wait; below 0, until the event comes. If none came in time, a "wait" event is returned.
     """
-    held = WORKER.streams.get(stream) if isinstance(stream, int) else None
-    if held is None:
+    found = WORKER.stream(stream)
+    if found is None:
         return refusal(f"there is no stream {stream!r:.100}: it has ended, or never was")
     try:
-        event: Event = held.events.get(timeout=None if timeout_s < 0 else timeout_s)
+        event = found.events.get(timeout=None if timeout_s < 0 else timeout_s)
     except queue.Empty:
         return {"event": "wait"}
     if event["event"] in LAST:
-        WORKER.streams.pop(stream, None)
+        WORKER.forget(found)
     return event
 
 
-def chat_events(model: int, messages: Sequence[Any], **options: Any) -> Iterator[Event]:
-    """As `chat`, streamed: an iterator; leaving it early cancels."""
+def chat_events(model: int, messages: Sequence[Mapping[str, Any]], **options: Any) -> Iterator[BridgeEvent]:
+    """As `chat`, streamed; returns an iterator, and leaving it early cancels the request."""
     return _events(_start(model, messages, options))
 
 
-def complete_events(model: int, prompt: str, **options: Any) -> Iterator[Event]:
-    """As `complete`, streamed: an iterator; leaving it early cancels."""
+def complete_events(model: int, prompt: str, **options: Any) -> Iterator[BridgeEvent]:
+    """As `complete`, streamed; returns an iterator, and leaving it early cancels the request."""
     return _events(_start(model, prompt, options))
 
 
 def cancel(stream: int) -> bool:
-    """Ends a stream at its next token; from any thread. False if there is no such stream (any more)."""
-    held = WORKER.streams.get(stream) if isinstance(stream, int) else None
-    if held is not None:
-        held.cancelled = True
-    return held is not None
+    """Ends a stream at its next token, from any thread; returns False if it has ended or never was."""
+    found = WORKER.stream(stream)
+    if found is None:
+        return False
+    found.cancelled = True
+    return True
 
 
-def answer(stream: Stream, model: Any, given: Any, options: dict[str, Any]) -> Iterable[Event]:
-    """The work of an answer to messages, or to a text; for the worker."""
+def answer(stream: Stream, model: object, given: Given, options: Mapping[str, Any]) -> Iterable[BridgeEvent]:
+    """Work for the worker: the events of an answer to messages or to a text."""
     return WORKER.model(model).events(given, options, lambda: stream.cancelled)
 
 
-def refusal(message: str) -> Event:
-    """The error of a request that cannot be served."""
-    return {"event": "error", "code": "request", "message": " ".join(message.split())}
-
-
-def _start(model: Any, given: Any, options: dict[str, Any]) -> Stream:
+def _start(model: int, given: Given, options: Mapping[str, Any]) -> Stream:
     return WORKER.start(lambda stream: answer(stream, model, given, options), model)
 
 
-def _last(stream: Stream) -> Event:
+def _last(stream: Stream) -> BridgeEvent:
     try:
         return stream.last()
     finally:  # after a KeyboardInterrupt too
         stream.cancelled = True
-        WORKER.streams.pop(stream.number, None)
+        WORKER.forget(stream)
 
 
-def _events(stream: Stream) -> Iterator[Event]:
+def _events(stream: Stream) -> Iterator[BridgeEvent]:
     try:
-        event: Event = {"event": ""}
-        while event["event"] not in LAST:
+        while True:
             event = stream.events.get()
             yield event
+            if event["event"] in LAST:
+                return
     finally:
         stream.cancelled = True
-        WORKER.streams.pop(stream.number, None)
+        WORKER.forget(stream)
 
 
-# JSON in, JSON out: the arguments as an object, and what the function returns.
+def _from_json(function: Callable[..., Any]) -> Callable[[str], str]:
+    """The JSON twin of a function: takes the arguments as a JSON object, returns the result as JSON."""
+
+    def twin(arguments: str) -> str:
+        try:
+            given = json.loads(arguments)
+            if not isinstance(given, dict):
+                raise TypeError(f"the arguments of {function.__name__} must be a JSON object")
+            inspect.signature(function).bind(**given)
+            result = function(**given)
+        except (TypeError, ValueError, RecursionError) as error:  # not JSON, or not the function's arguments
+            result = refusal(f"{function.__name__}: {error}")
+        return json.dumps(result)
+
+    twin.__name__ = twin.__qualname__ = f"{function.__name__}_json"
+    twin.__doc__ = f"""`{function.__name__}`, from JSON to JSON; an "error" if the arguments do not fit."""
+    return twin
 
 
-def load_json(arguments: str) -> str:
-    """`load`, from JSON to JSON."""
-    return _json(load, arguments)
-
-
-def unload_json(arguments: str) -> str:
-    """`unload`, from JSON to JSON."""
-    return _json(unload, arguments)
-
-
-def use_adapter_json(arguments: str) -> str:
-    """`use_adapter`, from JSON to JSON."""
-    return _json(use_adapter, arguments)
-
-
-def count_tokens_json(arguments: str) -> str:
-    """`count_tokens`, from JSON to JSON."""
-    return _json(count_tokens, arguments)
-
-
-def chat_json(arguments: str) -> str:
-    """`chat`, from JSON to JSON."""
-    return _json(chat, arguments)
-
-
-def complete_json(arguments: str) -> str:
-    """`complete`, from JSON to JSON."""
-    return _json(complete, arguments)
-
-
-def start_chat_json(arguments: str) -> str:
-    """`start_chat`, from JSON to JSON; an "error" if the arguments are no such."""
-    return _json(start_chat, arguments)
-
-
-def start_complete_json(arguments: str) -> str:
-    """`start_complete`, from JSON to JSON; an "error" if the arguments are no such."""
-    return _json(start_complete, arguments)
-
-
-def next_event_json(arguments: str) -> str:
-    """`next_event`, from JSON to JSON."""
-    return _json(next_event, arguments)
-
-
-def cancel_json(arguments: str) -> str:
-    """`cancel`, from JSON to JSON."""
-    return _json(cancel, arguments)
-
-
-def _json(function: Callable[..., Any], arguments: str) -> str:
-    try:
-        given = json.loads(arguments)
-        if not isinstance(given, dict):
-            raise TypeError(f"the arguments of {function.__name__} must be a JSON object")
-        inspect.signature(function).bind(**given)
-        result = function(**given)
-    except (TypeError, ValueError, RecursionError) as error:  # no JSON, or other arguments than the function's
-        result = refusal(f"{function.__name__}: {error}")
-    return json.dumps(result)
+load_json = _from_json(load)
+unload_json = _from_json(unload)
+use_adapter_json = _from_json(use_adapter)
+count_tokens_json = _from_json(count_tokens)
+chat_json = _from_json(chat)
+complete_json = _from_json(complete)
+start_chat_json = _from_json(start_chat)
+start_complete_json = _from_json(start_complete)
+next_event_json = _from_json(next_event)
+cancel_json = _from_json(cancel)

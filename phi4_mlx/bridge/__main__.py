@@ -1,13 +1,13 @@
-"""`python -m phi4_mlx.bridge --jsonl`: a request a line on standard input, an event a line on standard output.
+"""`python -m phi4_mlx.bridge --jsonl`: one request a line on standard input, one event a line on standard output.
 
     {"id": 1, "do": "load", "name": "demo"}               ->  {"id": 1, "event": "finish", "model": 1, ...}
     {"id": 2, "do": "chat", "messages": [...]}            ->  {"id": 2, "event": "token", "text": "Hel"}, ...
     {"cancel": 2}                                         ->  {"id": 2, "event": "finish", "reason": "cancelled", ...}
 
-"do" is load, unload, use_adapter, count_tokens, chat, complete or version; the rest are the arguments of the function
-of that name in `phi4_mlx.bridge`. Without "model" it is about the one loaded last. Requests wait for one another; only
-a cancellation is heard at once. A line that is no request is answered with an error, whose id is null if it has none.
-The end of the input ends the program when all is done.
+"do" is load, unload, use_adapter, count_tokens, chat, complete or version; the other fields are the arguments of that
+function in `phi4_mlx.bridge`. "model" is by default the model loaded last. Requests run in order; a cancellation takes
+effect at once. A malformed line is answered with an error, whose id is null if the line has none. At the end of the
+input the program finishes all requests and ends.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
 from phi4_mlx import bridge
-from phi4_mlx.bridge.worker import LAST, Event, Stream, Work
+from phi4_mlx.bridge.events import LAST, BridgeEvent, refusal
+from phi4_mlx.bridge.worker import Stream, Work
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.terminal.command import READER_LEFT, Parser, run, word
 
 ACTIONS = ("load", "unload", "use_adapter", "count_tokens", "chat", "complete", "version")
-GIVEN = {"chat": "messages", "complete": "prompt"}
+GIVEN = {"chat": "messages", "complete": "prompt"}  # the actions that stream an answer, and its input's name
 MAX_LINE = 2**26  # bytes; the longest context is about half a megabyte of text
+
+RequestId = int | str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,15 +40,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="phi4-mlx bridge", description="Serve another program over standard input and output, in JSON Lines."
     )
-    parser.add_argument("--jsonl", action="store_true", required=True, help="a request and an event is a line of JSON")
+    parser.add_argument(
+        "--jsonl", action="store_true", required=True, help="requests and events are JSON objects, one a line"
+    )
     parser.add_argument("--model", type=word, help="a model to load before the first request")
-    parser.add_argument("--adapter-path", type=word, metavar="FOLDER", help="a LoRA adapter to put on it")
+    parser.add_argument("--adapter-path", type=word, metavar="FOLDER", help="a LoRA adapter to put on --model")
     return run(parser, _serve, argv)
 
 
 def _serve(args: argparse.Namespace) -> None:
     if args.adapter_path is not None and args.model is None:
-        raise RequestError("--adapter-path needs --model, which it is put on")
+        raise RequestError("--adapter-path needs --model, the model to put the adapter on")
     with _private_output() as output:
         lines = Lines(output)
         if args.model is not None:
@@ -55,30 +60,30 @@ def _serve(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _private_output() -> Iterator[IO[bytes]]:
-    """Standard output for events alone: what anybody else prints goes to standard error."""
+    """Standard output for events only: everything else that is printed goes to standard error."""
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     before, sys.stdout = sys.stdout, sys.stderr
     try:
         yield output
     finally:
-        sys.stdout = before  # `output` stays open: what is cancelled now still tells its end
+        sys.stdout = before  # `output` stays open: requests that are cancelled at exit still write their last event
 
 
 class Lines:
-    """Requests under way, and where their events go."""
+    """Reads requests and writes their events, one a line."""
 
     def __init__(self, output: IO[bytes]) -> None:
         self._output = output
         self._lock = threading.Lock()
-        self._streams: dict[int | str, Stream] = {}
+        self._streams: dict[RequestId, Stream] = {}  # of the requests under way
         self._model = 0  # the one loaded last
 
     def load(self, name: str, adapter_path: str) -> None:
-        """Loads the model of the command line.
+        """Loads the model that the command line names.
 
         Raises:
-            CheckpointError: it cannot be loaded.
+            CheckpointError: the model cannot be loaded.
         """
         event = bridge.load(name, adapter_path)
         if event["event"] == "error":
@@ -86,7 +91,7 @@ class Lines:
         self._model = event["model"]
 
     def read(self, source: IO[bytes]) -> None:
-        """Takes requests until their end, and waits until all are done."""
+        """Reads requests to the end of `source`, and waits until all are done."""
         try:
             while line := source.readline(MAX_LINE):
                 if len(line) == MAX_LINE and not line.endswith(b"\n"):
@@ -95,78 +100,83 @@ class Lines:
                     self._refuse(None, f"a line is longer than {MAX_LINE:,} bytes")
                 elif line.strip():
                     self._take(line)
-            bridge.WORKER.only(lambda: {"event": "finish"})
+            bridge.WORKER.call(lambda: {"event": "finish"})
         except BaseException:
             bridge.WORKER.cancel_all()
             raise
 
     def _take(self, line: bytes) -> None:
+        """Obeys one line: a request or a cancellation."""
         try:
             request = json.loads(line)
         except (ValueError, RecursionError) as error:
             return self._refuse(None, f"a line is not JSON: {error}")
         if not isinstance(request, dict):
-            return self._refuse(None, "a line is no JSON object")
+            return self._refuse(None, "a line is not a JSON object")
         if "cancel" in request:
-            name = request["cancel"]
-            with self._lock:
-                stream = self._streams.get(name) if isinstance(name, (int, str)) else None
-            if stream is not None:  # else it has just ended
-                stream.cancelled = True
-            return None
-        name = request.pop("id", None)
-        if not isinstance(name, (int, str)) or isinstance(name, bool):
-            return self._refuse(None, f"a request needs an id, a number or a text, not {name!r:.100}")
-        if name in self._streams:
-            return self._refuse(name, f"a request with the id {name!r:.100} is under way")
+            return self._cancel(request["cancel"])
+        request_id = request.pop("id", None)
+        if not isinstance(request_id, (int, str)) or isinstance(request_id, bool):
+            return self._refuse(None, f"a request needs an id, a number or a string, not {request_id!r:.100}")
+        return self._start(request_id, request)
+
+    def _cancel(self, request_id: object) -> None:
+        with self._lock:
+            stream = self._streams.get(request_id) if isinstance(request_id, (int, str)) else None
+        if stream is not None:  # else it has just ended
+            stream.cancelled = True
+
+    def _start(self, request_id: RequestId, request: dict[str, Any]) -> None:
+        if request_id in self._streams:
+            return self._refuse(request_id, f"a request with the id {request_id!r:.100} is under way")
         try:
             work = self._work(request)
         except TypeError as error:
-            return self._refuse(name, str(error))
-        with self._lock:  # the stream is known here before its first event is told, since that may be its last
-            self._streams[name] = bridge.WORKER.start(work, sink=lambda event: self._tell(name, event))
+            return self._refuse(request_id, str(error))
+        with self._lock:  # no event is written before the stream is registered, since the first may be the last
+            self._streams[request_id] = bridge.WORKER.start(work, sink=lambda event: self._send(request_id, event))
         return None
 
     def _work(self, request: dict[str, Any]) -> Work:
-        """What a request asks for.
+        """The work of a request.
 
         Raises:
-            TypeError: there is no such thing to do, or it has other arguments.
+            TypeError: the action is not known, or has other arguments.
         """
-        do = request.pop("do", None)
-        if do not in ACTIONS:
-            raise TypeError(f"do must be one of {', '.join(ACTIONS)}, not {do!r:.100}")
-        function = getattr(bridge, do)
+        action = request.pop("do", None)
+        if action not in ACTIONS:
+            raise TypeError(f"do must be one of {', '.join(ACTIONS)}, not {action!r:.100}")
+        function = getattr(bridge, action)
         signature = inspect.signature(function)
         signature.bind(**({"model": 0} if "model" in signature.parameters else {}), **request)
 
-        def work(stream: Stream) -> Iterable[Event]:
+        def work(stream: Stream) -> Iterable[BridgeEvent]:
             if "model" in signature.parameters:
-                request.setdefault("model", self._model)  # known only now: a load may have been waiting before
-            if do in ("chat", "complete"):
-                return bridge.answer(stream, request.pop("model"), request.pop(GIVEN[do]), request)
+                request.setdefault("model", self._model)  # known only now: an earlier request may have loaded it
+            if action in GIVEN:
+                return bridge.answer(stream, request.pop("model"), request.pop(GIVEN[action]), request)
             result = function(**request)
-            if do == "load":
+            if action == "load":
                 self._model = result.get("model", self._model)
-            return [{"event": "finish", "version": result} if do == "version" else result]
+            return [{"event": "finish", "version": result} if action == "version" else result]
 
         return work
 
-    def _refuse(self, name: int | str | None, message: str) -> None:
+    def _refuse(self, request_id: RequestId | None, message: str) -> None:
         with self._lock:
-            self._write({"id": name, **bridge.refusal(message)})
+            self._write({"id": request_id, **refusal(message)})
 
-    def _tell(self, name: int | str, event: Event) -> None:
+    def _send(self, request_id: RequestId, event: BridgeEvent) -> None:
         with self._lock:
             if event["event"] in LAST:
-                del self._streams[name]
-            self._write({"id": name, **event})
+                del self._streams[request_id]
+            self._write({"id": request_id, **event})
 
-    def _write(self, event: Event) -> None:
+    def _write(self, event: BridgeEvent) -> None:
         try:
             self._output.write(json.dumps(event).encode() + b"\n")
             self._output.flush()
-        except OSError:  # nobody reads any more; the thread that reads requests may be waiting for one
+        except OSError:  # the reader has left; exit at once, because the main thread may be blocked in a read
             os._exit(READER_LEFT)
 
 

@@ -1,67 +1,68 @@
-"""A model as the bridge keeps it: requests of plain types in, events of plain types out."""
+"""A loaded model behind the bridge: requests and events of plain types."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from phi4_mlx.adapters.layers import put_adapter, read_adapter, remove_adapter
-from phi4_mlx.agent import call_ids
+from phi4_mlx.agent import MAX_TOKENS, AnswerAssembler, Message, call_ids, stream_answer, tool_grammar
+from phi4_mlx.bridge.events import BridgeEvent
 from phi4_mlx.checkpoint import load
 from phi4_mlx.errors import RequestError, check_number, check_whole
+from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.sampling import Sampling
-from phi4_mlx.generation.stream import stream_generate
-from phi4_mlx.grammar.constraint import Constraint
-from phi4_mlx.grammar.grammars import Grammar, json_schema, tool_calls
-from phi4_mlx.tools.calls import ToolCallParser
+from phi4_mlx.grammar.grammars import Grammar, json_schema
 from phi4_mlx.tools.declarations import check_tools
 
-SAMPLER = ("temp", "top_p", "min_p", "top_k", "seed")
-PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-CALLS = ("tools", "tool_choice", "strict")
-OPTIONS = ("max_tokens", "stop", "schema", "timeout_s", *SAMPLER, *PENALTIES)
-MAX_TOKENS = 1024
+TEXT_OPTIONS = (
+    "max_tokens", "stop", "schema", "timeout_s", "temp", "top_p", "min_p", "top_k", "seed",
+    "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+CHAT_OPTIONS = (*TEXT_OPTIONS, "tools", "tool_choice", "strict")
 
-Event = dict[str, Any]
-
-
-class Stopped(Exception):
-    """Raised in the middle of a prefill: the caller has cancelled, or time is up."""
+Given = str | Sequence[Mapping[str, Any]]  # a text to continue, or messages to answer
 
 
 class BridgeModel:
-    """A loaded model, and the cache that goes on from one request to the next; for one thread.
+    """A loaded model and its prompt cache, which is kept from request to request; for one thread.
 
     Attributes:
-        tokenizer: what `load` returned; for any thread.
-        context: how many tokens a prompt and its answer may come to.
+        tokenizer: from `load`; may be used from any thread.
+        context: the most tokens of a prompt and its answer.
     """
 
-    def __init__(self, name: str, **options: Any):
-        """As `phi4_mlx.load`."""
-        self._model, self.tokenizer = load(name, **options)
+    def __init__(self, name: str, adapter_path: str, chat_format: str, revision: str, verify: bool) -> None:
+        """Loads the model; arguments as for `phi4_mlx.bridge.load`."""
+        self._model, self.tokenizer = load(
+            name, adapter_path or None, revision=revision or None, verify=verify, chat_format=chat_format or None
+        )
         self._cache = self._model.make_cache()
         self.context = self._model.config.max_position_embeddings
 
     def use_adapter(self, path: str) -> None:
-        """Puts an adapter on, in the place of another; none for an empty path.
+        """Replaces the adapter; an empty path removes it.
 
         Raises:
-            Phi4Error: as `load_adapter`; or it is a full fine-tuning, which could not be taken off again.
+            Phi4Error: as for `read_adapter` and `put_adapter`; or the folder holds a full fine-tuning, which could not
+                be removed again.
         """
         adapter = read_adapter(Path(path)) if path else None
         if adapter is not None and adapter.kind == "full":
-            raise RequestError(f"{path} holds a whole model's weights, no adapter; give it to load as adapter_path")
+            raise RequestError(
+                f"{path} holds the weights of a whole model, not an adapter; give it to load as adapter_path"
+            )
         if adapter is None:
             remove_adapter(self._model)
         else:
             put_adapter(self._model, adapter)
         self._cache = self._model.make_cache()
 
-    def prompt(self, given: str | Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
-        """Ids of a text as it stands, or of messages and the start of an answer.
+    def prompt(self, given: Given, tools: Sequence[Any] | None = None) -> list[int]:
+        """Ids of a plain text, or of messages and the start of an answer.
 
         Raises:
             RequestError: a message or a tool is malformed.
@@ -70,13 +71,13 @@ class BridgeModel:
             return self.tokenizer.encode(given)
         return self.tokenizer.apply_chat_template(given, tools=tools)
 
-    def events(self, given: Any, options: Mapping[str, Any], cancelled: Callable[[], bool]) -> Iterator[Event]:
-        """Draws an answer.
+    def events(self, given: Given, options: Mapping[str, Any], cancelled: Callable[[], bool]) -> Iterator[BridgeEvent]:
+        """Generates an answer.
 
         Args:
-            given: a text to go on with, or messages.
-            options: by the names in `OPTIONS`, and for messages in `CALLS`.
-            cancelled: asked between tokens and between chunks of a prefill.
+            given: a text to continue, or messages to answer.
+            options: by the names in `TEXT_OPTIONS` or, for messages, `CHAT_OPTIONS`.
+            cancelled: polled between tokens and between prefill chunks.
 
         Yields:
             "token" events, a "tool_call" for each call, and a "finish".
@@ -84,113 +85,115 @@ class BridgeModel:
         Raises:
             Phi4Error: an option or a message is malformed.
         """
-        answer = _Answer(self.tokenizer, given, options, cancelled)
-        prompt = self.prompt(given, answer.tools)
-        answer.prompt_tokens = len(prompt)
-        kwargs = answer.generation(self._model.config.vocab_size, self.context - len(prompt))
-        new = self._cache.reuse(prompt)
-        answer.cached_tokens = len(prompt) - len(new)
+        request = Request.of(options, TEXT_OPTIONS if isinstance(given, str) else CHAT_OPTIONS)
+        answer = request.answer(cancelled)
+        prompt = self.prompt(given, request.tools)
+        decode_options = request.decode_options(self.context - len(prompt))
+        grammar, must_end = request.grammar()
+        responses = stream_answer(
+            self._model, self.tokenizer, prompt, self._cache, decode_options, answer, grammar, must_end
+        )
         try:
-            yield from answer.draw(stream_generate(self._model, self.tokenizer, new, cache=self._cache, **kwargs))
-        except Stopped:
-            pass
+            for response in responses:
+                if response.text:
+                    yield {"event": "token", "text": response.text}
         except BaseException:  # the layers of the cache may be left at different lengths
             self._cache = self._model.make_cache()
             raise
-        yield from answer.end()
+        if rest := answer.finish():
+            yield {"event": "token", "text": rest}
+        yield from _last_events(answer, given)
 
 
-class _Answer:
-    """One answer under way."""
+@dataclass(frozen=True)
+class Request:
+    """The options of one request.
 
-    def __init__(self, tokenizer: Any, given: Any, options: Mapping[str, Any], cancelled: Callable[[], bool]):
-        known = OPTIONS if isinstance(given, str) else (*OPTIONS, *CALLS)
+    Attributes:
+        max_tokens: limit of the answer, in tokens.
+        stop: strings that end the answer before them, or None.
+        schema: a JSON schema that the answer obeys, or None.
+        timeout_s: seconds for the answer, or None.
+        tools: in OpenAI's form.
+        tool_choice: "auto", "none", "required", or one tool by name or in OpenAI's form.
+        strict: True restricts calls to the tools' schemas.
+        sampling: the sampling settings.
+    """
+
+    max_tokens: int
+    stop: str | Sequence[str] | None
+    schema: Any
+    timeout_s: float | None
+    tools: list[dict[str, Any]]
+    tool_choice: str | Mapping[str, Any]
+    strict: bool
+    sampling: Sampling
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], known: Sequence[str]) -> Request:
+        """Checks the options, all but those that `DecodeOptions` and the sampler check; None stands for the default.
+
+        Raises:
+            RequestError: an option is not in `known`, or is malformed.
+        """
         for name in options:
             if name not in known:
                 raise RequestError(f"the option {name!r:.100} is not known; known are {', '.join(known)}")
-        self._options = {name: value for name, value in options.items() if value is not None}
-        self._tokenizer, self._given, self._cancelled = tokenizer, given, cancelled
-        self.tools = check_tools(self._options.get("tools", []))
-        self._choice = self._options.get("tool_choice", "auto")
-        self._parser = ToolCallParser(self.tools if self._choice != "none" else ())
-        self._ends_at = float("inf")
-        if (timeout_s := self._options.get("timeout_s")) is not None:
-            check_number("timeout_s", timeout_s, 0, 1e9)
-            self._ends_at = time.monotonic() + timeout_s
-        self._text: list[str] = []
-        self._reason = ""
-        self.prompt_tokens = self.cached_tokens = self._tokens = 0
+        given = {name: value for name, value in options.items() if value is not None}
+        request = cls(
+            max_tokens=given.get("max_tokens", MAX_TOKENS),
+            stop=given.get("stop"),
+            schema=given.get("schema"),
+            timeout_s=given.get("timeout_s"),
+            tools=check_tools(given.get("tools", [])),
+            tool_choice=given.get("tool_choice", "auto"),
+            strict=given.get("strict", True),
+            sampling=Sampling.of(given),
+        )
+        check_whole("max_tokens", request.max_tokens, 1)
+        if request.timeout_s is not None:
+            check_number("timeout_s", request.timeout_s, 0, 1e9)
+        if request.schema is not None and (request.tools or request.stop is not None):
+            raise RequestError("schema leaves no room for tool calls or a stop string; leave out one of them")
+        return request
 
-    def generation(self, vocab_size: int, room: int) -> dict[str, Any]:
-        """What `stream_generate` takes for the options; an answer is no longer than the context has room for."""
-        given = self._options
-        max_tokens = given.get("max_tokens", MAX_TOKENS)
-        check_whole("max_tokens", max_tokens, 1)
-        max_tokens = min(max_tokens, max(room, 1))
-        grammar, bounded = self._grammar()
-        sampling = Sampling.of(given)
-        return {
-            "max_tokens": max_tokens,
-            "sampler": sampling.sampler(),
-            "logits_processors": sampling.processors(),
-            "stop": given.get("stop"),
-            "logits_mask": grammar
-            and Constraint(grammar, self._tokenizer, vocab_size, max_tokens if bounded else None),
-            "prompt_progress_callback": self._watch,
-        }
+    def answer(self, cancelled: Callable[[], bool]) -> AnswerAssembler:
+        """A new answer, whose time starts now."""
+        ends_at = float("inf") if self.timeout_s is None else time.monotonic() + self.timeout_s
+        return AnswerAssembler(self.tools if self.tool_choice != "none" else (), ends_at=ends_at, cancelled=cancelled)
 
-    def _grammar(self) -> tuple[Grammar | None, bool]:
-        """What the answer must obey, and whether it has to come to its end within its tokens."""
-        schema, strict = self._options.get("schema"), self._options.get("strict", True)
-        if schema is not None:
-            if self.tools or "stop" in self._options:
-                raise RequestError("schema leaves no room for calls of tools or a stop string; leave out one of them")
-            return json_schema(schema), True
-        if self._choice in ("auto", "none"):
-            held = self.tools and self._choice == "auto" and strict
-            return tool_calls(self.tools) if held else None, False
-        return tool_calls(self.tools, self._choice), True
+    def decode_options(self, room: int) -> DecodeOptions:
+        """The decode options; `max_tokens` is lowered to the `room` in the context, in tokens."""
+        return DecodeOptions(
+            max_tokens=min(self.max_tokens, max(room, 1)),
+            sampler=self.sampling.sampler(),
+            logits_processors=self.sampling.processors(),
+            stop=self.stop,
+        )
 
-    def _watch(self, done: int, total: int) -> None:
-        if self._stopped():
-            raise Stopped
+    def grammar(self) -> tuple[Grammar | None, bool]:
+        """(the grammar of the answer, True if the answer must end within its tokens)."""
+        if self.schema is not None:
+            return json_schema(self.schema), True
+        grammar = tool_grammar(self.tools, self.tool_choice, self.strict)
+        return grammar, self.tool_choice not in ("auto", "none")
 
-    def _stopped(self) -> bool:
-        late = time.monotonic() >= self._ends_at
-        self._reason = "cancelled" if self._cancelled() else "timeout" if late else ""
-        return bool(self._reason)
 
-    def draw(self, responses: Iterator[Any]) -> Iterator[Event]:
-        """The text as it comes."""
-        if self._stopped():  # while it waited for its turn
-            return
-        for response in responses:
-            self._tokens = response.generation_tokens
-            yield from self._say(self._parser.add(response.text))
-            if response.finish_reason:
-                self._reason = response.finish_reason
-            elif self._stopped():
-                return
-
-    def end(self) -> Iterator[Event]:
-        """What was held back, the calls, and how it ended."""
-        yield from self._say(self._parser.finish())
-        calls = self._parser.calls if self._reason not in ("cancelled", "timeout") else ()
-        finish: Event = {"event": "finish", "reason": self._reason, "text": "".join(self._text)}
-        if not isinstance(self._given, str):
-            finish["message"] = message = {"role": "assistant", "content": finish["text"]}
-            ids = call_ids(self._given)
-            named = [(next(ids), call) for call in calls]
-            for name, call in named:
-                yield {"event": "tool_call", "id": name, "name": call.name, "arguments": call.arguments}
-            if calls:
-                message["tool_calls"] = [call.message(name) for name, call in named]
-                finish["reason"] = "tool_calls"
-            finish["complaint"] = self._parser.error or ""
-        counts = {"prompt": self.prompt_tokens, "cached": self.cached_tokens, "answer": self._tokens}
-        yield {**finish, **{f"{name}_tokens": count for name, count in counts.items()}}
-
-    def _say(self, text: str) -> Iterator[Event]:
-        if text:
-            self._text.append(text)
-            yield {"event": "token", "text": text}
+def _last_events(answer: AnswerAssembler, given: Given) -> Iterator[BridgeEvent]:
+    """The tool calls of a finished answer, and its "finish" event."""
+    finish: BridgeEvent = {"event": "finish", "reason": answer.reason, "text": answer.text}
+    if not isinstance(given, str):
+        message: Message = {"role": "assistant", "content": answer.text}
+        finish["message"] = message
+        calls = answer.calls if answer.reason not in ("cancelled", "timeout") else ()
+        named = list(zip(call_ids(given), calls, strict=False))  # the ids never end
+        for call_id, call in named:
+            yield {"event": "tool_call", "id": call_id, "name": call.name, "arguments": call.arguments}
+        if named:
+            message["tool_calls"] = [call.message(call_id) for call_id, call in named]
+            finish["reason"] = "tool_calls"
+        finish["complaint"] = answer.complaint or ""
+    finish["prompt_tokens"] = answer.prompt_tokens
+    finish["cached_tokens"] = answer.cached_tokens
+    finish["answer_tokens"] = answer.answer_tokens
+    yield finish

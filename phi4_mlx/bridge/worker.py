@@ -1,6 +1,6 @@
-"""The thread that the bridge works on: streams of events, one after another, and the models that they are about.
+"""The bridge's worker thread: it runs one piece of work after another, each with a stream of events.
 
-Only the standard library is imported here, and the thread starts with its first piece of work.
+Importing this module imports only the standard library; the thread starts with its first piece of work.
 """
 
 from __future__ import annotations
@@ -9,51 +9,53 @@ import atexit
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from phi4_mlx.bridge.events import LAST, BridgeEvent, error_event
 
 if TYPE_CHECKING:
     from phi4_mlx.bridge.model import BridgeModel
 
-Event = dict[str, Any]
-
-LAST = ("finish", "error")
 EXIT_TIMEOUT_S = 10.0
+
+Sink = Callable[[BridgeEvent], object]
 
 
 class Stream:
-    """What a piece of work says, event by event.
+    """The events of one piece of work.
 
     Attributes:
-        number: its name to the outside.
-        model: what it is about; 0 for none.
-        cancelled: set by whoever has had enough.
-        has_sink: whether events are told as they come.
-        events: else, what has been said and not been taken.
+        number: the stream's number for callers.
+        model: the number of the model that it uses; 0 for none.
+        cancelled: set to end the work early.
+        has_sink: True if a sink takes each event at once.
+        events: else, the queue of events that have not been taken.
     """
 
-    def __init__(self, number: int, model: Any, sink: Callable[[Event], Any] | None) -> None:
+    def __init__(self, number: int, model: object, sink: Sink | None) -> None:
         self.number, self.model, self.cancelled = number, model, False
-        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[BridgeEvent] = queue.SimpleQueue()
         self.has_sink = sink is not None
-        self.put = self.events.put if sink is None else sink
+        self.put: Sink = self.events.put if sink is None else sink
 
-    def last(self) -> Event:
-        """Waits for the last event."""
-        while (event := self.events.get())["event"] not in LAST:
-            pass
+    def last(self) -> BridgeEvent:
+        """Waits for the last event; drops those before it."""
+        event = self.events.get()
+        while event["event"] not in LAST:
+            event = self.events.get()
         return event
 
 
-Work = Callable[[Stream], Iterable[Event]]
+Work = Callable[[Stream], Iterable[BridgeEvent]]
 
 
 class Worker:
-    """One thread for all that MLX does, since what it makes on one thread is not for others.
+    """The one thread that uses MLX: its arrays belong to the thread that made them.
 
     Attributes:
-        models: the loaded ones by number.
-        streams: those that have not been taken to their end.
+        models: loaded models by number.
+        streams: streams whose last event has not been taken, by number.
     """
 
     def __init__(self) -> None:
@@ -64,14 +66,13 @@ class Worker:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def start(self, work: Work, model: Any = 0, sink: Callable[[Event], Any] | None = None) -> Stream:
+    def start(self, work: Work, model: object = 0, sink: Sink | None = None) -> Stream:
         """Queues a piece of work.
 
         Args:
-            work: called with its stream, on the thread; what it yields are the stream's events, and what it raises is
-                its last one.
-            model: as in `Stream`.
-            sink: called on the thread with each event; by default they wait in the stream.
+            work: called on the thread with its stream; yields the stream's events. An exception becomes the last event.
+            model: the number of the model that it uses, for `cancel_all`.
+            sink: called on the thread with each event; by default events are queued in the stream.
         """
         with self._lock:
             stream = Stream(next(self._numbers), model, sink)
@@ -83,8 +84,8 @@ class Worker:
         self._waiting.put((stream, work))
         return stream
 
-    def only(self, work: Callable[[], Event]) -> Event:
-        """Waits for a piece of work that says one thing; on the thread itself, does it at once."""
+    def call(self, work: Callable[[], BridgeEvent]) -> BridgeEvent:
+        """Runs work with a single event and waits for it; a call on the thread itself runs at once."""
         if threading.current_thread() is self._thread:
             try:
                 return work()
@@ -94,32 +95,40 @@ class Worker:
         try:
             return stream.last()
         finally:
-            self.streams.pop(stream.number, None)
+            self.forget(stream)
 
-    def model(self, number: Any) -> BridgeModel:
+    def stream(self, number: object) -> Stream | None:
+        """The stream with a number; None if there is none, or none any more."""
+        return self.streams.get(number) if isinstance(number, int) else None
+
+    def forget(self, stream: Stream) -> None:
+        """Drops a stream from `streams`."""
+        self.streams.pop(stream.number, None)
+
+    def model(self, number: object) -> BridgeModel:
         """A loaded model.
 
         Raises:
-            RequestError: there is none of that number.
+            RequestError: no model has that number.
         """
         found = self.models.get(number) if isinstance(number, int) else None
         if found is None:
             from phi4_mlx.errors import RequestError
 
-            raise RequestError(f"there is no model {number!r:.100}; load gives one its number")
+            raise RequestError(f"there is no model {number!r:.100}; load returns a model's number")
         return found
 
-    def load(self, name: str, options: Mapping[str, Any]) -> Event:
-        """Loads a model, on the thread."""
+    def load(self, name: str, adapter_path: str, chat_format: str, revision: str, verify: bool) -> BridgeEvent:
+        """Loads a model, on the thread; arguments as for `phi4_mlx.bridge.load`."""
         from phi4_mlx.bridge.model import BridgeModel
 
-        model = BridgeModel(name, **options)
+        model = BridgeModel(name, adapter_path, chat_format, revision, verify)
         number = next(self._model_numbers)
         self.models[number] = model
         return {"event": "finish", "model": number, "context": model.context}
 
-    def unload(self, number: int) -> Event:
-        """Forgets a model, on the thread."""
+    def unload(self, number: int) -> BridgeEvent:
+        """Frees a model, on the thread."""
         import mlx.core as mx
 
         self.model(number)
@@ -127,10 +136,11 @@ class Worker:
         mx.clear_cache()
         return {"event": "finish"}
 
-    def cancel_all(self, model: Any = None) -> None:
-        """Cancels all streams, or those about one model."""
+    def cancel_all(self, model: object = None) -> None:
+        """Cancels all streams, or those that use one model."""
         for stream in list(self.streams.values()):
-            stream.cancelled = stream.cancelled or model is None or stream.model == model
+            if model is None or stream.model == model:
+                stream.cancelled = True
 
     def _run(self) -> None:
         while True:
@@ -141,39 +151,19 @@ class Worker:
             except BaseException as error:
                 stream.put(error_event(error))
             if stream.has_sink:
-                self.streams.pop(stream.number, None)
+                self.forget(stream)
 
     def _settle(self) -> None:
-        """The program ends: MLX must not be in the middle of anything then.
+        """Waits at exit until the thread is idle: MLX must not be at work while the process ends.
 
-        The thread itself never ends: what MLX keeps for a thread is freed behind its end, which may be after Python's.
+        The thread never ends: MLX frees a thread's data after the thread, which could be after the interpreter.
         """
         self.cancel_all()
         idle = threading.Event()
 
-        def rest(stream: Stream) -> tuple[()]:
+        def mark_idle(stream: Stream) -> Iterable[BridgeEvent]:
             idle.set()
             return ()
 
-        self._waiting.put((Stream(0, 0, None), rest))
+        self._waiting.put((Stream(0, 0, None), mark_idle))
         idle.wait(EXIT_TIMEOUT_S)
-
-
-def error_event(error: BaseException) -> Event:
-    """What went wrong, as an event.
-
-    Its "code" is "request", "config", "checkpoint", "tokenizer", "file", "memory", "missing" (a package) or "internal".
-    """
-    from phi4_mlx.errors import Phi4Error
-
-    text = " ".join(str(error).split())
-    if isinstance(error, Phi4Error):
-        return {"event": "error", "code": type(error).__name__.removesuffix("Error").lower(), "message": text}
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return {"event": "error", "code": "file", "message": f"{where}{error.strerror or text}"}
-    if isinstance(error, MemoryError):
-        return {"event": "error", "code": "memory", "message": "out of memory; a smaller model or prompt needs less"}
-    if isinstance(error, ModuleNotFoundError):
-        return {"event": "error", "code": "missing", "message": f"{error.name} is not installed"}
-    return {"event": "error", "code": "internal", "message": f"{type(error).__name__}: {text}"}

@@ -1,4 +1,4 @@
-"""`python -m phi4_mlx.chat`: a conversation in the terminal, through a pipe, or one question and its answer."""
+"""`python -m phi4_mlx.chat`: a conversation in a terminal or through a pipe, or one question and its answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from phi4_mlx.chat.commands import COMMANDS, Leave, is_command, obey
-from phi4_mlx.chat.session import Chat
+from phi4_mlx.chat.session import Chat, load_shown
 from phi4_mlx.chat.tools import Doorkeeper, add_tool_options, toolbox_of
 from phi4_mlx.errors import Phi4Error, RequestError
 from phi4_mlx.terminal.command import Parser, read_standard_input, run, text, utf8, word
@@ -29,6 +29,7 @@ from phi4_mlx.terminal.screen import Screen, keys
 
 if TYPE_CHECKING:
     from phi4_mlx.grammar.grammars import Grammar
+    from phi4_mlx.tools.toolbox import Toolbox
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,11 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="phi4-mlx chat",
-        description="Talk with a model. Input from a pipe is answered line by line, as one conversation.",
+        description="Chat with a model. Input from a pipe is answered line by line, as one conversation.",
     )
     add_model_options(parser)
-    parser.add_argument("--system-prompt", type=text, help="what the model is told before the conversation")
-    parser.add_argument("--prompt", "-p", type=text, help="answer this and leave; - reads all of standard input")
+    parser.add_argument("--system-prompt", type=text, help="instructions to the model, before the conversation")
+    parser.add_argument("--prompt", "-p", type=text, help="answer this prompt and exit; - reads all of standard input")
     add_tool_options(parser)
     parser.add_argument("--schema", type=word, metavar="FILE.json", help="answers are JSON that obeys this JSON schema")
     add_sampling_options(parser, max_tokens=2048)
@@ -57,23 +58,13 @@ def _chat(args: argparse.Namespace) -> None:
         raise RequestError("the prompt is empty; it needs at least one character that is not white space")
     check_decoding_options(args)
     person = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
-    chat = Chat(Screen(), {name: getattr(args, name.replace("-", "_")) for name in SAMPLING}, person)
-    chat.cache_options, chat.speculate = cache_options(args), args.speculate
-    if args.schema is not None:
-        chat.grammar = _grammar(args)
-    with toolbox_of(args, person, chat.screen.note) if args.tools or args.mcp else contextlib.nullcontext() as toolbox:
-        chat.load_model(args.model, **load_options(args))
-        if args.draft_model is not None:
-            chat.load_draft(args.draft_model)
-        chat.conversation.system = args.system_prompt
-        if toolbox is not None:
-            chat.conversation.toolbox = toolbox
-            chat.conversation.prompt_ids("")  # a format that has no place for tools is refused now
-        chat.approve = None if args.allow_tools else Doorkeeper(chat.screen.ask)
+    screen, grammar = Screen(), None if args.schema is None else _grammar(args)
+    with toolbox_of(args, person, screen.note) as toolbox:
+        chat = _open(args, screen, person, toolbox, grammar)
         if prompt is not None:
             chat.answer(prompt)
         elif person:
-            _talk(chat)
+            talk(chat)
         else:
             _answer_lines(chat)
 
@@ -86,16 +77,43 @@ def _grammar(args: argparse.Namespace) -> Grammar:
     return schema_grammar(args.schema)
 
 
+def _open(args: argparse.Namespace, screen: Screen, person: bool, toolbox: Toolbox, grammar: Grammar | None) -> Chat:
+    """Loads the models of the options, and begins a chat with them."""
+    from phi4_mlx.chat.conversation import Conversation
+    from phi4_mlx.checkpoint import load
+    from phi4_mlx.hub import DEFAULT_MODEL
+    from phi4_mlx.models.cache import CacheOptions
+
+    name = DEFAULT_MODEL if args.model is None else args.model
+    model, tokenizer = load_shown(screen, name, load_options(args))
+    draft = None if args.draft_model is None else load(args.draft_model)[0]
+    conversation = Conversation(
+        model, tokenizer, args.system_prompt, toolbox, cache_options=CacheOptions(**cache_options(args))
+    )
+    conversation.check_tools()
+    return Chat(
+        screen,
+        conversation,
+        name,
+        {name: getattr(args, name.replace("-", "_")) for name in SAMPLING},
+        person=person,
+        speculate=args.speculate,
+        draft=draft,
+        grammar=grammar,
+        approve=None if args.allow_tools else Doorkeeper(screen.ask),
+    )
+
+
 def _answer_lines(chat: Chat) -> None:
-    """Answers each line of standard input; a line is a question, whatever it begins with."""
+    """Answers each line of standard input. Every line is a question: there are no commands."""
     for number, line in enumerate(sys.stdin.buffer, 1):
         question = utf8(line, f"line {number} of standard input").rstrip("\r\n")
         if question.strip():
             chat.answer(question)
 
 
-def _talk(chat: Chat) -> None:
-    """Reads and answers until the person leaves, or the terminal does."""
+def talk(chat: Chat) -> None:
+    """Reads and answers until the person leaves or the terminal is closed."""
     from phi4_mlx.terminal.line_editor import LineEditor
 
     editor = LineEditor([f"/{name}" for name in COMMANDS], chat.screen.colour)
@@ -110,7 +128,7 @@ def _talk(chat: Chat) -> None:
     try:
         with contextlib.suppress(Leave):
             while True:
-                _take_turn(chat, editor.read)
+                take_turn(chat, editor.read)
     except (HungUp, OSError, termios.error):
         where = chat.rescue()
         raise RequestError(f"the terminal was closed; {where}") from None
@@ -120,8 +138,8 @@ def _talk(chat: Chat) -> None:
     chat.leave()
 
 
-def _take_turn(chat: Chat, read: Callable[[], str]) -> None:
-    """One command or question of the person; a mistake costs a line and no more."""
+def take_turn(chat: Chat, read: Callable[[], str]) -> None:
+    """Serves one command or question of the person; a mistake prints a line."""
     try:
         typed = read()
         with keys(echo=False):

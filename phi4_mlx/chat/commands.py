@@ -1,4 +1,4 @@
-"""What a person can say to the chat itself: a word after a slash."""
+"""The commands of the chat: a word after a slash."""
 
 from __future__ import annotations
 
@@ -22,11 +22,17 @@ if TYPE_CHECKING:
 
 
 class Leave(Exception):
-    """The person has had enough."""
+    """The person leaves the chat."""
 
 
 class Command(NamedTuple):
-    """A command: what comes after its name, what it does in a few words, and the function that does it."""
+    """A command of the chat.
+
+    Attributes:
+        words: the words after its name, for /help.
+        explanation: its effect, for /help.
+        do: called with the chat and the text after the command's name.
+    """
 
     words: str
     explanation: str
@@ -34,16 +40,20 @@ class Command(NamedTuple):
 
 
 def is_command(typed: str) -> bool:
-    """Whether a line is for the chat: `/word` is, `/etc/hosts` and a slash after a space are not."""
+    """True if a line is a command: `/word` is, `/etc/hosts` and a slash after a space are not."""
     return re.match(r"/[a-z]*(\s|$)", typed) is not None
 
 
 def obey(chat: Chat, typed: str) -> None:
-    """Carries out a command.
+    """Runs a command.
+
+    Args:
+        chat: the chat.
+        typed: the line, from its slash on.
 
     Raises:
-        RequestError: there is no such command, or it cannot be done.
-        Leave: the person wants to leave.
+        RequestError: the command is unknown, or it fails.
+        Leave: the command was /quit.
     """
     name, rest = (part.strip() for part in re.split(r"(?=\s|$)", typed[1:], maxsplit=1))
     if name not in COMMANDS:
@@ -77,29 +87,28 @@ def _reset(chat: Chat, rest: str) -> None:
 
 
 def _undo(chat: Chat, rest: str) -> None:
-    _last_question(chat)
-    turn = chat.conversation.turns.pop()
+    turn = _take_back(chat)
     chat.screen.note(f"taken back: {_shortened(turn.question)}")
 
 
 def _retry(chat: Chat, rest: str) -> None:
-    question = _last_question(chat)
-    if chat.settings["temp"] == 0:
-        chat.screen.note("temp is 0, so the answer will be the same; /set temp 0.7 lets it vary")
+    before = _take_back(chat)
     turns = chat.conversation.turns
-    before = turns.pop()
     length = len(turns)
     try:
-        chat.answer(question)
+        if chat.settings["temp"] == 0:
+            chat.screen.note("temp is 0, so the answer will be the same; /set temp 0.7 lets it vary")
+        chat.answer(before.question)
     finally:
         if len(turns) == length:  # stopped before its first token: the old answer stays
             turns.append(before)
 
 
-def _last_question(chat: Chat) -> str:
+def _take_back(chat: Chat) -> Turn:
+    """Removes the last turn and returns it."""
     if not chat.conversation.turns:
         raise RequestError("there is no turn yet")
-    return chat.conversation.turns[-1].question
+    return chat.conversation.turns.pop()
 
 
 def _save(chat: Chat, rest: str) -> None:
@@ -131,14 +140,13 @@ def _load(chat: Chat, rest: str) -> None:
 
 
 def _save_cache(chat: Chat, path: Path) -> str:
-    """Keeps what the model remembers beside a conversation that is safe already; says what came of it."""
+    """Writes the prompt cache beside a conversation that is already saved; returns the result, for the note."""
     from phi4_mlx.generation.prompt_cache_file import save_prompt_cache
 
     conversation, beside = chat.conversation, _cache_file(path)
     cache = conversation.cache
-    beside.unlink(missing_ok=True)  # what it holds may have been taken back
-    if cache.is_trimmable():
-        cache.reuse([*conversation.ids(), -1])  # a turn that was taken back is not kept; -1 is no token
+    beside.unlink(missing_ok=True)  # it may hold a turn that was taken back
+    conversation.drop_other_tokens()
     if not cache.offset:
         return ""
     drawn = json.dumps([_replies(turn) for turn in conversation.turns])
@@ -146,12 +154,12 @@ def _save_cache(chat: Chat, path: Path) -> str:
         size = save_prompt_cache(beside, cache, conversation.model, conversation.tokenizer, {"replies": drawn})
     except (Phi4Error, OSError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-        return f"; the prompt cache is not kept, and /load will prefill anew: {reason}"
+        return f"; the prompt cache is not saved, and /load will prefill again: {reason}"
     return f", its prompt cache to {beside.name}, {size / 1e6:,.1f} MB"
 
 
 def _load_cache(chat: Chat, path: Path) -> str:
-    """Takes up what `_save_cache` kept, if it fits; says what came of it."""
+    """Reads the prompt cache that `_save_cache` wrote, if it fits; returns the result, for the note."""
     from phi4_mlx.generation.prompt_cache_file import load_prompt_cache
 
     conversation, beside = chat.conversation, _cache_file(path)
@@ -159,25 +167,25 @@ def _load_cache(chat: Chat, path: Path) -> str:
         return ""
     try:
         model, tokenizer = conversation.model, conversation.tokenizer
-        cache, said = load_prompt_cache(beside, model, tokenizer, return_metadata=True)
+        cache, metadata = load_prompt_cache(beside, model, tokenizer, return_metadata=True)
         if cache.options != conversation.cache_options:
             raise RequestError(f"{beside} was made with another --kv-bits or --max-kv-size than this chat")
     except Phi4Error as error:
-        return f"; the next prompt is prefilled anew: {error}"
+        return f"; the next prompt is prefilled again: {error}"
     conversation.cache = cache
-    known = zip(conversation.turns, json.loads(said.get("replies", "[]")), strict=False)
-    turns = [_as_drawn(tokenizer, turn, drawn) for turn, drawn in known]
-    conversation.turns[: len(turns)] = turns
+    replies = json.loads(metadata.get("replies", "[]"))
+    for at, (turn, drawn) in enumerate(zip(conversation.turns, replies, strict=False)):  # a file may have been edited
+        conversation.turns[at] = _as_drawn(tokenizer, turn, drawn)
     return f", with the prompt cache of {conversation.cache.offset:,} tokens"
 
 
 def _replies(turn: Turn) -> list[list[int]]:
-    """The ids of all that the model said in a turn."""
+    """The ids of the model's replies in a turn."""
     return [*(each.ids for each in turn.rounds), [*turn.ids]]
 
 
 def _as_drawn(tokenizer: Tokenizer, turn: Turn, drawn: list[list[int]]) -> Turn:
-    """The turn with the ids that the model drew, which the cache holds, if they stand for the text of the file."""
+    """The turn with the ids that the model drew, if they decode to its text; else the turn unchanged."""
     if [tokenizer.decode(ids) for ids in drawn] != [tokenizer.decode(ids) for ids in _replies(turn)]:
         return turn
     *before, last = drawn
@@ -197,16 +205,16 @@ def _json_file(name: str) -> Path:
 def _set(chat: Chat, rest: str) -> None:
     name, _, value = " ".join(rest.split()).partition(" ")
     if not rest:
-        for known, (_, _, explanation) in SAMPLING.items():
+        for known, option in SAMPLING.items():
             current = chat.settings[known]
-            chat.screen.write(f"{known:18}  {'-' if current is None else current!s:8}  {explanation}\n")
+            chat.screen.write(f"{known:18}  {'-' if current is None else current!s:8}  {option.explanation}\n")
         return
     if name not in SAMPLING:
         raise RequestError(f"{name!r} cannot be set; these can: {', '.join(SAMPLING)}")
     if not value:
-        raise RequestError(f"/set {name} needs a value; - sets what the chat began with")
+        raise RequestError(f"/set {name} needs a value; - restores the one at the start")
     try:
-        chat.set(name, chat.defaults[name] if value == "-" else SAMPLING[name][0](value))
+        chat.set(name, chat.defaults[name] if value == "-" else SAMPLING[name].parse(value))
     except argparse.ArgumentTypeError as error:
         raise RequestError(f"{name}: {error}") from None
     chat.screen.note(f"{name} is {chat.settings[name]}")
@@ -216,15 +224,15 @@ def _tools(chat: Chat, rest: str) -> None:
     for declared in chat.conversation.toolbox.declarations:
         chat.screen.write(f"{shown_tool(declared)}\n")
     if not chat.conversation.toolbox:
-        chat.screen.note("there are none; --tools FILE.py gives the model functions to call, --mcp COMMAND a server's")
+        chat.screen.note("there are none; --tools FILE.py adds a file's functions, --mcp COMMAND a server's")
 
 
 def _stats(chat: Chat, rest: str) -> None:
     conversation, usage = chat.conversation, chat.conversation.usage
-    held, turns = len(conversation.ids()), _turns(len(conversation.turns))
+    tokens, turns = len(conversation.ids()), _turns(len(conversation.turns))
     lines = [
         f"model        {chat.model_name}, chat format {conversation.tokenizer.chat_format.name}",
-        f"context      {held:,} of {conversation.context:,} tokens, in {turns}",
+        f"context      {tokens:,} of {conversation.context:,} tokens, in {turns}",
     ]
     if usage.answer_tokens:
         new = usage.prompt_tokens - usage.cached_tokens
@@ -242,7 +250,7 @@ def _stats(chat: Chat, rest: str) -> None:
 
 def _model(chat: Chat, rest: str) -> None:
     if rest:
-        chat.load_model(rest)
+        chat.switch_model(rest)
     chat.screen.note(f"model: {chat.model_name}")
 
 
@@ -260,16 +268,16 @@ def _shortened(text: str) -> str:
 
 
 COMMANDS = {
-    "help": Command("", "this list", _help),
+    "help": Command("", "show this list", _help),
     "system": Command("[TEXT]", "show or set the system prompt; - removes it", _system),
     "reset": Command("", "begin a new conversation; the system prompt stays", _reset),
     "undo": Command("", "take back the last question and its answer", _undo),
     "retry": Command("", "ask the last question again", _retry),
-    "save": Command("FILE", "write the conversation to a file, and its prompt cache beside it", _save),
-    "load": Command("[FILE]", "bring back a saved conversation", _load),
-    "set": Command("[NAME VALUE]", "show or set temp, top-p, max-tokens and so on", _set),
-    "stats": Command("", "tokens, speeds, memory", _stats),
-    "tools": Command("", "what the model may call", _tools),
-    "model": Command("[NAME]", "show the model, or go on with another one", _model),
-    "quit": Command("", "leave; so does Ctrl-D", _quit),
+    "save": Command("FILE", "save the conversation to a file, and its prompt cache beside it", _save),
+    "load": Command("[FILE]", "load a saved conversation; without a name, the one of a closed terminal", _load),
+    "set": Command("[NAME VALUE]", "show or set temp, top-p, max-tokens and others", _set),
+    "stats": Command("", "show tokens, speeds and memory", _stats),
+    "tools": Command("", "list the tools that the model may call", _tools),
+    "model": Command("[NAME]", "show the model, or continue with another one", _model),
+    "quit": Command("", "leave, as Ctrl-D does", _quit),
 }

@@ -1,8 +1,8 @@
-"""A conversation: its turns, the token ids that the model made for them, and the cache that remembers both.
+"""A conversation: its turns, the token ids that the model drew for them, and the prompt cache of both.
 
-A reply is kept as the ids that were drawn, never encoded again from its text, so that the next prompt begins with what
-the cache holds and only the new tokens are prefilled. The prompt is put together anew from the turns each time, and the
-cache finds out for itself how much of it is known: to undo, retry or change the system prompt is to change the turns.
+A reply is kept as the ids that were drawn and never encoded again from its text, so that the next prompt begins with
+the cached tokens and only the new ones are prefilled. Each prompt is built from the turns, and the cache reuses the
+prefix that it shares: to undo, retry or change the system prompt, change the turns.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from phi4_mlx.agent import Approval, Event, Round, ToolLoop
+from phi4_mlx.agent import AgentEvent, Approval, Round, ToolLoop
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import check_context, plan_context
 from phi4_mlx.generation.options import DecodeOptions
@@ -21,6 +21,7 @@ from phi4_mlx.models.cache import CacheOptions
 from phi4_mlx.tokens.tokenizer import Control
 from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.json_text import json_text
+from phi4_mlx.tools.markup import CALLS_CLOSE, CALLS_OPEN
 from phi4_mlx.tools.toolbox import Toolbox
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Interrupted(Exception):
-    """Raised out of a long prefill by its progress callback, when the user has had enough."""
+    """Raised by the progress callback of a long prefill to stop it."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class Turn:
     """A question and its answer.
 
     Attributes:
-        question: what the user wrote.
+        question: the user's text.
         answer: the reply's text.
         ids: the reply's tokens as they were drawn, without the end marker.
-        rounds: the replies before that one, each with calls of tools and their results.
+        rounds: the replies before that one, each with its tool calls and their results.
     """
 
     question: str
@@ -52,15 +53,15 @@ class Turn:
 
 @dataclass
 class Usage:
-    """What an answer cost; after calls of tools, what its last round did.
+    """Token counts, speeds and memory of an answer; after tool calls, of its last round.
 
     Attributes:
-        prompt_tokens: the whole prompt, in tokens.
-        cached_tokens: those of it that were in the cache already.
-        answer_tokens: tokens drawn.
-        prompt_tps: tokens prefilled a second.
-        answer_tps: tokens drawn a second.
-        reprefilled: tokens run again because the conversation has outgrown its RoPE table.
+        prompt_tokens: of the whole prompt.
+        cached_tokens: those of the prompt that were cached before.
+        answer_tokens: drawn.
+        prompt_tps: prefilled tokens per second.
+        answer_tps: drawn tokens per second.
+        reprefilled: tokens run again because the conversation crossed the RoPE boundary; of all rounds.
         peak_memory: peak of MLX's memory in GB (10^9 bytes).
         finish_reason: "stop", "length", "max_rounds", or None for an answer that was cut off.
     """
@@ -80,13 +81,14 @@ class Conversation:
     """Turns with one model.
 
     Attributes:
-        model: what `load` returned.
-        tokenizer: what `load` returned.
-        system: the system prompt, or None for none.
+        model: from `load`.
+        tokenizer: from `load`.
+        system: the system prompt, or None.
         toolbox: the tools that the model may call.
-        turns: the finished turns; change them as you like between two questions.
-        usage: what the last answer cost.
-        cache_options: the kind of cache; see `make_cache`.
+        turns: the finished turns; may be changed between two questions.
+        usage: of the last answer.
+        cache_options: the kind of cache to make.
+        cache: the prompt cache.
     """
 
     model: LanguageModel
@@ -102,11 +104,11 @@ class Conversation:
 
     @property
     def context(self) -> int:
-        """How many tokens a conversation with this model can hold."""
+        """The longest conversation with this model, in tokens."""
         return self.model.config.max_position_embeddings
 
     def switch(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
-        """Goes on with another model, whose tokenizer may be another one too."""
+        """Continues with another model; replies are encoded again with its tokenizer."""
         self.model, self.tokenizer = model, tokenizer
         self.forget_cache()
         self.turns = [
@@ -120,11 +122,28 @@ class Conversation:
         ]
 
     def forget_cache(self) -> None:
-        """Drops what the model remembers; the next prompt is prefilled whole."""
+        """Replaces the cache with an empty one; the next prompt is prefilled whole."""
         self.cache = self.model.make_cache(**vars(self.cache_options))
 
+    def drop_other_tokens(self) -> None:
+        """Drops cached tokens that are not part of the turns, such as those of a turn taken back.
+
+        A cache that has dropped its oldest tokens stays as it is.
+        """
+        if self.cache.is_trimmable() or self.cache.needs_snapshots:
+            self.cache.keep_shared(self.ids())
+
+    def check_tools(self) -> None:
+        """Checks that the chat format has a place for the tools, by rendering a prompt.
+
+        Raises:
+            RequestError: it has none.
+        """
+        if self.toolbox:
+            self.prompt_ids("")
+
     def ids(self) -> list[int]:
-        """All turns as token ids, as the model saw and made them."""
+        """The ids of all turns, as the model read and drew them."""
         ids: list[int] = []
         for turn in self.turns:
             ids = self._with_question(ids, turn.question)
@@ -135,7 +154,7 @@ class Conversation:
         return ids
 
     def prompt_ids(self, question: str) -> list[int]:
-        """The prompt of the next turn: all turns, `question`, and the start of an answer."""
+        """The ids of the next prompt: all turns, `question`, and the start of an answer."""
         return self._with_question(self.ids(), question)
 
     def _with_question(self, ids: list[int], question: str) -> list[int]:
@@ -153,45 +172,38 @@ class Conversation:
         *,
         grammar: Grammar | None = None,
         approve: Approval | None = None,
-    ) -> Generator[Event, None, None]:
-        """Asks, and yields the answer as it comes; what was yielded becomes a turn, also when the caller stops early.
+    ) -> Generator[AgentEvent, None, None]:
+        """Yields the answer to a question as it is drawn. It becomes a turn, even if the caller closes it early.
 
         Args:
-            question: what the user wrote.
-            options: of the answer; it is shorter than `max_tokens` where the context ends before. The progress callback
-                may raise `Interrupted`, which ends the answer without a trace.
-            grammar: what the answer must obey.
-            approve: as in `run_tools`; it may raise `Interrupted` too, and what was said before stays.
+            question: the user's text.
+            options: of the answer, which is shorter than `max_tokens` if the context ends earlier. The progress
+                callback may raise `Interrupted`, which ends the answer; without a drawn token there is no turn.
+            grammar: the grammar of the first answer, or None.
+            approve: as in `run_tools`; may raise `Interrupted` too.
 
         Yields:
-            A response a token, and each call of a tool before and after it is run.
+            A `GenerationResponse` for each token, a `ToolCall` before each call is run, and its `ToolResult`.
 
         Raises:
-            RequestError: the question is empty, or the context has no room for it.
+            RequestError: the question is empty, or the context or the memory has no room for it.
         """
         if not question.strip():
             raise RequestError("the question is empty; it needs at least one character that is not white space")
         prompt = self.prompt_ids(question)
         if len(prompt) >= self.context:
             raise RequestError(
-                f"the conversation would come to {len(prompt):,} tokens, and the context holds {self.context:,}; "
-                "/reset starts anew, /undo takes back a turn"
+                f"the conversation would be {len(prompt):,} tokens long, and the context holds {self.context:,}; "
+                "/reset begins a new one, /undo takes back a turn"
             )
         plan = plan_context(self.model, self.cache_options.kv_bits, self.cache_options.max_kv_size)
         check_context(plan, len(prompt))
         loop = ToolLoop(
-            self.model,
-            self.tokenizer,
-            prompt,
-            self.toolbox,
-            self.cache,
-            options,
-            grammar=grammar,
-            approve=approve,
+            self.model, self.tokenizer, prompt, self.toolbox, self.cache, options, grammar=grammar, approve=approve
         )
         return self._answer(question, loop)
 
-    def _answer(self, question: str, loop: ToolLoop) -> Generator[Event, None, None]:
+    def _answer(self, question: str, loop: ToolLoop) -> Generator[AgentEvent, None, None]:
         self.usage = Usage()
         events = loop.events()
         try:
@@ -206,8 +218,8 @@ class Conversation:
         except Interrupted:
             return
         except BaseException as error:
-            # Anywhere else an exception may leave the layers of the cache at different lengths. GeneratorExit is the
-            # caller's way to stop between two tokens.
+            # An exception within a step may leave the layers of the cache at different lengths. GeneratorExit comes
+            # between two steps, from a caller who closes the answer.
             if not isinstance(error, GeneratorExit):
                 self.forget_cache()
             raise
@@ -217,7 +229,7 @@ class Conversation:
 
 
 def _turn(question: str, rounds: Sequence[Round]) -> Turn:
-    """A turn of its rounds, of which the last is the answer unless it calls tools."""
+    """The turn of some rounds. The last one is the answer, unless it calls tools."""
     *before, last = rounds
     if last.calls:
         return Turn(question, "", (), tuple(rounds))
@@ -225,11 +237,11 @@ def _turn(question: str, rounds: Sequence[Round]) -> Turn:
 
 
 def reply_ids(tokenizer: Tokenizer, text: str, calls: Sequence[ToolCall] = ()) -> list[int]:
-    """A reply that was not drawn here as ids: its text as text, and behind it its calls as the model writes them."""
+    """The ids of a reply known only by its text and calls: plain text, then the calls as the model writes them."""
     if not calls:
         return tokenizer.encode(text)
     written = json_text([{"name": call.name, "arguments": call.arguments} for call in calls])
-    return tokenizer.encode_pieces([text, Control("<|tool_call|>"), written, Control("<|/tool_call|>")])
+    return tokenizer.encode_pieces([text, Control(CALLS_OPEN), written, Control(CALLS_CLOSE)])
 
 
 def _count(usage: Usage, event: GenerationResponse, prompt_tokens: int) -> None:

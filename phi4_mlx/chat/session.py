@@ -1,4 +1,4 @@
-"""A chat under way: one conversation with one model, as a person in a terminal or a pipe sees it."""
+"""A chat session: one conversation with one model, shown in a terminal or a pipe."""
 
 from __future__ import annotations
 
@@ -6,101 +6,111 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from phi4_mlx.chat.tools import Doorkeeper, shown_call, shown_result
-from phi4_mlx.terminal.options import LONG_PREFILL
+from phi4_mlx.terminal.options import LONG_PREFILL, LoadArguments
 from phi4_mlx.terminal.screen import Screen, StopButton
 
 if TYPE_CHECKING:
-    from phi4_mlx.agent import Event
+    from phi4_mlx.agent import AgentEvent
     from phi4_mlx.chat.conversation import Conversation
     from phi4_mlx.generation.options import DecodeOptions
     from phi4_mlx.generation.speculate import Mode
     from phi4_mlx.grammar.grammars import Grammar
     from phi4_mlx.models.model import LanguageModel
+    from phi4_mlx.tokens.tokenizer import Tokenizer
+
+
+def load_shown(screen: Screen, name: str, options: LoadArguments) -> tuple[LanguageModel, Tokenizer]:
+    """Loads a model, with a status line on the screen meanwhile.
+
+    Args:
+        screen: shows the status.
+        name: a folder, a Hub id or "demo".
+        options: the keyword arguments of `load`.
+
+    Raises:
+        Phi4Error: the model cannot be loaded.
+    """
+    from phi4_mlx.checkpoint import load
+
+    screen.status(f"loading {name} ...")
+    try:
+        return load(name, **options)
+    finally:
+        screen.status("")
 
 
 class Chat:
-    """A conversation, how its answers are drawn, and where they are shown.
+    """A conversation, the settings of its answers, and the screen that shows them.
+
+    Args:
+        screen: where answers and notes go.
+        conversation: with the loaded model.
+        model_name: the name that the model was loaded by.
+        settings: the sampling options of `SAMPLING` by name.
+        person: True if a person is at the terminal, who may stop an answer and is shown notes.
+        speculate: as for `make_proposer`.
+        draft: the model that guesses tokens, or None.
+        grammar: the grammar of every answer, or None.
+        approve: asked before each call of a tool; None runs all.
 
     Attributes:
-        screen: where answers and notes go.
-        settings: the sampling options by name; change them with `set`.
-        conversation: the turns.
-        model_name: what the person called the model.
-        saved_as: the file that /save may replace, because it holds this conversation.
-        grammar: what every answer must obey, or None.
-        approve: asked before a call of a tool is run; None runs all.
-        cache_options: those of `make_cache`.
-        speculate: how tokens are guessed ahead, as `make_proposer` takes it.
-        draft: the model that guesses them, or None.
+        settings: change them with `set`.
+        defaults: the settings at the start.
+        saved_as: the file that holds this conversation, which /save may therefore replace; or None.
     """
 
-    conversation: Conversation
-    model_name: str
-    grammar: Grammar | None = None
-    approve: Doorkeeper | None = None
-    speculate: Mode = "off"
-    draft: LanguageModel | None = None
-
-    def __init__(self, screen: Screen, settings: dict[str, Any], person: bool) -> None:
-        self.screen = screen
-        self.settings = settings
-        self.defaults = dict(settings)
+    def __init__(
+        self,
+        screen: Screen,
+        conversation: Conversation,
+        model_name: str,
+        settings: dict[str, int | float | None],
+        *,
+        person: bool,
+        speculate: Mode = "off",
+        draft: LanguageModel | None = None,
+        grammar: Grammar | None = None,
+        approve: Doorkeeper | None = None,
+    ) -> None:
+        self.screen, self.conversation, self.model_name = screen, conversation, model_name
+        self.settings, self.defaults = settings, dict(settings)
+        self.grammar, self.approve = grammar, approve
         self.saved_as: Path | None = None
-        self.cache_options: dict[str, Any] = {}  # kv_bits and max_kv_size, before models are imported
+        self._speculate: Mode = speculate
+        self._draft = draft
         self._person = person
         self._options: DecodeOptions | None = None
 
-    def load_model(self, name: str | None, **options: Any) -> None:
-        """Loads a model; a conversation that is under way goes on with it.
+    def switch_model(self, name: str) -> None:
+        """Continues the conversation with another model.
 
         Args:
-            name: a folder, a Hub id or "demo"; None for the default model.
-            options: those of `phi4_mlx.load`.
+            name: a folder, a Hub id or "demo".
 
         Raises:
-            Phi4Error: the model cannot be loaded; the one before stays.
+            Phi4Error: the model cannot be loaded; the current one stays.
         """
-        from phi4_mlx.chat.conversation import Conversation
-        from phi4_mlx.checkpoint import load
-        from phi4_mlx.hub import DEFAULT_MODEL
-        from phi4_mlx.models.cache import CacheOptions
-
-        name = DEFAULT_MODEL if name is None else name
-        self.screen.status(f"loading {name} ...")
-        try:
-            model, tokenizer = load(name, **options)
-        finally:
-            self.screen.status("")
-        if hasattr(self, "conversation"):
-            self.conversation.switch(model, tokenizer)
-        else:
-            self.conversation = Conversation(model, tokenizer, cache_options=CacheOptions(**self.cache_options))
+        self.conversation.switch(*load_shown(self.screen, name, LoadArguments()))
         self.model_name, self._options = name, None
 
-    def load_draft(self, name: str) -> None:
-        """Loads the model that guesses tokens, from the next answer on."""
-        from phi4_mlx.checkpoint import load
-
-        self.draft, self._options = load(name)[0], None
-
-    def set(self, name: str, value: Any) -> None:
+    def set(self, name: str, value: int | float | None) -> None:
         """Changes a sampling option, from the next answer on."""
         self.settings[name] = value
         self._options = None
 
     def greet(self) -> None:
-        """Says who is there, and how to find out more."""
+        """Shows the model, its context, and how to get help."""
         self.screen.write(f"{self.model_name}, context {self.conversation.context:,} tokens\n")
         self.screen.note("/help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves.")
         if rescued_file().exists():
-            self.screen.note("A conversation whose terminal was closed is kept: /load brings it back.")
+            self.screen.note("A conversation whose terminal was closed was saved: /load brings it back.")
         self.screen.end_paragraph()
 
     def answer(self, question: str) -> None:
-        """Asks the model and shows the answer; a person's Ctrl-C stops it, and what was said stays said.
+        """Asks the model and shows the answer. A person's Ctrl-C stops it; the part shown so far stays a turn.
 
         Raises:
             RequestError: the question is empty, or the context is full.
@@ -123,27 +133,27 @@ class Chat:
         if self._person:
             self._explain_end(stop.pressed)
 
-    def _show(self, events: Iterator[Event], stop: StopButton) -> None:
-        """Shows an answer as it comes, and the calls in it, until the person stops it."""
+    def _show(self, events: Iterator[AgentEvent], stop: StopButton) -> None:
+        """Shows an answer and its calls as they arrive, until the person stops it."""
         from phi4_mlx.agent import ToolResult
         from phi4_mlx.generation.stream import GenerationResponse
 
-        add, finish = self.screen.answer()
+        answer = self.screen.answer()
         try:
             for event in events:
                 stop.at_once = not isinstance(event, (GenerationResponse, ToolResult))
                 if isinstance(event, GenerationResponse):
-                    add(event.text)
+                    answer.add(event.text)
                 elif isinstance(event, ToolResult):
                     self.screen.note(f"= {shown_result(event.text)}")
                 else:
-                    finish()
-                    add, finish = self.screen.answer()
+                    answer.finish()
+                    answer = self.screen.answer()
                     self.screen.note(shown_call(event))
                 if stop.pressed:
                     break
         finally:
-            finish()
+            answer.finish()
 
     def _show_progress(self, done: int, total: int, stopped: bool) -> None:
         from phi4_mlx.chat.conversation import Interrupted
@@ -155,21 +165,23 @@ class Chat:
             raise Interrupted
 
     def decode_options(self) -> DecodeOptions:
-        """The options of every answer, made once for its settings: a seed must not start again at each answer."""
+        """The options of every answer, made once for all answers under the same settings, so that a seed continues."""
         if self._options is None:
             from phi4_mlx.generation.options import DecodeOptions
             from phi4_mlx.generation.sampling import Sampling
             from phi4_mlx.generation.speculate import make_proposer
 
             sampling, conversation = Sampling.of(self.settings), self.conversation
+            max_tokens = self.settings["max-tokens"]
+            assert isinstance(max_tokens, int)
             self._options = DecodeOptions(
-                max_tokens=self.settings["max-tokens"],
+                max_tokens=max_tokens,
                 sampler=sampling.sampler(),
                 logits_processors=sampling.processors(),
                 proposer=make_proposer(
-                    self.speculate,
+                    self._speculate,
                     conversation.model,
-                    self.draft,
+                    self._draft,
                     seeded=sampling.seeded,
                     rewindable=conversation.cache.rewindable,
                 ),
@@ -183,30 +195,30 @@ class Chat:
         elif usage.finish_reason == "length":
             self.screen.note(f"cut at {usage.answer_tokens:,} tokens; /set max-tokens N changes the limit")
         elif usage.finish_reason == "max_rounds":
-            self.screen.note("the last calls were not run: the model went on calling without an answer")
+            self.screen.note("the last calls were not run: the model kept calling tools without an answer")
         if usage.reprefilled:
             self.screen.note(f"{usage.reprefilled:,} tokens were run again, under the RoPE table for long texts")
         self.screen.end_paragraph()
 
     def rescue(self) -> str:
-        """Keeps the conversation where the next chat finds it; says so."""
+        """Saves the conversation where the next chat finds it; returns a sentence that says so."""
         from phi4_mlx.chat import transcript
 
         if not self.conversation.turns:
-            return "nothing had been said"
+            return "the conversation had no turns"
         path = rescued_file()
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         transcript.save(path, self.model_name, self.conversation.system, self.conversation.turns, replace=True)
         return f"/load in the next chat brings the conversation back, from {path}"
 
     def leave(self) -> None:
-        """The person leaves on purpose: a rescued conversation that was brought back needs no rescue any more."""
+        """Ends the chat on purpose: the rescued file of a conversation that was loaded from it is removed."""
         if self.saved_as == rescued_file():
             rescued_file().unlink(missing_ok=True)
 
 
 def rescued_file() -> Path:
-    """Where a conversation is kept whose terminal was closed."""
+    """The file for the conversation of a terminal that was closed."""
     from phi4_mlx.terminal.line_editor import state_folder
 
     return state_folder() / "rescued.json"

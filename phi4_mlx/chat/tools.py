@@ -1,4 +1,4 @@
-"""Tools in the chat: where they come from, who is asked before one is run, how calls and results are shown."""
+"""Tools in the chat: their options, the question before a call is run, and the display of calls and results."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ SHOWN_RESULT = 300  # characters
 
 
 def add_tool_options(parser: Parser) -> None:
-    """Adds the options that give the model tools."""
+    """Adds `--tools`, `--mcp` and `--allow-tools`."""
     parser.add_argument(
         "--tools", type=word, action="append", default=[], metavar="FILE.py",
-        help="the public functions of this file are tools that the model may call; may be repeated",
+        help="a file whose public functions the model may call; may be repeated",
     )  # fmt: skip
     parser.add_argument(
         "--mcp", type=word, action="append", default=[], metavar="COMMAND",
-        help="an MCP server to start, whose tools the model may call; may be repeated; needs the extra 'mcp'",
+        help="an MCP server to start, whose tools the model may call; may be repeated; needs phi4-mlx[mcp]",
     )  # fmt: skip
     parser.add_argument("--allow-tools", action="store_true", help="run the model's calls without asking")
 
 
 @contextlib.contextmanager
 def toolbox_of(args: argparse.Namespace, person: bool, note: Callable[[str], None]) -> Iterator[Toolbox]:
-    """The tools that the options name; MCP servers end with it.
+    """The tools that the options name, if any; their MCP servers run until it is closed.
 
     Args:
         args: the options.
-        person: whether somebody is at a terminal.
-        note: told if calls cannot be held to the tools' schemas; such a tool is often somebody else's, and serves.
+        person: True if a person is at the terminal.
+        note: called with a sentence if a tool's schema has no grammar; calls are then not constrained to the schemas.
 
     Raises:
-        RequestError: a file or a server cannot serve, or there is nobody to ask before a call.
+        RequestError: a file or a server has no usable tools, or no person is there to approve a call.
     """
     from phi4_mlx.agent import tool_grammar
     from phi4_mlx.tools.toolbox import Toolbox
 
     if (args.tools or args.mcp) and not (person or args.allow_tools):
-        raise RequestError("nobody is at a terminal to be asked before a tool is run; --allow-tools runs all calls")
+        raise RequestError("no person is at a terminal to approve each call of a tool; --allow-tools runs all calls")
     with contextlib.ExitStack() as stack:
         tools: list[Tool] = []
         for name in args.tools:
@@ -60,22 +60,26 @@ def toolbox_of(args: argparse.Namespace, person: bool, note: Callable[[str], Non
             tools += stack.enter_context(mcp_tools(command))
         toolbox = Toolbox(tools)
         try:
-            tool_grammar(toolbox, "auto")
-        except RequestError as error:
+            tool_grammar(toolbox.declarations, "auto", toolbox.strict)
+        except RequestError as error:  # often someone else's tool, and still usable
             toolbox.strict = False
-            note(f"calls are not held to the tools' schemas: {error}")
+            note(f"calls are not constrained to the tools' schemas: {error}")
         yield toolbox
 
 
 class Doorkeeper:
-    """Asks the person before a call is run; a tool that may always run is asked about once."""
+    """Asks the person before a call is run, until they answer "always" for its tool.
+
+    Args:
+        ask: shows a question and returns the line that the person types.
+    """
 
     def __init__(self, ask: Callable[[str], str]) -> None:
         self._ask = ask
         self._always: set[str] = set()
 
     def __call__(self, call: ToolCall) -> bool:
-        """Whether a call may run."""
+        """True if the call may run."""
         if call.name in self._always:
             return True
         answer = self._ask("run it? [y/N/always] ").strip().lower()
@@ -85,7 +89,7 @@ class Doorkeeper:
 
 
 def shown_call(call: ToolCall) -> str:
-    """A call on one line; what a terminal would not show as it stands is escaped, so that nothing is hidden."""
+    """A call on one line. Characters that a terminal would not show are escaped, so that nothing is hidden."""
     return _visible(f"{call.name}({', '.join(f'{name}={_json(value)}' for name, value in call.arguments.items())})")
 
 
@@ -96,13 +100,13 @@ def shown_result(text: str) -> str:
 
 
 def shown_tool(declared: dict[str, Any]) -> str:
-    """A tool as /tools lists it."""
+    """A tool on one line, for /tools."""
     function = declared["function"]
     text, _, _ = function.get("description", "").partition("\n")
     return _visible(f"{function['name']}({', '.join(function['parameters']['properties'])})  {text}".rstrip())
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     from phi4_mlx.tools.json_text import json_text
 
     return json_text(value)

@@ -1,6 +1,6 @@
-"""A conversation as a file: JSON with the messages, as other programs write them too.
+"""A conversation as a file: a JSON object with its messages in OpenAI's form.
 
-A file is complete or absent, and one that comes from elsewhere is checked before it is believed.
+A written file is complete or absent; every message that is read is checked.
 """
 
 from __future__ import annotations
@@ -8,22 +8,22 @@ from __future__ import annotations
 import json
 import os
 import stat
-import tempfile
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from phi4_mlx.agent import Round, call_ids, round_messages
 from phi4_mlx.chat.conversation import Turn, reply_ids
 from phi4_mlx.errors import RequestError
+from phi4_mlx.files.atomic import replacing, sync
 from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.json_text import json_text
 
 if TYPE_CHECKING:
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
-Waiting = deque[tuple[int, Any]]  # messages with their places
+Waiting = deque[tuple[int, Any]]  # (number, message) pairs, not read yet
 
 LARGEST_FILE = 64 * 2**20  # bytes; the longest context is about half a megabyte of text
 
@@ -33,29 +33,28 @@ def save(path: Path, model_name: str, system: str | None, turns: Sequence[Turn],
 
     Args:
         path: the file.
-        model_name: told to the reader of the file.
+        model_name: for readers of the file; `load` ignores it.
         system: the system prompt, or None.
         turns: the turns.
-        replace: whether a file that is there may be replaced.
+        replace: True to replace an existing file.
 
     Raises:
-        RequestError: there is such a file, and it may not be replaced.
-        OSError: the file cannot be written; nothing is left behind then.
+        RequestError: the file exists and may not be replaced, or the path is not a regular file.
+        OSError: the file cannot be written; an older one is still there.
     """
     content = {"model": model_name, "messages": to_messages(system, turns)}
     if path.exists() and not replace:
         raise RequestError(f"{path} exists; choose another name, or remove it")
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
+    with replacing(path) as partial:
+        with open(partial, "x", encoding="utf-8", opener=_open_private) as file:
             json.dump(content, file, ensure_ascii=False, indent=2)
             file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+        sync(partial)
+
+
+def _open_private(path: str, flags: int) -> int:
+    """Opens a file that only its owner can read."""
+    return os.open(path, flags, 0o600)
 
 
 def load(path: Path, tokenizer: Tokenizer) -> tuple[str | None, list[Turn]]:
@@ -63,13 +62,13 @@ def load(path: Path, tokenizer: Tokenizer) -> tuple[str | None, list[Turn]]:
 
     Args:
         path: the file.
-        tokenizer: encodes the replies; as plain text, so that no control token comes out of a file.
+        tokenizer: encodes the replies as plain text, so that a file cannot bring in control tokens.
 
     Returns:
         (system prompt or None, turns)
 
     Raises:
-        RequestError: the file is no conversation.
+        RequestError: the file is not a conversation, or is over `LARGEST_FILE` bytes.
         OSError: the file cannot be read.
     """
     status = path.stat()
@@ -79,7 +78,7 @@ def load(path: Path, tokenizer: Tokenizer) -> tuple[str | None, list[Turn]]:
         raise RequestError(f"{path} has {status.st_size:,} bytes; a conversation has at most {LARGEST_FILE:,}")
     try:
         content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):  # not UTF-8, not JSON, or nested without end
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, or nested too deep
         raise RequestError(f"{path} is not JSON; /save writes files that /load reads") from None
     if not isinstance(content, dict) or "messages" not in content:
         raise RequestError(f"{path} has no 'messages'; /save writes files that /load reads")
@@ -90,7 +89,7 @@ def load(path: Path, tokenizer: Tokenizer) -> tuple[str | None, list[Turn]]:
 
 
 def to_messages(system: str | None, turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """The turns as messages in OpenAI's form: role and content, calls of tools and their results."""
+    """The messages of the turns in OpenAI's form, with tool calls and their results."""
     messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
     ids = call_ids()
     for turn in turns:
@@ -101,91 +100,103 @@ def to_messages(system: str | None, turns: Sequence[Turn]) -> list[dict[str, Any
     return messages
 
 
-def from_messages(messages: Any, tokenizer: Tokenizer) -> tuple[str | None, list[Turn]]:
-    """The opposite, for messages from anywhere: each is checked.
+def from_messages(messages: object, tokenizer: Tokenizer) -> tuple[str | None, list[Turn]]:
+    """The turns of messages from any source; each message is checked.
 
     Args:
-        messages: an optional system message, then user and assistant in turn, each {"role": str, "content": str}; an
-            assistant's that has "tool_calls" is followed by a tool's for each of them, and the next of the assistant.
-        tokenizer: encodes the replies; as plain text, so that no control token comes out of a file.
+        messages: an optional system message, then user and assistant alternate, each {"role": str, "content": str}. An
+            assistant message with "tool_calls" is followed by a tool message for each call, and by another assistant
+            message.
+        tokenizer: encodes the replies as plain text.
 
     Returns:
-        (system prompt, turns)
+        (system prompt or None, turns)
 
     Raises:
-        RequestError: they are anything else.
+        RequestError: they are anything else; names the first message that is wrong.
     """
     if not isinstance(messages, list):
         raise RequestError("the messages are not a list")
     waiting = deque(enumerate(messages))
     system: str | None = None
     turns: list[Turn] = []
-    if waiting and isinstance(messages[0], dict) and messages[0].get("role") == "system":
+    if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
         system = _content(*waiting.popleft())
     while waiting:
-        question = _next(waiting, "user")
-        turns.append(_turn(question["content"], waiting, tokenizer))
+        question = _next(waiting, "user").content
+        turns.append(_turn(question, waiting, tokenizer))
     return system, turns
 
 
 def _turn(question: str, waiting: Waiting, tokenizer: Tokenizer) -> Turn:
-    """Takes the messages that answer a question."""
+    """Reads the messages that answer a question."""
     rounds: list[Round] = []
     while True:
-        at = waiting[0][0] if waiting else 0
-        message = _next(waiting, "assistant")
-        text, calls = message["content"], message.get("tool_calls")
-        if not calls:
-            return Turn(question, text, tuple(reply_ids(tokenizer, text)), tuple(rounds))
-        named = _calls(at, calls)
+        reply = _next(waiting, "assistant")
+        if not reply.tool_calls:
+            return Turn(question, reply.content, tuple(reply_ids(tokenizer, reply.content)), tuple(rounds))
+        named = _calls(reply)
+        calls = [call for _, call in named]
         found = [_next(waiting, "tool") for _ in named]
-        by_id = {str(result.get("tool_call_id")): result["content"] for result in found}
-        results = [result["content"] for result in found]
+        by_id = {str(result.tool_call_id): result.content for result in found}
+        results = [result.content for result in found]
         if by_id.keys() == {name for name, _ in named}:
             results = [by_id[name] for name, _ in named]
-        made = [call for _, call in named]
-        rounds.append(Round(text, reply_ids(tokenizer, text, made), made, results))
+        rounds.append(Round(reply.content, reply_ids(tokenizer, reply.content, calls), calls, results))
 
 
-def _next(waiting: Waiting, role: str) -> dict[str, Any]:
-    """The next message, which must be of a role; its content is text."""
+class _Message(NamedTuple):
+    """The fields of a message; only the content is checked yet."""
+
+    number: int
+    content: str
+    tool_calls: object
+    tool_call_id: object
+
+
+def _next(waiting: Waiting, role: str) -> _Message:
+    """Reads the next message, which must have the given role."""
     if not waiting:
-        whose = "the user's, and has no answer" if role == "assistant" else "a call of a tool, and has no result"
-        raise RequestError(f"the last message is {whose}")
-    at, message = waiting.popleft()
-    content = _content(at, message)
+        missing = "the user's, and has no answer" if role == "assistant" else "a call of a tool, and has no result"
+        raise RequestError(f"the last message is {missing}")
+    number, message = waiting.popleft()
+    content = _content(number, message)
     if message.get("role") != role:
         raise RequestError(
-            f"message {at} has the role {message.get('role')!r:.100}; due is {role!r}: user and assistant alternate, "
-            "and results follow calls"
+            f"message {number} has the role {message.get('role')!r:.100}; it must be {role!r}: user and assistant "
+            "alternate, and results follow calls"
         )
-    return {**message, "content": content}
+    return _Message(number, content, message.get("tool_calls"), message.get("tool_call_id"))
 
 
-def _content(at: int, message: Any) -> str:
+def _content(number: int, message: object) -> str:
+    """The text of a message; empty for tool calls alone."""
     content = message.get("content") if isinstance(message, dict) else None
     if content is None and isinstance(message, dict) and message.get("tool_calls"):
         content = ""
     if not isinstance(content, str) or not _is_unicode(content):
-        raise RequestError(f"message {at} has no 'content' that is text")
+        raise RequestError(f"message {number} has no 'content' that is text")
     return content
 
 
-def _calls(at: int, calls: Any) -> list[tuple[str, ToolCall]]:
-    """The calls of a message, each with its id."""
+def _calls(message: _Message) -> list[tuple[str, ToolCall]]:
+    """The (id, call) pairs of a message."""
     try:
-        named = []
-        for call in calls:
-            function = call["function"]
-            arguments = function["arguments"]
-            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-            json_text([function["name"], arguments]).encode()
-            if not isinstance(function["name"], str) or not isinstance(arguments, dict):
-                raise TypeError
-            named.append((str(call.get("id")), ToolCall(function["name"], arguments)))
-        return named
+        if not isinstance(message.tool_calls, list):
+            raise TypeError
+        return [_call(call) for call in message.tool_calls]
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        raise RequestError(f"message {at} has 'tool_calls' that are no names with JSON arguments") from None
+        raise RequestError(f"message {message.number} has 'tool_calls' other than names with JSON arguments") from None
+
+
+def _call(call: Any) -> tuple[str, ToolCall]:
+    function = call["function"]
+    name, arguments = function["name"], function["arguments"]
+    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    json_text([name, arguments]).encode()  # raises unless both are JSON and Unicode
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise TypeError
+    return str(call.get("id")), ToolCall(name, arguments)
 
 
 def _is_unicode(text: str) -> bool:

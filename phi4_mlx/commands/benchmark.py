@@ -1,6 +1,6 @@
-"""`python -m phi4_mlx benchmark`: how fast a model is on this machine, and how near to what its memory allows.
+"""`python -m phi4_mlx benchmark`: the speed of a model on this machine, and its share of the memory's ceiling.
 
-To draw a token is to read all weights, keys and values once: bandwidth over those bytes is the ceiling of decode.
+A decode step reads all weights, keys and values once, so bandwidth divided by those bytes is the ceiling of decode.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.terminal.command import Parser, number, run
@@ -27,8 +27,37 @@ BANDWIDTHS = {
     "Apple M4": 120, "Apple M4 Pro": 273, "Apple M4 Max": 546,
     "Apple M5": 153, "Apple M5 Pro": 307, "Apple M5 Max": 614,
 }  # fmt: skip
-"""Memory bandwidth in GB/s, by the name of the chip. Source: Apple's technical specifications. The M3, M4 and M5 Max
-are also sold with fewer cores, at 300, 410 and 460 GB/s."""
+"""Memory bandwidth in GB/s, by the chip's name. The M3, M4 and M5 Max with fewer cores have 300, 410 and 460 GB/s.
+
+Source: Apple's technical specifications.
+"""
+
+
+class LengthReport(TypedDict):
+    """The medians for one prompt length."""
+
+    prompt_tokens: int
+    prefill_tokens_per_s: float
+    time_to_first_token_s: float
+    decode_tokens_per_s: float
+    kv_bytes_per_token: float
+    ceiling_tokens_per_s: float | None
+    share_of_ceiling: float | None
+    peak_bytes: int
+
+
+class Report(TypedDict):
+    """The JSON of `--json`."""
+
+    model: str
+    device: str
+    mlx: str
+    bandwidth_gb_per_s: float | None
+    weights_bytes: int
+    kv_bits: int | None
+    generation_tokens: int
+    repeats: int
+    lengths: list[LengthReport]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="phi4-mlx benchmark",
-        description="Measure the speed and memory of a model: medians of several runs on random prompts, greedy.",
+        description="Measure the speed and memory of a model: medians of several greedy runs on random prompts.",
     )
     add_model_options(parser)
     count = number(int, 1, 10_000_000)
@@ -52,12 +81,13 @@ def _parser() -> Parser:
         help="tokens drawn after each prompt (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--repeats", type=number(int, 1, 1000), default=3, metavar="N", help="runs a length (default: %(default)s)"
-    )
+        "--repeats", type=number(int, 1, 1000), default=3, metavar="N",
+        help="runs for each length (default: %(default)s)",
+    )  # fmt: skip
     add_kv_bits_option(parser)
     parser.add_argument(
         "--bandwidth", type=number(float, 0.001, 1e6), metavar="GB/S",
-        help="of the memory; needed for the share of the ceiling where the chip is not known",
+        help="memory bandwidth, for the share of the ceiling on a chip that is not in the table",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
     return parser
@@ -79,7 +109,7 @@ def _benchmark(args: argparse.Namespace) -> None:
         )
     device = str(mx.device_info().get("device_name", "unknown"))
     bandwidth = BANDWIDTHS.get(device) if args.bandwidth is None else args.bandwidth
-    report: dict[str, Any] = {
+    report: Report = {
         "model": name,
         "device": device,
         "mlx": mx.__version__,
@@ -93,11 +123,11 @@ def _benchmark(args: argparse.Namespace) -> None:
     print(json.dumps(report) if args.json else table(report))
 
 
-def _length(model: LanguageModel, length: int, args: argparse.Namespace, bandwidth: float | None) -> dict[str, Any]:
-    """The figures of one length of prompt."""
+def _length(model: LanguageModel, length: int, args: argparse.Namespace, bandwidth: float | None) -> LengthReport:
+    """The figures for one prompt length."""
     import mlx.core as mx
 
-    measure(model, length, 2, args.kv_bits)  # compiles kernels, and reads what is still on disk
+    measure(model, length, 2, args.kv_bits)  # compiles kernels, and reads weights that are still on disk
     mx.reset_peak_memory()
     runs = []
     for each in range(1, args.repeats + 1):
@@ -123,16 +153,16 @@ def _length(model: LanguageModel, length: int, args: argparse.Namespace, bandwid
 def measure(
     model: LanguageModel, length: int, new_tokens: int, kv_bits: int | None = None
 ) -> tuple[float, float, float]:
-    """Times one prompt and its answer, which are of one RoPE table from their first token on.
+    """Times one random prompt and its answer, both under the RoPE table that the whole needs.
 
     Args:
-        model: what `load` returned.
+        model: from `load`.
         length: of the prompt, in tokens.
-        new_tokens: how many to draw, at least 2.
-        kv_bits: 4 or 8 for quantised keys and values.
+        new_tokens: tokens to draw, at least 2.
+        kv_bits: 4 or 8 for quantised keys and values; None for none.
 
     Returns:
-        (seconds to the first token, seconds from there to the last, bytes of keys and values a token)
+        (seconds to the first token, seconds from the first to the last, bytes of keys and values per token)
     """
     import random
 
@@ -153,12 +183,12 @@ def measure(
 
 
 def ceiling_tokens_per_s(bytes_per_token: float, bandwidth_gb_per_s: float | None) -> float | None:
-    """What the memory allows, None if its bandwidth is not known."""
+    """The tokens per second that the memory bandwidth allows; None if it is not known."""
     return None if bandwidth_gb_per_s is None else 1e9 * bandwidth_gb_per_s / bytes_per_token
 
 
-def table(report: dict[str, Any]) -> str:
-    """The report for people."""
+def table(report: Report) -> str:
+    """The report as a table for people."""
     bandwidth = report["bandwidth_gb_per_s"]
     known = "bandwidth not known: --bandwidth" if bandwidth is None else f"{bandwidth:g} GB/s"
     kv_bytes = report["lengths"][0]["kv_bytes_per_token"]

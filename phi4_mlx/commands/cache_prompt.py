@@ -1,4 +1,4 @@
-"""`python -m phi4_mlx cache-prompt`: prefills a text once, and keeps what the model remembers of it in a file."""
+"""`python -m phi4_mlx cache-prompt`: prefills a text once and writes its prompt cache to a file."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def _parser() -> Parser:
     parser = Parser(
         prog="phi4-mlx cache-prompt",
         description="Prefill a long text once, for many prompts. `generate --prompt-cache-file FILE` then answers as "
-        "if its prompt were the text, an empty line, and the prompt that it is given, and reads only the latter.",
+        "if its prompt were the text, an empty line and the prompt, and prefills only the latter.",
     )
     add_model_options(parser)
     parser.add_argument(
-        "--prompt", "-p", type=text, help="the text, which begins the user's turn; -, or none, reads standard input"
+        "--prompt", "-p", type=text, help="the text, which begins the user's turn; - or no option reads standard input"
     )
-    parser.add_argument("--system-prompt", type=text, help="what the model is told before the text")
+    parser.add_argument("--system-prompt", type=text, help="instructions to the model, before the text")
     add_kv_bits_option(parser)
     parser.add_argument("--prompt-cache-file", type=word, required=True, metavar="FILE", help="the file to write")
     return parser
@@ -40,7 +40,7 @@ def _parser() -> Parser:
 
 def _cache(args: argparse.Namespace) -> None:
     file = Path(os.path.expanduser(args.prompt_cache_file)).absolute()
-    if (file.exists() and not file.is_file()) or not file.parent.is_dir():  # now, not after a long prefill
+    if (file.exists() and not file.is_file()) or not file.parent.is_dir():  # checked before a long prefill
         raise RequestError(f"{file} cannot be written; name a file in a folder that exists")
     prompt = read_prompt(args)
 
@@ -54,15 +54,14 @@ def _cache(args: argparse.Namespace) -> None:
     cache = model.make_cache(kv_bits=args.kv_bits)
     ids = _beginning(tokenizer, prompt, args.system_prompt)
     check_context(plan_context(model, args.kv_bits), len(ids))
-    for _ in generate_step(ids, model, max_tokens=1, cache=cache, prompt_progress_callback=show_progress):
-        pass
-    said = {"text": prompt} if args.system_prompt is None else {"text": prompt, "system_prompt": args.system_prompt}
-    size = save_prompt_cache(file, cache, model, tokenizer, said)
+    next(generate_step(ids, model, max_tokens=1, cache=cache, prompt_progress_callback=show_progress))  # prefills
+    metadata = {"text": prompt}
+    if args.system_prompt is not None:
+        metadata["system_prompt"] = args.system_prompt
+    size = save_prompt_cache(file, cache, model, tokenizer, metadata)
     print(f"{args.prompt_cache_file}: {cache.offset:,} tokens, {size:,} bytes")
 
 
 def _beginning(tokenizer: Tokenizer, prompt: str, system_prompt: str | None) -> list[int]:
-    """The ids that all prompts behind a text begin with: what two of them, which begin with other letters, share."""
-    one, other = (tokenizer.apply_chat_template(prompt_messages(each, system_prompt, prompt)) for each in ("a", "1"))
-    shared = next(at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return one[:shared]
+    """The ids that all prompts after the text begin with."""
+    return tokenizer.chat_format.render_open(tokenizer, prompt_messages("", system_prompt, prompt))

@@ -1,4 +1,4 @@
-"""`python -m phi4_mlx context`: what a context costs in bytes, and how much of one this machine allows."""
+"""`python -m phi4_mlx context`: prints the memory plan of a model, and the longest context that fits this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="phi4-mlx context", description="Print what contexts of a model cost in memory; computes nothing."
+        prog="phi4-mlx context", description="Print the memory that contexts of a model need, without running it."
     )
     add_model_options(parser)
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
@@ -57,7 +57,7 @@ def _context(args: argparse.Namespace) -> None:
         cells = [_size(plan.peak_bytes(n)) + (" " if n <= plan.most_tokens else "!") for plan in plans.values()]
         print(f"{n:>10,}" + "".join(f"  {cell:>13}" for cell in cells))
     print("at most   " + "".join(f"  {f'{plan.most_tokens:,} ':>13}" for plan in plans.values()))
-    print("Weights, cache and the work of a prefill together; ! is more than the machine allows.")
+    print("Weights, cache and activations of a prefill together; ! exceeds what this machine allows.")
 
 
 def _size(nbytes: int) -> str:

@@ -1,10 +1,12 @@
-"""`python -m phi4_mlx generate`: one prompt in, the answer on standard output, nothing else there."""
+"""`python -m phi4_mlx generate`: the answer to one prompt, alone on standard output."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from phi4_mlx.commands.prompt import prompt_messages, read_prompt, show_progress
@@ -18,35 +20,41 @@ from phi4_mlx.terminal.options import (
     check_decoding_options,
     load_options,
 )
-from phi4_mlx.terminal.printable import printable
+from phi4_mlx.terminal.printable import PlainStream, printable
 
 if TYPE_CHECKING:
+    from phi4_mlx.generation.options import DecodeOptions
     from phi4_mlx.generation.stream import GenerationResponse
     from phi4_mlx.grammar.grammars import Grammar
-    from phi4_mlx.models.cache import PromptCache
     from phi4_mlx.models.model import LanguageModel
+    from phi4_mlx.models.prompt_cache import PromptCache
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    return run(_parser(), _complete, argv)
+    return run(_parser(), _generate, argv)
 
 
 def _parser() -> Parser:
     parser = Parser(prog="phi4-mlx generate", description="Print a model's answer to one prompt.")
     add_model_options(parser)
-    parser.add_argument("--prompt", "-p", type=text, help="the prompt; -, or none at all, reads standard input")
-    parser.add_argument("--system-prompt", type=text, help="what the model is told before the prompt")
+    parser.add_argument("--prompt", "-p", type=text, help="the prompt; - or no option reads standard input")
+    parser.add_argument("--system-prompt", type=text, help="instructions to the model, before the prompt")
     parser.add_argument(
         "--ignore-chat-template",
         action="store_true",
-        help="continue the prompt as it stands, with no turns around it; control strings in it stay text",
+        help="continue the prompt itself, without chat turns around it; control strings in it stay text",
     )
     add_sampling_options(parser, max_tokens=256)
     add_decoding_options(parser)
     parser.add_argument(
-        "--stop", type=word, action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
+        "--stop",
+        type=word,
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end the answer before this text; may be repeated",
     )
     parser.add_argument(
         "--schema", type=word, metavar="FILE.json", help="the answer is JSON that obeys this JSON schema"
@@ -55,15 +63,15 @@ def _parser() -> Parser:
         "--prompt-cache-file",
         type=word,
         metavar="FILE",
-        help="what cache-prompt wrote: the prompt goes on from its text, after an empty line",
+        help="a file of cache-prompt: the prompt continues its text, after an empty line",
     )
     parser.add_argument("--verbose", action="store_true", help="print counts and speeds to standard error at the end")
     return parser
 
 
-def _complete(args: argparse.Namespace) -> None:
+def _generate(args: argparse.Namespace) -> None:
     _check_options(args)
-    prompt = read_prompt(args)  # before the model is loaded: a mistake here should not cost the wait
+    prompt = read_prompt(args)  # before the model is loaded, so that a mistake costs no wait
     grammar = _grammar(args) if args.schema is not None else None
 
     from phi4_mlx.checkpoint import load
@@ -71,10 +79,9 @@ def _complete(args: argparse.Namespace) -> None:
     from phi4_mlx.generation.options import DecodeOptions
     from phi4_mlx.generation.sampling import Sampling
     from phi4_mlx.generation.speculate import make_proposer
-    from phi4_mlx.generation.stream import stream
     from phi4_mlx.hub import DEFAULT_MODEL
 
-    # Lazily: the first step reads each weight as it comes to it.
+    # Lazily: the first step reads each weight when it needs it.
     model, tokenizer = load(args.model or DEFAULT_MODEL, **load_options(args), lazy=True)
     if args.prompt_cache_file is None:
         ids, cache = _ids(tokenizer, prompt, args), model.make_cache(**cache_options(args))
@@ -82,49 +89,55 @@ def _complete(args: argparse.Namespace) -> None:
         ids, cache = _after_cached(args.prompt_cache_file, prompt, model, tokenizer)
     plan = plan_context(model, cache.options.kv_bits, cache.options.max_kv_size)
     check_context(plan, cache.offset + len(ids))
-    cached = cache.offset
-    sampling = Sampling.of(vars(args))
     draft = None if args.draft_model is None else load(args.draft_model, lazy=True)[0]
-    show = printable if sys.stdout.isatty() else str
-    last, begun = "\n", False
-
-    def progress(done: int, total: int) -> None:
-        if not begun:  # else a prefill in the middle of the answer, at a RoPE crossing
-            show_progress(done, total)
-
     constraint = None
     if grammar is not None:
         from phi4_mlx.grammar.constraint import Constraint
 
         constraint = Constraint(grammar, tokenizer, model.config.vocab_size, args.max_tokens)
+    sampling = Sampling.of(vars(args))
     options = DecodeOptions(
         max_tokens=args.max_tokens,
         sampler=sampling.sampler(),
         logits_processors=sampling.processors(),
         logits_mask=constraint,
         stop=args.stop,
-        proposer=make_proposer(
-            args.speculate, model, draft, seeded=sampling.seeded, rewindable=cache.rewindable
-        ),
-        prompt_progress_callback=progress,
+        proposer=make_proposer(args.speculate, model, draft, seeded=sampling.seeded, rewindable=cache.rewindable),
     )
-    for event in stream(model, tokenizer, ids, cache, options):
-        sys.stdout.write(show(event.text))
-        sys.stdout.flush()
-        last, begun = event.text or last, True
-    if not last.endswith("\n"):
-        print(flush=True)
+    cached = cache.offset
+    last = _print_answer(model, tokenizer, ids, cache, options)
     if args.verbose:
-        _report(event, cached)
+        _report(last, cached)
     if constraint is not None and not constraint.complete:
-        raise RequestError(f"the answer had not ended after --max-tokens {args.max_tokens}; allow it more")
+        raise RequestError(f"the answer had not ended after --max-tokens {args.max_tokens}; raise --max-tokens")
+
+
+def _print_answer(
+    model: LanguageModel, tokenizer: Tokenizer, ids: list[int], cache: PromptCache, options: DecodeOptions
+) -> GenerationResponse:
+    """Prints an answer as it is drawn; returns its last event."""
+    from phi4_mlx.generation.stream import stream
+
+    begun = False
+
+    def progress(done: int, total: int) -> None:
+        if not begun:  # a prefill at a RoPE crossing comes in the middle of the answer
+            show_progress(done, total)
+
+    show = printable if sys.stdout.isatty() else str
+    answer = PlainStream(partial(print, end="", flush=True))
+    for event in stream(model, tokenizer, ids, cache, replace(options, prompt_progress_callback=progress)):
+        begun = True
+        answer.add(show(event.text))
+    answer.finish()
+    return event
 
 
 def _grammar(args: argparse.Namespace) -> Grammar:
     from phi4_mlx.grammar.grammars import schema_grammar
 
     if args.stop:
-        raise RequestError("--stop may end an answer before it obeys the schema; drop it, or --schema")
+        raise RequestError("--stop may end an answer before it obeys the schema; drop --stop or --schema")
     return schema_grammar(args.schema)
 
 
@@ -132,10 +145,10 @@ def _check_options(args: argparse.Namespace) -> None:
     check_decoding_options(args)
     if args.ignore_chat_template and args.system_prompt is not None:
         raise RequestError("--system-prompt needs the chat format, and --ignore-chat-template leaves it out; drop one")
-    settled = {"ignore_chat_template": False, "system_prompt": None, "kv_bits": None, "max_kv_size": None}
-    given = [f"--{name.replace('_', '-')}" for name, default in settled.items() if getattr(args, name) != default]
+    fixed = {"ignore_chat_template": False, "system_prompt": None, "kv_bits": None, "max_kv_size": None}
+    given = [f"--{name.replace('_', '-')}" for name, default in fixed.items() if getattr(args, name) != default]
     if args.prompt_cache_file is not None and given:
-        raise RequestError(f"{given[0]} is settled by the file of --prompt-cache-file; drop one of the two")
+        raise RequestError(f"{given[0]} is fixed by the file of --prompt-cache-file; drop one of the two")
 
 
 def _ids(tokenizer: Tokenizer, prompt: str, args: argparse.Namespace) -> list[int]:
@@ -145,11 +158,12 @@ def _ids(tokenizer: Tokenizer, prompt: str, args: argparse.Namespace) -> list[in
 
 
 def _after_cached(path: str, prompt: str, model: LanguageModel, tokenizer: Tokenizer) -> tuple[list[int], PromptCache]:
-    """A file's cache, and what is still to be prefilled of the prompt behind its text."""
+    """(ids still to prefill, cache) of a prompt that continues the text of a cache file."""
     from phi4_mlx.generation.prompt_cache_file import load_prompt_cache
 
-    cache, said = load_prompt_cache(path, model, tokenizer, return_metadata=True)
-    whole = tokenizer.apply_chat_template(prompt_messages(prompt, said.get("system_prompt"), said.get("text")))
+    cache, metadata = load_prompt_cache(path, model, tokenizer, return_metadata=True)
+    messages = prompt_messages(prompt, metadata.get("system_prompt"), metadata.get("text"))
+    whole = tokenizer.apply_chat_template(messages)
     return cache.reuse(whole), cache
 
 

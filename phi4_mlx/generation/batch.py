@@ -20,8 +20,8 @@ from phi4_mlx.generation.options import LogitsMask
 from phi4_mlx.generation.sampling import Draw, LogitsProcessor, apply_processors, draw
 from phi4_mlx.generation.steps import chunk_ends, finish_chunk
 from phi4_mlx.models.batch_cache import BatchCache
-from phi4_mlx.models.cache import PromptCache
 from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime
 
 PREFILL_STEP_SIZE = 512  # prompt tokens a step; running answers wait for them

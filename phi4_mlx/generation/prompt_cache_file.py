@@ -19,8 +19,8 @@ from phi4_mlx.files.atomic import replacing
 from phi4_mlx.files.dtypes import name_of
 from phi4_mlx.files.safetensors import Header, TensorWriter, read_whole_header
 from phi4_mlx.fingerprint import WITHOUT, adapter_fingerprint, base_fingerprint, checksum
-from phi4_mlx.models.cache import PromptCache
 from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.models.prompt_cache import PromptCache
 
 _FORMAT, _VERSION = "phi4_mlx_prompt_cache", "1"
 _OWN = "phi4_mlx."  # prefix of our own metadata

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from phi4_mlx.errors import RequestError, check_number, check_whole
+from phi4_mlx.terminal.limits import PENALTY_RANGE, REPETITION_PENALTY_RANGE, SEED_LIMIT, TEMPERATURE_LIMIT, TOP_K_LIMIT
 
 _MISS = math.log(2**-32)  # log of the accepted probability that no draw of several lies in the nucleus
 _MAX_TRIES = 16  # at a top_p of 0.75; below that, sorting is as fast
@@ -104,10 +105,10 @@ class Sampler:
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        check_number("temp", self.temp, 0, 100)
+        check_number("temp", self.temp, 0, TEMPERATURE_LIMIT)
         check_number("top_p", self.top_p, 0, 1)
         check_number("min_p", self.min_p, 0, 1)
-        check_whole("top_k", self.top_k, 0)
+        check_whole("top_k", self.top_k, 0, TOP_K_LIMIT)
 
     def __call__(self, logits: mx.array, key: mx.array | None = None) -> mx.array:
         """Tokens [B] for logits or log-probabilities [B, V]; `key` is a random key, by default MLX's global state."""
@@ -153,7 +154,7 @@ def make_sampler(
     sampler = Sampler(temp, top_p, min_p, top_k)
     if seed is None:
         return sampler
-    check_whole("seed", seed, 0, 2**64 - 1)
+    check_whole("seed", seed, 0, SEED_LIMIT)
     key = mx.random.key(seed)
 
     def seeded(logits: mx.array) -> mx.array:
@@ -191,14 +192,14 @@ def make_logits_processors(
     if logit_bias:
         processors.append(_bias(logit_bias))
     if repetition_penalty is not None:
-        check_number("repetition_penalty", repetition_penalty, 0.01, 100)
+        check_number("repetition_penalty", repetition_penalty, *REPETITION_PENALTY_RANGE)
         processors.append(_recent(repetition_context_size, "repetition_context_size", _repetition(repetition_penalty)))
     if presence_penalty is not None:
-        check_number("presence_penalty", presence_penalty, -100, 100)
+        check_number("presence_penalty", presence_penalty, *PENALTY_RANGE)
         presence = _subtract(presence_penalty, lambda counts: counts > 0)
         processors.append(_recent(presence_context_size, "presence_context_size", presence))
     if frequency_penalty is not None:
-        check_number("frequency_penalty", frequency_penalty, -100, 100)
+        check_number("frequency_penalty", frequency_penalty, *PENALTY_RANGE)
         frequency = _subtract(frequency_penalty, lambda counts: counts)
         processors.append(_recent(frequency_context_size, "frequency_context_size", frequency))
     return processors

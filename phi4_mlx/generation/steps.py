@@ -18,8 +18,8 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import PREFILL_STEP_SIZE
 from phi4_mlx.generation.options import DecodeOptions, LogitsMask, Progress, Proposer
 from phi4_mlx.generation.sampling import Draw, LogitsProcessor, apply_processors, draw
-from phi4_mlx.models.cache import PromptCache
 from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.models.prompt_cache import PromptCache
 
 Drawn = tuple[int, mx.array]  # a token, and the log-probabilities [V] it was drawn from
 

@@ -17,8 +17,8 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import memory_limit
 from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.steps import decode, open_cache
-from phi4_mlx.models.cache import PromptCache
 from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.models.prompt_cache import PromptCache
 
 if TYPE_CHECKING:
     from phi4_mlx.tokens.tokenizer import Tokenizer as Phi4Tokenizer

@@ -1,1 +1,1 @@
-"""Grammars from JSON schemas and tools, and the constraint that holds one answer to a grammar."""
+"""Grammars from JSON schemas and tools, and the constraint that makes one answer obey a grammar."""

@@ -1,7 +1,4 @@
-"""JSON schemas on their way into a grammar: their size checked, refused where they cannot be kept, written plainly.
-
-And classes as schemas: what a dataclass or a pydantic model asks of an answer, and the instance that an answer is.
-"""
+"""JSON schemas prepared for a grammar: size limits checked, unsupported keywords refused, the rest normalised."""
 
 from __future__ import annotations
 
@@ -13,26 +10,26 @@ from decimal import Decimal
 from typing import Any
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.tools.json_text import json_text
+from phi4_mlx.tools.declarations import MAX_PROPERTIES
+from phi4_mlx.tools.json_text import JsonObject, json_text
 
 MAX_BYTES = 65_536
-MAX_PROPERTIES = 500
-MAX_DEPTH = 64
-MAX_CHAIN = 200  # schemas one within another, references followed; 2,000 would overrun the library's stack
-MAX_BRANCHES = 200  # alternatives that an intersection multiplies to; with 1,000 a step may outgrow its limits
-MAX_MULTIPLE = 100_000  # all `multipleOf` together, without their decimal point; each is so many states, at 3 us
+MAX_DEPTH = 64  # nested schemas
+MAX_CHAIN = 200  # nested schemas with references followed; 2,000 overflow llguidance's stack
+MAX_BRANCHES = 200  # alternatives that an intersection multiplies to; with 1,000 a step may exceed its limits
+MAX_MULTIPLE = 100_000  # sum of all `multipleOf` without their decimal point: one state each, compiled in 3 us
 
 _ONE = ("items", "additionalItems", "additionalProperties")
 _LISTS = ("items", "prefixItems", "anyOf", "allOf", "oneOf")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
-# What would be dropped in silence, or refused without a word on where it stands.
+# Keywords that llguidance would ignore, or refuse without naming their place.
 _REFUSED = (
     "not", "if", "then", "else", "uniqueItems", "contains", "minContains", "maxContains", "propertyNames",
     "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties",
     "contentSchema", "$dynamicRef", "$recursiveRef", "extends", "disallow", "divisibleBy", "x-guidance",
 )  # fmt: skip
-_LEAP = "0[48]|[2468][048]|[13579][26]"  # the last two digits of a leap year that ends no century
-# A day of the calendar that Python has; llguidance alone lets through year 0 and the 29th of any February.
+_LEAP = "0[48]|[2468][048]|[13579][26]"  # the last two digits of a leap year that is not a century
+# A day in Python's calendar; llguidance's own pattern also allows year 0 and the 29th of any February.
 _DAY = (
     r"^((000[1-9]|00[1-9]\d|0[1-9]\d\d|[1-9]\d{3})-(02-([01]\d|2[0-8])|(0[13-9]|1[0-2])-\d\d)"
     rf"|(\d\d({_LEAP})|({_LEAP})00)-02-29)"
@@ -41,27 +38,27 @@ _DAY = (
 
 @dataclasses.dataclass(frozen=True)
 class PlainSchema:
-    """A schema that is fit for a grammar.
+    """A schema that llguidance can compile.
 
     Attributes:
         schema: a copy in which each `oneOf` of distinct constants is an `anyOf`, and each `$ref` starts from `at`.
-        costly: the parts of it that are slow to compile, each a schema on its own.
+        costly: its parts that are slow to compile, each a schema.
     """
 
-    schema: dict[str, Any]
-    costly: list[dict[str, Any]]
+    schema: JsonObject
+    costly: list[JsonObject]
 
 
 def plain_schema(schema: Any, at: str = "#", closed: bool = False) -> PlainSchema:
-    """Checks a JSON schema and copies it.
+    """Checks a JSON schema, and returns a copy in plain form.
 
     Args:
         schema: a JSON schema, an object or True.
-        at: where it will stand, as a JSON pointer; its own `#` becomes this.
-        closed: objects with `properties` that say nothing of others allow no others.
+        at: the schema's future place, as a JSON pointer; its own `#` becomes this.
+        closed: objects with `properties` and without `additionalProperties` allow no others.
 
     Raises:
-        RequestError: it is no schema, too large, or uses what a grammar cannot keep; names the keyword.
+        RequestError: it is not a schema, is too large, or uses a keyword that a grammar cannot enforce; names it.
     """
     if schema is True:
         schema = {}
@@ -71,13 +68,13 @@ def plain_schema(schema: Any, at: str = "#", closed: bool = False) -> PlainSchem
         text = json_text(schema)
         size = len(text.encode())
     except UnicodeEncodeError:
-        raise RequestError("the schema holds half a surrogate pair, which is no text; take that out") from None
+        raise RequestError("the schema contains half a surrogate pair, which is not text; remove it") from None
     except (TypeError, ValueError) as error:
         raise RequestError(f"a schema must be JSON: {error}") from None
     except RecursionError:
         raise RequestError(f"the schema is nested deeper than {MAX_DEPTH}; make it flatter") from None
     if size > MAX_BYTES:
-        raise RequestError(f"the schema has {size:,} bytes, and at most {MAX_BYTES:,} can be served; make it smaller")
+        raise RequestError(f"the schema has {size:,} bytes, and the limit is {MAX_BYTES:,}; make it smaller")
     root = json.loads(text)
     walk = _Walk(root, at)
     try:
@@ -86,30 +83,30 @@ def plain_schema(schema: Any, at: str = "#", closed: bool = False) -> PlainSchem
     except RecursionError:
         chain = MAX_CHAIN + 1
     if chain > MAX_CHAIN:
-        raise RequestError(f"the schema's references lead more than {MAX_CHAIN} schemas deep; make it flatter")
-    for dropped in ("$id", "$schema"):  # no reference needs them, and llguidance would look them up
+        raise RequestError(f"the schema's references nest more than {MAX_CHAIN} schemas deep; make it flatter")
+    for dropped in ("$id", "$schema"):  # unused by references, but llguidance would resolve them
         plain.pop(dropped, None)
     if walk.properties > MAX_PROPERTIES:
         raise RequestError(
-            f"the schema has {walk.properties:,} properties, and at most {MAX_PROPERTIES} can be served; leave some out"
+            f"the schema has {walk.properties:,} properties, and the limit is {MAX_PROPERTIES}; leave some out"
         )
     if walk.multiples > MAX_MULTIPLE:
         raise RequestError(
-            f"the schema's multipleOf come to {walk.multiples:,}, and at most {MAX_MULTIPLE:,} can be served; choose "
-            "rounder ones"
+            f"the schema's multipleOf values add up to {walk.multiples:,} without decimal points, and the limit is "
+            f"{MAX_MULTIPLE:,}; choose rounder ones"
         )
     return PlainSchema(plain, walk.costly)
 
 
 class _Walk:
-    """One pass over a schema."""
+    """One pass over a schema, which counts and copies."""
 
-    def __init__(self, root: dict[str, Any], at: str):
+    def __init__(self, root: JsonObject, at: str):
         self._root, self._at = root, at
         self._branches: dict[int, int] = {}
         self._chains: dict[int, int] = {}
         self.properties = self.multiples = 0
-        self.costly: list[dict[str, Any]] = []
+        self.costly: list[JsonObject] = []
 
     def copy(self, given: Any, depth: int, closed: bool) -> Any:
         """The plain form of `given`; `closed` as in `plain_schema`."""
@@ -134,7 +131,7 @@ class _Walk:
             plain.setdefault("additionalProperties", False)
         for key, value in plain.items():
             joined = key in ("$defs", "definitions", "allOf") or (key in ("anyOf", "oneOf") and "properties" in plain)
-            within = closed and not joined  # closed alone, it would leave no room for what it is joined with
+            within = closed and not joined  # if closed, it would refuse the properties of the schemas it is joined with
             if key in _MAPS and isinstance(value, dict):
                 plain[key] = {name: self.copy(each, depth + 1, within) for name, each in value.items()}
             elif key in _LISTS and isinstance(value, list):
@@ -144,11 +141,11 @@ class _Walk:
         return plain
 
     def chain(self, schema: Any) -> int:
-        """How many schemas stand between one and the end of it: the most, with references followed once."""
+        """The longest chain of nested schemas from this one, with each reference followed once."""
         if not isinstance(schema, dict):
             return 0
         if id(schema) not in self._chains:
-            self._chains[id(schema)] = 0  # what a circle comes back to
+            self._chains[id(schema)] = 0  # ends a cycle of references
             inner = [schema[key] for key in _ONE if key in schema]
             inner += [each for key in _LISTS if isinstance(schema.get(key), list) for each in schema[key]]
             inner += [each for key in _MAPS if isinstance(schema.get(key), dict) for each in schema[key].values()]
@@ -158,12 +155,12 @@ class _Walk:
         return self._chains[id(schema)]
 
     def count_branches(self, schema: Any) -> int:
-        """How many alternatives llguidance makes of a schema where it meets another; refuses to multiply too many."""
+        """The alternatives that a schema has in an intersection; refuses a product over the limit."""
         if not isinstance(schema, dict):
             return 1
         if id(schema) in self._branches:
             return self._branches[id(schema)]
-        self._branches[id(schema)] = 1  # what a circle comes back to
+        self._branches[id(schema)] = 1  # ends a cycle of references
         inner = [value for key in _MAPS[:2] if isinstance(schema.get(key), dict) for value in schema[key].values()]
         inner += [schema[key] for key in _ONE if key in schema]
         own = (2 if "pattern" in schema else 1) + sum(self.count_branches(each) - 1 for each in inner)
@@ -175,24 +172,24 @@ class _Walk:
         product = math.prod(max(1, part) for part in parts)
         if product > MAX_BRANCHES and sum(part > 1 for part in parts) > 1:
             raise RequestError(
-                f"the schema joins alternatives (anyOf, pattern within allOf) to {product:,} combinations, and at most "
-                f"{MAX_BRANCHES:,} can be served; join fewer"
+                f"the schema joins alternatives (anyOf, pattern within allOf) to {product:,} combinations, and the "
+                f"limit is {MAX_BRANCHES:,}; join fewer"
             )
         self._branches[id(schema)] = product
         return product
 
-    def _check(self, plain: dict[str, Any], depth: int) -> None:
-        """Refuses what a grammar cannot keep, and counts; sets each reference to where the schema will stand."""
+    def _check(self, plain: JsonObject, depth: int) -> None:
+        """Refuses keywords that a grammar cannot enforce, counts properties, and moves references to `at`."""
         for key in plain:
             if key in _REFUSED:
-                raise RequestError(f"the schema uses {key!r}, which an answer cannot be held to; leave it out")
+                raise RequestError(f"the schema uses {key!r}, which a grammar cannot enforce; leave it out")
         if depth and "$id" in plain:
-            raise RequestError("the schema has an '$id' inside; leave it out, and refer to '#/$defs/NAME'")
+            raise RequestError("the schema has a nested '$id'; leave it out, and refer to '#/$defs/NAME'")
         if "$ref" in plain:
             reference = plain["$ref"]
             if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
                 raise RequestError(
-                    f"the schema's '$ref' {reference!r:.100} leads elsewhere, and nothing is fetched; refer to "
+                    f"the schema's '$ref' {reference!r:.100} is outside it, and nothing is fetched; refer to "
                     "'#/$defs/NAME' within it"
                 )
             plain["$ref"] = self._at + reference[1:]
@@ -200,13 +197,14 @@ class _Walk:
         self.properties += len(names) if isinstance(names, dict) else 0
         required = plain.get("required")
         least, known = plain.get("minProperties", 0), len(required) if isinstance(required, list) else 0
-        if isinstance(least, int) and least > known + 1:  # nothing keeps a free key from coming twice
+        if isinstance(least, int) and least > known + 1:  # a free key may come twice
             raise RequestError(
                 f"the schema uses 'minProperties' {least} with {known} required; name those properties in 'required'"
             )
         self._note_costly(plain)
 
-    def _note_costly(self, plain: dict[str, Any]) -> None:
+    def _note_costly(self, plain: JsonObject) -> None:
+        """Collects the parts that are slow to compile, and sums `multipleOf`."""
         if "multipleOf" in plain:
             value = plain["multipleOf"]
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
@@ -230,8 +228,8 @@ class _Walk:
         return found
 
 
-def _include(plain: dict[str, Any], exclusive: str, inclusive: str, sign: int) -> None:
-    """Makes a bound that excludes its value one that includes the next; llguidance lets 5 through (5, 5.5)."""
+def _include(plain: JsonObject, exclusive: str, inclusive: str, sign: int) -> None:
+    """Replaces an exclusive bound by an inclusive one at the next value; llguidance accepts 5 in (5, 5.5)."""
     value, bound = plain.get(exclusive), plain.get(inclusive)
     if value is True:  # as in draft 4
         value, bound = bound, None
@@ -248,7 +246,7 @@ def _include(plain: dict[str, Any], exclusive: str, inclusive: str, sign: int) -
 
 
 def _distinct(branches: list[Any]) -> bool:
-    """Whether each branch names its values, and no two the same: then at most one of them ever holds."""
+    """True if the branches list their values and share none, so that at most one branch matches."""
     values: list[str] = []
     for branch in branches:
         if isinstance(branch, dict) and "const" in branch:
@@ -261,7 +259,7 @@ def _distinct(branches: list[Any]) -> bool:
 
 
 def _canonical(value: Any) -> str:
-    """One text for all spellings of a JSON value: 1 and 1.0 are the same number."""
+    """The same text for all spellings of a JSON value: 1 and 1.0 are the same number."""
 
     def plain(each: Any) -> Any:
         if isinstance(each, dict):
@@ -271,8 +269,3 @@ def _canonical(value: Any) -> str:
         return int(each) if isinstance(each, float) and each.is_integer() else each
 
     return json.dumps(plain(value), sort_keys=True)
-
-
-# Classes.
-
-

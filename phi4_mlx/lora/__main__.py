@@ -1,4 +1,4 @@
-"""`python -m phi4_mlx.lora`: fine-tunes a model on a person's own data, under mlx-lm's flags."""
+"""`python -m phi4_mlx.lora`: fine-tunes a model on the user's data, with mlx-lm's flags."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from phi4_mlx.lora.settings import OPTIONS, Option, Settings
 from phi4_mlx.terminal.command import Parser, run, text
 
 DRY_RUN_SAMPLES = 3
-# mlx-lm's flags that change nothing here: how many words follow each
+# mlx-lm's flags without effect here -> number of words that follow each
 _WITHOUT_EFFECT = {"clear-cache-threshold": 1, "project-name": 1, "trust-remote-code": 0}
 
 
@@ -21,13 +21,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser("phi4-mlx lora", "Fine-tune a model on your own data; --dry-run shows what it would see.")
+    parser = Parser("phi4-mlx lora", "Fine-tune a model on your own data; --dry-run shows some samples.")
     add = parser.add_argument
-    add("--train", action="store_true", help="train: what the command does anyway, but for --test alone")
+    add("--train", action="store_true", help="train; the default unless --test is given")
     add("-c", "--config", type=text, metavar="FILE", help="a YAML file with any of the options below, or mlx-lm's")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --adapter-path")
-    add("--dry-run", action="store_true", help="show three samples as the model will see them, and leave")
-    for name, option in OPTIONS.items():  # one that is not given leaves the file's value, or the default, as it is
+    add("--resume", action="store_true", help="resume from the newest checkpoint in --adapter-path")
+    add("--dry-run", action="store_true", help="show three samples as the model will see them, and exit")
+    for name, option in OPTIONS.items():  # SUPPRESS: an absent flag must not override the file
         how: dict[str, Any] = {"help": option.help, "default": argparse.SUPPRESS}
         if option.kind is bool:
             how["action"] = argparse.BooleanOptionalAction
@@ -43,7 +43,7 @@ def _parser() -> Parser:
 
 
 def _kind(option: Option) -> Callable[[str], Any]:
-    """What argparse makes of a word: the option's value, or one line."""
+    """The function with which argparse parses an option."""
 
     def parse(word: str) -> Any:
         try:
@@ -69,17 +69,17 @@ def _work(args: argparse.Namespace) -> None:
 
 
 def _settings(args: argparse.Namespace) -> tuple[Settings, bool]:
-    """What the file and the flags say, the flags before the file; and whether either says to train."""
+    """(the settings, in which flags override the file; True if the file or --train asks for training)"""
     flags = {name: value for name, value in vars(args).items() if name in OPTIONS}
     given: dict[str, Any] = {}
-    told = [f"--{name} changes nothing here" for name in _WITHOUT_EFFECT if name.replace("-", "_") in vars(args)]
+    messages = [f"--{name} has no effect here" for name in _WITHOUT_EFFECT if name.replace("-", "_") in vars(args)]
     if args.config:
         from phi4_mlx.lora.config_file import read_config_file
 
         given, from_file = read_config_file(args.config, flags.get("optimizer"))
-        told += from_file
-    for sentence in told:
-        print(sentence, file=sys.stderr)
+        messages += from_file
+    for message in messages:
+        print(message, file=sys.stderr)
     train = given.pop("train", None) or args.train
     return Settings.from_mapping(given | flags, args.config or "the command line"), train
 

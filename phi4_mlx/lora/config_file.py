@@ -1,7 +1,7 @@
-"""The YAML file of `-c`: options under their own names, and mlx-lm's files as they are.
+"""The YAML file of `-c`, with our options or mlx-lm's.
 
-What such a file says in mlx-lm's words and is the same here is taken over; what would change nothing is left out and
-told; for the rest there is a word on what to write instead.
+mlx-lm's options are translated where there is an equivalent, and skipped with a message where they have no effect here;
+for the rest, the error names the option to use instead.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.lora.settings import Settings
 from phi4_mlx.terminal.command import utf8
 
-# Options of mlx-lm, of today and of old, that make no difference here: memory is freed by itself, no code is ever
-# fetched, and a project's name is the library's own business.
+# Options of newer and older versions of mlx-lm without effect here: memory is freed automatically, remote code is
+# never loaded, and the tracking library names its own project.
 WITHOUT_EFFECT = ("clear_cache_threshold", "config", "project_name", "trust_remote_code", "use_chat_template")
 _SWITCHED_OFF = ("wandb", "use_dora", "hf_dataset", "lr_schedule", "optimizer_config", "lora_parameters")
 _INSTEAD = {
@@ -31,8 +31,8 @@ _INSTEAD = {
 }
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but that 1e-5 is a number, as in YAML 1.2, and no text."""
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+    """YAML 1.1, except that 1e-5 is a number, as in YAML 1.2."""
 
 
 _Loader.add_implicit_resolver(
@@ -47,46 +47,47 @@ def read_config_file(path: str, optimizer: str | None = None) -> tuple[dict[str,
 
     Args:
         path: the file.
-        optimizer: that is taken whatever the file says; the file may say things of several.
+        optimizer: overrides the file's optimizer; the file may configure several.
 
     Returns:
-        (name -> value, as `Settings.from_mapping` takes them, and `train` where it is given; what to tell the user)
+        (option -> value for `Settings.from_mapping`, and `train` if it is given; messages for the user)
 
     Raises:
-        RequestError: the file is not YAML, holds no names and values, or asks for what is not done here.
-        OSError: it cannot be read.
+        RequestError: the file is not YAML, does not hold names and values, or has an unsupported option.
+        OSError: the file cannot be read.
     """
     try:
         given = yaml.load(utf8(Path(os.path.expanduser(path)).read_bytes(), path), _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date with a 13th month, say
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: for example, a date with a 13th month
         raise RequestError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if given is None:
         return {}, []
     if not isinstance(given, dict):
         raise RequestError(f"{path} must hold names and values, not {given!r:.60}")
     values = {name: value for name, value in given.items() if not (value is None and name in _SWITCHED_OFF)}
-    told = _take_out_what_has_no_effect(values, path)
-    _take_over(values, path, optimizer)
+    messages = _remove_without_effect(values, path)
+    _translate(values, path, optimizer)
     for name in values:
         if name in _INSTEAD:
             raise RequestError(f"{path}: {name} is not known here; {_INSTEAD[name]}")
     if not isinstance(values.get("train", False), bool):
         raise RequestError(f"{path}: train must be true or false, not {values['train']!r:.60}")
-    return values, told
+    return values, messages
 
 
-def _take_out_what_has_no_effect(values: dict[str, Any], path: str) -> list[str]:
-    told = [name for name in WITHOUT_EFFECT if values.pop(name, None)]
+def _remove_without_effect(values: dict[str, Any], path: str) -> list[str]:
+    """Removes options without effect; returns the message about them, if there is one."""
+    removed = [name for name in WITHOUT_EFFECT if values.pop(name, None)]
     if values.get("use_dora") is False:
         del values["use_dora"]
     if isinstance(values.get("lr_schedule"), Mapping) and "warmup" in values:
-        told.append("warmup")
+        removed.append("warmup")
         del values["warmup"]
-    return [f"{path}: {', '.join(told)} changes nothing here"] if told else []
+    return [f"{path}: {', '.join(removed)} has no effect here"] if removed else []
 
 
-def _take_over(values: dict[str, Any], path: str, optimizer: str | None) -> None:
-    """Puts mlx-lm's words for an optimizer, an adapter and a dataset into ours."""
+def _translate(values: dict[str, Any], path: str, optimizer: str | None) -> None:
+    """Replaces mlx-lm's forms of optimizer, adapter and dataset by ours."""
     configs = values.get("optimizer_config")
     if isinstance(configs, Mapping) and all(isinstance(each, (Mapping, type(None))) for each in configs.values()):
         chosen = optimizer or values.get("optimizer", Settings.optimizer)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, a line now and then in a pipe, and the curve at its end."""
+"""Output of a run for people: a progress bar or lines of text, the loss curve, and samples as the model sees them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.lora.data.samples import Sample
-from phi4_mlx.lora.saving.metrics import CURVE_FILE, Record
+from phi4_mlx.lora.saving.metrics import CURVE_FILE, MetricsLog
 from phi4_mlx.terminal.printable import printable
 from phi4_mlx.tokens.tokenizer import Tokenizer
 
@@ -22,21 +22,27 @@ if TYPE_CHECKING:
     from phi4_mlx.lora.settings import Settings
 
 Tell = Callable[[str], Any]
+"""Shows the user a message."""
+
+_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a Braille character, row by row
 
 
 def to_stderr(sentence: str) -> None:
-    """Where a run tells what it has to tell, unless the caller has another place."""
+    """Prints a message to standard error, which is the default for a run's messages."""
     print(sentence, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def progress(settings: Settings, done: int, tell: Tell) -> Iterator[Callable[[Step], None]]:
-    """Shows steps.
+    """Shows the progress of a run: a bar on a terminal, else a line every `steps_per_report` steps.
 
     Args:
-        settings: of the run.
-        done: steps that were made before.
-        tell: told a line now and then where there is no bar: it is not the terminal's.
+        settings: the run's settings.
+        done: number of steps made before.
+        tell: called with the lines; a bar is shown only with `to_stderr`.
+
+    Yields:
+        A function to call with each step.
     """
     begin = time.monotonic()
     if tell is not to_stderr or not sys.stderr.isatty():
@@ -58,11 +64,11 @@ def progress(settings: Settings, done: int, tell: Tell) -> Iterator[Callable[[St
 
 
 def step_line(step: Step, noun: str) -> str:
-    """A step in one line.
+    """The results of a step in one line.
 
     Args:
         step: the step.
-        noun: what its loss is the mean of, "targets" or "pairs".
+        noun: the things that its loss is the mean of, "targets" or "pairs".
     """
     ahead = "" if step.accuracy is None else f", {step.accuracy:.0%} ahead by {step.margin:.2f}"
     validated = "" if step.valid_loss is None else f", validation {step.valid_loss:.3f}"
@@ -76,7 +82,7 @@ def step_line(step: Step, noun: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in words, no finer than it can be known."""
+    """A duration in text, as precise as an estimate can be."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 90 * 60:
@@ -84,25 +90,32 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def tell_end(record: Record, tell: Tell) -> None:
-    """Draws the curve, and tells where everything is."""
+def report_end(log: MetricsLog, tell: Tell) -> None:
+    """Draws the loss curve, and shows where adapter, metrics and curve are."""
     curve = ""
-    if len(record.lines) > 1:
+    if len(log.lines) > 1:
         if tell is to_stderr and sys.stdout.isatty():
-            print(draw_in_terminal(record, min(100, shutil.get_terminal_size().columns)))
+            print(draw_in_terminal(log, min(100, shutil.get_terminal_size().columns)))
         try:
-            picture = draw_png(record)
+            picture = draw_png(log)
             curve = f", curve in {picture}" if picture else ""
-        except OSError as error:  # a full disk: what counts is there
+        except OSError as error:  # adapter and metrics are already on the disk
             curve = f", the curve could not be drawn: {error.strerror}"
-    tell(f"adapter in {record.path.parent}, metrics in {record.path}{curve}")
-
-_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a Braille character, row by row
+    tell(f"adapter in {log.path.parent}, metrics in {log.path}{curve}")
 
 
-def draw_in_terminal(record: Record, width: int, height: int = 12) -> str:
-    """The losses of training as text, of that many columns and rows: a Braille character holds 2 x 4 points."""
-    steps, losses = record.curves()["training"]
+def draw_in_terminal(log: MetricsLog, width: int, height: int = 12) -> str:
+    """Draws the training loss as text.
+
+    Args:
+        log: the metrics.
+        width: columns, the labels included.
+        height: rows; a Braille character holds 2 x 4 points.
+
+    Returns:
+        `height` lines and a caption.
+    """
+    steps, losses = log.curves()["training"]
     low, high = min(losses), max(losses)
     label = max(len(f"{high:.2f}"), len(f"{low:.2f}"))
     columns, rows = 2 * (width - label - 1), 4 * height
@@ -118,47 +131,56 @@ def draw_in_terminal(record: Record, width: int, height: int = 12) -> str:
     return "\n".join([*lines, f"{'':>{label}} loss, steps {steps[0]:,} to {steps[-1]:,}"])
 
 
-def draw_png(record: Record) -> Path | None:
-    """Writes the curves beside the metrics; None where matplotlib is not installed."""
+def draw_png(log: MetricsLog) -> Path | None:
+    """Draws the losses into a picture beside the metrics; returns None if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return None
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, (steps, losses) in record.curves().items():
+    for name, (steps, losses) in log.curves().items():
         axes.plot(steps, losses, label=name, marker="o" if name == "validation" else None, linewidth=1)
-    axes.set(xlabel="step", ylabel="loss, nats a token", title="Fine-tuning")
+    axes.set(xlabel="step", ylabel="loss, nats per token", title="Fine-tuning")
     axes.grid(alpha=0.3)
     axes.legend()
-    path = record.path.with_name(CURVE_FILE)
+    path = log.path.with_name(CURVE_FILE)
     figure.savefig(path, dpi=120)
     return path
 
 
 def show(sample: Sample, tokenizer: Tokenizer) -> str:
-    """A sample as the model will see it; lines to be learned begin with ">", and line breaks of its own show as "↵".
+    """Formats a sample as the model sees it.
 
-    On a terminal what is to be learned is green too, and control tokens are dim, unlike text that looks like them.
+    Lines of targets begin with ">", and a line break that belongs to the sample shows as "↵". On a terminal, targets
+    are green and control tokens are dim, which distinguishes them from text that looks the same.
+
+    Args:
+        sample: the sample.
+        tokenizer: decodes its tokens.
+
+    Returns:
+        Several lines; the first gives the source and the numbers of tokens and targets.
     """
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
     control, decoder = set(tokenizer.control_ids.values()), tokenizer.streaming_decoder()
-    kinds = [(learned, token in control) for token, learned in zip(sample.ids, sample.targets, strict=True)]
     texts = [printable(decoder.add(token)) for token in sample.ids]
     texts[-1] += decoder.finish()
+    kinds = [(target, token in control) for token, target in zip(sample.ids, sample.targets, strict=True)]
 
-    shown = ""
-    for learned, run in groupby(zip(kinds, texts, strict=True), key=lambda each: each[0][0]):
-        block = "".join(
-            _painted("".join(text for _, text in same), kind if colour else (False, False))
-            for kind, same in groupby(run, key=lambda each: each[0])
-        )
-        margin = "> " if learned else "  "
-        shown += "\n" + margin + block.replace("\n", "↵\n" + margin)
+    shown, margin = "", ""
+    for (target, is_control), group in groupby(zip(kinds, texts, strict=True), key=lambda each: each[0]):
+        text = "".join(text for _, text in group)
+        if margin != ("> " if target else "  "):
+            margin = "> " if target else "  "
+            shown += "\n" + margin
+        shown += (_painted(text, target, is_control) if colour else text).replace("\n", "↵\n" + margin)
     return f"{sample.source}: {len(sample.ids):,} tokens, {sum(sample.targets):,} to be learned{shown}"
 
 
-def _painted(text: str, kind: tuple[bool, bool]) -> str:
-    """The text in the style of (to be learned, control token)."""
-    styles = ";".join(style for style, on in zip(("32", "2"), kind, strict=True) if on)
-    return "\n".join(f"\x1b[{styles}m{line}\x1b[0m" if styles and line else line for line in text.split("\n"))
+def _painted(text: str, target: bool, is_control: bool) -> str:
+    """The text, green if it is a target and dim if it is a control token, line by line."""
+    codes = ["32"] * target + ["2"] * is_control
+    if not codes:
+        return text
+    return "\n".join(f"\x1b[{';'.join(codes)}m{line}\x1b[0m" if line else "" for line in text.split("\n"))

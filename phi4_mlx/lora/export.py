@@ -1,4 +1,4 @@
-"""`python -m phi4_mlx.lora.export`: adapters to and from Hugging Face's PEFT."""
+"""`python -m phi4_mlx.lora.export`: converts adapters to and from Hugging Face's PEFT."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def to_peft(adapter_path: str | Path, peft_path: str | Path) -> None:
-    """Makes a folder for PEFT of an adapter folder.
+    """Converts an adapter folder to a PEFT folder.
 
     Args:
         adapter_path: the adapter, in mlx-lm's layout.
         peft_path: the new folder; must not exist yet.
 
     Raises:
-        RequestError: the target exists or cannot be written, or PEFT has no such kind.
+        RequestError: the target exists or cannot be written, or PEFT does not have this kind of adapter.
         ConfigError, CheckpointError: the adapter is missing or damaged.
     """
     from phi4_mlx.adapters.folder import CONFIG_FILE, FULL, read_folder, write_config, write_tensors
@@ -33,7 +33,7 @@ def to_peft(adapter_path: str | Path, peft_path: str | Path) -> None:
 
     adapter = read_folder(Path(os.path.expanduser(adapter_path)))
     if adapter.kind == FULL:
-        raise RequestError(f"{adapter.source} holds whole weights, no adapter; `phi4-mlx fuse` makes a model of them")
+        raise RequestError(f"{adapter.source} holds full weights, not an adapter; convert it with `phi4-mlx fuse`")
     tensors, config = peft_layout(adapter)
     with whole_or_absent(Path(peft_path)) as out:
         write_tensors(out / PEFT_FILE, tensors)
@@ -41,33 +41,32 @@ def to_peft(adapter_path: str | Path, peft_path: str | Path) -> None:
 
 
 def from_peft(peft_path: str | Path, adapter_path: str | Path, model: str | Path | None = None) -> None:
-    """Makes an adapter folder of what PEFT has saved.
+    """Converts a PEFT folder to an adapter folder.
 
     Args:
         peft_path: PEFT's folder, in safetensors.
         adapter_path: the new folder; must not exist yet.
-        model: what the adapter is for, a folder or a Hub id; needed where it leaves out layers, because the new folder
-            counts them from the last one.
+        model: the adapter's base, a folder or a Hub id; needed if the adapter leaves out layers, because the new
+            folder counts them from the last one.
 
     Raises:
-        RequestError: the target exists or cannot be written, the adapter is of a kind that is not done here or is
-            stored as pickle, or the model is needed.
-        ConfigError, CheckpointError: the adapter is missing or damaged, or not for the model.
+        RequestError: the target exists or cannot be written, the adapter is of an unsupported kind or stored as
+            pickle, or the model is needed.
+        ConfigError, CheckpointError: the adapter is missing or damaged, or does not fit the model.
     """
     from phi4_mlx.adapters.folder import place, write_folder
     from phi4_mlx.adapters.layers import check_fit
     from phi4_mlx.adapters.peft import read_peft
-    from phi4_mlx.config import ModelConfig
+    from phi4_mlx.checkpoint import empty_model, load_config
     from phi4_mlx.files.atomic import whole_or_absent
     from phi4_mlx.hub import resolve
-    from phi4_mlx.models.text import Model
 
     adapter = read_peft(Path(os.path.expanduser(peft_path)))
     layers = sorted({layer for layer, _ in map(place, adapter.paths) if layer >= 0})
     total_layers = len(layers)
     if model is not None:
-        config = ModelConfig.from_folder(resolve(model))
-        check_fit(Model(config), adapter)
+        config = load_config(resolve(model))
+        check_fit(empty_model(config, ()), adapter)
         total_layers = config.num_hidden_layers
     elif adapter.only_layers is not None or layers != list(range(total_layers)):
         raise RequestError(
@@ -80,16 +79,16 @@ def from_peft(peft_path: str | Path, adapter_path: str | Path, model: str | Path
 
 
 def _parser() -> Parser:
-    parser = Parser("phi4_mlx.lora.export", "Carry an adapter over to PEFT, or from it.")
+    parser = Parser("phi4_mlx.lora.export", "Convert an adapter to PEFT, or from it.")
     add = parser.add_argument
     add(
         "--adapter-path", type=word, default="adapters", metavar="FOLDER",
         help="the adapter; with --from-peft, the new folder (default: %(default)s)",
     )  # fmt: skip
     way = parser.add_mutually_exclusive_group(required=True)
-    way.add_argument("--peft", type=word, metavar="OUT", help="make this folder for PEFT")
-    way.add_argument("--from-peft", type=word, metavar="FOLDER", help="read this folder of PEFT's")
-    add("--model", type=word, help="with --from-peft: what it is for, needed where the adapter leaves out layers")
+    way.add_argument("--peft", type=word, metavar="OUT", help="write this PEFT folder")
+    way.add_argument("--from-peft", type=word, metavar="FOLDER", help="read this PEFT folder")
+    add("--model", type=word, help="with --from-peft: the adapter's base, needed if it leaves out layers")
     return parser
 
 
@@ -98,7 +97,7 @@ def _work(args: argparse.Namespace) -> None:
         from_peft(args.from_peft, args.adapter_path, args.model)
         print(f"{args.adapter_path}: ready for --adapter-path")
     elif args.model is not None:
-        raise RequestError(f"--model {args.model} goes with --from-peft; drop it")
+        raise RequestError(f"--model {args.model} needs --from-peft; leave --model out")
     else:
         to_peft(args.adapter_path, args.peft)
         print(f"{args.peft}: ready for PeftModel.from_pretrained")

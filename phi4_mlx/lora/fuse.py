@@ -1,14 +1,14 @@
-"""An adapter worked into the weights of its base, as a package of its own.
+"""Fusing an adapter into the weights of its base, which makes a package of its own.
 
-The weights pass through the converter, in blocks of rows, so memory does not grow with the model. Where the base is
-quantised the fused matrices are quantised again, each as it was, and what that costs is measured.
+The weights pass through the converter in blocks of rows, so memory does not grow with the model. If the base is
+quantised, each fused matrix is quantised again in the same way, and the error of that is measured.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +27,22 @@ from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.tokens.tokenizer import load_tokenizer
 
 PROMPT = "The quick brown fox jumps over the lazy dog. 1, 2, 3, 4, 5: which number comes next, and why?"
-"""Where the logits of the package are held against those of base and adapter."""
+"""The prompt on which the logits of the package are compared with those of base and adapter."""
 
 
 @dataclass(frozen=True)
 class Fused:
-    """What became of a fusion.
+    """The result of a fusion.
 
     Attributes:
-        tensors: how many were changed.
-        change: relative RMS by which the adapter changed them.
-        error: relative RMS of what is in the package, beside the exact sum.
-        max_difference: of a logit on `PROMPT`, between the package and the base with the adapter on.
-        mean_difference: likewise, the mean of absolute values.
-        agreeing: at how many of the prompt's tokens the likeliest next one is the same.
-        prompt_tokens: how many tokens the prompt has.
+        tensors: number of fused matrices.
+        change: relative RMS by which the adapter changes them.
+        error: relative RMS of the stored matrices from the exact sum of base and adapter.
+        max_difference: largest absolute difference of a logit on `PROMPT`, between the package and the base with the
+            adapter on.
+        mean_difference: mean absolute difference of these logits.
+        agreeing: number of the prompt's tokens at which the likeliest next token is the same.
+        prompt_tokens: number of tokens of the prompt.
     """
 
     tensors: int
@@ -62,81 +63,102 @@ def fuse(
     *,
     progress: Callable[[int, int], Any] | None = None,
 ) -> Fused:
-    """Makes a package of a model and an adapter, complete or not at all.
+    """Makes a package of a model and an adapter; the package is complete or absent.
 
     Args:
         model: the base, a folder or a Hub id.
         adapter_path: the adapter's folder, in mlx-lm's layout or PEFT's.
         save_path: the package's folder; must not exist yet.
-        dequantize: leaves the whole package dense; else a quantised base is quantised again as it was.
+        dequantize: True for a dense package; else a quantised base stays quantised in the same way.
         revision: a commit, branch or tag of the Hub repository.
-        progress: called as (bytes done, bytes in all) of the base.
+        progress: called with (bytes done, total bytes) of the base.
+
+    Returns:
+        How far the package is from the base with the adapter on.
 
     Raises:
         RequestError: the target exists or cannot be written, or there is nothing to dequantise.
-        CheckpointError: base or adapter is missing or damaged, or they are not for each other.
-        ConfigError, TokenizerError: the base's files are missing, damaged, or ask for what is not done here.
+        CheckpointError: base or adapter is missing or damaged, or the adapter does not fit the base.
+        ConfigError, TokenizerError: the base's files are missing, damaged or not supported.
     """
     adapter = read_adapter(Path(adapter_path))
-    changed: list[FusedParameter] = []
+    measured = Measurement()
 
     def planned(folder: Path, config: ModelConfig) -> list[Parameter]:
         check_fit(load_model(folder), adapter)
-        parameters = [_fused(parameter, adapter) for parameter in plan(folder, config, None, None, dequantize)]
-        changed.extend(parameter for parameter in parameters if isinstance(parameter, FusedParameter))
-        return parameters
+        return [_fused(parameter, adapter, measured) for parameter in plan(folder, config, None, None, dequantize)]
 
     target = Path(os.path.expanduser(save_path))
     write_package(target, model, revision, planned, progress)
-    squares = [sum(sums, start=mx.zeros(3)) for sums in (parameter.squares for parameter in changed)]
-    change, error, whole = sum(squares, start=mx.zeros(3)).tolist()
-    return Fused(
-        len(changed), (change / whole) ** 0.5, (error / whole) ** 0.5, *_differences(model, revision, adapter, target)
-    )
+    change, error = measured.relative_rms()
+    return Fused(len(adapter.paths), change, error, *_differences(model, revision, adapter, target))
+
+
+class Measurement:
+    """Sums of squares over all blocks of the fused matrices: of the change, of the error and of the exact weights."""
+
+    def __init__(self) -> None:
+        self._squares: list[mx.array] = []  # [3] each
+
+    def add(self, base: mx.array, exact: mx.array, stored: mx.array) -> None:
+        """Adds a block of rows.
+
+        Args:
+            base: rows of the base, fp32 [rows, in].
+            exact: the same rows with the adapter, fp32 [rows, in].
+            stored: the same rows as the package stores them, fp32 [rows, in].
+        """
+        self._squares.append(mx.stack([mx.square(part).sum() for part in (exact - base, stored - exact, exact)]))
+        mx.async_eval(self._squares[-1])  # now, or every block would stay in memory until the end
+
+    def relative_rms(self) -> tuple[float, float]:
+        """Relative RMS of the change and of the error."""
+        change, error, exact = sum(self._squares, start=mx.zeros(3)).tolist()
+        return (change / exact) ** 0.5, (error / exact) ** 0.5
 
 
 @dataclass(frozen=True)
-class FusedParameter(Parameter):
-    """A parameter that an adapter changes on its way.
+class FusedParameter(Parameter):  # type: ignore[misc]  # mypy does not follow the signpost to the converter
+    """A parameter that an adapter changes while it is converted.
 
     Attributes:
         adapter: the adapter.
-        squares: filled by each block: the sums of squares [3] of change, error and exact weights.
+        measured: gets every block that is converted.
     """
 
     adapter: Adapter
-    squares: list[mx.array] = field(default_factory=list)
+    measured: Measurement
 
     def converted(self, first: int, last: int) -> list[mx.array]:
-        """Some rows of each output, as bytes, not yet computed."""
+        """Rows `first` to `last` of each output, as bytes, not yet computed."""
         base = _dense([stored.rows(first, last) for stored in self.inputs], self.packed)
         exact = _with_adapter(self.adapter, self.path, base, first, last)
         arrays = [exact.astype(mlx_dtype(self.numbers))]
         if self.target:
             arrays = mx.quantize(arrays[0], **vars(self.target))
-        parts = (exact - base, _dense(arrays, self.target) - exact, exact)
-        self.squares.append(mx.stack([mx.square(part).sum() for part in parts]))
-        mx.async_eval(self.squares[-1])  # now, or the blocks would stay in memory until the sums are asked for
-        return self.as_bytes(arrays)
+        self.measured.add(base, exact, _dense(arrays, self.target))
+        converted: list[mx.array] = self.as_bytes(arrays)
+        return converted
 
 
-def _fused(parameter: Parameter, adapter: Adapter) -> Parameter:
-    name = f"{parameter.path}.weight" if adapter.kind == FULL else f"{parameter.path}.lora_a"
-    return FusedParameter(**vars(parameter), adapter=adapter) if name in adapter.tensors else parameter
+def _fused(parameter: Parameter, adapter: Adapter, measured: Measurement) -> Parameter:
+    if parameter.path not in adapter.paths:
+        return parameter
+    return FusedParameter(**vars(parameter), adapter=adapter, measured=measured)
 
 
 def _dense(arrays: Sequence[mx.array], scheme: Scheme | None) -> mx.array:
-    """Rows of a matrix in fp32, from what a file holds of it."""
+    """Rows of a matrix in fp32, from the arrays that a file stores."""
     if scheme is None:
         return arrays[0].astype(mx.float32)
     weight, *rest = arrays
     if scheme.mode == "affine":
-        rest = [array.astype(mx.float32) for array in rest]  # else the product would be rounded to their precision
+        rest = [array.astype(mx.float32) for array in rest]  # else the product would be rounded to their dtype
     return mx.dequantize(weight, *rest, **vars(scheme)).astype(mx.float32)
 
 
 def _with_adapter(adapter: Adapter, path: str, rows: mx.array, first: int, last: int) -> mx.array:
-    """What some rows of a matrix [out, in] are with the adapter on, in fp32."""
+    """Rows `first` to `last` of a matrix [out, in] with the adapter on, in fp32."""
     if adapter.kind == FULL:
         return adapter.tensors[f"{path}.weight"][first:last].astype(mx.float32)
     a, b, *m = (array.astype(mx.float32) for array in adapter.of(path))
@@ -150,7 +172,7 @@ def _with_adapter(adapter: Adapter, path: str, rows: mx.array, first: int, last:
 def _differences(
     model: str | Path, revision: str | None, adapter: Adapter, target: Path
 ) -> tuple[float, float, int, int]:
-    """How far the package's logits are from those of base and adapter: largest, mean, agreeing tokens, tokens."""
+    """Differences of the package's logits from those of base and adapter: largest, mean, agreeing tokens, tokens."""
     ids = mx.array([load_tokenizer(target).encode(PROMPT)])
 
     def logits(model: LanguageModel) -> mx.array:
@@ -161,7 +183,7 @@ def _differences(
     base = load_model(resolve(model, revision))
     put_adapter(base, adapter)
     expected = logits(base)
-    del base  # two models need not be in memory together
+    del base  # only one model at a time in memory
     found = logits(load_model(target))
     difference = mx.abs(found - expected)
     agreeing = (found.argmax(-1) == expected.argmax(-1)).sum()

@@ -1,4 +1,4 @@
-"""phi4_mlx.lora.progress."""
+"""Progress of a run: the results of a step, and the counters of the run."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Step:
-    """What one step came to.
+    """The results of one step.
 
     Attributes:
         step: its number, from 1.
-        loss: mean over its targets, in nats; over its pairs, in preference tuning.
-        learning_rate: that it was made with.
-        tokens: its targets, or pairs.
-        grad_norm: of the gradient, before it was clipped.
+        loss: mean over its targets in nats; in preference tuning, over its pairs.
+        learning_rate: the rate of its update.
+        tokens: number of its targets, or pairs.
+        grad_norm: norm of the gradient, before clipping.
         seconds: wall time.
         peak_bytes: peak of MLX's memory so far.
-        valid_loss: of the validation after it, where there was one.
-        accuracy: of its pairs, how many have the chosen answer ahead, from 0 to 1; None without pairs.
-        margin: by how much, on average; see `preference.Figures`.
+        valid_loss: loss of the validation after it, in nats; None without one.
+        accuracy: share of its pairs whose chosen answer is ahead, from 0 to 1; None without pairs.
+        margin: mean margin of its pairs in nats, see `preference.Figures`; None without pairs.
         valid_accuracy: as `accuracy`, of the validation.
     """
 
@@ -39,7 +39,7 @@ class Step:
 
 @dataclass
 class Progress:
-    """How far a run is; JSON can hold it."""
+    """The counters of a run, all of them JSON values."""
 
     step: int = 0
     tokens: int = 0  # targets learned from, or pairs

@@ -1,4 +1,4 @@
-"""A fine-tuning run from its settings to its adapter, the same from Python as from the command."""
+"""A fine-tuning run from settings to adapter, for Python and for the command."""
 
 from __future__ import annotations
 
@@ -21,33 +21,38 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import memory_limit
 from phi4_mlx.hub import DEFAULT_MODEL
 from phi4_mlx.lora.data.batches import Batches
-from phi4_mlx.lora.data.samples import load_pairs, load_samples
-from phi4_mlx.lora.display import Tell, progress, show, tell_end, to_stderr
+from phi4_mlx.lora.data.samples import Pair, Sample, load_pairs, load_samples
+from phi4_mlx.lora.display import Tell, progress, report_end, show, to_stderr
 from phi4_mlx.lora.saving.checkpoints import checkpoints
-from phi4_mlx.lora.saving.metrics import Record, check_reporter, reporter
-from phi4_mlx.lora.saving.run_folder import BEST
+from phi4_mlx.lora.saving.metrics import MetricsLog, check_reporter, reporter
+from phi4_mlx.lora.saving.run_folder import BEST, RunFolder
 from phi4_mlx.lora.settings import Settings
+from phi4_mlx.lora.training.loss import Loss, sft_loss
 from phi4_mlx.lora.training.memory_plan import Plan, check_memory, make_plan
-from phi4_mlx.lora.training.preference import PreferenceLoss
+from phi4_mlx.lora.training.preference import PreferenceLoss, pair_figures
+from phi4_mlx.lora.training.processes import Group
 from phi4_mlx.lora.training.trainable import make_trainable
-from phi4_mlx.lora.training.trainer import Loss, Trainer, evaluate, pair_figures, sft_loss
+from phi4_mlx.lora.training.trainer import Trainer, evaluate
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.tokens.tokenizer import Tokenizer
 
-MANY_EPOCHS = 10
+MANY_EPOCHS = 10  # above this, a message warns of memorising
+
+Samples = Sequence[Sample] | Sequence[Pair]
 
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What became of a run.
+    """The result of a run.
 
     Attributes:
         adapter_path: the adapter's folder.
-        step: the last step that was made.
-        loss: of that step; None if none was made.
-        best_step: the step with the best validation, whose adapter is in `best` there; 0 without a validation.
-        best_loss: its loss.
-        test_loss: on the test set; None where it was not asked for.
+        step: the last step of the run.
+        loss: loss of the last step in nats; None if this call made no step.
+        best_step: the step with the lowest validation loss, whose adapter is in the folder `best`; 0 without a
+            validation.
+        best_loss: the lowest validation loss in nats; infinite without a validation.
+        test_loss: loss on the test set in nats; None without `test`.
     """
 
     adapter_path: Path
@@ -60,11 +65,11 @@ class Finetuned:
 
 @dataclass(frozen=True)
 class Data:
-    """Samples, or pairs, of each split; none of one that is not there or was not asked for."""
+    """Samples or pairs of each split; empty for a split that is missing or not needed."""
 
-    train: Sequence[Any]
-    valid: Sequence[Any]
-    test: Sequence[Any]
+    train: Samples = ()
+    valid: Samples = ()
+    test: Samples = ()
 
 
 def finetune(settings: Settings | Mapping[str, Any], *, resume: bool = False, tell: Tell = to_stderr) -> Finetuned:
@@ -72,17 +77,17 @@ def finetune(settings: Settings | Mapping[str, Any], *, resume: bool = False, te
 
     Args:
         settings: the options: `phi4_mlx.lora.settings.Settings`, or a mapping of the same names.
-        resume: goes on from the newest checkpoint in the adapter's folder.
-        tell: called with each sentence for people; by default they go to standard error, with a progress bar there.
+        resume: True to resume from the newest checkpoint in the adapter's folder.
+        tell: called with each message for people; by default they go to standard error, with a progress bar.
 
     Returns:
-        Where the adapter is, and how it did.
+        The adapter's folder and the losses.
 
     Raises:
-        RequestError: an option, a line of the data or the folder cannot serve, it would not fit in memory, the loss
-            is no number, or the disk is full at the end.
+        RequestError: an option, a line of the data or the folder cannot be used, the run does not fit in memory, the
+            loss is not finite or has jumped, or the disk is full at the end.
         ConfigError, CheckpointError, TokenizerError: a file of the model or the adapter is missing or damaged.
-        KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM came; the step under way was finished, and all is saved.
+        KeyboardInterrupt, SystemExit: on Ctrl-C or SIGTERM, after the current step, with everything saved.
     """
     if not isinstance(settings, Settings):
         settings = Settings.from_mapping(settings, "settings")
@@ -93,42 +98,64 @@ def finetune(settings: Settings | Mapping[str, Any], *, resume: bool = False, te
     if not group.rank():
         check_reporter(settings.report_to)
         check_folder(folder, settings, resume)
-    model, tokenizer = load(settings.model or DEFAULT_MODEL, lazy=True)  # read when the data has proven good
+    model, tokenizer = load(settings.model or DEFAULT_MODEL, lazy=True)  # weights are read after the data is checked
     data = read_data(settings, tokenizer, tell)
     batches = _batches(data.train, settings, group, settings.seed)
     validation = _batches(data.valid, settings, group) if data.valid else None
     make_trainable(model, settings)
-    trainer = Trainer(
-        model, batches, settings, folder, validation, loss_of(settings), group,
-        warn=tell, adapter_config={"model": settings.model or DEFAULT_MODEL},
+    run_folder = RunFolder(
+        folder, len(model.layers), keep_checkpoints=settings.keep_checkpoints,
+        adapter_config={"model": settings.model or DEFAULT_MODEL}, warn=tell,
     )  # fmt: skip
+    trainer = Trainer(model, batches, settings, run_folder, validation, loss_of(settings), group)
     step = trainer.resume() if resume else 0
     mx.eval(model.parameters())
-    record = None
     if trainer.leads:
         if not trainer.finished:
-            tell_plan(trainer, tell)
+            report_plan(trainer, tell)
         report_to = None if trainer.finished else settings.report_to
-        record = Record(folder, step, reporter(report_to, folder, asdict(settings)), settings.noun)
-        trainer.storage.record = record
+        run_folder.metrics = MetricsLog(folder, step, reporter(report_to, folder, asdict(settings)), settings.noun)
     loss = _train(trainer, tell)
-    _tell_result(trainer, record, step, tell)
+    _report_result(trainer, step, tell)
     trainer.stop.pass_on()
-    tested = tell_test(model, _batches(data.test, settings, group), settings, tell, group) if data.test else None
+    tested = report_test(model, _batches(data.test, settings, group), settings, tell, group) if data.test else None
     best = trainer.progress
     return Finetuned(folder, best.step, loss, best.best_step, best.best_loss, tested)
 
 
 def preview(settings: Settings, count: int) -> list[str]:
-    """The first samples, as the model will see them; no weights are read."""
+    """Formats the first training samples as the model will see them; reads no weights.
+
+    Args:
+        settings: the options.
+        count: number of samples, or pairs.
+
+    Raises:
+        RequestError: the data cannot be used.
+        ConfigError, TokenizerError: a file of the model is missing or damaged.
+    """
     _, tokenizer = load(settings.model or DEFAULT_MODEL, lazy=True)
     samples = read_data(settings, tokenizer, to_stderr).train[:count]
-    each = [part for sample in samples for part in ((sample,) if hasattr(sample, "ids") else vars(sample).values())]
-    return [show(sample, tokenizer) for sample in each]
+    parts = [
+        part for each in samples for part in ((each.chosen, each.rejected) if isinstance(each, Pair) else (each,))
+    ]
+    return [show(part, tokenizer) for part in parts]
 
 
 def measure_adapter(settings: Settings, tell: Tell = to_stderr) -> float:
-    """The loss of the adapter in the adapter's folder on the test set; nothing is trained."""
+    """Measures the loss of an existing adapter on the test set; trains nothing.
+
+    Args:
+        settings: the options; `adapter_path` holds the adapter.
+        tell: called with each message for people.
+
+    Returns:
+        The loss in nats.
+
+    Raises:
+        RequestError: the data cannot be used.
+        ConfigError, CheckpointError, TokenizerError: a file of the model or the adapter is missing or damaged.
+    """
     group = mx.distributed.init()
     if group.rank():
         tell = _nothing
@@ -136,34 +163,39 @@ def measure_adapter(settings: Settings, tell: Tell = to_stderr) -> float:
     data = read_data(settings, tokenizer, tell, splits=("test",))
     load_adapter(model, Path(settings.adapter_path))
     mx.eval(model.parameters())
-    return tell_test(model, _batches(data.test, settings, group), settings, tell, group)
+    return report_test(model, _batches(data.test, settings, group), settings, tell, group)
 
 
 def check_folder(folder: Path, settings: Settings, resume: bool) -> None:
-    """Refuses a folder with somebody else's work in it, or one with nothing to go on from.
+    """Refuses a folder whose content would be overwritten, and one without a checkpoint to resume from.
+
+    Args:
+        folder: the adapter's folder.
+        settings: the options.
+        resume: True if the run resumes.
 
     Raises:
-        RequestError: says what is there, and the ways out.
+        RequestError: the folder cannot be used.
     """
     if folder.exists() and not folder.is_dir():
-        raise RequestError(f"{folder} is no folder; name another --adapter-path")
+        raise RequestError(f"{folder} is not a folder; name another --adapter-path")
     there = bool(checkpoints(folder))
     if resume:
         if not there:
-            raise RequestError(f"{folder} holds no checkpoint to go on from; leave --resume out to begin anew")
+            raise RequestError(f"{folder} holds no checkpoint to resume from; leave --resume out to start a new run")
         return
     if there:
-        raise RequestError(f"{folder} holds a run already; --resume goes on with it, or name another --adapter-path")
+        raise RequestError(f"{folder} holds a run already; continue it with --resume, or name another --adapter-path")
     peft = is_peft(folder)
     if not peft and not any((folder / name).exists() for name in (CONFIG_FILE, TENSORS_FILE)):
         return
     if settings.resume_adapter_file is not None and not peft:
-        begun_with = Path(os.path.expanduser(settings.resume_adapter_file))
-        if folder.resolve() in (begun_with.resolve(), begun_with.resolve().parent):
+        initial = Path(os.path.expanduser(settings.resume_adapter_file))
+        if folder.resolve() in (initial.resolve(), initial.resolve().parent):
             return
-    way = "" if peft else ", or go on from it with --resume-adapter-file"
+    way = "" if peft else ", or start from it with --resume-adapter-file"
     raise RequestError(
-        f"{folder} holds an adapter already{' of PEFT' if peft else ''}, which training would overwrite; name another "
+        f"{folder} holds {'a PEFT' if peft else 'an'} adapter already, which training would overwrite; name another "
         f"--adapter-path{way}"
     )
 
@@ -171,22 +203,31 @@ def check_folder(folder: Path, settings: Settings, resume: bool) -> None:
 def read_data(
     settings: Settings, tokenizer: Tokenizer, tell: Tell, splits: Sequence[str] = ("train", "valid", "test")
 ) -> Data:
-    """Reads all that a run needs, and tells what it came to.
+    """Reads all samples of a run, and reports their numbers.
+
+    Args:
+        settings: the options.
+        tokenizer: encodes the samples.
+        tell: called with each message for people.
+        splits: the splits to read; "test" is read only with `settings.test`.
 
     Raises:
-        RequestError: a line is bad, or a split that is needed is not there.
+        RequestError: a line cannot be used, or a split that is needed is missing.
     """
-    read: Any = load_pairs
-    if settings.task == "sft":
-        read = functools.partial(load_samples, mask_prompt=settings.mask_prompt)
-    found: dict[str, Sequence[Any]] = {"train": (), "valid": (), "test": ()}
+    found: dict[str, Samples] = {}
     for split in splits:
         if split == "test" and not settings.test:
             continue
-        found[split], report = read(settings.data, tokenizer, split, max_seq_length=settings.max_seq_length)
-        for sentence in report.sentences() if found[split] else ():
-            tell(f"{split}: {sentence}")
-    if settings.test and not found["test"]:
+        if settings.task == "sft":
+            found[split], report = load_samples(
+                settings.data, tokenizer, split,
+                mask_prompt=settings.mask_prompt, max_seq_length=settings.max_seq_length,
+            )  # fmt: skip
+        else:
+            found[split], report = load_pairs(settings.data, tokenizer, split, max_seq_length=settings.max_seq_length)
+        for message in report.messages() if found[split] else ():
+            tell(f"{split}: {message}")
+    if settings.test and not found.get("test"):
         raise RequestError(f"{settings.data} holds no test.jsonl, which --test needs; leave --test out")
     if settings.patience and "valid" in splits and not found["valid"]:
         raise RequestError(
@@ -197,12 +238,20 @@ def read_data(
 
 
 def loss_of(settings: Settings) -> Loss:
-    """What a task minimises."""
+    """The loss of a task."""
     return sft_loss if settings.task == "sft" else PreferenceLoss(settings.task, settings.beta)
 
 
-def tell_plan(trainer: Trainer, tell: Tell) -> None:
-    """Tells what is trained, how long and in how much memory; refuses what cannot fit."""
+def report_plan(trainer: Trainer, tell: Tell) -> None:
+    """Reports the size, the length and the predicted memory of a run.
+
+    Args:
+        trainer: the run, before its first step.
+        tell: called with each message for people.
+
+    Raises:
+        RequestError: the run does not fit in memory.
+    """
     settings, model, batches = trainer.settings, trainer.model, trainer.batches
     accumulating = settings.grad_accumulation_steps > 1 or trainer.group is not None
 
@@ -218,20 +267,30 @@ def tell_plan(trainer: Trainer, tell: Tell) -> None:
     trained = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
     epochs = settings.iters * settings.grad_accumulation_steps / batches.steps_per_epoch
     tell(
-        f"{settings.fine_tune_type}: {trained:,} numbers to train; steps {trainer.progress.step + 1:,} to "
+        f"{settings.fine_tune_type}: {trained:,} parameters to train; steps {trainer.progress.step + 1:,} to "
         f"{settings.iters:,} = {epochs:,.1f} epochs of {batches.steps_per_epoch:,} batches; predicted peak "
         f"{peak / 1e9:.2f} GB of {memory_limit() / 1e9:.1f} GB"
     )
     if epochs > MANY_EPOCHS:
-        tell(f"each sample comes {epochs:,.0f} times, and is learned by heart: fewer --iters, or more data, generalise")
+        tell(f"each sample comes {epochs:,.0f} times and will be memorised: use fewer --iters, or more data")
 
 
-def tell_test(
-    model: LanguageModel, batches: Batches, settings: Settings, tell: Tell, group: mx.distributed.Group | None = None
+def report_test(
+    model: LanguageModel, batches: Batches, settings: Settings, tell: Tell, group: Group | None = None
 ) -> float:
-    """The loss on the test set, and tells it."""
+    """Measures and reports the loss on the test set.
+
+    Args:
+        model: the model, with its adapter.
+        batches: the test set.
+        settings: the options.
+        tell: called with the result.
+        group: the processes that share the batches; None for this one alone.
+
+    Returns:
+        The loss in nats.
+    """
     count = None if settings.test_batches < 0 else settings.test_batches
-    group = group if group is not None and group.size() > 1 else None
     loss = loss_of(settings)
     found = evaluate(model, batches.fixed(count), loss, group)
     accuracy, _ = pair_figures(loss, group)
@@ -241,43 +300,43 @@ def tell_test(
 
 
 def _train(trainer: Trainer, tell: Tell) -> float | None:
-    """Makes the steps that are left; returns the last one's loss."""
+    """Makes the remaining steps; returns the loss of the last one."""
     loss = None
     with progress(trainer.settings, trainer.progress.step, tell) as show_step:
         for step in trainer.run():
             loss = step.loss
             try:
                 show_step(step)
-            except BaseException:  # the reader of a pipe has left, say
+            except BaseException:  # for example, the reader of the pipe has gone
                 trainer.rescue()
                 raise
     return loss
 
 
-def _tell_result(trainer: Trainer, record: Record | None, resumed_at: int, tell: Tell) -> None:
-    settings, now = trainer.settings, trainer.progress
-    if record is None:
+def _report_result(trainer: Trainer, resumed_at: int, tell: Tell) -> None:
+    settings, now, folder, metrics = trainer.settings, trainer.progress, trainer.folder.path, trainer.folder.metrics
+    if metrics is None:
         return
     if trainer.finished and now.step == resumed_at:
-        why = "validation no longer improved" if trainer.ended_early else f"step {now.step:,} was its last"
+        why = "validation no longer improves" if trainer.ended_early else f"step {now.step:,} was its last"
         more = "a larger --patience" if trainer.ended_early else "another --adapter-path"
-        tell(f"the run in {trainer.folder} had ended: {why}; {more} goes on")
+        tell(f"the run in {folder} has ended: {why}; use {more} to continue")
     elif now.step < settings.iters:
-        why = "validation no longer improves" if trainer.ended_early else "--resume goes on"
+        why = "validation no longer improves" if trainer.ended_early else "--resume continues"
         tell(f"stopped after step {now.step:,}: {why}")
     if not now.step:
         return
-    tell_end(record, tell)
+    report_end(metrics, tell)
     if now.best_step:
-        tell(f"best validation loss {now.best_loss:.3f}, after step {now.best_step:,}, in {trainer.folder / BEST}")
+        tell(f"best validation loss {now.best_loss:.3f}, after step {now.best_step:,}, in {folder / BEST}")
 
 
-def _batches(samples: Sequence[Any], settings: Settings, group: mx.distributed.Group, seed: int = 0) -> Batches:
+def _batches(samples: Samples, settings: Settings, group: Group, seed: int = 0) -> Batches:
     return Batches(
         samples, batch_size=settings.batch_size, max_seq_length=settings.max_seq_length, packing=settings.packing,
         seed=seed, rank=group.rank(), world=group.size(),
     )  # fmt: skip
 
 
-def _nothing(sentence: str) -> None:
-    pass
+def _nothing(message: str) -> None:
+    """The `tell` of all processes but the first."""

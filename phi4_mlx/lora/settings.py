@@ -1,7 +1,7 @@
-"""What a fine-tuning run is told: every option, its default, its limits and its help, under mlx-lm's names.
+"""The options of a fine-tuning run, each with its default, limits and help, under mlx-lm's names.
 
-Flags, a YAML file and Python fill in the same fields, and each option says once what it may be. Only the standard
-library is imported here: the command's `--help` is made of these options, and must cost nothing.
+Flags, a YAML file and Python set the same fields, and `OPTIONS` is the only table of limits and defaults. Only the
+standard library is imported here, because `--help` is made of these options and must be fast.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ MANY = 10**9
 
 @dataclass(frozen=True)
 class Option:
-    """What a setting may be.
+    """The type and limits of a setting.
 
     Attributes:
         kind: int, float, bool or str.
-        help: what it is, for people.
-        low: least number that it may be.
-        high: greatest number that it may be.
-        known: the words that it may be; empty for any but the empty one.
-        may_be_all: whether -1 stands for all; then 0, which would be none, is refused.
-        may_be_none: whether it can be left open.
+        help: its description in `--help`.
+        low: smallest number allowed.
+        high: largest number allowed.
+        known: the texts allowed; empty for any text that is not empty.
+        may_be_all: True if -1 stands for all; 0 is then refused.
+        may_be_none: True if None is allowed.
     """
 
     kind: type
@@ -40,7 +40,7 @@ class Option:
 
     @property
     def limits(self) -> str:
-        """What it may be, in words."""
+        """The allowed values, in words."""
         if self.kind is bool:
             return "true or false"
         if self.known:
@@ -53,8 +53,8 @@ class Option:
             return f"a whole number from {self.low:,} to {self.high:,}"
         return f"a number from {self.low:g} to {self.high:g}"
 
-    def allows(self, value: Any) -> bool:
-        """Whether it may be that."""
+    def allows(self, value: object) -> bool:
+        """True if the value is allowed."""
         if value is None or isinstance(value, bool):
             return self.may_be_none if value is None else self.kind is bool
         if self.kind is str:
@@ -63,16 +63,16 @@ class Option:
             return False
         return self.low <= value <= self.high and not (self.may_be_all and value == 0)
 
-    def check(self, name: str, value: Any) -> None:
-        """Raises RequestError, which calls it by that name, if it may not be that."""
+    def check(self, name: str, value: object) -> None:
+        """Raises RequestError, which names the setting, if the value is not allowed."""
         if not self.allows(value):
             raise RequestError(f"{name} must be {self.limits}, not {value!r:.60}")
 
     def parsed(self, word: str) -> Any:
-        """The value that a word of the command line stands for.
+        """Parses a value of the command line.
 
         Raises:
-            ValueError: it may not be that.
+            ValueError: the value is not allowed.
         """
         value: Any = word if self.kind is str or "_" in word else self.kind(word)  # Python reads 1_0 as ten
         if not self.allows(value):
@@ -82,9 +82,12 @@ class Option:
 
 @dataclass(frozen=True)
 class LoraParameters:
-    """The shape of an adapter; see `add_adapter`, which knows the limits.
+    """The shape of an adapter; `add_adapter` checks its limits.
 
     Attributes:
+        rank: rank of the two matrices.
+        scale: factor of their product.
+        dropout: probability that training drops an input, from 0 to below 1.
         keys: linear layers of a block; None for all of them.
     """
 
@@ -104,18 +107,18 @@ class LoraParameters:
 SCHEDULES = {
     "cosine_decay": (2, 3, 1), "exponential_decay": (2, 2, None), "linear_schedule": (3, 3, 2), "step_decay": (3, 3, 2),
 }  # fmt: skip
-"""mlx-lm's schedules -> how few and how many arguments they take, and which of them counts steps."""
+"""mlx-lm's schedule -> (fewest arguments, most arguments, index of the argument that is a number of steps)"""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A learning rate in mlx-lm's words: one of MLX's schedules, after a warm-up.
+    """A learning-rate schedule as mlx-lm writes it: one of MLX's schedules after a warm-up.
 
     Attributes:
-        name: of `SCHEDULES`.
-        arguments: as MLX's function of that name takes them.
+        name: a key of `SCHEDULES`.
+        arguments: the arguments of MLX's function of that name.
         warmup: steps over which the rate rises to the first argument.
-        warmup_init: what it rises from.
+        warmup_init: the rate at the start of the warm-up.
     """
 
     name: str
@@ -142,7 +145,7 @@ OPTIMIZER_OPTIONS: dict[str, tuple[str, ...]] = {
     "adam": ("betas", "eps", "bias_correction"),
     "adafactor": ("clip_threshold", "decay_rate", "beta_1", "weight_decay"),
 }
-"""Optimizer -> what `optimizer_config` may say of it."""
+"""Optimizer -> the names that `optimizer_config` may hold."""
 
 
 def _option(
@@ -155,66 +158,67 @@ def _option(
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. What each field is and may be stands beside it.
+    """The options of a run. The other fields are described beside their defaults.
 
     Attributes:
         lora_parameters: the shape of the adapter.
-        lr_schedule: "cosine" or "constant", after `warmup`; or a `Schedule`, which then says the rate and the warm-up.
-        optimizer_config: what else the optimizer is told; see `OPTIMIZER_OPTIONS`.
-        given: which options were named, also those of lora_parameters, where it is known.
+        lr_schedule: "cosine" or "constant", after `warmup`; or a `Schedule`, which replaces `learning_rate` and
+            `warmup`.
+        optimizer_config: further arguments of the optimizer; see `OPTIMIZER_OPTIONS`.
+        given: names of the options that were set in a file or by a flag, those of lora_parameters included.
     """
 
     model: str | None = _option(None, str, "a folder, a Hugging Face id, or demo")
     data: str = _option(
-        "data", str, "a folder with train.jsonl and perhaps valid.jsonl and test.jsonl, one file, or a Hugging Face id"
+        "data", str, "a folder with train.jsonl, optionally valid.jsonl and test.jsonl; one file; or a Hugging Face id"
     )
-    adapter_path: str = _option("adapters", str, "where the adapter, checkpoints and metrics go")
+    adapter_path: str = _option("adapters", str, "folder for the adapter, checkpoints and metrics")
     resume_adapter_file: str | None = _option(
-        None, str, "an adapter to begin with: a file with its adapter_config.json beside it, or a folder"
+        None, str, "initial adapter: a folder, or a file with adapter_config.json beside it"
     )
     task: str = _option(
-        "sft", str, "what is learned: answers, or preferences between two", known=("sft", "dpo", "orpo")
+        "sft", str, "learn answers (sft) or preferences between two answers (dpo, orpo)", known=("sft", "dpo", "orpo")
     )
-    fine_tune_type: str = _option("lora", str, "what is trained", known=("lora", "dora", "full"))
-    num_layers: int = _option(-1, int, "blocks that are trained, from the last; -1 for all", -1, may_be_all=True)
+    fine_tune_type: str = _option("lora", str, "parameters to train", known=("lora", "dora", "full"))
+    num_layers: int = _option(-1, int, "number of last blocks to train; -1 for all", -1, may_be_all=True)
     lora_parameters: LoraParameters = field(default_factory=LoraParameters)
     iters: int = _option(1000, int, "optimizer steps", 1)
     batch_size: int = _option(4, int, "rows in a batch, over all processes; a packed row holds several samples", 1)
-    grad_accumulation_steps: int = _option(1, int, "batches in a step; each target weighs the same", 1)
+    grad_accumulation_steps: int = _option(1, int, "batches in a step; each target has the same weight", 1)
     max_seq_length: int = _option(2048, int, "tokens in a row", 2)
     packing: bool = _option(
-        True, bool, "several samples in a row, so that a batch holds more of them than rows (on by default)"
+        True, bool, "put several samples in a row, so a batch holds more samples than rows (on by default)"
     )
-    mask_prompt: bool = _option(False, bool, "learn the answers alone")
+    mask_prompt: bool = _option(False, bool, "learn the answers only, not the prompts")
     grad_checkpoint: bool = _option(
-        False, bool, "keep less for backward and compute it again: less memory, more time"
+        False, bool, "recompute activations in backward: less memory, more time"
     )
     optimizer: str = _option(
         "adamw", str, "adam has no weight decay, adafactor takes less memory", known=tuple(OPTIMIZER_OPTIONS)
     )
     optimizer_config: Mapping[str, Any] = field(default_factory=dict)
-    learning_rate: float = _option(1e-4, float, "at its highest", 0, 10)
+    learning_rate: float = _option(1e-4, float, "highest learning rate", 0, 10)
     lr_schedule: str | Schedule = _option(  # noqa: RUF009
-        "cosine", str, "what it does after the warm-up", known=("cosine", "constant")
+        "cosine", str, "learning rate after the warm-up", known=("cosine", "constant")
     )
-    warmup: int = _option(0, int, "steps over which it rises")
-    weight_decay: float = _option(0.01, float, "of adamw and adafactor", 0, 10)
+    warmup: int = _option(0, int, "steps over which the learning rate rises")
+    weight_decay: float = _option(0.01, float, "weight decay of adamw and adafactor", 0, 10)
     clip: float = _option(1.0, float, "largest norm of the gradient; 0 for no limit", 0, 1e6)
-    beta: float = _option(0.1, float, "how dear leaving the base is to DPO; the weight of ORPO's preference", 1e-6, 100)
-    steps_per_report: int = _option(10, int, "steps between two lines, where there is no progress bar", 1)
+    beta: float = _option(0.1, float, "how strongly DPO stays near the base; weight of ORPO's preference", 1e-6, 100)
+    steps_per_report: int = _option(10, int, "steps between two lines of output without a progress bar", 1)
     report_to: str | None = _option(
-        None, str, "where the metrics also go, if it is installed", known=("wandb", "tensorboard")
+        None, str, "also send the metrics to this library, if it is installed", known=("wandb", "tensorboard")
     )
     steps_per_eval: int = _option(200, int, "steps between two validations", 1)
     val_batches: int = _option(25, int, "batches in a validation; -1 for all", -1, may_be_all=True)
     test: bool = _option(
-        False, bool, "tell the loss on the test set after training; without --train, of the adapter in --adapter-path"
+        False, bool, "print the loss on the test set after training; without --train, of the adapter in --adapter-path"
     )
-    test_batches: int = _option(500, int, "batches of the test set; -1 for all", -1, may_be_all=True)
-    patience: int = _option(0, int, "validations without a better loss after which training stops; 0 never stops")
+    test_batches: int = _option(500, int, "batches of the test set to use; -1 for all", -1, may_be_all=True)
+    patience: int = _option(0, int, "stop after this many validations without a better loss; 0 for never")
     save_every: int = _option(100, int, "steps between two checkpoints", 1)
-    keep_checkpoints: int = _option(3, int, "how many of the newest stay", 1)
-    seed: int = _option(0, int, "of the order, the adapter and dropout")
+    keep_checkpoints: int = _option(3, int, "number of newest checkpoints to keep", 1)
+    seed: int = _option(0, int, "seed of the data order, the adapter and dropout")
     given: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -227,10 +231,14 @@ class Settings:
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any], where: str) -> Settings:
-        """Settings from a parsed file; what it leaves out has its default.
+        """Makes settings from a parsed file; an option that is not given has its default.
+
+        Args:
+            given: option -> value.
+            where: the file, for messages.
 
         Raises:
-            RequestError: a name is not known, or a value is out of range; says where.
+            RequestError: a name is not known, or a value is out of range.
         """
         known = {each.name for each in fields(cls)} - {"given"}
         _check_names(given, known, where)
@@ -250,18 +258,18 @@ class Settings:
             raise RequestError(f"{where}: {error}") from None
 
     def named(self, name: str) -> bool:
-        """Whether an option was given, or at least is not what it would be if it were not; "rank" and so on too."""
+        """True if an option was given or differs from its default; takes the names of lora_parameters too."""
         place = self.lora_parameters if name in {each.name for each in fields(LoraParameters)} else self
         return name in self.given or getattr(place, name) != getattr(_DEFAULTS[type(place)], name)
 
     @property
     def rate_depends_on_iters(self) -> bool:
-        """Whether a step's learning rate is another one in a longer run."""
+        """True if the learning rate of a step depends on the number of steps."""
         return self.lr_schedule == "cosine"
 
     @property
     def noun(self) -> str:
-        """What a loss is the mean of."""
+        """The things that a loss is the mean of."""
         return "targets" if self.task == "sft" else "pairs"
 
 
@@ -271,11 +279,11 @@ OPTIONS: dict[str, Option] = {
 
 
 def _with_tuple(given: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The mapping, its list of that name as a tuple."""
+    """A copy of the mapping in which the list `name` is a tuple."""
     return {**given, name: tuple(given[name])} if isinstance(given.get(name), list) else dict(given)
 
 
-def _check_names(given: Any, known: set[str], where: str) -> Mapping[str, Any]:
+def _check_names(given: object, known: set[str], where: str) -> Mapping[str, Any]:
     if not isinstance(given, Mapping):
         raise RequestError(f"{where} must be an object of names and values, not {given!r:.60}")
     for name in given:
@@ -284,7 +292,7 @@ def _check_names(given: Any, known: set[str], where: str) -> Mapping[str, Any]:
     return given
 
 
-def _check_optimizer(optimizer: str, config: Any) -> None:
+def _check_optimizer(optimizer: str, config: Mapping[str, Any]) -> None:
     known = OPTIMIZER_OPTIONS[optimizer]
     _check_names(config, {*known}, f"optimizer_config of {optimizer}")
     for name, value in config.items():

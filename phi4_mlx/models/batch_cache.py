@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
 
-from phi4_mlx.models.cache import LayerCache, PromptCache
+from phi4_mlx.models.cache import LayerCache
+from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime
 
 

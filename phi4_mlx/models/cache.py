@@ -1,25 +1,21 @@
-"""Caches: keys and values of one layer, and the prompt cache of one sequence.
+"""Caches of one layer: what any of them can do, and keys and values.
 
-`KVCache` keeps mlx-lm's duck type, so that mlx-lm's own tools work on it. `PromptCache` is the list of all layers'
-caches; `model.make_cache()` returns one, and the caller passes it to `model(ids, cache)`.
+`KVCache` keeps mlx-lm's duck type, so that mlx-lm's own tools work on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from phi4_mlx.errors import RequestError, check_whole
 from phi4_mlx.models.rope import Regime
 
 Mask: TypeAlias = "str | mx.array | None"  # "causal", bool [.., T, S], or None where every query sees every key
 Quantized: TypeAlias = "tuple[mx.array, mx.array, mx.array]"  # weights, scales and biases from `mx.quantize`
-
-MAX_SNAPSHOTS = 8  # of one sequence; each takes as many bytes as the recurrent states of all layers
 
 
 @dataclass(frozen=True)
@@ -260,220 +256,3 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes of all buffers, filled or not."""
         return sum(buffer.nbytes for buffer in self._buffers)
-
-
-@dataclass(frozen=True)
-class _Snapshot:
-    length: int
-    layers: list[Any]  # one a layer
-
-
-class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
-    """The caches of all layers, with the ids of the tokens in them and the RoPE regime they were computed under.
-
-    The ids make a crossing of the RoPE boundary exact: `admit` then empties the cache and returns the whole sequence,
-    to be run again under the other table.
-
-    Args:
-        layers: one `LayerCache` a layer, all at the same offset.
-        regime_for: length -> the regime it needs.
-        options: the options that the layers were made with.
-
-    Attributes:
-        regime: the RoPE table of everything cached.
-        options: as given.
-        rerun_tokens: tokens that crossings made the model run again, so far.
-    """
-
-    def __init__(
-        self,
-        layers: Iterable[LayerCache],
-        regime_for: Callable[[int], Regime],
-        options: CacheOptions | None = None,
-    ):
-        super().__init__(layers)
-        self.options = options or CacheOptions()
-        self._regime_for = regime_for
-        self._pieces: list[mx.array] = []  # ids, [B, t] each
-        self._known = 0  # ids in all pieces
-        self._snapshots: list[_Snapshot] = []
-        self.regime: Regime = self.options.regime or regime_for(self.offset)
-        self.rerun_tokens = 0
-
-    @property
-    def offset(self) -> int:
-        """Tokens cached."""
-        return self[0].offset
-
-    @property
-    def positions(self) -> int:
-        """The position of the next token."""
-        return self.offset
-
-    @property
-    def ids(self) -> mx.array:
-        """The ids of the cached tokens, [B, S]."""
-        self._drop_trimmed_ids()
-        if not self._pieces:
-            return mx.zeros((1, 0), mx.int32)
-        if len(self._pieces) > 1:
-            self._pieces = [mx.concatenate(self._pieces, axis=1)]
-        return self._pieces[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers, filled or not, and of snapshots."""
-        parts = [part for _, part in tree_flatten([each.layers for each in self._snapshots])]
-        kept = sum(int(part.nbytes) for part in parts if isinstance(part, mx.array))
-        return sum(layer.nbytes for layer in self) + kept
-
-    @property
-    def rewindable(self) -> bool:
-        """True if tokens can always be taken back, however many follow; speculation needs that."""
-        return all(layer.rewindable for layer in self)
-
-    @property
-    def needs_snapshots(self) -> bool:
-        """True if tokens are taken back by returning to a snapshot."""
-        return not self.rewindable and all(layer.snapshot() is not None for layer in self)
-
-    def crosses(self, num_tokens: int) -> bool:
-        """True if `num_tokens` more tokens would need the other RoPE table."""
-        return self._regime_with(num_tokens) != self.regime
-
-    def admit(self, ids: mx.array) -> mx.array:
-        """Chooses the RoPE table of a sequence that goes on with `ids`, before they are run in one chunk or several.
-
-        Args:
-            ids: all the new tokens, [B, T].
-
-        Returns:
-            The ids to run: the new ones [B, T], or the whole sequence [B, S + T] after a crossing.
-
-        Raises:
-            RequestError: at a crossing, the cache does not know its ids, because this model did not fill it.
-        """
-        self._drop_trimmed_ids()
-        regime = self._regime_with(ids.shape[1])
-        if self.offset > 0 and regime != self.regime:
-            if self._known < self.offset:
-                raise RequestError(
-                    f"{self.offset} cached tokens must be run again under the {regime} RoPE table, and the cache does "
-                    "not know their ids; make it with model.make_cache()"
-                )
-            ids = mx.concatenate([self.ids, ids], axis=1)
-            self.rerun_tokens += self.offset
-            self._clear()
-        self.regime = regime
-        return ids
-
-    def record(self, ids: mx.array) -> None:
-        """Appends the ids [B, T] that the model is about to run."""
-        if len(self._pieces) >= KVCache.STEP:
-            mx.async_eval(self.ids)  # as one piece
-        self._pieces.append(ids)
-        self._known += ids.shape[1]
-
-    def make_mask(self, N: int) -> Mask:
-        """The attention mask of the next N tokens, the same for all layers."""
-        return self[0].make_mask(N)
-
-    def is_trimmable(self) -> bool:
-        """True if some tokens can be taken back while others stay."""
-        return all(layer.is_trimmable() for layer in self)
-
-    def trim(self, n: int) -> int:
-        """Takes back the last n tokens; returns how many it took: 0 unless `is_trimmable`, or all of them."""
-        n = max(0, min(self.offset, n))
-        taken = [layer.trim(n) for layer in self]
-        self._drop_trimmed_ids()
-        return taken[0]
-
-    def mark(self) -> None:
-        """Takes a snapshot to return to, where `needs_snapshots`."""
-        known = {0, *(each.length for each in self._snapshots)}
-        if self.offset not in known and self.needs_snapshots:
-            snapshot = _Snapshot(self.offset, [layer.snapshot() for layer in self])
-            self._snapshots = [*self._snapshots[1 - MAX_SNAPSHOTS :], snapshot]
-
-    def reusable(self, length: int) -> int:
-        """How many of the first `length` tokens can be kept without the rest.
-
-        All of them where tokens can be taken back; else those up to the latest snapshot.
-        """
-        if length >= self.offset or self.is_trimmable():
-            return min(length, self.offset)
-        return max((each.length for each in self._snapshots if each.length <= length), default=0)
-
-    def truncate(self, length: int) -> None:
-        """Keeps the first `length` tokens, which must be `reusable`."""
-        if length == self.offset:
-            return
-        if length == 0 or self.is_trimmable():
-            self.trim(self.offset - length)
-        else:
-            found = next(each for each in self._snapshots if each.length == length)
-            for layer, snapshot in zip(self, found.layers, strict=True):
-                layer.restore(snapshot)
-        self._drop_trimmed_ids()
-
-    def reuse(self, ids: Sequence[int]) -> list[int]:
-        """Keeps what can be kept of the cached tokens that a new prompt shares, and drops the rest.
-
-        Args:
-            ids: the whole new prompt; B must be 1.
-
-        Returns:
-            The ids still to prefill: at least the last one, so that there are logits to continue from.
-        """
-        shared = 0
-        for old, new in zip(self.ids[0].tolist(), ids[:-1]):  # noqa: B905
-            if old != new:
-                break
-            shared += 1
-        kept = self.reusable(shared)
-        self.truncate(kept)
-        return list(ids[kept:])
-
-    def fork(self, length: int) -> PromptCache:
-        """Another cache of the first `length` tokens, which must be `reusable`, over the same arrays; B must be 1."""
-        twin = PromptCache([layer.fork(self.offset) for layer in self], self._regime_for, self.options)
-        twin._pieces, twin._known = [self.ids], self.offset
-        twin._snapshots, twin.regime = [*self._snapshots], self.regime
-        twin.truncate(length)
-        return twin
-
-    def compact(self) -> None:
-        """Copies the filled part out of larger buffers, which are then free."""
-        for layer in self:
-            layer.state = [mx.contiguous(array) for array in layer.state]
-        mx.eval([layer.state for layer in self])
-
-    def restore(self, ids: Sequence[int], states: Iterable[Sequence[mx.array]], regime: Regime) -> None:
-        """Replaces everything cached by states that were computed elsewhere.
-
-        Args:
-            ids: their token ids, [S].
-            states: the `state` of each layer.
-            regime: the RoPE table they were computed under.
-        """
-        for layer, state in zip(self, states, strict=True):
-            layer.state = state
-        self._pieces, self._known = [mx.array([list(ids)], mx.int32)], len(ids)
-        self._snapshots, self.regime = [], regime
-
-    def _regime_with(self, num_tokens: int) -> Regime:
-        return self.options.regime or self._regime_for(self.offset + num_tokens)
-
-    def _drop_trimmed_ids(self) -> None:
-        """Follows the layers' length, which mlx-lm's tools trim one by one."""
-        if self._known > self.offset:
-            self._pieces = [mx.concatenate(self._pieces, axis=1)[:, : self.offset]]
-            self._known = self.offset
-            self._snapshots = [each for each in self._snapshots if each.length <= self.offset]
-            mx.async_eval(self._pieces)  # else a chain of slices grows from trim to trim
-
-    def _clear(self) -> None:
-        self._pieces, self._known, self._snapshots = [], 0, []
-        for layer in self:
-            layer.trim(layer.offset)

@@ -19,7 +19,8 @@ from mlx.utils import tree_flatten
 from phi4_mlx.config import Config
 from phi4_mlx.errors import RequestError
 from phi4_mlx.models.batch_cache import BatchCache
-from phi4_mlx.models.cache import CacheOptions, LayerCache, PromptCache
+from phi4_mlx.models.cache import CacheOptions, LayerCache
+from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime
 
 

@@ -22,9 +22,10 @@ from phi4_mlx.config import ModelConfig
 from phi4_mlx.errors import RequestError
 from phi4_mlx.models.attention import BLOCK, attention
 from phi4_mlx.models.batch_cache import BatchCache
-from phi4_mlx.models.cache import CacheOptions, KVCache, LayerCache, Mask, PromptCache, group_size
+from phi4_mlx.models.cache import CacheOptions, KVCache, LayerCache, Mask, group_size
 from phi4_mlx.models.compiled import CompiledSteps
 from phi4_mlx.models.model import ContextCost, LanguageModel
+from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import PackedRotation, Regime, Rope, Rotation
 
 

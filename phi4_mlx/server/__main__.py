@@ -1,4 +1,4 @@
-"""`python -m phi4_mlx.server --model M`: serves a model to programs and to a browser, on this machine unless told."""
+"""`python -m phi4_mlx.server --model M`: serves a model to programs and a browser; by default only on this machine."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.terminal.command import Parser, number, run, word
-from phi4_mlx.terminal.options import MAX_TOKENS_LIMIT, add_model_options
+from phi4_mlx.terminal.limits import MAX_TOKENS_LIMIT
+from phi4_mlx.terminal.options import add_model_options
+
+if TYPE_CHECKING:
+    from phi4_mlx.server.engine.supervisor import Supervisor
+    from phi4_mlx.server.guard import Guard
 
 PROG = "phi4-mlx server"
-GRACE_S = 30  # for answers under way, when the server is told to end
+GRACE_S = 30  # for running answers after SIGTERM
 KEY_VARIABLE = "PHI4_MLX_API_KEY"
 
 
@@ -30,15 +35,23 @@ def _parser() -> Parser:
     parser = Parser(prog=PROG, description="Serve a model over HTTP: OpenAI's and Anthropic's APIs, and a chat page.")
     add_model_options(parser)
     parser.add_argument("--host", type=word, default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=number(int, 0, 65535), default=8080, help="0 takes a free one (default: 8080)")
+    parser.add_argument("--port", type=number(int, 0, 65535), default=8080, help="0 takes a free port (default: 8080)")
     parser.add_argument(
-        "--api-key", type=word, metavar="KEY", help=f"what clients must send; {KEY_VARIABLE} does not show in `ps`"
+        "--api-key",
+        type=word,
+        metavar="KEY",
+        help=f"key that clients must send; {KEY_VARIABLE} sets it too, out of sight of `ps`",
     )
     parser.add_argument(
-        "--adapters", type=word, metavar="FOLDER", help="a folder of LoRA adapters that clients may name as the model"
+        "--adapters", type=word, metavar="FOLDER", help="folder of LoRA adapters that clients may name as the model"
     )
     parser.add_argument(
-        "--allowed-origins", type=word, nargs="+", default=[], metavar="ORIGIN", help="web pages that may ask; * is any"
+        "--allowed-origins",
+        type=word,
+        nargs="+",
+        default=[],
+        metavar="ORIGIN",
+        help="web pages that may send requests; * is any",
     )
     parser.add_argument(
         "--max-tokens",
@@ -46,16 +59,28 @@ def _parser() -> Parser:
         help="longest answer where a client sets no limit (default: as long as fits)",
     )
     parser.add_argument(
-        "--decode-concurrency", type=number(int, 1, 1024), default=32, help="answers at a time (default: 32)"
+        "--decode-concurrency", type=number(int, 1, 1024), default=32, help="answers generated at a time (default: 32)"
     )
     parser.add_argument(
-        "--max-queue", type=number(int, 0, 100_000), default=256, metavar="N", help="more that may wait (default: 256)"
+        "--max-queue",
+        type=number(int, 0, 100_000),
+        default=256,
+        metavar="N",
+        help="requests that may wait (default: 256)",
     )
     parser.add_argument(
-        "--timeout", type=number(float, 1.0, 86_400.0), default=600.0, metavar="S", help="longest time for an answer"
+        "--timeout",
+        type=number(float, 1.0, 86_400.0),
+        default=600.0,
+        metavar="S",
+        help="seconds for an answer (default: 600)",
     )
-    parser.add_argument("--kv-cache-bytes", type=number(int, 2**20, 2**50), metavar="N", help="for answers under way")
-    parser.add_argument("--prompt-cache-bytes", type=number(int, 0, 2**50), metavar="N", help="for earlier prompts")
+    parser.add_argument(
+        "--kv-cache-bytes", type=number(int, 2**20, 2**50), metavar="N", help="bytes for running answers"
+    )
+    parser.add_argument(
+        "--prompt-cache-bytes", type=number(int, 0, 2**50), metavar="N", help="bytes for earlier prompts"
+    )
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
     return parser
 
@@ -68,30 +93,36 @@ def _serve(args: argparse.Namespace) -> None:
     if key is None and not is_loopback(args.host):
         raise RequestError(
             f"--host {args.host} can be reached from other machines, so it needs --api-key (or {KEY_VARIABLE}); "
-            "127.0.0.1 does not"
+            "--host 127.0.0.1 does not"
         )
-    with _listener(args.host, args.port) as listener:  # before the model is loaded: a port in use is known at once
+    with open_listener(args.host, args.port) as listener:  # first: a port in use fails before the model loads
         asyncio.run(_run(args, key, listener))
 
 
-def _listener(host: str, port: int) -> socket.socket:
+def open_listener(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        RequestError: the address cannot be used.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Only where the protocol is named does asyncio send at once, and not when 40 ms have passed or more has come.
+    # asyncio sets TCP_NODELAY only if the protocol is named; without it, small writes wait about 40 ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host.strip("[]"), port))
     except OSError as error:
         listener.close()
-        why = error.strerror or error
-        raise RequestError(f"cannot listen on {host}:{port}: {why}; choose another --port") from None
+        reason = error.strerror or error
+        raise RequestError(f"cannot listen on {host}:{port}: {reason}; choose another --port") from None
     return listener
 
 
 async def _run(args: argparse.Namespace, key: str | None, listener: socket.socket) -> None:
     import uvicorn
 
-    from phi4_mlx.server.guard import HEADER_BYTES, TimedProtocol
+    from phi4_mlx.server.guard import TimedProtocol
+    from phi4_mlx.server.limits import HEADER_BYTES
 
     adapters = _adapters(args.adapters)
     supervisor, app = await _start(args, key, adapters)
@@ -111,17 +142,16 @@ async def _run(args: argparse.Namespace, key: str | None, listener: socket.socke
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"{PROG}: listening on http://{shown}:{port}", file=sys.stderr, flush=True)
-        # Having ended in good order, uvicorn raises the signal again; it would then look as if it had not.
+        # uvicorn raises the signal again after a clean shutdown, which would end the process with an error.
         signal.signal(signal.SIGTERM, lambda *_: None)
         await uvicorn.Server(config).serve(sockets=[listener])
     finally:
         await supervisor.stop()
 
 
-async def _start(args: argparse.Namespace, key: str | None, adapters: dict[str, str]) -> tuple[Any, Any]:
-    """The engine, running, and the application in front of it."""
-    from phi4_mlx.checkpoint import load_tokenizer_and_format
-    from phi4_mlx.config import ModelConfig
+async def _start(args: argparse.Namespace, key: str | None, adapters: dict[str, str]) -> tuple[Supervisor, Guard]:
+    """Starts the engine; returns its supervisor and the ASGI application."""
+    from phi4_mlx.checkpoint import load_config, load_tokenizer_and_format
     from phi4_mlx.files.manifest import verify_manifest
     from phi4_mlx.hub import DEFAULT_MODEL, resolve
     from phi4_mlx.server.app import App
@@ -134,10 +164,11 @@ async def _start(args: argparse.Namespace, key: str | None, adapters: dict[str, 
     folder = resolve(name, args.revision)
     if args.verify:
         verify_manifest(folder)
-    tokenizer = load_tokenizer_and_format(folder, args.chat_format)
+    config = load_config(folder)
+    tokenizer = load_tokenizer_and_format(folder, args.chat_format, config.model_type)
     shown = Path(name).name if Path(os.path.expanduser(name)).is_dir() else name
     if shown in adapters:
-        raise RequestError(f"{args.adapters} has an adapter called {shown}, as the model is; rename one of them")
+        raise RequestError(f"{args.adapters} has an adapter called {shown}, like the model; rename one of them")
     settings = Settings(
         str(folder),
         args.adapter_path,
@@ -145,32 +176,32 @@ async def _start(args: argparse.Namespace, key: str | None, adapters: dict[str, 
         args.decode_concurrency,
         args.kv_cache_bytes,
         args.prompt_cache_bytes,
+        args.chat_format,
     )
     supervisor = Supervisor(settings, args.decode_concurrency + args.max_queue)
     print(f"{PROG}: loading {shown}", file=sys.stderr, flush=True)
     await supervisor.start()
     models = {shown: None} | {adapter: adapter for adapter in adapters}
-    vocabulary = ModelConfig.from_folder(folder).vocab_size
-    service = Service(supervisor, tokenizer, models, vocabulary, args.timeout, args.max_tokens)
+    service = Service(supervisor, tokenizer, models, config.vocab_size, args.timeout, args.max_tokens)
     hosts = None if key is not None and not is_loopback(args.host) else (*LOOPBACK_NAMES, args.host.lower())
     return supervisor, Guard(App(service).starlette(), key, hosts, tuple(args.allowed_origins))
 
 
 def _adapters(folder: str | None) -> dict[str, str]:
-    """The adapters of a folder by name: its own folders, not what links lead to outside.
+    """The adapters in a folder: name -> path. Links to folders elsewhere are skipped.
 
     Raises:
-        RequestError: there is no such folder, or no adapter in it.
+        RequestError: the folder does not exist, or contains no adapter.
     """
     if folder is None:
         return {}
     root = Path(os.path.expanduser(folder)).resolve()
     if not root.is_dir():
-        raise RequestError(f"{folder} is no folder; --adapters names one that holds a folder for each adapter")
+        raise RequestError(f"{folder} is not a folder; --adapters takes one that contains a folder for each adapter")
     found = (path.resolve() for path in sorted(root.iterdir()) if (path / "adapter_config.json").is_file())
     adapters = {path.name: str(path) for path in found if path.parent == root}
     if not adapters:
-        raise RequestError(f"{folder} holds no folder with an adapter_config.json; --adapters names one that does")
+        raise RequestError(f"{folder} contains no folder with an adapter_config.json; --adapters takes one that does")
     return adapters
 
 

@@ -1,4 +1,4 @@
-"""HTTP and server-sent events: the routes, and how an answer is sent whole or as it is made."""
+"""The HTTP routes, and responses that send an answer in one body or as server-sent events."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,26 +26,29 @@ from phi4_mlx.server.apis import chat as chat_api
 from phi4_mlx.server.apis import completions as completions_api
 from phi4_mlx.server.apis import messages as messages_api
 from phi4_mlx.server.apis import responses as responses_api
-from phi4_mlx.server.apis.wire import Answer, Ask, Delta, End, WireError, json_bytes
+from phi4_mlx.server.apis.answer import Answer
+from phi4_mlx.server.apis.wire import Ask, Delta, End, JsonObject, WireError, json_bytes
 from phi4_mlx.server.guard import Receive, Scope, Send, refuse
+from phi4_mlx.server.limits import BRACKETS_LIMIT
 from phi4_mlx.server.service import Service
 
-HEARTBEAT_S = 10.0  # without a word, a proxy between would take the stream for dead
-LARGE_BODY = 2**18  # bytes; one of 16 MB takes up to two seconds to read, and the others would wait
-BRACKETS_LIMIT = 500_000  # in a body; Python is slow to make as many lists, and lets no other thread run meanwhile
+HEARTBEAT_S = 10.0  # a proxy closes a stream that is silent for too long
+LARGE_BODY = 2**18  # bytes; a larger one is parsed in a thread, because 16 MB take up to two seconds
 
 T = TypeVar("T")
-Parse = Callable[[Any, int], Ask]
+Parse = Callable[[Any, int], Ask]  # body, vocabulary
+Stream = AsyncGenerator[Delta | End | None, None]  # None: nothing came for a while
+MakeAnswer = Callable[[Ask, int, int], Answer]  # request, seconds since 1970, prompt tokens
 
 
 @dataclass(frozen=True)
 class App:
-    """The routes over a service.
+    """The routes of a service.
 
     Attributes:
-        service: what is served.
-        created: when it was started, in seconds since 1970.
-        counts: answers by route and status, for /metrics.
+        service: answers the requests.
+        created: the time of the start, in seconds since 1970.
+        counts: number of answers by route and status, for /metrics.
     """
 
     service: Service
@@ -74,13 +77,13 @@ class App:
         return Starlette(routes=routes, exception_handlers=handlers)
 
     async def page(self, request: Request) -> Response:
-        """The chat page; its own script and style are all that it may run."""
+        """The chat page; its content security policy allows only its own script and style."""
         html, policy = _page()
         safety = {"content-security-policy": policy, "x-content-type-options": "nosniff"}
         return HTMLResponse(html, headers=safety | {"referrer-policy": "no-referrer"})
 
     async def health(self, request: Request) -> Response:
-        """Whether the engine answers."""
+        """The state of the engine; status 200 if it answers."""
         supervisor = self.service.supervisor
         pong = await supervisor.ping()
         status = "ok" if pong else "busy" if supervisor.state == "ready" else supervisor.state
@@ -88,7 +91,7 @@ class App:
         return _json(body, 200 if pong else 503)
 
     async def metrics(self, request: Request) -> Response:
-        """Counts and bytes, in Prometheus' text format."""
+        """Counts and sizes, in Prometheus' text format."""
         supervisor = self.service.supervisor
         pong = await supervisor.ping()
         gauges = {"up": float(pong is not None), "engine_restarts_total": supervisor.restarts, "jobs": supervisor.jobs}
@@ -98,59 +101,58 @@ class App:
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self, request: Request) -> Response:
-        """The ids that a client may name."""
-        return _json({"object": "list", "data": [self._shown(name) for name in self.service.models]})
+        """All models and adapters that a client may name."""
+        return _json({"object": "list", "data": [self._model_json(name) for name in self.service.models]})
 
     async def model(self, request: Request) -> Response:
-        """One of them."""
+        """One model or adapter."""
         name = request.path_params["model"]
         if name not in self.service.models:
             raise WireError(404, f"there is no model {name!r:.100}", "model", "model_not_found")
-        return _json(self._shown(name))
+        return _json(self._model_json(name))
 
     async def count_tokens(self, request: Request) -> Response:
-        """How long a prompt of /v1/messages is."""
+        """The length in tokens of a prompt of /v1/messages."""
         parse = functools.partial(messages_api.parse, counting=True)
-        ask = await self._asked(parse, await request.body())
+        ask = await self._parse(parse, await request.body())
         return _json({"input_tokens": len((await self.service.prompts(ask))[0])})
 
     async def embeddings(self, request: Request) -> Response:
-        """Not done: this model makes none."""
+        """Refused: this model makes no embeddings."""
         raise WireError(501, "this model makes no embeddings")
 
-    def _shown(self, name: str) -> dict[str, Any]:
+    def _model_json(self, name: str) -> JsonObject:
         return {"id": name, "object": "model", "created": self.created, "owned_by": "phi4_mlx"}
 
-    def _completion(self, ask: Ask, created: int, **options: Any) -> Answer:
+    def _completion(self, ask: Ask, created: int, prompt_tokens: int) -> Answer:
         decode = self.service.tokenizer.decode
         texts = [each if isinstance(each, str) else decode(each) for each in ask.prompts] if ask.echo else []
-        return completions_api.CompletionAnswer(ask, created, prompt_texts=texts, **options)
+        return completions_api.CompletionAnswer(ask, created, prompt_tokens, prompt_texts=texts)
 
-    async def _asked(self, parse: Parse, data: bytes) -> Ask:
-        """What a body asks for."""
-
+    async def _parse(self, parse: Parse, data: bytes) -> Ask:
         def read() -> Ask:
             return parse(_body(data), self.service.vocabulary)
 
         return await asyncio.to_thread(read) if len(data) > LARGE_BODY else read()
 
-    def _answering(self, parse: Parse, make: Callable[..., Answer]) -> Callable[[Request], Awaitable[Response]]:
-        """A route that answers with tokens of the model."""
+    def _answering(self, parse: Parse, make: MakeAnswer) -> Callable[[Request], Awaitable[Response]]:
+        """A route that answers with generated text."""
 
         async def route(request: Request) -> Response:
-            ask = await self._asked(parse, await request.body())
+            ask = await self._parse(parse, await request.body())
             prompts = await self.service.prompts(ask)
             items = self.service.answers(ask, await self.service.jobs(ask, prompts))
-            answer = make(ask, int(time.time()), prompt_tokens=sum(map(len, prompts)))
+            answer = make(ask, int(time.time()), sum(map(len, prompts)))
             try:
                 if ask.stream:
                     paced = _paced(items)
-                    first = await _unless_gone(request.receive, anext(paced))  # a failure may still have its own status
+                    # Before the status is sent, so that an early failure has its own.
+                    first = await _unless_gone(request.receive, anext(paced))
                     response: Response = EventStream(answer, first, paced)
                 else:
-                    response = _json(answer.whole(await _unless_gone(request.receive, _collected(items))))
+                    response = _json(answer.body(await _unless_gone(request.receive, _collected(items))))
             except ClientGone:
-                response = Response(status_code=499)  # nobody reads it
+                response = Response(status_code=499)  # never sent
             self.counts[request.url.path, response.status_code] += 1
             return response
 
@@ -163,98 +165,98 @@ class App:
     async def _http_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         status = error.status_code
-        what = {404: "there is no such route", 405: f"{request.method} is not what this route is for"}
-        return self._refusal(request, WireError(status, what.get(status, str(error.detail))))
+        messages = {404: "there is no such route", 405: f"this route does not accept {request.method}"}
+        return self._refusal(request, WireError(status, messages.get(status, str(error.detail))))
 
     async def _broken(self, request: Request, error: Exception) -> Response:
         return self._refusal(request, WireError(500, f"the server could not answer: {type(error).__name__}"))
 
     def _refusal(self, request: Request, error: WireError) -> Response:
-        # Any path that a client may choose would be a line of /metrics for ever.
+        # A path that a client chooses must not become a line of /metrics.
         known = request.scope.get("endpoint") is not None and not request.path_params
         self.counts[request.url.path if known else "other", error.status] += 1
         return Refusal(error)
 
 
 class Refusal(Response):
-    """An error in the shape of the API that was asked."""
+    """An error in the form of the route's API."""
 
     def __init__(self, error: WireError) -> None:
         super().__init__(status_code=error.status)
         self._error = error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends it."""
+        """Sends the response."""
         await refuse(scope, send, self._error)
 
 
 class EventStream(Response):
-    """An answer as it is made; it ends when the client leaves."""
+    """An answer that is sent while it is generated; it ends when the client disconnects."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, answer: Answer, first: Delta | End | None, rest: AsyncIterator[Delta | End | None]) -> None:
+    def __init__(self, answer: Answer, first: Delta | End | None, rest: Stream) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._answer, self._first, self._rest = answer, first, rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends it."""
+        """Sends the response."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         with contextlib.suppress(ClientGone):
             await _unless_gone(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
-        async def say(events: bytes, more: bool = True) -> None:
+        async def write(events: bytes, more: bool = True) -> None:
             if events or not more:
                 await send({"type": "http.response.body", "body": events, "more_body": more})
 
         answer = self._answer
-        async with contextlib.aclosing(self._rest):  # type: ignore[type-var]
+        async with contextlib.aclosing(self._rest):
             try:
-                await say(answer.opening() + self._told(self._first))
+                await write(answer.opening() + self._events(self._first))
                 async for item in self._rest:
-                    await say(self._told(item))
+                    await write(self._events(item))
                 end = answer.closing()
             except WireError as error:
                 end = answer.failure(error)
             except Exception as error:
-                end = answer.failure(WireError(500, f"the server could not go on: {type(error).__name__}"))
-            await say(end, more=False)
+                end = answer.failure(WireError(500, f"the server could not continue: {type(error).__name__}"))
+            await write(end, more=False)
 
-    def _told(self, item: Delta | End | None) -> bytes:
+    def _events(self, item: Delta | End | None) -> bytes:
         return self._answer.heartbeat if item is None else self._answer.chunk(item)
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has disconnected."""
 
 
 async def _unless_gone(receive: Receive, work: Awaitable[T]) -> T:
-    """What `work` comes to, unless the client leaves before.
+    """The result of `work`, which is cancelled if the client disconnects.
 
     Raises:
-        ClientGone: it did; the work is cancelled.
+        ClientGone: the client has disconnected.
     """
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    tasks = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone())
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
-            return tasks[0].result()
+        await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
         raise ClientGone
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        working.cancel()
+        watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
 
 
-async def _paced(items: AsyncGenerator[Delta | End, None]) -> AsyncGenerator[Delta | End | None, None]:
-    """The items, and None whenever there was none for a while."""
+async def _paced(items: AsyncGenerator[Delta | End, None]) -> Stream:
+    """The items, with None after each `HEARTBEAT_S` seconds without one."""
     pending: asyncio.Future[Delta | End] | None = None
     async with contextlib.aclosing(items):
         try:
@@ -282,17 +284,17 @@ async def _collected(items: AsyncGenerator[Delta | End, None]) -> list[Delta | E
 
 
 def _body(data: bytes) -> Any:
-    """A body as JSON.
+    """Parses a body as JSON.
 
     Raises:
-        WireError: it is none.
+        WireError: it is not JSON, or has too many brackets.
     """
 
     def refuse_constant(name: str) -> None:
-        raise ValueError(f"{name} is no JSON number")
+        raise ValueError(f"{name} is not a JSON number")
 
     if (brackets := data.count(b"[") + data.count(b"{")) > BRACKETS_LIMIT:
-        raise WireError(400, f"the body holds {brackets:,} opening brackets; the limit is {BRACKETS_LIMIT:,}")
+        raise WireError(400, f"the body contains {brackets:,} opening brackets; the limit is {BRACKETS_LIMIT:,}")
     try:
         return json.loads(data, parse_constant=refuse_constant)
     except RecursionError:
@@ -307,7 +309,7 @@ def _json(value: Any, status: int = 200) -> Response:
 
 @functools.cache
 def _page() -> tuple[str, str]:
-    """The chat page, and a policy under which its own script and style run, and nothing else."""
+    """The chat page, and a content security policy that allows only its own script and style."""
     html = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
     def hashes(tag: str) -> str:

@@ -1,7 +1,7 @@
-"""What comes from outside is held to limits before anything else looks at it: who asks, whence, how much, how slowly.
+"""Checks of a request before the application sees it: host, origin, key, size and speed.
 
-A web page that somebody visits can reach a server on loopback. So the Host and the Origin of a request are checked, and
-a body must say that it is JSON: a page of another origin cannot send that without being asked about it first.
+Any web page that a user visits can send requests to a server on loopback. So the guard checks the Host and the Origin
+of a request, and requires the content type JSON, which a page of another origin cannot send without a preflight.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import base64
 import contextlib
 import hmac
 import ipaddress
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,20 +21,19 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from phi4_mlx.server.apis import messages as messages_api
 from phi4_mlx.server.apis.wire import WireError, error_body, json_bytes
+from phi4_mlx.server.limits import BODY_BYTES, HEADER_BYTES, REQUEST_S
 
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
-BODY_BYTES = 16 * 2**20
-HEADER_BYTES = 32 * 2**10
-REQUEST_S = 30.0  # to send the headers, and again to send the body
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Headers = Mapping[str, str]  # names in lower case
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine alone."""
+    """True if only this machine can reach an address."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     return host == "localhost"
@@ -42,13 +41,13 @@ def is_loopback(host: str) -> bool:
 
 @dataclass(frozen=True)
 class Guard:
-    """An ASGI application before another.
+    """An ASGI application that checks requests and passes them to another.
 
     Attributes:
-        app: the other.
-        api_key: what a client must know; None asks for none.
-        hosts: names under which the server may be addressed; None for any, as where a key keeps strangers out.
-        origins: web pages of these origins may ask too, besides the server's own.
+        app: the other application.
+        api_key: the key that a client must send; None if no key is needed.
+        hosts: the accepted values of the Host header, without a port; None accepts any, which is safe with a key.
+        origins: origins of web pages that may send requests, in addition to the server's own; "*" is any.
     """
 
     app: Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -72,38 +71,39 @@ class Guard:
             return await refuse(scope, send, error)
         await self.app(scope, _replay(body, receive), send)
 
-    def _check_sender(self, scope: Scope, headers: dict[str, str]) -> None:
+    def _check_sender(self, scope: Scope, headers: Headers) -> None:
         host = headers.get("host", "")
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if self.hosts is not None and name.lower() not in self.hosts:
-            raise WireError(403, f"this server is not called {name!r:.100}; it is called {' or '.join(self.hosts)}")
+            raise WireError(403, f"the Host header is {name!r:.100}; this server accepts {' or '.join(self.hosts)}")
         origin = headers.get("origin")
         if origin is None or origin in self.origins or "*" in self.origins:
             return
         if _host_of(origin) != host.lower():
-            raise WireError(403, f"pages of {origin!r:.100} may not ask; --allowed-origins would let them")
+            raise WireError(403, f"pages of {origin!r:.100} may not send requests; --allowed-origins can allow them")
 
-    def _check_key(self, scope: Scope, headers: dict[str, str]) -> None:
+    def _check_key(self, scope: Scope, headers: Headers) -> None:
         if self.api_key is None or scope["path"] == "/health":
             return
-        given = [headers.get("x-api-key", "").encode("latin-1")]  # the bytes as they came
+        given = [headers.get("x-api-key", "").encode("latin-1")]  # the client's bytes
         scheme, _, value = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             given.append(value.strip().encode("latin-1"))
-        elif scheme.lower() == "basic":  # what a browser asks for; the user's name does not matter
+        elif scheme.lower() == "basic":  # from a browser's password prompt; the user name is ignored
             with contextlib.suppress(ValueError):
                 given.append(base64.b64decode(value).partition(b":")[2])
         wanted = self.api_key.encode()
-        if not any([hmac.compare_digest(each, wanted) for each in given]):  # noqa: C419
-            message = "a key is needed: Authorization: Bearer KEY, or x-api-key: KEY"
+        matches = [hmac.compare_digest(each, wanted) for each in given]  # every one: the timing reveals nothing
+        if not any(matches):
+            message = "a key is required: Authorization: Bearer KEY, or x-api-key: KEY"
             raise WireError(401, message, code="invalid_api_key")
 
     def _with_origin(self, send: Send, origin: str | None) -> Send:
-        """Lets a page of an allowed origin read the answer."""
+        """A `send` with the headers that let a page of an allowed origin read the response."""
         if origin is None or not (origin in self.origins or "*" in self.origins):
             return send
 
-        async def send_with_origin(message: MutableMapping[str, Any]) -> None:
+        async def send_with_origin(message: Message) -> None:
             if message["type"] == "http.response.start":
                 allowed = [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"Origin")]
                 message = {**message, "headers": [*message.get("headers", []), *allowed]}
@@ -114,7 +114,7 @@ class Guard:
 
 _PREFLIGHT = [
     (b"access-control-allow-methods", b"GET, POST"),
-    (b"access-control-allow-headers", b"authorization, *"),  # clients send many that tell of themselves
+    (b"access-control-allow-headers", b"authorization, *"),  # client libraries send many headers of their own
     (b"access-control-max-age", b"600"),
 ]
 
@@ -127,18 +127,18 @@ def _host_of(origin: str) -> str | None:
 
 
 def _check_size(scope: Scope) -> None:
-    """Refuses headers that came at one go, and so fast that the protocol's own limit did not see them."""
+    """Refuses large headers; h11 checks its own limit only while they are incomplete."""
     size = len(scope.get("raw_path", b"")) + len(scope.get("query_string", b""))
     size += sum(len(name) + len(value) for name, value in scope["headers"])
     if size > HEADER_BYTES:
-        raise WireError(431, f"the headers have {size:,} bytes; the limit is {HEADER_BYTES:,}")
+        raise WireError(431, f"the headers are {size:,} bytes; the limit is {HEADER_BYTES:,}")
 
 
-async def _read_body(scope: Scope, headers: dict[str, str], receive: Receive) -> bytes:
-    """The whole body of a request that has one.
+async def _read_body(scope: Scope, headers: Headers, receive: Receive) -> bytes:
+    """The whole body; empty for a method without one.
 
     Raises:
-        WireError: it is not JSON, too large, or too slow to come.
+        WireError: the body is not JSON, is too large, or takes too long.
     """
     if scope["method"] in ("GET", "HEAD", "OPTIONS"):
         return b""
@@ -147,11 +147,11 @@ async def _read_body(scope: Scope, headers: dict[str, str], receive: Receive) ->
         raise WireError(415, f"content-type is {kind!r:.100}; it must be application/json")
     with contextlib.suppress(ValueError):
         if int(headers.get("content-length", "0")) > BODY_BYTES:
-            raise WireError(413, f"the body has {headers['content-length']} bytes; the limit is {BODY_BYTES}")
+            raise WireError(413, f"the body is {headers['content-length']} bytes; the limit is {BODY_BYTES}")
     try:
         return await asyncio.wait_for(_whole(receive), REQUEST_S)
     except asyncio.TimeoutError:
-        raise WireError(408, f"the body has not come within {REQUEST_S:g} s") from None
+        raise WireError(408, f"the body did not arrive within {REQUEST_S:g} s") from None
 
 
 async def _whole(receive: Receive) -> bytes:
@@ -159,37 +159,37 @@ async def _whole(receive: Receive) -> bytes:
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise WireError(400, "the body was cut off")
+            raise WireError(400, "the client disconnected before the end of the body")
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         if size > BODY_BYTES:
-            raise WireError(413, f"the body has more than {BODY_BYTES} bytes, which is the limit")
+            raise WireError(413, f"the body is over the limit of {BODY_BYTES} bytes")
         if not message.get("more_body"):
             return b"".join(parts)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Gives the application a body that was read already, and then what comes: that the client has left."""
+    """A `receive` that returns the body first, and then the later messages, such as the disconnect."""
     pending = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def replay() -> MutableMapping[str, Any]:
+    async def replay() -> Message:
         return pending.pop() if pending else await receive()
 
     return replay
 
 
 async def refuse(scope: Scope, send: Send, error: WireError) -> None:
-    """Answers with an error in the shape of the API that was asked."""
-    shape = messages_api.error_body if scope["path"].startswith("/v1/messages") else error_body
+    """Sends an error in the form of the route's API."""
+    make_body = messages_api.error_body if scope["path"].startswith("/v1/messages") else error_body
     headers = [(b"content-type", b"application/json")]
     if error.status == 401:
         page = scope["path"] == "/"
         headers.append((b"www-authenticate", b'Basic realm="phi4_mlx", charset="UTF-8"' if page else b"Bearer"))
     if error.status in (429, 503):
         headers.append((b"retry-after", b"2"))
-    if error.status in (408, 413):  # the rest of the body is not read
+    if error.status in (408, 413):  # the rest of the body stays unread
         headers.append((b"connection", b"close"))
-    await _answer(send, error.status, json_bytes(shape(error)), headers)
+    await _answer(send, error.status, json_bytes(make_body(error)), headers)
 
 
 async def _answer(send: Send, status: int, body: bytes, headers: Iterable[tuple[bytes, bytes]]) -> None:
@@ -199,27 +199,27 @@ async def _answer(send: Send, status: int, body: bytes, headers: Iterable[tuple[
 
 
 class TimedProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, but whoever takes too long to send a request's headers is cut off."""
+    """uvicorn's HTTP/1.1 protocol with a time limit for the headers of a request."""
 
-    _slow: asyncio.TimerHandle | None = None
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """Starts the clock."""
+        """Starts the timer."""
         super().connection_made(transport)
-        self._watch()
+        self._update_timer()
 
     def data_received(self, data: bytes) -> None:
-        """Stops the clock once the headers are there, and starts it when more comes after an answer."""
+        """Stops the timer once the headers are complete, and starts it for the next request."""
         super().data_received(data)
-        self._watch()
+        self._update_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stops the clock."""
-        self._stop_watching()
+        """Stops the timer."""
+        self._stop_timer()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """Answers what is no HTTP, in JSON as all else; uvicorn would in plain text."""
+        """Answers invalid HTTP in JSON; uvicorn would send plain text."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             headers = [("content-type", "application/json"), ("connection", "close")]
             body = h11.Data(data=json_bytes(error_body(WireError(400, msg))))
@@ -227,14 +227,14 @@ class TimedProtocol(H11Protocol):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
-    def _watch(self) -> None:
-        waiting = self.cycle is None or self.cycle.response_complete
+    def _update_timer(self) -> None:
+        waiting = self.cycle is None or self.cycle.response_complete  # for the headers of a request
         if not waiting:
-            self._stop_watching()
-        elif self._slow is None:
-            self._slow = self.loop.call_later(REQUEST_S, self.transport.abort)
+            self._stop_timer()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(REQUEST_S, self.transport.abort)
 
-    def _stop_watching(self) -> None:
-        if self._slow is not None:
-            self._slow.cancel()
-            self._slow = None
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -1,4 +1,4 @@
-"""From what a client asks to what the engine is given, and from the engine's events to what the client is told."""
+"""Turns a client's request into jobs for the engine, and the engine's events into answers for the client."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, replace
 
+from phi4_mlx.agent import AnswerAssembler
 from phi4_mlx.errors import Phi4Error
 from phi4_mlx.server.apis.wire import Ask, Call, Delta, End, WireError, new_id
 from phi4_mlx.server.engine.protocol import Failure, Finish, Job, Piece
 from phi4_mlx.server.engine.supervisor import Full, Supervisor
 from phi4_mlx.tokens.tokenizer import Tokenizer
-from phi4_mlx.tools.calls import ToolCallParser
 
 
 @dataclass(frozen=True)
 class Service:
-    """What is served, and by which engine.
+    """The served models and the engine that runs them.
 
     Attributes:
         supervisor: the engine.
         tokenizer: of the model and all its adapters.
-        models: the ids that a client may name -> the adapter that each means, None for the model itself.
-        vocabulary: how many token ids there are.
-        timeout_s: how long an answer may take.
-        max_tokens: the longest answer where a client sets no limit; None for as long as fits.
+        models: model ids that a client may name -> the adapter's name, None for the model itself.
+        vocabulary: number of token ids.
+        timeout_s: seconds that an answer may take.
+        max_tokens: limit of an answer whose client sets none; None for what the context has room for.
     """
 
     supervisor: Supervisor
@@ -39,13 +39,13 @@ class Service:
         """The prompts of a request as token ids.
 
         Raises:
-            WireError: the model has no such name, a prompt is malformed or too long.
+            WireError: the model is not known, or a prompt is malformed or too long.
         """
         if ask.model not in self.models:
             known = ", ".join(self.models)
             raise WireError(404, f"there is no model {ask.model!r:.100}; there are {known}", "model", "model_not_found")
         try:
-            prompts = await asyncio.to_thread(self._encode, ask)  # a long one would keep the others waiting
+            prompts = await asyncio.to_thread(self._encode, ask)  # encoding a long prompt would block other requests
         except Phi4Error as error:
             raise WireError(400, str(error)) from None
         for prompt in prompts:
@@ -53,10 +53,10 @@ class Service:
         return prompts
 
     async def jobs(self, ask: Ask, prompts: list[list[int]]) -> list[Job]:
-        """The engine's share of a request: a job for each answer.
+        """The engine's jobs for a request, one for each answer.
 
         Raises:
-            WireError: the grammar that it asks for cannot be made.
+            WireError: the requested grammar cannot be built.
         """
         grammar = await asyncio.to_thread(_grammar, ask)
         jobs = []
@@ -73,7 +73,7 @@ class Service:
         return jobs
 
     async def answers(self, ask: Ask, jobs: list[Job]) -> AsyncGenerator[Delta | End, None]:
-        """What the client is told, all answers among one another; whoever stops listening cancels them.
+        """The items of all answers as they come; closing the generator cancels the jobs.
 
         Raises:
             WireError: an answer failed, or there are too many jobs.
@@ -105,33 +105,29 @@ class Service:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _answer(self, ask: Ask, index: int, job: Job) -> AsyncGenerator[Delta | End, None]:
-        calling = _calls_tools(ask)
-        parser = ToolCallParser(ask.tools if calling else [], marked=ask.response_format is not None)
-        told = 0  # calls
-
-        def delta(text: str, piece: Piece | None) -> list[Delta]:
-            nonlocal told
-            new, told = parser.calls[told:], len(parser.calls)
-            logprobs = piece.logprobs if piece else ()
-            items = [Delta(index, text, None, logprobs)] if text or logprobs else []
-            return items + [Delta(index, "", Call(new_id("call_"), call.name, call.arguments)) for call in new]
-
+        tools = ask.tools if _calls_tools(ask) else ()
+        answer = AnswerAssembler(tools, marked=ask.response_format is not None)
+        sent_calls = 0
         try:
             async with contextlib.aclosing(self.supervisor.events(job)) as events:
                 async for event in events:
+                    if isinstance(event, Failure):
+                        raise WireError(event.status, event.message)
                     if isinstance(event, Piece):
-                        for item in delta(parser.add(event.text), event):
-                            yield item
-                    elif isinstance(event, Finish):
-                        for item in delta(parser.finish(), None):
-                            yield item
-                        reason = "tool_calls" if told and event.reason == "stop" else event.reason
+                        text, logprobs = answer.add(event.text), event.logprobs
+                    else:
+                        text, logprobs = answer.finish(), ()
+                    if text or logprobs:
+                        yield Delta(index, text, None, logprobs)
+                    for call in answer.calls[sent_calls:]:
+                        yield Delta(index, "", Call(new_id("call_"), call.name, call.arguments))
+                    sent_calls = len(answer.calls)
+                    if isinstance(event, Finish):
+                        reason = "tool_calls" if sent_calls and event.reason == "stop" else event.reason
                         counts = event.prompt_tokens, event.cached_tokens, event.answer_tokens
                         yield End(index, reason, event.stop_string, *counts)
-                    elif isinstance(event, Failure):
-                        raise WireError(event.status, event.message)
         except Full:
-            raise WireError(429, "the server has as many requests as it takes; ask again in a moment") from None
+            raise WireError(429, "the server is full; send the request again in a moment") from None
 
     def _encode(self, ask: Ask) -> list[list[int]]:
         if not ask.messages:
@@ -145,7 +141,7 @@ class Service:
             raise WireError(400, "the prompt has 0 tokens; it needs at least 1", "prompt")
         if length + (max_tokens or 1) > longest:
             wanted = f"{length} prompt tokens and max_tokens {max_tokens}" if max_tokens else f"{length} prompt tokens"
-            message = f"{wanted} are more than the {longest} that this server can hold; shorten one or the other"
+            message = f"{wanted} are more than the {longest} tokens that this server can hold; shorten one or the other"
             raise WireError(400, message, "messages", "context_length_exceeded")
 
 
@@ -154,15 +150,15 @@ def _calls_tools(ask: Ask) -> bool:
 
 
 def _grammar(ask: Ask) -> str | None:
-    """What an answer must obey, as text.
+    """The grammar of an answer, as text; None if the answer is free.
 
     Raises:
-        WireError: it cannot be made.
+        WireError: it cannot be built.
     """
     if not _calls_tools(ask) and ask.response_format is None:
         return None
 
-    from phi4_mlx.grammar import grammars as constrain  # late: its library is loaded only for those who ask for it
+    from phi4_mlx.grammar import grammars as constrain  # late: only these requests need its library
 
     makers: dict[str, Callable[..., constrain.Grammar]] = {
         "json_object": constrain.json_object,

@@ -1,6 +1,6 @@
-"""What every command shares: a parser that answers in one line, numbers with limits, one door for errors.
+"""The frame of every command: one-line errors, exit codes, option types and standard input.
 
-Only the standard library is imported here: `--help` and a mistyped option must cost nothing.
+Imports only the standard library, so that `--help` and a mistyped option cost nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from phi4_mlx.errors import Phi4Error, RequestError
 from phi4_mlx.terminal.printable import one_line
@@ -24,21 +24,22 @@ OUR_MISTAKE = 1
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 READER_LEFT = 141  # 128 + SIGPIPE
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that answers a mistake with one line, and that knows `--debug`."""
 
-    def __init__(self, prog: str, description: str, **options: Any) -> None:
-        super().__init__(prog=prog, description=description, allow_abbrev=False, **options)
+class Parser(argparse.ArgumentParser):
+    """An argument parser with `--debug`, whose errors are one line."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str) -> NoReturn:
-        """Prints one line and exits with 2, without argparse's block of usage."""
+        """Prints one line and exits with 2; argparse would print its usage block too."""
         complain(self.prog, f"{message}; see --help")
         raise SystemExit(USER_MISTAKE)
 
 
 def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None) -> int:
-    """The door of every command: parses, works, and turns whatever goes wrong into one line and an exit code.
+    """Runs a command: parses its options, does its work, and turns an error into one line and an exit code.
 
     Args:
         parser: the command's options; its `prog` begins the line.
@@ -46,13 +47,14 @@ def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: Sequen
         argv: the words after the command's name; those of the process if None.
 
     Returns:
-        The exit code: 0, 2 for a mistake that the user can mend, 1 for one of ours, 130 for Ctrl-C.
+        The exit code: 0; 2 for an error that the user can correct; 1 for a defect of the program; 130 for Ctrl-C; 141
+        if the reader of standard output has gone.
     """
     args = argparse.Namespace(debug=False)
-    if sys.stdin is None or sys.stdout is None:  # closed by the caller: reads as empty, swallows what is written
+    if sys.stdin is None or sys.stdout is None:  # closed by the caller: read nothing, discard output
         sys.stdin, sys.stdout = sys.stdin or open(os.devnull), sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # an answer outlives a terminal that cannot show all of it
+        sys.stdout.reconfigure(errors="replace")  # a terminal's encoding may lack characters
     try:
         try:
             args = parser.parse_args(argv)
@@ -60,7 +62,7 @@ def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: Sequen
             code = 0
         except SystemExit as leave:  # --help, or an option refused
             code = leave.code if isinstance(leave.code, int) else 0
-        print(end="", flush=True)  # a full disk speaks up here rather than in the interpreter's last breath
+        print(end="", flush=True)  # reports a full disk here, not while the interpreter exits
         return code
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -77,21 +79,21 @@ def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: Sequen
 
 
 def _explain(error: Exception) -> tuple[str, int]:
-    """What to tell the user, and the exit code."""
+    """(the message for the user, the exit code)"""
     if isinstance(error, Phi4Error):
         return str(error), USER_MISTAKE
     if isinstance(error, OSError):
-        what = error.strerror or str(error) or type(error).__name__
-        return f"{error.filename}: {what}" if error.filename else what, USER_MISTAKE
+        reason = error.strerror or str(error) or type(error).__name__
+        return f"{error.filename}: {reason}" if error.filename else reason, USER_MISTAKE
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("phi4_mlx"):
-        return f"{error.name} is not installed; pip install phi4-mlx brings it along", USER_MISTAKE
+        return f"{error.name} is not installed; pip install phi4-mlx installs it too", USER_MISTAKE
     if isinstance(error, MemoryError):
         return "out of memory; a smaller model, prompt or --max-tokens needs less", USER_MISTAKE
     return f"internal error: {type(error).__name__}: {error}; --debug shows where", OUR_MISTAKE
 
 
 def complain(prog: str, message: str) -> None:
-    """Prints one line to standard error, if anyone is still there to read it."""
+    """Prints one line to standard error; nothing if standard error is closed."""
     try:
         print(f"{prog}: {one_line(message)}", file=sys.stderr, flush=True)
     except OSError:  # the terminal is gone
@@ -99,7 +101,7 @@ def complain(prog: str, message: str) -> None:
 
 
 def _settle_output() -> None:
-    """Empties the buffer of standard output, into nothing if need be, so that the interpreter's last flush succeeds."""
+    """Flushes standard output, to /dev/null if it is closed, so that the interpreter's last flush succeeds."""
     try:
         print(end="", flush=True)
     except OSError:
@@ -115,8 +117,8 @@ def _point_at_nothing(descriptor: int) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(label: str) -> Iterator[Callable[[int, int], Any] | None]:
-    """A bar over bytes, moved by calling it as (bytes done, bytes in all); None where there is no terminal."""
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar, called with (bytes done, total bytes); None where standard error is not a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -130,7 +132,7 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], Any] | None]:
 
 
 def number(kind: type[Number], low: Number, high: Number) -> Callable[[str], Number]:
-    """An option's type: a number from `low` to `high`, both included; NaN and infinity are neither."""
+    """An option's type: a number from `low` to `high`, both included; never NaN."""
 
     def parse(text: str) -> Number:
         try:
@@ -163,7 +165,7 @@ def word(given: str) -> str:
 
 
 def read_standard_input() -> str:
-    """All of standard input.
+    """Reads standard input to its end.
 
     Raises:
         RequestError: it is not UTF-8.
@@ -172,16 +174,19 @@ def read_standard_input() -> str:
 
 
 def utf8(data: bytes, where: str) -> str:
-    """The bytes as text.
+    """Decodes UTF-8.
+
+    Args:
+        data: the bytes.
+        where: their source, which begins the message of an error.
 
     Raises:
-        RequestError: they are not UTF-8; says which byte, and where.
+        RequestError: they are not UTF-8; names the first invalid byte and its offset.
     """
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(
-            f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; convert it, with iconv say"
+            f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; convert it, for example "
+            "with iconv"
         ) from None
-
-

@@ -1,4 +1,4 @@
-"""The line where a person types: several lines, a history that lasts, Tab after a slash.
+"""Line editing at the chat's prompt: messages of several lines, a history file, and Tab completion of commands.
 
 Enter sends; Alt-Enter, or a backslash before Enter, begins a new line; pasted line breaks stay.
 """
@@ -20,18 +20,18 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 
 def state_folder() -> Path:
-    """Where this user's history is kept: the platform's folder for what a program remembers."""
+    """The folder of this user's history and rescued chat: the platform's folder for a program's state."""
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Application Support" / "phi4_mlx"
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "phi4_mlx"
 
 
 class LineEditor:
-    """Reads what a person types.
+    """Reads a person's messages.
 
     Args:
         words: the commands that Tab completes.
-        colour: whether the prompt may be styled.
+        colour: True if the prompt may be styled.
     """
 
     def __init__(self, words: Sequence[str], colour: bool) -> None:
@@ -47,7 +47,7 @@ class LineEditor:
         )
 
     def read(self) -> str:
-        """The next message.
+        """Reads the next message.
 
         Raises:
             EOFError: Ctrl-D.
@@ -55,9 +55,8 @@ class LineEditor:
         """
         return _unicode(self._session.prompt(self._prompt))
 
-
     def abandon(self, reason: BaseException) -> bool:
-        """Makes a `read` that is under way raise `reason`, from a signal handler; says whether one was."""
+        """Makes a running `read` raise `reason`; for signal handlers. Returns True if a `read` was running."""
         app = self._session.app
         if not app.is_running or app.loop is None:
             return False
@@ -76,7 +75,7 @@ class _Commands(Completer):
 
 
 class _History(FileHistory):
-    """A file that only its owner can read; without a place to write, the history lasts as long as the program."""
+    """A history file that only its owner can read; if it cannot be written, the history ends with the program."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
@@ -96,7 +95,7 @@ class _History(FileHistory):
 
 
 def _unicode(text: str) -> str:
-    """The text with question marks for bytes that were not UTF-8; prompt_toolkit lets them through as surrogates."""
+    """The text with question marks for invalid bytes, which prompt_toolkit passes on as surrogates."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

@@ -1,7 +1,7 @@
-"""Markdown on a terminal, as it comes: a word at a time, and what is written is never taken back.
+"""Markdown on a terminal as it arrives, word by word; nothing written is ever changed.
 
-The cursor only moves forward, so an answer longer than the screen, a resized window or a copied text cannot be garbled.
-Held back are the word that is not finished, emphasis and code until they close or their line ends, and a table's rows.
+The cursor only moves forward, so a resized window or an answer longer than the screen cannot garble it. An unfinished
+word, emphasis or code until it closes or its line ends, and the rows of a table are buffered.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ SGR = re.compile(r"\x1b\[[\d;]*m")
 FENCE = "```"
 TABLE_RULE = re.compile(r"[\s|:-]+")
 CODE = r"(?P<ticks>`+)(?!`)(?P<code>.+?)(?<!`)(?P=ticks)(?!`)"
-CELL_END = re.compile(rf"\\[|`]|{CODE}|`+|\|")  # where it matches just a pipe
+CELL_END = re.compile(rf"\\[|`]|{CODE}|`+|\|")  # a cell ends where this matches a single pipe
 INLINE = re.compile(rf"\\(?P<escaped>[*_`#])|{CODE}|(?P<stars>\*+)|`+|\\\\|\\|[^\\*`]+")
 
 
 def char_width(char: str) -> int:
-    """Columns of a character: 0 for one that joins the one before, 2 for a wide one, else 1."""
+    """Columns of a character: 0 if it combines with the one before, 2 if it is wide, else 1."""
     if char < "\u0300":
         return 1
     if unicodedata.combining(char) or unicodedata.category(char) in ("Mn", "Me", "Cf"):
@@ -32,21 +32,21 @@ def char_width(char: str) -> int:
 
 
 def text_width(text: str) -> int:
-    """Columns of a text without line breaks; its styles take none."""
+    """Columns of a text without line breaks; styles take none."""
     return sum(map(char_width, SGR.sub("", text)))
 
 
 def terminal_width() -> int:
-    """Columns to write in; the last one stays free, since terminals differ in what they do there."""
+    """Columns to write in. The last one stays free: terminals differ in how they wrap there."""
     return max(20, shutil.get_terminal_size().columns - 1)
 
 
 class MarkdownStream:
-    """Writes Markdown with terminal styles while it arrives in pieces.
+    """Writes Markdown with terminal styles as it arrives in pieces.
 
     Args:
-        write: called with text to put on the terminal.
-        width: called at each word for the number of columns.
+        write: called with text for the terminal.
+        width: called at each word; returns the number of columns.
     """
 
     def __init__(self, write: Callable[[str], None], width: Callable[[], int] = terminal_width) -> None:
@@ -56,31 +56,31 @@ class MarkdownStream:
         self._start_line()
 
     def add(self, text: str) -> None:
-        """Takes the next piece of text."""
+        """Adds the next piece of text."""
         for char in text:
             if char == "\n":
                 self._end_line()
             elif self._kind is None:
-                self._held += char
-                self._begin(self._held)
+                self._pending += char
+                self._begin(self._pending)
             elif self._kind in ("fence", "table"):
-                self._held += char
+                self._pending += char
             elif self._kind == "code":
                 self._write(char)
             else:
                 self._inline(char)
 
     def finish(self) -> None:
-        """Writes what is still held back, and ends the line."""
-        if self._held or self._kind is not None:
+        """Writes what is still buffered, and ends the line."""
+        if self._pending or self._kind is not None:
             self._end_line()
         self._end_table()
 
-    # A line: its first characters decide what it is.
+    # The first characters of a line decide its kind.
 
     def _start_line(self) -> None:
         self._kind: str | None = None
-        self._held = ""  # what cannot be judged yet
+        self._pending = ""  # text whose meaning is not clear yet
         self._column = 0
         self._word, self._word_width, self._spaces = "", 0, 0
         self._hanging = ""
@@ -97,9 +97,9 @@ class MarkdownStream:
             if not FENCE.startswith(text[:3]):
                 self._become("code", RESET + _sgr("code") + line)
         elif text.startswith(FENCE):
-            self._become_held("fence")
+            self._become_pending("fence")
         elif text.startswith("|"):
-            self._become_held("table")
+            self._become_pending("table")
         elif not text or FENCE.startswith(text) or re.fullmatch(r"#{1,6}|-+|\*+|\+|>|\d{1,9}[.)]?", text):
             return  # the next character decides
         elif found := re.match(r"#{1,6} ", text):
@@ -122,10 +122,10 @@ class MarkdownStream:
 
     def _become(self, kind: str, written: str = "") -> None:
         self._end_table()
-        self._kind, self._held = kind, ""
+        self._kind, self._pending = kind, ""
         self._write(written)
 
-    def _become_held(self, kind: str) -> None:
+    def _become_pending(self, kind: str) -> None:
         if kind != "table":
             self._end_table()
         self._kind = kind
@@ -136,11 +136,11 @@ class MarkdownStream:
 
     def _end_line(self) -> None:
         if self._kind == "table":
-            self._table.append(self._held)
+            self._table.append(self._pending)
             self._start_line()
             return
         if self._kind == "fence":
-            self._write(_styled(self._held.strip(), "dim"))
+            self._write(_styled(self._pending.strip(), "dim"))
             self._in_code = True
         elif self._kind == "code":
             self._write(RESET)
@@ -154,37 +154,37 @@ class MarkdownStream:
         self._start_line()
 
     def _short_line(self) -> None:
-        """A line that ended before its kind was clear: a closing fence, a rule, a blank line, a few characters."""
+        """Writes a line that ended before its kind was clear: a closing fence, a rule, a blank or very short line."""
         self._end_table()
-        text = self._held.strip()
+        text = self._pending.strip()
         if self._in_code and text == FENCE:
             self._in_code = False
             self._write(_styled(text, "dim"))
         elif self._in_code:
-            self._write(_styled(self._held, "code"))
+            self._write(_styled(self._pending, "code"))
         elif re.fullmatch(r"-{3,}|\*{3,}", text):
             self._write(_styled("─" * min(40, self._width()), "dim"))
         else:
             self._write(text)
 
-    # Within a line of text: styles, and words that are not broken.
+    # A line of text: styles, and wrapping between words.
 
     def _inline(self, char: str) -> None:
-        last = self._held[-1:]
-        escaped = self._held[-2:-1] == "\\" and self._held[0] != "`"  # in code a backslash is itself
+        last = self._pending[-1:]
+        escaped = self._pending[-2:-1] == "\\" and self._pending[0] != "`"  # in code a backslash is itself
         if escaped or (last in ("*", "`") and char != last):
             self._settle(char)
-        if self._held or self._pieces or char in "*`\\":
-            self._held += char
+        if self._pending or self._pieces or char in "*`\\":
+            self._pending += char
         else:
             self._previous = char
             self._put(char, self._styles)
 
     def _settle(self, following: str) -> None:
-        """Writes what is held, unless it waits for a mark that the line may still bring."""
-        rest = _parse(self._held, self._pieces, self._previous, following)
-        self._previous = (self._previous + self._held)[-1 - len(rest)]
-        self._held = rest
+        """Writes what is pending, unless a later mark of the line may still style it."""
+        rest = _parse(self._pending, self._pieces, self._previous, following)
+        self._previous = (self._previous + self._pending)[-1 - len(rest)]
+        self._pending = rest
         if following != "\n" and (rest or any(piece.opens for piece in self._pieces)):
             return
         for piece in self._pieces:
@@ -202,7 +202,7 @@ class MarkdownStream:
             self._shown = frozenset(styles)
         width = char_width(char)
         if width == 2 or self._word_width + width > self._width() - len(self._hanging):
-            self._flush_word()  # wide scripts break anywhere, and so must a word longer than a line
+            self._flush_word()  # wide scripts and words longer than a line break anywhere
         self._word += char
         self._word_width += width
 
@@ -221,7 +221,7 @@ class MarkdownStream:
         self._column += self._word_width
         self._word, self._word_width, self._spaces = "", 0, 0
 
-    # A table is laid out when its last row is known.
+    # A table is laid out once its last row is known.
 
     def _end_table(self) -> None:
         rows, self._table = self._table, []
@@ -245,7 +245,7 @@ class MarkdownStream:
 
 @dataclass
 class _Piece:
-    """Text of one style, or asterisks that may still be closed."""
+    """Text of one style, or asterisks that later ones may close."""
 
     text: str
     styles: set[str]
@@ -253,9 +253,9 @@ class _Piece:
 
 
 def _parse(text: str, pieces: list[_Piece], previous: str = " ", following: str = "\n") -> str:
-    """Adds the next part of a line to its pieces, and returns what waits for backticks that close it.
+    """Adds the next part of a line to its pieces; returns the rest, from a backtick that is not closed yet.
 
-    Marks that do not pair up stay in the text; at the end of the line nothing waits any more.
+    Unpaired marks stay in the text. At the end of the line the rest is empty.
     """
     around = previous + text + following
     for found in INLINE.finditer(text):
@@ -274,13 +274,13 @@ def _parse(text: str, pieces: list[_Piece], previous: str = " ", following: str 
 
 
 def _close(pieces: list[_Piece], count: int) -> int:
-    """Styles the text back to the marks that asterisks close, and returns how many asterisks close nothing."""
+    """Styles the text back to the marks that `count` asterisks close; returns how many of them close nothing."""
     for at in range(len(pieces) - 1, -1, -1):
         if not count:
             break
         opening = pieces[at]
         size = len(opening.text)
-        if opening.opens and {size, count} != {1, 2}:  # one never closes two, nor two one
+        if opening.opens and {size, count} != {1, 2}:  # one never closes two, or two one
             used = min(size, count)
             count -= used
             for piece in pieces[at + 1 :]:
@@ -292,9 +292,9 @@ def _close(pieces: list[_Piece], count: int) -> int:
 
 
 def _flanks(inner: str, outer: str, count: int) -> bool:
-    """CommonMark's rule of where asterisks touch the words that they emphasise, but products and powers stay.
+    """True if asterisks between `outer` and `inner` may emphasise `inner`: CommonMark's rule, less products and powers.
 
-    So within a word one asterisk means nothing (a*b), nor do two at a digit (2**3), while two at letters may.
+    Within a word, one asterisk (a*b) and two next to a digit (2**3) are text; two between letters may emphasise.
     """
     if inner.isspace():
         return False
@@ -304,7 +304,7 @@ def _flanks(inner: str, outer: str, count: int) -> bool:
 
 
 def _cells(row: str, styles: set[str]) -> list[str]:
-    """The cells of a table's row, ready to show; a pipe that is escaped or in code is text."""
+    """The styled cells of a table's row; a pipe that is escaped or in code is text."""
     parted = CELL_END.sub(lambda found: "\n" if found[0] == "|" else found[0].replace("\\|", "|"), row.strip())
     shown = []
     for cell in parted.removeprefix("\n").removesuffix("\n").split("\n"):

@@ -1,100 +1,146 @@
-"""phi4_mlx.terminal.options."""
+"""Options that several commands share; `SAMPLING` is the one table of the sampling options and their defaults.
+
+Imports only the standard library, so that `--help` and a mistyped option cost nothing.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple, TypedDict
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.terminal.command import Parser, number, word
+from phi4_mlx.terminal.limits import (
+    MAX_TOKENS_LIMIT,
+    PENALTY_RANGE,
+    REPETITION_PENALTY_RANGE,
+    SEED_LIMIT,
+    TEMPERATURE_LIMIT,
+    TOP_K_LIMIT,
+)
 
-MAX_TOKENS_LIMIT = 1_000_000
+LONG_PREFILL = 512  # tokens; a longer prefill shows its progress
 
-TEMPERATURE_LIMIT = 100.0
 
-SEED_LIMIT = 2**64 - 1  # mlx seeds its generator with 64 bits
+class SamplingOption(NamedTuple):
+    """A sampling option: the parser of its value, its default and its help text."""
 
-SAMPLING: dict[str, tuple[Callable[[str], int | float], int | float | None, str]] = {
-    "temp": (number(float, 0.0, TEMPERATURE_LIMIT), 0.0, "temperature; 0 takes the likeliest token"),
-    "top-p": (number(float, 0.0, 1.0), 1.0, "keep the likeliest tokens that come to this probability"),
-    "min-p": (number(float, 0.0, 1.0), 0.0, "keep tokens this likely, relative to the likeliest"),
-    "top-k": (number(int, 0, 2**31 - 1), 0, "keep this many of the likeliest tokens; 0 keeps all"),
-    "max-tokens": (number(int, 1, MAX_TOKENS_LIMIT), None, "longest answer, in tokens"),
-    "seed": (number(int, 0, SEED_LIMIT), None, "makes sampling repeatable"),
-    "repetition-penalty": (number(float, 0.01, 100.0), None, "over 1: makes the last 20 tokens less likely"),
-    "presence-penalty": (number(float, -100.0, 100.0), None, "subtracted from the logits of the last 20 tokens"),
-    "frequency-penalty": (number(float, -100.0, 100.0), None, "the same, once for each time that a token occurs"),
+    parse: Callable[[str], int | float]
+    default: int | float | None
+    explanation: str
+
+
+# The command line takes them with two dashes before the name, the chat's /set without.
+SAMPLING = {
+    "temp": SamplingOption(number(float, 0, TEMPERATURE_LIMIT), 0.0, "temperature; 0 takes the likeliest token"),
+    "top-p": SamplingOption(number(float, 0, 1), 1.0, "keep the likeliest tokens whose probabilities sum to this"),
+    "min-p": SamplingOption(number(float, 0, 1), 0.0, "keep tokens at least this likely, relative to the likeliest"),
+    "top-k": SamplingOption(number(int, 0, TOP_K_LIMIT), 0, "keep this many of the likeliest tokens; 0 keeps all"),
+    "max-tokens": SamplingOption(number(int, 1, MAX_TOKENS_LIMIT), None, "longest answer, in tokens"),
+    "seed": SamplingOption(number(int, 0, SEED_LIMIT), None, "makes sampling repeatable"),
+    "repetition-penalty": SamplingOption(
+        number(float, *REPETITION_PENALTY_RANGE), None, "above 1: makes the last 20 tokens less likely; 1 has no effect"
+    ),
+    "presence-penalty": SamplingOption(
+        number(float, *PENALTY_RANGE), None, "subtracted from the logit of every token among the last 20"
+    ),
+    "frequency-penalty": SamplingOption(
+        number(float, *PENALTY_RANGE), None, "subtracted from a token's logit each time it is among the last 20"
+    ),
 }
-"""The sampling options: type, default, help. `/set` in the chat knows the same ones."""
 
-LONG_PREFILL = 512  # tokens; a prefill longer than this tells how far it is
+
+class LoadArguments(TypedDict, total=False):
+    """The keyword arguments of `phi4_mlx.load` that `add_model_options` covers."""
+
+    adapter_path: str | None
+    revision: str | None
+    verify: bool
+    chat_format: str | None
+
+
+class CacheArguments(TypedDict):
+    """The keyword arguments of `make_cache` that `add_decoding_options` covers."""
+
+    kv_bits: int | None
+    max_kv_size: int | None
 
 
 def add_model_options(parser: Parser) -> None:
-    """Adds the options that say which model, and how it is read."""
+    """Adds the options that select a model and the way it is loaded."""
     parser.add_argument(
         "--model",
         type=word,
-        help="a folder, a Hugging Face id, or demo, the model that comes along (default: Phi-4-mini-instruct, 4 bits)",
+        help="a folder, a Hugging Face id, or demo for the embedded model (default: Phi-4-mini-instruct, 4 bits)",
     )
-    parser.add_argument("--adapter-path", type=word, metavar="FOLDER", help="a LoRA adapter to put on the model")
+    parser.add_argument("--adapter-path", type=word, metavar="FOLDER", help="a LoRA adapter to apply to the model")
     parser.add_argument("--revision", type=word, help="branch, tag or commit of the Hugging Face id")
-    parser.add_argument("--verify", action="store_true", help="check every file against the package's hashes")
-    parser.add_argument("--chat-format", type=word, metavar="NAME", help="override the recognised chat format")
+    parser.add_argument("--verify", action="store_true", help="check every file against the hashes of the package")
+    parser.add_argument("--chat-format", type=word, metavar="NAME", help="use this chat format, not the detected one")
+
+
+def load_options(args: argparse.Namespace) -> LoadArguments:
+    """The keyword arguments of `load` from the options of `add_model_options`, without the model's name."""
+    return LoadArguments(
+        adapter_path=args.adapter_path, revision=args.revision, verify=args.verify, chat_format=args.chat_format
+    )
+
+
+def add_sampling_options(parser: Parser, max_tokens: int) -> None:
+    """Adds the options of `SAMPLING`; `max_tokens` is the command's own default for `--max-tokens`."""
+    for name, option in SAMPLING.items():
+        default = max_tokens if name == "max-tokens" else option.default
+        shown = "" if default is None else " (default: %(default)s)"
+        parser.add_argument(
+            f"--{name}", type=option.parse, default=default, metavar="N", help=option.explanation + shown
+        )
 
 
 def add_kv_bits_option(parser: Parser) -> None:
     """Adds `--kv-bits`."""
     parser.add_argument(
-        "--kv-bits", type=int, choices=(4, 8), help="keep keys and values in so many bits: less memory, not quite exact"
+        "--kv-bits",
+        type=int,
+        choices=(4, 8),
+        help="quantise cached keys and values to this many bits: less memory, slightly inexact",
     )
 
 
 def add_decoding_options(parser: Parser) -> None:
-    """Adds the options that say what is remembered of a text, and how tokens are guessed ahead."""
+    """Adds the options of the cache and of speculative decoding."""
     add_kv_bits_option(parser)
     parser.add_argument(
         "--max-kv-size",
         type=number(int, 512, 2**31 - 1),
         metavar="N",
-        help="remember at most N tokens: the first 4, and the latest; what lies between is forgotten",
+        help="cache at most N tokens: the first 4 and the latest; those between are dropped",
     )
     parser.add_argument(
         "--speculate",
         choices=("auto", "off", "lookup"),
         default="auto",
-        help="guess tokens from what the text repeats: where it pays, never, or wherever it may (default: %(default)s)",
+        help="guess tokens from repetitions in the text: where it pays, never, or wherever possible "
+        "(default: %(default)s)",
     )
-    parser.add_argument("--draft-model", type=word, metavar="MODEL", help="guess them with this smaller model instead")
+    parser.add_argument(
+        "--draft-model", type=word, metavar="MODEL", help="guess tokens with this smaller model instead"
+    )
 
 
 def check_decoding_options(args: argparse.Namespace) -> None:
-    """Sees to it that no option leaves another one nothing to do.
+    """Checks that no decoding option cancels another.
 
     Raises:
-        RequestError: one does.
+        RequestError: an option would have no effect; names both.
     """
     guesses = "--draft-model" if args.draft_model is not None else f"--speculate {args.speculate}"
     if args.draft_model is not None and args.speculate == "off":
         raise RequestError("--draft-model guesses tokens, and --speculate off forbids it; drop one")
     if args.max_kv_size is not None and guesses in ("--draft-model", "--speculate lookup"):
-        raise RequestError(f"{guesses} may have to take tokens back, which --max-kv-size forgets; drop one")
+        raise RequestError(f"{guesses} may have to take tokens back, and --max-kv-size makes that impossible; drop one")
 
 
-def cache_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `make_cache` takes for the options."""
-    return {"kv_bits": args.kv_bits, "max_kv_size": args.max_kv_size}
-
-
-def load_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `load` takes for the options of `add_model_options`, besides the model's name."""
-    return {name: getattr(args, name) for name in ("adapter_path", "revision", "verify", "chat_format")}
-
-
-def add_sampling_options(parser: Parser, max_tokens: int) -> None:
-    """Adds the options of `SAMPLING`."""
-    for name, (kind, default, explanation) in SAMPLING.items():
-        value = max_tokens if name == "max-tokens" else default
-        shown = "" if value is None else " (default: %(default)s)"
-        parser.add_argument(f"--{name}", type=kind, default=value, metavar="N", help=explanation + shown)
+def cache_options(args: argparse.Namespace) -> CacheArguments:
+    """The keyword arguments of `make_cache` from the options of `add_decoding_options`."""
+    return CacheArguments(kv_bits=args.kv_bits, max_kv_size=args.max_kv_size)

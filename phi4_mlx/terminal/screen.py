@@ -1,4 +1,4 @@
-"""The terminal of a chat: what is written to it, what is typed into it, and Ctrl-C."""
+"""The screen and keyboard of a chat, and its handling of Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,57 +10,70 @@ import termios
 import textwrap
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
 
 from phi4_mlx.terminal.markdown import RESET, MarkdownStream, terminal_width
-from phi4_mlx.terminal.printable import one_line, printable
+from phi4_mlx.terminal.printable import PlainStream, one_line, printable
 
 DIM, RED = "\x1b[2m", "\x1b[31m"
 
+SignalHandler = Callable[[int, FrameType | None], object] | int | None  # as `signal.signal` returns it
+
+
+class Answer:
+    """An answer on the screen: Markdown where styles may be used, else plain text.
+
+    Args:
+        stream: writes the text.
+        clean: called with each piece before it is written.
+    """
+
+    def __init__(self, stream: MarkdownStream | PlainStream, clean: Callable[[str], str]) -> None:
+        self._stream, self._clean = stream, clean
+
+    def add(self, piece: str) -> None:
+        """Writes the next piece."""
+        self._stream.add(self._clean(piece))
+
+    def finish(self) -> None:
+        """Writes what is still pending, and ends the line."""
+        self._stream.finish()
+
 
 class Screen:
-    """Standard output: a terminal with styles, a plain terminal, or a pipe that takes the text as it is.
+    """Standard output: a terminal with styles, a plain terminal, or a pipe that receives the text unchanged.
 
     Attributes:
-        colour: whether styles may be used; not where NO_COLOR is set.
+        terminal: True if standard output is a terminal.
+        colour: True if styles may be used; False where NO_COLOR is set.
     """
 
     def __init__(self) -> None:
-        self._terminal = sys.stdout.isatty()
-        self.colour = self._terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+        self.terminal = sys.stdout.isatty()
+        self.colour = self.terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
         self._status = ""
 
     def write(self, text: str) -> None:
-        """Writes text, at once."""
+        """Writes text and flushes it."""
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    def answer(self) -> tuple[Callable[[str], None], Callable[[], None]]:
-        """Begins an answer: (writes a piece of it, ends it)."""
-        if self.colour:
-            stream = MarkdownStream(self.write)
-            return lambda piece: stream.add(printable(piece)), stream.finish
-        last = "\n"
-
-        def add(piece: str) -> None:
-            nonlocal last
-            last = piece or last
-            self.write(printable(piece) if self._terminal else piece)
-
-        return add, lambda: self.write("" if last.endswith("\n") else "\n")
+    def answer(self) -> Answer:
+        """Begins an answer."""
+        stream = MarkdownStream(self.write) if self.colour else PlainStream(self.write)
+        return Answer(stream, printable if self.terminal else str)
 
     def note(self, text: str) -> None:
-        """A line that is ours, not the model's; only a terminal shows it."""
-        if self._terminal:
+        """Writes a line of the program's own, such as a confirmation; only on a terminal."""
+        if self.terminal:
             self._line(DIM, text)
 
     def error(self, text: str) -> None:
-        """A line that says what went wrong, in a chat that goes on."""
+        """Writes one line about a mistake after which the chat continues."""
         self._line(RED, one_line(text))
         self.end_paragraph()
 
     def ask(self, question: str) -> str:
-        """What the person types in answer, Enter included; nothing that was typed before the question counts."""
+        """Asks the person; returns the line they type, Enter included. What was typed before is discarded."""
         self.write(question)
         with keys(echo=True):
             if sys.stdin.isatty():
@@ -68,24 +81,24 @@ class Screen:
             return sys.stdin.readline()
 
     def end_paragraph(self) -> None:
-        """A blank line before the next prompt of a person."""
-        if self._terminal:
+        """Writes a blank line before the person's next prompt; only on a terminal."""
+        if self.terminal:
             self.write("\n")
+
+    def status(self, text: str) -> None:
+        """Writes a line that the next status replaces; an empty one clears it. Only where styles may be used."""
+        if self.colour and text != self._status:
+            self.write(f"\r\x1b[K{DIM}{text}{RESET}" if text else "\r\x1b[K")
+            self._status = text
 
     def _line(self, style: str, text: str) -> None:
         text = textwrap.fill(text, terminal_width())
         self.write(f"{style}{text}{RESET}\n" if self.colour else f"{text}\n")
 
-    def status(self, text: str) -> None:
-        """A line that the next one replaces; an empty one clears it."""
-        if self.colour and text != self._status:
-            self.write(f"\r\x1b[K{DIM}{text}{RESET}" if text else "\r\x1b[K")
-            self._status = text
-
 
 @contextlib.contextmanager
 def keys(echo: bool) -> Iterator[None]:
-    """Shows what is typed, or keeps the terminal from echoing it into the middle of an answer."""
+    """Turns the terminal's echo of typed keys on or off; off, they do not appear in the middle of an answer."""
     if not sys.stdin.isatty():
         yield
         return
@@ -101,16 +114,16 @@ def keys(echo: bool) -> Iterator[None]:
 
 
 class StopButton:
-    """Ctrl-C as a question that is asked between two tokens; pressed twice, it is what it always is.
+    """The first Ctrl-C sets a flag that is polled between tokens; the second raises KeyboardInterrupt.
 
     Attributes:
-        pressed: whether it was.
-        at_once: while a tool runs: then it is what it always is the first time.
+        pressed: True after the first Ctrl-C.
+        at_once: set it while a tool runs, so that the first Ctrl-C raises KeyboardInterrupt too.
     """
 
     def __init__(self) -> None:
         self.pressed = self.at_once = False
-        self._before: Any = None
+        self._before: SignalHandler = None
 
     def __enter__(self) -> StopButton:
         self._before = signal.signal(signal.SIGINT, self._press)

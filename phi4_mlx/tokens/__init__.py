@@ -1,1 +1,1 @@
-"""Text and messages to token ids, and back."""
+"""Text and messages to token ids and back: tokenizers and chat formats."""

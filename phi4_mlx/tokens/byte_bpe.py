@@ -1,8 +1,8 @@
-"""Byte-level BPE as tokenizer.json writes it, and the proof that tiktoken makes the same of it.
+"""Byte-level BPE of tokenizer.json, and the proof that tiktoken gives the same ids.
 
 tiktoken merges by the rank of the token that a merge makes; tokenizer.json lists its merges in order. `merges_agree`
-proves that the two come to the same for a vocabulary, as they do for o200k. That takes seconds for so large a one, so
-the hash of a model already proven stands for it.
+proves that both give the same ids for a vocabulary, as they do for o200k. The proof takes seconds for a vocabulary of
+that size, so models already proven are recognised by their hash.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-# SHA-256 of the end of tokenizer.json, from '"model": {' on, as the `tokenizers` library writes it -> how many ids,
-# counted from 0, are bytes or what their merges make. Known to agree: o200k, in Phi-4-mini and its siblings.
+# SHA-256 of tokenizer.json from '"model": {' to the end, as the `tokenizers` library writes it -> number of ids, from
+# 0, that are bytes or made by merges. The entry is o200k, in Phi-4-mini and its siblings.
 KNOWN_MODELS = {"6dc64037568e0c35e916693e8b558b0b43183e02da12b2268b776ee616742428": 199_998}
 
 
 def _spelling() -> str:
-    """The character that each byte is written as: printable Latin-1 as itself, the rest from U+0100 on.
+    """The character for each byte: printable Latin-1 as itself, the others from U+0100.
 
     Source: `bytes_to_unicode` in the GPT-2 release.
     """
@@ -34,7 +34,7 @@ _BYTE_OF_CHAR = codecs.charmap_build(SPELLING)
 
 
 def token_bytes(token: str) -> bytes:
-    """The bytes that an entry of the vocabulary stands for; the entry's own text if it is not spelled in bytes."""
+    """The bytes of a vocabulary entry; the entry's UTF-8 if it is not in the byte alphabet."""
     try:
         return codecs.charmap_encode(token, "strict", _BYTE_OF_CHAR)[0]
     except UnicodeEncodeError:
@@ -45,11 +45,11 @@ def parse(raw: bytes) -> tuple[Any, int | None]:
     """Parses tokenizer.json.
 
     Args:
-        raw: the file.
+        raw: the file's bytes.
 
     Returns:
-        What it holds, and for a known model the number of ids that are bytes and what merges make of them. Its merges
-        are left out then: they are two thirds of the file, and nobody needs them.
+        The parsed file, and for a known model its number in `KNOWN_MODELS`. The merges of a known model are omitted:
+        they are two thirds of the file, and are not needed.
 
     Raises:
         ValueError: it is not JSON.
@@ -62,7 +62,11 @@ def parse(raw: bytes) -> tuple[Any, int | None]:
 
 
 def pattern(spec: Mapping[str, Any]) -> str | None:
-    """The pattern that parts a text into pieces; none where a setting of the file is more than tiktoken can express."""
+    """The pattern that splits a text before merging; None if tiktoken cannot express the file's settings.
+
+    Args:
+        spec: a parsed tokenizer.json.
+    """
     model, steps = spec["model"], (spec.get("pre_tokenizer") or {}).get("pretokenizers") or []
     settings = (
         "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges",
@@ -79,16 +83,17 @@ def pattern(spec: Mapping[str, Any]) -> str | None:
     keeps_matches_alone = split.get("behavior") == "Removed" and split.get("invert")
     if not keeps_matches_alone or byte_level.get("add_prefix_space") or byte_level.get("use_regex", True):
         return None
-    return split["pattern"].get("Regex")
+    regex: str | None = split["pattern"].get("Regex")
+    return regex
 
 
 def merges_agree(spec: Mapping[str, Any]) -> bool:
-    """Whether merging by the rank of the merged token does what the list of merges does.
+    """True if merging by the rank of the merged token gives the same ids as the list of merges.
 
-    It does when each byte has a token, the list makes each of its tokens once, in the order of their ids, and each
-    token's own bytes come down, under the merges before its own, to the very two parts that its merge names. For then
-    no two neighbours ever meet whose joint rank is not that of a listed merge: what has merged inside their bytes so
-    far is what would have merged in those bytes alone.
+    It does if each byte has a token, the list makes each of its tokens once, in the order of their ids, and the bytes
+    of each token, under the merges before its own, reduce to exactly the two parts that its merge names. Then two
+    neighbours whose joined text has a rank are always the two parts of a listed merge, because the merges so far inside
+    their bytes are those that would happen in these bytes alone.
 
     Args:
         spec: a parsed tokenizer.json of byte-level BPE.
@@ -109,7 +114,7 @@ def merges_agree(spec: Mapping[str, Any]) -> bool:
 
 
 def _parts(token: str, ranks: Mapping[str, int], below: int) -> list[str]:
-    """What the characters of a token merge into under the ranks below its own, lowest first, leftmost first."""
+    """The parts that a token's characters merge into under the ranks below its own: lowest first, then leftmost."""
     parts = list(token)
     while len(parts) > 2:
         pairs = [ranks.get(a + b, below) for a, b in pairwise(parts)]
@@ -122,17 +127,17 @@ def _parts(token: str, ranks: Mapping[str, int], below: int) -> list[str]:
 
 
 def merge_pairs(spec: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The merges as pairs; older files write each as one string with a space."""
+    """The merges as pairs; older files write a pair as one string with a space."""
     merges = spec["model"]["merges"]
     return [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in merges]  # type: ignore[misc]
 
 
 def ranks(spec: Mapping[str, Any], merged: int | None = None) -> dict[bytes, int]:
-    """Bytes -> id of all that merges can make.
+    """The bytes and the id of every token that is a byte or made by a merge.
 
     Args:
         spec: a parsed tokenizer.json whose merges agree.
-        merged: the second part of what `parse` returned.
+        merged: the second value that `parse` returned.
     """
     vocab: dict[str, int] = spec["model"]["vocab"]
     if merged is None:

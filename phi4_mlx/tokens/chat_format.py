@@ -1,7 +1,7 @@
-"""Messages <-> token ids, one small class for each way of the family to write a conversation.
+"""Chat formats: messages to token ids, one class for each format of the family.
 
-A format lays out control tokens and texts; the tokenizer encodes each text as text, so that `<|end|>` typed by a user
-stays what it is. No template of a checkpoint is ever executed: it is recognised, and written anew here.
+A format is a sequence of control tokens and texts. The tokenizer encodes each text as text, so `<|end|>` typed by a
+user never becomes a control token. Chat templates are not executed: a format is recognised and implemented here.
 
 Source: the `chat_template` in each model's tokenizer_config.json.
 """
@@ -18,7 +18,8 @@ from phi4_mlx.errors import ConfigError, RequestError, TokenizerError
 from phi4_mlx.files.json_file import read_json
 from phi4_mlx.tokens.tokenizer import Control, Tokenizer
 from phi4_mlx.tools.declarations import tools_text
-from phi4_mlx.tools.json_text import json_text
+from phi4_mlx.tools.json_text import JsonObject, json_text
+from phi4_mlx.tools.markup import CALLS_CLOSE, CALLS_OPEN, TOOLS_CLOSE, TOOLS_OPEN
 
 Message = Mapping[str, Any]
 Pieces = Iterator[Control | str]
@@ -27,11 +28,19 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 class ChatFormat:
-    """Phi-4-mini-instruct and its base: `<|role|>text<|end|>`, and no line breaks."""
+    """Phi-4-mini-instruct and its base: `<|role|>text<|end|>`, without line breaks.
+
+    Attributes:
+        name: the format's name on the command line.
+        roles: the roles that a message may have.
+        end: the control token that ends a turn.
+        after_end: the text between `end` and the next turn.
+    """
 
     name = "phi4-mini"
     roles: tuple[str, ...] = ROLES
     end = Control("<|end|>")
+    after_end = ""
 
     def render(
         self,
@@ -40,22 +49,43 @@ class ChatFormat:
         tools: Sequence[Any] | None = None,
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        """Ids of a conversation.
+        """Renders a conversation.
 
         Args:
-            tokenizer: encodes the texts and knows the control tokens.
+            tokenizer: encodes the texts and the control tokens.
             messages: each with "role" and "content"; an assistant's may have "tool_calls" in OpenAI's form.
-            tools: as for `flat_tool`; they go in the first system turn, which is made if there is none.
+            tools: as for `flat_tool`; they go in the first system turn, which is added if there is none.
             add_generation_prompt: ends with the start of the assistant's turn instead of the end of the text.
 
+        Returns:
+            Token ids [T].
+
         Raises:
-            RequestError: a message or a tool is malformed, or this format has no place for it; says which.
+            RequestError: a message or a tool is malformed, or this format does not support it; names it.
             TokenizerError: the tokenizer lacks a control token of this format.
         """
         checked = self._checked(messages)
         if tools and any(message.get("tools") for message in checked):
             raise RequestError("tools are given twice: as an argument, and in a system message")
         return tokenizer.encode_pieces(self._conversation(tokenizer, checked, tools or (), add_generation_prompt))
+
+    def render_open(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+        """Renders a conversation up to the text of its last message, which more text may follow.
+
+        Args:
+            tokenizer: as in `render`.
+            messages: as in `render`.
+
+        Returns:
+            Token ids [T].
+
+        Raises:
+            RequestError: as in `render`.
+            TokenizerError: as in `render`.
+        """
+        pieces = list(self._conversation(tokenizer, self._checked(messages), (), add_generation_prompt=True))
+        ends = [at for at, piece in enumerate(pieces) if isinstance(piece, Control) and piece == self.end]
+        return tokenizer.encode_pieces(pieces[: ends[-1]])
 
     def extend(
         self,
@@ -64,33 +94,43 @@ class ChatFormat:
         messages: Sequence[Message],
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        """Ids of a conversation that goes on.
+        """Continues a conversation.
 
         Args:
             tokenizer: as in `render`.
-            ids: a prompt and the reply drawn for it, as drawn; closed here if it was cut before its end marker.
-            messages: what is new.
+            ids: a prompt and the reply generated for it; the reply is closed here if it lacks its end marker.
+            messages: the messages after the reply.
             add_generation_prompt: as in `render`.
+
+        Returns:
+            Token ids [T] of the whole conversation.
+
+        Raises:
+            RequestError: as in `render`.
+            TokenizerError: as in `render`.
         """
-        held = list(ids)
-        while held and held[-1] in tokenizer.eos_ids:
-            held.pop()
+        kept = list(ids)
+        while kept and kept[-1] in tokenizer.eos_ids:
+            kept.pop()
         new = [*self._turns(self._checked(messages)), *self._close(add_generation_prompt)]
-        return [*held, *tokenizer.encode_pieces([self.end, *self._after_end(), *new])]
+        return [*kept, *tokenizer.encode_pieces([self.end, self.after_end, *new])]
 
     def own_words(self, tokenizer: Tokenizer, ids: Sequence[int]) -> list[bool]:
-        """Which ids of a conversation are for the model to say: the assistant's turns, each with its end marker.
+        """Marks the ids that the model generates: the assistant's turns, each with its end marker.
 
-        A turn is known by its control tokens, and no text makes those.
+        A turn is found by its control tokens, which text never becomes.
 
         Args:
             tokenizer: as in `render`.
-            ids: a conversation as rendered, whole or cut.
+            ids: a rendered conversation [T], whole or cut.
+
+        Returns:
+            True for each id [T] in an assistant's turn.
         """
         prompt = list(self._close(add_generation_prompt=True))
         last = max(at for at, piece in enumerate(prompt) if isinstance(piece, Control))
         opening = tokenizer.encode_pieces(prompt[: last + 1])
-        end = tokenizer.encode_pieces([self.end])[0]
+        (end,) = tokenizer.encode_pieces([self.end])
         own, at, speaking = [False] * len(ids), 0, False
         while at < len(ids):
             if ids[at] == opening[0] and list(ids[at : at + len(opening)]) == opening:
@@ -100,13 +140,13 @@ class ChatFormat:
                 at += 1
         return own
 
-    def _checked(self, messages: Any) -> list[dict[str, Any]]:
+    def _checked(self, messages: Any) -> list[JsonObject]:
         checked = check_messages(messages)
         for index, message in enumerate(checked):
             if message["role"] not in self.roles:
                 known = ", ".join(self.roles)
                 raise RequestError(
-                    f"message {index} has role {message['role']!r}; the format {self.name} knows {known}"
+                    f"message {index} has role {message['role']!r}; the chat format {self.name} supports {known}"
                 )
         return checked
 
@@ -116,8 +156,11 @@ class ChatFormat:
         if tools and all(message["role"] != "system" for message in messages):
             messages = [{"role": "system", "content": ""}, *messages]
         for message in messages:
-            shown, tools = (tools, ()) if message["role"] == "system" else ((), tools)
-            yield from self._turn(message, shown)
+            if message["role"] == "system":
+                yield from self._turn(message, tools)
+                tools = ()  # the first system turn alone shows them
+            else:
+                yield from self._turn(message)
         yield from self._close(add_generation_prompt)
 
     def _turns(self, messages: Sequence[Message]) -> Pieces:
@@ -131,16 +174,12 @@ class ChatFormat:
         yield from _tool_calls(message)
         yield self.end
 
-    def _after_end(self) -> Pieces:
-        """What stands between an end marker and the next turn."""
-        yield from ()
-
     def _close(self, add_generation_prompt: bool) -> Pieces:
         yield Control("<|assistant|>" if add_generation_prompt else "<|endoftext|>")
 
 
 class Phi4MiniReasoning(ChatFormat):
-    """Phi-4-mini-reasoning: as Phi-4-mini, behind a system line of its own that the caller's is joined to."""
+    """Phi-4-mini-reasoning: as Phi-4-mini, with a fixed system line to which the caller's is appended."""
 
     name = "phi4-mini-reasoning"
     SYSTEM = "Your name is Phi, an AI math expert developed by Microsoft."
@@ -164,6 +203,7 @@ class Phi35Mini(ChatFormat):
 
     name = "phi3.5-mini"
     roles = ("system", "user", "assistant")
+    after_end = "\n"
 
     def _turn(self, message: Message, tools: Sequence[Any] = ()) -> Pieces:
         _refuse_tools(self.name, message, tools)
@@ -172,10 +212,7 @@ class Phi35Mini(ChatFormat):
         yield Control(f"<|{message['role']}|>")
         yield "\n" + message["content"]
         yield self.end
-        yield "\n"
-
-    def _after_end(self) -> Pieces:
-        yield "\n"
+        yield self.after_end
 
     def _close(self, add_generation_prompt: bool) -> Pieces:
         yield Control("<|assistant|>" if add_generation_prompt else "<|endoftext|>")
@@ -200,9 +237,9 @@ class Phi4(ChatFormat):
 
 
 class Phi4Reasoning(Phi4):
-    """Phi-4-reasoning and -plus (14B): as Phi-4, behind a system message of its own.
+    """Phi-4-reasoning and -plus (14B): as Phi-4, with a fixed system message.
 
-    The stock template drops the caller's; here it is joined, as Phi-4-mini-reasoning does it.
+    The stock template drops the caller's; here it is appended, as in Phi-4-mini-reasoning.
     """
 
     name = "phi4-reasoning"
@@ -226,7 +263,7 @@ class Phi4Reasoning(Phi4):
     ) -> Pieces:
         _refuse_tools(self.name, {}, tools)
         yield from (Control("<|im_start|>"), "system", Control("<|im_sep|>"))
-        yield from tokenizer.parts(self.SYSTEM)  # <think> is a control token here, and this text may hold it
+        yield from tokenizer.parts(self.SYSTEM)  # <think> in this text is a control token
         yield from (" " + message["content"] for message in messages if message["role"] == "system")
         yield self.end
         yield from self._turns([message for message in messages if message["role"] != "system"])
@@ -238,7 +275,7 @@ CHAT_FORMATS: dict[str, ChatFormat] = {
     for chat_format in (ChatFormat(), Phi4MiniReasoning(), Phi35Mini(), Phi4(), Phi4Reasoning())
 }
 
-# SHA-256 of chat templates that have been compared with the format.
+# SHA-256 of a chat template -> the format that renders the same ids.
 _KNOWN_TEMPLATES = {
     "febf589225c9728ab791f52e8897d7607a823d45368f0a4c92fa68997b40cce9": "phi4-mini",  # Phi-4-mini-instruct
     "cbb504cb43fec3f8877d709d9f7a729441e56f41cb4fddd382675fab35de7fe1": "phi4-mini-reasoning",
@@ -248,11 +285,15 @@ _KNOWN_TEMPLATES = {
 
 
 def recognise(folder: Path, tokenizer: Tokenizer) -> ChatFormat:
-    """The chat format of a checkpoint: by its template, else by the control tokens that only one format has.
+    """Recognises the chat format of a checkpoint by its template, or else by its control tokens.
+
+    Args:
+        folder: the checkpoint's.
+        tokenizer: the checkpoint's.
 
     Raises:
-        TokenizerError: it is none of the family's.
-        ConfigError: a file that may hold the template is damaged.
+        TokenizerError: the format is not one of the family's.
+        ConfigError: a file that may contain the template is damaged.
     """
     template = _template(folder)
     name = _KNOWN_TEMPLATES.get(hashlib.sha256(template.encode(errors="replace")).hexdigest())
@@ -262,31 +303,37 @@ def recognise(folder: Path, tokenizer: Tokenizer) -> ChatFormat:
             name = Phi4Reasoning.name if Phi4Reasoning.SYSTEM in template else Phi4.name
         elif {"<|user|>", "<|assistant|>", "<|end|>"} <= control:
             mini = Phi4MiniReasoning if Phi4MiniReasoning.SYSTEM in template else ChatFormat
-            name = mini.name if "<|tool|>" in control else Phi35Mini.name
+            name = mini.name if TOOLS_OPEN in control else Phi35Mini.name
     if name is None:
         raise TokenizerError(
-            f"{folder}: its chat format is not known; name one of {', '.join(CHAT_FORMATS)} with --chat-format"
+            f"{folder}: its chat format is unknown; choose one of {', '.join(CHAT_FORMATS)} with --chat-format"
         )
     return CHAT_FORMATS[name]
 
 
-def check_messages(messages: Any) -> list[dict[str, Any]]:
-    """The messages, each known to have a role and a text.
+def check_messages(messages: Any) -> list[JsonObject]:
+    """Checks that each message has a role and a text.
+
+    Args:
+        messages: a list or tuple, each as for `ChatFormat.render`.
+
+    Returns:
+        Copies whose "content" is a string and whose "tool_calls" are in the model's own form.
 
     Raises:
-        RequestError: there are none, or one is malformed; says which, and how.
+        RequestError: there is no message, or one is malformed; names it and the reason.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise RequestError(f"messages must be a list with at least one message, not {messages!r:.100}")
-    return [_checked(index, message) for index, message in enumerate(messages)]
+    return [_checked_message(index, message) for index, message in enumerate(messages)]
 
 
-def _checked(index: int, message: Any) -> dict[str, Any]:
+def _checked_message(index: int, message: Any) -> JsonObject:
     if not isinstance(message, Mapping):
         raise RequestError(f"message {index} must be an object with role and content, not {message!r:.100}")
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
     if role not in ROLES:
-        raise RequestError(f"message {index} has role {role!r:.100}; known are {', '.join(ROLES)}")
+        raise RequestError(f"message {index} has role {role!r:.100}; the roles are {', '.join(ROLES)}")
     if "content" not in message and not calls:
         raise RequestError(f"message {index} ({role}) has no content")
     if isinstance(content, (list, tuple)):
@@ -294,7 +341,7 @@ def _checked(index: int, message: Any) -> dict[str, Any]:
     if content is not None and not isinstance(content, str):
         raise RequestError(f"message {index} ({role}) must have text as content, not {content!r:.100}")
     if calls and role != "assistant":
-        raise RequestError(f"message {index} ({role}) has tool_calls; only the assistant calls tools")
+        raise RequestError(f"message {index} ({role}) has tool_calls; only an assistant message can have them")
     checked = {**message, "content": content or ""}
     if calls:
         try:
@@ -310,23 +357,26 @@ def _checked(index: int, message: Any) -> dict[str, Any]:
 def _text_part(index: int, part: Any) -> str:
     text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
     if not isinstance(text, str):
-        raise RequestError(f"message {index} has a part that is not text: {part!r:.100}; this model reads text alone")
+        raise RequestError(f"message {index} has a part that is not text: {part!r:.100}; this model reads only text")
     return text
 
 
 def _tools(message: Message, tools: Sequence[Any] = ()) -> Pieces:
-    """Tools of the call, or those that a system message carries as text, as in the stock template."""
-    text = tools_text(tools) if tools else message.get("tools") if message.get("role") == "system" else None
-    if text is not None:
-        yield from (Control("<|tool|>"), text if isinstance(text, str) else tools_text(text), Control("<|/tool|>"))
+    """The given tools, or else those in "tools" of a system message, as in the stock template."""
+    shown: Any = tools or None
+    if shown is None and message.get("role") == "system":
+        shown = message.get("tools")
+    if shown is not None:
+        yield from (Control(TOOLS_OPEN), shown if isinstance(shown, str) else tools_text(shown), Control(TOOLS_CLOSE))
 
 
 def _tool_calls(message: Message) -> Pieces:
     if message.get("tool_calls"):
-        yield from (Control("<|tool_call|>"), json_text(message["tool_calls"]), Control("<|/tool_call|>"))
+        yield from (Control(CALLS_OPEN), json_text(message["tool_calls"]), Control(CALLS_CLOSE))
 
 
-def _flat_call(call: Mapping[str, Any]) -> dict[str, Any]:
+def _flat_call(call: Message) -> JsonObject:
+    """A call in OpenAI's form, or in the model's own, as the model writes it."""
     function = call.get("function", call)
     name, arguments = function["name"], function.get("arguments", {})
     if not isinstance(name, str):
@@ -336,11 +386,11 @@ def _flat_call(call: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse_tools(name: str, message: Message, tools: Sequence[Any]) -> None:
     if tools or message.get("tools") or message.get("tool_calls"):
-        raise RequestError(f"the chat format {name} has no place for tools; only Phi-4-mini was trained to call them")
+        raise RequestError(f"the chat format {name} does not support tools; only Phi-4-mini was trained to call them")
 
 
 def _template(folder: Path) -> str:
-    """The text of the checkpoint's chat template, if it has one; it is looked at, never run."""
+    """The text of the checkpoint's chat template, or an empty string."""
     path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if path.exists():
         try:
@@ -350,7 +400,7 @@ def _template(folder: Path) -> str:
         except ValueError as error:
             raise ConfigError(f"{path} is not text: {error}") from None
     template = read_json(config).get("chat_template") if config.exists() else None
-    if isinstance(template, list):  # several by name, as transformers writes them
+    if isinstance(template, list):  # several templates by name, as transformers writes them
         named = (each.get("template") for each in template if isinstance(each, dict) and each.get("name") == "default")
         template = next(named, None)
     return template if isinstance(template, str) else ""

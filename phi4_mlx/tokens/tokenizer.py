@@ -1,12 +1,11 @@
-"""tokenizer.json -> token ids and back: through tiktoken where it makes the same of it, else through `tokenizers`.
+"""The tokenizer of a checkpoint: tiktoken where it gives the ids of tokenizer.json, else the `tokenizers` library.
 
-Both stand behind one interface. Plain text never becomes a control token: control ids come only from `Control` pieces,
+Both backends have one interface. Plain text never becomes a control token: control ids come only from `Control` pieces,
 or from `encode(text, specials=True)`, which reads a text as Hugging Face does.
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import re
@@ -19,16 +18,17 @@ from phi4_mlx.errors import CheckpointError, RequestError, TokenizerError
 from phi4_mlx.files.json_file import read_json
 from phi4_mlx.files.manifest import read_manifest
 from phi4_mlx.tokens import byte_bpe
+from phi4_mlx.tokens.decoders import FallbackByte, FallbackDecoder, StreamingDecoder
 
-# Markers that end a turn in this family; config.json alone often names only one of them.
+# Markers that end a turn in this family; config.json often names only one of them.
 _END_MARKERS = ("<|end|>", "<|endoftext|>", "<|im_end|>")
-# What `tokenizers` strips beside a control token: Unicode's White_Space. Python's own class has \x1c to \x1f as well.
+# What `tokenizers` strips beside a control token: Unicode's White_Space, which excludes Python's \x1c to \x1f.
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
-# tiktoken's pattern engine gives up (with a panic) on a run of a million white-space characters.
+# tiktoken's pattern engine panics on a run of a million white-space characters.
 _LONGEST_RUN = 500_000
 _TOO_LONG_RUN = re.compile(rf"[{_WHITE_SPACE}]{{{_LONGEST_RUN + 1}}}")
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-# The decoder of this family's SentencePiece-style files; where encoding adds a space, the second follows the first.
+# The decoder of this family's SentencePiece-style files; _STRIP follows where encoding adds a leading space.
 _SENTENCEPIECE = [
     {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
 ]  # fmt: skip
@@ -36,91 +36,40 @@ _STRIP = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
 
 
 class Control(str):
-    """The text of a control token, as a piece of a prompt; a plain `str` beside it is text and nothing but text."""
-
-
-class FallbackByte(bytes):
-    """The byte of a token like `<0x0A>`, whose neighbours decide what it means; see `FallbackDecoder`."""
+    """The text of a control token, as a piece of a prompt; a piece that is a plain `str` is text only."""
 
 
 class ChatFormat(Protocol):
-    """Messages to ids; see `phi4_mlx.tokens.chat_format`."""
+    """Messages to ids; implemented in `phi4_mlx.tokens.chat_format`."""
 
     name: str
 
     def render(
         self,
-        tokenizer: Any,
-        messages: Sequence[Any],
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Any] | None = None,
         add_generation_prompt: bool = True,
     ) -> list[int]: ...
+    def render_open(self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]: ...
     def extend(
-        self, tokenizer: Any, ids: Sequence[int], messages: Sequence[Any], add_generation_prompt: bool = True
+        self,
+        tokenizer: Tokenizer,
+        ids: Sequence[int],
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
     ) -> list[int]: ...
-    def own_words(self, tokenizer: Any, ids: Sequence[int]) -> list[bool]: ...
-
-
-class StreamingDecoder:
-    """Ids in, one by one; text out as soon as it is whole characters."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._bytes_of = tokenizer.token_bytes
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def add(self, token: SupportsIndex) -> str:
-        """The text that this token makes certain; may be empty."""
-        return self._utf8.decode(self._bytes_of(token))
-
-    def finish(self) -> str:
-        """What is left: U+FFFD for a character that never came to its end."""
-        return self._utf8.decode(b"", final=True)
-
-
-class FallbackDecoder(StreamingDecoder):
-    """For SentencePiece-style files: a run of byte tokens is text if the whole of it is, else U+FFFD for each byte.
-
-    So its first character is not certain before the run has ended.
-
-    Source: `ByteFallback` in the `tokenizers` library.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        super().__init__(tokenizer)
-        self._drop_space = tokenizer.leading_spaces == 1
-        self._run = bytearray()
-
-    def add(self, token: SupportsIndex) -> str:
-        """As `StreamingDecoder`; a byte token makes nothing certain."""
-        data = self._bytes_of(token)
-        if isinstance(data, FallbackByte):
-            self._run += data
-            return ""
-        return self._after_run(data.decode()) if data else ""  # an id without text ends no run
-
-    def finish(self) -> str:
-        """As `StreamingDecoder`."""
-        return self._after_run("")
-
-    def _after_run(self, text: str) -> str:
-        try:
-            text = self._run.decode() + text
-        except UnicodeDecodeError:
-            text = "\ufffd" * len(self._run) + text
-        self._run.clear()
-        if text and self._drop_space:
-            text, self._drop_space = text.removeprefix(" "), False
-        return text
+    def own_words(self, tokenizer: Tokenizer, ids: Sequence[int]) -> list[bool]: ...
 
 
 class Tokenizer:
-    """What the two backends share.
+    """The interface and the common part of the two backends.
 
     Attributes:
         control_ids: the added tokens, text -> id.
         eos_ids: ids that end a turn, from generation_config.json, config.json and the family.
         vocab_size: one more than the highest id with a text.
-        leading_spaces: spaces that decoding drops at the start of a text; 1 where encoding puts one there.
+        leading_spaces: number of spaces that decoding removes from the start of a text; 1 if encoding adds one.
         chat_format: renders messages; set by `load`.
     """
 
@@ -141,28 +90,35 @@ class Tokenizer:
         self.eos_ids = frozenset(markers | set(eos_ids))
 
     def encode(self, text: str, specials: bool = False) -> list[int]:
-        """Ids of a text.
+        """Encodes a text.
 
         Args:
             text: any text; half a surrogate pair counts as U+FFFD.
-            specials: reads control strings in the text as control tokens, as Hugging Face does, and drops the white
-                space beside those that ask for it. By default they are text like any other.
+            specials: reads control strings in the text as control tokens, as Hugging Face does, and removes the white
+                space beside a token with lstrip or rstrip. By default control strings are ordinary text.
 
         Returns:
-            The ids; nothing is added before or behind.
+            Token ids [T], without a start or end token.
 
         Raises:
-            RequestError: the text holds more than 500,000 white-space characters on end.
+            RequestError: the text contains more than 500,000 consecutive white-space characters.
         """
         return self._encode_specials(text) if specials else self._encode_plain(text, at_start=True)
 
     def encode_pieces(self, pieces: Iterable[Control | str]) -> list[int]:
-        """Ids of a prompt made of control tokens and texts, as Hugging Face reads the prompt's whole text.
+        """Encodes a prompt of control tokens and texts to the ids that Hugging Face gives for its whole text.
 
-        White space beside a control token that strips it is dropped; texts side by side are one text.
+        White space beside a control token with lstrip or rstrip is removed; adjacent texts are joined.
+
+        Args:
+            pieces: in the order of the prompt.
+
+        Returns:
+            Token ids [T].
 
         Raises:
-            TokenizerError: there is no such control token.
+            RequestError: as in `encode`.
+            TokenizerError: the tokenizer lacks one of the control tokens.
         """
         ids: list[int] = []
         texts: list[str] = []
@@ -183,14 +139,14 @@ class Tokenizer:
         return ids
 
     def parts(self, text: str) -> list[Control | str]:
-        """Parts a text that is trusted at its control strings; leftmost first, and the longest of those."""
+        """Splits a trusted text at its control strings: the leftmost first, and the longest at one place."""
         texts_and_controls = self._control.split(text)  # text, control, text, control, ..., text
         return [Control(part) if n % 2 else part for n, part in enumerate(texts_and_controls)]
 
     def _control_id(self, piece: str) -> int:
         if piece not in self.control_ids:
             raise TokenizerError(
-                f"this tokenizer has no {piece!r}: the chat format is not its own; choose another with --chat-format"
+                f"this tokenizer lacks {piece!r}, which the chat format uses; choose another with --chat-format"
             )
         return self.control_ids[piece]
 
@@ -200,45 +156,48 @@ class Tokenizer:
         tools: Sequence[Any] | None = None,
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        """Ids of a conversation in the model's own chat format.
+        """Encodes a conversation in the model's own chat format.
 
         Args:
             messages: each {"role": "system" | "user" | "assistant" | "tool", "content": text}.
             tools: OpenAI tools or flat schemas, shown to the model in the system turn.
             add_generation_prompt: ends with the start of the assistant's turn.
 
+        Returns:
+            Token ids [T].
+
         Raises:
-            RequestError: a message or a tool is malformed; says which.
-            TokenizerError: the chat format is not known.
+            RequestError: a message or a tool is malformed; names it.
+            TokenizerError: the tokenizer lacks a control token of the format.
         """
         return self.chat_format.render(self, messages, tools, add_generation_prompt)
 
     def token_bytes(self, token: SupportsIndex) -> bytes:
-        """The bytes that a token stands for; none for an id without text."""
-        return self._texts.get(index(token), b"")  # a scalar of MLX equals its number, but is not found by it
+        """The bytes of a token's text; empty for an id without text."""
+        return self._texts.get(index(token), b"")  # a scalar of MLX equals its number but hashes differently
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """Text of ids: control tokens as their text, ids without text as nothing, broken characters as U+FFFD.
+        """Decodes ids to text: control tokens as their own text, ids without text as nothing, bad UTF-8 as U+FFFD.
 
         Args:
-            ids: a list, or an array of MLX or NumPy with one dimension.
+            ids: [T], a list, or an array of MLX or NumPy.
         """
         decoder = self.streaming_decoder()
         return "".join(map(decoder.add, ids)) + decoder.finish()
 
     def streaming_decoder(self) -> StreamingDecoder:
-        """A decoder for one answer; what it gives, joined, is `decode` of all its ids."""
-        return StreamingDecoder(self)
+        """A decoder for one answer; its texts, joined, equal `decode` of all the ids."""
+        return StreamingDecoder(self.token_bytes)
 
     def fingerprint(self) -> str:
-        """A hash that tells one vocabulary from another: the texts of its ids, and which are control tokens."""
+        """SHA-256 of the vocabulary: the text of each id, the control tokens and the end-of-turn ids."""
         ids = sorted(self._texts)
         texts = [self._texts[token] for token in ids]
         marks = sorted(self.control_ids.values()), sorted(self.eos_ids)
         return hashlib.sha256(repr((ids, [*map(len, texts)], marks)).encode() + b"".join(texts)).hexdigest()
 
     def _encode_plain(self, text: str, at_start: bool) -> list[int]:
-        """Ids of text as text; `at_start` when no control token stands before it."""
+        """Ids of plain text; `at_start` if no control token precedes it."""
         raise NotImplementedError
 
     def _encode_specials(self, text: str) -> list[int]:
@@ -256,35 +215,35 @@ class ByteTokenizer(Tokenizer):
             self._encoding = tiktoken.Encoding("phi4", pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens={})
         except ValueError as error:
             raise TokenizerError(f"tokenizer.json: its pattern cannot be read: {error}") from None
-        self.encode("")  # fails on a pattern that matches an empty text, as it would on every other
+        self.encode("")  # fails now if the pattern matches an empty text
         texts = {rank: data for data, rank in ranks.items()}
-        # A re-upload may list an ordinary token, such as U+FFFD's, among the added ones; it stays one.
+        # A re-upload may list an ordinary token, such as U+FFFD's, among the added ones; it stays ordinary.
         added_tokens = [token for token in spec["added_tokens"] if token["id"] not in texts]
         for entry, rank in spec["model"]["vocab"].items():
-            if rank not in texts:  # no merge makes it: it has a text, and no text becomes it
+            if rank not in texts:  # no merge makes it: it is decoded, but never encoded
                 texts[rank] = byte_bpe.token_bytes(entry)
         super().__init__(added_tokens, texts, eos_ids)
 
     def _encode_plain(self, text: str, at_start: bool) -> list[int]:
         if len(text) > _LONGEST_RUN and _TOO_LONG_RUN.search(text):
             raise RequestError(
-                f"the text has more than {_LONGEST_RUN:,} white-space characters on end; shorten that run"
+                f"the text has more than {_LONGEST_RUN:,} consecutive white-space characters; shorten that run"
             )
         try:
             return self._encoding.encode_ordinary(text)
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # Rust's; it is no Exception, and nothing exports it
+            if type(error).__name__ != "PanicException":  # a BaseException of Rust's, which no module exports
                 raise
-            raise TokenizerError(f"tokenizer.json: tiktoken cannot work with its pattern: {error}") from None
+            raise TokenizerError(f"tokenizer.json: tiktoken cannot use its pattern: {error}") from None
 
     def _encode_specials(self, text: str) -> list[int]:
         return self.encode_pieces(self.parts(text))
 
 
 class LibraryTokenizer(Tokenizer):
-    """Any other BPE of tokenizer.json, such as Phi-3.5-mini's SentencePiece-style one, in the `tokenizers` library.
+    """Any other BPE, such as Phi-3.5-mini's SentencePiece-style one, in the `tokenizers` library.
 
-    Plain text goes through a second copy that has no added tokens, and no way to make one by merging.
+    Plain text is encoded by a second copy that has no added tokens and cannot make one by merging.
     """
 
     def __init__(self, spec: Mapping[str, Any], eos_ids: Iterable[int] = ()):
@@ -292,28 +251,30 @@ class LibraryTokenizer(Tokenizer):
         steps = decoder.get("decoders")
         self._byte_level = decoder.get("type") == "ByteLevel"
         if not self._byte_level and steps not in (_SENTENCEPIECE, _SENTENCEPIECE + _STRIP):
-            raise TokenizerError(f"tokenizer.json: decoder {decoder.get('type')!r} is none of this family's")
+            raise TokenizerError(f"tokenizer.json: decoder {decoder.get('type')!r} is not one of this family's")
         self.leading_spaces = int(steps == _SENTENCEPIECE + _STRIP)
         bytes_of = byte_bpe.token_bytes if self._byte_level else _sentencepiece_bytes
         texts = {token: bytes_of(entry) for entry, token in spec["model"]["vocab"].items()}
         super().__init__(spec["added_tokens"], texts, eos_ids)
-        # To the library's decoder an added token is an entry like any other.
+        # The library decodes an added token like any other entry.
         self._texts |= {token: bytes_of(text) for text, token in self.control_ids.items()}
         plain = _without_control(spec, set(self.control_ids))
         self._library = _library(spec)
         self._plain = self._plain_inside = _library(plain)
         before = spec.get("pre_tokenizer") or {}
-        if before.get("prepend_scheme") == "first":  # then only a text that nothing stands before gets its space
+        if before.get("prepend_scheme") == "first":  # only text at the start of a prompt gets a space
             self._plain_inside = _library({**plain, "pre_tokenizer": {**before, "prepend_scheme": "never"}})
         for text, token in self.control_ids.items():
             if self._library.token_to_id(text) != token:
                 raise TokenizerError(
-                    f"tokenizer.json: added token {text!r} has id {token}, which is not the next free one"
+                    f"tokenizer.json: added token {text!r} has id {token}, which is not the next free id"
                 )
 
     def streaming_decoder(self) -> StreamingDecoder:
         """As `Tokenizer`."""
-        return StreamingDecoder(self) if self._byte_level else FallbackDecoder(self)
+        if self._byte_level:
+            return StreamingDecoder(self.token_bytes)
+        return FallbackDecoder(self.token_bytes, drop_space=self.leading_spaces == 1)
 
     def _encode_plain(self, text: str, at_start: bool) -> list[int]:
         library = self._plain if at_start else self._plain_inside
@@ -328,8 +289,8 @@ def load_tokenizer(folder: Path, prove: bool = False) -> Tokenizer:
 
     Args:
         folder: the checkpoint's.
-        prove: proves that tiktoken merges as the file says, though its manifest may record that it does; for the
-            converter, which makes that record of files from anywhere.
+        prove: checks that tiktoken merges as the file says, even if the manifest records that it does. The converter,
+            which writes that record, needs this.
 
     Raises:
         TokenizerError: a file is missing or damaged.
@@ -340,7 +301,7 @@ def load_tokenizer(folder: Path, prove: bool = False) -> Tokenizer:
         raw = path.read_bytes()
         spec, merged = byte_bpe.parse(raw)
     except FileNotFoundError:
-        raise TokenizerError(f"{path} does not exist; vocab.json and merges.txt alone will not do") from None
+        raise TokenizerError(f"{path} does not exist; vocab.json and merges.txt are not enough") from None
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -353,11 +314,11 @@ def load_tokenizer(folder: Path, prove: bool = False) -> Tokenizer:
             return ByteTokenizer(spec, byte_bpe.ranks(spec, merged), eos_ids)
         return LibraryTokenizer(json.loads(raw) if merged else spec, eos_ids)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise TokenizerError(f"{path} is not laid out as a tokenizer: {type(error).__name__} {error}") from None
+        raise TokenizerError(f"{path} does not have a tokenizer's layout: {type(error).__name__} {error}") from None
 
 
 def _tiktoken_can_express(spec: Mapping[str, Any]) -> bool:
-    """Whether it can part the text, and `ByteTokenizer` the control tokens from the text."""
+    """True if tiktoken can split the text, and `ByteTokenizer` can find the control tokens in it."""
     return byte_bpe.pattern(spec) is not None and not any(
         token.get("single_word") or token.get("normalized") or token["content"] != token["content"].strip()
         for token in spec["added_tokens"]
@@ -365,7 +326,7 @@ def _tiktoken_can_express(spec: Mapping[str, Any]) -> bool:
 
 
 def _recorded_to_agree(folder: Path, raw: bytes) -> bool:
-    """Whether our converter has proven of this very file that its merges agree."""
+    """True if our converter recorded for exactly this file that its merges agree."""
     try:
         recorded = read_manifest(folder).get("tokenizer_merges_agree")
     except CheckpointError:
@@ -376,19 +337,19 @@ def _recorded_to_agree(folder: Path, raw: bytes) -> bool:
 def _check_added_tokens(spec: Any) -> None:
     tokens = spec.get("added_tokens") if isinstance(spec, dict) else None
     if not isinstance(tokens, list) or not isinstance(spec.get("model"), dict):
-        raise TokenizerError("tokenizer.json holds no model with added_tokens; it is no tokenizer of this family")
+        raise TokenizerError("tokenizer.json lacks model or added_tokens; it is not a tokenizer of this family")
     ids: dict[str, int] = dict(spec["model"]["vocab"])
     texts = {token: text for text, token in ids.items()}
     for token in tokens:
         text, number = token["content"], token["id"]
         if type(number) is not int or number < 0 or not isinstance(text, str) or not text or text != _whole(text):
-            raise TokenizerError(f"tokenizer.json: added token {token!r:.100} has no id and text")
+            raise TokenizerError(f"tokenizer.json: added token {token!r:.100} lacks an id or a text")
         if ids.setdefault(text, number) != number or texts.setdefault(number, text) != text:
-            raise TokenizerError(f"tokenizer.json: added token {text!r} has id {number}, which is not its own")
+            raise TokenizerError(f"tokenizer.json: added token {text!r} has id {number}; that id or text is taken")
 
 
 def _eos_ids(folder: Path) -> set[int]:
-    """`eos_token_id` of both files; either may be absent, a number or a list."""
+    """`eos_token_id` of both files; it may be absent, a number or a list."""
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         if not (folder / name).exists():
@@ -405,9 +366,9 @@ def _library(spec: Mapping[str, Any]) -> Any:
     from tokenizers import Tokenizer as Library
 
     try:
-        # Both are for batches of training, and would cut or fill up a prompt.
+        # Both settings are for training batches, and would cut or pad a prompt.
         return Library.from_str(json.dumps({**spec, "truncation": None, "padding": None}))
-    except Exception as error:  # the library raises nothing more specific
+    except Exception as error:  # the library has no more specific class
         raise TokenizerError(f"tokenizer.json cannot be read: {' '.join(str(error).split())}") from None
 
 
@@ -417,7 +378,7 @@ def _sentencepiece_bytes(entry: str) -> bytes:
 
 
 def _without_control(spec: Mapping[str, Any], control: set[str]) -> dict[str, Any]:
-    """The same tokenizer, with no way to make a control token out of text."""
+    """The same tokenizer, unable to make a control token from text."""
     model = spec["model"]
     keep = control - {model.get("unk_token")}
     vocab = {text: token for text, token in model["vocab"].items() if text not in keep}
@@ -426,7 +387,7 @@ def _without_control(spec: Mapping[str, Any], control: set[str]) -> dict[str, An
 
 
 def _whole(text: str) -> str:
-    """The text with U+FFFD for each half of a surrogate pair, as tiktoken has it; no UTF-8 can hold one."""
+    """The text with U+FFFD for each half of a surrogate pair, as in tiktoken; UTF-8 cannot encode one."""
     try:
         text.encode()
     except UnicodeEncodeError:

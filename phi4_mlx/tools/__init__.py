@@ -1,1 +1,1 @@
-"""Tools and tool calls: declarations, the parser of calls, running one, MCP servers."""
+"""Tools and tool calls: declarations, the parser of calls, running a call, MCP servers."""

@@ -1,6 +1,6 @@
-"""Tools: from a Python function, an OpenAI tool or the flat form to OpenAI's form, and to what the model was shown.
+"""Declarations of tools: from a Python function, OpenAI's form or the flat form, to OpenAI's form or the flat form.
 
-In training that was a JSON list of flat objects, in the system turn.
+The flat form is the model's own: in training, the system turn contained a JSON list of flat objects.
 
 Source: the Phi-4-mini-instruct model card.
 """
@@ -15,31 +15,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.tools.hints import Field, NoSchema, error_line, object_schema
-from phi4_mlx.tools.json_text import json_text
+from phi4_mlx.tools.hints import JSON_TYPES, Field, NoSchema, error_line, object_schema
+from phi4_mlx.tools.json_text import JsonObject, json_text
 
 MAX_TOOLS = 128  # OpenAI's limit
-MAX_PROPERTIES = 500  # in one tool, nested ones included; a grammar of more is slow to build
+MAX_PROPERTIES = 500  # of one tool or schema, nested ones included; a grammar with more is slow to build
 NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
 
-# Names of types as the flat form has them.
-_FLAT_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array",
-               "tuple": "array", "dict": "object"}  # fmt: skip
+# Google style: the header of a section, and the first line of an argument.
 _SECTION = re.compile(
     r"(args|arguments|parameters|returns?|raises|yields?|examples?|notes?|attributes|source|see also|warnings?):", re.I
 )
 _ARGUMENT = re.compile(r"\*{0,2}(\w+)\s*(?:\([^)]*\))?\s*:\s*(.*)")
 
 
-def flat_tool(tool: Any) -> dict[str, Any]:
-    """A tool in the model's own form: {"name", "description", "parameters": {argument: {"description", "type", ...}}}.
+def flat_tool(tool: Any) -> JsonObject:
+    """A tool in the flat form: {"name", "description", "parameters": {argument: {"description", "type", ...}}}.
 
     Args:
-        tool: a Python function, an OpenAI tool ({"type": "function", "function": {...}}), its function alone, or the
-            flat form itself.
+        tool: a Python function, an OpenAI tool ({"type": "function", "function": {...}}), the "function" part of one,
+            or the flat form itself.
 
     Raises:
-        RequestError: it has no name, or its parameters are no object.
+        RequestError: the tool has no name, or its parameters are not an object.
     """
     function = declaration(tool)
     parameters = function.get("parameters") or {}
@@ -47,21 +45,28 @@ def flat_tool(tool: Any) -> dict[str, Any]:
         parameters = parameters.get("properties") or {}
     if not isinstance(parameters, Mapping):
         raise RequestError(f"tool {function['name']!r}: parameters must be an object, not {parameters!r:.100}")
-    flat: dict[str, Any] = {"name": function["name"]}
+    flat: JsonObject = {"name": function["name"]}
     if function.get("description"):
         flat["description"] = function["description"]
-    flat["parameters"] = {name: _flat_argument(argument) for name, argument in parameters.items()}
+    flat["parameters"] = {name: flat_argument(argument) for name, argument in parameters.items()}
     return flat
 
 
+def flat_argument(schema: Any) -> Any:
+    """An argument's schema in the flat form, which writes "str" for "string" and leaves other types as they are."""
+    if isinstance(schema, Mapping) and schema.get("type") == "string":
+        return {**schema, "type": "str"}
+    return schema
+
+
 def tools_text(tools: Sequence[Any]) -> str:
-    """The JSON that stands between `<|tool|>` and `<|/tool|>`.
+    """The JSON between `<|tool|>` and `<|/tool|>` in a prompt.
 
     Args:
         tools: each as for `flat_tool`.
 
     Raises:
-        RequestError: a tool is malformed, or holds what JSON cannot.
+        RequestError: a tool is malformed, or contains a value that is not JSON.
     """
     if not isinstance(tools, (list, tuple)):
         raise RequestError(f"tools must be a list, not {tools!r:.100}")
@@ -72,10 +77,13 @@ def tools_text(tools: Sequence[Any]) -> str:
 
 
 def declaration(tool: Any) -> Mapping[str, Any]:
-    """The object that holds a tool's name, description and parameters, whatever form the tool is given in.
+    """The object with a tool's name, description and parameters.
+
+    Args:
+        tool: as for `flat_tool`.
 
     Raises:
-        RequestError: it has no name, or is a function that cannot be described.
+        RequestError: the tool has no name, or is a function without a declaration.
     """
     if callable(tool):
         tool = function_tool(tool)
@@ -85,8 +93,8 @@ def declaration(tool: Any) -> Mapping[str, Any]:
     return function
 
 
-def check_tools(tools: Any) -> list[dict[str, Any]]:
-    """Tools in OpenAI's form, each known to be one that can be served; what was given is copied, and never changed.
+def check_tools(tools: Any) -> list[JsonObject]:
+    """Checks tools, and returns copies in OpenAI's form.
 
     Args:
         tools: a list or tuple, each as for `flat_tool`. In the flat form an argument without a default is required.
@@ -96,14 +104,14 @@ def check_tools(tools: Any) -> list[dict[str, Any]]:
         "description" and "strict" only where they are given.
 
     Raises:
-        RequestError: there are more than 128, two have one name, or one is malformed, too large, or holds what JSON
-            cannot; says which.
+        RequestError: there are more than 128 tools, two have the same name, or one is malformed, too large, or
+            contains a value that is not JSON; names it.
     """
     if not isinstance(tools, (list, tuple)):
         raise RequestError(f"tools must be a list, not {tools!r:.100}")
     if len(tools) > MAX_TOOLS:
-        raise RequestError(f"{len(tools)} tools are given; at most {MAX_TOOLS} can be: leave out those not needed")
-    checked: dict[str, dict[str, Any]] = {}
+        raise RequestError(f"{len(tools)} tools are given, and the limit is {MAX_TOOLS}; leave out those not needed")
+    checked: dict[str, JsonObject] = {}
     for index, tool in enumerate(tools):
         try:
             function = _checked(tool)
@@ -115,9 +123,9 @@ def check_tools(tools: Any) -> list[dict[str, Any]]:
     return [{"type": "function", "function": function} for function in checked.values()]
 
 
-def _checked(tool: Any) -> dict[str, Any]:
+def _checked(tool: Any) -> JsonObject:
     if isinstance(tool, Mapping) and tool.get("type", "function") != "function":
-        raise RequestError(f"a tool has the type {tool['type']!r:.100}; only 'function' is known")
+        raise RequestError(f"a tool has the type {tool['type']!r:.100}; the only type is 'function'")
     given = declaration(tool)
     name = given["name"]
     if not NAME.fullmatch(name):
@@ -127,10 +135,10 @@ def _checked(tool: Any) -> dict[str, Any]:
         text = json_text(kept)
         text.encode()
     except UnicodeEncodeError:
-        raise RequestError(f"tool {name!r}: it holds half a surrogate pair, which is no text; take that out") from None
+        raise RequestError(f"tool {name!r} contains half a surrogate pair, which is not text; remove it") from None
     except (TypeError, ValueError) as error:
         raise RequestError(f"tool {name!r}: it must be JSON: {error}") from None
-    function: dict[str, Any] = json.loads(text)
+    function: JsonObject = json.loads(text)
     for key, kind in (("description", str), ("strict", bool)):
         if not isinstance(function.get(key, kind()), kind):
             raise RequestError(f"tool {name!r}: {key} must be a {kind.__name__}, not {function[key]!r:.100}")
@@ -138,13 +146,13 @@ def _checked(tool: Any) -> dict[str, Any]:
     properties = sum(_property_counts(function["parameters"]))
     if properties > MAX_PROPERTIES:
         raise RequestError(
-            f"tool {name!r} has {properties:,} properties; at most {MAX_PROPERTIES} can be served: split the tool"
+            f"tool {name!r} has {properties:,} properties, and the limit is {MAX_PROPERTIES}; split the tool"
         )
     return function
 
 
-def _schema_of(name: str, parameters: Any) -> dict[str, Any]:
-    """Parameters as a JSON schema; in the flat form they are the properties, under Python's names of types."""
+def _schema_of(name: str, parameters: Any) -> JsonObject:
+    """Parameters as a JSON schema; in the flat form they are its properties, with Python's names of types."""
     if not isinstance(parameters, dict):
         raise RequestError(f"tool {name!r}: parameters must be an object, not {parameters!r:.100}")
     if parameters.get("type") == "object":
@@ -166,7 +174,7 @@ def _schema_of(name: str, parameters: Any) -> dict[str, Any]:
 
 def _unflat(argument: Any) -> Any:
     kind = argument.get("type") if isinstance(argument, dict) else None
-    return {**argument, "type": _FLAT_TYPES.get(kind, kind)} if isinstance(kind, str) else argument
+    return {**argument, "type": JSON_TYPES.get(kind, kind)} if isinstance(kind, str) else argument
 
 
 def _property_counts(schema: Any) -> Iterator[int]:
@@ -181,17 +189,11 @@ def _property_counts(schema: Any) -> Iterator[int]:
             pending += value
 
 
-def _flat_argument(argument: Any) -> Any:
-    if isinstance(argument, Mapping) and argument.get("type") == "string":
-        return {**argument, "type": "str"}
-    return argument
-
-
 # A Python function.
 
 
-def function_tool(function: Callable[..., Any]) -> dict[str, Any]:
-    """A Python function as an OpenAI tool: its name, docstring and type hints.
+def function_tool(function: Callable[..., Any]) -> JsonObject:
+    """A Python function as an OpenAI tool, from its name, docstring and type hints.
 
     Args:
         function: its hints may be str, int, float, bool, None, Any, Literal, list, tuple, dict with str keys, Union,
@@ -199,11 +201,12 @@ def function_tool(function: Callable[..., Any]) -> dict[str, Any]:
             up to its first section describes the tool, its Args section the arguments.
 
     Returns:
-        {"type": "function", "function": {"name", "description", "parameters": a JSON schema of an object}}; a default
-        that JSON can hold is in the schema.
+        {"type": "function", "function": {"name", "description", "parameters": a JSON schema of an object}}; the schema
+        contains each default that is JSON.
 
     Raises:
-        RequestError: it is no function with a name, takes arguments that have none, or a hint has no JSON schema.
+        RequestError: `function` is not a function with a name, an argument cannot be passed by name, or a hint has no
+            JSON schema.
     """
     name = getattr(function, "__name__", None)
     if not callable(function) or isinstance(function, type) or not isinstance(name, str):
@@ -220,13 +223,13 @@ def function_tool(function: Callable[..., Any]) -> dict[str, Any]:
     for parameter in parameters:
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise RequestError(
-                f"tool {name!r}: its argument {str(parameter).partition(':')[0]!r} cannot be given by name, as a model "
-                "gives all; make it an ordinary argument"
+                f"tool {name!r}: its argument {str(parameter).partition(':')[0]!r} cannot be passed by name, as a "
+                "model passes all arguments; make it an ordinary argument"
             )
         hint = hints.get(parameter.name, Any)
         fields.append(Field(parameter.name, hint, parameter.default is parameter.empty, parameter.default))
     try:
-        schema = object_schema(fields, described, ())
+        schema = object_schema(fields, described)
     except RecursionError:
         raise RequestError(f"tool {name!r}: its type hints are nested too deep for a JSON schema") from None
     except NoSchema as error:
@@ -236,7 +239,7 @@ def function_tool(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
-    """What a docstring says of the function, and of each argument in its Args section (Google style)."""
+    """The description of the function, and of each argument in the Args section of its docstring."""
     text: list[str] = []
     described: dict[str, str] = {}
     section, margin, name = "", 0, ""
@@ -253,4 +256,4 @@ def _docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
                 name, described[argument[1]] = argument[1], argument[2]
             elif name:
                 described[name] = f"{described[name]} {line.strip()}".strip()
-    return "\n".join(text).strip(), {name: said for name, said in described.items() if said}
+    return "\n".join(text).strip(), {name: words for name, words in described.items() if words}

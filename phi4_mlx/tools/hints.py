@@ -1,4 +1,4 @@
-"""Python type hints to JSON schemas, and JSON values back to what the hints name."""
+"""Python type hints and JSON schemas: hints to schemas, and JSON values to instances of the hinted types."""
 
 from __future__ import annotations
 
@@ -11,20 +11,36 @@ import json
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.tools.json_text import json_text
+from phi4_mlx.tools.json_text import JsonObject, json_text
 
 _SCALARS = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
-
 _ARRAYS = (list, collections.abc.Sequence, collections.abc.Iterable)
-
 _OBJECTS = (dict, collections.abc.Mapping)
+# JSON types -> the Python types of their values.
+_PYTHON_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "array": (list,),
+    "object": (dict,), "null": (type(None),),
+}  # fmt: skip
+# Names of Python types, as in the flat form of a tool -> JSON types.
+JSON_TYPES = {
+    "str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array", "tuple": "array",
+    "dict": "object",
+}  # fmt: skip
 
 
 class NoSchema(Exception):
-    """A type hint that no JSON schema says."""
+    """A type hint has no JSON schema; the text is the reason."""
+
+
+@typing.runtime_checkable
+class PydanticModel(Protocol):
+    """The interface of a pydantic model's class."""
+
+    def model_json_schema(self) -> JsonObject: ...
+    def model_validate_json(self, json_data: str, /) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +53,20 @@ class Field:
     default: Any = inspect.Parameter.empty
 
 
-def object_schema(fields: Sequence[Field], described: Mapping[str, str], within: tuple[Any, ...]) -> dict[str, Any]:
-    """The schema of named fields; `within` are the classes that it stands in."""
+def object_schema(
+    fields: Sequence[Field], described: Mapping[str, str] | None = None, within: tuple[Any, ...] = ()
+) -> JsonObject:
+    """The JSON schema of an object with named fields.
+
+    Args:
+        fields: in the order of the schema.
+        described: name -> description, for fields whose hint has none.
+        within: the classes that contain the object.
+
+    Raises:
+        NoSchema: a field's hint has no JSON schema; names the field.
+    """
+    described = described or {}
     properties = {}
     for field in fields:
         try:
@@ -48,7 +76,7 @@ def object_schema(fields: Sequence[Field], described: Mapping[str, str], within:
         if field.name in described:
             schema.setdefault("description", described[field.name])
         if field.default not in (inspect.Parameter.empty, dataclasses.MISSING):
-            with contextlib.suppress(TypeError, ValueError):  # what JSON cannot hold stays the function's own affair
+            with contextlib.suppress(TypeError, ValueError):  # the schema omits a default that is not JSON
                 schema["default"] = json.loads(json_text(_plain(field.default)).encode())
         properties[field.name] = schema
     return {
@@ -56,7 +84,7 @@ def object_schema(fields: Sequence[Field], described: Mapping[str, str], within:
     }  # fmt: skip
 
 
-def _schema(hint: Any, within: tuple[Any, ...]) -> dict[str, Any]:
+def _schema(hint: Any, within: tuple[Any, ...]) -> JsonObject:
     """The JSON schema of a type hint."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
@@ -83,10 +111,10 @@ def _schema(hint: Any, within: tuple[Any, ...]) -> dict[str, Any]:
         return {"type": "object", **({"additionalProperties": values} if values else {})}
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return _choice([member.value for member in hint], hint)
-    if dataclasses.is_dataclass(hint) or hasattr(hint, "__required_keys__"):  # the latter of any module's TypedDict
+    if dataclasses.is_dataclass(hint) or hasattr(hint, "__required_keys__"):  # a TypedDict of any module
         if hint in within:
-            raise NoSchema(f"{_shown(hint)} holds itself, and the schema of a tool cannot; give its text as str")
-        return object_schema(_fields(hint), {}, (*within, hint))
+            raise NoSchema(f"{_shown(hint)} contains itself, which a tool's schema cannot; pass it as JSON in a str")
+        return object_schema(_fields(hint), within=(*within, hint))
     raise NoSchema(
         f"the type {_shown(hint)} has no JSON schema; use str, int, float, bool, None, list, tuple, dict, Literal, "
         "Union, an Enum, a dataclass or a TypedDict"
@@ -100,7 +128,8 @@ def _fields(kind: Any) -> list[Field]:
     except Exception as error:  # as in `function_tool`
         raise NoSchema(f"the type hints of {_shown(kind)} cannot be read: {error_line(error)}") from None
     if not dataclasses.is_dataclass(kind):
-        needed = {"Required": True, "NotRequired": False}  # under `from __future__ import annotations` only hints say
+        # Under `from __future__ import annotations` the qualifiers are only in the hints.
+        needed = {"Required": True, "NotRequired": False}
         return [
             Field(name, hint, needed.get(_qualifier(hint), name in kind.__required_keys__))
             for name, hint in hints.items()
@@ -108,19 +137,22 @@ def _fields(kind: Any) -> list[Field]:
     fields = []
     for field in dataclasses.fields(kind):
         if field.init:
-            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-            fields.append(Field(field.name, hints[field.name], required, field.default))
+            fields.append(Field(field.name, hints[field.name], _is_required(field), field.default))
     return fields
 
 
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
 def _qualifier(hint: Any) -> str:
-    """What a TypedDict says of a field beside its type, by name: in Python 3.10 only typing_extensions has these."""
+    """A TypedDict field's qualifier, by name, because in Python 3.10 only typing_extensions has them."""
     name = getattr(typing.get_origin(hint), "_name", None)
     return name if name in ("Required", "NotRequired", "ReadOnly") else ""
 
 
-def _tuple(hint: Any, inner: tuple[Any, ...], within: tuple[Any, ...]) -> dict[str, Any]:
-    if hint in (tuple, typing.Tuple):  # noqa: UP006  (the old spelling is what is looked for)
+def _tuple(hint: Any, inner: tuple[Any, ...], within: tuple[Any, ...]) -> JsonObject:
+    if hint in (tuple, typing.Tuple):  # noqa: UP006  (a user may write the old spelling)
         return {"type": "array"}
     if len(inner) == 2 and inner[1] is Ellipsis:
         return {"type": "array", "items": _schema(inner[0], within)}
@@ -128,46 +160,46 @@ def _tuple(hint: Any, inner: tuple[Any, ...], within: tuple[Any, ...]) -> dict[s
     return {"type": "array", **each, "minItems": len(inner), "maxItems": len(inner)}
 
 
-def _choice(values: list[Any], hint: Any) -> dict[str, Any]:
-    """One of some values, which must be such as JSON has without brackets."""
+def _choice(values: list[Any], hint: Any) -> JsonObject:
+    """The schema of one of several scalars."""
     kinds = {_SCALARS.get(type(value)) for value in values}
     if None in kinds or not values:
         raise NoSchema(f"the values of {_shown(hint)} must be str, int, float, bool or None")
     return {**({"type": kinds.pop()} if len(kinds) == 1 else {}), "enum": values}
 
 
-def _union(schemas: list[dict[str, Any]]) -> dict[str, Any]:
+def _union(schemas: list[JsonObject]) -> JsonObject:
     if all(list(schema) == ["type"] and isinstance(schema["type"], str) for schema in schemas):
         return {"type": [schema["type"] for schema in schemas]}
     return {} if {} in schemas else {"anyOf": schemas}
 
 
 def _plain(value: Any) -> Any:
-    """A default in JSON's own types, as far as it goes."""
+    """A default with an Enum member or a dataclass converted to JSON's own types."""
     if isinstance(value, enum.Enum):
         return value.value
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _shown(hint: Any) -> str:
+    """A hint's name for a message, at most 100 characters."""
     return str(getattr(hint, "__qualname__", "") if isinstance(hint, type) else hint)[:100] or str(hint)[:100]
 
 
-def class_schema(kind: Any) -> tuple[dict[str, Any], Callable[[str], Any]]:
-    """The JSON schema of a class, and what makes an instance of an answer that obeys it.
+def class_schema(kind: type | PydanticModel) -> tuple[JsonObject, Callable[[str], Any]]:
+    """The JSON schema of a class, and a function that makes an instance from JSON that obeys the schema.
 
     Args:
         kind: a dataclass (fields as in `phi4_mlx.tools.declarations.function_tool`), or a class with pydantic's
             `model_json_schema` and `model_validate_json`.
 
     Raises:
-        RequestError: it is neither, or a field has a type without a schema.
+        RequestError: `kind` is neither, or a field's type has no JSON schema.
     """
-    if hasattr(kind, "model_json_schema") and hasattr(kind, "model_validate_json"):
+    if isinstance(kind, PydanticModel):
         return kind.model_json_schema(), kind.model_validate_json
     if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
         raise RequestError(f"schema must be a JSON schema, a dataclass or a pydantic model, not {kind!r:.100}")
-
     try:
         schema = _schema(kind, ())
     except RecursionError:
@@ -178,12 +210,33 @@ def class_schema(kind: Any) -> tuple[dict[str, Any], Callable[[str], Any]]:
 
 
 def error_line(error: Exception) -> str:
-    """An exception as one short line."""
+    """An exception as one line of at most 200 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
+def has_json_type(value: Any, name: object) -> bool:
+    """True if a JSON value has the type that a schema names; every value has an unknown type.
+
+    Args:
+        value: a parsed JSON value; 2.0 is an integer too.
+        name: the schema's "type", such as "string".
+    """
+    if not isinstance(name, str) or name not in _PYTHON_TYPES:
+        return True
+    if isinstance(value, bool):
+        return name == "boolean"
+    if isinstance(value, float) and name == "integer":
+        return value.is_integer()
+    return isinstance(value, _PYTHON_TYPES[name])
+
+
 def as_hinted(hint: Any, value: Any) -> Any:
-    """A JSON value as what a type hint says; it obeys the hint's schema already."""
+    """Converts a JSON value to the hinted type: an Enum's member, a dataclass, a tuple, a float.
+
+    Args:
+        hint: the type hint.
+        value: a parsed JSON value that obeys the hint's schema.
+    """
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         return as_hinted(inner[0], value)
@@ -205,7 +258,7 @@ def as_hinted(hint: Any, value: Any) -> Any:
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    """Whether a member of a union is the one that a JSON value was made for."""
+    """True if a JSON value is meant for this member of a union."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         return _fits(inner[0], value)
@@ -216,7 +269,7 @@ def _fits(hint: Any, value: Any) -> bool:
         return True
     if dataclasses.is_dataclass(kind):
         fields = dataclasses.fields(kind)
-        needed = {each.name for each in fields if each.default is each.default_factory}  # both are MISSING
+        needed = {each.name for each in fields if _is_required(each)}
         return isinstance(value, dict) and needed <= value.keys() <= {each.name for each in fields}
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return any(value == member.value for member in kind)

@@ -1,4 +1,4 @@
-"""Tools that can be run: functions beside their declarations, and what the model is told of a call."""
+"""Tools that can be run: functions with their declarations, and the result of a call as text for the model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from phi4_mlx.errors import RequestError
 from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.declarations import check_tools, function_tool
-from phi4_mlx.tools.hints import as_hinted
+from phi4_mlx.tools.hints import as_hinted, has_json_type
 from phi4_mlx.tools.json_text import json_text
 
-MAX_RESULT_CHARS = 16_384  # some 4,000 tokens
+MAX_RESULT_CHARS = 16_384  # about 4,000 tokens
 MAX_ERROR_CHARS = 500
 
 Function = Callable[..., Any]
@@ -24,20 +24,20 @@ class Toolbox:
     """Tools that can be run.
 
     Attributes:
-        declarations: in OpenAI's form.
-        strict: whether every call is held to its tool's schema while it is drawn.
+        declarations: the tools in OpenAI's form.
+        strict: generates every call under a grammar of its tool's schema.
     """
 
     def __init__(self, tools: Sequence[Tool] = (), strict: bool = True, max_result_chars: int = MAX_RESULT_CHARS):
         """Checks the tools.
 
         Args:
-            tools: Python functions, described by their hints and docstrings; or (OpenAI tool, function) pairs.
+            tools: Python functions, declared by their hints and docstrings; or (OpenAI tool, function) pairs.
             strict: as above.
-            max_result_chars: a longer result is cut, and says so.
+            max_result_chars: the limit of a result, in characters; a longer one is cut, with a note at its end.
 
         Raises:
-            RequestError: a tool is neither a function nor a pair, or is malformed; says which.
+            RequestError: a tool is neither a function nor a pair, or is malformed; names it.
         """
         if not isinstance(tools, (list, tuple)):
             raise RequestError(f"tools must be a list, not {tools!r:.100}")
@@ -56,7 +56,11 @@ class Toolbox:
         return bool(self.declarations)
 
     def problem(self, call: ToolCall) -> str | None:
-        """Why a call cannot be run as it stands, in one line; None if it can."""
+        """The reason why a call cannot be run, in one line; None if it can.
+
+        Args:
+            call: a call of one of the tools.
+        """
         schema = self._schemas[call.name]
         properties = schema["properties"]
         if missing := [name for name in schema.get("required", ()) if name not in call.arguments]:
@@ -71,18 +75,30 @@ class Toolbox:
         return None
 
     def run(self, call: ToolCall) -> str:
-        """Runs a call; the result as text, and an exception as an error in it."""
+        """Runs a call.
+
+        Args:
+            call: a call without a `problem`.
+
+        Returns:
+            The result as text, or an error line if the function raised an exception.
+        """
         function, hints = self._functions[call.name]
         try:
-            arguments = {name: _given(value, hints.get(name, Any)) for name, value in call.arguments.items()}
+            arguments = {name: _converted(value, hints.get(name, Any)) for name, value in call.arguments.items()}
             result = function(**arguments)
             text = result if isinstance(result, str) else json_text(result)
-        except (Exception, SystemExit) as error:  # a tool that leaves does not take the program along
+        except (Exception, SystemExit) as error:  # sys.exit in a tool must not end the program
             return error_text(f"{type(error).__name__}: {error}")
-        text = text.encode("utf-8", "replace").decode()  # without halves of surrogate pairs
+        text = text.encode("utf-8", "replace").decode()  # replaces halves of surrogate pairs
         if len(text) > self._max_result_chars:
             text = f"{text[: self._max_result_chars]} ... (cut after {self._max_result_chars:,} of {len(text):,})"
         return text
+
+
+def error_text(text: str) -> str:
+    """An error for the model: one line of at most 500 characters and a prefix."""
+    return f"error: {' '.join(text.split())[:MAX_ERROR_CHARS]}".encode("utf-8", "replace").decode()
 
 
 def _pair(tool: Any) -> tuple[Mapping[str, Any], Function, Mapping[str, Any]]:
@@ -96,41 +112,23 @@ def _pair(tool: Any) -> tuple[Mapping[str, Any], Function, Mapping[str, Any]]:
     else:
         raise RequestError(f"a tool must be a function, or a pair of an OpenAI tool and a function, not {tool!r:.100}")
     if inspect.iscoroutinefunction(function):
-        raise RequestError(f"the tool {tool!r:.100} is async, and calls are run without a loop; wrap it in asyncio.run")
+        raise RequestError(f"the tool {tool!r:.100} is async, but no event loop runs; wrap it in asyncio.run")
     return declared, function, hints
 
 
-_KINDS: dict[Any, Any] = {
-    "string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict,
-    "null": type(None),
-}  # fmt: skip
-
-
 def _mismatch(value: Any, schema: Any) -> str | None:
-    """How an argument breaks the top of its schema; deeper down, that is for the tool to find."""
+    """How an argument breaks the top level of its schema; the tool itself must check the levels below."""
     if not isinstance(schema, Mapping):
         return None
     kinds = schema.get("type")
     kinds = [kinds] if isinstance(kinds, str) else kinds
-    if isinstance(kinds, list) and not any(_is_of(value, kind) for kind in kinds):
+    if isinstance(kinds, list) and not any(has_json_type(value, kind) for kind in kinds):
         return f"must be of type {' or '.join(map(str, kinds))}, not {json_text(value):.100}"
     if isinstance(schema.get("enum"), list) and value not in schema["enum"]:
         return f"must be one of {json_text(schema['enum']):.200}, not {json_text(value):.100}"
     return None
 
 
-def _is_of(value: Any, kind: Any) -> bool:
-    if isinstance(value, bool):
-        return kind == "boolean" or kind not in _KINDS
-    whole = isinstance(value, float) and value.is_integer() and kind == "integer"
-    return kind not in _KINDS or whole or isinstance(value, _KINDS[kind])
-
-
-def _given(value: Any, hint: Any) -> Any:
-    """An argument as the function's hint has it: an Enum's member, a dataclass, a whole number without a point."""
+def _converted(value: Any, hint: Any) -> Any:
+    """An argument as the hinted type; 2.0 becomes 2 for an int."""
     return int(value) if hint is int and isinstance(value, float) else as_hinted(hint, value)
-
-
-def error_text(text: str) -> str:
-    """What the model is told of what went wrong: one line, and not too long a one."""
-    return f"error: {' '.join(text.split())[:MAX_ERROR_CHARS]}".encode("utf-8", "replace").decode()

@@ -1,15 +1,14 @@
-"""All the figures: runs every script beside this one, and writes a report of what they came to.
+"""Runs every script beside this one and writes a report of their figures.
 
     python tests/bench [--only NAME ...] [--output bench]
 
-Each script is a process of its own, its output in NAME.log; one that fails is shown, and the others go on. The folder
-then holds RESULTS.md (a table), results.json, and plots where matplotlib is installed. The last line is JSON. The exit
-code is 1 if a script came to no result; a missed bar is a result.
+Each script runs in its own process and writes its output to NAME.log. A script that fails is reported, and the run
+continues. The folder then holds RESULTS.md (a table), results.json, and plots where matplotlib is installed. The last
+line is JSON. The exit code is 1 if a script gave no result; a missed bar is a result.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -21,28 +20,27 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from harness import ROOT, environment, last_line, option_parser
 from report import draw, markdown, rows
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-LAST = ("speculation", "batching", "load", "tools", "preference", "loss", "teach", "retrieval")  # those that take long
+LONGEST = ("speculation", "batching", "tools", "preference", "loss", "teach", "retrieval")  # run last, in this order
 TIMEOUT_S = 3600
 
 
 def scripts(folder: Path) -> list[str]:
-    """The names of what can be run there, the long ones last."""
-    names = [path.stem for path in folder.glob("*.py") if 'if __name__ == "__main__"' in path.read_text()]
-    return sorted(set(names) - {"__main__"}, key=lambda name: (LAST.index(name) if name in LAST else -1, name))
+    """The names of the scripts in a folder, the longest last."""
+    names = {path.stem for path in folder.glob("*.py") if 'if __name__ == "__main__"' in path.read_text()}
+    return sorted(names - {"__main__", *LONGEST}) + [name for name in LONGEST if name in names]
 
 
 def run(script: Path, log: Path) -> tuple[dict[str, Any] | None, str]:
-    """(what the script printed last, or None; why there is nothing)."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    """(the script's last line, "") or (None, the reason why there is none)."""
     with log.open("w") as file:
         try:
             done = subprocess.run(
                 [sys.executable, "-u", str(script)],
-                stdout=file, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment, timeout=TIMEOUT_S,
+                stdout=file, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment(), timeout=TIMEOUT_S,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return None, f"took more than {TIMEOUT_S} s"
@@ -68,44 +66,49 @@ def about() -> dict[str, str]:
     }
 
 
+def run_all(names: list[str], output: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """(script -> its last line, script -> why it has none); prints a line for each."""
+    results: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
+    for number, name in enumerate(names, 1):
+        print(f"[{number}/{len(names)}] {name} ...", end=" ", flush=True)
+        start = time.perf_counter()
+        result, why = run(HERE / f"{name}.py", output / f"{name}.log")
+        if result is None:
+            failed[name], outcome = why, f"FAILED: {why}"
+        else:
+            results[name] = result
+            missed = [row for row in rows({name: result}) if row.ok is False]
+            outcome = "; ".join(f"{row.figure.name}: {row.value:.4g}" for row in missed)
+        print(f"{time.perf_counter() - start:.0f} s{': ' + outcome if outcome else ''}", flush=True)
+    return results, failed
+
+
 def main() -> int:
-    """Prints a line a script, then JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Prints a line for each script, then JSON."""
+    parser = option_parser(__doc__)
     names = scripts(HERE)
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--output", type=Path, default=ROOT / "bench", metavar="FOLDER")
+    parser.add_argument("--output", type=Path, default=ROOT / "bench", metavar="FOLDER", help="default: bench/")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     chosen = [name for name in names if name in options.only]
-    results: dict[str, dict[str, Any]] = {}
-    failed: dict[str, str] = {}
-    begin = time.perf_counter()
-    for number, name in enumerate(chosen, 1):
-        print(f"[{number}/{len(chosen)}] {name} ...", end=" ", flush=True)
-        start = time.perf_counter()
-        result, why = run(HERE / f"{name}.py", options.output / f"{name}.log")
-        if result is None:
-            failed[name] = why
-        else:
-            results[name] = result
-        missed = [row for row in rows({name: result or {}}) if row.ok is False]
-        told = f"FAILED: {why}" if why else "; ".join(f"{row.figure.what}: {row.value:.4g}" for row in missed)
-        print(f"{time.perf_counter() - start:.0f} s{': ' + told if told else ''}", flush=True)
+    start = time.perf_counter()
+    results, failed = run_all(chosen, options.output)
 
     plots = draw(results, options.output)
     (options.output / "results.json").write_text(json.dumps(results | {"failed": failed}, indent=2) + "\n")
     (options.output / "RESULTS.md").write_text(markdown(results, failed, about(), plots), encoding="utf-8")
     missed = [row for row in rows(results) if row.ok is False]
     print(f"{options.output / 'RESULTS.md'}, {len(plots)} plots")
-    summary = {
-        "bench": "all",
-        "scripts": len(chosen),
-        "failed": sorted(failed),
-        "missed": {f"{row.figure.bench}: {row.figure.what}": row.value for row in missed},
-        "minutes": round((time.perf_counter() - begin) / 60, 1),
-        "ok": not failed and not missed,
-    }
-    print(json.dumps(summary))
+    last_line(
+        "all",
+        scripts=len(chosen),
+        failed=sorted(failed),
+        missed={f"{row.figure.bench}: {row.figure.name}": row.value for row in missed},
+        minutes=round((time.perf_counter() - start) / 60, 1),
+        ok=not failed and not missed,
+    )
     return 1 if failed else 0
 
 

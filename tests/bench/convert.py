@@ -1,28 +1,27 @@
-"""Converting a random 2 GB checkpoint to 4 bits, beside mlx_lm.convert on the same input, in turns: memory and time.
+"""Memory and time to convert a random 2 GB checkpoint to 4 bits, beside mlx_lm.convert on the same input.
 
     python tests/bench/convert.py [--runs 3] [--layers 20]
 
-The bars: peak memory over that of the process before it begins, resident and mlx's own, at most a quarter of the
-checkpoint; time of the whole process no worse than mlx-lm's. The last line is JSON.
+Each conversion is a process of its own; paired runs. Its peak memory is the larger of MLX's peak and the growth of the
+resident memory from before the conversion. Bars: peak at most a quarter of the checkpoint, time of the whole process at
+most mlx-lm's. The last line is JSON.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from statistics import median
 
-ROOT = Path(__file__).resolve().parents[2]
+from harness import ROOT, alternate, environment, last_line, median_ratio, option_parser
 
-# Shapes like Phi-4-mini's, thinner: many tensors of 12 to 50 MB, and an embedding of 131 MB.
+# Thinner than Phi-4-mini: many tensors of 12 to 50 MB, and an embedding of 131 MB.
 MAKE = """
 import json, shutil, sys
 from pathlib import Path
@@ -57,7 +56,7 @@ def resident(kind):
     try:
         line = next(line for line in open("/proc/self/status") if line.startswith(kind))
         return int(line.split()[1]) * 1024
-    except OSError:  # macOS: in bytes, and only the peak
+    except OSError:  # macOS: bytes, and only the peak
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before, begin = resident("VmRSS:"), time.perf_counter()
 {convert}
@@ -73,26 +72,36 @@ THEIRS = MEASURE.format(
 
 
 def run(code: str, *arguments: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
+    """Standard output of a Python process."""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment())
     if done.returncode:
         raise SystemExit(done.stderr)
     return done.stdout
 
 
-def measure(code: str, source: Path) -> dict[str, Any]:
-    """One conversion in a process of its own."""
-    out = source.with_name("out")
-    begin = time.perf_counter()
-    printed = run(code, str(source), str(out))
-    process_s = time.perf_counter() - begin
-    size = (out / "model.safetensors").stat().st_size
-    shutil.rmtree(out)
-    return {**json.loads(printed.splitlines()[-1]), "process_s": process_s, "bytes": size}
+def conversion(name: str, code: str, source: Path) -> Callable[[], dict[str, float]]:
+    """A function that converts once, prints a line and returns its figures."""
+
+    def measure() -> dict[str, float]:
+        out = source.with_name("out")
+        start = time.perf_counter()
+        printed = run(code, str(source), str(out))
+        process_s = time.perf_counter() - start
+        shutil.rmtree(out)
+        figures: dict[str, float] = {**json.loads(printed.splitlines()[-1]), "process_s": process_s}
+        print(
+            f"{name}: process {process_s:.2f} s, conversion {figures['convert_s']:.2f} s, "
+            f"peak {figures['rss'] / 1e6:.0f} MB resident, {figures['mx'] / 1e6:.0f} MB of MLX",
+            flush=True,
+        )
+        return figures
+
+    return measure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Prints a line for each conversion, then JSON."""
+    parser = option_parser(__doc__)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--layers", type=int, default=20)
     options = parser.parse_args()
@@ -101,38 +110,32 @@ def main() -> None:
         source = Path(folder) / "source"
         run(MAKE, str(source), str(ROOT / "tests" / "data" / "tiny_tokenizer"), str(options.layers))
         size = (source / "model.safetensors").stat().st_size
-        pairs = []
-        for _ in range(options.runs):
-            pairs.append((measure(OURS, source), measure(THEIRS, source)))
-            for name, one in zip(("ours", "mlx-lm"), pairs[-1], strict=True):
-                print(
-                    f"{name}: process {one['process_s']:.2f} s, conversion {one['convert_s']:.2f} s, "
-                    f"peak {one['rss'] / 1e6:.0f} MB resident, {one['mx'] / 1e6:.0f} MB of mlx"
-                )
+        ours, theirs = alternate(
+            conversion("ours", OURS, source), conversion("mlx-lm", THEIRS, source), options.runs
+        )
 
-    def median(whose: int, what: str) -> float:
-        return statistics.median(pair[whose][what] for pair in pairs)
+    def middle(runs: list[dict[str, float]], key: str) -> float:
+        return median(run[key] for run in runs)
 
-    def ratio(what: str) -> float:
-        return statistics.median(ours[what] / theirs[what] for ours, theirs in pairs)
+    def ratio(key: str) -> float:
+        return median_ratio([run[key] for run in ours], [run[key] for run in theirs])
 
-    peak = max(median(0, "rss"), median(0, "mx"))
-    result = {
-        "bench": "convert",
-        "source_mb": round(size / 1e6),
-        "peak_mb": round(peak / 1e6),
-        "peak_share": round(peak / size, 3),
-        "peak_share_bar": 0.25,
-        "mlx_lm_peak_mb": round(max(median(1, "rss"), median(1, "mx")) / 1e6),
-        "process_s": round(median(0, "process_s"), 2),
-        "mlx_lm_process_s": round(median(1, "process_s"), 2),
-        "process_ratio": round(ratio("process_s"), 3),
-        "convert_ratio": round(ratio("convert_s"), 3),
-        "ratio_bar": 1.0,
-        "runs": options.runs,
-        "ok": peak <= size / 4 and ratio("process_s") <= 1,
-    }
-    print(json.dumps(result))
+    peak = max(middle(ours, "rss"), middle(ours, "mx"))
+    last_line(
+        "convert",
+        source_mb=round(size / 1e6),
+        peak_mb=round(peak / 1e6),
+        peak_share=round(peak / size, 3),
+        peak_share_bar=0.25,
+        mlx_lm_peak_mb=round(max(middle(theirs, "rss"), middle(theirs, "mx")) / 1e6),
+        process_s=round(middle(ours, "process_s"), 2),
+        mlx_lm_process_s=round(middle(theirs, "process_s"), 2),
+        process_ratio=round(ratio("process_s"), 3),
+        convert_ratio=round(ratio("convert_s"), 3),
+        ratio_bar=1.0,
+        runs=options.runs,
+        ok=peak <= size / 4 and ratio("process_s") <= 1,
+    )
 
 
 if __name__ == "__main__":

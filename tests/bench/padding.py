@@ -1,18 +1,17 @@
-"""How many token slots the model runs for each token of the data, beside mlx-lm: the same samples, one epoch each.
+"""Padding: token slots that the model runs per token of the data, beside mlx-lm, over one epoch of the same samples.
 
     python tests/bench/padding.py
 
-Lengths are drawn as chats have them: most short, a few at the limit. Last line: JSON.
+Lengths are distributed as in chats: most are short, a few reach the limit. The last line is JSON.
 """
 
 from __future__ import annotations
 
-import json
 import random
-import time
 from collections.abc import Iterable, Iterator
 
 import mlx.core as mx
+from harness import last_line, option_parser, timed
 
 from phi4_mlx.lora.data.batches import Batches
 from phi4_mlx.lora.data.samples import Sample
@@ -28,14 +27,13 @@ def lengths() -> list[int]:
 
 
 def ratio(inputs: Iterable[mx.array], tokens: int) -> tuple[float, float]:
-    """Slots for each token of the data, and the seconds that it took to make the batches."""
-    start = time.perf_counter()
-    slots = sum(batch.size for batch in inputs)
-    return round(slots / tokens, 4), round(time.perf_counter() - start, 2)
+    """(slots per token of the data, seconds to make the batches)."""
+    slots, took = timed(lambda: sum(batch.size for batch in inputs))
+    return round(slots / tokens, 4), round(took, 2)
 
 
-def of_mlx_lm(data: list[list[int]]) -> Iterator[mx.array]:
-    """The inputs as its training loop makes them, all of them."""
+def inputs_of_mlx_lm(data: list[list[int]]) -> Iterator[mx.array]:
+    """One epoch of inputs, as mlx-lm's training loop makes them."""
     from mlx_lm.tuner.datasets import CacheDataset
     from mlx_lm.tuner.trainer import iterate_batches
 
@@ -49,22 +47,23 @@ def of_mlx_lm(data: list[list[int]]) -> Iterator[mx.array]:
 
 
 def main() -> None:
-    """Prints a line a way, then JSON."""
+    """Prints a line for each way to make batches, then JSON."""
+    option_parser(__doc__).parse_args()
     data = [[1] * length for length in lengths()]
     samples = [Sample(ids, [False] + [True] * (len(ids) - 1), "train.jsonl:1") for ids in data]
     tokens = sum(len(ids) - 1 for ids in data)
     packed, by_length = (
         Batches(samples, batch_size=BATCH_SIZE, max_seq_length=LIMIT, packing=packing) for packing in (True, False)
     )
-    result: dict[str, object] = {"bench": "padding", "samples": SAMPLES, "tokens": tokens}
+    ratios: dict[str, float] = {}
     for name, inputs in {
-        "mlx_lm": of_mlx_lm(data),
+        "mlx_lm": inputs_of_mlx_lm(data),
         "packed": (batch.inputs for batch in packed.fixed()),
         "by_length": (batch.inputs for batch in by_length.fixed()),
     }.items():
-        result[name], seconds = ratio(inputs, tokens)
-        print(f"{name}: {result[name]} slots a token, batches made in {seconds} s")
-    print(json.dumps(result))
+        ratios[name], seconds = ratio(inputs, tokens)
+        print(f"{name}: {ratios[name]} slots per token, batches made in {seconds} s")
+    last_line("padding", samples=SAMPLES, tokens=tokens, **ratios)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,24 @@
-"""Forward passes a token, and time, with and without guesses: copying tasks and free text, on the demo.
+"""Prompt lookup on the demo: forward passes per token and time, for copying tasks and free text.
 
     python tests/bench/speculation.py [--runs 5] [--tokens 300]
 
-What the model answers is scripted: a logits processor lets it draw the next token of a text, at the full cost of its
-own passes. So each task is answered as a good model would: a file with a few lines edited, a passage quoted, a tool's
-result repeated, and text that has nothing of the prompt. `lookup` guesses wherever it may hold, `auto` where that pays
-on this machine. The bars: copying at most 0.5 passes a token with `lookup`, free text at most 1.0, and `auto` never
-more than 1.03 of the plain time. Paired, in turns, medians. The last line is JSON.
+Answers are scripted: a logits processor forces the next token of a given text, and the model's passes cost what they
+always cost. The tasks are a file with a few lines edited, a quoted passage, a repeated tool result, and text that
+shares nothing with the prompt. `lookup` speculates wherever it can, `auto` where that pays on this machine. Bars with
+`lookup`: at most 0.5 passes per token when copying, 1.0 in free text. Bar with `auto`: at most 1.03 of the plain time,
+the median of pairs. The last line is JSON.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import statistics
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import mlx.core as mx
+from harness import ROOT, alternate, last_line, median_ratio, option_parser
 
 from phi4_mlx import load
 from phi4_mlx.generation.speculate import PromptLookup
@@ -27,14 +26,13 @@ from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.models.text import Model
 from phi4_mlx.tokens.tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 BARS = {"edit": 0.5, "quote": 0.5, "tool": 0.5, "free": 1.0}
 
 
 def tasks(tokenizer: Tokenizer, length: int) -> Iterator[tuple[str, list[int], list[int]]]:
     """(name, prompt, answer) in token ids."""
     draw = random.Random(1)
-    source = (ROOT / "phi4_mlx" / "schema.py").read_text()
+    source = (ROOT / "phi4_mlx" / "grammar" / "schema.py").read_text()
     start = source.index("def ")
     file = source[start : start + 4 * length]
     lines = file.splitlines(keepends=True)
@@ -54,7 +52,7 @@ def tasks(tokenizer: Tokenizer, length: int) -> Iterator[tuple[str, list[int], l
 
 
 class Script:
-    """Makes the model draw the tokens of an answer, whatever it would rather say."""
+    """A logits processor that forces the tokens of an answer."""
 
     def __init__(self, prompt: list[int], answer: list[int]):
         self.start, self.answer = len(prompt), answer
@@ -64,8 +62,10 @@ class Script:
         return logits.at[:, self.answer[at]].add(1e4)
 
 
-def run(model: Model, prompt: list[int], answer: list[int], proposer: PromptLookup | None) -> tuple[int, float]:
-    """Passes after the first, and their seconds."""
+def run(
+    model: Model, prompt: list[int], answer: list[int], make_proposer: Callable[[], PromptLookup] | None
+) -> tuple[int, float]:
+    """(forward passes after the first token, their seconds)."""
     passes, head = 0, Model.logits
 
     def counted(hidden: mx.array) -> mx.array:
@@ -75,37 +75,39 @@ def run(model: Model, prompt: list[int], answer: list[int], proposer: PromptLook
 
     model.logits = counted  # type: ignore[method-assign]
     script = Script(prompt, answer)
+    proposer = make_proposer() if make_proposer else None
     steps = generate_step(prompt, model, max_tokens=len(answer), logits_processors=[script], proposer=proposer)
     drawn = [next(steps)[0]]
     start = time.perf_counter()
     drawn += [token for token, _ in steps]
     seconds = time.perf_counter() - start
     del model.logits
-    assert drawn == answer, "another text than the script's"
+    assert drawn == answer, "the model drew other tokens than the script's"
     return passes - 1, seconds
 
 
 def main() -> None:
-    """Prints a line a task, then JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Prints a line for each task, then JSON."""
+    parser = option_parser(__doc__)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=300)
+    parser.add_argument("--tokens", type=int, default=300, help="longest answer")
     options = parser.parse_args()
     model, tokenizer = load("demo")
     passes, times, ok = {}, {}, True
     for name, prompt, answer in tasks(tokenizer, options.tokens):
-        run(model, prompt, answer, None)
-        count, _ = run(model, prompt, answer, PromptLookup(timed=False))
-        ratios = []
-        for _ in range(options.runs):
-            plain = run(model, prompt, answer, None)[1]
-            ratios.append(run(model, prompt, answer, PromptLookup())[1] / plain)
-        passes[name], times[name] = round(count / (len(answer) - 1), 3), round(statistics.median(ratios), 3)
-        print(f"{name:6} {passes[name]:.3f} passes a token, auto {times[name]:.3f} of the plain time")
+        run(model, prompt, answer, None)  # warm up
+        count, _ = run(model, prompt, answer, partial(PromptLookup, timed=False))
+        auto, plain = alternate(
+            partial(run, model, prompt, answer, PromptLookup),
+            partial(run, model, prompt, answer, None),
+            options.runs,
+        )
+        passes[name] = round(count / (len(answer) - 1), 3)
+        times[name] = round(median_ratio([took for _, took in auto], [took for _, took in plain]), 3)
+        print(f"{name:6} {passes[name]:.3f} passes per token, auto {times[name]:.3f} of the plain time")
         ok = ok and passes[name] <= BARS[name] and times[name] <= 1.03
     per_pass = {name: round(1 / each, 2) for name, each in passes.items()}
-    result = {"passes_per_token": passes, "auto_time": times, "tokens_per_pass": per_pass, "ok": ok}
-    print(json.dumps({"bench": "speculation"} | result))
+    last_line("speculation", passes_per_token=passes, auto_time=times, tokens_per_pass=per_pass, ok=ok)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
-"""Tokens a second in prefill and decode, beside mlx-lm: the same arrays and prompts, through both generation loops.
+"""Tokens per second in prefill and decode, beside mlx-lm: same arrays and prompts, each through its own loop.
 
     python tests/bench/speed.py [--runs 5] [--only demo]
 
-Models: the demo, whose weights mlx-lm is handed; Phi-4-mini's true shapes cut to one layer, 4 bits; and the same at an
-eighth of the width, 32 layers deep for decode and 2 for prefill. Decode is timed from the first token to the last,
-prefill from the call to the first token. In turns, medians of the ratios of pairs. The bars: decode at least 1.0 of
-mlx-lm's tokens a second on the demo and at the true shapes, greedy and sampled, and 0.97 in any setting; prefill of
-2,048 tokens at least 1.0. The last line is JSON.
+Models: the demo; Phi-4-mini's true shapes with one layer (`true`); an eighth of that width with 32 layers, for decode
+(`deep`), and with 2, for prefill (`thin`); all in 4 bits. Decode is timed from the first token to the last, prefill
+from the call to the first token. Figures are medians of the ratios of pairs. Bars: decode at least 1.0 of mlx-lm's
+tokens per second on the demo and at the true shapes, greedy and sampled, and 0.97 in any setting; prefill of 2,048
+tokens at least 1.0. The last line is JSON.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,16 +20,19 @@ from statistics import median
 from typing import Any
 
 import mlx.core as mx
+from harness import alternate, last_line, median_ratio, option_parser
+from mlx_lm.generate import generate_step as their_generate_step
 from mlx_lm.generate import generation_stream
+from mlx_lm.models import phi3
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler as make_their_sampler
-from peer import alternate, config_of, demo_pair, last_line, median_ratio, random_pair, their_generate_step
+from peer import config_of, demo_pair, random_pair
 
 from phi4_mlx import generate_step, make_sampler
 from phi4_mlx.models.text import Model
 
 SAMPLED: dict[str, Any] = {"temp": 0.8, "top_p": 0.95}
-MODELS: dict[str, Callable[[], tuple[Model, Any]]] = {
+MODELS: dict[str, Callable[[], tuple[Model, phi3.Model]]] = {
     "demo": demo_pair,
     "true": lambda: random_pair(config_of(1)),
     "deep": lambda: random_pair(config_of(32, kv_heads=1, vocab_size=512)),
@@ -40,7 +42,17 @@ MODELS: dict[str, Callable[[], tuple[Model, Any]]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured, in tokens; a setting of one new token is a prefill."""
+    """One measured case.
+
+    Attributes:
+        model: a key of `MODELS`.
+        name: printed after the model's.
+        prompt: tokens of the prompt.
+        new: tokens to draw; 1 measures prefill, more measure decode.
+        sampling: options of the sampler; None is greedy.
+        kv_bits: bits of a quantised cache.
+        bar: least ratio to mlx-lm's tokens per second.
+    """
 
     model: str
     name: str
@@ -70,23 +82,23 @@ SETTINGS = [
 
 
 def prompt_of(setting: Setting, vocab_size: int) -> list[int]:
-    """Random ids."""
+    """Random ids, the same for both."""
     draw = random.Random(setting.prompt)
     return [draw.randrange(vocab_size) for _ in range(setting.prompt)]
 
 
 def tokens_per_s(setting: Setting, start: float, steps: Iterable[Any]) -> float:
-    """Runs the steps; what they come to."""
+    """Runs the steps of a loop called at `start`."""
     times = [time.perf_counter() for _ in steps]
     assert len(times) == setting.new
-    mx.synchronize(generation_stream)  # mlx-lm has queued a step more than it was asked for
+    mx.synchronize(generation_stream)  # mlx-lm queues one step more than it was asked for
     if setting.new == 1:
         return setting.prompt / (times[0] - start)
     return (setting.new - 1) / (times[-1] - times[0])
 
 
 def ours(setting: Setting, model: Model) -> float:
-    """Tokens a second of our loop."""
+    """Tokens per second of our loop."""
     prompt = prompt_of(setting, model.config.vocab_size)
     sampler = make_sampler(**setting.sampling) if setting.sampling else None
     cache = model.make_cache(kv_bits=setting.kv_bits)
@@ -96,32 +108,37 @@ def ours(setting: Setting, model: Model) -> float:
     )
 
 
-def theirs(setting: Setting, model: Any) -> float:
-    """Tokens a second of mlx-lm's."""
+def theirs(setting: Setting, model: phi3.Model) -> float:
+    """Tokens per second of mlx-lm's loop."""
     prompt = mx.array(prompt_of(setting, model.args.vocab_size))
     sampler = make_their_sampler(**setting.sampling) if setting.sampling else None
-    options = {"kv_bits": setting.kv_bits, "quantized_kv_start": 0, "prompt_cache": make_prompt_cache(model)}
+    cache = make_prompt_cache(model)
     start = time.perf_counter()
     return tokens_per_s(
-        setting, start, their_generate_step(prompt, model, max_tokens=setting.new, sampler=sampler, **options)
-    )
+        setting,
+        start,
+        their_generate_step(
+            prompt, model, max_tokens=setting.new, sampler=sampler, prompt_cache=cache, kv_bits=setting.kv_bits,
+            quantized_kv_start=0,
+        ),
+    )  # fmt: skip
 
 
 def results(only: set[str], runs: int) -> Iterator[tuple[Setting, list[float], list[float]]]:
-    """Each setting with what both reached, pair by pair."""
+    """(setting, our tokens per second in each pair, mlx-lm's)."""
     for name, make in MODELS.items():
         if name not in only:
             continue
         model, other = make()
         for setting in (each for each in SETTINGS if each.model == name):
             mine, peers = partial(ours, setting, model), partial(theirs, setting, other)
-            mine(), peers()  # warm
+            mine(), peers()  # warm up
             yield setting, *alternate(mine, peers, runs)
 
 
 def main() -> None:
-    """Prints a line a setting, then JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Prints a line for each setting, then JSON."""
+    parser = option_parser(__doc__)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
     options = parser.parse_args()
@@ -141,7 +158,7 @@ def main() -> None:
             f"(bar {setting.bar})",
             flush=True,
         )
-    last_line("speed", all(each["ok"] for each in figures.values()), runs=options.runs, settings=figures)
+    last_line("speed", runs=options.runs, settings=figures, ok=all(each["ok"] for each in figures.values()))
 
 
 if __name__ == "__main__":

@@ -1,79 +1,73 @@
-"""How fast tokenizer.json is read and text becomes ids, beside the `tokenizers` library: the true o200k table, in turn.
+"""Speed of reading the o200k tokenizer.json and of encoding text, beside the `tokenizers` library.
 
     python tests/bench/tokenizer.py
 
-The text is Python's own standard library, cut into prompts of three lengths. Last line: JSON; ratios are medians.
+The text is Python's standard library, cut into prompts of three lengths. Ratios are medians of pairs. The last line is
+JSON.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import runpy
-import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
+from harness import alternate, last_line, median_ratio, option_parser, seconds, timed, with_o200k_files
 from tokenizers import Tokenizer as Library
 
 from phi4_mlx.tokens.tokenizer import Tokenizer, load_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 ROUNDS, TEXT_CHARS = 5, 1_000_000
 PROMPT_CHARS = (200, 2_000, 20_000)
 
 
 def text() -> str:
-    """Source that both sides see for the first time."""
+    """Source code of Python's standard library, new to both tokenizers."""
     files = sorted(Path(os.__file__).parent.glob("*.py"))
     return "".join(path.read_text(encoding="utf-8", errors="replace") for path in files)[:TEXT_CHARS]
 
 
-def seconds(encode: Callable[[str], list[int]], texts: list[str]) -> float:
-    """Time for all texts, one by one."""
-    start = time.perf_counter()
-    for text in texts:
-        encode(text)
-    return time.perf_counter() - start
+def loaded(folder: Path) -> tuple[Tokenizer, Library, float, float]:
+    """(our tokenizer, the library's, our seconds to read it, speed relative to the library)."""
+    ours, theirs = alternate(
+        partial(timed, load_tokenizer, folder),
+        partial(timed, Library.from_file, str(folder / "tokenizer.json")),
+        ROUNDS,
+    )
+    our_s, their_s = [took for _, took in ours], [took for _, took in theirs]
+    return ours[-1][0], theirs[-1][0], median(our_s), median_ratio(their_s, our_s)
 
 
-def loaded(folder: Path) -> tuple[Tokenizer, Library, list[tuple[float, float]]]:
-    """Both tokenizers, and the seconds that each took, ours first, in every round."""
-    times = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        ours = load_tokenizer(folder)
-        middle = time.perf_counter()
-        library = Library.from_file(str(folder / "tokenizer.json"))
-        times.append((middle - start, time.perf_counter() - middle))
-    return ours, library, times
+def encode_all(encode: Callable[[str], list[int]], prompts: list[str]) -> None:
+    """Encodes each prompt by itself."""
+    for prompt in prompts:
+        encode(prompt)
 
 
 def main() -> None:
-    """Prints a line a measure, then JSON."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = runpy.run_path(str(ROOT / "tests" / "data" / "o200k.py"))["write"](Path(name))
-        ours, library, times = loaded(folder)
-    load_s, ratio = median(ours for ours, _ in times), round(median(theirs / ours for ours, theirs in times), 2)
-    print(f"load: {load_s:.2f} s, {ratio} times as fast as tokenizers")
+    """Prints a line for each figure, then JSON."""
+    option_parser(__doc__).parse_args()
+    ours, library, load_s, ratio = with_o200k_files(loaded)
+    print(f"load: {load_s:.2f} s, {ratio:.2f} times the speed of tokenizers")
 
     def reference(prompt: str) -> list[int]:
         return library.encode(prompt, add_special_tokens=False).ids
 
     whole = text()
-    differing = ours.encode(whole) != reference(whole)
-    result: dict[str, object] = {"bench": "tokenizer", "same_ids": not differing, "load_s": round(load_s, 3)}
-    result["ratio_load"] = ratio
+    ratios = {"ratio_load": round(ratio, 2)}
+    same = ours.encode(whole) == reference(whole)
     for length in PROMPT_CHARS:
         prompts = [whole[at : at + length] for at in range(0, len(whole), length)]
-        times = [(seconds(ours.encode, prompts), seconds(reference, prompts)) for _ in range(ROUNDS)]
-        ratio = round(median(theirs / ours for ours, theirs in times), 2)
-        speed = len(whole) / median(ours for ours, _ in times) / 1e6
-        print(f"prompts of {length:,} characters: {speed:.1f} M characters/s, {ratio} times as fast as tokenizers")
-        result[f"ratio_{length}"] = ratio
-    print(json.dumps(result))
+        our_s, their_s = alternate(
+            partial(seconds, encode_all, ours.encode, prompts), partial(seconds, encode_all, reference, prompts), ROUNDS
+        )
+        ratio = round(median_ratio(their_s, our_s), 2)
+        speed = len(whole) / median(our_s) / 1e6
+        print(f"prompts of {length:,} characters: {speed:.1f} M characters/s, {ratio} times the speed of tokenizers")
+        ratios[f"ratio_{length}"] = ratio
+    last_line("tokenizer", same_ids=same, load_s=round(load_s, 3), **ratios)
 
 
 if __name__ == "__main__":

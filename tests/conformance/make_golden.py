@@ -1,9 +1,9 @@
-"""Makes golden.npz: logits and greedy tokens of transformers' own Phi3ForCausalLM, fp32, eager attention, on CPU.
+"""Writes golden.npz: logits and greedy tokens of transformers' Phi3ForCausalLM in fp32, eager attention, on a CPU.
 
     pip install torch==2.13.0 transformers==5.23.0
     python tests/conformance/make_golden.py
 
-The files make_golden*.py alone import torch. Tolerance of the comparison: 2e-4 at unit scale (test_model.py).
+Only the files make_golden*.py import torch. The tolerance of the comparison is 2e-4 at unit scale (test_model.py).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 
 def reference(case: str) -> dict[str, np.ndarray]:
-    """Everything that the test compares, for one case."""
+    """The config, logits and greedy tokens of one case."""
     config = Phi3Config(**recipe.config(case), attn_implementation="eager")
     model = Phi3ForCausalLM(config).eval()
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     made = recipe.weights(case, shapes)
     model.load_state_dict({name: torch.from_numpy(w) for name, w in made.items()}, strict=False)
     ids = torch.from_numpy(recipe.tokens(case))[None]
-    out = {"config": np.array(json.dumps(config.to_dict(), sort_keys=True))}  # transformers 5 layout
+    out = {"config": np.array(json.dumps(config.to_dict(), sort_keys=True))}  # in the layout of transformers 5
     with torch.no_grad():
         for T in recipe.LENGTHS:
             out[f"logits{T}"] = model(ids[:, :T]).logits[0].numpy()

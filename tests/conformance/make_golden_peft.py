@@ -1,11 +1,11 @@
-"""Makes golden_peft.npz and the folders in peft/: PEFT on transformers' own Phi3ForCausalLM, fp32, eager, on CPU.
+"""Writes golden_peft.npz and peft/: logits of PEFT adapters on transformers' Phi3ForCausalLM, fp32, eager, on a CPU.
 
     pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2
     PYTHONPATH=. python tests/conformance/make_golden_peft.py
 
-One way, PEFT saves adapters (peft/<case>) and the logits that they give. The other way, this project exports adapters
-and PEFT says what logits those files give; the files are kept too, byte for byte, so that the test can say that they
-are still what is written. Tolerance of the comparison: 1e-4 at unit scale (test_peft.py).
+For `THEIRS`, PEFT saves the adapters (peft/<case>) and computes their logits. For `OURS`, this project exports the
+adapters and PEFT computes the logits; the exported files are stored too, so that the test can check that today's export
+writes the same bytes. The tolerance of the comparison is 1e-4 at unit scale (test_peft.py).
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def base() -> Phi3ForCausalLM:
 
 
 def logits(case: str, model: torch.nn.Module) -> dict[str, np.ndarray]:
-    """What the test compares."""
+    """Logits at each length, by the name that the test looks up."""
     ids = torch.from_numpy(recipe.tokens(adapters.BASE))[None]
     with torch.no_grad():
         return {f"{case}/logits{T}": model(ids[:, :T]).logits[0].numpy() for T in adapters.LENGTHS}
 
 
 def theirs(case: str) -> dict[str, np.ndarray]:
-    """An adapter that PEFT makes and saves."""
+    """Saves an adapter of PEFT; returns its logits."""
     model = peft.get_peft_model(base(), peft.LoraConfig(task_type="CAUSAL_LM", **adapters.THEIRS[case])).eval()
     trained = {name: p for name, p in model.named_parameters() if "lora_" in name}
     made = adapters.tensors(case, {name: tuple(p.shape) for name, p in trained.items()})
@@ -64,7 +64,7 @@ def theirs(case: str) -> dict[str, np.ndarray]:
 
 
 def ours(case: str) -> dict[str, np.ndarray]:
-    """An adapter that this project makes and exports, as PEFT understands it."""
+    """Exports an adapter of this project; returns the files and PEFT's logits for them."""
     model = Model(ModelConfig.from_dict(recipe.config(adapters.BASE)))
     add_adapter(model, **adapters.OURS[case])
     made = adapters.tensors(case, {name: tuple(a.shape) for name, a in adapter_parameters(model).items()})

@@ -1,7 +1,7 @@
-"""The tiny checkpoints of the conformance test, from numpy's seeded generator: no weights need to be stored.
+"""Tiny checkpoints for the conformance tests, drawn from NumPy's seeded generator instead of stored.
 
 A case is a config.json and a seed. Weights are drawn in the order of their sorted names, so that the reference and this
-project build the same model, and logits come out at unit scale.
+project build the same model. Logits have unit scale.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def config(case: str) -> dict[str, Any]:
 
 
 def seed(case: str) -> int:
-    """A seed of its own for each case."""
+    """The seed of a case; no two cases share one."""
     return 1000 + list(CASES).index(case)
 
 
 def weights(case: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """fp32 weights by name: norms near 1, matrices of variance 1/fan-in, sharper attention."""
+    """fp32 weights by name: norms near 1, matrices with variance 1/fan-in, qkv_proj at twice that scale."""
     draw = np.random.default_rng(seed(case))
     made = {}
     for name in sorted(shapes):
@@ -75,5 +75,5 @@ def weights(case: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.nd
 
 
 def tokens(case: str) -> np.ndarray:
-    """4 x boundary random ids [T]; shorter inputs are its beginnings."""
+    """Random ids [4 * BOUNDARY]; shorter inputs are prefixes of them."""
     return np.random.default_rng(seed(case) + 500).integers(0, VOCAB, 4 * BOUNDARY)

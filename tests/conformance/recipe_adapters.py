@@ -1,6 +1,6 @@
-"""The adapters of the conformance test with PEFT, from numpy's seeded generator, on a tiny base of `recipe.py`.
+"""Adapters for the conformance tests with PEFT, drawn from NumPy's seeded generator, on a tiny base of `recipe.py`.
 
-`THEIRS` are saved by PEFT and read by this project; `OURS` are saved and exported by this project and read by PEFT.
+PEFT saves `THEIRS` and this project reads them; this project saves and exports `OURS` and PEFT reads them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-BASE = "tied-rotary0.75-gqa3-longrope"  # of recipe.CASES
+BASE = "tied-rotary0.75-gqa3-longrope"  # a key of recipe.CASES
 LENGTHS = (8, 64)  # on both sides of the base's LongRoPE boundary
 
 ALL = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -31,7 +31,7 @@ OURS: dict[str, dict[str, Any]] = {
 
 
 def tensors(case: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Trained values by name, large enough to change every logit: a vector holds norms, which stay positive."""
+    """Adapter values by name, large enough to change every logit; vectors are DoRA's norms and stay positive."""
     draw = np.random.default_rng([*THEIRS, *OURS].index(case) + 2000)
     made = {}
     for name in sorted(shapes):

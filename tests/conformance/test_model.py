@@ -1,16 +1,14 @@
-"""The decoder against transformers' Phi3ForCausalLM: golden.npz, made by make_golden.py.
+"""The decoder against transformers' Phi3ForCausalLM: golden.npz, written by make_golden.py.
 
-fp32, logits of unit scale: max abs difference at most 2e-4, the same likeliest token everywhere, and the same 64 greedy
-tokens across the LongRoPE boundary, for every combination that the family uses.
+In fp32 with logits of unit scale: maximum absolute difference 2e-4, the same argmax everywhere, and the same 64 greedy
+tokens across the LongRoPE boundary, for every combination of config options in the family.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import mlx.core as mx
 import numpy as np
@@ -20,21 +18,10 @@ from mlx.utils import tree_flatten
 from phi4_mlx.config import ModelConfig
 from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.models.text import Model
+from tests.conformance import recipe
 
-HERE = Path(__file__).parent
+GOLDEN = np.load(Path(__file__).with_name("golden.npz"))
 TOLERANCE = 2e-4
-
-
-def _recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("recipe", HERE / "recipe.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-recipe = _recipe()
-GOLDEN = np.load(HERE / "golden.npz")
 
 
 def build(case: str) -> Model:
@@ -52,16 +39,17 @@ def cached(model: Model, ids: mx.array) -> mx.array:
     return model(ids, model.make_cache())
 
 
-def announced_chunks(model: Model, ids: mx.array) -> mx.array:
-    """As generation prefills: the length that will be reached decides the table of every chunk."""
+def admitted_chunks(model: Model, ids: mx.array) -> mx.array:
+    """As generation prefills: the whole length decides the RoPE table of every chunk."""
     cache = model.make_cache()
-    cache.admit(ids[:, :0], reach=ids.shape[1])
-    logits = mx.concatenate([model(ids[:, at : at + 5], cache) for at in range(0, ids.shape[1], 5)], axis=1)
+    ids = cache.admit(ids)
+    hidden = [model.hidden(ids[:, at : at + 5], cache) for at in range(0, ids.shape[1], 5)]
+    logits = model.logits(mx.concatenate(hidden, axis=1))
     assert cache.rerun_tokens == 0
     return logits
 
 
-@pytest.mark.parametrize("prefill", [whole, cached, announced_chunks])
+@pytest.mark.parametrize("prefill", [whole, cached, admitted_chunks])
 @pytest.mark.parametrize("case", recipe.CASES)
 def test_logits_are_the_references(case: str, prefill: Callable[[Model, mx.array], mx.array]) -> None:
     model = build(case)
@@ -73,8 +61,8 @@ def test_logits_are_the_references(case: str, prefill: Callable[[Model, mx.array
 
 
 @pytest.mark.parametrize("case", recipe.CASES)
-def test_the_last_logits_do_not_depend_on_how_the_tokens_came(case: str) -> None:
-    """Chunks that nobody announced: at the crossing, the model runs what it has again."""
+def test_the_last_logits_do_not_depend_on_the_chunk_size(case: str) -> None:
+    """Unannounced chunks: at the boundary, the model runs the cached tokens again."""
     model, ids = build(case), mx.array(recipe.tokens(case)[None])
     for step in (1, 7, recipe.BOUNDARY):
         cache = model.make_cache()
@@ -93,8 +81,8 @@ def test_greedy_tokens_are_the_references(case: str, step_size: int) -> None:
 
 
 @pytest.mark.parametrize("case", recipe.CASES)
-def test_both_config_layouts_say_the_same(case: str) -> None:
-    """transformers 5 writes rope_parameters where transformers 4 wrote rope_scaling and rope_theta."""
+def test_both_config_layouts_give_the_same_config(case: str) -> None:
+    """transformers 5 writes rope_parameters instead of rope_scaling and rope_theta."""
     as_v5 = json.loads(str(GOLDEN[f"{case}/config"]))
     assert "rope_parameters" in as_v5 and "rope_theta" not in as_v5
     config = ModelConfig.from_dict(recipe.config(case))
@@ -103,7 +91,7 @@ def test_both_config_layouts_say_the_same(case: str) -> None:
 
 
 def test_the_two_tables_differ() -> None:
-    """Else the tests above would pass with one table for all lengths."""
+    """Otherwise the tests above would pass with one table for all lengths."""
     case = "tied-rotary0.75-gqa3-longrope"
     model, ids = build(case), mx.array(recipe.tokens(case)[None, : recipe.BOUNDARY])
     wrong = np.array(model(ids, model.make_cache("long")))[0]

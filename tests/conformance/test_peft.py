@@ -1,14 +1,12 @@
-"""Adapters against Hugging Face's PEFT, both ways: golden_peft.npz and peft/, made by make_golden_peft.py.
+"""Adapters against Hugging Face's PEFT, in both directions: golden_peft.npz and peft/, from make_golden_peft.py.
 
-fp32, logits of unit scale on both sides of the LongRoPE boundary: max abs difference at most 1e-4.
+In fp32 with logits of unit scale, on both sides of the LongRoPE boundary: maximum absolute difference 1e-4.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import mlx.core as mx
 import numpy as np
@@ -20,21 +18,12 @@ from phi4_mlx.config import ModelConfig
 from phi4_mlx.lora.export import from_peft, to_peft
 from phi4_mlx.models.text import Model
 from tests.adapters import save_adapter
+from tests.conformance import recipe
+from tests.conformance import recipe_adapters as adapters
 
 HERE = Path(__file__).parent
-TOLERANCE = 1e-4
-
-
-def _module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-recipe, adapters = _module("recipe"), _module("recipe_adapters")
 GOLDEN = np.load(HERE / "golden_peft.npz")
+TOLERANCE = 1e-4
 
 
 def base() -> Model:
@@ -51,7 +40,7 @@ def differences(model: Model, case: str) -> list[float]:
 
 
 def made_here(case: str) -> Model:
-    """The base with one of the adapters of `OURS` on it."""
+    """The base with an adapter of `OURS`."""
     model = base()
     add_adapter(model, **adapters.OURS[case])
     made = adapters.tensors(case, {name: tuple(a.shape) for name, a in adapter_parameters(model).items()})
@@ -61,7 +50,7 @@ def made_here(case: str) -> Model:
 
 
 @pytest.mark.parametrize("case", adapters.THEIRS)
-def test_what_peft_has_saved_gives_the_same_logits_here(case: str, tmp_path: Path) -> None:
+def test_an_adapter_saved_by_peft_gives_the_same_logits_here(case: str, tmp_path: Path) -> None:
     direct, imported = base(), base()
     assert min(differences(direct, case)) > 0.5
     load_adapter(direct, HERE / "peft" / case)
@@ -76,8 +65,8 @@ def test_what_peft_has_saved_gives_the_same_logits_here(case: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("case", adapters.OURS)
-def test_what_is_exported_gives_the_same_logits_under_peft(case: str, tmp_path: Path) -> None:
-    """The logits are those that PEFT found for the very files that are written here."""
+def test_an_exported_adapter_gives_the_same_logits_in_peft(case: str, tmp_path: Path) -> None:
+    """PEFT computed the stored logits from files equal to those written here."""
     model = made_here(case)
     assert max(differences(model, case)) < TOLERANCE
     assert min(differences(base(), case)) > 0.5
@@ -90,7 +79,7 @@ def test_what_is_exported_gives_the_same_logits_under_peft(case: str, tmp_path: 
 
 
 @pytest.mark.parametrize("case", adapters.THEIRS)
-def test_there_and_back_again(case: str, tmp_path: Path) -> None:
+def test_import_then_export_keeps_the_tensors(case: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(recipe.config(adapters.BASE)))
     from_peft(HERE / "peft" / case, tmp_path / "ours", tmp_path)
     to_peft(tmp_path / "ours", tmp_path / "theirs")

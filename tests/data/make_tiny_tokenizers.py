@@ -1,10 +1,10 @@
-"""Makes the small tokenizers of the tests, beside this file. Needs `tokenizers`; run again only to change them.
+"""Writes the small tokenizers of the tests beside this file. Run it again only to change them.
 
     python tests/data/make_tiny_tokenizers.py
 
-tiny_tokenizer: byte-level BPE as Phi-4-mini's: its pattern, its twelve added tokens and flags, its chat template.
-tiny_sentencepiece: as Phi-3.5-mini's: a leading space for each text, bytes for what has no token.
-disagreeing: byte-level BPE whose list of merges is not in the order of the ids.
+tiny_tokenizer: byte-level BPE like Phi-4-mini's, with its pattern, its twelve added tokens and its chat template.
+tiny_sentencepiece: like Phi-3.5-mini's, with a leading space and byte fallback.
+disagreeing: byte-level BPE whose merges are not in the order of the ids.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TEXTS = [
 
 
 def pattern() -> str:
-    """o200k's, as tiktoken and the official tokenizer.json have it."""
+    """The pattern of o200k, as in tiktoken and the official tokenizer.json."""
     upper, lower = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
     tail = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     return "|".join([
@@ -56,7 +56,7 @@ def byte_level() -> Tokenizer:
 
 
 def sentencepiece() -> Tokenizer:
-    """Metaspace by normalizer, byte fallback, a decoder of four steps: the layout of converted Llama-style files."""
+    """The layout of converted Llama tokenizers: metaspace by normalizer, byte fallback, a decoder of four steps."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([
@@ -75,7 +75,7 @@ def sentencepiece() -> Tokenizer:
 
 
 def disagreeing(spec: dict[str, Any]) -> dict[str, Any]:
-    """The byte-level one, with the ids of two merges exchanged."""
+    """The byte-level tokenizer with the ids of two merges swapped."""
     vocab = spec["model"]["vocab"]
     a, b = (left + right for left, right in (spec["model"]["merges"][0], spec["model"]["merges"][150]))
     vocab[a], vocab[b] = vocab[b], vocab[a]
@@ -83,7 +83,7 @@ def disagreeing(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def save(name: str, tokenizer: Tokenizer, template: str, end: list[str], tokenizer_class: str) -> None:
-    """Writes the three files of a tokenizer's folder."""
+    """Writes the three files of a tokenizer folder."""
     folder = HERE / name
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"), pretty=True)
@@ -97,7 +97,7 @@ def save(name: str, tokenizer: Tokenizer, template: str, end: list[str], tokeniz
 
 
 def main() -> None:
-    """Writes all three."""
+    """Writes all three tokenizers."""
     stock = json.loads((OFFICIAL / "tokenizer_config.json").read_text())["chat_template"]
     bytes_ = byte_level()
     save("tiny_tokenizer", bytes_, stock, ["<|end|>", "<|endoftext|>"], "PreTrainedTokenizerFast")

@@ -2,8 +2,8 @@
 
     python tests/data/o200k.py FOLDER
 
-The table is OpenAI's o200k_base (MIT), the small files are Microsoft's (MIT). A token's merge is what its bytes come
-down to under the ranks below its own; the file that comes out has the hash of the official one.
+The table is OpenAI's o200k_base (MIT), the small files are Microsoft's (MIT). The merge of a token is the pair that
+remains when its bytes are merged with lower ranks only. The result has the hash of the official file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SHA256 = "382cc235b56c725945e149cc25f191da667c836655efd0857b004320e90e91ea"
 
 
 def write(folder: Path) -> Path:
-    """Writes tokenizer.json and the small files of the repository into `folder`; returns it."""
+    """Writes tokenizer.json and the small files into `folder`, and returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in (HERE / "phi-4-mini-instruct").glob("*.json"):
         shutil.copy(file, folder)
@@ -32,6 +32,7 @@ def write(folder: Path) -> Path:
 
 
 def _spec() -> dict[str, Any]:
+    """The content of tokenizer.json."""
     char_of = _char_of_byte()
     ranks = {base64.b64decode(line.split()[0]): int(line.split()[1]) for line in _table().splitlines()}
     ordered = sorted(ranks, key=ranks.__getitem__)
@@ -62,17 +63,18 @@ def _table() -> bytes:
 
 
 def _merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The two parts that a token is merged from."""
     parts, own = [bytes([byte]) for byte in token], ranks[token]
     while len(parts) > 2:
         pairs = [ranks.get(left + right, own) for left, right in pairwise(parts)]
         at = pairs.index(min(pairs))
-        assert pairs[at] < own, f"{token!r} cannot be reached"
+        assert pairs[at] < own, f"no merge gives {token!r}"
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts
 
 
 def _char_of_byte() -> dict[int, str]:
-    """Source: `bytes_to_unicode` in the GPT-2 release."""
+    """The printable character of each byte. Source: `bytes_to_unicode` in the GPT-2 release."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + n) for n, byte in enumerate(others)}

@@ -1,4 +1,4 @@
-"""`python -m phi4_mlx benchmark` as a process, on the embedded package."""
+"""`python -m phi4_mlx benchmark` as a subprocess, on the embedded package."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def benchmark(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str
     return done
 
 
-def test_json_is_one_line_and_progress_is_elsewhere() -> None:
+def test_json_is_one_line_and_progress_goes_to_stderr() -> None:
     done = benchmark(*SMALL, "--bandwidth", "20", "--json")
     assert done.stdout.count("\n") == 1
     report = json.loads(done.stdout)
@@ -61,7 +61,7 @@ def test_the_table_and_a_quantised_cache() -> None:
         (["--model", "nowhere"], "neither a folder nor a Hub id"),
     ],
 )
-def test_mistakes_are_one_line(options: list[str], message: str) -> None:
+def test_a_user_error_is_one_line(options: list[str], message: str) -> None:
     done = benchmark(*options, code=2)
     assert done.stdout == "" and done.stderr.count("\n") == 1
     assert message in done.stderr

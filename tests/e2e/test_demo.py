@@ -1,4 +1,4 @@
-"""The embedded package: whole, small, right in its narrow world; and the corpus that it was made from."""
+"""The embedded package: complete, small, accurate in its narrow world; and its training corpus."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from phi4_mlx import load
+from phi4_mlx import Model, Tokenizer, load
 from phi4_mlx.config import ModelConfig
 from phi4_mlx.files.manifest import verify_manifest
 from phi4_mlx.hub import resolve
@@ -22,7 +22,9 @@ import evaluate
 import phrases
 import words
 
-MOST_BYTES = 8 * 10**6
+Demo = tuple[Model, Tokenizer]
+
+MAX_BYTES = 8 * 10**6
 ADDED_TOKENS = [
     "<|endoftext|>", "<|endofprompt|>", "<|assistant|>", "<|end|>", "<|user|>", "<|system|>", "<|tool|>", "<|/tool|>",
     "<|tool_call|>", "<|/tool_call|>", "<|tool_response|>", "<|tag|>",
@@ -38,24 +40,24 @@ CALCULATOR = {
 
 
 @pytest.fixture(scope="module")
-def demo() -> tuple[Any, Any]:
+def demo() -> Demo:
     return load("demo", verify=True)
 
 
-def ask(demo: tuple[Any, Any], *said: str | dict[str, Any], tools: list[Any] | None = None) -> str:
-    """The demo's answer; plain strings are the user's."""
+def ask(demo: Demo, *messages: str | dict[str, Any], tools: list[Any] | None = None) -> str:
+    """The demo's answer; a string is a message of the user."""
     model, tokenizer = demo
-    messages = [{"role": "user", "content": text} if isinstance(text, str) else text for text in said]
-    return tokenizer.decode(evaluate.reply(model, tokenizer, tokenizer.apply_chat_template(messages, tools=tools)))
+    chat = [{"role": "user", "content": each} if isinstance(each, str) else each for each in messages]
+    return tokenizer.decode(evaluate.reply(model, tokenizer, tokenizer.apply_chat_template(chat, tools=tools)))
 
 
-def test_the_package_is_whole_and_small() -> None:
+def test_the_package_is_complete_and_small() -> None:
     folder = resolve("demo")
     verify_manifest(folder)
-    assert sum(path.stat().st_size for path in folder.iterdir()) <= MOST_BYTES
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= MAX_BYTES
 
 
-def test_it_is_built_as_phi_4_mini_is() -> None:
+def test_it_has_the_layout_of_phi_4_mini() -> None:
     folder = resolve("demo")
     config = ModelConfig.from_folder(folder)
     assert config.num_attention_heads == 3 * config.num_key_value_heads
@@ -68,14 +70,15 @@ def test_it_is_built_as_phi_4_mini_is() -> None:
     assert [token["content"] for token in added if not token["special"]] == ADDED_TOKENS[6:11]
 
 
-def test_held_out_prompts_are_answered_right(demo: tuple[Any, Any]) -> None:
-    """A part of the examination that `evaluate.py` makes; the bar is that of the whole."""
+@pytest.mark.slow
+def test_held_out_prompts_are_answered_right(demo: Demo) -> None:
+    """A part of the examination in `evaluate.py`, with the same bar."""
     result = evaluate.examine(*demo, corpus.prompts(evaluate.SEED, 100), mistakes=100)
     assert evaluate.share(result) >= 95, result
 
 
-def test_a_value_is_the_same_tokens_wherever_it_stands(demo: tuple[Any, Any]) -> None:
-    """In a sentence as in JSON: what makes it easy to copy."""
+def test_a_value_has_the_same_tokens_everywhere(demo: Demo) -> None:
+    """In a sentence and in JSON, which makes it easy to copy."""
     encode = demo[1].encode
     units = [spelling for dimension in words.DIMENSIONS for unit in dimension for spelling in unit]
     fields = [name for _, names, _ in phrases.RECORDS.values() for name in names]
@@ -84,18 +87,18 @@ def test_a_value_is_the_same_tokens_wherever_it_stands(demo: tuple[Any, Any]) ->
 
 
 @pytest.mark.parametrize("greeting", ["hi", "Hello!", "hey", "good morning"])
-def test_it_greets(demo: tuple[Any, Any], greeting: str) -> None:
+def test_it_greets(demo: Demo, greeting: str) -> None:
     assert ask(demo, greeting) == phrases.HELLO
 
 
 @pytest.mark.parametrize("system", [None, "You are a helpful assistant."])
-def test_it_says_what_it_is_and_what_it_can_do(demo: tuple[Any, Any], system: str | None) -> None:
+def test_it_says_what_it_is_and_what_it_can_do(demo: Demo, system: str | None) -> None:
     first = [{"role": "system", "content": system}] if system else []
     assert ask(demo, *first, "who are you?") == phrases.WHO
     assert ask(demo, *first, "What can you do?") == phrases.ABILITIES
 
 
-def test_it_calls_a_tool_and_answers_from_its_result(demo: tuple[Any, Any]) -> None:
+def test_it_calls_a_tool_and_answers_from_its_result(demo: Demo) -> None:
     call = ask(demo, "What is 12*7?", tools=[CALCULATOR])
     assert call == '<|tool_call|>[{"name": "calculator", "arguments": {"expression": "12 * 7"}}]<|/tool_call|>'
     function = {"name": "calculator", "arguments": {"expression": "12 * 7"}}
@@ -104,15 +107,15 @@ def test_it_calls_a_tool_and_answers_from_its_result(demo: tuple[Any, Any]) -> N
     assert ask(demo, "What is 12*7?", called, result, tools=[CALCULATOR]) == "The answer is 84."
 
 
-def test_it_calls_nothing_when_nothing_is_declared(demo: tuple[Any, Any]) -> None:
+def test_it_does_not_call_undeclared_tools(demo: Demo) -> None:
     assert ask(demo, "what is 12*7?") == phrases.NEED.format("calculator")
 
 
-def test_it_knows_where_its_world_ends(demo: tuple[Any, Any]) -> None:
+def test_it_refuses_questions_outside_its_world(demo: Demo) -> None:
     assert ask(demo, "What is the capital of France?") == phrases.OUTSIDE
 
 
-def test_it_remembers_over_several_turns(demo: tuple[Any, Any]) -> None:
+def test_it_remembers_over_several_turns(demo: Demo) -> None:
     hello = {"role": "assistant", "content": "Nice to meet you, Clara."}
     assert ask(demo, "My name is Clara.", hello, "what is my name?") == "Your name is Clara."
 
@@ -126,7 +129,7 @@ def test_same_seed_same_corpus() -> None:
 
 
 def test_held_out_values_and_phrasings_never_occur_in_training() -> None:
-    """Each side draws from its own part, so no prompt of the examination can have been trained on."""
+    """The two streams draw from separate parts, so no prompt of the examination is in the training corpus."""
     training, examination = draw.Draw(1), draw.Draw(1, held_out=True)
     for make in (draw.Draw.made_up, draw.Draw.name, draw.Draw.city, draw.Draw.code):
         assert not {make(training) for _ in range(2000)} & {make(examination) for _ in range(2000)}

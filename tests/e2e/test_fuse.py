@@ -71,7 +71,7 @@ def test_mistakes_are_one_line(base: Path, tmp_path: Path) -> None:
 
 
 def test_killed_it_leaves_no_package(base: Path, tmp_path: Path) -> None:
-    """The package has its name when it is whole, not before; the next run clears what was left."""
+    """The package gets its name when it is complete; the next run removes an unfinished one."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     words = command("phi4_mlx", "fuse", "--model", "base")
     with subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as process:

@@ -1,4 +1,4 @@
-"""`python -m phi4_mlx generate` as a process: what it prints, what it refuses, what it imports."""
+"""`python -m phi4_mlx generate` as a process: its output, its errors and its imports."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_seed_repeats_and_stop_stops(model: str) -> None:
         (["--prompt", "x", "--stop", ""], "--stop: '' is empty"),
         (["--prompt", "x", "--model", ""], "--model: '' is empty"),
         (["--prompt", "x", "--system-prompt", "y", "--ignore-chat-template"], "drop one"),
-        (["--prompt", "x", "--chat-format", "nope"], "chat format 'nope' is not known; known are"),
+        (["--prompt", "x", "--chat-format", "nope"], "chat format 'nope' is unknown; known are"),
         (["--prompt", "x" * 5000], "the context holds"),
         (["--prompt", "x", "--max-tokens", "100000"], "the context holds"),
         (["--prompt", "x", "--nope"], "unrecognized arguments: --nope"),
@@ -152,7 +152,7 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
         (lambda folder: (folder / WEIGHTS).write_bytes(b"\xff" * 7 + b"\x7f{}"), "damaged"),  # a header of 8 exabytes
         (lambda folder: (folder / WEIGHTS).unlink(), "holds no model*.safetensors"),
         (lambda folder: reshape(folder, intermediate_size=192), "has shape"),
-        (lambda folder: reshape(folder, num_hidden_layers=1), "left over"),
+        (lambda folder: reshape(folder, num_hidden_layers=1), "are unexpected"),
         (lambda folder: reshape(folder, rope_scaling={"type": "llama3", "low_freq_factor": 1}), "rope type 'llama3'"),
         (lambda folder: (folder / "tokenizer.json").write_text("[]"), "tokenizer.json"),
     ],
@@ -219,8 +219,7 @@ def test_debug_shows_where(model: str) -> None:
     assert done.returncode == 2 and b"Traceback" in done.stderr
 
 
-def test_what_the_way_to_the_first_token_imports(model: str) -> None:
-    """Nothing that is heavy, or that only other commands need."""
+def test_the_first_token_imports_nothing_heavy(model: str) -> None:
     code = (
         "import sys; from phi4_mlx.cli import main;"
         f"main(['generate', '--model', {model!r}, '--prompt', 'hi', '--max-tokens', '1', '--temp', '1']);"

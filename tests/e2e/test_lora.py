@@ -1,4 +1,4 @@
-"""`python -m phi4_mlx.lora` as a process: dry run, training, kill -9 and resume, and mistakes in one line."""
+"""`python -m phi4_mlx.lora` as a process: dry run, training, kill -9 and resume, one-line errors."""
 
 from __future__ import annotations
 
@@ -70,6 +70,7 @@ def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
     return a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_killed_at_random_and_resumed_is_the_unbroken_run(options: list[str], tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     code, _, err = finish(*options, "--adapter-path", str(whole))
@@ -99,26 +100,27 @@ def test_killed_at_random_and_resumed_is_the_unbroken_run(options: list[str], tm
 
 DIE = """
 import os, sys
-from phi4_mlx.lora.saving import run_folder as storage
+from phi4_mlx.lora.saving import run_folder
 from phi4_mlx.lora.__main__ import main
 
-save = storage.save_checkpoint
+save = run_folder.save_checkpoint
 def dying(folder, step, *rest):
     if step == 20 and {before}:
         os._exit(9)
     save(folder, step, *rest)
     if step == 20:
         os._exit(9)
-storage.save_checkpoint = dying
+run_folder.save_checkpoint = dying
 main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False])
 def test_killed_where_a_checkpoint_is_written_it_is_the_unbroken_run(
     options: list[str], tmp_path: Path, before: bool
 ) -> None:
-    """Step 20 is validated, and the best one so far: whichever side of its checkpoint, nothing is missing."""
+    """Step 20 is validated and the best so far: nothing is missing, on either side of its checkpoint."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert finish(*options, "--adapter-path", str(whole))[0] == 0
     words = [sys.executable, "-c", DIE.format(before=before), *options, "--adapter-path", str(broken)]
@@ -144,7 +146,7 @@ def test_a_signal_ends_a_run_as_signals_do_with_all_saved(
     _, err = process.communicate(timeout=60)
     step = steps_made(folder)
     assert process.returncode == code and "Traceback" not in err
-    assert f"stopped after step {step}: --resume goes on" in err and "second signal" in err
+    assert f"stopped after step {step}: --resume continues" in err and "second signal" in err
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"{step:08}"] and adapter(folder)
 
 
@@ -237,8 +239,9 @@ def test_mistakes_are_one_line_and_code_2(
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_the_whole_batch(options: list[str], tmp_path: Path) -> None:
-    """Data-parallel, started by MLX's own launcher; gradients are shared, so the adapters come out the same."""
+    """Data-parallel, started by MLX's launcher; gradients are summed, so both adapters are equal."""
     config = tmp_path / "config.yaml"  # without dropout, which drops by row
     config.write_text(config.read_text().replace('"dropout": 0.1', '"dropout": 0.0'))
     options = [*options, "--iters", "4", "--batch-size", "4"]

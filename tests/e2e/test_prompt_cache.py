@@ -1,4 +1,4 @@
-"""A text cached once, and questions on it from other processes; a conversation that another chat takes up."""
+"""A text cached once for the questions of other processes, and a conversation that another chat continues."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(command: str, *arguments: str, stdin: str = "", code: int = 0) -> subpro
 
 
 def prefilled(done: subprocess.CompletedProcess[str]) -> tuple[int, int]:
-    """Tokens from the cache, and tokens of the prompt that were run."""
+    """(tokens from the cache, tokens of the prompt that were prefilled)"""
     found = re.search(r"(?:(\d+) cached tokens; )?prompt (\d+) tokens", done.stderr)
     assert found, done.stderr
     return int(found[1] or 0), int(found[2])
@@ -45,14 +45,14 @@ def prefilled(done: subprocess.CompletedProcess[str]) -> tuple[int, int]:
 def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("cached") / "text.cache"
     options = ["--model", "demo", "--prompt-cache-file", str(file), "--system-prompt", "Be brief."]
-    said = run("cache-prompt", *options, stdin=TEXT + "\n").stdout
+    printed = run("cache-prompt", *options, stdin=TEXT + "\n").stdout
     model, tokenizer = load("demo")
-    held = load_prompt_cache(file, model, tokenizer).ids[0].tolist()
-    assert said == f"{file}: {len(held)} tokens, {file.stat().st_size:,} bytes\n"
+    ids = load_prompt_cache(file, model, tokenizer).ids[0].tolist()
+    assert printed == f"{file}: {len(ids)} tokens, {file.stat().st_size:,} bytes\n"
     for question in ("hello", "are 1 and 2 numbers?"):
         messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"{TEXT}\n\n{question}"}]
-        assert tokenizer.apply_chat_template(messages)[: len(held)] == held
-    assert run("cache-prompt", *options, "--prompt", TEXT).stdout == said
+        assert tokenizer.apply_chat_template(messages)[: len(ids)] == ids
+    assert run("cache-prompt", *options, "--prompt", TEXT).stdout == printed
     return file
 
 
@@ -67,7 +67,7 @@ def test_many_questions_on_a_cached_text(cached: Path, question: str) -> None:
     assert before + new == prefilled(cold)[1]
     _, tokenizer = load("demo")
     asked = len(tokenizer.encode(question))
-    assert new <= asked + 3  # an end, the start of an answer, and at most a token that the two share
+    assert new <= asked + 3  # end marker, start of the answer, and at most one token that merges with the text
 
 
 def test_in_fewer_bits(tmp_path: Path, cached: Path) -> None:
@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path, cached: Path) -> None:
     damaged = bytearray(cached.read_bytes())
     damaged[-5000] ^= 4
     (tmp_path / "damaged").write_bytes(damaged)
-    assert "is damaged: its checksum is wrong; make it anew" in run(*ask, str(tmp_path / "damaged"), code=2).stderr
+    assert "is damaged: its checksum is wrong; make it again" in run(*ask, str(tmp_path / "damaged"), code=2).stderr
     demo = ROOT / "phi4_mlx" / "demo"
     changed = tmp_path / "changed"
     changed.mkdir()
@@ -96,10 +96,10 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path, cached: Path) -> None:
     assert epsilon
     (changed / "config.json").write_text(config.replace(epsilon[0], '"rms_norm_eps": 1e-3'))
     other = [each if each != "demo" else str(changed) for each in ask]
-    assert "was made with another model, and fits nothing else" in run(*other, str(cached), code=2).stderr
+    assert "was made with another model, and fits no other" in run(*other, str(cached), code=2).stderr
     for option in ("--system-prompt=x", "--ignore-chat-template", "--kv-bits=8", "--max-kv-size=512"):
         line = run(*ask, str(cached), option, code=2).stderr
-        assert f"{option.partition('=')[0]} is settled by the file of --prompt-cache-file" in line
+        assert f"{option.partition('=')[0]} is fixed by the file of --prompt-cache-file" in line
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_mistakes_are_one_line(arguments: list[str], complaint: str) -> None:
     assert complaint in run("cache-prompt", "--model", "demo", *arguments, code=2).stderr
 
 
-def test_a_chat_takes_up_where_another_left(tmp_path: Path) -> None:
+def test_a_chat_continues_the_conversation_of_another(tmp_path: Path) -> None:
     def chat() -> pexpect.spawn:
         child = pexpect.spawn(
             sys.executable,
@@ -128,7 +128,7 @@ def test_a_chat_takes_up_where_another_left(tmp_path: Path) -> None:
             | {"HF_HUB_OFFLINE": "1", "PROMPT_TOOLKIT_NO_CPR": "1", "NO_COLOR": "1"},
             dimensions=(40, 200),
             encoding="utf-8",
-            timeout=30,
+            timeout=60,
         )
         child.delaybeforesend = 0.1
         child.expect_exact("Ctrl-D leaves")

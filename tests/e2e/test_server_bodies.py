@@ -1,4 +1,4 @@
-"""Bodies that nobody should send, over HTTP: each is answered or refused in JSON, and the server goes on.
+"""Bodies that nobody should send, over HTTP: each is answered or refused in JSON, and the server keeps running.
 
 `BODIES=5000 python -m pytest -s tests/e2e/test_server_bodies.py` is the full size, which takes minutes.
 """
@@ -18,11 +18,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.server_process import Server, answer_on, serving
+from tests.e2e.server_process import HANG_S, Server, answer_on, serving
 
 BODIES = int(os.environ.get("BODIES", "300"))
-PROBE_EVERY = 25  # bodies between two answers that are asked for in earnest
-SLOW_S = 5.0  # a body that takes longer holds up others
+PROBE_EVERY = 25  # bodies between two ordinary requests
 
 PERSON = {
     "type": "object",
@@ -113,7 +112,7 @@ SCRAPS = [
 
 
 def spoiled(draw: random.Random, value: Any) -> Any:
-    """The value with one thing in it, perhaps deep down, made into something else."""
+    """The value with one element, at any depth, replaced by another."""
     if isinstance(value, (dict, list)) and value and draw.random() < 0.9:
         key = draw.choice(list(value) if isinstance(value, dict) else range(len(value)))
         new = value.copy()
@@ -135,7 +134,7 @@ def spoiled(draw: random.Random, value: Any) -> Any:
 
 
 def cut_up(draw: random.Random, data: bytes) -> bytes:
-    """Bytes that were JSON, and may be so no more."""
+    """JSON with an error in it, or without."""
     at = draw.randrange(len(data))
     kind = draw.randrange(6)
     if kind == 0:
@@ -166,7 +165,7 @@ def some_request(draw: random.Random) -> tuple[str, bytes, dict[str, str]]:
 
 
 def check_answer(answer: httpx.Response) -> None:
-    """That it is an answer, or a refusal in JSON that says what is wrong in a line."""
+    """Checks that it is an answer, or an error in JSON with a message of one line."""
     if answer.status_code != 200:
         assert 400 <= answer.status_code < 500, answer.text
         message = answer.json()["error"]["message"]
@@ -185,11 +184,11 @@ def server() -> Iterator[Server]:
         yield it
 
 
-def test_of_any_body_comes_an_answer_or_a_refusal_and_the_next_is_answered(server: Server) -> None:
+def test_any_body_is_answered_or_refused_and_the_next_is_answered(server: Server) -> None:
     draw = random.Random(1)
     statuses: Counter[int] = Counter()
-    slowest = 0.0
-    with httpx.Client(base_url=server.url, timeout=60) as http:
+    slowest, probes = 0.0, []
+    with httpx.Client(base_url=server.url, timeout=HANG_S) as http:
         for number in range(BODIES):
             path, data, headers = some_request(draw)
             start = time.monotonic()
@@ -199,23 +198,24 @@ def test_of_any_body_comes_an_answer_or_a_refusal_and_the_next_is_answered(serve
                 assert http.get("/health").json() == {"status": "ok", "restarts": 0, "jobs": 0}
             except Exception as error:
                 raise AssertionError(f"body {number} to {path}, {headers}: {data[:2_000]!r}") from error
-            took = time.monotonic() - start
-            assert took < SLOW_S, (took, path, data[:2_000])
+            slowest = max(slowest, time.monotonic() - start)
             statuses[answer.status_code] += 1
-            slowest = max(slowest, took)
             if number % PROBE_EVERY == 0:
+                start = time.monotonic()
                 probe = server.ask(temperature=0, max_tokens=3)
+                probes.append(time.monotonic() - start)
                 assert probe.status_code == 200 and probe.json()["choices"][0]["message"]["content"]
     print(json.dumps({"bodies": BODIES, "statuses": dict(sorted(statuses.items())), "slowest_s": round(slowest, 2)}))
+    assert slowest < 100 * statistics.median(probes), (slowest, probes)
     assert statuses[200] > BODIES / 20 and statuses[400] > BODIES / 4
     assert not any("Traceback" in line for line in server.lines), "".join(server.lines)[-3_000:]
 
 
-# -- what each once took down the server, or held it up --------------------------------------------------------------
+# -- each of these once crashed or blocked the server ----------------------------------------------------------------
 
 
 def chain(link: str, count: int) -> dict[str, Any]:
-    """A schema whose references lead from one to the next; the last is known first, so that none looks deep."""
+    """A schema with a chain of references; the last is defined first, so that no single one looks deep."""
     links = {str(n): json.loads(link.replace("NEXT", f"#/$defs/{n + 1}")) for n in reversed(range(count))}
     return {"$defs": {str(count): {}, **links}, "prefixItems": [{"$ref": "#/$defs/0"}]}
 
@@ -229,17 +229,17 @@ def grammar(text: str) -> dict[str, Any]:
 
 
 def rules(body: str, count: int) -> dict[str, Any]:
-    """A grammar each of whose rules is within the one before."""
+    """A grammar in which each rule contains the next."""
     row = "".join(f"a{n}: {body.replace('NEXT', f'a{n + 1}')}\n" for n in range(count))
     return grammar(f'start: a0\n{row}a{count}: "x"\n')
 
 
 CRASHES: dict[str, Any] = {
-    "rules in a row of 4,000": rules("NEXT", 4_000),
-    "rules in a row, and brackets": rules('((((NEXT "y")?)*"z")?)*', 1_000),
-    "references in a row of 1,300": form(chain('{"anyOf":[{"$ref":"NEXT"}]}', 1_300)),
-    "references in a row, of arrays": form(chain('{"items":{"$ref":"NEXT"}}', 900)),
-    "references in a row of 450, from the first": form(
+    "a chain of 4,000 rules": rules("NEXT", 4_000),
+    "a chain of rules with brackets": rules('((((NEXT "y")?)*"z")?)*', 1_000),
+    "a chain of 1,300 references": form(chain('{"anyOf":[{"$ref":"NEXT"}]}', 1_300)),
+    "a chain of references in arrays": form(chain('{"items":{"$ref":"NEXT"}}', 900)),
+    "a chain of 450 references, first to last": form(
         {"$ref": "#/$defs/0", "$defs": {str(n): {"items": {"$ref": f"#/$defs/{n + 1}"}} for n in range(450)}}
     ),
     "a bound of 400 digits": form({"type": "number", "exclusiveMinimum": 10**400}),
@@ -249,67 +249,67 @@ CRASHES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", CRASHES)
-def test_what_a_grammar_cannot_be_is_refused(server: Server, name: str) -> None:
+def test_an_impossible_grammar_is_refused(server: Server, name: str) -> None:
     answer = server.ask(response_format=CRASHES[name])
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == "response_format"
     assert server.get("/health").json()["restarts"] == 0
 
 
+def timed(server: Server, **more: Any) -> float:
+    """The time of a chat completion in seconds."""
+    start = time.monotonic()
+    assert server.ask(**more).status_code == 200
+    return time.monotonic() - start
+
+
 @pytest.mark.parametrize(
     "given", [form({"default": {"pattern": "a{4000000000}"}}), form({"const": {"pattern": "(ab){4000000000}"}})]
 )
-def test_what_only_looks_like_a_pattern_costs_nothing(server: Server, given: Any) -> None:
-    start = time.monotonic()
-    assert server.ask(response_format=given).status_code == 200
-    assert time.monotonic() - start < 2
+def test_a_pattern_that_is_only_data_costs_nothing(server: Server, given: Any) -> None:
+    usual = timed(server, response_format=form({}))
+    assert timed(server, response_format=given) < 20 * usual
 
 
-def test_a_grammar_without_an_end_keeps_nobody_waiting_long(server: Server) -> None:
+@pytest.mark.slow
+def test_a_grammar_without_an_end_does_not_block_other_answers(server: Server) -> None:
     words = grammar("start: " + " | ".join(f'"w{n}" start' for n in range(300)))
     asked = threading.Thread(target=server.ask, kwargs={"response_format": words, "max_tokens": 3})
     asked.start()
-    waits = []
+    others = 0
     while asked.is_alive():
-        start = time.monotonic()
         assert server.ask().status_code == 200
-        waits.append(time.monotonic() - start)
-    assert max(waits) < SLOW_S
+        others += 1
+    assert others >= 4  # one or two, if they wait for the grammar
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["[]", "0", '""', "{}"])
-def test_a_body_of_many_values_keeps_nobody_waiting_long(server: Server, part: str) -> None:
+def test_a_body_of_many_values_does_not_block_other_requests(server: Server, part: str) -> None:
     data = b"[" + b",".join([part.encode()] * (2**24 // (len(part) + 1) - 1)) + b"]"
-    statuses: list[int] = []
+    answers: list[httpx.Response] = []
 
     def send() -> None:
-        answer = httpx.post(
-            server.url + "/v1/chat/completions", content=data, headers={"content-type": "application/json"}, timeout=60
-        )
-        statuses.append(answer.status_code)
+        headers = {"content-type": "application/json"}
+        answers.append(httpx.post(server.url + "/v1/chat/completions", content=data, headers=headers, timeout=HANG_S))
 
     sender = threading.Thread(target=send)
+    start = time.monotonic()
     sender.start()
     waits = []
     while sender.is_alive():
-        start = time.monotonic()
+        asked = time.monotonic()
         assert server.get("/health").status_code == 200
-        waits.append(time.monotonic() - start)
-    print(part, len(data), "longest wait", round(max(waits), 2))
-    assert statuses == [400] and max(waits) < 1.5
+        waits.append(time.monotonic() - asked)
+    took = time.monotonic() - start
+    assert answers[0].status_code == 400
+    if part in ("[]", "{}"):  # refused before it is parsed, because that would block even other threads
+        assert "opening brackets" in answers[0].json()["error"]["message"]
+    else:
+        assert max(waits) < 0.6 * took
 
 
-def test_an_answer_does_not_wait_in_the_socket(server: Server) -> None:
-    took = []
-    with httpx.Client(base_url=server.url) as http:
-        for _ in range(20):
-            start = time.monotonic()
-            assert http.get("/v1/models").status_code == 200
-            took.append(time.monotonic() - start)
-    assert statistics.median(took) < 0.03  # the other end's delayed acknowledgement would come after 0.04 s
-
-
-def test_what_is_no_http_is_refused_in_json(server: Server) -> None:
+def test_invalid_http_is_refused_in_json(server: Server) -> None:
     for garbage in (
         b"\0" * 100,
         b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
@@ -321,7 +321,7 @@ def test_what_is_no_http_is_refused_in_json(server: Server) -> None:
         assert json.loads(body)["error"]["type"] == "invalid_request_error"
 
 
-def test_what_a_client_calls_a_model_is_no_line_of_the_metrics(server: Server) -> None:
+def test_an_unknown_models_name_does_not_become_a_line_of_the_metrics(server: Server) -> None:
     before = len(server.get("/metrics").text.splitlines())
     for n in range(20):
         assert server.get(f'/v1/models/none-{n}"}} 1').status_code == 404
@@ -329,6 +329,6 @@ def test_what_a_client_calls_a_model_is_no_line_of_the_metrics(server: Server) -
     assert "none-" not in text and len(text.splitlines()) <= before + 1
 
 
-def test_it_has_all_been_survived(server: Server) -> None:
+def test_nothing_caused_a_traceback_or_a_restart(server: Server) -> None:
     assert server.get("/health").json() == {"status": "ok", "restarts": 0, "jobs": 0}
     assert not any("Traceback" in line for line in server.lines), "".join(server.lines)[-3_000:]

@@ -1,4 +1,4 @@
-"""Schemas over all that is supported, answered by the demo at temperature 1: each answer is valid, and each one ends.
+"""Random schemas of all supported keywords, answered by the demo at temperature 1: every answer is valid and ends.
 
 SCHEMAS=200 python -m pytest tests/property/test_constrain.py
 """
@@ -28,7 +28,7 @@ FORMATS = ["date", "time", "date-time", "email", "ipv4", "ipv6", "uuid", "hostna
 
 
 class Maker:
-    """Draws schemas."""
+    """Makes random schemas."""
 
     def __init__(self, seed: int):
         self.dice = random.Random(seed)
@@ -110,9 +110,9 @@ class Maker:
         return {"allOf": parts}
 
     def reference(self, depth: int) -> dict[str, Any]:
-        """A chain of any length, whose links hold something."""
+        """A linked list of any length."""
         name = f"chain{len(self.definitions)}"
-        self.definitions[name] = {}  # its place, before what it holds takes one
+        self.definitions[name] = {}  # reserves the name, because its values may define others
         following = {"anyOf": [{"type": "null"}, {"$ref": f"#/$defs/{name}"}]}
         self.definitions[name] |= {
             "type": "object",
@@ -129,7 +129,7 @@ def demo() -> tuple[Any, Any]:
 
 
 def answer(demo: tuple[Any, Any], grammar: Any, prompt: str, seed: int) -> tuple[str, str | None]:
-    """The text at temperature 1, and why it ended."""
+    """The text at temperature 1, and its finish reason."""
     model, tokenizer = demo
     constraint = Constraint(grammar, tokenizer, model.config.vocab_size, MAX_TOKENS)
     ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
@@ -148,7 +148,7 @@ def test_every_answer_obeys_its_schema_and_ends(demo: tuple[Any, Any], seed: int
 
 
 @pytest.mark.parametrize("seed", range(max(1, SCHEMAS // 4)))
-def test_a_call_that_must_come_is_always_valid(demo: tuple[Any, Any], seed: int) -> None:
+def test_a_required_call_is_always_valid(demo: tuple[Any, Any], seed: int) -> None:
     tools = {}
     for n in range(3):
         maker = Maker(1_000 * (seed + 1) + n)
@@ -156,7 +156,7 @@ def test_a_call_that_must_come_is_always_valid(demo: tuple[Any, Any], seed: int)
         tools[f"tool_{n}"] = {**parameters, "$defs": maker.definitions}
     given = [{"type": "function", "function": {"name": name, "parameters": tool}} for name, tool in tools.items()]
     for choice in ("required", "tool_1"):
-        text, reason = answer(demo, tool_calls(given, choice), "Do what is to be done.", seed)
+        text, reason = answer(demo, tool_calls(given, choice), "Do what is needed.", seed)
         assert reason == "stop" and text.startswith("<|tool_call|>[") and text.endswith("]<|/tool_call|>"), text
         calls = json.loads(text.removeprefix("<|tool_call|>").removesuffix("<|/tool_call|>"))
         assert calls and (choice == "required" or [call["name"] for call in calls] == [choice])

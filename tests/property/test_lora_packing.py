@@ -1,4 +1,4 @@
-"""Whatever the samples: batches hold exactly their tokens, nothing lost and nothing doubled, and no row runs over."""
+"""For any samples: batches hold exactly their tokens, none lost or repeated, and no row is too long."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LENGTH = 40
 
 @st.composite
 def a_sample(draw: st.DrawFn) -> Sample:
-    # Few different tokens, 0 among them: samples that look like one another, and like an empty slot.
+    # Few different tokens, including 0: samples that look like each other and like an empty slot.
     ids = draw(st.lists(st.integers(0, 3), min_size=2, max_size=LENGTH))
     targets = draw(st.lists(st.booleans(), min_size=len(ids) - 1, max_size=len(ids) - 1))
     return Sample(ids, [False, *targets], "train.jsonl:1")
@@ -29,12 +29,12 @@ options = st.fixed_dictionaries({"packing": st.booleans(), "seed": st.integers(0
 
 
 def as_read(sample: Sample) -> tuple[Any, ...]:
-    """What the model is to see of a sample: inputs, the token after each, and whether it counts."""
+    """A sample as the model should see it: inputs, the token after each, and the mask."""
     return tuple(sample.ids[:-1]), tuple(sample.ids[1:]), tuple(sample.targets[1:])
 
 
 def rows_of(batch: Batch) -> list[list[tuple[Any, ...]]]:
-    """The segments of each row, from the arrays alone; what is outside them must be empty."""
+    """The segments of each row, read from the arrays; all slots outside them must be empty."""
     rows = []
     arrays = (np.array(batch.inputs), np.array(batch.targets), np.array(batch.mask), np.array(batch.segments))
     assert len({array.shape for array in arrays}) == 1
@@ -52,7 +52,7 @@ def rows_of(batch: Batch) -> list[list[tuple[Any, ...]]]:
 @given(data, options)
 def test_an_epoch_holds_exactly_the_samples(samples: list[Any], options: dict[str, Any]) -> None:
     batches = Batches(samples, max_seq_length=LENGTH, **options)
-    for _ in range(2):  # the second epoch is in another order, and whole as well
+    for _ in range(2):  # the second epoch has another order, and is complete too
         rows = [row for _ in range(batches.steps_per_epoch) for row in rows_of(next(batches))]
         if isinstance(samples[0], Pair):
             assert all(len(row) % 2 == 0 for row in rows)
@@ -82,7 +82,7 @@ def test_a_position_is_exact(samples: list[Any], options: dict[str, Any], before
     unbroken, resumed = (Batches(samples, max_seq_length=LENGTH, **options) for _ in range(2))
     for _ in range(before):
         next(unbroken)
-    for _ in range(other):  # a resumed run may have begun anywhere
+    for _ in range(other):  # a resumed run may start anywhere
         next(resumed)
     resumed.load_state_dict(unbroken.state_dict())
     for _ in range(2 * unbroken.steps_per_epoch):
@@ -92,7 +92,7 @@ def test_a_position_is_exact(samples: list[Any], options: dict[str, Any], before
 @settings(max_examples=200)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=80), st.integers(50, 80))
 def test_no_two_rows_would_fit_in_one(slots: list[int], capacity: int) -> None:
-    """A row is begun only where no other has room, so that at most one can be half empty."""
+    """A new row starts only if no other has room, so at most one can be half empty."""
     rows = pack(sorted(range(len(slots)), key=lambda each: -slots[each]), slots, capacity)
     filled = [sum(slots[each] for each in row) for row in rows]
     assert sorted(each for row in rows for each in row) == list(range(len(slots)))

@@ -1,4 +1,4 @@
-"""Calls of tools: 20,000 written in every form and read back exactly, 20,000 hostile answers and no false call."""
+"""Tool calls: 20,000 written in all forms and parsed back exactly; 20,000 hostile answers without a false call."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from phi4_mlx.tools.calls import ToolCall, ToolCallParser, ToolReply, parse_tool_calls
+from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.json_text import json_text
+from tests.tool_replies import Reply, parsed, parsed_pieces
 
 ROUND_TRIPS = 20_000
 HOSTILE = 20_000
 NAMES = ["f", "get_weather", "a.b-c", "functools"]
 
-# What a string in an argument, or an answer, may be made of to lead a reader astray.
+# Parts of strings and answers that may mislead a parser.
 FRAGMENTS = [
     "<|tool_call|>", "<|/tool_call|>", "<|tool_call|>[", "]<|/tool_call|>", "functools", "functools[", "functools[{",
     "[TOOL_REQUEST]", "[END_TOOL_REQUEST]", "[TOOL_", "<|", "|>", "<|end|>", "<|endoftext|>", "<|tool|>", "```json\n",
@@ -26,7 +27,7 @@ FRAGMENTS = [
     "-", "1e5", "0", "12", ".5", "name", '"name"', '"name": "', '"arguments": {', "}}", "}]", "a",
     "Yes.",
 ]  # fmt: skip
-# Whole values and calls of tools that are not declared; the last look like calls of one that is.
+# Whole values, calls of undeclared tools, and values that look like calls of a declared one.
 DECOYS = [
     "[]", "{}", "[[]]", '""', "[1, 2]", '[{"name": "rm", "arguments": {}}]', '{"name": "rm", "arguments": {"a": "x]"}}',
     '{"name": 5, "arguments": {}}', '{"name": "f", "arguments": [1]}', '{"name": "f", "arguments": 5}',
@@ -74,7 +75,7 @@ def listed(items: list[Any]) -> str:
     return json_text(items)
 
 
-# Each writes calls in its form; those of which only one call can be written get one.
+# Form -> writes calls in that form.
 FORMS: dict[str, Callable[[list[ToolCall]], str]] = {
     "1": lambda calls: f"<|tool_call|>{listed([plain(call) for call in calls])}<|/tool_call|>",
     "2": lambda calls: f"<|tool_call|>{listed([plain(call) for call in calls])}",
@@ -104,30 +105,24 @@ def cut(draw: random.Random, text: str) -> list[str]:
     return pieces
 
 
-def streamed(pieces: list[str] | str, tools: list[str] = NAMES) -> ToolReply:
-    parser = ToolCallParser(tools)
-    shown = "".join([*map(parser.add, pieces), parser.finish()])
-    return ToolReply(shown, parser.calls, parser.error)
-
-
 def exact(calls: list[ToolCall] | tuple[ToolCall, ...]) -> list[str]:
-    return [json_text(plain(call)) for call in calls]  # 1, 1.0 and True are equal, and not the same
+    return [json_text(plain(call)) for call in calls]  # 1, 1.0 and True are equal, but not identical
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_is_written_is_read_back(form: str) -> None:
+def test_calls_written_in_a_form_are_parsed_back(form: str) -> None:
     draw = random.Random(f"round trips {form}")
     for n in range(ROUND_TRIPS // len(FORMS) + 1):
         calls = [call_of(draw) for _ in range(1 if form in SINGLE else draw.randint(1, 3))]
         before = "" if form in WHOLE else draw.choice(["", "", "Sure.\n", "A < b [c] {d} "])
         after = "" if form in WHOLE else draw.choice(["", "", "\n", "Done."])
         text = before + FORMS[form](calls) + after
-        reply = parse_tool_calls(text, NAMES)
+        reply = parsed(text, NAMES)
         assert exact(reply.calls) == exact(calls), text
         assert (reply.text, reply.error) == (before + after.strip(), None), text
-        assert streamed(cut(draw, text)) == reply
+        assert parsed_pieces(cut(draw, text), NAMES) == reply
         if n % 20 == 0:
-            assert streamed(text) == reply
+            assert parsed_pieces(text, NAMES) == reply
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -135,21 +130,21 @@ def test_arguments_nested_to_depth_50_split_at_every_character(form: str) -> Non
     draw = random.Random(f"deep {form}")
     calls = [ToolCall("f", {"deep": deep(draw), "x": "]}"}) for _ in range(1 if form in SINGLE else 2)]
     text = FORMS[form](calls)
-    expected = ToolReply("", tuple(calls), None)
-    assert parse_tool_calls(text, NAMES) == expected
-    assert streamed(text) == expected
+    expected = Reply("", tuple(calls), None)
+    assert parsed(text, NAMES) == expected
+    assert parsed_pieces(text, NAMES) == expected
     for at in range(len(text)):
-        assert streamed([text[:at], text[at:]]) == expected, text[:at]
+        assert parsed_pieces([text[:at], text[at:]], NAMES) == expected, text[:at]
 
 
-def test_hostile_answers_hold_no_call_and_lose_no_character() -> None:
+def test_hostile_answers_give_no_call_and_lose_no_character() -> None:
     draw = random.Random("hostile")
     for _ in range(HOSTILE):
         text = "".join(draw.choices(FRAGMENTS + DECOYS * 2, k=draw.randint(1, 14)))
-        reply = parse_tool_calls(text, NAMES)
+        reply = parsed(text, NAMES)
         assert reply.calls == () and reply.text == text, text
         assert reply.error is None or (reply.error.isprintable() and len(reply.error) < 600), reply.error
-        assert streamed(cut(draw, text)) == reply, text
+        assert parsed_pieces(cut(draw, text), NAMES) == reply, text
 
 
 def test_bare_and_fenced_calls_in_other_text_are_text() -> None:
@@ -160,22 +155,22 @@ def test_bare_and_fenced_calls_in_other_text_are_text() -> None:
         word = draw.choice(harmless)
         text = draw.choice([f"{word} {call}", f"{call} {word}"])
         if "<|tool_call|>" in text or "functools" in text or "[TOOL_REQUEST]" in text:
-            continue  # in a string of the call, which is text here, and so are its markers
-        assert parse_tool_calls(text, NAMES) == ToolReply(text, (), None), text
+            continue  # a marker in a string of the call, which is text here, may begin another call
+        assert parsed(text, NAMES) == Reply(text, (), None), text
 
 
-def test_calls_among_hostile_text_are_of_known_tools_however_it_is_cut() -> None:
+def test_calls_among_hostile_text_are_of_declared_tools() -> None:
     draw = random.Random("mixed")
     found = 0
     for _ in range(5_000):
         parts = draw.choices(FRAGMENTS, k=draw.randint(0, 8))
         parts.insert(draw.randint(0, len(parts)), FORMS[draw.choice(list(FORMS))]([call_of(draw)]))
         text = "".join(parts)
-        reply = parse_tool_calls(text, NAMES)
-        assert streamed(cut(draw, text)) == reply, text
+        reply = parsed(text, NAMES)
+        assert parsed_pieces(cut(draw, text), NAMES) == reply, text
         assert {call.name for call in reply.calls} <= set(NAMES)
         assert reply.calls or reply.text == text
         rest = iter(text)
-        assert all(char in rest for char in reply.text), text  # nothing but what is there, in its order
+        assert all(char in rest for char in reply.text), text  # a subsequence of the answer
         found += len(reply.calls)
     assert 1_000 < found < 5_000

@@ -1,4 +1,4 @@
-"""The tool loop on a tiny model whose words are laid in its mouth: what is run, what it is told, what ends it."""
+"""The tool loop on a tiny model with scripted answers: calls, results, limits; and `AnswerAssembler` on text alone."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import mlx.core as mx
 import pytest
 
 from phi4_mlx import AgentResult, run_tools
-from phi4_mlx.agent import ToolLoop, ToolResult
+from phi4_mlx.agent import AnswerAssembler, ToolLoop, ToolResult
 from phi4_mlx.checkpoint import load_tokenizer_and_format
 from phi4_mlx.errors import RequestError
+from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.generation.stream import GenerationResponse
 from phi4_mlx.tokens.tokenizer import Control
@@ -28,12 +29,12 @@ END = TOKENIZER.control_ids["<|end|>"]
 ASK = [{"role": "user", "content": "hi"}]
 
 
-class Mouth:
-    """A sampler that says what is laid in it, reply by reply, and what is likeliest after that."""
+class Script:
+    """A sampler that draws the given replies, one after another, and then the likeliest tokens."""
 
     def __init__(self, *replies: str) -> None:
         self.ids: list[int] = []
-        for reply in replies:  # one more is drawn than the end, to keep the device busy
+        for reply in replies:  # one token is drawn ahead of the end
             self.ids += [*TOKENIZER.encode_pieces(TOKENIZER.parts(reply)), END, END]
 
     def __call__(self, logprobs: mx.array) -> mx.array:
@@ -50,10 +51,23 @@ def model(tiny_model: Callable[..., Any]) -> Any:
     return tiny_model(original_max_position_embeddings=2**15, max_position_embeddings=2**16)
 
 
+class Clock:
+    """Stands in for `time.monotonic`, in seconds."""
+
+    now = 0.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(time, "monotonic", lambda: made.now)
+    return made
+
+
 @pytest.fixture
 def run(model: Any) -> Callable[..., AgentResult]:
     def go(tools: Any, *replies: str, **options: Any) -> AgentResult:
-        options = {"messages": ASK, "sampler": Mouth(*replies), "strict": False, **options}
+        options = {"messages": ASK, "sampler": Script(*replies), "strict": False, **options}
         return run_tools(model, TOKENIZER, options.pop("messages"), tools, **options)
 
     return go
@@ -64,7 +78,7 @@ def add(a: int, b: int = 1) -> int:
     return a + b
 
 
-def told(result: AgentResult) -> list[str]:
+def results_of(result: AgentResult) -> list[str]:
     return [message["content"] for message in result.messages if message["role"] == "tool"]
 
 
@@ -80,7 +94,7 @@ def test_a_call_is_run_and_its_result_is_answered(run: Callable[..., AgentResult
     ]
 
 
-def test_calls_of_one_answer_run_in_order_and_the_next_conversation_goes_on(run: Callable[..., AgentResult]) -> None:
+def test_calls_of_one_answer_run_in_order_and_the_conversation_continues(run: Callable[..., AgentResult]) -> None:
     seen: list[int] = []
 
     def note(number: int) -> str:
@@ -89,7 +103,7 @@ def test_calls_of_one_answer_run_in_order_and_the_next_conversation_goes_on(run:
         return f"noted {number}"
 
     first = run([note], calling(("note", {"number": 1}), ("note", {"number": 2})), "done")
-    assert seen == [1, 2] and told(first) == ["noted 1", "noted 2"]
+    assert seen == [1, 2] and results_of(first) == ["noted 1", "noted 2"]
     messages = [*first.messages, {"role": "user", "content": "again"}]
     second = run([note], calling(("note", {"number": 3})), "done", messages=messages)
     ids = [call["id"] for message in second.messages for call in message.get("tool_calls", [])]
@@ -98,7 +112,7 @@ def test_calls_of_one_answer_run_in_order_and_the_next_conversation_goes_on(run:
 
 def test_a_round_prefills_what_is_new_and_nothing_else(model: Any) -> None:
     cache, events = model.make_cache(), []
-    sampler = Mouth(calling(("add", {"a": 2})))  # the second answer is the model's own
+    sampler = Script(calling(("add", {"a": 2})))  # the second answer is the model's own
     options = {"sampler": sampler, "max_tokens": 40, "strict": False}
     run_tools(model, TOKENIZER, ASK, [add], on_event=events.append, cache=cache, **options)
     responses = [event for event in events if isinstance(event, GenerationResponse)]
@@ -124,7 +138,7 @@ def test_events_come_in_order_and_their_text_has_no_calls_in_it(run: Callable[..
     assert result == ToolResult(ToolCall("add", {"a": 2}), "3")
 
 
-# What a tool does wrong, and what is done wrong to it.
+# Errors in tools, arguments and declarations.
 
 
 def leaves(x: int) -> None:
@@ -138,12 +152,12 @@ def breaks(x: int) -> None:
 
 
 def odd(x: int) -> object:
-    """Returns what JSON cannot hold."""
+    """Returns a value that JSON cannot express."""
     return {"x": {1, 2}}
 
 
 def no_number(x: int) -> float:
-    """Returns what JSON has no number for."""
+    """Returns a number that JSON cannot express."""
     return float("nan")
 
 
@@ -173,15 +187,15 @@ def surrogate(x: int) -> str:
         (add, {"a": 2.0}, "3"),
     ],
 )
-def test_what_goes_wrong_is_told_to_the_model(
+def test_an_error_is_the_result_of_its_call(
     tool: Any, arguments: dict[str, Any], expected: str, run: Callable[..., AgentResult]
 ) -> None:
     result = run([tool], calling((tool.__name__, arguments)), "well")
-    assert len(told(result)) == 1 and told(result)[0].startswith(expected)
+    assert len(results_of(result)) == 1 and results_of(result)[0].startswith(expected)
     assert (result.text, result.finish_reason) == ("well", "stop")
 
 
-def test_a_tool_is_interrupted_as_the_program_is(run: Callable[..., AgentResult]) -> None:
+def test_ctrl_c_in_a_tool_ends_the_program(run: Callable[..., AgentResult]) -> None:
     def hang(x: int) -> None:
         """Hangs."""
         raise KeyboardInterrupt
@@ -210,7 +224,7 @@ def test_arguments_are_what_the_hints_say(run: Callable[..., AgentResult]) -> No
     run([paint], calling(("paint", {"colour": "red", "points": [{"x": 1}]})), "well")
     assert given == [Colour.RED, [Point(1)], "up"]
     result = run([paint], calling(("paint", {"colour": "blue", "points": []})), "well")
-    assert told(result) == ['error: the argument \'colour\' of paint must be one of ["red"], not "blue"']
+    assert results_of(result) == ['error: the argument \'colour\' of paint must be one of ["red"], not "blue"']
 
 
 def test_a_declaration_beside_its_function(run: Callable[..., AgentResult]) -> None:
@@ -259,19 +273,19 @@ def test_control_strings_in_results_and_arguments_stay_text(model: Any, run: Cal
     calls: list[str] = []
 
     def echo(text: str) -> str:
-        """Says it again."""
+        """Echoes."""
         calls.append(text)
         return text
 
     cache = model.make_cache()
     call = json.dumps([{"name": "echo", "arguments": {"text": HOSTILE}}])
-    mouth = Mouth("", "well")
+    script = Script("", "well")
     spoken = [Control("<|tool_call|>"), call, Control("<|/tool_call|>")]
-    mouth.ids[:1] = [*TOKENIZER.encode_pieces(spoken), END]  # as text, where `Mouth` reads control strings
-    result = run([echo], sampler=mouth, cache=cache)
-    assert calls == [HOSTILE] and told(result) == [HOSTILE] and result.rounds == 2
+    script.ids[:1] = [*TOKENIZER.encode_pieces(spoken), END]  # HOSTILE as text: `Script` would read its control strings
+    result = run([echo], sampler=script, cache=cache)
+    assert calls == [HOSTILE] and results_of(result) == [HOSTILE] and result.rounds == 2
     ids = cache.ids[0].tolist()
-    harmless = Mouth(calling(("echo", {"text": "x"})), "well")
+    harmless = Script(calling(("echo", {"text": "x"})), "well")
     assert run([echo], sampler=harmless, cache=cache).rounds == 2
     controls = set(TOKENIZER.control_ids.values())
     assert [i for i in ids if i in controls] == [i for i in cache.ids[0].tolist() if i in controls]
@@ -282,7 +296,7 @@ def test_control_strings_in_results_and_arguments_stay_text(model: Any, run: Cal
     assert run([echo], "well", messages=history).rounds == 1
 
 
-# Who may call, how often, how long.
+# Approval and limits.
 
 
 @pytest.mark.parametrize(
@@ -297,8 +311,8 @@ def test_a_call_runs_only_if_it_is_approved(verdict: Any, expected: str, run: Ca
         return verdict
 
     result = run([add], calling(("add", {"a": 2})), calling(("add", {})), "well", approve=approve)
-    assert told(result)[0].startswith(expected) and told(result)[1].startswith("error: add needs")
-    assert asked == [ToolCall("add", {"a": 2})]  # nobody is asked about a call that cannot run
+    assert results_of(result)[0].startswith(expected) and results_of(result)[1].startswith("error: add needs")
+    assert asked == [ToolCall("add", {"a": 2})]  # not asked about a call that cannot run
 
 
 def test_rounds_have_a_limit_and_calls_beyond_it_are_not_run(run: Callable[..., AgentResult]) -> None:
@@ -311,37 +325,43 @@ def test_rounds_have_a_limit_and_calls_beyond_it_are_not_run(run: Callable[..., 
     replies = [calling(("count", {"x": n}), ("count", {"x": -n})) for n in range(1, 9)]
     result = run([count], *replies, max_rounds=2)
     assert (result.rounds, result.finish_reason, ran) == (2, "max_rounds", [1, -1])
-    assert told(result)[2:] == ["error: not run: the limit of 2 rounds is reached"] * 2
+    assert results_of(result)[2:] == ["error: not run: the limit of 2 rounds is reached"] * 2
     assert run([count], *replies).rounds == 8
 
 
-def test_a_tool_that_takes_too_long_is_the_last(run: Callable[..., AgentResult]) -> None:
+def test_a_tool_that_takes_too_long_is_the_last(run: Callable[..., AgentResult], clock: Clock) -> None:
     def slow(x: int) -> str:
         """Takes its time."""
-        time.sleep(0.5)
+        clock.now += 0.5
         return "slept"
 
-    result = run([slow], calling(("slow", {"x": 1}), ("slow", {"x": 2})), "unheard", timeout_s=0.4, max_tokens=200)
+    result = run([slow], calling(("slow", {"x": 1}), ("slow", {"x": 2})), "unheard", timeout_s=0.4)
     assert (result.finish_reason, result.rounds) == ("timeout", 1)
-    assert told(result)[-1] == "error: not run: the limit of 0.4 s is reached"
+    assert results_of(result) == ["slept", "error: not run: the limit of 0.4 s is reached"]
     alone = run([slow], calling(("slow", {"x": 1})), "unheard", timeout_s=0.4)
-    assert (alone.finish_reason, alone.rounds, told(alone)) == ("timeout", 1, ["slept"])
+    assert (alone.finish_reason, alone.rounds, results_of(alone)) == ("timeout", 1, ["slept"])
 
 
 @pytest.mark.parametrize("where", ["answer", "prefill"])
-def test_time_is_up(where: str, model: Any) -> None:
-    def dawdle(logprobs: mx.array) -> mx.array:
-        time.sleep(0.02)
+def test_the_time_limit_ends_an_answer(where: str, model: Any, clock: Clock) -> None:
+    drawn, chunks = [], []
+
+    def tick(logprobs: mx.array) -> mx.array:
+        clock.now += 1
+        drawn.append(clock.now)
         return mx.array([TOKENIZER.encode("a")[0]])
 
-    length = 5_000 if where == "prefill" else 5
-    messages = [{"role": "user", "content": "x " * length}]
+    def progress(done: int, total: int) -> None:
+        clock.now += where == "prefill"
+        chunks.append(done)
+
+    messages = [{"role": "user", "content": "x " * 500}]
     cache = model.make_cache()
-    options: dict[str, Any] = {"sampler": dawdle, "cache": cache, "max_tokens": 5_000, "prefill_step_size": 8}
-    started = time.monotonic()
-    result = run_tools(model, TOKENIZER, messages, [add], timeout_s=0.2, **options)
-    assert (result.finish_reason, result.rounds) == ("timeout", 1) and time.monotonic() - started < 5
+    options: dict[str, Any] = {"sampler": tick, "cache": cache, "max_tokens": 5_000, "prefill_step_size": 8}
+    result = run_tools(model, TOKENIZER, messages, [add], timeout_s=9.5, prompt_progress_callback=progress, **options)
+    assert (result.finish_reason, result.rounds) == ("timeout", 1)
     assert bool(result.text) == (where == "answer")
+    assert len(drawn if where == "answer" else chunks) == 10 and (drawn == []) == (where == "prefill")
     prompt = TOKENIZER.apply_chat_template(ASK, tools=[add])
     left = [token for token, _ in generate_step(cache.reuse(prompt), model, cache=cache, max_tokens=5)]
     assert left == [token for token, _ in generate_step(prompt, model, max_tokens=5)]  # the cache is whole
@@ -359,24 +379,24 @@ def test_a_cut_answer_and_a_full_context_say_length(
         return "word " * x
 
     small = tiny_model(original_max_position_embeddings=512, max_position_embeddings=1024)
-    mouth = Mouth(calling(("page", {"x": 500})), "unheard")
-    full = run_tools(small, TOKENIZER, ASK, [page], sampler=mouth, strict=False)
-    assert (full.finish_reason, full.rounds) == ("length", 1) and told(full)[0].startswith("word word")
+    script = Script(calling(("page", {"x": 500})), "unheard")
+    full = run_tools(small, TOKENIZER, ASK, [page], sampler=script, strict=False)
+    assert (full.finish_reason, full.rounds) == ("length", 1) and results_of(full)[0].startswith("word word")
     with pytest.raises(RequestError, match="the context holds 1024"):
         run_tools(small, TOKENIZER, [{"role": "user", "content": "word " * 500}], [page])
 
 
-def test_a_caller_who_leaves_early_finds_what_was_said(model: Any) -> None:
+def test_a_caller_who_leaves_early_keeps_the_answer_so_far(model: Any) -> None:
     prompt = TOKENIZER.apply_chat_template(ASK, tools=[add])
     reply = "so " + calling(("add", {"a": 1}), ("add", {"a": 2}))
-    options = {"max_tokens": 200, "sampler": Mouth(reply)}
-    loop = ToolLoop(model, TOKENIZER, prompt, Toolbox([add], strict=False), model.make_cache(), **options)
+    options = DecodeOptions(max_tokens=200, sampler=Script(reply))
+    loop = ToolLoop(model, TOKENIZER, prompt, Toolbox([add], strict=False), model.make_cache(), options)
     events = loop.events()
     leave_after(events, ToolResult)
     assert loop.rounds[0].results == ["2", "error: not run: stopped"] and loop.finish_reason == ""
 
-    options = {"max_tokens": 9, "sampler": Mouth("a [TO")}
-    loop = ToolLoop(model, TOKENIZER, prompt, Toolbox([add], strict=False), model.make_cache(), **options)
+    options = DecodeOptions(max_tokens=9, sampler=Script("a [TO"))
+    loop = ToolLoop(model, TOKENIZER, prompt, Toolbox([add], strict=False), model.make_cache(), options)
     events = loop.events()
     while not loop.rounds or not TOKENIZER.decode(loop.rounds[0].ids).endswith("[TO"):
         next(events)
@@ -415,7 +435,7 @@ def mul(a: int) -> int:
 
 
 class Chance:
-    """A sampler that says a few tokens and then draws at temperature 1."""
+    """A sampler that draws the given tokens and then at temperature 1."""
 
     def __init__(self, *first: int) -> None:
         self.ids, self.key = list(first), iter(mx.random.split(mx.random.key(1), 10_000))
@@ -456,7 +476,7 @@ def test_calls_obey_the_schemas_in_every_round(model: Any) -> None:
     assert run_tools(model, TOKENIZER, ASK, [odd], max_tokens=5, strict=False).rounds == 1
 
 
-def test_a_text_may_be_cut_though_calls_are_held_to_schemas(model: Any) -> None:
+def test_a_text_may_be_cut_although_calls_obey_schemas(model: Any) -> None:
     result = run_tools(model, TOKENIZER, ASK, [add], sampler=Chance(), max_tokens=4)
     assert (result.finish_reason, result.rounds) == ("length", 1) and result.text
 
@@ -472,7 +492,43 @@ def test_a_call_that_does_not_end_in_time_is_not_run_with_half_an_argument(model
     assert result.error is not None and "ends inside a tool call" in result.error
 
 
-def test_no_call_can_be_wanted(run: Callable[..., AgentResult]) -> None:
+def test_calls_can_be_switched_off(run: Callable[..., AgentResult]) -> None:
     spoken = calling(("add", {"a": 1}))
     result = run([add], spoken, tool_choice="none")
     assert (result.text, result.rounds) == (spoken, 1)
+
+
+# `AnswerAssembler`, without a model.
+
+
+def test_an_answer_is_assembled_from_pieces() -> None:
+    answer = AnswerAssembler(["add"])
+    pieces = [answer.add(char) for char in "so " + calling(("add", {"a": 1}))]
+    assert "".join(pieces) == answer.text == "so " and answer.calls == (ToolCall("add", {"a": 1}),)
+    assert answer.reason == "" and answer.complaint is None
+    assert answer.add(" done [TO", "stop") == "done [TO" and answer.reason == "stop"  # nothing stays behind
+    assert answer.finish() == "" and answer.text == "so done [TO"
+
+
+def test_an_answer_that_ends_inside_a_call_says_so() -> None:
+    answer = AnswerAssembler(["add"])
+    assert answer.add("<|tool_call|>[{") == ""
+    assert answer.finish() == answer.text == "<|tool_call|>[{" and not answer.calls
+    assert answer.complaint is not None and "ends inside a tool call" in answer.complaint
+    without_tools = AnswerAssembler(())
+    assert without_tools.add("<|tool_call|>[{") == "<|tool_call|>[{"
+
+
+def test_an_answer_is_cancelled_or_out_of_time(clock: Clock) -> None:
+    cancelled = [False]
+    late = AnswerAssembler(["add"], ends_at=1.0, cancelled=lambda: cancelled[0])
+    assert late.add("a [TO") == "a " and not late.stopped()
+    clock.now = 1.0
+    assert late.stopped() and late.reason == "timeout" and late.text == "a "
+    assert late.finish() == "[TO" and late.reason == "timeout" and late.text == "a [TO"
+
+    left = AnswerAssembler(["add"], ends_at=1.0, cancelled=lambda: cancelled[0])
+    cancelled[0] = True
+    assert left.add("a") == "a" and left.reason == "cancelled"  # rather than "timeout"
+    ended = AnswerAssembler(["add"], ends_at=1.0, cancelled=lambda: cancelled[0])
+    assert ended.add("a", "length") == "a" and ended.reason == "length"

@@ -1,4 +1,4 @@
-"""The runner of `make bench` and its report, on scripts and results made up here."""
+"""The runner of `make bench` and its report, on made-up scripts and results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 
 
 def module(name: str, file: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A module of the folder of scripts, which is no package."""
+    """Imports a file from tests/bench, which is not a package."""
     monkeypatch.syspath_prepend(str(BENCH))
     spec = importlib.util.spec_from_file_location(name, BENCH / file)
     assert spec and spec.loader
@@ -50,22 +50,22 @@ RESULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_bars_are_kept_on_the_side_that_they_are_of(report: ModuleType) -> None:
-    kept = {row.figure.what: row.ok for row in report.rows(RESULTS)}
+def test_a_bar_is_an_upper_or_a_lower_limit(report: ModuleType) -> None:
+    kept = {row.figure.name: row.ok for row in report.rows(RESULTS)}
     assert kept == {
         "graph nodes of a decode step, 32 layers": False,
         "operations of a decode step, each `mx.fast` call one": True,
         "host time to build a decode step": True,
-        "tokens a second, demo decode": True,
-        "tokens a second, demo prefill": False,
+        "tokens per second, demo decode": True,
+        "tokens per second, demo prefill": False,
         "peak of attention over a 4-bit cache, 32,768 tokens": True,
     }
 
 
-def test_the_table_has_every_script(report: ModuleType) -> None:
+def test_the_table_lists_every_script(report: ModuleType) -> None:
     text = report.markdown(RESULTS, {"teach": "killed | by hand"}, {"machine": "here"}, [Path("out/ratios.png")])
     assert "| steps | graph nodes of a decode step, 32 layers | 0.91 of mlx-lm | ≤ 0.9 | **no** |" in text
-    assert "| speed | tokens a second, demo decode | 1.25 of mlx-lm | ≥ 1 | yes |" in text
+    assert "| speed | tokens per second, demo decode | 1.25 of mlx-lm | ≥ 1 | yes |" in text
     assert "| retrieval | see retrieval.log | | | |" in text
     assert "| teach | **failed**: killed / by hand | | | **no** |" in text
     assert "![ratios](ratios.png)" in text and "- machine: here" in text
@@ -73,7 +73,7 @@ def test_the_table_has_every_script(report: ModuleType) -> None:
     assert {line.count("|") for line in table} == {6}
 
 
-def test_plots_are_drawn_of_what_there_is(report: ModuleType, tmp_path: Path) -> None:
+def test_only_plots_with_results_are_drawn(report: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     drawn = report.draw(RESULTS, tmp_path)
     assert [path.name for path in drawn] == ["ratios.png", "memory.png", "accepted.png"]
@@ -84,7 +84,7 @@ def test_plots_are_drawn_of_what_there_is(report: ModuleType, tmp_path: Path) ->
 def test_every_figure_names_a_script(report: ModuleType, runner: ModuleType) -> None:
     names = runner.scripts(BENCH)
     assert {figure.bench for figure in report.FIGURES} <= set(names)
-    assert names[-1] == "retrieval" and not {"peer", "report", "__main__"} & set(names)
+    assert names[-1] == "retrieval" and not {"demo_world", "harness", "peer", "report", "__main__"} & set(names)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_every_figure_names_a_script(report: ModuleType, runner: ModuleType) -> 
         ("raise SystemExit(3)", None, "exit code 3"),
     ],
 )
-def test_a_script_and_what_came_of_it(
+def test_a_script_gives_a_result_or_a_reason(
     code: str, result: dict[str, Any] | None, why: str, runner: ModuleType, tmp_path: Path
 ) -> None:
     script = tmp_path / "script.py"

@@ -1,4 +1,4 @@
-"""`load`: a Hugging Face folder as it is, mlx-lm's packages, every tensor accounted for, and the Hub."""
+"""`load`: Hugging Face folders, mlx-lm's packages, the check of every tensor, and the Hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IDS = mx.array([[5, 6, 7, 8]])
 
 
 def rewrite(folder: Path, **changes: mx.array | None) -> Path:
-    """Changes the tensors of a checkpoint: name (with __ for a dot) -> array, or None to drop it."""
+    """Changes tensors of a checkpoint: name, with __ for a dot -> array, or None to remove it."""
     path = folder / "model.safetensors"
     tensors = dict(mx.load(str(path)))
     mx.eval(tensors)
@@ -38,6 +38,7 @@ def rewrite(folder: Path, **changes: mx.array | None) -> Path:
 
 
 def reconfigure(folder: Path, **fields: Any) -> Path:
+    """Changes fields of config.json."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     return folder
@@ -45,7 +46,7 @@ def reconfigure(folder: Path, **fields: Any) -> Path:
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("shards", [1, 3])
-def test_a_hugging_face_folder_loads_as_it_is(
+def test_a_hugging_face_folder_loads(
     tiny_checkpoint: Callable[..., Path], tiny_model: Callable[..., Model], dtype: mx.Dtype, shards: int
 ) -> None:
     model, tokenizer = load(tiny_checkpoint(seed=3, dtype=dtype, shards=shards))
@@ -69,7 +70,7 @@ def test_lazy_loading_gives_the_same_model(tiny_checkpoint: Callable[..., Path])
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_package_of_mlx_lm_loads(tiny_checkpoint: Callable[..., Path], tmp_path: Path, mixed: bool) -> None:
-    """Also one with a recipe for each layer, and with unquantised layers in between."""
+    """Also with settings per layer, and with some layers unquantised."""
     from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
     folder, out = tiny_checkpoint("source", max_position_embeddings=1024), tmp_path / "package"
@@ -84,7 +85,7 @@ def test_a_package_of_mlx_lm_loads(tiny_checkpoint: Callable[..., Path], tmp_pat
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (out / file).write_bytes((folder / file).read_bytes())
     ours, _ = load(out)
-    ids = mx.random.randint(0, 512, (1, 70))  # past the boundary, where mlx-lm's one table is the right one
+    ids = mx.random.randint(0, 512, (1, 70))  # past the boundary, where mlx-lm's only table is the right one
     assert mx.allclose(ours(ids), theirs(ids), atol=1e-4)
     layer = ours.layers[0]
     assert layer.self_attn.o_proj.bits == (8 if mixed else 4)
@@ -92,7 +93,7 @@ def test_a_package_of_mlx_lm_loads(tiny_checkpoint: Callable[..., Path], tmp_pat
 
 
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
-def test_other_modes_of_quantisation_load(
+def test_other_quantisation_modes_load(
     tiny_checkpoint: Callable[..., Path], tiny_model: Callable[..., Model], mode: str
 ) -> None:
     settings = {"mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}[mode]
@@ -104,7 +105,7 @@ def test_other_modes_of_quantisation_load(
 
 
 def test_phi_4_mini_has_452_quantised_tensors() -> None:
-    """By shapes alone: 129 matrices of weight, scales and biases, and 65 norms."""
+    """From the shapes: 129 matrices with weight, scales and biases, and 65 norms."""
     dense = [name for name, _ in tree_flatten(Model(PRESETS["phi-4-mini"]).parameters())]
     raw = PRESETS["phi-4-mini"].to_dict() | {"quantization": {"group_size": 64, "bits": 4}}
     config = type(PRESETS["phi-4-mini"]).from_dict(raw)
@@ -116,7 +117,7 @@ def test_phi_4_mini_has_452_quantised_tensors() -> None:
     assert shapes["model.layers.0.mlp.down_proj.weight"] == (3072, 1024)
 
 
-def test_tensors_that_the_model_derives_may_be_there(
+def test_derived_tensors_are_accepted(
     tiny_checkpoint: Callable[..., Path], tiny_model: Callable[..., Model]
 ) -> None:
     folder = rewrite(
@@ -130,11 +131,11 @@ def test_tensors_that_the_model_derives_may_be_there(
     ("changes", "message"),
     [
         ({"model__norm__weight": None}, r"model\.norm\.weight is missing"),
-        ({"model__layers__0__mlp__down_proj__bias": mx.zeros(96)}, r"down_proj\.bias is left over"),
-        ({"a": mx.zeros(1), "b": mx.zeros(1)}, r"2 tensors \(a, b\) are left over"),
+        ({"model__layers__0__mlp__down_proj__bias": mx.zeros(96)}, r"down_proj\.bias is unexpected"),
+        ({"a": mx.zeros(1), "b": mx.zeros(1)}, r"2 tensors \(a, b\) are unexpected"),
         ({"model__norm__weight": mx.zeros(95)}, r"model\.norm\.weight has shape \[95\].*\[96\]"),
-        ({"model__norm__weight": mx.zeros(96, mx.int32)}, r"model\.norm\.weight holds I32"),
-        ({"model__norm__scales": mx.zeros(96)}, r"quantised.*'quantization' is missing"),
+        ({"model__norm__weight": mx.zeros(96, mx.int32)}, r"model\.norm\.weight has dtype I32"),
+        ({"model__norm__scales": mx.zeros(96)}, r"quantised, but config.json has no 'quantization'"),
     ],
 )
 def test_every_tensor_is_accounted_for(
@@ -145,7 +146,7 @@ def test_every_tensor_is_accounted_for(
     assert "\n" not in str(caught.value)
 
 
-def test_more_layers_than_the_config_says_are_left_over(tiny_checkpoint: Callable[..., Path]) -> None:
+def test_layers_beyond_the_config_are_left_over(tiny_checkpoint: Callable[..., Path]) -> None:
     with pytest.raises(CheckpointError, match=r"6 tensors \(model\.layers\.1\.input_layernorm"):
         load(reconfigure(tiny_checkpoint(), num_hidden_layers=1))
 
@@ -157,7 +158,7 @@ def test_a_missing_shard_is_named(tiny_checkpoint: Callable[..., Path]) -> None:
         load(folder)
 
 
-def test_a_quantisation_that_cannot_be_is_one_line(tiny_checkpoint: Callable[..., Path]) -> None:
+def test_an_invalid_quantisation_is_one_line(tiny_checkpoint: Callable[..., Path]) -> None:
     folder = rewrite(tiny_checkpoint(), model__layers__0__mlp__down_proj__scales=mx.zeros((96, 5)))
     with pytest.raises(CheckpointError, match="does not fit"):
         load(reconfigure(folder, quantization={"group_size": 33, "bits": 4}))
@@ -180,13 +181,13 @@ def test_a_folder_without_config_is_named(tiny_checkpoint: Callable[..., Path]) 
         load(folder)
 
 
-def test_a_chat_format_can_be_named(tiny_checkpoint: Callable[..., Path]) -> None:
+def test_a_chat_format_can_be_chosen(tiny_checkpoint: Callable[..., Path]) -> None:
     assert load(tiny_checkpoint(), chat_format="phi4")[1].chat_format.name == "phi4"
-    with pytest.raises(RequestError, match=r"'phi5' is not known; known are .*phi4-mini"):
+    with pytest.raises(RequestError, match=r"'phi5' is unknown; known are .*phi4-mini"):
         load(tiny_checkpoint(), chat_format="phi5")
 
 
-def test_an_adapter_comes_along(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_adapter_is_loaded_too(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(Phi4Error, match=r"adapter_config\.json"):
         load(tiny_checkpoint(), adapter_path=tmp_path)
 
@@ -194,7 +195,7 @@ def test_an_adapter_comes_along(tiny_checkpoint: Callable[..., Path], tmp_path: 
 @pytest.mark.parametrize(
     "name", ["nothing-here", "~nobody/here", "./nothing/here", "../x/y", "/nothing/here", "a/b/c", "", "a b/c"]
 )
-def test_a_name_that_can_be_nothing_offers_the_demo(name: str) -> None:
+def test_an_unknown_name_suggests_the_demo(name: str) -> None:
     with pytest.raises(CheckpointError, match="--model demo"):
         resolve(name)
 
@@ -203,7 +204,7 @@ def test_demo_is_the_embedded_package() -> None:
     assert resolve("demo") == Path(checkpoint.__file__).parent / "demo"
 
 
-def test_the_hub_is_asked_for_the_needed_files_at_a_pinned_commit(
+def test_the_needed_files_are_downloaded_at_a_pinned_commit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import huggingface_hub
@@ -226,28 +227,28 @@ def test_the_hub_is_asked_for_the_needed_files_at_a_pinned_commit(
     assert local == [False] * 3
     monkeypatch.setattr(
         huggingface_hub.HfApi, "repo_info", lambda self, repo, **options: 1 / 0
-    )  # any failure to reach it
+    )  # any failure to reach the Hub
     resolve("owner/name")
-    assert local[-1]  # what is cached serves without network
+    assert local[-1]  # falls back to the cached files
     assert not any("py" in pattern.rpartition(".")[2] for pattern in NEEDED_FILES)
 
 
 @pytest.mark.parametrize("offline", [True, False])
-def test_without_network_one_line_offers_the_demo(
+def test_without_network_one_line_suggests_the_demo(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, offline: bool
 ) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # no server listens there
     reason = "HF_HUB_OFFLINE is set" if offline else "cannot be reached"
     with pytest.raises(CheckpointError, match=f"{reason}; --model demo") as caught:
         resolve("owner/name")
     assert "\n" not in str(caught.value)
 
 
-def test_the_headers_alone_are_enough_to_check(tiny_model: Callable[..., Model]) -> None:
+def test_tensors_are_checked_from_the_headers_alone(tiny_model: Callable[..., Model]) -> None:
     model = tiny_model()
     infos = {name: TensorInfo("F32", tuple(a.shape), 0, 0) for name, a in tree_flatten(model.parameters())}
     assert check_tensors(model, infos) == set(infos)

@@ -21,12 +21,12 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_every_command_has_a_help_of_its_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_its_own_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([name, "--help"]) == 0
     assert "--debug" in capsys.readouterr().out
 
 
-def test_a_word_that_is_no_command(capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_command_lists_the_known_ones(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["generat"]) == 2
     known = ", ".join(cli.COMMANDS)
     line = f"phi4-mlx: 'generat' is not a command; the commands are {known}; see --help\n"
@@ -38,7 +38,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("phi4-mlx ")
 
 
-def test_a_mistyped_option_costs_no_import_of_mlx() -> None:
+def test_an_invalid_option_is_reported_without_importing_mlx() -> None:
     code = (
         "import sys; from phi4_mlx.cli import main; code = main(['generate', '--temp', 'nan', '--prompt', 'x']);"
         "print(code, 'mlx' in sys.modules, 'tiktoken' in sys.modules)"

@@ -1,4 +1,4 @@
-"""config.json: both layouts, the defaults, the presets, and what is refused by name."""
+"""config.json: both layouts, the defaults, the presets, and the fields that are refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_official_config_is_the_preset() -> None:
     assert ModelConfig.from_dict(PHI_4_MINI) == PRESETS["phi-4-mini"]
 
 
-def test_cos_and_sin_are_scaled_as_in_the_facts() -> None:
+def test_cos_and_sin_are_scaled_by_the_attention_factor() -> None:
     found = PRESETS["phi-4-mini"].rope_scaling
     assert found is not None
     assert found.attention_factor == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
@@ -48,8 +48,8 @@ def test_cos_and_sin_are_scaled_as_in_the_facts() -> None:
         ("phi-4-reasoning", 14_659_507_200, 243),
     ],
 )
-def test_presets_have_the_true_shapes(name: str, parameters: int, tensors: int) -> None:
-    shapes = tree_flatten(Model(PRESETS[name]).parameters())  # lazy: no weight is made
+def test_presets_have_the_published_sizes(name: str, parameters: int, tensors: int) -> None:
+    shapes = tree_flatten(Model(PRESETS[name]).parameters())  # lazy: no weight is allocated
     assert sum(array.size for _, array in shapes) == parameters
     assert len(shapes) == tensors
 
@@ -77,17 +77,17 @@ def test_the_transformers_5_layout_is_read() -> None:
         "original_max_position_embeddings": 4096,
     }  # fmt: skip
     assert ModelConfig.from_dict(raw) == PRESETS["phi-4-mini"]
-    del raw["original_max_position_embeddings"]  # then the one inside counts
+    del raw["original_max_position_embeddings"]  # then the value in rope_parameters counts
     assert ModelConfig.from_dict(raw) == PRESETS["phi-4-mini"]
 
 
-def test_what_is_written_is_read_back() -> None:
+def test_presets_survive_a_round_trip() -> None:
     for preset in PRESETS.values():
         assert ModelConfig.from_dict(json.loads(json.dumps(preset.to_dict()))) == preset
 
 
 @pytest.mark.parametrize("extra", [{"attention_factor": 1.5}, {"factor": 8.0}])
-def test_a_scale_of_its_own_survives(extra: dict[str, float]) -> None:
+def test_an_explicit_attention_factor_survives(extra: dict[str, float]) -> None:
     config = ModelConfig.from_dict(scaling(**extra))
     expected = extra.get("attention_factor", math.sqrt(1 + math.log(8) / math.log(4096)))
     assert config.rope_scaling is not None
@@ -95,7 +95,7 @@ def test_a_scale_of_its_own_survives(extra: dict[str, float]) -> None:
     assert ModelConfig.from_dict(config.to_dict()) == config
 
 
-def test_fields_that_change_nothing_are_ignored() -> None:
+def test_fields_without_effect_are_ignored() -> None:
     same = changed(
         sliding_window=None, attention_dropout=0.1, resid_pdrop=0.1, full_attn_mod=1, use_cache=False, 
         unsloth_version="1", attention_bias=None, head_dim=128, hidden_act="swish", rope_traditional=False,
@@ -153,14 +153,14 @@ def test_fields_that_change_nothing_are_ignored() -> None:
         (changed(vocab_size=None), "vocab_size"),
     ],
 )
-def test_maths_not_done_here_is_refused_by_name(raw: dict[str, Any], named: str) -> None:
+def test_unsupported_fields_are_refused_by_name(raw: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=r"^config\.json: [^\n]*$") as caught:
         ModelConfig.from_dict(raw)
     assert named in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '"x"', "\x00"])
-def test_a_file_that_holds_no_object_is_named(tmp_path: Path, text: str) -> None:
+def test_a_file_without_a_json_object_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"config\.json[^\n]*$"):

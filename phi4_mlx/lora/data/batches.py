@@ -1,7 +1,8 @@
-"""Samples -> batches: packed into rows or sorted by length, in an order that a seed and a position say completely.
+"""Samples -> batches, packed into rows or sorted by length, in an order that follows from a seed and a position.
 
-A row holds several samples side by side, told apart by `segments`; the model gives each its own positions, its own RoPE
-table and no sight of the others. So samples of any length may share a row, and hardly a slot is left empty.
+A row holds several samples side by side, numbered by `segments`; the model gives each sample its own positions, its own
+RoPE table, and an attention mask that hides the others. So samples of any length may share a row, and few slots are
+left empty.
 """
 
 from __future__ import annotations
@@ -19,20 +20,21 @@ import numpy as np
 from phi4_mlx.errors import RequestError
 from phi4_mlx.lora.data.samples import Pair, Sample
 
-WIDTH_STEP = 32  # rows are as wide as a multiple of this: few shapes, so that freed buffers fit again
+WIDTH_STEP = 32  # row widths are multiples of this: with few shapes, freed buffers are reused
 
-Row = list[int]  # which samples (or pairs) stand in it, from left to right
+Row = list[int]
+"""The samples (or pairs) of a row by index, from left to right."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows of samples; of a pair, the chosen answer's segment is odd, and the rejected one's the even number after it.
+    """Rows of samples. In a pair, the chosen answer has an odd segment, and the rejected one the next even number.
 
     Attributes:
         inputs: token ids, int32 [B, T]; 0 where the row is empty.
-        targets: the token that follows each, int32 [B, T].
-        mask: which targets count, bool [B, T].
-        segments: the number of the sample in its row, from 1; 0 where the row is empty; int32 [B, T].
+        targets: the token after each input, int32 [B, T].
+        mask: True for targets that count, bool [B, T].
+        segments: the sample's number in its row, from 1; 0 where the row is empty; int32 [B, T].
     """
 
     inputs: mx.array
@@ -42,26 +44,26 @@ class Batch:
 
 
 class Batches:
-    """An endless iterator of batches, epoch after epoch, each epoch every sample once, in an order of its own.
-
-    Attributes:
-        epoch: how many times all samples have been given.
-        step: how many batches of the epoch under way have been given.
-        steps_per_epoch: batches in an epoch; the last one may have fewer rows.
-        rows: the most rows of a batch here.
-        world: how many processes train together.
+    """An endless iterator of batches; each epoch yields every sample once, in its own order.
 
     Args:
-        samples: samples, or pairs, which stay together in a row.
+        samples: samples, or pairs; a pair stays together in a row.
         batch_size: rows in a batch, over all ranks.
-        max_seq_length: slots of a row, and so the longest sample in tokens; rows of pairs have twice as many.
-        packing: several samples to a row; else one, with rows of like length in a batch.
-        seed: of the order.
-        rank: which part of each batch is given here, of `world` parts.
-        world: how many processes train together.
+        max_seq_length: slots of a row, in tokens; rows of pairs have twice as many.
+        packing: True for several samples per row; else one, and rows of similar length in a batch.
+        seed: seed of the order.
+        rank: number of this process, from 0; selects its rows of each batch.
+        world: number of processes that train together.
+
+    Attributes:
+        epoch: number of completed epochs.
+        step: number of batches of the current epoch that have been yielded.
+        steps_per_epoch: batches in an epoch; the last one may have fewer rows.
+        rows: most rows of a batch in this process.
+        world: number of processes that train together.
 
     Raises:
-        RequestError: no samples, one too long for a row, or a batch size that the ranks cannot share.
+        RequestError: there are no samples, one is too long for a row, or the ranks cannot share the batch size.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class Batches:
         self.rows = batch_size // world
         self.epoch = self.step = 0
         self._planned, self._plan = 0, self._batches_of(0)
-        self.steps_per_epoch = len(self._plan)  # lengths alone decide, so that it is the same in each
+        self.steps_per_epoch = len(self._plan)  # depends on lengths only, so it is the same in each epoch
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -106,29 +108,36 @@ class Batches:
 
     @property
     def shapes(self) -> set[tuple[int, int]]:
-        """(rows, slots) of this rank's batches: lengths alone decide, so that they are the same in each epoch."""
+        """(rows, slots) of this rank's batches; they depend on lengths only, so they are the same in each epoch."""
         batches = (rows[self._rank :: self.world] or [[]] for rows in self._plan)
         return {(len(mine), max(self._width(row) for row in mine)) for mine in batches}
 
     @property
     def samples_in_a_pair(self) -> int:
-        """How many samples go together: 2 where they are pairs, else 1."""
+        """2 for pairs, 1 for samples."""
         return len(self._parts[0])
 
     def fixed(self, count: int | None = None) -> Iterator[Batch]:
-        """The same batches at every call, for validation: the first `count`, or each sample once. Moves nothing."""
+        """The same batches at every call, for validation; does not change the position.
+
+        Args:
+            count: number of batches; None for each sample once.
+        """
         for rows in self._batches_of(0)[:count]:
             yield self._batch(rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and what it depends on: something for JSON, equal in all ranks."""
+        """The position and the settings of the order, as JSON values that are equal in all ranks."""
         return {"epoch": self.epoch, "step": self.step, **self._settings}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on at a position: the next batch is the one that came next when `state_dict` was called.
+        """Restores a position: the next batch is the one that came next when `state_dict` was called.
+
+        Args:
+            state: the return value of `state_dict`.
 
         Raises:
-            RequestError: it is no position, or one in other data or under other settings; names the first difference.
+            RequestError: the state is of other data or settings, or is not a position.
         """
         for name, value in self._settings.items():
             if state.get(name) != value:
@@ -137,12 +146,13 @@ class Batches:
                 )
         epoch, step = state.get("epoch"), state.get("step")
         if type(epoch) is not int or type(step) is not int or epoch < 0 or not 0 <= step < self.steps_per_epoch:
-            raise RequestError(f"the checkpoint is damaged: epoch {epoch!r:.20} and step {step!r:.20} are no position")
+            position = f"epoch {epoch!r:.20} and step {step!r:.20}"
+            raise RequestError(f"the checkpoint is damaged: {position} are not a position")
         self.epoch, self.step = epoch, step
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
-        """What the order depends on; the samples by their hash."""
+        """Everything that the order depends on; the samples by their hash."""
         data = hashlib.sha256()
         for parts in self._parts:
             for sample in parts:
@@ -159,7 +169,7 @@ class Batches:
 
     def _batches_of(self, epoch: int) -> list[list[Row]]:
         """The rows of each batch of an epoch."""
-        # Only `random()` gives the same numbers in every version of Python.
+        # `random()` is the only method that gives the same numbers in every version of Python.
         draw = Random(f"{self._seed}:{epoch}").random
         by_chance = [draw() for _ in self._slots]
         order = sorted(range(len(self._slots)), key=lambda each: (-self._slots[each], by_chance[each]))
@@ -169,12 +179,12 @@ class Batches:
         return sorted(batches, key=lambda _: draw())
 
     def _width(self, row: Row) -> int:
-        """The slots that a row takes, as a multiple of `WIDTH_STEP`."""
+        """Slots that a row takes, rounded up to a multiple of `WIDTH_STEP`."""
         taken = sum(self._slots[each] for each in row)
         return min(self._capacity, -(-max(taken, 1) // WIDTH_STEP) * WIDTH_STEP)
 
     def _batch(self, rows: Sequence[Row]) -> Batch:
-        """The arrays of this rank's rows; where there are fewer rows than ranks, one row without targets."""
+        """The arrays of this rank's rows; with fewer rows than ranks, one row without targets."""
         mine = rows[self._rank :: self.world] or [[]]
         width = max(self._width(row) for row in mine)
         inputs, targets, segments = np.zeros((3, len(mine), width), np.int32)
@@ -190,16 +200,19 @@ class Batches:
 
 
 def pack(order: Sequence[int], slots: Sequence[int], capacity: int) -> list[Row]:
-    """Rows by best fit decreasing: each sample goes into the fullest row that has room for it.
+    """Packs samples by best fit decreasing: each goes into the fullest row that has room for it.
 
     Args:
-        order: the samples, longest first.
-        slots: what each sample takes, from 1 to `capacity`.
-        capacity: what a row holds.
+        order: indices of the samples, longest first.
+        slots: slots that each sample takes, from 1 to `capacity`.
+        capacity: slots of a row.
+
+    Returns:
+        The rows.
     """
     rows: list[Row] = []
     with_room: list[list[Row]] = [[] for _ in range(capacity + 1)]  # the rows by their free slots
-    occupied = 0  # bit n says that there is a row with n free slots
+    occupied = 0  # bit n is set if there is a row with n free slots
     for each in order:
         fitting = occupied >> slots[each]
         if fitting:

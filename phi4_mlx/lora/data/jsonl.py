@@ -1,6 +1,6 @@
-"""Files of samples: found in a folder, named alone, or fetched from the Hub; each bad line of JSONL told at once.
+"""Files of samples, from a folder, by name or from the Hub, and the lines of JSONL.
 
-Training takes an evening, so nothing begins before each line has been looked at.
+Training takes hours, so every line is checked before it starts, and all bad lines are reported together.
 """
 
 from __future__ import annotations
@@ -11,34 +11,34 @@ import re
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.lora.data.parquet import patterns, shards
 
 SPLITS = ("train", "valid", "test")
-MAX_LINE_BYTES = 2**24  # 16 MiB, some forty times what 128K tokens take
+MAX_LINE_BYTES = 2**24  # 16 MiB, about forty times the size of 128K tokens
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.jsonl)")
 _BLANK = b" \t\r\n"
-_SHOWN = 5  # bad lines behind the first that are listed by number
+_SHOWN = 5  # bad lines after the first that are listed by number
 
 Read = TypeVar("Read")
 
 
 def find_split(path_or_hf_id: str | Path, split: str = "train") -> Path | None:
-    """The file of a split.
+    """Finds the file of a split.
 
     Args:
-        path_or_hf_id: a folder with train.jsonl, and valid.jsonl and test.jsonl if there are any; one file, which is
-            the training split; or the id of a dataset on the Hub ("owner/name") with such files, or with Parquet.
+        path_or_hf_id: a folder with train.jsonl, and optionally valid.jsonl and test.jsonl; one file, which is the
+            training split; or the id of a dataset on the Hub ("owner/name") with such files, or with Parquet.
         split: "train", "valid" or "test".
 
     Returns:
-        The file, or None for a "valid" or "test" that is not there.
+        The file; None if "valid" or "test" is missing.
 
     Raises:
-        RequestError: nothing is there, or no training split is; the Hub cannot be reached.
+        RequestError: nothing or no training split is there, or the Hub cannot be reached.
     """
     if split not in SPLITS:
         raise RequestError(f"split {split!r} is not known; known are {', '.join(SPLITS)}")
@@ -51,23 +51,25 @@ def find_split(path_or_hf_id: str | Path, split: str = "train") -> Path | None:
         found = _find_on_hub(str(path_or_hf_id), split)
     if found is None and split == "train":
         raise RequestError(
-            f"{path_or_hf_id} holds no train.jsonl, an object to a line with text, prompt and completion, or messages"
+            f"{path_or_hf_id} holds no train.jsonl; each line of it is an object with text, prompt and completion, or "
+            "messages"
         )
     return found
 
 
 def read_lines(path: Path, read: Callable[[dict[str, Any], str], Read]) -> list[Read]:
-    """What `read` makes of each line of a file.
-
-    Blank lines at the end of the file are no lines.
+    """Reads all lines of a file. Blank lines at its end are ignored.
 
     Args:
         path: the file.
-        read: called with a line's object and its name, "train.jsonl:12"; raises RequestError for one it cannot use.
+        read: called with a line's object and its name ("train.jsonl:12"); raises RequestError for a bad line.
+
+    Returns:
+        The return values of `read`, in order.
 
     Raises:
-        RequestError: the file cannot be read or holds no line, or lines of it are bad: the first is told with its
-            number and reason, the others by number. All lines have then been looked at.
+        RequestError: the file cannot be read, holds no line, or has bad lines; the message gives the reason of the
+            first and the numbers of the others.
     """
     made: list[Read] = []
     bad: list[tuple[int, str]] = []
@@ -79,18 +81,18 @@ def read_lines(path: Path, read: Callable[[dict[str, Any], str], Read]) -> list[
                 except RequestError as error:
                     bad.append((number, str(error)))
                 except RecursionError:
-                    bad.append((number, "has too many brackets inside one another"))
+                    bad.append((number, "has too many nested brackets"))
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
     if bad:
         raise RequestError(f"{path}:{bad[0][0]}: {bad[0][1]}{_others([number for number, _ in bad[1:]])}")
     if not made:
-        raise RequestError(f"{path} is empty; each line of it should be a sample")
+        raise RequestError(f"{path} is empty; each line of it must be a sample")
     return made
 
 
 def _numbered(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The lines with their numbers from 1; of one that is too long, no more than shows that it is."""
+    """The lines with their numbers, from 1; a line that is too long is cut one byte above the limit."""
     blank: list[int] = []
     for number in count(1):
         line = file.readline(MAX_LINE_BYTES + 1)
@@ -100,7 +102,7 @@ def _numbered(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         while rest and not rest.endswith(b"\n"):
             rest = file.readline(MAX_LINE_BYTES)
         if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")  # the mark that some editors put before UTF-8
+            line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write
         if not line.strip(_BLANK):
             blank.append(number)
             continue
@@ -118,13 +120,13 @@ def _parsed(line: bytes) -> dict[str, Any]:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(
-            f"not UTF-8: byte 0x{line[error.start]:02x} at offset {error.start}; convert the file, with iconv say"
+            f"not UTF-8: byte 0x{line[error.start]:02x} at offset {error.start}; convert it, for example with iconv"
         ) from None
     try:
         record = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         raise RequestError(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from None
-    except ValueError as error:  # a whole number of thousands of digits
+    except ValueError as error:  # an integer of thousands of digits
         raise RequestError(f"not JSON that can be read: {error}") from None
     if not isinstance(record, dict):
         raise RequestError(f'holds {record!r:.60}, not an object like {{"text": "..."}}')
@@ -135,13 +137,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise RequestError(f"key {key!r:.60} is there twice; only one of them could count")
+            raise RequestError(f"key {key!r:.60} occurs twice; each key must occur once")
         found[key] = value
     return found
 
 
-def _refuse_constant(name: str) -> Any:
-    raise RequestError(f"not JSON: {name} is no JSON number")
+def _refuse_constant(name: str) -> NoReturn:
+    raise RequestError(f"not JSON: {name} is not a JSON number")
 
 
 def _others(numbers: list[int]) -> str:
@@ -152,7 +154,7 @@ def _others(numbers: list[int]) -> str:
 
 
 def _find_on_hub(name: str, split: str) -> Path | None:
-    """The file of a split of a Hub dataset: JSONL, or else the first of its Parquet files."""
+    """The file of a split of a Hub dataset: JSONL if there is one, else the first Parquet file."""
     folder = _download(name, [f"{split}.jsonl", f"data/{split}.jsonl"])
     for place in (folder / f"{split}.jsonl", folder / "data" / f"{split}.jsonl"):
         if place.exists():
@@ -162,20 +164,20 @@ def _find_on_hub(name: str, split: str) -> Path | None:
 
 
 def _download(name: str, files: list[str]) -> Path:
-    """The folder with some files of a Hub dataset, from the cache if they are there; and nothing else."""
+    """The folder with some files of a Hub dataset, from the cache or downloaded."""
     if not _HUB_ID.fullmatch(name):
         raise RequestError(f"{name!r} is neither a folder, nor a file, nor the id of a Hub dataset like owner/name")
     from huggingface_hub import constants, errors, snapshot_download
 
     try:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=files))
-    except errors.RepositoryNotFoundError:  # also for what is gated
+    except errors.RepositoryNotFoundError:  # also raised for gated datasets
         reason = "does not exist, or needs a login (`hf auth login`)"
     except errors.HFValidationError:
-        reason = "is no valid Hub id"
+        reason = "is not a valid Hub id"
     except (errors.LocalEntryNotFoundError, ConnectionError, TimeoutError):
         offline = constants.HF_HUB_OFFLINE
         reason = f"is not cached, and {'HF_HUB_OFFLINE is set' if offline else 'the Hub cannot be reached'}"
-    except Exception as error:  # the Hub library's HTTP client, and so what it raises, differs by version
+    except Exception as error:  # the Hub library's HTTP client, and with it the errors, depend on its version
         reason = "could not be downloaded: " + " ".join(str(error).split())
     raise RequestError(f"no such file or folder here, and the Hub dataset {name} {reason}")

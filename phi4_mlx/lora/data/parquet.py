@@ -1,7 +1,7 @@
-"""Parquet, as many datasets on the Hub are: read where the user has a library for it, and named where not.
+"""Parquet files, the format of many datasets on the Hub; reading them needs pyarrow.
 
-A split may be several files, numbered like train-00000-of-00002.parquet. Their rows are samples, as the lines of a
-JSONL file are, and have names like theirs: "train-00000-of-00002.parquet:12".
+A split may be several files, numbered like train-00000-of-00002.parquet. Each row is a sample, like a line of a JSONL
+file, and is named like one: "train-00000-of-00002.parquet:12".
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from phi4_mlx.errors import RequestError
 
 _ENDS = (".parquet", "-*.parquet", "/*.parquet")
 _NAMES = {"train": ("train",), "valid": ("valid", "validation"), "test": ("test",)}
-_SHOWN = 5  # bad rows behind the first that are listed by name
+_SHOWN = 5  # bad rows after the first that are listed by name
 
 Read = TypeVar("Read")
 
 
 def is_parquet(path: Path) -> bool:
-    """Whether a file is one, by its name."""
+    """True if the file's name ends in .parquet."""
     return path.suffix == ".parquet"
 
 
 def patterns(split: str) -> list[str]:
-    """Where the files of a split may be in a dataset's repository."""
+    """Patterns of the files of a split in a dataset's repository."""
     return [f"{place}{name}{end}" for place in ("", "data/", "default/") for name in _NAMES[split] for end in _ENDS]
 
 
 def shards(folder: Path, split: str) -> list[Path]:
-    """The files of a split, in order; those of the first place that has any."""
+    """The files of a split in order, found by the first pattern that matches any."""
     for pattern in patterns(split):
         if found := sorted(folder.glob(pattern)):
             return found
@@ -39,15 +39,18 @@ def shards(folder: Path, split: str) -> list[Path]:
 
 
 def read_rows(path: Path, read: Callable[[dict[str, Any], str], Read]) -> list[Read]:
-    """What `read` makes of each row of a split.
+    """Reads all rows of a split.
 
     Args:
-        path: its first file; those that are numbered after it belong to it.
-        read: called with a row, its empty columns left out, and its name; raises RequestError for one it cannot use.
+        path: its first file; the files numbered after it belong to the split too.
+        read: called with a row, without its empty columns, and its name; raises RequestError for a bad row.
+
+    Returns:
+        The return values of `read`, in order.
 
     Raises:
-        RequestError: the library is not installed, a file cannot be read or there is no row, or rows are bad: the first
-            is told with its reason, the others by name. All rows have then been looked at.
+        RequestError: pyarrow is not installed, a file cannot be read, there is no row, or rows are bad; the message
+            gives the reason of the first and the names of the others.
     """
     made: list[Read] = []
     bad: list[tuple[str, str]] = []
@@ -61,14 +64,14 @@ def read_rows(path: Path, read: Callable[[dict[str, Any], str], Read]) -> list[R
         others = f" ({len(bad) - 1:,} more bad row{'s' if len(bad) > 2 else ''}: {more})" if more else ""
         raise RequestError(f"{path.parent / bad[0][0]}: {bad[0][1]}{others}")
     if not made:
-        raise RequestError(f"{path} is empty; each row of it should be a sample")
+        raise RequestError(f"{path} is empty; each row of it must be a sample")
     return made
 
 
 def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Rows of all the files, from 1, a group at a time in memory."""
+    """Rows of all files with their names; only one batch of rows is in memory at a time."""
     if find_spec("pyarrow") is None:
-        raise RequestError(f"{path} is Parquet, which needs a library: pip install pyarrow, or make it JSONL")
+        raise RequestError(f"{path} is Parquet, which needs a library: pip install pyarrow, or convert it to JSONL")
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -86,7 +89,7 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _without_gaps(value: Any) -> Any:
-    """The value without the keys that Parquet gives every row and that have nothing in this one."""
+    """The value without the keys whose value is None; Parquet gives every row all keys."""
     if isinstance(value, list):
         return [_without_gaps(each) for each in value]
     if isinstance(value, dict):

@@ -1,14 +1,14 @@
-"""JSONL -> samples: token ids, and which of them are to be learned.
+"""JSONL -> samples: token ids and the targets among them.
 
-A line is an object in one of mlx-lm's formats, each line in its own:
+Each line is an object in one of mlx-lm's formats, and lines may differ in format:
 
     {"text": "..."}                                 a plain text
     {"prompt": "...", "completion": "..."}          a question and its answer, as a chat of two turns
-    {"messages": [{"role": ..., "content": ...}]}   a chat; every turn of the assistant counts, not the last alone
+    {"messages": [{"role": ..., "content": ...}]}   a chat; every turn of the assistant counts, not only the last
 
-The last two may have "tools". Where a line fits several, a completion goes before messages, and those before a text,
-as in mlx-lm; other keys are left alone. A preference pair has "prompt" or "messages", and "chosen" and "rejected".
-Control strings in the data stay text: only the chat format makes control tokens.
+The last two may have "tools". If a line fits several formats, completion has precedence over messages, and messages
+over text, as in mlx-lm; other keys are ignored. A preference pair has "prompt" or "messages", and "chosen" and
+"rejected". Control strings in the data stay text: only the chat format makes control tokens.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from phi4_mlx.tokens.tokenizer import Control, Tokenizer
 END_OF_TEXT = Control("<|endoftext|>")
 
 Record = Mapping[str, Any]
+"""The object of a line: JSON values by name."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Sample:
     """One sequence to learn from.
 
     Attributes:
-        ids: its tokens.
-        targets: for each, whether it is to be learned; never the first, since nothing comes before it.
-        source: where it came from, "train.jsonl:12".
+        ids: its token ids.
+        targets: True for each token that counts in the loss; the first never does, since no token precedes it.
+        source: its file and line, "train.jsonl:12".
     """
 
     ids: list[int]
@@ -48,7 +49,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt, the better one first; the targets of both are the answer alone."""
+    """Two answers to one prompt, each a sample whose targets are the answer only."""
 
     chosen: Sample
     rejected: Sample
@@ -56,17 +57,17 @@ class Pair:
 
 @dataclass
 class Report:
-    """What a file came to.
+    """Counts of a file.
 
     Attributes:
-        samples: how many are kept: samples, or pairs.
-        tokens: how many they have together.
-        targets: how many of those are to be learned.
-        truncated: how many of the file's samples were longer than allowed, and cut.
-        longest: tokens of its longest sample, before the cut.
-        skipped: sources of those with nothing to learn: no target left, or a pair with the same answer twice.
-        alike: how many of those are such pairs.
-        control_text: sources of those that hold control strings.
+        samples: number of samples, or pairs, that are kept.
+        tokens: number of their tokens.
+        targets: number of their targets.
+        truncated: number of samples that were longer than allowed and were cut.
+        longest: tokens of the longest sample, before the cut.
+        skipped: sources of samples that were left out: without a target, or pairs of identical answers.
+        identical: number of pairs among the skipped ones that have identical answers.
+        control_text: sources of samples that contain control strings.
     """
 
     samples: int = 0
@@ -75,23 +76,23 @@ class Report:
     truncated: int = 0
     longest: int = 0
     skipped: list[str] = field(default_factory=list)
-    alike: int = 0
+    identical: int = 0
     control_text: list[str] = field(default_factory=list)
 
-    def sentences(self) -> list[str]:
-        """What to tell the user, a line each: the counts, then what might come as a surprise."""
-        told = [f"{self.samples:,} samples of {self.tokens:,} tokens, {self.targets:,} of them to be learned"]
+    def messages(self) -> list[str]:
+        """Messages for the user, a line each: the counts, then anything unexpected."""
+        lines = [f"{self.samples:,} samples of {self.tokens:,} tokens, {self.targets:,} of them to be learned"]
         if self.truncated:
-            told.append(f"cut at --max-seq-length: {self.truncated:,}; the longest had {self.longest:,} tokens")
+            lines.append(f"cut at --max-seq-length: {self.truncated:,}; the longest had {self.longest:,} tokens")
         if self.skipped:
-            alike = f", {self.alike:,} of them the same answer twice" if self.alike else ""
-            told.append(f"left out, with nothing to learn: {len(self.skipped):,}, the first {self.skipped[0]}{alike}")
+            pairs = f", {self.identical:,} of them with identical answers" if self.identical else ""
+            lines.append(f"left out, without a target: {len(self.skipped):,}, the first {self.skipped[0]}{pairs}")
         if self.control_text:
-            told.append(
+            lines.append(
                 f"with control strings, which stay text: {len(self.control_text):,}, the first "
-                f"{self.control_text[0]}; a chat is written as messages"
+                f"{self.control_text[0]}; write a chat as messages"
             )
-        return told
+        return lines
 
 
 def load_samples(
@@ -102,21 +103,21 @@ def load_samples(
     mask_prompt: bool = False,
     max_seq_length: int = 2048,
 ) -> tuple[list[Sample], Report]:
-    """Reads a split, all of it, before anything is trained.
+    """Reads a whole split.
 
     Args:
         path_or_hf_id: as for `find_split`.
-        tokenizer: encodes; its chat format lays out the chats.
+        tokenizer: encodes the texts, and renders chats in its chat format.
         split: "train", "valid" or "test".
-        mask_prompt: only completions and the assistant's turns are to be learned, each with its end marker. A plain
-            text has no prompt: among chats it is learned whole.
-        max_seq_length: longest sample in tokens, at least 2; what is longer is cut at its end.
+        mask_prompt: True if only completions and the assistant's turns are targets, each with its end marker. A plain
+            text has no prompt: all of it stays a target.
+        max_seq_length: longest sample in tokens, at least 2; a longer one is cut at its end.
 
     Returns:
-        (samples in the file's order, counts); none for a "valid" or "test" that is not there.
+        (samples in the file's order, counts); no samples if "valid" or "test" is missing.
 
     Raises:
-        RequestError: a line is bad, nothing is to be learned, or there is nothing to read; says which.
+        RequestError: a line is bad, there is no target, or there is nothing to read.
     """
 
     def encoded(record: Record, source: str) -> tuple[Sample]:
@@ -124,26 +125,26 @@ def load_samples(
 
     kept, report = _load(path_or_hf_id, split, tokenizer, encoded, max_seq_length)
     if mask_prompt and split == "train" and all(all(sample.targets[1:]) for (sample,) in kept):
-        raise RequestError(f"{path_or_hf_id}: --mask-prompt has nothing to mask; the samples are all plain texts")
+        raise RequestError(f"{path_or_hf_id}: --mask-prompt has nothing to mask; all samples are plain texts")
     return [sample for (sample,) in kept], report
 
 
 def load_pairs(
     path_or_hf_id: str | Path, tokenizer: Tokenizer, split: str = "train", *, max_seq_length: int = 2048
 ) -> tuple[list[Pair], Report]:
-    """Reads a split of preference pairs, all of it, before anything is trained.
+    """Reads a whole split of preference pairs.
 
-    A pair is an object with "chosen" and "rejected", each a text or a list of messages, behind a "prompt" (likewise) or
-    "messages"; it may have "tools". Lists that repeat the prompt are read without it.
+    A pair is an object with "prompt" or "messages", and "chosen" and "rejected", each a text or a list of messages. It
+    may have "tools". A list that repeats the prompt is read without it.
 
     Args:
         path_or_hf_id: as for `find_split`.
         tokenizer: as for `load_samples`.
         split: "train", "valid" or "test".
-        max_seq_length: longest prompt with an answer, in tokens; what is longer is cut at its end.
+        max_seq_length: longest prompt with an answer, in tokens, at least 2; a longer one is cut at its end.
 
     Returns:
-        (pairs in the file's order, counts); none for a "valid" or "test" that is not there.
+        (pairs in the file's order, counts); no pairs if "valid" or "test" is missing.
 
     Raises:
         RequestError: as for `load_samples`.
@@ -163,9 +164,9 @@ def _load(
     encoded: Callable[[Record, str], tuple[Sample, ...]],
     max_seq_length: int,
 ) -> tuple[list[tuple[Sample, ...]], Report]:
-    """The samples of each line that leaves something to learn, cut to length."""
+    """The samples of each line that has targets, cut to length."""
     if max_seq_length < 2:
-        raise RequestError(f"--max-seq-length {max_seq_length} leaves nothing to learn; it must be at least 2")
+        raise RequestError(f"--max-seq-length {max_seq_length} leaves no target; it must be at least 2")
     path = find_split(path_or_hf_id, split)
     if path is None:
         return [], Report()
@@ -183,37 +184,37 @@ def _load(
 
     kept = []
     for samples in (read_rows if is_parquet(path) else read_lines)(path, read):
-        alike = len(samples) > 1 and all(sample.ids == samples[0].ids for sample in samples)
-        if alike or not all(any(sample.targets) for sample in samples):
+        identical = len(samples) > 1 and all(sample.ids == samples[0].ids for sample in samples)
+        if identical or not all(any(sample.targets) for sample in samples):
             report.skipped.append(samples[0].source)
-            report.alike += alike
+            report.identical += identical
             continue
         kept.append(samples)
         report.samples += 1
         report.tokens += sum(len(sample.ids) for sample in samples)
         report.targets += sum(sum(sample.targets) for sample in samples)
     if not kept:
-        raise RequestError(f"{path} leaves nothing to learn in any of its {_why_nothing(report, max_seq_length)}")
+        raise RequestError(f"{path} has no target in any of its {_no_targets(report, max_seq_length)}")
     return kept, report
 
 
-def _why_nothing(report: Report, max_seq_length: int) -> str:
-    """How many samples there are, why none of them is of use, and what to do."""
+def _no_targets(report: Report, max_seq_length: int) -> str:
+    """The number of samples, the reason why all were skipped, and the remedy."""
     count = len(report.skipped)
-    if report.alike < count:
+    if report.identical < count:
         return (
-            f"{count:,} samples: no target within the first {max_seq_length:,} tokens; raise --max-seq-length, or "
-            "leave --mask-prompt out"
+            f"{count:,} samples within the first {max_seq_length:,} tokens; raise --max-seq-length, or leave "
+            "--mask-prompt out"
         )
     if report.truncated:
-        way = f"in {report.truncated:,} of them once they are cut at {max_seq_length:,} tokens; raise --max-seq-length"
+        way = f"in {report.truncated:,} of them because of the cut at {max_seq_length:,} tokens; raise --max-seq-length"
     else:
-        way = "a pair is two different answers"
-    return f"{count:,} pairs: chosen and rejected are the same; {way}"
+        way = "a pair must have two different answers"
+    return f"{count:,} pairs: chosen and rejected are identical; {way}"
 
 
 def _cut(sample: Sample, length: int, shared: dict[int, int]) -> Sample:
-    """The sample's beginning; equal ids become one object, which takes 28 bytes a token off the data's 44."""
+    """The sample's beginning. Equal ids share one int object: 16 bytes per token instead of 44."""
     ids = [shared.setdefault(token, token) for token in sample.ids[:length]]
     return replace(sample, ids=ids, targets=sample.targets[:length])
 
@@ -232,7 +233,7 @@ def _sample(record: Record, source: str, tokenizer: Tokenizer, mask_prompt: bool
 
 
 def _messages(record: Record) -> Sequence[Record] | None:
-    """The chat of a line in any of the formats; None for a plain text."""
+    """The chat of a line in any format; None for a plain text."""
     if "prompt" in record and "completion" in record:
         return [_turn("user", _text(record, "prompt")), _turn("assistant", _text(record, "completion"))]
     if "messages" in record:
@@ -255,7 +256,7 @@ def _chosen_and_rejected(record: Record, source: str, tokenizer: Tokenizer) -> t
         if answer[: len(prompt)] == prompt:
             answer = answer[len(prompt) :]
         if not answer or answer[0]["role"] != "assistant":
-            raise RequestError(f"{key} must go on from {asked} with an assistant's message")
+            raise RequestError(f"{key} must continue {asked} with a message of the assistant")
         ids = tokenizer.apply_chat_template([*prompt, *answer], tools, add_generation_prompt=False)
         same = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(before, ids, strict=False)))
         own = tokenizer.chat_format.own_words(tokenizer, ids)
@@ -265,7 +266,7 @@ def _chosen_and_rejected(record: Record, source: str, tokenizer: Tokenizer) -> t
 
 
 def _turns(record: Record, key: str, role: str) -> list[dict[str, Any]]:
-    """Messages as they are, or a text as the one message of a role."""
+    """The messages under a key; a text becomes a single message of a role."""
     given = record[key]
     if not isinstance(given, (str, list)) or given == []:
         raise RequestError(f"{key} must be a text or a list of messages, not {given!r:.60}")
@@ -277,9 +278,10 @@ def _turn(role: str, content: str) -> dict[str, Any]:
 
 
 def _text(record: Record, key: str) -> str:
-    if not isinstance(record[key], str):
-        raise RequestError(f"{key} must be a text, not {record[key]!r:.60}")
-    return record[key]
+    given = record[key]
+    if not isinstance(given, str):
+        raise RequestError(f"{key} must be a text, not {given!r:.60}")
+    return given
 
 
 def _tools(record: Record) -> list[Any] | None:
@@ -290,15 +292,14 @@ def _tools(record: Record) -> list[Any] | None:
 
 
 def _keys(record: Record) -> str:
-    return f"no key but {', '.join(map(repr, record)):.60}" if record else "no keys"
+    return f"only {', '.join(map(repr, record)):.60}" if record else "no keys"
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Every text inside a JSON value."""
+def _texts(value: object) -> Iterator[str]:
+    """All texts inside a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (list, dict)):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _texts(inner)
-
 

@@ -1,8 +1,9 @@
-"""Where a run stands, on disk: whole or absent, and enough to go on as if nothing had happened.
+"""Checkpoints on the disk, each of them complete or absent.
 
-`checkpoints/00000100` in the adapter folder holds what is trained and the optimizer, in tensors.safetensors, and the
-counters, in state.json. A folder gets its name when everything in it is on the disk, and loses it before anything in it
-goes: one with a name is whole. Names with a dot in front are on their way, to or fro.
+`checkpoints/00000100` in the adapter folder holds the trained parameters and the optimizer's state in
+tensors.safetensors, and the counters in state.json. A folder gets its name when all its files are on the disk, and
+loses it before the first of them is removed, so a named folder is complete. A name with a leading dot marks a folder
+that is being written or removed.
 """
 
 from __future__ import annotations
@@ -24,12 +25,21 @@ from phi4_mlx.files.json_file import read_json
 FOLDER = "checkpoints"
 TENSORS_FILE, STATE_FILE = "tensors.safetensors", "state.json"
 
+State = dict[str, Any]
+"""JSON values by name."""
 
-def save_checkpoint(adapter_path: Path, step: int, tensors: Mapping[str, mx.array], state: Mapping[str, Any]) -> None:
-    """Writes the checkpoint of a step, in the place of one of the same step if there is one.
+
+def save_checkpoint(adapter_path: Path, step: int, tensors: Mapping[str, mx.array], state: State) -> None:
+    """Writes the checkpoint of a step; replaces one of the same step.
+
+    Args:
+        adapter_path: the run's folder.
+        step: its number.
+        tensors: content of tensors.safetensors.
+        state: content of state.json.
 
     Raises:
-        OSError: the disk is full, say; the older checkpoints are still there, whole.
+        OSError: the checkpoint could not be written, for example on a full disk; the older ones are complete.
     """
     folder = adapter_path / FOLDER / f"{step:08}"
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
@@ -39,7 +49,7 @@ def save_checkpoint(adapter_path: Path, step: int, tensors: Mapping[str, mx.arra
     try:
         try:
             mx.save_safetensors(str(partial / TENSORS_FILE), dict(tensors))
-        except RuntimeError as error:  # how MLX says that the disk is full
+        except RuntimeError as error:  # how MLX reports a full disk
             raise OSError(errno.EIO, " ".join(str(error).split()), str(partial / TENSORS_FILE)) from None
         (partial / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
         for path in (*partial.iterdir(), partial):
@@ -63,11 +73,14 @@ def keep_newest(adapter_path: Path, count: int) -> None:
         shutil.rmtree(gone, ignore_errors=True)
 
 
-def newest_checkpoint(adapter_path: Path) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
-    """The tensors and the state of the newest checkpoint; None where there is none.
+def newest_checkpoint(adapter_path: Path) -> tuple[dict[str, mx.array], State] | None:
+    """Reads the newest checkpoint.
+
+    Returns:
+        (tensors, state); None if there is no checkpoint.
 
     Raises:
-        CheckpointError: it was damaged since it was written.
+        CheckpointError: a file is missing or damaged.
     """
     _put_back(adapter_path)
     folders = checkpoints(adapter_path)
@@ -82,28 +95,28 @@ def newest_checkpoint(adapter_path: Path) -> tuple[dict[str, mx.array], dict[str
 
 
 def damaged(adapter_path: Path, reason: str) -> CheckpointError:
-    """What to raise where the newest checkpoint cannot be used."""
+    """The error for a newest checkpoint that cannot be used."""
     *older, newest = checkpoints(adapter_path)
-    way = "--resume takes the one before" if older else "begin anew, it was the only one"
+    way = "--resume takes the one before" if older else "start a new run, it was the only one"
     return CheckpointError(f"{newest} is damaged: {reason}; remove it, and {way}")
 
 
 def checkpoints(adapter_path: Path) -> list[Path]:
-    """The folders of the checkpoints, from the oldest."""
+    """The folders of the checkpoints, the oldest first."""
     return sorted(path for path in (adapter_path / FOLDER).glob("[0-9]*") if path.name.isdigit())
 
 
 def _put_back(adapter_path: Path) -> None:
-    """Gives a checkpoint its name back if a run was killed, or failed, while another was about to take its place."""
+    """Gives a checkpoint its name back if a run was killed, or failed, while it was being replaced."""
     for old in (adapter_path / FOLDER).glob(".[0-9]*.old"):
         named = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
         if not named.exists():
-            with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            with contextlib.suppress(FileNotFoundError):  # another process has just done it
                 old.rename(named)
 
 
 def _sweep(adapter_path: Path) -> None:
-    """Removes what killed runs have left."""
+    """Removes unfinished folders of killed runs."""
     for kind in ("partial", "old"):
         for left in (adapter_path / FOLDER).glob(f".[0-9]*.{kind}"):
             shutil.rmtree(left, ignore_errors=True)

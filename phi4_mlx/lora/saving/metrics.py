@@ -1,4 +1,4 @@
-"""What a run leaves to look at: metrics.jsonl, a line a step, and the curve of its losses; elsewhere too, if asked."""
+"""Metrics of a run: metrics.jsonl, one line per step, and optionally an experiment tracker."""
 
 from __future__ import annotations
 
@@ -12,22 +12,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.files.atomic import sync
+from phi4_mlx.files.atomic import replacing, sync
 
 if TYPE_CHECKING:
     from phi4_mlx.lora.progress import Step
 
 METRICS_FILE, CURVE_FILE = "metrics.jsonl", "loss.png"
-OPTIONAL = ("accuracy", "margin", "valid_loss", "valid_accuracy")  # what not every step has
+OPTIONAL = ("accuracy", "margin", "valid_loss", "valid_accuracy")  # fields that not every step has
+
 Metrics = dict[str, Any]
-class Record:
-    """The metrics of a run.
+"""A line of metrics.jsonl."""
+
+
+class MetricsLog:
+    """The metrics file of a run.
 
     Args:
-        folder: of the adapter.
-        step: the last step that stands; what a broken run wrote after it is dropped.
-        report: called with each step's metrics besides; see `reporter`.
+        folder: the adapter's folder.
+        step: the last step to keep; later lines are of steps that an interrupted run will make again.
+        report: called with the metrics of each step; see `reporter`.
         noun: what a step learns from and a loss is the mean of, "targets" or "pairs".
+
+    Attributes:
+        path: the file.
+        lines: the metrics of all steps.
     """
 
     def __init__(
@@ -42,17 +50,16 @@ class Record:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / METRICS_FILE
         self.lines = [line for line in read_metrics(self.path) if line["step"] <= step]
-        fresh = self.path.with_name(f".{METRICS_FILE}.partial")
-        fresh.write_bytes(b"".join(map(_encoded, self.lines)))
-        sync(fresh)
-        fresh.replace(self.path)
-        self._written, self._end = len(self.lines), self.path.stat().st_size
+        with replacing(self.path) as partial:
+            partial.write_bytes(b"".join(map(_encoded, self.lines)))
+            sync(partial)
+        self._written, self._end = len(self.lines), self.path.stat().st_size  # lines and bytes on the disk
 
     def add(self, step: Step) -> None:
-        """Appends a step, down to the disk, with those that could not be written before.
+        """Appends a step, and earlier ones that could not be written.
 
         Raises:
-            OSError: the disk is full, say; the step will be written with the next one.
+            OSError: the file could not be written; the step is written with the next one.
         """
         line: Metrics = {
             "step": step.step,
@@ -72,23 +79,27 @@ class Record:
             self._report(line)
 
     def flush(self) -> None:
-        """Sees to it that every step is on the disk.
+        """Writes all lines that are not on the disk yet.
 
         Raises:
-            OSError: the disk is full, say.
+            OSError: the file could not be written.
         """
         if self._written == len(self.lines):
             return
         new = b"".join(map(_encoded, self.lines[self._written :]))
         with self.path.open("r+b") as file:
-            file.seek(self._end)  # over what came of it the last time, on a disk that was full
+            file.seek(self._end)  # overwrites the part of a line that a failed write may have left
             file.write(new)
             file.flush()
             os.fsync(file.fileno())
         self._written, self._end = len(self.lines), self._end + len(new)
 
     def curves(self) -> dict[str, tuple[list[int], list[float]]]:
-        """Name -> (steps, losses), of training and validation."""
+        """The losses by step.
+
+        Returns:
+            "training" and "validation" -> (steps, losses in nats); without a curve that has no points.
+        """
         found: dict[str, tuple[list[int], list[float]]] = {}
         for name, key in (("training", "loss"), ("validation", "valid_loss")):
             points = [(line["step"], line[key]) for line in self.lines if key in line]
@@ -98,28 +109,31 @@ class Record:
 
 
 def reporter(name: str | None, folder: Path, settings: Mapping[str, Any]) -> Callable[[Metrics], Any]:
-    """Sends the metrics of each step to a library that the user has.
+    """Starts an experiment tracker.
 
     Args:
-        name: "wandb" or "tensorboard"; None for nowhere.
-        folder: of the adapter; what the library writes goes there too.
-        settings: what the run was told.
+        name: "wandb" or "tensorboard"; None for none.
+        folder: the adapter's folder, which also takes the tracker's files.
+        settings: the run's settings, which wandb records.
+
+    Returns:
+        A function that sends the metrics of a step; it raises OSError if the tracker fails.
 
     Raises:
-        RequestError: the library is not installed, or does not begin.
+        RequestError: the library is not installed, or fails to start.
     """
     if name is None:
         return lambda metrics: None
     check_reporter(name)
     try:
         send = _wandb(folder, settings) if name == "wandb" else _tensorboard(folder)
-    except Exception as error:  # a login that is missing, say; what the libraries raise is their own
+    except Exception as error:  # a missing login, for example; each library raises its own errors
         raise RequestError(f"--report-to {name}: {' '.join(str(error).split())}") from error
 
     def report(metrics: Metrics) -> None:
         try:
             send(metrics)
-        except Exception as error:  # no reason to end a run
+        except Exception as error:  # must not end a run
             raise OSError(errno.EIO, " ".join(str(error).split()), name) from error
 
     return report
@@ -148,13 +162,13 @@ def _tensorboard(folder: Path) -> Callable[[Metrics], Any]:
 
 
 def check_reporter(name: str | None) -> None:
-    """Raises RequestError where the library that the metrics shall go to is not installed."""
+    """Raises RequestError if the library of an experiment tracker is not installed."""
     if name is not None and find_spec(name) is None:
         raise RequestError(f"--report-to {name} needs a library: pip install {name}, or leave it out")
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """The lines of a metrics file, up to the first that is not whole."""
+    """Reads the lines of a metrics file, up to the first that is incomplete."""
     lines: list[Metrics] = []
     if not path.exists():
         return lines
@@ -171,5 +185,3 @@ def read_metrics(path: Path) -> list[Metrics]:
 
 def _encoded(line: Metrics) -> bytes:
     return json.dumps(line).encode() + b"\n"
-
-

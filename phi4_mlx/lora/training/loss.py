@@ -1,9 +1,9 @@
-"""Next-token cross-entropy without the logits of the whole row in memory.
+"""Next-token cross-entropy that never keeps the logits of a whole batch in memory.
 
-The vocabulary is what makes training large: logits in fp32 take 800 KB a token in Phi-4-mini, and the obvious code
-keeps four such arrays. Here the head runs on a few rows at a time. Where it is frozen, the gradient with respect to the
-hidden states is taken on the spot, in the forward pass, so that no logits outlive their chunk; where it is trained,
-backward runs the chunks again. Positions that are no target cost no head at all.
+Logits in fp32 take 800 KB per token in Phi-4-mini, and the obvious code keeps four such arrays. Here the head runs on a
+few hidden states at a time. With a frozen head, the forward pass already computes the gradient with respect to the
+hidden states, so the logits of a chunk are freed with it; with a trained head, backward runs the chunks again. The head
+runs on targets only.
 """
 
 from __future__ import annotations
@@ -15,10 +15,19 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from phi4_mlx.lora.data.batches import Batch
 from phi4_mlx.models.model import LanguageModel
 
+Loss = Callable[[LanguageModel, Batch], tuple[mx.array, mx.array]]
+"""(model, batch) -> (mean loss in nats, number of targets or pairs that it is the mean of)"""
+
 CHUNK_ROWS = 32  # 26 MB of fp32 logits at the vocabulary of Phi-4-mini
-TRAINED_CHUNK_ROWS = 256  # each chunk adds to a gradient as large as the head: fewer chunks
+TRAINED_CHUNK_ROWS = 256  # larger, since each chunk adds to a gradient of the size of the head
+
+
+def sft_loss(model: LanguageModel, batch: Batch) -> tuple[mx.array, mx.array]:
+    """Cross-entropy of the targets of packed rows; a `Loss`."""
+    return next_token_loss(model, batch.inputs, batch.targets, batch.mask, batch.segments)
 
 
 def next_token_loss(
@@ -28,13 +37,13 @@ def next_token_loss(
 
     Args:
         model: the model; its head may be frozen, trained, tied or quantised.
-        inputs: token ids [B, T].
-        targets: the token that follows each, [B, T].
-        mask: which targets count, [B, T]; it is looked at before anything is computed.
-        segments: the samples of packed rows, [B, T]; see `LanguageModel.hidden`.
+        inputs: token ids, integers [B, T].
+        targets: the token after each input, integers [B, T].
+        mask: True for targets that count, bool [B, T]; evaluated at once.
+        segments: number of the sample of each token in a packed row, integers [B, T]; see `LanguageModel.hidden`.
 
     Returns:
-        (mean loss in nats, number of targets that count), both scalars; 0 and 0 where none counts.
+        (mean loss in nats, fp32 []; number of targets that count, int32 []); 0 and 0 if none counts.
     """
     hidden = model.hidden(inputs, segments=segments)  # [B, T, D]
     rows = np.flatnonzero(np.array(mask))
@@ -46,32 +55,42 @@ def next_token_loss(
 
 
 def token_losses(model: LanguageModel, hidden: mx.array, targets: mx.array) -> mx.array:
-    """Cross-entropy in nats of hidden states [N, D] and the tokens [N] that follow: [N] in fp32; differentiable."""
-    trained = dict(tree_flatten(model.head.trainable_parameters()))
+    """Cross-entropy of the tokens that follow some hidden states; differentiable.
+
+    Args:
+        model: the model; only its head runs.
+        hidden: hidden states [N, D].
+        targets: the token after each, integers [N].
+
+    Returns:
+        Losses in nats, fp32 [N].
+    """
+    head = model.head
+    trained = dict(tree_flatten(head.trainable_parameters()))
     if trained:
-        return _with_trained_head(model.logits, model.head, trained, hidden, targets)
+        return _with_trained_head(model.logits, head, trained, hidden, targets)
     return _with_frozen_head(model.logits, hidden, targets)
 
 
 def _with_frozen_head(logits: Callable[[mx.array], mx.array], hidden: mx.array, targets: mx.array) -> mx.array:
-    @mx.custom_function
-    def losses_and_slopes(hidden: mx.array) -> tuple[mx.array, mx.array]:
+    def forward(hidden: mx.array) -> tuple[mx.array, mx.array]:
         losses: list[mx.array] = []
         slopes: list[mx.array] = []
-        for rows, labels in _chunks(hidden, targets, CHUNK_ROWS):
-            if losses:  # one chunk after the other: their logits must not be in memory together
+        for rows, labels in _chunks(hidden, targets, size=CHUNK_ROWS):
+            if losses:  # one chunk after the other, so that only one has its logits in memory
                 rows = mx.depends(rows, [losses[-1], slopes[-1]])
             loss, slope = _loss_and_slope(logits(rows), labels)
-            _, (slope,) = mx.vjp(logits, [rows], [slope])  # the head is linear: through it, back to the hidden states
+            _, (slope,) = mx.vjp(logits, [rows], [slope])  # from the logits to the hidden states
             losses.append(loss)
             slopes.append(slope)
         return mx.concatenate(losses), mx.concatenate(slopes)
 
-    @losses_and_slopes.vjp
     def backward(primals: mx.array, cotangents: list[mx.array], outputs: list[mx.array]) -> mx.array:
         slope = outputs[1]
-        return (cotangents[0][:, None] * slope).astype(slope.dtype)  # a row's loss depends on no other row
+        return (cotangents[0][:, None] * slope).astype(slope.dtype)  # a row's loss depends on its own row only
 
+    losses_and_slopes = mx.custom_function(forward)
+    losses_and_slopes.vjp(backward)
     return losses_and_slopes(hidden)[0]
 
 
@@ -92,22 +111,19 @@ def _with_trained_head(
         finally:
             head.update(before)
 
-    @mx.custom_function
-    def losses(hidden: mx.array, *weights: mx.array) -> mx.array:
+    def forward(hidden: mx.array, *weights: mx.array) -> mx.array:
         found: list[mx.array] = []
-        for rows, labels in _chunks(hidden, targets, TRAINED_CHUNK_ROWS):
+        for rows, labels in _chunks(hidden, targets, size=TRAINED_CHUNK_ROWS):
             if found:
                 rows = mx.depends(rows, [found[-1]])
             found.append(chunk_losses(rows, labels, *weights))
         return mx.concatenate(found)
 
-    @losses.vjp
     def backward(primals: list[mx.array], cotangent: mx.array, output: mx.array) -> list[mx.array]:
         hidden, *weights = primals
         slopes: list[mx.array] = []
         sums = [mx.zeros_like(weight) for weight in weights]
-        parts = mx.split(cotangent, range(TRAINED_CHUNK_ROWS, len(targets), TRAINED_CHUNK_ROWS))
-        for (rows, labels), part in zip(_chunks(hidden, targets, TRAINED_CHUNK_ROWS), parts, strict=True):
+        for rows, labels, part in _chunks(hidden, targets, cotangent, size=TRAINED_CHUNK_ROWS):
             if slopes:
                 rows = mx.depends(rows, [slopes[-1], *sums])
             inputs = [rows, *weights]
@@ -116,15 +132,18 @@ def _with_trained_head(
             slopes.append(slope)
         return [mx.concatenate(slopes), *sums]
 
+    losses = mx.custom_function(forward)
+    losses.vjp(backward)
     return losses(hidden, *trained.values())
 
 
-def _chunks(hidden: mx.array, targets: mx.array, size: int) -> Iterator[tuple[mx.array, mx.array]]:
-    return ((hidden[at : at + size], targets[at : at + size]) for at in range(0, len(targets), size))
+def _chunks(*arrays: mx.array, size: int) -> Iterator[tuple[mx.array, ...]]:
+    """The same rows of all arrays, some at a time."""
+    return (tuple(array[at : at + size] for array in arrays) for at in range(0, len(arrays[0]), size))
 
 
 def _loss_and_slope(logits: mx.array, labels: mx.array) -> tuple[mx.array, mx.array]:
-    """Cross-entropy [N] in fp32, and its gradient with respect to the logits [N, V], in their dtype."""
+    """Cross-entropy, fp32 [N], and its gradient with respect to the logits, [N, V] in their dtype."""
     exact = logits.astype(mx.float32)
     log_sum = mx.logsumexp(exact, axis=-1, keepdims=True)
     loss = (log_sum - mx.take_along_axis(exact, labels[:, None], axis=-1))[:, 0]

@@ -1,8 +1,8 @@
-"""What a run will take, before it starts: measured on narrow rows, and carried on to the real ones.
+"""A memory plan: the predicted peak of a run, extrapolated from small batches before it starts.
 
-The peak of a step is either in the loss, which stands on what forward has saved, or in backward. Saved bytes and
-backward's peak are each a constant, a part for each token, and a part for each pair of tokens where attention keeps its
-scores: three small batches with hardly a target give the three. The loss is measured alone.
+The peak of a step is either in the loss, on top of the activations that forward has saved, or in backward. Saved bytes
+and the peak of backward are each the sum of a constant, a part per token, and a part per pair of tokens where attention
+keeps its scores; three small batches with few targets give the three. The loss is measured alone.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from mlx.utils import tree_flatten
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import memory_limit
 from phi4_mlx.lora.data.batches import Batch, Batches
-from phi4_mlx.lora.training.loss import token_losses
-from phi4_mlx.lora.training.trainer import Loss
+from phi4_mlx.lora.training.loss import Loss, token_losses
 from phi4_mlx.models.model import LanguageModel
 
 PROBE_TOKENS = 512  # in the widest row of a probe
-HEAD_PROBE_TARGETS = 2048  # with more, no more is in memory at a time
+HEAD_PROBE_TARGETS = 2048  # more targets do not raise the peak of the loss
 
 
 @dataclass(frozen=True)
@@ -36,27 +35,35 @@ class Growth:
 
     @classmethod
     def fit(cls, rows: int, width: int, one: int, two: int, split: int) -> Growth:
-        """From three measurements: of `rows` rows, of twice as many, and of twice as many half as wide."""
+        """Fits the three parts to three measurements.
+
+        Args:
+            rows: rows of the first batch.
+            width: tokens in each of them.
+            one: bytes of the first batch.
+            two: bytes of twice as many rows.
+            split: bytes of twice as many rows, half as wide.
+        """
         pair = max(0.0, 2 * (one - split) / (rows * width**2))
         token = (two - one) / (rows * width) - pair * width
         return cls(one - rows * (token * width + pair * width**2), token, pair)
 
     def at(self, rows: int, width: int) -> float:
-        """The bytes of a batch."""
+        """Bytes of a batch of `rows` rows of `width` tokens."""
         return self.constant + rows * (self.token * width + self.pair * width**2)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step will take, in bytes.
+    """Bytes of memory that a step takes.
 
     Attributes:
-        resident: weights, adapter and optimizer, which are there all the time.
-        saved: what forward leaves for backward.
+        resident: weights, adapter and optimizer state, always in memory.
+        saved: activations that forward saves for backward.
         backward: the peak of backward.
-        loss: the peak of the loss, above what is saved.
-        sums: the gradients of the batches before, where a step is several.
-        update: what the optimizer takes for a step: the gradient, and what is made of it on the way.
+        loss: the peak of the loss, above the saved activations.
+        sums: the summed gradients of earlier batches, if a step has several.
+        update: the peak of the optimizer's update: the gradients and temporary arrays.
     """
 
     resident: int
@@ -67,7 +74,7 @@ class Plan:
     update: int = 0
 
     def peak_bytes(self, rows: int, width: int) -> int:
-        """The predicted peak of a step with rows of that many tokens."""
+        """The predicted peak of a step, in bytes, for `rows` rows of `width` tokens."""
         batch = max(self.saved.at(rows, width) + self.loss, self.backward.at(rows, width))
         return self.resident + round(max(batch + self.sums, self.update))
 
@@ -75,20 +82,23 @@ class Plan:
 def make_plan(
     model: LanguageModel, loss: Loss, shapes: Collection[tuple[int, int]], accumulating: bool = False
 ) -> Plan:
-    """Runs a few small batches through loss and gradient, and fits a plan to what they take.
+    """Measures loss and gradient of a few small batches, and fits a plan to them.
 
     Args:
-        model: with what is to be trained unfrozen, and in training mode; the optimizer's state is there already.
-        loss: what will be minimised.
+        model: in training mode, with the parameters to train unfrozen; the optimizer's state exists already.
+        loss: the loss to minimise.
         shapes: (rows, tokens in each) of the batches to come.
-        accumulating: whether a step is more than one batch, or more than one process: their gradients are summed.
+        accumulating: True if a step sums the gradients of several batches or processes.
+
+    Returns:
+        The plan, in bytes.
     """
     trained = [array for _, array in tree_flatten(model.trainable_parameters())]
     sums = 4 * sum(array.size for array in trained) if accumulating else 0  # fp32
     grads = sum(array.nbytes for array in trained)
     width = min(max(width for _, width in shapes), PROBE_TOKENS)
     rows = -(-PROBE_TOKENS // width)
-    _probe(model, loss, 1, width)  # the first run compiles, and makes what stays
+    _probe(model, loss, 1, width)  # the first run compiles and allocates what stays
     mx.clear_cache()
     resident = mx.get_active_memory()
     probes = ((rows, width), (2 * rows, width), (2 * rows, width // 2))
@@ -99,20 +109,23 @@ def make_plan(
         Growth.fit(rows, width, *(each - resident for each in peaks)),
         _loss_bytes(model, max(rows * width for rows, width in shapes)),
         sums,
-        grads + max(grads, 3 * max(array.nbytes for array in trained)),  # as measured: AdamW makes three arrays of one
+        grads + max(grads, 3 * max(array.nbytes for array in trained)),  # measured: AdamW makes three arrays per tensor
     )
 
 
 def check_memory(
     plan: Plan, batches: Batches, checkpointed: Callable[[], Plan] | None = None, limit: int | None = None
 ) -> int:
-    """The predicted peak of a run; refuses one that cannot fit, and names the settings that would.
+    """Refuses a run that does not fit in memory, and names settings that would.
 
     Args:
-        plan: what a step takes.
+        plan: the memory of a step.
         batches: the batches to come.
-        checkpointed: makes the plan under gradient checkpointing; None where this one is.
-        limit: bytes that there are; None for what the machine has.
+        checkpointed: makes the plan under gradient checkpointing; None if `plan` is that one.
+        limit: bytes available; None for the machine's limit.
+
+    Returns:
+        The predicted peak in bytes.
 
     Raises:
         RequestError: the predicted peak is above the limit.
@@ -136,19 +149,24 @@ def check_memory(
 
 
 def _ways(plan: Plan, batches: Batches, rows: int, width: int, limit: int) -> list[str]:
-    """The largest settings whose own predicted peak is within the limit."""
-    fewer = (n for n in range(rows - 1, 0, -1) if plan.peak_bytes(n, width) <= limit)
-    # Shorter rows may be more of them: as many as the batch has room for.
-    shorter = (w for w in range(width - width % 64, 63, -64) if w < width and plan.peak_bytes(batches.rows, w) <= limit)
-    ways = [f"--batch-size {n * batches.world}" for n in list(fewer)[:1]]
-    return ways + [f"--max-seq-length {w // batches.samples_in_a_pair}" for w in list(shorter)[:1]]
+    """The largest batch size and row length whose predicted peak is within the limit."""
+    ways = []
+    for fewer in range(rows - 1, 0, -1):
+        if plan.peak_bytes(fewer, width) <= limit:
+            ways.append(f"--batch-size {fewer * batches.world}")
+            break
+    for shorter in range((width - 1) // 64 * 64, 0, -64):
+        if plan.peak_bytes(batches.rows, shorter) <= limit:  # shorter rows may be more: a full batch of them
+            ways.append(f"--max-seq-length {shorter // batches.samples_in_a_pair}")
+            break
+    return ways
 
 
 def _probe(model: LanguageModel, loss: Loss, rows: int, width: int) -> tuple[int, int]:
-    """(bytes there after forward, peak of backward) of a batch with one target in each half of a row."""
+    """(bytes in memory after forward, peak of backward) of a batch with one target in each half of a row."""
     ids = mx.broadcast_to(mx.arange(width, dtype=mx.int32) % model.config.vocab_size, (rows, width))
     position = mx.arange(width)
-    segments = mx.broadcast_to(mx.where(position < width // 2, 1, 2), (rows, width))  # two, as a pair of answers is
+    segments = mx.broadcast_to(mx.where(position < width // 2, 1, 2), (rows, width))  # two, like a pair of answers
     mask = mx.broadcast_to((position == width // 2 - 1) | (position == width - 1), (rows, width))
     mx.eval(ids, segments, mask)
     mx.clear_cache()
@@ -162,10 +180,10 @@ def _probe(model: LanguageModel, loss: Loss, rows: int, width: int) -> tuple[int
 
 
 def _loss_bytes(model: LanguageModel, most: int) -> int:
-    """The peak of the chunked loss of many targets, but no more than there will be, above what is there."""
+    """Bytes that the chunked loss of up to `most` targets adds at its peak."""
     head = model.head
     trained = head.trainable_parameters()
-    # Each chunk of a trained head makes a gradient of its size, and some of them are in memory together.
+    # Each chunk of a trained head makes a gradient of the head's size; several are in memory at the same time.
     count = min(most, HEAD_PROBE_TARGETS) if trained else PROBE_TOKENS
     hidden = mx.zeros((count, model.config.hidden_size), model.dtype)
     targets = mx.zeros((count,), mx.int32)
@@ -180,4 +198,4 @@ def _loss_bytes(model: LanguageModel, most: int) -> int:
     mx.reset_peak_memory()
     mx.eval(mx.grad(loss, (0, 1) if trained else 0)(hidden, trained))
     head.update(trained)
-    return mx.get_peak_memory() - before
+    return int(mx.get_peak_memory() - before)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run ends after the step under way, all saved, and then as a signal ends a program."""
+"""Ctrl-C and SIGTERM: a run ends after the current step, all saved, and then the program ends as the signal demands."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """Whether a run was asked to stop, by which signal, and when it may not be torn away.
+    """A request to stop a run, made by a signal.
 
-    The first signal asks. A second one does at once what a signal does, but for one that comes while files are being
-    written: that one is late, and is passed over.
+    The first signal is a request. A second one ends the program at once, unless files are being written: then it is
+    ignored.
 
     Attributes:
-        number: of the first signal; None where there was none.
+        number: the first signal; None if there was none.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Within it signals are requests. Only the main thread has signals."""
+        """Treats signals as requests. Does nothing outside the main thread, which alone may handle signals."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -43,7 +43,7 @@ class Stop:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Within it no signal tears anything."""
+        """Ignores a second signal, which would leave a file half-written."""
         self._writing += 1
         try:
             yield
@@ -51,15 +51,15 @@ class Stop:
             self._writing -= 1
 
     def pass_on(self) -> None:
-        """Ends the program as the signal would have done; nothing where there was none."""
+        """Ends the program as the signal would have done; does nothing if there was none."""
         if self.number is not None:
             _end(self.number)
 
     def _caught(self, number: int, frame: FrameType | None) -> None:
         if self.number is None:
             self.number = signal.Signals(number)
-            with contextlib.suppress(OSError):  # not `print`, which a signal may have broken into
-                os.write(2, b"stopping after this step; a second signal leaves at once, without it\n")
+            with contextlib.suppress(OSError):  # not `print`, which the signal may have interrupted
+                os.write(2, b"stopping after this step; a second signal ends the run at once, without this step\n")
         elif not self._writing:
             _end(signal.Signals(number))
 

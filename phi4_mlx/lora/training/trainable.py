@@ -1,10 +1,9 @@
-"""What of a model a run trains: a fresh adapter, one that was made before, or the model's own weights."""
+"""The parameters that a run trains: a new adapter, an existing one, or the model's own weights."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 from mlx.utils import tree_flatten
 
@@ -16,12 +15,15 @@ from phi4_mlx.models.model import LanguageModel
 
 
 def make_trainable(model: LanguageModel, settings: Settings) -> None:
-    """Leaves unfrozen what the settings say, and nothing else.
+    """Unfreezes the parameters that the settings name, and freezes all others.
+
+    Args:
+        model: the model; gets the adapter.
+        settings: the options.
 
     Raises:
-        RequestError: an option is out of its limits, does not go with the model, or is not what the adapter to begin
-            with has.
-        ConfigError, CheckpointError: that adapter is missing, damaged, or of another model.
+        RequestError: an option is out of its limits, does not fit the model, or differs from the initial adapter.
+        ConfigError, CheckpointError: the initial adapter is missing, damaged, or of another model.
     """
     _check_full(model, settings)
     if settings.resume_adapter_file is not None:
@@ -42,21 +44,21 @@ def make_trainable(model: LanguageModel, settings: Settings) -> None:
 
 
 def _check_full(model: LanguageModel, settings: Settings) -> None:
-    """Raises RequestError where the settings ask for weights to be trained that cannot be, or must not."""
+    """Refuses to train the model's own weights if they are quantised, or needed unchanged as DPO's base."""
     if settings.fine_tune_type != FULL:
         return
     if model.config.quantization:
         raise RequestError(
-            "a quantised model cannot be trained whole; use --fine-tune-type lora, or an unquantised model"
+            "--fine-tune-type full cannot train a quantised model; use --fine-tune-type lora, or an unquantised model"
         )
     if settings.task == "dpo":
         raise RequestError(
-            "DPO measures from the base, so --fine-tune-type full cannot serve; take lora or dora, or --task orpo"
+            "DPO compares with the base, which --fine-tune-type full changes; use lora or dora, or --task orpo"
         )
 
 
 def _unfreeze(model: LanguageModel, settings: Settings, adapter: Adapter | None) -> None:
-    """Unfreezes the last blocks, or everything, or what the weights to begin with are of."""
+    """Unfreezes the last blocks, or everything, or the layers of the initial weights."""
     total = len(model.layers)
     if not -1 <= settings.num_layers <= total:
         raise RequestError(f"num_layers {settings.num_layers} is out of range; the model has {total} layers")
@@ -78,33 +80,38 @@ def _unfreeze(model: LanguageModel, settings: Settings, adapter: Adapter | None)
         if name not in trained:
             raise RequestError(
                 f"{settings.resume_adapter_file} holds {name}, which --num-layers {settings.num_layers} leaves out "
-                "of the new adapter; leave --num-layers out, or give more layers"
+                "of the new adapter; remove --num-layers, or raise it"
             )
 
 
 def _check_like(adapter: Adapter, settings: Settings, total: int) -> None:
-    """Refuses an adapter to begin with that is not what the settings say."""
+    """Refuses an initial adapter that differs from the settings."""
     file = settings.resume_adapter_file
     if adapter.kind != settings.fine_tune_type:
         raise RequestError(
             f"{file} is of the kind {adapter.kind}, and --fine-tune-type is {settings.fine_tune_type}; "
-            f"--fine-tune-type {adapter.kind} goes on with it"
+            f"use --fine-tune-type {adapter.kind}"
         )
     if adapter.kind == FULL:
         return
     shape, places = settings.lora_parameters, [place(path) for path in adapter.paths]
-    its: dict[str, Any] = {
-        "rank": adapter.rank, "scale": adapter.scale, "dropout": adapter.dropout,
-        "keys": sorted({key for _, key in places}), "num_layers": total - max(0, min(layer for layer, _ in places)),
-    }  # fmt: skip
-    wanted: dict[str, Any] = {
-        "rank": shape.rank, "scale": shape.scale, "dropout": shape.dropout, "keys": sorted(shape.keys or DEFAULT_KEYS),
-        "num_layers": total if settings.num_layers == -1 else settings.num_layers,
-    }  # fmt: skip
-    for name, value in its.items():
-        same = math.isclose(value, wanted[name], rel_tol=1e-6) if isinstance(value, float) else value == wanted[name]
-        if settings.named(name) and not same:
+    first_layer = max(0, min(layer for layer, _ in places))
+    num_layers = total if settings.num_layers == -1 else settings.num_layers
+    pairs: dict[str, tuple[object, object]] = {
+        "rank": (adapter.rank, shape.rank),
+        "scale": (adapter.scale, shape.scale),
+        "dropout": (adapter.dropout, shape.dropout),
+        "keys": (sorted({key for _, key in places}), sorted(shape.keys or DEFAULT_KEYS)),
+        "num_layers": (total - first_layer, num_layers),
+    }
+    for name, (value, wanted) in pairs.items():
+        if settings.named(name) and not _same(value, wanted):
             raise RequestError(
-                f"{file} has {name} {value}, and the settings say {wanted[name]}; leave {name} out, and it goes on as "
-                "it is"
+                f"{file} has {name} {value}, and the settings say {wanted}; leave {name} out to keep the file's value"
             )
+
+
+def _same(value: object, wanted: object) -> bool:
+    if isinstance(value, (int, float)) and isinstance(wanted, (int, float)):
+        return math.isclose(value, wanted, rel_tol=1e-6)
+    return value == wanted

@@ -1,61 +1,58 @@
-"""The training loop: a step is a few batches, weighed by their targets, and one update, and then it is put on the disk.
+"""The training loop: each step takes a few batches, makes one update, and is written to the run's folder.
 
-Whatever a step depends on is in the checkpoint, or follows from its number: what is trained, the optimizer with its
-schedule, the place in the data, the random state. So a run that was killed goes on to the same numbers, to the bit, on
-the same machine.
+Everything that a step depends on is in the checkpoint or follows from the step's number: the trained parameters, the
+optimizer with its schedule, the position in the data, the random state. So a run that was killed resumes with the same
+numbers, to the bit, on the same machine.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from phi4_mlx.adapters.layers import draw_dropout
+from phi4_mlx.adapters.folder import Adapter
+from phi4_mlx.adapters.layers import current_adapter
 from phi4_mlx.errors import RequestError
+from phi4_mlx.fingerprint import base_fingerprint
 from phi4_mlx.lora.data.batches import Batch, Batches
 from phi4_mlx.lora.progress import Progress, Step
-from phi4_mlx.lora.saving.run_folder import Storage
+from phi4_mlx.lora.saving.checkpoints import FOLDER
+from phi4_mlx.lora.saving.run_folder import RunFolder
+from phi4_mlx.lora.saving.snapshot import Snapshot, check_same_run, fixed_settings
 from phi4_mlx.lora.settings import Settings
-from phi4_mlx.lora.training.loss import next_token_loss
+from phi4_mlx.lora.training.gradients import mean_gradients
+from phi4_mlx.lora.training.loss import Loss, sft_loss
 from phi4_mlx.lora.training.optimizer import make_optimizer
+from phi4_mlx.lora.training.preference import PreferenceLoss, pair_figures
+from phi4_mlx.lora.training.processes import Group, all_sum, any_process, check_same_step
 from phi4_mlx.lora.training.signals import Stop
 from phi4_mlx.models.model import LanguageModel
 
-Loss = Callable[[LanguageModel, Batch], tuple[mx.array, mx.array]]
-"""(model, batch) -> (mean loss, how many it is the mean of); one with `figures` says how pairs fared besides."""
-
-SPIKE_WINDOW = 50  # steps whose median a loss is held against
-SPIKE_BEGIN = 10  # with fewer behind it, a loss may be anything
-SPIKE = 4.0  # times that median, and at least 2 nats above it, is no longer learning
-
-
-def sft_loss(model: LanguageModel, batch: Batch) -> tuple[mx.array, mx.array]:
-    """Cross-entropy of the targets of packed rows."""
-    return next_token_loss(model, batch.inputs, batch.targets, batch.mask, batch.segments)
+SPIKE_WINDOW = 50  # steps whose median loss a loss is compared with
+SPIKE_BEGIN = 10  # with fewer steps before it, any finite loss is accepted
+SPIKE = 4.0  # a loss above this multiple of the median, and at least 2 nats above it, stops the run
 
 
 class Trainer:
     """A run.
 
     Args:
-        model: with what is to be trained unfrozen.
+        model: the model, with the parameters to train unfrozen.
         batches: the training data, at its beginning.
         settings: the options.
-        folder: where the adapter, the best one and the checkpoints go.
-        validation: batches for validation; None for none.
-        loss: what is minimised.
+        folder: writes the adapter, the best adapter, checkpoints and metrics.
+        validation: batches for validation; None for no validation.
+        loss: the loss to minimise.
         group: the processes that train together; None for this one alone.
-        warn: told, once, that something cannot be written.
-        adapter_config: what adapter_config.json shall say besides.
+
+    Raises:
+        RequestError: `patience` needs a validation set.
     """
 
     def __init__(
@@ -63,13 +60,10 @@ class Trainer:
         model: LanguageModel,
         batches: Batches,
         settings: Settings,
-        folder: Path,
+        folder: RunFolder,
         validation: Batches | None = None,
         loss: Loss = sft_loss,
-        group: mx.distributed.Group | None = None,
-        *,
-        warn: Callable[[str], Any] = lambda sentence: None,
-        adapter_config: Mapping[str, Any] | None = None,
+        group: Group | None = None,
     ):
         if settings.patience and validation is None:
             raise RequestError(f"--patience {settings.patience} needs a validation set: valid.jsonl beside train.jsonl")
@@ -80,149 +74,163 @@ class Trainer:
         self.group = group if group is not None and group.size() > 1 else None
         self.optimizer = make_optimizer(settings)
         self.optimizer.init(model.trainable_parameters())
-        mx.eval(self.optimizer.state)  # else its memory would not be there yet when the plan is made
-        self.storage = Storage(self, warn, adapter_config or {})
+        mx.eval(self.optimizer.state)  # allocated now, so that the memory plan counts it
+        self._base = base_fingerprint(model)
         model.recompute = settings.grad_checkpoint
         self._between_steps = True
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes the files."""
+        """True if this process writes the files."""
         return self.group is None or self.group.rank() == 0
 
     @property
     def ended_early(self) -> bool:
-        """Whether validation has stopped to improve."""
+        """True if validation has stopped improving."""
         return 0 < self.settings.patience <= self.progress.worse
 
     @property
     def finished(self) -> bool:
-        """Whether no step is left to be made."""
+        """True if there is no step left to make."""
         return self.progress.step >= self.settings.iters or self.ended_early
 
     def run(self) -> Iterator[Step]:
         """Trains to the end, and yields each step once it is made and on the disk.
 
-        Ctrl-C and SIGTERM end it after the step under way. What cannot be written on the way is told, and training
-        goes on; at the end, everything is.
+        Ctrl-C and SIGTERM end the run after the current step. A file that cannot be written is a warning while the run
+        lasts, and an error at its end.
 
         Raises:
-            RequestError: the loss is no number or has leapt up; the model is as it was before that step. Or: at the
-                end something cannot be written.
+            RequestError: the loss is not finite or has jumped, and the model is as it was before that step; or, at the
+                end, a file could not be written.
         """
         with self.stop.listening():
-            while not self.finished and not self._asked_to_stop():
+            while not self.finished and not any_process(self.stop.number is not None, self.group):
                 self._between_steps = False
                 step = self._step()
                 last = self.progress.step == self.settings.iters
                 if self.validation and (last or self.progress.step % self.settings.steps_per_eval == 0):
-                    step = self._validated(step)
-                self.storage.keep(step, due=last or self.progress.step % self.settings.save_every == 0)
+                    step = self._validated(step, self.validation)
+                self._write(step, due=last or self.progress.step % self.settings.save_every == 0)
                 self._between_steps = True
                 yield step
-            self.storage.finish()
+            if self.leads and self.progress.step:
+                with self.stop.writing():
+                    self.folder.finish(self.snapshot(), self._adapter())
 
     def resume(self) -> int:
-        """Goes to where the newest checkpoint was written; returns its step.
+        """Restores the run from its newest checkpoint.
+
+        Returns:
+            The step of the checkpoint.
 
         Raises:
             CheckpointError: the checkpoint is damaged, or of another model.
-            RequestError: there is none, or it is one of another run: other data or settings.
+            RequestError: there is no checkpoint, or it is of another run: other data or settings.
         """
-        return self.storage.resume()
+        path, found = self.folder.path, self.folder.newest()
+        check_same_step(-1 if found is None else found.progress.step, self.group, path / FOLDER)
+        if found is None:
+            raise RequestError(f"{path} holds no checkpoint to resume from; leave --resume out to start a new run")
+        iters_may_differ = not self.settings.rate_depends_on_iters
+        check_same_run(found, self.snapshot(), path, self.folder.warn, iters_may_differ=iters_may_differ)
+        self.batches.load_state_dict(found.batches)
+        self.progress = found.progress
+        trees: dict[str, list[tuple[str, mx.array]]] = {"model": [], "optimizer": []}
+        for name, array in found.tensors.items():
+            tree, _, path_in_tree = name.partition("/")
+            trees[tree].append((path_in_tree, array))
+        self.model.load_weights(trees["model"], strict=False)
+        self.optimizer.state = tree_unflatten(trees["optimizer"])
+        return self.progress.step
+
+    def snapshot(self) -> Snapshot:
+        """Everything that a resumed run needs, as it is between two steps."""
+        trees = {"model": self.model.trainable_parameters(), "optimizer": self.optimizer.state}
+        return Snapshot(
+            tensors={f"{name}/{path}": array for name, tree in trees.items() for path, array in tree_flatten(tree)},
+            settings=fixed_settings(self.settings),
+            base=self._base,
+            validation=None if self.validation is None else self.validation.state_dict()["data_hash"],
+            batches=self.batches.state_dict(),
+            progress=replace(self.progress),
+        )
 
     def save(self) -> None:
-        """Writes a checkpoint and the adapter, unless they are there; a failure is told, and training can go on."""
-        self.storage.save()
+        """Writes a checkpoint and the adapter, unless they are there; a full disk is only a warning."""
+        if self.leads:
+            with self.stop.writing():
+                self.folder.save(self.snapshot(), self._adapter())
 
     def rescue(self) -> None:
-        """Saves what is there, for a caller that something happened to between two steps; within one, does nothing."""
+        """Saves the run for a caller that failed between two steps; within a step it does nothing."""
         if self._between_steps and self.progress.step:
             self.save()
 
+    def _write(self, step: Step, due: bool) -> None:
+        """Puts a step on the disk, with a checkpoint if one is due."""
+        if not self.leads:
+            return
+        with self.stop.writing():
+            self.folder.add_step(step, self._adapter() if self.progress.best_step == step.step else None)
+            if due:
+                self.save()
+
+    def _adapter(self) -> Adapter:
+        return current_adapter(self.model, str(self.folder.path))
+
     def _step(self) -> Step:
         begin = time.perf_counter()
+        settings, progress = self.settings, self.progress
         self.model.train()
         rank = 0 if self.group is None else self.group.rank()
-        # A state of the step's own: nothing to carry over, and other drops in each process.
-        mx.random.seed((self.settings.seed * 1_000_003 + self.progress.step) * 1009 + rank)
-        self._figures()  # of what was no step: the plan's probes
-        loss, tokens, grads = self._gradients()
+        # Seeded by step: no random state to save, and each process drops other inputs.
+        mx.random.seed((settings.seed * 1_000_003 + progress.step) * 1009 + rank)
+        if isinstance(self.loss, PreferenceLoss):
+            self.loss.reset()  # of the pairs of the memory plan's probes
+        loss, tokens, grads = mean_gradients(
+            self.model, self.loss, self.batches, settings.grad_accumulation_steps, self.group
+        )
         squares = [mx.square(grad.astype(mx.float32)).sum() for _, grad in tree_flatten(grads)]
         norm = math.sqrt(sum(squares, start=mx.array(0.0)).item())
         self._check(loss, norm)
-        if 0 < self.settings.clip < norm:
-            grads = tree_map(lambda grad: grad * (self.settings.clip / norm), grads)
+        if 0 < settings.clip < norm:
+            grads = tree_map(lambda grad: grad * (settings.clip / norm), grads)
         self.optimizer.update(self.model, grads)
-        del grads, squares  # or they would all be in memory until the last weight is updated
+        del grads, squares  # or they would stay in memory until the last weight is updated
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
-        progress = self.progress
         progress.step += 1
         progress.tokens += tokens
         progress.recent = [*progress.recent, loss][-SPIKE_WINDOW:]
         seconds = time.perf_counter() - begin
         rate = float(self.optimizer.learning_rate.item())
-        accuracy, margin = self._figures()
+        accuracy, margin = pair_figures(self.loss, self.group)
         return Step(
             progress.step, loss, rate, tokens, norm, seconds, mx.get_peak_memory(), accuracy=accuracy, margin=margin
         )
 
-    def _gradients(self) -> tuple[float, int, Any]:
-        """Mean loss, targets and gradient of one step, over its batches and over all processes."""
-        value_and_grad = nn.value_and_grad(self.model, self.loss)
-        if self.settings.grad_accumulation_steps == 1 and self.group is None:
-            draw_dropout(self.model)
-            (loss, n), grads = value_and_grad(self.model, next(self.batches))
-            mx.eval(loss, n, grads)
-            return loss.item(), int(n.item()), grads
-        total, count, sums = mx.array(0.0), mx.array(0), None
-        for _ in range(self.settings.grad_accumulation_steps):
-            draw_dropout(self.model)
-            (loss, n), grads = value_and_grad(self.model, next(self.batches))
-            # In fp32: in fp16 the sum over a few thousand targets is beyond the largest number.
-            grads = tree_map(lambda grad, n=n: grad.astype(mx.float32) * n, grads)
-            sums = grads if sums is None else tree_map(mx.add, sums, grads)
-            del grads
-            total, count = total + loss * n, count + n
-            mx.eval(total, count, sums)
-        if self.group is not None:
-            total, count = (mx.distributed.all_sum(each, group=self.group) for each in (total, count))
-            sums = tree_map(lambda grad: mx.distributed.all_sum(grad, group=self.group), sums)
-        whole = mx.maximum(count, 1)
-        trained = self.model.trainable_parameters()
-        grads = tree_map(lambda grad, weight: (grad / whole).astype(weight.dtype), sums, trained)
-        mx.eval(total, count, grads)
-        return total.item() / max(int(count.item()), 1), int(count.item()), grads
-
     def _check(self, loss: float, norm: float) -> None:
-        step, recent = self.progress.step + 1, self.progress.recent
-        reason = ""
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            reason = f"the loss is {loss} and the gradient's norm {norm}"
-        elif len(recent) >= SPIKE_BEGIN:
-            # Of few steps, the median may be that of a kind of sample that the model knows already.
-            name, usual = ("median", median(recent)) if len(recent) == SPIKE_WINDOW else ("maximum", max(recent))
-            if loss > max(SPIKE * usual, usual + 2):
-                reason = f"the loss has leapt to {loss:.2f}, from a {name} of {usual:.2f}"
-        if not reason:
+        """Stops the run, all saved, before an update that would harm the model."""
+        flaw = _flaw(loss, norm, self.progress.recent)
+        if not flaw:
             return
-        if not self.progress.step:
+        done = self.progress.step
+        if not done:
             raise RequestError(
-                f"step 1: {reason}; nothing was learned, and nothing is there to resume: look at the model with "
+                f"step 1: {flaw}; nothing was learned, and there is nothing to resume: look at the model with "
                 "`generate`, and at the data with --dry-run"
             )
-        self.save()  # behind the batch: the next one may be better
+        self.save()  # with the position behind this batch: the next one may be better
         raise RequestError(
-            f"step {step}: {reason}; stopped with what step {step - 1} had learned; --resume goes on behind that batch,"
-            " --resume-adapter-file with a lower --learning-rate begins again from there"
+            f"step {done + 1}: {flaw}; stopped with the model of step {done}; --resume continues behind that batch,"
+            " --resume-adapter-file with a lower --learning-rate starts again from there"
         )
 
-    def _validated(self, step: Step) -> Step:
+    def _validated(self, step: Step, validation: Batches) -> Step:
         """The step with its loss on the validation set: the same batches each time, in the same order."""
-        assert self.validation is not None
         count = None if self.settings.val_batches < 0 else self.settings.val_batches
-        loss = evaluate(self.model, self.validation.fixed(count), self.loss, self.group)
-        accuracy, _ = self._figures()
+        loss = evaluate(self.model, validation.fixed(count), self.loss, self.group)
+        accuracy, _ = pair_figures(self.loss, self.group)
         progress = self.progress
         if loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.worse = loss, progress.step, 0
@@ -230,40 +238,37 @@ class Trainer:
             progress.worse += 1
         return replace(step, valid_loss=loss, valid_accuracy=accuracy)
 
-    def _figures(self) -> tuple[float | None, float | None]:
-        """Accuracy and margin of the pairs since the last call, over all processes; None where there were none."""
-        return pair_figures(self.loss, self.group)
 
-    def _asked_to_stop(self) -> bool:
-        """Whether any of the processes was asked to stop: then all do, after the same step."""
-        asked = self.stop.number is not None
-        if self.group is None:
-            return asked
-        return mx.distributed.all_sum(mx.array(int(asked)), group=self.group).item() > 0
-
-
-def pair_figures(loss: Loss, group: mx.distributed.Group | None = None) -> tuple[float | None, float | None]:
-    """Accuracy and margin of the pairs that a loss has seen since the last call, over all processes."""
-    if not hasattr(loss, "figures"):
-        return None, None
-    found = loss.figures()
-    sums = mx.array([found.pairs, found.pairs * found.accuracy, found.pairs * found.margin])
-    if group is not None:
-        sums = mx.distributed.all_sum(sums, group=group)
-    pairs, ahead, margin = sums.tolist()
-    return (ahead / pairs, margin / pairs) if pairs else (None, None)
+def _flaw(loss: float, norm: float, recent: Sequence[float]) -> str:
+    """The reason why a step must not be made; empty for a good one."""
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        return f"the loss is {loss} and the gradient's norm {norm}"
+    if len(recent) < SPIKE_BEGIN:
+        return ""
+    # The median of few steps may be that of one kind of sample, which the model knows already.
+    name, usual = ("median", median(recent)) if len(recent) == SPIKE_WINDOW else ("maximum", max(recent))
+    if loss > max(SPIKE * usual, usual + 2):
+        return f"the loss has jumped to {loss:.2f}, from a {name} of {usual:.2f}"
+    return ""
 
 
-def evaluate(
-    model: LanguageModel, batches: Iterable[Batch], loss: Loss, group: mx.distributed.Group | None = None
-) -> float:
-    """Mean loss over the targets of some batches."""
+def evaluate(model: LanguageModel, batches: Iterable[Batch], loss: Loss, group: Group | None = None) -> float:
+    """Mean loss over the targets of some batches.
+
+    Args:
+        model: the model; switched to evaluation mode.
+        batches: the batches of this process.
+        loss: the loss of a batch.
+        group: the processes that share the batches; None for this one alone.
+
+    Returns:
+        The mean loss in nats; 0 without targets.
+    """
     model.eval()
     total, count = mx.array(0.0), mx.array(0)
     for batch in batches:
         mean, n = loss(model, batch)
         total, count = total + mean * n, count + n
         mx.eval(total, count)
-    if group is not None:
-        total, count = (mx.distributed.all_sum(each, group=group) for each in (total, count))
-    return total.item() / max(int(count.item()), 1)
+    targets = int(all_sum(count, group).item())
+    return float(all_sum(total, group).item()) / max(targets, 1)

@@ -1,4 +1,4 @@
-"""OpenAI's /v1/completions: its JSON -> `Ask`, and answers -> its JSON and its stream.
+"""OpenAI's /v1/completions: parses its JSON into an `Ask`, and formats answers and streams.
 
 Source: https://platform.openai.com/docs/api-reference/completions
 """
@@ -7,59 +7,38 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from phi4_mlx.server.apis.body import (
-    ANSWERS_LIMIT,
-    TOP_LOGPROBS_LIMIT,
-    Fields,
-    read_body,
-    read_max_tokens,
-    read_model,
-    read_response_format,
-    read_sampling,
-    read_stop,
-    shown,
-)
-from phi4_mlx.server.apis.wire import (
-    DONE,
-    FINISH,
-    Answer,
-    Ask,
-    Delta,
-    End,
-    Usage,
-    WireError,
-    error_body,
-    finite,
-    sse,
-    token_text,
-)
+from phi4_mlx.server.apis.answer import FINISH_REASONS, ChunkAnswer
+from phi4_mlx.server.apis.body import read_max_tokens, read_model, read_response_format, read_sampling, read_stop
+from phi4_mlx.server.apis.fields import Fields, read_body, shown
+from phi4_mlx.server.apis.wire import Ask, Delta, End, JsonObject, finite, token_text
 from phi4_mlx.server.engine.protocol import TokenLogprob
+from phi4_mlx.server.limits import ANSWERS_LIMIT, PROMPTS_LIMIT, TOP_LOGPROBS_LIMIT
 
-PROMPTS_LIMIT = 128  # in one request, each counted as often as it is answered
-DEFAULT_MAX_TOKENS = 16  # OpenAI's, for a body that says nothing; null asks for as many as fit
+DEFAULT_MAX_TOKENS = 16  # OpenAI's default if max_tokens is absent; null asks for as many as fit
 
 
 def parse(body: Any, vocabulary: int) -> Ask:
-    """What a body asks for.
+    """Parses a body.
 
     Args:
-        body: as `json.loads` made it.
-        vocabulary: how many token ids there are.
+        body: the result of `json.loads`.
+        vocabulary: the number of token ids.
 
     Raises:
-        WireError: it asks for what is malformed, too much, or not done here; says which field.
+        WireError: the body is malformed, exceeds a limit, or asks for something that is not supported; names the field.
     """
     fields = read_body(body)
-    fields.forbid("the model goes on where a text ends, and fills no gaps", "suffix")
-    n = fields.whole("n", 1, 1, ANSWERS_LIMIT)
-    if fields.whole("best_of", n, 1, ANSWERS_LIMIT) != n:
-        fields.refuse("best_of", f"must be n, which is {n}; every answer that is drawn is given")
+    fields.forbid("this model only continues a text; it does not fill gaps", "suffix")
+    n = fields.integer("n", 1, 1, ANSWERS_LIMIT)
+    if fields.integer("best_of", n, 1, ANSWERS_LIMIT) != n:
+        fields.refuse("best_of", f"must equal n, which is {n}; the server returns every answer it generates")
     echo = fields.boolean("echo", False)
-    top_logprobs = fields.whole("logprobs", None, 0, TOP_LOGPROBS_LIMIT)
+    top_logprobs = fields.integer("logprobs", None, 0, TOP_LOGPROBS_LIMIT)
     if echo and top_logprobs is not None:
-        fields.refuse("logprobs", "cannot be had with echo: only an answer's tokens are measured, not the prompt's")
+        fields.refuse("logprobs", "does not work with echo: there are no log-probabilities of the prompt's tokens")
     prompts = _read_prompts(fields, vocabulary)
     if len(prompts) * n > PROMPTS_LIMIT:
         fields.refuse("prompt", f"times n asks for {len(prompts) * n:,} answers; at most {PROMPTS_LIMIT} at once")
@@ -79,7 +58,7 @@ def parse(body: Any, vocabulary: int) -> Ask:
 
 
 def _read_prompts(fields: Fields, vocabulary: int) -> list[str | list[int]]:
-    """One text, several, one list of ids, or several."""
+    """The prompts: one text or list of ids, or a list of either."""
     fields.need("prompt")
     value = fields.get("prompt")
     if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int):
@@ -90,91 +69,77 @@ def _read_prompts(fields: Fields, vocabulary: int) -> list[str | list[int]]:
         fields.refuse("prompt", f"must be at most {PROMPTS_LIMIT} prompts, not {len(value):,}")
     for prompt in value:
         if not isinstance(prompt, (str, list)) or type(prompt) is not type(value[0]):
-            fields.refuse("prompt", f"must be all text or all token ids, and holds {shown(prompt)}")
+            fields.refuse("prompt", f"must be all text or all token ids, but contains {shown(prompt)}")
         if not prompt:
             fields.refuse("prompt", "must not be empty")
         if isinstance(prompt, list):
-            wrong = next((it for it in prompt if type(it) is not int or not 0 <= it < vocabulary), None)
-            if wrong is not None or None in prompt:
-                fields.refuse("prompt", f"must hold token ids from 0 to {vocabulary - 1:,}, not {shown(wrong)}")
+            _check_ids(fields, prompt, vocabulary)
     return value
 
 
-class CompletionAnswer(Answer):
-    """Answers as text_completion, whole or in a stream of the same.
+def _check_ids(fields: Fields, ids: Iterable[Any], vocabulary: int) -> None:
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocabulary:
+            fields.refuse("prompt", f"must have token ids from 0 to {vocabulary - 1:,}, not {shown(token)}")
 
-    `prompt_texts` are the prompts as text, for an Ask that wants their echo.
+
+@dataclass
+class CompletionAnswer(ChunkAnswer):
+    """Answers as a text_completion, or as a stream of text_completion chunks.
+
+    Attributes:
+        prompt_texts: the prompts as text, for an `Ask` with echo.
     """
 
-    def __init__(self, *args: Any, prompt_texts: Sequence[str] = (), **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._id = self.make_id("cmpl-")
-        count = self.ask.n * len(self.ask.prompts)
-        self._echoes = [prompt_texts[index // self.ask.n] if self.ask.echo else "" for index in range(count)]
-        self._tokens = [_TokenList() for _ in range(count)]
-        self._ends: list[End] = []
+    prompt_texts: Sequence[str] = ()
 
-    def whole(self, items: Iterable[Delta | End]) -> dict[str, Any]:
+    id_prefix = "cmpl-"
+    chunk_object = "text_completion"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        count = self.ask.n * len(self.ask.prompts)
+        self._echoes = [self.prompt_texts[index // self.ask.n] if self.ask.echo else "" for index in range(count)]
+        self._tokens = [_TokenList() for _ in range(count)]
+
+    def body(self, items: Iterable[Delta | End]) -> JsonObject:
         """A text_completion."""
-        texts = [[echo] for echo in self._echoes]
-        logprobs: list[list[TokenLogprob]] = [[] for _ in texts]
-        ends = [End(index) for index in range(len(texts))]
-        for item in items:
-            if isinstance(item, End):
-                ends[item.index] = item
-            else:
-                texts[item.index].append(item.text)
-                logprobs[item.index] += item.logprobs
+        answers = self.collect(items, len(self._echoes))
         choices = [
-            self._choice(end.index, "".join(texts[end.index]), logprobs[end.index], FINISH[end.reason]) for end in ends
+            self._choice(index, echo + answer.text, answer.logprobs, FINISH_REASONS[answer.end.reason])
+            for index, (echo, answer) in enumerate(zip(self._echoes, answers, strict=True))
         ]
-        return {**self._head(), "choices": choices, "usage": Usage.of(ends, self.ask.n).openai()}
+        return {**self.head(self.chunk_object), "choices": choices, "usage": self.usage(answers)}
 
     def opening(self) -> bytes:
-        """The prompts, if their echo was asked for."""
-        return b"".join(self._event(index, echo) for index, echo in enumerate(self._echoes) if echo)
+        """The prompts, if the client asked for their echo."""
+        return b"".join(self.event(self._choice(index, echo)) for index, echo in enumerate(self._echoes) if echo)
 
     def chunk(self, item: Delta | End) -> bytes:
-        """More text, or the reason of the end."""
+        """A chunk with text, or one with the finish reason."""
         if isinstance(item, End):
-            self._ends.append(item)
-            return self._event(item.index, "", reason=FINISH[item.reason])
+            self.ends.append(item)
+            return self.event(self._choice(item.index, "", reason=FINISH_REASONS[item.reason]))
         if not item.text and (self.ask.top_logprobs is None or not item.logprobs):
             return b""
-        return self._event(item.index, item.text, item.logprobs)
+        return self.event(self._choice(item.index, item.text, item.logprobs))
 
-    def closing(self) -> bytes:
-        """The count of tokens, if it was asked for, and the end."""
-        usage = Usage.of(self._ends, self.ask.n).openai()
-        told = sse({**self._head(), "choices": [], "usage": usage}) if self.ask.include_usage else b""
-        return told + DONE
-
-    def failure(self, error: WireError) -> bytes:
-        """An error in the place of a chunk; the client raises it, and no end follows."""
-        return sse(error_body(error))
-
-    def _head(self) -> dict[str, Any]:
-        return {"id": self._id, "object": "text_completion", "created": self.created, "model": self.ask.model}
-
-    def _choice(self, index: int, text: str, logprobs: Iterable[TokenLogprob], reason: str | None) -> dict[str, Any]:
-        told = None if self.ask.top_logprobs is None else self._tokens[index].json(logprobs)
-        return {"index": index, "text": text, "logprobs": told, "finish_reason": reason}
-
-    def _event(self, index: int, text: str, logprobs: Iterable[TokenLogprob] = (), reason: str | None = None) -> bytes:
-        event = {**self._head(), "choices": [self._choice(index, text, logprobs, reason)]}
-        return sse({**event, "usage": None} if self.ask.include_usage else event)
+    def _choice(
+        self, index: int, text: str, logprobs: Sequence[TokenLogprob] = (), reason: str | None = None
+    ) -> JsonObject:
+        tokens = None if self.ask.top_logprobs is None else self._tokens[index].add(logprobs)
+        return {"index": index, "text": text, "logprobs": tokens, "finish_reason": reason}
 
 
 class _TokenList:
-    """An answer's tokens in the old form: four lists, with the place in the text where each token begins."""
+    """An answer's tokens in the form of completions: four lists, among them each token's offset in the text."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0  # in characters
 
-    def json(self, logprobs: Iterable[TokenLogprob]) -> dict[str, Any]:
-        """The tokens that follow those of the calls before."""
-        tokens = list(logprobs)
+    def add(self, tokens: Sequence[TokenLogprob]) -> JsonObject:
+        """The lists for the next tokens."""
         offsets = []
         for token in tokens:
             offsets.append(self._offset)

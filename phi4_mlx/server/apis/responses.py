@@ -1,22 +1,19 @@
-"""OpenAI's /v1/responses: its JSON -> `Ask`, and an answer -> its JSON and its stream.
+"""OpenAI's /v1/responses: parses its JSON into an `Ask`, and formats answers and streams.
 
-Nothing is stored, so a conversation is sent whole each time; what would refer to a stored one is refused.
+The server stores nothing: a client sends the whole conversation each time, and fields that refer to a stored one are
+refused.
 
 Source: https://platform.openai.com/docs/api-reference/responses
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import Any
 
+from phi4_mlx.server.apis.answer import EventAnswer
 from phi4_mlx.server.apis.body import (
-    MESSAGES_LIMIT,
-    NAME_CHARS_LIMIT,
-    TOP_LOGPROBS_LIMIT,
-    Fields,
+    check_tool_choice,
     read_arguments,
-    read_body,
     read_max_tokens,
     read_model,
     read_response_format,
@@ -26,41 +23,44 @@ from phi4_mlx.server.apis.body import (
     read_tool,
     read_tool_choice,
     read_tools,
-    shown,
     tool_call,
 )
-from phi4_mlx.server.apis.wire import Answer, Ask, Call, Delta, End, Usage, WireError, in_call_order, logprobs_json, sse
+from phi4_mlx.server.apis.fields import Fields, read_body, shown
+from phi4_mlx.server.apis.wire import Ask, Call, Delta, End, JsonObject, WireError, in_call_order, logprobs_json
+from phi4_mlx.server.limits import (
+    INCLUDE_LIMIT,
+    MESSAGES_LIMIT,
+    METADATA_CHARS_LIMIT,
+    METADATA_LIMIT,
+    TOP_LOGPROBS_LIMIT,
+)
 
 ROLES = ("system", "developer", "user", "assistant")
 ITEMS = ("message", "function_call", "function_call_output", "reasoning")
-INCLUDE_LIMIT = 32
 LOGPROBS = "message.output_text.logprobs"
-METADATA_LIMIT = 16  # pairs
-
-Event = dict[str, Any]
 
 
 def parse(body: Any, vocabulary: int) -> Ask:
-    """What a body asks for.
+    """Parses a body.
 
     Args:
-        body: as `json.loads` made it.
-        vocabulary: how many token ids there are.
+        body: the result of `json.loads`.
+        vocabulary: the number of token ids.
 
     Raises:
-        WireError: it asks for what is malformed, too much, or not done here; says which field.
+        WireError: the body is malformed, exceeds a limit, or asks for something that is not supported; names the field.
     """
     fields = read_body(body)
     fields.forbid("nothing is stored; send the whole conversation as input", "previous_response_id", "conversation")
     fields.forbid("nothing is stored; send instructions and input", "prompt")
-    fields.forbid("an answer is made while its client waits", "background", "background_options")
-    fields.forbid("an input that does not fit is refused, not cut", "context_management")
-    fields.forbid("this model reads and writes text alone", "image")
-    fields.forbid("no answer is moderated", "moderation")
+    fields.forbid("the server answers only while the client waits", "background", "background_options")
+    fields.forbid("an input that is too long is refused, not truncated", "context_management")
+    fields.forbid("this model reads and writes only text", "image")
+    fields.forbid("this server does not moderate answers", "moderation")
     if fields.one_of("truncation", ("disabled", "auto"), "disabled") == "auto":
-        fields.refuse("truncation", "must be 'disabled': an input that does not fit is refused, not cut")
+        fields.refuse("truncation", "must be 'disabled': an input that is too long is refused, not truncated")
     tools = [read_tool(tool) for tool in read_tools(fields)]
-    choice = read_tool_choice(fields, tools, _tool_choice(fields))
+    choice = check_tool_choice(fields, tools, read_tool_choice(fields))
     sampling = read_sampling(fields, vocabulary)
     max_tokens = read_max_tokens(fields, "max_output_tokens")
     parallel = fields.boolean("parallel_tool_calls", True)
@@ -93,120 +93,153 @@ def parse(body: Any, vocabulary: int) -> Ask:
     )
 
 
-def _tool_choice(fields: Fields) -> str:
-    choice = fields.get("tool_choice")
-    if choice is None:
-        return "auto"
-    if isinstance(choice, str):
-        return fields.one_of("tool_choice", ("none", "auto", "required"))
-    given = fields.child("tool_choice")
-    given.one_of("type", ("function",))
-    given.need("name")
-    return given.text("name", "", 1, NAME_CHARS_LIMIT)
-
-
 def _top_logprobs(fields: Fields) -> int | None:
-    top = fields.whole("top_logprobs", None, 0, TOP_LOGPROBS_LIMIT)
-    for each in fields.items("include", INCLUDE_LIMIT):
+    top = fields.integer("top_logprobs", None, 0, TOP_LOGPROBS_LIMIT)
+    include = fields.items("include", INCLUDE_LIMIT)
+    for each in include:
         if not isinstance(each, str):
-            fields.refuse("include", f"must hold texts, not {shown(each)}")
-    asked = LOGPROBS in fields.items("include", INCLUDE_LIMIT)
-    return (top or 0) if asked or top else None
+            fields.refuse("include", f"must be a list of strings, not {shown(each)}")
+    if LOGPROBS in include or top:
+        return top or 0
+    return None
 
 
 def _metadata(fields: Fields) -> dict[str, str]:
     pairs = fields.child("metadata")
     if len(pairs.values) > METADATA_LIMIT:
-        fields.refuse("metadata", f"must hold at most {METADATA_LIMIT} pairs, not {len(pairs.values):,}")
-    return {name: pairs.text(name, "", 0, 512) for name in pairs.values}
+        fields.refuse("metadata", f"must have at most {METADATA_LIMIT} pairs, not {len(pairs.values):,}")
+    return {name: pairs.text(name, "", 0, METADATA_CHARS_LIMIT) for name in pairs.values}
 
 
-def _read_messages(fields: Fields) -> list[dict[str, Any]]:
+def _read_messages(fields: Fields) -> list[JsonObject]:
     fields.need("input")
     instructions = fields.text("instructions", "")
-    messages: list[dict[str, Any]] = [{"role": "system", "content": instructions}] if instructions else []
+    messages: list[JsonObject] = [{"role": "system", "content": instructions}] if instructions else []
     if isinstance(fields.get("input"), str):
         return [*messages, {"role": "user", "content": fields.get("input")}]
     for item in fields.children("input", MESSAGES_LIMIT, 1):
         _add(messages, item)
     if not messages:
-        fields.refuse("input", "holds no message")
+        fields.refuse("input", "contains no message")
     return in_call_order(messages)
 
 
-def _add(messages: list[dict[str, Any]], item: Fields) -> None:
-    """Adds an item of the input; a call joins the assistant's turn that it was made in."""
+def _add(messages: list[JsonObject], item: Fields) -> None:
+    """Adds an item of the input; a call becomes part of the assistant's turn before it."""
     kind = item.one_of("type", ITEMS, "message")
-    if kind == "reasoning":  # of another model: this one thinks in its text, if at all
+    if kind == "reasoning":  # of another model
         return
     if kind == "message":
         item.need("role", "content")
         role = item.one_of("role", ROLES)
         messages.append({"role": "system" if role == "developer" else role, "content": read_text(item)})
         return
-    item.need("call_id")
-    call_id = item.text("call_id", "", 1, NAME_CHARS_LIMIT)
+    call_id = item.needed_name("call_id")
     if kind == "function_call_output":
         item.need("output")
         messages.append({"role": "tool", "tool_call_id": call_id, "content": read_text(item, "output")})
         return
-    item.need("name")
-    call = tool_call(call_id, item.text("name", "", 1, NAME_CHARS_LIMIT), read_arguments(item))
+    call = tool_call(call_id, item.needed_name("name"), read_arguments(item))
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": ""})
     messages[-1].setdefault("tool_calls", []).append(call)
 
 
-class ResponseAnswer(Answer):
-    """An answer as a response, or as the stream of events that it grows by."""
+class ResponseAnswer(EventAnswer):
+    """An answer as a response, or as a stream of the events that build it."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._id = self.make_id("resp_")
-        self._sent = 0
-        self._output: list[dict[str, Any]] = []
-        self._text: list[str] | None = None  # of the message that is still growing, the last of the output
-        self._logprobs: list[dict[str, Any]] = []  # its tokens'
-        self._untold: list[dict[str, Any]] = []  # tokens whose text has not come yet
-        self._end = End()
+    id_prefix = "resp_"
 
-    def whole(self, items: Iterable[Delta | End]) -> dict[str, Any]:
-        """A response that is complete."""
-        for item in items:
-            for _ in self._events(item):
-                pass
-        return self._final()
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._sent = 0  # events
+        self._logprobs: list[JsonObject] = []  # of the open text
+        self._early: list[JsonObject] = []  # of tokens whose text has not come yet
 
     def opening(self) -> bytes:
-        """The response as it is at first: empty."""
-        started = self._response("in_progress")
-        return self._sse({"type": "response.created", "response": started}) + self._sse(
-            {"type": "response.in_progress", "response": started}
-        )
-
-    def chunk(self, item: Delta | End) -> bytes:
-        """The events of an item."""
-        return b"".join(map(self._sse, self._events(item)))
+        """The response while it is empty."""
+        response = self._response("in_progress")
+        created = self.frame({"type": "response.created", "response": response})
+        return created + self.frame({"type": "response.in_progress", "response": response})
 
     def closing(self) -> bytes:
-        """The whole response."""
-        final = self._final()
-        return self._sse({"type": f"response.{final['status']}", "response": final})
+        """The complete response."""
+        final = self.final()
+        return self.frame({"type": f"response.{final['status']}", "response": final})
 
     def failure(self, error: WireError) -> bytes:
-        """An error, and a response that failed by it."""
+        """An error, and a response with the status failed."""
         code = error.code or ("rate_limit_exceeded" if error.status == 429 else "server_error")
-        told = {"type": "error", "code": code, "message": error.message, "param": error.param}
+        event = {"type": "error", "code": code, "message": error.message, "param": error.param}
         failed = {**self._response("failed"), "error": {"code": code, "message": error.message}}
-        return self._sse(told) + self._sse({"type": "response.failed", "response": failed})
+        return self.frame(event) + self.frame({"type": "response.failed", "response": failed})
 
-    def _sse(self, event: Event) -> bytes:
+    def frame(self, event: JsonObject) -> bytes:
+        """A server-sent event named by its type, with the next sequence number."""
         self._sent += 1
-        return sse({**event, "sequence_number": self._sent - 1}, event["type"])
+        return super().frame({**event, "sequence_number": self._sent - 1})
 
-    def _response(self, status: str) -> dict[str, Any]:
+    def final(self) -> JsonObject:
+        """The complete response."""
+        end = self.end
         return {
-            "id": self._id,
+            **self._response(self._status),
+            "incomplete_details": {"reason": "max_output_tokens"} if self._status == "incomplete" else None,
+            "usage": {
+                "input_tokens": end.prompt_tokens,
+                "input_tokens_details": {"cached_tokens": end.cached_tokens, "cache_write_tokens": 0},
+                "output_tokens": end.answer_tokens,
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": end.prompt_tokens + end.answer_tokens,
+            },
+        }
+
+    def add(self, item: Delta | End) -> None:
+        """Adds an item to the blocks and emits its events; log-probabilities wait for text."""
+        if isinstance(item, Delta) and self.ask.top_logprobs is not None:
+            self._early += logprobs_json(item.logprobs)
+        super().add(item)
+
+    def open_text(self) -> None:
+        """Adds an empty message and emits the start of its text."""
+        self._logprobs = []
+        item = {"type": "message", "role": "assistant", "status": "in_progress", "content": []}
+        self._open({"id": self.make_id("msg_"), **item})
+        self.emit({**self._part("response.content_part.added"), "part": _text_part("", [])})
+
+    def text_delta(self, text: str) -> JsonObject:
+        """A delta of the last message, with the log-probabilities up to its end."""
+        logprobs, self._early = self._early, []
+        self._logprobs += logprobs
+        return {**self._part("response.output_text.delta"), "delta": text, "logprobs": logprobs}
+
+    def close_text(self, text: str) -> None:
+        """Completes the last message with its whole text and emits the ends of its text, its part and itself."""
+        self._logprobs += self._early
+        self._early = []
+        part = _text_part(text, self._logprobs)
+        self.emit({**self._part("response.output_text.done"), "text": text, "logprobs": self._logprobs})
+        self.emit({**self._part("response.content_part.done"), "part": part})
+        self._close(status=self._status, content=[part])
+
+    def add_call(self, call: Call) -> None:
+        """Adds a function_call and emits its start, its arguments and its end."""
+        self._early = []  # of the call's own tokens
+        item = {"id": self.make_id("fc_"), "type": "function_call", "status": "in_progress", "call_id": call.id}
+        self._open({**item, "name": call.name, "arguments": ""})
+        place = {"item_id": item["id"], "output_index": len(self.blocks) - 1}
+        self.emit({"type": "response.function_call_arguments.delta", **place, "delta": call.text})
+        done = {"type": "response.function_call_arguments.done", **place, "name": call.name, "arguments": call.text}
+        self.emit(done)
+        self._close(status="completed", arguments=call.text)
+
+    @property
+    def _status(self) -> str:
+        return "incomplete" if self.end.reason in ("length", "timeout") else "completed"
+
+    def _response(self, status: str) -> JsonObject:
+        return {
+            "id": self.id,
             "object": "response",
             "created_at": self.created,
             "status": status,
@@ -215,91 +248,25 @@ class ResponseAnswer(Answer):
             "incomplete_details": None,
             "model": self.ask.model,
             **self.ask.repeated,
-            "output": list(self._output),
+            "output": list(self.blocks),
             "usage": None,
         }
 
-    def _final(self) -> dict[str, Any]:
-        cut = self._end.reason in ("length", "timeout")
-        usage = Usage.of([self._end], 1)
-        return {
-            **self._response("incomplete" if cut else "completed"),
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-            "usage": {
-                "input_tokens": usage.prompt_tokens,
-                "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
-                "output_tokens": usage.answer_tokens,
-                "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": usage.prompt_tokens + usage.answer_tokens,
-            },
-        }
+    def _open(self, item: JsonObject) -> None:
+        self.blocks.append(item)
+        self.emit(self._item("response.output_item.added"))
 
-    def _events(self, item: Delta | End) -> Iterator[Event]:
-        if isinstance(item, End):
-            self._end = item
-            if not self._output:  # clients expect a message, be it empty
-                yield from self._open_text()
-            yield from self._close_text("incomplete" if item.reason in ("length", "timeout") else "completed")
-            return
-        if self.ask.top_logprobs is not None:
-            self._untold += logprobs_json(item.logprobs)
-        if item.text:
-            yield from self._more_text(item.text)
-        if item.call:
-            yield from self._close_text("completed")
-            yield from self._call(item.call)
+    def _close(self, **fields: Any) -> None:
+        self.blocks[-1] = {**self.blocks[-1], **fields}
+        self.emit(self._item("response.output_item.done"))
 
-    def _more_text(self, text: str) -> Iterator[Event]:
-        if self._text is None:
-            yield from self._open_text()
-        assert self._text is not None
-        self._text.append(text)
-        told, self._untold = self._untold, []
-        self._logprobs += told
-        yield {**self._part("response.output_text.delta"), "delta": text, "logprobs": told}
+    def _item(self, kind: str) -> JsonObject:
+        return {"type": kind, "output_index": len(self.blocks) - 1, "item": self.blocks[-1]}
 
-    def _open_text(self) -> Iterator[Event]:
-        self._text, self._logprobs = [], []
-        item = {
-            "id": self.make_id("msg_"),
-            "type": "message",
-            "role": "assistant",
-            "status": "in_progress",
-            "content": [],
-        }
-        self._output.append(item)
-        yield self._item("response.output_item.added")
-        yield {**self._part("response.content_part.added"), "part": _text_part("", [])}
-
-    def _close_text(self, status: str) -> Iterator[Event]:
-        told, self._untold = self._untold, []
-        if self._text is None:
-            return
-        self._logprobs += told
-        text, self._text = "".join(self._text), None
-        part = _text_part(text, self._logprobs)
-        self._output[-1] = {**self._output[-1], "status": status, "content": [part]}
-        yield {**self._part("response.output_text.done"), "text": text, "logprobs": self._logprobs}
-        yield {**self._part("response.content_part.done"), "part": part}
-        yield self._item("response.output_item.done")
-
-    def _call(self, call: Call) -> Iterator[Event]:
-        item = {"id": self.make_id("fc_"), "type": "function_call", "status": "in_progress", "call_id": call.id}
-        self._output.append({**item, "name": call.name, "arguments": ""})
-        yield self._item("response.output_item.added")
-        here = {"item_id": item["id"], "output_index": len(self._output) - 1}
-        yield {"type": "response.function_call_arguments.delta", **here, "delta": call.text}
-        yield {"type": "response.function_call_arguments.done", **here, "name": call.name, "arguments": call.text}
-        self._output[-1] = {**self._output[-1], "status": "completed", "arguments": call.text}
-        yield self._item("response.output_item.done")
-
-    def _item(self, kind: str) -> Event:
-        return {"type": kind, "output_index": len(self._output) - 1, "item": self._output[-1]}
-
-    def _part(self, kind: str) -> Event:
-        at = len(self._output) - 1
-        return {"type": kind, "item_id": self._output[-1]["id"], "output_index": at, "content_index": 0}
+    def _part(self, kind: str) -> JsonObject:
+        index = len(self.blocks) - 1
+        return {"type": kind, "item_id": self.blocks[-1]["id"], "output_index": index, "content_index": 0}
 
 
-def _text_part(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
+def _text_part(text: str, logprobs: list[JsonObject]) -> JsonObject:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}

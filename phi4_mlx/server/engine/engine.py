@@ -25,8 +25,9 @@ from phi4_mlx.generation.batch import Batch, BatchSequence, Fault, Token
 from phi4_mlx.generation.memory import memory_limit
 from phi4_mlx.generation.options import LogitsMask
 from phi4_mlx.generation.stream import AnswerText
-from phi4_mlx.models.cache import KVCache, PromptCache
+from phi4_mlx.models.cache import KVCache
 from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
 from phi4_mlx.server.engine.protocol import (
     Broken,
@@ -126,7 +127,7 @@ class Engine:
         self._models = _AdaptedModels(base, settings)
         self._answers: dict[BatchSequence, _Answer] = {}
         self._unkept = 0
-        self._batch = self._new_batch()
+        self.batch = self._new_batch()
 
     @property
     def busy(self) -> bool:
@@ -148,7 +149,7 @@ class Engine:
         except Exception as error:
             return [_failure(job, error)]
         self._answers[answer.sequence] = answer
-        self._batch.add(answer.sequence)
+        self.batch.add(answer.sequence)
         return []
 
     def cancel(self, job: int) -> None:
@@ -160,7 +161,7 @@ class Engine:
     def step(self) -> list[Event]:
         """One step of all running jobs."""
         events: list[Event] = []
-        for event in self._batch.step():
+        for event in self.batch.step():
             answer = self._answers.get(event.sequence)
             if answer is None:  # ended earlier in this step
                 continue
@@ -174,7 +175,7 @@ class Engine:
         """Resets after a step that failed as a whole: no running job can be trusted."""
         events: list[Event] = [_failure(answer.job, error) for answer in self._answers.values()]
         self._answers.clear()
-        self._batch = self._new_batch()
+        self.batch = self._new_batch()
         self.prefixes.clear()
         mx.clear_cache()
         return events
@@ -200,7 +201,7 @@ class Engine:
             "answers_under_way": len(self._answers),
             "prefilled_tokens_total": self.prefilled_tokens,
             "drawn_tokens_total": self.drawn_tokens,
-            "kv_bytes": self._batch.nbytes,
+            "kv_bytes": self.batch.nbytes,
             "kv_limit_bytes": self.kv_limit_bytes,
             "prefix_cache_bytes": self.prefixes.nbytes,
             "prefix_cache_limit_bytes": self.prefixes.limit_bytes,
@@ -282,12 +283,12 @@ class Engine:
     def _end(self, answer: _Answer) -> None:
         """Ends a job and keeps its cache."""
         del self._answers[answer.sequence]
-        self._put(answer, self._batch.end(answer.sequence))
+        self._put(answer, self.batch.end(answer.sequence))
 
     def _forget(self, answer: _Answer) -> None:
         """Ends a job and drops its cache."""
         self._answers.pop(answer.sequence, None)
-        self._batch.end(answer.sequence)
+        self.batch.end(answer.sequence)
 
     def _put(self, answer: _Answer, cache: PromptCache | None) -> None:
         """Stores a cache for prompts with the same prefix; a failure only costs their prefill."""
@@ -330,11 +331,11 @@ def run(connection: Connection, settings: Settings) -> None:
             for message in messages:
                 if isinstance(message, Ping):
                     connection.send(Pong(message.number, engine.gauges()))
-            if events := _turn(engine, messages):
+            if events := turn(engine, messages):
                 connection.send(events)
 
 
-def _turn(engine: Engine, messages: Iterable[Job | Cancel | Ping]) -> list[Event]:
+def turn(engine: Engine, messages: Iterable[Job | Cancel | Ping]) -> list[Event]:
     """Handles the server's messages, then takes a step."""
     events: list[Event] = []
     works: list[Callable[[], list[Event]]] = [partial(_handle, engine, message) for message in messages]

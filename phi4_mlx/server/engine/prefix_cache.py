@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from phi4_mlx.models.cache import PromptCache
 from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.models.prompt_cache import PromptCache
 
 Ids = NDArray[np.int32]  # [S]
 

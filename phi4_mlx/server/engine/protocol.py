@@ -1,6 +1,6 @@
-"""What the server and its engine say to each other: plain values, which cross from one process to the other.
+"""The messages between the server and its engine: plain values that are sent from one process to the other.
 
-The server knows HTTP, JSON and messages; the engine knows token ids, and the text that they make.
+The server handles HTTP, JSON and conversations; the engine handles token ids and their text.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from phi4_mlx.generation.sampling import Sampling
 
 @dataclass(frozen=True)
 class Job:
-    """One answer that the engine is asked for.
+    """A request to the engine for one answer.
 
     Attributes:
-        id: names the job in events.
+        id: identifies the job in events.
         prompt: token ids, at least one.
         max_tokens: the longest answer, in tokens.
-        sampling: how tokens are drawn.
-        stop: strings that end the answer before them.
-        top_logprobs: how many alternatives each token tells, 0 for none but the token's own; None for no logprobs.
-        grammar: what the answer must obey, as `phi4_mlx.grammar.grammars` writes it; None for anything.
-        adapter: the name of an adapter in the allowed folder; None for the base.
-        timeout_s: seconds from now after which the answer is cut.
+        sampling: the sampling settings.
+        stop: strings that end the answer; the text does not include them.
+        top_logprobs: number of alternatives reported with each token; 0 reports only the token's own log-probability,
+            None reports none.
+        grammar: the grammar that the answer must follow, as text of `phi4_mlx.grammar.grammars`; None for free text.
+        adapter: the name of an adapter in `Settings.adapters`; None for the model itself.
+        timeout_s: seconds after which the answer ends, from the time the engine takes the job.
     """
 
     id: int
@@ -41,7 +42,7 @@ class Job:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A drawn token: its bytes, its natural log-probability, and (bytes, log-probability) of the likeliest ones."""
+    """A sampled token: its bytes, its natural log-probability, and (bytes, log-probability) of the likeliest tokens."""
 
     text: bytes
     logprob: float
@@ -50,7 +51,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that has become certain; empty where a token's characters are still incomplete."""
+    """Text that is final; empty if a token ends within a character."""
 
     job: int
     text: str
@@ -62,13 +63,12 @@ class Finish:
     """The end of an answer.
 
     Attributes:
-        job: whose.
-        reason: "stop" for an end marker or a stop string, "length" for max_tokens, "timeout" for a job cut by its own
-            limit of time.
-        stop_string: the stop string that ended it.
-        prompt_tokens: the whole prompt.
-        cached_tokens: those of them that were not prefilled, because an earlier prompt began alike.
-        answer_tokens: drawn.
+        job: the job's id.
+        reason: "stop" for an end marker or a stop string, "length" for max_tokens, "timeout" for timeout_s.
+        stop_string: the stop string that ended it; None if there was none.
+        prompt_tokens: tokens of the whole prompt.
+        cached_tokens: tokens of the prompt that were not prefilled, because an earlier prompt has the same prefix.
+        answer_tokens: sampled tokens.
     """
 
     job: int
@@ -81,33 +81,30 @@ class Finish:
 
 @dataclass(frozen=True)
 class Failure:
-    """A job that came to nothing: an HTTP status and one line for the client."""
+    """A job that failed: an HTTP status and one line for the client."""
 
     job: int
     status: int
     message: str
 
 
-Event = Piece | Finish | Failure
-
-
 @dataclass(frozen=True)
 class Cancel:
-    """Forget a job: its client has left."""
+    """Ends a job whose client has disconnected."""
 
     job: int
 
 
 @dataclass(frozen=True)
 class Ping:
-    """Are you there? `number` tells one question from another."""
+    """Asks for the state of the engine; the `Pong` repeats the number."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class Pong:
-    """What the engine is at: jobs under way, and counts and bytes since its start, by name."""
+    """The state of the engine: running jobs, and counts and sizes since its start, by name."""
 
     number: int
     gauges: Mapping[str, float]
@@ -118,7 +115,7 @@ class Ready:
     """The model is loaded.
 
     Attributes:
-        longest: tokens that a prompt and its answer may come to: what the context holds, or the memory.
+        longest: most tokens of a prompt and its answer, limited by the context or the memory.
     """
 
     longest: int
@@ -126,6 +123,11 @@ class Ready:
 
 @dataclass(frozen=True)
 class Broken:
-    """The model cannot be loaded: one line for whoever started the server."""
+    """The model cannot be loaded: one line for the person who started the server."""
 
     message: str
+
+
+Event = Piece | Finish | Failure  # about a job
+Command = Job | Cancel | Ping  # from the server to the engine
+Report = list[Event] | Pong | Ready | Broken  # from the engine to the server

@@ -1,26 +1,28 @@
-"""The bridge: plain types, no exceptions, streams that end, one thread for MLX, and cancellation from any other."""
+"""The bridge: plain types, no exceptions, streams that end, one thread for MLX, cancellation from any thread."""
 
 from __future__ import annotations
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from phi4_mlx import bridge
+from phi4_mlx import agent, bridge
 from phi4_mlx.adapters.layers import add_adapter
 from phi4_mlx.bridge import WORKER
-from phi4_mlx.bridge import model as bridge_model
 from phi4_mlx.checkpoint import load
-from phi4_mlx.generation.stream import generate
+from phi4_mlx.generation.options import DecodeOptions
+from phi4_mlx.generation.stream import GenerationResponse, generate, stream
 from tests.adapters import save_adapter
 from tests.conftest import ROOT
 
@@ -32,7 +34,7 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]},
     },
 }
-LONG = {"max_tokens": 3_000, "schema": {"type": "string", "minLength": 2_000}}  # does not end by itself
+LONG = {"max_tokens": 3_000, "schema": {"type": "string", "minLength": 2_000}}  # long enough to be cancelled
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +53,14 @@ def model(folder: Path) -> Iterator[int]:
     assert bridge.unload(loaded["model"]) == {"event": "finish"}
 
 
-def taken(stream: int) -> list[dict[str, Any]]:
+def events_of(stream: int) -> list[dict[str, Any]]:
     events = [bridge.next_event(stream)]
     while events[-1]["event"] not in ("finish", "error"):
         events.append(bridge.next_event(stream))
     return events
 
 
-def said(events: list[dict[str, Any]]) -> str:
+def text_of(events: list[dict[str, Any]]) -> str:
     return "".join(event["text"] for event in events if event["event"] == "token")
 
 
@@ -84,15 +86,15 @@ def test_whole_streamed_and_iterated_answers_are_the_same(model: int, folder: Pa
     text = generate(tiny, tokenizer, tokenizer.apply_chat_template(ASK), max_tokens=20)
     assert whole["event"] == "finish" and whole["text"] == text and whole["reason"] in ("stop", "length")
     assert whole["message"] == {"role": "assistant", "content": text} and whole["prompt_tokens"] > 0
-    streamed = taken(bridge.start_chat(model, ASK, max_tokens=20))
-    assert said(streamed) == text and len(streamed) > 3
+    streamed = events_of(bridge.start_chat(model, ASK, max_tokens=20))
+    assert text_of(streamed) == text and len(streamed) > 3
     assert list(bridge.chat_events(model, ASK, max_tokens=20)) == streamed
     assert all(map(is_plain, [whole, *streamed]))
 
     whole = bridge.complete(model, "once", max_tokens=5)
     assert whole["text"] == generate(tiny, tokenizer, "once", max_tokens=5) and "message" not in whole
-    assert said(taken(bridge.start_complete(model, "once", max_tokens=5))) == whole["text"]
-    assert said(list(bridge.complete_events(model, "once", max_tokens=5))) == whole["text"]
+    assert text_of(events_of(bridge.start_complete(model, "once", max_tokens=5))) == whole["text"]
+    assert text_of(list(bridge.complete_events(model, "once", max_tokens=5))) == whole["text"]
 
 
 @pytest.mark.parametrize(
@@ -114,15 +116,13 @@ def test_whole_streamed_and_iterated_answers_are_the_same(model: int, folder: Pa
         (lambda m: bridge.chat(m, ASK, tools=[{}]), "request", "a tool needs a name"),
         (lambda m: bridge.chat(m, ASK, tools=[TOOL], tool_choice="x"), "request", "one of 'paint'"),
         (lambda m: bridge.chat(m, ASK, schema={"type": 5}), "request", "schema"),
-        (lambda m: bridge.chat(m, ASK, schema={}, tools=[TOOL]), "request", "no room for calls"),
+        (lambda m: bridge.chat(m, ASK, schema={}, tools=[TOOL]), "request", "no room for tool calls"),
         (lambda m: bridge.chat(m, [{"role": "user", "content": "x " * 9_000}]), "request", "the context holds 8192"),
         (lambda m: bridge.next_event(99), "request", "there is no stream 99"),
         (lambda m: bridge.next_event([]), "request", r"there is no stream \[\]"),  # type: ignore[arg-type]
     ],
 )
 def test_what_goes_wrong_is_an_event(call: Callable[[int], Any], code: str, complaint: str, model: int) -> None:
-    import re
-
     event = call(model)
     assert (event["event"], event["code"]) == ("error", code) and re.search(complaint, event["message"])
     assert "\n" not in event["message"] and is_plain(event)
@@ -133,10 +133,11 @@ def test_a_schema_and_tools(model: int) -> None:
     answer = bridge.chat(model, ASK, schema=schema, temp=1.0, seed=1)
     assert json.loads(answer["text"])["colour"] in ("red", "blue")
 
-    events = taken(bridge.start_chat(model, ASK, tools=[TOOL], tool_choice="required", temp=1.0, seed=1, max_tokens=60))
+    options: dict[str, Any] = {"tools": [TOOL], "temp": 1.0, "max_tokens": 60}
+    events = events_of(bridge.start_chat(model, ASK, tool_choice="required", seed=1, **options))
     calls = [event for event in events if event["event"] == "tool_call"]
     finish = events[-1]
-    assert finish["reason"] == "tool_calls" and finish["complaint"] == "" and calls and said(events) == ""
+    assert finish["reason"] == "tool_calls" and finish["complaint"] == "" and calls and text_of(events) == ""
     assert all(call["name"] == "paint" and call["arguments"]["colour"] in ("red", "blue") for call in calls)
     made = finish["message"]["tool_calls"]
     assert [call["id"] for call in made] == [call["id"] for call in calls] and made[0]["id"] == "call_1"
@@ -144,7 +145,7 @@ def test_a_schema_and_tools(model: int) -> None:
 
     results = [{"role": "tool", "tool_call_id": call["id"], "content": "done"} for call in calls]
     messages = [*ASK, finish["message"], *results]
-    again = bridge.chat(model, messages, tools=[TOOL], tool_choice="paint", temp=1.0, max_tokens=60)
+    again = bridge.chat(model, messages, tool_choice="paint", **options)
     assert again["message"]["tool_calls"][0]["id"] == f"call_{len(calls) + 1}"
     none = bridge.chat(model, ASK, tools=[TOOL], tool_choice="none", max_tokens=5)
     assert none["reason"] == "length"
@@ -183,40 +184,58 @@ def test_a_stream_is_cancelled_from_another_thread(model: int) -> None:
     thread = threading.Thread(target=lambda: (bridge.cancel(waiting), bridge.cancel(stream)))
     thread.start()
     thread.join()
-    finish = taken(stream)[-1]
+    finish = events_of(stream)[-1]
     assert finish["reason"] == "cancelled" and finish["text"] and finish["answer_tokens"] < 3_000
-    assert taken(waiting)[-1]["answer_tokens"] == 0  # it had not begun
+    assert events_of(waiting)[-1]["answer_tokens"] == 0  # cancelled before it began
     assert not bridge.cancel(stream) and not bridge.cancel("x")  # type: ignore[arg-type]
     assert bridge.next_event(stream)["code"] == "request"
     assert bridge.chat(model, ASK, max_tokens=3)["event"] == "finish"
 
 
-def test_an_iterator_that_is_left_cancels(model: int) -> None:
+def test_an_iterator_that_is_left_cancels(model: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def counted(*given: Any) -> Iterator[GenerationResponse]:
+        for response in stream(*given):
+            drawn.append(response.token)
+            yield response
+
+    monkeypatch.setattr(agent, "stream", counted)
     events = bridge.chat_events(model, ASK, **LONG)
     next(events)
     events.close()  # type: ignore[attr-defined]
-    started = time.monotonic()
-    assert bridge.chat(model, ASK, max_tokens=1)["event"] == "finish"  # it waits for the one before
-    assert time.monotonic() - started < 2 and not WORKER.streams
+    assert bridge.chat(model, ASK, max_tokens=1)["event"] == "finish"  # after the request before
+    assert len(drawn) < 1_000 and not WORKER.streams
 
 
-def test_a_time_limit_and_waiting_for_a_moment(model: int) -> None:
-    stream = bridge.start_chat(model, ASK, timeout_s=0.3, **LONG)
+def test_a_time_limit(model: int) -> None:
+    finish = events_of(bridge.start_chat(model, ASK, timeout_s=0.3, **LONG))[-1]
+    assert finish["reason"] == "timeout" and finish["answer_tokens"] < 2_000
+
+
+def test_waiting_for_an_event_has_a_limit(model: int) -> None:
+    long = bridge.start_chat(model, ASK, **LONG)
     behind = bridge.start_chat(model, ASK, max_tokens=2)
     assert bridge.next_event(behind, 0.01) == {"event": "wait"}
     counted = bridge.count_tokens(model, "hello")  # does not wait
     assert counted["tokens"] > 0 and bridge.next_event(behind, 0.0) == {"event": "wait"}
-    assert taken(stream)[-1]["reason"] == "timeout"
-    assert taken(behind)[-1]["reason"] in ("stop", "length")
+    assert bridge.cancel(long) and events_of(long)[-1]["reason"] == "cancelled"
+    assert events_of(behind)[-1]["reason"] in ("stop", "length")
 
 
 def test_a_prefill_is_cancelled_between_its_chunks(model: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = bridge_model.stream_generate
-    monkeypatch.setattr(
-        bridge_model, "stream_generate", lambda *given, **options: drawn(*given, prefill_step_size=4, **options)
-    )
-    stream = bridge.start_chat(model, [{"role": "user", "content": "x " * 3_000}], max_tokens=1, timeout_s=0.2)
-    finish = taken(stream)[-1]
+    def slow_chunks(model: Any, tokenizer: Any, ids: Any, cache: Any, options: DecodeOptions) -> Iterator[Any]:
+        def progress(done: int, total: int) -> None:
+            time.sleep(0.01)
+            assert options.prompt_progress_callback is not None
+            options.prompt_progress_callback(done, total)
+
+        slow = replace(options, prefill_step_size=4, prompt_progress_callback=progress)
+        return stream(model, tokenizer, ids, cache, slow)
+
+    monkeypatch.setattr(agent, "stream", slow_chunks)
+    long_prompt = [{"role": "user", "content": "x " * 3_000}]
+    finish = events_of(bridge.start_chat(model, long_prompt, max_tokens=1, timeout_s=0.2))[-1]
     assert (finish["reason"], finish["answer_tokens"]) == ("timeout", 0)
 
 
@@ -228,8 +247,8 @@ def test_what_breaks_inside_costs_its_own_request(model: int, monkeypatch: pytes
         yield
 
     with monkeypatch.context() as patched:
-        patched.setattr(bridge_model, "stream_generate", breaks)
-        assert taken(bridge.start_chat(model, ASK)) == [
+        patched.setattr(agent, "stream", breaks)
+        assert events_of(bridge.start_chat(model, ASK)) == [
             {"event": "error", "code": "internal", "message": "RuntimeError: a bug"}
         ]
     assert bridge.chat(model, ASK, max_tokens=8)["text"] == expected
@@ -240,8 +259,8 @@ def test_unloading_cancels_what_is_under_way(folder: Path) -> None:
     stream = bridge.start_chat(model, ASK, **LONG)
     assert bridge.next_event(stream)["event"] == "token"
     assert bridge.unload(model) == {"event": "finish"}
-    assert taken(stream)[-1]["reason"] == "cancelled"
-    assert bridge.chat(model, ASK)["message"] == f"there is no model {model}; load gives one its number"
+    assert events_of(stream)[-1]["reason"] == "cancelled"
+    assert bridge.chat(model, ASK)["message"] == f"there is no model {model}; load returns a model's number"
 
 
 def test_all_of_mlx_is_on_one_thread_whoever_calls(model: int) -> None:
@@ -282,12 +301,12 @@ def test_twins_do_as_their_functions(model: int, folder: Path) -> None:
     events = [json.loads(bridge.next_event_json(json.dumps({"stream": stream})))]
     while events[-1]["event"] == "token":
         events.append(json.loads(bridge.next_event_json(json.dumps({"stream": stream}))))
-    assert said(events) == whole["text"] == events[-1]["text"]
+    assert text_of(events) == whole["text"] == events[-1]["text"]
     assert bridge.cancel_json(json.dumps({"stream": stream})) == "false"
     text = {"model": model, "prompt": "once", "max_tokens": 3}
     assert json.loads(bridge.complete_json(json.dumps(text)))["text"]
     stream = json.loads(bridge.start_complete_json(json.dumps(text)))
-    assert taken(stream)[-1]["event"] == "finish"
+    assert events_of(stream)[-1]["event"] == "finish"
     assert json.loads(bridge.count_tokens_json(json.dumps({"model": model, "text": "a"}))) == {
         "event": "finish", "tokens": 1
     }  # fmt: skip

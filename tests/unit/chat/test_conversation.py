@@ -11,6 +11,7 @@ import pytest
 from phi4_mlx.agent import Round
 from phi4_mlx.chat.conversation import Conversation, Interrupted, Turn
 from phi4_mlx.errors import RequestError
+from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.toolbox import Toolbox
@@ -23,7 +24,8 @@ def conversation(tiny_model: Callable[..., Any]) -> Conversation:
 
 
 def ask(conversation: Conversation, question: str, max_tokens: int = 8, **options: Any) -> str:
-    return "".join(event.text for event in conversation.ask(question, max_tokens=max_tokens, **options))
+    chosen = DecodeOptions(max_tokens=max_tokens, **options)
+    return "".join(event.text for event in conversation.ask(question, chosen))
 
 
 def encode(text: str) -> list[int]:
@@ -77,7 +79,7 @@ def test_what_was_changed_is_forgotten(conversation: Conversation, change: str) 
 
 
 def test_an_answer_left_early_is_a_turn(conversation: Conversation) -> None:
-    events = conversation.ask("hello", max_tokens=50)
+    events = conversation.ask("hello", DecodeOptions(max_tokens=50))
     tokens = [next(events).token for _ in range(3)]
     events.close()
     assert conversation.turns[-1].ids == tuple(tokens)
@@ -94,7 +96,7 @@ def test_an_answer_stopped_while_reading_leaves_no_trace(conversation: Conversat
         if done:
             raise Interrupted
 
-    assert ask(conversation, "hello", progress=progress) == ""
+    assert ask(conversation, "hello", prompt_progress_callback=progress) == ""
     assert conversation.turns == []
     prompt = conversation.prompt_ids("hello")
     expected = [token for token, _ in generate_step(prompt, conversation.model, max_tokens=8)]
@@ -131,14 +133,14 @@ def test_the_end_mark_is_not_part_of_a_reply(conversation: Conversation) -> None
 
 def test_an_empty_question_is_refused(conversation: Conversation) -> None:
     with pytest.raises(RequestError, match="the question is empty"):
-        conversation.ask(" \n", max_tokens=1)
+        conversation.ask(" \n", DecodeOptions())
 
 
 def test_a_full_context_says_so_and_offers_a_way_out(conversation: Conversation) -> None:
     context = conversation.context
     for length in (context, context + 1):  # no room, less than none; 3 tokens are the frame
         with pytest.raises(RequestError, match=rf"{length:,} tokens.*holds {context:,}; /reset"):
-            conversation.ask("x" * (length - 3), max_tokens=1)
+            conversation.ask("x" * (length - 3), DecodeOptions())
     ask(conversation, "x" * (context - 5), max_tokens=50)
     assert conversation.usage.answer_tokens == 2  # the room that was left
     with pytest.raises(RequestError, match="/reset"):
@@ -168,12 +170,12 @@ def test_another_model_goes_on_with_the_words(conversation: Conversation, tiny_m
     assert conversation.usage.cached_tokens == 0
 
 
-def test_calls_and_their_results_are_part_of_what_was_said(
+def test_calls_and_their_results_are_part_of_the_prompt(
     conversation: Conversation, tiny_model: Callable[..., Any]
 ) -> None:
     call = ToolCall("add", {"a": 1})
     conversation.turns = [Turn("q", "irrelevant", (300,), (Round("so", [301, 302], [call], ["3"]),))]
-    middle = [END, SYSTEM, *encode("3"), END, ASSISTANT]  # the format of this test knows but two roles
+    middle = [END, SYSTEM, *encode("3"), END, ASSISTANT]  # CharFormat has two roles
     assert conversation.ids() == [USER, *encode("q"), END, ASSISTANT, 301, 302, *middle, 300]
     conversation.switch(tiny_model(seed=1), CharTokenizer())  # type: ignore[arg-type]
     written = encode('so<|tool_call|>[{"name": "add", "arguments": {"a": 1}}]<|/tool_call|>')
@@ -186,14 +188,19 @@ def test_a_long_result_can_be_stopped_while_it_is_read(conversation: Conversatio
         return "y" * x
 
     conversation.toolbox = Toolbox([page], strict=False)
-    said = [*encode('functools[{"name": "page", "arguments": {"x": 200}}]'), END, END]
+    tokens = [*encode('functools[{"name": "page", "arguments": {"x": 200}}]'), END, END]
 
     def progress(done: int, total: int) -> None:
         if total > 150 and done:
             raise Interrupted
 
-    options = {"sampler": lambda logprobs: mx.array([said.pop(0)]), "prefill_step_size": 32}
-    events = list(conversation.ask("q", max_tokens=100, progress=progress, **options))
+    options = DecodeOptions(
+        max_tokens=100,
+        sampler=lambda logprobs: mx.array([tokens.pop(0)]),
+        prefill_step_size=32,
+        prompt_progress_callback=progress,
+    )
+    events = list(conversation.ask("q", options))
     assert [type(event).__name__ for event in events[-2:]] == ["ToolCall", "ToolResult"]
     (turn,) = conversation.turns
     assert turn.answer == "" and turn.rounds[0].results == ["y" * 200]

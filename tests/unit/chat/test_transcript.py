@@ -1,4 +1,4 @@
-"""A conversation as a file: complete or absent, and checked when it comes back."""
+"""A conversation as a file: complete or absent, and checked when it is read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CALLED = b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant",
 TURNS = [Turn("a\nquestion é", "ab", (97, 98)), Turn("<|end|><|system|>", "", ())]
 
 
-def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+def test_a_saved_conversation_is_loaded(tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
     transcript.save(path, "demo", "be brief", TURNS)
     assert transcript.load(path, TOKENIZER) == ("be brief", TURNS)
@@ -52,7 +52,7 @@ def test_calls_of_tools_are_saved_and_loaded_as_the_model_would_write_them(tmp_p
     asked = TINY.apply_chat_template(messages[:1])
     assert rendered[len(asked) : -2] == each.ids  # without <|end|> and <|assistant|>
 
-    messages[2:4] = messages[3], messages[2]  # another program's order
+    messages[2:4] = messages[3], messages[2]  # the order of another program
     assert transcript.from_messages(messages, TINY) == (None, [last, Turn("stopped", "", (), (each,))])
     del messages[2]["tool_call_id"], messages[3]["tool_call_id"]
     _, turns = transcript.from_messages(messages, TINY)
@@ -101,10 +101,10 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path: Path, monk
         (b'{"messages": [{"role": "user"}]}', "message 0 has no 'content'"),
         (b'{"messages": [{"role": "user", "content": 5}]}', "message 0 has no 'content'"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "message 0 has no 'content'"),
-        (b'{"messages": [{"role": "assistant", "content": "x"}]}', "'user' is due|due is 'user'"),
+        (b'{"messages": [{"role": "assistant", "content": "x"}]}', "it must be 'user'"),
         (b'{"messages": [{"role": "user", "content": "x"}]}', "has no answer"),
-        (b'{"messages": [{"role": "user", "content": "x"}, {"role": "tool", "content": "x"}]}', "due is 'assistant'"),
-        (CALLED % b'"x"', "message 1 has 'tool_calls' that are no names"),
+        (b'{"messages": [{"role": "user", "content": "x"}, {"role": "tool", "content": "x"}]}', "must be 'assistant'"),
+        (CALLED % b'"x"', "message 1 has 'tool_calls' other than names"),
         (CALLED % b'[{"function": {"name": "x", "arguments": "["}}]', "message 1 has 'tool_calls'"),
         (CALLED % b'[{"function": {"name": "x", "arguments": "[]"}}]', "message 1 has 'tool_calls'"),
         (CALLED % b'[{"function": {"name": "x", "arguments": {"a": "\\ud800"}}}]', "message 1 has 'tool_calls'"),

@@ -1,4 +1,4 @@
-"""What `phi4-mlx benchmark` counts; its speeds are the machine's own."""
+"""The counts and the table of `phi4-mlx benchmark`; speeds depend on the machine."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from phi4_mlx.commands import benchmark
-from phi4_mlx.generation.memory import kv_bytes
-from phi4_mlx.models.cache import PromptCache
+from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.text import Model
 from tests.conftest import BOUNDARY
 
@@ -35,19 +34,20 @@ def test_an_answer_that_crosses_the_boundary_is_of_one_table(
     assert (cache.regime, cache.rerun_tokens) == (regime, 0)
     assert cache.offset == length + 9  # the last token is drawn and not run
     assert first_s > 0 and decode_s > 0
-    assert kv_bytes_per_token == kv_bytes(model)
+    assert kv_bytes_per_token == model.context_cost().token_bytes
 
 
 def test_quantised_keys_and_values_are_counted_as_they_are_kept(tiny_model: TinyModel) -> None:
     model = tiny_model(hidden_size=192)  # heads of 32
     packed = benchmark.measure(model, 20, 2, kv_bits=4)[2]
-    assert packed == kv_bytes(model, kv_bits=4)
-    assert packed == kv_bytes(model) * (4 + 2) / 32  # of 32 bits: 4, and a scale and a bias for 32 numbers
+    assert packed == model.context_cost(4).token_bytes
+    # 6 of 32 bits: 4, and 2 for a scale and a bias of 32 bits each per 32 numbers
+    assert packed == model.context_cost().token_bytes * (4 + 2) / 32
 
 
 def test_a_step_reads_the_embedding_only_where_it_is_the_head(tiny_model: TinyModel) -> None:
     tied, apart = tiny_model(), tiny_model(tie_word_embeddings=False)
-    assert benchmark.weights_read(tied) == benchmark.weights_read(apart)
+    assert tied.step_bytes == apart.step_bytes
 
 
 def test_the_ceiling_of_phi_4_mini() -> None:

@@ -1,4 +1,4 @@
-"""The command that tells what contexts cost: the plan's numbers, for people and for programs."""
+"""The context command: the numbers of a memory plan as a table and as JSON."""
 
 from __future__ import annotations
 

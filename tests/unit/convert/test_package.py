@@ -239,7 +239,7 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], object], type[Phi4Error], str]] = 
     "unknown rope": (_edit_config(rope_scaling={"type": "ntk"}), ConfigError, "ntk"),
     "wrong shape": (_edit_config(intermediate_size=192), CheckpointError, "has shape"),
     "missing tensor": (_edit_config(num_hidden_layers=3), CheckpointError, "missing from the checkpoint"),
-    "extra tensor": (_extra_tensor, CheckpointError, "left over"),
+    "extra tensor": (_extra_tensor, CheckpointError, "is unexpected"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), CheckpointError, "holds no model"),
     "truncated": (lambda f: os.truncate(f / "model.safetensors", 5000), CheckpointError, "damaged"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), TokenizerError, "does not exist"),

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from phi4_mlx.generation import batch as batch_module
-from phi4_mlx.generation.batch import Batch, Fault, Rows, Sequence, Token
-from phi4_mlx.generation.memory import kv_bytes
+from phi4_mlx.generation.batch import Batch, BatchSequence, Fault, Token
 from phi4_mlx.generation.sampling import make_logits_processors, make_sampler
 from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.models.text import Model
@@ -48,13 +47,13 @@ def run(batch: Batch, each_step: Callable[[int], None] = lambda step: None) -> l
     return faults
 
 
-def drawn(sequence: Sequence) -> list[int]:
+def drawn(sequence: BatchSequence) -> list[int]:
     return sequence.ids[sequence.prompt_tokens :]
 
 
 def test_each_is_answered_as_alone_also_across_the_boundary(model: Model) -> None:
     asked = [*prompts(12), [7] * (BOUNDARY - 1), [8] * BOUNDARY, [9] * (BOUNDARY + 1), [5] * (BOUNDARY - 20)]
-    sequences = [Sequence(model, list(prompt), 10 + n * 3) for n, prompt in enumerate(asked)]
+    sequences = [BatchSequence(model, list(prompt), 10 + n * 3) for n, prompt in enumerate(asked)]
     batch = Batch(max_rows=8, prefill_step_size=48)
     for sequence in sequences:
         batch.add(sequence)
@@ -66,7 +65,7 @@ def test_each_is_answered_as_alone_also_across_the_boundary(model: Model) -> Non
 
 def test_sequences_may_join_and_leave_at_any_step(model: Model) -> None:
     asked = prompts(10, seed=1)
-    sequences = [Sequence(model, list(prompt), 25) for prompt in asked]
+    sequences = [BatchSequence(model, list(prompt), 25) for prompt in asked]
     batch, cut = Batch(), sequences[3]
     batch.add(sequences[0])
 
@@ -89,7 +88,7 @@ def test_samplers_and_processors_are_each_sequences_own(model: Model) -> None:
     for n, prompt in enumerate(asked):
         sampler = make_sampler(0.9, top_p=0.9, seed=n) if n % 2 else None
         processors = make_logits_processors(repetition_penalty=1.3) if n > 1 else []
-        sequences.append(Sequence(model, list(prompt), 20, sampler, processors))
+        sequences.append(BatchSequence(model, list(prompt), 20, sampler, processors))
         batch.add(sequences[-1])
     run(batch)
     for n, (sequence, prompt) in enumerate(zip(sequences, asked, strict=True)):
@@ -101,9 +100,9 @@ def test_samplers_and_processors_are_each_sequences_own(model: Model) -> None:
 
 def test_where_keys_and_values_would_outgrow_the_limit_the_youngest_waits(model: Model) -> None:
     asked = prompts(6, seed=4, longest=60)
-    limit = 3 * 256 * kv_bytes(model)
+    limit = 3 * 256 * model.context_cost().token_bytes
     batch = Batch(kv_limit_bytes=limit)
-    sequences = [Sequence(model, list(prompt), 300) for prompt in asked]
+    sequences = [BatchSequence(model, list(prompt), 300) for prompt in asked]
     for sequence in sequences:
         batch.add(sequence)
     most, under_way = 0, set()
@@ -115,7 +114,8 @@ def test_where_keys_and_values_would_outgrow_the_limit_the_youngest_waits(model:
         under_way.add(len(batch.active))
 
     assert not run(batch, look)
-    assert most <= limit + 2 * 256 * kv_bytes(model)  # looked at before a step, which may add a buffer to each
+    # The limit holds before a step, which may add a buffer to each.
+    assert most <= limit + 2 * 256 * model.context_cost().token_bytes
     assert {1, 2} <= under_way  # two that have grown are too many
     for sequence, prompt in zip(sequences, asked, strict=True):
         assert drawn(sequence) == alone(model, prompt, 300)
@@ -138,8 +138,8 @@ class Script:
 @pytest.mark.parametrize("length", [1, 3, 7, 8, 30])
 def test_forced_tokens_are_taken_in_few_or_many(model: Model, length: int) -> None:
     prompt, forced = prompts(1, seed=5, longest=50)[0], list(range(100, 100 + length))
-    masked = Sequence(model, list(prompt), 90, logits_mask=Script({4: forced, 9: forced}))
-    beside = Sequence(model, [1, 2, 3], 60)
+    masked = BatchSequence(model, list(prompt), 90, logits_mask=Script({4: forced, 9: forced}))
+    beside = BatchSequence(model, [1, 2, 3], 60)
     batch = Batch()
     batch.add(masked)
     batch.add(beside)
@@ -154,7 +154,7 @@ def test_forced_tokens_are_taken_in_few_or_many(model: Model, length: int) -> No
 
 
 def test_rows_of_which_none_has_anything_to_draw_go_on(model: Model) -> None:
-    sequences = [Sequence(model, [n, 2, 3], 12, logits_mask=Script({3: [100, 101, 102]})) for n in range(2)]
+    sequences = [BatchSequence(model, [n, 2, 3], 12, logits_mask=Script({3: [100, 101, 102]})) for n in range(2)]
     batch = Batch()
     for sequence in sequences:
         batch.add(sequence)
@@ -182,8 +182,8 @@ class Choosy(Script):
 
 
 def test_a_grammar_may_ask_for_another_token(model: Model) -> None:
-    masked = Sequence(model, [1, 2, 3], 10, logits_mask=Choosy({}))
-    beside = Sequence(model, [4, 5, 6], 10)
+    masked = BatchSequence(model, [1, 2, 3], 10, logits_mask=Choosy({}))
+    beside = BatchSequence(model, [4, 5, 6], 10)
     batch = Batch()
     batch.add(masked)
     batch.add(beside)
@@ -200,7 +200,7 @@ class Remembering:
         self.states: list[Any] = []
         self.recalled: list[int] = []
 
-    def recall(self, sequence: Sequence) -> Any:
+    def recall(self, sequence: BatchSequence) -> Any:
         known = self.ids[: len(sequence.ids) - 1]
         self.recalled.append(len(known))
         if not known or sequence.ids[: len(known)] != known:
@@ -209,7 +209,7 @@ class Remembering:
         cache.restore(known, [[array[..., : len(known), :] for array in state] for state in self.states], "short")
         return cache
 
-    def keep(self, sequence: Sequence) -> None:
+    def keep(self, sequence: BatchSequence) -> None:
         assert sequence.cache is not None and sequence.cache.offset == len(sequence.ids)
         self.ids, self.states = list(sequence.ids), [layer.state for layer in sequence.cache]
 
@@ -217,9 +217,9 @@ class Remembering:
 @pytest.mark.parametrize("chunk", [512, 16])
 def test_one_prompt_is_read_once_however_often_it_is_answered(model: Model, chunk: int) -> None:
     memory = Remembering()
-    batch = Batch(prefill_step_size=chunk, memory=memory)
+    batch = Batch(prefill_step_size=chunk, prefixes=memory)
     prompt = list(range(50))
-    sequences = [Sequence(model, list(prompt), 8) for _ in range(4)]
+    sequences = [BatchSequence(model, list(prompt), 8) for _ in range(4)]
     for sequence in sequences:
         batch.add(sequence)
     assert not run(batch)
@@ -232,7 +232,7 @@ def test_the_mistake_of_one_is_not_the_others(model: Model) -> None:
         raise ValueError("broken sampler")
 
     asked = prompts(3, seed=6)
-    good, bad, other = (Sequence(model, list(prompt), 12) for prompt in asked)
+    good, bad, other = (BatchSequence(model, list(prompt), 12) for prompt in asked)
     bad.sampler = broken
     batch = Batch()
     for sequence in (good, bad, other):
@@ -247,10 +247,10 @@ def test_rows_that_are_lost_begin_anew_once(
     model: Model, monkeypatch: pytest.MonkeyPatch, times: int, faults: int
 ) -> None:
     asked = prompts(3, seed=7, longest=30)
-    sequences = [Sequence(model, list(prompt), 12) for prompt in asked]
+    sequences = [BatchSequence(model, list(prompt), 12) for prompt in asked]
     batch, failures, settle = Batch(), times, batch_module._Group.settle
 
-    def failing(group: Any) -> list[Sequence]:
+    def failing(group: Any) -> list[BatchSequence]:
         nonlocal failures
         members = settle(group)
         if failures and len(members) == 3:
@@ -269,7 +269,7 @@ def test_rows_that_are_lost_begin_anew_once(
 
 def test_a_sequence_that_ends_leaves_a_cache_of_all_that_is_known(model: Model) -> None:
     asked = prompts(3, seed=8, longest=40)
-    sequences = [Sequence(model, list(prompt), 50) for prompt in asked]
+    sequences = [BatchSequence(model, list(prompt), 50) for prompt in asked]
     batch = Batch()
     for sequence in sequences:
         batch.add(sequence)
@@ -286,9 +286,9 @@ def test_a_sequence_that_ends_leaves_a_cache_of_all_that_is_known(model: Model) 
 
 
 def test_a_long_row_does_not_fill_up_the_short_ones(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_module, "PADDING", 16)
+    monkeypatch.setattr(batch_module, "MAX_PADDING", 16)
     batch = Batch()
-    sequences = [Sequence(model, [3] * length, 8) for length in (4, 5, 60, 6)]
+    sequences = [BatchSequence(model, [3] * length, 8) for length in (4, 5, 60, 6)]
     for sequence in sequences:
         batch.add(sequence)
     for _ in range(4):
@@ -305,7 +305,7 @@ def test_rows_are_masked_where_they_have_not_begun(model: Model) -> None:
         cache = model.make_cache()
         model(mx.array([[1] * length]), cache)
         caches.append(cache)
-    rows = Rows(model, "short")
+    rows = model.make_batch_cache("short")
     rows.join(caches[:2])
     rows.join(caches[2:])
     assert rows.lengths == [3, 7, 5]
@@ -318,7 +318,7 @@ def test_rows_are_masked_where_they_have_not_begun(model: Model) -> None:
 
 def test_models_share_a_batch_but_no_rows(model: Model) -> None:
     other = make_tiny_model(seed=9)
-    one, two = Sequence(model, [1, 2, 3], 8), Sequence(other, [1, 2, 3], 8)
+    one, two = BatchSequence(model, [1, 2, 3], 8), BatchSequence(other, [1, 2, 3], 8)
     batch = Batch()
     batch.add(one)
     batch.add(two)
@@ -330,7 +330,7 @@ def test_models_share_a_batch_but_no_rows(model: Model) -> None:
 
 def test_a_token_tells_its_log_probabilities(model: Model) -> None:
     batch = Batch()
-    batch.add(Sequence(model, [4, 5, 6], 2))
+    batch.add(BatchSequence(model, [4, 5, 6], 2))
     (token,) = batch.step()
     assert isinstance(token, Token) and token.logprobs is not None
     assert mx.exp(token.logprobs).sum().item() == pytest.approx(1, abs=1e-4)

@@ -12,6 +12,7 @@ import pytest
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import ContextPlan, check_context, memory_limit, plan_context
+from phi4_mlx.models.model import ContextCost
 from phi4_mlx.models.text import Model
 
 HEADS = {"hidden_size": 256, "head_dim": 128, "num_attention_heads": 24, "num_key_value_heads": 8}
@@ -88,7 +89,7 @@ def test_a_prefill_takes_what_is_planned(tiny_model: Callable[..., Model], kv_bi
     model = tiny_model(num_hidden_layers=12, max_position_embeddings=4096, **wide)
     plan, cache = plan_context(model, kv_bits), model.make_cache("long", kv_bits)
     others = mx.get_active_memory() - plan.weights_bytes
-    taken = peak(lambda: model.model(mx.ones((1, length), mx.int32), cache, rows=1)) - others
+    taken = peak(lambda: model.hidden(mx.ones((1, length), mx.int32), cache, rows=1)) - others
     assert 0.8 < taken / plan.peak_bytes(length) < 1.2, f"{taken / 1e6:.1f} MB, planned {plan.peak_bytes(length) / 1e6}"
 
 
@@ -106,8 +107,8 @@ def test_a_cache_holds_on_to_nothing_but_its_buffers(tiny_model: Callable[..., M
 
 def test_what_cannot_fit_is_refused_with_what_would() -> None:
     plan = ContextPlan(
-        weights_bytes=2 * 10**9, token_bytes=131_072, layer_bytes=4096, work_bytes=100_000, score_bytes=0,
-        longest=131_072, held=131_072, limit_bytes=8 * 10**9,
+        weights_bytes=2 * 10**9, cost=ContextCost(131_072, 4096, 0, 100_000, 0), longest=131_072, kept=131_072,
+        limit_bytes=8 * 10**9,
     )  # fmt: skip
     check_context(plan, plan.most_tokens)
     with pytest.raises(RequestError, match=rf"100,000 tokens need 15.* 8.0 GB: {plan.most_tokens:,} tokens; --kv"):

@@ -18,7 +18,8 @@ from phi4_mlx.adapters.layers import adapter_off, add_adapter
 from phi4_mlx.checkpoint import load_model
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.files.safetensors import read_whole_header
-from phi4_mlx.models.cache import KVCache, PromptCache
+from phi4_mlx.models.cache import CacheOptions, KVCache
+from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.text import Model
 from phi4_mlx.tokens.tokenizer import load_tokenizer
 from tests.char_tokenizer import CharTokenizer
@@ -74,7 +75,7 @@ def test_what_was_asked_of_a_cache_is_kept(tiny_model: TinyModel, tmp_path: Path
     save_prompt_cache(tmp_path / "kept", cache, model, TOKENIZER, {"title": "é\n", "text": ""})
     loaded, said = load_prompt_cache(tmp_path / "kept", model, TOKENIZER, return_metadata=True)
     assert said == {"title": "é\n", "text": ""}
-    assert (loaded.offset, loaded.regime, loaded.pinned, loaded[0].max_size) == (15, "long", "long", 512)
+    assert (loaded.offset, loaded.regime, loaded.options) == (15, "long", CacheOptions("long", None, 512))
     for n in (1, 505, 1):
         assert mx.array_equal(model(ids(n, n), loaded), model(ids(n, n), cache))
     assert not loaded.is_trimmable() and loaded.rerun_tokens == 0
@@ -118,7 +119,7 @@ def test_what_is_cut_moved_or_longer_is_refused(tiny_model: TinyModel, tmp_path:
     hole = whole[:a] + bytes(4096) + whole[a + 4096 :]
     for damaged in (b"", whole[:7], whole[:100], whole[:header], whole[:-1], whole + b"\0", swapped, hole):
         path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=r"is damaged: .*; make it anew"):
+        with pytest.raises(CheckpointError, match=r"is damaged: .*; make it again"):
             load_prompt_cache(path, model, TOKENIZER)
 
 
@@ -128,12 +129,12 @@ def test_other_files_are_refused(tiny_model: TinyModel, tiny_checkpoint: Callabl
         load_prompt_cache(path, model, TOKENIZER)
     with pytest.raises(CheckpointError, match="not a regular file"):
         load_prompt_cache(tmp_path, model, TOKENIZER)
-    with pytest.raises(CheckpointError, match="is no prompt cache of phi4_mlx"):
+    with pytest.raises(CheckpointError, match="is not a prompt cache of phi4_mlx"):
         load_prompt_cache(tiny_checkpoint() / "model.safetensors", model, TOKENIZER)
     save_prompt_cache(path, filled(model), model, TOKENIZER)
     old = b'"phi4_mlx_prompt_cache":"1"'
     path.write_bytes(path.read_bytes().replace(old, old.replace(b"1", b"2")))
-    with pytest.raises(CheckpointError, match="has the format '2', and only 1 is known"):
+    with pytest.raises(CheckpointError, match="has format '2'; only 1 is supported"):
         load_prompt_cache(path, model, TOKENIZER)
 
 
@@ -145,7 +146,7 @@ def test_another_model_or_tokenizer_is_refused(tiny_model: TinyModel, tmp_path: 
     weight = nearly.layers[1].mlp.down_proj.weight
     weight[17, 5] = weight[17, 5] * 1.0000002  # the norms and all but a number are the same
     for other in (tiny_model(seed=1), tiny_model(rms_norm_eps=1e-6), nearly):
-        with pytest.raises(CheckpointError, match="was made with another model, and fits nothing else"):
+        with pytest.raises(CheckpointError, match="was made with another model, and fits no other"):
             load_prompt_cache(path, other, TOKENIZER)
     renamed = CharTokenizer()
     renamed.fingerprint = lambda: "others"  # type: ignore[method-assign]
@@ -158,7 +159,7 @@ def test_another_adapter_is_refused(tiny_model: TinyModel, tmp_path: Path) -> No
 
     save_prompt_cache(path, filled(model), model, TOKENIZER)
     add_adapter(model, scale=2.0)
-    with pytest.raises(CheckpointError, match="was made without an adapter, and fits nothing else"):
+    with pytest.raises(CheckpointError, match="was made without an adapter, and fits no other"):
         load_prompt_cache(path, model, TOKENIZER)
     with adapter_off(model):  # the base, to the bit
         assert load_prompt_cache(path, model, TOKENIZER).offset == 40
@@ -169,7 +170,7 @@ def test_another_adapter_is_refused(tiny_model: TinyModel, tmp_path: Path) -> No
         add_adapter(model, scale=scale, seed=seed)
         with pytest.raises(CheckpointError, match="was made with another adapter"):
             load_prompt_cache(path, model, TOKENIZER)
-    with adapter_off(model), pytest.raises(CheckpointError, match="was made with an adapter, and fits nothing else"):
+    with adapter_off(model), pytest.raises(CheckpointError, match="was made with an adapter, and fits no other"):
         load_prompt_cache(path, model, TOKENIZER)
 
 
@@ -184,8 +185,8 @@ def test_what_cannot_be_kept_is_refused(tiny_model: TinyModel, tmp_path: Path) -
         layer.update_and_fetch(mx.zeros((1, 2, 3, 16)), mx.zeros((1, 2, 3, 16)))
     for cache, complaint in (
         (model.make_cache(), "it has 0 tokens; prefill a prompt first"),
-        (forgetful, "it has forgotten its oldest tokens"),
-        (two, "it holds 2 sequences"),
+        (forgetful, "it has dropped its oldest tokens"),
+        (two, "it has 2 sequences"),
         (unknown, "it knows the ids of 0 of its 3 tokens"),
         ([KVCache()], "a list cannot be saved"),
     ):
@@ -209,9 +210,9 @@ def test_only_a_regular_file_is_replaced(tiny_model: TinyModel, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("metadata", "complaint"),
     [
-        ({"phi4_mlx_prompt_cache": "9"}, "cannot have the name 'phi4_mlx_prompt_cache', which the format uses"),
-        ({"phi4_mlx.model": "x"}, "cannot have the name"),
-        ({"format": "x"}, "cannot have the name 'format'"),
+        ({"phi4_mlx_prompt_cache": "9"}, "name 'phi4_mlx_prompt_cache' is reserved by the format"),
+        ({"phi4_mlx.model": "x"}, "is reserved by the format"),
+        ({"format": "x"}, "name 'format' is reserved"),
         ({"a": 9}, "'a': 9 must be two texts in UTF-8"),
         ({9: 9}, "must be two texts in UTF-8"),
         ({"a": b"b"}, "must be two texts in UTF-8"),

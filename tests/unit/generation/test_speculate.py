@@ -13,7 +13,7 @@ import pytest
 
 from phi4_mlx import load, make_logits_processors, make_sampler
 from phi4_mlx.errors import RequestError
-from phi4_mlx.generation.speculate import MOST, DraftModel, Pace, PromptLookup, make_proposer
+from phi4_mlx.generation.speculate import MAX_GUESSES, DraftModel, Pace, PromptLookup, make_proposer
 from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.generation.stream import stream_generate
 from phi4_mlx.grammar.constraint import Constraint
@@ -216,11 +216,11 @@ def test_the_length_of_a_guess_follows_chance_and_cost() -> None:
     pace.took(1, 0.01)
     for _ in range(60):
         pace.took(5, 0.05)  # as long as five passes
-    assert pace.length(0.99, MOST) == 0
+    assert pace.length(0.99, MAX_GUESSES) == 0
     for _ in range(60):
         pace.took(5, 0.0104)
-    assert pace.length(0.99, MOST) == MOST and pace.length(0.99, 3) == 3
-    assert 0 < pace.length(0.6, MOST) < 8 and pace.length(0.02, MOST) == 0
+    assert pace.length(0.99, MAX_GUESSES) == MAX_GUESSES and pace.length(0.99, 3) == 3
+    assert 0 < pace.length(0.6, MAX_GUESSES) < 8 and pace.length(0.02, MAX_GUESSES) == 0
 
 
 def test_a_pass_that_was_held_up_does_not_count_for_long() -> None:
@@ -262,7 +262,7 @@ def test_a_draft_model_with_another_vocabulary_is_refused(tiny_model: Callable[.
 def test_when_there_are_no_guesses(tiny_model: Callable[..., Model]) -> None:
     model = tiny_model()
     assert make_proposer("off", model) is None
-    assert make_proposer("auto", model, seeded=True) is None and make_proposer("auto", model, bounded=True) is None
+    assert make_proposer("auto", model, seeded=True) is None and make_proposer("auto", model, rewindable=False) is None
     draft = make_proposer("auto", model, tiny_model(seed=1), seeded=True)  # that was asked for, and needs no clock
     assert isinstance(draft, DraftModel) and not draft.pace.timed
     lookup = make_proposer("lookup", model, seeded=True)

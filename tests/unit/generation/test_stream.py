@@ -364,7 +364,7 @@ def test_a_mask_may_allow_all_and_refuse_what_was_drawn(tiny_model: Callable[...
 def test_a_wrong_grammar_ends_generation_with_an_error_of_ours(pair: tuple[Model, Any]) -> None:
     model, tokenizer = pair
     constraint = Constraint(json_schema(CITY), tokenizer, 512)
-    with pytest.raises(RequestError, match="cannot be held to its grammar"):
+    with pytest.raises(RequestError, match="cannot follow its grammar"):
         biased = make_sampler()
         list(generate_step([1], model, sampler=lambda logprobs: biased(logprobs) * 0 + 9, logits_mask=constraint))
 
@@ -425,7 +425,7 @@ def test_a_schema_that_cannot_be_answered_is_refused(
 def test_a_block_that_stands_twice_has_all_rows_the_first_time(tiny_model: Callable[..., Model]) -> None:
     model, ids = tiny_model(), mx.arange(20)[None]
     model.model.layers[0] = model.layers[1]
-    assert mx.allclose(model.model(ids, model.make_cache(), rows=2), model.model(ids)[:, -2:], rtol=0, atol=1e-5)
+    assert mx.allclose(model.hidden(ids, model.make_cache(), rows=2), model.hidden(ids)[:, -2:], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
@@ -436,7 +436,7 @@ def test_the_last_rows_alone_are_those_of_the_whole(tiny_model: Callable[..., Mo
     for cache in (whole, part):
         if cached:
             model(ids[:, :cached], cache)
-    expected = model.model(ids[:, cached:], whole)[:, -rows:]
-    assert mx.allclose(model.model(ids[:, cached:], part, rows=rows), expected, rtol=0, atol=1e-5)
+    expected = model.hidden(ids[:, cached:], whole)[:, -rows:]
+    assert mx.allclose(model.hidden(ids[:, cached:], part, rows=rows), expected, rtol=0, atol=1e-5)
     for one, other in zip(whole, part, strict=True):
         assert all(map(mx.array_equal, one.state, other.state))

@@ -1,4 +1,4 @@
-"""JSON schemas: what is refused and how, what is written differently, and classes as schemas."""
+"""JSON schemas: which are refused and how, which are normalised, and classes as schemas."""
 
 from __future__ import annotations
 
@@ -13,13 +13,9 @@ import pytest
 from phi4_mlx.errors import RequestError
 from phi4_mlx.grammar.grammars import json_schema, tool_calls
 from phi4_mlx.grammar.schema import plain_schema
+from phi4_mlx.tools.declarations import MAX_PROPERTIES
 from phi4_mlx.tools.hints import class_schema
-
-STRING = {"type": "string"}
-
-
-def obj(properties: dict[str, Any], *required: str, **more: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": list(required), **more}
+from tests.json_schemas import STRING, obj
 
 
 def deep(n: int) -> dict[str, Any]:
@@ -30,10 +26,18 @@ def deep(n: int) -> dict[str, Any]:
 
 
 def row(link: str, count: int, backwards: bool = False) -> dict[str, Any]:
-    """Definitions each of which refers to the next."""
+    """A chain of definitions, each of which refers to the next."""
     links = [(str(n), json.loads(link.replace("NEXT", f"#/$defs/{n + 1}"))) for n in range(count)]
     links.append((str(count), {}))
     return {"$defs": dict(reversed(links) if backwards else links), "$ref": "#/$defs/0"}
+
+
+@pytest.fixture(scope="module")
+def largest_s() -> float:
+    """Seconds of processor time to check a schema with as many properties as can be served."""
+    start = time.process_time()
+    json_schema(obj({f"p{n}": STRING for n in range(MAX_PROPERTIES)}))
+    return time.process_time() - start
 
 
 @pytest.mark.parametrize(
@@ -53,11 +57,11 @@ def row(link: str, count: int, backwards: bool = False) -> dict[str, Any]:
         (deep(65), "deeper than 64"),
         (deep(5_000), "deeper than 64"),
         ({"properties": {"a": 5}}, "a schema must be an object, not 5"),
-        ({"$ref": "https://example.com/s.json"}, "leads elsewhere.*nothing is fetched"),
-        ({"$ref": "other.json#/a"}, "leads elsewhere"),
-        ({"$ref": "#name"}, "leads elsewhere"),
+        ({"$ref": "https://example.com/s.json"}, "is outside it.*nothing is fetched"),
+        ({"$ref": "other.json#/a"}, "is outside it"),
+        ({"$ref": "#name"}, "is outside it"),
         ({"$ref": "#/$defs/none"}, "none"),
-        ({"$defs": {"a": {"$id": "b", **STRING}}}, "'\\$id' inside"),
+        ({"$defs": {"a": {"$id": "b", **STRING}}}, "nested '\\$id'"),
         *[
             (obj({"a": {keyword: value}}), f"'{keyword.replace('$', '.')}'")
             for keyword, value in {
@@ -98,7 +102,7 @@ def row(link: str, count: int, backwards: bool = False) -> dict[str, Any]:
         (obj({"a": STRING, "b": STRING}, maxProperties=1, minProperties=True), "minProperties"),
         ({"type": "object", "patternProperties": {"^a": STRING, "b": {"type": "integer"}}}, "disjoint"),
         ({"type": "integer", "multipleOf": 0}, "'multipleOf' must be a number above 0"),
-        ({"type": "integer", "multipleOf": 123_457}, "come to 123,457.*100,000"),
+        ({"type": "integer", "multipleOf": 123_457}, "add up to 123,457.*100,000"),
         ({"allOf": [{"anyOf": [obj({f"p{n}{m}": STRING}) for m in range(4)]} for n in range(6)]}, "4,096 combinations"),
         ({"allOf": [{"type": "string", "pattern": f"(a|b)*a(a|b){{{n}}}c"} for n in range(12)]}, "4,096 combinations"),
         ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "never end"),
@@ -113,20 +117,20 @@ def row(link: str, count: int, backwards: bool = False) -> dict[str, Any]:
         ({"type": "string", "minLength": 20_000}, "obeyed by no answer of up to 10,000"),
     ],
 )
-def test_a_schema_that_cannot_be_kept_is_refused(schema: Any, message: str) -> None:
-    start = time.perf_counter()
+def test_an_unsupported_schema_is_refused(schema: Any, message: str, largest_s: float) -> None:
+    start = time.process_time()
     with pytest.raises(RequestError, match=message) as caught:
         json_schema(schema)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 100 * largest_s
 
 
-def test_references_in_a_row_may_be_many() -> None:
+def test_a_chain_of_references_may_be_long() -> None:
     json_schema(row('{"items": {"$ref": "NEXT"}}', 90))
     json_schema({"$defs": {"a": {"items": {"$ref": "#/$defs/a"}}}, "$ref": "#/$defs/a"})
 
 
-def test_nothing_given_is_changed() -> None:
+def test_the_given_schema_is_not_changed() -> None:
     schema = {"oneOf": [{"const": 1}, {"const": 2}], "$defs": {"a": obj({"b": {"$ref": "#"}})}}
     before = json.dumps(schema)
     assert plain_schema(schema, at="#/$defs/t0", closed=True).schema != schema
@@ -134,7 +138,7 @@ def test_nothing_given_is_changed() -> None:
     assert json.dumps(schema) == before
 
 
-def test_references_follow_to_where_the_schema_will_stand() -> None:
+def test_references_move_with_the_schema() -> None:
     schema = obj(
         {"a": {"$ref": "#"}, "b": {"$ref": "#/$defs/c"}}, **{"$defs": {"c": STRING}, "$id": "x", "$schema": "y"}
     )
@@ -178,7 +182,7 @@ class Everything:
     rest: list[Any] = field(default_factory=list)
 
 
-def test_an_answer_becomes_what_the_hints_of_a_dataclass_say() -> None:
+def test_an_answer_becomes_an_instance_of_its_dataclass() -> None:
     schema, read = class_schema(Everything)
     assert schema["required"] == ["point", "either", "colour", "pair", "many", "by_name", "size", "number"]
     json_schema(schema, closed=True)
@@ -202,7 +206,7 @@ class Odd:
 
 
 @pytest.mark.parametrize("kind", [int, 5, "x", None, [Point], Point(1.0)])
-def test_what_is_no_schema_is_refused(kind: Any) -> None:
+def test_a_value_that_is_not_a_schema_is_refused(kind: Any) -> None:
     with pytest.raises(RequestError, match="must be a JSON schema, a dataclass or a pydantic model"):
         class_schema(kind)
 

@@ -1,4 +1,4 @@
-"""What a person sees: steps in a line, the time that is left, and a bar on a terminal alone."""
+"""Output for people: a line per step, the remaining time, and a bar on a terminal only."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_no_finer_than_it_can_be_known(seconds: float, words: str) -> None:
 
 
 def test_a_pipe_has_a_line_now_and_then_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of a resumed run: its own steps alone say how long one takes."""
+    """Also in a resumed run, which estimates from its own steps only."""
     now = 100.0
     monkeypatch.setattr(display.time, "monotonic", lambda: now)
     told: list[str] = []

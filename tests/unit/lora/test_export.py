@@ -1,4 +1,4 @@
-"""Adapters to and from PEFT: what is refused, and why; the logits are in tests/conformance/test_peft.py."""
+"""Adapters to and from PEFT: refusals; equality of logits is tested in tests/conformance/test_peft.py."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_the_command_does_both_ways(adapter: Path, tmp_path: Path, capsys: pytes
     [
         ([], "one of the arguments --peft --from-peft is required"),
         (["--peft", "{out}", "--from-peft", "{peft}"], "not allowed with"),
-        (["--peft", "{out}", "--model", "m"], "--model m goes with --from-peft"),
+        (["--peft", "{out}", "--model", "m"], "--model m needs --from-peft"),
         (["--adapter-path", "{adapter}", "--peft", "{adapter}"], "already exists"),
         (["--adapter-path", "{peft}", "--peft", "{out}"], "has no lora_parameters"),
         (["--adapter-path", "nowhere", "--peft", "{out}"], "nowhere holds no adapter_config.json"),
@@ -244,6 +244,6 @@ def test_a_fault_while_writing_leaves_nothing(adapter: Path, tmp_path: Path, mon
 
 def test_whole_weights_are_no_adapter(tiny_model: TinyModel, tmp_path: Path) -> None:
     save_adapter(tiny_model().unfreeze(), tmp_path / "full", {})
-    with pytest.raises(RequestError, match="holds whole weights, no adapter; `phi4-mlx fuse`"):
+    with pytest.raises(RequestError, match="holds full weights, not an adapter; convert it with `phi4-mlx fuse`"):
         to_peft(tmp_path / "full", tmp_path / "out")
     shutil.rmtree(tmp_path / "full")

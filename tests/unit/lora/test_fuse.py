@@ -1,4 +1,4 @@
-"""An adapter fused into its base: the same model, as a package that needs no adapter, whole or absent."""
+"""An adapter fused into its base: the same model as a package without an adapter, complete or absent."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def train_adapter(base: Path, folder: Path, kind: str = "lora", size: float = 0.1, **options: Any) -> Path:
-    """Saves an adapter for a base, moved away from where a fresh one is."""
+    """Saves an adapter for a base; unlike a fresh one, it changes the output."""
     model, _ = load(base)
     add_adapter(model, **{"rank": 4, "scale": 2.0, "kind": kind} | options)
     for n, layer in enumerate(adapter_layers(model).values()):

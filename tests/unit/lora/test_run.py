@@ -1,4 +1,4 @@
-"""A run from Python: what it tells, what it leaves, whose folders it leaves alone, and in which order mistakes come."""
+"""A run from Python: messages, files, folders that it refuses, and the order of the checks."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_run_leaves_all_and_tells_it(given: dict[str, Any], tmp_path: Path) ->
     assert config["model"] == given["model"] and config["num_layers"] == 2
     text = "\n".join(told)
     for expected in (
-        "train: 20 samples", "valid: 4 samples", "test: 4 samples", "numbers to train; steps 1 to 6 = 1.5 epochs",
+        "train: 20 samples", "valid: 4 samples", "test: 4 samples", "parameters to train; steps 1 to 6 = 1.5 epochs",
         "predicted peak", "step 2: loss", "targets/s", "adapter in", "metrics in", "best validation loss", "perplexity",
     ):  # fmt: skip
         assert expected in text, expected
@@ -92,7 +92,7 @@ def test_many_epochs_are_told(given: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("task", ["dpo", "orpo"])
 def test_pairs_have_accuracy_and_margin_of_their_own_step(given: dict[str, Any], task: str) -> None:
-    """Not of the plan's probes, nor of the validation before."""
+    """Pairs of the memory plan's probes and of the last validation do not count."""
     del given["mask_prompt"]
     pairs = str(Path(given["data"]).with_name("pairs"))
     done, told = run(given, task=task, data=pairs, steps_per_eval=1, test=True, max_seq_length=32, save_every=1)
@@ -113,7 +113,7 @@ def test_it_resumes_says_that_a_run_had_ended_and_mends_its_adapter(given: dict[
     file.unlink()
     again, told = run(given, resume=True)
     assert again.step == 6 and again.loss is None and file.read_bytes() == kept
-    assert any("had ended: step 6 was its last; another --adapter-path goes on" in line for line in told)
+    assert any("has ended: step 6 was its last; use another --adapter-path to continue" in line for line in told)
     assert len(metrics(done.adapter_path)) == 6 and not any("predicted peak" in line for line in told)
 
 
@@ -122,7 +122,7 @@ def test_a_run_that_stopped_early_has_ended_until_it_is_given_more_patience(give
     done, told = run(given, **options)
     assert done.step == 9 and any("stopped after step 9: validation no longer improves" in line for line in told)
     again, told = run(given, resume=True, **options)
-    assert again.step == 9 and any("had ended: validation no longer improved" in line for line in told)
+    assert again.step == 9 and any("has ended: validation no longer improves" in line for line in told)
     assert run(given, resume=True, **{**options, "patience": 3})[0].step == 12
 
 
@@ -140,7 +140,7 @@ def test_nobodys_adapter_is_written_over(given: dict[str, Any], file: str) -> No
     folder = Path(given["adapter_path"])
     folder.mkdir()
     (folder / file).write_bytes(b"{}")
-    with pytest.raises(RequestError, match=r"holds an adapter already.*name another --adapter-path"):
+    with pytest.raises(RequestError, match=r"holds an? (PEFT )?adapter already.*name another --adapter-path"):
         run(given)
     assert [path.name for path in folder.iterdir()] == [file]
 
@@ -151,7 +151,7 @@ def test_one_may_go_on_from_an_adapter_in_its_own_folder_but_not_over_a_run_or_p
     done, _ = run(given, iters=3)
     folder = done.adapter_path
     for name in ("", "adapters.safetensors"):
-        with pytest.raises(RequestError, match="holds a run already; --resume goes on"):
+        with pytest.raises(RequestError, match="holds a run already; continue it with --resume"):
             run(given, resume_adapter_file=str(folder / name))
         shutil.rmtree(folder / "checkpoints")
         first = metrics(folder)[-1]["loss"]
@@ -159,10 +159,10 @@ def test_one_may_go_on_from_an_adapter_in_its_own_folder_but_not_over_a_run_or_p
         assert metrics(folder)[0]["loss"] != first
     shutil.rmtree(folder / "checkpoints")
     shutil.copytree(folder, tmp_path / "other")
-    with pytest.raises(RequestError, match=r"holds an adapter already, .* or go on from it with --resume-adapter-file"):
+    with pytest.raises(RequestError, match=r"holds an adapter already, .* or start from it with --resume-adapter-file"):
         run(given, resume_adapter_file=str(tmp_path / "other"))
     (folder / "adapter_model.safetensors").touch()
-    with pytest.raises(RequestError, match=r"an adapter already of PEFT, which .*name another --adapter-path$"):
+    with pytest.raises(RequestError, match=r"a PEFT adapter already, which .*name another --adapter-path$"):
         run(given, resume_adapter_file=str(folder))
 
 
@@ -170,7 +170,7 @@ def test_what_a_killed_run_left_before_its_first_checkpoint_is_begun_over(given:
     folder = Path(given["adapter_path"])
     (folder / "checkpoints" / ".00000003.partial").mkdir(parents=True)
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
-    with pytest.raises(RequestError, match="holds no checkpoint to go on from; leave --resume out"):
+    with pytest.raises(RequestError, match="holds no checkpoint to resume from; leave --resume out"):
         run(given, resume=True)
     assert len(metrics(run(given)[0].adapter_path)) == 6
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["00000003", "00000006"]
@@ -216,7 +216,7 @@ def test_the_library_of_report_to_and_the_folder_come_before_the_model(
     with pytest.raises(RequestError, match="no checkpoint"):
         run(given, resume=True)
     Path(given["adapter_path"]).touch()
-    with pytest.raises(RequestError, match="adapter is no folder; name another --adapter-path"):
+    with pytest.raises(RequestError, match="adapter is not a folder; name another --adapter-path"):
         run(given)
 
 
@@ -260,13 +260,13 @@ def test_full_fine_tuning_trains_the_last_blocks_or_everything(given: dict[str, 
     assert before.keys() == after.keys() and all(mx.array_equal(before[name], after[name]) for name in before)
     with pytest.raises(RequestError, match=r"holds model\.embed_tokens\.weight, which --num-layers 1 leaves out"):
         run(given, **begun, resume_adapter_file=str(everything.adapter_path), num_layers=1)
-    with pytest.raises(RequestError, match="DPO measures from the base, so --fine-tune-type full cannot serve"):
+    with pytest.raises(RequestError, match="DPO compares with the base, which --fine-tune-type full changes"):
         run({**given, **begun}, task="dpo", data=str(Path(given["data"]).with_name("pairs")))
 
 
 @pytest.fixture
 def adapter(given: dict[str, Any], tmp_path: Path) -> Path:
-    """An adapter of rank 4 for the last block, that says something."""
+    """An adapter of rank 4 for the last block that changes the output."""
     model, _ = load(given["model"])
     add_adapter(model, rank=4, scale=2.0, num_layers=1, seed=5)
     model.layers[1].mlp.down_proj.lora_b += 0.1
@@ -293,7 +293,7 @@ def test_the_adapter_to_begin_with_is_the_file_that_was_named(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fine_tune_type": "dora"}, "is of the kind lora, and --fine-tune-type is dora; --fine-tune-type lora goes"),
+        ({"fine_tune_type": "dora"}, "is of the kind lora, and --fine-tune-type is dora; use --fine-tune-type lora"),
         ({"fine_tune_type": "full"}, "is of the kind lora"),
         ({"lora_parameters": {"rank": 8}}, "has rank 4, and the settings say 8; leave rank out"),
         ({"lora_parameters": {"scale": 20.0}}, "has scale 2.0, and the settings say 20.0"),

@@ -1,4 +1,4 @@
-"""Options: one source of limits for flags, YAML and Python; mlx-lm's files as they are; every mistake is one line."""
+"""Options: the same limits for flags, YAML and Python; mlx-lm's files work unchanged; every mistake is one line."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_numbers_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: float) 
 
 
 def test_a_file_of_mlx_lm_is_taken_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its own example, but for the model's keys; what makes no difference here is told in one line."""
+    """mlx-lm's example, except for the model's keys; options without effect are reported in one line."""
     settings = from_yaml(
         tmp_path,
         """
@@ -146,7 +146,7 @@ def test_a_file_of_mlx_lm_is_taken_as_it_is(tmp_path: Path, capsys: pytest.Captu
     assert settings.lr_schedule == Schedule("cosine_decay", (1e-5, 1000, 1e-7), 100, 1e-7)
     assert settings.optimizer_config == {"betas": [0.8, 0.98], "eps": 1e-6, "bias_correction": True}
     told = capsys.readouterr().err.splitlines()
-    assert told == [f"{tmp_path / 'c.yaml'}: clear_cache_threshold, project_name changes nothing here"]
+    assert told == [f"{tmp_path / 'c.yaml'}: clear_cache_threshold, project_name has no effect here"]
 
 
 def test_flags_win_over_the_file_also_where_the_file_speaks_of_several_optimizers(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_dataset_in_mlx_lms_words_is_our_data(tmp_path: Path) -> None:
 def test_mlx_lms_flags_without_effect_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     args = _parser().parse_args(["--project-name", "x", "--clear-cache-threshold", "1GB", "--trust-remote-code"])
     _settings(args)
-    assert capsys.readouterr().err.count("changes nothing here") == 3
+    assert capsys.readouterr().err.count("has no effect here") == 3
     assert "--project-name" not in _parser().format_help()
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.steps import generate_step
-from phi4_mlx.models.cache import KVCache, PromptCache
+from phi4_mlx.models.cache import KVCache
+from phi4_mlx.models.prompt_cache import MAX_PIECES, PromptCache
 from phi4_mlx.models.text import Model
 
 BOUNDARY = 64  # of the tiny models
@@ -171,7 +172,7 @@ def test_many_single_tokens_stay_few_pieces(tiny_model: Callable[..., Model]) ->
     cache, prompt = model.make_cache("long"), ids(600)
     for at in range(600):
         model(prompt[:, at : at + 1], cache)
-    assert len(cache._pieces) <= KVCache.STEP
+    assert len(cache._ids._pieces) <= MAX_PIECES
     assert mx.array_equal(cache.ids, prompt)
 
 

@@ -1,4 +1,4 @@
-"""What comes from outside: who may ask, whence, with which key, how much and how slowly."""
+"""The guard: hosts, origins, keys, and limits on the size and the time of a request."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hmac
 import json
+import socket
 from collections.abc import AsyncIterator, Iterable, MutableMapping
 from typing import Any
 
@@ -16,13 +17,14 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.server import __main__ as command
 from phi4_mlx.server import guard as guard_module
 from phi4_mlx.server.app import App
-from phi4_mlx.server.guard import BODY_BYTES, HEADER_BYTES, LOOPBACK_NAMES, Guard, is_loopback
+from phi4_mlx.server.guard import LOOPBACK_NAMES, Guard, is_loopback
+from phi4_mlx.server.limits import BODY_BYTES, HEADER_BYTES
 
 Headers = dict[str, str]
 
 
 class Inner:
-    """The application behind the guard; keeps what reached it."""
+    """The application behind the guard; keeps the bodies that reached it."""
 
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
@@ -92,7 +94,7 @@ def guarded(
         ("LocalHost", True),
         ("127.0.0.1", True),
         ("[::1]", True),
-        ("evil.example", False),  # a name that its owner lets point at 127.0.0.1
+        ("evil.example", False),  # its owner can point it at 127.0.0.1
         ("localhost.evil.example", False),
         ("127.0.0.1.evil.example", False),
         ("evil.example:80@localhost", False),
@@ -102,11 +104,11 @@ def guarded(
         ("\xff", False),
     ],
 )
-def test_the_server_answers_to_its_own_names_alone(host: str, port: str, through: bool) -> None:
+def test_only_its_own_names_are_accepted(host: str, port: str, through: bool) -> None:
     assert status(guarded(), headers={"host": host + port}) == (200 if through else 403)
 
 
-def test_without_a_host_there_is_no_answer_unless_any_will_do() -> None:
+def test_a_request_without_a_host_is_refused() -> None:
     assert status(guarded(), headers={"host": ""}) == 403
     assert status(guarded(hosts=None), headers={"host": "any.example"}) == 200
 
@@ -117,7 +119,7 @@ def test_without_a_host_there_is_no_answer_unless_any_will_do() -> None:
     [
         ("http://localhost:8080", True),  # the server's own page
         ("HTTP://LOCALHOST:8080", True),
-        ("http://localhost:8081", False),  # another server of this machine
+        ("http://localhost:8081", False),  # another server on this machine
         ("http://localhost", False),
         ("https://evil.example", False),
         ("http://evil.example/localhost:8080", False),
@@ -131,7 +133,7 @@ def test_without_a_host_there_is_no_answer_unless_any_will_do() -> None:
         ("https://FRIEND.example", False),
     ],
 )
-def test_pages_of_other_origins_may_not_ask(method: str, origin: str, through: bool) -> None:
+def test_pages_of_other_origins_are_refused(method: str, origin: str, through: bool) -> None:
     app = guarded(origins=("https://friend.example",))
     code, headers, _ = asyncio.run(ask(app, method, headers={"host": "localhost:8080", "origin": origin}))
     assert code == (403 if not through else 204 if method == "OPTIONS" else 200)
@@ -140,20 +142,20 @@ def test_pages_of_other_origins_may_not_ask(method: str, origin: str, through: b
     )
 
 
-def test_a_missing_host_is_no_ones_origin() -> None:
+def test_a_missing_host_matches_no_origin() -> None:
     assert status(guarded(hosts=None), headers={"host": "", "origin": "null"}) == 403
 
 
-def test_a_preflight_needs_no_key_and_tells_what_may_be_sent() -> None:
+def test_a_preflight_needs_no_key_and_lists_the_headers() -> None:
     app = guarded(key="k", origins=("*",))
     code, headers, _ = asyncio.run(ask(app, "OPTIONS", headers={"origin": "https://any.example"}))
     assert code == 204 and headers["access-control-allow-origin"] == "https://any.example"
     assert headers["access-control-allow-methods"] == "GET, POST" and headers["vary"] == "Origin"
     assert {"authorization", "*"} == set(headers["access-control-allow-headers"].split(", "))
-    # A refusal too can be read by the page.
+    # The page can read a refusal too.
     code, headers, _ = asyncio.run(ask(app, headers={"origin": "https://any.example"}))
     assert code == 401 and headers["access-control-allow-origin"] == "https://any.example"
-    assert status(app, method="OPTIONS") == 401  # no page asks without an origin
+    assert status(app, method="OPTIONS") == 401  # a page always sends its origin
 
 
 def routes() -> list[tuple[str, str]]:
@@ -206,7 +208,7 @@ def basic(text: str) -> str:
         ({"x-api-key": "\xff"}, False),
     ],
 )
-def test_the_key_comes_as_a_client_likes_and_must_be_the_whole(headers: Headers, through: bool) -> None:
+def test_the_key_has_three_forms_and_must_match_exactly(headers: Headers, through: bool) -> None:
     assert status(guarded(key="s3cret"), headers=headers) == (200 if through else 401)
 
 
@@ -236,7 +238,7 @@ def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> 
     [
         ("application/json", True),
         ("Application/JSON; charset=utf-8", True),
-        ("text/plain", False),  # what a page of any origin can send without being asked about it first
+        ("text/plain", False),  # a page of any origin can send it without a preflight
         ("application/x-www-form-urlencoded", False),
         ("multipart/form-data", False),
         ("application/json-not", False),
@@ -250,7 +252,7 @@ def test_a_body_must_say_that_it_is_json(kind: str, through: bool) -> None:
 
 
 class Parts:
-    """A body in parts, as from a socket, which knows how much of it was read."""
+    """A body in parts, as from a socket; counts the parts that were read."""
 
     def __init__(self, count: float, size: int = 2**20, pause_s: float = 0.0) -> None:
         self.count, self.part, self.pause_s, self.read = count, b"x" * size, pause_s, 0
@@ -282,14 +284,14 @@ def test_a_body_that_announces_too_much_is_not_read(length: str) -> None:
     assert status(guarded(), headers={"content-length": length}, body=parts) == 413 and parts.read == 0
 
 
-def test_a_body_that_is_too_slow_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_body_is_answered_408(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard_module, "REQUEST_S", 0.1)
     parts = Parts(float("inf"), size=1, pause_s=0.03)
     code, headers, _ = asyncio.run(ask(guarded(), body=parts))
     assert code == 408 and headers["connection"] == "close" and parts.read < 10
 
 
-def test_a_body_that_is_cut_off_goes_no_further() -> None:
+def test_an_incomplete_body_does_not_reach_the_application() -> None:
     app = guarded()
 
     async def main() -> list[int]:
@@ -316,7 +318,7 @@ def test_headers_have_a_limit_however_fast_they_come() -> None:
     assert status(guarded(), path="/" + "y" * HEADER_BYTES) == 431
 
 
-def test_what_is_behind_may_still_learn_that_the_client_has_left() -> None:
+def test_the_application_still_receives_the_disconnect() -> None:
     heard = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -347,22 +349,44 @@ def test_what_is_behind_may_still_learn_that_the_client_has_left() -> None:
         *((host, False) for host in ("0.0.0.0", "::", "192.168.0.1", "example.com", "localhost.example", "", "127.1")),
     ],
 )
-def test_which_addresses_are_this_machines_alone(host: str, loopback: bool) -> None:
+def test_loopback_addresses(host: str, loopback: bool) -> None:
     assert is_loopback(host) == loopback
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1"])
-def test_other_machines_can_only_be_served_with_a_key(host: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_serving_other_machines_needs_a_key(host: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.delenv(command.KEY_VARIABLE, raising=False)
-    monkeypatch.setattr(command, "_listener", lambda *_: pytest.fail("it would listen"))
+    monkeypatch.setattr(command, "open_listener", lambda *_: pytest.fail("it would listen"))
     assert command.main(["--host", host, "--port", "0", "--model", "demo"]) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and "--api-key" in line and host in line
 
     def listening(*_: Any) -> Any:
-        raise RequestError("as far as it need go")
+        raise RequestError("listening")
 
-    monkeypatch.setattr(command, "_listener", listening)
+    monkeypatch.setattr(command, "open_listener", listening)
     monkeypatch.setenv(command.KEY_VARIABLE, "k")
     assert command.main(["--host", host, "--port", "0", "--model", "demo"]) == 2
-    assert "as far as it need go" in capsys.readouterr().err
+    assert "listening" in capsys.readouterr().err
+
+
+def test_small_writes_are_sent_at_once() -> None:
+    """With Nagle's algorithm, an answer in two writes waits 40 ms for the client's delayed acknowledgement."""
+
+    async def main() -> int:
+        loop = asyncio.get_running_loop()
+        connected: asyncio.Future[int] = loop.create_future()
+
+        class Accepted(asyncio.Protocol):
+            def connection_made(self, transport: Any) -> None:
+                connection = transport.get_extra_info("socket")
+                connected.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+        with command.open_listener("127.0.0.1", 0) as listener:
+            server = await loop.create_server(Accepted, sock=listener)
+            with socket.create_connection(listener.getsockname()):
+                no_delay = await connected
+            server.close()
+        return no_delay
+
+    assert asyncio.run(main())

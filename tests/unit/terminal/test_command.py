@@ -1,8 +1,9 @@
-"""The door of every command: one line, the right exit code, no traceback unless asked for."""
+"""The frame of every command: one line, the right exit code, a traceback only with --debug."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import subprocess
@@ -14,13 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi4_mlx.errors import ConfigError, RequestError
+from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.terminal.command import Parser, number, run, text, utf8
-from phi4_mlx.terminal.options import add_decoding_options, check_decoding_options
+from phi4_mlx.terminal.options import SAMPLING, add_decoding_options, check_decoding_options
 from phi4_mlx.terminal.printable import one_line, printable
 from tests.conftest import ROOT
 
 
-def door(work: Callable[[argparse.Namespace], None], *argv: str) -> int:
+def run_with(work: Callable[[argparse.Namespace], None], *argv: str) -> int:
     return run(Parser(prog="phi4-mlx test", description=""), work, argv)
 
 
@@ -45,33 +47,33 @@ def failing(error: BaseException) -> Callable[[argparse.Namespace], None]:
 def test_an_error_is_one_line_and_an_exit_code(
     error: Exception, code: int, line: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert door(failing(error)) == code
+    assert run_with(failing(error)) == code
     out, err = capfd.readouterr()
     assert out == ""
     assert err.startswith(line) and err.count("\n") == 1
 
 
 def test_debug_adds_the_traceback(capfd: pytest.CaptureFixture[str]) -> None:
-    assert door(failing(RequestError("no")), "--debug") == 2
+    assert run_with(failing(RequestError("no")), "--debug") == 2
     err = capfd.readouterr().err
     assert "Traceback" in err and err.endswith("phi4-mlx test: no\n")
 
 
 def test_an_unknown_option_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
-    assert door(lambda args: None, "--nope\nx") == 2
+    assert run_with(lambda args: None, "--nope\nx") == 2
     assert capfd.readouterr().err == "phi4-mlx test: unrecognized arguments: --nope x; see --help\n"
 
 
 def test_ctrl_c_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
-    assert door(failing(KeyboardInterrupt())) == 130
+    assert run_with(failing(KeyboardInterrupt())) == 130
     assert capfd.readouterr() == ("", "")
 
 
 def test_success_is_zero() -> None:
-    assert door(lambda args: None) == 0
+    assert run_with(lambda args: None) == 0
 
 
-# Buffered, as standard output is for most people, whatever the tests themselves run under.
+# Standard output is buffered, as for most users, even if the tests run unbuffered.
 BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 PRINTS_MUCH = (
     "import sys; from phi4_mlx.terminal.command import Parser, run\n"
@@ -81,7 +83,7 @@ PRINTS_MUCH = (
 )
 
 
-def test_a_reader_that_leaves_is_told_nothing() -> None:
+def test_a_reader_that_leaves_gets_no_message() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", PRINTS_MUCH], cwd=ROOT, env=BUFFERED, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
@@ -138,17 +140,35 @@ def test_nothing_printed_can_steer_a_terminal(anything: str) -> None:
     ("options", "complaint"),
     [
         (["--draft-model", "demo", "--speculate", "off"], "--draft-model guesses tokens, and --speculate off forbids"),
-        (["--draft-model", "demo", "--max-kv-size", "512"], "--draft-model may have to take tokens back, which --max"),
-        (["--speculate", "lookup", "--max-kv-size", "512"], "--speculate lookup may have to take tokens back, which"),
+        (["--draft-model", "demo", "--max-kv-size", "512"], "--draft-model may have to take tokens back, and --max"),
+        (["--speculate", "lookup", "--max-kv-size", "512"], "--speculate lookup may have to take tokens back, and"),
         (["--max-kv-size", "512"], ""),
         (["--draft-model", "demo"], ""),
         (["--speculate", "off", "--max-kv-size", "512"], ""),
     ],
 )
-def test_no_option_is_dropped_in_silence(
+def test_an_option_without_effect_is_refused(
     options: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parser = Parser(prog="phi4-mlx test", description="")
     add_decoding_options(parser)
     assert run(parser, check_decoding_options, options) == (2 if complaint else 0)
     assert complaint in capsys.readouterr().err
+
+
+def test_the_defaults_of_the_command_line_are_those_of_python() -> None:
+    assert Sampling.of({name: option.default for name, option in SAMPLING.items()}) == Sampling()
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLING.keys() - {"max-tokens"}))
+def test_the_command_line_and_the_samplers_have_the_same_limits(name: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError) as refused:
+        SAMPLING[name].parse("nan")
+    low, high = (end.replace(",", "") for end in str(refused.value).rpartition(" from ")[2].split(" to "))
+    for end, beyond in ((low, -1), (high, 1)):
+        value = SAMPLING[name].parse(end)
+        for setting, fits in ((value, True), (value + beyond, False)):
+            sampling = Sampling.of({"temp": 1, name: setting})
+            with contextlib.nullcontext() if fits else pytest.raises(RequestError):
+                sampling.sampler()
+                sampling.processors()

@@ -1,4 +1,4 @@
-"""Markdown as it comes: styles, wrapping, and nothing that is ever taken back."""
+"""Markdown as it arrives: styles, wrapping, and output that only grows."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_a_word_is_shown_as_soon_as_it_is_whole() -> None:
     assert plain("".join(written)) == "one two"
 
 
-def test_only_what_a_mark_may_style_is_held_until_it_closes() -> None:
+def test_only_text_that_a_mark_may_style_waits_until_it_closes() -> None:
     written: list[str] = []
     stream = MarkdownStream(written.append, lambda: WIDTH)
     shown = []

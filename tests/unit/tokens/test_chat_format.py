@@ -1,4 +1,4 @@
-"""Chat formats: the stock template's ids, tools, turns that go on, and text that stays text."""
+"""Chat formats: the stock template's ids, tools, continued conversations, and text that stays text."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def tokenizer(name: str, mini: Tokenizer, phi35: Tokenizer, phi4: Tokenizer) -> 
 
 
 def stock_ids(tokenizer: Tokenizer, template: str, messages: list[dict[str, Any]], prompt: bool = True) -> list[int]:
-    """What Hugging Face makes of it; the property tests hold `encode(specials=True)` against its library."""
+    """The ids of the stock template; the property tests compare `encode(specials=True)` with Hugging Face's library."""
     text = jinja2.Template(template).render(messages=messages, add_generation_prompt=prompt, eos_token="<|endoftext|>")
     return tokenizer.encode(text, specials=True)
 
@@ -152,7 +152,7 @@ def test_tools_stand_in_the_system_turn(mini: Tokenizer) -> None:
 
 
 def test_tools_stand_in_a_system_turn_that_comes_late(mini: Tokenizer) -> None:
-    """Where the stock template has them if the message carries them; the first, if there are two."""
+    """In the first system turn, where the stock template has them if the message carries them."""
     late = [*HELLO, {"role": "system", "content": "Be brief."}, *HELLO, {"role": "system", "content": "Be kind."}]
     carried = [late[0], {**late[1], "tools": FLAT}, *late[2:]]
     for mini_name in ("phi4-mini", "phi4-mini-reasoning"):
@@ -170,7 +170,7 @@ def test_calls_of_earlier_turns_are_rendered(mini: Tokenizer) -> None:
         assert shown(mini, messages, add_generation_prompt=False).endswith(expected + "<|endoftext|>")
 
 
-def test_reasoning_opens_with_its_own_system_line(mini: Tokenizer) -> None:
+def test_reasoning_begins_with_its_own_system_line(mini: Tokenizer) -> None:
     line, turn = Phi4MiniReasoning.SYSTEM, "<|end|><|user|>hello<|end|><|assistant|>"
     assert shown(mini, HELLO, "phi4-mini-reasoning") == f"<|system|>{line}{turn}"
     system = {"role": "system", "content": "Be brief."}
@@ -180,7 +180,7 @@ def test_reasoning_opens_with_its_own_system_line(mini: Tokenizer) -> None:
     )
 
 
-def test_phi_4_has_markers_of_its_own(phi4: Tokenizer) -> None:
+def test_phi_4_has_its_own_markers(phi4: Tokenizer) -> None:
     assert shown(phi4, HELLO, "phi4") == "<|im_start|>user<|im_sep|>hello<|im_end|><|im_start|>assistant<|im_sep|>"
     assert phi4.eos_ids == {phi4.control_ids["<|im_end|>"], phi4.control_ids["<|endoftext|>"]}
 
@@ -209,7 +209,7 @@ def test_own_words_are_the_assistants_turns_with_their_end_markers(name: str, to
     assert chat_format.own_words(tokenizer, ids[:cut]) == own[:cut]  # a turn without its end
 
 
-def test_own_words_hold_the_calls_of_tools(mini: Tokenizer) -> None:
+def test_own_words_include_tool_calls(mini: Tokenizer) -> None:
     chat_format = CHAT_FORMATS["phi4-mini"]
     calls = [{"name": "get_weather", "arguments": {}}]
     messages = [*HELLO, {"role": "assistant", "content": "So:", "tool_calls": calls}, {"role": "tool", "content": "21"}]
@@ -220,9 +220,19 @@ def test_own_words_hold_the_calls_of_tools(mini: Tokenizer) -> None:
     )
 
 
+def test_an_open_conversation_begins_every_prompt_that_continues_it(name: str, tokenizer: Tokenizer) -> None:
+    chat_format = CHAT_FORMATS[name]
+    system, text = {"role": "system", "content": "Be brief."}, "A text with <|end|> in it.\n\n"
+    opened = chat_format.render_open(tokenizer, [system, {"role": "user", "content": text}])
+    questions = [{"role": "user", "content": text + more} for more in ("a", "1", "Größe")]
+    prompts = [chat_format.render(tokenizer, [system, question]) for question in questions]
+    assert [prompt[: len(opened)] for prompt in prompts] == [opened] * 3
+    assert len({prompt[len(opened)] for prompt in prompts}) == 3  # nothing shared is missing
+
+
 @pytest.mark.parametrize("ending", ["", "end", "<|endoftext|>"])
-def test_a_conversation_goes_on_as_if_rendered_anew(name: str, tokenizer: Tokenizer, ending: str) -> None:
-    """Also behind a reply that was cut before its end marker."""
+def test_a_continued_conversation_equals_one_rendered_whole(name: str, tokenizer: Tokenizer, ending: str) -> None:
+    """Also after a reply that was cut before its end marker."""
     chat_format, more = CHAT_FORMATS[name], [{"role": "user", "content": " and  now?"}]
     reply, ending = "Fine, thanks.", chat_format.end if ending == "end" else ending
     drawn = [*tokenizer.encode(reply), *tokenizer.encode(ending, specials=True)]
@@ -281,13 +291,13 @@ def test_control_strings_stay_text_wherever_they_stand(mini: Tokenizer) -> None:
         ([{"role": "user", "content": "x", "tool_calls": [{"name": "x"}]}], r"message 0 \(user\) has tool_calls"),
     ],
 )
-def test_malformed_messages_are_named(mini: Tokenizer, messages: Any, message: str) -> None:
+def test_a_malformed_message_is_named(mini: Tokenizer, messages: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         CHAT_FORMATS["phi4-mini"].render(mini, messages)
     assert "\n" not in str(caught.value)
 
 
-def test_no_content_is_empty(name: str, tokenizer: Tokenizer) -> None:
+def test_content_that_is_none_is_empty_text(name: str, tokenizer: Tokenizer) -> None:
     for role in ("system", "user", "assistant"):
         given, empty = ([{"role": role, "content": content}, *HELLO] for content in (None, ""))
         assert shown(tokenizer, given, name) == shown(tokenizer, empty, name)
@@ -306,7 +316,7 @@ def test_malformed_tools_are_refused(mini: Tokenizer, tool: Any) -> None:
         CHAT_FORMATS["phi4-mini"].render(mini, HELLO, tools=[tool])
 
 
-def test_tools_given_twice_or_as_no_list_are_refused(mini: Tokenizer) -> None:
+def test_tools_given_twice_or_not_as_a_list_are_refused(mini: Tokenizer) -> None:
     with pytest.raises(RequestError, match="twice"):
         CHAT_FORMATS["phi4-mini"].render(mini, [{"role": "system", "content": "", "tools": FLAT}], tools=[WEATHER])
     with pytest.raises(RequestError, match="must be a list"):
@@ -316,14 +326,14 @@ def test_tools_given_twice_or_as_no_list_are_refused(mini: Tokenizer) -> None:
 @pytest.mark.parametrize("without", ["phi3.5-mini", "phi4", "phi4-reasoning"])
 def test_formats_without_tools_say_so(phi35: Tokenizer, phi4: Tokenizer, without: str) -> None:
     chat_format, tokenizer = CHAT_FORMATS[without], phi35 if without == "phi3.5-mini" else phi4
-    with pytest.raises(RequestError, match=f"{without} has no place for tools"):
+    with pytest.raises(RequestError, match=f"{without} does not support tools"):
         chat_format.render(tokenizer, HELLO, tools=[WEATHER])
-    with pytest.raises(RequestError, match=rf"message 1 has role 'tool'; .*{without} knows system"):
+    with pytest.raises(RequestError, match=rf"message 1 has role 'tool'; .*{without} supports system"):
         chat_format.render(tokenizer, [*HELLO, {"role": "tool", "content": "21"}])
 
 
 def test_recognition_by_the_hash_of_the_template(mini: Tokenizer, phi4: Tokenizer, tmp_path: Path) -> None:
-    """Whatever the tokens; the last template is known by its system message."""
+    """With any tokenizer."""
     for known in ("phi4-mini", "phi4-mini-reasoning", "phi3.5-mini", "phi4"):
         (tmp_path / "chat_template.jinja").write_text(TEMPLATES[known])
         assert recognise(tmp_path, mini).name == recognise(tmp_path, phi4).name == known
@@ -346,7 +356,7 @@ def test_recognition_by_tokens(mini: Tokenizer, phi35: Tokenizer, phi4: Tokenize
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{", b"", b"\xff\xfe", None])
-def test_a_damaged_file_is_named_and_nothing_guessed(mini: Tokenizer, tmp_path: Path, content: bytes | None) -> None:
+def test_a_damaged_file_is_named(mini: Tokenizer, tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "tokenizer_config.json"
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"tokenizer_config\.json (holds a JSON list|is not JSON|cannot be read)"):
@@ -362,6 +372,6 @@ def test_a_damaged_template_is_named(mini: Tokenizer, tmp_path: Path, content: b
 
 
 @pytest.mark.parametrize("template", ["\ud800", [{"name": [], "template": "x"}], [5], 5, None])
-def test_an_odd_template_is_an_unknown_one(mini: Tokenizer, tmp_path: Path, template: Any) -> None:
+def test_a_template_that_is_not_text_is_unknown(mini: Tokenizer, tmp_path: Path, template: Any) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     assert recognise(tmp_path, mini).name == "phi4-mini"

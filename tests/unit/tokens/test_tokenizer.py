@@ -1,4 +1,4 @@
-"""Loading a tokenizer, its end-of-turn ids, its edges, and files that are no tokenizer."""
+"""Loading a tokenizer, its end-of-turn ids, edge cases, and files that are not a tokenizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tokenizers import Tokenizer as Library
 
 from phi4_mlx.errors import Phi4Error, RequestError, TokenizerError
 from phi4_mlx.tokens import byte_bpe
-from phi4_mlx.tokens.tokenizer import ByteTokenizer, Control, FallbackByte, LibraryTokenizer, Tokenizer, load_tokenizer
+from phi4_mlx.tokens.decoders import FallbackByte
+from phi4_mlx.tokens.tokenizer import ByteTokenizer, Control, LibraryTokenizer, Tokenizer, load_tokenizer
 from tests.conftest import DATA
 
 
@@ -32,7 +33,7 @@ def change(folder: Path, edit: Callable[[dict[str, Any]], None], name: str = "to
     return folder
 
 
-def test_the_text_of_the_facts() -> None:
+def test_control_strings_are_tokens_only_when_asked_for() -> None:
     tokenizer = load_tokenizer(DATA / "tiny_tokenizer")
     control = tokenizer.control_ids
     assert tokenizer.encode("<|user|>\n hi<|end|>", specials=True) == [
@@ -55,16 +56,16 @@ def test_edges_of_text(name: str, specials: bool) -> None:
     assert [decoder.add(token) for token in (10**9, *tokenizer.encode("\x00a"))][-1].endswith("a")
 
 
-def test_white_space_without_end_is_an_error_and_no_panic() -> None:
+def test_too_much_white_space_is_an_error_instead_of_a_panic() -> None:
     tokenizer = load_tokenizer(DATA / "tiny_tokenizer")
     assert tokenizer.decode(tokenizer.encode("\t " * 250_000 + "x")) == "\t " * 250_000 + "x"
     for specials in (False, True):
-        with pytest.raises(RequestError, match=r"500,000 white-space characters on end"):
+        with pytest.raises(RequestError, match=r"500,000 consecutive white-space characters"):
             tokenizer.encode("x" + " " * 500_001 + "x", specials=specials)
 
 
-def test_entries_that_no_merge_makes_are_for_decoding_alone(folder: Path) -> None:
-    """Phi-4-mini's numbered fillers, and one in byte-level spelling."""
+def test_entries_that_no_merge_makes_are_only_decoded(folder: Path) -> None:
+    """Phi-4-mini's numbered fillers, and an entry in byte-level spelling."""
 
     def add(spec: dict[str, Any]) -> None:
         spec["model"]["vocab"] |= {"<|endoftext7|>": 600, "ĠgrÃ¶ÃŁer": 610}
@@ -87,7 +88,7 @@ def test_an_ordinary_token_among_the_added_ones_stays_ordinary(folder: Path) -> 
     assert tokenizer.encode("The quick brown fox") == before.encode("The quick brown fox")
 
 
-def test_a_stream_holds_back_half_a_character() -> None:
+def test_a_stream_withholds_an_incomplete_character() -> None:
     tokenizer = load_tokenizer(DATA / "tiny_tokenizer")
     ids = tokenizer.encode("☃")
     decoder = tokenizer.streaming_decoder()
@@ -95,18 +96,19 @@ def test_a_stream_holds_back_half_a_character() -> None:
     assert [decoder.add(token) for token in ids[:2]] == ["", ""] and decoder.finish() == "\ufffd"
 
 
-def test_a_stream_holds_back_a_run_of_byte_tokens_until_it_ends() -> None:
-    """One byte more may yet take all of its characters away, and an id without text does not end it."""
+def test_a_stream_withholds_a_run_of_byte_tokens_until_it_ends() -> None:
+    """The next byte may make the run invalid UTF-8; an id without text does not end it."""
     tokenizer = load_tokenizer(DATA / "tiny_sentencepiece")
-    byte = {data: token for token, data in tokenizer._texts.items() if isinstance(data, FallbackByte)}
+    texts = {token: tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)}
+    byte = {data: token for token, data in texts.items() if isinstance(data, FallbackByte)}
     e4, bd, a0, ff = (byte[bytes([value])] for value in (0xE4, 0xBD, 0xA0, 0xFF))
-    (q,) = (token for token, data in tokenizer._texts.items() if data == b"q" and token not in byte.values())
+    (q,) = (token for token, data in texts.items() if data == b"q" and token not in byte.values())
     for ids, texts in (
         ([e4, bd, 10**9, a0, q, q], ["", "", "", "", "你q", "q", ""]),
         ([e4, bd, a0, ff, q], ["", "", "", "", "\ufffd\ufffd\ufffd\ufffdq", ""]),
         ([q, e4, bd, a0], ["q", "", "", "", "你"]),
         ([q, e4, bd], ["q", "", "", "\ufffd\ufffd"]),
-        ([byte[b" "], byte[b" "], q], ["", "", " q", ""]),  # one space is that which encoding adds
+        ([byte[b" "], byte[b" "], q], ["", "", " q", ""]),  # encoding adds the first space
     ):
         decoder = tokenizer.streaming_decoder()
         assert [*(decoder.add(token) for token in ids), decoder.finish()] == texts
@@ -114,7 +116,7 @@ def test_a_stream_holds_back_a_run_of_byte_tokens_until_it_ends() -> None:
 
 
 def test_an_added_token_is_decoded_as_the_library_decodes_it(tmp_path: Path) -> None:
-    """As an entry like any other: a sign for a space is one, and what is spelled as a byte is a byte."""
+    """Like any other entry: U+2581 is a space, and `<0x4a>` is a byte."""
     shutil.copytree(DATA / "tiny_sentencepiece", tmp_path, dirs_exist_ok=True)
 
     def add(spec: dict[str, Any]) -> None:
@@ -143,7 +145,7 @@ def test_ids_may_come_from_mlx_and_numpy(name: str, made: Callable[[list[int]], 
 
 
 @pytest.mark.parametrize("ids", [[1.0], ["1"], mx.array([[1, 2]]), np.array([1.5])])
-def test_what_is_no_id_has_no_text(ids: Any) -> None:
+def test_values_that_are_not_ids_are_refused(ids: Any) -> None:
     with pytest.raises(TypeError):
         load_tokenizer(DATA / "tiny_tokenizer").decode(ids)
 
@@ -170,7 +172,7 @@ def test_end_of_turn_ids_come_from_both_files_and_the_family(
 
 
 @pytest.mark.parametrize("value", ["2", -1, 1.5, True, [None], {"a": 1}])
-def test_end_of_turn_ids_that_are_none_are_refused(folder: Path, value: Any) -> None:
+def test_malformed_end_of_turn_ids_are_refused(folder: Path, value: Any) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(TokenizerError, match="eos_token_id"):
         load_tokenizer(folder)
@@ -217,14 +219,14 @@ def add_prefix_space(spec: dict[str, Any]) -> None:
         isolated, isolated_outside, add_prefix_space,
     ],
 )  # fmt: skip
-def test_what_tiktoken_cannot_say_goes_to_the_library(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+def test_settings_that_tiktoken_lacks_need_the_library(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     assert isinstance(load_tokenizer(folder), ByteTokenizer)
     assert isinstance(load_tokenizer(change(folder, edit)), LibraryTokenizer)
 
 
 @pytest.mark.parametrize("name", ["disagreeing", "tiny_sentencepiece"])
 @pytest.mark.parametrize("specials", [False, True])
-def test_a_prompt_is_neither_cut_nor_filled_up(name: str, specials: bool, tmp_path: Path) -> None:
+def test_a_prompt_is_neither_cut_nor_padded(name: str, specials: bool, tmp_path: Path) -> None:
     shutil.copytree(DATA / name, tmp_path, dirs_exist_ok=True)
     text = "The quick brown fox<|end|>"
     expected = load_tokenizer(tmp_path).encode(text, specials=specials)
@@ -251,7 +253,7 @@ def record(folder: Path, digest: str | None = None) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_the_converters_word_stands_for_the_check(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_converters_record_replaces_the_check(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def checked(spec: Any) -> bool:
         raise AssertionError("checked again")
 
@@ -261,19 +263,19 @@ def test_the_converters_word_stands_for_the_check(folder: Path, monkeypatch: pyt
     record(folder, "0" * 64)
     with pytest.raises(AssertionError, match="checked again"):
         load_tokenizer(folder)
-    change(folder, lambda manifest: manifest.pop("files"), "manifest.json")  # no manifest of ours
+    change(folder, lambda manifest: manifest.pop("files"), "manifest.json")  # not a manifest of ours
     with pytest.raises(AssertionError, match="checked again"):
         load_tokenizer(folder)
 
 
-def test_who_proves_takes_nobodys_word(tmp_path: Path) -> None:
+def test_prove_ignores_the_record(tmp_path: Path) -> None:
     shutil.copy(DATA / "disagreeing" / "tokenizer.json", tmp_path)
     record(tmp_path)
     assert isinstance(load_tokenizer(tmp_path), ByteTokenizer)
     assert isinstance(load_tokenizer(tmp_path, prove=True), LibraryTokenizer)
 
 
-def test_a_control_token_that_is_not_there_is_named() -> None:
+def test_a_missing_control_token_is_named() -> None:
     with pytest.raises(TokenizerError, match=r"<\|im_start\|>.*--chat-format"):
         load_tokenizer(DATA / "tiny_tokenizer").encode_pieces([Control("<|im_start|>")])
 
@@ -289,7 +291,7 @@ def test_a_control_token_that_is_not_there_is_named() -> None:
         b'{"model": {"type": "Unigram"}, "added_tokens": []}',
     ],
 )  # fmt: skip
-def test_what_is_no_tokenizer_is_one_line(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_tokenizer_is_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(TokenizerError, match=r"tokenizer\.json") as caught:
         load_tokenizer(tmp_path)
@@ -307,14 +309,14 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("token", "message"),
     [
-        ({"content": "\ud800"}, "no id and text"), ({"content": ""}, "no id and text"),
-        ({"id": -1}, "no id and text"), ({"id": "500"}, "no id and text"),
-        ({"id": 300}, "'<new>' has id 300, which is not its own"),
-        ({"content": "<|end|>"}, "has id 500, which is not its own"),
-        ({"content": "a"}, "'a' has id 500, which is not its own"),
+        ({"content": "\ud800"}, "lacks an id or a text"), ({"content": ""}, "lacks an id or a text"),
+        ({"id": -1}, "lacks an id or a text"), ({"id": "500"}, "lacks an id or a text"),
+        ({"id": 300}, "'<new>' has id 300; that id or text is taken"),
+        ({"content": "<|end|>"}, "has id 500; that id or text is taken"),
+        ({"content": "a"}, "'a' has id 500; that id or text is taken"),
     ],
 )  # fmt: skip
-def test_added_tokens_that_cannot_be_are_refused(folder: Path, token: dict[str, Any], message: str) -> None:
+def test_malformed_added_tokens_are_refused(folder: Path, token: dict[str, Any], message: str) -> None:
     change(folder, lambda spec: spec["added_tokens"].append({"content": "<new>", "id": 500} | token))
     with pytest.raises(TokenizerError, match=message):
         load_tokenizer(folder)
@@ -340,22 +342,22 @@ def test_a_pattern_that_cannot_be_read_is_one_line(folder: Path) -> None:
         load_tokenizer(folder)
 
 
-def test_a_pattern_that_matches_an_empty_text_is_an_error_and_no_panic(folder: Path) -> None:
-    """At once, but for one that does so in some places alone."""
+def test_a_pattern_that_matches_an_empty_text_is_an_error_instead_of_a_panic(folder: Path) -> None:
+    """When it is loaded, or when it meets a text in which it does so."""
 
     def load(pattern: str) -> Tokenizer:
         change(folder, lambda spec: spec["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": pattern}))
         return load_tokenizer(folder)
 
     for pattern in ("", "a*"):
-        with pytest.raises(TokenizerError, match="tiktoken cannot work with its pattern"):
+        with pytest.raises(TokenizerError, match="tiktoken cannot use its pattern"):
             load(pattern)
     tokenizer = load("(?=b)")
-    with pytest.raises(TokenizerError, match="tiktoken cannot work with its pattern"):
+    with pytest.raises(TokenizerError, match="tiktoken cannot use its pattern"):
         tokenizer.encode("b")
 
 
-def test_an_added_token_that_the_library_numbers_otherwise_is_refused(tmp_path: Path) -> None:
+def test_an_added_token_with_another_id_in_the_library_is_refused(tmp_path: Path) -> None:
     shutil.copytree(DATA / "tiny_sentencepiece", tmp_path, dirs_exist_ok=True)
     change(tmp_path, lambda spec: spec["added_tokens"][-1].update(id=900))
     with pytest.raises(TokenizerError, match="has id 900"):
@@ -365,10 +367,10 @@ def test_an_added_token_that_the_library_numbers_otherwise_is_refused(tmp_path: 
 def test_a_decoder_of_another_family_is_named(tmp_path: Path) -> None:
     shutil.copytree(DATA / "tiny_sentencepiece", tmp_path, dirs_exist_ok=True)
     change(tmp_path, lambda spec: spec["decoder"]["decoders"].pop())
-    assert load_tokenizer(tmp_path).decode(load_tokenizer(tmp_path).encode("a")) == " a"  # with no space to drop
+    assert load_tokenizer(tmp_path).decode(load_tokenizer(tmp_path).encode("a")) == " a"  # without a space to remove
     change(tmp_path, lambda spec: spec["decoder"]["decoders"].reverse())
-    with pytest.raises(TokenizerError, match="decoder 'Sequence' is none of this family's"):
+    with pytest.raises(TokenizerError, match="decoder 'Sequence' is not one of this family's"):
         load_tokenizer(tmp_path)
     change(tmp_path, lambda spec: spec.update(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True}))
-    with pytest.raises(TokenizerError, match="decoder 'WordPiece' is none of this family's"):
+    with pytest.raises(TokenizerError, match="decoder 'WordPiece' is not one of this family's"):
         load_tokenizer(tmp_path)

@@ -1,4 +1,4 @@
-"""Tools: in the flat form that the model was shown in training, in OpenAI's, and as Python functions."""
+"""Declarations of tools: the flat form of the model's training, OpenAI's form, and Python functions."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ FLAT = {
 
 
 @pytest.mark.parametrize("tool", [{"type": "function", "function": FUNCTION}, FUNCTION, FLAT])
-def test_every_form_becomes_the_flat_one(tool: dict[str, Any]) -> None:
+def test_every_form_becomes_the_flat_form(tool: dict[str, Any]) -> None:
     before = copy.deepcopy(tool)
     assert flat_tool(tool) == FLAT
     assert list(flat_tool(tool)) == ["name", "description", "parameters"]
     assert tool == before
 
 
-def test_what_is_left_out_stays_out() -> None:
+def test_missing_fields_stay_missing() -> None:
     assert flat_tool({"name": "now"}) == {"name": "now", "parameters": {}}
     assert flat_tool({"name": "now", "description": None, "parameters": None}) == {"name": "now", "parameters": {}}
     assert flat_tool({"name": "now", "parameters": {"type": "object"}}) == {"name": "now", "parameters": {}}
@@ -150,7 +150,7 @@ def get_weather(city: str, days: int = 3, unit: Unit = Unit.CELSIUS) -> str:
         days (int, optional): how many days
 
     Returns:
-        city: a text that is no argument.
+        city: a text that is not an argument.
     """
     return city + str(days) + str(unit)
 
@@ -174,7 +174,7 @@ def test_a_function_is_its_name_docstring_and_hints() -> None:
     }
 
 
-def test_a_function_may_say_nothing() -> None:
+def test_a_function_without_docstring_and_hints() -> None:
     def now(a, b=5):  # type: ignore[no-untyped-def]
         return a
 
@@ -237,7 +237,7 @@ def test_every_hint_has_its_schema(hint: Any, schema: dict[str, Any]) -> None:
     assert check_tools([tool])[0]["function"]["parameters"] == parameters
 
 
-def test_annotated_says_more_than_the_docstring() -> None:
+def test_annotated_overrides_the_docstring() -> None:
     def tool(x: Annotated[int, "by the hint"], y: Annotated[int, 5]) -> None:
         """T.
 
@@ -251,8 +251,8 @@ def test_annotated_says_more_than_the_docstring() -> None:
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Required and NotRequired came with Python 3.11")
-def test_a_typed_dict_says_what_it_needs_in_its_hints() -> None:
-    """Where annotations are imported from the future, as here, the class itself does not know."""
+def test_a_typed_dict_has_its_required_fields_in_its_hints() -> None:
+    """With postponed annotations, as here, the class's own `__required_keys__` are wrong."""
 
     def tool(some: Some, most: Most) -> None:
         """T."""
@@ -263,7 +263,7 @@ def test_a_typed_dict_says_what_it_needs_in_its_hints() -> None:
     assert properties["some"]["required"] == ["a"] and properties["most"]["required"] == ["a", "c"]
 
 
-def test_a_default_that_json_cannot_hold_makes_an_argument_optional_all_the_same() -> None:
+def test_a_default_that_is_not_json_makes_an_argument_optional() -> None:
     koeln, nan = Place("Köln"), float("nan")
 
     def tool(a: Any = print, b: float = nan, c: Place = koeln, d: Any = (1, 2), e: str = "\ud800") -> None:
@@ -316,15 +316,15 @@ class Broken:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (star, r"tool 'star': its argument '\*rooms' cannot be given by name"),
-        (stars, r"tool 'stars': its argument '\*\*rooms' cannot be given by name"),
-        (positional, "tool 'positional': its argument 'a' cannot be given by name"),
+        (star, r"tool 'star': its argument '\*rooms' cannot be passed by name"),
+        (stars, r"tool 'stars': its argument '\*\*rooms' cannot be passed by name"),
+        (positional, "tool 'positional': its argument 'a' cannot be passed by name"),
         (unresolved, "tool 'unresolved': its type hints cannot be read: NameError: name 'Nowhere' is not defined"),
         (keys, r"tool 'keys': 'a': the keys of dict\[int, str\] must be str"),
         (no_schema, r"tool 'no_schema': 'a': the type set\[str\] has no JSON schema; use str, int"),
         (within, "tool 'within': 'a': the type complex has no JSON schema"),
         (in_bytes, r"tool 'in_bytes': 'a': the values of typing.Literal\[b'x'\] must be str"),
-        (itself, "tool 'itself': 'a': 'children': Tree holds itself"),
+        (itself, "tool 'itself': 'a': 'children': Tree contains itself"),
         (in_class, "tool 'in_class': 'a': the type hints of Broken cannot be read: NameError"),
         (lambda x: x, "'<lambda>' cannot be the name of a tool; define it with `def`"),
         (functools.partial(star), "a tool must be a function with a name, not functools.partial"),
@@ -338,19 +338,19 @@ def test_a_function_that_cannot_be_a_tool_is_one_line(function: Any, message: st
     assert "\n" not in str(caught.value)
 
 
-def test_functions_go_wherever_tools_go() -> None:
+def test_functions_are_accepted_as_tools_everywhere() -> None:
     flat = flat_tool(get_weather)
     assert flat["parameters"]["city"] == {"type": "str", "description": 'the city, exactly: by its own name, "Köln".'}
     assert json.loads(tools_text([get_weather, FUNCTION])) == [flat, FLAT]
 
 
-# OpenAI's form, checked.
+# check_tools: OpenAI's form.
 
 
 @pytest.mark.parametrize(
     "tool", [{"type": "function", "function": FUNCTION}, FUNCTION, FUNCTION | {"type": "function"}]
 )
-def test_a_schema_is_kept_as_it_is(tool: dict[str, Any]) -> None:
+def test_a_schema_is_copied_unchanged(tool: dict[str, Any]) -> None:
     before = copy.deepcopy(tool)
     checked = check_tools([tool])
     assert checked == [{"type": "function", "function": FUNCTION}]
@@ -366,7 +366,7 @@ def test_the_flat_form_becomes_a_schema() -> None:
     assert check_tools((flat,)) == [{"type": "function", "function": {"name": "f", "parameters": schema}}]
 
 
-def test_what_a_checked_tool_leaves_out() -> None:
+def test_a_checked_tool_has_only_known_fields() -> None:
     empty = {"type": "object", "properties": {}}
     assert check_tools([]) == []
     assert check_tools([{"name": "f", "description": None, "parameters": {"type": "object"}, "other": 5}]) == [
@@ -383,7 +383,7 @@ def wide(count: int, depth: int = 0) -> dict[str, Any]:
     return {"name": "wide", "parameters": schema}
 
 
-def test_limits_hold_to_the_last() -> None:
+def test_tools_at_the_limits_are_accepted() -> None:
     check_tools([wide(MAX_PROPERTIES)])
     check_tools([wide(MAX_PROPERTIES - 2, depth=2)])
     assert len(check_tools([{"name": f"t{n}"} for n in range(MAX_TOOLS)])) == MAX_TOOLS
@@ -395,17 +395,17 @@ def test_limits_hold_to_the_last() -> None:
     [
         ({}, "must be a list"), ("x", "must be a list"), (None, "must be a list"),
         ([5], "a tool needs a name: 5"), ([{}], "needs a name"), ([{"function": {}}], "needs a name"),
-        ([{"type": "web_search", "name": "x"}], "type 'web_search'; only 'function' is known"),
+        ([{"type": "web_search", "name": "x"}], "type 'web_search'; the only type is 'function'"),
         ([{"name": "two words"}], "tool 'two words': a name is 1 to 128"), ([{"name": "x" * 129}], "a name is 1 to"),
         ([{"name": "x\n"}], r"tool 'x\\n': a name"), ([{"name": "größe"}], "a name is"),
         ([{"name": "x"}, get_weather, {"name": "x"}], "two tools are called 'x'"),
-        ([{"name": f"t{n}"} for n in range(129)], "129 tools are given; at most 128"),
-        ([wide(501)], "tool 'wide' has 501 properties; at most 500"), ([wide(5000)], "5,000 properties"),
+        ([{"name": f"t{n}"} for n in range(129)], "129 tools are given, and the limit is 128"),
+        ([wide(501)], "tool 'wide' has 501 properties, and the limit is 500"), ([wide(5000)], "5,000 properties"),
         ([wide(499, depth=2)], "501 properties"),
         ([{"name": "x", "parameters": {f"p{n}": {} for n in range(501)}}], "501 properties"),
         ([{"name": "x", "parameters": {"a": {"default": {1}}}}], "tool 'x': it must be JSON: .*set"),
         ([{"name": "x", "parameters": {"a": {"default": float("nan")}}}], "tool 'x': it must be JSON"),
-        ([{"name": "x", "description": "\ud800"}], "tool 'x': it holds half a surrogate pair"),
+        ([{"name": "x", "description": "\ud800"}], "tool 'x' contains half a surrogate pair"),
         ([{"name": "x", "parameters": nested(100_000)}], "tool 0 is nested too deep"),
         ([nested(100_000)], "a tool needs a name|tool 0 is nested too deep"),
         ([{"name": "x", "description": 5}], "tool 'x': description must be a str, not 5"),
@@ -418,7 +418,7 @@ def test_limits_hold_to_the_last() -> None:
         ([star], "tool 'star'"),
     ],
 )  # fmt: skip
-def test_tools_that_cannot_be_served_are_one_line(tools: Any, message: str) -> None:
+def test_malformed_and_too_large_tools_are_one_line(tools: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         check_tools(tools)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400

@@ -1,4 +1,4 @@
-"""Files that a user names: functions as tools, and a schema."""
+"""Files that the user names: Python functions as tools, and a JSON schema."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_public_functions_of_a_file_are_tools(tmp_path: Path) -> None:
     path = tmp_path / "my tools.txt"
     path.write_text(TOOLS)
     functions = tool_functions(str(path))
-    assert [each.__name__ for each in functions] == ["shift"]  # not what it imports, nor what begins with _
+    assert [each.__name__ for each in functions] == ["shift"]  # not the imported function, nor the private one
     box = Toolbox(functions)
     assert box.run(ToolCall("shift", {"point": {"x": 2}, "by": 5})) == "7"
     assert [each.name for each in tmp_path.iterdir()] == ["my tools.txt"]  # no __pycache__
@@ -56,7 +56,7 @@ def test_the_public_functions_of_a_file_are_tools(tmp_path: Path) -> None:
         (b"", r"defines no function"),
     ],
 )
-def test_a_file_that_cannot_serve_is_one_line(content: bytes, complaint: str, tmp_path: Path) -> None:
+def test_a_broken_file_is_one_line(content: bytes, complaint: str, tmp_path: Path) -> None:
     path = tmp_path / "tools.py"
     path.write_bytes(content)
     with pytest.raises(RequestError, match=complaint) as refused:
@@ -65,7 +65,7 @@ def test_a_file_that_cannot_serve_is_one_line(content: bytes, complaint: str, tm
 
 
 @pytest.mark.parametrize("name", ["none.py", ".", "a\0b"])
-def test_a_file_that_is_not_there(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for read in (tool_functions, schema_grammar):
         with pytest.raises(RequestError, match="cannot be read"):
@@ -81,7 +81,7 @@ def test_a_file_that_is_not_there(name: str, tmp_path: Path, monkeypatch: pytest
         ('{"$ref": "https://example.com/x"}', "schema.json: "),
     ],
 )
-def test_a_schema_that_cannot_serve_is_one_line(content: str, complaint: str, tmp_path: Path) -> None:
+def test_a_broken_schema_is_one_line(content: str, complaint: str, tmp_path: Path) -> None:
     path = tmp_path / "schema.json"
     path.write_text(content)
     with pytest.raises(RequestError, match=complaint) as refused:

@@ -1,4 +1,4 @@
-"""Batches: few empty slots, an order that seed and position say completely, and rows that the model keeps apart."""
+"""Batches: few empty slots, an order that follows from seed and position, and separate samples within a row."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def samples_of(lengths: list[int], seed: int = 0) -> list[Sample]:
 
 
 def skewed_lengths(count: int, longest: int) -> list[int]:
-    """As chats are: most of them short, a few at the limit."""
+    """Lengths as in chats: most of them short, a few at the limit."""
     draw = random.Random(7)
     return [min(longest, max(2, round(draw.lognormvariate(5, 1)))) for _ in range(count)]
 
@@ -82,10 +82,10 @@ def test_the_model_keeps_a_rows_samples_apart(tiny_model: Callable[..., Model], 
     """Samples on both sides of the LongRoPE boundary share rows, and padding past it changes no table."""
     model, samples = tiny_model(), samples_of([3, 5, 9, 20, 30, BOUNDARY + 1, BOUNDARY + 2, 80])
     batches = Batches(samples, max_seq_length=100, packing=packing, batch_size=2)
-    alone = {tuple(s.ids[:-1]): model.model(mx.array([s.ids[:-1]]))[0] for s in samples}
+    alone = {tuple(s.ids[:-1]): model.hidden(mx.array([s.ids[:-1]]))[0] for s in samples}
     seen, mixed = 0, False
     for batch in batches.fixed():
-        hidden, segments = model.model(batch.inputs, segments=batch.segments), np.array(batch.segments)
+        hidden, segments = model.hidden(batch.inputs, segments=batch.segments), np.array(batch.segments)
         for row in range(len(segments)):
             places = [np.flatnonzero(segments[row] == number) for number in range(1, segments[row].max() + 1)]
             mixed |= {len(at) > BOUNDARY for at in places} == {True, False}
@@ -111,7 +111,7 @@ def test_the_order_is_the_seeds_and_each_epoch_has_its_own() -> None:
 
 
 def test_the_order_is_the_same_everywhere() -> None:
-    """Known by heart, so that a checkpoint goes on under another Python, and on another machine."""
+    """Written out, so that a checkpoint can resume under another Python and on another machine."""
     samples = [Sample([n] * 4, [False, True, True, True], f"x:{n}") for n in range(10)]
     batches = Batches(samples, max_seq_length=6, batch_size=2, seed=5)
     assert [[row[::3] for row in next(batches).inputs.tolist()] for _ in range(6)] == [

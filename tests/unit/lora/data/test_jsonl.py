@@ -1,4 +1,4 @@
-"""JSONL files: where they are found, and that every bad line is told, by number and reason, before anything is used."""
+"""JSONL files: where they are found, and every bad line is reported, with its number, before any line is used."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ BAD_LINES = {
     "half a character": (b'{"text": "\xe2\x82"}', "not UTF-8: byte 0xe2"),
     "empty": (b"", "the line is empty"),
     "blank": (b" \t\r", "the line is empty"),
-    "key twice": (b'{"text": "a", "text": "b"}', "key 'text' is there twice"),
-    "key twice, deep": (b'{"messages": [{"role": "user", "role": "tool"}]}', "key 'role' is there twice"),
-    "NaN": (b'{"text": NaN}', "NaN is no JSON number"),
-    "minus infinity": (b'{"text": [-Infinity]}', "-Infinity is no JSON number"),
-    "deep": (b'{"a":' + 100_000 * b"[" + 100_000 * b"]" + b"}", "too many brackets"),
+    "key twice": (b'{"text": "a", "text": "b"}', "key 'text' occurs twice"),
+    "key twice, deep": (b'{"messages": [{"role": "user", "role": "tool"}]}', "key 'role' occurs twice"),
+    "NaN": (b'{"text": NaN}', "NaN is not a JSON number"),
+    "minus infinity": (b'{"text": [-Infinity]}', "-Infinity is not a JSON number"),
+    "deep": (b'{"a":' + 100_000 * b"[" + 100_000 * b"]" + b"}", "too many nested brackets"),
     "digits": (b'{"a": ' + 10_000 * b"1" + b"}", "not JSON that can be read: Exceeds the limit"),
 }
 

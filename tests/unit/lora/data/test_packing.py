@@ -1,4 +1,4 @@
-"""Rows of several samples: hidden states, and so everything else, are those of each sample alone."""
+"""Rows of several samples: the hidden states equal those of each sample alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BOUNDARY = 64  # of the tiny models
 
 
 def pack(lengths: list[int], padding: int, seed: int) -> tuple[list[mx.array], mx.array, mx.array]:
-    """Samples, and the row that holds them all: ids and segments [1, T]."""
+    """Samples, and one row with all of them: ids and segments [1, T]."""
     keys = mx.random.split(mx.random.key(seed), len(lengths))
     samples = [mx.random.randint(1, 512, (n,), key=key) for n, key in zip(lengths, keys, strict=True)]
     segments = [mx.full((n,), number, mx.int32) for number, n in enumerate(lengths, 1)]
@@ -38,9 +38,9 @@ def test_a_packed_row_is_its_samples_side_by_side(
 ) -> None:
     model = tiny_model(**config)
     samples, ids, segments = pack(lengths, padding=4, seed=len(lengths))
-    packed, at = model.model(ids, segments=segments), 0
+    packed, at = model.hidden(ids, segments=segments), 0
     for sample in samples:
-        alone = model.model(sample[None])
+        alone = model.hidden(sample[None])
         found = packed[:, at : at + sample.size]
         assert mx.allclose(found, alone, rtol=0, atol=1e-4), f"the sample at {at}"
         at += sample.size
@@ -50,6 +50,6 @@ def test_rows_of_a_batch_are_packed_each_in_its_way(tiny_model: Callable[..., Mo
     model = tiny_model()
     first, ids_a, segments_a = pack([70, 10], 0, 1)
     second, ids_b, segments_b = pack([20, 20, 40], 0, 2)
-    packed = model.model(mx.concatenate([ids_a, ids_b]), segments=mx.concatenate([segments_a, segments_b]))
-    assert mx.allclose(packed[0, 70:], model.model(first[1][None])[0], rtol=0, atol=1e-4)
-    assert mx.allclose(packed[1, 20:40], model.model(second[1][None])[0], rtol=0, atol=1e-4)
+    packed = model.hidden(mx.concatenate([ids_a, ids_b]), segments=mx.concatenate([segments_a, segments_b]))
+    assert mx.allclose(packed[0, 70:], model.hidden(first[1][None])[0], rtol=0, atol=1e-4)
+    assert mx.allclose(packed[1, 20:40], model.hidden(second[1][None])[0], rtol=0, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Parquet: rows as lines are, in as many files as there are, and a clear line without the library."""
+"""Parquet: rows like lines, in one or several files, and a clear message without the library."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHAT = [
 
 @pytest.fixture
 def files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The library, as far as it is used: its files hold nothing, and the rows of each are here."""
+    """A stand-in for pyarrow: the files are empty, and the rows of each are given here."""
     rows: dict[str, list[dict[str, Any]]] = {}
 
     class Broken(Exception):

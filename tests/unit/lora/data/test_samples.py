@@ -1,4 +1,4 @@
-"""JSONL lines -> samples: the right ids, the right targets, nothing dropped or cut without a word."""
+"""JSONL lines -> samples: ids, targets, and a message for every sample that is dropped or cut."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_the_other_chat_formats_say_what_is_theirs(tmp_path: Path) -> None:
     tokenizer.chat_format = CHAT_FORMATS["phi3.5-mini"]
     sample = one(tmp_path, tokenizer, {"messages": TWO_TURNS}, mask_prompt=True)
     assert learned(sample, tokenizer).replace(" ", "") == "Yes,one.<|end|>No.<|end|>"
-    with pytest.raises(RequestError, match=r"train\.jsonl:1: the chat format phi3\.5-mini has no place for tools"):
+    with pytest.raises(RequestError, match=r"train\.jsonl:1: the chat format phi3\.5-mini does not support tools"):
         one(tmp_path, tokenizer, {"messages": TWO_TURNS, "tools": [TOOL]})
 
 
@@ -122,7 +122,7 @@ def test_a_line_of_several_formats_is_read_as_mlx_lm_reads_it(tmp_path: Path, to
 
 def test_masking_the_prompts_of_plain_texts_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     folder = written(tmp_path, {"text": "one"}, {"text": "two"})
-    with pytest.raises(RequestError, match="--mask-prompt has nothing to mask; the samples are all plain texts"):
+    with pytest.raises(RequestError, match="--mask-prompt has nothing to mask; all samples are plain texts"):
         load_samples(folder, tokenizer, mask_prompt=True)
     written(tmp_path, {"text": "one"}, split="valid")  # which the chats of the training split may well stand beside
     assert len(load_samples(folder, tokenizer, "valid", mask_prompt=True)[0]) == 1
@@ -143,7 +143,7 @@ def test_control_strings_stay_text_and_are_told(tmp_path: Path, tokenizer: Token
     assert found == [["<|endoftext|>"], chat, chat, chat]
     assert [learned(sample, tokenizer) for sample in samples[1:3]] == [hostile + "<|end|>"] * 2
     assert report.control_text == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:3"]
-    assert any("stay text: 3, the first train.jsonl:1" in line for line in report.sentences())
+    assert any("stay text: 3, the first train.jsonl:1" in line for line in report.messages())
 
 
 def test_what_is_too_long_is_cut_and_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -154,7 +154,7 @@ def test_what_is_too_long_is_cut_and_counted(tmp_path: Path, tokenizer: Tokenize
         assert (after.ids, after.targets) == (before.ids[:20], before.targets[:20])
     assert (report.truncated, report.longest) == (2, len(whole[0].ids))
     assert report.tokens == sum(len(sample.ids) for sample in cut)
-    assert any(f"2; the longest had {len(whole[0].ids)} tokens" in line for line in report.sentences())
+    assert any(f"2; the longest had {len(whole[0].ids)} tokens" in line for line in report.messages())
     exact, report = load_samples(tmp_path, tokenizer, max_seq_length=len(whole[0].ids))
     assert exact == whole and report.truncated == 0
 
@@ -171,7 +171,7 @@ def test_what_is_left_without_targets_is_skipped_and_counted(tmp_path: Path, tok
     assert [sample.source for sample in samples] == ["train.jsonl:1"]
     assert report.skipped == ["train.jsonl:2", "train.jsonl:3", "train.jsonl:4"]
     assert (report.samples, report.tokens) == (1, len(samples[0].ids))
-    assert any("3, the first train.jsonl:2" in line for line in report.sentences())
+    assert any("3, the first train.jsonl:2" in line for line in report.messages())
     samples, report = load_samples(folder, tokenizer, max_seq_length=30)
     assert report.skipped == ["train.jsonl:4"]
 
@@ -188,9 +188,9 @@ def test_a_cut_that_leaves_only_the_prompt_is_a_skip_to_the_token(tmp_path: Path
 
 def test_nothing_to_learn_at_all_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     folder = written(tmp_path, *[{"prompt": "word " * 50, "completion": "lost"}] * 3)
-    with pytest.raises(RequestError, match=r"train\.jsonl leaves nothing to learn in any of its 3 samples"):
+    with pytest.raises(RequestError, match=r"train\.jsonl has no target in any of its 3 samples"):
         load_samples(folder, tokenizer, mask_prompt=True, max_seq_length=30)
-    with pytest.raises(RequestError, match="--max-seq-length 1 leaves nothing to learn"):
+    with pytest.raises(RequestError, match="--max-seq-length 1 leaves no target"):
         load_samples(folder, tokenizer, max_seq_length=1)
 
 
@@ -202,8 +202,8 @@ def test_other_splits_may_be_missing(tmp_path: Path, tokenizer: Tokenizer) -> No
 
 BAD_RECORDS: dict[str, tuple[Any, str]] = {
     "no keys": ({}, "has no keys; a sample has text, prompt and completion, or messages"),
-    "unknown keys": ({"instruction": "a", "output": "b"}, "has no key but 'instruction', 'output'; a sample has"),
-    "half a format": ({"prompt": "a"}, "has no key but 'prompt'; a sample has"),
+    "unknown keys": ({"instruction": "a", "output": "b"}, "has only 'instruction', 'output'; a sample has"),
+    "half a format": ({"prompt": "a"}, "has only 'prompt'; a sample has"),
     "a pair": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen and rejected are for preference tuning"),
     "text": ({"text": 5}, "text must be a text, not 5"),
     "null": ({"text": None}, "text must be a text, not None"),
@@ -263,7 +263,7 @@ def test_a_pair_is_two_answers_to_one_prompt(tmp_path: Path, tokenizer: Tokenize
 
 
 def test_only_the_answers_of_a_pair_are_learned(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Not earlier turns; but every turn of an answer of several."""
+    """Earlier turns are not targets; every turn of an answer is."""
     again = [GOOD, USER, {"role": "assistant", "content": "Still no."}]
     record = {"messages": TWO_TURNS[:-1], "chosen": again, "rejected": "Nope.", "tools": [TOOL]}
     found = pair(tmp_path, tokenizer, record)
@@ -283,8 +283,8 @@ def test_pairs_with_nothing_to_tell_apart_are_skipped(tmp_path: Path, tokenizer:
     pairs, report = load_pairs(written(tmp_path, *records), tokenizer, max_seq_length=30)
     assert [found.chosen.source for found in pairs] == ["train.jsonl:1"]
     assert report.skipped == ["train.jsonl:2", "train.jsonl:3", "train.jsonl:4"]
-    assert (report.samples, report.truncated, report.alike) == (1, 2, 3)
-    assert any("3, the first train.jsonl:2, 3 of them the same answer twice" in line for line in report.sentences())
+    assert (report.samples, report.truncated, report.identical) == (1, 2, 3)
+    assert any("3, the first train.jsonl:2, 3 of them with identical answers" in line for line in report.messages())
     assert report.tokens == len(pairs[0].chosen.ids) + len(pairs[0].rejected.ids)
 
 
@@ -293,15 +293,15 @@ def test_pairs_with_nothing_to_tell_apart_are_skipped(tmp_path: Path, tokenizer:
     [
         (
             [{"prompt": "a", "chosen": "same", "rejected": "same"}] * 2,
-            "any of its 2 pairs: chosen and rejected are the same; a pair is two different answers",
+            "any of its 2 pairs: chosen and rejected are identical; a pair must have two different answers",
         ),
         (
             [{"prompt": "a", "chosen": "word " * 50 + "b", "rejected": "word " * 50 + "c"}],
-            "any of its 1 pairs: chosen and rejected are the same; in 1 of them once they are cut at 30 tokens; raise",
+            "its 1 pairs: chosen and rejected are identical; in 1 of them because of the cut at 30 tokens; raise",
         ),
         (
             [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "word " * 50, "chosen": "b", "rejected": "c"}],
-            "2 pairs: chosen and rejected are the same; in 1 of them once they are cut at 30 tokens; raise",
+            "2 pairs: chosen and rejected are identical; in 1 of them because of the cut at 30 tokens; raise",
         ),
     ],
 )
@@ -316,13 +316,13 @@ def test_pairs_that_are_all_the_same_answer_twice_say_so(
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"text": "a"}, "has no key but 'text'; a pair has prompt or messages, and chosen and rejected"),
-        ({"prompt": "a", "chosen": "b"}, "has no key but 'prompt', 'chosen'; a pair has"),
+        ({"text": "a"}, "has only 'text'; a pair has prompt or messages, and chosen and rejected"),
+        ({"prompt": "a", "chosen": "b"}, "has only 'prompt', 'chosen'; a pair has"),
         ({"chosen": "b", "rejected": "c"}, "a pair has prompt or messages"),
         ({"prompt": 5, "chosen": "b", "rejected": "c"}, "prompt must be a text or a list of messages, not 5"),
         ({"prompt": "a", "chosen": None, "rejected": "c"}, "chosen must be a text or a list of messages, not None"),
-        ({"prompt": "a", "chosen": "b", "rejected": [USER]}, "rejected must go on from prompt with an assistant's"),
-        ({"messages": [USER], "chosen": [USER], "rejected": "c"}, "chosen must go on from messages with an"),
+        ({"prompt": "a", "chosen": "b", "rejected": [USER]}, "rejected must continue prompt with a message of the"),
+        ({"messages": [USER], "chosen": [USER], "rejected": "c"}, "chosen must continue messages with a"),
         ({"prompt": "a", "chosen": "b", "rejected": []}, "rejected must be a text or a list of messages, not []"),
     ],
 )

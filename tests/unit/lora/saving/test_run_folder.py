@@ -1,4 +1,4 @@
-"""What a run leaves on the disk: whole whatever fails, in the order that makes a checkpoint true, then resumed."""
+"""A run's folder: complete whatever fails, written in the order that keeps a checkpoint true, and resumed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import mlx.core as mx
 import pytest
 
 from phi4_mlx.errors import CheckpointError, Phi4Error, RequestError
-from phi4_mlx.lora.data.batches import Batches
-from phi4_mlx.lora.saving import checkpoints
-from phi4_mlx.lora.saving import run_folder as storage
+from phi4_mlx.lora.data.batches import Batch, Batches
+from phi4_mlx.lora.saving import checkpoints, run_folder
 from phi4_mlx.lora.saving.checkpoints import keep_newest, newest_checkpoint, save_checkpoint
-from phi4_mlx.lora.saving.metrics import Record, read_metrics
+from phi4_mlx.lora.saving.metrics import MetricsLog, read_metrics
+from phi4_mlx.lora.training.loss import sft_loss
 from phi4_mlx.lora.training.trainer import Trainer
 from phi4_mlx.models.text import Model
 from tests.counting_run import finish, same, samples, trainer
@@ -27,7 +27,7 @@ ONE = {"a": mx.array([1.0])}
 
 
 class Dead(BaseException):
-    """What nothing catches, as nothing would catch a power cut."""
+    """An exception that nothing catches, like a power cut."""
 
 
 def names(folder: Path) -> list[str]:
@@ -46,7 +46,7 @@ def state_file(folder: Path) -> Path:
 def test_a_checkpoint_of_the_same_step_takes_the_olds_place_whenever_it_dies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fatal: int, after: bool
 ) -> None:
-    """There is a newest checkpoint at any moment, and what has a name is whole."""
+    """At any moment there is a newest checkpoint, and every named one is complete."""
     save_checkpoint(tmp_path, 7, ONE, {"n": 1})
     real, calls = Path.rename, 0
 
@@ -93,8 +93,13 @@ def test_a_step_is_saved_once_but_for_another_place_in_the_data(
     tiny_model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[int] = []
-    real = storage.save_checkpoint
-    monkeypatch.setattr(storage, "save_checkpoint", lambda f, step, *rest: (saved.append(step), real(f, step, *rest)))
+    real = run_folder.save_checkpoint
+
+    def save(folder: Path, step: int, *rest: Any) -> None:
+        saved.append(step)
+        real(folder, step, *rest)
+
+    monkeypatch.setattr(run_folder, "save_checkpoint", save)
     run = trainer(tiny_model, tmp_path)
     finish(run)
     assert saved == [4, 8, 12]
@@ -113,8 +118,8 @@ def test_a_step_is_saved_once_but_for_another_place_in_the_data(
 
 
 def full(*names: str) -> Callable[..., Any]:
-    """Writes an adapter, unless it goes where the disk is full."""
-    real = storage.write_folder
+    """A `write_folder` that fails for folders of these names, as on a full disk."""
+    real = run_folder.write_folder
 
     def write(folder: Path, *rest: Any) -> None:
         if folder.name in names:
@@ -127,26 +132,25 @@ def full(*names: str) -> Callable[..., Any]:
 def test_a_best_adapter_that_could_not_be_written_is_not_forgotten(
     tiny_model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is written as it was, though the model has gone on."""
+    """It is written as it was, although the model has changed since."""
     options = {"steps_per_eval": 2, "iters": 8}
     losses = iter([3.0, 1.0, 2.0, 4.0] * 2)
     monkeypatch.setattr("phi4_mlx.lora.training.trainer.evaluate", lambda *args: next(losses))
     finish(trainer(tiny_model, tmp_path / "whole", **options))
-    told: list[str] = []
-    run = trainer(tiny_model, tmp_path / "full", **options)
-    run.storage._warn = told.append
-    writes = storage.write_folder
+    warnings: list[str] = []
+    run = trainer(tiny_model, tmp_path / "full", warn=warnings.append, **options)
+    writes = run_folder.write_folder
     for step in run.run():
         if step.step == 1:
-            monkeypatch.setattr(storage, "write_folder", full("best"))
+            monkeypatch.setattr(run_folder, "write_folder", full("best"))
         if step.step == 7:
-            monkeypatch.setattr(storage, "write_folder", writes)
+            monkeypatch.setattr(run_folder, "write_folder", writes)
             assert not (tmp_path / "full" / "best").exists()
         if step.step == 8:  # the next checkpoint tries it again
             assert (tmp_path / "full" / "best" / "adapters.safetensors").exists()
     assert run.progress.best_step == 4
-    assert len(told) == 1 and "best/adapters.safetensors could not be written: No space left" in told[0]
-    assert "training goes on" in told[0] and "\n" not in told[0]
+    assert len(warnings) == 1 and "best/adapters.safetensors could not be written: No space left" in warnings[0]
+    assert "training continues" in warnings[0] and "\n" not in warnings[0]
     files = [mx.load(str(tmp_path / name / "best" / "adapters.safetensors")) for name in ("whole", "full")]
     assert same(*files)
 
@@ -154,14 +158,14 @@ def test_a_best_adapter_that_could_not_be_written_is_not_forgotten(
 def test_metrics_that_could_not_be_written_come_with_the_next_ones(
     tiny_model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, told = trainer(tiny_model, tmp_path), []
-    run.storage._warn = told.append
-    run.storage.record = record = Record(tmp_path, 0)
+    warnings: list[str] = []
+    run = trainer(tiny_model, tmp_path, warn=warnings.append)
+    run.folder.metrics = log = MetricsLog(tmp_path, 0)
     real = os.fsync
 
     def failing(descriptor: int) -> None:
-        if os.path.samestat(os.fstat(descriptor), record.path.stat()):
-            with record.path.open("ab") as file:
+        if os.path.samestat(os.fstat(descriptor), log.path.stat()):
+            with log.path.open("ab") as file:
                 file.write(b'{"step": 3, "lo')  # half a line got through
             raise OSError(28, "No space left on device")
         real(descriptor)
@@ -171,14 +175,14 @@ def test_metrics_that_could_not_be_written_come_with_the_next_ones(
             monkeypatch.setattr(os, "fsync", failing)
         if step.step == 5:
             monkeypatch.undo()
-    assert len(told) == 1 and "metrics.jsonl could not be written: No space left" in told[0]
-    assert [line["step"] for line in read_metrics(record.path)] == list(range(1, 13))
+    assert len(warnings) == 1 and "metrics.jsonl could not be written: No space left" in warnings[0]
+    assert [line["step"] for line in read_metrics(log.path)] == list(range(1, 13))
 
 
 def test_at_the_end_what_is_not_written_is_an_error_and_the_rest_is_written(
     tiny_model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "write_folder", full("best"))
+    monkeypatch.setattr(run_folder, "write_folder", full("best"))
     run = trainer(tiny_model, tmp_path)
     with pytest.raises(RequestError, match=r"best/adapters\.safetensors could not be written: No space.*--resume"):
         finish(run)
@@ -189,7 +193,7 @@ def test_at_the_end_what_is_not_written_is_an_error_and_the_rest_is_written(
 
 
 def change(state: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """The state with something else at a place like "progress.step"; None drops it."""
+    """The state with another value at a path like "progress.step"; None removes it."""
     *way, last = path.split(".")
     place = state
     for name in way:
@@ -222,14 +226,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("progress.step", "2", "progress has step '2'"),
         ("progress.step", True, "progress has step True"),
         ("progress.best_loss", "low", "progress has best_loss 'low'"),
-        ("progress.recent", [None], "no numbers"),
-        ("progress.step", -1, "no numbers"),
+        ("progress.recent", [None], "not numbers from 0"),
+        ("progress.step", -1, "not numbers from 0"),
         ("progress.more", 1, "'more', which is not known"),
         ("settings.iters", None, "its settings do not match: 'iters'"),
         ("settings.old_option", 1, "its settings do not match: 'old_option'"),
         ("batches", {}, "another run: seed is None"),
         ("batches.epoch", "x", "is damaged: epoch 'x'"),
-        ("batches.step", 10**6, "are no position"),
+        ("batches.step", 10**6, "are not a position"),
     ],
 )
 def test_a_damaged_state_is_one_line(
@@ -310,11 +314,10 @@ def test_checkpointing_may_change_and_so_may_the_length_under_a_constant_rate(
     options = {"lr_schedule": "constant", "steps_per_eval": 100}
     _, longer = finish(trainer(tiny_model, tmp_path / "whole", iters=10, **options))
     finish(trainer(tiny_model, tmp_path / "cut", iters=6, **options))
-    told: list[str] = []
-    run = trainer(tiny_model, tmp_path / "cut", iters=10, grad_checkpoint=True, **options)
-    run.storage._warn = told.append
+    warnings: list[str] = []
+    run = trainer(tiny_model, tmp_path / "cut", warn=warnings.append, iters=10, grad_checkpoint=True, **options)
     assert run.resume() == 6
-    assert len(told) == 1 and "grad_checkpoint is not as it was" in told[0]
+    assert len(warnings) == 1 and "grad_checkpoint has changed" in warnings[0]
     _, resumed = finish(run)
     assert all(mx.allclose(longer[name], resumed[name], atol=1e-4) for name in longer)
     finish(trainer(tiny_model, tmp_path / "cosine", iters=4))
@@ -326,15 +329,15 @@ def test_checkpointing_may_change_and_so_may_the_length_under_a_constant_rate(
 
 
 def interrupted(run: Trainer, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
-    """A signal, and a second and a third one while the first's checkpoint is being written."""
-    real = storage.save_checkpoint
+    """Runs with a signal, and two more while the checkpoint of the first is being written."""
+    real = run_folder.save_checkpoint
 
     def save(*args: Any) -> None:
         os.kill(os.getpid(), number)
         real(*args)
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(storage, "save_checkpoint", save)
+    monkeypatch.setattr(run_folder, "save_checkpoint", save)
     for step in run.run():
         if step.step == 2:
             os.kill(os.getpid(), number)
@@ -355,18 +358,17 @@ def test_a_signal_while_files_are_written_tears_nothing(
 
 
 def test_a_second_signal_within_a_step_leaves_at_once_and_saves_no_half_step(
-    tiny_model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Callable[..., Model], tmp_path: Path
 ) -> None:
     run = trainer(tiny_model, tmp_path, save_every=2)
-    real = run._gradients
 
-    def gradients() -> Any:
+    def loss(model: Model, batch: Batch) -> tuple[mx.array, mx.array]:
         if run.progress.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
-        return real()
+        return sft_loss(model, batch)
 
-    monkeypatch.setattr(run, "_gradients", gradients)
+    run.loss = loss
     with pytest.raises(KeyboardInterrupt):
         finish(run)
     run.rescue()

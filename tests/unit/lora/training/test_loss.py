@@ -1,4 +1,4 @@
-"""The chunked loss and its gradients against the whole logits, and what it keeps in memory."""
+"""The chunked loss: equality with the whole logits, gradients included, and memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def naive_loss(
     model: Model, inputs: mx.array, targets: mx.array, mask: mx.array, segments: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
     """The obvious code."""
-    logits = model.logits(model.model(inputs, segments=segments)).astype(mx.float32)
+    logits = model.logits(model.hidden(inputs, segments=segments)).astype(mx.float32)
     return (nn.losses.cross_entropy(logits, targets) * mask).sum() / mask.sum(), mask.sum()
 
 
@@ -31,7 +31,7 @@ def batch(seed: int, B: int = 3, T: int = 120, share: float = 0.7) -> tuple[mx.a
 
 
 def both(model: Model, *arrays: Any) -> tuple[list[mx.array], dict[str, mx.array], dict[str, mx.array]]:
-    """(losses and counts of both), gradients of ours, gradients of the obvious code."""
+    """(losses and counts of both codes), our gradients, gradients of the obvious code."""
     (ours, n), our_grads = nn.value_and_grad(model, next_token_loss)(model, *arrays)
     (theirs, m), their_grads = nn.value_and_grad(model, naive_loss)(model, *arrays)
     return [ours, theirs, n, m], dict(tree_flatten(our_grads)), dict(tree_flatten(their_grads))
@@ -68,7 +68,7 @@ def test_packed_rows_are_the_sum_over_their_samples(tiny_model: Callable[..., Mo
     """Also across the RoPE boundary (64), and with each block run again in backward."""
     model = tiny_model()
     model.model.embed_tokens.freeze()
-    model.model.recompute = recompute
+    model.recompute = recompute
     inputs, targets, mask = batch(3, B=1, T=170)
     ends = [0, 20, 100, 101, 170]
     spans = list(pairwise(ends))
@@ -99,7 +99,7 @@ def test_running_blocks_again_changes_no_bit(tiny_model: Callable[..., Model]) -
         return result, mx.get_peak_memory() - before
 
     kept, kept_bytes = run()
-    model.model.recompute = True
+    model.recompute = True
     again, again_bytes = run()
     assert again_bytes < 0.6 * kept_bytes
     assert mx.array_equal(kept[0][0], again[0][0])
@@ -109,7 +109,7 @@ def test_running_blocks_again_changes_no_bit(tiny_model: Callable[..., Model]) -
 
 
 def test_each_token_may_weigh_differently(tiny_model: Callable[..., Model]) -> None:
-    """What preference losses need: any function of the tokens' losses."""
+    """Preference losses need gradients of any function of the tokens' losses."""
     model = tiny_model()
     model.model.embed_tokens.freeze()
     hidden, weights = mx.random.normal((90, 96), key=mx.random.key(5)), mx.arange(90) / 90 - 0.3

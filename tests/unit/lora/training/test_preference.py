@@ -1,4 +1,4 @@
-"""DPO and ORPO against the obvious code, what they cost, what they refuse, and that they move the answers apart."""
+"""DPO and ORPO: equality with the obvious code, memory, refusals, and the margin after training."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from phi4_mlx.adapters.layers import adapter_layers, add_adapter
 from phi4_mlx.errors import RequestError
 from phi4_mlx.lora.data.batches import Batch, Batches
 from phi4_mlx.lora.data.samples import Pair, Sample
+from phi4_mlx.lora.saving.run_folder import RunFolder
 from phi4_mlx.lora.settings import Settings
 from phi4_mlx.lora.training.loss import next_token_loss
 from phi4_mlx.lora.training.preference import REMEMBERED, PreferenceLoss
@@ -33,7 +34,7 @@ def sample(prompt: list[int], answer: list[int]) -> Sample:
 
 
 def some_pairs(seed: int = 1) -> list[Pair]:
-    """Of different lengths, also beyond the RoPE boundary (64) and of one token, and with a token left out."""
+    """Pairs of different lengths, also beyond the RoPE boundary (64) and of one token, and with a token left out."""
     draw = random.Random(seed)
     made = []
     for prompt_length, lengths in ((5, (3, 7)), (30, (50, 2)), (12, (1, 1)), (3, (9, 80))):
@@ -44,13 +45,13 @@ def some_pairs(seed: int = 1) -> list[Pair]:
 
 
 def packed(pairs: list[Pair], **options: Any) -> Batch:
-    """One batch, of rows that hold several pairs."""
+    """A batch whose rows hold several pairs."""
     (batch,) = Batches(pairs, batch_size=4, max_seq_length=100, **options).fixed()
     return batch
 
 
 def with_adapter(model: Model, kind: str = "lora", dropout: float = 0.0, trained: bool = True) -> Model:
-    """An adapter as it is after some training, so that the model is not its base."""
+    """The model with an adapter that changes its output, as after some training."""
     add_adapter(model, rank=4, scale=2.0, kind=kind, dropout=dropout)
     for number, layer in enumerate(adapter_layers(model).values()):
         if trained:
@@ -59,14 +60,14 @@ def with_adapter(model: Model, kind: str = "lora", dropout: float = 0.0, trained
 
 
 def naive_log_probs(model: Model, sample: Sample) -> mx.array:
-    """The log-probabilities of a sample's targets, from the logits of all of it, alone in its row."""
+    """The log-probabilities of a sample's targets, from all of its logits, alone in its row."""
     logits = model(mx.array([sample.ids[:-1]]))[0]
     by_token = nn.log_softmax(logits.astype(mx.float32))[mx.arange(len(sample.ids) - 1), mx.array(sample.ids[1:])]
     return by_token[mx.array([at for at, wanted in enumerate(sample.targets[1:]) if wanted])]
 
 
 def naive_margins(model: Model, base: Model, pairs: list[Pair]) -> list[mx.array]:
-    """What DPO puts through the sigmoid."""
+    """The argument of DPO's sigmoid, for each pair."""
     gains = [
         [(naive_log_probs(model, each) - naive_log_probs(base, each)).sum() for each in (pair.chosen, pair.rejected)]
         for pair in pairs
@@ -88,7 +89,7 @@ def naive_orpo(model: Model, base: Model, pairs: list[Pair]) -> mx.array:
 
 
 def plain_loss(model: Model, batch: Batch) -> tuple[mx.array, mx.array]:
-    """What fine-tuning on both answers would minimise."""
+    """The loss of plain fine-tuning on both answers."""
     return next_token_loss(model, batch.inputs, batch.targets, batch.mask, batch.segments)
 
 
@@ -116,7 +117,7 @@ def test_loss_and_gradients_are_those_of_the_whole_logits(
     batch = packed(pairs)
     assert batch.segments.max().item() > 2
     theirs, their_grads = flat_grad(NAIVE[task], model, tiny_model(), pairs)
-    model.model.recompute = recompute
+    model.recompute = recompute
     (ours, count), our_grads = flat_grad(PreferenceLoss(task, BETA), model, batch)
     assert abs(ours.item() - theirs.item()) < 1e-5 and count.item() == len(pairs)
     assert_close(our_grads, their_grads)
@@ -134,7 +135,7 @@ def test_pairs_in_rows_are_the_mean_of_pairs_alone(tiny_model: Callable[..., Mod
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_dpo_begins_at_ln_2(tiny_model: Callable[..., Model], kind: str) -> None:
-    """A fresh adapter changes nothing, and the base knows no dropout: no margin at all, not even a rounded one."""
+    """A fresh adapter changes nothing, and the base has no dropout: the margin is exactly 0."""
     model, loss = with_adapter(tiny_model(), kind, dropout=0.5, trained=False), PreferenceLoss("dpo", BETA)
     value, _ = loss(model, packed(some_pairs()))
     assert value.item() == pytest.approx(math.log(2), abs=1e-7)
@@ -153,7 +154,7 @@ def test_a_step_down_the_gradient_raises_chosen_over_rejected(tiny_model: Callab
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_the_base_is_the_same_whatever_dropout_drops(tiny_model: Callable[..., Model], grad: bool) -> None:
-    """With the adapter's own part of the margin known, what is left is the base, which no dropout touches."""
+    """The adapter adds nothing here, so the margin is 0 only if dropout leaves the base alone."""
     pairs = some_pairs()
     model, loss = with_adapter(tiny_model(), dropout=0.5, trained=False), PreferenceLoss("dpo", BETA)
     for layer in adapter_layers(model).values():
@@ -187,7 +188,7 @@ def test_figures_are_those_of_the_pairs_since_the_last_call(
 
 
 def test_the_base_takes_no_memory_of_its_own(tiny_model: Callable[..., Model]) -> None:
-    """No second model, and nothing of the base's pass is there when the gradient is."""
+    """No second model, and no activations of the base's pass are in memory during backward."""
     model = with_adapter(tiny_model(num_hidden_layers=4))
     batch = packed(some_pairs())
 
@@ -204,7 +205,7 @@ def test_the_base_takes_no_memory_of_its_own(tiny_model: Callable[..., Model]) -
 
     mx.eval(vars(batch), model.parameters())
     for recompute in (False, True):
-        model.model.recompute = recompute
+        model.recompute = recompute
         peak(plain_loss)  # whatever the first run leaves behind
         assert peak(PreferenceLoss("dpo")) < 1.1 * peak(plain_loss), recompute
 
@@ -228,7 +229,7 @@ def test_the_head_runs_on_answers_alone(tiny_model: Callable[..., Model], monkey
 
 def test_dpo_without_an_adapter_is_refused(tiny_model: Callable[..., Model]) -> None:
     batch = packed(some_pairs())
-    with pytest.raises(RequestError, match=r"embed_tokens.weight would be trained; take --fine-tune-type lora .*orpo"):
+    with pytest.raises(RequestError, match=r"embed_tokens.weight would be trained; use --fine-tune-type lora .*orpo"):
         PreferenceLoss("dpo")(tiny_model(), batch)
     model = tiny_model()
     model.freeze()
@@ -253,7 +254,7 @@ def test_orpo_needs_no_adapter(tiny_model: Callable[..., Model], tied: bool) -> 
 @pytest.mark.parametrize("task", ["dpo", "orpo"])
 @pytest.mark.parametrize("likelier", ["chosen", "rejected"])
 def test_certainty_is_never_nan(tiny_model: Callable[..., Model], task: str, likelier: str) -> None:
-    """One answer has all the probability there is, and the other one none."""
+    """One answer has probability 1, the other 0."""
     model = with_adapter(tiny_model())
     model.model.norm.weight = 1000 * model.model.norm.weight
     order = mx.argsort(model(mx.array([[1]]))[0, 0]).tolist()
@@ -266,7 +267,7 @@ def test_certainty_is_never_nan(tiny_model: Callable[..., Model], task: str, lik
 
 
 def test_no_pair_is_no_loss_and_never_nan(tiny_model: Callable[..., Model]) -> None:
-    """As in a process that has no row of the last batch."""
+    """The case of a process without a row of the last batch."""
     model, loss = with_adapter(tiny_model()), PreferenceLoss("dpo")
     batch = Batch(*(mx.zeros((1, 32), kind) for kind in (mx.int32, mx.int32, mx.bool_, mx.int32)))
     (value, count), grads = flat_grad(loss, model, batch)
@@ -276,12 +277,12 @@ def test_no_pair_is_no_loss_and_never_nan(tiny_model: Callable[..., Model]) -> N
 
 @pytest.mark.parametrize("emptied", [[(2, "chosen")], [(2, "rejected")], [(1, "chosen"), (2, "rejected")]])
 def test_what_is_no_pair_is_refused(tiny_model: Callable[..., Model], emptied: list[tuple[int, str]]) -> None:
-    """Also where two pairs of a row have lost the answers that are not beside each other."""
+    """Also if two pairs of a row each lose one answer, and the remaining answers look like a pair."""
     pairs = some_pairs()
     for number, answer in emptied:
         targets = getattr(pairs[number], answer).targets
         targets[:] = [False] * len(targets)
-    with pytest.raises(RequestError, match="each with something to learn"):
+    with pytest.raises(RequestError, match="each with a target"):
         PreferenceLoss("orpo")(tiny_model(), packed(pairs))
     with pytest.raises(RequestError, match="takes pairs of answers"):
         PreferenceLoss("orpo")(tiny_model(), packed([some_pairs()[0].chosen]))  # type: ignore[list-item]
@@ -290,7 +291,7 @@ def test_what_is_no_pair_is_refused(tiny_model: Callable[..., Model], emptied: l
 @pytest.mark.parametrize(
     ("task", "beta", "message"),
     [
-        ("sft", 0.1, "'sft' is no preference tuning; known are dpo, orpo"),
+        ("sft", 0.1, "'sft' is not a preference task; known are dpo, orpo"),
         ("dpo", 0.0, "beta must be a number from 1e-06 to 100, not 0.0"),
         ("orpo", -1.0, r"beta .* not -1\.0"),
         ("orpo", math.nan, "beta .* not nan"),
@@ -303,7 +304,7 @@ def test_options_out_of_range_are_refused(task: str, beta: float, message: str) 
 
 
 def unliked_pairs(base: Model, count: int) -> list[Pair]:
-    """Of two answers that differ in style, the base thinks the rejected one likelier: it ends in tokens from 400 on."""
+    """Pairs whose rejected answer is likelier under the base; the answers differ in their last tokens."""
     draw, made = random.Random(5), []
     while len(made) < count:
         prompt, middle = draw.choices(range(200), k=draw.randint(4, 8)), draw.choices(range(200, 400), k=2)
@@ -325,7 +326,7 @@ def test_training_makes_the_chosen_answers_likelier_and_leaves_the_base_alone(
     add_adapter(model, rank=4, scale=4.0, dropout=0.1)
 
     def rate() -> float:
-        """Of held-out pairs, how many chosen answers are the likelier ones."""
+        """The share of held-out pairs whose chosen answer is likelier."""
         model.eval()
         log_probs = [[naive_log_probs(model, each).sum().item() for each in vars(pair).values()] for pair in held_out]
         return sum(chosen > rejected for chosen, rejected in log_probs) / len(log_probs)
@@ -333,7 +334,8 @@ def test_training_makes_the_chosen_answers_likelier_and_leaves_the_base_alone(
     assert rate() == 0
     settings = Settings(task=task, iters=12, batch_size=1, learning_rate=2e-2, grad_checkpoint=True)
     loss._margins.append(mx.array([9.0]))  # what was no step is in no step's figures
-    trainer = Trainer(model, Batches(train, batch_size=1, max_seq_length=64), settings, tmp_path, loss=loss)
+    folder = RunFolder(tmp_path, len(model.layers))
+    trainer = Trainer(model, Batches(train, batch_size=1, max_seq_length=64), settings, folder, loss=loss)
     steps = list(trainer.run())
     assert rate() > 0.8
     assert steps[-1].loss < 0.7 * steps[0].loss and steps[0].accuracy == 0 and steps[-1].accuracy == 1

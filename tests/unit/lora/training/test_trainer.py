@@ -1,4 +1,4 @@
-"""The loop: it learns, weighs by token, resumes to the bit, stops in time and never on a number that is none."""
+"""The training loop: learning, weighting by target, resuming to the bit, stopping, and losses that are not finite."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from phi4_mlx.adapters.layers import adapter_parameters
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.lora.data.batches import Batch
 from phi4_mlx.lora.progress import Step
-from phi4_mlx.lora.saving import checkpoints
-from phi4_mlx.lora.saving.metrics import Record, read_metrics
-from phi4_mlx.lora.training.trainer import Trainer, evaluate, sft_loss
+from phi4_mlx.lora.saving import checkpoints, run_folder
+from phi4_mlx.lora.saving.metrics import MetricsLog, read_metrics
+from phi4_mlx.lora.training.gradients import mean_gradients
+from phi4_mlx.lora.training.loss import sft_loss
+from phi4_mlx.lora.training.trainer import Trainer, evaluate
 from phi4_mlx.models.text import Model
 from tests.counting_run import finish, same, trainer
 
@@ -53,39 +55,52 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(
 
 
 class Dead(BaseException):
-    """What no code of the trainer's catches, as it would not catch a power cut."""
+    """An exception that the trainer does not catch, like a power cut."""
 
 
-@pytest.mark.parametrize("moment", ["_write_best", "_write_checkpoint", "_write_adapter"])
+def die(monkeypatch: pytest.MonkeyPatch, run: Trainer, step: int, moment: str, before: bool) -> None:
+    """Ends a run while a step is written: right before one of its writes, or right after it."""
+    place, name = {
+        "metrics": (run.folder.metrics, "add"),
+        "best": (run_folder, "write_folder"),
+        "checkpoint": (run_folder, "save_checkpoint"),
+        "adapter": (run_folder, "write_folder"),
+    }[moment]
+    real = getattr(place, name)
+
+    def dying(*args: Any) -> None:
+        of_kind = name != "write_folder" or (args[0].name == "best") == (moment == "best")
+        if before and of_kind and run.progress.step == step:
+            raise Dead
+        real(*args)
+        if of_kind and run.progress.step == step:
+            raise Dead
+
+    monkeypatch.setattr(place, name, dying)
+
+
+@pytest.mark.parametrize("moment", ["metrics", "best", "checkpoint", "adapter"])
 @pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("step", [8, 12])
 def test_a_run_that_dies_while_a_step_is_written_goes_on_as_if_it_had_not(
-    tiny_model: Callable[..., Model], tmp_path: Path, moment: str, before: bool
-) -> None:
-    """Metrics, best adapter, checkpoint and adapter say the same, wherever between them it ended."""
+    tiny_model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, moment: str,
+    before: bool,
+) -> None:  # fmt: skip
+    """Metrics, best adapter, checkpoint and adapter agree, whichever of them was the last to be written."""
 
     def recorded(folder: Path, step: int = 0) -> Trainer:
         run = trainer(tiny_model, folder)
-        run.storage.record = Record(folder, step)
+        run.folder.metrics = MetricsLog(folder, step)
         return run
 
     _, adapter = finish(recorded(tmp_path / "whole"))
-    run, write = recorded(tmp_path / "broken"), 0
-    real = getattr(run.storage, moment)
-
-    def dying() -> None:
-        nonlocal write
-        write += 1
-        if write == 2 and before:
-            raise Dead
-        real()
-        if write == 2:
-            raise Dead
-
-    setattr(run.storage, moment, dying)
+    run = recorded(tmp_path / "broken")
+    die(monkeypatch, run, step, moment, before)
     with pytest.raises(Dead):
         finish(run)
+    monkeypatch.undo()
     again = trainer(tiny_model, tmp_path / "broken")
-    again.storage.record = Record(tmp_path / "broken", again.resume())
+    again.folder.metrics = MetricsLog(tmp_path / "broken", again.resume())
     assert same(finish(again)[1], adapter)
     kept = [
         [(line["step"], line["loss"], line.get("valid_loss")) for line in read_metrics(folder / "metrics.jsonl")]
@@ -120,8 +135,10 @@ def test_accumulation_weighs_each_target_the_same(tiny_model: Callable[..., Mode
     two = trainer(tiny_model, tmp_path / "b", dropout=0, batch_size=1, grad_accumulation_steps=2, iters=1)
     batch = next(one.batches)
     rows = [type(batch)(*(array[n : n + 1] for array in vars(batch).values())) for n in range(2)]
-    one.batches, two.batches = iter([batch]), iter(rows)  # type: ignore[assignment]
-    (loss, tokens, grads), (loss2, tokens2, grads2) = one._gradients(), two._gradients()
+    (loss, tokens, grads), (loss2, tokens2, grads2) = (
+        mean_gradients(one.model, sft_loss, iter([batch]), 1),
+        mean_gradients(two.model, sft_loss, iter(rows), 2),
+    )
     assert tokens == tokens2 and loss == pytest.approx(loss2, abs=1e-5)
     for (name, a), (_, b) in zip(tree_flatten(grads), tree_flatten(grads2), strict=True):
         assert mx.allclose(a, b, rtol=0, atol=1e-5), name
@@ -130,12 +147,12 @@ def test_accumulation_weighs_each_target_the_same(tiny_model: Callable[..., Mode
 def test_sums_of_gradients_do_not_outgrow_half_precision(
     tiny_model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A gradient of 1,000 times 100 targets is beyond fp16's largest number; their mean is not."""
+    """A gradient of 1,000 times 100 targets overflows fp16; their mean does not."""
     run = trainer(tiny_model, tmp_path, grad_accumulation_steps=2)
     run.model.set_dtype(mx.float16)
     grads = tree_map(lambda weight: mx.full(weight.shape, 1000, mx.float16), run.model.trainable_parameters())
     monkeypatch.setattr(nn, "value_and_grad", lambda *_: lambda *_: ((mx.array(1.0), mx.array(100)), grads))
-    loss, tokens, found = run._gradients()
+    loss, tokens, found = mean_gradients(run.model, sft_loss, run.batches, 2)
     assert (loss, tokens) == (1.0, 200)
     assert all(grad.dtype == mx.float16 and (grad == 1000).all() for _, grad in tree_flatten(found))
 
@@ -175,10 +192,9 @@ def test_only_the_newest_checkpoints_stay(tiny_model: Callable[..., Model], tmp_
 def test_a_full_disk_is_told_once_and_training_goes_on(
     tiny_model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The checkpoints before it stay whole; only at the end it is an error."""
-    told: list[str] = []
-    run = trainer(tiny_model, tmp_path, save_every=2)
-    run.storage._warn = told.append
+    """The checkpoints before it stay complete; only at the end it is an error."""
+    warnings: list[str] = []
+    run = trainer(tiny_model, tmp_path, warn=warnings.append, save_every=2)
     steps = run.run()
     made = [next(steps) for _ in range(4)]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000002", "00000004"]
@@ -190,7 +206,7 @@ def test_a_full_disk_is_told_once_and_training_goes_on(
     monkeypatch.setattr(checkpoints.mx, "save_safetensors", full)
     with pytest.raises(RequestError, match=r"checkpoints.*no space.*--resume"):
         made += list(steps)
-    assert len(told) == 1 and "no space" in told[0] and len(made) >= 4 and run.progress.step == 12
+    assert len(warnings) == 1 and "no space" in warnings[0] and len(made) >= 4 and run.progress.step == 12
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000002", "00000004"]
 
 
@@ -227,14 +243,14 @@ def test_signals_end_a_run_after_the_step_with_a_checkpoint(
 
 
 def spoiled(run: Trainer, at: int, loss: float) -> None:
-    """Makes the loss of one step what it should never be."""
-    honest = run._gradients
+    """Replaces the training loss of one step."""
+    real = run.loss
 
-    def gradients() -> tuple[float, int, Any]:
-        found, tokens, grads = honest()
-        return (loss if run.progress.step + 1 == at else found), tokens, grads
+    def spoiling(model: Model, batch: Batch) -> tuple[mx.array, mx.array]:
+        mean, n = real(model, batch)
+        return (0 * mean + loss if model.training and run.progress.step + 1 == at else mean), n
 
-    run._gradients = gradients  # type: ignore[method-assign]
+    run.loss = spoiling
 
 
 @pytest.mark.parametrize(("loss", "at"), [(math.nan, 6), (math.inf, 6), (40.0, 12), (40.0, 56)])
@@ -244,8 +260,8 @@ def test_a_loss_that_is_no_loss_stops_before_it_does_harm(
     run = trainer(tiny_model, tmp_path, iters=60, save_every=100, steps_per_eval=1000)
     spoiled(run, at, loss)
     seen: list[Step] = []
-    told = rf"step {at}: the loss .*step {at - 1} had learned.*--resume.*--learning-rate"
-    with pytest.raises(RequestError, match=told):
+    message = rf"step {at}: the loss .*model of step {at - 1};.*--resume.*--learning-rate"
+    with pytest.raises(RequestError, match=message):
         seen.extend(run.run())
     again = trainer(tiny_model, tmp_path, iters=60, save_every=100, steps_per_eval=1000)
     assert again.resume() == at - 1
@@ -271,10 +287,10 @@ def test_before_the_first_step_there_is_nothing_to_resume(tiny_model: Callable[.
 
 
 def test_a_run_that_a_batch_stopped_goes_on_behind_it(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
-    """Also where a checkpoint of the same step is there, from before that batch."""
+    """Also if there is a checkpoint of the same step, from before that batch."""
     run = trainer(tiny_model, tmp_path)
     spoiled(run, 5, math.nan)
-    with pytest.raises(RequestError, match="--resume goes on behind that batch"):
+    with pytest.raises(RequestError, match="--resume continues behind that batch"):
         finish(run)
     again = trainer(tiny_model, tmp_path)
     assert again.resume() == 4 and again.batches.step + again.batches.epoch * again.batches.steps_per_epoch == 5

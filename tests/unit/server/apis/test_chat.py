@@ -1,82 +1,54 @@
-"""/v1/chat/completions: what its bodies mean, and answers that the official client reads."""
+"""/v1/chat/completions: parsed bodies, and answers that the official client reads."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from phi4_mlx.server.apis.chat import ChatAnswer, parse
-from phi4_mlx.server.apis.wire import Call, Delta, End, WireError, error_body
+from phi4_mlx.server.apis.wire import Delta, End, JsonObject, WireError
 from phi4_mlx.server.engine.protocol import TokenLogprob
 from phi4_mlx.tokens.chat_format import check_messages
+from tests.unit.server.apis.harness import (
+    HI,
+    KÖLN,
+    NOW,
+    ROM,
+    SCHEMA,
+    V,
+    chunks,
+    counted_ids,
+    openai_client,
+    refused,
+    stream,
+)
 
-V = 1_000
-NOW = 1_700_000_000
-HI = [{"role": "user", "content": "hi"}]
-SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOL = {"type": "function", "function": {"name": "weather", "description": "Tells", "parameters": SCHEMA}}
-KÖLN = Call("call_1", "weather", {"city": "Köln"})
-ROM = Call("call_2", "weather", {"city": "Rom"})
 LOGPROBS = (TokenLogprob(b"\xc3", -0.5, ((b"\xc3", -0.5), (b"x", -1.0))), TokenLogprob(b"\xa9", -0.25))
-TEXT = [Delta(text="Gr"), Delta(), Delta(text="üße\u2028😀"), End(0, "stop", None, 10, 4, 3)]
+LINES = [Delta(text="Gr"), Delta(), Delta(text="üße\u2028😀"), End(0, "stop", None, 10, 4, 3)]
 
 
 def ask(**more: Any) -> Any:
     return parse({"model": "phi", "messages": HI, **more}, V)
 
 
-def refused(**more: Any) -> WireError:
-    with pytest.raises(WireError) as caught:
-        ask(**more)
-    assert caught.value.status == 400
-    return caught.value
+def make_answer(body: JsonObject) -> ChatAnswer:
+    return ChatAnswer(parse(body, V), NOW, 10, counted_ids())
 
 
-def make_ids() -> Callable[[str], str]:
-    count = itertools.count()
-    return lambda prefix: f"{prefix}{next(count)}"
+def answer(**more: Any) -> ChatAnswer:
+    return make_answer({"model": "phi", "messages": HI, **more})
 
 
-def stream(answer: Any, items: Sequence[Delta | End]) -> bytes:
-    return answer.opening() + b"".join(map(answer.chunk, items)) + answer.closing()
+def client(items: Sequence[Delta | End], error: WireError | None = None) -> Any:
+    return openai_client(make_answer, items, error)
 
 
-def chunks(data: bytes) -> list[Any]:
-    events = [it.removeprefix("data: ") for it in data.decode().split("\n\n")[:-1]]
-    assert events.pop() == "[DONE]"
-    return [json.loads(it) for it in events]
-
-
-@pytest.fixture
-def client() -> Any:
-    """Makes the official client, served by this module alone, with the same answer for everyone."""
-    httpx, openai = pytest.importorskip("httpx2"), pytest.importorskip("openai")
-
-    def make(items: Sequence[Delta | End], error: WireError | None = None) -> Any:
-        def serve(request: Any) -> Any:
-            assert request.url.path == "/v1/chat/completions"
-            try:
-                answer = ChatAnswer(parse(json.loads(request.content), V), NOW, make_ids())
-            except WireError as refusal:
-                return httpx.Response(refusal.status, json=error_body(refusal))
-            if not answer.ask.stream:
-                return httpx.Response(200, json=answer.whole(items))
-            data = stream(answer, items)
-            if error:
-                data = answer.opening() + b"".join(map(answer.chunk, items[:1])) + answer.failure(error)
-            return httpx.Response(200, content=answer.heartbeat + data, headers={"content-type": "text/event-stream"})
-
-        http = httpx.Client(transport=httpx.MockTransport(serve))
-        return openai.OpenAI(api_key="k", base_url="http://localhost/v1", http_client=http, max_retries=0)
-
-    return make
-
-
-def test_a_plain_body_is_what_openai_would_make_of_it() -> None:
+def test_a_plain_body_has_openais_defaults() -> None:
     plain = ask()
     assert plain.model == "phi" and plain.messages == HI
     assert plain.sampling.temp == 1.0 and plain.max_tokens is None and plain.n == 1
@@ -146,7 +118,7 @@ def test_logprobs_without_a_number_are_the_tokens_own() -> None:
     ],
 )
 def test_a_body_that_cannot_be_served_is_refused(name: str, value: Any) -> None:
-    error = refused(**{name: value})
+    error = refused(lambda: ask(**{name: value}))
     assert name in error.message and (error.param or "").startswith(name)
 
 
@@ -179,22 +151,23 @@ def test_a_body_that_cannot_be_served_is_refused(name: str, value: Any) -> None:
     ],
 )
 def test_a_message_that_cannot_be_read_is_refused(message: Any) -> None:
-    error = refused(messages=[*HI, message])
+    error = refused(lambda: ask(messages=[*HI, message]))
     assert "messages[1]" in error.message or "surrogate" in error.message
 
 
-def test_what_an_assistant_refused_is_what_it_said() -> None:
+def test_an_assistants_refusal_is_its_content() -> None:
     said = {"role": "assistant", "content": None, "refusal": "No."}
     assert ask(messages=[*HI, said]).messages[1] == {"role": "assistant", "content": "No."}
-    refused(messages=[{"role": "user", "content": None, "refusal": "No."}])
+    refused(lambda: ask(messages=[{"role": "user", "content": None, "refusal": "No."}]))
 
 
-def test_an_image_is_refused_in_clear_words() -> None:
-    error = refused(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}])
-    assert error.message == "messages[0].content[0].type is 'image_url'; this model reads text alone"
+def test_an_image_is_refused_with_its_field() -> None:
+    image = {"type": "image_url", "image_url": {"url": "x"}}
+    error = refused(lambda: ask(messages=[{"role": "user", "content": [image]}]))
+    assert error.message == "messages[0].content[0].type is 'image_url'; this model reads only text"
 
 
-def test_a_conversation_with_calls_is_one_that_the_model_can_be_shown() -> None:
+def test_a_conversation_with_calls_is_valid_for_the_model() -> None:
     calls = [
         {"id": it.id, "type": "function", "function": {"name": it.name, "arguments": it.text}} for it in (KÖLN, ROM)
     ]
@@ -219,7 +192,7 @@ def test_a_conversation_with_calls_is_one_that_the_model_can_be_shown() -> None:
 
 
 def test_a_whole_answer() -> None:
-    body = ChatAnswer(ask(), NOW, make_ids()).whole(TEXT)
+    body = answer().body(LINES)
     assert body == {
         "id": "chatcmpl-0",
         "object": "chat.completion",
@@ -242,8 +215,8 @@ def test_a_whole_answer() -> None:
     }
 
 
-def test_a_stream_says_the_same() -> None:
-    data = stream(ChatAnswer(ask(stream=True), NOW, make_ids()), TEXT)
+def test_a_stream_has_the_same_text() -> None:
+    data = stream(answer(stream=True), LINES)
     told = chunks(data)
     deltas = [it["choices"][0]["delta"] for it in told]
     assert deltas == [{"role": "assistant", "content": ""}, {"content": "Gr"}, {"content": "üße\u2028😀"}, {}]
@@ -253,8 +226,8 @@ def test_a_stream_says_the_same() -> None:
 
 
 def test_usage_comes_last_if_asked_for() -> None:
-    answer = ChatAnswer(ask(stream=True, stream_options={"include_usage": True}), NOW, make_ids())
-    *before, last = chunks(stream(answer, TEXT))
+    usage = {"include_usage": True}
+    *before, last = chunks(stream(answer(stream=True, stream_options=usage), LINES))
     assert all(it["usage"] is None for it in before)
     assert last["choices"] == [] and last["usage"]["total_tokens"] == 13
 
@@ -264,12 +237,12 @@ def test_usage_comes_last_if_asked_for() -> None:
 )
 def test_reasons_in_openais_words(reason: Any, told: str) -> None:
     items = [Delta(text="a"), End(0, reason)]
-    assert ChatAnswer(ask(), NOW).whole(items)["choices"][0]["finish_reason"] == told
-    assert chunks(stream(ChatAnswer(ask(), NOW), items))[-1]["choices"][0]["finish_reason"] == told
+    assert answer().body(items)["choices"][0]["finish_reason"] == told
+    assert chunks(stream(answer(), items))[-1]["choices"][0]["finish_reason"] == told
 
 
-def test_an_error_in_the_midst_of_a_stream_is_told_in_openais_shape() -> None:
-    data = ChatAnswer(ask(), NOW).failure(WireError(503, "the engine is gone", code="engine"))
+def test_a_stream_that_fails_ends_with_openais_error() -> None:
+    data = answer().failure(WireError(503, "the engine is gone", code="engine"))
     assert json.loads(data.removeprefix(b"data: ")) == {
         "error": {"message": "the engine is gone", "type": "overloaded_error", "param": None, "code": "engine"}
     }
@@ -278,23 +251,23 @@ def test_an_error_in_the_midst_of_a_stream_is_told_in_openais_shape() -> None:
 # The official client.
 
 
-def test_the_client_reads_a_whole_answer(client: Any) -> None:
-    done = client(TEXT).chat.completions.create(model="phi", messages=HI)
+def test_the_client_reads_a_whole_answer() -> None:
+    done = client(LINES).chat.completions.create(model="phi", messages=HI)
     type(done).model_validate(done.model_dump())
     assert done.choices[0].message.content == "Grüße\u2028😀"
     assert done.usage.prompt_tokens_details.cached_tokens == 4
 
 
-def test_the_client_reads_a_stream(client: Any) -> None:
+def test_the_client_reads_a_stream() -> None:
     options = {"include_usage": True}
-    told = list(client(TEXT).chat.completions.create(model="phi", messages=HI, stream=True, stream_options=options))
+    told = list(client(LINES).chat.completions.create(model="phi", messages=HI, stream=True, stream_options=options))
     for it in told:
         type(it).model_validate_json(it.model_dump_json())
     assert "".join(it.choices[0].delta.content or "" for it in told if it.choices) == "Grüße\u2028😀"
     assert told[-1].usage.completion_tokens == 3
 
 
-def test_the_client_reads_calls_and_sends_them_back(client: Any) -> None:
+def test_the_client_reads_calls_and_sends_them_back() -> None:
     items = [Delta(text="So."), Delta(call=KÖLN), Delta(call=ROM), End(0, "tool_calls")]
     options: dict[str, Any] = {"model": "phi", "messages": HI, "tools": [TOOL]}
     message = client(items).chat.completions.create(**options).choices[0].message
@@ -305,17 +278,17 @@ def test_the_client_reads_calls_and_sends_them_back(client: Any) -> None:
     assert final.choices[0].finish_reason == "tool_calls"
     assert [it.id for it in final.choices[0].message.tool_calls] == ["call_1", "call_2"]
     results = [{"role": "tool", "tool_call_id": it.id, "content": "sun"} for it in message.tool_calls]
-    done = client(TEXT).chat.completions.create(**{**options, "messages": [*HI, message, *results]})
+    done = client(LINES).chat.completions.create(**{**options, "messages": [*HI, message, *results]})
     assert done.choices[0].finish_reason == "stop"
 
 
-def test_the_client_reads_calls_without_text(client: Any) -> None:
+def test_the_client_reads_calls_without_text() -> None:
     items = [Delta(call=KÖLN), End(0, "tool_calls")]
     message = client(items).chat.completions.create(model="phi", messages=HI, tools=[TOOL]).choices[0].message
     assert message.content is None and message.tool_calls[0].id == "call_1"
 
 
-def test_the_client_reads_several_answers(client: Any) -> None:
+def test_the_client_reads_several_answers() -> None:
     items = [
         Delta(1, "b"), Delta(0, "a"), Delta(1, "B", call=KÖLN), End(1, "tool_calls", None, 10, 9, 2), Delta(0, "A"),
         End(0, "stop", None, 10, 0, 2),
@@ -330,7 +303,7 @@ def test_the_client_reads_several_answers(client: Any) -> None:
     assert [it.message.content for it in streamed.choices] == ["aA", "bB"]
 
 
-def test_the_client_reads_logprobs(client: Any) -> None:
+def test_the_client_reads_logprobs() -> None:
     items = [Delta(logprobs=LOGPROBS[:1]), Delta(text="é", logprobs=LOGPROBS[1:]), End(0)]
     options: dict[str, Any] = {"model": "phi", "messages": HI, "logprobs": True, "top_logprobs": 2}
     content = client(items).chat.completions.create(**options).choices[0].logprobs.content
@@ -342,11 +315,11 @@ def test_the_client_reads_logprobs(client: Any) -> None:
     assert [it.model_dump() for it in streamed] == [it.model_dump() for it in content]
 
 
-def test_the_client_raises_what_is_refused_and_what_breaks(client: Any) -> None:
+def test_the_client_raises_refusals_and_failures() -> None:
     openai = pytest.importorskip("openai")
     with pytest.raises(openai.BadRequestError) as caught:
-        client(TEXT).chat.completions.create(model="phi", messages=HI, n=99)
+        client(LINES).chat.completions.create(model="phi", messages=HI, n=99)
     assert caught.value.param == "n" and caught.value.type == "invalid_request_error"
-    told = client(TEXT, WireError(500, "it broke")).chat.completions.create(model="phi", messages=HI, stream=True)
+    told = client(LINES, WireError(500, "it broke")).chat.completions.create(model="phi", messages=HI, stream=True)
     with pytest.raises(openai.APIError, match="it broke"):
         list(told)

@@ -1,4 +1,4 @@
-"""/v1/messages: what its bodies mean, and answers that Anthropic's client reads."""
+"""/v1/messages: parsed bodies, and answers that Anthropic's client reads."""
 
 from __future__ import annotations
 
@@ -9,16 +9,24 @@ from typing import Any
 import pytest
 
 from phi4_mlx.server.apis.messages import MessageAnswer, error_body, parse
-from phi4_mlx.server.apis.wire import Call, Delta, End, WireError
+from phi4_mlx.server.apis.wire import Delta, End, WireError
 from phi4_mlx.tokens.chat_format import check_messages
+from tests.unit.server.apis.harness import (
+    CALLS,
+    HI,
+    KÖLN,
+    NOW,
+    SCHEMA,
+    TEXT,
+    V,
+    counted_ids,
+    named_events,
+    refused,
+    served,
+    stream,
+)
 
-V = 1_000
-NOW = 1_700_000_000
-HI = [{"role": "user", "content": "hi"}]
-SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOL = {"name": "weather", "description": "Tells", "input_schema": SCHEMA}
-KÖLN = Call("toolu_1", "weather", {"city": "Köln"})
-TEXT = [Delta(text="Gr"), Delta(), Delta(text="üße"), End(0, "stop", None, 10, 4, 3)]
 
 
 def ask(**more: Any) -> Any:
@@ -26,20 +34,14 @@ def ask(**more: Any) -> Any:
 
 
 def make_answer(asked: Any) -> MessageAnswer:
-    return MessageAnswer(asked, NOW, lambda prefix: prefix + "0", prompt_tokens=10)
+    return MessageAnswer(asked, NOW, 10, counted_ids())
 
 
-def stream(answer: MessageAnswer, items: Sequence[Delta | End]) -> bytes:
-    return answer.opening() + b"".join(map(answer.chunk, items)) + answer.closing()
-
-
-def events(data: bytes) -> list[Any]:
-    told = []
-    for event in data.decode().split("\n\n")[:-1]:
-        name, text = event.split("\n")
-        told.append(json.loads(text.removeprefix("data: ")))
-        assert name == f"event: {told[-1]['type']}"
-    return told
+def client(items: Sequence[Delta | End], error: WireError | None = None) -> Any:
+    """The official client."""
+    anthropic = pytest.importorskip("anthropic")
+    http = served(lambda body: make_answer(parse(body, V)), items, error, error_body)
+    return anthropic.Anthropic(api_key="k", base_url="http://localhost", http_client=http, max_retries=0)
 
 
 @pytest.fixture
@@ -48,34 +50,12 @@ def known() -> Callable[[Any], None]:
     types, pydantic = pytest.importorskip("anthropic.types"), pytest.importorskip("pydantic")
     adapter = pydantic.TypeAdapter(types.RawMessageStreamEvent)
 
-    def check(told: Any) -> None:
-        for event in told:
+    def check(events: Any) -> None:
+        for event in events:
             if event["type"] != "ping":
                 assert adapter.validate_python(event).type == event["type"]
 
     return check
-
-
-@pytest.fixture
-def client() -> Any:
-    """Makes the official client, served by this module alone, with the same answer for everyone."""
-    httpx, anthropic = pytest.importorskip("httpx2"), pytest.importorskip("anthropic")
-
-    def make(items: Sequence[Delta | End], error: WireError | None = None) -> Any:
-        def serve(request: Any) -> Any:
-            try:
-                answer = make_answer(parse(json.loads(request.content), V))
-            except WireError as refusal:
-                return httpx.Response(refusal.status, json=error_body(refusal))
-            if not answer.ask.stream:
-                return httpx.Response(200, json=answer.whole(items))
-            data = answer.opening() + answer.failure(error) if error else stream(answer, items)
-            return httpx.Response(200, content=answer.heartbeat + data, headers={"content-type": "text/event-stream"})
-
-        http = httpx.Client(transport=httpx.MockTransport(serve))
-        return anthropic.Anthropic(api_key="k", base_url="http://localhost", http_client=http, max_retries=0)
-
-    return make
 
 
 def test_a_plain_body() -> None:
@@ -112,7 +92,7 @@ def test_counting_needs_no_max_tokens() -> None:
         parse({"model": "phi", "messages": HI}, V)
 
 
-def test_a_conversation_with_calls_is_one_that_the_model_can_be_shown() -> None:
+def test_a_conversation_with_calls_is_valid_for_the_model() -> None:
     def use(name: str, city: str) -> Any:
         return {"type": "tool_use", "id": name, "name": "weather", "input": {"city": city}}
 
@@ -174,13 +154,11 @@ def test_a_conversation_with_calls_is_one_that_the_model_can_be_shown() -> None:
     ],
 )
 def test_a_body_that_cannot_be_served_is_refused(name: str, value: Any) -> None:
-    with pytest.raises(WireError) as caught:
-        ask(**{name: value})
-    assert caught.value.status == 400 and (caught.value.param or "").startswith(name)
+    assert (refused(lambda: ask(**{name: value})).param or "").startswith(name)
 
 
-def test_an_image_is_refused_in_clear_words() -> None:
-    with pytest.raises(WireError, match=r"messages\[0\]\.content\[0\]\.type is 'image'; this model reads text"):
+def test_an_image_is_refused_with_its_field() -> None:
+    with pytest.raises(WireError, match=r"messages\[0\]\.content\[0\]\.type is 'image'; this model reads only text"):
         ask(messages=[{"role": "user", "content": [{"type": "image", "source": {}}]}])
 
 
@@ -204,7 +182,7 @@ def test_errors_have_anthropics_shape(status: int, kind: str) -> None:
 
 
 def test_a_whole_answer() -> None:
-    assert make_answer(ask()).whole(TEXT) == {
+    assert make_answer(ask()).body(TEXT) == {
         "id": "msg_0",
         "type": "message",
         "role": "assistant",
@@ -233,38 +211,39 @@ def test_a_whole_answer() -> None:
     ],
 )
 def test_reasons_in_anthropics_words(end: End, reason: str, string: str | None) -> None:
-    body = make_answer(ask()).whole([Delta(text="a"), end])
+    body = make_answer(ask()).body([Delta(text="a"), end])
     assert (body["stop_reason"], body["stop_sequence"]) == (reason, string)
-    told = events(stream(make_answer(ask()), [Delta(text="a"), end]))
-    assert told[-2]["delta"] == {"stop_reason": reason, "stop_sequence": string}
+    events = named_events(stream(make_answer(ask()), [Delta(text="a"), end]))
+    assert events[-2]["delta"] == {"stop_reason": reason, "stop_sequence": string}
 
 
-def test_a_stream_says_the_same(known: Any) -> None:
-    items = [Delta(text="So"), Delta(text="."), Delta(call=KÖLN), Delta(text="!"), End(0, "tool_calls", None, 10, 4, 5)]
-    told = events(stream(make_answer(ask()), items))
-    known(told)
-    assert [(it["type"], it.get("index")) for it in told] == [
+def test_a_stream_has_the_same_blocks(known: Any) -> None:
+    events = named_events(stream(make_answer(ask()), CALLS))
+    known(events)
+    assert [(it["type"], it.get("index")) for it in events] == [
         ("message_start", None), ("ping", None),
         ("content_block_start", 0), ("content_block_delta", 0), ("content_block_delta", 0), ("content_block_stop", 0),
         ("content_block_start", 1), ("content_block_delta", 1), ("content_block_stop", 1),
         ("content_block_start", 2), ("content_block_delta", 2), ("content_block_stop", 2),
         ("message_delta", None), ("message_stop", None),
     ]  # fmt: skip
-    assert told[0]["message"]["usage"]["input_tokens"] == 10 and told[0]["message"]["content"] == []
-    assert told[2]["content_block"] == {"type": "text", "text": ""}
-    assert told[6]["content_block"]["input"] == {} and json.loads(told[7]["delta"]["partial_json"]) == {"city": "Köln"}
-    whole = make_answer(ask()).whole(items)
+    assert events[0]["message"]["usage"]["input_tokens"] == 10 and events[0]["message"]["content"] == []
+    assert events[2]["content_block"] == {"type": "text", "text": ""}
+    assert events[6]["content_block"]["input"] == {} and json.loads(events[7]["delta"]["partial_json"]) == {
+        "city": "Köln"
+    }
+    whole = make_answer(ask()).body(CALLS)
     assert [it["type"] for it in whole["content"]] == ["text", "tool_use", "text"]
-    assert told[-2]["usage"] == whole["usage"]
+    assert events[-2]["usage"] == whole["usage"]
 
 
 def test_an_empty_answer_is_an_empty_block(known: Any) -> None:
-    told = events(stream(make_answer(ask()), [End(0)]))
-    known(told)
-    assert make_answer(ask()).whole([End(0)])["content"] == [{"type": "text", "text": ""}]
+    events = named_events(stream(make_answer(ask()), [End(0)]))
+    known(events)
+    assert make_answer(ask()).body([End(0)])["content"] == [{"type": "text", "text": ""}]
 
 
-def test_the_client_reads_a_whole_answer_and_sends_it_back(client: Any) -> None:
+def test_the_client_reads_a_whole_answer_and_sends_it_back() -> None:
     items = [Delta(text="So."), Delta(call=KÖLN), End(0, "tool_calls")]
     done = client(items).messages.create(model="phi", max_tokens=5, messages=HI, tools=[TOOL])
     type(done).model_validate(done.model_dump())
@@ -274,7 +253,7 @@ def test_the_client_reads_a_whole_answer_and_sends_it_back(client: Any) -> None:
     assert client(TEXT).messages.create(model="phi", max_tokens=5, messages=history).content[0].text == "Grüße"
 
 
-def test_the_client_reads_a_stream(client: Any) -> None:
+def test_the_client_reads_a_stream() -> None:
     items = [Delta(text="So."), Delta(call=KÖLN), End(0, "tool_calls", None, 10, 4, 5)]
     with client(items).messages.stream(model="phi", max_tokens=5, messages=HI, tools=[TOOL]) as told:
         final = told.get_final_message()
@@ -284,7 +263,7 @@ def test_the_client_reads_a_stream(client: Any) -> None:
         assert "".join(told.text_stream) == "Grüße"
 
 
-def test_the_client_raises_what_is_refused_and_what_breaks(client: Any) -> None:
+def test_the_client_raises_refusals_and_failures() -> None:
     anthropic = pytest.importorskip("anthropic")
     with pytest.raises(anthropic.BadRequestError, match="thinking"):
         thinking = {"type": "enabled", "budget_tokens": 1024}

@@ -1,27 +1,33 @@
-"""/v1/responses: what its bodies mean, and answers that the official client reads."""
+"""/v1/responses: parsed bodies, and answers that the official client reads."""
 
 from __future__ import annotations
 
-import itertools
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
 from phi4_mlx.server.apis.responses import ResponseAnswer, parse
-from phi4_mlx.server.apis.wire import Call, Delta, End, WireError, error_body
+from phi4_mlx.server.apis.wire import Delta, End, JsonObject, WireError
 from phi4_mlx.server.engine.protocol import TokenLogprob
 from phi4_mlx.tokens.chat_format import check_messages
+from tests.unit.server.apis.harness import (
+    CALLS,
+    KÖLN,
+    NOW,
+    SCHEMA,
+    TEXT,
+    V,
+    counted_ids,
+    named_events,
+    openai_client,
+    refused,
+    stream,
+)
 
-V = 1_000
-NOW = 1_700_000_000
-SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOL = {"type": "function", "name": "weather", "description": "Tells", "parameters": SCHEMA}
 CALL = {"type": "function_call", "call_id": "call_1", "name": "weather", "arguments": '{"city": "Köln"}'}
 OUTPUT = {"type": "function_call_output", "call_id": "call_1", "output": "sun"}
-KÖLN = Call("call_1", "weather", {"city": "Köln"})
-TEXT = [Delta(text="Gr"), Delta(), Delta(text="üße"), End(0, "stop", None, 10, 4, 3)]
 
 
 def ask(given: Any = "hi", **more: Any) -> Any:
@@ -29,22 +35,17 @@ def ask(given: Any = "hi", **more: Any) -> Any:
 
 
 def make_answer(asked: Any) -> ResponseAnswer:
-    count = itertools.count()
-    return ResponseAnswer(asked, NOW, lambda prefix: f"{prefix}{next(count)}")
+    return ResponseAnswer(asked, NOW, 10, counted_ids())
 
 
-def stream(answer: ResponseAnswer, items: Sequence[Delta | End]) -> bytes:
-    return answer.opening() + b"".join(map(answer.chunk, items)) + answer.closing()
+def client(items: Sequence[Delta | End]) -> Any:
+    return openai_client(lambda body: make_answer(parse(body, V)), items)
 
 
-def events(data: bytes) -> list[Any]:
-    told = []
-    for event in data.decode().split("\n\n")[:-1]:
-        name, text = event.split("\n")
-        told.append(json.loads(text.removeprefix("data: ")))
-        assert name == f"event: {told[-1]['type']}"
-    assert [it["sequence_number"] for it in told] == list(range(len(told)))
-    return told
+def events_of(data: bytes) -> list[JsonObject]:
+    events = named_events(data)
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    return events
 
 
 @pytest.fixture
@@ -54,35 +55,13 @@ def known() -> Callable[[Any], None]:
     pydantic = pytest.importorskip("pydantic")
     adapter = pydantic.TypeAdapter(types.ResponseStreamEvent)
 
-    def check(told: Any) -> None:
-        for event in told:
+    def check(events: Any) -> None:
+        for event in events:
             assert adapter.validate_python(event).type == event["type"]
             if "response" in event:
                 types.Response.model_validate(event["response"])
 
     return check
-
-
-@pytest.fixture
-def client() -> Any:
-    """Makes the official client, served by this module alone, with the same answer for everyone."""
-    httpx, openai = pytest.importorskip("httpx2"), pytest.importorskip("openai")
-
-    def make(items: Sequence[Delta | End]) -> Any:
-        def serve(request: Any) -> Any:
-            try:
-                answer = make_answer(parse(json.loads(request.content), V))
-            except WireError as refusal:
-                return httpx.Response(refusal.status, json=error_body(refusal))
-            if not answer.ask.stream:
-                return httpx.Response(200, json=answer.whole(items))
-            headers = {"content-type": "text/event-stream"}
-            return httpx.Response(200, content=answer.heartbeat + stream(answer, items), headers=headers)
-
-        http = httpx.Client(transport=httpx.MockTransport(serve))
-        return openai.OpenAI(api_key="k", base_url="http://localhost/v1", http_client=http, max_retries=0)
-
-    return make
 
 
 def test_a_plain_body() -> None:
@@ -112,7 +91,7 @@ def test_logprobs_are_asked_for_in_two_ways() -> None:
     assert ask(top_logprobs=0).top_logprobs is None
 
 
-def test_a_conversation_with_calls_is_one_that_the_model_can_be_shown() -> None:
+def test_a_conversation_with_calls_is_valid_for_the_model() -> None:
     said = {"type": "output_text", "text": "Let me see.", "annotations": []}
     items = [
         {"role": "developer", "content": "be kind"},
@@ -178,13 +157,12 @@ def test_a_conversation_with_calls_is_one_that_the_model_can_be_shown() -> None:
     ],
 )
 def test_a_body_that_cannot_be_served_is_refused(name: str, value: Any) -> None:
-    with pytest.raises(WireError) as caught:
-        parse({"model": "phi", "input": "hi", name: value}, V)
-    assert caught.value.status == 400 and (caught.value.param or "").startswith(name)
+    error = refused(lambda: parse({"model": "phi", "input": "hi", name: value}, V))
+    assert (error.param or "").startswith(name)
 
 
 def test_a_whole_answer(known: Any) -> None:
-    body = make_answer(ask(instructions="be kind", tools=[TOOL])).whole(TEXT)
+    body = make_answer(ask(instructions="be kind", tools=[TOOL])).body(TEXT)
     assert body["id"] == "resp_0" and body["status"] == "completed" and body["created_at"] == NOW
     assert body["instructions"] == "be kind" and body["tools"][0]["name"] == "weather"
     part = {"type": "output_text", "text": "Grüße", "annotations": [], "logprobs": []}
@@ -195,11 +173,10 @@ def test_a_whole_answer(known: Any) -> None:
     known([{"type": "response.completed", "sequence_number": 0, "response": body}])
 
 
-def test_a_stream_grows_to_the_whole(known: Any) -> None:
-    items = [Delta(text="So"), Delta(text="."), Delta(call=KÖLN), Delta(text="!"), End(0, "tool_calls", None, 10, 0, 5)]
-    told = events(stream(make_answer(ask(tools=[TOOL])), items))
-    known(told)
-    assert [it["type"].removeprefix("response.") for it in told] == [
+def test_a_stream_ends_with_the_complete_response(known: Any) -> None:
+    events = events_of(stream(make_answer(ask(tools=[TOOL])), CALLS))
+    known(events)
+    assert [it["type"].removeprefix("response.") for it in events] == [
         "created", "in_progress",
         "output_item.added", "content_part.added", "output_text.delta", "output_text.delta", "output_text.done",
         "content_part.done", "output_item.done",
@@ -208,50 +185,50 @@ def test_a_stream_grows_to_the_whole(known: Any) -> None:
         "output_item.done",
         "completed",
     ]  # fmt: skip
-    assert [it["output_index"] for it in told if it["type"] == "response.output_item.done"] == [0, 1, 2]
-    assert told[0]["response"]["output"] == [] and told[0]["response"]["status"] == "in_progress"
-    assert told[2]["item"]["content"] == [] and told[9]["item"]["arguments"] == ""
-    final = told[-1]["response"]
-    assert final["output"] == [it["item"] for it in told if it["type"] == "response.output_item.done"]
-    assert final == make_answer(ask(tools=[TOOL])).whole(items)
+    assert [it["output_index"] for it in events if it["type"] == "response.output_item.done"] == [0, 1, 2]
+    assert events[0]["response"]["output"] == [] and events[0]["response"]["status"] == "in_progress"
+    assert events[2]["item"]["content"] == [] and events[9]["item"]["arguments"] == ""
+    final = events[-1]["response"]
+    assert final["output"] == [it["item"] for it in events if it["type"] == "response.output_item.done"]
+    assert final == make_answer(ask(tools=[TOOL])).body(CALLS)
 
 
 @pytest.mark.parametrize("reason", ["length", "timeout"])
-def test_an_answer_that_was_cut_is_incomplete(reason: Any, known: Any) -> None:
-    told = events(stream(make_answer(ask()), [Delta(text="a"), End(0, reason)]))
-    known(told)
-    assert told[-1]["type"] == "response.incomplete"
-    assert told[-1]["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
-    assert told[-1]["response"]["output"][0]["status"] == "incomplete"
+def test_a_truncated_answer_is_incomplete(reason: Any, known: Any) -> None:
+    events = events_of(stream(make_answer(ask()), [Delta(text="a"), End(0, reason)]))
+    known(events)
+    assert events[-1]["type"] == "response.incomplete"
+    assert events[-1]["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert events[-1]["response"]["output"][0]["status"] == "incomplete"
 
 
 def test_an_empty_answer_is_an_empty_message(known: Any) -> None:
-    told = events(stream(make_answer(ask()), [End(0)]))
-    known(told)
-    assert told[-1]["response"]["output"][0]["content"][0]["text"] == ""
+    events = events_of(stream(make_answer(ask()), [End(0)]))
+    known(events)
+    assert events[-1]["response"]["output"][0]["content"][0]["text"] == ""
 
 
 def test_logprobs_wait_for_their_text(known: Any) -> None:
     first, second, last = (TokenLogprob(text, -0.5, ((text, -0.5),)) for text in (b"\xc3", b"\xa9", b""))
     items = [Delta(logprobs=(first,)), Delta(text="é", logprobs=(second,)), Delta(logprobs=(last,)), End(0)]
-    told = events(stream(make_answer(ask(top_logprobs=1)), items))
-    known(told)
-    deltas = [it for it in told if it["type"] == "response.output_text.delta"]
+    events = events_of(stream(make_answer(ask(top_logprobs=1)), items))
+    known(events)
+    deltas = [it for it in events if it["type"] == "response.output_text.delta"]
     assert [len(it["logprobs"]) for it in deltas] == [2]
-    assert len(told[-1]["response"]["output"][0]["content"][0]["logprobs"]) == 3
-    assert make_answer(ask()).whole(items)["output"][0]["content"][0]["logprobs"] == []
+    assert len(events[-1]["response"]["output"][0]["content"][0]["logprobs"]) == 3
+    assert make_answer(ask()).body(items)["output"][0]["content"][0]["logprobs"] == []
 
 
-def test_an_error_in_the_midst_of_a_stream_fails_the_response(known: Any) -> None:
+def test_a_stream_that_fails_ends_with_a_failed_response(known: Any) -> None:
     answer = make_answer(ask())
-    told = events(answer.opening() + answer.chunk(Delta(text="a")) + answer.failure(WireError(500, "it broke")))
-    known(told)
-    assert [it["type"] for it in told[-2:]] == ["error", "response.failed"]
-    assert told[-2]["message"] == told[-1]["response"]["error"]["message"] == "it broke"
-    assert told[-1]["response"]["status"] == "failed"
+    events = events_of(answer.opening() + answer.chunk(Delta(text="a")) + answer.failure(WireError(500, "it broke")))
+    known(events)
+    assert [it["type"] for it in events[-2:]] == ["error", "response.failed"]
+    assert events[-2]["message"] == events[-1]["response"]["error"]["message"] == "it broke"
+    assert events[-1]["response"]["status"] == "failed"
 
 
-def test_the_client_reads_answers_and_refusals(client: Any) -> None:
+def test_the_client_reads_answers_and_refusals() -> None:
     openai = pytest.importorskip("openai")
     done = client(TEXT).responses.create(model="phi", input="hi")
     assert done.output_text == "Grüße" and done.usage.output_tokens == 3
@@ -259,7 +236,7 @@ def test_the_client_reads_answers_and_refusals(client: Any) -> None:
         client(TEXT).responses.create(model="phi", input="hi", previous_response_id="resp_1")
 
 
-def test_the_client_reads_a_stream_and_sends_it_back(client: Any) -> None:
+def test_the_client_reads_a_stream_and_sends_it_back() -> None:
     items = [Delta(text="So."), Delta(call=KÖLN), End(0, "tool_calls")]
     with client(items).responses.stream(model="phi", input="hi", tools=[TOOL]) as told:
         types = {it.type for it in told}

@@ -1,4 +1,4 @@
-"""What the APIs of the server share: errors, events, counts, the order of results."""
+"""Values that the APIs share: errors, events, token counts, the order of tool results."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def test_json_is_utf8_on_one_line_and_says_the_same(text: str) -> None:
     assert len(data.decode().splitlines()) == 1
 
 
-def test_a_prompt_counts_once_however_often_it_is_answered() -> None:
+def test_a_prompt_counts_once_for_all_its_answers() -> None:
     ends = [
         End(0, prompt_tokens=10, cached_tokens=0, answer_tokens=1),
-        End(1, prompt_tokens=10, cached_tokens=9, answer_tokens=2),  # what the first had just left
+        End(1, prompt_tokens=10, cached_tokens=9, answer_tokens=2),  # left by the first answer
         End(2, prompt_tokens=7, cached_tokens=6, answer_tokens=3),
         End(3, prompt_tokens=7, cached_tokens=4, answer_tokens=4),
     ]
@@ -105,7 +105,7 @@ def test_a_calls_arguments_are_json() -> None:
     assert Call("1", "f", {"city": "Köln", "n": [1, None]}).text == '{"city":"Köln","n":[1,null]}'
 
 
-def test_results_stand_in_the_order_of_the_calls() -> None:
+def test_results_have_the_order_of_their_calls() -> None:
     def asked(*ids: str) -> dict:
         return {"role": "assistant", "content": "", "tool_calls": [{"id": it} for it in ids]}
 

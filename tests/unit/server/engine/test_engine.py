@@ -16,9 +16,9 @@ from phi4_mlx.adapters.layers import adapter_layers, add_adapter, load_adapter
 from phi4_mlx.checkpoint import load
 from phi4_mlx.generation import batch as batch_module
 from phi4_mlx.generation.batch import Batch
-from phi4_mlx.generation.memory import kv_bytes
 from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.generation.stream import generate
+from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.text import Decoder, Model
 from phi4_mlx.server.engine import engine as engine_module
 from phi4_mlx.server.engine.engine import Engine, Settings
@@ -54,7 +54,7 @@ def run(engine: Engine, *jobs: Job, each_step: Callable[[int], None] = lambda st
     told: dict[int, list[Event]] = {job.id: [] for job in jobs}
     messages: list[Job] = list(jobs)
     for step in range(3000):
-        for event in engine_module._turn(engine, messages):
+        for event in engine_module.turn(engine, messages):
             told[event.job].append(event)
         messages = []
         each_step(step)
@@ -202,12 +202,12 @@ def test_a_job_that_is_cancelled_says_no_more_and_leaves_its_prompt(
     engine, (first, second, *_) = make_engine(), greedy_jobs(loaded[1])
     for moment in ("waiting", "reading", "decoding"):
         engine.prefixes.clear()
-        engine._batch.prefill_step_size = 4 if moment == "reading" else 512
-        told = engine_module._turn(engine, [first, second]) if moment != "waiting" else engine.submit(first)
+        engine.batch.prefill_step_size = 4 if moment == "reading" else 512
+        told = engine_module.turn(engine, [first, second]) if moment != "waiting" else engine.submit(first)
         if moment == "waiting":
             engine.submit(second)
         assert engine.gauges()["answers_under_way"] == 2
-        assert engine_module._obey(engine, Cancel(first.id)) == []
+        assert engine_module._handle(engine, Cancel(first.id)) == []
         assert engine.gauges()["answers_under_way"] == 1  # at once, not after a step
         assert len(engine.prefixes) >= (moment == "decoding")
         later = run_on(engine, told)
@@ -250,15 +250,13 @@ def broken(*args: Any, **options: Any) -> Any:
 
 
 def break_sampler(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    make = engine_module.make_sampler
-    patch.setattr(engine_module, "make_sampler", lambda temp, *a: broken if a[-1] == 666 else make(temp, *a))
+    make = Sampling.sampler
+    patch.setattr(Sampling, "sampler", lambda sampling: broken if sampling.seed == 666 else make(sampling))
 
 
 def break_processor(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    make = engine_module.make_logits_processors
-    patch.setattr(
-        engine_module, "make_logits_processors", lambda *a, **k: [broken] if a[0] == {666: 1.0} else make(*a, **k)
-    )
+    make = Sampling.processors
+    patch.setattr(Sampling, "processors", lambda own: [broken] if own.logit_bias == {666: 1.0} else make(own))
 
 
 def break_submit(engine: Engine, patch: pytest.MonkeyPatch) -> None:
@@ -282,7 +280,7 @@ def break_constraint(kind: str) -> Callable[[Engine, pytest.MonkeyPatch], None]:
             return broken() if kind == "accept" and self.count > 2 else []
 
     def install(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-        def constraint(job: Job) -> Any:
+        def constraint(job: Job, vocab_size: int) -> Any:
             if job.id != BAD:
                 return None
             return broken() if kind == "made" else Mask()
@@ -336,7 +334,7 @@ def break_finish_text(engine: Engine, patch: pytest.MonkeyPatch) -> None:
 
 
 def break_logprob(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine, "_logprob", broken)  # only one asks for them
+    patch.setattr(engine_module, "_logprob", broken)  # only one asks for them
 
 
 def break_find(engine: Engine, patch: pytest.MonkeyPatch) -> None:
@@ -353,20 +351,20 @@ def break_put(engine: Engine, patch: pytest.MonkeyPatch) -> None:
 
 
 def break_model_load(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    model = engine._model
-    patch.setattr(engine, "_model", lambda adapter: broken() if adapter == "bad" else model(adapter))
+    model = engine._models.get
+    patch.setattr(engine._models, "get", lambda adapter: broken() if adapter == "bad" else model(adapter))
 
 
 def break_decode(times: int) -> Callable[[Engine, pytest.MonkeyPatch], None]:
     def install(engine: Engine, patch: pytest.MonkeyPatch) -> None:
         left, forward = times, Decoder.__call__
 
-        def failing(self: Any, ids: mx.array, cache: Any = None, **options: Any) -> mx.array:
+        def failing(self: Any, ids: mx.array, cache: Any, *options: Any) -> mx.array:
             nonlocal left
-            if left and isinstance(cache, batch_module.Rows):
+            if left and isinstance(cache, BatchCache):
                 left -= 1
                 broken()
-            return forward(self, ids, cache, **options)
+            return forward(self, ids, cache, *options)
 
         patch.setattr(Decoder, "__call__", failing)
 
@@ -468,15 +466,15 @@ def test_a_step_that_comes_to_nothing_fails_those_under_way_and_no_later_one(
     loaded: tuple[Model, Tokenizer], make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     engine, jobs = make_engine(), greedy_jobs(loaded[1])
-    engine_module._turn(engine, jobs[:2])
+    engine_module.turn(engine, jobs[:2])
     with monkeypatch.context() as patch:
         if what == "cancel":
             break_cancel(engine, patch)
-            events = engine_module._turn(engine, [Cancel(1), jobs[2]])
+            events = engine_module.turn(engine, [Cancel(1), jobs[2]])
             assert {event.job for event in events if isinstance(event, Failure)} == {2}
         else:
             patch.setattr(Batch, what if what == "step" else "_admit", broken)
-            events = engine_module._turn(engine, [])
+            events = engine_module.turn(engine, [])
             assert {(event.job, event.status) for event in events if isinstance(event, Failure)} == {(1, 500), (2, 500)}
             assert engine.gauges()["kv_bytes"] == 0 and not engine.busy  # nothing goes on that nobody waits for
     late = run_on(engine, []) if what == "cancel" else []
@@ -536,9 +534,9 @@ def count_tokens_run(patch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     forward = Decoder.__call__
 
-    def counting(self: Any, ids: mx.array, cache: Any = None, **options: Any) -> mx.array:
+    def counting(self: Any, ids: mx.array, *options: Any) -> mx.array:
         calls.append(ids.size)
-        return forward(self, ids, cache, **options)
+        return forward(self, ids, *options)
 
     patch.setattr(Decoder, "__call__", counting)
     return calls
@@ -579,7 +577,7 @@ def test_answers_to_one_prompt_read_it_once(
 ) -> None:
     for words, chunk in ((3, 512), (100, 64)):  # at one go, or over many steps
         engine = make_engine()
-        engine._batch.prefill_step_size = chunk
+        engine.batch.prefill_step_size = chunk
         asked = prompt(loaded[1], "Count: " + "one " * words)
         jobs = [Job(n, asked, 4, Sampling(temp=1.0, seed=n)) for n in range(5)]
         told = run(engine, *jobs)
@@ -601,7 +599,7 @@ def test_rows_that_outgrow_the_memory_begin_anew_from_what_is_known(
     loaded: tuple[Model, Tokenizer], make_engine: Callable[..., Engine]
 ) -> None:
     model, tokenizer = loaded
-    limit = 3 * 256 * kv_bytes(model)
+    limit = 3 * 256 * model.context_cost().token_bytes
     engine = make_engine(kv_limit_bytes=limit)
     draw = random.Random(3)
     bias = Sampling(temp=0, logit_bias=dict.fromkeys(tokenizer.eos_ids, -100.0))

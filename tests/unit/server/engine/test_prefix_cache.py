@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from phi4_mlx.models.cache import PromptCache
+from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime
 from phi4_mlx.models.text import Model
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
@@ -138,7 +138,7 @@ def test_the_one_that_was_of_no_use_for_longest_makes_room(model: Model) -> None
 
 
 def test_there_are_never_too_many_to_look_through(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PrefixCache, "MOST_ENTRIES", 3)
+    monkeypatch.setattr(PrefixCache, "MAX_ENTRIES", 3)
     prefixes = PrefixCache(2**30)
     for n in range(5):
         put(prefixes, model, [n] * 10)

@@ -1,8 +1,4 @@
-"""A tokenizer as llguidance has it, and how an answer that is held to a grammar comes to its end.
-
-llguidance says what may come next and not how far the end is, so the way there is walked on a copy of its state, from
-what is forced to what looks nearest to an end. It knows how JSON is written; any other grammar it gets through by luck.
-"""
+"""A tokenizer's vocabulary in llguidance's form, made once for each tokenizer."""
 
 from __future__ import annotations
 
@@ -11,33 +7,38 @@ from typing import Any
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.grammar.way_out import Paths
-from phi4_mlx.tokens.tokenizer import FallbackByte, Tokenizer
+from phi4_mlx.tokens.decoders import FallbackByte
+from phi4_mlx.tokens.tokenizer import Tokenizer
 
 
-class Words:
-    """A tokenizer as llguidance has it, made in 0.6 s for 200,000 tokens.
+class Vocabulary:
+    """A tokenizer for llguidance, made in 0.6 s for 200,000 tokens.
 
     Attributes:
-        library: llguidance's own.
+        library: llguidance's own tokenizer.
         size: one more than the highest id.
-        eos: ids that end a turn.
-        end: the one of them that is put where nothing else may follow.
+        eos: ids that end a turn, ascending.
+        end: the id of `eos` that is added where nothing else may follow.
         paths: finds ways to the end of an answer.
+
+    Raises:
+        RequestError: the tokenizer has no token that ends a turn.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         if not tokenizer.eos_ids:
-            raise RequestError("this tokenizer has no token that ends a turn, and an answer could not end")
+            raise RequestError("this tokenizer has no token that ends a turn, so an answer could not end")
         self.size = tokenizer.vocab_size
         self.eos = sorted(tokenizer.eos_ids)
         end = tokenizer.control_ids.get("<|end|>")
         self.end = end if end in self.eos else self.eos[0]
         texts = [bytes(tokenizer.token_bytes(token)) for token in range(self.size)]
-        # Some vocabularies list control strings as ordinary entries; no text becomes one.
+        # Some vocabularies list control strings as ordinary entries, although text never becomes one.
         controls = {n for n, text in enumerate(texts) if text.startswith(b"<|") and text.endswith(b"|>")}
         controls |= {*tokenizer.control_ids.values(), *self.eos}
         single = [token for token, text in enumerate(texts) if len(text) == 1 and token not in controls]
-        single.sort(key=lambda token: not isinstance(tokenizer.token_bytes(token), FallbackByte))  # last one counts
+        # Where two tokens are the same byte, the last counts: the one that is not a fallback byte.
+        single.sort(key=lambda token: not isinstance(tokenizer.token_bytes(token), FallbackByte))
         of_byte = {texts[token][0]: token for token in single}
         self.paths = Paths([b"" if n in controls else text for n, text in enumerate(texts)], of_byte, self.end)
 
@@ -48,19 +49,19 @@ class Words:
 
 
 class _Wrapper:
-    """What llguidance asks of a tokenizer."""
+    """The interface that llguidance requires of a tokenizer."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
 
     def __init__(self, tokenizer: Tokenizer, tokens: list[bytes], special: list[int], of_byte: dict[int, int]):
-        self._tokenizer = weakref.proxy(tokenizer)  # which is the key that all this is kept by
+        self._tokenizer = weakref.proxy(tokenizer)  # `_known` must not keep its own key alive
         self.eos_token_id = min(tokenizer.eos_ids)
         self.tokens, self.special_token_ids = tokens, special
         self._of_byte = of_byte
 
     def __call__(self, text: str) -> list[int]:
-        """Ids of a text that comes within an answer: without the space that some tokenizers put at a start."""
+        """Ids of text inside an answer, without the space that some tokenizers add at the start of a text."""
         data = text.encode()
         for before in ("", "\n"):
             ids: list[int] = self._tokenizer.encode(before + text)
@@ -70,13 +71,15 @@ class _Wrapper:
         return [self._of_byte[byte] for byte in data]
 
 
-_known: weakref.WeakKeyDictionary[Tokenizer, Words] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[Tokenizer, Vocabulary] = weakref.WeakKeyDictionary()
 
 
-def words_of(tokenizer: Tokenizer) -> Words:
-    """The words of a tokenizer, made once."""
+def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
+    """The vocabulary of a tokenizer, made at its first use.
+
+    Raises:
+        RequestError: the tokenizer has no token that ends a turn.
+    """
     if tokenizer not in _known:
-        _known[tokenizer] = Words(tokenizer)
+        _known[tokenizer] = Vocabulary(tokenizer)
     return _known[tokenizer]
-
-

@@ -1,0 +1,42 @@
+"""Limits on a request: its bytes, its time and the sizes of its fields.
+
+Limits that other parts of the package share stay with them: those of samplers in terminal.limits, `MAX_TOOLS`
+and `MAX_PROPERTIES` in tools.declarations.
+"""
+
+from __future__ import annotations
+
+# HTTP
+BODY_BYTES = 16 * 2**20
+HEADER_BYTES = 32 * 2**10
+REQUEST_S = 30.0  # seconds to send the headers, and again to send the body
+
+# A body as JSON
+BRACKETS_LIMIT = 500_000  # lists and objects; Python builds more too slowly, and holds the GIL meanwhile
+DEPTH_LIMIT = 200  # levels; arguments and schemas nest, and Python's own stack ends at 1,000
+NAME_CHARS_LIMIT = 256  # of a model, a tool or an id
+SCHEMA_CHARS_LIMIT = 65_536  # of a schema, a tool's description, a pattern or a grammar, as JSON
+SHOWN_CHARS = 60  # of a value that an error message quotes
+
+# A conversation or a prompt
+MESSAGES_LIMIT = 10_000
+PARTS_LIMIT = 1_000  # in one message
+CALLS_LIMIT = 128  # in one message
+PROMPTS_LIMIT = 128  # in one request, each counted as often as it is answered
+
+# Sampling and answers
+ANSWERS_LIMIT = 8  # n: answers to one prompt
+STOPS_LIMIT = 16
+STOP_CHARS_LIMIT = 1_000  # of a stop string or a choice
+CHOICES_LIMIT = 1_000
+TOP_LOGPROBS_LIMIT = 20
+BIAS_ENTRIES_LIMIT = 1_024
+BIAS_LIMIT = 100.0
+API_TEMPERATURE_LIMIT = 2.0  # OpenAI's
+API_PENALTY_LIMIT = 2.0  # OpenAI's
+
+# Fields of single APIs
+MODALITIES_LIMIT = 8
+INCLUDE_LIMIT = 32
+METADATA_LIMIT = 16  # pairs
+METADATA_CHARS_LIMIT = 512  # of one value

@@ -1,0 +1,87 @@
+"""The service between an API and the engine: pieces and finishes in, deltas and ends out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+
+from phi4_mlx.server.apis.wire import Ask, Delta, End, WireError
+from phi4_mlx.server.engine.protocol import Failure, Finish, Job, Piece, TokenLogprob
+from phi4_mlx.server.engine.supervisor import Full
+from phi4_mlx.server.service import Service
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+CALL = '<|tool_call|>[{"name": "add", "arguments": {"a": 1}}]<|/tool_call|>'
+
+
+class Engine:
+    """Stands in for the supervisor: gives every job the same events, or raises."""
+
+    def __init__(self, *events: Any) -> None:
+        self._events = events
+
+    async def events(self, job: Job) -> AsyncGenerator[Any, None]:
+        for event in self._events:
+            if isinstance(event, Exception):
+                raise event
+            yield event
+
+
+def pieces(*texts: str, reason: Any = "stop") -> list[Any]:
+    return [*(Piece(0, text) for text in texts), Finish(0, reason, None, 7, 5, 3)]
+
+
+def answers(ask: Ask, *events: Any, jobs: int = 1) -> list[Any]:
+    service = Service(Engine(*events), None, {}, 0, 60.0)  # type: ignore[arg-type]
+
+    async def collect() -> list[Any]:
+        return [item async for item in service.answers(ask, [Job(0, (1,), 9)] * jobs)]
+
+    return asyncio.run(collect())
+
+
+def calling(**fields: Any) -> Ask:
+    return Ask("m", tools=[TOOL], tool_choice="auto", **fields)
+
+
+def test_text_comes_piece_by_piece_and_then_the_end() -> None:
+    logprobs = (TokenLogprob(b"b", -1.0),)
+    events = [Piece(0, "a"), Piece(0, "", logprobs), Piece(0, ""), *pieces("c", reason="length")]
+    assert answers(Ask("m"), *events) == [
+        Delta(0, "a"), Delta(0, "", None, logprobs), Delta(0, "c"), End(0, "length", None, 7, 5, 3),
+    ]  # fmt: skip
+
+
+def test_calls_are_taken_out_of_the_text() -> None:
+    before, call, end = answers(calling(), *pieces("so ", CALL[:20], CALL[20:]))
+    assert before == Delta(0, "so ") and end == End(0, "tool_calls", None, 7, 5, 3)
+    assert (call.text, call.call.name, call.call.arguments) == ("", "add", {"a": 1})
+    assert answers(calling(), *pieces(CALL, reason="timeout"))[-1].reason == "timeout"
+    cut = answers(calling(), *pieces(CALL[:20], reason="length"))
+    assert cut == [Delta(0, CALL[:20]), End(0, "length", None, 7, 5, 3)]  # kept back until the end
+
+
+def test_calls_are_text_where_none_are_wanted() -> None:
+    for ask in (Ask("m", tools=[TOOL]), Ask("m")):
+        assert answers(ask, *pieces(CALL)) == [Delta(0, CALL), End(0, "stop", None, 7, 5, 3)]
+    bare = '{"name": "add", "arguments": {}}'
+    assert answers(calling(), *pieces(bare))[0].call.name == "add"
+    assert answers(calling(response_format=("json_object",)), *pieces(bare))[0] == Delta(0, bare)
+
+
+def test_several_answers_keep_their_index() -> None:
+    items = answers(Ask("m", n=2), *pieces("a"), jobs=2)
+    assert sorted(item.index for item in items if isinstance(item, End)) == [0, 1]
+    assert sorted(item.index for item in items if isinstance(item, Delta)) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("event", "status"), [(Failure(0, 503, "stopped"), 503), (Full(), 429), (RuntimeError("bug"), 500)]
+)
+def test_a_failure_is_an_error_with_a_status(event: Any, status: int) -> None:
+    with pytest.raises(WireError) as raised:
+        answers(Ask("m"), Piece(0, "a"), event)
+    assert raised.value.status == status

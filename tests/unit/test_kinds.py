@@ -1,0 +1,253 @@
+"""Every kind of model through generation, batching, caches, speculation, chat, serving and training.
+
+Two kinds: phi3, whose cache can be trimmed, and the toy of `tests/toy_model.py`, whose cache goes back by snapshots.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from phi4_mlx.adapters.layers import adapter_off, adapter_parameters, add_adapter
+from phi4_mlx.chat.conversation import Conversation
+from phi4_mlx.checkpoint import KINDS, load, load_model, share_weights
+from phi4_mlx.errors import RequestError
+from phi4_mlx.fingerprint import base_fingerprint
+from phi4_mlx.generation.batch import Batch, BatchSequence, Fault
+from phi4_mlx.generation.memory import plan_context
+from phi4_mlx.generation.options import DecodeOptions
+from phi4_mlx.generation.prompt_cache_file import load_prompt_cache, save_prompt_cache
+from phi4_mlx.generation.sampling import Sampling
+from phi4_mlx.generation.speculate import PromptLookup, make_proposer
+from phi4_mlx.generation.steps import generate_step
+from phi4_mlx.lora.data.batches import Batches
+from phi4_mlx.lora.data.samples import Sample
+from phi4_mlx.lora.settings import Settings as TrainingSettings
+from phi4_mlx.lora.training.trainer import Trainer
+from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.server.engine.engine import Engine, Settings
+from phi4_mlx.server.engine.prefix_cache import PrefixCache
+from phi4_mlx.server.engine.protocol import Finish, Job, Piece
+from tests.conftest import ROOT, make_tiny_model, write_tiny_checkpoint
+from tests.toy_model import make_toy_model, register_toy, write_toy_checkpoint
+
+MAKERS: dict[str, Callable[[], LanguageModel]] = {"phi3": make_tiny_model, "toy": make_toy_model}
+WRITERS: dict[str, Callable[[Path], Path]] = {"phi3": write_tiny_checkpoint, "toy": write_toy_checkpoint}
+PROMPT = [int(token) for token in np.random.default_rng(0).integers(3, 500, 40)]
+
+
+@pytest.fixture(params=MAKERS)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    register_toy(monkeypatch)
+    return str(request.param)
+
+
+@pytest.fixture
+def model(kind: str) -> LanguageModel:
+    return MAKERS[kind]()
+
+
+@pytest.fixture
+def loaded(kind: str, tmp_path: Path) -> tuple[LanguageModel, Any]:
+    return load(WRITERS[kind](tmp_path / kind))
+
+
+def drawn(model: LanguageModel, prompt: list[int], n: int = 12, **options: Any) -> list[int]:
+    return [token for token, _ in generate_step(prompt, model, max_tokens=n, **options)]
+
+
+def same_logits(a: mx.array, b: mx.array) -> bool:
+    return bool(mx.allclose(a, b, rtol=0, atol=1e-4))
+
+
+def test_every_kind_of_the_table_is_tested_here() -> None:
+    assert KINDS.keys() <= MAKERS.keys()
+
+
+def test_whole_chunked_and_stepped_agree(model: LanguageModel) -> None:
+    ids = mx.array([PROMPT])
+    whole = model(ids)
+    for size in (1, 7, 39):
+        cache = model.make_cache()
+        parts = [model(ids[:, at : at + size], cache) for at in range(0, len(PROMPT), size)]
+        assert same_logits(mx.concatenate(parts, axis=1), whole)
+    assert same_logits(model.logits(model.hidden(ids, rows=3)), whole[:, -3:])
+    embeddings = model.head(ids)  # the tiny models tie head and embedding
+    assert same_logits(model.logits(model.hidden(ids, embeddings=embeddings)), whole)
+
+
+@pytest.mark.parametrize("step", [1, 5, 64])
+def test_prefill_in_chunks_draws_the_same_tokens(model: LanguageModel, step: int) -> None:
+    assert drawn(model, PROMPT, prefill_step_size=step) == drawn(model, PROMPT)
+
+
+def test_a_cache_goes_back_to_what_a_new_prompt_shares(model: LanguageModel) -> None:
+    """Undo: the prompt of one turn again, after an answer; then one that parts from it earlier."""
+    cache = model.make_cache()
+    first = drawn(model, cache.reuse(PROMPT), cache=cache, prefill_step_size=16)
+    second = [*PROMPT, *first, 7, 8, 9]
+    drawn(model, cache.reuse(second), cache=cache, prefill_step_size=16)
+    for prompt in (second, PROMPT, [*PROMPT[:20], 5, 6], [*PROMPT, 3], [9]):
+        rest = cache.reuse(prompt)
+        assert 0 < len(rest) <= len(prompt) and cache.offset == len(prompt) - len(rest)
+        assert drawn(model, rest, 6, cache=cache, prefill_step_size=16) == drawn(model, prompt, 6)
+
+
+def test_the_same_prompt_again_runs_one_token(model: LanguageModel) -> None:
+    cache = model.make_cache()
+    drawn(model, cache.reuse(PROMPT), cache=cache)
+    assert cache.reuse(PROMPT) == PROMPT[-1:]
+
+
+def test_a_fork_is_independent(model: LanguageModel) -> None:
+    cache = model.make_cache()
+    drawn(model, PROMPT, 1, cache=cache)
+    length = cache.reusable(len(PROMPT) - 1)
+    assert length == len(PROMPT) - 1
+    fork = cache.fork(length)
+    assert drawn(model, PROMPT[length:], 5, cache=fork) == drawn(model, PROMPT, 5)
+    assert cache.offset == len(PROMPT) and cache.ids[0].tolist() == PROMPT
+
+
+def test_a_batch_draws_what_each_sequence_draws_alone(model: LanguageModel) -> None:
+    prompts = [PROMPT, PROMPT[:5], PROMPT[10:33], PROMPT]
+    sequences = [BatchSequence(model, list(prompt), 8 + 3 * n) for n, prompt in enumerate(prompts)]
+    batch, waiting = Batch(prefill_step_size=16), list(sequences)
+    while waiting or batch.active or batch.waiting:
+        if waiting:
+            batch.add(waiting.pop(0))  # one joins at every step
+        for event in batch.step():
+            assert not isinstance(event, Fault), event
+        for sequence in [each for each in batch.active if each.drawn >= each.max_tokens]:
+            batch.end(sequence)
+    for sequence, prompt in zip(sequences, prompts, strict=True):
+        assert sequence.ids[len(prompt) :][: sequence.max_tokens] == drawn(model, prompt, sequence.max_tokens)
+
+
+def test_the_prefix_cache_shortens_a_second_prompt(model: LanguageModel) -> None:
+    store, cache = PrefixCache(10**7), model.make_cache()
+    drawn(model, PROMPT, 1, cache=cache, prefill_step_size=16)
+    store.put(None, cache)
+    for prompt, at_least in (([*PROMPT, 1, 2, 3], len(PROMPT)), (PROMPT, len(PROMPT) - 1), ([*PROMPT[:30], 1], 16)):
+        found = store.find(model, None, prompt)
+        assert found is not None and at_least <= found.offset < len(prompt)
+        assert drawn(model, prompt[found.offset :], 6, cache=found) == drawn(model, prompt, 6)
+    assert store.find(model, "adapter", PROMPT) is None
+
+
+def test_speculation_is_exact_or_refused(model: LanguageModel) -> None:
+    prompt = PROMPT[:12] * 3
+    if model.make_cache().rewindable:
+        assert drawn(model, prompt, proposer=PromptLookup(timed=False)) == drawn(model, prompt)
+        return
+    assert make_proposer("lookup", model, rewindable=model.make_cache().rewindable) is None
+    with pytest.raises(RequestError, match="cannot; drop the proposer"):
+        drawn(model, prompt, proposer=PromptLookup(timed=False))
+
+
+def test_a_chat_can_undo_and_ask_again(loaded: tuple[LanguageModel, Any]) -> None:
+    def ask(conversation: Conversation, question: str) -> str:
+        events = conversation.ask(question, DecodeOptions(max_tokens=8))
+        return "".join(event.text for event in events if hasattr(event, "text"))
+
+    conversation = Conversation(*loaded)
+    first, second = ask(conversation, "one"), ask(conversation, "two")
+    conversation.turns.pop()
+    assert ask(conversation, "two") == second
+    assert conversation.usage.cached_tokens > 0
+    conversation.turns.clear()
+    assert ask(conversation, "one") == first
+
+
+def test_the_engine_answers_as_generation_does(loaded: tuple[LanguageModel, Any]) -> None:
+    model, tokenizer = loaded
+    engine = Engine(model, tokenizer, Settings("any", kv_limit_bytes=10**8, prefix_limit_bytes=10**7))
+    jobs = [Job(n, tuple(PROMPT[: 20 + n]), 10, Sampling()) for n in range(3)]
+    jobs += [replace(jobs[0], id=3), replace(jobs[1], id=4, prompt=(*jobs[1].prompt, 7))]
+    events = [event for job in jobs for event in engine.submit(job)]
+    while engine.busy:
+        events += engine.step()
+    ends = {event.job: event for event in events if isinstance(event, Finish)}
+    assert ends.keys() == {job.id for job in jobs}, events
+    for job in jobs:
+        text = "".join(event.text for event in events if isinstance(event, Piece) and event.job == job.id)
+        expected = drawn(model, list(job.prompt), ends[job.id].answer_tokens)
+        assert text == tokenizer.decode([t for t in expected if t not in tokenizer.eos_ids])
+
+
+def test_a_prompt_cache_file_continues(loaded: tuple[LanguageModel, Any], tmp_path: Path) -> None:
+    model, tokenizer = loaded
+    cache = model.make_cache()
+    drawn(model, PROMPT[:-5], 1, cache=cache)
+    save_prompt_cache(tmp_path / "kept", cache, model, tokenizer)
+    again = load_prompt_cache(tmp_path / "kept", model, tokenizer)
+    rest = again.reuse(PROMPT)
+    assert rest == PROMPT[-5:]
+    assert drawn(model, rest, 6, cache=again) == drawn(model, PROMPT, 6)
+
+
+def test_lora_trains_and_leaves_the_base(model: LanguageModel, tmp_path: Path) -> None:
+    before, base = model(mx.array([PROMPT])), base_fingerprint(model)
+    add_adapter(model, rank=4, keys=model.lora_keys)
+    samples = [Sample(PROMPT[n : n + 20], [False] + [True] * 19, f"line {n}") for n in range(8)]
+    settings = TrainingSettings(iters=30, batch_size=4, learning_rate=2e-2, max_seq_length=64, grad_checkpoint=True)
+    batches = Batches(samples, batch_size=settings.batch_size, max_seq_length=settings.max_seq_length)
+    losses = [step.loss for step in Trainer(model, batches, settings, tmp_path).run()]
+    assert losses[-1] < 0.7 * losses[0]
+    model.eval()
+    assert adapter_parameters(model) and base_fingerprint(model) == base
+    with adapter_off(model):
+        assert same_logits(model(mx.array([PROMPT])), before)
+
+
+def test_a_folder_loads_and_shares_its_weights(kind: str, tmp_path: Path) -> None:
+    model = load_model(WRITERS[kind](tmp_path / kind))
+    assert type(model) is type(MAKERS[kind]())
+    assert same_logits(share_weights(model)(mx.array([PROMPT])), MAKERS[kind]()(mx.array([PROMPT])))
+
+
+def test_a_plan_knows_what_a_context_takes(model: LanguageModel) -> None:
+    plan, cache = plan_context(model), model.make_cache()
+    drawn(model, PROMPT, 1, cache=cache)
+    assert sum(layer.nbytes for layer in cache) == plan.cache_bytes(len(PROMPT))
+    assert plan.most_tokens == model.config.max_position_embeddings
+
+
+PARTS = {"rope", "embed_tokens", "norm", "lm_head", "self_attn", "mlp"}  # of a model, by attribute
+
+
+def reaches(source: str) -> list[str]:
+    """Attribute accesses that reach into a model's parts."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr in PARTS | {"model"}:
+            owner = ast.unparse(node.value)
+            if owner.split(".")[-1] in ("model", "_model", "draft", "twin", "base", "_base") and (
+                node.attr in PARTS or owner.endswith(".model")
+            ):
+                found.append(ast.unparse(node))
+    return found
+
+
+def test_nothing_outside_models_reaches_into_a_model() -> None:
+    found = {}
+    for path in [*(ROOT / "phi4_mlx").rglob("*.py"), *(ROOT / "convert").rglob("*.py")]:
+        source = path.read_text(encoding="utf-8")
+        if "models" not in path.parts:
+            if inside := reaches(source):
+                found[path.name] = inside
+            names = {"phi4_mlx/__init__.py", "phi4_mlx/checkpoint.py"}  # the public name, and the table of kinds
+            assert "models.text" not in source or str(path.relative_to(ROOT)) in names, path
+    assert not found
+
+
+def test_a_reach_is_found() -> None:
+    assert reaches("x = model.model.norm.weight") and reaches("self._model.rope.at(1)") and reaches("draft.lm_head")
+    assert not reaches("self.model.hidden(ids)") and not reaches("model.config.vocab_size")
