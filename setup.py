@@ -7,14 +7,14 @@ from setuptools import find_packages, setup
 setup(
     name="phi4-mlx",
     version="0.1.0",
-    description="The Phi-4-mini family on Apple MLX: convert, chat, and generate, exact at every length",
+    description="The Phi-4-mini family on Apple MLX: chat, serve, fine-tune and convert, exact at every context length",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     author="the phi4_mlx authors",
     python_requires=">=3.10",
-    # The converter stands at the top of the repository and installs inside the package: a top-level
-    # `convert` in site-packages would get in everyone's way.
+    # The converter is a top-level folder that installs inside the package: a top-level `convert` in site-packages
+    # could clash with other packages.
     packages=[
         *find_packages(include=["phi4_mlx", "phi4_mlx.*"], exclude=["phi4_mlx.convert"]),
         "phi4_mlx.convert",

@@ -1,1 +1,1 @@
-"""The converter: a Hugging Face checkpoint goes in, a package for MLX comes out. Installed as `phi4_mlx.convert`."""
+"""The converter from Hugging Face checkpoints to MLX packages, installed as `phi4_mlx.convert`."""

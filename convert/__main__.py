@@ -1,4 +1,4 @@
-"""`python -m phi4_mlx.convert`: makes a package, 4-bit say, from a Hugging Face checkpoint."""
+"""`python -m phi4_mlx.convert`: makes a package, for example in 4 bits, from a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from phi4_mlx.files.dtypes import DTYPES, FLOATS
 from phi4_mlx.terminal.command import Parser, number, progress_bar, run, text
 
 from .quantize import MODES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Converts a checkpoint.
+    """Runs the command.
 
     Args:
-        argv: the words after the command's name; those of the process if None.
+        argv: the arguments; None for those of the process.
 
     Returns:
         The exit code.
@@ -26,32 +27,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser("phi4_mlx.convert", "Make a package for MLX, 4-bit say, from a Hugging Face checkpoint.")
+    parser = Parser("phi4_mlx.convert", "Make an MLX package, for example in 4 bits, from a Hugging Face checkpoint.")
     add = parser.add_argument
     add("--hf-path", type=text, required=True, metavar="SRC", help="a folder, or a Hugging Face id")
     add("--mlx-path", type=text, default="mlx_model", metavar="OUT", help="the new folder (default: %(default)s)")
     add("-q", "--quantize", action="store_true", help="quantise the matrices")
-    add("--q-bits", type=number(int, 2, 8), metavar="N", help="bits of each number (default: 4, or what the mode has)")
+    add("--q-bits", type=number(int, 2, 8), metavar="N", help="bits per number (default: 4, or the mode's)")
     add(
         "--q-group-size", type=number(int, 16, 128), metavar="N",
-        help="numbers that share a scale (default: 64, or what the mode has)",
+        help="numbers that share a scale (default: 64, or the mode's)",
     )  # fmt: skip
-    add("--q-mode", choices=list(MODES), help="(default: affine)")
+    add("--q-mode", choices=list(MODES), help="format of the quantised numbers (default: affine)")
     add(
         "--embed-bits", type=number(int, 2, 8), metavar="N",
-        help="bits of the embedding and the head, which are one matrix in Phi-4-mini (default: as --q-bits)",
+        help="bits per number of the embedding and the head, one matrix in Phi-4-mini (default: as --q-bits)",
     )  # fmt: skip
     add(
-        "--dtype", choices=["float16", "bfloat16", "float32"],
-        help="of the numbers that are not quantised (default: as they are)",
+        "--dtype", choices=[DTYPES[name].mlx_name for name in FLOATS],
+        help="dtype of the numbers that are not quantised (default: unchanged)",
     )  # fmt: skip
-    add("-d", "--dequantize", action="store_true", help="unpack a quantised checkpoint; with -q, to quantise it anew")
+    add("-d", "--dequantize", action="store_true", help="dequantise a quantised checkpoint; with -q, quantise it again")
     add("--revision", type=text, help="branch, tag or commit of the Hugging Face id")
     return parser
 
 
 def _work(args: argparse.Namespace) -> None:
-    from .package import convert  # not at the top: --help and a mistyped option must cost nothing
+    from .package import convert  # late: --help and a mistyped option do not load mlx
 
     begin = time.perf_counter()
     options = {key: value for key, value in vars(args).items() if key != "debug"}

@@ -1,10 +1,9 @@
-"""A checkpoint -> a package: what it holds, and how it comes to be whole or not at all.
+"""Conversion of a checkpoint into a package, written whole or not at all.
 
-A package is config.json, the weights, the tokenizer's files as they were, generation_config.json with every token that
+A package has config.json, the weights, the tokenizer's files unchanged, generation_config.json with every token that
 ends an answer, and a manifest of hashes. mlx-lm and the Swift loader read it too. No code is copied.
 
-All of it is written into a hidden folder beside the target, flushed to the disk, and renamed. config.json goes last:
-without it no loader takes the folder for a model.
+config.json is written last: without it no loader takes an unfinished folder for a model.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from phi4_mlx.config import ModelConfig
 from phi4_mlx.errors import RequestError, TokenizerError
 from phi4_mlx.files.atomic import whole_or_absent
-from phi4_mlx.files.json_file import read_json
+from phi4_mlx.files.dtypes import DTYPES, FLOATS
+from phi4_mlx.files.json_file import JsonObject, read_json
 from phi4_mlx.files.manifest import MANIFEST_FILE
 from phi4_mlx.files.safetensors import INDEX_FILE, file_in
 from phi4_mlx.hub import resolve
@@ -31,17 +30,18 @@ from phi4_mlx.tokens.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from .quantize import make_recipe, quantization_config
 from .weights import Parameter, plan, shards, write_shard
 
-DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+_FLOATS = {DTYPES[name].mlx_name: name for name in FLOATS}  # "bfloat16" -> "BF16"
 
-# Taken along where they are there: the tokenizer's files, and the licence under which the weights are passed on.
+# Copied if they exist: the tokenizer's files, and the licence of the weights.
 SMALL_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json", "LICENSE",
 )  # fmt: skip
 
-SHARD_BYTES = 5 * 10**9 - 10**7  # of tensors: with its header a file stays under 5 GB
+SHARD_BYTES = 5 * 10**9 - 10**7  # tensor bytes in a file, which stays under 5 GB with its header
 
-Manifest = dict[str, dict[str, Any]]  # file name -> its bytes and sha256
+Progress = Callable[[int, int], object]
+"""Called as (bytes done, bytes in all) of the source."""
 
 
 def convert(
@@ -56,46 +56,46 @@ def convert(
     revision: str | None = None,
     *,
     embed_bits: int | None = None,
-    progress: Callable[[int, int], Any] | None = None,
+    progress: Progress | None = None,
 ) -> None:
-    """Converts a checkpoint of the family into a package, complete or not at all.
+    """Converts a checkpoint of the family into a package, written whole or not at all.
 
     Args:
         hf_path: a folder, or a Hub id ("owner/name").
         mlx_path: the package's folder; must not exist yet.
-        quantize: packs the matrices; with `dequantize`, also those of a checkpoint that is packed already.
-        q_group_size: numbers that share a scale; 64 if None, or what the mode has.
-        q_bits: bits of each number; 4 if None, or what the mode has.
+        quantize: whether to quantise the matrices; with `dequantize`, also those of a quantised checkpoint.
+        q_group_size: numbers that share a scale; None for the mode's default (64 for affine).
+        q_bits: bits per number; None for the mode's default (4 for affine).
         q_mode: "affine" (the default), "mxfp4", "nvfp4" or "mxfp8".
-        dtype: "float16", "bfloat16" or "float32" for the numbers that are not packed; None keeps each as it is.
-        dequantize: unpacks a quantised checkpoint.
+        dtype: "float16", "bfloat16" or "float32" for the numbers that are not quantised; None keeps each as it is.
+        dequantize: whether to dequantise a quantised checkpoint.
         revision: a commit, branch or tag of the Hub repository.
-        embed_bits: bits of the embedding and the head, which are one matrix where they are tied; as `q_bits` if None.
+        embed_bits: bits per number of the embedding and the head, which are one matrix if tied; None for `q_bits`.
         progress: called as (bytes done, bytes in all) of the checkpoint.
 
     Raises:
-        RequestError: the target exists or cannot be written, or the options do not go together.
-        ConfigError: config.json asks for maths that is not done here.
+        RequestError: the target exists or cannot be written, or the options contradict each other.
+        ConfigError: config.json asks for maths that is not implemented.
         CheckpointError: the checkpoint is missing, damaged, incomplete or of another shape.
-        TokenizerError: the tokenizer's files are missing or damaged, or do not go with the weights.
+        TokenizerError: the tokenizer's files are missing or damaged, or do not fit the weights.
     """
     if not quantize:
-        _refuse_without_q(q_bits=q_bits, q_group_size=q_group_size, q_mode=q_mode, embed_bits=embed_bits)
-    if dtype is not None and dtype not in DTYPES:
-        raise RequestError(f"--dtype {dtype!r} is not known; known are {', '.join(DTYPES)}")
+        _check_not_given(q_bits=q_bits, q_group_size=q_group_size, q_mode=q_mode, embed_bits=embed_bits)
+    if dtype is not None and dtype not in _FLOATS:
+        raise RequestError(f"--dtype {dtype!r} is not known; known are {', '.join(_FLOATS)}")
     recipe = make_recipe(q_mode or "affine", q_bits, q_group_size, embed_bits) if quantize else None
 
     def planned(folder: Path, config: ModelConfig) -> list[Parameter]:
-        return plan(folder, config, recipe, DTYPES[dtype] if dtype else None, dequantize)
+        return plan(folder, config, recipe, _FLOATS[dtype] if dtype else None, dequantize)
 
     write_package(Path(mlx_path), hf_path, revision, planned, progress)
 
 
-def _refuse_without_q(**options: Any) -> None:
-    """How to quantise was said, and nothing would be quantised."""
+def _check_not_given(**options: str | int | None) -> None:
+    """Raises RequestError if an option of quantisation is given."""
     for name, value in options.items():
         if value is not None:
-            raise RequestError(f"--{name.replace('_', '-')} {value} does nothing without -q")
+            raise RequestError(f"--{name.replace('_', '-')} {value} does nothing without -q; add -q, or drop it")
 
 
 def write_package(
@@ -103,15 +103,15 @@ def write_package(
     hf_path: str | Path,
     revision: str | None,
     planned: Callable[[Path, ModelConfig], list[Parameter]],
-    progress: Callable[[int, int], Any] | None = None,
+    progress: Progress | None = None,
 ) -> None:
-    """Writes a package, complete or not at all.
+    """Writes a package, whole or not at all.
 
     Args:
         target: the package's folder; must not exist yet.
-        hf_path: the checkpoint it is made from, a folder or a Hub id.
+        hf_path: the checkpoint to convert, a folder or a Hub id.
         revision: a commit, branch or tag of the Hub repository.
-        planned: says what becomes of each parameter, given the checkpoint's folder and its config.
+        planned: maps the checkpoint's folder and its config to the parameters to write.
         progress: called as (bytes done, bytes in all) of the checkpoint.
 
     Raises:
@@ -127,30 +127,30 @@ def write_package(
         small = _small_files(folder, raw, config, parameters, given, tokenizer)
         _check_room(out, parameters, small)
         files = _write_weights(out, parameters, progress or (lambda done, total: None))
-        files |= {name: _write(out / name, data) for name, data in small.items() if name != "config.json"}
-        manifest: dict[str, Any] = {"files": files | {"config.json": _entry(small["config.json"])}}
+        files |= {name: _entry(data) for name, data in small.items()}
+        manifest: JsonObject = {"files": files}
         if isinstance(tokenizer, ByteTokenizer):  # proven to merge as tiktoken does; `load` need not prove it again
             manifest["tokenizer_merges_agree"] = files["tokenizer.json"]["sha256"]
-        _write(out / MANIFEST_FILE, _json(manifest))
-        _write(out / "config.json", small["config.json"])
+        for name, data in {MANIFEST_FILE: _json(manifest), **small}.items():
+            (out / name).write_bytes(data)
 
 
 def _small_files(
     folder: Path,
-    raw: Mapping[str, Any],
+    raw: JsonObject,
     config: ModelConfig,
     parameters: list[Parameter],
     given: Mapping[str, bytes],
     tokenizer: Tokenizer,
 ) -> dict[str, bytes]:
-    """Everything but the weights and the manifest: the given files, mended where they need it, and config.json."""
+    """Every file except the weights and the manifest, corrected where necessary; config.json comes last."""
     if tokenizer.vocab_size > config.vocab_size:
         raise TokenizerError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size:,} ids and the embedding {config.vocab_size:,} rows; "
-            "they do not belong together"
+            "get both from one source"
         )
     files = dict(given)
-    _mend_tokenizer_config(folder, files)
+    _correct_tokenizer_config(folder, files)
 
     name = "generation_config.json"
     generation = read_json(folder / name) if name in given else {}
@@ -164,27 +164,29 @@ def _small_files(
     return files
 
 
-def _mend_tokenizer_config(folder: Path, files: dict[str, bytes]) -> None:
-    """Swift strips spaces unless told not to, and two different chat templates would leave the choice to the loader."""
+def _correct_tokenizer_config(folder: Path, files: dict[str, bytes]) -> None:
+    """Corrects two settings that loaders read differently.
+
+    Swift strips spaces by default, and with two different chat templates each loader makes its own choice.
+    """
     name = "tokenizer_config.json"
     if name not in files:
         return
     given = read_json(folder / name)
-    mended = given | {"clean_up_tokenization_spaces": False}
+    corrected = given | {"clean_up_tokenization_spaces": False}
     file_template = files.get("chat_template.jinja")
     if file_template is not None and given.get("chat_template") != file_template.decode(errors="replace"):
-        mended.pop("chat_template", None)  # the file wins in transformers, mlx-lm and Swift
-    if mended != given:
-        files[name] = _json(mended)
+        corrected.pop("chat_template", None)  # the file wins in transformers, mlx-lm and Swift
+    if corrected != given:
+        files[name] = _json(corrected)
 
 
-def _config(config: ModelConfig, parameters: list[Parameter]) -> dict[str, Any]:
-    """The model in the layout that all loaders know, and how it is packed."""
+def _config(config: ModelConfig, parameters: list[Parameter]) -> JsonObject:
+    """config.json in the layout that all loaders read, with the quantisation."""
     schemes = {parameter.path: parameter.target for parameter in parameters if parameter.target}
     settings = quantization_config(schemes) if schemes else None
     ((numbers, _),) = Counter(parameter.numbers for parameter in parameters).most_common(1)
-    dtype = next(name for name, stored in DTYPES.items() if stored == numbers)
-    return dataclasses.replace(config, quantization=settings).to_dict() | {"torch_dtype": dtype}
+    return dataclasses.replace(config, quantization=settings).to_dict() | {"torch_dtype": DTYPES[numbers].mlx_name}
 
 
 def _check_room(out: Path, parameters: list[Parameter], small: Mapping[str, bytes]) -> None:
@@ -193,12 +195,12 @@ def _check_room(out: Path, parameters: list[Parameter], small: Mapping[str, byte
     if needed > free:
         raise RequestError(
             f"{out.parent} has {free / 1e9:.2f} GB free and the package needs {needed / 1e9:.2f} GB; make room, or "
-            "name another disk"
+            "name a folder on another disk"
         )
 
 
-def _write_weights(out: Path, parameters: list[Parameter], progress: Callable[[int, int], Any]) -> Manifest:
-    """Writes the weights, and an index where they are more than one file."""
+def _write_weights(out: Path, parameters: list[Parameter], progress: Progress) -> JsonObject:
+    """Writes the weights, with an index if there is more than one file; returns file name -> entry in the manifest."""
     parts = shards(parameters, SHARD_BYTES)
     total = sum(parameter.input_bytes for parameter in parameters)
     done = 0
@@ -208,7 +210,7 @@ def _write_weights(out: Path, parameters: list[Parameter], progress: Callable[[i
         done += count
         progress(done, total)
 
-    files: Manifest = {}
+    files: JsonObject = {}
     weight_map: dict[str, str] = {}
     for number, part in enumerate(parts, 1):
         name = "model.safetensors" if len(parts) == 1 else f"model-{number:05}-of-{len(parts):05}.safetensors"
@@ -217,23 +219,16 @@ def _write_weights(out: Path, parameters: list[Parameter], progress: Callable[[i
         weight_map |= {tensor: name for parameter in part for tensor in parameter.outputs}
     if len(parts) > 1:
         size = sum(parameter.output_bytes for parameter in parameters)
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        files[INDEX_FILE] = _write(out / INDEX_FILE, _json(index))
+        index = _json({"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
+        (out / INDEX_FILE).write_bytes(index)
+        files[INDEX_FILE] = _entry(index)
     return files
 
 
-def _write(path: Path, data: bytes) -> dict[str, Any]:
-    """Writes a file down to the disk, and says what the manifest will say of it."""
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return _entry(data)
-
-
-def _entry(data: bytes) -> dict[str, Any]:
+def _entry(data: bytes) -> JsonObject:
+    """The manifest's entry for a file."""
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _json(value: Any) -> bytes:
+def _json(value: JsonObject) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

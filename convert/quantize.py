@@ -1,6 +1,6 @@
-"""Which matrices are quantised and how, and what sizes that gives; arithmetic on shapes, no weights.
+"""Quantisation recipes: the scheme of each matrix and the shapes that it gives. No weights are read.
 
-Source: `mlx.core.quantize`, for the modes and what each may be combined with.
+Source: `mlx.core.quantize`, for the modes with their bits and group sizes.
 """
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.files.json_file import JsonObject
 
 Shape = tuple[int, ...]
 Layout = dict[str, tuple[str, Shape]]
-"""Tensor name -> (dtype as safetensors names it, shape)."""
+"""Tensor name -> (dtype in safetensors, such as "BF16", and shape)."""
 
-# mode -> (bits, group sizes) that it can be had in, the default first
+# mode -> (bits, group sizes) that mlx supports, the default first
 MODES = {
     "affine": ((4, 2, 3, 5, 6, 8), (64, 32, 128)),
     "mxfp4": ((4,), (32,)),
@@ -29,22 +29,22 @@ EMBEDDING_AND_HEAD = ("model.embed_tokens", "lm_head")
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a matrix is packed: `bits` a number, and one scale for each `group_size` neighbours in a row."""
+    """The quantisation of a matrix: `bits` per number, and one scale per `group_size` neighbours in a row."""
 
     mode: str
     bits: int
     group_size: int
 
     def layout(self, path: str, dtype: str, shape: Shape) -> Layout:
-        """The tensors of a packed matrix.
+        """The tensors of a quantised matrix.
 
         Args:
-            path: of the layer, such as "lm_head".
-            dtype: of the numbers to be packed, and so of affine scales and biases.
-            shape: (rows, columns) of the matrix.
+            path: the path of the layer, such as "lm_head".
+            dtype: dtype of the numbers to quantise, and so of affine scales and biases.
+            shape: [rows, columns] of the matrix.
 
         Raises:
-            RequestError: the groups do not divide the rows.
+            RequestError: `group_size` does not divide the columns.
         """
         rows, columns = shape
         if columns % self.group_size:
@@ -62,7 +62,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The scheme of each matrix: one for all, and perhaps a finer one for the embedding and the head."""
+    """The scheme of each matrix: one for the embedding and the head, and one for all others."""
 
     scheme: Scheme
     embedding: Scheme
@@ -73,16 +73,16 @@ class Recipe:
 
 
 def make_recipe(mode: str, bits: int | None, group_size: int | None, embed_bits: int | None) -> Recipe:
-    """Checks a user's choice, and fills in what was left open.
+    """Checks a user's choice and fills in the defaults.
 
     Args:
         mode: a key of `MODES`.
-        bits: of each number; the mode's usual ones if None.
-        group_size: numbers that share a scale; the mode's usual ones if None.
-        embed_bits: of the embedding, which is the head too where the two are tied; as `bits` if None.
+        bits: bits per number; None for the mode's default.
+        group_size: numbers that share a scale; None for the mode's default.
+        embed_bits: bits per number of the embedding and the head; None for `bits`.
 
     Raises:
-        RequestError: mlx has no such combination.
+        RequestError: mlx does not support the combination.
     """
     if mode not in MODES:
         raise RequestError(f"--q-mode {mode!r} is not known; known are {', '.join(MODES)}")
@@ -99,11 +99,11 @@ def make_recipe(mode: str, bits: int | None, group_size: int | None, embed_bits:
     return Recipe(Scheme(mode, bits, group_size), Scheme(mode, bits if embed_bits is None else embed_bits, group_size))
 
 
-def quantization_config(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
-    """What config.json says about quantised layers: the commonest scheme, and by path those that have another.
+def quantization_config(schemes: Mapping[str, Scheme]) -> JsonObject:
+    """The "quantization" of config.json: the most common scheme, and by path the layers that have another one.
 
     Args:
-        schemes: path of each quantised layer -> how it is packed; not empty.
+        schemes: path of each quantised layer -> its scheme; not empty.
     """
     ((commonest, _),) = Counter(schemes.values()).most_common(1)
     return asdict(commonest) | {path: asdict(own) for path, own in schemes.items() if own != commonest}

@@ -1,46 +1,45 @@
-"""A checkpoint's weights, parameter by parameter: read, dequantised, cast, quantised, written.
+"""The weights of a checkpoint, parameter by parameter: read, dequantised, cast, quantised, written.
 
-Everything is planned from the headers alone. The numbers then pass through in blocks of rows, the next ones being read
-and computed while the last ones are written, so memory does not grow with the model, nor with its largest tensor.
+Everything is planned from the headers. The numbers then pass through in blocks of rows. The next blocks are read and
+computed while one is written, so memory grows neither with the model nor with its largest tensor.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from phi4_mlx.checkpoint import check_tensors, empty_model
 from phi4_mlx.config import ModelConfig
 from phi4_mlx.errors import CheckpointError, RequestError
+from phi4_mlx.files.dtypes import FLOATS, mlx_dtype
 from phi4_mlx.files.safetensors import TensorInfo, TensorWriter, read_header, tensor_bytes, weight_files
 from phi4_mlx.models.text import Model
 
 from .quantize import Layout, Recipe, Scheme
 
-FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
-_DTYPES = {**FLOATS, "U32": mx.uint32, "U8": mx.uint8}
-
-_BLOCK_BYTES = 2**22  # of the source, read at a time
+BLOCK_BYTES = 2**22  # read from the source at a time
 _BLOCKS_AHEAD = 8  # read and being computed while one is written
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file."""
+    """A tensor in a file of a checkpoint."""
 
     path: Path
     info: TensorInfo
 
     def rows(self, first: int, last: int) -> mx.array:
-        """Reads some of the rows.
+        """Reads rows from `first` to before `last`, in the dtype and shape of the tensor.
 
         Raises:
             CheckpointError: they cannot be read.
@@ -54,8 +53,8 @@ class Stored:
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from None
         if len(data) < count:
-            raise CheckpointError(f"{self.path} ended early; it was changed while it was read")
-        array = mx.array(memoryview(data)).view(_DTYPES[self.info.dtype])
+            raise CheckpointError(f"{self.path} ended early: it was changed while it was read; convert it again")
+        array = mx.array(memoryview(data)).view(mlx_dtype(self.info.dtype))
         return array.reshape(last - first, *self.info.shape[1:])
 
 
@@ -64,12 +63,12 @@ class Parameter:
     """One parameter of the model on its way from the checkpoint to the package.
 
     Attributes:
-        path: of its layer.
-        inputs: the tensor, or the packed weight, the scales and the biases of a quantised one.
-        outputs: likewise, in the package.
-        numbers: what the floating-point ones among the outputs are, and what is quantised, a key of `FLOATS`.
-        packed: how it is quantised in the checkpoint.
-        target: how it shall be quantised in the package.
+        path: the path of its layer.
+        inputs: its tensors in the checkpoint: one, or the packed weight, the scales and the biases.
+        outputs: its tensors in the package.
+        numbers: dtype of the floating-point outputs and of the numbers that are quantised, one of `FLOATS`.
+        packed: the quantisation in the checkpoint; None if it is dense.
+        target: the quantisation in the package; None if it is dense.
     """
 
     path: str
@@ -80,31 +79,35 @@ class Parameter:
     target: Scheme | None
 
     @property
+    def rows(self) -> int:
+        """Rows of the matrix, or elements of the vector."""
+        return self.inputs[0].info.shape[0]
+
+    @property
     def input_bytes(self) -> int:
-        """What there is to read."""
+        """Bytes to read."""
         return sum(stored.info.end - stored.info.start for stored in self.inputs)
 
     @property
     def output_bytes(self) -> int:
-        """What there will be to write."""
+        """Bytes to write."""
         return sum(tensor_bytes(*kind) for kind in self.outputs.values())
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """The rows to take at a time, first and last."""
-        rows = self.inputs[0].info.shape[0]
-        step = max(1, _BLOCK_BYTES * rows // self.input_bytes)
-        return ((first, min(first + step, rows)) for first in range(0, rows, step))
+        """Ranges of rows to convert at a time, as (first, last); `last` is not included."""
+        step = max(1, BLOCK_BYTES * self.rows // self.input_bytes)
+        return ((first, min(first + step, self.rows)) for first in range(0, self.rows, step))
 
     def converted(self, first: int, last: int) -> list[mx.array]:
-        """Some rows of each output, as bytes, not yet computed."""
+        """Rows from `first` to before `last` of each output, as bytes, not yet computed."""
         arrays = [stored.rows(first, last) for stored in self.inputs]
         if self.packed != self.target:
             arrays = self._repacked(arrays)
         return self.as_bytes(arrays)
 
     def as_bytes(self, arrays: Iterable[mx.array]) -> list[mx.array]:
-        """Some rows of each output, as the file will hold them."""
-        kinds = [_DTYPES[dtype] for dtype, _ in self.outputs.values()]
+        """Rows of each output in its dtype, viewed as bytes."""
+        kinds = [mlx_dtype(dtype) for dtype, _ in self.outputs.values()]
         return [array.astype(kind).view(mx.uint8) for array, kind in zip(arrays, kinds, strict=True)]
 
     def _repacked(self, arrays: list[mx.array]) -> list[mx.array]:
@@ -112,7 +115,7 @@ class Parameter:
             weight, scales, *biases = arrays
             arrays = [mx.dequantize(weight, scales, *biases, **vars(self.packed))]
         if self.target:
-            arrays = mx.quantize(arrays[0].astype(FLOATS[self.numbers]), **vars(self.target))
+            arrays = mx.quantize(arrays[0].astype(mlx_dtype(self.numbers)), **vars(self.target))
         return arrays
 
 
@@ -124,13 +127,13 @@ def plan(
     Args:
         folder: the checkpoint.
         config: its config.
-        recipe: how to quantise; None leaves the weights as they are.
-        dtype: what to cast floating-point numbers to, a key of `FLOATS`; None keeps each as it is.
-        dequantize: unpacks what is quantised in the checkpoint.
+        recipe: the quantisation of each matrix; None leaves the weights as they are.
+        dtype: dtype to cast floating-point numbers to, one of `FLOATS`; None keeps each as it is.
+        dequantize: whether to dequantise the quantised tensors of the checkpoint.
 
     Raises:
         CheckpointError: a tensor is missing, damaged, left over or of another shape.
-        RequestError: the recipe does not fit the model's shapes, or what was asked for is done already.
+        RequestError: the recipe does not fit the shapes, or the checkpoint is quantised already or not at all.
     """
     files = weight_files(folder)
     stored = {
@@ -142,21 +145,25 @@ def plan(
     packed = {
         path: Scheme(module.mode, module.bits, module.group_size)
         for path, module in source.named_modules()
-        if hasattr(module, "bits")
+        if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding))
     }
     if packed and recipe and not dequantize:
-        raise RequestError(f"{folder} is quantised already; drop -q, or add --dequantize to quantise anew, at a loss")
+        raise RequestError(
+            f"{folder} is quantised already; drop -q, or add --dequantize to quantise it again, at a loss of precision"
+        )
     if dequantize and not packed:
         raise RequestError(f"{folder} is not quantised; drop --dequantize")
     parameters = []
     for name, array in tree_flatten(Model(config).parameters()):
         path = name.removesuffix(".weight")
         before = packed.get(path)
-        matrix = array.ndim == 2
-        target = recipe.scheme_of(path) if recipe and matrix else None if dequantize else before
+        if recipe and array.ndim == 2:
+            target: Scheme | None = recipe.scheme_of(path)
+        else:
+            target = None if dequantize else before
         tensors = [f"{path}.{part}" for part in ("weight", "scales", "biases") if f"{path}.{part}" in stored]
         inputs = tuple(stored[tensor] for tensor in tensors)
-        own = inputs[-1].info.dtype  # of the weight, or of affine biases; the scales of mxfp4 and its kin are bytes
+        own = inputs[-1].info.dtype  # of the weight, or of affine biases; mxfp4, nvfp4 and mxfp8 end with scales in U8
         numbers = dtype or (own if own in FLOATS else infos["model.norm.weight"].dtype)
         outputs = target.layout(path, numbers, array.shape) if target else {name: (numbers, tuple(array.shape))}
         parameters.append(Parameter(path, inputs, outputs, numbers, before, target))
@@ -164,79 +171,75 @@ def plan(
 
 
 def shards(parameters: Iterable[Parameter], limit: int) -> list[list[Parameter]]:
-    """Parts the parameters into files of at most `limit` bytes, unless one parameter alone is larger."""
+    """Groups parameters into files of at most `limit` bytes; a larger parameter gets a file of its own."""
     parts: list[list[Parameter]] = []
-    room = -1
+    used = 0
     for parameter in parameters:
-        room -= parameter.output_bytes
-        if room < 0:
+        size = parameter.output_bytes
+        if not parts or used + size > limit:
             parts.append([])
-            room = limit - parameter.output_bytes
+            used = 0
         parts[-1].append(parameter)
+        used += size
     return parts
 
 
-def write_shard(path: Path, parameters: list[Parameter], progress: Callable[[int], Any]) -> str:
+def write_shard(path: Path, parameters: Iterable[Parameter], progress: Callable[[int], object]) -> str:
     """Converts some parameters into one file.
 
     Args:
-        path: of the new file.
-        parameters: what it shall hold, in this order.
-        progress: called with the number of source bytes that have just been dealt with.
+        path: the new file.
+        parameters: its content, in this order.
+        progress: called after each block with its size in bytes of the source.
 
     Returns:
-        The file's SHA-256, in hexadecimal.
+        The SHA-256 of the file, in hexadecimal.
     """
+    parameters = list(parameters)
     layout = {name: kind for parameter in parameters for name, kind in parameter.outputs.items()}
-    blocks = _ahead(_computing(parameters))
+    small: list[list[mx.array]] = []  # scales and biases: in the file they come after the whole weight
     with TensorWriter(path, layout) as writer:
-        for parameter in parameters:
-            _write_parameter(writer, parameter, blocks, progress)
-            mx.clear_cache()
+        for block in _computed(parameters):
+            names, rows = list(block.parameter.outputs), block.parameter.rows
+            writer.append(names[0], memoryview(block.arrays[0]))
+            small.append(block.arrays[1:])
+            progress(block.parameter.input_bytes * (block.last - block.first) // rows)
+            if block.last == rows:
+                for name, pieces in zip(names[1:], zip(*small, strict=True), strict=True):
+                    writer.write(name, map(memoryview, pieces))
+                small.clear()
+                mx.clear_cache()
     return writer.sha256
 
 
-def _write_parameter(
-    writer: TensorWriter, parameter: Parameter, blocks: Iterator[list[mx.array]], progress: Callable[[int], Any]
-) -> None:
-    weight, *others = parameter.outputs
-    kept: list[list[mx.array]] = []  # scales and biases, which come after the weight and are small beside it
+class _Block(NamedTuple):
+    """Rows of a parameter from `first` to before `last`, as bytes of each output."""
 
-    def pieces() -> Iterator[memoryview]:
-        for first, last in parameter.blocks():
-            piece, *rest = next(blocks)
-            kept.append(rest)
-            yield memoryview(piece)
-            progress(parameter.input_bytes * (last - first) // parameter.inputs[0].info.shape[0])
-
-    writer.write(weight, pieces())
-    for name, parts in zip(others, zip(*kept, strict=True), strict=True):
-        writer.write(name, map(memoryview, parts))
+    parameter: Parameter
+    first: int
+    last: int
+    arrays: list[mx.array]
 
 
-def _computing(parameters: Iterable[Parameter]) -> Iterator[list[mx.array]]:
+def _computed(parameters: Iterable[Parameter]) -> Iterator[_Block]:
+    """All blocks in order, the next ones being computed while one is in use."""
     streams = cycle(_streams())
+    waiting: deque[_Block] = deque()
     for parameter in parameters:
         for first, last in parameter.blocks():
             with mx.stream(next(streams)):
                 arrays = parameter.converted(first, last)
                 mx.async_eval(arrays)
-            yield arrays
+            waiting.append(_Block(parameter, first, last, arrays))
+            if len(waiting) > _BLOCKS_AHEAD:
+                yield waiting.popleft()
+    while waiting:
+        yield waiting.popleft()
 
 
-@cache
+@functools.cache
 def _streams() -> list[mx.Stream]:
-    """One on a GPU, which a block fills; two on the CPU, where a stream is a thread."""
+    """One stream on a GPU, which a block fills; two on the CPU, where a stream is a thread."""
     if mx.default_device() == mx.cpu:
         return [mx.new_stream(mx.cpu), mx.new_stream(mx.cpu)]
     return [mx.default_stream(mx.default_device())]
-
-
-def _ahead(items: Iterator[list[mx.array]]) -> Iterator[list[mx.array]]:
-    """The same items, each drawn while the ones before it are still in use."""
-    waiting: deque[list[mx.array]] = deque()
-    for item in items:
-        waiting.append(item)
-        if len(waiting) > _BLOCKS_AHEAD:
-            yield waiting.popleft()
-    yield from waiting

@@ -16,8 +16,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from phi4_mlx.adapters.layers import load_adapter
-from phi4_mlx.config import Config, ModelConfig
+from phi4_mlx.config import MODEL_FOLDER, Config, ModelConfig
 from phi4_mlx.errors import CheckpointError, ConfigError, RequestError
+from phi4_mlx.files.dtypes import FLOATS, name_of
 from phi4_mlx.files.json_file import read_json
 from phi4_mlx.files.manifest import verify_manifest
 from phi4_mlx.files.safetensors import TensorInfo, read_header, weight_files
@@ -112,7 +113,7 @@ def load_config(folder: Path) -> Config:
     Raises:
         ConfigError: config.json is missing or not JSON, or needs maths that is not implemented.
     """
-    return read_config(read_json(folder / "config.json"))
+    return read_config(read_json(folder / "config.json", if_missing=MODEL_FOLDER))
 
 
 def read_config(raw: Mapping[str, Any]) -> Config:
@@ -208,7 +209,7 @@ def check_tensors(model: LanguageModel, infos: Mapping[str, TensorInfo]) -> set[
         found = infos[name]
         if found.shape != tuple(array.shape):
             raise CheckpointError(f"{name} has shape {list(found.shape)}; config.json asks for {list(array.shape)}")
-        kinds = {mx.uint32: ("U32",), mx.uint8: ("U8",)}.get(array.dtype, ("BF16", "F16", "F32"))
+        kinds = FLOATS if mx.issubdtype(array.dtype, mx.floating) else (name_of(array.dtype),)
         if found.dtype not in kinds:
             raise CheckpointError(f"{name} has dtype {found.dtype}; it must be {' or '.join(kinds)}")
     return set(expected)

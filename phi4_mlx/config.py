@@ -39,6 +39,8 @@ _ROPE_KEYS = {
 
 _MAX_COUNT = 2**24  # far above any count of the family, and small enough for MLX's shapes
 
+MODEL_FOLDER = "a model folder holds config.json, weights and tokenizer files"  # advice where config.json is missing
+
 QUANTIZATION_MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 
 
@@ -122,7 +124,7 @@ class ModelConfig:
         Raises:
             ConfigError: as for `from_dict`; or the file is missing or not JSON.
         """
-        return cls.from_dict(read_json(folder / "config.json"))
+        return cls.from_dict(read_json(folder / "config.json", if_missing=MODEL_FOLDER))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:

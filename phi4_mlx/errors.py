@@ -1,23 +1,23 @@
-"""What can go wrong through no fault of ours.
+"""The exceptions for mistakes that a user can correct, and two checks of numbers.
 
-Each message is one line that names the value, the limit and the way out, and the command line prints it as it stands.
+Each message is one line that names the value, the limit and the way out; the command line prints it unchanged.
 
     Phi4Error
-    ├── ConfigError       config.json asks for something this code does not do
-    ├── CheckpointError   weights that are missing, damaged or of another shape
-    ├── TokenizerError    tokenizer files that cannot be read or do not agree
-    └── RequestError      a prompt, an option or a file that cannot be served
+    ├── ConfigError       config.json asks for something that is not supported, or a JSON file is damaged
+    ├── CheckpointError   weights are missing, damaged or of another shape
+    ├── TokenizerError    tokenizer files cannot be read or contradict each other
+    └── RequestError      a prompt, an option or a file cannot be used
 """
 
 from __future__ import annotations
 
 
 class Phi4Error(Exception):
-    """A mistake that the user can mend; catch this one to catch them all."""
+    """A mistake that the user can correct; the base class of the others."""
 
 
 class ConfigError(Phi4Error):
-    """config.json is missing, is not JSON, or asks for maths that this model code does not do."""
+    """config.json asks for maths that is not implemented, or a JSON file is missing or not a JSON object."""
 
 
 class CheckpointError(Phi4Error):
@@ -25,20 +25,40 @@ class CheckpointError(Phi4Error):
 
 
 class TokenizerError(Phi4Error):
-    """Tokenizer files are missing, damaged, or disagree with each other."""
+    """Tokenizer files are missing, damaged, or contradict each other."""
 
 
 class RequestError(Phi4Error):
-    """A prompt, an option, or a file named on the command line cannot be served."""
+    """A prompt, an option, or a file named on the command line cannot be used."""
 
 
-def check_number(name: str, value: float, low: float, high: float) -> None:
-    """Raises RequestError unless `value` is a number from `low` to `high`."""
+def check_number(name: str, value: object, low: float, high: float) -> None:
+    """Checks that an option is a number in a range.
+
+    Args:
+        name: the option, for the message.
+        value: the value to check.
+        low: the least value allowed.
+        high: the greatest value allowed.
+
+    Raises:
+        RequestError: the value is not an int or a float, or is out of the range.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise RequestError(f"{name} must be a number from {low} to {high}, not {value!r}")
 
 
-def check_whole(name: str, value: int, low: int, high: int = 2**31) -> None:
-    """Raises RequestError unless `value` is a whole number from `low` to `high`."""
+def check_whole(name: str, value: object, low: int, high: int = 2**31) -> None:
+    """Checks that an option is a whole number in a range.
+
+    Args:
+        name: the option, for the message.
+        value: the value to check.
+        low: the least value allowed.
+        high: the greatest value allowed.
+
+    Raises:
+        RequestError: the value is not an int, or is out of the range.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise RequestError(f"{name} must be a whole number from {low} to {high}, not {value!r}")

@@ -1,4 +1,4 @@
-"""phi4_mlx.hub."""
+"""Model names resolved to folders, with downloads from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from phi4_mlx.files.manifest import MANIFEST_FILE
 
 DEFAULT_MODEL = "mlx-community/Phi-4-mini-instruct-4bit"
 
-_PINNED = {DEFAULT_MODEL: "ac1c269cb4222a4e136a3d09edad301056c1f36a"}  # commit of 2025-03-05
+_PINNED = {DEFAULT_MODEL: "ac1c269cb4222a4e136a3d09edad301056c1f36a"}  # the commit of 2025-03-05
 
-# What a checkpoint needs, and what a package passes on; nothing else is downloaded, least of all code.
+# The files that a checkpoint needs and a package passes on. Nothing else is downloaded, in particular no code.
 NEEDED_FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", MANIFEST_FILE,
@@ -22,19 +22,22 @@ NEEDED_FILES = (
 
 
 def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
-    """The folder that a name stands for; downloads a Hub repository unless it is cached.
+    """Resolves a model name to a folder, downloading a Hub repository unless it is cached.
 
     Args:
         path_or_hf_repo: "demo", a folder, or a Hub id ("owner/name").
-        revision: commit, branch or tag on the Hub; the default model is pinned to one commit.
+        revision: commit, branch or tag on the Hub; None for the main branch, or the pinned commit of the default model.
+
+    Returns:
+        The folder.
 
     Raises:
-        CheckpointError: there is no such folder, or the Hub cannot be reached.
+        CheckpointError: no such folder or Hub repository exists, or the Hub cannot be reached.
     """
     name = str(path_or_hf_repo)
     if name == "demo":
         return Path(__file__).parent / "demo"
-    folder = Path(os.path.expanduser(name))  # leaves `~nobody` as it is, and Path.expanduser raises
+    folder = Path(os.path.expanduser(name))  # leaves `~nobody` unchanged, where Path.expanduser raises
     if name and folder.is_dir():
         return folder
     if isinstance(path_or_hf_repo, Path) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
@@ -52,27 +55,27 @@ def _download(repo: str, revision: str | None) -> Path:
         reachable = not offline and _is_reachable(repo, revision)
         needed = list(NEEDED_FILES)
         return Path(snapshot_download(repo, revision=revision, allow_patterns=needed, local_files_only=not reachable))
-    except errors.RepositoryNotFoundError:  # also for what is gated
+    except errors.RepositoryNotFoundError:  # also for gated repositories
         reason = "does not exist, or needs a login (`hf auth login`)"
     except errors.RevisionNotFoundError:
         reason = f"has no revision {revision!r}"
     except errors.HFValidationError:
-        reason = "is no valid Hub id"
+        reason = "is not a valid Hub id"
     except errors.LocalEntryNotFoundError:
         reason = f"is not cached, and {'HF_HUB_OFFLINE is set' if offline else 'the Hub cannot be reached'}"
-    except Exception as error:  # the Hub library's HTTP client, and so what it raises, differs by version
+    except Exception as error:  # the Hub library's HTTP client and its exceptions differ by version
         reason = "could not be downloaded: " + " ".join(str(error).split())
     raise CheckpointError(f"{repo} {reason}; --model demo needs no download")
 
 
 def _is_reachable(repo: str, revision: str | None) -> bool:
-    """Asks the Hub once. A download without network would try again for half a minute before it gave up."""
+    """Asks the Hub once: without a network a download would retry for half a minute before it fails."""
     from huggingface_hub import HfApi, errors
 
     try:
         HfApi().repo_info(repo, revision=revision, timeout=10)
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
         raise
-    except Exception:  # no network, no answer in time: the cache may still have it
+    except Exception:  # no network, or no answer in time: the files may be cached
         return False
     return True

@@ -1,1 +1,1 @@
-"""LoRA layers, and adapter folders in mlx-lm's layout and PEFT's."""
+"""LoRA and DoRA layers, and adapter folders in mlx-lm's layout and PEFT's."""

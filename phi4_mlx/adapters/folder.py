@@ -1,15 +1,13 @@
-"""An adapter beside the model that it is for: its tensors, how strong they are, and the folder they live in.
+"""Adapter folders in mlx-lm's layout, which the Swift loader reads too: read, checked and written.
 
-The folder is mlx-lm's, and the Swift loader reads it too: `adapters.safetensors` with `<layer path>.lora_a` [in, R] and
-`.lora_b` [R, out], under DoRA also `.m` [out], and `adapter_config.json`. After full fine-tuning, which mlx-lm keeps in
-such a folder too, the tensors are the model's own, under its own names.
+A folder has `adapters.safetensors` with `<layer path>.lora_a` [in, R] and `.lora_b` [R, out], under DoRA also `.m`
+[out], and `adapter_config.json`. After full fine-tuning the tensors are the model's own, under their own names.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,8 +17,9 @@ from typing import Any
 import mlx.core as mx
 
 from phi4_mlx.errors import CheckpointError
-from phi4_mlx.files.atomic import replacing
-from phi4_mlx.files.json_file import read_json
+from phi4_mlx.files.atomic import replacing, sync
+from phi4_mlx.files.dtypes import FLOATS, name_of
+from phi4_mlx.files.json_file import JsonObject, read_json
 from phi4_mlx.files.safetensors import TensorWriter, read_header
 
 TENSORS_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
@@ -29,22 +28,20 @@ FULL = "full"
 PARTS = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}
 """fine_tune_type -> the tensors of each adapted layer."""
 
-_STORED = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
-
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter folder holds, complete and consistent with itself; `checked` sees to that.
+    """The content of an adapter folder, complete and consistent once `checked` has returned it.
 
     Attributes:
         kind: "lora", "dora", or "full", for which only `tensors` and `source` have a meaning.
-        scale: of the product a b; alpha / R, or alpha / sqrt(R) for rsLoRA.
-        dropout: the probability that training drops an input of `lora_a`.
+        scale: factor of the product a b: alpha / R, or alpha / sqrt(R) for rsLoRA.
+        dropout: the probability that training drops an input of `lora_a`, from 0 to below 1.
         tensors: "<layer path>.lora_a" [in, R], "<layer path>.lora_b" [R, out], for DoRA "<layer path>.m" [out]; for
             "full" the model's own.
         source: the file, for messages.
-        num_layers: how many of the last layers it says it is for; None if it does not say, 0 or less for all.
-        keys: the places within a layer, or whole paths, that it says it is for; None if it does not say.
+        num_layers: how many of the last layers its config claims; None if it does not say, 0 or less for all.
+        keys: the places within a layer, or whole paths, that its config claims; None if it does not say.
         only_layers: the layers it is for, where they are not the last ones.
         base_model: the name of the model it was trained on, where it is known.
     """
@@ -67,28 +64,29 @@ class Adapter:
     @property
     def rank(self) -> int:
         """R, the same for all layers."""
-        return self.tensors[f"{self.paths[0]}.lora_a"].shape[1]
+        rank: int = self.tensors[f"{self.paths[0]}.lora_a"].shape[1]
+        return rank
 
     def of(self, path: str) -> tuple[mx.array, ...]:
-        """The tensors of one layer: a and b, and m for DoRA."""
+        """The tensors of one layer: a [in, R], b [R, out], and m [out] for DoRA."""
         return tuple(self.tensors[f"{path}.{part}"] for part in PARTS[self.kind])
 
 
 def place(path: str) -> tuple[int, str]:
-    """Where a layer stands: "model.layers.3.mlp.down_proj" -> (3, "mlp.down_proj"), "lm_head" -> (-1, "lm_head")."""
+    """The layer number and the place in it: "model.layers.3.mlp.up" -> (3, "mlp.up"), "lm_head" -> (-1, "lm_head")."""
     found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", path)
     return (int(found[1]), found[2]) if found else (-1, path)
 
 
 def read_folder(folder: Path, file: str = TENSORS_FILE) -> Adapter:
-    """Reads an adapter folder as mlx-lm writes it.
+    """Reads an adapter folder in mlx-lm's layout.
 
     Args:
-        folder: holds adapter_config.json and the tensors.
-        file: the name of the tensors' file; mlx-lm numbers those that it writes on the way.
+        folder: contains adapter_config.json and the tensors.
+        file: the name of the tensors' file; mlx-lm numbers its intermediate ones.
 
     Raises:
-        ConfigError: adapter_config.json is no JSON object.
+        ConfigError: adapter_config.json is not a JSON object.
         CheckpointError: a file is missing or damaged, or a tensor is missing, left over or does not fit the others.
     """
     config = read_config(folder)
@@ -118,12 +116,12 @@ def read_folder(folder: Path, file: str = TENSORS_FILE) -> Adapter:
     return checked(adapter, rank)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The adapter_config.json of a folder, mlx-lm's or PEFT's.
+def read_config(folder: Path) -> JsonObject:
+    """Reads the adapter_config.json of a folder in mlx-lm's layout or PEFT's.
 
     Raises:
-        ConfigError: it is no JSON object.
-        CheckpointError: there is none.
+        ConfigError: it is not a JSON object.
+        CheckpointError: it is missing.
     """
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(
@@ -132,43 +130,55 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG_FILE)
 
 
-def layers_named(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """What a config has for layers_to_transform: PEFT's name for an adapter's layers, where it is not for all."""
+def layers_named(folder: Path, config: JsonObject) -> tuple[int, ...] | None:
+    """The layer numbers in a config's layers_to_transform, which PEFT writes for adapters of some layers only.
+
+    Returns:
+        The numbers; None if the config does not have the field.
+
+    Raises:
+        CheckpointError: the field is not a number or a list of numbers.
+    """
     named = config.get("layers_to_transform")
-    layers = [named] if type(named) is int else named
-    if layers is None or (isinstance(layers, list) and layers and all(type(layer) is int for layer in layers)):
-        return None if layers is None else tuple(layers)
-    raise CheckpointError(f"{folder / CONFIG_FILE} has layers_to_transform {named!r:.80}; they must be numbers")
+    if named is None:
+        return None
+    layers = named if isinstance(named, list) else [named]
+    if not layers or not all(type(layer) is int for layer in layers):
+        raise CheckpointError(f"{folder / CONFIG_FILE} has layers_to_transform {named!r:.80}; they must be numbers")
+    return tuple(layers)
 
 
 def read_tensors(path: Path) -> dict[str, mx.array]:
     """Reads the tensors of an adapter file into memory, in the model's order.
 
     Raises:
-        CheckpointError: the file is missing or damaged, is empty, or holds what is not a finite number.
+        CheckpointError: the file is missing, damaged or empty, or a tensor has a wrong dtype or contains NaN or inf.
     """
     infos = read_header(path)
     if not infos:
-        raise CheckpointError(f"{path} holds no tensors; it is no adapter")
+        raise CheckpointError(f"{path} has no tensors, so it is not an adapter; name another file")
     for name, info in infos.items():
-        if info.dtype not in _STORED.values():
-            raise CheckpointError(f"{path}: {name} holds {info.dtype} numbers; only BF16, F16 and F32 can serve")
+        if info.dtype not in FLOATS:
+            raise CheckpointError(f"{path}: {name} has dtype {info.dtype}; it must be one of {', '.join(FLOATS)}")
     loaded = mx.load(str(path))
     tensors = {name: loaded[name] for name in sorted(infos, key=place)}
     finite = {name: mx.all(mx.isfinite(array)) for name, array in tensors.items()}
     mx.eval(tensors, finite)
     for name in tensors:
         if not finite[name]:
-            raise CheckpointError(f"{path}: {name} is not finite: its training went astray; take an earlier one")
+            raise CheckpointError(f"{path}: {name} contains NaN or inf (training diverged); use an earlier checkpoint")
     return tensors
 
 
-def checked(adapter: Adapter, rank: Any) -> Adapter:
-    """The adapter, once every tensor has its place, and shapes that go with the others'.
+def checked(adapter: Adapter, rank: object) -> Adapter:
+    """Checks that no tensor is missing or left over, and that the shapes agree.
 
     Args:
-        adapter: as it was read.
-        rank: what its config says; None if it does not.
+        adapter: the adapter as it was read.
+        rank: R from its config; None if the config does not say.
+
+    Returns:
+        The same adapter.
 
     Raises:
         CheckpointError: names the first tensor that is missing, left over or of another shape.
@@ -183,63 +193,64 @@ def checked(adapter: Adapter, rank: Any) -> Adapter:
         raise CheckpointError(f"{adapter.source}: dropout {adapter.dropout} is not a number from 0 to below 1")
     for path in adapter.paths:
         if missing := [part for part in parts if f"{path}.{part}" not in adapter.tensors]:
-            raise CheckpointError(f"{adapter.source}: {path} lacks {missing[0]}; the file is incomplete, get it anew")
+            raise CheckpointError(
+                f"{adapter.source}: {path} lacks {missing[0]}; the file is incomplete, download or export it again"
+            )
         a, b, *m = adapter.of(path)
         if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or any(norms.shape != b.shape[1:] for norms in m):
             shapes = ", ".join(f"{part} {list(adapter.tensors[f'{path}.{part}'].shape)}" for part in parts)
-            raise CheckpointError(f"{adapter.source}: {path} has {shapes}, which do not go together: [in, R], [R, out]")
+            expected = ", ".join(("[in, R]", "[R, out]", "[out]")[: len(parts)])
+            raise CheckpointError(f"{adapter.source}: {path} has {shapes}; the shapes must be {expected}")
         rank = a.shape[1] if rank is None else rank
         if a.shape[1] != rank:
-            raise CheckpointError(f"{adapter.source}: {path} has rank {a.shape[1]}; the adapter's is said to be {rank}")
+            raise CheckpointError(f"{adapter.source}: {path} has rank {a.shape[1]}; the adapter's rank is {rank}")
     return adapter
 
 
-def write_folder(folder: Path, adapter: Adapter, total_layers: int, extra: Mapping[str, Any] | None = None) -> None:
-    """Writes an adapter folder as mlx-lm and the Swift loader read it, over an older one if there is one.
+def write_folder(folder: Path, adapter: Adapter, total_layers: int, extra: Mapping[str, object] | None = None) -> None:
+    """Writes an adapter folder that mlx-lm and the Swift loader read, over an older one if there is one.
 
-    Both files are complete on the disk before either takes its name.
+    Both files are on the disk before either is renamed.
 
     Args:
-        folder: is made if need be.
-        adapter: what to write.
-        total_layers: of the model; the file counts its layers from the last one.
-        extra: what else adapter_config.json shall say.
+        folder: is made if it does not exist.
+        adapter: the adapter to write.
+        total_layers: layers of the model; the config counts the adapter's from the last one.
+        extra: further fields of adapter_config.json.
 
     Raises:
-        OSError: the disk is full, say; the older files are still there.
+        RequestError: one of the files exists and is not a regular file.
+        OSError: a file cannot be written, such as on a full disk; the older files are still in place.
     """
     config = {**(extra or {}), **_config(adapter, total_layers)}
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / TENSORS_FILE) as tensors, replacing(folder / CONFIG_FILE) as described:
-        write_tensors(tensors, adapter.tensors)
-        write_config(described, config)
+    with replacing(folder / TENSORS_FILE) as tensors_path, replacing(folder / CONFIG_FILE) as config_path:
+        write_tensors(tensors_path, adapter.tensors)
+        write_config(config_path, config)
+        sync(tensors_path)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, mx.array]) -> None:
-    """Writes tensors to a new file, down to the disk."""
+    """Writes tensors to a new file, in the model's order."""
     ordered = sorted(tensors.items(), key=lambda item: place(item[0]))
-    with TensorWriter(path, {name: (_STORED[array.dtype], array.shape) for name, array in ordered}) as writer:
+    with TensorWriter(path, {name: (name_of(array.dtype), array.shape) for name, array in ordered}) as writer:
         for name, array in ordered:
-            writer.write(name, [memoryview(array.view(mx.uint8))])
+            writer.append(name, memoryview(array.view(mx.uint8)))
 
 
-def write_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Writes a config to a new file, down to the disk."""
-    with path.open("x", encoding="utf-8") as file:
-        json.dump(config, file, indent=4, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+def write_config(path: Path, config: Mapping[str, object]) -> None:
+    """Writes an adapter_config.json."""
+    path.write_text(json.dumps(config, indent=4, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _config(adapter: Adapter, total_layers: int) -> dict[str, Any]:
+def _config(adapter: Adapter, total_layers: int) -> JsonObject:
     places = [place(path) for path in adapter.paths]
     layers = sorted({layer for layer, _ in places if layer >= 0})
     num_layers = total_layers - layers[0] if layers else 0
     if adapter.kind == FULL:
-        everything = any(layer < 0 for layer, _ in places)
-        return {"fine_tune_type": FULL, "num_layers": total_layers if everything else num_layers}
-    config: dict[str, Any] = {
+        outside_layers = any(layer < 0 for layer, _ in places)
+        return {"fine_tune_type": FULL, "num_layers": total_layers if outside_layers else num_layers}
+    config: JsonObject = {
         "fine_tune_type": adapter.kind,
         "num_layers": num_layers,  # Swift takes this many from the end, so it is never -1
         "lora_parameters": {

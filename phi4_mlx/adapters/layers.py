@@ -1,8 +1,6 @@
-"""The layers that an adapter puts in the place of linear ones: made, loaded, saved, switched off, taken away.
+"""The adapter of a model: added, loaded, read, switched off, removed.
 
-The base's own layers stay inside them, untouched and uncopied, so that the model without its adapter is always at hand.
-
-Source: LoRA (arXiv 2106.09685), equation 3; DoRA (arXiv 2402.09353), equations 5 and 11.
+An adapter's layers wrap the base's own, unchanged and not copied, so the base model stays available.
 """
 
 from __future__ import annotations
@@ -11,137 +9,19 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from phi4_mlx.adapters.folder import FULL, PARTS, Adapter, place, read_config, read_folder, write_folder
+from phi4_mlx.adapters.folder import FULL, PARTS, Adapter, place, read_config, read_folder
+from phi4_mlx.adapters.linear import DoRALinear, LoRALinear
 from phi4_mlx.adapters.peft import is_peft, read_peft
 from phi4_mlx.errors import CheckpointError, RequestError
 
 DEFAULT_KEYS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-"""All the linear layers of a block."""
-
-_ROWS = 1024  # of a matrix in fp32 at a time
-
-
-class LoRALinear(nn.Module):
-    """y = W x + scale * (x a) b, over a dense or a quantised linear layer W.
-
-    The product is computed in the dtype of x; a and b may be finer.
-
-    Attributes:
-        linear: the base's own layer.
-        lora_a: [in, R].
-        lora_b: [R, out].
-        scale: of the product.
-        dropout: the probability that training drops an input of `lora_a`.
-        on: False leaves the base alone.
-    """
-
-    kind = "lora"
-    constant_in_trace = True  # `_folded` is derived from weights, so a compiled step may not take them as inputs
-
-    def __init__(self, linear: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0):
-        super().__init__()
-        self.linear = linear
-        self.lora_a, self.lora_b = lora_a, lora_b
-        self.scale, self.dropout, self.on = scale, dropout, True
-        self._dropout_key: mx.array | None = None
-        self._folded: _Folded | None = None
-
-    def __call__(self, x: mx.array) -> mx.array:
-        y = self.linear(x)
-        if not self.on:
-            return y
-        a, b = self._operands(x.dtype)
-        return y + (self._dropped(x) @ a) @ b
-
-    def adapter(self) -> tuple[mx.array, ...]:
-        """The trained tensors, in the order of `PARTS`."""
-        return tuple(self[part] for part in PARTS[self.kind])
-
-    def _dropped(self, x: mx.array) -> mx.array:
-        if not (self.training and self.dropout):
-            return x
-        kept = mx.random.bernoulli(1 - self.dropout, x.shape, key=self._dropout_key)
-        return mx.where(kept, x * (1 / (1 - self.dropout)), 0)
-
-    def _operands(self, dtype: mx.Dtype) -> tuple[mx.array, ...]:
-        """`_fold`, done once for all steps of decoding: the arrays of a model that is not trained stay the same."""
-        if self.training:
-            return self._fold(dtype)
-        arrays = self.adapter()
-        if self._folded is None or not self._folded.is_of(arrays, dtype, self.scale):
-            self._folded = _Folded(arrays, dtype, self.scale, self._fold(dtype))
-        return self._folded.operands
-
-    def _fold(self, dtype: mx.Dtype) -> tuple[mx.array, ...]:
-        """What the forward pass multiplies by, in its dtype."""
-        return self.lora_a.astype(dtype), (self.scale * self.lora_b).astype(dtype)
-
-
-class DoRALinear(LoRALinear):
-    """y = gain * (W x + scale * (x a) b), so that row i of the matrix in effect has the trained norm m[i].
-
-    As in the paper, the norm that the gain divides by is a constant to the gradient. It is computed from W a [R, out]
-    and a square of side R, without the sum of the matrices, nor a quantised W unpacked.
-
-    Attributes:
-        m: [out], the norms, in fp32.
-    """
-
-    kind = "dora"
-
-    def __init__(
-        self,
-        linear: nn.Module,
-        lora_a: mx.array,
-        lora_b: mx.array,
-        m: mx.array | None,
-        scale: float,
-        dropout: float = 0.0,
-    ):
-        super().__init__(linear, lora_a, lora_b, scale, dropout)
-        self._row_squares = _row_squares(linear)  # [out]
-        self.m = mx.sqrt(self._row_squares) if m is None else m
-
-    def __call__(self, x: mx.array) -> mx.array:
-        y = self.linear(x)
-        if not self.on:
-            return y
-        a, b, excess = self._operands(x.dtype)
-        return y + (y * excess + (self._dropped(x) @ a) @ b)
-
-    def _fold(self, dtype: mx.Dtype) -> tuple[mx.array, ...]:
-        gain = self.m / mx.stop_gradient(self._norms(dtype))
-        # The gain less 1, which half precision still resolves where the gain itself would be rounded to 1.
-        return self.lora_a.astype(dtype), (gain * self.scale * self.lora_b).astype(dtype), (gain - 1).astype(dtype)
-
-    def _norms(self, dtype: mx.Dtype) -> mx.array:
-        """The norms of the rows of W + scale * (a b)^T, [out]."""
-        a, b = self.lora_a.astype(mx.float32), self.scale * self.lora_b.astype(mx.float32)
-        cross = self.linear(a.T.astype(dtype)).astype(mx.float32)  # [R, out]
-        squares = self._row_squares + ((2 * cross + (a.T @ a) @ b) * b).sum(axis=0)
-        return mx.sqrt(mx.maximum(squares, 1e-30))  # a row of zeros stays one
-
-
-@dataclass(frozen=True, eq=False)
-class _Folded:
-    """Operands, and what they were made of. No array is ever changed in place, so the same object is the same value."""
-
-    arrays: tuple[mx.array, ...]
-    dtype: mx.Dtype
-    scale: float
-    operands: tuple[mx.array, ...]
-
-    def is_of(self, arrays: tuple[mx.array, ...], dtype: mx.Dtype, scale: float) -> bool:
-        same = all(old is new for old, new in zip(self.arrays, arrays, strict=True))
-        return same and (self.dtype, self.scale) == (dtype, scale)
+"""The paths of all linear layers within a block."""
 
 
 def add_adapter(
@@ -155,17 +35,17 @@ def add_adapter(
     kind: str = "lora",
     seed: int = 0,
 ) -> None:
-    """Puts a fresh adapter on a model, which changes nothing yet, and leaves nothing else to be trained.
+    """Adds a new adapter to a model and freezes everything else; the output of the model does not change yet.
 
     Args:
-        model: the model; an adapter that it has already is taken away.
+        model: the model; an adapter that it already has is removed.
         rank: R.
-        scale: of the product a b; alpha / R in PEFT's terms, or alpha / sqrt(R) for rsLoRA (`peft.scale_of`).
+        scale: factor of the product a b: alpha / R in PEFT's terms, or alpha / sqrt(R) for rsLoRA (`peft.scale_of`).
         dropout: the probability that training drops an input of `lora_a`, from 0 to below 1.
-        keys: which linear layers of a block, of `DEFAULT_KEYS`.
-        num_layers: how many blocks, counted from the last one; None for all.
+        keys: the linear layers of a block to adapt, from `DEFAULT_KEYS`.
+        num_layers: the number of blocks to adapt, counted from the last one; None for all.
         kind: "lora" or "dora".
-        seed: of the random numbers in `lora_a`.
+        seed: seed of the random numbers in `lora_a`.
 
     Raises:
         RequestError: an option is out of its limits.
@@ -174,38 +54,38 @@ def add_adapter(
     count = total if num_layers is None else num_layers
     _check_options(rank, scale, dropout, keys, count, total, kind)
     paths = [f"model.layers.{n}.{key}" for n in range(total - count, total) for key in keys]
-    linears = linear_layers(model)
+    linears = _linear_layers(model)
     layers: dict[str, LoRALinear] = {}
     for path, random in zip(paths, mx.random.split(mx.random.key(seed), len(paths)), strict=True):
-        width, out = dimensions(linears[path])
+        width, out = _dimensions(linears[path])
         bound = 1 / math.sqrt(width)
         a, b = mx.random.uniform(-bound, bound, (width, rank), key=random), mx.zeros((rank, out))
-        if kind == "dora":
-            layers[path] = DoRALinear(linears[path], a, b, None, scale, dropout)
-        else:
-            layers[path] = LoRALinear(linears[path], a, b, scale, dropout)
+        layers[path] = _layer(kind, linears[path], (a, b), scale, dropout)
     _install(model, layers)
 
 
 def load_adapter(model: nn.Module, path: Path) -> None:
-    """Puts the adapter of a folder on a model, in the place of one that it has already.
+    """Loads an adapter from a folder onto a model, in place of one that it already has.
 
-    The folder of a full fine-tuning holds no adapter: its weights take the place of the model's for good.
+    A folder of full fine-tuning has whole weights instead: they replace the model's own permanently.
 
     Args:
-        model: the model; what training would change from now on is the adapter alone.
-        path: a folder in mlx-lm's layout or PEFT's, or a file of tensors with the config of such a folder beside it.
+        model: the model; everything except the adapter is frozen.
+        path: a folder in mlx-lm's layout or PEFT's, or a tensor file with the config of such a folder beside it.
 
     Raises:
-        ConfigError: adapter_config.json is no JSON object.
-        CheckpointError: a file is missing or damaged, or the adapter is not for this model; names what differs first.
-        RequestError: PEFT's adapter is of a kind that is not done here.
+        ConfigError: adapter_config.json is not a JSON object.
+        CheckpointError: a file is missing or damaged, or the adapter does not fit the model; names the first mismatch.
+        RequestError: the adapter is in PEFT's layout and of a kind that is not supported.
     """
     put_adapter(model, read_adapter(path))
 
 
 def read_adapter(path: Path) -> Adapter:
-    """Reads an adapter in mlx-lm's layout or PEFT's: a folder, or exactly the file that is named.
+    """Reads an adapter in mlx-lm's layout or PEFT's.
+
+    Args:
+        path: a folder, or a tensor file with its config beside it.
 
     Raises:
         ConfigError, CheckpointError, RequestError: as `load_adapter`.
@@ -218,48 +98,62 @@ def read_adapter(path: Path) -> Adapter:
 
 
 def put_adapter(model: nn.Module, adapter: Adapter) -> None:
-    """Puts an adapter on a model, in the place of one that it has already.
+    """Puts an adapter on a model, in place of one that it already has.
+
+    Args:
+        model: the model; everything except the adapter is frozen.
+        adapter: the adapter; whole weights, if it is of the kind "full".
 
     Raises:
-        CheckpointError: it is not for this model; the model is as it was.
+        CheckpointError: the adapter does not fit the model, which stays unchanged.
     """
     check_fit(model, adapter)
     if adapter.kind == FULL:
         remove_adapter(model)
         model.load_weights(list(adapter.tensors.items()), strict=False)
         return
-    linears = linear_layers(model)
-    make: type[Any] = DoRALinear if adapter.kind == "dora" else LoRALinear
-    _install(
-        model,
-        {path: make(linears[path], *adapter.of(path), adapter.scale, adapter.dropout) for path in adapter.paths},
-    )
+    linears = _linear_layers(model)
+    layers = {
+        path: _layer(adapter.kind, linears[path], adapter.of(path), adapter.scale, adapter.dropout)
+        for path in adapter.paths
+    }
+    _install(model, layers)
 
 
 def check_fit(model: nn.Module, adapter: Adapter) -> None:
-    """Holds an adapter against a model: layers, shapes, and whether it is for as many layers as it says.
+    """Checks that the layers and shapes of an adapter fit a model, and that it covers the layers that it claims.
+
+    Args:
+        model: the model, with or without another adapter.
+        adapter: the adapter.
 
     Raises:
-        CheckpointError: names the first layer that differs.
+        CheckpointError: names the first layer that does not fit.
     """
     if adapter.kind == FULL:
-        return _check_full(model, adapter)
-    linears, total = linear_layers(model), len(model.layers)
+        _check_full(model, adapter)
+        return
+    linears, total = _linear_layers(model), len(model.layers)
     for path in adapter.paths:
-        layer, key = place(path)
+        _, key = place(path)
         if path not in linears:
             raise CheckpointError(
-                f"{adapter.source}: {path} is no linear layer of this model, which has layers 0 to {total - 1}; "
-                "the adapter is of another model"
+                f"{adapter.source}: {path} is not a linear layer of this model, which has layers 0 to {total - 1}; "
+                "the adapter is for another model"
             )
-        (width, out), (a, b, *_) = dimensions(linears[path]), adapter.of(path)
+        (width, out), (a, b, *_) = _dimensions(linears[path]), adapter.of(path)
         if (a.shape[0], b.shape[1]) != (width, out):
             raise CheckpointError(
-                f"{adapter.source}: {path} has lora_a {list(a.shape)} and lora_b {list(b.shape)}; the layer asks for "
-                f"[{width}, R] and [R, {out}]; the adapter is of another model"
+                f"{adapter.source}: {path} has lora_a {list(a.shape)} and lora_b {list(b.shape)}; the layer needs "
+                f"[{width}, R] and [R, {out}]; the adapter is for another model"
             )
         if adapter.keys is not None and key not in adapter.keys:
-            raise CheckpointError(f"{adapter.source}: {path} is not among the keys of its config, {[*adapter.keys]}")
+            raise CheckpointError(f"{adapter.source}: {path} is not among the keys in its config, {[*adapter.keys]}")
+    _check_count(adapter, total)
+
+
+def _check_count(adapter: Adapter, total: int) -> None:
+    """Checks that the adapter covers the layers that its config claims, of `total` in the model."""
     count, used = adapter.num_layers, {layer for layer, _ in map(place, adapter.paths) if layer >= 0}
     if count is None or not used:
         return
@@ -267,35 +161,26 @@ def check_fit(model: nn.Module, adapter: Adapter) -> None:
     if differing := used ^ expected:
         layer = min(differing)
         raise CheckpointError(
-            f"{adapter.source}: with num_layers {count} an adapter of this model, which has {total}, is for layers "
-            f"{min(expected)} to {max(expected)}, and it has {'no ' if layer in expected else ''}tensors for {layer}; "
-            "the adapter is of another model"
+            f"{adapter.source}: num_layers is {count} and this model has {total}, so the adapter must be for layers "
+            f"{min(expected)} to {max(expected)}, but it has {'no ' if layer in expected else ''}tensors for {layer}; "
+            "the adapter is for another model"
         )
 
 
-def save_adapter(model: nn.Module, folder: Path, config: Mapping[str, Any]) -> None:
-    """Saves the adapter of a model as mlx-lm and the Swift loader read it, over an older one if there is one.
+def current_adapter(model: nn.Module, source: str) -> Adapter:
+    """A snapshot of the adapter of a model; without an adapter, of everything that is not frozen.
 
     Args:
-        model: with an adapter on it; without one, all that is not frozen is saved, as after full fine-tuning.
-        folder: is made if need be.
-        config: what adapter_config.json shall say besides what the layers themselves say.
-
-    Raises:
-        OSError: the disk is full, say; the older files are still there, whole.
+        model: the model; training it further does not change the result.
+        source: the name for it in messages.
     """
-    write_folder(folder, current_adapter(model, str(folder)), len(model.layers), config)
-
-
-def current_adapter(model: nn.Module, source: str) -> Adapter:
-    """The adapter of a model as it is now, whatever is trained later; without one, all that is not frozen."""
     for layer in adapter_layers(model).values():
         return Adapter(layer.kind, layer.scale, layer.dropout, adapter_parameters(model), source)
     return Adapter(FULL, 1.0, 0.0, dict(tree_flatten(model.trainable_parameters())), source)
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, mx.array]:
-    """The trained tensors of a model's adapter, by their names in adapters.safetensors; none if it has no adapter."""
+    """The trained tensors of a model's adapter, by their names in adapters.safetensors; empty without an adapter."""
     return {
         f"{path}.{part}": array
         for path, layer in adapter_layers(model).items()
@@ -303,43 +188,39 @@ def adapter_parameters(model: nn.Module) -> dict[str, mx.array]:
     }
 
 
-def set_adapter(model: nn.Module, on: bool) -> None:
-    """Switches the adapter of a model on, or off: then the model is its base, to the bit."""
-    for layer in adapter_layers(model).values():
-        layer.on = on
-
-
 @contextlib.contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Within it the model is its base, to the bit.
+    """A context in which the model computes exactly as its base does, bit for bit.
 
-    A gradient taken through it under checkpointing would be wrong: backward runs the blocks again, after it has ended.
+    Do not take a gradient through it under checkpointing: backward runs the blocks again, after the context has ended.
     """
-    before = {path: layer.on for path, layer in adapter_layers(model).items()}
-    set_adapter(model, False)
+    layers = adapter_layers(model).values()
+    before = [layer.on for layer in layers]
+    for layer in layers:
+        layer.on = False
     try:
         yield
     finally:
-        for path, layer in adapter_layers(model).items():
-            layer.on = before.get(path, True)
+        for layer, on in zip(layers, before, strict=True):
+            layer.on = on
 
 
 def remove_adapter(model: nn.Module) -> None:
-    """Takes the adapter of a model away; nothing is left of it."""
+    """Removes the adapter of a model, if it has one."""
     model.update_modules(tree_unflatten([(path, layer.linear) for path, layer in adapter_layers(model).items()]))
 
 
 def draw_dropout(model: nn.Module) -> None:
-    """Draws what dropout will drop until the next call, from MLX's global random state.
+    """Draws the dropout masks to use until the next call, from MLX's global random state.
 
-    Without it every forward pass draws anew, and gradient checkpointing, which runs a layer a second time, would
-    compute the gradient of other drops than those that the loss saw. So: once before each forward and backward pass.
+    Call it once before each forward and backward pass. Gradient checkpointing runs a layer a second time; without this
+    call the second run would draw other masks than the loss used.
     """
     layers = [layer for layer in adapter_layers(model).values() if layer.dropout]
     if layers:
         keys = mx.random.randint(0, 2**32, (len(layers), 2), mx.uint32)
         for layer, key in zip(layers, keys, strict=True):
-            layer._dropout_key = key
+            layer.fix_dropout(key)
 
 
 def adapter_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -348,8 +229,8 @@ def adapter_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return dict(sorted(found.items(), key=lambda item: place(item[0])))
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a model's base, by path, whether or not an adapter is on them."""
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of a model's base, by path, adapted or not."""
     adapted = adapter_layers(model)
     found: dict[str, nn.Module] = {path: layer.linear for path, layer in adapted.items()}
     for path, module in model.named_modules():
@@ -358,10 +239,18 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def dimensions(linear: nn.Module) -> tuple[int, int]:
+def _dimensions(linear: nn.Module) -> tuple[int, int]:
     """(in, out) of a dense or a quantised linear layer."""
     out, width = linear.weight.shape
     return width * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else width, out
+
+
+def _layer(kind: str, linear: nn.Module, tensors: tuple[mx.array, ...], scale: float, dropout: float) -> LoRALinear:
+    """An adapted layer from its tensors: a, b, and for DoRA m, which a new layer takes from the linear one."""
+    a, b, *m = tensors
+    if kind == "dora":
+        return DoRALinear(linear, a, b, m[0] if m else None, scale, dropout)
+    return LoRALinear(linear, a, b, scale, dropout)
 
 
 def _install(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
@@ -374,44 +263,24 @@ def _install(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
 
 
 def _check_full(model: nn.Module, adapter: Adapter) -> None:
-    """As `check_fit`, for the weights of a full fine-tuning."""
+    """Checks the weights of full fine-tuning as `check_fit` does."""
     own = {name.replace(".linear.", "."): array for name, array in tree_flatten(model.parameters())}
     for name, array in adapter.tensors.items():
         expected = own.get(name)
         if expected is None or not name.endswith("weight") or not mx.issubdtype(expected.dtype, mx.floating):
-            raise CheckpointError(f"{adapter.source}: {name} is no tensor of this model that could have been trained")
+            raise CheckpointError(f"{adapter.source}: {name} is not a trainable tensor of this model")
         if expected.shape != array.shape:
             raise CheckpointError(
-                f"{adapter.source}: {name} has shape {list(array.shape)}, and in this model {list(expected.shape)}; "
-                "the weights are of another model"
+                f"{adapter.source}: {name} has shape {list(array.shape)}, but in this model {list(expected.shape)}; "
+                "the weights are for another model"
             )
-
-
-def _row_squares(linear: nn.Module) -> mx.array:
-    """The sum of squares of each row of a layer's matrix, [out], in fp32."""
-    parts = []
-    for first in range(0, linear.weight.shape[0], _ROWS):
-        rows = linear.weight[first : first + _ROWS]
-        if isinstance(linear, nn.QuantizedLinear):
-            biases = linear.get("biases")
-            rows = mx.dequantize(
-                rows,
-                linear.scales[first : first + _ROWS],
-                None if biases is None else biases[first : first + _ROWS],
-                group_size=linear.group_size,
-                bits=linear.bits,
-                mode=linear.mode,
-            )
-        parts.append(mx.square(rows.astype(mx.float32)).sum(axis=1))
-        mx.eval(parts[-1])
-    return mx.concatenate(parts)
 
 
 def _check_options(
     rank: int, scale: float, dropout: float, keys: Sequence[str], num_layers: int, total: int, kind: str
 ) -> None:
     if kind not in PARTS:
-        raise RequestError(f"{kind!r} is no kind of adapter; there are {' and '.join(PARTS)}")
+        raise RequestError(f"{kind!r} is not a kind of adapter; there are {' and '.join(PARTS)}")
     if rank < 1:
         raise RequestError(f"rank {rank} is out of range; it must be at least 1")
     if not math.isfinite(scale) or scale <= 0:
@@ -419,7 +288,9 @@ def _check_options(
     if not 0 <= dropout < 1:
         raise RequestError(f"dropout {dropout} is out of range; it must be a number from 0 to below 1")
     if not 1 <= num_layers <= total:
-        raise RequestError(f"num_layers {num_layers} is out of range; the model has {total} layers, of which 1 or more")
+        raise RequestError(
+            f"num_layers {num_layers} is out of range; the model has {total} layers, so it must be from 1 to {total}"
+        )
     unknown = [key for key in keys if key not in DEFAULT_KEYS]
     if unknown or not keys or len({*keys}) != len(keys):
         raise RequestError(f"keys {[*keys]!r:.200} must be one or more of {', '.join(DEFAULT_KEYS)}, each once")

@@ -1,7 +1,7 @@
 """Adapters in the layout of Hugging Face's PEFT: `adapter_model.safetensors` and `adapter_config.json`.
 
-PEFT's matrices are the transposes of ours, `lora_A.weight` [R, in] and `lora_B.weight` [out, R]; its scale is
-`lora_alpha / r`, or `lora_alpha / sqrt(r)` under rsLoRA; DoRA's norms are `lora_magnitude_vector` [out].
+PEFT's matrices are the transposes of ours: `lora_A.weight` [R, in] and `lora_B.weight` [out, R]. Its scale is
+`lora_alpha / r`, or `lora_alpha / sqrt(r)` under rsLoRA. DoRA's norms are `lora_magnitude_vector` [out].
 
 Source: `LoraConfig` and `get_peft_model_state_dict` in peft.
 """
@@ -10,42 +10,41 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
 from phi4_mlx.adapters.folder import CONFIG_FILE, Adapter, checked, layers_named, place, read_config, read_tensors
 from phi4_mlx.errors import CheckpointError, RequestError
+from phi4_mlx.files.json_file import JsonObject
 
 PEFT_FILE = "adapter_model.safetensors"
 
 _PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
 _NAME = re.compile(r"base_model\.model\.(.+)\.(?:lora_(?P<matrix>[AB])\.weight|lora_magnitude_vector(?:\.weight)?)")
 
-# Fields that do not change what the tensors mean, or are read below. Any other must be empty, so that a field that is
-# not known here is refused rather than passed over.
-_NO_MATTER = {
+# Fields that do not change the meaning of the tensors, or are read below. Every other field must be empty, so that an
+# unknown one is refused rather than ignored.
+_IGNORED = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "inference_mode",
     "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config",
     "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision", "runtime_config",
     "target_modules", "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
-_MAY_BE: dict[str, tuple[Any, ...]] = {
+_ALLOWED: dict[str, tuple[object, ...]] = {
     "bias": ("none",),
-    # With "pissa", "olora" and others PEFT changes the base model; their tensors do not go with the base as it is.
+    # "pissa", "olora" and others change the base model; their tensors do not fit the original base.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
 
 
 def scale_of(alpha: float, rank: int, use_rslora: bool = False) -> float:
-    """The factor of the product a b, from PEFT's way to state it.
+    """The factor of the product a b from PEFT's settings.
 
     Args:
         alpha: PEFT's `lora_alpha`.
         rank: R.
-        use_rslora: rank-stabilised LoRA, which is a matter of this factor alone.
+        use_rslora: whether the adapter is rank-stabilised LoRA, which differs in this factor only.
 
     Source: rsLoRA (arXiv 2312.03732), section 4.
     """
@@ -53,21 +52,21 @@ def scale_of(alpha: float, rank: int, use_rslora: bool = False) -> float:
 
 
 def is_peft(folder: Path) -> bool:
-    """Whether a folder holds an adapter of PEFT's, as safetensors or as pickle."""
+    """True if a folder has an adapter in PEFT's layout, as safetensors or as pickle."""
     return any(folder.glob("adapter_model.*"))
 
 
 def read_peft(folder: Path, file: str = PEFT_FILE) -> Adapter:
-    """Reads an adapter that PEFT has saved.
+    """Reads an adapter folder in PEFT's layout.
 
     Args:
-        folder: holds adapter_config.json and the tensors.
+        folder: contains adapter_config.json and the tensors.
         file: the name of the tensors' file.
 
     Raises:
-        ConfigError: adapter_config.json is no JSON object.
+        ConfigError: adapter_config.json is not a JSON object.
         CheckpointError: a file is missing or damaged, or a tensor is missing, left over or does not fit the others.
-        RequestError: the adapter is of a kind that is not done here, or is stored as pickle.
+        RequestError: the adapter is of a kind that is not supported, or is stored as pickle.
     """
     config, path = read_config(folder), folder / file
     if path.suffix != ".safetensors" or not path.is_file():
@@ -92,11 +91,11 @@ def read_peft(folder: Path, file: str = PEFT_FILE) -> Adapter:
     return checked(adapter, rank)
 
 
-def peft_layout(adapter: Adapter) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """An adapter as PEFT has it: its tensors, and what adapter_config.json says.
+def peft_layout(adapter: Adapter) -> tuple[dict[str, mx.array], JsonObject]:
+    """Converts an adapter to PEFT's layout.
 
     Returns:
-        (tensor name -> array, the config)
+        (tensor name -> array, the content of adapter_config.json)
     """
     tensors = {}
     for name, array in adapter.tensors.items():
@@ -126,20 +125,20 @@ def peft_layout(adapter: Adapter) -> tuple[dict[str, mx.array], dict[str, Any]]:
     }
 
 
-def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
+def _check_config(folder: Path, config: JsonObject) -> None:
     if config.get("peft_type") != "LORA":
-        raise RequestError(f"{folder} holds a {config.get('peft_type')!r} of PEFT's; only 'LORA' can be read here")
+        raise RequestError(f"{folder} has a PEFT adapter of type {config.get('peft_type')!r}; only 'LORA' is supported")
     for name, value in config.items():
-        if name in _NO_MATTER:
+        if name in _IGNORED:
             continue
         empty = value in (None, False) or (isinstance(value, (dict, list, str)) and not value)
-        if not (value in _MAY_BE[name] if name in _MAY_BE else empty):
-            raise RequestError(f"{folder / CONFIG_FILE}: {name} = {value!r:.80} asks for maths that is not done here")
+        if not (value in _ALLOWED[name] if name in _ALLOWED else empty):
+            raise RequestError(f"{folder / CONFIG_FILE}: {name} = {value!r:.80} asks for maths that is not supported")
 
 
 def _our_name(path: Path, name: str) -> str:
     found = _NAME.fullmatch(name)
     if not found:
-        raise CheckpointError(f"{path}: {name} is left over; it is none of {', '.join(_PARTS.values())} of a layer")
+        raise CheckpointError(f"{path}: {name} is left over; a layer has only {', '.join(_PARTS.values())}")
     matrix = found["matrix"]
     return f"{found[1]}.lora_{matrix.lower()}" if matrix else f"{found[1]}.m"

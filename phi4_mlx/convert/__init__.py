@@ -1,4 +1,4 @@
-"""In a checkout, the signpost to `convert/` at the top; an installed package has that folder here instead."""
+"""Points to the top-level `convert/` in a checkout; an installed package has that folder here instead."""
 
 from pathlib import Path
 

@@ -1,1 +1,1 @@
-"""Files on the disk: checked before they are trusted, written whole or not at all."""
+"""Files on disk, checked before they are trusted and written whole or not at all."""

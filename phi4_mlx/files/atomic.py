@@ -1,4 +1,8 @@
-"""phi4_mlx.files.atomic."""
+"""Files and folders that are written whole or not at all.
+
+`replacing` writes a file and `whole_or_absent` a folder. Both write under a hidden name beside the target, flush to the
+disk, and rename: a run that fails or is killed leaves the target as it was.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +16,28 @@ from pathlib import Path
 from phi4_mlx.errors import RequestError
 
 
-def sync(path: Path) -> None:
-    """Sees to it that a file or a folder is on the disk, not only in the system's memory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write a file to, which becomes `path` when all went well, and is gone when anything did not.
+    """Writes a file whole or not at all, over an older one if there is one.
+
+    Args:
+        path: the file to write.
+
+    Returns:
+        A context whose value is a path where no file exists yet. When the context ends without an exception, the file
+        that was written there is flushed to the disk and renamed to `path`; after an exception it is removed.
 
     Raises:
-        RequestError: what is there is no regular file.
+        RequestError: `path` exists and is not a regular file.
+        OSError: the file cannot be written; an older one is still in place.
     """
     if path.exists() and not path.is_file():
-        raise RequestError(f"{path} is there and is no regular file, so it is not replaced; name another file")
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)  # of a run that was killed
+        raise RequestError(f"{path} exists and is not a regular file, so it is not replaced; name another file")
+    partial = _partial(path)
+    partial.unlink(missing_ok=True)  # left by a run that was killed
     try:
         yield partial
+        sync(partial)
         partial.replace(path)
         sync(path.parent)
     finally:
@@ -42,25 +46,32 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_or_absent(target: Path) -> Iterator[Path]:
-    """A new folder that becomes `target` when all went well, and is gone when anything did not.
+    """Writes a new folder whole or not at all.
 
-    A run that was killed leaves its folder behind, without its lock; the next run to the same target clears it.
+    A killed run leaves its hidden folder behind, unlocked; the next run to the same target empties it.
+
+    Args:
+        target: the folder to make; its parents are made too.
+
+    Returns:
+        A context whose value is an empty folder. When the context ends without an exception, everything in that folder
+        is flushed to the disk and the folder is renamed to `target`; after an exception it is removed.
 
     Raises:
-        RequestError: `target` exists already, or cannot be written.
+        RequestError: `target` exists already, cannot be written, or is being written by another process.
     """
     target = Path(os.path.abspath(os.path.expanduser(target)))
     if os.path.lexists(target):
         raise RequestError(f"{target} already exists; remove it, or name another folder")
-    partial = target.with_name(f".{target.name}.partial")
+    partial = _partial(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(partial):
             try:
-                for left in partial.iterdir():
-                    shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+                _empty(partial)
                 yield partial
-                sync(partial)
+                for path in (*partial.rglob("*"), partial):
+                    sync(path)
                 partial.rename(target)
                 sync(target.parent)
             except BaseException:
@@ -71,9 +82,31 @@ def whole_or_absent(target: Path) -> Iterator[Path]:
         raise RequestError(f"{target} cannot be written: {reason}; nothing was left there") from None
 
 
+def sync(path: Path) -> None:
+    """Flushes a file or a folder from the system's memory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _partial(target: Path) -> Path:
+    """The hidden name beside `target` under which it is written."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Makes the folder, or takes over one that nobody holds; the lock ends with the process, however it ends."""
+    """Makes a folder, or takes over an unlocked one. The system drops the lock when the process ends."""
     lock = None
     while lock is None:
         folder.mkdir(exist_ok=True)
@@ -85,7 +118,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder; None if its owner has renamed or removed it in the meantime."""
+    """An open descriptor that locks the folder; None if its owner renamed or removed it in the meantime."""
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -95,6 +128,6 @@ def _lock(folder: Path) -> int | None:
         pass
     except BlockingIOError:
         os.close(lock)
-        raise RequestError(f"{folder} belongs to another process, still running; wait for it to end") from None
+        raise RequestError(f"{folder} is being written by another process; wait until it ends") from None
     os.close(lock)
     return None

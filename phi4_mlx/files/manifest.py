@@ -1,7 +1,7 @@
-"""The hashes of a package's files: written by the converter, held against the folder when a user asks for it.
+"""The manifest of a package: the size and SHA-256 of every file, written by the converter and checked on request.
 
-`manifest.json` is an object with "files", from a file's name to its "bytes" and "sha256", and what else the converter
-found out about the package.
+`manifest.json` is an object. Its "files" maps a file's name to "bytes" and "sha256"; other entries are facts that the
+converter has established about the package.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import Any
 
-from phi4_mlx.errors import CheckpointError, ConfigError
-from phi4_mlx.files.json_file import read_json
-from phi4_mlx.files.safetensors import file_in
+from phi4_mlx.errors import CheckpointError
+from phi4_mlx.files.json_file import JsonObject
+from phi4_mlx.files.safetensors import file_in, json_in
 
 MANIFEST_FILE = "manifest.json"
 
@@ -21,16 +20,13 @@ _READ_BY_LOADERS = (".safetensors", ".json", ".jinja")
 _BLOCK_BYTES = 2**20
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads a package's manifest; checks its form, not yet its hashes.
+def read_manifest(folder: Path) -> JsonObject:
+    """Reads a package's manifest and checks its layout, not its hashes.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: the manifest is missing or damaged.
     """
-    try:
-        manifest = read_json(file_in(folder, MANIFEST_FILE))
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None
+    manifest = json_in(folder, MANIFEST_FILE)
     files = manifest.get("files")
     if not isinstance(files, dict) or not files or not all(map(_is_entry, files.values())):
         raise CheckpointError(f"{folder / MANIFEST_FILE} is damaged: it does not list files with their hashes")
@@ -38,10 +34,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify_manifest(folder: Path) -> None:
-    """Holds every file of a package against its size and hash, and looks for files that do not belong there.
+    """Checks every file of a package against its size and hash, and looks for unlisted files.
 
     Raises:
-        CheckpointError: there is no manifest; a file is missing, changed, or not listed though a loader would read it.
+        CheckpointError: the manifest is missing; a file is missing or changed; a file that a loader would read is not
+            listed.
     """
     if not (folder / MANIFEST_FILE).exists():
         raise CheckpointError(
@@ -57,7 +54,7 @@ def verify_manifest(folder: Path) -> None:
         if size != entry["bytes"]:
             raise CheckpointError(f"{path} has {size:,} bytes, not {entry['bytes']:,}; download or convert it again")
         if file_sha256(path) != entry["sha256"]:
-            raise CheckpointError(f"{path} is not what its hash says; it was changed or damaged, get it anew")
+            raise CheckpointError(f"{path} does not match its SHA-256; download or convert it again")
 
 
 def file_sha256(path: Path) -> str:
@@ -69,7 +66,7 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _is_entry(entry: Any) -> bool:
+def _is_entry(entry: object) -> bool:
     return (
         isinstance(entry, dict)
         and type(entry.get("bytes")) is int

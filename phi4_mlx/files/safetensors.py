@@ -1,11 +1,11 @@
-"""Safetensors on disk: headers proven before they are trusted, and a writer that streams.
+"""Safetensors files: a reader that checks every claim of a header, and a writer that streams.
 
 A file is eight bytes with the length of the header, the header, and the numbers. The header is a JSON object:
-a tensor's name -> its dtype, its shape, and where its numbers begin and end. Nothing here reads pickle, and no
-link leads a reader out of a model's folder.
+tensor name -> dtype, shape, and the offsets of the first and last byte. Nothing here reads pickle, and no link leads a
+reader out of a model's folder.
 
-Source: the format's description in the `safetensors` README. What that library accepts is accepted, but for a name that
-stands twice and for entries written as lists, which mlx cannot read.
+Source: the format's description in the `safetensors` README. All that the library accepts is accepted, except for
+duplicate names and entries written as lists, which mlx cannot read.
 """
 
 from __future__ import annotations
@@ -16,33 +16,31 @@ import math
 import os
 import re
 import stat
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.errors import CheckpointError, ConfigError
-from phi4_mlx.files.json_file import read_json
+from phi4_mlx.files.dtypes import DTYPES
+from phi4_mlx.files.json_file import JsonObject, read_json
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 INDEX_FILE = "model.safetensors.index.json"
-GET_ANEW = "download or convert it again"
 
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
-_MAX_NESTING = 127  # of JSON within JSON, the library's own limit
-_DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
-    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-}  # fmt: skip
+_MAX_NESTING = 127  # JSON levels, the library's own limit
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies in its file.
+    """The dtype, the shape and the place of a tensor in its file.
 
     Attributes:
-        dtype: the format's name of it, such as "BF16".
+        dtype: its name in the format, such as "BF16".
         shape: outermost dimension first.
         start: offset in the file of the first byte.
         end: offset in the file after the last byte.
@@ -56,12 +54,12 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself, once it has been held against the file's size.
+    """The header of a file, checked against the file's size.
 
     Attributes:
-        tensors: name -> where it lies. They cover the file: no gap, no overlap, nothing after the last.
+        tensors: name -> place in the file. Together they cover the file: no gap, no overlap, nothing after the last.
         metadata: free text by name.
-        raw: the bytes before the numbers, as they stand there.
+        raw: the bytes before the numbers, unchanged.
     """
 
     tensors: dict[str, TensorInfo]
@@ -72,21 +70,25 @@ class Header:
 def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
     """The size of a tensor in bytes.
 
+    Args:
+        dtype: its name in the format, such as "BF16".
+        shape: its dimensions.
+
     Raises:
-        ValueError: the dtype is unknown, a dimension is no whole number of 64 bits, the size does not fit in
-            64 bits, or it ends within a byte.
+        ValueError: the dtype is unknown, a dimension is not an integer from 0 to 2**64 - 1, or the size does not fit
+            in 64 bits or is not a whole number of bytes.
     """
-    if dtype not in _DTYPE_BITS:
-        raise ValueError(f"dtype {dtype[:20]!r} is not one of {', '.join(_DTYPE_BITS)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype[:20]!r} is not one of {', '.join(DTYPES)}")
     bits = 1
-    for size in (*shape, _DTYPE_BITS[dtype]):
+    for size in (*shape, DTYPES[dtype].bits):
         if not _is_offset(size):
             raise ValueError(f"dimension {size!r} is not a whole number from 0 to 2**64 - 1")
         bits *= size
         if not _is_offset(bits):
             raise ValueError(f"shape {list(shape)} does not fit in 64 bits")
     if bits % 8:
-        raise ValueError(f"shape {list(shape)} of {dtype} ends within a byte")
+        raise ValueError(f"shape {list(shape)} of {dtype} is not a whole number of bytes")
     return bits // 8
 
 
@@ -95,38 +97,29 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return read_whole_header(path).tensors
 
 
-def read_whole_header(path: Path) -> Header:
-    """Reads what a safetensors file says it holds, and checks every claim against the file's size.
+def read_whole_header(path: Path, advice: str = "download or convert it again") -> Header:
+    """Reads the header of a safetensors file and checks every claim against the file's size.
 
     Args:
         path: the file; a link is followed, see `file_in`.
+        advice: the way out that ends the message about a damaged file.
 
     Raises:
         CheckpointError: the file cannot be read, or a claim of its header is false.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            _damaged(path, "it is not a regular file")
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
-                _damaged(
-                    path,
-                    f"its header claims {length:,} bytes, in a file of {size:,} (limit {_MAX_HEADER_BYTES:,})",
-                )
-            raw = file.read(length)
+        raw, size = _read_raw(path)
+        tensors = _parse(raw[8:])
+        metadata = tensors.pop("__metadata__", None)  # free text, or null
+        if metadata is not None and not (isinstance(metadata, dict) and all(type(v) is str for v in metadata.values())):
+            raise ValueError("__metadata__ is not an object of strings")
+        infos = {name: _check_entry(name, entry, len(raw)) for name, entry in tensors.items()}
+        _check_cover(infos, len(raw), size)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
-    if len(raw) != length:
-        _damaged(path, "it shrank while it was read")
-    header = _parse_header(path, raw)
-    metadata = header.pop("__metadata__", None)  # free text, or null
-    if metadata is not None and not (isinstance(metadata, dict) and all(type(v) is str for v in metadata.values())):
-        _damaged(path, "__metadata__ is not an object of strings")
-    infos = {name: _check_entry(path, name, entry, 8 + length) for name, entry in header.items()}
-    _check_cover(path, infos, 8 + length, size)
-    return Header(infos, metadata or {}, length.to_bytes(8, "little") + raw)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {str(error)[:300]}; {advice}") from None
+    return Header(infos, metadata or {}, raw)
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -136,7 +129,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
         folder: holds the files that `model.safetensors.index.json` lists, or else `model*.safetensors`.
 
     Returns:
-        Tensor name -> its file. Every header has been read, and agrees with the index.
+        Tensor name -> its file. Every header has been read and agrees with the index.
 
     Raises:
         CheckpointError: a file is missing, damaged, not in the index or leads out of the folder; a tensor is missing,
@@ -147,7 +140,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
     if listed is None and not present:
         pickle = " (*.bin files are pickle, which is never read)" if any(folder.glob("*.bin")) else ""
         raise CheckpointError(
-            f"{folder} holds no model*.safetensors{pickle}; it is no checkpoint, or only a part of one"
+            f"{folder} holds no model*.safetensors{pickle}; it is not a checkpoint, or an incomplete one"
         )
     if listed is not None and (stray := sorted(present - set(listed.values()))):
         raise CheckpointError(f"{folder / stray[0]} is not in {INDEX_FILE}; remove whichever of the two is stale")
@@ -157,26 +150,26 @@ def weight_files(folder: Path) -> dict[str, Path]:
         path = file_in(folder, name)
         for tensor in read_header(path):
             if tensor in found:
-                raise CheckpointError(f"{tensor} is both in {found[tensor].name} and in {name} of {folder}; keep one")
+                raise CheckpointError(f"{tensor} is in both {found[tensor].name} and {name} of {folder}; keep one")
             if listed is not None and listed.get(tensor) != name:
                 raise CheckpointError(
-                    f"{path} holds {tensor}, and {INDEX_FILE} does not say so; get both from one place"
+                    f"{path} holds {tensor}, but {INDEX_FILE} does not list it there; get both from one source"
                 )
             found[tensor] = path
     if listed is not None and (absent := sorted(listed.keys() - found.keys())):
         raise CheckpointError(
-            f"{folder / listed[absent[0]]} lacks {absent[0]}, which {INDEX_FILE} puts there; get it anew"
+            f"{folder / listed[absent[0]]} lacks {absent[0]}, which {INDEX_FILE} lists there; download it again"
         )
     return found
 
 
 def file_in(folder: Path, name: str) -> Path:
-    """The file `name` of a folder, once it is known to be a regular file that no link takes elsewhere.
+    """The path of a file in a folder, checked to be a regular file that no link leads out of the folder.
 
-    The links of a Hugging Face cache, from a snapshot to its blobs, are the only ones that may leave the folder.
+    Links from a snapshot of a Hugging Face cache to the cache's blobs are the only ones that may leave the folder.
 
     Raises:
-        CheckpointError: there is no such file, or it lies outside the folder.
+        CheckpointError: the file is missing, is not a regular file, or is outside the folder.
     """
     path = folder / name
     if not name or Path(name).name != name or "\0" in name:
@@ -196,14 +189,27 @@ def file_in(folder: Path, name: str) -> Path:
     return path
 
 
-class TensorWriter:
-    """Writes a safetensors file from beginning to end, while the tensors come in; its header is known from the start.
+def json_in(folder: Path, name: str) -> JsonObject:
+    """Reads a JSON object from a file in a folder.
 
-    As a context it closes itself; after an exception it leaves the file unfinished, for the caller to remove.
+    Raises:
+        CheckpointError: as `file_in`, and if the file cannot be read or does not hold a JSON object.
+    """
+    try:
+        return read_json(file_in(folder, name))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+
+
+class TensorWriter:
+    """Writes a safetensors file from beginning to end, piece by piece; its header is known from the start.
+
+    As a context it closes itself. After an exception it leaves the file unfinished: write to a path from `replacing`
+    or in a folder from `whole_or_absent`, which remove it then, and flush it to the disk otherwise.
 
     Attributes:
         header: the bytes before the numbers.
-        sha256: of the whole file, in hexadecimal, once it is closed.
+        sha256: SHA-256 of the whole file in hexadecimal, once it is closed.
     """
 
     def __init__(
@@ -213,41 +219,57 @@ class TensorWriter:
 
         Args:
             path: must not exist yet.
-            tensors: name -> (dtype, shape), in the order in which they will come.
-            metadata: free text by name, to stand in the header too.
+            tensors: name -> (dtype, shape), in the order in which they will be written.
+            metadata: free text by name, to be stored in the header.
         """
-        header: dict[str, Any] = {"__metadata__": {"format": "mlx", **(metadata or {})}}
+        header: JsonObject = {"__metadata__": {"format": "mlx", **(metadata or {})}}
         end = 0
         for name, (dtype, shape) in tensors.items():
             start, end = end, end + tensor_bytes(dtype, shape)
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
         raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         raw += b" " * (-len(raw) % 8)  # the numbers begin at a multiple of 8
-        self._pending = iter([(name, tensor_bytes(*kind)) for name, kind in tensors.items()])
+        sizes = ((name, tensor_bytes(*kind)) for name, kind in tensors.items())
+        self._due = deque((name, size) for name, size in sizes if size)
         self._digest = hashlib.sha256()
         self._file = path.open("xb", buffering=0)
         self.header = len(raw).to_bytes(8, "little") + raw
-        self._put(self.header)
+        self._put(memoryview(self.header))
         self.sha256 = ""
 
-    def write(self, name: str, pieces: Iterable[Any]) -> None:
+    def write(self, name: str, pieces: Iterable[Buffer]) -> None:
         """Appends a whole tensor.
 
         Args:
-            name: the next one of the header.
-            pieces: its bytes in order, in things with a contiguous buffer, as large or small as is handy.
+            name: the next tensor of the header.
+            pieces: its bytes in order, in contiguous buffers of any size.
         """
-        expected, missing = next(self._pending, (None, 0))
-        assert name == expected, f"{name} is out of order: {expected} comes next"
         for piece in pieces:
-            missing -= self._put(piece)
-        assert missing == 0, f"{name} is not of the size that its header says: {missing} bytes are missing"
+            self.append(name, piece)
+        missing = self._due[0][1] if self._due and self._due[0][0] == name else 0
+        assert missing == 0, f"{name} does not have the size in its header: {missing} bytes are missing"
+
+    def append(self, name: str, piece: Buffer) -> None:
+        """Appends a piece of a tensor.
+
+        Args:
+            name: the tensor that is not complete yet, or else the next one of the header.
+            piece: its next bytes, a contiguous buffer.
+        """
+        data = memoryview(piece)
+        if data.nbytes == 0:
+            return
+        due, missing = self._due.popleft() if self._due else (None, 0)
+        assert name == due, f"{name} is out of order: {due} comes next"
+        missing -= data.nbytes
+        assert missing >= 0, f"{name} does not have the size in its header: {-missing} bytes are too many"
+        if missing:
+            self._due.appendleft((name, missing))
+        self._put(data.cast("B"))
 
     def close(self) -> None:
-        """Puts the file on the disk, not only into the system's memory, and closes it."""
-        missing = next(self._pending, None)
-        assert missing is None, f"the file lacks {missing}"
-        os.fsync(self._file.fileno())
+        """Closes the file, which must be complete."""
+        assert not self._due, f"the file lacks {self._due[0][0]}"
         self._file.close()
         self.sha256 = self._digest.hexdigest()
 
@@ -261,94 +283,96 @@ class TensorWriter:
         finally:
             self._file.close()
 
-    def _put(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self._digest.update(view)
-        rest = view
-        while rest:  # a write may take less than it was given
-            rest = rest[self._file.write(rest) :]
-        return len(view)
+    def _put(self, data: memoryview) -> None:
+        self._digest.update(data)
+        while data:  # a write may take less than it is given
+            data = data[self._file.write(data) :]
 
 
-def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
+def _read_raw(path: Path) -> tuple[bytes, int]:
+    """The bytes before the numbers, and the size of the file."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is not a regular file")
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
+            raise ValueError(f"its header claims {length:,} bytes, in a file of {size:,} (limit {_MAX_HEADER_BYTES:,})")
+        header = file.read(length)
+    if len(header) != length:
+        raise ValueError("it shrank while it was read")
+    return prefix + header, size
+
+
+def _parse(raw: bytes) -> JsonObject:
     try:
         text = raw.decode("utf-8")
         header = json.loads(
             text, object_pairs_hook=_unique, parse_int=_integer, parse_float=_real, parse_constant=_real
         )
-        if re.search(r"\\u[dD][89a-fA-F]", text):  # half a character in escapes cannot be encoded again
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # an escaped half of a surrogate pair cannot be encoded again
             json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        _damaged(path, f"its header is not JSON: {str(error)[:200]}")
+        raise ValueError(f"its header is not JSON: {str(error)[:200]}") from None
     if not isinstance(header, dict):
-        _damaged(path, f"its header is a JSON {type(header).__name__}, not an object")
+        raise ValueError(f"its header is a JSON {type(header).__name__}, not an object")
     return header
 
 
-def _check_entry(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
-    """A tensor's entry, its offsets counted from the file's beginning instead of the header's end, `base`."""
-    if not isinstance(entry, dict) or _deeper(entry, _MAX_NESTING - 1):
-        _damaged(path, f"{name!r} is not described by an object of dtype, shape and data_offsets")
+def _check_entry(name: str, entry: Any, base: int) -> TensorInfo:
+    """A tensor's entry. Its offsets count from the header's end, `base`; the result's from the file's beginning."""
+    if not isinstance(entry, dict) or _is_deeper(entry, _MAX_NESTING - 1):
+        raise ValueError(f"{name!r} is not described by an object of dtype, shape and data_offsets")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list):
-        _damaged(path, f"{name!r} lacks dtype, shape or data_offsets")
+        raise ValueError(f"{name!r} lacks dtype, shape or data_offsets")
     if len(offsets) != 2 or not all(map(_is_offset, offsets)):
-        _damaged(path, f"{name!r} has data_offsets {offsets!r:.100}")
+        raise ValueError(f"{name!r} has data_offsets {offsets!r:.100}")
     start, end = offsets
     try:
         size = tensor_bytes(dtype, shape)
     except ValueError as error:
-        _damaged(path, f"{name!r}: {error}")
+        raise ValueError(f"{name!r}: {error}") from None
     if size != end - start:
-        _damaged(path, f"{name!r} claims the bytes from {start} to {end}, and {dtype} {shape} takes {size}")
+        raise ValueError(f"{name!r} claims the bytes from {start} to {end}, but {dtype} {shape} takes {size}")
     return TensorInfo(dtype, tuple(shape), base + start, base + end)
 
 
-def _check_cover(path: Path, infos: Mapping[str, TensorInfo], base: int, size: int) -> None:
+def _check_cover(infos: Mapping[str, TensorInfo], base: int, size: int) -> None:
     """Each tensor begins where another ends, and the last one ends with the file."""
     position = base
     for name, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].end)):
-        if info.start != position:
-            flaw = (
-                "overlaps the tensor before it"
-                if info.start < position
-                else f"leaves {info.start - position} bytes unused"
-            )
-            _damaged(path, f"{name!r} {flaw}")
+        if info.start < position:
+            raise ValueError(f"{name!r} overlaps the tensor before it")
+        if info.start > position:
+            raise ValueError(f"{name!r} leaves {info.start - position} bytes unused before it")
         position = info.end
     if position != size:
-        _damaged(path, f"its tensors end at byte {position:,}, and the file at {size:,}")
+        raise ValueError(f"its tensors end at byte {position:,}, and the file at {size:,}")
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name, as the index has it."""
-    path = file_in(folder, INDEX_FILE)
-    try:
-        listed = read_json(path).get("weight_map")
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None
+    """Tensor name -> file name, from the index."""
+    listed = json_in(folder, INDEX_FILE).get("weight_map")
     if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
-        raise CheckpointError(f"{path} has no weight_map from tensors to files; download it again")
+        raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map from tensors to files; download it again")
     return listed
 
 
-def _damaged(path: Path, reason: str) -> NoReturn:
-    raise CheckpointError(f"{path} is damaged: {reason[:300]}; {GET_ANEW}")
+def _is_offset(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**64  # not isinstance: a bool is an int
 
 
-def _is_offset(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**64  # bool is an int to isinstance
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> JsonObject:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name stands twice")
+        raise ValueError("a name appears twice")
     return found
 
 
 def _integer(text: str) -> int | float:
-    """A number without point; what 64 bits without sign cannot hold is no integer here, and fits no size."""
+    """A JSON integer; one that does not fit in 64 bits unsigned becomes a float, which no size check accepts."""
     return int(text) if text.isdigit() and len(text) <= 20 else _real(text)
 
 
@@ -359,7 +383,9 @@ def _real(text: str) -> float:
     return value
 
 
-def _deeper(value: Any, levels: int) -> bool:
-    """Whether JSON nests more than `levels` deep."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return inner is not None and (levels == 0 or any(_deeper(item, levels - 1) for item in inner))
+def _is_deeper(value: object, levels: int) -> bool:
+    """True if JSON is nested more than `levels` deep."""
+    if not isinstance(value, (dict, list)):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(item, levels - 1) for item in inner)

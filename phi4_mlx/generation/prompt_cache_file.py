@@ -16,7 +16,8 @@ import mlx.core as mx
 
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.files.atomic import replacing
-from phi4_mlx.files.safetensors import GET_ANEW, Header, TensorWriter, read_whole_header
+from phi4_mlx.files.dtypes import name_of
+from phi4_mlx.files.safetensors import Header, TensorWriter, read_whole_header
 from phi4_mlx.fingerprint import WITHOUT, adapter_fingerprint, base_fingerprint, checksum
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
@@ -24,7 +25,6 @@ from phi4_mlx.models.prompt_cache import PromptCache
 _FORMAT, _VERSION = "phi4_mlx_prompt_cache", "1"
 _OWN = "phi4_mlx."  # prefix of our own metadata
 _MAKE_ANEW = "make it again, with cache-prompt or save_prompt_cache"
-_STORED = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.int32: "I32", mx.uint8: "U8"}
 _CHECKSUM = ("U8", (32,))
 
 
@@ -66,7 +66,7 @@ def save_prompt_cache(
         tensors |= zip(names, layer.state, strict=True)
     own = {**_identity(model, tokenizer), **_shape(cache)}
     about = {_FORMAT: _VERSION, **(metadata or {}), **{f"{_OWN}{name}": value for name, value in own.items()}}
-    layout = {name: (_STORED[array.dtype], array.shape) for name, array in tensors.items()}
+    layout = {name: (name_of(array.dtype), array.shape) for name, array in tensors.items()}
     with replacing(path) as partial:
         with TensorWriter(partial, layout | {"checksum": _CHECKSUM}, about) as writer:
             os.chmod(partial, 0o600)
@@ -182,10 +182,7 @@ def _identity(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def _read_header(path: Path) -> Header:
-    try:
-        header = read_whole_header(path)
-    except CheckpointError as error:
-        raise CheckpointError(str(error).replace(GET_ANEW, _MAKE_ANEW)) from None
+    header = read_whole_header(path, _MAKE_ANEW)
     version = header.metadata.get(_FORMAT)
     if version is None:
         raise CheckpointError(f"{path} is not a prompt cache of phi4_mlx; {_MAKE_ANEW}")

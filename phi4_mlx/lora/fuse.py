@@ -20,7 +20,8 @@ from phi4_mlx.checkpoint import load_model
 from phi4_mlx.config import ModelConfig
 from phi4_mlx.convert.package import write_package
 from phi4_mlx.convert.quantize import Scheme
-from phi4_mlx.convert.weights import FLOATS, Parameter, plan
+from phi4_mlx.convert.weights import Parameter, plan
+from phi4_mlx.files.dtypes import mlx_dtype
 from phi4_mlx.hub import resolve
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.tokens.tokenizer import load_tokenizer
@@ -132,7 +133,7 @@ class FusedParameter(Parameter):  # type: ignore[misc]  # mypy does not follow t
         """Rows `first` to `last` of each output, as bytes, not yet computed."""
         base = _dense([stored.rows(first, last) for stored in self.inputs], self.packed)
         exact = _with_adapter(self.adapter, self.path, base, first, last)
-        arrays = [exact.astype(FLOATS[self.numbers])]
+        arrays = [exact.astype(mlx_dtype(self.numbers))]
         if self.target:
             arrays = mx.quantize(arrays[0], **vars(self.target))
         self.measured.add(base, exact, _dense(arrays, self.target))

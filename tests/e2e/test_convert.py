@@ -1,4 +1,4 @@
-"""`python -m phi4_mlx.convert` as users run it: killed, out of room, mistyped; and mlx-lm beside it."""
+"""`python -m phi4_mlx.convert` as users run it: killed, on a full disk, mistyped; and compared with mlx-lm."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ import pytest
 from phi4_mlx import load
 from phi4_mlx.errors import Phi4Error
 from tests.conftest import ROOT
+from tests.packages import left_beside
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 CONVERT = [sys.executable, "-m", "phi4_mlx.convert"]
@@ -38,18 +39,14 @@ def arguments(source: Path, out: Path, *options: str) -> list[str]:
     return [*CONVERT, "--hf-path", str(source), "--mlx-path", str(out), *options]
 
 
-def left_beside(out: Path) -> list[str]:
-    return sorted(path.name for path in out.parent.iterdir() if out.name in path.name)
-
-
 def whole(out: Path) -> bool:
-    """Whether the target is there, in which case it must be complete."""
+    """True if the target exists; it must be complete then."""
     if out.exists():
         load(out, verify=True)
     return out.exists()
 
 
-def test_the_command_converts_and_says_what_it_made(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_the_command_converts_and_reports_the_size(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = tiny_checkpoint("source", dtype=mx.bfloat16)
     done = run(*arguments(source, tmp_path / "out", *FOUR_BITS), cwd=tmp_path)
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
@@ -89,13 +86,13 @@ def test_a_mistake_is_one_line_and_exit_code_two(case: str, tmp_path: Path) -> N
     assert done.stdout == "" and list(tmp_path.iterdir()) == []
 
 
-def test_one_door_and_help_at_no_cost(tmp_path: Path) -> None:
+def test_the_common_command_shows_its_help_without_loading_mlx(tmp_path: Path) -> None:
     code = "import sys; from phi4_mlx.cli import main; main(['convert', '--help']); sys.exit('mlx.core' in sys.modules)"
     done = run(sys.executable, "-c", code, cwd=tmp_path)
     assert done.returncode == 0 and "--embed-bits" in done.stdout, done.stderr
 
 
-# Dies at the n-th step: before each fsync, the rename, and at every write to a file of tensors.
+# Dies at the n-th step: before each fsync, the rename, and each write of a tensor.
 KILL_AT = """
 import os, signal, sys
 from pathlib import Path
@@ -111,12 +108,13 @@ def counted(function):
         return function(*args)
     return call
 os.fsync, Path.rename = counted(os.fsync), counted(Path.rename)
-TensorWriter._put = counted(TensorWriter._put)
+TensorWriter.append = counted(TensorWriter.append)
 assert main(sys.argv[2:]) == 0
 print(steps)
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_the_target_is_absent_or_whole_and_the_rerun_works(
     tiny_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
@@ -128,11 +126,11 @@ def test_killed_at_any_step_the_target_is_absent_or_whole_and_the_rerun_works(
     for step in [1, 2, 9, *range(steps - 9, steps + 1)]:
         shutil.rmtree(out)
         assert run(*command, str(step), *rest).returncode == -signal.SIGKILL
-        assert whole(out) == (step == steps), step  # after the rename comes only the fsync of the parent folder
+        assert whole(out) == (step == steps), step  # after the rename there is only the fsync of the parent folder
         if not out.exists():
             partial = tmp_path / ".out.partial"
             assert left_beside(out) == [partial.name]
-            if not (partial / "config.json").exists():  # with it, the last file, all of the package is there
+            if not (partial / "config.json").exists():  # it is written last, so with it the package is complete
                 with pytest.raises(Phi4Error):
                     load(partial)
             assert run(*arguments(source, out, *FOUR_BITS)).returncode == 0
@@ -140,6 +138,7 @@ def test_killed_at_any_step_the_target_is_absent_or_whole_and_the_rerun_works(
         assert left_beside(out) == ["out"]
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = tiny_checkpoint("source", hidden_size=768, intermediate_size=4096, num_hidden_layers=3)
     out, rng, outcomes = tmp_path / "out", random.Random(1), []
@@ -161,7 +160,7 @@ def test_killed_at_random_moments(tiny_checkpoint: Checkpoint, tmp_path: Path) -
 
 
 def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """A limit on the size of files stands for the disk: the system then refuses the write in the same way."""
+    """A limit on the size of files replaces the full disk: the system refuses the write in the same way."""
     source, out = tiny_checkpoint("source"), tmp_path / "out"
 
     def limit() -> None:
@@ -190,11 +189,11 @@ def test_a_bar_on_a_terminal_and_none_in_a_pipe(tiny_checkpoint: Checkpoint, tmp
     assert "━".encode() in shown and b"kB" in shown
 
 
-# --- beside mlx-lm ---
+# --- compared with mlx-lm ---
 
-# One process: mlx-lm takes seconds to import. For each package, our logits and theirs past the RoPE boundary, where the
-# two agree on the table; for each recipe, our tensors and those of mlx_lm.convert.
-BESIDE_MLX_LM = """
+# One process, because mlx-lm takes seconds to import. It compares logits past the RoPE boundary, where both use the
+# same table, for each package, and tensors with those of mlx_lm.convert for each recipe.
+COMPARED_WITH_MLX_LM = """
 import json, sys
 import mlx.core as mx
 import mlx_lm
@@ -220,6 +219,7 @@ print(json.dumps(report))
 """
 
 
+@pytest.mark.slow
 def test_mlx_lm_loads_the_packages_with_the_same_logits_and_makes_the_same_tensors(
     tiny_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
@@ -241,13 +241,13 @@ def test_mlx_lm_loads_the_packages_with_the_same_logits_and_makes_the_same_tenso
         done = run(*arguments(source, tmp_path / name, *options))
         assert done.returncode == 0, done.stderr
     options_json = json.dumps({name: theirs for name, (_, theirs) in recipes.items()})
-    done = run(sys.executable, "-c", BESIDE_MLX_LM, str(source), options_json, str(tmp_path))
+    done = run(sys.executable, "-c", COMPARED_WITH_MLX_LM, str(source), options_json, str(tmp_path))
     assert done.returncode == 0, done.stderr
     for name, entry in json.loads(done.stdout.splitlines()[-1]).items():
         assert entry["scale"] > 0.5, name
         if name in ("plain", "four", "six", "embedding"):
             assert entry["max"] <= 2e-4, (name, entry)
-        else:  # computed in half precision: mlx unpacks embeddings in mxfp4 and its kin to bfloat16
+        else:  # half precision: mlx unpacks embeddings in mxfp4, nvfp4 and mxfp8 to bfloat16
             assert entry["mean"] <= 2e-2, (name, entry)
         assert entry["eos"], name
         assert entry.get("same", True) and entry.get("settings", True), (name, entry)

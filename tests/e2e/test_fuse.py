@@ -15,8 +15,9 @@ import mlx.core as mx
 import pytest
 
 from phi4_mlx import load
-from phi4_mlx.adapters.layers import adapter_layers, add_adapter, save_adapter
+from phi4_mlx.adapters.layers import adapter_layers, add_adapter
 from phi4_mlx.convert.package import convert
+from tests.adapters import save_adapter
 from tests.conftest import ROOT
 
 IDS = mx.array([[5, 6, 7, 8]])

@@ -1,4 +1,4 @@
-"""What pip installs: the converter inside the package, the embedded model and the type marker with it."""
+"""The content of the wheel and the sdist: the converter inside the package, the embedded model, the type marker."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(command: list[str], cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sdist, and the wheel that is built from it."""
+    """A folder with the sdist and the wheel built from it."""
     checkout, dist = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("dist")
     for name in SOURCES:
         shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -50,15 +50,15 @@ def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_the_wheel_holds_the_package_and_nothing_beside_it(installed: Path) -> None:
+def test_the_wheel_has_one_top_level_package(installed: Path) -> None:
     assert {path.name for path in installed.iterdir() if path.suffix != ".dist-info"} == {"phi4_mlx"}
     for name in ("py.typed", "convert/__main__.py", "convert/package.py", "models/text.py"):
         assert (installed / "phi4_mlx" / name).is_file(), name
     converter = (installed / "phi4_mlx" / "convert" / "__init__.py").read_text()
-    assert converter == (ROOT / "convert" / "__init__.py").read_text()  # the real one, not the signpost
+    assert converter == (ROOT / "convert" / "__init__.py").read_text()  # the real one, not the one for checkouts
 
 
-def test_the_wheel_holds_the_embedded_model_to_the_byte(installed: Path) -> None:
+def test_the_wheel_has_the_embedded_model_byte_for_byte(installed: Path) -> None:
     source = ROOT / "phi4_mlx" / "demo"
     names = {path.name for path in source.iterdir() if path.is_file()}
     assert names == {path.name for path in (installed / "phi4_mlx" / "demo").iterdir()}
@@ -74,8 +74,8 @@ def test_the_commands_run_from_the_wheel(words: list[str], installed: Path) -> N
     assert "usage:" in run([sys.executable, "-m", *words, "--help"], installed)
 
 
-def test_the_sdist_can_be_worked_on(built: Path) -> None:
-    """It holds the signpost, so that an editable install from it finds the converter; and the tests."""
+def test_the_sdist_can_be_developed(built: Path) -> None:
+    """It has the `__init__.py` through which an editable install finds the converter, and the tests."""
     (unpacked,) = (built / "unpacked").iterdir()
     for name in ("phi4_mlx/convert/__init__.py", "convert/package.py", "tests/conftest.py", "Makefile", "LICENSE"):
         assert (unpacked / name).is_file(), name

@@ -15,8 +15,9 @@ import httpx
 import mlx.core as mx
 import pytest
 
-from phi4_mlx.adapters.layers import adapter_layers, add_adapter, save_adapter
+from phi4_mlx.adapters.layers import adapter_layers, add_adapter
 from phi4_mlx.checkpoint import load
+from tests.adapters import save_adapter
 from tests.conftest import ROOT
 from tests.e2e.server_process import ENDLESS, HANG_S, Server, alive, chat, events, send, serving, until
 

@@ -11,7 +11,7 @@ import pytest
 from mlx.utils import tree_map
 
 from phi4_mlx.adapters.folder import write_folder
-from phi4_mlx.adapters.layers import adapter_layers, add_adapter, current_adapter, set_adapter
+from phi4_mlx.adapters.layers import adapter_layers, adapter_off, add_adapter, current_adapter
 from phi4_mlx.checkpoint import load_model
 from phi4_mlx.fingerprint import WITHOUT, adapter_fingerprint, base_fingerprint, checksum
 from phi4_mlx.lora.fuse import fuse
@@ -42,8 +42,8 @@ def test_a_base_is_known_under_its_adapter_and_not_with_it_fused(
     assert adapter_fingerprint(model) == WITHOUT
     add_adapter(model, scale=2.0)
     assert base_fingerprint(model) == base and adapter_fingerprint(model) != WITHOUT
-    set_adapter(model, False)
-    assert adapter_fingerprint(model) == WITHOUT
+    with adapter_off(model):
+        assert adapter_fingerprint(model) == WITHOUT
     for layer in adapter_layers(model).values():
         layer.update(tree_map(lambda array: array + 0.1, layer.trainable_parameters()))
     write_folder(tmp_path / "adapter", current_adapter(model, ""), len(model.layers))

@@ -18,11 +18,12 @@ import mlx.core as mx
 import pytest
 
 from phi4_mlx import agent, bridge
-from phi4_mlx.adapters.layers import add_adapter, save_adapter
+from phi4_mlx.adapters.layers import add_adapter
 from phi4_mlx.bridge import WORKER
 from phi4_mlx.checkpoint import load
 from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.stream import GenerationResponse, generate, stream
+from tests.adapters import save_adapter
 from tests.conftest import ROOT
 
 ASK = [{"role": "user", "content": "hi"}]

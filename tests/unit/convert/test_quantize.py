@@ -1,10 +1,10 @@
-"""What may be combined, what it is called in config.json, and what it comes to in bytes."""
+"""Allowed combinations of mode, bits and group size, their names in config.json, and their sizes in bytes."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-import math
 import os
 from pathlib import Path
 
@@ -17,26 +17,25 @@ from phi4_mlx.convert.package import SHARD_BYTES
 from phi4_mlx.convert.quantize import MODES, Scheme, make_recipe, quantization_config
 from phi4_mlx.convert.weights import Parameter, plan, shards
 from phi4_mlx.errors import RequestError
-from phi4_mlx.files.safetensors import TensorWriter, read_header
+from phi4_mlx.files.dtypes import name_of
+from phi4_mlx.files.safetensors import TensorWriter, read_header, tensor_bytes
 from phi4_mlx.models.text import Model
 from tests.presets import PRESETS
 
-STORED = {mx.uint32: "U32", mx.uint8: "U8", mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32"}
-
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_combination_offered_is_one_that_mlx_has_and_of_that_layout(mode: str) -> None:
+def test_mlx_supports_every_combination_in_the_planned_layout(mode: str) -> None:
     weight = mx.random.normal((4, 256)).astype(mx.bfloat16)
     for bits, group_size in itertools.product(*MODES[mode]):
         recipe = make_recipe(mode, bits, group_size, None)
         packed = mx.quantize(weight, **vars(recipe.scheme))
         layout = recipe.scheme.layout("a.b", "BF16", weight.shape)
-        assert list(layout.values()) == [(STORED[part.dtype], part.shape) for part in packed]
+        assert list(layout.values()) == [(name_of(part.dtype), part.shape) for part in packed]
         assert list(layout) == ["a.b.weight", "a.b.scales", "a.b.biases"][: len(packed)]
         mx.eval(mx.dequantize(*packed, **vars(recipe.scheme)))
 
 
-def test_what_is_left_open_is_filled_in_by_the_mode() -> None:
+def test_defaults_depend_on_the_mode() -> None:
     assert make_recipe("affine", None, None, None).scheme == Scheme("affine", 4, 64)
     assert make_recipe("mxfp4", None, None, None).scheme == Scheme("mxfp4", 4, 32)
     assert make_recipe("nvfp4", None, None, None).scheme == Scheme("nvfp4", 4, 16)
@@ -54,12 +53,12 @@ def test_what_is_left_open_is_filled_in_by_the_mode() -> None:
         (("mxfp4", 4, 64, None), "--q-group-size 64 does not go with --q-mode mxfp4"),
     ],
 )
-def test_a_choice_that_does_not_exist_is_answered_with_those_that_do(choice: tuple, reason: str) -> None:
+def test_an_unsupported_choice_is_refused_with_the_supported_ones(choice: tuple, reason: str) -> None:
     with pytest.raises(RequestError, match=reason):
         make_recipe(*choice)
 
 
-def test_groups_that_do_not_divide_the_rows_are_answered_with_those_that_do() -> None:
+def test_groups_that_do_not_divide_the_rows_are_refused_with_those_that_do() -> None:
     with pytest.raises(RequestError, match=r"up.weight has rows of 96, .* 64 .*; --q-group-size 32 would"):
         Scheme("affine", 4, 64).layout("up", "F16", (8, 96))
     with pytest.raises(RequestError, match="leave out -q"):
@@ -85,7 +84,7 @@ def test_config_names_the_commonest_scheme_and_the_others_by_path() -> None:
 
 
 def hollow_checkpoint(folder: Path, preset: str) -> Path:
-    """A bf16 checkpoint of the true names and shapes whose numbers are holes: it takes no room."""
+    """A bf16 checkpoint with the true names and shapes, its numbers a hole in a sparse file."""
     folder.mkdir()
     config = PRESETS[preset]
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
@@ -95,14 +94,12 @@ def hollow_checkpoint(folder: Path, preset: str) -> Path:
 
 
 def hollow_file(path: Path, layout: dict) -> int:
-    """Writes a header and no numbers; returns the size of the file if they were there."""
-    TensorWriter(path, layout)._file.close()
+    """Writes a header and a hole of the size of the numbers; returns the size of the file."""
+    with contextlib.suppress(InterruptedError), TensorWriter(path, layout):
+        raise InterruptedError  # leaves the file with its header alone
     header = path.stat().st_size
-    os.truncate(path, header + sum(STORED_BYTES[dtype] * math.prod(shape) for dtype, shape in layout.values()))
+    os.truncate(path, header + sum(tensor_bytes(dtype, shape) for dtype, shape in layout.values()))
     return path.stat().st_size
-
-
-STORED_BYTES = {"BF16": 2, "U32": 4, "U8": 1}
 
 
 def planned(folder: Path, preset: str, *choice: object) -> list[Parameter]:
@@ -139,7 +136,7 @@ def test_phi_4_mini_at_four_bits_has_the_size_and_the_tensors_of_the_published_p
 @pytest.mark.parametrize(
     ("choice", "size"),
     [
-        (("affine", 4, 64, 6), 2_158_049_280 + 200064 * 3072 // 4),  # two bits more for each number of the embedding
+        (("affine", 4, 64, 6), 2_158_049_280 + 200064 * 3072 // 4),  # two more bits per number of the embedding
         (("affine", 4, 32, None), 3_835_822_080 * 5 // 8 + 399_360),
         (("affine", 8, 64, None), 3_835_822_080 * 17 // 16 + 399_360),
         (("mxfp4", None, None, None), 3_835_822_080 * 17 // 32 + 399_360),
@@ -165,7 +162,7 @@ def test_every_size_of_the_family_can_be_planned(preset: str, tmp_path: Path) ->
 
 
 def nn_quantized(preset: str) -> nn.Module:
-    """What mlx's own `quantize` makes of the model; lazy, no number is computed."""
+    """The model after mlx's own `quantize`; lazy, nothing is computed."""
     model = Model(PRESETS[preset])
 
     def recipe(path: str, module: nn.Module) -> bool | dict:

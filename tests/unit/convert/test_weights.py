@@ -1,4 +1,4 @@
-"""Numbers pass through in blocks, and come out as if mlx had treated each tensor whole."""
+"""Conversion in blocks of rows gives the same tensors as mlx on whole tensors."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ MATRIX, VECTOR = "model.layers.1.mlp.down_proj", "model.norm.weight"
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks that part even a tiny tensor, not evenly."""
-    monkeypatch.setattr(weights, "_BLOCK_BYTES", 5000)
+    """Blocks that split even a tiny tensor, unevenly."""
+    monkeypatch.setattr(weights, "BLOCK_BYTES", 5000)
 
 
 def converted(folder: Path, out: Path, recipe: Any = None, dtype: str | None = None, dequantize: bool = False) -> dict:
@@ -90,7 +90,7 @@ def packed(folder: Path, out: Path, mode: str) -> Path:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_quantised_checkpoint_is_copied_unpacked_or_packed_anew(
+def test_a_quantised_checkpoint_is_copied_dequantised_or_quantised_again(
     tiny_checkpoint: Checkpoint, mode: str, tmp_path: Path
 ) -> None:
     folder = packed(tiny_checkpoint(dtype=mx.float16), tmp_path / "packed", mode)
@@ -106,9 +106,10 @@ def test_a_quantised_checkpoint_is_copied_unpacked_or_packed_anew(
     assert not any(name.endswith("scales") for name in unpacked)
     assert same(unpacked[VECTOR], before[VECTOR])
 
-    anew = make_recipe("affine", 8, 32, None)
-    again = converted(folder, tmp_path / "again", anew, "F32", dequantize=True)
-    weight, scales, biases = mx.quantize(mx.dequantize(*parts, **vars(scheme)).astype(mx.float32), **vars(anew.scheme))
+    recipe = make_recipe("affine", 8, 32, None)
+    again = converted(folder, tmp_path / "again", recipe, "F32", dequantize=True)
+    plain = mx.dequantize(*parts, **vars(scheme)).astype(mx.float32)
+    weight, scales, biases = mx.quantize(plain, **vars(recipe.scheme))
     assert same(again[f"{MATRIX}.weight"], weight)
     assert same(again[f"{MATRIX}.scales"], scales) and same(again[f"{MATRIX}.biases"], biases)
 
@@ -133,7 +134,7 @@ def test_progress_counts_every_byte_once(tiny_checkpoint: Checkpoint, tmp_path: 
 
 def test_memory_does_not_grow_with_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four matrices of 16 MB each pass through within 4 MB, blocks of 256 KB at a time."""
-    monkeypatch.setattr(weights, "_BLOCK_BYTES", 2**18)
+    monkeypatch.setattr(weights, "BLOCK_BYTES", 2**18)
     path = tmp_path / "model.safetensors"
     mx.save_safetensors(str(path), {str(n): mx.zeros((8192, 1024), mx.bfloat16) for n in range(4)})
     scheme = make_recipe("affine", 4, 64, None).scheme
@@ -147,7 +148,7 @@ def test_memory_does_not_grow_with_the_tensors(tmp_path: Path, monkeypatch: pyte
     assert mx.get_peak_memory() - before < 4 * 2**20
 
 
-def test_a_file_that_shrinks_meanwhile_is_told(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_file_that_shrinks_meanwhile_is_reported(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     folder = tiny_checkpoint()
     parameters = plan(folder, ModelConfig.from_folder(folder), None, None, False)
     with (folder / "model.safetensors").open("r+b") as file:
@@ -156,7 +157,7 @@ def test_a_file_that_shrinks_meanwhile_is_told(tiny_checkpoint: Checkpoint, tmp_
         write_shard(tmp_path / "out", parameters, lambda count: None)
 
 
-def test_a_file_that_goes_meanwhile_is_told(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_file_that_is_removed_meanwhile_is_reported(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     folder = tiny_checkpoint()
     parameters = plan(folder, ModelConfig.from_folder(folder), None, None, False)
     (folder / "model.safetensors").unlink()

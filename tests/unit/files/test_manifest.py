@@ -1,4 +1,4 @@
-"""A package whose hashes hold passes; every change to it is found and named."""
+"""An unchanged package passes; every change to it is found and named."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def package(folder: Path) -> Path:
 
 def test_a_whole_package_passes(tmp_path: Path) -> None:
     folder = package(tmp_path / "m")
-    (folder / "README.md").write_text("not of the package, and read by no loader")
+    (folder / "README.md").write_text("not part of the package, and not read by loaders")
     verify_manifest(folder)
     assert read_manifest(folder)["files"].keys() == FILES.keys()
 
@@ -56,7 +56,7 @@ def _list_a_path(folder: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda f: (f / MANIFEST_FILE).unlink(), "cannot be verified"),
-    "one bit": (lambda f: _flip(f / "model.safetensors"), "model.safetensors is not what its hash says"),
+    "one bit": (lambda f: _flip(f / "model.safetensors"), "model.safetensors does not match its SHA-256"),
     "cut": (lambda f: os.truncate(f / "model.safetensors", 5), "has 5 bytes, not 3,000,000"),
     "missing": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     "one more": (lambda f: (f / "model-2.safetensors").write_bytes(b""), "is not in manifest.json"),

@@ -1,4 +1,4 @@
-"""Headers are proven, links stay inside, and what is written is what others read."""
+"""Headers are checked, links stay in the folder, and other readers accept what is written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
 def write_file(path: Path, header: Any, data: bytes = bytes(8), length: int | None = None) -> Path:
-    """A file with any header, true or not: text, bytes, or something to be written as JSON."""
+    """A file with any header, valid or not: text, bytes, or a value to write as JSON."""
     raw = header if isinstance(header, bytes) else header if isinstance(header, str) else json.dumps(header)
     raw = raw if isinstance(raw, bytes) else raw.encode()
     path.write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw + data)
@@ -54,7 +54,7 @@ GOOD: dict[str, tuple[Any, bytes]] = {
     "metadata": ({"__metadata__": {"format": "mlx"}, "a": ENTRY}, bytes(8)),
     "metadata null": ({"__metadata__": None, "a": ENTRY}, bytes(8)),
     "spaces around": ('  {"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}} \n', bytes(8)),
-    "a field more": ({"a": {**ENTRY, "note": {"deep": [[[1]]]}}}, bytes(8)),
+    "an extra field": ({"a": {**ENTRY, "note": {"deep": [[[1]]]}}}, bytes(8)),
     "a scalar": ({"a": {"dtype": "F64", "shape": [], "data_offsets": [0, 8]}}, bytes(8)),
     "empty, then any size": ({"a": {"dtype": "F32", "shape": [0, 2**63, 2**63], "data_offsets": [0, 0]}}, b""),
     "empty between two": (
@@ -167,7 +167,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: None])
-def test_what_is_no_file_is_refused_without_waiting(make: Any, tmp_path: Path) -> None:
+def test_what_is_not_a_file_is_refused_without_waiting(make: Any, tmp_path: Path) -> None:
     make(tmp_path / "x")
     assert not we_accept(tmp_path / "x")
 
@@ -177,7 +177,7 @@ _WORDS = [b"F32", b"BF16", b"U32", b"F4", b"dtype", b"shape", b"data_offsets", b
 
 
 def _mutated(rng: random.Random, whole: bytes) -> bytes:
-    """A file with one to three of its bytes, digits or words changed; most of the changes hit the header."""
+    """A file with one to three of its bytes, digits or words changed, mostly in the header."""
     data = bytearray(whole)
     header_end = 8 + int.from_bytes(whole[:8], "little")
     for _ in range(rng.randint(1, 3)):
@@ -203,7 +203,7 @@ def _mutated(rng: random.Random, whole: bytes) -> bytes:
                     data[rng.choice(digits)] = rng.randrange(48, 58)
         if len(data) < 9:
             break
-    if rng.random() < 0.7 and len(data) > 8 + len(whole) - header_end:  # keep the length field true to what changed
+    if rng.random() < 0.7 and len(data) > 8 + len(whole) - header_end:  # keep the length field correct
         data[:8] = struct.pack("<Q", len(data) - 8 - (len(whole) - header_end))
     return bytes(data)
 
@@ -220,7 +220,7 @@ def _seeds() -> list[bytes]:
     return [safetensors.numpy.save(arrays, {"format": "mlx"}), struct.pack("<Q", len(raw)) + raw + bytes(11)]
 
 
-def test_four_thousand_mutated_files_are_judged_as_the_library_judges_them(tmp_path: Path) -> None:
+def test_four_thousand_mutated_files_are_accepted_exactly_if_the_library_accepts_them(tmp_path: Path) -> None:
     rng = random.Random(4)
     path = tmp_path / "x"
     verdicts = {True: 0, False: 0}
@@ -230,7 +230,7 @@ def test_four_thousand_mutated_files_are_judged_as_the_library_judges_them(tmp_p
         theirs, ours = library_accepts(path), we_accept(path)
         verdicts[theirs] += 1
         if theirs != ours:
-            # The one difference that a mutation can make: a name that now stands twice.
+            # The only difference allowed: a name that now appears twice.
             assert theirs and "twice" in _reason(path), f"round {round_}: library {theirs}, we {ours}: {data!r}"
     assert verdicts[True] > 150 and verdicts[False] > 2000, verdicts
 
@@ -298,7 +298,7 @@ def test_an_existing_file_is_not_written_over(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_text() == "precious"
 
 
-def test_the_writer_holds_its_caller_to_the_header(tmp_path: Path) -> None:
+def test_the_writer_refuses_what_its_header_does_not_say(tmp_path: Path) -> None:
     tensors = {"a": ("U8", (2,)), "b": ("U8", (2,))}
     with pytest.raises(AssertionError, match="out of order"), TensorWriter(tmp_path / "1", tensors) as writer:
         writer.write("b", [b"12"])
@@ -372,7 +372,7 @@ FOLDERS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", FOLDERS)
-def test_folders_that_do_not_hold_together_are_refused_in_one_line(case: str, tmp_path: Path) -> None:
+def test_inconsistent_folders_are_refused_in_one_line(case: str, tmp_path: Path) -> None:
     damage, reason = FOLDERS[case]
     folder = _sharded(tmp_path / "m")
     weight_files(folder)
@@ -386,7 +386,7 @@ def test_a_tensor_in_two_files_without_an_index(tmp_path: Path) -> None:
     folder = _sharded(tmp_path / "m")
     (folder / "model.safetensors.index.json").unlink()
     _shard(folder / "model-00002-of-00002.safetensors", "b")
-    with pytest.raises(CheckpointError, match="b is both in"):
+    with pytest.raises(CheckpointError, match="b is in both"):
         weight_files(folder)
 
 

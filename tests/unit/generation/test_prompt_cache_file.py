@@ -14,7 +14,7 @@ import mlx.core as mx
 import pytest
 
 from phi4_mlx import load_prompt_cache, save_prompt_cache
-from phi4_mlx.adapters.layers import add_adapter, set_adapter
+from phi4_mlx.adapters.layers import adapter_off, add_adapter
 from phi4_mlx.checkpoint import load_model
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.files.safetensors import read_whole_header
@@ -161,9 +161,8 @@ def test_another_adapter_is_refused(tiny_model: TinyModel, tmp_path: Path) -> No
     add_adapter(model, scale=2.0)
     with pytest.raises(CheckpointError, match="was made without an adapter, and fits no other"):
         load_prompt_cache(path, model, TOKENIZER)
-    set_adapter(model, False)  # the base, to the bit
-    assert load_prompt_cache(path, model, TOKENIZER).offset == 40
-    set_adapter(model, True)
+    with adapter_off(model):  # the base, to the bit
+        assert load_prompt_cache(path, model, TOKENIZER).offset == 40
     save_prompt_cache(path, filled(model), model, TOKENIZER)
     add_adapter(model, scale=2.0)
     load_prompt_cache(path, model, TOKENIZER)
@@ -171,8 +170,7 @@ def test_another_adapter_is_refused(tiny_model: TinyModel, tmp_path: Path) -> No
         add_adapter(model, scale=scale, seed=seed)
         with pytest.raises(CheckpointError, match="was made with another adapter"):
             load_prompt_cache(path, model, TOKENIZER)
-    set_adapter(model, False)
-    with pytest.raises(CheckpointError, match="was made with an adapter, and fits no other"):
+    with adapter_off(model), pytest.raises(CheckpointError, match="was made with an adapter, and fits no other"):
         load_prompt_cache(path, model, TOKENIZER)
 
 
@@ -202,7 +200,7 @@ def test_only_a_regular_file_is_replaced(tiny_model: TinyModel, tmp_path: Path) 
     os.mkfifo(pipe)
     link.symlink_to(tmp_path / "kept")
     for path in (pipe, tmp_path, ""):
-        with pytest.raises(RequestError, match="is no regular file, so it is not replaced; name another file"):
+        with pytest.raises(RequestError, match="is not a regular file, so it is not replaced; name another file"):
             save_prompt_cache(path, filled(model), model, TOKENIZER)
     assert stat.S_ISFIFO(pipe.stat().st_mode) and {*tmp_path.iterdir()} == {pipe, link}
     save_prompt_cache(link, filled(model), model, TOKENIZER)

@@ -11,12 +11,13 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from phi4_mlx.adapters.layers import adapter_parameters, add_adapter, load_adapter, read_adapter, save_adapter
+from phi4_mlx.adapters.layers import adapter_parameters, add_adapter, load_adapter, read_adapter
 from phi4_mlx.adapters.peft import scale_of
 from phi4_mlx.errors import CheckpointError, Phi4Error, RequestError
 from phi4_mlx.files.safetensors import read_header
 from phi4_mlx.lora.export import from_peft, main, to_peft
 from phi4_mlx.models.text import Model
+from tests.adapters import save_adapter
 
 TinyModel = Callable[..., Model]
 
@@ -109,7 +110,7 @@ def test_names_of_older_versions_are_read(tiny_model: TinyModel, tmp_path: Path)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"peft_type": "LOHA"}, "'LOHA' of PEFT's; only 'LORA'"),
+        ({"peft_type": "LOHA"}, "'LOHA'; only 'LORA'"),
         ({"bias": "all"}, "bias = 'all' asks for maths"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\]"),
@@ -143,7 +144,7 @@ def test_fields_that_change_nothing_are_no_obstacle(tiny_model: TinyModel, peft:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"r": 8}, "has rank 4.*said to be 8"),
+        ({"r": 8}, "has rank 4.*rank is 8"),
         ({"r": 0}, "r 0 and lora_alpha 8"),
         ({"r": None}, "r None"),
         ({"lora_alpha": float("inf")}, "lora_alpha inf"),
@@ -165,7 +166,7 @@ def test_a_config_that_contradicts_the_tensors_is_refused(
         ("1.mlp.down_proj.lora_A", "1.mlp.down_proj.lora_C", r"lora_C\.weight is left over"),
         ("1.mlp.down_proj.lora_A.weight", "1.mlp.down_proj.lora_A.default.weight", "is left over"),
         ("base_model.model.model.layers.1.mlp.down_proj.lora_A", "layers.1.lora_A", "is left over"),
-        ("mlp.down_proj", "mlp.fc2", r"layers\.0\.mlp\.fc2 is no linear layer"),
+        ("mlp.down_proj", "mlp.fc2", r"layers\.0\.mlp\.fc2 is not a linear layer"),
     ],
 )
 def test_every_tensor_is_accounted_for(tiny_model: TinyModel, peft: Path, old: str, new: str, message: str) -> None:
@@ -191,7 +192,7 @@ def test_an_adapter_that_leaves_out_layers_needs_the_model(
     to_peft(tmp_path / "back", tmp_path / "forth")
     assert config(tmp_path / "forth")["layers_to_transform"] == [0, 1]
     rename(peft, "layers.0", "layers.2")
-    with pytest.raises(CheckpointError, match=r"layers\.2.*is no linear layer of this model"):
+    with pytest.raises(CheckpointError, match=r"layers\.2.*is not a linear layer of this model"):
         from_peft(peft, tmp_path / "other", tiny_checkpoint("two"))
     with pytest.raises(RequestError, match="name the model with --model"):
         from_peft(reconfigure(peft, layers_to_transform=None), tmp_path / "other")

@@ -11,13 +11,15 @@ import mlx.core as mx
 import pytest
 
 from phi4_mlx import load
-from phi4_mlx.adapters.layers import DoRALinear, adapter_layers, add_adapter, save_adapter
+from phi4_mlx.adapters.layers import adapter_layers, add_adapter
+from phi4_mlx.adapters.linear import DoRALinear
 from phi4_mlx.convert import weights
 from phi4_mlx.convert.package import convert
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.files.manifest import verify_manifest
 from phi4_mlx.files.safetensors import read_header
 from phi4_mlx.lora.fuse import PROMPT, fuse
+from tests.adapters import save_adapter
 
 Checkpoint = Callable[..., Path]
 IDS = mx.random.randint(0, 512, (1, 90), key=mx.random.key(9))  # crosses the boundary
@@ -27,7 +29,7 @@ FOUR_BITS: dict[str, Any] = {"quantize": True, "q_group_size": 32}
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "_BLOCK_BYTES", SMALL_BLOCK)
+    monkeypatch.setattr(weights, "BLOCK_BYTES", SMALL_BLOCK)
 
 
 def train_adapter(base: Path, folder: Path, kind: str = "lora", size: float = 0.1, **options: Any) -> Path:
@@ -146,7 +148,7 @@ def test_what_cannot_be_fused_leaves_nothing(tiny_checkpoint: Checkpoint, tmp_pa
     adapter = train_adapter(base, tmp_path / "adapter")
     other = train_adapter(tiny_checkpoint("other", num_hidden_layers=3), tmp_path / "other_adapter")
     before = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(CheckpointError, match=r"layers\.2.*adapter is of another model"):
+    with pytest.raises(CheckpointError, match=r"layers\.2.*adapter is for another model"):
         fuse(base, other, tmp_path / "out")
     with pytest.raises(RequestError, match="base is not quantised; drop --dequantize"):
         fuse(base, adapter, tmp_path / "out", dequantize=True)

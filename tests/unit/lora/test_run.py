@@ -13,11 +13,12 @@ import mlx.core as mx
 import pytest
 
 from phi4_mlx import finetune, load
-from phi4_mlx.adapters.layers import add_adapter, save_adapter
+from phi4_mlx.adapters.layers import add_adapter
 from phi4_mlx.errors import CheckpointError, Phi4Error, RequestError
 from phi4_mlx.lora import run as run_module
 from phi4_mlx.lora.run import Finetuned, measure_adapter, preview
 from phi4_mlx.lora.settings import LoraParameters, Settings
+from tests.adapters import save_adapter
 
 COLOURS = ("red", "green", "blue", "grey", "black", "white", "pink")
 

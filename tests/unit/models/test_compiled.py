@@ -12,7 +12,8 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from phi4_mlx.adapters.layers import DoRALinear, adapter_layers, adapter_off, add_adapter
+from phi4_mlx.adapters.layers import adapter_layers, adapter_off, add_adapter
+from phi4_mlx.adapters.linear import DoRALinear
 from phi4_mlx.models.text import Model
 
 

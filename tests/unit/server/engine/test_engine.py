@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from phi4_mlx.adapters.layers import adapter_layers, add_adapter, load_adapter, save_adapter
+from phi4_mlx.adapters.layers import adapter_layers, add_adapter, load_adapter
 from phi4_mlx.checkpoint import load
 from phi4_mlx.generation import batch as batch_module
 from phi4_mlx.generation.batch import Batch
@@ -25,6 +25,7 @@ from phi4_mlx.server.engine.engine import Engine, Settings
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
 from phi4_mlx.server.engine.protocol import Cancel, Event, Failure, Finish, Job, Piece
 from phi4_mlx.tokens.tokenizer import Tokenizer
+from tests.adapters import save_adapter
 
 GREEDY = Sampling(temp=0.0)
 BYTES = 2**26  # for keys and values, and for earlier prompts
