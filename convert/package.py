@@ -8,7 +8,6 @@ config.json is written last: without it no loader takes an unfinished folder for
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -17,7 +16,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from phi4_mlx.config import ModelConfig
+from phi4_mlx.checkpoint import read_config
+from phi4_mlx.config import Config
 from phi4_mlx.errors import RequestError, TokenizerError
 from phi4_mlx.files.atomic import whole_or_absent
 from phi4_mlx.files.dtypes import DTYPES, FLOATS
@@ -85,7 +85,7 @@ def convert(
         raise RequestError(f"--dtype {dtype!r} is not known; known are {', '.join(_FLOATS)}")
     recipe = make_recipe(q_mode or "affine", q_bits, q_group_size, embed_bits) if quantize else None
 
-    def planned(folder: Path, config: ModelConfig) -> list[Parameter]:
+    def planned(folder: Path, config: Config) -> list[Parameter]:
         return plan(folder, config, recipe, _FLOATS[dtype] if dtype else None, dequantize)
 
     write_package(Path(mlx_path), hf_path, revision, planned, progress)
@@ -102,7 +102,7 @@ def write_package(
     target: Path,
     hf_path: str | Path,
     revision: str | None,
-    planned: Callable[[Path, ModelConfig], list[Parameter]],
+    planned: Callable[[Path, Config], list[Parameter]],
     progress: Progress | None = None,
 ) -> None:
     """Writes a package, whole or not at all.
@@ -120,7 +120,7 @@ def write_package(
     with whole_or_absent(target) as out:
         folder = resolve(hf_path, revision)
         raw = read_json(file_in(folder, "config.json"))
-        config = ModelConfig.from_dict(raw)
+        config = read_config(raw)
         parameters = planned(folder, config)
         given = {name: file_in(folder, name).read_bytes() for name in SMALL_FILES if os.path.lexists(folder / name)}
         tokenizer = load_tokenizer(folder, prove=True)
@@ -138,7 +138,7 @@ def write_package(
 def _small_files(
     folder: Path,
     raw: JsonObject,
-    config: ModelConfig,
+    config: Config,
     parameters: list[Parameter],
     given: Mapping[str, bytes],
     tokenizer: Tokenizer,
@@ -181,12 +181,14 @@ def _correct_tokenizer_config(folder: Path, files: dict[str, bytes]) -> None:
         files[name] = _json(corrected)
 
 
-def _config(config: ModelConfig, parameters: list[Parameter]) -> JsonObject:
+def _config(config: Config, parameters: list[Parameter]) -> JsonObject:
     """config.json in the layout that all loaders read, with the quantisation."""
     schemes = {parameter.path: parameter.target for parameter in parameters if parameter.target}
     settings = quantization_config(schemes) if schemes else None
     ((numbers, _),) = Counter(parameter.numbers for parameter in parameters).most_common(1)
-    return dataclasses.replace(config, quantization=settings).to_dict() | {"torch_dtype": DTYPES[numbers].mlx_name}
+    plain = {key: value for key, value in config.to_dict().items() if not key.startswith("quantization")}
+    quantization = {"quantization": settings, "quantization_config": settings} if settings else {}
+    return plain | quantization | {"torch_dtype": DTYPES[numbers].mlx_name}
 
 
 def _check_room(out: Path, parameters: list[Parameter], small: Mapping[str, bytes]) -> None:

@@ -7,7 +7,7 @@ computed while one is written, so memory grows neither with the model nor with i
 from __future__ import annotations
 
 import functools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
@@ -19,11 +19,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from phi4_mlx.checkpoint import check_tensors, empty_model
-from phi4_mlx.config import ModelConfig
+from phi4_mlx.config import Config
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.files.dtypes import FLOATS, mlx_dtype
 from phi4_mlx.files.safetensors import TensorInfo, TensorWriter, read_header, tensor_bytes, weight_files
-from phi4_mlx.models.text import Model
 
 from .quantize import Layout, Recipe, Scheme
 
@@ -120,7 +119,7 @@ class Parameter:
 
 
 def plan(
-    folder: Path, config: ModelConfig, recipe: Recipe | None, dtype: str | None, dequantize: bool
+    folder: Path, config: Config, recipe: Recipe | None, dtype: str | None, dequantize: bool
 ) -> list[Parameter]:
     """Plans every parameter of the model, from the headers of a checkpoint.
 
@@ -153,18 +152,22 @@ def plan(
         )
     if dequantize and not packed:
         raise RequestError(f"{folder} is not quantised; drop --dequantize")
+    dense = empty_model(config, ())
+    modules = dict(dense.named_modules())
+    ((usual, _),) = Counter(info.dtype for info in infos.values() if info.dtype in FLOATS).most_common(1)
     parameters = []
-    for name, array in tree_flatten(Model(config).parameters()):
+    for name, array in tree_flatten(dense.parameters()):
         path = name.removesuffix(".weight")
         before = packed.get(path)
-        if recipe and array.ndim == 2:
+        if recipe and path in modules and dense.quantizable(path, modules[path]):
             target: Scheme | None = recipe.scheme_of(path)
         else:
             target = None if dequantize else before
-        tensors = [f"{path}.{part}" for part in ("weight", "scales", "biases") if f"{path}.{part}" in stored]
+        parts = [f"{path}.{part}" for part in ("scales", "biases") if f"{path}.{part}" in stored]
+        tensors = [name, *parts]
         inputs = tuple(stored[tensor] for tensor in tensors)
         own = inputs[-1].info.dtype  # of the weight, or of affine biases; mxfp4, nvfp4 and mxfp8 end with scales in U8
-        numbers = dtype or (own if own in FLOATS else infos["model.norm.weight"].dtype)
+        numbers = dtype or (own if own in FLOATS else usual)
         outputs = target.layout(path, numbers, array.shape) if target else {name: (numbers, tuple(array.shape))}
         parameters.append(Parameter(path, inputs, outputs, numbers, before, target))
     return parameters

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class ToyConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ToyConfig:
-        return cls(**raw)
+        return cls(**{each.name: raw[each.name] for each in fields(cls) if each.name in raw})
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}

@@ -20,7 +20,6 @@ from phi4_mlx.adapters.linear import DoRALinear, LoRALinear
 from phi4_mlx.adapters.peft import is_peft, read_peft
 from phi4_mlx.errors import CheckpointError, RequestError
 
-DEFAULT_KEYS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 """The paths of all linear layers within a block."""
 
 
@@ -30,7 +29,7 @@ def add_adapter(
     rank: int = 8,
     scale: float = 20.0,
     dropout: float = 0.0,
-    keys: Sequence[str] = DEFAULT_KEYS,
+    keys: Sequence[str] | None = None,
     num_layers: int | None = None,
     kind: str = "lora",
     seed: int = 0,
@@ -42,7 +41,7 @@ def add_adapter(
         rank: R.
         scale: factor of the product a b: alpha / R in PEFT's terms, or alpha / sqrt(R) for rsLoRA (`peft.scale_of`).
         dropout: the probability that training drops an input of `lora_a`, from 0 to below 1.
-        keys: the linear layers of a block to adapt, from `DEFAULT_KEYS`.
+        keys: the linear layers of a block to adapt, from the model's `lora_keys`; None for all of those.
         num_layers: the number of blocks to adapt, counted from the last one; None for all.
         kind: "lora" or "dora".
         seed: seed of the random numbers in `lora_a`.
@@ -52,7 +51,9 @@ def add_adapter(
     """
     total = len(model.layers)
     count = total if num_layers is None else num_layers
-    _check_options(rank, scale, dropout, keys, count, total, kind)
+    keys = model.lora_keys if keys is None else keys
+    _check_options(rank, scale, dropout, count, total, kind)
+    _check_keys(keys, model.lora_keys)
     paths = [f"model.layers.{n}.{key}" for n in range(total - count, total) for key in keys]
     linears = _linear_layers(model)
     layers: dict[str, LoRALinear] = {}
@@ -276,9 +277,7 @@ def _check_full(model: nn.Module, adapter: Adapter) -> None:
             )
 
 
-def _check_options(
-    rank: int, scale: float, dropout: float, keys: Sequence[str], num_layers: int, total: int, kind: str
-) -> None:
+def _check_options(rank: int, scale: float, dropout: float, num_layers: int, total: int, kind: str) -> None:
     if kind not in PARTS:
         raise RequestError(f"{kind!r} is not a kind of adapter; there are {' and '.join(PARTS)}")
     if rank < 1:
@@ -291,6 +290,8 @@ def _check_options(
         raise RequestError(
             f"num_layers {num_layers} is out of range; the model has {total} layers, so it must be from 1 to {total}"
         )
-    unknown = [key for key in keys if key not in DEFAULT_KEYS]
-    if unknown or not keys or len({*keys}) != len(keys):
-        raise RequestError(f"keys {[*keys]!r:.200} must be one or more of {', '.join(DEFAULT_KEYS)}, each once")
+
+
+def _check_keys(keys: Sequence[str], known: Sequence[str]) -> None:
+    if not keys or not {*keys} <= {*known} or len({*keys}) != len(keys):
+        raise RequestError(f"keys {[*keys]!r:.200} must be one or more of {', '.join(known)}, each once")

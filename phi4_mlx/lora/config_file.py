@@ -31,7 +31,7 @@ _INSTEAD = {
 }
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+class _Loader(yaml.SafeLoader):
     """YAML 1.1, except that 1e-5 is a number, as in YAML 1.2."""
 
 

@@ -17,7 +17,7 @@ import mlx.core as mx
 from phi4_mlx.adapters.folder import FULL, Adapter
 from phi4_mlx.adapters.layers import check_fit, put_adapter, read_adapter
 from phi4_mlx.checkpoint import load_model
-from phi4_mlx.config import ModelConfig
+from phi4_mlx.config import Config
 from phi4_mlx.convert.package import write_package
 from phi4_mlx.convert.quantize import Scheme
 from phi4_mlx.convert.weights import Parameter, plan
@@ -84,7 +84,7 @@ def fuse(
     adapter = read_adapter(Path(adapter_path))
     measured = Measurement()
 
-    def planned(folder: Path, config: ModelConfig) -> list[Parameter]:
+    def planned(folder: Path, config: Config) -> list[Parameter]:
         check_fit(load_model(folder), adapter)
         return [_fused(parameter, adapter, measured) for parameter in plan(folder, config, None, None, dequantize)]
 
@@ -118,7 +118,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class FusedParameter(Parameter):  # type: ignore[misc]  # mypy does not follow the signpost to the converter
+class FusedParameter(Parameter):
     """A parameter that an adapter changes while it is converted.
 
     Attributes:

@@ -18,6 +18,7 @@ import pytest
 from phi4_mlx.adapters.layers import adapter_off, adapter_parameters, add_adapter
 from phi4_mlx.chat.conversation import Conversation
 from phi4_mlx.checkpoint import KINDS, load, load_model, share_weights
+from phi4_mlx.convert.package import convert
 from phi4_mlx.errors import RequestError
 from phi4_mlx.fingerprint import base_fingerprint
 from phi4_mlx.generation.batch import Batch, BatchSequence, Fault
@@ -29,6 +30,7 @@ from phi4_mlx.generation.speculate import PromptLookup, make_proposer
 from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.lora.data.batches import Batches
 from phi4_mlx.lora.data.samples import Sample
+from phi4_mlx.lora.saving.run_folder import RunFolder
 from phi4_mlx.lora.settings import Settings as TrainingSettings
 from phi4_mlx.lora.training.trainer import Trainer
 from phi4_mlx.models.model import LanguageModel
@@ -195,11 +197,12 @@ def test_a_prompt_cache_file_continues(loaded: tuple[LanguageModel, Any], tmp_pa
 
 def test_lora_trains_and_leaves_the_base(model: LanguageModel, tmp_path: Path) -> None:
     before, base = model(mx.array([PROMPT])), base_fingerprint(model)
-    add_adapter(model, rank=4, keys=model.lora_keys)
+    add_adapter(model, rank=4)
     samples = [Sample(PROMPT[n : n + 20], [False] + [True] * 19, f"line {n}") for n in range(8)]
     settings = TrainingSettings(iters=30, batch_size=4, learning_rate=2e-2, max_seq_length=64, grad_checkpoint=True)
     batches = Batches(samples, batch_size=settings.batch_size, max_seq_length=settings.max_seq_length)
-    losses = [step.loss for step in Trainer(model, batches, settings, tmp_path).run()]
+    folder = RunFolder(tmp_path, len(model.layers), keep_checkpoints=1)
+    losses = [step.loss for step in Trainer(model, batches, settings, folder).run()]
     assert losses[-1] < 0.7 * losses[0]
     model.eval()
     assert adapter_parameters(model) and base_fingerprint(model) == base
@@ -211,6 +214,15 @@ def test_a_folder_loads_and_shares_its_weights(kind: str, tmp_path: Path) -> Non
     model = load_model(WRITERS[kind](tmp_path / kind))
     assert type(model) is type(MAKERS[kind]())
     assert same_logits(share_weights(model)(mx.array([PROMPT])), MAKERS[kind]()(mx.array([PROMPT])))
+
+
+def test_the_converter_quantises_what_the_model_allows(kind: str, tmp_path: Path) -> None:
+    convert(WRITERS[kind](tmp_path / kind), tmp_path / "small", quantize=True, q_group_size=32)
+    model, dense = load_model(tmp_path / "small"), MAKERS[kind]()
+    quantised = {path for path, module in model.named_modules() if hasattr(module, "bits")}
+    assert quantised == {path for path, module in dense.named_modules() if dense.quantizable(path, module)}
+    assert model.weights_bytes < 0.4 * dense.weights_bytes
+    assert drawn(model, PROMPT, 4)
 
 
 def test_a_plan_knows_what_a_context_takes(model: LanguageModel) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from mlx.utils import tree_flatten
 
 from phi4_mlx.adapters.folder import FULL, Adapter, place
-from phi4_mlx.adapters.layers import DEFAULT_KEYS, add_adapter, put_adapter, read_adapter
+from phi4_mlx.adapters.layers import add_adapter, put_adapter, read_adapter
 from phi4_mlx.errors import RequestError
 from phi4_mlx.lora.settings import Settings
 from phi4_mlx.models.model import LanguageModel
@@ -28,7 +28,7 @@ def make_trainable(model: LanguageModel, settings: Settings) -> None:
     _check_full(model, settings)
     if settings.resume_adapter_file is not None:
         adapter = read_adapter(Path(settings.resume_adapter_file))
-        _check_like(adapter, settings, len(model.layers))
+        _check_like(adapter, settings, model)
         put_adapter(model, adapter)
         if adapter.kind == FULL:
             _unfreeze(model, settings, adapter)
@@ -38,7 +38,7 @@ def make_trainable(model: LanguageModel, settings: Settings) -> None:
         shape = settings.lora_parameters
         layers = None if settings.num_layers == -1 else settings.num_layers
         add_adapter(
-            model, rank=shape.rank, scale=shape.scale, dropout=shape.dropout, keys=shape.keys or DEFAULT_KEYS,
+            model, rank=shape.rank, scale=shape.scale, dropout=shape.dropout, keys=shape.keys or None,
             num_layers=layers, kind=settings.fine_tune_type, seed=settings.seed,
         )  # fmt: skip
 
@@ -84,9 +84,9 @@ def _unfreeze(model: LanguageModel, settings: Settings, adapter: Adapter | None)
             )
 
 
-def _check_like(adapter: Adapter, settings: Settings, total: int) -> None:
+def _check_like(adapter: Adapter, settings: Settings, model: LanguageModel) -> None:
     """Refuses an initial adapter that differs from the settings."""
-    file = settings.resume_adapter_file
+    file, total = settings.resume_adapter_file, len(model.layers)
     if adapter.kind != settings.fine_tune_type:
         raise RequestError(
             f"{file} is of the kind {adapter.kind}, and --fine-tune-type is {settings.fine_tune_type}; "
@@ -101,7 +101,7 @@ def _check_like(adapter: Adapter, settings: Settings, total: int) -> None:
         "rank": (adapter.rank, shape.rank),
         "scale": (adapter.scale, shape.scale),
         "dropout": (adapter.dropout, shape.dropout),
-        "keys": (sorted({key for _, key in places}), sorted(shape.keys or DEFAULT_KEYS)),
+        "keys": (sorted({key for _, key in places}), sorted(shape.keys or model.lora_keys)),
         "num_layers": (total - first_layer, num_layers),
     }
     for name, (value, wanted) in pairs.items():

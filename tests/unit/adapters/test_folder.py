@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx import load
 from phi4_mlx.adapters.folder import CONFIG_FILE, TENSORS_FILE
-from phi4_mlx.adapters.layers import DEFAULT_KEYS, adapter_layers, adapter_parameters, load_adapter
+from phi4_mlx.adapters.layers import adapter_layers, adapter_parameters, load_adapter
 from phi4_mlx.errors import CheckpointError, ConfigError, Phi4Error
 from phi4_mlx.files.safetensors import read_header
 from phi4_mlx.models.text import Model
@@ -83,7 +83,7 @@ def test_half_precision_is_saved_as_half_precision(tiny_model: TinyModel, tmp_pa
 
 def test_the_config_is_the_one_that_mlx_lm_and_swift_read(tiny_model: TinyModel, tmp_path: Path) -> None:
     """mlx-swift-lm requires fine_tune_type, num_layers (never -1), rank and scale; mlx-lm requires dropout too."""
-    model = adapted(tiny_model(num_hidden_layers=3), num_layers=2, keys=DEFAULT_KEYS[1:3])
+    model = adapted(tiny_model(num_hidden_layers=3), num_layers=2, keys=Model.lora_keys[1:3])
     save_adapter(model, tmp_path, {"model": "some/model", "iters": 5, "num_layers": -1})
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
     assert config == {
@@ -111,7 +111,7 @@ def test_mlx_lm_reads_it_the_same_way(
     for model in (ours, theirs):
         if bits:
             nn.quantize(model, group_size=32, bits=bits)
-    save_adapter(adapted(ours, kind, num_layers=2, keys=DEFAULT_KEYS[:3]), tmp_path / "a", {})
+    save_adapter(adapted(ours, kind, num_layers=2, keys=Model.lora_keys[:3]), tmp_path / "a", {})
     without = theirs(LONG)
     load_adapters(theirs, str(tmp_path / "a"))
     assert mx.abs(ours(LONG) - theirs.eval()(LONG)).max() < 1e-4
@@ -204,7 +204,7 @@ def test_a_save_that_fails_leaves_the_old_adapter_whole(
 
     monkeypatch.setattr(os, "fsync", failing(os.fsync))
     monkeypatch.setattr(Path, "replace", failing(Path.replace))
-    newer = adapted(tiny_model(), keys=DEFAULT_KEYS, seed=5)
+    newer = adapted(tiny_model(), keys=Model.lora_keys, seed=5)
     with pytest.raises(OSError, match="No space"):
         save_adapter(newer, folder, {})
     assert sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, TENSORS_FILE]

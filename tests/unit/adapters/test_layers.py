@@ -13,7 +13,6 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx.adapters.folder import PARTS
 from phi4_mlx.adapters.layers import (
-    DEFAULT_KEYS,
     adapter_layers,
     adapter_off,
     adapter_parameters,
@@ -178,7 +177,8 @@ def test_one_adapter_replaces_another_without_a_second_copy_of_the_base(
     model = tiny_model()
     base = dict(tree_flatten(model.parameters()))
     logits = {}
-    for n, (kind, keys) in enumerate([("lora", DEFAULT_KEYS), ("dora", DEFAULT_KEYS[:1]), ("lora", DEFAULT_KEYS[2:])]):
+    every = Model.lora_keys
+    for n, (kind, keys) in enumerate([("lora", every), ("dora", every[:1]), ("lora", every[2:])]):
         fresh = adapted(tiny_model(), kind, seed=n, keys=keys)
         save_adapter(fresh, tmp_path / str(n), {})
         logits[n] = fresh(IDS)

@@ -11,8 +11,8 @@ from phi4_mlx.chat.conversation import Conversation
 from phi4_mlx.chat.session import Chat
 from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.stream import GenerationResponse
-from phi4_mlx.models.cache import PromptCache
 from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.terminal.options import SAMPLING
 from phi4_mlx.terminal.screen import Screen
 from tests.char_tokenizer import FIRST_CHAR, CharTokenizer
