@@ -172,7 +172,7 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
             self._snapshots = [*self._snapshots[1 - MAX_SNAPSHOTS :], snapshot]
 
     def reusable(self, length: int) -> int:
-        """How many of the first `length` tokens can be kept without the rest.
+        """The number of the first `length` tokens that can be kept without the rest.
 
         All of them where tokens can be taken back; else those up to the latest snapshot.
         """

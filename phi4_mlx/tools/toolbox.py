@@ -117,7 +117,7 @@ def _pair(tool: Any) -> tuple[Mapping[str, Any], Function, Mapping[str, Any]]:
 
 
 def _mismatch(value: Any, schema: Any) -> str | None:
-    """How an argument breaks the top level of its schema; the tool itself must check the levels below."""
+    """The violation of the top level of an argument's schema; the tool itself must check the levels below."""
     if not isinstance(schema, Mapping):
         return None
     kinds = schema.get("type")

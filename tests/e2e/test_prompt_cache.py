@@ -125,7 +125,7 @@ def test_a_chat_continues_the_conversation_of_another(tmp_path: Path) -> None:
             cwd=str(tmp_path),
             env=os.environ
             | {"PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(tmp_path), "HOME": str(tmp_path), "TERM": "xterm"}
-            | {"HF_HUB_OFFLINE": "1", "PROMPT_TOOLKIT_NO_CPR": "1", "NO_COLOR": "1"},
+            | {"HF_HUB_OFFLINE": "1", "PROMPT_TOOLKIT_NO_CPR": "1", "NO_COLOR": "1", "COLUMNS": "200"},
             dimensions=(40, 200),
             encoding="utf-8",
             timeout=60,

@@ -128,7 +128,7 @@ class RunFolder:
                 )
 
     def _writes(self, snapshot: Snapshot, adapter: Adapter) -> list[Write]:
-        """What may be missing on the disk, in the order in which it has to be written."""
+        """Everything that may be missing on the disk, in the order in which it has to be written."""
         return [
             self._best_write(),
             (self.path / FOLDER, lambda: self._write_checkpoint(snapshot)),

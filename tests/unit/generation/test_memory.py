@@ -38,6 +38,7 @@ def peak(step: Callable[[], mx.array]) -> int:
     return mx.get_peak_memory()
 
 
+@pytest.mark.slow
 def test_the_whole_context_takes_what_is_planned(tiny_model: Callable[..., Model]) -> None:
     S, T = 131_072, 2
     model = tiny_model(num_hidden_layers=3, max_position_embeddings=S, rope_scaling=FACTORS, **HEADS)
@@ -82,6 +83,7 @@ def test_a_bounded_cache_costs_its_bound_and_a_chunk(tiny_model: Callable[..., M
     assert plan.cache_bytes(4096, chunk) == plan.cache_bytes(3000, chunk) and plan.most_tokens == 4096
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_bits", [None, 4])
 @pytest.mark.parametrize("length", [300, 2048])
 def test_a_prefill_takes_what_is_planned(tiny_model: Callable[..., Model], kv_bits: int | None, length: int) -> None:

@@ -130,6 +130,7 @@ def test_under_a_grammar(demo: tuple[Model, Any], penalty: str, prefill_step_siz
     assert answer(DraftModel(model, timed=False))[0] == plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guess", ["likely", "unlikely"])
 def test_the_distribution_stays(tiny_model: Callable[..., Model], guess: str) -> None:
     """Third tokens of many answers at temperature 1, with and without guesses: the same frequencies, by chi squared."""

@@ -35,6 +35,7 @@ def filled(model: Model, length: int = 20, B: int = 1, **options: Any) -> Any:
     return cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("partial", [1.0, 0.75])
 @pytest.mark.parametrize("B", [1, 3])

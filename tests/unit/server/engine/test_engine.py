@@ -542,6 +542,7 @@ def count_tokens_run(patch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
+@pytest.mark.slow
 def test_the_second_turn_of_a_long_conversation_reads_only_what_is_new(
     loaded: tuple[Model, Tokenizer], make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
