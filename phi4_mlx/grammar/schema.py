@@ -10,8 +10,9 @@ from decimal import Decimal
 from typing import Any
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.tools.declarations import MAX_PROPERTIES
-from phi4_mlx.tools.json_text import JsonObject, json_text
+from phi4_mlx.tools.json_text import json_text
 
 MAX_BYTES = 65_536
 MAX_DEPTH = 64  # nested schemas

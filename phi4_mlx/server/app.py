@@ -22,12 +22,13 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.server.apis import chat as chat_api
 from phi4_mlx.server.apis import completions as completions_api
 from phi4_mlx.server.apis import messages as messages_api
 from phi4_mlx.server.apis import responses as responses_api
 from phi4_mlx.server.apis.answer import Answer
-from phi4_mlx.server.apis.wire import Ask, Delta, End, JsonObject, WireError, json_bytes
+from phi4_mlx.server.apis.wire import Ask, Delta, End, WireError, json_bytes
 from phi4_mlx.server.guard import Receive, Scope, Send, refuse
 from phi4_mlx.server.limits import BRACKETS_LIMIT
 from phi4_mlx.server.service import Service

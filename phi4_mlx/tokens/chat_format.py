@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from phi4_mlx.errors import ConfigError, RequestError, TokenizerError
-from phi4_mlx.files.json_file import read_json
+from phi4_mlx.files.json_file import JsonObject, read_json
 from phi4_mlx.tokens.tokenizer import Control, Tokenizer
 from phi4_mlx.tools.declarations import tools_text
-from phi4_mlx.tools.json_text import JsonObject, json_text
+from phi4_mlx.tools.json_text import json_text
 from phi4_mlx.tools.markup import CALLS_CLOSE, CALLS_OPEN, TOOLS_CLOSE, TOOLS_OPEN
 
 Message = Mapping[str, Any]

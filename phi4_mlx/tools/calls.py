@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.tools.declarations import flat_argument
-from phi4_mlx.tools.json_text import JsonObject, JsonScanner, json_text
+from phi4_mlx.tools.json_text import JsonScanner, json_text
 
 _DECODER = json.JSONDecoder(strict=False)  # a model writes line breaks in strings
 _WRAPPER_KEYS = {"id", "index", "type", "function"}

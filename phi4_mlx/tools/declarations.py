@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.tools.hints import JSON_TYPES, Field, NoSchema, error_line, object_schema
-from phi4_mlx.tools.json_text import JsonObject, json_text
+from phi4_mlx.tools.json_text import json_text
 
 MAX_TOOLS = 128  # OpenAI's limit
 MAX_PROPERTIES = 500  # of one tool or schema, nested ones included; a grammar with more is slow to build

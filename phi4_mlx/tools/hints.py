@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.tools.json_text import JsonObject, json_text
+from phi4_mlx.files.json_file import JsonObject
+from phi4_mlx.tools.json_text import json_text
 
 _SCALARS = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
 _ARRAYS = (list, collections.abc.Sequence, collections.abc.Iterable)

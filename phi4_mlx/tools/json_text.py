@@ -11,8 +11,6 @@ import json
 import re
 from typing import Any
 
-JsonObject = dict[str, Any]
-
 MAX_DEPTH = 200  # nested brackets; Python's reader gives up at a depth that depends on its build
 MAX_NUMBER = 4300  # characters; Python converts no more digits than this
 

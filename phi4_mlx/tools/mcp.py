@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.tools.json_text import JsonObject
+from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.tools.toolbox import Tool
 
 if TYPE_CHECKING:

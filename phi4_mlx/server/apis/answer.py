@@ -7,18 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from phi4_mlx.server.apis.wire import (
-    Ask,
-    Call,
-    Delta,
-    End,
-    JsonObject,
-    Usage,
-    WireError,
-    error_body,
-    new_id,
-    sse,
-)
+from phi4_mlx.files.json_file import JsonObject
+from phi4_mlx.server.apis.wire import Ask, Call, Delta, End, Usage, WireError, error_body, new_id, sse
 from phi4_mlx.server.engine.protocol import TokenLogprob
 
 DONE = b"data: [DONE]\n\n"  # the end of a stream of chunks

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.server.apis.fields import Fields, check_json, shown
-from phi4_mlx.server.apis.wire import JsonObject, WireError
+from phi4_mlx.server.apis.wire import WireError
 from phi4_mlx.server.limits import (
     API_PENALTY_LIMIT,
     API_TEMPERATURE_LIMIT,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.server.apis.answer import FINISH_REASONS, ChunkAnswer
 from phi4_mlx.server.apis.body import (
     check_tool_choice,
@@ -24,7 +25,7 @@ from phi4_mlx.server.apis.body import (
     tool_call,
 )
 from phi4_mlx.server.apis.fields import Fields, read_body, shown
-from phi4_mlx.server.apis.wire import Ask, Delta, End, JsonObject, in_call_order, logprobs_json
+from phi4_mlx.server.apis.wire import Ask, Delta, End, in_call_order, logprobs_json
 from phi4_mlx.server.engine.protocol import TokenLogprob
 from phi4_mlx.server.limits import (
     ANSWERS_LIMIT,

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.server.apis.answer import FINISH_REASONS, ChunkAnswer
 from phi4_mlx.server.apis.body import read_max_tokens, read_model, read_response_format, read_sampling, read_stop
 from phi4_mlx.server.apis.fields import Fields, read_body, shown
-from phi4_mlx.server.apis.wire import Ask, Delta, End, JsonObject, finite, token_text
+from phi4_mlx.server.apis.wire import Ask, Delta, End, finite, token_text
 from phi4_mlx.server.engine.protocol import TokenLogprob
 from phi4_mlx.server.limits import ANSWERS_LIMIT, PROMPTS_LIMIT, TOP_LOGPROBS_LIMIT
 

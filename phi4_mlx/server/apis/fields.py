@@ -10,7 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
 
-from phi4_mlx.server.apis.wire import JsonObject, WireError
+from phi4_mlx.files.json_file import JsonObject
+from phi4_mlx.server.apis.wire import WireError
 from phi4_mlx.server.limits import DEPTH_LIMIT, NAME_CHARS_LIMIT, SHOWN_CHARS
 
 D = TypeVar("D")

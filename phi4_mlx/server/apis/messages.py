@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.server.apis.answer import EventAnswer
 from phi4_mlx.server.apis.body import (
     check_tool_choice,
@@ -23,7 +24,7 @@ from phi4_mlx.server.apis.body import (
     tool_call,
 )
 from phi4_mlx.server.apis.fields import Fields, read_body, shown
-from phi4_mlx.server.apis.wire import Ask, Call, JsonObject, WireError, in_call_order, sse
+from phi4_mlx.server.apis.wire import Ask, Call, WireError, in_call_order, sse
 from phi4_mlx.server.limits import MESSAGES_LIMIT, PARTS_LIMIT
 
 ROLES = ("user", "assistant", "system")

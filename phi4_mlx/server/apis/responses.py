@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.server.apis.answer import EventAnswer
 from phi4_mlx.server.apis.body import (
     check_tool_choice,
@@ -26,7 +27,7 @@ from phi4_mlx.server.apis.body import (
     tool_call,
 )
 from phi4_mlx.server.apis.fields import Fields, read_body, shown
-from phi4_mlx.server.apis.wire import Ask, Call, Delta, End, JsonObject, WireError, in_call_order, logprobs_json
+from phi4_mlx.server.apis.wire import Ask, Call, Delta, End, WireError, in_call_order, logprobs_json
 from phi4_mlx.server.limits import (
     INCLUDE_LIMIT,
     MESSAGES_LIMIT,

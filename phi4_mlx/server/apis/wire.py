@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal
 
+from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.server.engine.protocol import TokenLogprob
-
-JsonObject = dict[str, Any]
 
 
 class WireError(Exception):

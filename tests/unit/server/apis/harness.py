@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.server.apis.answer import Answer
-from phi4_mlx.server.apis.wire import Call, Delta, End, JsonObject, WireError, error_body
+from phi4_mlx.server.apis.wire import Call, Delta, End, WireError, error_body
 
 V = 1_000  # token ids
 NOW = 1_700_000_000
