@@ -1,4 +1,4 @@
-"""Tiny models of the family, with random weights: small enough for any test, of the same shape as the real ones."""
+"""Tiny models with random weights and the architecture of the real ones, as objects and as folders; the demo."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ import pytest
 from hypothesis import settings
 from mlx.utils import tree_flatten, tree_map_with_path
 
+from phi4_mlx.checkpoint import load
 from phi4_mlx.config import ModelConfig
 from phi4_mlx.models.text import Model
+from phi4_mlx.tokens.tokenizer import Tokenizer
+
+TinyModel = Callable[..., Model]  # the fixture `tiny_model`
+TinyCheckpoint = Callable[..., Path]  # the fixture `tiny_checkpoint`
+Demo = tuple[Model, Tokenizer]  # the fixture `demo`
 
 settings.register_profile("default", derandomize=True, deadline=None)
 settings.load_profile("default")
@@ -22,11 +28,12 @@ settings.load_profile("default")
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"
 TOKENIZER = DATA / "tiny_tokenizer"
-BOUNDARY = 64  # of the tiny models; their context is 16 times as long
+BOUNDARY = 64  # tokens to which the short RoPE table of the tiny models reaches
+CONTEXT = 16 * BOUNDARY
 
 
 def tiny_config_dict(**overrides: Any) -> dict[str, Any]:
-    """A config.json as Phi-4-mini's: tied, 0.75 rotary, GQA 3:1, LongRoPE with two different tables."""
+    """A small config.json like Phi-4-mini's: tied, 0.75 rotary, GQA 3:1, LongRoPE with two different tables."""
     raw: dict[str, Any] = {
         "architectures": ["Phi3ForCausalLM"],
         "model_type": "phi3",
@@ -36,7 +43,7 @@ def tiny_config_dict(**overrides: Any) -> dict[str, Any]:
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
         "vocab_size": 512,
-        "max_position_embeddings": 16 * BOUNDARY,
+        "max_position_embeddings": CONTEXT,
         "original_max_position_embeddings": BOUNDARY,
         "partial_rotary_factor": 0.75,
         "rms_norm_eps": 1e-5,
@@ -58,7 +65,7 @@ def tiny_config_dict(**overrides: Any) -> dict[str, Any]:
 
 
 def make_tiny_model(seed: int = 0, **overrides: Any) -> Model:
-    """A model in fp32 with logits of unit scale and attention that depends on positions."""
+    """An fp32 model whose logits have unit scale and whose attention depends on positions."""
     model = Model(ModelConfig.from_dict(tiny_config_dict(**overrides)))
     keys = iter(mx.random.split(mx.random.key(seed), 1000))
 
@@ -76,7 +83,7 @@ def make_tiny_model(seed: int = 0, **overrides: Any) -> Model:
 def write_tiny_checkpoint(
     folder: Path, seed: int = 0, dtype: mx.Dtype = mx.float32, shards: int = 1, **overrides: Any
 ) -> Path:
-    """The same model as a Hugging Face folder, with tokenizer files of the same vocabulary size."""
+    """Writes the tiny model as a Hugging Face folder, with tokenizer files of the same vocabulary size."""
     folder.mkdir(parents=True, exist_ok=True)
     raw = tiny_config_dict(**overrides)
     (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True))
@@ -96,16 +103,22 @@ def write_tiny_checkpoint(
 
 
 @pytest.fixture
-def tiny_model() -> Callable[..., Model]:
+def tiny_model() -> TinyModel:
     """`tiny_model(seed=0, **config)` -> Model."""
     return make_tiny_model
 
 
 @pytest.fixture
-def tiny_checkpoint(tmp_path: Path) -> Callable[..., Path]:
-    """`tiny_checkpoint(name="tiny", seed=0, dtype=mx.float32, shards=1, **config)` -> the folder."""
+def tiny_checkpoint(tmp_path: Path) -> TinyCheckpoint:
+    """`tiny_checkpoint(name="tiny", seed=0, dtype=mx.float32, shards=1, **config)` -> its folder."""
 
     def write(name: str = "tiny", **options: Any) -> Path:
         return write_tiny_checkpoint(tmp_path / name, **options)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def demo() -> Demo:
+    """The model and the tokenizer of the embedded package; tests leave both as they are."""
+    return load("demo")

@@ -1,7 +1,7 @@
-"""Configs of the family at its true shapes, so that tests name and count tensors without weights.
+"""Configs of published models of the family, so that tests can count tensors and sizes without weights.
 
-Frequencies: Phi-4-mini's own config.json. Phi-3.5-mini's tables are not at hand; its preset has neutral ones of the
-right length.
+The RoPE factors of Phi-4-mini are those of its config.json. Phi-3.5-mini's are not stored here; its preset has factors
+of 1 in the right number.
 """
 
 from __future__ import annotations

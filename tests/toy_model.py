@@ -1,7 +1,7 @@
 """A second kind of model for tests: a gated linear recurrence whose cache cannot be trimmed, only restored.
 
-h_t = a * h_(t-1) + W_in norm(x_t), and x_t becomes x_t + W_out silu(h_t). It keeps the contract in
-`phi4_mlx.models.model` and nothing else, so whatever works with it needs no knowledge of a model kind.
+h_t = a * h_(t-1) + W_in norm(x_t), and x_t becomes x_t + W_out silu(h_t). It implements the contract in
+`phi4_mlx.models.model` and nothing else, so code that works with it does not depend on the kind of model.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import pytest
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from phi4_mlx.checkpoint import KINDS, Kind
@@ -185,7 +186,7 @@ TOY = Kind(ToyConfig.from_dict, ToyModel, recognise)
 
 
 def make_toy_model(seed: int = 0) -> ToyModel:
-    """A toy with logits of unit scale that depend on every token before."""
+    """A toy model whose logits have unit scale and depend on every token before."""
     model = ToyModel(ToyConfig())
     keys = iter(mx.random.split(mx.random.key(seed), 100))
 
@@ -201,7 +202,7 @@ def make_toy_model(seed: int = 0) -> ToyModel:
 
 
 def write_toy_checkpoint(folder: Path, seed: int = 0) -> Path:
-    """The toy as a folder; loading it needs `KINDS["toy"] = TOY`."""
+    """Writes the toy model as a folder; loading it needs `register_toy`."""
     folder.mkdir(parents=True, exist_ok=True)
     model = make_toy_model(seed)
     (folder / "config.json").write_text(json.dumps(model.config.to_dict()))
@@ -211,6 +212,6 @@ def write_toy_checkpoint(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def register_toy(monkeypatch: Any) -> None:
-    """Adds the toy to the table of kinds for one test."""
+def register_toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adds the toy to the table of model kinds for one test."""
     monkeypatch.setitem(KINDS, "toy", TOY)

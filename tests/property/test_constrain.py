@@ -1,6 +1,6 @@
 """Random schemas of all supported keywords, answered by the demo at temperature 1: every answer is valid and ends.
 
-SCHEMAS=200 python -m pytest tests/property/test_constrain.py
+For more of them: SCHEMAS=200 python -m pytest tests/property/test_constrain.py
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 import jsonschema
 import pytest
 
-from phi4_mlx.checkpoint import load
 from phi4_mlx.generation.sampling import make_sampler
 from phi4_mlx.generation.stream import stream_generate
 from phi4_mlx.grammar.constraint import Constraint
-from phi4_mlx.grammar.grammars import json_schema, tool_calls
+from phi4_mlx.grammar.grammars import Grammar, json_schema, tool_calls
+from tests.conftest import Demo
 
 SCHEMAS = int(os.environ.get("SCHEMAS", "40"))
 MAX_TOKENS = 256
@@ -27,14 +27,14 @@ PATTERNS = ["^[A-Z][a-z]{1,8}$", "[0-9]{3}", "^(red|green|blue)(-(red|green|blue
 FORMATS = ["date", "time", "date-time", "email", "ipv4", "ipv6", "uuid", "hostname", "uri", "duration"]
 
 
-class Maker:
+class SchemaMaker:
     """Makes random schemas."""
 
     def __init__(self, seed: int):
         self.dice = random.Random(seed)
         self.definitions: dict[str, Any] = {}
 
-    def whole(self) -> dict[str, Any]:
+    def root(self) -> dict[str, Any]:
         kind = self.dice.choice([self.object, self.object, self.object, self.array, self.any_of, self.leaf])
         schema = kind(3)
         return {**schema, "$defs": self.definitions} if self.definitions else schema
@@ -110,7 +110,7 @@ class Maker:
         return {"allOf": parts}
 
     def reference(self, depth: int) -> dict[str, Any]:
-        """A linked list of any length."""
+        """A recursive schema: a linked list."""
         name = f"chain{len(self.definitions)}"
         self.definitions[name] = {}  # reserves the name, because its values may define others
         following = {"anyOf": [{"type": "null"}, {"$ref": f"#/$defs/{name}"}]}
@@ -123,24 +123,23 @@ class Maker:
         return {"$ref": f"#/$defs/{name}"}
 
 
-@pytest.fixture(scope="module")
-def demo() -> tuple[Any, Any]:
-    return load("demo")
-
-
-def answer(demo: tuple[Any, Any], grammar: Any, prompt: str, seed: int) -> tuple[str, str | None]:
+def answer(demo: Demo, grammar: Grammar, prompt: str, seed: int) -> tuple[str, str | None]:
     """The text at temperature 1, and its finish reason."""
     model, tokenizer = demo
     constraint = Constraint(grammar, tokenizer, model.config.vocab_size, MAX_TOKENS)
     ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
-    options = {"max_tokens": MAX_TOKENS, "sampler": make_sampler(1.0, seed=seed), "logits_mask": constraint}
+    options: dict[str, Any] = {
+        "max_tokens": MAX_TOKENS,
+        "sampler": make_sampler(1.0, seed=seed),
+        "logits_mask": constraint,
+    }
     events = list(stream_generate(model, tokenizer, ids, **options))
     return "".join(event.text for event in events), events[-1].finish_reason
 
 
 @pytest.mark.parametrize("seed", range(SCHEMAS))
-def test_every_answer_obeys_its_schema_and_ends(demo: tuple[Any, Any], seed: int) -> None:
-    schema = Maker(seed).whole()
+def test_every_answer_is_valid_under_its_schema_and_ends(demo: Demo, seed: int) -> None:
+    schema = SchemaMaker(seed).root()
     text, reason = answer(demo, json_schema(schema), "Fill in the form as JSON.", seed)
     checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
     jsonschema.Draft202012Validator(schema, format_checker=checker).validate(json.loads(text))
@@ -148,10 +147,10 @@ def test_every_answer_obeys_its_schema_and_ends(demo: tuple[Any, Any], seed: int
 
 
 @pytest.mark.parametrize("seed", range(max(1, SCHEMAS // 4)))
-def test_a_required_call_is_always_valid(demo: tuple[Any, Any], seed: int) -> None:
+def test_every_required_tool_call_is_valid(demo: Demo, seed: int) -> None:
     tools = {}
     for n in range(3):
-        maker = Maker(1_000 * (seed + 1) + n)
+        maker = SchemaMaker(1_000 * (seed + 1) + n)
         parameters = {**maker.object(1), "additionalProperties": False}
         tools[f"tool_{n}"] = {**parameters, "$defs": maker.definitions}
     given = [{"type": "function", "function": {"name": name, "parameters": tool}} for name, tool in tools.items()]

@@ -1,4 +1,4 @@
-"""For any samples: batches hold exactly their tokens, none lost or repeated, and no row is too long."""
+"""Batches of any samples hold exactly their tokens, none lost or repeated, in rows that are not too long."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LENGTH = 40
 
 @st.composite
 def a_sample(draw: st.DrawFn) -> Sample:
-    # Few different tokens, including 0: samples that look like each other and like an empty slot.
+    # Few different tokens, including 0, so that samples resemble each other and empty slots.
     ids = draw(st.lists(st.integers(0, 3), min_size=2, max_size=LENGTH))
     targets = draw(st.lists(st.booleans(), min_size=len(ids) - 1, max_size=len(ids) - 1))
     return Sample(ids, [False, *targets], "train.jsonl:1")
@@ -28,8 +28,8 @@ data = st.one_of(st.lists(a_sample(), min_size=1, max_size=30), st.lists(pairs, 
 options = st.fixed_dictionaries({"packing": st.booleans(), "seed": st.integers(0, 9), "batch_size": st.just(4)})
 
 
-def as_read(sample: Sample) -> tuple[Any, ...]:
-    """A sample as the model should see it: inputs, the token after each, and the mask."""
+def as_segment(sample: Sample) -> tuple[Any, ...]:
+    """The segment that a sample should become: inputs, targets and mask."""
     return tuple(sample.ids[:-1]), tuple(sample.ids[1:]), tuple(sample.targets[1:])
 
 
@@ -40,7 +40,7 @@ def rows_of(batch: Batch) -> list[list[tuple[Any, ...]]]:
     assert len({array.shape for array in arrays}) == 1
     for inputs, targets, mask, segments in zip(*arrays, strict=True):
         used = int((segments > 0).sum())
-        assert np.all(np.diff(segments[:used]) >= 0) and not segments[used:].any(), "side by side, then nothing"
+        assert np.all(np.diff(segments[:used]) >= 0) and not segments[used:].any(), "in order, then empty slots"
         assert not inputs[used:].any() and not targets[used:].any() and not mask[used:].any()
         assert list(np.unique(segments[:used])) == list(range(1, segments.max() + 1)), "numbered from 1, without gaps"
         parts = [segments == number for number in range(1, segments.max() + 1)]
@@ -52,21 +52,21 @@ def rows_of(batch: Batch) -> list[list[tuple[Any, ...]]]:
 @given(data, options)
 def test_an_epoch_holds_exactly_the_samples(samples: list[Any], options: dict[str, Any]) -> None:
     batches = Batches(samples, max_seq_length=LENGTH, **options)
-    for _ in range(2):  # the second epoch has another order, and is complete too
+    for _ in range(2):  # the second epoch has another order and holds the same samples
         rows = [row for _ in range(batches.steps_per_epoch) for row in rows_of(next(batches))]
         if isinstance(samples[0], Pair):
             assert all(len(row) % 2 == 0 for row in rows)
             found = Counter(pair for row in rows for pair in zip(row[::2], row[1::2], strict=True))
-            assert found == Counter((as_read(pair.chosen), as_read(pair.rejected)) for pair in samples)
+            assert found == Counter((as_segment(pair.chosen), as_segment(pair.rejected)) for pair in samples)
         else:
-            assert Counter(segment for row in rows for segment in row) == Counter(map(as_read, samples))
+            assert Counter(segment for row in rows for segment in row) == Counter(map(as_segment, samples))
         if not options["packing"]:
             assert len(rows) == len(samples)
 
 
 @settings(max_examples=50)
 @given(data, options, st.sampled_from([2, 4]))
-def test_the_ranks_share_each_batch(samples: list[Any], options: dict[str, Any], world: int) -> None:
+def test_the_ranks_split_each_batch(samples: list[Any], options: dict[str, Any], world: int) -> None:
     whole = Batches(samples, max_seq_length=LENGTH, **options)
     parts = [Batches(samples, max_seq_length=LENGTH, rank=rank, world=world, **options) for rank in range(world)]
     assert {part.steps_per_epoch for part in parts} == {whole.steps_per_epoch}
@@ -78,11 +78,13 @@ def test_the_ranks_share_each_batch(samples: list[Any], options: dict[str, Any],
 
 @settings(max_examples=100)
 @given(data, options, st.integers(0, 12), st.integers(0, 9))
-def test_a_position_is_exact(samples: list[Any], options: dict[str, Any], before: int, other: int) -> None:
+def test_a_restored_position_continues_with_the_same_batches(
+    samples: list[Any], options: dict[str, Any], before: int, elsewhere: int
+) -> None:
     unbroken, resumed = (Batches(samples, max_seq_length=LENGTH, **options) for _ in range(2))
     for _ in range(before):
         next(unbroken)
-    for _ in range(other):  # a resumed run may start anywhere
+    for _ in range(elsewhere):  # the position before the restore has no effect
         next(resumed)
     resumed.load_state_dict(unbroken.state_dict())
     for _ in range(2 * unbroken.steps_per_epoch):
@@ -91,8 +93,8 @@ def test_a_position_is_exact(samples: list[Any], options: dict[str, Any], before
 
 @settings(max_examples=200)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=80), st.integers(50, 80))
-def test_no_two_rows_would_fit_in_one(slots: list[int], capacity: int) -> None:
-    """A new row starts only if no other has room, so at most one can be half empty."""
+def test_no_two_packed_rows_fit_in_one(slots: list[int], capacity: int) -> None:
+    """A row is started only if no other has room, so at most one row is less than half full."""
     rows = pack(sorted(range(len(slots)), key=lambda each: -slots[each]), slots, capacity)
     filled = [sum(slots[each] for each in row) for row in rows]
     assert sorted(each for row in rows for each in row) == list(range(len(slots)))
@@ -102,7 +104,7 @@ def test_no_two_rows_would_fit_in_one(slots: list[int], capacity: int) -> None:
 
 @settings(max_examples=50)
 @given(data, options)
-def test_rows_are_no_wider_than_they_must(samples: list[Any], options: dict[str, Any]) -> None:
+def test_rows_are_no_wider_than_the_longest_one_needs(samples: list[Any], options: dict[str, Any]) -> None:
     batches = Batches(samples, max_seq_length=LENGTH, **options)
     longest_row = LENGTH * (2 if isinstance(samples[0], Pair) else 1)
     for batch in batches.fixed():

@@ -1,4 +1,4 @@
-"""The tokenizer against the `tokenizers` library, on the real o200k table: 20,000 random strings, and hostile ones."""
+"""The tokenizer against the `tokenizers` library on the o200k table: 20,000 random strings, plain and hostile."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NEIGHBOURS = [
 SPACES = [" ", "  ", "\n", "\r\n", "\t", "\x0b", "\x0c", "\x1c", "\x1f", "\x85", "\xa0", "\u1680", "\u2003", "\u2028",
           "\u2029", "\u202f", "\u205f", "\u3000", "\u200b", "\ufeff", "\u180e"]  # fmt: skip
 ENGLISH = ["don't", "I'LL", "we've", "The", " quick", "foo_bar(baz)", "12345.678e-9", "https://x.y/z?q=1", "ÉCOLE"]
-# One stretch of each script and of each odd corner: letters, marks, numbers, symbols, emoji, private use, controls.
+# A range of each script and of each special kind: letters, marks, numbers, symbols, emoji, private use, controls.
 RANGES = [
     (0x00, 0x20), (0x21, 0x7F), (0x80, 0xA0), (0xA1, 0x250), (0x300, 0x370), (0x370, 0x400), (0x400, 0x530),
     (0x530, 0x590), (0x591, 0x5F5), (0x600, 0x700), (0x900, 0x980), (0xE00, 0xE5C), (0x10A0, 0x1100),
@@ -42,10 +42,10 @@ RANGES = [
 
 
 def strings(seed: int, n: int, tags: float) -> list[str]:
-    """Random strings of 1 to 12 parts; a share `tags` of the parts are control strings or similar."""
+    """Random strings of 1 to 12 parts; a share `tags` of the parts are control strings or resemble one."""
     draw = random.Random(seed)
 
-    def stretch() -> str:
+    def part() -> str:
         kind = draw.random()
         if kind < tags:
             return draw.choice(TAGS if draw.random() < 0.7 else NEIGHBOURS)
@@ -56,7 +56,7 @@ def strings(seed: int, n: int, tags: float) -> list[str]:
         low, high = draw.choice(RANGES)
         return "".join(chr(draw.randrange(low, high)) for _ in range(draw.randint(1, 8)))
 
-    return ["".join(stretch() for _ in range(draw.randint(1, 12))) for _ in range(n)]
+    return ["".join(part() for _ in range(draw.randint(1, 12))) for _ in range(n)]
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +84,14 @@ def ids_of(library: Library, texts: list[str]) -> list[list[int]]:
     return [encoding.ids for encoding in library.encode_batch(texts, add_special_tokens=False)]
 
 
-def test_the_file_is_microsofts(o200k: Path) -> None:
+def test_the_rebuilt_file_has_the_published_hash(o200k: Path) -> None:
     found = hashlib.sha256((o200k / "tokenizer.json").read_bytes()).hexdigest()
     assert found == "382cc235b56c725945e149cc25f191da667c836655efd0857b004320e90e91ea"
 
 
 @pytest.mark.slow
-def test_the_known_hash_is_of_a_model_whose_merges_agree(o200k: Path, ours: Tokenizer) -> None:
-    """The ranks without reading the merges equal those with the merges."""
+def test_the_merges_of_the_model_with_the_known_hash_agree_with_its_ranks(o200k: Path, ours: Tokenizer) -> None:
+    """Ranks computed without the merges equal those computed from them."""
     raw = (o200k / "tokenizer.json").read_bytes()
     whole = json.loads(raw)
     spec, merged = byte_bpe.parse(raw)
@@ -101,7 +101,7 @@ def test_the_known_hash_is_of_a_model_whose_merges_agree(o200k: Path, ours: Toke
     assert isinstance(ours, ByteTokenizer) and ours.vocab_size == 200_029
 
 
-def test_a_known_model_in_a_file_that_tiktoken_cannot_express_keeps_its_merges(o200k: Path, tmp_path: Path) -> None:
+def test_a_known_model_with_options_that_tiktoken_lacks_is_read_by_the_library(o200k: Path, tmp_path: Path) -> None:
     text = (o200k / "tokenizer.json").read_text(encoding="utf-8")
     (tmp_path / "tokenizer.json").write_text(text.replace('"single_word": false', '"single_word": true', 1))
     tokenizer = load_tokenizer(tmp_path)
@@ -109,14 +109,14 @@ def test_a_known_model_in_a_file_that_tiktoken_cannot_express_keeps_its_merges(o
     assert tokenizer.encode("hello world") == [24912, 2375]
 
 
-def test_plain_text_is_encoded_as_the_library_does(ours: Tokenizer, library_without_tags: Library) -> None:
+def test_plain_text_is_encoded_as_by_the_library(ours: Tokenizer, library_without_tags: Library) -> None:
     texts = strings(1, STRINGS, tags=0.05)
     assert {unicodedata.category(c)[0] for text in texts for c in text} == set("LMNPSZC")
     differing = [t for t, ids in zip(texts, ids_of(library_without_tags, texts), strict=True) if ours.encode(t) != ids]
     assert differing == []
 
 
-def test_control_strings_are_read_as_the_library_does(ours: Tokenizer, library: Library) -> None:
+def test_control_strings_are_encoded_as_by_the_library(ours: Tokenizer, library: Library) -> None:
     texts = strings(2, STRINGS, tags=0.4)
     found = [ours.encode(text, specials=True) for text in texts]
     expected = ids_of(library, texts)
@@ -124,7 +124,7 @@ def test_control_strings_are_read_as_the_library_does(ours: Tokenizer, library: 
     assert {token for ids in found for token in ids} >= set(ours.control_ids.values())
 
 
-def test_plain_text_never_yields_a_control_id_and_comes_back_whole(ours: Tokenizer) -> None:
+def test_plain_text_never_yields_a_control_id_and_survives_a_round_trip(ours: Tokenizer) -> None:
     control = {*ours.control_ids.values(), *range(199998, 200064)}
     for text in strings(3, STRINGS, tags=0.6):
         ids = ours.encode(text)
@@ -132,7 +132,7 @@ def test_plain_text_never_yields_a_control_id_and_comes_back_whole(ours: Tokeniz
         assert ours.decode(ids) == text
 
 
-def test_decoding_any_ids_is_the_librarys(ours: Tokenizer, library: Library) -> None:
+def test_random_ids_are_decoded_as_by_the_library(ours: Tokenizer, library: Library) -> None:
     draw = random.Random(4)
     for _ in range(3000):
         ids = [draw.randrange(200_029) for _ in range(draw.randint(1, 20))]
@@ -144,7 +144,7 @@ def streamed(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     return [*(decoder.add(token) for token in ids), decoder.finish()]
 
 
-def test_a_stream_is_the_decoding_in_whole_characters(ours: Tokenizer) -> None:
+def test_a_streamed_decoding_equals_the_whole_one_in_complete_characters(ours: Tokenizer) -> None:
     for text in strings(5, 3000, tags=0.1):
         parts = streamed(ours, ours.encode(text))
         assert "".join(parts) == text
@@ -160,7 +160,7 @@ def spec_of(name: str) -> dict[str, Any]:
 
 
 def stripping() -> dict[str, Any]:
-    """As Phi-4's (14B): control tokens strip white space on both sides. One token is the start of another."""
+    """Like Phi-4 (14B): control tokens strip white space on both sides. One token is a prefix of another."""
     spec = spec_of("tiny_tokenizer")
     for token in spec["added_tokens"]:
         token["lstrip"] = token["rstrip"] = token["content"] != "<|tag|>"
@@ -168,8 +168,8 @@ def stripping() -> dict[str, Any]:
     return spec
 
 
-def spaced_at_the_start_alone() -> dict[str, Any]:
-    """As transformers 5 saves a Llama-style file: only text at the start of a prompt gets a space."""
+def space_at_the_start_only() -> dict[str, Any]:
+    """Like a Llama-style file saved by transformers 5: a space is added only at the start of a prompt."""
     spec = spec_of("tiny_sentencepiece")
     spaces = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
     return spec | {"normalizer": None, "pre_tokenizer": spaces}
@@ -180,7 +180,7 @@ SPECS: dict[str, Callable[[], dict[str, Any]]] = {
     "stripping": stripping,
     "disagreeing": lambda: spec_of("disagreeing"),
     "tiny_sentencepiece": lambda: spec_of("tiny_sentencepiece"),
-    "spaced_at_the_start_alone": spaced_at_the_start_alone,
+    "space_at_the_start_only": space_at_the_start_only,
 }
 IN_TIKTOKEN = ("tiny_tokenizer", "stripping")
 
@@ -194,7 +194,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Tokenizer
     return request.param, tokenizer, Library.from_str(text)
 
 
-def test_every_backend_agrees_with_the_library(pair: tuple[str, Tokenizer, Library]) -> None:
+def test_every_backend_encodes_and_decodes_as_the_library(pair: tuple[str, Tokenizer, Library]) -> None:
     name, tokenizer, library = pair
     control = set(tokenizer.control_ids.values())
     texts = strings(7, 2000, tags=0.4)
@@ -203,15 +203,15 @@ def test_every_backend_agrees_with_the_library(pair: tuple[str, Tokenizer, Libra
         ids = tokenizer.encode(text)
         assert not control & set(ids), text
         assert tokenizer.decode(ids) == library.decode(ids, skip_special_tokens=False)
-        whole = text.replace("▁", " ") if tokenizer.leading_spaces else text  # SentencePiece's sign for a space
-        if name == "spaced_at_the_start_alone":  # adds a space only where there is none
+        whole = text.replace("▁", " ") if tokenizer.leading_spaces else text  # SentencePiece writes a space as ▁
+        if name == "space_at_the_start_only":  # adds a space only where there is none
             whole = whole.removeprefix(" ")
         assert tokenizer.decode(ids) == whole
         assert tokenizer.decode(expected) == library.decode(expected, skip_special_tokens=False)
 
 
-def test_decoding_any_ids_is_the_librarys_in_every_backend(pair: tuple[str, Tokenizer, Library]) -> None:
-    """Random ids, and parts of texts with one id replaced: characters in byte tokens, complete and broken."""
+def test_every_backend_decodes_random_ids_as_the_library(pair: tuple[str, Tokenizer, Library]) -> None:
+    """Random ids, and parts of texts with one id replaced, so that characters of several tokens are cut."""
     _, tokenizer, library = pair
     draw = random.Random(13)
     for text in strings(14, 3000, tags=0.2):
@@ -223,14 +223,14 @@ def test_decoding_any_ids_is_the_librarys_in_every_backend(pair: tuple[str, Toke
             assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
 
 
-def test_hostile_text_never_yields_a_control_id(pair: tuple[str, Tokenizer, Library]) -> None:
+def test_no_backend_yields_a_control_id_for_hostile_text(pair: tuple[str, Tokenizer, Library]) -> None:
     _, tokenizer, _ = pair
     control = set(tokenizer.control_ids.values())
     found = {token for text in strings(11, STRINGS, tags=0.7) for token in tokenizer.encode(text)}
     assert not control & found
 
 
-def test_pieces_are_the_whole_text_read_by_the_library(pair: tuple[str, Tokenizer, Library]) -> None:
+def test_pieces_are_encoded_as_the_library_encodes_the_joined_text(pair: tuple[str, Tokenizer, Library]) -> None:
     _, tokenizer, library = pair
     draw, tags = random.Random(9), list(tokenizer.control_ids)
     for text in strings(10, 2000, tags=0.0):
@@ -238,20 +238,20 @@ def test_pieces_are_the_whole_text_read_by_the_library(pair: tuple[str, Tokenize
         assert tokenizer.encode_pieces(pieces) == library.encode("".join(pieces), add_special_tokens=False).ids
 
 
-def agreeing(change: Callable[[dict[str, object]], None]) -> bool:
+def merges_agree_after(change: Callable[[dict[str, object]], None]) -> bool:
     spec = spec_of("tiny_tokenizer")
     change(spec["model"])
     return byte_bpe.merges_agree(spec)
 
 
-def test_each_kind_of_disagreement_is_found() -> None:
+def test_each_kind_of_disagreement_between_merges_and_ranks_is_found() -> None:
     def nothing(model: dict) -> None: ...
 
     def exchange_ids(model: dict) -> None:
         vocab, names = model["vocab"], [left + right for left, right in model["merges"]]
         vocab[names[3]], vocab[names[4]] = vocab[names[4]], vocab[names[3]]
 
-    def second_way(model: dict) -> None:  # the same token from other parts
+    def second_way(model: dict) -> None:  # the same token from two other parts
         left, right = next(m for m in model["merges"] if len(m[0]) > 1)
         model["merges"][model["merges"].index([left, right])] = [left[0], left[1:] + right]
 
@@ -264,8 +264,9 @@ def test_each_kind_of_disagreement_is_found() -> None:
     def two_of_one_id(model: dict) -> None:
         model["vocab"]["Ā"] = model["vocab"]["".join(model["merges"][7])]
 
-    assert agreeing(nothing)
-    assert not any(map(agreeing, (exchange_ids, second_way, twice, missing_byte, two_of_one_id)))
+    assert merges_agree_after(nothing)
+    for change in (exchange_ids, second_way, twice, missing_byte, two_of_one_id):
+        assert not merges_agree_after(change), change
 
 
 def random_bpe(draw: random.Random) -> dict[str, Any]:
@@ -280,13 +281,13 @@ def random_bpe(draw: random.Random) -> dict[str, Any]:
         draw.shuffle(merges)
     spec = spec_of("tiny_tokenizer")
     letters = {char: token for token, char in enumerate(sorted(byte_bpe.SPELLING))}
-    spec["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": ".+"}  # the quickest to build
+    spec["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": ".+"}  # the fastest to compile
     spec["model"]["vocab"] = letters | {token: 256 + n for n, token in enumerate(tokens[3:])}
     return spec | {"added_tokens": [], "model": spec["model"] | {"merges": merges}}
 
 
-def test_models_that_agree_give_the_same_ids_in_both_libraries() -> None:
-    """Most models that disagree give different ids for a few short strings, so the proof is not much too strict."""
+def test_models_whose_merges_agree_have_the_same_ids_in_both_backends() -> None:
+    """Also counts the refused models whose ids do differ, so that the check is not far too strict."""
     draw = random.Random(12)
     texts = ["".join(draw.choices("abc", k=draw.randint(1, 12))) for _ in range(200)]
     agreeing = differing = 0

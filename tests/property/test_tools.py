@@ -1,4 +1,4 @@
-"""Tool calls: 20,000 written in all forms and parsed back exactly; 20,000 hostile answers without a false call."""
+"""Tool calls: 20,000 are written in all forms and parsed back exactly; 20,000 hostile answers give no call."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def listed(items: list[Any]) -> str:
     return json_text(items)
 
 
-# Form -> writes calls in that form.
+# Number of a form -> writer of calls in that form.
 FORMS: dict[str, Callable[[list[ToolCall]], str]] = {
     "1": lambda calls: f"<|tool_call|>{listed([plain(call) for call in calls])}<|/tool_call|>",
     "2": lambda calls: f"<|tool_call|>{listed([plain(call) for call in calls])}",
@@ -106,7 +106,7 @@ def cut(draw: random.Random, text: str) -> list[str]:
 
 
 def exact(calls: list[ToolCall] | tuple[ToolCall, ...]) -> list[str]:
-    return [json_text(plain(call)) for call in calls]  # 1, 1.0 and True are equal, but not identical
+    return [json_text(plain(call)) for call in calls]  # as text, because 1, 1.0 and True are equal
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -126,7 +126,7 @@ def test_calls_written_in_a_form_are_parsed_back(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_arguments_nested_to_depth_50_split_at_every_character(form: str) -> None:
+def test_nested_arguments_are_parsed_from_two_pieces_split_anywhere(form: str) -> None:
     draw = random.Random(f"deep {form}")
     calls = [ToolCall("f", {"deep": deep(draw), "x": "]}"}) for _ in range(1 if form in SINGLE else 2)]
     text = FORMS[form](calls)
@@ -137,7 +137,7 @@ def test_arguments_nested_to_depth_50_split_at_every_character(form: str) -> Non
         assert parsed_pieces([text[:at], text[at:]], NAMES) == expected, text[:at]
 
 
-def test_hostile_answers_give_no_call_and_lose_no_character() -> None:
+def test_hostile_answers_stay_text_to_the_last_character() -> None:
     draw = random.Random("hostile")
     for _ in range(HOSTILE):
         text = "".join(draw.choices(FRAGMENTS + DECOYS * 2, k=draw.randint(1, 14)))
@@ -147,7 +147,7 @@ def test_hostile_answers_give_no_call_and_lose_no_character() -> None:
         assert parsed_pieces(cut(draw, text), NAMES) == reply, text
 
 
-def test_bare_and_fenced_calls_in_other_text_are_text() -> None:
+def test_bare_and_fenced_calls_within_other_text_stay_text() -> None:
     draw = random.Random("within text")
     harmless = [part for part in FRAGMENTS if part.strip() and not any(sign in part for sign in '<[{`"f\\,')]
     for _ in range(2_000):
@@ -155,11 +155,11 @@ def test_bare_and_fenced_calls_in_other_text_are_text() -> None:
         word = draw.choice(harmless)
         text = draw.choice([f"{word} {call}", f"{call} {word}"])
         if "<|tool_call|>" in text or "functools" in text or "[TOOL_REQUEST]" in text:
-            continue  # a marker in a string of the call, which is text here, may begin another call
+            continue  # a marker inside a string of the call may start another call
         assert parsed(text, NAMES) == Reply(text, (), None), text
 
 
-def test_calls_among_hostile_text_are_of_declared_tools() -> None:
+def test_calls_parsed_from_hostile_text_name_declared_tools() -> None:
     draw = random.Random("mixed")
     found = 0
     for _ in range(5_000):

@@ -1,9 +1,8 @@
-"""`load`: Hugging Face folders, mlx-lm's packages, the check of every tensor, and the Hub."""
+"""`load`: Hugging Face folders, mlx-lm packages, the check of every tensor, and the Hub."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,14 @@ from phi4_mlx.errors import CheckpointError, ConfigError, Phi4Error, RequestErro
 from phi4_mlx.files.safetensors import TensorInfo
 from phi4_mlx.hub import DEFAULT_MODEL, NEEDED_FILES, resolve
 from phi4_mlx.models.text import Model
+from tests.conftest import TinyCheckpoint, TinyModel
 from tests.presets import PRESETS
 
 IDS = mx.array([[5, 6, 7, 8]])
 
 
 def rewrite(folder: Path, **changes: mx.array | None) -> Path:
-    """Changes tensors of a checkpoint: name, with __ for a dot -> array, or None to remove it."""
+    """Replaces tensors of a checkpoint: name (with __ for each dot) -> array, or None to remove it."""
     path = folder / "model.safetensors"
     tensors = dict(mx.load(str(path)))
     mx.eval(tensors)
@@ -47,7 +47,7 @@ def reconfigure(folder: Path, **fields: Any) -> Path:
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_hugging_face_folder_loads(
-    tiny_checkpoint: Callable[..., Path], tiny_model: Callable[..., Model], dtype: mx.Dtype, shards: int
+    tiny_checkpoint: TinyCheckpoint, tiny_model: TinyModel, dtype: mx.Dtype, shards: int
 ) -> None:
     model, tokenizer = load(tiny_checkpoint(seed=3, dtype=dtype, shards=shards))
     expected = tiny_model(seed=3)
@@ -58,19 +58,19 @@ def test_a_hugging_face_folder_loads(
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
 
 
-def test_an_untied_model_loads(tiny_checkpoint: Callable[..., Path], tiny_model: Callable[..., Model]) -> None:
+def test_an_untied_model_loads(tiny_checkpoint: TinyCheckpoint, tiny_model: TinyModel) -> None:
     model, _ = load(tiny_checkpoint(tie_word_embeddings=False))
     assert mx.array_equal(model(IDS), tiny_model(tie_word_embeddings=False)(IDS))
 
 
-def test_lazy_loading_gives_the_same_model(tiny_checkpoint: Callable[..., Path]) -> None:
+def test_lazy_loading_gives_the_same_model(tiny_checkpoint: TinyCheckpoint) -> None:
     folder = tiny_checkpoint()
     assert mx.array_equal(load(folder, lazy=True)[0](IDS), load(str(folder))[0](IDS))
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_a_package_of_mlx_lm_loads(tiny_checkpoint: Callable[..., Path], tmp_path: Path, mixed: bool) -> None:
-    """Also with settings per layer, and with some layers unquantised."""
+def test_a_package_of_mlx_lm_loads(tiny_checkpoint: TinyCheckpoint, tmp_path: Path, mixed: bool) -> None:
+    """Also with quantisation settings per layer, and with some layers unquantised."""
     from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
     folder, out = tiny_checkpoint("source", max_position_embeddings=1024), tmp_path / "package"
@@ -85,7 +85,7 @@ def test_a_package_of_mlx_lm_loads(tiny_checkpoint: Callable[..., Path], tmp_pat
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (out / file).write_bytes((folder / file).read_bytes())
     ours, _ = load(out)
-    ids = mx.random.randint(0, 512, (1, 70))  # past the boundary, where mlx-lm's only table is the right one
+    ids = mx.random.randint(0, 512, (1, 70))  # past the boundary, where mlx-lm's single RoPE table is the right one
     assert mx.allclose(ours(ids), theirs(ids), atol=1e-4)
     layer = ours.layers[0]
     assert layer.self_attn.o_proj.bits == (8 if mixed else 4)
@@ -93,8 +93,8 @@ def test_a_package_of_mlx_lm_loads(tiny_checkpoint: Callable[..., Path], tmp_pat
 
 
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
-def test_other_quantisation_modes_load(
-    tiny_checkpoint: Callable[..., Path], tiny_model: Callable[..., Model], mode: str
+def test_packages_in_other_quantisation_modes_load(
+    tiny_checkpoint: TinyCheckpoint, tiny_model: TinyModel, mode: str
 ) -> None:
     settings = {"mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}[mode]
     model = tiny_model()
@@ -105,7 +105,7 @@ def test_other_quantisation_modes_load(
 
 
 def test_phi_4_mini_has_452_quantised_tensors() -> None:
-    """From the shapes: 129 matrices with weight, scales and biases, and 65 norms."""
+    """129 matrices with weight, scales and biases, and 65 norms."""
     dense = [name for name, _ in tree_flatten(Model(PRESETS["phi-4-mini"]).parameters())]
     raw = PRESETS["phi-4-mini"].to_dict() | {"quantization": {"group_size": 64, "bits": 4}}
     config = type(PRESETS["phi-4-mini"]).from_dict(raw)
@@ -117,8 +117,8 @@ def test_phi_4_mini_has_452_quantised_tensors() -> None:
     assert shapes["model.layers.0.mlp.down_proj.weight"] == (3072, 1024)
 
 
-def test_derived_tensors_are_accepted(
-    tiny_checkpoint: Callable[..., Path], tiny_model: Callable[..., Model]
+def test_tensors_that_can_be_derived_from_others_are_ignored(
+    tiny_checkpoint: TinyCheckpoint, tiny_model: TinyModel
 ) -> None:
     folder = rewrite(
         tiny_checkpoint(), lm_head__weight=mx.zeros((512, 96)),
@@ -138,34 +138,34 @@ def test_derived_tensors_are_accepted(
         ({"model__norm__scales": mx.zeros(96)}, r"quantised, but config.json has no 'quantization'"),
     ],
 )
-def test_every_tensor_is_accounted_for(
-    tiny_checkpoint: Callable[..., Path], changes: dict[str, Any], message: str
+def test_missing_unexpected_and_unfitting_tensors_are_refused_by_name(
+    tiny_checkpoint: TinyCheckpoint, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         load(rewrite(tiny_checkpoint(), **changes))
     assert "\n" not in str(caught.value)
 
 
-def test_layers_beyond_the_config_are_left_over(tiny_checkpoint: Callable[..., Path]) -> None:
+def test_layers_beyond_the_config_are_refused(tiny_checkpoint: TinyCheckpoint) -> None:
     with pytest.raises(CheckpointError, match=r"6 tensors \(model\.layers\.1\.input_layernorm"):
         load(reconfigure(tiny_checkpoint(), num_hidden_layers=1))
 
 
-def test_a_missing_shard_is_named(tiny_checkpoint: Callable[..., Path]) -> None:
+def test_a_missing_shard_is_named(tiny_checkpoint: TinyCheckpoint) -> None:
     folder = tiny_checkpoint(shards=2)
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match="model-00002-of-00002"):
         load(folder)
 
 
-def test_an_invalid_quantisation_is_one_line(tiny_checkpoint: Callable[..., Path]) -> None:
+def test_an_invalid_quantisation_is_refused(tiny_checkpoint: TinyCheckpoint) -> None:
     folder = rewrite(tiny_checkpoint(), model__layers__0__mlp__down_proj__scales=mx.zeros((96, 5)))
     with pytest.raises(CheckpointError, match="does not fit"):
         load(reconfigure(folder, quantization={"group_size": 33, "bits": 4}))
 
 
 @pytest.mark.parametrize("own", [True, {"group_size": 32, "bits": 4}])
-def test_a_layer_may_be_named_with_or_without_settings(tiny_checkpoint: Callable[..., Path], own: Any) -> None:
+def test_the_quantisation_of_a_layer_may_be_true_or_settings(tiny_checkpoint: TinyCheckpoint, own: Any) -> None:
     source = tiny_checkpoint()
     convert(source, source.parent / "out", quantize=True, q_group_size=32)
     raw = json.loads((source.parent / "out" / "config.json").read_text())["quantization"]
@@ -174,20 +174,20 @@ def test_a_layer_may_be_named_with_or_without_settings(tiny_checkpoint: Callable
     assert mx.array_equal(load(folder)[0](IDS), plain)
 
 
-def test_a_folder_without_config_is_named(tiny_checkpoint: Callable[..., Path]) -> None:
+def test_a_folder_without_config_is_named(tiny_checkpoint: TinyCheckpoint) -> None:
     folder = tiny_checkpoint()
     (folder / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"config\.json does not exist"):
         load(folder)
 
 
-def test_a_chat_format_can_be_chosen(tiny_checkpoint: Callable[..., Path]) -> None:
+def test_a_chat_format_can_be_chosen(tiny_checkpoint: TinyCheckpoint) -> None:
     assert load(tiny_checkpoint(), chat_format="phi4")[1].chat_format.name == "phi4"
     with pytest.raises(RequestError, match=r"'phi5' is unknown; known are .*phi4-mini"):
         load(tiny_checkpoint(), chat_format="phi5")
 
 
-def test_an_adapter_is_loaded_too(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_folder_without_an_adapter_is_refused(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     with pytest.raises(Phi4Error, match=r"adapter_config\.json"):
         load(tiny_checkpoint(), adapter_path=tmp_path)
 
@@ -200,41 +200,37 @@ def test_an_unknown_name_suggests_the_demo(name: str) -> None:
         resolve(name)
 
 
-def test_demo_is_the_embedded_package() -> None:
+def test_the_name_demo_is_the_embedded_package() -> None:
     assert resolve("demo") == Path(checkpoint.__file__).parent / "demo"
 
 
-def test_the_needed_files_are_downloaded_at_a_pinned_commit(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_needed_files_are_downloaded_at_a_pinned_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import huggingface_hub
 
-    asked: list[tuple[str, str | None, list[str]]] = []
-    local: list[bool] = []
+    downloads: list[tuple[str | None, list[str], bool]] = []  # revision, patterns, cached files only
 
     def snapshot_download(repo: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool) -> str:
-        asked.append((repo, revision, allow_patterns))
-        local.append(local_files_only)
+        downloads.append((revision, allow_patterns, local_files_only))
         return str(tmp_path)
+
+    def unreachable(*_: Any, **options: Any) -> None:
+        raise RuntimeError("no route to the Hub")  # any exception
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda self, repo, **options: None)
     assert resolve(DEFAULT_MODEL) == tmp_path
     resolve(DEFAULT_MODEL, "main")
     resolve("owner/name")
-    assert [revision for _, revision, _ in asked] == ["ac1c269cb4222a4e136a3d09edad301056c1f36a", "main", None]
-    assert asked[0][2] == list(NEEDED_FILES)
-    assert local == [False] * 3
-    monkeypatch.setattr(
-        huggingface_hub.HfApi, "repo_info", lambda self, repo, **options: 1 / 0
-    )  # any failure to reach the Hub
+    pinned, files = "ac1c269cb4222a4e136a3d09edad301056c1f36a", list(NEEDED_FILES)
+    assert downloads == [(pinned, files, False), ("main", files, False), (None, files, False)]
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", unreachable)
     resolve("owner/name")
-    assert local[-1]  # falls back to the cached files
+    assert downloads[-1] == (None, files, True)  # falls back to the cached files
     assert not any("py" in pattern.rpartition(".")[2] for pattern in NEEDED_FILES)
 
 
 @pytest.mark.parametrize("offline", [True, False])
-def test_without_network_one_line_suggests_the_demo(
+def test_without_a_network_the_error_suggests_the_demo(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, offline: bool
 ) -> None:
     from huggingface_hub import constants
@@ -248,7 +244,7 @@ def test_without_network_one_line_suggests_the_demo(
     assert "\n" not in str(caught.value)
 
 
-def test_tensors_are_checked_from_the_headers_alone(tiny_model: Callable[..., Model]) -> None:
+def test_tensors_can_be_checked_from_the_headers_alone(tiny_model: TinyModel) -> None:
     model = tiny_model()
     infos = {name: TensorInfo("F32", tuple(a.shape), 0, 0) for name, a in tree_flatten(model.parameters())}
     assert check_tensors(model, infos) == set(infos)

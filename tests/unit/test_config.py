@@ -1,4 +1,4 @@
-"""config.json: both layouts, the defaults, the presets, and the fields that are refused."""
+"""config.json: both layouts, the presets, and the fields that are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def scaling(**fields: Any) -> dict[str, Any]:
     return changed(rope_scaling={**PHI_4_MINI["rope_scaling"], **fields})
 
 
-def test_the_official_config_is_the_preset() -> None:
+def test_the_official_config_equals_the_preset() -> None:
     assert ModelConfig.from_dict(PHI_4_MINI) == PRESETS["phi-4-mini"]
 
 
@@ -49,12 +49,12 @@ def test_cos_and_sin_are_scaled_by_the_attention_factor() -> None:
     ],
 )
 def test_presets_have_the_published_sizes(name: str, parameters: int, tensors: int) -> None:
-    shapes = tree_flatten(Model(PRESETS[name]).parameters())  # lazy: no weight is allocated
+    shapes = tree_flatten(Model(PRESETS[name]).parameters())  # lazy: no weights are allocated
     assert sum(array.size for _, array in shapes) == parameters
     assert len(shapes) == tensors
 
 
-def test_phi_4_mini_tensor_by_tensor() -> None:
+def test_phi_4_mini_has_the_published_tensor_shapes() -> None:
     shapes = {name: tuple(array.shape) for name, array in tree_flatten(Model(PRESETS["phi-4-mini"]).parameters())}
     layer = {name.split(".", 3)[3]: shape for name, shape in shapes.items() if name.startswith("model.layers.31.")}
     assert layer == {
@@ -77,7 +77,7 @@ def test_the_transformers_5_layout_is_read() -> None:
         "original_max_position_embeddings": 4096,
     }  # fmt: skip
     assert ModelConfig.from_dict(raw) == PRESETS["phi-4-mini"]
-    del raw["original_max_position_embeddings"]  # then the value in rope_parameters counts
+    del raw["original_max_position_embeddings"]  # the value in rope_parameters is used instead
     assert ModelConfig.from_dict(raw) == PRESETS["phi-4-mini"]
 
 
@@ -87,7 +87,7 @@ def test_presets_survive_a_round_trip() -> None:
 
 
 @pytest.mark.parametrize("extra", [{"attention_factor": 1.5}, {"factor": 8.0}])
-def test_an_explicit_attention_factor_survives(extra: dict[str, float]) -> None:
+def test_an_explicit_attention_factor_survives_a_round_trip(extra: dict[str, float]) -> None:
     config = ModelConfig.from_dict(scaling(**extra))
     expected = extra.get("attention_factor", math.sqrt(1 + math.log(8) / math.log(4096)))
     assert config.rope_scaling is not None

@@ -1,8 +1,7 @@
-"""Fingerprints: the same for what is the same, another for anything else."""
+"""Fingerprints: equal for equal models and adapters, different after any change."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,14 +14,12 @@ from phi4_mlx.adapters.layers import adapter_layers, adapter_off, add_adapter, c
 from phi4_mlx.checkpoint import load_model
 from phi4_mlx.fingerprint import WITHOUT, adapter_fingerprint, base_fingerprint, checksum
 from phi4_mlx.lora.fuse import fuse
-from phi4_mlx.models.text import Model
-
-TinyModel = Callable[..., Model]
+from tests.conftest import TinyCheckpoint, TinyModel
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint32, np.float16, np.uint8])
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (5, 8), (2, 3, 7)])
-def test_any_flipped_bit_changes_a_checksum(dtype: type, shape: tuple[int, ...]) -> None:
+def test_every_flipped_bit_changes_the_checksum(dtype: type, shape: tuple[int, ...]) -> None:
     array = np.asarray(np.random.default_rng(0).integers(0, 100, shape)).astype(dtype)
     whole = checksum(b"", [mx.array(array)])
     assert len(whole) == 32 and whole == checksum(b"", [mx.array(array)]) != checksum(b"x", [mx.array(array)])
@@ -33,8 +30,8 @@ def test_any_flipped_bit_changes_a_checksum(dtype: type, shape: tuple[int, ...])
         assert checksum(b"", [mx.array(damaged)]) != whole, bit
 
 
-def test_a_base_is_known_under_its_adapter_and_not_with_it_fused(
-    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+def test_the_base_fingerprint_ignores_an_adapter_and_changes_when_it_is_fused(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
     folder = tiny_checkpoint()
     model = load_model(folder)
@@ -49,11 +46,11 @@ def test_a_base_is_known_under_its_adapter_and_not_with_it_fused(
     write_folder(tmp_path / "adapter", current_adapter(model, ""), len(model.layers))
     fuse(folder, tmp_path / "adapter", tmp_path / "fused")
     fused = load_model(tmp_path / "fused")
-    assert base_fingerprint(fused) != base  # though its config, its shapes and its norms are the same
+    assert base_fingerprint(fused) != base  # although config, shapes and norms are equal
     assert adapter_fingerprint(fused) == WITHOUT
 
 
-def test_models_of_other_weights_config_or_dtype_are_others(tiny_model: TinyModel) -> None:
+def test_other_weights_config_or_dtype_change_the_fingerprint(tiny_model: TinyModel) -> None:
     half = tiny_model()
     half.set_dtype(mx.bfloat16)
     models = [tiny_model(), tiny_model(seed=1), tiny_model(rms_norm_eps=1e-6), half]

@@ -1,6 +1,6 @@
-"""Every kind of model through generation, batching, caches, speculation, chat, serving and training.
+"""Every kind of model in generation, batching, caches, speculation, chat, serving and training.
 
-Two kinds: phi3, whose cache can be trimmed, and the toy of `tests/toy_model.py`, whose cache goes back by snapshots.
+Two kinds: phi3, whose cache can be trimmed, and the toy of `tests/toy_model.py`, whose cache returns to snapshots.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.prompt_cache_file import load_prompt_cache, save_prompt_cache
 from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.generation.speculate import PromptLookup, make_proposer
-from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.lora.data.batches import Batches
 from phi4_mlx.lora.data.samples import Sample
 from phi4_mlx.lora.saving.run_folder import RunFolder
@@ -38,6 +37,7 @@ from phi4_mlx.server.engine.engine import Engine, Settings
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
 from phi4_mlx.server.engine.protocol import Finish, Job, Piece
 from tests.conftest import ROOT, make_tiny_model, write_tiny_checkpoint
+from tests.model_runs import close, decoded
 from tests.toy_model import make_toy_model, register_toy, write_toy_checkpoint
 
 MAKERS: dict[str, Callable[[], LanguageModel]] = {"phi3": make_tiny_model, "toy": make_toy_model}
@@ -61,100 +61,92 @@ def loaded(kind: str, tmp_path: Path) -> tuple[LanguageModel, Any]:
     return load(WRITERS[kind](tmp_path / kind))
 
 
-def drawn(model: LanguageModel, prompt: list[int], n: int = 12, **options: Any) -> list[int]:
-    return [token for token, _ in generate_step(prompt, model, max_tokens=n, **options)]
-
-
-def same_logits(a: mx.array, b: mx.array) -> bool:
-    return bool(mx.allclose(a, b, rtol=0, atol=1e-4))
-
-
-def test_every_kind_of_the_table_is_tested_here() -> None:
+def test_every_registered_kind_is_tested_here() -> None:
     assert KINDS.keys() <= MAKERS.keys()
 
 
-def test_whole_chunked_and_stepped_agree(model: LanguageModel) -> None:
+def test_chunks_of_any_size_give_the_logits_of_one_pass(model: LanguageModel) -> None:
     ids = mx.array([PROMPT])
     whole = model(ids)
     for size in (1, 7, 39):
         cache = model.make_cache()
         parts = [model(ids[:, at : at + size], cache) for at in range(0, len(PROMPT), size)]
-        assert same_logits(mx.concatenate(parts, axis=1), whole)
-    assert same_logits(model.logits(model.hidden(ids, rows=3)), whole[:, -3:])
+        assert close(mx.concatenate(parts, axis=1), whole)
+    assert close(model.logits(model.hidden(ids, rows=3)), whole[:, -3:])
     embeddings = model.head(ids)  # the tiny models tie head and embedding
-    assert same_logits(model.logits(model.hidden(ids, embeddings=embeddings)), whole)
+    assert close(model.logits(model.hidden(ids, embeddings=embeddings)), whole)
 
 
 @pytest.mark.parametrize("step", [1, 5, 64])
-def test_prefill_in_chunks_draws_the_same_tokens(model: LanguageModel, step: int) -> None:
-    assert drawn(model, PROMPT, prefill_step_size=step) == drawn(model, PROMPT)
+def test_a_chunked_prefill_decodes_the_same_tokens(model: LanguageModel, step: int) -> None:
+    assert decoded(model, PROMPT, 12, prefill_step_size=step) == decoded(model, PROMPT, 12)
 
 
-def test_a_cache_goes_back_to_what_a_new_prompt_shares(model: LanguageModel) -> None:
-    """Undo: the prompt of one turn again, after an answer; then one that parts from it earlier."""
+def test_a_cache_is_truncated_to_the_prefix_that_a_new_prompt_shares(model: LanguageModel) -> None:
+    """Undo and retry: the same prompt after its answer, then prompts that differ earlier."""
     cache = model.make_cache()
-    first = drawn(model, cache.reuse(PROMPT), cache=cache, prefill_step_size=16)
+    first = decoded(model, cache.reuse(PROMPT), 12, cache=cache, prefill_step_size=16)
     second = [*PROMPT, *first, 7, 8, 9]
-    drawn(model, cache.reuse(second), cache=cache, prefill_step_size=16)
+    decoded(model, cache.reuse(second), 12, cache=cache, prefill_step_size=16)
     for prompt in (second, PROMPT, [*PROMPT[:20], 5, 6], [*PROMPT, 3], [9]):
         rest = cache.reuse(prompt)
         assert 0 < len(rest) <= len(prompt) and cache.offset == len(prompt) - len(rest)
-        assert drawn(model, rest, 6, cache=cache, prefill_step_size=16) == drawn(model, prompt, 6)
+        assert decoded(model, rest, 6, cache=cache, prefill_step_size=16) == decoded(model, prompt, 6)
 
 
-def test_the_same_prompt_again_runs_one_token(model: LanguageModel) -> None:
+def test_a_repeated_prompt_runs_only_its_last_token(model: LanguageModel) -> None:
     cache = model.make_cache()
-    drawn(model, cache.reuse(PROMPT), cache=cache)
+    decoded(model, cache.reuse(PROMPT), 12, cache=cache)
     assert cache.reuse(PROMPT) == PROMPT[-1:]
 
 
-def test_a_fork_is_independent(model: LanguageModel) -> None:
+def test_a_fork_does_not_change_its_source(model: LanguageModel) -> None:
     cache = model.make_cache()
-    drawn(model, PROMPT, 1, cache=cache)
+    decoded(model, PROMPT, 1, cache=cache)
     length = cache.reusable(len(PROMPT) - 1)
     assert length == len(PROMPT) - 1
     fork = cache.fork(length)
-    assert drawn(model, PROMPT[length:], 5, cache=fork) == drawn(model, PROMPT, 5)
+    assert decoded(model, PROMPT[length:], 5, cache=fork) == decoded(model, PROMPT, 5)
     assert cache.offset == len(PROMPT) and cache.ids[0].tolist() == PROMPT
 
 
-def test_a_batch_draws_what_each_sequence_draws_alone(model: LanguageModel) -> None:
+def test_a_batch_decodes_each_sequence_as_it_would_be_alone(model: LanguageModel) -> None:
     prompts = [PROMPT, PROMPT[:5], PROMPT[10:33], PROMPT]
     sequences = [BatchSequence(model, list(prompt), 8 + 3 * n) for n, prompt in enumerate(prompts)]
     batch, waiting = Batch(prefill_step_size=16), list(sequences)
     while waiting or batch.active or batch.waiting:
         if waiting:
-            batch.add(waiting.pop(0))  # one joins at every step
+            batch.add(waiting.pop(0))  # one sequence joins at every step
         for event in batch.step():
             assert not isinstance(event, Fault), event
         for sequence in [each for each in batch.active if each.drawn >= each.max_tokens]:
             batch.end(sequence)
     for sequence, prompt in zip(sequences, prompts, strict=True):
-        assert sequence.ids[len(prompt) :][: sequence.max_tokens] == drawn(model, prompt, sequence.max_tokens)
+        assert sequence.ids[len(prompt) :][: sequence.max_tokens] == decoded(model, prompt, sequence.max_tokens)
 
 
 def test_the_prefix_cache_shortens_a_second_prompt(model: LanguageModel) -> None:
     store, cache = PrefixCache(10**7), model.make_cache()
-    drawn(model, PROMPT, 1, cache=cache, prefill_step_size=16)
+    decoded(model, PROMPT, 1, cache=cache, prefill_step_size=16)
     store.put(None, cache)
     for prompt, at_least in (([*PROMPT, 1, 2, 3], len(PROMPT)), (PROMPT, len(PROMPT) - 1), ([*PROMPT[:30], 1], 16)):
         found = store.find(model, None, prompt)
         assert found is not None and at_least <= found.offset < len(prompt)
-        assert drawn(model, prompt[found.offset :], 6, cache=found) == drawn(model, prompt, 6)
+        assert decoded(model, prompt[found.offset :], 6, cache=found) == decoded(model, prompt, 6)
     assert store.find(model, "adapter", PROMPT) is None
 
 
-def test_speculation_is_exact_or_refused(model: LanguageModel) -> None:
+def test_speculation_is_exact_where_the_cache_can_be_rewound_and_refused_elsewhere(model: LanguageModel) -> None:
     prompt = PROMPT[:12] * 3
     if model.make_cache().rewindable:
-        assert drawn(model, prompt, proposer=PromptLookup(timed=False)) == drawn(model, prompt)
+        assert decoded(model, prompt, 12, proposer=PromptLookup(timed=False)) == decoded(model, prompt, 12)
         return
     assert make_proposer("lookup", model, rewindable=model.make_cache().rewindable) is None
     with pytest.raises(RequestError, match="cannot; drop the proposer"):
-        drawn(model, prompt, proposer=PromptLookup(timed=False))
+        decoded(model, prompt, 12, proposer=PromptLookup(timed=False))
 
 
-def test_a_chat_can_undo_and_ask_again(loaded: tuple[LanguageModel, Any]) -> None:
+def test_a_chat_answers_a_question_the_same_after_undo(loaded: tuple[LanguageModel, Any]) -> None:
     def ask(conversation: Conversation, question: str) -> str:
         events = conversation.ask(question, DecodeOptions(max_tokens=8))
         return "".join(event.text for event in events if hasattr(event, "text"))
@@ -168,7 +160,7 @@ def test_a_chat_can_undo_and_ask_again(loaded: tuple[LanguageModel, Any]) -> Non
     assert ask(conversation, "one") == first
 
 
-def test_the_engine_answers_as_generation_does(loaded: tuple[LanguageModel, Any]) -> None:
+def test_the_engine_gives_the_answers_of_generate_step(loaded: tuple[LanguageModel, Any]) -> None:
     model, tokenizer = loaded
     engine = Engine(model, tokenizer, Settings("any", kv_limit_bytes=10**8, prefix_limit_bytes=10**7))
     jobs = [Job(n, tuple(PROMPT[: 20 + n]), 10, Sampling()) for n in range(3)]
@@ -180,22 +172,22 @@ def test_the_engine_answers_as_generation_does(loaded: tuple[LanguageModel, Any]
     assert ends.keys() == {job.id for job in jobs}, events
     for job in jobs:
         text = "".join(event.text for event in events if isinstance(event, Piece) and event.job == job.id)
-        expected = drawn(model, list(job.prompt), ends[job.id].answer_tokens)
+        expected = decoded(model, list(job.prompt), ends[job.id].answer_tokens)
         assert text == tokenizer.decode([t for t in expected if t not in tokenizer.eos_ids])
 
 
-def test_a_prompt_cache_file_continues(loaded: tuple[LanguageModel, Any], tmp_path: Path) -> None:
+def test_decoding_continues_from_a_prompt_cache_file(loaded: tuple[LanguageModel, Any], tmp_path: Path) -> None:
     model, tokenizer = loaded
     cache = model.make_cache()
-    drawn(model, PROMPT[:-5], 1, cache=cache)
+    decoded(model, PROMPT[:-5], 1, cache=cache)
     save_prompt_cache(tmp_path / "kept", cache, model, tokenizer)
-    again = load_prompt_cache(tmp_path / "kept", model, tokenizer)
-    rest = again.reuse(PROMPT)
+    loaded_cache = load_prompt_cache(tmp_path / "kept", model, tokenizer)
+    rest = loaded_cache.reuse(PROMPT)
     assert rest == PROMPT[-5:]
-    assert drawn(model, rest, 6, cache=again) == drawn(model, PROMPT, 6)
+    assert decoded(model, rest, 6, cache=loaded_cache) == decoded(model, PROMPT, 6)
 
 
-def test_lora_trains_and_leaves_the_base(model: LanguageModel, tmp_path: Path) -> None:
+def test_lora_training_lowers_the_loss_and_leaves_the_base_unchanged(model: LanguageModel, tmp_path: Path) -> None:
     before, base = model(mx.array([PROMPT])), base_fingerprint(model)
     add_adapter(model, rank=4)
     samples = [Sample(PROMPT[n : n + 20], [False] + [True] * 19, f"line {n}") for n in range(8)]
@@ -207,36 +199,36 @@ def test_lora_trains_and_leaves_the_base(model: LanguageModel, tmp_path: Path) -
     model.eval()
     assert adapter_parameters(model) and base_fingerprint(model) == base
     with adapter_off(model):
-        assert same_logits(model(mx.array([PROMPT])), before)
+        assert close(model(mx.array([PROMPT])), before)
 
 
-def test_a_folder_loads_and_shares_its_weights(kind: str, tmp_path: Path) -> None:
+def test_a_checkpoint_loads_and_its_weights_can_be_shared(kind: str, tmp_path: Path) -> None:
     model = load_model(WRITERS[kind](tmp_path / kind))
     assert type(model) is type(MAKERS[kind]())
-    assert same_logits(share_weights(model)(mx.array([PROMPT])), MAKERS[kind]()(mx.array([PROMPT])))
+    assert close(share_weights(model)(mx.array([PROMPT])), MAKERS[kind]()(mx.array([PROMPT])))
 
 
-def test_the_converter_quantises_what_the_model_allows(kind: str, tmp_path: Path) -> None:
+def test_the_converter_quantises_exactly_the_layers_that_the_model_allows(kind: str, tmp_path: Path) -> None:
     convert(WRITERS[kind](tmp_path / kind), tmp_path / "small", quantize=True, q_group_size=32)
     model, dense = load_model(tmp_path / "small"), MAKERS[kind]()
     quantised = {path for path, module in model.named_modules() if hasattr(module, "bits")}
     assert quantised == {path for path, module in dense.named_modules() if dense.quantizable(path, module)}
     assert model.weights_bytes < 0.4 * dense.weights_bytes
-    assert drawn(model, PROMPT, 4)
+    assert decoded(model, PROMPT, 4)
 
 
-def test_a_plan_knows_what_a_context_takes(model: LanguageModel) -> None:
+def test_the_memory_plan_equals_the_bytes_of_the_cache(model: LanguageModel) -> None:
     plan, cache = plan_context(model), model.make_cache()
-    drawn(model, PROMPT, 1, cache=cache)
+    decoded(model, PROMPT, 1, cache=cache)
     assert sum(layer.nbytes for layer in cache) == plan.cache_bytes(len(PROMPT))
     assert plan.most_tokens == model.config.max_position_embeddings
 
 
-PARTS = {"rope", "embed_tokens", "norm", "lm_head", "self_attn", "mlp"}  # of a model, by attribute
+PARTS = {"rope", "embed_tokens", "norm", "lm_head", "self_attn", "mlp"}  # attributes private to models/
 
 
-def reaches(source: str) -> list[str]:
-    """Attribute accesses that reach into a model's parts."""
+def accesses_to_parts(source: str) -> list[str]:
+    """Attribute accesses into the parts of a model."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and node.attr in PARTS | {"model"}:
@@ -248,18 +240,23 @@ def reaches(source: str) -> list[str]:
     return found
 
 
-def test_nothing_outside_models_reaches_into_a_model() -> None:
+def test_code_outside_models_uses_only_the_contract() -> None:
     found = {}
     for path in [*(ROOT / "phi4_mlx").rglob("*.py"), *(ROOT / "convert").rglob("*.py")]:
         source = path.read_text(encoding="utf-8")
         if "models" not in path.parts:
-            if inside := reaches(source):
+            if inside := accesses_to_parts(source):
                 found[path.name] = inside
-            names = {"phi4_mlx/__init__.py", "phi4_mlx/checkpoint.py"}  # the public name, and the table of kinds
+            names = {"phi4_mlx/__init__.py", "phi4_mlx/checkpoint.py"}  # the public name; the table of kinds
             assert "models.text" not in source or str(path.relative_to(ROOT)) in names, path
     assert not found
 
 
-def test_a_reach_is_found() -> None:
-    assert reaches("x = model.model.norm.weight") and reaches("self._model.rope.at(1)") and reaches("draft.lm_head")
-    assert not reaches("self.model.hidden(ids)") and not reaches("model.config.vocab_size")
+@pytest.mark.parametrize("source", ["x = model.model.norm.weight", "self._model.rope.at(1)", "draft.lm_head"])
+def test_an_access_to_a_part_of_a_model_is_found(source: str) -> None:
+    assert accesses_to_parts(source)
+
+
+@pytest.mark.parametrize("source", ["self.model.hidden(ids)", "model.config.vocab_size"])
+def test_the_contract_of_a_model_is_not_an_access_to_its_parts(source: str) -> None:
+    assert not accesses_to_parts(source)

@@ -1,11 +1,9 @@
-"""What a context costs: as planned, at 131,072 tokens too, and nothing in it grows with the square."""
+"""The memory plan of a context: predicted bytes equal measured ones, up to 131,072 tokens."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -13,14 +11,17 @@ import pytest
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import ContextPlan, check_context, memory_limit, plan_context
 from phi4_mlx.models.model import ContextCost
+from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.text import Model
+from tests.conftest import TinyModel
+from tests.model_runs import peak_memory
 
 HEADS = {"hidden_size": 256, "head_dim": 128, "num_attention_heads": 24, "num_key_value_heads": 8}
 FACTORS = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
 
 
-def full_cache(model: Model, length: int, kv_bits: int | None) -> Any:
-    """A cache of so many tokens, a multiple of 256, with random keys and values, as if the model had made them."""
+def random_cache(model: Model, length: int, kv_bits: int | None) -> PromptCache:
+    """A cache of `length` tokens, a multiple of 256, with random keys and values in place of computed ones."""
     cache = model.make_cache(kv_bits=kv_bits)
     K, Dh = model.config.num_key_value_heads, model.config.head_dim
     for number, layer in enumerate(cache):
@@ -31,28 +32,21 @@ def full_cache(model: Model, length: int, kv_bits: int | None) -> Any:
     return cache
 
 
-def peak(step: Callable[[], mx.array]) -> int:
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    mx.eval(step())
-    return mx.get_peak_memory()
-
-
 @pytest.mark.slow
-def test_the_whole_context_takes_what_is_planned(tiny_model: Callable[..., Model]) -> None:
+def test_the_last_chunk_and_steps_of_a_full_context_take_the_planned_bytes(tiny_model: TinyModel) -> None:
     S, T = 131_072, 2
     model = tiny_model(num_hidden_layers=3, max_position_embeddings=S, rope_scaling=FACTORS, **HEADS)
-    cache, plan = full_cache(model, S - 256, 4), plan_context(model, kv_bits=4)
+    cache, plan = random_cache(model, S - 256, 4), plan_context(model, kv_bits=4)
     others = mx.get_active_memory() - plan.weights_bytes - cache.nbytes
-    chunk = peak(lambda: model(mx.ones((1, T), mx.int32), cache)) - others
+    chunk = peak_memory(lambda: model(mx.ones((1, T), mx.int32), cache)) - others
     assert 0.9 < chunk / plan.peak_bytes(S, T) < 1.1, f"{chunk / 1e6:.1f} MB, planned {plan.peak_bytes(S, T) / 1e6:.1f}"
-    for _ in range(3):  # on a CPU, the product of quantised matrices makes copies of slices: those of a layer or two
-        step = peak(lambda: model(mx.ones((1, 1), mx.int32), cache)) - others
+    for _ in range(3):  # on a CPU, quantised matmul copies its slices: those of a layer or two
+        step = peak_memory(lambda: model(mx.ones((1, 1), mx.int32), cache)) - others
         assert step < plan.peak_bytes(S, T) + 2 * plan.cache_bytes(S) // 3
 
 
 @pytest.mark.parametrize("kv_bits", [None, 4, 8])
-def test_the_plan_counts_the_cache_to_the_byte(tiny_model: Callable[..., Model], kv_bits: int | None) -> None:
+def test_the_planned_cache_equals_the_real_one_to_the_byte(tiny_model: TinyModel, kv_bits: int | None) -> None:
     model = tiny_model(max_position_embeddings=4096, **HEADS, rope_scaling=FACTORS)
     plan = plan_context(model, kv_bits)
     for length in (1, 256, 257):
@@ -61,18 +55,18 @@ def test_the_plan_counts_the_cache_to_the_byte(tiny_model: Callable[..., Model],
         assert cache.nbytes == plan.cache_bytes(length)
 
 
-def test_the_longest_context_is_the_last_that_fits(tiny_model: Callable[..., Model]) -> None:
+def test_one_token_more_than_the_longest_context_does_not_fit(tiny_model: TinyModel) -> None:
     plan = replace(plan_context(tiny_model(max_position_embeddings=4096)), limit_bytes=0)
     assert plan.most_tokens == 0 and plan.limit_bytes == 0
     for length in (1, 700, 4096):
-        some = replace(plan, limit_bytes=plan.peak_bytes(length))
-        assert some.most_tokens >= length and some.peak_bytes(some.most_tokens) <= some.limit_bytes
-        assert some.most_tokens == 4096 or some.peak_bytes(some.most_tokens + 1) > some.limit_bytes
+        limited = replace(plan, limit_bytes=plan.peak_bytes(length))
+        assert limited.most_tokens >= length and limited.peak_bytes(limited.most_tokens) <= limited.limit_bytes
+        assert limited.most_tokens == 4096 or limited.peak_bytes(limited.most_tokens + 1) > limited.limit_bytes
     assert replace(plan, limit_bytes=10**15).most_tokens == 4096 and memory_limit() > 10**9
 
 
 @pytest.mark.parametrize("chunk", [100, 256, 700, 2048])
-def test_a_bounded_cache_costs_its_bound_and_a_chunk(tiny_model: Callable[..., Model], chunk: int) -> None:
+def test_a_bounded_cache_takes_at_most_its_bound_and_a_chunk(tiny_model: TinyModel, chunk: int) -> None:
     model = tiny_model(max_position_embeddings=4096)
     plan = plan_context(model, max_kv_size=512)
     cache, most = model.make_cache(max_kv_size=512), 0
@@ -86,28 +80,28 @@ def test_a_bounded_cache_costs_its_bound_and_a_chunk(tiny_model: Callable[..., M
 @pytest.mark.slow
 @pytest.mark.parametrize("kv_bits", [None, 4])
 @pytest.mark.parametrize("length", [300, 2048])
-def test_a_prefill_takes_what_is_planned(tiny_model: Callable[..., Model], kv_bits: int | None, length: int) -> None:
+def test_a_prefill_takes_the_planned_bytes(tiny_model: TinyModel, kv_bits: int | None, length: int) -> None:
     wide = {"hidden_size": 192, "head_dim": 32, "num_attention_heads": 6, "num_key_value_heads": 2}
     model = tiny_model(num_hidden_layers=12, max_position_embeddings=4096, **wide)
     plan, cache = plan_context(model, kv_bits), model.make_cache("long", kv_bits)
     others = mx.get_active_memory() - plan.weights_bytes
-    taken = peak(lambda: model.hidden(mx.ones((1, length), mx.int32), cache, rows=1)) - others
+    taken = peak_memory(lambda: model.hidden(mx.ones((1, length), mx.int32), cache, rows=1)) - others
     assert 0.8 < taken / plan.peak_bytes(length) < 1.2, f"{taken / 1e6:.1f} MB, planned {plan.peak_bytes(length) / 1e6}"
 
 
 @pytest.mark.parametrize("length", [256, 300, 1024])
-def test_a_cache_holds_on_to_nothing_but_its_buffers(tiny_model: Callable[..., Model], length: int) -> None:
+def test_a_cache_keeps_only_its_buffers_alive(tiny_model: TinyModel, length: int) -> None:
     model = tiny_model(max_position_embeddings=4096)
     mx.eval(model(mx.ones((1, 1), mx.int32)))
     cache = model.make_cache("long")
     gc.collect()
     before = mx.get_active_memory()
     mx.eval(model(mx.ones((1, length), mx.int32), cache))
-    held = mx.get_active_memory() - before
-    assert cache.nbytes <= held < cache.nbytes + 10_000  # a view of the chunk's heads would be as large again
+    allocated = mx.get_active_memory() - before
+    assert cache.nbytes <= allocated < cache.nbytes + 10_000  # a view of the chunk's heads would double it
 
 
-def test_what_cannot_fit_is_refused_with_what_would() -> None:
+def test_a_context_that_does_not_fit_is_refused_with_the_longest_that_does() -> None:
     plan = ContextPlan(
         weights_bytes=2 * 10**9, cost=ContextCost(131_072, 4096, 0, 100_000, 0), longest=131_072, kept=131_072,
         limit_bytes=8 * 10**9,

@@ -1,4 +1,4 @@
-"""Prompt caches on disk: they go on to the bit, and nothing that is damaged or of another model is taken."""
+"""Prompt cache files: decoding continues bit-exactly; damaged files and those of another model are refused."""
 
 from __future__ import annotations
 
@@ -23,27 +23,21 @@ from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.text import Model
 from phi4_mlx.tokens.tokenizer import load_tokenizer
 from tests.char_tokenizer import CharTokenizer
-from tests.conftest import BOUNDARY
+from tests.conftest import BOUNDARY, TinyCheckpoint, TinyModel
 from tests.conftest import TOKENIZER as TOKENIZER_FILES
+from tests.model_runs import close, filled_cache, random_ids
 
-TinyModel = Callable[..., Model]
 TOKENIZER = CharTokenizer()
-WIDE = {"num_attention_heads": 3, "num_key_value_heads": 1}  # heads of 32 numbers, which can be quantised
-
-
-def ids(n: int, seed: int = 0) -> mx.array:
-    return mx.random.randint(0, 512, (1, n), key=mx.random.key(seed))
+WIDE = {"num_attention_heads": 3, "num_key_value_heads": 1}  # head_dim 32, which can be quantised
 
 
 def filled(model: Model, n: int = 40, **options: Any) -> PromptCache:
-    cache = model.make_cache(**options)
-    mx.eval(model(ids(n), cache))
-    return cache
+    return filled_cache(model, random_ids(n), **options)
 
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
 @pytest.mark.parametrize("length", [1, 40, BOUNDARY, BOUNDARY + 1, 300])
-def test_a_loaded_cache_goes_on_to_the_bit(
+def test_a_loaded_cache_continues_bit_exactly(
     tiny_model: TinyModel, tmp_path: Path, bits: int | None, length: int
 ) -> None:
     model = tiny_model(**WIDE)
@@ -53,38 +47,38 @@ def test_a_loaded_cache_goes_on_to_the_bit(
     loaded = load_prompt_cache(tmp_path / "kept", model, TOKENIZER)
     assert (loaded.offset, loaded.regime) == (length, "short" if length <= BOUNDARY else "long")
     assert mx.array_equal(loaded.ids, cache.ids) and [layer.bits for layer in loaded] == [bits] * 2
-    for seed, n in enumerate((1, 3, 30, 1)):  # the third takes 40 tokens and 64 over the boundary
-        assert mx.array_equal(model(ids(n, seed), loaded), model(ids(n, seed), cache))
+    for seed, n in enumerate((1, 3, 30, 1)):  # the third chunk takes 40 and 64 cached tokens past the boundary
+        assert mx.array_equal(model(random_ids(n, seed), loaded), model(random_ids(n, seed), cache))
     assert loaded.regime == cache.regime and loaded.rerun_tokens == cache.rerun_tokens
 
 
-def test_a_crossing_after_loading_is_a_prefill_of_all(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_a_crossing_after_loading_equals_a_prefill_of_the_whole_sequence(tiny_model: TinyModel, tmp_path: Path) -> None:
     model = tiny_model()
     save_prompt_cache(tmp_path / "kept", filled(model, BOUNDARY), model, TOKENIZER)
     loaded = load_prompt_cache(tmp_path / "kept", model, TOKENIZER)
-    new = ids(10, 1)
-    whole = model(mx.concatenate([ids(BOUNDARY), new], axis=1))[:, -10:]
-    assert mx.abs(model(new, loaded) - whole).max() < 1e-4
+    new = random_ids(10, 1)
+    whole = model(mx.concatenate([random_ids(BOUNDARY), new], axis=1))[:, -10:]
+    assert close(model(new, loaded), whole)
     assert loaded.rerun_tokens == BOUNDARY and loaded.regime == "long"
 
 
-def test_what_was_asked_of_a_cache_is_kept(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_the_options_and_the_metadata_of_a_cache_are_kept(tiny_model: TinyModel, tmp_path: Path) -> None:
     model = tiny_model()
     cache = filled(model, 20, regime="long", max_kv_size=512)
     cache.trim(5)
     save_prompt_cache(tmp_path / "kept", cache, model, TOKENIZER, {"title": "é\n", "text": ""})
-    loaded, said = load_prompt_cache(tmp_path / "kept", model, TOKENIZER, return_metadata=True)
-    assert said == {"title": "é\n", "text": ""}
+    loaded, metadata = load_prompt_cache(tmp_path / "kept", model, TOKENIZER, return_metadata=True)
+    assert metadata == {"title": "é\n", "text": ""}
     assert (loaded.offset, loaded.regime, loaded.options) == (15, "long", CacheOptions("long", None, 512))
     for n in (1, 505, 1):
-        assert mx.array_equal(model(ids(n, n), loaded), model(ids(n, n), cache))
+        assert mx.array_equal(model(random_ids(n, n), loaded), model(random_ids(n, n), cache))
     assert not loaded.is_trimmable() and loaded.rerun_tokens == 0
 
 
-def test_reuse_leaves_only_what_is_new(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_a_loaded_cache_is_reused_up_to_the_first_new_token(tiny_model: TinyModel, tmp_path: Path) -> None:
     model = tiny_model()
     save_prompt_cache(tmp_path / "kept", filled(model, 40), model, TOKENIZER)
-    history = ids(40)[0].tolist()
+    history = random_ids(40)[0].tolist()
     for shared, new in ((40, [1, 2, 3]), (17, [511 - history[17]]), (0, [511 - history[0], 5])):
         loaded = load_prompt_cache(tmp_path / "kept", model, TOKENIZER)
         assert loaded.reuse([*history[:shared], *new]) == new and loaded.offset == shared
@@ -96,7 +90,7 @@ def test_every_flipped_bit_is_refused(tiny_model: TinyModel, tmp_path: Path) -> 
         save_prompt_cache(path, filled(model, 7, kv_bits=bits), model, TOKENIZER, {"text": "A text with é in it"})
         whole, header = path.read_bytes(), len(read_whole_header(path).raw)
         draw = random.Random(bits)
-        end = len(whole) - 32  # of all but the checksum
+        end = len(whole) - 32  # where the checksum starts
         places = [*range(header), *draw.sample(range(header, end), 300), *range(end, len(whole))]
         for place in places:
             damaged = bytearray(whole)
@@ -109,21 +103,21 @@ def test_every_flipped_bit_is_refused(tiny_model: TinyModel, tmp_path: Path) -> 
         load_prompt_cache(path, model, TOKENIZER)
 
 
-def test_what_is_cut_moved_or_longer_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_truncated_reordered_and_extended_files_are_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
     model, path = tiny_model(), tmp_path / "kept"
     save_prompt_cache(path, filled(model), model, TOKENIZER)
     whole, header = path.read_bytes(), len(read_whole_header(path).raw)
-    a = header + 40 * 4  # behind the ids
-    b, c = a + 16 * 4, a + 2 * 16 * 4  # a token further
+    a = header + 40 * 4  # after the ids
+    b, c = a + 16 * 4, a + 2 * 16 * 4  # one and two tokens further
     swapped = whole[:a] + whole[b:c] + whole[a:b] + whole[c:]
-    hole = whole[:a] + bytes(4096) + whole[a + 4096 :]
-    for damaged in (b"", whole[:7], whole[:100], whole[:header], whole[:-1], whole + b"\0", swapped, hole):
+    zeroed = whole[:a] + bytes(4096) + whole[a + 4096 :]
+    for damaged in (b"", whole[:7], whole[:100], whole[:header], whole[:-1], whole + b"\0", swapped, zeroed):
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"is damaged: .*; make it again"):
             load_prompt_cache(path, model, TOKENIZER)
 
 
-def test_other_files_are_refused(tiny_model: TinyModel, tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_other_files_are_refused(tiny_model: TinyModel, tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     model, path = tiny_model(), tmp_path / "kept"
     with pytest.raises(CheckpointError, match="No such file"):
         load_prompt_cache(path, model, TOKENIZER)
@@ -141,10 +135,10 @@ def test_other_files_are_refused(tiny_model: TinyModel, tiny_checkpoint: Callabl
 def test_another_model_or_tokenizer_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
     model, path = tiny_model(), tmp_path / "kept"
     save_prompt_cache(path, filled(model), model, TOKENIZER)
-    load_prompt_cache(path, tiny_model(), TOKENIZER)  # the same one, loaded again
+    load_prompt_cache(path, tiny_model(), TOKENIZER)  # an equal model
     nearly = tiny_model()
     weight = nearly.layers[1].mlp.down_proj.weight
-    weight[17, 5] = weight[17, 5] * 1.0000002  # the norms and all but a number are the same
+    weight[17, 5] = weight[17, 5] * 1.0000002  # everything except one number is the same
     for other in (tiny_model(seed=1), tiny_model(rms_norm_eps=1e-6), nearly):
         with pytest.raises(CheckpointError, match="was made with another model, and fits no other"):
             load_prompt_cache(path, other, TOKENIZER)
@@ -156,12 +150,11 @@ def test_another_model_or_tokenizer_is_refused(tiny_model: TinyModel, tmp_path: 
 
 def test_another_adapter_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
     model, path = tiny_model(), tmp_path / "kept"
-
     save_prompt_cache(path, filled(model), model, TOKENIZER)
     add_adapter(model, scale=2.0)
     with pytest.raises(CheckpointError, match="was made without an adapter, and fits no other"):
         load_prompt_cache(path, model, TOKENIZER)
-    with adapter_off(model):  # the base, to the bit
+    with adapter_off(model):  # computes as the base alone, bit for bit
         assert load_prompt_cache(path, model, TOKENIZER).offset == 40
     save_prompt_cache(path, filled(model), model, TOKENIZER)
     add_adapter(model, scale=2.0)
@@ -174,18 +167,17 @@ def test_another_adapter_is_refused(tiny_model: TinyModel, tmp_path: Path) -> No
         load_prompt_cache(path, model, TOKENIZER)
 
 
-def test_what_cannot_be_kept_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_caches_that_cannot_be_saved_are_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
     model, path = tiny_model(), tmp_path / "kept"
-    forgetful = filled(model, 500, max_kv_size=512)
-    model(ids(100), forgetful)
-    two = model.make_cache()
-    model(mx.concatenate([ids(5), ids(5, 1)]), two)
+    full = filled(model, 500, max_kv_size=512)
+    model(random_ids(100), full)
+    two = filled_cache(model, random_ids(5, B=2))
     unknown = model.make_cache()
     for layer in unknown:
         layer.update_and_fetch(mx.zeros((1, 2, 3, 16)), mx.zeros((1, 2, 3, 16)))
     for cache, complaint in (
         (model.make_cache(), "it has 0 tokens; prefill a prompt first"),
-        (forgetful, "it has dropped its oldest tokens"),
+        (full, "it has dropped its oldest tokens"),
         (two, "it has 2 sequences"),
         (unknown, "it knows the ids of 0 of its 3 tokens"),
         ([KVCache()], "a list cannot be saved"),
@@ -219,7 +211,7 @@ def test_only_a_regular_file_is_replaced(tiny_model: TinyModel, tmp_path: Path) 
         ({"a": "\ud800"}, "must be two texts in UTF-8"),
     ],
 )
-def test_metadata_that_would_not_come_back_are_refused(
+def test_metadata_that_the_format_cannot_keep_is_refused(
     tiny_model: TinyModel, tmp_path: Path, metadata: Any, complaint: str
 ) -> None:
     model = tiny_model()
@@ -228,7 +220,7 @@ def test_metadata_that_would_not_come_back_are_refused(
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_file_is_whole_or_the_older_one(
+def test_a_failed_save_leaves_the_older_file(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, path = tiny_model(), tmp_path / "kept"
@@ -245,16 +237,14 @@ def test_a_file_is_whole_or_the_older_one(
     assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
 
 
-def test_a_package_loaded_lazily_is_known_again(
-    tiny_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_checkpoint_loaded_a_second_time_is_accepted(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     folder = tiny_checkpoint(dtype=mx.bfloat16)
     model = load_model(folder)
     save_prompt_cache(tmp_path / "kept", filled(model), model, TOKENIZER)
     assert load_prompt_cache(tmp_path / "kept", load_model(folder), TOKENIZER).offset == 40
 
 
-def test_a_tokenizer_is_known_by_what_its_ids_mean(tmp_path: Path) -> None:
+def test_the_fingerprint_of_a_tokenizer_depends_on_the_meaning_of_its_ids(tmp_path: Path) -> None:
     spec = json.loads((TOKENIZER_FILES / "tokenizer.json").read_text())
 
     def fingerprint(edit: Callable[[dict[str, Any]], Any] = lambda spec: None) -> str:

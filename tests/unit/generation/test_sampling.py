@@ -1,4 +1,4 @@
-"""Samplers and processors against their definitions."""
+"""Samplers and logits processors against their definitions."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.sampling import make_logits_processors, make_sampler
 
 PROBS = np.array([0.40, 0.25, 0.15, 0.10, 0.06, 0.04])
-LOGITS = mx.array(np.log(PROBS), mx.float32)[None] + 3.0  # any shift will do
+LOGITS = mx.array(np.log(PROBS), mx.float32)[None] + 3.0  # shifted, because logits need not be normalised
 
 
-def drawn(sampler: Callable[[mx.array], mx.array], n: int = 4000) -> np.ndarray:
-    """Frequencies of the six tokens."""
+def frequencies(sampler: Callable[[mx.array], mx.array], n: int = 4000) -> np.ndarray:
+    """The frequencies of the six tokens in n draws."""
     tokens = sampler(mx.broadcast_to(LOGITS, (n, 6)))
     return np.bincount(np.array(tokens), minlength=6) / n
 
 
-def test_greedy_takes_the_likeliest() -> None:
+def test_the_default_sampler_takes_the_likeliest_token() -> None:
     assert make_sampler()(LOGITS).tolist() == [0]
 
 
@@ -45,21 +45,21 @@ def test_greedy_takes_the_likeliest() -> None:
         ({"top_k": 4, "top_p": 0.9, "min_p": 0.3}, 3),
     ],
 )
-def test_frequencies_are_the_cut_distribution(options: dict[str, Any], kept: int) -> None:
+def test_frequencies_follow_the_truncated_distribution(options: dict[str, Any], kept: int) -> None:
     expected = np.where(np.arange(6) < kept, PROBS, 0)
-    found = drawn(make_sampler(temp=1.0, seed=7, **options))
+    found = frequencies(make_sampler(temp=1.0, seed=7, **options))
     assert np.abs(found - expected / expected.sum()).max() < 0.03
     assert (found[kept:] == 0).all()
 
 
 @pytest.mark.parametrize(("options", "kept"), [({"top_k": 1}, 1), ({"top_k": 3}, 3), ({"top_p": 0.3}, 2)])
-def test_of_equal_tokens_no_more_are_kept_than_asked_for(options: dict[str, Any], kept: int) -> None:
+def test_equally_likely_tokens_are_truncated_to_the_requested_number(options: dict[str, Any], kept: int) -> None:
     tokens = make_sampler(temp=1.0, seed=3, **options)(mx.zeros((2000, 6)))
     assert len(set(tokens.tolist())) == kept
 
 
 @pytest.mark.parametrize("temp", [1e-3, 1e-30, 1e-39, 1e-300])
-def test_the_smallest_temperatures_take_the_likeliest(temp: float) -> None:
+def test_the_smallest_temperatures_take_the_likeliest_token(temp: float) -> None:
     tokens = make_sampler(temp=temp, top_p=0.9, seed=1)(mx.broadcast_to(LOGITS[:, ::-1], (100, 6)))
     assert set(tokens.tolist()) == {5}
 
@@ -68,8 +68,8 @@ def test_the_smallest_temperatures_take_the_likeliest(temp: float) -> None:
     "options",
     [{"top_p": 0.95}, {"top_p": 0.8}, {"top_p": 0.9, "min_p": 0.05}, {"top_p": 0.3}, {"top_p": 0.9, "top_k": 700}],
 )
-def test_a_large_vocabulary_is_cut_and_drawn_from_as_a_small_one(options: dict[str, Any]) -> None:
-    """Without a sort where most draws are within the cut; the definition in NumPy says what may be drawn, how often."""
+def test_a_large_vocabulary_follows_the_truncated_distribution(options: dict[str, Any]) -> None:
+    """Compares draws, most of which need no sort, with the definition in NumPy by chi-squared."""
     V, n = 1500, 40_000
     logits = np.random.default_rng(5).normal(size=V).astype(np.float32) * 1.5
     order = np.argsort(-logits, kind="stable")[: options.get("top_k", V)]
@@ -82,19 +82,19 @@ def test_a_large_vocabulary_is_cut_and_drawn_from_as_a_small_one(options: dict[s
     drawn = np.concatenate([np.array(sampler(mx.broadcast_to(mx.array(logits), (500, V)))) for _ in range(n // 500)])
     found = np.bincount(drawn, minlength=V) / n
     assert (found[expected == 0] == 0).all()
-    likely = expected * n >= 10  # chi-squared needs some of each
+    likely = expected * n >= 10  # chi-squared needs enough expected draws of each token
     statistic = (((found - expected) ** 2 / np.where(expected, expected, 1)) * n)[likely].sum()
     freedom = likely.sum() - 1
     assert statistic < freedom + 5 * math.sqrt(2 * freedom)
 
 
-def test_of_equal_tokens_in_a_large_vocabulary_the_first_are_kept() -> None:
+def test_equally_likely_tokens_of_a_large_vocabulary_are_truncated_to_the_first() -> None:
     tokens = make_sampler(temp=1.0, top_p=0.8, seed=3)(mx.zeros((4000, 1000)))
     assert max(tokens.tolist()) < 801 and len(set(tokens.tolist())) > 700
 
 
-def test_rare_tokens_of_a_large_vocabulary_keep_their_share() -> None:
-    """In single precision a running sum over all of it would lose them."""
+def test_small_probabilities_in_a_large_vocabulary_are_not_lost() -> None:
+    """A running sum in single precision over the whole vocabulary would lose them."""
     V = 200_064
     logits = mx.zeros((V,)).at[mx.arange(100_000, V)].add(math.log(3))
     tokens = np.concatenate([np.array(make_sampler(1.0, top_p=0.99, seed=n)(logits[None])) for n in range(300)])
@@ -103,14 +103,14 @@ def test_rare_tokens_of_a_large_vocabulary_keep_their_share() -> None:
     assert abs(share - expected / 0.99) < 0.07
 
 
-def test_temperature_comes_before_the_cuts() -> None:
+def test_temperature_is_applied_before_the_truncation() -> None:
     tempered = PROBS**2 / (PROBS**2).sum()  # temp 0.5: 0.59, 0.23, 0.08, ...
-    found = drawn(make_sampler(temp=0.5, top_p=0.8, seed=1))
+    found = frequencies(make_sampler(temp=0.5, top_p=0.8, seed=1))
     assert (found[2:] == 0).all()
     assert found[0] == pytest.approx(tempered[0] / tempered[:2].sum(), abs=0.03)
 
 
-def test_a_seed_repeats_itself_and_ignores_the_global_state() -> None:
+def test_a_seed_makes_draws_repeatable_whatever_the_global_state() -> None:
     a, b = make_sampler(1.0, seed=3), make_sampler(1.0, seed=3)
     first = [a(LOGITS).item() for _ in range(40)]
     mx.random.seed(99)
@@ -128,7 +128,7 @@ def test_a_seed_repeats_itself_and_ignores_the_global_state() -> None:
         {"seed": 2**64},
     ],
 )  # fmt: skip
-def test_numbers_out_of_range_are_refused(options: dict[str, Any]) -> None:
+def test_values_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=f"{next(iter(options))} must be a .*number from"):
         make_sampler(**{"temp": 1.0, **options})
 
@@ -147,7 +147,7 @@ def test_processors_follow_their_formulas() -> None:
     assert make_logits_processors() == []
 
 
-def test_a_bias_outside_the_vocabulary_is_refused() -> None:
+def test_invalid_processor_options_are_refused() -> None:
     with pytest.raises(RequestError, match="99999999 is outside the vocabulary of 4"):
         processed([0], logit_bias={99999999: 5.0})
     with pytest.raises(RequestError, match="logit_bias token"):

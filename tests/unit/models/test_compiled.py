@@ -1,11 +1,10 @@
-"""Steps of one token through compiled calls: equal to the blocks one by one, and never with weights of yesterday."""
+"""Compiled single-token steps equal uncompiled blocks, and follow every change of weights and modules."""
 
 from __future__ import annotations
 
 import copy
 import pickle
 from collections.abc import Callable
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,49 +13,47 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx.adapters.layers import adapter_layers, adapter_off, add_adapter
 from phi4_mlx.adapters.linear import DoRALinear
+from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.text import Model
+from tests.conftest import TinyModel
+from tests.model_runs import close, filled_cache, random_ids
 
 
-def step(model: Model, cache: Any, token: int = 7, plain: bool = False) -> mx.array:
-    """Logits of one token that is taken back afterwards; in training blocks run one by one."""
+def step(model: Model, cache: PromptCache, plain: bool = False) -> mx.array:
+    """Logits of token 7, which is trimmed afterwards; `plain` runs uncompiled blocks, as in training."""
     B = cache.ids.shape[0]
     model.train(plain)
-    for _ in range(3):  # the first one with weights that are new runs plainly, and the next one where adapters fold
-        logits = model(mx.full((B, 1), token, mx.int32), cache)
+    for _ in range(3):  # with new weights the first step runs uncompiled, and with new adapters the second one too
+        logits = model(mx.full((B, 1), 7, mx.int32), cache)
         mx.eval(logits)
         cache.trim(1)
     model.eval()
     return logits
 
 
-def filled(model: Model, length: int = 20, B: int = 1, **options: Any) -> Any:
-    cache = model.make_cache(**options)
-    mx.eval(model(mx.random.randint(0, 512, (B, length), key=mx.random.key(1)), cache))
-    return cache
+def filled(model: Model, length: int = 20, B: int = 1) -> PromptCache:
+    return filled_cache(model, random_ids(length, B=B))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("partial", [1.0, 0.75])
 @pytest.mark.parametrize("B", [1, 3])
-def test_equal_to_the_blocks_one_by_one(
-    tiny_model: Callable[..., Model], quantised: bool, partial: float, B: int
-) -> None:
+def test_compiled_steps_equal_uncompiled_blocks(tiny_model: TinyModel, quantised: bool, partial: float, B: int) -> None:
     model = tiny_model(partial_rotary_factor=partial)
     if quantised:
         nn.quantize(model, 32, 4)
     for length in (20, 5000):
         cache = filled(model, length, B)
-        assert mx.allclose(step(model, cache), step(model, cache, plain=True), rtol=0, atol=1e-5)
+        assert close(step(model, cache), step(model, cache, plain=True), 1e-5)
 
 
-def test_equal_across_the_rope_boundary(tiny_model: Callable[..., Model]) -> None:
+def test_compiled_steps_are_exact_across_the_rope_boundary(tiny_model: TinyModel) -> None:
     model = tiny_model(original_max_position_embeddings=32)
     cache = filled(model, 30)
     for _ in range(5):
         logits = model(mx.array([[3]]), cache)
-        whole = model(cache.ids)[:, -1:]
-        assert mx.allclose(logits, whole, rtol=0, atol=1e-4)
+        assert close(logits, model(cache.ids)[:, -1:])
 
 
 def replace_norm(model: Model) -> None:
@@ -104,7 +101,7 @@ def quantise_some_layers(model: Model) -> None:
 
 
 class Scaled(nn.Module):
-    """A module with an array that is no parameter, and a number that is no array."""
+    """A module with an array outside its parameters, and with a plain number."""
 
     def __init__(self, inner: nn.Module, array: float, number: float) -> None:
         super().__init__()
@@ -139,17 +136,17 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_was_changed_is_seen(tiny_model: Callable[..., Model], change: Callable[[Model], None]) -> None:
+def test_the_next_steps_follow_a_change_of_the_model(tiny_model: TinyModel, change: Callable[[Model], None]) -> None:
     model = tiny_model(num_hidden_layers=5)
     cache = filled(model)
     before = step(model, cache)
     change(model)
     after, plain = step(model, cache), step(model, cache, plain=True)
-    assert mx.allclose(after, plain, rtol=0, atol=1e-5) and not mx.allclose(after, before, rtol=0, atol=1e-3)
+    assert close(after, plain, 1e-5) and not close(after, before, 1e-3)
 
 
 @pytest.mark.parametrize("quantised", [False, True])
-def test_what_is_written_into_an_array_in_place_is_seen(tiny_model: Callable[..., Model], quantised: bool) -> None:
+def test_the_first_step_follows_an_array_changed_in_place(tiny_model: TinyModel, quantised: bool) -> None:
     model = tiny_model()
     if quantised:
         nn.quantize(model, 32, 4)
@@ -160,14 +157,14 @@ def test_what_is_written_into_an_array_in_place_is_seen(tiny_model: Callable[...
             array[:] = mx.random.randint(0, 2**31, array.shape, key=mx.random.key(4)).astype(mx.uint32)
         else:
             array *= -1.5
-        logits = model(mx.array([[7]]), cache)  # a single step: the first one after it
+        logits = model(mx.array([[7]]), cache)  # one step only: the first one after the change
         cache.trim(1)
         plain = step(model, cache, plain=True)
         assert mx.allclose(logits, plain, rtol=1e-4, atol=1e-4) and not mx.allclose(logits, before, atol=1e-4), name
         before = logits
 
 
-def test_a_copy_of_a_model_that_has_decoded(tiny_model: Callable[..., Model]) -> None:
+def test_copies_of_a_model_that_has_decoded_are_independent(tiny_model: TinyModel) -> None:
     model = tiny_model()
     logits = step(model, filled(model))
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -177,7 +174,7 @@ def test_a_copy_of_a_model_that_has_decoded(tiny_model: Callable[..., Model]) ->
     assert mx.array_equal(step(model, filled(model)), logits)
 
 
-def test_an_adapter_switched_off_is_off(tiny_model: Callable[..., Model]) -> None:
+def test_steps_follow_an_adapter_that_is_switched_off_and_on(tiny_model: TinyModel) -> None:
     model = tiny_model()
     cache = filled(model)
     base = step(model, cache)
@@ -188,7 +185,7 @@ def test_an_adapter_switched_off_is_off(tiny_model: Callable[..., Model]) -> Non
     assert mx.array_equal(step(model, cache), adapted) and not mx.array_equal(adapted, base)
 
 
-def test_gradients_flow_through_a_single_token(tiny_model: Callable[..., Model]) -> None:
+def test_gradients_flow_through_a_single_token_step(tiny_model: TinyModel) -> None:
     model = tiny_model()
     cache = filled(model)
     step(model, cache)
@@ -206,10 +203,10 @@ def test_gradients_flow_through_a_single_token(tiny_model: Callable[..., Model])
     assert mx.abs(gradients[1]).max() > 0 and mx.allclose(*gradients, rtol=1e-4, atol=1e-5)
 
 
-def test_adapters_fold_once_for_all_steps(tiny_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_are_not_folded_again_at_every_step(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(num_hidden_layers=5)
     add_adapter(model, kind="dora")
     cache = filled(model)
     step(model, cache)
-    monkeypatch.setattr(DoRALinear, "_fold", None)
+    monkeypatch.setattr(DoRALinear, "_fold", None)  # a call would raise
     step(model, cache)

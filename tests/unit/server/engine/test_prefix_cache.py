@@ -1,4 +1,4 @@
-"""What is kept of earlier prompts: the longest beginning is found, the limit holds, strangers find nothing."""
+"""The prefix cache: it finds the longest prefix, keeps its limit, and separates adapters and RoPE tables."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime
 from phi4_mlx.models.text import Model
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
 from tests.conftest import BOUNDARY, make_tiny_model
+from tests.model_runs import filled_cache
 
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 4 + 4  # keys and values: layers, heads, width, fp32; and the id
 
@@ -22,22 +22,19 @@ def model() -> Model:
     return make_tiny_model(seed=5)
 
 
-def filled(model: Model, ids: list[int], regime: Regime | None = None) -> PromptCache:
-    cache = model.make_cache(regime)
-    mx.eval(model(mx.array([ids]), cache))
-    return cache
-
-
-def put(prefixes: PrefixCache, model: Model, ids: list[int], adapter: str | None = None) -> None:
-    prefixes.put(adapter, filled(model, ids))
+def put(
+    prefixes: PrefixCache, model: Model, ids: list[int], adapter: str | None = None, regime: Regime | None = None
+) -> None:
+    prefixes.put(adapter, filled_cache(model, mx.array([ids]), regime=regime))
 
 
 def found(prefixes: PrefixCache, model: Model, ids: list[int], adapter: str | None = None) -> int:
+    """The length of the cache that is found; 0 if there is none."""
     cache = prefixes.find(model, adapter, ids)
     return cache.offset if cache else 0
 
 
-def test_the_longest_beginning_is_found_and_as_good_as_read_anew(model: Model) -> None:
+def test_the_longest_prefix_is_found_and_equals_a_new_prefill(model: Model) -> None:
     prefixes = PrefixCache(2**20)
     put(prefixes, model, list(range(20)))
     put(prefixes, model, [*range(30), 7, 7])
@@ -47,20 +44,20 @@ def test_the_longest_beginning_is_found_and_as_good_as_read_anew(model: Model) -
     warm = model(mx.array([ids[30:]]), cache)[:, -1]
     cold = model(mx.array([ids]))[:, -1]
     np.testing.assert_allclose(np.array(warm), np.array(cold), atol=2e-5)
-    # What was appended to it is its own: the entry is as it was.
-    again = prefixes.find(model, None, ids)
-    assert again is not None and again.offset == 30
-    np.testing.assert_array_equal(np.array(model(mx.array([ids[30:]]), again)[:, -1]), np.array(warm))
+    # Tokens appended to the found cache do not change the entry.
+    second = prefixes.find(model, None, ids)
+    assert second is not None and second.offset == 30
+    np.testing.assert_array_equal(np.array(model(mx.array([ids[30:]]), second)[:, -1]), np.array(warm))
 
 
-def test_there_is_always_a_token_left_to_read(model: Model) -> None:
+def test_at_least_one_token_is_left_to_prefill(model: Model) -> None:
     prefixes = PrefixCache(2**20)
     put(prefixes, model, list(range(20)))
     assert found(prefixes, model, list(range(20))) == 19
     assert found(prefixes, model, list(range(21))) == 20
 
 
-def test_less_than_a_few_tokens_is_not_worth_it(model: Model) -> None:
+def test_prefixes_shorter_than_the_minimum_are_neither_stored_nor_found(model: Model) -> None:
     prefixes = PrefixCache(2**20)
     put(prefixes, model, list(range(7)))
     assert len(prefixes) == 0
@@ -73,21 +70,21 @@ def test_another_adapter_or_rope_table_finds_nothing(model: Model) -> None:
     prefixes, ids = PrefixCache(2**20), list(range(30))
     put(prefixes, model, ids, "one")
     assert [found(prefixes, model, ids, adapter) for adapter in ("one", "two", None)] == [29, 0, 0]
-    longer = [*ids, *[1] * BOUNDARY]  # asks for the long table
+    longer = [*ids, *[1] * BOUNDARY]  # needs the long table
     assert found(prefixes, model, longer, "one") == 0
-    prefixes.put("one", filled(model, longer))
+    put(prefixes, model, longer, "one")
     assert found(prefixes, model, longer, "one") == len(longer) - 1
-    assert found(prefixes, model, ids, "one") == 29  # the short one's own
-    prefixes.put("two", filled(model, ids, "long"))  # kept under the table that it was made under
+    assert found(prefixes, model, ids, "one") == 29  # the entry under the short table
+    put(prefixes, model, ids, "two", regime="long")  # stored under the table that it was computed under
     assert found(prefixes, model, ids, "two") == 0
 
 
-def test_one_that_goes_on_from_another_takes_its_place(model: Model) -> None:
+def test_an_entry_replaces_the_entries_that_it_extends(model: Model) -> None:
     prefixes = PrefixCache(2**20)
     put(prefixes, model, list(range(20)))
     put(prefixes, model, list(range(25)))
     assert len(prefixes) == 1
-    put(prefixes, model, list(range(12)))  # known
+    put(prefixes, model, list(range(12)))  # covered by the longer entry
     assert len(prefixes) == 1 and prefixes.nbytes == 25 * TOKEN_BYTES
     put(prefixes, model, list(range(25)))
     assert len(prefixes) == 1 and prefixes.nbytes == 25 * TOKEN_BYTES
@@ -95,7 +92,7 @@ def test_one_that_goes_on_from_another_takes_its_place(model: Model) -> None:
     assert len(prefixes) == 2
 
 
-def test_the_limit_is_never_passed(model: Model) -> None:
+def test_the_limit_in_bytes_is_never_exceeded(model: Model) -> None:
     draw, limit = random.Random(1), 150 * TOKEN_BYTES
     prefixes = PrefixCache(limit)
     for _ in range(300):
@@ -109,35 +106,33 @@ def test_the_limit_is_never_passed(model: Model) -> None:
         assert prefixes.nbytes == sum(entry.nbytes for entry in prefixes._entries)
     assert len(prefixes) > 1
     before = prefixes.nbytes
-    put(prefixes, model, [1] * 151)  # more than there may be in all: nothing makes room for it
+    put(prefixes, model, [1] * 151)  # larger than the limit: no entry is evicted for it
     assert prefixes.nbytes == before
     prefixes.clear()
     assert (len(prefixes), prefixes.nbytes) == (0, 0)
 
 
-def test_entries_hold_no_more_memory_than_they_say(model: Model) -> None:
-    """A slice would keep the whole array alive that it was cut from."""
+def test_entries_keep_no_more_memory_alive_than_they_report(model: Model) -> None:
+    """A slice would keep its whole source array alive."""
     prefixes = PrefixCache(2**30)
     mx.eval(model(mx.array([[1] * 10])))
     before = mx.get_active_memory()
     for n in range(10):
-        cache = filled(model, [n] * 10)  # in buffers of 256 columns
-        prefixes.put(None, cache)
-        del cache
+        put(prefixes, model, [n] * 10)  # from buffers of 256 columns
     grown = mx.get_active_memory() - before
-    assert grown < 3 * prefixes.nbytes  # pages; the buffers would be 25 times as much
+    assert grown < 3 * prefixes.nbytes  # allocations are whole pages; the buffers would be 25 times as large
 
 
-def test_the_one_that_was_of_no_use_for_longest_makes_room(model: Model) -> None:
+def test_the_least_recently_used_entry_is_evicted(model: Model) -> None:
     prefixes = PrefixCache(3 * 20 * TOKEN_BYTES)
     for n in range(3):
         put(prefixes, model, [n] * 20)
-    assert found(prefixes, model, [0] * 20)  # of use again
+    assert found(prefixes, model, [0] * 20)  # used again
     put(prefixes, model, [3] * 20)
     assert [found(prefixes, model, [n] * 20) > 0 for n in range(4)] == [True, False, True, True]
 
 
-def test_there_are_never_too_many_to_look_through(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_entries_is_limited(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PrefixCache, "MAX_ENTRIES", 3)
     prefixes = PrefixCache(2**30)
     for n in range(5):
