@@ -58,7 +58,7 @@ class AgentResult:
         messages: the whole conversation in OpenAI's form, with calls and results; usable as the next `messages`.
         rounds: number of answers.
         finish_reason: "stop"; "length" if `max_tokens` or a full context cut the last answer; "max_rounds" or "timeout"
-            if a limit ended the loop. The results of the calls that were left are errors.
+            if a limit ended the loop. Calls that were not run get an error as their result.
         error: why a tool call in the last answer was left as text, in one line; or None.
     """
 
@@ -357,7 +357,6 @@ class ToolLoop:
         self._model, self._tokenizer, self._prompt = model, tokenizer, list(prompt)
         self._toolbox, self._cache, self._options = toolbox, cache, options
         self._grammar = grammar
-        self._call_grammar = tool_grammar(toolbox.declarations, "auto", toolbox.strict)
         self._max_rounds, self._timeout_s, self._approve = max_rounds, timeout_s, approve
         self._ends_at = float("inf")
         self.rounds: list[Round] = []
@@ -409,7 +408,8 @@ class ToolLoop:
         options = replace(self._options, max_tokens=max_tokens)
         answer = AnswerAssembler(self._toolbox.declarations, ends_at=self._ends_at)
         model, tokenizer, cache = self._model, self._tokenizer, self._cache
-        grammar, must_end = required or self._call_grammar, required is not None
+        grammar = required or tool_grammar(self._toolbox.declarations, "auto", self._toolbox.strict)
+        must_end = required is not None
         responses = stream_answer(model, tokenizer, prompt, cache, options, answer, grammar, must_end)
         self.prompt_tokens = len(prompt)
         try:

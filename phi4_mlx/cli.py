@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
-from phi4_mlx.terminal.command import USER_MISTAKE, complain
+from phi4_mlx.terminal.command import USER_MISTAKE, complain, version
 
 COMMANDS = {
     "generate": ("phi4_mlx.commands.generate", "print the answer to one prompt"),
@@ -64,6 +64,4 @@ def _help() -> str:
 
 
 def _version() -> str:
-    from phi4_mlx.bridge import version
-
     return version() or "(run from a checkout that is not installed)"
