@@ -6,7 +6,8 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
-from phi4_mlx.terminal.command import USER_MISTAKE, complain, version
+from phi4_mlx.terminal.command import USER_MISTAKE, complain
+from phi4_mlx.terminal.version import version
 
 COMMANDS = {
     "generate": ("phi4_mlx.commands.generate", "print the answer to one prompt"),

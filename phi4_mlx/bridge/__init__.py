@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.bridge.events import LAST, BridgeEvent, error_event, refusal
 from phi4_mlx.bridge.worker import Stream, Worker
-from phi4_mlx.terminal.command import version as version  # one of the functions here
+from phi4_mlx.terminal.version import version as version  # one of the functions here
 
 if TYPE_CHECKING:
     from phi4_mlx.bridge.model import Given

@@ -92,16 +92,6 @@ def _explain(error: Exception) -> tuple[str, int]:
     return f"internal error: {type(error).__name__}: {error}; --debug shows where", OUR_MISTAKE
 
 
-def version() -> str:
-    """The version of phi4_mlx; "" in a checkout that is not installed."""
-    from importlib import metadata
-
-    try:
-        return metadata.version("phi4-mlx")
-    except metadata.PackageNotFoundError:
-        return ""
-
-
 def complain(prog: str, message: str) -> None:
     """Prints one line to standard error; nothing if standard error is closed."""
     try:

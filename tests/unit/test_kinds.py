@@ -6,6 +6,8 @@ Two kinds: phi3, whose cache can be trimmed, and the toy of `tests/toy_model.py`
 from __future__ import annotations
 
 import ast
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +36,7 @@ from phi4_mlx.lora.saving.run_folder import RunFolder
 from phi4_mlx.lora.settings import Settings as TrainingSettings
 from phi4_mlx.lora.training.trainer import Trainer
 from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.models.prompt_cache import MAX_SNAPSHOTS
 from phi4_mlx.server.engine.engine import Engine, Settings
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
 from phi4_mlx.server.engine.protocol import Finish, Job, Piece
@@ -106,6 +109,52 @@ def test_the_same_prompt_again_runs_one_token(model: LanguageModel) -> None:
     cache = model.make_cache()
     drawn(model, cache.reuse(PROMPT), cache=cache)
     assert cache.reuse(PROMPT) == PROMPT[-1:]
+
+
+def test_a_fork_of_a_short_prefix_takes_no_room_of_the_rest(model: LanguageModel) -> None:
+    cache = model.make_cache()
+    drawn(model, PROMPT * 20, 1, cache=cache, prefill_step_size=64)
+    fork = cache.fork(cache.reusable(64))
+    fork.compact()
+    expected = model.make_cache()
+    drawn(model, PROMPT * 20, 1, cache=expected)
+    assert sum(layer.nbytes for layer in fork) <= max(0.2 * expected.nbytes, model.context_cost().fixed_bytes)
+
+
+def test_forced_tokens_keep_the_snapshots_of_the_prompt(model: LanguageModel) -> None:
+    class Forces:
+        def mask(self) -> None:
+            return None
+
+        def accept(self, token: int) -> list[int]:
+            return [5, 6, 7]
+
+    cache = model.make_cache()
+    drawn(model, cache.reuse(PROMPT), 60, cache=cache, logits_mask=Forces())
+    assert cache.reuse(PROMPT) == PROMPT[-1:]
+
+
+def test_a_long_prompt_keeps_snapshots_all_along(model: LanguageModel) -> None:
+    cache, prompt = model.make_cache(), PROMPT * 20
+    drawn(model, prompt, 1, cache=cache, prefill_step_size=16)
+    for shared in (100, 300, 600, 790):
+        assert cache.fork(cache.offset).keep_shared(prompt[:shared]) > 0
+
+
+def test_a_cache_does_not_keep_its_model_alive(kind: str) -> None:
+    model = MAKERS[kind]()
+    cache, watch = model.make_cache(), weakref.ref(model)
+    del model
+    gc.collect()
+    assert watch() is None and cache.offset == 0
+
+
+def test_a_refused_trim_changes_nothing(model: LanguageModel) -> None:
+    cache = model.make_cache()
+    drawn(model, PROMPT, 1, cache=cache)
+    taken = cache.trim(5)
+    assert taken == (5 if cache.is_trimmable() else 0)
+    assert {layer.offset for layer in cache} == {len(PROMPT) - taken}
 
 
 def test_a_fork_is_independent(model: LanguageModel) -> None:
@@ -228,7 +277,8 @@ def test_the_converter_quantises_what_the_model_allows(kind: str, tmp_path: Path
 def test_a_plan_knows_what_a_context_takes(model: LanguageModel) -> None:
     plan, cache = plan_context(model), model.make_cache()
     drawn(model, PROMPT, 1, cache=cache)
-    assert sum(layer.nbytes for layer in cache) == plan.cache_bytes(len(PROMPT))
+    taken = sum(layer.nbytes for layer in cache)
+    assert taken + (MAX_SNAPSHOTS * taken if cache.needs_snapshots else 0) == plan.cache_bytes(len(PROMPT))
     assert plan.most_tokens == model.config.max_position_embeddings
 
 
