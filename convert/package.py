@@ -2,8 +2,6 @@
 
 A package has config.json, the weights, the tokenizer's files unchanged, generation_config.json with every token that
 ends an answer, and a manifest of hashes. mlx-lm and the Swift loader read it too. No code is copied.
-
-config.json is written last: without it no loader takes an unfinished folder for a model.
 """
 
 from __future__ import annotations

@@ -6,18 +6,17 @@ the round before. Tool arguments and results are data: control strings in them s
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.errors import RequestError, check_whole
+from phi4_mlx.generation.answer import AnswerAssembler, stream_answer, tool_grammar
 from phi4_mlx.generation.options import DecodeOptions
-from phi4_mlx.generation.stream import GenerationResponse, stream
+from phi4_mlx.generation.stream import GenerationResponse
 from phi4_mlx.tools.calls import ToolCall
-from phi4_mlx.tools.parser import ToolCallParser
 from phi4_mlx.tools.toolbox import Tool, Toolbox, error_text
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class AgentResult:
         messages: the whole conversation in OpenAI's form, with calls and results; usable as the next `messages`.
         rounds: number of answers.
         finish_reason: "stop"; "length" if `max_tokens` or a full context cut the last answer; "max_rounds" or "timeout"
-            if a limit ended the loop. The results of the calls that were left are errors.
+            if a limit ended the loop. Calls that were not run get an error as their result.
         error: why a tool call in the last answer was left as text, in one line; or None.
     """
 
@@ -168,150 +167,6 @@ def call_ids(messages: Sequence[Mapping[str, Any]] = ()) -> Iterator[str]:
     return (name for name in names if name not in taken)
 
 
-class AnswerAssembler:
-    """Assembles one answer from pieces of text: text apart from tool calls, until it ends or is stopped.
-
-    The pieces may come from a model in this process (see `stream_answer`) or from another process.
-
-    Attributes:
-        text: the answer so far, without tool calls.
-        reason: "" while the answer is under way; then the finish reason of its source, "cancelled" or "timeout".
-        prompt_tokens: tokens in the whole prompt; this count and the next two are set by `stream_answer`.
-        cached_tokens: prompt tokens that were in the cache.
-        answer_tokens: tokens drawn.
-    """
-
-    def __init__(
-        self,
-        tools: Iterable[Any],
-        *,
-        marked: bool = False,
-        ends_at: float = float("inf"),
-        cancelled: Callable[[], bool] = lambda: False,
-    ) -> None:
-        """Starts an empty answer.
-
-        Args:
-            tools: the declared tools, as for `ToolCallParser`; without any, the whole answer is text.
-            marked: reads JSON without a tool call marker as text.
-            ends_at: the deadline, on the clock of `time.monotonic`, in seconds.
-            cancelled: polled between pieces and between prefill chunks; True stops the answer.
-        """
-        self._parser = ToolCallParser(tools, marked)
-        self._ends_at, self._cancelled = ends_at, cancelled
-        self._finished = False
-        self.text = self.reason = ""
-        self.prompt_tokens = self.cached_tokens = self.answer_tokens = 0
-
-    @property
-    def calls(self) -> tuple[ToolCall, ...]:
-        """The tool calls so far."""
-        return self._parser.calls
-
-    @property
-    def complaint(self) -> str | None:
-        """The reason why a tool call was left as text, in one line; None if none was."""
-        return self._parser.error
-
-    def add(self, text: str, finish_reason: str | None = None) -> str:
-        """Takes the next piece, the last one with its finish reason; once `reason` is set, the answer is over.
-
-        Returns:
-            The text that is now known not to belong to a call.
-        """
-        final = self._parser.add(text)
-        self.text += final
-        self.reason = finish_reason or ""
-        ended = self.reason or self.stopped()
-        return final + self.finish() if ended else final
-
-    def finish(self) -> str:
-        """Ends the answer, also early; returns the text that was kept back as a possible start of a call."""
-        rest = "" if self._finished else self._parser.finish()
-        self._finished = True
-        self.text += rest
-        return rest
-
-    def stopped(self) -> bool:
-        """True if the answer is cancelled or out of time; `reason` then says which."""
-        if self._cancelled():
-            self.reason = "cancelled"
-        elif time.monotonic() >= self._ends_at:
-            self.reason = "timeout"
-        return bool(self.reason)
-
-
-class _Stopped(Exception):
-    """Interrupts a prefill: the answer is cancelled or out of time."""
-
-
-def stream_answer(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    prompt: Sequence[int],
-    cache: PromptCache,
-    options: DecodeOptions,
-    answer: AnswerAssembler,
-    grammar: Grammar | None,
-    must_end: bool,
-) -> Iterator[GenerationResponse]:
-    """Generates an answer; if `answer` is stopped, also during a prefill, it ends early without an error.
-
-    Args:
-        model, tokenizer, options: as for `stream`; a `grammar` takes the place of `logits_mask`.
-        prompt: the whole prompt, as ids.
-        cache: the prefix that it shares with the prompt is not prefilled again.
-        answer: a new one; takes the pieces, the counts and the finish reason.
-        grammar: restricts the answer; None allows any.
-        must_end: brings the answer to its end within `max_tokens`, as a schema or a required call needs. An optional
-            call that does not fit is cut, and so is not run: better than a call with half an argument.
-
-    Yields:
-        One response a token, with tool calls removed from its text.
-
-    Raises:
-        RequestError: as for `generate_step`; or the grammar cannot be compiled.
-    """
-    if grammar is not None:
-        from phi4_mlx.grammar.constraint import Constraint
-
-        mask = Constraint(grammar, tokenizer, model.config.vocab_size, options.max_tokens if must_end else None)
-        options = replace(options, logits_mask=mask)
-    show_progress = options.prompt_progress_callback
-
-    def check(done: int, total: int) -> None:
-        if show_progress is not None:
-            show_progress(done, total)
-        if answer.stopped():
-            raise _Stopped
-
-    options = replace(options, prompt_progress_callback=check)
-    new = cache.reuse(prompt)
-    answer.prompt_tokens, answer.cached_tokens = len(prompt), len(prompt) - len(new)
-    if answer.stopped():
-        return
-    with contextlib.suppress(_Stopped):
-        for response in stream(model, tokenizer, new, cache, options):
-            answer.answer_tokens = response.generation_tokens
-            text = answer.add(response.text, response.finish_reason)
-            yield replace(response, text=text, finish_reason=answer.reason or None)
-            if answer.reason:
-                return
-
-
-def tool_grammar(tools: Sequence[Any], choice: str | Mapping[str, Any], strict: bool) -> Grammar | None:
-    """The grammar of an answer under `tool_choice` and `strict` of `run_tools`; None if the answer is free.
-
-    Raises:
-        RequestError: `choice` names an unknown tool, or a tool's schema has no grammar.
-    """
-    if choice == "none" or (choice == "auto" and not (strict and tools)):
-        return None
-    from phi4_mlx.grammar.grammars import tool_calls
-
-    return tool_calls(tools, choice)
-
-
 class ToolLoop:
     """The rounds of answers and tool calls that follow one prompt.
 
@@ -357,7 +212,6 @@ class ToolLoop:
         self._model, self._tokenizer, self._prompt = model, tokenizer, list(prompt)
         self._toolbox, self._cache, self._options = toolbox, cache, options
         self._grammar = grammar
-        self._call_grammar = tool_grammar(toolbox.declarations, "auto", toolbox.strict)
         self._max_rounds, self._timeout_s, self._approve = max_rounds, timeout_s, approve
         self._ends_at = float("inf")
         self.rounds: list[Round] = []
@@ -409,7 +263,8 @@ class ToolLoop:
         options = replace(self._options, max_tokens=max_tokens)
         answer = AnswerAssembler(self._toolbox.declarations, ends_at=self._ends_at)
         model, tokenizer, cache = self._model, self._tokenizer, self._cache
-        grammar, must_end = required or self._call_grammar, required is not None
+        grammar = required or tool_grammar(self._toolbox.declarations, "auto", self._toolbox.strict)
+        must_end = required is not None
         responses = stream_answer(model, tokenizer, prompt, cache, options, answer, grammar, must_end)
         self.prompt_tokens = len(prompt)
         try:

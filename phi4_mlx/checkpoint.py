@@ -223,5 +223,3 @@ def _derived(name: str, config: Config) -> bool:
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:3])
     return f"{len(names)} tensors ({shown}{', ...' if len(names) > 3 else ''}) are" if len(names) > 1 else f"{shown} is"
-
-

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from phi4_mlx.terminal.command import USER_MISTAKE, complain
+from phi4_mlx.terminal.version import version
 
 COMMANDS = {
     "generate": ("phi4_mlx.commands.generate", "print the answer to one prompt"),
@@ -64,6 +65,4 @@ def _help() -> str:
 
 
 def _version() -> str:
-    from phi4_mlx.bridge import version
-
     return version() or "(run from a checkout that is not installed)"

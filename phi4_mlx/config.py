@@ -174,8 +174,8 @@ class ModelConfig:
 def _parse(raw: Mapping[str, Any]) -> ModelConfig:
     if raw.get("model_type") != "phi3":
         raise ConfigError(
-            f"config.json: model_type {raw.get('model_type')!r} is another architecture; "
-            "this config is of 'phi3' (Phi-4-mini, Phi-3.5-mini, Phi-4)"
+            f"config.json: model_type {raw.get('model_type')!r} is another architecture; ModelConfig reads only 'phi3' "
+            "(Phi-4-mini, Phi-3.5-mini, Phi-4)"
         )
     for name, neutral in _NEUTRAL.items():
         if raw.get(name) not in neutral:

@@ -85,6 +85,9 @@ class RecurrentCache:
         twin.h, twin.offset = self.h, self.offset
         return twin
 
+    def compact(self) -> None:
+        self.h = None if self.h is None else mx.contiguous(self.h)
+
     def snapshot(self) -> tuple[mx.array | None, int]:
         return self.h, self.offset
 

@@ -73,7 +73,7 @@ class Adapter:
 
 
 def place(path: str) -> tuple[int, str]:
-    """The layer number and the place in it: "model.layers.3.mlp.up" -> (3, "mlp.up"), "lm_head" -> (-1, "lm_head")."""
+    """Layer number and place in it: "model.layers.3.mlp.down_proj" -> (3, "mlp.down_proj"); -1 outside the layers."""
     found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", path)
     return (int(found[1]), found[2]) if found else (-1, path)
 
@@ -227,7 +227,7 @@ def write_folder(folder: Path, adapter: Adapter, total_layers: int, extra: Mappi
     with replacing(folder / TENSORS_FILE) as tensors_path, replacing(folder / CONFIG_FILE) as config_path:
         write_tensors(tensors_path, adapter.tensors)
         write_config(config_path, config)
-        sync(tensors_path)
+        sync(tensors_path)  # before the first rename, so that a full disk leaves both older files
 
 
 def write_tensors(path: Path, tensors: Mapping[str, mx.array]) -> None:

@@ -20,8 +20,6 @@ from phi4_mlx.adapters.linear import DoRALinear, LoRALinear
 from phi4_mlx.adapters.peft import is_peft, read_peft
 from phi4_mlx.errors import CheckpointError, RequestError
 
-"""The paths of all linear layers within a block."""
-
 
 def add_adapter(
     model: nn.Module,

@@ -30,7 +30,6 @@ class LoRALinear(nn.Module):
     """
 
     kind = "lora"
-    constant_in_trace = True  # `_folded` is derived from weights, so a compiled step may not take them as inputs
 
     def __init__(self, linear: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0):
         super().__init__()

@@ -21,21 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.bridge.events import LAST, BridgeEvent, error_event, refusal
 from phi4_mlx.bridge.worker import Stream, Worker
+from phi4_mlx.terminal.version import version as version  # one of the functions here
 
 if TYPE_CHECKING:
     from phi4_mlx.bridge.model import Given
 
 WORKER = Worker()
-
-
-def version() -> str:
-    """The version of phi4_mlx; "" in a checkout that is not installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("phi4-mlx")
-    except PackageNotFoundError:
-        return ""
 
 
 def load(

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from phi4_mlx.adapters.layers import put_adapter, read_adapter, remove_adapter
-from phi4_mlx.agent import MAX_TOKENS, AnswerAssembler, Message, call_ids, stream_answer, tool_grammar
+from phi4_mlx.agent import MAX_TOKENS, Message, call_ids
 from phi4_mlx.bridge.events import BridgeEvent
 from phi4_mlx.checkpoint import load
 from phi4_mlx.errors import RequestError, check_number, check_whole
+from phi4_mlx.generation.answer import AnswerAssembler, stream_answer, tool_grammar
 from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.grammar.grammars import Grammar, json_schema

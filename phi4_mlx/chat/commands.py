@@ -168,7 +168,8 @@ def _load_cache(chat: Chat, path: Path) -> str:
     try:
         model, tokenizer = conversation.model, conversation.tokenizer
         cache, metadata = load_prompt_cache(beside, model, tokenizer, return_metadata=True)
-        if cache.options != conversation.cache_options:
+        made, ours = cache.options, conversation.cache_options
+        if (made.kv_bits, made.max_kv_size) != (ours.kv_bits, ours.max_kv_size):
             raise RequestError(f"{beside} was made with another --kv-bits or --max-kv-size than this chat")
     except Phi4Error as error:
         return f"; the next prompt is prefilled again: {error}"

@@ -43,7 +43,7 @@ def toolbox_of(args: argparse.Namespace, person: bool, note: Callable[[str], Non
     Raises:
         RequestError: a file or a server has no usable tools, or no person is there to approve a call.
     """
-    from phi4_mlx.agent import tool_grammar
+    from phi4_mlx.generation.answer import tool_grammar
     from phi4_mlx.tools.toolbox import Toolbox
 
     if (args.tools or args.mcp) and not (person or args.allow_tools):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from phi4_mlx.agent import Round, call_ids, round_messages
 from phi4_mlx.chat.conversation import Turn, reply_ids
 from phi4_mlx.errors import RequestError
-from phi4_mlx.files.atomic import replacing, sync
+from phi4_mlx.files.atomic import replacing
 from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.json_text import json_text
 
@@ -45,11 +45,9 @@ def save(path: Path, model_name: str, system: str | None, turns: Sequence[Turn],
     content = {"model": model_name, "messages": to_messages(system, turns)}
     if path.exists() and not replace:
         raise RequestError(f"{path} exists; choose another name, or remove it")
-    with replacing(path) as partial:
-        with open(partial, "x", encoding="utf-8", opener=_open_private) as file:
-            json.dump(content, file, ensure_ascii=False, indent=2)
-            file.write("\n")
-        sync(partial)
+    with replacing(path) as partial, open(partial, "x", encoding="utf-8", opener=_open_private) as file:
+        json.dump(content, file, ensure_ascii=False, indent=2)
+        file.write("\n")
 
 
 def _open_private(path: str, flags: int) -> int:

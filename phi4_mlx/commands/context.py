@@ -6,10 +6,14 @@ import argparse
 import contextlib
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.terminal.command import Parser, run
 from phi4_mlx.terminal.options import add_model_options, load_options
+
+if TYPE_CHECKING:
+    from phi4_mlx.generation.memory import ContextPlan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,8 +37,8 @@ def _context(args: argparse.Namespace) -> None:
 
     name = args.model or DEFAULT_MODEL
     model, _ = load(name, **load_options(args), lazy=True)
-    plans = {}
-    for bits in (None, 8, 4):
+    plans: dict[int | None, ContextPlan] = {None: plan_context(model)}
+    for bits in (8, 4):
         with contextlib.suppress(RequestError):  # a model whose cache cannot be quantised
             plans[bits] = plan_context(model, bits)
     plain = plans[None]

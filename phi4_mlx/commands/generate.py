@@ -20,7 +20,8 @@ from phi4_mlx.terminal.options import (
     check_decoding_options,
     load_options,
 )
-from phi4_mlx.terminal.printable import PlainStream, printable
+from phi4_mlx.terminal.plain import PlainStream
+from phi4_mlx.terminal.printable import printable
 
 if TYPE_CHECKING:
     from phi4_mlx.generation.options import DecodeOptions

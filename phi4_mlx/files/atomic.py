@@ -1,19 +1,25 @@
 """Files and folders that are written whole or not at all.
 
 `replacing` writes a file and `whole_or_absent` a folder. Both write under a hidden name beside the target, flush to the
-disk, and rename: a run that fails or is killed leaves the target as it was.
+disk, and rename: a run that fails or is killed leaves the target as it was. Of several writers of one file, each writes
+its own copy and the last rename wins; a folder has one writer at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import glob
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from phi4_mlx.errors import RequestError
+
+_writes = itertools.count()
 
 
 @contextlib.contextmanager
@@ -33,8 +39,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     if path.exists() and not path.is_file():
         raise RequestError(f"{path} exists and is not a regular file, so it is not replaced; name another file")
-    partial = _partial(path)
-    partial.unlink(missing_ok=True)  # left by a run that was killed
+    partial = _own_partial(path)
     try:
         yield partial
         sync(partial)
@@ -63,7 +68,7 @@ def whole_or_absent(target: Path) -> Iterator[Path]:
     target = Path(os.path.abspath(os.path.expanduser(target)))
     if os.path.lexists(target):
         raise RequestError(f"{target} already exists; remove it, or name another folder")
-    partial = _partial(target)
+    partial = target.with_name(f".{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(partial):
@@ -87,13 +92,29 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # some network disks flush no folders
+            raise
     finally:
         os.close(descriptor)
 
 
-def _partial(target: Path) -> Path:
-    """The hidden name beside `target` under which it is written."""
-    return target.with_name(f".{target.name}.partial")
+def _own_partial(path: Path) -> Path:
+    """A hidden name beside `path` for this writer alone; removes the files of writers that were killed."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        if not _is_running(left.name.removeprefix(f".{path.name}.").partition("-")[0]):
+            left.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}-{next(_writes)}.partial")
+
+
+def _is_running(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _empty(folder: Path) -> None:

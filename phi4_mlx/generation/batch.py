@@ -369,13 +369,14 @@ def _run_chunk(sequence: BatchSequence, room: int) -> tuple[int, mx.array | None
     """Runs up to `room` ids that a sequence's cache lacks; returns their count, and logits [1, V] after the last id."""
     model, cache = sequence.model, sequence.cache
     if cache is None or cache.regime != sequence.regime:  # another RoPE table: nothing cached is of use
-        cache = sequence.cache = model.make_cache(sequence.regime)
-    rest = len(sequence.ids) - cache.offset
-    size = chunk_ends(rest, room, 1, cache)[0]
+        cache = sequence.cache = model.make_cache()
+        cache.admit(mx.array([sequence.ids]))  # sets the RoPE table of the whole length
+    rest, snapshots = len(sequence.ids) - cache.offset, cache.needs_snapshots
+    size = chunk_ends(rest, room, 1, snapshots=snapshots)[0]
     chunk = mx.array([sequence.ids[cache.offset : cache.offset + size]])
     hidden = model.hidden(chunk, cache, rows=1)
     if size < rest:
-        finish_chunk(cache)
+        finish_chunk(cache, snapshots)
         return size, None
     return size, model.logits(hidden)[:, 0]
 

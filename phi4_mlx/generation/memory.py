@@ -11,6 +11,7 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.models.attention import SLICE
 from phi4_mlx.models.cache import CacheOptions, KVCache, buffer_length
 from phi4_mlx.models.model import ContextCost, LanguageModel
+from phi4_mlx.models.prompt_cache import MAX_SNAPSHOTS
 
 PREFILL_STEP_SIZE = 2048  # tokens a chunk; the hidden states of one chunk take about 100 MB in Phi-4-mini
 
@@ -23,8 +24,8 @@ def memory_limit() -> int:
 
 
 def cache_bytes(cost: ContextCost, length: int) -> int:
-    """Bytes of the buffers of one sequence that hold `length` tokens and the next one."""
-    return buffer_length(length) * cost.token_bytes + cost.fixed_bytes
+    """Bytes of the buffers of one sequence that hold `length` tokens and the next one, and of its snapshots."""
+    return buffer_length(length) * cost.token_bytes + (1 + MAX_SNAPSHOTS) * cost.fixed_bytes
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,19 @@ class ContextPlan:
 
     def cache_bytes(self, length: int, chunk: int = PREFILL_STEP_SIZE) -> int:
         """Bytes of the buffers for `length` tokens put in by chunks; a bounded cache still holds a whole chunk."""
-        return cache_bytes(self.cost, min(length, max(self.kept, self.kept - KVCache.STEP + chunk)))
+        return cache_bytes(self.cost, self._cached(length, chunk))
 
     def peak_bytes(self, length: int, chunk: int = PREFILL_STEP_SIZE) -> int:
         """Bytes at the peak of a prefill of `length` tokens in chunks."""
-        new, cache = min(length, chunk), self.cache_bytes(length, chunk)
-        growing = (cache - self.cost.fixed_bytes) * self.cost.layer_bytes // max(self.cost.token_bytes, 1)
+        new = min(length, chunk)
+        cache = self.cache_bytes(length, chunk)
+        growing = buffer_length(self._cached(length, chunk)) * self.cost.layer_bytes
         scores = min(new * length, SLICE) * self.cost.score_bytes
         return self.weights_bytes + cache + growing + new * self.cost.activation_bytes + scores
+
+    def _cached(self, length: int, chunk: int) -> int:
+        """Tokens in the cache at the peak."""
+        return min(length, max(self.kept, self.kept - KVCache.STEP + chunk))
 
     @property
     def most_tokens(self) -> int:

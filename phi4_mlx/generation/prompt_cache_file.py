@@ -126,7 +126,7 @@ def load_prompt_cache(
 def _check_savable(cache: PromptCache) -> None:
     if not isinstance(cache, PromptCache):
         raise RequestError(f"a {type(cache).__name__} cannot be saved; only a cache of model.make_cache() can")
-    if cache.options.max_kv_size is not None and not cache.is_trimmable():
+    if not cache.is_trimmable() and not cache.needs_snapshots:
         raise RequestError(
             "the cache cannot be saved: it has dropped its oldest tokens, so no prompt could be compared with it; "
             "leave max_kv_size out, or make it larger"

@@ -23,6 +23,8 @@ from phi4_mlx.models.prompt_cache import PromptCache
 
 Drawn = tuple[int, mx.array]  # a token, and the log-probabilities [V] it was drawn from
 
+Pair = tuple[mx.array, mx.array]  # tokens [n], log-probabilities [n, V]
+
 CLEAR_EVERY = 256  # passes; frees the buffers of outgrown caches
 
 
@@ -107,13 +109,13 @@ def decode(
     return _plain_steps(ids, options.max_tokens, passes)
 
 
-def chunk_ends(total: int, step_size: int, rows: int, cache: PromptCache) -> list[int]:
-    """The end of each prefill chunk of `total` tokens; the last one has at least `rows` positions.
+def chunk_ends(total: int, step_size: int, rows: int, *, snapshots: bool) -> list[int]:
+    """The end of each chunk of `total` tokens; the last one has at least `rows` positions.
 
-    A cache that goes back by snapshots only gets one before the last token, so that the same prompt can run again.
+    With `snapshots`, a chunk also ends before the last `rows` tokens, so that the same prompt can run again from there.
     """
     ends = [*range(step_size, total - rows + 1, step_size), total]
-    if cache.needs_snapshots and total - rows > 0 and total - rows not in ends:
+    if snapshots and total - rows > 0 and total - rows not in ends:
         ends.insert(-1, total - rows)
     return ends
 
@@ -153,20 +155,21 @@ class _Passes:
 
     def advance(self, ids: mx.array, rows: int, decoding: bool) -> mx.array:
         """Runs ids [1, T] in chunks, at a RoPE crossing the whole sequence; the logits of the last `rows` positions."""
-        T, cache, progress = ids.shape[1], self.cache, self.options.prompt_progress_callback
-        decoding = decoding or (T == 1 and cache.offset > 0)
+        T, cache, step_size = ids.shape[1], self.cache, self.options.prefill_step_size
+        one_more = T == 1 and cache.offset > 0
         ids = cache.admit(ids)
         total = ids.shape[1]
-        if decoding and total == T:
-            progress = None
-        else:
+        prefill = not decoding or total > T
+        progress = self.options.prompt_progress_callback if prefill and not (one_more and total == T) else None
+        snapshots = prefill and cache.needs_snapshots
+        if snapshots:
             cache.mark()
         if progress:
             progress(0, total)
-        for start, stop in pairwise([0, *chunk_ends(total, self.options.prefill_step_size, rows, cache)]):
+        for start, stop in pairwise([0, *chunk_ends(total, step_size, rows, snapshots=snapshots)]):
             hidden = self.model.hidden(ids[:, start:stop], cache, rows=rows)
             if stop < total:
-                finish_chunk(cache)
+                finish_chunk(cache, snapshots)
                 if progress:
                     progress(stop, total)
         logits = self.model.logits(hidden)[0]
@@ -175,7 +178,7 @@ class _Passes:
             progress(total, total)
         return logits
 
-    def draw(self, logits: mx.array, row: int | None = None, mask: mx.array | None = None) -> Sequence[mx.array]:
+    def draw(self, logits: mx.array, row: int | None = None, mask: mx.array | None = None) -> Pair:
         """Tokens [n] and log-probabilities [n, V] for the logits [n, V] of a pass, or for one of its rows."""
         rows = range(logits.shape[0]) if row is None else [row]
         if self._processors:
@@ -191,11 +194,12 @@ class _Passes:
         return apply_processors(self._processors, before, logits[row : row + 1])
 
 
-def finish_chunk(cache: PromptCache) -> None:
-    """Computes what a prefill chunk has cached, frees its activations, and takes a snapshot where one is needed."""
+def finish_chunk(cache: PromptCache, snapshot: bool) -> None:
+    """Computes what a chunk has cached, frees its activations, and takes a snapshot if asked to."""
     mx.eval([layer.state for layer in cache])
     mx.clear_cache()
-    cache.mark()
+    if snapshot:
+        cache.mark()
 
 
 def _plain_steps(ids: mx.array, max_tokens: int, passes: _Passes) -> Iterator[Drawn]:
@@ -312,7 +316,7 @@ def _shared(tokens: Sequence[int], guesses: Sequence[int]) -> int:
 
 
 def _accepted(
-    drawn: Sequence[mx.array], logits: mx.array, row: int, passes: _Passes, logits_mask: LogitsMask
+    drawn: Pair, logits: mx.array, row: int, passes: _Passes, logits_mask: LogitsMask
 ) -> list[Drawn]:
     """The first token drawn from a row of the logits that the mask accepts, and the tokens it forces."""
     token, logprobs = drawn

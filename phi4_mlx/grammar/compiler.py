@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -55,7 +54,8 @@ def raise_error(what: str, matcher: LLMatcher) -> None:
         raise RequestError(f"{what}: {_line(matcher.get_error())}")
 
 
-def check_grammar(what: str, text: str, costly: Sequence[str] = (), sure: bool = True) -> None:
+@lru_cache(maxsize=16)  # a conversation checks its tools at every answer
+def check_grammar(what: str, text: str, costly: tuple[str, ...] = (), sure: bool = True) -> None:
     """Compiles a grammar within `MAX_COMPILE_S`, and looks for one answer that obeys it.
 
     Args:

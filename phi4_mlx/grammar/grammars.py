@@ -16,12 +16,12 @@ from typing import Any
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.json_file import JsonObject
+from phi4_mlx.files.user_file import read_file
 from phi4_mlx.grammar.call_rules import CALL_OR_ANSWER, MAY_CALL, MUST_CALL, spelled
 from phi4_mlx.grammar.compiler import check_grammar, limits
 from phi4_mlx.grammar.schema import plain_schema
 from phi4_mlx.tools.declarations import check_tools
 from phi4_mlx.tools.hints import class_schema
-from phi4_mlx.tools.python_file import read_file
 
 MAX_PATTERN = 4_096  # characters
 MAX_LARK = 65_536  # characters
@@ -217,7 +217,7 @@ def schema_grammar(name: str) -> Grammar:
 
 
 def _checked(what: str, text: str, costly: Sequence[str] = (), sure: bool = True) -> Grammar:
-    check_grammar(what, spelled(text), costly, sure)
+    check_grammar(what, spelled(text), tuple(costly), sure)
     return Grammar(text)
 
 

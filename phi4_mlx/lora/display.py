@@ -68,7 +68,7 @@ def step_line(step: Step, noun: str) -> str:
 
     Args:
         step: the step.
-        noun: the things that its loss is the mean of, "targets" or "pairs".
+        noun: the unit that its loss is averaged over, "targets" or "pairs".
     """
     ahead = "" if step.accuracy is None else f", {step.accuracy:.0%} ahead by {step.margin:.2f}"
     validated = "" if step.valid_loss is None else f", validation {step.valid_loss:.3f}"

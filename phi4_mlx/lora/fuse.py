@@ -86,7 +86,11 @@ def fuse(
 
     def planned(folder: Path, config: Config) -> list[Parameter]:
         check_fit(load_model(folder), adapter)
-        return [_fused(parameter, adapter, measured) for parameter in plan(folder, config, None, None, dequantize)]
+        paths = set(adapter.paths)
+        return [
+            FusedParameter(**vars(each), adapter=adapter, measured=measured) if each.path in paths else each
+            for each in plan(folder, config, None, None, dequantize)
+        ]
 
     target = Path(os.path.expanduser(save_path))
     write_package(target, model, revision, planned, progress)
@@ -139,12 +143,6 @@ class FusedParameter(Parameter):
         self.measured.add(base, exact, _dense(arrays, self.target))
         converted: list[mx.array] = self.as_bytes(arrays)
         return converted
-
-
-def _fused(parameter: Parameter, adapter: Adapter, measured: Measurement) -> Parameter:
-    if parameter.path not in adapter.paths:
-        return parameter
-    return FusedParameter(**vars(parameter), adapter=adapter, measured=measured)
 
 
 def _dense(arrays: Sequence[mx.array], scheme: Scheme | None) -> mx.array:

@@ -319,8 +319,8 @@ def _report_result(trainer: Trainer, resumed_at: int, tell: Tell) -> None:
         return
     if trainer.finished and now.step == resumed_at:
         why = "validation no longer improves" if trainer.ended_early else f"step {now.step:,} was its last"
-        more = "a larger --patience" if trainer.ended_early else "another --adapter-path"
-        tell(f"the run in {folder} has ended: {why}; use {more} to continue")
+        way = "a larger --patience continues it" if trainer.ended_early else "name another --adapter-path for a new run"
+        tell(f"the run in {folder} has ended: {why}; {way}")
     elif now.step < settings.iters:
         why = "validation no longer improves" if trainer.ended_early else "--resume continues"
         tell(f"stopped after step {now.step:,}: {why}")

@@ -269,7 +269,7 @@ class Settings:
 
     @property
     def noun(self) -> str:
-        """The things that a loss is the mean of."""
+        """The unit that the loss is averaged over."""
         return "targets" if self.task == "sft" else "pairs"
 
 

@@ -75,10 +75,13 @@ class LayerCache(Protocol):
         """The attention mask of the next N tokens."""
 
     def fork(self, length: int) -> LayerCache:
-        """Another cache of the first `length` tokens, over the same arrays."""
+        """Another cache of the first `length` tokens, over the same arrays; all of them unless `is_trimmable`."""
+
+    def compact(self) -> None:
+        """Copies the filled part out of larger buffers."""
 
     def snapshot(self) -> Any:
-        """A cheap record of this moment for `restore`; None if there can be none."""
+        """A cheap record of this moment for `restore`; None if there can be none. It owns the memory of its arrays."""
 
     def restore(self, snapshot: Any) -> None:
         """Goes back to the moment of a snapshot."""
@@ -225,8 +228,13 @@ class KVCache:
     def fork(self, length: int) -> KVCache:
         """Another cache of the first `length` tokens, over the same arrays."""
         twin = KVCache(self.bits, self.max_size)
-        twin.state = [array[:, :, :length] for array in self.state]
+        twin.state = [array[:, :, : length - self._dropped] for array in self.state]
+        twin._dropped = self._dropped
         return twin
+
+    def compact(self) -> None:
+        """Copies the filled part out of larger buffers."""
+        self._buffers = [mx.contiguous(array) for array in self.state]
 
     def join(self, members: Sequence[KVCache], columns: int) -> None:
         """Takes over the rows of `members`, one below the other, right-aligned in `columns` columns."""

@@ -23,6 +23,8 @@ from phi4_mlx.models.rope import Regime, Rope
 
 Call = Callable[..., Any]
 
+_MLX_LAYERS = {kind for kind in vars(nn).values() if isinstance(kind, type) and issubclass(kind, nn.Module)}
+
 ALL = ("",)  # prefixes of weight names
 BEFORE, AFTER = ("input_layernorm.", "self_attn.qkv_proj."), ("self_attn.o_proj.", "post_attention_layernorm.", "mlp.")
 
@@ -139,11 +141,11 @@ class _Traced:
 
 
 def _is_open(part: Any) -> bool:
-    """True for modules whose weights are inputs of a trace.
+    """True for modules whose weights are inputs of a trace: those of `mlx.nn`, and ours that are `traceable`.
 
-    A module with `constant_in_trace`, such as an adapter, also keeps arrays derived from weights: it is a constant.
+    Any other module is a constant: it may keep arrays that it has derived from weights, as adapters do.
     """
-    return isinstance(part, nn.Module) and not getattr(part, "constant_in_trace", False)
+    return type(part) in _MLX_LAYERS or (isinstance(part, nn.Module) and getattr(part, "traceable", False))
 
 
 def _weights(module: nn.Module, path: str = "") -> Iterator[tuple[str, mx.array]]:

@@ -21,7 +21,7 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.cache import CacheOptions, LayerCache
 from phi4_mlx.models.prompt_cache import PromptCache
-from phi4_mlx.models.rope import Regime
+from phi4_mlx.models.rope import Regime, regime_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ContextCost:
     Attributes:
         token_bytes: cached by each token, all layers together.
         layer_bytes: of those, cached by the largest layer; its old buffer stands beside the new one while it grows.
-        fixed_bytes: cached whatever the length, such as recurrent states.
+        fixed_bytes: cached whatever the length, such as recurrent states; each snapshot takes as many again.
         activation_bytes: activation memory of each prefilled token.
         score_bytes: attention scores of one (query, key) pair over all heads, where they are materialised; else 0.
     """
@@ -131,7 +131,7 @@ class LanguageModel(nn.Module, ABC):
         """
         T = ids.shape[1]
         if cache is not None and not isinstance(cache, (PromptCache, BatchCache)):
-            cache = PromptCache(cache, self.regime)
+            cache = PromptCache(cache, self.boundary)
         if isinstance(cache, PromptCache):
             ids = cache.admit(ids)
         return self.logits(self.hidden(ids, cache)[:, -T:])
@@ -151,7 +151,7 @@ class LanguageModel(nn.Module, ABC):
             RequestError: a value is outside its range, or the model cannot keep such a cache.
         """
         options = CacheOptions(regime, kv_bits, max_kv_size)
-        return PromptCache(self.layer_caches(options), self.regime, options)
+        return PromptCache(self.layer_caches(options), self.boundary, options)
 
     def make_batch_cache(self, regime: Regime) -> BatchCache:
         """An empty cache for rows of several sequences, all under one RoPE table."""
@@ -159,7 +159,7 @@ class LanguageModel(nn.Module, ABC):
 
     def regime(self, length: int) -> Regime:
         """The RoPE table that a sequence of `length` tokens needs."""
-        return "long" if self.boundary is not None and length > self.boundary else "short"
+        return regime_of(length, self.boundary)
 
     def quantizable(self, path: str, module: nn.Module) -> bool:
         """True if the converter may quantise the module at `path`."""

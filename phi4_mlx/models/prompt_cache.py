@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.models.cache import CacheOptions, LayerCache, Mask
-from phi4_mlx.models.rope import Regime
+from phi4_mlx.models.rope import Regime, regime_of
 
 MAX_SNAPSHOTS = 8  # of one sequence; each takes as many bytes as the recurrent states of all layers
 MAX_PIECES = 256  # ids appended before they are joined
@@ -60,7 +60,7 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
 
     Args:
         layers: one `LayerCache` a layer, all at the same offset.
-        regime_for: length -> the regime it needs.
+        boundary: the longest sequence under the short RoPE table; None for a single regime.
         options: the options that the layers were made with.
 
     Attributes:
@@ -72,15 +72,15 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
     def __init__(
         self,
         layers: Iterable[LayerCache],
-        regime_for: Callable[[int], Regime],
+        boundary: int | None,
         options: CacheOptions | None = None,
     ):
         super().__init__(layers)
         self.options = options or CacheOptions()
-        self._regime_for = regime_for
+        self._boundary = boundary
         self._ids = _TokenIds()
         self._snapshots: list[_Snapshot] = []
-        self.regime: Regime = self.options.regime or regime_for(self.offset)
+        self.regime: Regime = self._regime_with(0)
         self.rerun_tokens = 0
 
     @property
@@ -147,10 +147,11 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
 
     def record(self, ids: mx.array) -> None:
         """Appends the ids [B, T] that the model is about to run."""
+        self._follow_layers()
         self._ids.append(ids)
 
     def make_mask(self, N: int) -> Mask:
-        """The attention mask of the next N tokens, the same for all layers."""
+        """The attention mask of the next N tokens where all layers have the same one; else each layer makes its own."""
         return self[0].make_mask(N)
 
     def is_trimmable(self) -> bool:
@@ -160,6 +161,8 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
     def trim(self, n: int) -> int:
         """Takes back the last n tokens; returns how many it took: 0 unless `is_trimmable`, or all of them."""
         n = max(0, min(self.offset, n))
+        if n < self.offset and not self.is_trimmable():
+            return 0
         taken = [layer.trim(n) for layer in self]
         self._follow_layers()
         return taken[0]
@@ -168,8 +171,9 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
         """Takes a snapshot to return to, where `needs_snapshots`."""
         known = {0, *(each.length for each in self._snapshots)}
         if self.offset not in known and self.needs_snapshots:
-            snapshot = _Snapshot(self.offset, [layer.snapshot() for layer in self])
-            self._snapshots = [*self._snapshots[1 - MAX_SNAPSHOTS :], snapshot]
+            self._snapshots.append(_Snapshot(self.offset, [layer.snapshot() for layer in self]))
+            if len(self._snapshots) > MAX_SNAPSHOTS:  # keep the first, the last and every second between
+                del self._snapshots[1:-1:2]
 
     def reusable(self, length: int) -> int:
         """The number of the first `length` tokens that can be kept without the rest.
@@ -216,8 +220,9 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
 
     def fork(self, length: int) -> PromptCache:
         """Another cache of the first `length` tokens, which must be `reusable`, over the same arrays; B must be 1."""
-        twin = PromptCache([layer.fork(self.offset) for layer in self], self._regime_for, self.options)
-        twin.record(self.ids)
+        start = length if self.is_trimmable() else self.offset
+        twin = PromptCache([layer.fork(start) for layer in self], self._boundary, self.options)
+        twin._ids.append(self.ids[:, :start])
         twin._snapshots, twin.regime = [*self._snapshots], self.regime
         twin.truncate(length)
         return twin
@@ -225,7 +230,7 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
     def compact(self) -> None:
         """Copies the filled part out of larger buffers, which are then free."""
         for layer in self:
-            layer.state = [mx.contiguous(array) for array in layer.state]
+            layer.compact()
         mx.eval([layer.state for layer in self])
 
     def restore(self, ids: Sequence[int], states: Iterable[Sequence[mx.array]], regime: Regime) -> None:
@@ -242,7 +247,7 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
         self.record(mx.array([list(ids)], mx.int32))
 
     def _regime_with(self, num_tokens: int) -> Regime:
-        return self.options.regime or self._regime_for(self.offset + num_tokens)
+        return self.options.regime or regime_of(self.offset + num_tokens, self._boundary)
 
     def _follow_layers(self) -> None:
         """Drops ids and snapshots past the layers' length; mlx-lm's tools trim layers one by one."""

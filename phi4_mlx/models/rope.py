@@ -18,6 +18,11 @@ from phi4_mlx.config import ModelConfig
 Regime = Literal["short", "long"]
 
 
+def regime_of(length: int, boundary: int | None) -> Regime:
+    """The table for `length` tokens; `boundary` is the longest length under the short one, None for plain RoPE."""
+    return "long" if boundary is not None and length > boundary else "short"
+
+
 @dataclass(frozen=True)
 class Rotation:
     """The rotation of one forward pass, shared by all layers."""

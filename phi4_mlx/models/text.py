@@ -32,6 +32,8 @@ from phi4_mlx.models.rope import PackedRotation, Regime, Rope, Rotation
 class Attention(nn.Module):
     """Grouped-query attention over a fused projection."""
 
+    traceable = True
+
     def __init__(self, config: ModelConfig, softmax_scale: float):
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -78,6 +80,8 @@ def _join_heads(x: mx.array) -> mx.array:
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate) * up), gate before up in the fused projection."""
 
+    traceable = True
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
@@ -90,6 +94,8 @@ class MLP(nn.Module):
 
 class DecoderLayer(nn.Module):
     """One block."""
+
+    traceable = True
 
     def __init__(self, config: ModelConfig, softmax_scale: float):
         super().__init__()
@@ -117,7 +123,11 @@ class DecoderLayer(nn.Module):
     ) -> mx.array:
         queries, keys, values = self.heads(x, rotation)
         if rows is not None:
-            x, queries, mask = x[:, -rows:], queries[:, :, -rows:], mask if rows > 1 else None
+            x, queries = x[:, -rows:], queries[:, :, -rows:]
+            if isinstance(mask, mx.array):
+                mask = mask[..., -rows:, :]
+            elif rows == 1:
+                mask = None
         return self.rest(x, self.self_attn.attend(queries, keys, values, mask, cache))
 
 

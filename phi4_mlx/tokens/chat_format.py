@@ -363,11 +363,12 @@ def _text_part(index: int, part: Any) -> str:
 
 def _tools(message: Message, tools: Sequence[Any] = ()) -> Pieces:
     """The given tools, or else those in "tools" of a system message, as in the stock template."""
-    shown: Any = tools or None
-    if shown is None and message.get("role") == "system":
-        shown = message.get("tools")
-    if shown is not None:
-        yield from (Control(TOOLS_OPEN), shown if isinstance(shown, str) else tools_text(shown), Control(TOOLS_CLOSE))
+    text: str | None = tools_text(tools) if tools else None
+    if text is None and message.get("role") == "system" and message.get("tools") is not None:
+        given = message["tools"]
+        text = given if isinstance(given, str) else tools_text(given)
+    if text is not None:
+        yield from (Control(TOOLS_OPEN), text, Control(TOOLS_CLOSE))
 
 
 def _tool_calls(message: Message) -> Pieces:

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.files.user_file import read_file
 
 
 def tool_functions(name: str) -> list[Callable[..., Any]]:
@@ -40,20 +41,6 @@ def tool_functions(name: str) -> list[Callable[..., Any]]:
     if not found:
         raise RequestError(f"{path} defines no function whose name begins without _; each such function is a tool")
     return found
-
-
-def read_file(path: Path) -> bytes:
-    """Reads a file that the user named.
-
-    Raises:
-        RequestError: the file cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # a NUL in its name
-        raise RequestError(f"{str(path)!r} cannot be read: {error}") from None
 
 
 def _is_tool(name: str, thing: Any, module: str) -> bool:

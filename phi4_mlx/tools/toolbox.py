@@ -25,7 +25,7 @@ class Toolbox:
 
     Attributes:
         declarations: the tools in OpenAI's form.
-        strict: generates every call under a grammar of its tool's schema.
+        strict: True if calls must be generated under a grammar of the tools' schemas.
     """
 
     def __init__(self, tools: Sequence[Tool] = (), strict: bool = True, max_result_chars: int = MAX_RESULT_CHARS):

@@ -56,6 +56,7 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_many_questions_on_a_cached_text(cached: Path, question: str) -> None:
     options = ["--model", "demo", "--max-tokens", "30", "--verbose"]

@@ -112,6 +112,7 @@ UNKNOWN_MODELS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_body_is_refused_in_json_and_the_next_is_answered(server: Server, name: str) -> None:
     given = HOSTILE[name]

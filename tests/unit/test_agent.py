@@ -13,9 +13,10 @@ import mlx.core as mx
 import pytest
 
 from phi4_mlx import AgentResult, run_tools
-from phi4_mlx.agent import AnswerAssembler, ToolLoop, ToolResult
+from phi4_mlx.agent import ToolLoop, ToolResult
 from phi4_mlx.checkpoint import load_tokenizer_and_format
 from phi4_mlx.errors import RequestError
+from phi4_mlx.generation.answer import AnswerAssembler
 from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.generation.stream import GenerationResponse

@@ -6,6 +6,8 @@ Two kinds: phi3, whose cache can be trimmed, and the toy of `tests/toy_model.py`
 from __future__ import annotations
 
 import ast
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +35,7 @@ from phi4_mlx.lora.saving.run_folder import RunFolder
 from phi4_mlx.lora.settings import Settings as TrainingSettings
 from phi4_mlx.lora.training.trainer import Trainer
 from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.models.prompt_cache import MAX_SNAPSHOTS
 from phi4_mlx.server.engine.engine import Engine, Settings
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
 from phi4_mlx.server.engine.protocol import Finish, Job, Piece
@@ -98,6 +101,52 @@ def test_a_repeated_prompt_runs_only_its_last_token(model: LanguageModel) -> Non
     cache = model.make_cache()
     decoded(model, cache.reuse(PROMPT), 12, cache=cache)
     assert cache.reuse(PROMPT) == PROMPT[-1:]
+
+
+def test_a_fork_of_a_short_prefix_takes_memory_for_that_prefix_only(model: LanguageModel) -> None:
+    cache = model.make_cache()
+    decoded(model, PROMPT * 20, 1, cache=cache, prefill_step_size=64)
+    fork = cache.fork(cache.reusable(64))
+    fork.compact()
+    expected = model.make_cache()
+    decoded(model, PROMPT * 20, 1, cache=expected)
+    assert sum(layer.nbytes for layer in fork) <= max(0.2 * expected.nbytes, model.context_cost().fixed_bytes)
+
+
+def test_forced_tokens_keep_the_snapshots_of_the_prompt(model: LanguageModel) -> None:
+    class ForcingMask:
+        def mask(self) -> None:
+            return None
+
+        def accept(self, token: int) -> list[int]:
+            return [5, 6, 7]
+
+    cache = model.make_cache()
+    decoded(model, cache.reuse(PROMPT), 60, cache=cache, logits_mask=ForcingMask())
+    assert cache.reuse(PROMPT) == PROMPT[-1:]
+
+
+def test_the_snapshots_of_a_long_prompt_cover_its_whole_length(model: LanguageModel) -> None:
+    cache, prompt = model.make_cache(), PROMPT * 20
+    decoded(model, prompt, 1, cache=cache, prefill_step_size=16)
+    for shared in (100, 300, 600, 790):
+        assert cache.fork(cache.offset).keep_shared(prompt[:shared]) > 0
+
+
+def test_a_cache_does_not_keep_its_model_alive(kind: str) -> None:
+    model = MAKERS[kind]()
+    cache, watch = model.make_cache(), weakref.ref(model)
+    del model
+    gc.collect()
+    assert watch() is None and cache.offset == 0
+
+
+def test_a_refused_trim_changes_nothing(model: LanguageModel) -> None:
+    cache = model.make_cache()
+    decoded(model, PROMPT, 1, cache=cache)
+    taken = cache.trim(5)
+    assert taken == (5 if cache.is_trimmable() else 0)
+    assert {layer.offset for layer in cache} == {len(PROMPT) - taken}
 
 
 def test_a_fork_does_not_change_its_source(model: LanguageModel) -> None:
@@ -217,10 +266,11 @@ def test_the_converter_quantises_exactly_the_layers_that_the_model_allows(kind: 
     assert decoded(model, PROMPT, 4)
 
 
-def test_the_memory_plan_equals_the_bytes_of_the_cache(model: LanguageModel) -> None:
+def test_the_memory_plan_equals_the_bytes_of_the_cache_and_its_snapshots(model: LanguageModel) -> None:
     plan, cache = plan_context(model), model.make_cache()
     decoded(model, PROMPT, 1, cache=cache)
-    assert sum(layer.nbytes for layer in cache) == plan.cache_bytes(len(PROMPT))
+    taken = sum(layer.nbytes for layer in cache)
+    assert taken + (MAX_SNAPSHOTS * taken if cache.needs_snapshots else 0) == plan.cache_bytes(len(PROMPT))
     assert plan.most_tokens == model.config.max_position_embeddings
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.files.atomic import replacing, sync
+from phi4_mlx.files.atomic import replacing
 
 if TYPE_CHECKING:
     from phi4_mlx.lora.progress import Step
@@ -31,7 +31,7 @@ class MetricsLog:
         folder: the adapter's folder.
         step: the last step to keep; later lines are of steps that an interrupted run will make again.
         report: called with the metrics of each step; see `reporter`.
-        noun: what a step learns from and a loss is the mean of, "targets" or "pairs".
+        noun: the unit that the loss is averaged over, "targets" or "pairs".
 
     Attributes:
         path: the file.
@@ -52,7 +52,6 @@ class MetricsLog:
         self.lines = [line for line in read_metrics(self.path) if line["step"] <= step]
         with replacing(self.path) as partial:
             partial.write_bytes(b"".join(map(_encoded, self.lines)))
-            sync(partial)
         self._written, self._end = len(self.lines), self.path.stat().st_size  # lines and bytes on the disk
 
     def add(self, step: Step) -> None:

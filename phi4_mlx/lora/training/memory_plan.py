@@ -109,7 +109,7 @@ def make_plan(
         Growth.fit(rows, width, *(each - resident for each in peaks)),
         _loss_bytes(model, max(rows * width for rows, width in shapes)),
         sums,
-        grads + max(grads, 3 * max(array.nbytes for array in trained)),  # measured: AdamW makes three arrays per tensor
+        grads + max(grads, 3 * max(array.nbytes for array in trained)),  # AdamW: three temporaries of one tensor
     )
 
 

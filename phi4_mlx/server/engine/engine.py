@@ -22,10 +22,9 @@ from phi4_mlx.adapters.layers import load_adapter
 from phi4_mlx.checkpoint import load, share_weights
 from phi4_mlx.errors import Phi4Error, RequestError
 from phi4_mlx.generation.batch import Batch, BatchSequence, Fault, Token
-from phi4_mlx.generation.memory import memory_limit
+from phi4_mlx.generation.memory import cache_bytes, memory_limit
 from phi4_mlx.generation.options import LogitsMask
 from phi4_mlx.generation.stream import AnswerText
-from phi4_mlx.models.cache import KVCache
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
@@ -139,7 +138,8 @@ class Engine:
         """The most tokens of a prompt and its answer: the limit of the context, or of memory."""
         model = self._models.get(None)
         cost = model.context_cost()
-        tokens = (self.kv_limit_bytes - cost.fixed_bytes) // max(cost.token_bytes, 1) - KVCache.STEP
+        fixed = cache_bytes(cost, 0)  # with one buffer, which the last token may leave empty
+        tokens = (self.kv_limit_bytes - fixed) // max(cost.token_bytes, 1)
         return min(model.config.max_position_embeddings, tokens)
 
     def submit(self, job: Job) -> list[Event]:

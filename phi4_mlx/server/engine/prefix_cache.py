@@ -43,7 +43,7 @@ class PrefixCache:
     """
 
     MIN_SHARED = 8  # tokens; a shorter prefix is as fast to compute
-    MAX_ENTRIES = 1024  # each is compared with a prompt, in a microsecond or two
+    MAX_ENTRIES = 1024  # each is compared with a prompt, in some microseconds
 
     def __init__(self, limit_bytes: int):
         self.limit_bytes, self.nbytes = limit_bytes, 0
@@ -71,11 +71,15 @@ class PrefixCache:
 
     def put(self, adapter: str | None, cache: PromptCache) -> None:
         """Stores a copy of a cache, in place of the entries that it covers."""
-        entry = _Entry(adapter, np.array(cache.ids[0], np.int32), cache.fork(cache.offset))
-        if len(entry.ids) < self.MIN_SHARED or any(each.covers(entry) for each in self._entries):
+        ids = np.array(cache.ids[0], np.int32)
+        needed = ids.nbytes + sum(array.nbytes for layer in cache for array in layer.state)
+        if len(ids) < self.MIN_SHARED or needed > self.limit_bytes:
+            return
+        entry = _Entry(adapter, ids, cache.fork(cache.offset))
+        if any(each.covers(entry) for each in self._entries):
             return
         entry.cache.compact()  # else slices of a batch would keep all of its rows alive
-        if entry.nbytes > self.limit_bytes:
+        if entry.nbytes > self.limit_bytes:  # with its snapshots
             return
         kept = [each for each in self._entries if not entry.covers(each)]
         used = sum(each.nbytes for each in kept)

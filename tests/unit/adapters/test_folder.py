@@ -215,8 +215,8 @@ def test_a_save_that_fails_leaves_the_old_adapter_whole(
     assert (folder / TENSORS_FILE).read_bytes() != before[TENSORS_FILE]
 
 
-def test_what_a_killed_run_left_is_overwritten(tiny_model: TinyModel, folder: Path) -> None:
-    (folder / f".{TENSORS_FILE}.partial").write_bytes(b"half a file")
+def test_what_a_killed_run_left_is_removed(tiny_model: TinyModel, folder: Path) -> None:
+    (folder / f".{TENSORS_FILE}.999999999-0.partial").write_bytes(b"half a file")  # no process has this number
     save_adapter(adapted(tiny_model()), folder, {})
     assert sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, TENSORS_FILE]
 

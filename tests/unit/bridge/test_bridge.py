@@ -17,10 +17,11 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from phi4_mlx import agent, bridge
+from phi4_mlx import bridge
 from phi4_mlx.adapters.layers import add_adapter
 from phi4_mlx.bridge import WORKER
 from phi4_mlx.checkpoint import load
+from phi4_mlx.generation import answer
 from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.stream import GenerationResponse, generate, stream
 from tests.adapters import save_adapter
@@ -200,7 +201,7 @@ def test_an_iterator_that_is_left_cancels(model: int, monkeypatch: pytest.Monkey
             drawn.append(response.token)
             yield response
 
-    monkeypatch.setattr(agent, "stream", counted)
+    monkeypatch.setattr(answer, "stream", counted)
     events = bridge.chat_events(model, ASK, **LONG)
     next(events)
     events.close()  # type: ignore[attr-defined]
@@ -233,7 +234,7 @@ def test_a_prefill_is_cancelled_between_its_chunks(model: int, monkeypatch: pyte
         slow = replace(options, prefill_step_size=4, prompt_progress_callback=progress)
         return stream(model, tokenizer, ids, cache, slow)
 
-    monkeypatch.setattr(agent, "stream", slow_chunks)
+    monkeypatch.setattr(answer, "stream", slow_chunks)
     long_prompt = [{"role": "user", "content": "x " * 3_000}]
     finish = events_of(bridge.start_chat(model, long_prompt, max_tokens=1, timeout_s=0.2))[-1]
     assert (finish["reason"], finish["answer_tokens"]) == ("timeout", 0)
@@ -247,7 +248,7 @@ def test_what_breaks_inside_costs_its_own_request(model: int, monkeypatch: pytes
         yield
 
     with monkeypatch.context() as patched:
-        patched.setattr(agent, "stream", breaks)
+        patched.setattr(answer, "stream", breaks)
         assert events_of(bridge.start_chat(model, ASK)) == [
             {"event": "error", "code": "internal", "message": "RuntimeError: a bug"}
         ]

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from phi4_mlx import agent
 from phi4_mlx.chat.session import Chat
+from phi4_mlx.generation import answer
 from tests.unit.chat.scripted import Script, make_chat
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Script:
     made = Script()
-    monkeypatch.setattr(agent, "stream", made)
+    monkeypatch.setattr(answer, "stream", made)
     return made
 
 

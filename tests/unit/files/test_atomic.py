@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from phi4_mlx.files import atomic
 from phi4_mlx.files.atomic import replacing, whole_or_absent
 from tests.packages import left_beside
 
+OWN = re.compile(r"\.\d+-\d+(?=\.partial)")  # the part of a hidden name that tells writers apart
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -38,7 +40,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def recorded(verb: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(path: Path, *rest: Any) -> Any:
-            done.append(f"{verb} {path.name}")
+            done.append(f"{verb} {OWN.sub('', path.name)}")
             return real(path, *rest)
 
         return call
@@ -82,8 +84,19 @@ def test_a_file_that_could_not_be_flushed_leaves_the_older_one(tmp_path: Path, m
     assert left_beside(tmp_path / "x") == ["x"]
 
 
-def test_what_a_killed_run_left_of_a_file_is_overwritten(tmp_path: Path) -> None:
-    (tmp_path / ".x.partial").write_text("half of an older file")
+def test_two_writers_of_a_file_do_not_touch_each_other(tmp_path: Path) -> None:
+    with replacing(tmp_path / "x") as first:
+        first.write_text("first, half")
+        with replacing(tmp_path / "x") as second:
+            second.write_text("second")
+        assert (tmp_path / "x").read_text() == "second"
+        first.write_text("first, whole")
+    assert (tmp_path / "x").read_text() == "first, whole"
+    assert left_beside(tmp_path / "x") == ["x"]
+
+
+def test_what_a_killed_run_left_of_a_file_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".x.999999999-0.partial").write_text("half of an older file")  # no process has this number
     with replacing(tmp_path / "x") as partial:
         assert not partial.exists()
         partial.write_text("new")

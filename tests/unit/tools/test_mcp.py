@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from phi4_mlx.agent import tool_grammar
 from phi4_mlx.errors import RequestError
+from phi4_mlx.generation.answer import tool_grammar
 from phi4_mlx.tools import mcp as ours
 from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.mcp import mcp_tools

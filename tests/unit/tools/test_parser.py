@@ -326,6 +326,7 @@ def best_time(parse: Callable[[str, list[str]], Reply], text: str) -> float:
     return min(times)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "unit"), [*(("", unit) for unit in HOSTILE.values()), *ENDLESS.values()])
 def test_time_is_linear_in_the_answer(before: str, unit: str) -> None:
     """An answer eight times as long takes about eight times as long; quadratic time would make it 64."""

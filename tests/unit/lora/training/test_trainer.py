@@ -38,6 +38,7 @@ def test_it_learns(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
     assert max(rates) == rates[2] and rates[-1] == pytest.approx(1e-3, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 @pytest.mark.parametrize("cut", [4, 8])
 def test_a_resumed_run_is_the_unbroken_one_to_the_bit(
@@ -79,6 +80,7 @@ def die(monkeypatch: pytest.MonkeyPatch, run: Trainer, step: int, moment: str, b
     monkeypatch.setattr(place, name, dying)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["metrics", "best", "checkpoint", "adapter"])
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("step", [8, 12])
