@@ -26,7 +26,7 @@ from phi4_mlx.models.cache import CacheOptions, KVCache, LayerCache, Mask, group
 from phi4_mlx.models.compiled import CompiledSteps
 from phi4_mlx.models.model import ContextCost, LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
-from phi4_mlx.models.rope import PackedRotation, Regime, Rope, Rotation
+from phi4_mlx.models.rope import PackedRotation, Rope, Rotation, regime_of
 
 
 class Attention(nn.Module):
@@ -145,15 +145,16 @@ class Decoder(nn.Module):
     def __call__(
         self,
         ids: mx.array,
-        cache: PromptCache | BatchCache | None,
-        regime: Regime,
-        embeddings: mx.array | None,
-        segments: mx.array | None,
-        rows: int | None,
-        recompute: bool,
+        cache: PromptCache | BatchCache | None = None,
+        *,
+        embeddings: mx.array | None = None,
+        segments: mx.array | None = None,
+        rows: int | None = None,
+        recompute: bool = False,
     ) -> mx.array:
         """See `LanguageModel.hidden`. With `rows`, the last block computes only keys and values of the other tokens."""
         T = ids.shape[1]
+        regime = regime_of(T, self.rope.boundary) if cache is None else cache.regime
         caches: Sequence[Any] = [None] * len(self.layers)
         position: int | mx.array = 0
         mask: Mask = None if T == 1 else "causal"
@@ -206,8 +207,8 @@ class Model(LanguageModel):
         rows: int | None = None,
     ) -> mx.array:
         """See `LanguageModel.hidden`."""
-        regime = self.regime(ids.shape[1]) if cache is None else cache.regime
-        return self.model(ids, cache, regime, embeddings, segments, rows, self.recompute and self.training)
+        recompute = self.recompute and self.training
+        return self.model(ids, cache, embeddings=embeddings, segments=segments, rows=rows, recompute=recompute)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """See `LanguageModel.logits`."""

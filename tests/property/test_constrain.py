@@ -137,6 +137,7 @@ def answer(demo: Demo, grammar: Grammar, prompt: str, seed: int) -> tuple[str, s
     return "".join(event.text for event in events), events[-1].finish_reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(SCHEMAS))
 def test_every_answer_is_valid_under_its_schema_and_ends(demo: Demo, seed: int) -> None:
     schema = SchemaMaker(seed).root()
@@ -146,6 +147,7 @@ def test_every_answer_is_valid_under_its_schema_and_ends(demo: Demo, seed: int) 
     assert reason == "stop" or schema.get("type") in ("integer", "number"), text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(max(1, SCHEMAS // 4)))
 def test_every_required_tool_call_is_valid(demo: Demo, seed: int) -> None:
     tools = {}

@@ -45,6 +45,7 @@ def test_the_last_chunk_and_steps_of_a_full_context_take_the_planned_bytes(tiny_
         assert step < plan.peak_bytes(S, T) + 2 * plan.cache_bytes(S) // 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_bits", [None, 4, 8])
 def test_the_planned_cache_equals_the_real_one_to_the_byte(tiny_model: TinyModel, kv_bits: int | None) -> None:
     model = tiny_model(max_position_embeddings=4096, **HEADS, rope_scaling=FACTORS)

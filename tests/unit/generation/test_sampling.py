@@ -64,6 +64,7 @@ def test_the_smallest_temperatures_take_the_likeliest_token(temp: float) -> None
     assert set(tokens.tolist()) == {5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"top_p": 0.95}, {"top_p": 0.8}, {"top_p": 0.9, "min_p": 0.05}, {"top_p": 0.3}, {"top_p": 0.9, "top_k": 700}],

@@ -100,6 +100,7 @@ def test_processors_receive_the_tokens_before_each_guess(tiny_model: TinyModel) 
         assert decoded(model, PROMPT, 50, proposer=Oracle(plain, wrong), **options) == plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", ["none", "repetition_penalty", "presence_penalty", "frequency_penalty"])
 @pytest.mark.parametrize("prefill_step_size", [2, 2048])
 def test_guesses_under_a_grammar_give_the_same_tokens(demo: Demo, penalty: str, prefill_step_size: int) -> None:

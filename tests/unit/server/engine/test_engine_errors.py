@@ -87,8 +87,8 @@ def break_constraint(call: str) -> Callable[[Engine, pytest.MonkeyPatch], None]:
 def break_prefill(engine: Engine, patch: pytest.MonkeyPatch) -> None:
     forward = Decoder.__call__
 
-    def failing(self: Any, ids: mx.array, *options: Any) -> mx.array:
-        return broken() if is_bad(ids[0]) else forward(self, ids, *options)
+    def failing(self: Any, ids: mx.array, *rest: Any, **options: Any) -> mx.array:
+        return broken() if is_bad(ids[0]) else forward(self, ids, *rest, **options)
 
     patch.setattr(Decoder, "__call__", failing)
 
@@ -141,12 +141,12 @@ def break_decode(times: int) -> Callable[[Engine, pytest.MonkeyPatch], None]:
     def install(engine: Engine, patch: pytest.MonkeyPatch) -> None:
         left, forward = times, Decoder.__call__
 
-        def failing(self: Any, ids: mx.array, cache: Any, *options: Any) -> mx.array:
+        def failing(self: Any, ids: mx.array, cache: Any, **options: Any) -> mx.array:
             nonlocal left
             if left and isinstance(cache, BatchCache):
                 left -= 1
                 broken()
-            return forward(self, ids, cache, *options)
+            return forward(self, ids, cache, **options)
 
         patch.setattr(Decoder, "__call__", failing)
 
@@ -204,6 +204,7 @@ def injected_jobs(engine: Engine, site: str) -> list[Job]:
     return [*jobs[: BAD - 1], bad, *jobs[BAD:]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", [*FAILS_ITS_JOB, *FAILS_NONE])
 def test_an_exception_fails_its_own_job_or_none(
     demo: Demo, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, site: str
