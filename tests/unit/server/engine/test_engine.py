@@ -212,9 +212,9 @@ def count_tokens_run(patch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     forward = Decoder.__call__
 
-    def counting(self: Any, ids: mx.array, *options: Any) -> mx.array:
+    def counting(self: Any, ids: mx.array, *rest: Any, **options: Any) -> mx.array:
         calls.append(ids.size)
-        return forward(self, ids, *options)
+        return forward(self, ids, *rest, **options)
 
     patch.setattr(Decoder, "__call__", counting)
     return calls
