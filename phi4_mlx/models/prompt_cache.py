@@ -88,10 +88,7 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
         """Tokens cached."""
         return self[0].offset
 
-    @property
-    def positions(self) -> int:
-        """The position of the next token."""
-        return self.offset
+    positions = offset  # of the next token; in a batch, one a row
 
     @property
     def ids(self) -> mx.array:
