@@ -14,9 +14,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from phi4_mlx.checkpoint import read_config
+from phi4_mlx.checkpoint import check_vocabulary, read_config
 from phi4_mlx.config import Config
-from phi4_mlx.errors import RequestError, TokenizerError
+from phi4_mlx.errors import RequestError
 from phi4_mlx.files.atomic import whole_or_absent
 from phi4_mlx.files.dtypes import DTYPES, FLOATS
 from phi4_mlx.files.json_file import JsonObject, read_json
@@ -142,11 +142,7 @@ def _small_files(
     tokenizer: Tokenizer,
 ) -> dict[str, bytes]:
     """Every file except the weights and the manifest, corrected where necessary; config.json comes last."""
-    if tokenizer.vocab_size > config.vocab_size:
-        raise TokenizerError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size:,} ids and the embedding {config.vocab_size:,} rows; "
-            "get both from one source"
-        )
+    check_vocabulary(folder, tokenizer, config)
     files = dict(given)
     _correct_tokenizer_config(folder, files)
 

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx.adapters.layers import load_adapter
 from phi4_mlx.config import MODEL_FOLDER, Config, ModelConfig
-from phi4_mlx.errors import CheckpointError, ConfigError, RequestError
+from phi4_mlx.errors import CheckpointError, ConfigError, RequestError, TokenizerError
 from phi4_mlx.files.dtypes import FLOATS, name_of
 from phi4_mlx.files.json_file import read_json
 from phi4_mlx.files.manifest import verify_manifest
@@ -73,7 +73,7 @@ def load(
     Raises:
         ConfigError: config.json needs maths that is not implemented; a JSON file or a chat template is damaged.
         CheckpointError: weights are missing, damaged, unexpected or of another shape; the Hub cannot be reached.
-        TokenizerError: the tokenizer's files are missing or damaged.
+        TokenizerError: the tokenizer's files are missing or damaged, or it has more ids than the embedding has rows.
         RequestError: the chat format is unknown.
     """
     folder = resolve(path_or_hf_repo, revision)
@@ -81,6 +81,7 @@ def load(
         verify_manifest(folder)
     model = load_model(folder)
     tokenizer = load_tokenizer_and_format(folder, chat_format, model.config.model_type)
+    check_vocabulary(folder, tokenizer, model.config)
     if adapter_path is not None:
         load_adapter(model, Path(adapter_path))
     if not lazy:
@@ -105,6 +106,15 @@ def load_tokenizer_and_format(folder: Path, chat_format: str | None = None, mode
     known = CHAT_FORMATS[chat_format] if chat_format else None
     tokenizer.chat_format = known or KINDS[model_type].chat_format(folder, tokenizer)
     return tokenizer
+
+
+def check_vocabulary(folder: Path, tokenizer: Tokenizer, config: Config) -> None:
+    """Raises TokenizerError if the tokenizer has more ids than the embedding has rows; MLX would read past them."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise TokenizerError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size:,} ids and the embedding {config.vocab_size:,} rows; "
+            "get both from one source"
+        )
 
 
 def load_config(folder: Path) -> Config:

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from phi4_mlx import checkpoint, load
 from phi4_mlx.checkpoint import check_tensors, empty_model
 from phi4_mlx.convert.package import convert
-from phi4_mlx.errors import CheckpointError, ConfigError, Phi4Error, RequestError
+from phi4_mlx.errors import CheckpointError, ConfigError, Phi4Error, RequestError, TokenizerError
 from phi4_mlx.files.safetensors import TensorInfo
 from phi4_mlx.hub import DEFAULT_MODEL, NEEDED_FILES, resolve
 from phi4_mlx.models.text import Model
@@ -248,3 +248,8 @@ def test_tensors_can_be_checked_from_the_headers_alone(tiny_model: TinyModel) ->
     model = tiny_model()
     infos = {name: TensorInfo("F32", tuple(a.shape), 0, 0) for name, a in tree_flatten(model.parameters())}
     assert check_tensors(model, infos) == set(infos)
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(tiny_checkpoint: TinyCheckpoint) -> None:
+    with pytest.raises(TokenizerError, match=r"the tokenizer has \d+ ids and the embedding 256 rows; get both"):
+        load(tiny_checkpoint(vocab_size=256))
