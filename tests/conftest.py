@@ -122,3 +122,10 @@ def tiny_checkpoint(tmp_path: Path) -> TinyCheckpoint:
 def demo() -> Demo:
     """The model and the tokenizer of the embedded package; tests leave both as they are."""
     return load("demo")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole commands in processes of their own count as slow."""
+    for item in items:
+        if item.path.is_relative_to(ROOT / "tests" / "e2e") or item.path.name == "test_readme.py":
+            item.add_marker(pytest.mark.slow)

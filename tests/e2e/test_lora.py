@@ -134,6 +134,7 @@ def test_killed_where_a_checkpoint_is_written_it_is_the_unbroken_run(
     assert same(adapter(broken), adapter(whole)) and same(adapter(broken / "best"), adapter(whole / "best"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_run_as_signals_do_with_all_saved(
     options: list[str], tmp_path: Path, number: signal.Signals, code: int
@@ -258,6 +259,7 @@ def test_two_processes_are_one_with_the_whole_batch(options: list[str], tmp_path
     assert one.keys() == two.keys() and all(mx.allclose(one[name], two[name], rtol=0, atol=1e-5) for name in one)
 
 
+@pytest.mark.slow
 def test_an_adapter_can_be_begun_with(options: list[str], tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     code, _, err = finish(*options, "--adapter-path", str(first))

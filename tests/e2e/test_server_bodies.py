@@ -184,6 +184,7 @@ def server() -> Iterator[Server]:
         yield it
 
 
+@pytest.mark.slow
 def test_any_body_is_answered_or_refused_and_the_next_is_answered(server: Server) -> None:
     draw = random.Random(1)
     statuses: Counter[int] = Counter()

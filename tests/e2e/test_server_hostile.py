@@ -201,6 +201,7 @@ def drip(connection: socket.socket, data: bytes, pause_s: float) -> int:
     return len(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [b"", HEAD[:20], b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
 def test_headers_that_drip_are_cut_off(server: Server, first: bytes) -> None:
     data = HEAD + b"X-A: " + b"y" * 300 if not first else b"X" * 400  # 20 seconds of it, against a limit of 1.5

@@ -101,6 +101,7 @@ def test_the_merges_of_the_model_with_the_known_hash_agree_with_its_ranks(o200k:
     assert isinstance(ours, ByteTokenizer) and ours.vocab_size == 200_029
 
 
+@pytest.mark.slow
 def test_a_known_model_with_options_that_tiktoken_lacks_is_read_by_the_library(o200k: Path, tmp_path: Path) -> None:
     text = (o200k / "tokenizer.json").read_text(encoding="utf-8")
     (tmp_path / "tokenizer.json").write_text(text.replace('"single_word": false', '"single_word": true', 1))

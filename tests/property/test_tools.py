@@ -109,6 +109,7 @@ def exact(calls: list[ToolCall] | tuple[ToolCall, ...]) -> list[str]:
     return [json_text(plain(call)) for call in calls]  # as text, because 1, 1.0 and True are equal
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_calls_written_in_a_form_are_parsed_back(form: str) -> None:
     draw = random.Random(f"round trips {form}")

@@ -236,6 +236,7 @@ def test_decoding_continues_from_a_prompt_cache_file(loaded: tuple[LanguageModel
     assert decoded(model, rest, 6, cache=loaded_cache) == decoded(model, PROMPT, 6)
 
 
+@pytest.mark.slow
 def test_lora_training_lowers_the_loss_and_leaves_the_base_unchanged(model: LanguageModel, tmp_path: Path) -> None:
     before, base = model(mx.array([PROMPT])), base_fingerprint(model)
     add_adapter(model, rank=4)

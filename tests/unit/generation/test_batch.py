@@ -96,6 +96,7 @@ def test_each_sequence_has_its_own_sampler_and_processors(model: Model) -> None:
         assert answer(sequence) == decoded(model, prompt, 20, **options)
 
 
+@pytest.mark.slow
 def test_the_youngest_sequence_waits_where_caches_would_exceed_the_limit(model: Model) -> None:
     asked = random_prompts(6, seed=4, longest=60)
     limit = 3 * 256 * model.context_cost().token_bytes

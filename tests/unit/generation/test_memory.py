@@ -66,6 +66,7 @@ def test_one_token_more_than_the_longest_context_does_not_fit(tiny_model: TinyMo
     assert replace(plan, limit_bytes=10**15).most_tokens == 4096 and memory_limit() > 10**9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [100, 256, 700, 2048])
 def test_a_bounded_cache_takes_at_most_its_bound_and_a_chunk(tiny_model: TinyModel, chunk: int) -> None:
     model = tiny_model(max_position_embeddings=4096)

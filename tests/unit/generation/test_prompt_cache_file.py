@@ -84,6 +84,7 @@ def test_a_loaded_cache_is_reused_up_to_the_first_new_token(tiny_model: TinyMode
         assert loaded.reuse([*history[:shared], *new]) == new and loaded.offset == shared
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
     model, path = tiny_model(**WIDE), tmp_path / "kept"
     for bits in (None, 4):

@@ -94,6 +94,7 @@ def test_equally_likely_tokens_of_a_large_vocabulary_are_truncated_to_the_first(
     assert max(tokens.tolist()) < 801 and len(set(tokens.tolist())) > 700
 
 
+@pytest.mark.slow
 def test_small_probabilities_in_a_large_vocabulary_are_not_lost() -> None:
     """A running sum in single precision over the whole vocabulary would lose them."""
     V = 200_064

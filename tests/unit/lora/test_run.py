@@ -84,12 +84,14 @@ def test_the_default_model_is_named_in_the_adapter(given: dict[str, Any], monkey
     assert json.loads((done.adapter_path / "adapter_config.json").read_text())["model"] == run_module.DEFAULT_MODEL
 
 
+@pytest.mark.slow
 def test_many_epochs_are_told(given: dict[str, Any]) -> None:
     _, told = run(given, iters=12, batch_size=8, val_batches=1)
     assert any("= 12.0 epochs" in line for line in told) and any("comes 12 times" in line for line in told)
     assert not any("times" in line for line in run(given, iters=10, batch_size=8, adapter_path=f"{given['data']}x")[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["dpo", "orpo"])
 def test_pairs_have_accuracy_and_margin_of_their_own_step(given: dict[str, Any], task: str) -> None:
     """Pairs of the memory plan's probes and of the last validation do not count."""
@@ -145,6 +147,7 @@ def test_nobodys_adapter_is_written_over(given: dict[str, Any], file: str) -> No
     assert [path.name for path in folder.iterdir()] == [file]
 
 
+@pytest.mark.slow
 def test_one_may_go_on_from_an_adapter_in_its_own_folder_but_not_over_a_run_or_pefts(
     given: dict[str, Any], tmp_path: Path
 ) -> None:

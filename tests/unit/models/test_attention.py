@@ -95,6 +95,7 @@ def peak_above(compute: Callable[[], mx.array]) -> int:
     return peak_memory(compute) - before
 
 
+@pytest.mark.slow
 def test_quantised_attention_never_holds_all_scores() -> None:
     T, S = 128, 32_768
     queries, *both = inputs(T, S)
@@ -103,6 +104,7 @@ def test_quantised_attention_never_holds_all_scores() -> None:
     assert peak_above(lambda: attention(queries, keys, values, Dh**-0.5, "causal", 4)) < 4 * H * T * S / 8
 
 
+@pytest.mark.slow
 def test_a_long_chunk_on_the_cpu_never_holds_all_scores() -> None:
     T, S = 1024, 8_192
     arrays = inputs(T, S)

@@ -120,6 +120,7 @@ def shown(tokenizer: Tokenizer, messages: list[dict[str, Any]], name: str = "phi
     return tokenizer.decode(CHAT_FORMATS[name].render(tokenizer, messages, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [True, False])
 def test_ordinary_chats_are_the_stock_templates(name: str, tokenizer: Tokenizer, prompt: bool) -> None:
     draw = random.Random(1)

@@ -144,6 +144,7 @@ def test_positions_that_are_no_target_cost_no_head(
     assert sum(rows) == mask.sum().item() < 60
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_few_chunks(tiny_model: Callable[..., Model]) -> None:
     vocabulary, tokens = 20_000, 640
     model = tiny_model(vocab_size=vocabulary, num_hidden_layers=1)

@@ -315,6 +315,7 @@ def unliked_pairs(base: Model, count: int) -> list[Pair]:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["dpo", "orpo"])
 def test_training_makes_the_chosen_answers_likelier_and_leaves_the_base_alone(
     tiny_model: Callable[..., Model], tmp_path: Path, task: str

@@ -255,6 +255,7 @@ def spoiled(run: Trainer, at: int, loss: float) -> None:
     run.loss = spoiling
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "at"), [(math.nan, 6), (math.inf, 6), (40.0, 12), (40.0, 56)])
 def test_a_loss_that_is_no_loss_stops_before_it_does_harm(
     tiny_model: Callable[..., Model], tmp_path: Path, loss: float, at: int

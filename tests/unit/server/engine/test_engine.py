@@ -272,6 +272,7 @@ def test_a_prefix_cache_of_zero_bytes_stores_nothing(demo: Demo, make_engine: Ma
     assert engine.prefilled_tokens == 2 * len(job.prompt) and len(engine.prefixes) == 0
 
 
+@pytest.mark.slow
 def test_jobs_that_outgrow_the_memory_wait_and_continue_exactly(demo: Demo, make_engine: MakeEngine) -> None:
     model, tokenizer = demo
     limit = 3 * 256 * model.context_cost().token_bytes
