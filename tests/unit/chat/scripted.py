@@ -75,7 +75,7 @@ def make_chat(model: LanguageModel, max_tokens: int) -> Chat:
 
 
 def shown(chat: Chat) -> str:
-    """What the screen has shown since the last call."""
+    """Everything on the screen since the last call."""
     assert isinstance(chat.screen, Recorder)
     text, chat.screen.shown = chat.screen.shown, ""
     return text
