@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ Demo = tuple[Model, Tokenizer]  # the fixture `demo`
 
 settings.register_profile("default", derandomize=True, deadline=None)
 settings.load_profile("default")
+
+# A background job of a shell starts with SIGINT ignored, and so would the commands that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"
