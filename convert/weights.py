@@ -152,7 +152,7 @@ def plan(
         )
     if dequantize and not packed:
         raise RequestError(f"{folder} is not quantised; drop --dequantize")
-    dense = empty_model(config, ())
+    dense = empty_model(config, {})
     modules = dict(dense.named_modules())
     ((usual, _),) = Counter(info.dtype for info in infos.values() if info.dtype in FLOATS).most_common(1)
     parameters = []
