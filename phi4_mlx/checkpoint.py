@@ -6,8 +6,9 @@ checked from the headers before any weight is read.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,8 @@ def load(
     if adapter_path is not None:
         load_adapter(model, Path(adapter_path))
     if not lazy:
-        mx.eval(model.parameters())
+        with _unchanged(folder):
+            mx.eval(model.parameters())
     return model, tokenizer
 
 
@@ -152,11 +154,22 @@ def load_model(folder: Path) -> LanguageModel:
     model = empty_model(config, infos)
     wanted = check_tensors(model, infos)
     weights = []
-    for path in sorted(set(files.values())):
-        weights += [(name, array) for name, array in mx.load(str(path)).items() if name in wanted]
+    with _unchanged(folder):
+        for path in sorted(set(files.values())):
+            weights += [(name, array) for name, array in mx.load(str(path)).items() if name in wanted]
     model.load_weights(weights)
     model.eval()
     return model
+
+
+@contextlib.contextmanager
+def _unchanged(folder: Path) -> Iterator[None]:
+    """Reports that MLX cannot read what the headers promised."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"the weights of {folder} changed while they were read ({reason}); try again") from None
 
 
 def share_weights(model: LanguageModel) -> LanguageModel:
