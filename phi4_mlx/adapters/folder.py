@@ -7,7 +7,6 @@ A folder has `adapters.safetensors` with `<layer path>.lora_a` [in, R] and `.lor
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ from phi4_mlx.files.json_file import JsonObject, read_json
 from phi4_mlx.files.safetensors import TensorWriter, read_header
 
 TENSORS_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
+
+MOST_SCALE = 1e30  # of an adapter's scale and alpha; far beyond use, and far from fp32's largest number
 
 FULL = "full"
 PARTS = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}
@@ -172,12 +173,12 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
     return tensors
 
 
-def checked(adapter: Adapter, rank: object) -> Adapter:
+def checked(adapter: Adapter, rank: object | Mapping[str, int]) -> Adapter:
     """Checks that no tensor is missing or left over, and that the shapes agree.
 
     Args:
         adapter: the adapter as it was read.
-        rank: R from its config; None if the config does not say.
+        rank: R from its config, or by layer; None if the config does not say.
 
     Returns:
         The same adapter.
@@ -204,8 +205,9 @@ def checked(adapter: Adapter, rank: object) -> Adapter:
             expected = ", ".join(("[in, R]", "[R, out]", "[out]")[: len(parts)])
             raise CheckpointError(f"{adapter.source}: {path} has {shapes}; the shapes must be {expected}")
         rank = a.shape[1] if rank is None else rank
-        if a.shape[1] != rank:
-            raise CheckpointError(f"{adapter.source}: {path} has rank {a.shape[1]}; the adapter's rank is {rank}")
+        own = rank[path] if isinstance(rank, Mapping) else rank
+        if a.shape[1] != own:
+            raise CheckpointError(f"{adapter.source}: {path} has rank {a.shape[1]}; the adapter's rank is {own!r:.40}")
     return adapter
 
 
@@ -268,6 +270,6 @@ def _config(adapter: Adapter, total_layers: int) -> JsonObject:
 
 
 def _number(folder: Path, name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MOST_SCALE:
         raise CheckpointError(f"{folder / CONFIG_FILE} has {name} {value!r:.40}; it must be a number")
     return float(value)
