@@ -8,10 +8,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from phi4_mlx.config import QUANTIZATION_MODES
 from phi4_mlx.files.dtypes import DTYPES, FLOATS
 from phi4_mlx.terminal.command import Parser, number, progress_bar, run, text
-
-from .quantize import MODES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +36,7 @@ def _parser() -> Parser:
         "--q-group-size", type=number(int, 16, 128), metavar="N",
         help="numbers that share a scale (default: 64, or the mode's)",
     )  # fmt: skip
-    add("--q-mode", choices=list(MODES), help="format of the quantised numbers (default: affine)")
+    add("--q-mode", choices=list(QUANTIZATION_MODES), help="format of the quantised numbers (default: affine)")
     add(
         "--embed-bits", type=number(int, 2, 8), metavar="N",
         help="bits per number of the embedding and the head, one matrix in Phi-4-mini (default: as --q-bits)",

@@ -21,7 +21,8 @@ from phi4_mlx.files.atomic import whole_or_absent
 from phi4_mlx.files.dtypes import DTYPES, FLOATS
 from phi4_mlx.files.json_file import JsonObject, read_json
 from phi4_mlx.files.manifest import MANIFEST_FILE
-from phi4_mlx.files.safetensors import INDEX_FILE, file_in
+from phi4_mlx.files.regular_file import TOKENIZER_BYTES
+from phi4_mlx.files.safetensors import INDEX_FILE, bytes_in, file_in
 from phi4_mlx.hub import resolve
 from phi4_mlx.tokens.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -120,7 +121,9 @@ def write_package(
         raw = read_json(file_in(folder, "config.json"))
         config = read_config(raw)
         parameters = planned(folder, config)
-        given = {name: file_in(folder, name).read_bytes() for name in SMALL_FILES if os.path.lexists(folder / name)}
+        given = {
+            name: bytes_in(folder, name, TOKENIZER_BYTES) for name in SMALL_FILES if os.path.lexists(folder / name)
+        }
         tokenizer = load_tokenizer(folder, prove=True)
         small = _small_files(folder, raw, config, parameters, given, tokenizer)
         _check_room(out, parameters, small)

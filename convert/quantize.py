@@ -1,7 +1,4 @@
-"""Quantisation recipes: the scheme of each matrix and the shapes that it gives. No weights are read.
-
-Source: `mlx.core.quantize`, for the modes with their bits and group sizes.
-"""
+"""Quantisation recipes: the scheme of each matrix and the shapes that it gives. No weights are read."""
 
 from __future__ import annotations
 
@@ -9,20 +6,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from phi4_mlx.config import QUANTIZATION_MODES
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.json_file import JsonObject
 
 Shape = tuple[int, ...]
 Layout = dict[str, tuple[str, Shape]]
 """Tensor name -> (dtype in safetensors, such as "BF16", and shape)."""
-
-# mode -> (bits, group sizes) that mlx supports, the default first
-MODES = {
-    "affine": ((4, 2, 3, 5, 6, 8), (64, 32, 128)),
-    "mxfp4": ((4,), (32,)),
-    "nvfp4": ((4,), (16,)),
-    "mxfp8": ((8,), (32,)),
-}
 
 EMBEDDING_AND_HEAD = ("model.embed_tokens", "lm_head")
 
@@ -48,7 +38,7 @@ class Scheme:
         """
         rows, columns = shape
         if columns % self.group_size:
-            sizes = [size for size in MODES[self.mode][1] if columns % size == 0]
+            sizes = [size for size in QUANTIZATION_MODES[self.mode][1] if columns % size == 0]
             way_out = f"--q-group-size {sizes[0]} would" if sizes else "leave out -q"
             raise RequestError(
                 f"{path}.weight has rows of {columns}, which groups of {self.group_size} do not divide; {way_out}"
@@ -76,7 +66,7 @@ def make_recipe(mode: str, bits: int | None, group_size: int | None, embed_bits:
     """Checks a user's choice and fills in the defaults.
 
     Args:
-        mode: a key of `MODES`.
+        mode: a key of `QUANTIZATION_MODES`.
         bits: bits per number; None for the mode's default.
         group_size: numbers that share a scale; None for the mode's default.
         embed_bits: bits per number of the embedding and the head; None for `bits`.
@@ -84,9 +74,9 @@ def make_recipe(mode: str, bits: int | None, group_size: int | None, embed_bits:
     Raises:
         RequestError: mlx does not support the combination.
     """
-    if mode not in MODES:
-        raise RequestError(f"--q-mode {mode!r} is not known; known are {', '.join(MODES)}")
-    choices = MODES[mode]
+    if mode not in QUANTIZATION_MODES:
+        raise RequestError(f"--q-mode {mode!r} is not known; known are {', '.join(QUANTIZATION_MODES)}")
+    choices = QUANTIZATION_MODES[mode]
     bits = choices[0][0] if bits is None else bits
     group_size = choices[1][0] if group_size is None else group_size
     given = [("--q-bits", bits, choices[0]), ("--q-group-size", group_size, choices[1])]

@@ -22,6 +22,7 @@ from phi4_mlx.checkpoint import check_tensors, empty_model
 from phi4_mlx.config import Config
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.files.dtypes import FLOATS, mlx_dtype
+from phi4_mlx.files.regular_file import open_regular
 from phi4_mlx.files.safetensors import TensorInfo, TensorWriter, read_header, tensor_bytes, weight_files
 
 from .quantize import Layout, Recipe, Scheme
@@ -46,7 +47,7 @@ class Stored:
         row_bytes = (self.info.end - self.info.start) // self.info.shape[0]
         count = (last - first) * row_bytes
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 file.seek(self.info.start + first * row_bytes)
                 data = file.read(count)
         except OSError as error:
@@ -152,7 +153,7 @@ def plan(
         )
     if dequantize and not packed:
         raise RequestError(f"{folder} is not quantised; drop --dequantize")
-    dense = empty_model(config, ())
+    dense = empty_model(config, {})
     modules = dict(dense.named_modules())
     ((usual, _),) = Counter(info.dtype for info in infos.values() if info.dtype in FLOATS).most_common(1)
     parameters = []

@@ -6,7 +6,9 @@ checked from the headers before any weight is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from phi4_mlx.adapters.layers import load_adapter
-from phi4_mlx.config import MODEL_FOLDER, Config, ModelConfig
+from phi4_mlx.config import MODEL_FOLDER, QUANTIZATION_MODES, Config, ModelConfig
 from phi4_mlx.errors import CheckpointError, ConfigError, RequestError, TokenizerError
 from phi4_mlx.files.dtypes import FLOATS, name_of
 from phi4_mlx.files.json_file import read_json
@@ -85,7 +87,8 @@ def load(
     if adapter_path is not None:
         load_adapter(model, Path(adapter_path))
     if not lazy:
-        mx.eval(model.parameters())
+        with _unchanged(folder):
+            mx.eval(model.parameters())
     return model, tokenizer
 
 
@@ -151,49 +154,78 @@ def load_model(folder: Path) -> LanguageModel:
     model = empty_model(config, infos)
     wanted = check_tensors(model, infos)
     weights = []
-    for path in sorted(set(files.values())):
-        weights += [(name, array) for name, array in mx.load(str(path)).items() if name in wanted]
+    with _unchanged(folder):
+        for path in sorted(set(files.values())):
+            weights += [(name, array) for name, array in mx.load(str(path)).items() if name in wanted]
     model.load_weights(weights)
     model.eval()
     return model
 
 
+@contextlib.contextmanager
+def _unchanged(folder: Path) -> Iterator[None]:
+    """Reports that MLX cannot read what the headers promised."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"the weights of {folder} changed while they were read ({reason}); try again") from None
+
+
 def share_weights(model: LanguageModel) -> LanguageModel:
     """Another model over the same arrays; an adapter on one is not on the other."""
     parameters = model.parameters()
-    twin = empty_model(model.config, [name for name, _ in tree_flatten(parameters)])
+    flat = tree_flatten(parameters)
+    infos = {name: TensorInfo(name_of(array.dtype), tuple(array.shape), 0, 0) for name, array in flat}
+    twin = empty_model(model.config, infos)
     twin.update(parameters)
     twin.eval()
     return twin
 
 
-def empty_model(config: Config, names: Iterable[str]) -> LanguageModel:
-    """The model with lazy random weights, quantised where the checkpoint's tensor `names` include scales.
+def empty_model(config: Config, infos: Mapping[str, TensorInfo]) -> LanguageModel:
+    """The model with lazy random weights, quantised where the checkpoint has scales.
+
+    The shapes of a matrix and of its packed weight and scales leave one answer for mode, bits and group size, whatever
+    the map in config.json says: mlx-lm omits layers from it, and some tools write it wrongly.
+
+    Args:
+        config: the config.
+        infos: the tensors of the checkpoint by name; empty for a dense model.
 
     Raises:
-        CheckpointError: there are scales, and config.json does not describe the quantisation.
+        CheckpointError: there are scales, and config.json has no 'quantization', or no quantisation has such shapes.
     """
-    model, quantization = KINDS[config.model_type].model(config), config.quantization
-    scaled = {name.removesuffix(".scales") for name in names if name.endswith(".scales")}
+    model = KINDS[config.model_type].model(config)
+    scaled = {name.removesuffix(".scales") for name in infos if name.endswith(".scales")}
     if not scaled:
         return model
-    if quantization is None:
+    if config.quantization is None:
         raise CheckpointError(
             f"{min(scaled)} is quantised, but config.json has no 'quantization' that describes it"
         )
-    settings = {key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization}
 
-    def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        own = quantization.get(path)
-        if path not in scaled or not hasattr(module, "to_quantized"):
-            return False
-        return settings | own if isinstance(own, dict) else True
+    def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        quantised = path in scaled and hasattr(module, "to_quantized") and f"{path}.weight" in infos
+        return quantised and _scheme(path, module, infos)
 
-    try:
-        nn.quantize(model, **settings, class_predicate=predicate)
-    except ValueError as error:
-        raise CheckpointError(f"config.json: quantization {settings} does not fit the model: {error}") from None
+    nn.quantize(model, class_predicate=settings)
     return model
+
+
+def _scheme(path: str, module: nn.Module, infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """Mode, bits and group size of a quantised matrix [rows, columns], from its shapes."""
+    rows, columns = module.weight.shape
+    weight, scales = infos[f"{path}.weight"], infos[f"{path}.scales"]
+    for mode, (widths, sizes) in QUANTIZATION_MODES.items():
+        for bits, group_size in itertools.product(widths, sizes):
+            shapes = (rows, columns * bits / 32), (rows, columns / group_size)
+            if (weight.shape, scales.shape) == shapes and (scales.dtype in FLOATS) == (mode == "affine"):
+                return {"mode": mode, "bits": bits, "group_size": group_size}
+    raise CheckpointError(
+        f"{path} is quantised in a way that does not fit: weight {weight.dtype} {list(weight.shape)} and scales "
+        f"{scales.dtype} {list(scales.shape)} for a matrix {[rows, columns]}; get config and weights from one source"
+    )
 
 
 def check_tensors(model: LanguageModel, infos: Mapping[str, TensorInfo]) -> set[str]:

@@ -30,6 +30,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logits_scaling": (1, None),
     "num_local_experts": (0, 1, None),
     "rope_traditional": (False, None),
+    "quantize_activations": (False, None),
 }
 
 _ROPE_KEYS = {
@@ -39,9 +40,17 @@ _ROPE_KEYS = {
 
 _MAX_COUNT = 2**24  # far above any count of the family, and small enough for MLX's shapes
 
+_QUANTIZATION_KEYS = {"group_size", "bits", "mode"}
+
 MODEL_FOLDER = "a model folder holds config.json, weights and tokenizer files"  # advice where config.json is missing
 
-QUANTIZATION_MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
+QUANTIZATION_MODES = {
+    "affine": ((4, 2, 3, 5, 6, 8), (64, 32, 128)),
+    "mxfp4": ((4,), (32,)),
+    "nvfp4": ((4,), (16,)),
+    "mxfp8": ((8,), (32,)),
+}
+"""Mode -> (bits, group sizes) that mlx supports, the default first. Source: `mlx.core.quantize`."""
 
 
 class Config(Protocol):
@@ -303,28 +312,30 @@ def _quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
     method = found.get("quant_method") if isinstance(found, Mapping) else found
     if method is not None or "group_size" not in found or "bits" not in found:
         raise ConfigError(
-            f"config.json: quantization {method or found!r} is not supported; convert the unquantised checkpoint"
+            f"config.json: quantization {_brief(method or found)} is not supported; convert the unquantised checkpoint"
         )
-    for name, value in found.items():
-        _check_quantization(name, value, found)
+    layers = {name: value for name, value in found.items() if name not in _QUANTIZATION_KEYS}
+    _check_quantization("quantization", found)
+    for name, value in layers.items():
+        if isinstance(value, Mapping) and not any(value[key] for key in value.keys() - _QUANTIZATION_KEYS):
+            _check_quantization(f"quantization of {name}", value)
+        elif not isinstance(value, bool):
+            raise ConfigError(
+                f"config.json: quantization of {name:.200} must be true, false or an object of group_size, bits and "
+                f"mode, not {_brief(value)}"
+            )
     return dict(found)
 
 
-def _check_quantization(name: str, value: Any, whole: Mapping[str, Any]) -> None:
-    """One entry of `quantization`: a setting, or a layer's path with its own settings, true or false."""
-    if name in ("group_size", "bits"):
-        _count(whole, name)
-    elif name == "mode":
-        if value not in QUANTIZATION_MODES:
-            raise ConfigError(f"config.json: quantization mode {value!r} is unknown; known are {QUANTIZATION_MODES}")
-    elif isinstance(value, Mapping) and value.keys() <= {"group_size", "bits", "mode"}:
-        for key in value:
-            _check_quantization(key, value[key], value)
-    elif not isinstance(value, bool):
+def _check_quantization(where: str, settings: Mapping[str, Any]) -> None:
+    """Mode, bits and group size of all layers or of one. Where one is null or absent, the mode's default holds."""
+    mode = settings.get("mode", "affine")
+    if not isinstance(mode, str) or mode not in QUANTIZATION_MODES:
         raise ConfigError(
-            f"config.json: quantization of {name} must be true, false or an object of group_size, bits and mode, "
-            f"not {_brief(value)}"
+            f"config.json: {where:.200} has mode {_brief(mode)}; known are {', '.join(QUANTIZATION_MODES)}"
         )
+    for key in ("bits", "group_size"):
+        _count(settings, key, 1)
 
 
 def _count(raw: Mapping[str, Any], name: str, default: int | None = None, most: int = _MAX_COUNT) -> int:

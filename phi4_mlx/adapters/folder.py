@@ -7,7 +7,6 @@ A folder has `adapters.safetensors` with `<layer path>.lora_a` [in, R] and `.lor
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ from phi4_mlx.files.json_file import JsonObject, read_json
 from phi4_mlx.files.safetensors import TensorWriter, read_header
 
 TENSORS_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
+
+MOST_SCALE = 1e30  # of an adapter's scale and alpha; far beyond use, and far from fp32's largest number
 
 FULL = "full"
 PARTS = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}
@@ -74,7 +75,7 @@ class Adapter:
 
 def place(path: str) -> tuple[int, str]:
     """Layer number and place in it: "model.layers.3.mlp.down_proj" -> (3, "mlp.down_proj"); -1 outside the layers."""
-    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", path)
+    found = re.fullmatch(r"model\.layers\.([0-9]{1,9})\.(.+)", path)
     return (int(found[1]), found[2]) if found else (-1, path)
 
 
@@ -94,8 +95,10 @@ def read_folder(folder: Path, file: str = TENSORS_FILE) -> Adapter:
     kind, parameters = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
     if kind == FULL:
         return Adapter(FULL, 1.0, 0.0, read_tensors(path), str(path))
-    if kind not in PARTS:
-        raise CheckpointError(f"{folder}: fine_tune_type {kind!r} is not known; known are {', '.join([*PARTS, FULL])}")
+    if not isinstance(kind, str) or kind not in PARTS:
+        raise CheckpointError(
+            f"{folder}: fine_tune_type {kind!r:.60} is not known; known are {', '.join([*PARTS, FULL])}"
+        )
     if not isinstance(parameters, dict):
         raise CheckpointError(f"{folder / CONFIG_FILE} has no lora_parameters; it needs rank, scale, dropout and keys")
     keys, rank, num_layers = parameters.get("keys"), parameters.get("rank"), config.get("num_layers")
@@ -170,12 +173,12 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
     return tensors
 
 
-def checked(adapter: Adapter, rank: object) -> Adapter:
+def checked(adapter: Adapter, rank: object | Mapping[str, int]) -> Adapter:
     """Checks that no tensor is missing or left over, and that the shapes agree.
 
     Args:
         adapter: the adapter as it was read.
-        rank: R from its config; None if the config does not say.
+        rank: R from its config, or by layer; None if the config does not say.
 
     Returns:
         The same adapter.
@@ -202,8 +205,9 @@ def checked(adapter: Adapter, rank: object) -> Adapter:
             expected = ", ".join(("[in, R]", "[R, out]", "[out]")[: len(parts)])
             raise CheckpointError(f"{adapter.source}: {path} has {shapes}; the shapes must be {expected}")
         rank = a.shape[1] if rank is None else rank
-        if a.shape[1] != rank:
-            raise CheckpointError(f"{adapter.source}: {path} has rank {a.shape[1]}; the adapter's rank is {rank}")
+        own = rank[path] if isinstance(rank, Mapping) else rank
+        if a.shape[1] != own:
+            raise CheckpointError(f"{adapter.source}: {path} has rank {a.shape[1]}; the adapter's rank is {own!r:.40}")
     return adapter
 
 
@@ -266,6 +270,6 @@ def _config(adapter: Adapter, total_layers: int) -> JsonObject:
 
 
 def _number(folder: Path, name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MOST_SCALE:
         raise CheckpointError(f"{folder / CONFIG_FILE} has {name} {value!r:.40}; it must be a number")
     return float(value)

@@ -133,8 +133,13 @@ def check_fit(model: nn.Module, adapter: Adapter) -> None:
         _check_full(model, adapter)
         return
     linears, total = _linear_layers(model), len(model.layers)
+    embeddings = {path for path, module in model.named_modules() if hasattr(module, "as_linear")}
     for path in adapter.paths:
         _, key = place(path)
+        if path in embeddings:
+            raise CheckpointError(
+                f"{adapter.source}: {path} is an embedding, and only linear layers are adapted here; train without it"
+            )
         if path not in linears:
             raise CheckpointError(
                 f"{adapter.source}: {path} is not a linear layer of this model, which has layers 0 to {total - 1}; "
@@ -146,14 +151,16 @@ def check_fit(model: nn.Module, adapter: Adapter) -> None:
                 f"{adapter.source}: {path} has lora_a {list(a.shape)} and lora_b {list(b.shape)}; the layer needs "
                 f"[{width}, R] and [R, {out}]; the adapter is for another model"
             )
-        if adapter.keys is not None and key not in adapter.keys:
+        if adapter.keys is not None and key not in adapter.keys and path not in adapter.keys:
             raise CheckpointError(f"{adapter.source}: {path} is not among the keys in its config, {[*adapter.keys]}")
     _check_count(adapter, total)
 
 
 def _check_count(adapter: Adapter, total: int) -> None:
     """Checks that the adapter covers the layers that its config claims, of `total` in the model."""
-    count, used = adapter.num_layers, {layer for layer, _ in map(place, adapter.paths) if layer >= 0}
+    count = adapter.num_layers
+    counted = (place(path) for path in adapter.paths if adapter.keys is None or path not in adapter.keys)
+    used = {layer for layer, _ in counted if layer >= 0}
     if count is None or not used:
         return
     expected = set(adapter.only_layers or range(total - count if 0 < count < total else 0, total))

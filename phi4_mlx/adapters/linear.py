@@ -77,7 +77,8 @@ class LoRALinear(nn.Module):
         return self._folded.operands
 
     def _fold(self, dtype: mx.Dtype) -> tuple[mx.array, ...]:
-        return self.lora_a.astype(dtype), (self.scale * self.lora_b).astype(dtype)
+        # In fp32, because half precision would round the scale.
+        return self.lora_a.astype(dtype), (self.scale * self.lora_b.astype(mx.float32)).astype(dtype)
 
 
 class DoRALinear(LoRALinear):

@@ -3,18 +3,33 @@
 PEFT's matrices are the transposes of ours: `lora_A.weight` [R, in] and `lora_B.weight` [out, R]. Its scale is
 `lora_alpha / r`, or `lora_alpha / sqrt(r)` under rsLoRA. DoRA's norms are `lora_magnitude_vector` [out].
 
-Source: `LoraConfig` and `get_peft_model_state_dict` in peft.
+Under `rank_pattern` and `alpha_pattern` layers have ranks and scales of their own. Ours have one rank and one scale:
+the matrices are padded with zeros, and the rest of a layer's scale goes into its `lora_b`, which changes no output.
+
+Source: `LoraConfig`, `get_peft_model_state_dict`, `get_pattern_key` and `check_target_module_exists` in peft.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
-from phi4_mlx.adapters.folder import CONFIG_FILE, Adapter, checked, layers_named, place, read_config, read_tensors
+from phi4_mlx.adapters.folder import (
+    CONFIG_FILE,
+    MOST_SCALE,
+    Adapter,
+    checked,
+    layers_named,
+    place,
+    read_config,
+    read_tensors,
+)
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.files.json_file import JsonObject
 
@@ -26,16 +41,23 @@ _NAME = re.compile(r"base_model\.model\.(.+)\.(?:lora_(?P<matrix>[AB])\.weight|l
 # Fields that do not change the meaning of the tensors, or are read below. Every other field must be empty, so that an
 # unknown one is refused rather than ignored.
 _IGNORED = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "inference_mode",
-    "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config",
-    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision", "runtime_config",
-    "target_modules", "task_type", "use_dora", "use_rslora",
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout",
+    "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
 _ALLOWED: dict[str, tuple[object, ...]] = {
     "bias": ("none",),
+    "use_dora": (True, False, None),
+    "use_rslora": (True, False, None),
     # "pissa", "olora" and others change the base model; their tensors do not fit the original base.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
+
+_MAX_RANK = 2**24  # far above the width of a layer
+_MAX_PATTERNS = 10_000  # many times the layers of a model
+_MAX_PATTERN_LENGTH = 1000
+_MAX_REPEATS = 4  # a pattern that repeats more often, or repeats a group, could take hours to match
 
 
 def scale_of(alpha: float, rank: int, use_rslora: bool = False) -> float:
@@ -75,20 +97,34 @@ def read_peft(folder: Path, file: str = PEFT_FILE) -> Adapter:
             "again with safe_serialization=True"
         )
     _check_config(folder, config)
-    rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout")
+    rank: Any = config.get("r")
+    alpha: Any = config.get("lora_alpha")
+    dropout: Any = config.get("lora_dropout") or 0.0
     base = config.get("base_model_name_or_path")
-    if type(rank) is not int or rank < 1 or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise CheckpointError(f"{folder / CONFIG_FILE} has r {rank!r} and lora_alpha {alpha!r}; they must be numbers")
+    if not _is_rank(rank) or not _is_number(alpha) or not _is_number(dropout):
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} has r {rank!r:.40} and lora_alpha {alpha!r:.40} and lora_dropout {dropout!r:.40}; "
+            "they must be numbers"
+        )
+    ranks = _Pattern(folder, config, "rank_pattern", _is_rank)
+    alphas = _Pattern(folder, config, "alpha_pattern", _is_number)
     adapter = Adapter(
         kind="dora" if config.get("use_dora") else "lora",
-        scale=scale_of(alpha, rank, config.get("use_rslora") is True),
-        dropout=dropout if isinstance(dropout, float) else 0.0,
+        scale=scale_of(alpha, rank, bool(config.get("use_rslora"))),
+        dropout=float(dropout),
         tensors={_our_name(path, name): array.T for name, array in read_tensors(path).items()},
         source=str(path),
         only_layers=layers_named(folder, config),
         base_model=base if isinstance(base, str) else None,
     )
-    return checked(adapter, rank)
+    _check_targets(adapter, config)
+    own_ranks = {path: ranks.value(path, rank) for path in adapter.paths}
+    scales = {
+        path: scale_of(alphas.value(path, alpha), own, bool(config.get("use_rslora")))
+        for path, own in own_ranks.items()
+    }
+    checked(adapter, own_ranks)
+    return _with_one_rank_and_scale(adapter, scales)
 
 
 def peft_layout(adapter: Adapter) -> tuple[dict[str, mx.array], JsonObject]:
@@ -134,6 +170,73 @@ def _check_config(folder: Path, config: JsonObject) -> None:
         empty = value in (None, False) or (isinstance(value, (dict, list, str)) and not value)
         if not (value in _ALLOWED[name] if name in _ALLOWED else empty):
             raise RequestError(f"{folder / CONFIG_FILE}: {name} = {value!r:.80} asks for maths that is not supported")
+
+
+def _check_targets(adapter: Adapter, config: JsonObject) -> None:
+    """Checks that PEFT would use every tensor: those of layers that its config does not target, it would drop."""
+
+    def names(given: object, path: str) -> bool:
+        return isinstance(given, list) and any(path == each or path.endswith(f".{each}") for each in given)
+
+    targets, only = config.get("target_modules"), adapter.only_layers
+    for path in adapter.paths:
+        layer, _ = place(path)
+        targeted = not isinstance(targets, list) or names(targets, path)  # a text is a pattern of PEFT's, or all-linear
+        chosen = only is None or isinstance(targets, str) or layer in only
+        if not targeted or not chosen or names(config.get("exclude_modules"), path):
+            raise CheckpointError(
+                f"{adapter.source}: {path:.200} is left over: target_modules, exclude_modules and layers_to_transform "
+                f"of {CONFIG_FILE} do not choose it; get both files from one source"
+            )
+
+
+class _Pattern:
+    """A `rank_pattern` or an `alpha_pattern`: the values of some layers, by a regular expression of their path."""
+
+    def __init__(self, folder: Path, config: JsonObject, name: str, valid: Callable[[object], bool]):
+        found = config.get(name) or {}
+        if not isinstance(found, dict) or len(found) > _MAX_PATTERNS or not all(map(valid, found.values())):
+            raise CheckpointError(
+                f"{folder / CONFIG_FILE} has {name} {found!r:.80}; it must map at most {_MAX_PATTERNS:,} names to "
+                "numbers"
+            )
+        self._values: list[tuple[re.Pattern[str], Any]] = []
+        for key, value in found.items():
+            try:
+                repeats = len(re.findall(r"[*+{]", key))
+                if repeats > _MAX_REPEATS or len(key) > _MAX_PATTERN_LENGTH or re.search(r"\)[*+{]", key):
+                    raise re.error("it repeats too much")
+                self._values.append((re.compile(rf"(.*\.)?({key})$"), value))
+            except (re.error, OverflowError, RecursionError) as error:
+                raise RequestError(f"{folder / CONFIG_FILE}: {name} has the key {key!r:.80}: {error}") from None
+
+    def value(self, path: str, default: Any) -> Any:
+        """The value of the layer at `path`: of the first key that matches."""
+        return next((value for key, value in self._values if key.match(path)), default)
+
+
+def _with_one_rank_and_scale(adapter: Adapter, scales: Mapping[str, float]) -> Adapter:
+    """The same adapter with the largest of its ranks and scales in every layer."""
+    largest = max(scales.values(), key=abs)
+    most = max(adapter.of(path)[0].shape[1] for path in adapter.paths)
+    tensors = dict(adapter.tensors)
+    for path, scale in scales.items():
+        a, b, *_ = adapter.of(path)
+        missing = most - a.shape[1]
+        if missing:
+            a, b = mx.pad(a, [(0, 0), (0, missing)]), mx.pad(b, [(0, missing), (0, 0)])
+        if scale != largest:
+            b = b.astype(mx.float32) * (scale / largest)
+        tensors |= {f"{path}.lora_a": a, f"{path}.lora_b": b}
+    return replace(adapter, tensors=tensors, scale=largest)
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and 1 <= value <= _MAX_RANK
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MOST_SCALE
 
 
 def _our_name(path: Path, name: str) -> str:

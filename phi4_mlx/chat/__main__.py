@@ -15,6 +15,7 @@ from phi4_mlx.chat.commands import COMMANDS, Leave, is_command, obey
 from phi4_mlx.chat.session import Chat, load_shown
 from phi4_mlx.chat.tools import Doorkeeper, add_tool_options, toolbox_of
 from phi4_mlx.errors import Phi4Error, RequestError
+from phi4_mlx.files.regular_file import SMALL_BYTES
 from phi4_mlx.terminal.command import Parser, read_standard_input, run, text, utf8, word
 from phi4_mlx.terminal.options import (
     SAMPLING,
@@ -106,7 +107,10 @@ def _open(args: argparse.Namespace, screen: Screen, person: bool, toolbox: Toolb
 
 def _answer_lines(chat: Chat) -> None:
     """Answers each line of standard input. Every line is a question: there are no commands."""
-    for number, line in enumerate(sys.stdin.buffer, 1):
+    lines = iter(lambda: sys.stdin.buffer.readline(SMALL_BYTES + 1), b"")
+    for number, line in enumerate(lines, 1):
+        if len(line) > SMALL_BYTES:
+            raise RequestError(f"line {number} of standard input has more than {SMALL_BYTES:,} bytes, the limit")
         question = utf8(line, f"line {number} of standard input").rstrip("\r\n")
         if question.strip():
             chat.answer(question)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from phi4_mlx.agent import Round, call_ids, round_messages
 from phi4_mlx.chat.conversation import Turn, reply_ids
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.atomic import replacing
+from phi4_mlx.files.user_file import read_file
 from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.json_text import json_text
 
@@ -66,16 +66,11 @@ def load(path: Path, tokenizer: Tokenizer) -> tuple[str | None, list[Turn]]:
         (system prompt or None, turns)
 
     Raises:
-        RequestError: the file is not a conversation, or is over `LARGEST_FILE` bytes.
-        OSError: the file cannot be read.
+        RequestError: the file cannot be read, is not a conversation, or is over `LARGEST_FILE` bytes.
     """
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise RequestError(f"{path} is not a file")
-    if status.st_size > LARGEST_FILE:
-        raise RequestError(f"{path} has {status.st_size:,} bytes; a conversation has at most {LARGEST_FILE:,}")
+    data = read_file(path, LARGEST_FILE)
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(data)
     except (ValueError, RecursionError):  # not UTF-8, not JSON, or nested too deep
         raise RequestError(f"{path} is not JSON; /save writes files that /load reads") from None
     if not isinstance(content, dict) or "messages" not in content:

@@ -7,11 +7,13 @@ converter has established about the package.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
 from phi4_mlx.errors import CheckpointError
 from phi4_mlx.files.json_file import JsonObject
+from phi4_mlx.files.regular_file import open_regular
 from phi4_mlx.files.safetensors import file_in, json_in
 
 MANIFEST_FILE = "manifest.json"
@@ -40,7 +42,7 @@ def verify_manifest(folder: Path) -> None:
         CheckpointError: the manifest is missing; a file is missing or changed; a file that a loader would read is not
             listed.
     """
-    if not (folder / MANIFEST_FILE).exists():
+    if not os.path.lexists(folder / MANIFEST_FILE):
         raise CheckpointError(
             f"{folder} has no {MANIFEST_FILE}, so it cannot be verified; packages made by phi4_mlx.convert have one"
         )
@@ -60,7 +62,7 @@ def verify_manifest(folder: Path) -> None:
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.errors import CheckpointError, ConfigError
 from phi4_mlx.files.dtypes import DTYPES
-from phi4_mlx.files.json_file import JsonObject, read_json
+from phi4_mlx.files.json_file import JsonObject, is_deeper, read_json
+from phi4_mlx.files.regular_file import SMALL_BYTES, open_regular, read_regular
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -201,6 +202,19 @@ def json_in(folder: Path, name: str) -> JsonObject:
         raise CheckpointError(str(error)) from None
 
 
+def bytes_in(folder: Path, name: str, most: int = SMALL_BYTES) -> bytes:
+    """Reads a file in a folder.
+
+    Raises:
+        CheckpointError: as `file_in`, and if the file cannot be read or has more than `most` bytes.
+    """
+    path = file_in(folder, name)
+    try:
+        return read_regular(path, most)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
 class TensorWriter:
     """Writes a safetensors file from beginning to end, piece by piece; its header is known from the start.
 
@@ -291,9 +305,7 @@ class TensorWriter:
 
 def _read_raw(path: Path) -> tuple[bytes, int]:
     """The bytes before the numbers, and the size of the file."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("it is not a regular file")
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
@@ -322,7 +334,7 @@ def _parse(raw: bytes) -> JsonObject:
 
 def _check_entry(name: str, entry: Any, base: int) -> TensorInfo:
     """A tensor's entry. Its offsets count from the header's end, `base`; the result's from the file's beginning."""
-    if not isinstance(entry, dict) or _is_deeper(entry, _MAX_NESTING - 1):
+    if not isinstance(entry, dict) or is_deeper(entry, _MAX_NESTING - 1):
         raise ValueError(f"{name!r} is not described by an object of dtype, shape and data_offsets")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list):
@@ -381,11 +393,3 @@ def _real(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text[:20]} is not a number")
     return value
-
-
-def _is_deeper(value: object, levels: int) -> bool:
-    """True if JSON is nested more than `levels` deep."""
-    if not isinstance(value, (dict, list)):
-        return False
-    inner = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(_is_deeper(item, levels - 1) for item in inner)

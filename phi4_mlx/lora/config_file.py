@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.files.user_file import read_file
 from phi4_mlx.lora.settings import Settings
 from phi4_mlx.terminal.command import utf8
 
@@ -53,11 +54,10 @@ def read_config_file(path: str, optimizer: str | None = None) -> tuple[dict[str,
         (option -> value for `Settings.from_mapping`, and `train` if it is given; messages for the user)
 
     Raises:
-        RequestError: the file is not YAML, does not hold names and values, or has an unsupported option.
-        OSError: the file cannot be read.
+        RequestError: the file cannot be read, is not YAML, or does not hold names and values; an option is unsupported.
     """
     try:
-        given = yaml.load(utf8(Path(os.path.expanduser(path)).read_bytes(), path), _Loader)
+        given = yaml.load(utf8(read_file(Path(os.path.expanduser(path))), path), _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: for example, a date with a 13th month
         raise RequestError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if given is None:

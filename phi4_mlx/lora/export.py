@@ -66,7 +66,7 @@ def from_peft(peft_path: str | Path, adapter_path: str | Path, model: str | Path
     total_layers = len(layers)
     if model is not None:
         config = load_config(resolve(model))
-        check_fit(empty_model(config, ()), adapter)
+        check_fit(empty_model(config, {}), adapter)
         total_layers = config.num_hidden_layers
     elif adapter.only_layers is not None or layers != list(range(total_layers)):
         raise RequestError(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, TypeVar
 
 from phi4_mlx.errors import Phi4Error, RequestError
+from phi4_mlx.files.regular_file import SMALL_BYTES
 from phi4_mlx.terminal.printable import one_line
 
 Number = TypeVar("Number", int, float)
@@ -168,9 +169,12 @@ def read_standard_input() -> str:
     """Reads standard input to its end.
 
     Raises:
-        RequestError: it is not UTF-8.
+        RequestError: it is not UTF-8, or has more than `SMALL_BYTES` bytes.
     """
-    return utf8(sys.stdin.buffer.read(), "standard input")
+    data = sys.stdin.buffer.read(SMALL_BYTES + 1)
+    if len(data) > SMALL_BYTES:
+        raise RequestError(f"standard input has more than {SMALL_BYTES:,} bytes, the limit; shorten it")
+    return utf8(data, "standard input")
 
 
 def utf8(data: bytes, where: str) -> str:

@@ -18,6 +18,8 @@ from prompt_toolkit.formatted_text import ANSI
 from prompt_toolkit.history import FileHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
+from phi4_mlx.files.regular_file import open_regular
+
 
 def state_folder() -> Path:
     """The folder of this user's history and rescued chat: the platform's folder for a program's state."""
@@ -81,10 +83,11 @@ class _History(FileHistory):
         super().__init__(str(path))
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+            os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NONBLOCK, 0o600))
 
     def load_history_strings(self) -> Iterable[str]:
         try:
+            open_regular(Path(str(self.filename))).close()  # prompt_toolkit would wait for a pipe
             return list(super().load_history_strings())
         except OSError:
             return []

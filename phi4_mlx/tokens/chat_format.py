@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from phi4_mlx.errors import ConfigError, RequestError, TokenizerError
 from phi4_mlx.files.json_file import JsonObject, read_json
+from phi4_mlx.files.regular_file import read_regular
 from phi4_mlx.tokens.tokenizer import Control, Tokenizer
 from phi4_mlx.tools.declarations import tools_text
 from phi4_mlx.tools.json_text import json_text
@@ -393,14 +395,14 @@ def _refuse_tools(name: str, message: Message, tools: Sequence[Any]) -> None:
 def _template(folder: Path) -> str:
     """The text of the checkpoint's chat template, or an empty string."""
     path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if path.exists():
+    if os.path.lexists(path):
         try:
-            return path.read_text(encoding="utf-8")
+            return read_regular(path).decode("utf-8")
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
         except ValueError as error:
             raise ConfigError(f"{path} is not text: {error}") from None
-    template = read_json(config).get("chat_template") if config.exists() else None
+    template = read_json(config).get("chat_template") if os.path.lexists(config) else None
     if isinstance(template, list):  # several templates by name, as transformers writes them
         named = (each.get("template") for each in template if isinstance(each, dict) and each.get("name") == "default")
         template = next(named, None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from operator import index
@@ -17,6 +18,7 @@ from typing import Any, Protocol, SupportsIndex
 from phi4_mlx.errors import CheckpointError, RequestError, TokenizerError
 from phi4_mlx.files.json_file import read_json
 from phi4_mlx.files.manifest import read_manifest
+from phi4_mlx.files.regular_file import TOKENIZER_BYTES, read_regular
 from phi4_mlx.tokens import byte_bpe
 from phi4_mlx.tokens.decoders import FallbackByte, FallbackDecoder, StreamingDecoder
 
@@ -298,7 +300,7 @@ def load_tokenizer(folder: Path, prove: bool = False) -> Tokenizer:
     """
     path = folder / "tokenizer.json"
     try:
-        raw = path.read_bytes()
+        raw = read_regular(path, TOKENIZER_BYTES)
         spec, merged = byte_bpe.parse(raw)
     except FileNotFoundError:
         raise TokenizerError(f"{path} does not exist; vocab.json and merges.txt are not enough") from None
@@ -352,7 +354,7 @@ def _eos_ids(folder: Path) -> set[int]:
     """`eos_token_id` of both files; it may be absent, a number or a list."""
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        if not (folder / name).exists():
+        if not os.path.lexists(folder / name):
             continue
         value = read_json(folder / name).get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]

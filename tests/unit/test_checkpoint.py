@@ -106,11 +106,15 @@ def test_packages_in_other_quantisation_modes_load(
 
 def test_phi_4_mini_has_452_quantised_tensors() -> None:
     """129 matrices with weight, scales and biases, and 65 norms."""
-    dense = [name for name, _ in tree_flatten(Model(PRESETS["phi-4-mini"]).parameters())]
+    infos: dict[str, TensorInfo] = {}
+    for name, array in tree_flatten(Model(PRESETS["phi-4-mini"]).parameters()):
+        if "norm" not in name:
+            rows, columns = array.shape
+            infos[name] = TensorInfo("U32", (rows, columns // 8), 0, 0)
+            infos[name.replace(".weight", ".scales")] = TensorInfo("BF16", (rows, columns // 64), 0, 0)
     raw = PRESETS["phi-4-mini"].to_dict() | {"quantization": {"group_size": 64, "bits": 4}}
     config = type(PRESETS["phi-4-mini"]).from_dict(raw)
-    scales = [n.replace(".weight", ".scales") for n in dense if "norm" not in n]
-    shapes = {n: tuple(a.shape) for n, a in tree_flatten(empty_model(config, scales).parameters())}
+    shapes = {n: tuple(a.shape) for n, a in tree_flatten(empty_model(config, infos).parameters())}
     assert len(shapes) == 452
     assert shapes["model.embed_tokens.weight"] == (200064, 384)
     assert shapes["model.embed_tokens.scales"] == shapes["model.embed_tokens.biases"] == (200064, 48)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.files.regular_file import open_regular
 from phi4_mlx.lora.data.parquet import patterns, shards
 
 SPLITS = ("train", "valid", "test")
@@ -74,7 +75,7 @@ def read_lines(path: Path, read: Callable[[dict[str, Any], str], Read]) -> list[
     made: list[Read] = []
     bad: list[tuple[int, str]] = []
     try:
-        with path.open("rb") as file:
+        with open_regular(path, opened=True) as file:
             for number, line in _numbered(file):
                 try:
                     made.append(read(_parsed(line), f"{path.name}:{number}"))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.files.regular_file import open_regular
 
 _ENDS = (".parquet", "-*.parquet", "/*.parquet")
 _NAMES = {"train": ("train",), "valid": ("valid", "validation"), "test": ("test",)}
@@ -80,11 +81,14 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     for file in sorted(path.parent.glob(pattern)):
         number = 0
         try:
+            open_regular(file).close()  # pyarrow would wait for a pipe
             for batch in ParquetFile(file).iter_batches():
                 for row in batch.to_pylist():
                     number += 1
                     yield _without_gaps(row), f"{file.name}:{number}"
-        except (OSError, ArrowException) as error:
+        except OSError as error:
+            raise RequestError(f"{file} cannot be read: {' '.join((error.strerror or str(error)).split())}") from None
+        except ArrowException as error:
             raise RequestError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
 
 

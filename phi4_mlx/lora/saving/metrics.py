@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.atomic import replacing
+from phi4_mlx.files.regular_file import read_regular
 
 if TYPE_CHECKING:
     from phi4_mlx.lora.progress import Step
 
 METRICS_FILE, CURVE_FILE = "metrics.jsonl", "loss.png"
+METRICS_BYTES = 2**30  # limit of that file; a step has about 300 bytes
 OPTIONAL = ("accuracy", "margin", "valid_loss", "valid_accuracy")  # fields that not every step has
 
 Metrics = dict[str, Any]
@@ -171,7 +173,7 @@ def read_metrics(path: Path) -> list[Metrics]:
     lines: list[Metrics] = []
     if not path.exists():
         return lines
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in read_regular(path, METRICS_BYTES).decode("utf-8", "replace").splitlines():
         try:
             line = json.loads(text)
         except ValueError:

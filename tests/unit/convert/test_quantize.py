@@ -13,8 +13,9 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
+from phi4_mlx.config import QUANTIZATION_MODES
 from phi4_mlx.convert.package import SHARD_BYTES
-from phi4_mlx.convert.quantize import MODES, Scheme, make_recipe, quantization_config
+from phi4_mlx.convert.quantize import Scheme, make_recipe, quantization_config
 from phi4_mlx.convert.weights import Parameter, plan, shards
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.dtypes import name_of
@@ -23,10 +24,10 @@ from phi4_mlx.models.text import Model
 from tests.presets import PRESETS
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", QUANTIZATION_MODES)
 def test_mlx_supports_every_combination_in_the_planned_layout(mode: str) -> None:
     weight = mx.random.normal((4, 256)).astype(mx.bfloat16)
-    for bits, group_size in itertools.product(*MODES[mode]):
+    for bits, group_size in itertools.product(*QUANTIZATION_MODES[mode]):
         recipe = make_recipe(mode, bits, group_size, None)
         packed = mx.quantize(weight, **vars(recipe.scheme))
         layout = recipe.scheme.layout("a.b", "BF16", weight.shape)

@@ -10,9 +10,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from phi4_mlx.config import ModelConfig
+from phi4_mlx.config import QUANTIZATION_MODES, ModelConfig
 from phi4_mlx.convert import weights
-from phi4_mlx.convert.quantize import MODES, make_recipe, quantization_config
+from phi4_mlx.convert.quantize import make_recipe, quantization_config
 from phi4_mlx.convert.weights import Parameter, Stored, plan, write_shard
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.files.safetensors import read_header
@@ -59,7 +59,7 @@ def test_dtype_casts_every_tensor(tiny_checkpoint: Checkpoint, name: str, dtype:
     assert all(same(found[name], expected[name].astype(dtype)) for name in expected)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", QUANTIZATION_MODES)
 @pytest.mark.parametrize("dtype", [None, "F16"])
 def test_blocks_of_rows_are_quantised_as_the_whole_matrix_is(
     tiny_checkpoint: Checkpoint, mode: str, dtype: str | None, tmp_path: Path
@@ -89,7 +89,7 @@ def packed(folder: Path, out: Path, mode: str) -> Path:
     return out
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", QUANTIZATION_MODES)
 def test_a_quantised_checkpoint_is_copied_dequantised_or_quantised_again(
     tiny_checkpoint: Checkpoint, mode: str, tmp_path: Path
 ) -> None:

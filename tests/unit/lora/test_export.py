@@ -114,8 +114,14 @@ def test_names_of_older_versions_are_read(tiny_model: TinyModel, tmp_path: Path)
         ({"bias": "all"}, "bias = 'all' asks for maths"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\]"),
-        ({"rank_pattern": {"qkv_proj": 8}}, "rank_pattern"),
-        ({"alpha_pattern": {"qkv_proj": 8}}, "alpha_pattern"),
+        ({"rank_pattern": {"qkv(proj": 8}}, r"rank_pattern has the key 'qkv\(proj': missing \)"),
+        ({"alpha_pattern": {"(a+)+b": 8}}, r"alpha_pattern has the key '\(a\+\)\+b': it repeats too much"),
+        ({"alpha_pattern": {".*.*.*.*.*x": 8}}, "it repeats too much"),
+        ({"use_rslora": "false"}, "use_rslora = 'false'"),
+        ({"use_dora": 1.5}, "use_dora = 1.5"),
+        ({"lora_bias": True}, "lora_bias = True"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"target_parameters": ["a"]}, "target_parameters"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out = True"),
         ({"use_qalora": True}, "use_qalora"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
@@ -148,6 +154,15 @@ def test_fields_that_change_nothing_are_no_obstacle(tiny_model: TinyModel, peft:
         ({"r": 0}, "r 0 and lora_alpha 8"),
         ({"r": None}, "r None"),
         ({"lora_alpha": float("inf")}, "lora_alpha inf"),
+        ({"lora_dropout": "0.1"}, "lora_dropout '0.1'"),
+        ({"rank_pattern": {"qkv_proj": 8}}, "qkv_proj has rank 4.*rank is 8"),
+        ({"rank_pattern": {"qkv_proj": 0}}, r"rank_pattern \{'qkv_proj': 0\}"),
+        ({"rank_pattern": ["qkv_proj"]}, "rank_pattern"),
+        ({"alpha_pattern": {"qkv_proj": float("nan")}}, "alpha_pattern"),
+        ({"alpha_pattern": {"qkv_proj": True}}, "alpha_pattern"),
+        ({"target_modules": ["qkv_proj"]}, r"layers\.0\.mlp\.down_proj is left over: target_modules"),
+        ({"exclude_modules": ["layers.1.mlp.down_proj"]}, r"layers\.1\.mlp\.down_proj is left over"),
+        ({"layers_to_transform": [1]}, r"layers\.0\..* is left over"),
         ({"layers_to_transform": "all"}, "layers_to_transform 'all'"),
         ({"layers_to_transform": []}, r"layers_to_transform \[\]"),
         ({"use_dora": True}, "lacks m"),
@@ -166,7 +181,8 @@ def test_a_config_that_contradicts_the_tensors_is_refused(
         ("1.mlp.down_proj.lora_A", "1.mlp.down_proj.lora_C", r"lora_C\.weight is left over"),
         ("1.mlp.down_proj.lora_A.weight", "1.mlp.down_proj.lora_A.default.weight", "is left over"),
         ("base_model.model.model.layers.1.mlp.down_proj.lora_A", "layers.1.lora_A", "is left over"),
-        ("mlp.down_proj", "mlp.fc2", r"layers\.0\.mlp\.fc2 is not a linear layer"),
+        ("mlp.down_proj", "mlp.fc2.down_proj", r"layers\.0\.mlp\.fc2\.down_proj is not a linear layer"),
+        ("mlp.down_proj", "mlp.fc2", r"layers\.0\.mlp\.fc2 is left over"),
     ],
 )
 def test_every_tensor_is_accounted_for(tiny_model: TinyModel, peft: Path, old: str, new: str, message: str) -> None:
@@ -183,7 +199,7 @@ def test_pickle_is_never_read(tiny_model: TinyModel, peft: Path) -> None:
 def test_an_adapter_that_leaves_out_layers_needs_the_model(
     tiny_checkpoint: Callable[..., Path], peft: Path, tmp_path: Path
 ) -> None:
-    for named in (1, [0, 1]):
+    for named in ([0, 1], [0, 1, 2]):
         with pytest.raises(RequestError, match="name the model with --model"):
             from_peft(reconfigure(peft, layers_to_transform=named), tmp_path / "back")
     from_peft(peft, tmp_path / "back", tiny_checkpoint(num_hidden_layers=3))
@@ -192,6 +208,7 @@ def test_an_adapter_that_leaves_out_layers_needs_the_model(
     to_peft(tmp_path / "back", tmp_path / "forth")
     assert config(tmp_path / "forth")["layers_to_transform"] == [0, 1]
     rename(peft, "layers.0", "layers.2")
+    reconfigure(peft, layers_to_transform=[1, 2])
     with pytest.raises(CheckpointError, match=r"layers\.2.*is not a linear layer of this model"):
         from_peft(peft, tmp_path / "other", tiny_checkpoint("two"))
     with pytest.raises(RequestError, match="name the model with --model"):

@@ -220,6 +220,6 @@ def test_optimizers_are_what_they_are_told() -> None:
 
 
 def test_a_file_that_is_not_there_is_no_traceback() -> None:
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(RequestError, match=r"/nowhere/c\.yaml cannot be read: No such file"):
         read_config_file("/nowhere/c.yaml")
     assert isinstance(_parser(), argparse.ArgumentParser)

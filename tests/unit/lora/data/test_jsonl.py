@@ -111,7 +111,7 @@ def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").mkdir()
-    with pytest.raises(RequestError, match=r"train\.jsonl cannot be read: Is a directory"):
+    with pytest.raises(RequestError, match=r"train\.jsonl cannot be read: it is a folder"):
         read(tmp_path / "train.jsonl")
 
 
