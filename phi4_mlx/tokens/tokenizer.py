@@ -58,6 +58,13 @@ class ChatFormat(Protocol):
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
     ) -> list[int]: ...
+    def append(
+        self,
+        tokenizer: Tokenizer,
+        ids: list[int],
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+    ) -> None: ...
     def own_words(self, tokenizer: Tokenizer, ids: Sequence[int]) -> list[bool]: ...
 
 
