@@ -171,7 +171,8 @@ class ToolLoop:
     """The rounds of answers and tool calls that follow one prompt.
 
     Attributes:
-        rounds: the answers so far; the last one may be under way. At the end every call has a result.
+        rounds: the answers so far; the text and calls of one under way are set when it ends or the caller leaves. At
+            the end every call has a result.
         prompt_tokens: tokens in the whole prompt of the last round.
         finish_reason: as in `AgentResult`, once `events` has ended; "" if the caller left it early.
         error: as in `AgentResult`.
@@ -271,7 +272,6 @@ class ToolLoop:
             for response in responses:
                 if response.token not in tokenizer.eos_ids:
                     each.ids.append(response.token)
-                each.text, each.calls = answer.text, list(answer.calls)
                 yield response
         finally:  # the caller may leave between two tokens
             answer.finish()

@@ -29,8 +29,12 @@ class CharFormat:
         return [*ids, ASSISTANT]
 
     def extend(self, tokenizer: Any, ids: Sequence[int], messages: Sequence[Any]) -> list[int]:
-        closed = list(ids) if ids[-1] == END else [*ids, END]
-        return closed + self.render(tokenizer, messages)
+        extended = list(ids)
+        self.append(tokenizer, extended, messages)
+        return extended
+
+    def append(self, tokenizer: Any, ids: list[int], messages: Sequence[Any]) -> None:
+        ids += [*([] if ids[-1] == END else [END]), *self.render(tokenizer, messages)]
 
 
 class CharTokenizer:

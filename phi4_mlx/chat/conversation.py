@@ -146,24 +146,28 @@ class Conversation:
         """The ids of all turns, as the model read and drew them."""
         ids: list[int] = []
         for turn in self.turns:
-            ids = self._with_question(ids, turn.question)
+            self._ask(ids, turn.question)
             for each in turn.rounds:
-                drawn = [*ids, *each.ids]
-                ids = self.tokenizer.chat_format.extend(self.tokenizer, drawn, each.result_messages())
-            ids = [*ids, *turn.ids]
+                ids += each.ids
+                self.tokenizer.chat_format.append(self.tokenizer, ids, each.result_messages())
+            ids += turn.ids
         return ids
 
     def prompt_ids(self, question: str) -> list[int]:
         """The ids of the next prompt: all turns, `question`, and the start of an answer."""
-        return self._with_question(self.ids(), question)
+        ids = self.ids()
+        self._ask(ids, question)
+        return ids
 
-    def _with_question(self, ids: list[int], question: str) -> list[int]:
+    def _ask(self, ids: list[int], question: str) -> None:
+        """Appends a question to the ids of the turns before it; without any, the system prompt comes first."""
         message = {"role": "user", "content": question}
         chat_format = self.tokenizer.chat_format
         if ids:  # also closes a reply that was cut before its end marker
-            return chat_format.extend(self.tokenizer, ids, [message])
+            chat_format.append(self.tokenizer, ids, [message])
+            return
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return chat_format.render(self.tokenizer, [*system, message], self.toolbox.declarations or None)
+        ids += chat_format.render(self.tokenizer, [*system, message], self.toolbox.declarations or None)
 
     def ask(
         self,

@@ -26,7 +26,6 @@ class AnswerAssembler:
     The pieces may come from a model in this process (see `stream_answer`) or from another process.
 
     Attributes:
-        text: the answer so far, without tool calls.
         reason: "" while the answer is under way; then the finish reason of its source, "cancelled" or "timeout".
         prompt_tokens: tokens in the whole prompt; this count and the next two are set by `stream_answer`.
         cached_tokens: prompt tokens that were in the cache.
@@ -52,8 +51,14 @@ class AnswerAssembler:
         self._parser = ToolCallParser(tools, marked)
         self._ends_at, self._cancelled = ends_at, cancelled
         self._finished = False
-        self.text = self.reason = ""
+        self._pieces: list[str] = []
+        self.reason = ""
         self.prompt_tokens = self.cached_tokens = self.answer_tokens = 0
+
+    @property
+    def text(self) -> str:
+        """The answer so far, without tool calls; each reading takes time in proportion to it."""
+        return "".join(self._pieces)
 
     @property
     def may_stop(self) -> bool:
@@ -77,7 +82,7 @@ class AnswerAssembler:
             The text that is now known not to belong to a call.
         """
         final = self._parser.add(text)
-        self.text += final
+        self._pieces.append(final)
         self.reason = finish_reason or ""
         ended = self.reason or self.stopped()
         return final + self.finish() if ended else final
@@ -86,7 +91,7 @@ class AnswerAssembler:
         """Ends the answer, also early; returns the text that was kept back as a possible start of a call."""
         rest = "" if self._finished else self._parser.finish()
         self._finished = True
-        self.text += rest
+        self._pieces.append(rest)
         return rest
 
     def stopped(self) -> bool:

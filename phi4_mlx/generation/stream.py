@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
@@ -17,6 +18,7 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import memory_limit
 from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.steps import decode, open_cache
+from phi4_mlx.generation.stop_strings import StopStrings
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 
@@ -234,31 +236,40 @@ class AnswerText:
         stops = [stop] if isinstance(stop, str) else () if stop is None else stop
         if not isinstance(stops, (list, tuple)) or not all(isinstance(each, str) and each for each in stops):
             raise RequestError(f"stop must be a list of non-empty strings, not {stop!r}")
-        self._stops = stops
-        self._pending = ""
+        self._stops = StopStrings(stops)
+        self._held: deque[str] = deque()  # text that may begin a stop string
 
     def add(self, token: int) -> tuple[str, bool]:
         """(text that `token` makes final, True if a stop string has ended it)."""
-        self._pending += self._decoder.add(token)
-        return self._release()
+        return self._release(self._decoder.add(token))
 
     def finish(self) -> str:
         """The rest of the text; empty after a stop string."""
         if self.stopped_by:
             return ""
-        self._pending += self._decoder.finish()
-        final, stopped = self._release()
-        return final if stopped else final + self._pending
+        final, stopped = self._release(self._decoder.finish())
+        return final if stopped else final + "".join(self._held)
 
-    def _release(self) -> tuple[str, bool]:
-        pending = self._pending
-        found = [(at, each) for each in self._stops if (at := pending.find(each)) >= 0]
-        if found:
-            at, self.stopped_by = min(found, key=lambda place: place[0])
-            return pending[:at], True
-        keep = max((n for each in self._stops for n in range(1, len(each)) if pending.endswith(each[:n])), default=0)
-        final, self._pending = pending[: len(pending) - keep], pending[len(pending) - keep :]
-        return final, False
+    def _release(self, new: str) -> tuple[str, bool]:
+        if not new:
+            return "", False
+        begun = self._stops.begun
+        self._held.append(new)
+        if found := self._stops.read(new):
+            end, self.stopped_by = found
+            return self._take(begun + end - len(self.stopped_by)), True
+        return self._take(begun + len(new) - self._stops.begun), False
+
+    def _take(self, count: int) -> str:
+        """Removes the first characters of the text that is held, and returns them."""
+        taken = []
+        while count:
+            piece = self._held.popleft()
+            if count < len(piece):
+                self._held.appendleft(piece[count:])
+            taken.append(piece[:count])
+            count -= len(taken[-1])
+        return "".join(taken)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """Markdown on a terminal as it arrives, word by word; nothing written is ever changed.
 
 The cursor only moves forward, so a resized window or an answer longer than the screen cannot garble it. An unfinished
-word, emphasis or code until it closes or its line ends, and the rows of a table are buffered.
+word, emphasis or code until it closes or its line ends, and the rows of a table are buffered. Marks that do not close
+within `LOOKAHEAD` characters are text, so that the work per character is bounded.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ RESET = "\x1b[0m"
 STYLES = {"bold": "1", "italic": "3", "code": "36", "heading": "1;35", "mark": "35", "dim": "2"}
 SGR = re.compile(r"\x1b\[[\d;]*m")
 FENCE = "```"
+LOOKAHEAD = 1000  # characters that may wait for the mark that decides on them; also of a table's row
 TABLE_RULE = re.compile(r"[\s|:-]+")
 CODE = r"(?P<ticks>`+)(?!`)(?P<code>.+?)(?<!`)(?P=ticks)(?!`)"
 CELL_END = re.compile(rf"\\[|`]|{CODE}|`+|\|")  # a cell ends where this matches a single pipe
@@ -53,10 +55,12 @@ class MarkdownStream:
         self._write, self._width = write, width
         self._in_code = False  # inside a fence
         self._table: list[str] = []
+        self._line = _WrappedLine(write)
         self._start_line()
 
     def add(self, text: str) -> None:
         """Adds the next piece of text."""
+        self._line.columns = self._width()
         for char in text:
             if char == "\n":
                 self._end_line()
@@ -64,7 +68,7 @@ class MarkdownStream:
                 self._pending += char
                 self._begin(self._pending)
             elif self._kind in ("fence", "table"):
-                self._pending += char
+                self._row.append(char)
             elif self._kind == "code":
                 self._write(char)
             else:
@@ -72,6 +76,7 @@ class MarkdownStream:
 
     def finish(self) -> None:
         """Writes what is still buffered, and ends the line."""
+        self._line.columns = self._width()
         if self._pending or self._kind is not None:
             self._end_line()
         self._end_table()
@@ -81,26 +86,28 @@ class MarkdownStream:
     def _start_line(self) -> None:
         self._kind: str | None = None
         self._pending = ""  # text whose meaning is not clear yet
-        self._column = 0
-        self._word, self._word_width, self._spaces = "", 0, 0
-        self._hanging = ""
+        self._row: list[str] = []  # the characters of a table's row or of a fence
+        self._line.start()
         self._styles: set[str] = set()
-        self._shown: frozenset[str] = frozenset()
         self._previous = " "
         self._pieces: list[_Piece] = []  # from an asterisk that may still be closed
+        self._waiting = 0  # characters in the pieces and in `_pending`
 
     def _begin(self, line: str) -> None:
         """Decides the kind of the line as soon as its first characters allow it."""
         text = line.lstrip(" ")
         indent = line[: len(line) - len(text)]
+        undecided = len(line) < LOOKAHEAD
         if self._in_code:
-            if not FENCE.startswith(text[:3]):
+            if not (undecided and FENCE.startswith(text[:3])):
                 self._become("code", RESET + _sgr("code") + line)
         elif text.startswith(FENCE):
             self._become_pending("fence")
         elif text.startswith("|"):
             self._become_pending("table")
-        elif not text or FENCE.startswith(text) or re.fullmatch(r"#{1,6}|-+|\*+|\+|>|\d{1,9}[.)]?", text):
+        elif undecided and (
+            FENCE.startswith(text) or re.fullmatch(r"#{1,6}|-+|\*+|\+|>|\d{1,9}[.)]?", text)
+        ):
             return  # the next character decides
         elif found := re.match(r"#{1,6} ", text):
             self._become("text")
@@ -109,15 +116,15 @@ class MarkdownStream:
         elif found := re.match(r"[-*+] |\d{1,9}[.)] ", text):
             mark = "• " if found[0][0] in "-*+" else found[0]
             self._become("text", indent + _styled(mark, "mark"))
-            self._column, self._hanging = len(indent + mark), " " * len(indent + mark)
+            self._line.indent(" " * len(indent + mark))
             self._rest(text[found.end() :])
         elif text.startswith(">"):
             self._become("text", _styled("│ ", "dim"))
-            self._column, self._hanging = 2, _styled("│ ", "dim")
+            self._line.column, self._line.hanging = 2, _styled("│ ", "dim")
             self._rest(text[1:].removeprefix(" "))
         else:
             self._become("text", indent)
-            self._column, self._hanging = len(indent), indent
+            self._line.indent(indent)
             self._rest(text)
 
     def _become(self, kind: str, written: str = "") -> None:
@@ -128,7 +135,7 @@ class MarkdownStream:
     def _become_pending(self, kind: str) -> None:
         if kind != "table":
             self._end_table()
-        self._kind = kind
+        self._kind, self._row = kind, [self._pending]
 
     def _rest(self, text: str) -> None:
         for char in text:
@@ -136,18 +143,17 @@ class MarkdownStream:
 
     def _end_line(self) -> None:
         if self._kind == "table":
-            self._table.append(self._pending)
+            self._table.append("".join(self._row))
             self._start_line()
             return
         if self._kind == "fence":
-            self._write(_styled(self._pending.strip(), "dim"))
+            self._write(_styled("".join(self._row).strip(), "dim"))
             self._in_code = True
         elif self._kind == "code":
             self._write(RESET)
         elif self._kind == "text":
             self._settle("\n")
-            self._flush_word()
-            self._write(RESET if self._shown else "")
+            self._line.finish()
         else:
             self._short_line()
         self._write("\n")
@@ -163,22 +169,32 @@ class MarkdownStream:
         elif self._in_code:
             self._write(_styled(self._pending, "code"))
         elif re.fullmatch(r"-{3,}|\*{3,}", text):
-            self._write(_styled("─" * min(40, self._width()), "dim"))
+            self._write(_styled("─" * min(40, self._line.columns), "dim"))
         else:
             self._write(text)
 
     # A line of text: styles, and wrapping between words.
 
     def _inline(self, char: str) -> None:
-        last = self._pending[-1:]
-        escaped = self._pending[-2:-1] == "\\" and self._pending[0] != "`"  # in code a backslash is itself
-        if escaped or (last in ("*", "`") and char != last):
+        if self._mark_ends_before(char):
             self._settle(char)
         if self._pending or self._pieces or char in "*`\\":
             self._pending += char
+            self._waiting += 1
+            if self._waiting >= LOOKAHEAD:
+                self._settle("\n")
         else:
             self._previous = char
-            self._put(char, self._styles)
+            self._line.put(char, self._styles)
+
+    def _mark_ends_before(self, char: str) -> bool:
+        """True if what is pending ends with a whole mark that may close something."""
+        pending = self._pending
+        last = pending[-1:]
+        if not pending.startswith("`"):
+            return pending[-2:-1] == "\\" or (last in ("*", "`") and char != last)
+        ticks = len(pending) - len(pending.lstrip("`"))  # in code, only as many backticks matter
+        return last == "`" and char != "`" and len(pending) - len(pending.rstrip("`")) == ticks
 
     def _settle(self, following: str) -> None:
         """Writes what is pending, unless a later mark of the line may still style it."""
@@ -189,58 +205,98 @@ class MarkdownStream:
             return
         for piece in self._pieces:
             for char in piece.text:
-                self._put(char, self._styles | piece.styles)
+                self._line.put(char, self._styles | piece.styles)
         self._pieces.clear()
+        self._waiting = 0
 
-    def _put(self, char: str, styles: set[str]) -> None:
+    def _end_table(self) -> None:
+        """Writes a table, which is laid out once its last row is known."""
+        rows, self._table = self._table, []
+        if rows:
+            self._write("".join(f"{row}\n" for row in _laid_out(rows, self._line.columns)))
+
+
+class _WrappedLine:
+    """A line of text, wrapped between words.
+
+    Attributes:
+        columns: of the terminal.
+        column: the cursor's.
+        hanging: text that begins each further row.
+    """
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+        self.columns = 80
+        self.start()
+
+    def start(self) -> None:
+        """Begins a line."""
+        self.column, self.hanging = 0, ""
+        self._word: list[str] = []
+        self._word_width = self._spaces = 0
+        self._shown: frozenset[str] = frozenset()  # the styles in force
+
+    def indent(self, indent: str) -> None:
+        """Notes an indent that was written; further rows have it too if it leaves half of the row."""
+        self.column, self.hanging = len(indent), indent if len(indent) <= self.columns // 2 else ""
+
+    def put(self, char: str, styles: set[str]) -> None:
+        """Adds a character."""
         if char in " \t":
             self._flush_word()
             self._spaces += 1
             return
         if self._shown != styles:
-            self._word += RESET + _sgr(*styles)
+            self._word.append(RESET + _sgr(*styles))
             self._shown = frozenset(styles)
         width = char_width(char)
-        if width == 2 or self._word_width + width > self._width() - len(self._hanging):
+        if width == 2 or self._word_width + width > self.columns - len(self.hanging):
             self._flush_word()  # wide scripts and words longer than a line break anywhere
-        self._word += char
+        self._word.append(char)
         self._word_width += width
 
+    def finish(self) -> None:
+        """Writes the last word, and ends the styles."""
+        self._flush_word()
+        self._write(RESET if self._shown else "")
+
     def _flush_word(self) -> None:
-        if not self._word_width:
-            self._write(self._word)
-            self._word = ""
-            return
-        if self._column and self._column + self._spaces + self._word_width > self._width():
-            self._write("\n" + self._hanging)
-            self._column = 2 if self._hanging.startswith("\x1b") else len(self._hanging)
-        else:
-            self._write(" " * self._spaces)
-            self._column += self._spaces
-        self._write(self._word)
-        self._column += self._word_width
-        self._word, self._word_width, self._spaces = "", 0, 0
+        if self._word_width:
+            if self.column and self.column + self._spaces + self._word_width > self.columns:
+                self._write("\n" + self.hanging)
+                self.column = 2 if self.hanging.startswith("\x1b") else len(self.hanging)
+            else:
+                self._write(" " * self._spaces)
+                self.column += self._spaces
+            self.column += self._word_width
+            self._word_width = self._spaces = 0
+        self._write("".join(self._word))
+        self._word.clear()
 
-    # A table is laid out once its last row is known.
 
-    def _end_table(self) -> None:
-        rows, self._table = self._table, []
-        if not rows:
-            return
-        ruled = len(rows) > 1 and TABLE_RULE.fullmatch(rows[1]) is not None
-        cells = [_cells(row, {"bold"} if ruled and at == 0 else set()) for at, row in enumerate(rows)]
-        body = [row for at, row in enumerate(cells) if not (ruled and at == 1)]
-        columns = max(map(len, body))
-        body = [row + [""] * (columns - len(row)) for row in body]
-        widths = [max(text_width(row[at]) for row in body) for at in range(columns)]
-        if sum(widths) + 3 * (columns - 1) > self._width():
-            self._write("".join(row.strip() + "\n" for row in rows))
-            return
-        for at, row in enumerate(body):
-            padded = [cell + " " * (width - text_width(cell)) for cell, width in zip(row, widths, strict=True)]
-            self._write(" │ ".join(padded).rstrip() + "\n")
-            if ruled and at == 0:
-                self._write(_styled("─┼─".join("─" * width for width in widths), "dim") + "\n")
+def _laid_out(rows: list[str], width: int) -> list[str]:
+    """The rows of a table, its columns aligned if they fit."""
+    ruled = len(rows) > 1 and TABLE_RULE.fullmatch(rows[1]) is not None
+    body = _body(rows, ruled, width)
+    widths = [max(map(text_width, column)) for column in zip(*body, strict=True)]
+    if not body or sum(widths) + 3 * (len(widths) - 1) > width:
+        return [row.strip() for row in rows]
+    lines = [
+        " │ ".join(cell + " " * (wide - text_width(cell)) for cell, wide in zip(row, widths, strict=True)).rstrip()
+        for row in body
+    ]
+    return [lines[0], _styled("─┼─".join("─" * wide for wide in widths), "dim"), *lines[1:]] if ruled else lines
+
+
+def _body(rows: list[str], ruled: bool, width: int) -> list[list[str]]:
+    """The styled cells of a table, as many in each row; none if they cannot fit."""
+    if max(map(len, rows)) > LOOKAHEAD:
+        return []
+    cells = [_cells(row, {"bold"} if ruled and at == 0 else set()) for at, row in enumerate(rows)]
+    body = [row for at, row in enumerate(cells) if not (ruled and at == 1)]
+    columns = max(map(len, body))
+    return [] if 3 * (columns - 1) > width else [row + [""] * (columns - len(row)) for row in body]
 
 
 @dataclass

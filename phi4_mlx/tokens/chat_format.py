@@ -111,11 +111,24 @@ class ChatFormat:
             RequestError: as in `render`.
             TokenizerError: as in `render`.
         """
-        kept = list(ids)
-        while kept and kept[-1] in tokenizer.eos_ids:
-            kept.pop()
+        extended = list(ids)
+        self.append(tokenizer, extended, messages, add_generation_prompt)
+        return extended
+
+    def append(
+        self, tokenizer: Tokenizer, ids: list[int], messages: Sequence[Message], add_generation_prompt: bool = True
+    ) -> None:
+        """Continues a conversation in place, in time that does not depend on its length; arguments as for `extend`.
+
+        Raises:
+            RequestError: as in `render`.
+            TokenizerError: as in `render`.
+        """
         new = [*self._turns(self._checked(messages)), *self._close(add_generation_prompt)]
-        return [*kept, *tokenizer.encode_pieces([self.end, self.after_end, *new])]
+        encoded = tokenizer.encode_pieces([self.end, self.after_end, *new])
+        while ids and ids[-1] in tokenizer.eos_ids:
+            ids.pop()
+        ids += encoded
 
     def own_words(self, tokenizer: Tokenizer, ids: Sequence[int]) -> list[bool]:
         """Marks the ids that the model generates: the assistant's turns, each with its end marker.

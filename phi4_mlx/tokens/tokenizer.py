@@ -28,7 +28,6 @@ _END_MARKERS = ("<|end|>", "<|endoftext|>", "<|im_end|>")
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 # tiktoken's pattern engine panics on a run of a million white-space characters.
 _LONGEST_RUN = 500_000
-_TOO_LONG_RUN = re.compile(rf"[{_WHITE_SPACE}]{{{_LONGEST_RUN + 1}}}")
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # The decoder of this family's SentencePiece-style files; _STRIP follows where encoding adds a leading space.
 _SENTENCEPIECE = [
@@ -61,6 +60,13 @@ class ChatFormat(Protocol):
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
     ) -> list[int]: ...
+    def append(
+        self,
+        tokenizer: Tokenizer,
+        ids: list[int],
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+    ) -> None: ...
     def own_words(self, tokenizer: Tokenizer, ids: Sequence[int]) -> list[bool]: ...
 
 
@@ -227,7 +233,7 @@ class ByteTokenizer(Tokenizer):
         super().__init__(added_tokens, texts, eos_ids)
 
     def _encode_plain(self, text: str, at_start: bool) -> list[int]:
-        if len(text) > _LONGEST_RUN and _TOO_LONG_RUN.search(text):
+        if longest_run_exceeds(text, _LONGEST_RUN):
             raise RequestError(
                 f"the text has more than {_LONGEST_RUN:,} consecutive white-space characters; shorten that run"
             )
@@ -284,6 +290,21 @@ class LibraryTokenizer(Tokenizer):
 
     def _encode_specials(self, text: str) -> list[int]:
         return list(self._library.encode(_whole(text), add_special_tokens=False).ids)
+
+
+def longest_run_exceeds(text: str, limit: int) -> bool:
+    """True if more than `limit` consecutive characters are white space; reads each character at most twice.
+
+    Args:
+        text: any text.
+        limit: characters, at least 1.
+    """
+    for at in range(limit, len(text), limit):  # a longer run covers one of these indices
+        before, after = text[at - limit : at], text[at : at + limit]
+        run = len(before) - len(before.rstrip(_WHITE_SPACE)) + len(after) - len(after.lstrip(_WHITE_SPACE))
+        if run > limit:
+            return True
+    return False
 
 
 def load_tokenizer(folder: Path, prove: bool = False) -> Tokenizer:

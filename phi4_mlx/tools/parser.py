@@ -64,6 +64,7 @@ class ToolCallParser:
         self._tools = dict(map(_named, tools))
         self.error: str | None = None
         self._calls: list[ToolCall] = []
+        self._shown: tuple[ToolCall, ...] = ()  # `_calls`, copied only where there are new ones
         self._state = _State.TEXT if marked else _State.START
         self._carried = ""  # the end of a piece, too short to decide on
         self._text = _Text()
@@ -72,7 +73,9 @@ class ToolCallParser:
     @property
     def calls(self) -> tuple[ToolCall, ...]:
         """The calls so far, in their order."""
-        return tuple(self._calls)
+        if len(self._shown) < len(self._calls):
+            self._shown = tuple(self._calls)
+        return self._shown
 
     def add(self, text: str) -> str:
         """Parses the next piece of the answer; returns the text that is now certain to be text."""

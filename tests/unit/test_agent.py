@@ -401,9 +401,8 @@ def test_a_caller_who_leaves_early_keeps_the_answer_so_far(model: Any) -> None:
     events = loop.events()
     while not loop.rounds or not TOKENIZER.decode(loop.rounds[0].ids).endswith("[TO"):
         next(events)
-    assert loop.rounds[0].text == "a "  # the rest may be the start of a call
     events.close()
-    assert loop.rounds[0].text == "a [TO"
+    assert loop.rounds[0].text == "a [TO"  # with what may have been the start of a call
 
 
 def leave_after(events: Iterator[Any], kind: type) -> None:

@@ -200,3 +200,26 @@ def test_only_styles_are_ever_sent() -> None:
     assert "\r" not in rendered
     assert "\x1b" not in plain(rendered)
     assert rendered.count("\x1b[0m") and plain(rendered).endswith("\n")
+
+
+@pytest.mark.parametrize("mark", ["*", "**", "`", "``"])
+def test_a_mark_that_stays_open_for_long_is_text(mark: str) -> None:
+    near, far = "word " * 150, "word " * 250
+    assert mark not in plain(render(f"{mark}{near}end{mark} after", width=10**6))
+    written: list[str] = []
+    stream = MarkdownStream(written.append, lambda: 10**6)
+    stream.add(mark + far)
+    assert plain("".join(written)).startswith(f"{mark}word")  # shown before the line ends
+    stream.add(f"end{mark} after\n")
+    stream.finish()
+    assert plain("".join(written)) == f"{mark}{far}end{mark} after\n"
+
+
+def test_a_table_of_many_or_long_cells_is_written_as_it_is() -> None:
+    for row in ("| a " * 10_000 + "|", "| " + "`a" * 2000 + " | b |", "|a" * 2000 + "\n" + "\n".join(["|b"] * 2000)):
+        assert render(row) == row + "\n"
+
+
+def test_an_indent_as_wide_as_the_terminal_is_written_once() -> None:
+    shown = render(" " * 900 + "word " * 100)
+    assert shown.startswith(" " * 900) and shown.count(" " * 20) == 900 // 20
