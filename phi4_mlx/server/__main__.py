@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import errno
 import os
 import signal
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phi4_mlx.errors import RequestError
-from phi4_mlx.terminal.command import Parser, number, run, word
+from phi4_mlx.errors import Phi4Error, RequestError
+from phi4_mlx.terminal.command import INTERRUPTED, OUR_MISTAKE, USER_MISTAKE, Parser, number, run, word
 from phi4_mlx.terminal.limits import MAX_TOKENS_LIMIT
 from phi4_mlx.terminal.options import add_model_options
 
 if TYPE_CHECKING:
+    from phi4_mlx.server.engine.engine import Settings
     from phi4_mlx.server.engine.supervisor import Supervisor
     from phi4_mlx.server.guard import Guard
+    from phi4_mlx.tokens.tokenizer import Tokenizer
 
 PROG = "phi4-mlx server"
-GRACE_S = 30  # for running answers after SIGTERM
+SEND_BUFFER_BYTES = 2**16  # of a connection, in the kernel; 650 KB/s at a round trip of 100 ms
 KEY_VARIABLE = "PHI4_MLX_API_KEY"
 
 
@@ -86,80 +91,104 @@ def _parser() -> Parser:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    key = args.api_key or os.environ.get(KEY_VARIABLE) or None
-
     from phi4_mlx.server.guard import is_loopback
 
+    key = _key(args.api_key)
     if key is None and not is_loopback(args.host):
         raise RequestError(
             f"--host {args.host} can be reached from other machines, so it needs --api-key (or {KEY_VARIABLE}); "
             "--host 127.0.0.1 does not"
         )
     with open_listener(args.host, args.port) as listener:  # first: a port in use fails before the model loads
-        asyncio.run(_run(args, key, listener))
+        served = _served(args)
+        # Not asyncio.run: that waits for threads, which may be busy with the request of a client that has left.
+        with contextlib.closing(asyncio.new_event_loop()) as loop:
+            loop.run_until_complete(_run(args, key, served, listener))
 
 
 def open_listener(host: str, port: int) -> socket.socket:
-    """A listening socket.
+    """A bound socket; `listen` makes it accept connections.
 
     Raises:
         RequestError: the address cannot be used.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sets TCP_NODELAY only if the protocol is named; without it, small writes wait about 40 ms.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    name = host.removeprefix("[").removesuffix("]")
+    listener = None
     try:
-        listener.bind((host.strip("[]"), port))
-    except OSError as error:
-        listener.close()
-        reason = error.strerror or error
-        raise RequestError(f"cannot listen on {host}:{port}: {reason}; choose another --port") from None
+        family = socket.AF_INET6 if ":" in name else socket.AF_INET
+        # asyncio sets TCP_NODELAY only if the protocol is named; without it, small writes wait about 40 ms.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        listener.bind((name, port))
+    except (OSError, ValueError) as error:  # ValueError: a name that is no name
+        if listener is not None:
+            listener.close()
+        raise _unusable(host, port, error) from None
     return listener
 
 
-async def _run(args: argparse.Namespace, key: str | None, listener: socket.socket) -> None:
-    import uvicorn
+def listen(listener: socket.socket, backlog: int) -> None:
+    """Accepts connections from now on.
 
-    from phi4_mlx.server.guard import TimedProtocol
-    from phi4_mlx.server.limits import HEADER_BYTES
-
-    adapters = _adapters(args.adapters)
-    supervisor, app = await _start(args, key, adapters)
+    Raises:
+        RequestError: another program has begun to listen on the address.
+    """
     try:
-        config = uvicorn.Config(
-            app,
-            http=TimedProtocol,
-            ws="none",
-            lifespan="off",
-            log_level=args.log_level,
-            access_log=args.log_level in ("debug", "info"),
-            server_header=False,
-            h11_max_incomplete_event_size=HEADER_BYTES,
-            timeout_keep_alive=30,
-            timeout_graceful_shutdown=GRACE_S,
-        )
+        listener.listen(backlog)
+    except OSError as error:
         host, port = listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        print(f"{PROG}: listening on http://{shown}:{port}", file=sys.stderr, flush=True)
-        # uvicorn raises the signal again after a clean shutdown, which would end the process with an error.
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        await uvicorn.Server(config).serve(sockets=[listener])
-    finally:
-        await supervisor.stop()
+        raise _unusable(host, port, error) from None
 
 
-async def _start(args: argparse.Namespace, key: str | None, adapters: dict[str, str]) -> tuple[Supervisor, Guard]:
-    """Starts the engine; returns its supervisor and the ASGI application."""
+def _unusable(host: str, port: int, error: OSError | ValueError) -> RequestError:
+    reason = (error.strerror if isinstance(error, OSError) else None) or "it is not a valid address"
+    of_port = isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES)
+    return RequestError(
+        f"cannot listen on {host:.100}:{port}: {reason}; choose another --{'port' if of_port else 'host'}"
+    )
+
+
+def _key(option: str | None) -> str | None:
+    """The key that clients must send; None for none.
+
+    Raises:
+        RequestError: no client can send it.
+    """
+    source, key = ("--api-key", option) if option else (KEY_VARIABLE, os.environ.get(KEY_VARIABLE) or None)
+    if key is not None and (not key.isprintable() or key != key.strip()):
+        raise RequestError(
+            f"the key in {source} is not UTF-8, or has control characters or white space at an end; "
+            "use letters, digits and punctuation"
+        )
+    return key
+
+
+@dataclass(frozen=True)
+class _Served:
+    """What the command line asks to serve, read and checked.
+
+    Attributes:
+        settings: for the engine.
+        name: of the model, for clients.
+        tokenizer: of the model.
+        vocabulary: number of token ids.
+    """
+
+    settings: Settings
+    name: str
+    tokenizer: Tokenizer
+    vocabulary: int
+
+
+def _served(args: argparse.Namespace) -> _Served:
+    """Reads everything but the weights."""
     from phi4_mlx.checkpoint import load_config, load_tokenizer_and_format
     from phi4_mlx.files.manifest import verify_manifest
     from phi4_mlx.hub import DEFAULT_MODEL, resolve
-    from phi4_mlx.server.app import App
     from phi4_mlx.server.engine.engine import Settings
-    from phi4_mlx.server.engine.supervisor import Supervisor
-    from phi4_mlx.server.guard import LOOPBACK_NAMES, Guard, is_loopback
-    from phi4_mlx.server.service import Service
 
+    adapters = _adapters(args.adapters)
     name = DEFAULT_MODEL if args.model is None else args.model
     folder = resolve(name, args.revision)
     if args.verify:
@@ -178,13 +207,54 @@ async def _start(args: argparse.Namespace, key: str | None, adapters: dict[str, 
         args.prompt_cache_bytes,
         args.chat_format,
     )
-    supervisor = Supervisor(settings, args.decode_concurrency + args.max_queue)
-    print(f"{PROG}: loading {shown}", file=sys.stderr, flush=True)
-    await supervisor.start()
-    models = {shown: None} | {adapter: adapter for adapter in adapters}
-    service = Service(supervisor, tokenizer, models, config.vocab_size, args.timeout, args.max_tokens)
+    return _Served(settings, shown, tokenizer, config.vocab_size)
+
+
+async def _run(args: argparse.Namespace, key: str | None, served: _Served, listener: socket.socket) -> None:
+    """Starts the engine and serves until a signal, or until no engine can be started any more."""
+    from phi4_mlx.server.engine.supervisor import Supervisor
+    from phi4_mlx.server.http_server import HttpServer, Lacks, Stop, leave_soon, raise_descriptor_limit
+
+    raise_descriptor_limit()
+    asyncio.get_running_loop().set_exception_handler(Lacks())
+    supervisor, stop = Supervisor(served.settings, args.decode_concurrency + args.max_queue), Stop()
+    code = OUR_MISTAKE
+    with stop.listening():
+        lost = asyncio.create_task(supervisor.lost())
+        try:
+            print(f"{PROG}: loading {served.name}", file=sys.stderr, flush=True)
+            await stop.or_done(asyncio.create_task(supervisor.start()))
+            if not stop.asked.is_set():
+                server = HttpServer(_guard(args, key, served, supervisor), args.log_level, stop)
+                listen(listener, server.config.backlog)
+                host, port = listener.getsockname()[:2]
+                shown = f"[{host}]" if ":" in host else host
+                print(f"{PROG}: listening on http://{shown}:{port}", file=sys.stderr, flush=True)
+                await server.serve_beside(lost, listener)
+                if lost.done():
+                    raise RequestError(lost.result())
+            code = INTERRUPTED if stop.signal == signal.SIGINT else 0
+        except Phi4Error:
+            code = USER_MISTAKE
+            raise
+        finally:
+            lost.cancel()
+            await supervisor.stop()
+            leave_soon(code)
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+
+
+def _guard(args: argparse.Namespace, key: str | None, served: _Served, supervisor: Supervisor) -> Guard:
+    """The ASGI application."""
+    from phi4_mlx.server.app import App
+    from phi4_mlx.server.guard import LOOPBACK_NAMES, Guard, is_loopback
+    from phi4_mlx.server.service import Service
+
+    models = {served.name: None} | {adapter: adapter for adapter in served.settings.adapters}
+    service = Service(supervisor, served.tokenizer, models, served.vocabulary, args.timeout, args.max_tokens)
     hosts = None if key is not None and not is_loopback(args.host) else (*LOOPBACK_NAMES, args.host.lower())
-    return supervisor, Guard(App(service).starlette(), key, hosts, tuple(args.allowed_origins))
+    return Guard(App(service).starlette(), key, hosts, tuple(args.allowed_origins))
 
 
 def _adapters(folder: str | None) -> dict[str, str]:

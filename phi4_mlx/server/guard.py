@@ -11,8 +11,10 @@ import base64
 import contextlib
 import hmac
 import ipaddress
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
-from dataclasses import dataclass
+import math
+import resource
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,7 +23,17 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from phi4_mlx.server.apis import messages as messages_api
 from phi4_mlx.server.apis.wire import WireError, error_body, json_bytes
-from phi4_mlx.server.limits import BODY_BYTES, HEADER_BYTES, REQUEST_S
+from phi4_mlx.server.limits import (
+    BODIES_BYTES,
+    BODY_BYTES,
+    HEADER_BYTES,
+    REQUEST_S,
+    SMALL_BODY_BYTES,
+    SPARE_DESCRIPTORS,
+    STOPPING_WRITE_S,
+    WRITE_BYTES,
+    WRITE_S,
+)
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -39,6 +51,55 @@ def is_loopback(host: str) -> bool:
     return host == "localhost"
 
 
+class Share:
+    """The bytes of one body.
+
+    Args:
+        bodies: the room that it takes them from.
+    """
+
+    def __init__(self, bodies: Bodies) -> None:
+        self._bodies, self.size = bodies, 0
+
+    def take(self, size: int) -> None:
+        """Counts more bytes of the body.
+
+        Raises:
+            WireError: the body is too large, or the larger bodies of all requests are.
+        """
+        before, self.size = self.size, self.size + size
+        if self.size > SMALL_BODY_BYTES:
+            self._bodies.used += size if before > SMALL_BODY_BYTES else self.size
+            if self.size > BODY_BYTES:
+                raise WireError(413, f"the body is over the limit of {BODY_BYTES} bytes")
+            if self._bodies.used > BODIES_BYTES:
+                message = (
+                    f"the bodies of all requests are over {BODIES_BYTES} bytes; send the request again in a moment"
+                )
+                raise WireError(503, message)
+
+
+class Bodies:
+    """The room for the bodies of all requests.
+
+    Attributes:
+        used: bytes of the bodies over `SMALL_BODY_BYTES`.
+    """
+
+    def __init__(self) -> None:
+        self.used = 0
+
+    @contextlib.contextmanager
+    def share(self) -> Iterator[Share]:
+        """The share of one request, which is free again at the end."""
+        share = Share(self)
+        try:
+            yield share
+        finally:
+            if share.size > SMALL_BODY_BYTES:
+                self.used -= share.size
+
+
 @dataclass(frozen=True)
 class Guard:
     """An ASGI application that checks requests and passes them to another.
@@ -48,28 +109,32 @@ class Guard:
         api_key: the key that a client must send; None if no key is needed.
         hosts: the accepted values of the Host header, without a port; None accepts any, which is safe with a key.
         origins: origins of web pages that may send requests, in addition to the server's own; "*" is any.
+        bodies: the room for bodies.
     """
 
     app: Callable[[Scope, Receive, Send], Awaitable[None]]
     api_key: str | None
     hosts: tuple[str, ...] | None
     origins: tuple[str, ...] = ()
+    bodies: Bodies = field(default_factory=Bodies)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        send = self._with_origin(send, headers.get("origin"))
-        try:
-            _check_size(scope)
-            self._check_sender(scope, headers)
-            if scope["method"] == "OPTIONS" and "origin" in headers:
-                return await _answer(send, 204, b"", _PREFLIGHT)
-            self._check_key(scope, headers)
-            body = await _read_body(scope, headers, receive)
-        except WireError as error:
-            return await refuse(scope, send, error)
-        await self.app(scope, _replay(body, receive), send)
+        send = self._with_origin(_in_slices(send), headers.get("origin"))
+        with self.bodies.share() as share:
+            try:
+                _check_size(scope)
+                self._check_sender(scope, headers)
+                if scope["method"] == "OPTIONS" and "origin" in headers:
+                    return await _answer(send, 204, b"", _PREFLIGHT)
+                self._check_key(scope, headers)
+                replay = _replay(await _read_body(scope, headers, receive, share), receive)
+            except WireError as error:
+                close = error.status in (408, 413, 503) or _is_costly_to_skip(headers)
+                return await refuse(scope, send, error, close)
+            await self.app(scope, replay, send)
 
     def _check_sender(self, scope: Scope, headers: Headers) -> None:
         host = headers.get("host", "")
@@ -83,7 +148,7 @@ class Guard:
             raise WireError(403, f"pages of {origin!r:.100} may not send requests; --allowed-origins can allow them")
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
-        if self.api_key is None or scope["path"] == "/health":
+        if self.api_key is None or (scope["path"] == "/health" and scope["method"] in ("GET", "HEAD")):
             return
         given = [headers.get("x-api-key", "").encode("latin-1")]  # the client's bytes
         scheme, _, value = headers.get("authorization", "").partition(" ")
@@ -134,11 +199,11 @@ def _check_size(scope: Scope) -> None:
         raise WireError(431, f"the headers are {size:,} bytes; the limit is {HEADER_BYTES:,}")
 
 
-async def _read_body(scope: Scope, headers: Headers, receive: Receive) -> bytes:
+async def _read_body(scope: Scope, headers: Headers, receive: Receive, share: Share) -> bytes:
     """The whole body; empty for a method without one.
 
     Raises:
-        WireError: the body is not JSON, is too large, or takes too long.
+        WireError: the body is not JSON, is too large, takes too long, or has no room.
     """
     if scope["method"] in ("GET", "HEAD", "OPTIONS"):
         return b""
@@ -149,23 +214,24 @@ async def _read_body(scope: Scope, headers: Headers, receive: Receive) -> bytes:
         if int(headers.get("content-length", "0")) > BODY_BYTES:
             raise WireError(413, f"the body is {headers['content-length']} bytes; the limit is {BODY_BYTES}")
     try:
-        return await asyncio.wait_for(_whole(receive), REQUEST_S)
+        return await asyncio.wait_for(_whole(receive, share), REQUEST_S)
     except asyncio.TimeoutError:
         raise WireError(408, f"the body did not arrive within {REQUEST_S:g} s") from None
 
 
-async def _whole(receive: Receive) -> bytes:
-    parts, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise WireError(400, "the client disconnected before the end of the body")
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > BODY_BYTES:
-            raise WireError(413, f"the body is over the limit of {BODY_BYTES} bytes")
-        if not message.get("more_body"):
-            return b"".join(parts)
+async def _whole(receive: Receive, share: Share) -> bytes:
+    body = bytearray()  # one block, which goes back to the system as a whole
+    try:
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise WireError(400, "the client disconnected before the end of the body")
+            share.take(len(message.get("body", b"")))
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                return bytes(body)
+    finally:
+        body.clear()  # the traceback of an exception keeps this frame alive
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -178,8 +244,30 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-async def refuse(scope: Scope, send: Send, error: WireError) -> None:
-    """Sends an error in the form of the route's API."""
+def _is_costly_to_skip(headers: Headers) -> bool:
+    """True if the unread body is large, or may never come: then no further request can be read behind it."""
+    length = headers.get("content-length", "0")
+    small = length.isdigit() and len(length) < 10 and int(length) <= SMALL_BODY_BYTES
+    return "expect" in headers or "transfer-encoding" in headers or not small
+
+
+def _in_slices(send: Send) -> Send:
+    """A `send` that waits while the client does not read, so that a large response is not copied as a whole."""
+
+    async def send_in_slices(message: Message) -> None:
+        body = message.get("body", b"")
+        if len(body) <= WRITE_BYTES:
+            return await send(message)
+        for start in range(0, len(body), WRITE_BYTES):
+            last = start + WRITE_BYTES >= len(body)
+            part = body[start : start + WRITE_BYTES]
+            await send({**message, "body": part, "more_body": not last or message.get("more_body", False)})
+
+    return send_in_slices
+
+
+async def refuse(scope: Scope, send: Send, error: WireError, close: bool = False) -> None:
+    """Sends an error in the form of the route's API, and closes the connection if asked to."""
     make_body = messages_api.error_body if scope["path"].startswith("/v1/messages") else error_body
     headers = [(b"content-type", b"application/json")]
     if error.status == 401:
@@ -187,7 +275,7 @@ async def refuse(scope: Scope, send: Send, error: WireError) -> None:
         headers.append((b"www-authenticate", b'Basic realm="phi4_mlx", charset="UTF-8"' if page else b"Bearer"))
     if error.status in (429, 503):
         headers.append((b"retry-after", b"2"))
-    if error.status in (408, 413):  # the rest of the body stays unread
+    if close:  # the rest of the body stays unread
         headers.append((b"connection", b"close"))
     await _answer(send, error.status, json_bytes(make_body(error)), headers)
 
@@ -199,13 +287,18 @@ async def _answer(send: Send, status: int, body: bytes, headers: Iterable[tuple[
 
 
 class TimedProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 protocol with a time limit for the headers of a request."""
+    """uvicorn's HTTP/1.1 protocol with time limits for the headers of a request and for reading the response."""
 
     _timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
+    _write_s = WRITE_S
 
     def connection_made(self, transport: Any) -> None:
-        """Starts the timer."""
+        """Starts the timer for the headers; refuses a connection that takes one of the last descriptors."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # so that `pause_writing` tells of every unsent byte
+        if len(self.connections) > _connections_limit():
+            self._refuse(WireError(503, "the server has too many connections; connect again in a moment"))
         self._update_timer()
 
     def data_received(self, data: bytes) -> None:
@@ -214,16 +307,43 @@ class TimedProtocol(H11Protocol):
         self._update_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stops the timer."""
+        """Stops the timers."""
         self._stop_timer()
+        self.resume_writing()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Starts the timer for the client to read."""
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(self._write_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Stops the timer: the client has read everything."""
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def shutdown(self) -> None:
+        """Ends the connection, but for a client that has sent its whole request and reads the answer."""
+        super().shutdown()
+        self._write_s = STOPPING_WRITE_S
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self.pause_writing()
+        if self.cycle is not None and self.cycle.more_body and not self.cycle.response_started:
+            self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
         """Answers invalid HTTP in JSON; uvicorn would send plain text."""
+        self._refuse(WireError(400, msg))
+
+    def _refuse(self, error: WireError) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             headers = [("content-type", "application/json"), ("connection", "close")]
-            body = h11.Data(data=json_bytes(error_body(WireError(400, msg))))
-            for event in (h11.Response(status_code=400, headers=headers), body, h11.EndOfMessage()):
+            headers += [("retry-after", "2")] * (error.status == 503)
+            body = h11.Data(data=json_bytes(error_body(error)))
+            for event in (h11.Response(status_code=error.status, headers=headers), body, h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
@@ -238,3 +358,9 @@ class TimedProtocol(H11Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _connections_limit() -> float:
+    """Connections that leave descriptors for a new engine; read each time, because the limit can change."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return math.inf if limit == resource.RLIM_INFINITY else max(8, limit - SPARE_DESCRIPTORS)

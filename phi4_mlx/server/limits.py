@@ -10,6 +10,13 @@ from __future__ import annotations
 BODY_BYTES = 16 * 2**20
 HEADER_BYTES = 32 * 2**10
 REQUEST_S = 30.0  # seconds to send the headers, and again to send the body
+SMALL_BODY_BYTES = 2**16  # a body up to this size always has room
+BODIES_BYTES = 4 * BODY_BYTES  # of all larger bodies together, until their requests are answered
+WRITE_BYTES = 2**16  # of a response that are written at a time
+WRITE_S = 20.0  # in which a client must read what is written, 3 KB a second
+STOPPING_WRITE_S = 2.0  # the same while the server stops
+GRACE_S = 30.0  # for running answers while the server stops
+SPARE_DESCRIPTORS = 64  # that connections leave free; a new engine takes about ten
 
 # A body as JSON
 BRACKETS_LIMIT = 500_000  # lists and objects; Python builds more too slowly, and holds the GIL meanwhile

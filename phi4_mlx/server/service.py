@@ -14,6 +14,8 @@ from phi4_mlx.server.engine.protocol import Failure, Finish, Job, Piece
 from phi4_mlx.server.engine.supervisor import Full, Supervisor
 from phi4_mlx.tokens.tokenizer import Tokenizer
 
+UNREAD_ITEMS = 16  # of a client's answers; beyond them the supervisor's own limit counts
+
 
 @dataclass(frozen=True)
 class Service:
@@ -78,17 +80,17 @@ class Service:
         Raises:
             WireError: an answer failed, or there are too many jobs.
         """
-        queue: asyncio.Queue[Delta | End | WireError] = asyncio.Queue()
+        queue: asyncio.Queue[Delta | End | WireError] = asyncio.Queue(UNREAD_ITEMS)
 
         async def listen(index: int, job: Job) -> None:
             try:
                 async with contextlib.aclosing(self._answer(ask, index, job)) as items:
                     async for item in items:
-                        queue.put_nowait(item)
+                        await queue.put(item)
             except WireError as error:
-                queue.put_nowait(error)
+                await queue.put(error)
             except Exception as error:
-                queue.put_nowait(WireError(500, f"the server could not answer: {type(error).__name__}"))
+                await queue.put(WireError(500, f"the server could not answer: {type(error).__name__}"))
 
         tasks = [asyncio.create_task(listen(index, job)) for index, job in enumerate(jobs)]
         try:

@@ -41,9 +41,13 @@ from phi4_mlx.server.engine.protocol import (
     Ready,
     TokenLogprob,
 )
+from phi4_mlx.server.engine.pulse import Pulse
+from phi4_mlx.terminal.printable import one_line
 from phi4_mlx.tokens.tokenizer import Tokenizer
 
 ACTIVATION_BYTES = 2**29  # activation memory of a forward pass
+LEAST_TOKENS = 256  # of a prompt and its answer; an engine with room for fewer does not start
+MESSAGE_CHARS = 400  # of an exception's message
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,22 @@ class Engine:
         fixed = cache_bytes(cost, 0)  # with one buffer, which the last token may leave empty
         tokens = (self.kv_limit_bytes - fixed) // max(cost.token_bytes, 1)
         return min(model.config.max_position_embeddings, tokens)
+
+    def check_room(self) -> None:
+        """Checks that there is memory for at least a short answer.
+
+        Raises:
+            RequestError: there is not; states the least number of bytes.
+        """
+        model = self._models.get(None)
+        least = min(LEAST_TOKENS, model.config.max_position_embeddings)
+        if self.longest < least:
+            cost = model.context_cost()
+            needed = cache_bytes(cost, 0) + least * max(cost.token_bytes, 1)
+            raise RequestError(
+                f"running answers may take {self.kv_limit_bytes:,} bytes, and one of {least} tokens takes {needed:,}; "
+                f"use --kv-cache-bytes {needed} or more, or a smaller model"
+            )
 
     def submit(self, job: Job) -> list[Event]:
         """Queues a job; returns its failure if it cannot be served."""
@@ -317,22 +337,27 @@ def run(connection: Connection, settings: Settings) -> None:
     """The engine's process: reads jobs from a connection and writes events to it, until the other end closes."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to both processes; the server decides when to end
         signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(EOFError, BrokenPipeError):
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        pulse = Pulse(connection)
         try:
             engine = Engine(*load(settings.model, chat_format=settings.chat_format), settings)
+            engine.check_room()
         except Phi4Error as error:
-            connection.send(Broken(str(error)))
-            return
-        connection.send(Ready(engine.longest))
+            return pulse.send(Broken(_told(error)))
+        except Exception as error:
+            return pulse.send(Broken(f"the engine could not load the model: {type(error).__name__}: {_told(error)}"))
+        pulse.send(Ready(engine.longest))
         while True:
             messages: list[Job | Cancel | Ping] = []
+            pulse.turns, pulse.waiting = pulse.turns + 1, not engine.busy
             while connection.poll(0 if engine.busy or messages else None):
                 messages.append(connection.recv())
+                pulse.waiting = False
             for message in messages:
                 if isinstance(message, Ping):
-                    connection.send(Pong(message.number, engine.gauges()))
+                    pulse.send(Pong(message.number, engine.gauges()))
             if events := turn(engine, messages):
-                connection.send(events)
+                pulse.send(events)
 
 
 def turn(engine: Engine, messages: Iterable[Job | Cancel | Ping]) -> list[Event]:
@@ -357,8 +382,17 @@ def _handle(engine: Engine, message: Job | Cancel | Ping) -> list[Event]:
 
 def _failure(job: Job, error: Exception) -> Failure:
     if isinstance(error, Phi4Error):
-        return Failure(job.id, 400, str(error))
-    return Failure(job.id, 500, f"the engine could not answer: {type(error).__name__}: {error}")
+        return Failure(job.id, 400, _told(error))
+    return Failure(job.id, 500, f"the engine could not answer: {type(error).__name__}: {_told(error)}")
+
+
+def _told(error: Exception) -> str:
+    """An error's message as one short line; some exceptions raise another when they are converted to text."""
+    try:
+        told = one_line(str(error)[: 4 * MESSAGE_CHARS])
+    except Exception:
+        return "(its message cannot be read)"
+    return told if len(told) <= MESSAGE_CHARS else told[:MESSAGE_CHARS] + "..."
 
 
 def _memory_limits(settings: Settings) -> tuple[int, int]:

@@ -111,6 +111,19 @@ class Pong:
 
 
 @dataclass(frozen=True)
+class Beat:
+    """A sign of life, sent by a thread of the engine once a second.
+
+    Attributes:
+        turns: steps taken so far; 0 while the model is loaded.
+        waiting: True if there is nothing to do.
+    """
+
+    turns: int
+    waiting: bool
+
+
+@dataclass(frozen=True)
 class Ready:
     """The model is loaded.
 
@@ -123,11 +136,11 @@ class Ready:
 
 @dataclass(frozen=True)
 class Broken:
-    """The model cannot be loaded: one line for the person who started the server."""
+    """The engine cannot start: one line for the person who started the server."""
 
     message: str
 
 
 Event = Piece | Finish | Failure  # about a job
 Command = Job | Cancel | Ping  # from the server to the engine
-Report = list[Event] | Pong | Ready | Broken  # from the engine to the server
+Report = list[Event] | Pong | Beat | Ready | Broken  # from the engine to the server

@@ -1,31 +1,32 @@
-"""Runs an engine in its own process, and passes jobs and events between that process and the event loop.
+"""Keeps an engine running, and passes jobs and events between its process and the event loop.
 
-An engine that dies is restarted. Jobs without any event so far are given to the new engine, once; the others fail.
+An engine that dies or hangs is replaced. Jobs without any event so far are given to the new engine, once; the others
+fail. When no engine starts any more, the supervisor gives up, and the server ends.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import itertools
-import multiprocessing
-import queue
-import threading
+import logging
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.server.engine import engine
-from phi4_mlx.server.engine.protocol import Cancel, Command, Event, Failure, Finish, Job, Ping, Pong, Ready, Report
+from phi4_mlx.server.engine import engine, process
+from phi4_mlx.server.engine.process import EngineProcess
+from phi4_mlx.server.engine.protocol import Beat, Cancel, Event, Failure, Finish, Job, Ping, Pong, Ready, Report
 
 PING_S = 30.0  # an engine answers between two chunks of a prefill, which take long on a slow machine
-PAUSES_S = (0.0, 0.5, 2.0, 5.0, 10.0)  # before each restart of an engine that dies before it is ready
+SILENT_S = 5.0  # without a beat, after which an engine counts as frozen
+PAUSES_S = (0.0, 0.5, 1.0, 1.5, 2.0)  # before each start of an engine after a failed one; the last repeats
+RESTART_S = 40.0  # of failed starts, after which an engine that once was ready is given up
+LATE_S = 4.0  # beyond a job's own limit, after which it ends without the engine
+EVENTS_LIMIT = 1024  # that wait for a client that does not read
 
-Outbox = queue.SimpleQueue[Command | None]  # None ends the thread that reads it
+logger = logging.getLogger("phi4_mlx.server")
 
 
 class Full(Exception):
@@ -40,6 +41,17 @@ class _Client:
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     started: bool = False  # it has had an event
     retried: bool = False  # a second engine has it
+    ended: bool = False  # its last event is in the queue
+
+    def put(self, event: Event) -> None:
+        """Queues an event, unless the last one has been queued."""
+        if not self.ended:
+            self.started, self.ended = True, isinstance(event, (Finish, Failure))
+            self.events.put_nowait(event)
+
+    def fail(self, status: int, message: str) -> None:
+        """Queues a failure as the last event."""
+        self.put(Failure(self.job.id, status, message))
 
 
 class Supervisor:
@@ -50,8 +62,8 @@ class Supervisor:
         max_jobs: most jobs at a time, running and waiting.
 
     Attributes:
-        state: "loading", "ready", "restarting" or "stopped".
-        restarts: number of restarts of a dead engine.
+        state: "loading", "ready", "frozen" (no sign of life for some seconds), "restarting" or "stopped".
+        restarts: number of times that an engine was lost or could not be started.
         longest: most tokens of a prompt and its answer; 0 until the engine is ready.
     """
 
@@ -60,10 +72,10 @@ class Supervisor:
         self._clients: dict[int, _Client] = {}
         self._pongs: dict[int, asyncio.Future[Pong | None]] = {}
         self._numbers = itertools.count(1)
-        self._process: SpawnProcess | None = None
-        self._outbox: Outbox = queue.SimpleQueue()
-        self._deaths = 0  # since an engine was last ready
-        self._ready: asyncio.Future[None] | None = None
+        self._engine: EngineProcess | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._failures, self._failing_since = 0, 0.0  # since an engine was last ready
+        self._started, self._given_up, self._reason = asyncio.Event(), asyncio.Event(), ""
         self.state, self.restarts, self.longest = "loading", 0, 0
 
     @property
@@ -77,10 +89,16 @@ class Supervisor:
         Raises:
             Phi4Error: the model cannot be loaded.
         """
-        self._loop = asyncio.get_running_loop()
-        self._ready = self._loop.create_future()
+        self._watching = asyncio.create_task(self._watch())
         self._launch()
-        await self._ready
+        await self._started.wait()
+        if self._given_up.is_set():
+            raise RequestError(self._reason)
+
+    async def lost(self) -> str:
+        """Waits until no engine can be started any more; returns the reason in one line."""
+        await self._given_up.wait()
+        return self._reason
 
     async def stop(self, grace_s: float = 0.0) -> None:
         """Ends the engine; waits up to `grace_s` seconds for running jobs."""
@@ -89,9 +107,11 @@ class Supervisor:
             await asyncio.sleep(0.05)
         self.state = "stopped"
         self._fail_all("the server is stopping")
-        if self._process is not None:
-            self._process.kill()
-            await asyncio.to_thread(self._process.join)
+        if self._watching is not None:
+            self._watching.cancel()
+        if self._engine is not None:
+            self._engine.kill()
+            await self._engine.ended()
 
     async def events(self, job: Job) -> AsyncGenerator[Event, None]:
         """Gives a job to the engine and yields its events; closing the generator cancels the job.
@@ -109,7 +129,9 @@ class Supervisor:
             return
         job = dataclasses.replace(job, id=next(self._numbers))
         client = self._clients[job.id] = _Client(job)
-        self._outbox.put(job)
+        if self._engine is not None:  # else the next engine gets it at its start
+            self._engine.send(job)
+        late = asyncio.get_running_loop().call_later(job.timeout_s + LATE_S, self._out_of_time, client)
         try:
             while True:
                 event = await client.events.get()
@@ -120,16 +142,17 @@ class Supervisor:
                 if ended:
                     return
         finally:
+            late.cancel()
             if self._clients.pop(job.id, None) is not None:
-                self._outbox.put(Cancel(job.id))
+                self._cancel(client)
 
     async def ping(self, timeout_s: float = PING_S) -> Pong | None:
         """The state of the engine; None if it is not running or does not answer in `timeout_s` seconds."""
-        if self.state != "ready":
+        if self.state != "ready" or self._engine is None:
             return None
         number = next(self._numbers)
-        answer = self._pongs[number] = self._loop.create_future()
-        self._outbox.put(Ping(number))
+        answer = self._pongs[number] = asyncio.get_running_loop().create_future()
+        self._engine.send(Ping(number))
         try:
             return await asyncio.wait_for(answer, timeout_s)
         except asyncio.TimeoutError:
@@ -138,85 +161,112 @@ class Supervisor:
             self._pongs.pop(number, None)
 
     def _launch(self) -> None:
-        """Starts a process, and two threads that read from it and write to it."""
+        """Starts an engine and gives it the waiting jobs."""
         if self.state == "stopped":
             return
-        context = multiprocessing.get_context("spawn")  # forking a process with threads or Metal is unsafe
-        ours, theirs = context.Pipe()
-        process = self._process = context.Process(target=engine.run, args=(theirs, self._settings), daemon=True)
-        process.start()
-        theirs.close()
-        self._outbox = queue.SimpleQueue()
+        try:
+            self._engine = EngineProcess(self._settings, self._receive, self._died)
+        except (OSError, RuntimeError) as error:
+            return self._failed(f"the engine cannot be started: {error}")
         for client in self._clients.values():
             if not client.started:
-                self._outbox.put(client.job)
-        threading.Thread(target=self._read, args=(process, ours, self._outbox), daemon=True).start()
-        threading.Thread(target=_write, args=(ours, self._outbox), daemon=True).start()
+                self._engine.send(client.job)
 
-    def _read(self, process: SpawnProcess, connection: Connection, outbox: Outbox) -> None:
-        """A thread: passes the engine's reports to the event loop."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            try:
-                while True:
-                    self._loop.call_soon_threadsafe(self._receive, process, connection.recv())
-            except (EOFError, OSError):
-                outbox.put(None)
-                process.join()
-                self._loop.call_soon_threadsafe(self._died, process)
+    async def _watch(self) -> None:
+        """Kills an engine that hangs."""
+        while True:
+            await asyncio.sleep(process.TICK_S)
+            if (running := self._engine) is None:
+                continue
+            hang = running.tick()
+            if self.state == "ready" and running.silent_s >= SILENT_S:
+                self.state = "frozen"
+                self._fail_pings()
+            if hang is not None:
+                logger.warning("%s; it is killed", hang)
+                running.kill()
 
-    def _receive(self, process: SpawnProcess, report: Report) -> None:
-        if process is not self._process:
+    def _receive(self, source: EngineProcess, report: Report) -> None:
+        if source is not self._engine:
             return
-        if isinstance(report, list):
-            for event in report:
-                self._deliver(event)
+        if isinstance(report, Beat):
+            source.beat(report)
+            if self.state == "frozen":
+                self.state = "ready"
         elif isinstance(report, Pong):
             if (answer := self._pongs.get(report.number)) is not None and not answer.done():
                 answer.set_result(report)
         elif isinstance(report, Ready):
-            self.state, self.longest, self._deaths = "ready", report.longest, 0
-            if self._ready is not None and not self._ready.done():
-                self._ready.set_result(None)
-        else:
+            self.state, self.longest, self._failures = "ready", report.longest, 0
+            self._started.set()
+        elif isinstance(report, list):
+            for event in report:
+                self._deliver(event)
+        elif not self._started.is_set():  # the first engine: a mistake of the person who starts the server
             self._give_up(report.message)
+        else:
+            self._engine = None  # its death counts no second time
+            source.kill()
+            self._failed(report.message)
 
     def _deliver(self, event: Event) -> None:
-        if (client := self._clients.get(event.job)) is not None:
-            client.started = True
-            client.events.put_nowait(event)
-
-    def _died(self, process: SpawnProcess) -> None:
-        """Fails or keeps the jobs of a dead engine, and starts another."""
-        if process is not self._process or self.state == "stopped":
+        client = self._clients.get(event.job)
+        if client is None or client.ended:
             return
-        for answer in self._pongs.values():
-            if not answer.done():
-                answer.set_result(None)
-        if self._deaths >= len(PAUSES_S):
-            return self._give_up(f"the engine died {self._deaths + 1} times (last exit code {process.exitcode})")
-        for client in self._clients.values():
-            if client.started or client.retried:
-                client.started = True  # the next engine does not get it
-                message = "the engine died during this answer and is restarting; ask again"
-                client.events.put_nowait(Failure(client.job.id, 503, message))
-            client.retried = True
-        self.state, self.restarts = "restarting", self.restarts + 1
-        self._loop.call_later(PAUSES_S[self._deaths], self._launch)
-        self._deaths += 1
+        if client.events.qsize() >= EVENTS_LIMIT:
+            client.fail(503, f"the client has left {EVENTS_LIMIT} parts of its answer unread")
+            return self._cancel(client)
+        client.put(event)
+
+    def _out_of_time(self, client: _Client) -> None:
+        if not client.ended:
+            client.fail(504, f"no answer after {client.job.timeout_s:g} s; the engine does not respond or is busy")
+            self._cancel(client)
+
+    def _cancel(self, client: _Client) -> None:
+        if self._engine is not None:
+            self._engine.send(Cancel(client.job.id))
+
+    def _died(self, source: EngineProcess) -> None:
+        """Fails or keeps the jobs of a dead engine."""
+        if source is not self._engine or self.state == "stopped":
+            return
+        self._engine = None
+        if self.state in ("ready", "frozen"):  # else it has not read a job yet
+            for client in self._clients.values():
+                if client.started or client.retried:
+                    client.fail(503, "the engine died during this answer and is restarting; ask again")
+                client.retried = True
+        self._failed(f"the engine died (exit code {source.exit_code})")
+
+    def _failed(self, reason: str) -> None:
+        """Starts another engine after a pause, or gives up."""
+        self._fail_pings()
+        if not self._failures:
+            self._failing_since = time.monotonic()
+        self._failures += 1
+        was_ready = self._started.is_set()
+        long = not was_ready or time.monotonic() - self._failing_since >= RESTART_S
+        if self._failures > len(PAUSES_S) and long:
+            return self._give_up(f"{reason}; {self._failures} starts in a row have failed")
+        if was_ready:
+            self.state = "restarting"
+        self.restarts += 1
+        pause_s = PAUSES_S[min(self._failures, len(PAUSES_S)) - 1]
+        logger.warning("%s; it is started again", reason)
+        asyncio.get_running_loop().call_later(pause_s, self._launch)
 
     def _give_up(self, reason: str) -> None:
-        self.state = "stopped"
+        self.state, self._reason = "stopped", reason
         self._fail_all(reason)
-        if self._ready is not None and not self._ready.done():
-            self._ready.set_exception(RequestError(reason))
+        self._given_up.set()
+        self._started.set()
 
     def _fail_all(self, reason: str) -> None:
         for client in self._clients.values():
-            client.events.put_nowait(Failure(client.job.id, 503, reason))
+            client.fail(503, reason)
 
-
-def _write(connection: Connection, outbox: Outbox) -> None:
-    """A thread: passes commands to the engine, which may be slow to read them."""
-    with contextlib.suppress(OSError):
-        while (message := outbox.get()) is not None:
-            connection.send(message)
+    def _fail_pings(self) -> None:
+        for answer in self._pongs.values():
+            if not answer.done():
+                answer.set_result(None)

@@ -21,6 +21,7 @@ import pytest
 
 from phi4_mlx.errors import Phi4Error
 from phi4_mlx.generation.sampling import Sampling
+from phi4_mlx.server.engine import process as process_module
 from phi4_mlx.server.engine import supervisor as supervisor_module
 from phi4_mlx.server.engine.engine import Settings
 from phi4_mlx.server.engine.protocol import Event, Failure, Finish, Job, Piece, Pong
@@ -35,7 +36,8 @@ ENGINE = """
 import os
 import time
 from pathlib import Path
-from phi4_mlx.server.engine.protocol import Broken, Cancel, Finish, Job, Piece, Ping, Pong, Ready
+from phi4_mlx.server.engine.protocol import Beat, Broken, Cancel, Finish, Job, Piece, Ping, Pong, Ready
+from phi4_mlx.server.engine.pulse import Pulse
 
 def run(connection, settings):
     folder = Path(settings.model)
@@ -91,6 +93,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(supervisor_module.engine, "run", importlib.import_module(name).run)
     monkeypatch.setattr(supervisor_module, "PAUSES_S", (0.0, 0.01, 0.02))
+    monkeypatch.setattr(supervisor_module, "RESTART_S", 0.0)
+    monkeypatch.setattr(process_module, "TICK_S", 0.05)
     return tmp_path
 
 
@@ -225,7 +229,7 @@ def test_a_killed_engine_is_replaced(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "message"), [("dies", "died 4 times (last exit code 3)"), ("broken", "the model is broken")]
+    ("how", "message"), [("dies", "died (exit code 3); 4 starts in a row"), ("broken", "the model is broken")]
 )
 def test_an_engine_that_cannot_start_is_an_error_of_one_line(folder: Path, how: str, message: str) -> None:
     (folder / "how").write_text(how)
@@ -297,7 +301,7 @@ def test_a_ping_can_be_cancelled(folder: Path) -> None:
 
 def test_late_reports_of_a_dead_engine_are_ignored(folder: Path) -> None:
     async def test(supervisor: Supervisor) -> None:
-        old: Any = engine_process()
+        old: Any = supervisor._engine
         waiting = asyncio.create_task(events(supervisor, HANG))
         await until(lambda: supervisor.jobs == 1)
         signal_engine(signal.SIGKILL)
