@@ -74,7 +74,7 @@ def main() -> None:
     adapter = options.folder / "adapter"
     settings = {
         "model": "demo", "data": str(options.folder), "adapter_path": str(adapter), "mask_prompt": True,
-        "lora_parameters": {"rank": 8, "scale": 10.0}, "iters": options.iters, "batch_size": 1, "max_seq_length": 512,
+        "lora_parameters": {"rank": 8, "scale": 10.0}, "iters": options.iters, "batch_size": 4, "max_seq_length": 512,
         "learning_rate": 5e-4, "warmup": 10,
     }  # fmt: skip
     finetune(settings, resume=(adapter / "checkpoints").exists())

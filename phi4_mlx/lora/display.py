@@ -33,12 +33,13 @@ def to_stderr(sentence: str) -> None:
 
 
 @contextlib.contextmanager
-def progress(settings: Settings, done: int, tell: Tell) -> Iterator[Callable[[Step], None]]:
-    """Shows the progress of a run: a bar on a terminal, else a line every `steps_per_report` steps.
+def progress(settings: Settings, iters: int, done: int, tell: Tell) -> Iterator[Callable[[Step], None]]:
+    """Shows the progress of a run: a bar on a terminal, else a line every `steps_per_report` batches.
 
     Args:
         settings: the run's settings.
-        done: number of steps made before.
+        iters: batches of the whole run.
+        done: number of them trained on before.
         tell: called with the lines; a bar is shown only with `to_stderr`.
 
     Yields:
@@ -47,9 +48,14 @@ def progress(settings: Settings, done: int, tell: Tell) -> Iterator[Callable[[St
     begin = time.monotonic()
     if tell is not to_stderr or not sys.stderr.isatty():
 
+        told = done
+
         def show(step: Step) -> None:
-            if step.step % settings.steps_per_report == 0 or step.valid_loss is not None:
-                left = (time.monotonic() - begin) / (step.step - done) * (settings.iters - step.step)
+            nonlocal told
+            every = settings.steps_per_report
+            if step.step // every > told // every or step.valid_loss is not None:
+                told = step.step
+                left = (time.monotonic() - begin) / (step.step - done) * (iters - step.step)
                 tell(f"{step_line(step, settings.noun)}, {duration(left)} left")
 
         yield show
@@ -59,7 +65,7 @@ def progress(settings: Settings, done: int, tell: Tell) -> Iterator[Callable[[St
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=settings.iters, completed=done)
+        task = bar.add_task("", total=iters, completed=done)
         yield lambda step: bar.update(task, completed=step.step, description=step_line(step, settings.noun))
 
 

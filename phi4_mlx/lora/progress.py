@@ -1,4 +1,4 @@
-"""Progress of a run: the results of a step, and the counters of the run."""
+"""Progress of a run: the results of a step, which is an update of the parameters, and the counters of the run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Step:
     """The results of one step.
 
     Attributes:
-        step: its number, from 1.
+        step: number of batches of the run up to here, its own included.
         loss: mean over its targets in nats; in preference tuning, over its pairs.
         learning_rate: the rate of its update.
         tokens: number of its targets, or pairs.
@@ -41,7 +41,7 @@ class Step:
 class Progress:
     """The counters of a run, all of them JSON values."""
 
-    step: int = 0
+    step: int = 0  # batches learned from
     tokens: int = 0  # targets learned from, or pairs
     best_step: int = 0
     best_loss: float = math.inf

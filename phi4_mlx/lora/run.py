@@ -243,7 +243,7 @@ def loss_of(settings: Settings) -> Loss:
 
 
 def report_plan(trainer: Trainer, tell: Tell) -> None:
-    """Reports the size, the length and the predicted memory of a run.
+    """Reports the parameters, updates, epochs and predicted memory of a run.
 
     Args:
         trainer: the run, before its first step.
@@ -258,21 +258,29 @@ def report_plan(trainer: Trainer, tell: Tell) -> None:
     def plan(recompute: bool) -> Plan:
         model.recompute = recompute
         try:
-            return make_plan(model.train(), trainer.loss, batches.shapes, accumulating)
+            return make_plan(model.train(), trainer.loss, batches.shapes(), accumulating)
         finally:
             model.recompute = settings.grad_checkpoint
 
     other = None if settings.grad_checkpoint else functools.partial(plan, True)
     peak = check_memory(plan(settings.grad_checkpoint), batches, other)
     trained = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
-    epochs = settings.iters * settings.grad_accumulation_steps / batches.steps_per_epoch
+    in_update = settings.grad_accumulation_steps
+    updates, epochs = -(-trainer.iters // in_update), trainer.iters / batches.steps_per_epoch
+    noun = "samples" if settings.task == "sft" else "pairs"
+    begin = f", from step {trainer.progress.step:,} on" if trainer.progress.step else ""
     tell(
-        f"{settings.fine_tune_type}: {trained:,} parameters to train; steps {trainer.progress.step + 1:,} to "
-        f"{settings.iters:,} = {epochs:,.1f} epochs of {batches.steps_per_epoch:,} batches; predicted peak "
-        f"{peak / 1e9:.2f} GB of {memory_limit() / 1e9:.1f} GB"
+        f"{settings.fine_tune_type}: {trained:,} parameters to train; {updates:,} updates of "
+        f"{_short(in_update * batches.samples / batches.steps_per_epoch)} {noun} = {_short(epochs)} epochs of "
+        f"{batches.samples:,} {noun}{begin}; predicted peak {peak / 1e9:.2f} GB of {memory_limit() / 1e9:.1f} GB"
     )
     if epochs > MANY_EPOCHS:
-        tell(f"each sample comes {epochs:,.0f} times and will be memorised: use fewer --iters, or more data")
+        tell(f"each sample comes {epochs:,.0f} times and will be memorised: use fewer epochs or more data")
+
+
+def _short(number: float) -> str:
+    """A positive number with a digit after the point, more below 1, and none if it is whole."""
+    return (f"{number:,.1f}" if number >= 1 else f"{number:.2g}").removesuffix(".0")
 
 
 def report_test(
@@ -302,7 +310,7 @@ def report_test(
 def _train(trainer: Trainer, tell: Tell) -> float | None:
     """Makes the remaining steps; returns the loss of the last one."""
     loss = None
-    with progress(trainer.settings, trainer.progress.step, tell) as show_step:
+    with progress(trainer.settings, trainer.iters, trainer.progress.step, tell) as show_step:
         for step in trainer.run():
             loss = step.loss
             try:
@@ -314,14 +322,14 @@ def _train(trainer: Trainer, tell: Tell) -> float | None:
 
 
 def _report_result(trainer: Trainer, resumed_at: int, tell: Tell) -> None:
-    settings, now, folder, metrics = trainer.settings, trainer.progress, trainer.folder.path, trainer.folder.metrics
+    now, folder, metrics = trainer.progress, trainer.folder.path, trainer.folder.metrics
     if metrics is None:
         return
     if trainer.finished and now.step == resumed_at:
         why = "validation no longer improves" if trainer.ended_early else f"step {now.step:,} was its last"
         way = "a larger --patience continues it" if trainer.ended_early else "name another --adapter-path for a new run"
         tell(f"the run in {folder} has ended: {why}; {way}")
-    elif now.step < settings.iters:
+    elif now.step < trainer.iters:
         why = "validation no longer improves" if trainer.ended_early else "--resume continues"
         tell(f"stopped after step {now.step:,}: {why}")
     if not now.step:

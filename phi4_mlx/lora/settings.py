@@ -14,6 +14,7 @@ from typing import Any
 from phi4_mlx.errors import RequestError
 
 MANY = 10**9
+DEFAULT_ITERS = 1000
 
 
 @dataclass(frozen=True)
@@ -182,12 +183,13 @@ class Settings:
     fine_tune_type: str = _option("lora", str, "parameters to train", known=("lora", "dora", "full"))
     num_layers: int = _option(-1, int, "number of last blocks to train; -1 for all", -1, may_be_all=True)
     lora_parameters: LoraParameters = field(default_factory=LoraParameters)
-    iters: int = _option(1000, int, "optimizer steps", 1)
-    batch_size: int = _option(4, int, "rows in a batch, over all processes; a packed row holds several samples", 1)
-    grad_accumulation_steps: int = _option(1, int, "batches in a step; each target has the same weight", 1)
-    max_seq_length: int = _option(2048, int, "tokens in a row", 2)
+    iters: int | None = _option(None, int, "batches to train on, 1000 by default", 1)
+    epochs: int | None = _option(None, int, "times to train on each sample, in place of --iters", 1)
+    batch_size: int = _option(4, int, "samples in a batch, over all processes", 1)
+    grad_accumulation_steps: int = _option(1, int, "batches in an update; each target has the same weight", 1)
+    max_seq_length: int = _option(2048, int, "tokens of a sample; longer ones are cut, and the output says so", 2)
     packing: bool = _option(
-        True, bool, "put several samples in a row, so a batch holds more samples than rows (on by default)"
+        True, bool, "put the samples of a batch side by side in one row, without padding (on by default)"
     )
     mask_prompt: bool = _option(False, bool, "learn the answers only, not the prompts")
     grad_checkpoint: bool = _option(
@@ -201,22 +203,22 @@ class Settings:
     lr_schedule: str | Schedule = _option(  # noqa: RUF009
         "cosine", str, "learning rate after the warm-up", known=("cosine", "constant")
     )
-    warmup: int = _option(0, int, "steps over which the learning rate rises")
+    warmup: int = _option(0, int, "updates over which the learning rate rises")
     weight_decay: float = _option(0.01, float, "weight decay of adamw and adafactor", 0, 10)
     clip: float = _option(1.0, float, "largest norm of the gradient; 0 for no limit", 0, 1e6)
     beta: float = _option(0.1, float, "how strongly DPO stays near the base; weight of ORPO's preference", 1e-6, 100)
-    steps_per_report: int = _option(10, int, "steps between two lines of output without a progress bar", 1)
+    steps_per_report: int = _option(10, int, "batches between two lines of output without a progress bar", 1)
     report_to: str | None = _option(
         None, str, "also send the metrics to this library, if it is installed", known=("wandb", "tensorboard")
     )
-    steps_per_eval: int = _option(200, int, "steps between two validations", 1)
+    steps_per_eval: int = _option(200, int, "batches between two validations", 1)
     val_batches: int = _option(25, int, "batches in a validation; -1 for all", -1, may_be_all=True)
     test: bool = _option(
         False, bool, "print the loss on the test set after training; without --train, of the adapter in --adapter-path"
     )
     test_batches: int = _option(500, int, "batches of the test set to use; -1 for all", -1, may_be_all=True)
     patience: int = _option(0, int, "stop after this many validations without a better loss; 0 for never")
-    save_every: int = _option(100, int, "steps between two checkpoints", 1)
+    save_every: int = _option(100, int, "batches between two checkpoints", 1)
     keep_checkpoints: int = _option(3, int, "number of newest checkpoints to keep", 1)
     seed: int = _option(0, int, "seed of the data order, the adapter and dropout")
     given: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
@@ -227,6 +229,8 @@ class Settings:
                 option.check(name, getattr(self, name))
         if not isinstance(self.lora_parameters, LoraParameters):
             raise RequestError(f"lora_parameters must be LoraParameters, not {self.lora_parameters!r:.60}")
+        if self.iters is not None and self.epochs is not None:
+            raise RequestError(f"iters {self.iters} and epochs {self.epochs} are both given; leave one of them out")
         _check_optimizer(self.optimizer, self.optimizer_config)
 
     @classmethod
@@ -262,9 +266,13 @@ class Settings:
         place = self.lora_parameters if name in {each.name for each in fields(LoraParameters)} else self
         return name in self.given or getattr(place, name) != getattr(_DEFAULTS[type(place)], name)
 
+    def total_iters(self, batches_per_epoch: int) -> int:
+        """Number of batches of a whole run, from `iters` or `epochs`."""
+        return self.iters or (self.epochs * batches_per_epoch if self.epochs else DEFAULT_ITERS)
+
     @property
     def rate_depends_on_iters(self) -> bool:
-        """True if the learning rate of a step depends on the number of steps."""
+        """True if the learning rate of an update depends on the number of updates."""
         return self.lr_schedule == "cosine"
 
     @property

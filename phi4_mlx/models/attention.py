@@ -1,14 +1,16 @@
 """Attention of new tokens over a whole cache, without materialising all scores [heads, T, S].
 
 Metal's kernel never does. Quantised keys and values are processed in blocks of keys with a running softmax; on a CPU,
-causal attention runs in slices of queries.
+causal attention runs in slices of queries; a row of packed samples is processed a few samples at a time.
 
 Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +20,59 @@ from phi4_mlx.models.cache import Mask, Quantized
 SLICE = 2**20  # scores a head in one slice of queries
 BLOCK = 256  # keys; with 24 heads and a chunk of 2,048 tokens, 50 MB of scores
 SCORES = 2**15  # scores a head in one block when there are few new tokens
+CHUNK = 512  # tokens of packed samples that are processed together
 QUEUED = 2**19  # scores queued before a wait: MLX allocates when it queues
+
+
+class PackedAttention:
+    """Causal attention within each sample of packed rows.
+
+    Args:
+        segments: [B, T], the number of each token's sample; the tokens of a sample are adjacent.
+    """
+
+    def __init__(self, segments: mx.array):
+        import numpy as np
+
+        T = segments.shape[1]
+        lengths = [T]
+        if len(segments) == 1:
+            begins = [0, *np.flatnonzero(np.diff(np.array(segments[0]))) + 1, T]
+            lengths = chunks(np.diff(begins).tolist())
+        self._ends = list(accumulate(lengths[:-1]))
+        self._masks = [_block_diagonal(part) for part in mx.split(segments, self._ends, axis=1)]
+
+    def __call__(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+        """Attention output [B, H, T, Dh], of queries [B, H, T, Dh] over keys and values [B, K, T, Dh]."""
+        heads = (mx.split(each, self._ends, axis=2) for each in (queries, keys, values))
+        parts = [
+            mx.fast.scaled_dot_product_attention(*part, scale=scale, mask=mask)
+            for *part, mask in zip(*heads, self._masks, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
+
+def chunks(lengths: Sequence[int]) -> list[int]:
+    """The lengths of the stretches of a packed row that are processed one after the other.
+
+    Args:
+        lengths: tokens of each sample, from left to right.
+
+    Returns:
+        Sums of neighbours, each at most `CHUNK` or the longest sample.
+    """
+    most, found = max(CHUNK, *lengths), [0]
+    for length in lengths:
+        if found[-1] + length > most:
+            found.append(0)
+        found[-1] += length
+    return found
+
+
+def _block_diagonal(segments: mx.array) -> mx.array:
+    """The keys [S] that each token [T] of packed rows may attend to: bool [B, 1, T, S]."""
+    at = mx.arange(segments.shape[1])
+    return ((segments[:, :, None] == segments[:, None, :]) & (at[:, None] >= at))[:, None]
 
 
 def attention(queries: mx.array, keys: Any, values: Any, scale: float, mask: Mask, bits: int | None) -> mx.array:

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx.config import ModelConfig
 from phi4_mlx.errors import RequestError
-from phi4_mlx.models.attention import BLOCK, attention
+from phi4_mlx.models.attention import BLOCK, PackedAttention, attention
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.cache import CacheOptions, KVCache, LayerCache, Mask, group_size
 from phi4_mlx.models.compiled import CompiledSteps
@@ -51,9 +51,16 @@ class Attention(nn.Module):
         return *rotation(heads, H), values
 
     def attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, cache: KVCache | None
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        mask: Mask | PackedAttention,
+        cache: KVCache | None,
     ) -> mx.array:
         """Attention [B, H, T, Dh] over the new tokens and the cached ones; the new ones are appended to the cache."""
+        if isinstance(mask, PackedAttention):
+            return mask(queries, keys, values, self.scale)
         if cache is None:
             return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=mask)
         keys, values = cache.update_and_fetch(keys, values)  # [B, K, S, Dh], or quantised
@@ -117,7 +124,7 @@ class DecoderLayer(nn.Module):
         self,
         x: mx.array,
         rotation: Rotation | PackedRotation,
-        mask: Mask,
+        mask: Mask | PackedAttention,
         cache: KVCache | None,
         rows: int | None = None,
     ) -> mx.array:
@@ -157,7 +164,7 @@ class Decoder(nn.Module):
         regime = regime_of(T, self.rope.boundary) if cache is None else cache.regime
         caches: Sequence[Any] = [None] * len(self.layers)
         position: int | mx.array = 0
-        mask: Mask = None if T == 1 else "causal"
+        mask: Mask | PackedAttention = None if T == 1 else "causal"
         if cache is not None:
             cache.record(ids)
             caches, position, mask = cache, cache.positions, cache.make_mask(T)
@@ -168,18 +175,12 @@ class Decoder(nn.Module):
         x = self.embed_tokens(ids) if embeddings is None else embeddings
         rotation: Rotation | PackedRotation = self.rope.at(position, regime, x.dtype)
         if segments is not None:
-            rotation, mask = self.rope.packed(segments, x.dtype), _block_diagonal(segments)
+            rotation, mask = self.rope.packed(segments, x.dtype), PackedAttention(segments)
         rows_of_layer = [*[None] * (len(self.layers) - 1), rows]
         for layer, layer_cache, layer_rows in zip(self.layers, caches, rows_of_layer, strict=True):
             run = nn.utils.checkpoint(layer) if recompute else layer
             x = run(x, rotation, mask, layer_cache, layer_rows)
         return self.norm(x)
-
-
-def _block_diagonal(segments: mx.array) -> mx.array:
-    """The keys [S] that each token [T] of a packed row may attend to: bool [B, 1, T, S]."""
-    at = mx.arange(segments.shape[1])
-    return ((segments[:, :, None] == segments[:, None, :]) & (at[:, None] >= at))[:, None]
 
 
 class Model(LanguageModel):

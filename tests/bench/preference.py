@@ -61,7 +61,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         adapter, minutes = train(
             Path(folder), pairs(), "--task", "dpo", "--beta", "0.02", "--iters", str(options.iters),
-            "--batch-size", "4", "--max-seq-length", "256", "--learning-rate", "2e-4", "--warmup", "5",
+            "--batch-size", "16", "--max-seq-length", "256", "--learning-rate", "2e-4", "--warmup", "5",
             "--steps-per-report", "10",
         )  # fmt: skip
         model, _ = load("demo", adapter)

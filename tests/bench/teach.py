@@ -58,7 +58,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         adapter, minutes = train(
             Path(folder), chain(finetune_lora.conversations(1, NEW), old_skills()), "--mask-prompt",
-            "--iters", str(options.iters), "--batch-size", "1", "--max-seq-length", "1024", "--learning-rate", "5e-4",
+            "--iters", str(options.iters), "--batch-size", "8", "--max-seq-length", "1024", "--learning-rate", "5e-4",
             "--warmup", "20", "--steps-per-report", "20",
         )  # fmt: skip
         after = percents(options.count, adapter)

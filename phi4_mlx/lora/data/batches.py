@@ -1,8 +1,8 @@
-"""Samples -> batches, packed into rows or sorted by length, in an order that follows from a seed and a position.
+"""Samples -> batches of `batch_size` samples, in an order that follows from a seed and a position.
 
-A row holds several samples side by side, numbered by `segments`; the model gives each sample its own positions, its own
-RoPE table, and an attention mask that hides the others. So samples of any length may share a row, and few slots are
-left empty.
+Samples of similar length share a batch, as in mlx-lm. The samples of a batch stand side by side in one row, numbered by
+`segments`; the model gives each sample its own positions, its own RoPE table, and attention to itself only. So a batch
+holds the tokens of its samples, and few empty slots.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ import numpy as np
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.lora.data.samples import Pair, Sample
+from phi4_mlx.models.attention import chunks
 
-WIDTH_STEP = 32  # row widths are multiples of this: with few shapes, freed buffers are reused
+WIDTHS = 32  # row widths between a power of two and the next: with few shapes, freed buffers are reused
+TOLERANCE = 0.1  # a mean batch that is smaller than this below `batch_size` becomes one that is larger, if by less
 
-Row = list[int]
-"""The samples (or pairs) of a row by index, from left to right."""
+Shape = tuple[int, ...]
+"""Tokens of each stretch of a batch that attention sees whole; their sum is the batch's number of slots."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,22 +50,24 @@ class Batches:
 
     Args:
         samples: samples, or pairs; a pair stays together in a row.
-        batch_size: rows in a batch, over all ranks.
-        max_seq_length: slots of a row, in tokens; rows of pairs have twice as many.
-        packing: True for several samples per row; else one, and rows of similar length in a batch.
+        batch_size: samples in a batch, over all ranks; where it does not divide their number, batches have fewer, or
+            up to a tenth more.
+        max_seq_length: most tokens of a sample.
+        packing: True for one row per batch; else each sample has a row of its own. The order does not depend on it.
         seed: seed of the order.
-        rank: number of this process, from 0; selects its rows of each batch.
+        rank: number of this process, from 0; selects its samples of each batch.
         world: number of processes that train together.
 
     Attributes:
         epoch: number of completed epochs.
         step: number of batches of the current epoch that have been yielded.
-        steps_per_epoch: batches in an epoch; the last one may have fewer rows.
-        rows: most rows of a batch in this process.
+        steps_per_epoch: batches in an epoch.
+        batch_size: samples in a batch, over all ranks.
+        max_seq_length: most tokens of a sample.
         world: number of processes that train together.
 
     Raises:
-        RequestError: there are no samples, one is too long for a row, or the ranks cannot share the batch size.
+        RequestError: there are no samples, one is too long, or the ranks cannot share the batch size.
     """
 
     def __init__(
@@ -82,17 +86,16 @@ class Batches:
         if batch_size < 1 or batch_size % world:
             raise RequestError(f"--batch-size {batch_size} must be a multiple of the {world} processes that share it")
         self._parts = [(each.chosen, each.rejected) if isinstance(each, Pair) else (each,) for each in samples]
-        self._slots = [sum(len(sample.ids) - 1 for sample in parts) for parts in self._parts]
-        self._capacity = max_seq_length * len(self._parts[0])
-        for parts, slots in zip(self._parts, self._slots, strict=True):
-            if not 0 < slots <= self._capacity:
-                raise RequestError(f"{parts[0].source} takes {slots:,} slots, of a row's {self._capacity:,}")
-        self._batch_size, self._packing, self._seed = batch_size, packing, seed
+        self._lengths = [[len(sample.ids) - 1 for sample in parts] for parts in self._parts]
+        self._slots = list(map(sum, self._lengths))
+        for parts, lengths in zip(self._parts, self._lengths, strict=True):
+            if not (sum(lengths) > 0 and max(lengths) <= max_seq_length):
+                raise RequestError(f"{parts[0].source} takes {max(lengths):,} slots, of a sample's {max_seq_length:,}")
+        self.batch_size, self.max_seq_length, self._packing, self._seed = batch_size, max_seq_length, packing, seed
         self._rank, self.world = rank, world
-        self.rows = batch_size // world
         self.epoch = self.step = 0
         self._planned, self._plan = 0, self._batches_of(0)
-        self.steps_per_epoch = len(self._plan)  # depends on lengths only, so it is the same in each epoch
+        self.steps_per_epoch = len(self._plan)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -107,15 +110,23 @@ class Batches:
         return batch
 
     @property
-    def shapes(self) -> set[tuple[int, int]]:
-        """(rows, slots) of this rank's batches; they depend on lengths only, so they are the same in each epoch."""
-        batches = (rows[self._rank :: self.world] or [[]] for rows in self._plan)
-        return {(len(mine), max(self._width(row) for row in mine)) for mine in batches}
+    def samples(self) -> int:
+        """Number of samples, or pairs."""
+        return len(self._parts)
 
-    @property
-    def samples_in_a_pair(self) -> int:
-        """2 for pairs, 1 for samples."""
-        return len(self._parts[0])
+    def shapes(self, batch_size: int | None = None, max_seq_length: int | None = None) -> set[Shape]:
+        """The shapes of this rank's batches; they depend on lengths only, so they are the same in each epoch.
+
+        Args:
+            batch_size: the shapes under this one; None for the one that the batches have.
+            max_seq_length: the shapes if longer samples were cut to this many tokens; None for no cut.
+        """
+        cut = [[min(length, max_seq_length or length) for length in lengths] for lengths in self._lengths]
+        ordered = sorted(cut, key=sum, reverse=True)
+        return {
+            self._shape(ordered[begin:end][self._rank :: self.world])
+            for begin, end in _bounds(len(ordered), batch_size or self.batch_size)
+        }
 
     def fixed(self, count: int | None = None) -> Iterator[Batch]:
         """The same batches at every call, for validation; does not change the position.
@@ -123,8 +134,8 @@ class Batches:
         Args:
             count: number of batches; None for each sample once.
         """
-        for rows in self._batches_of(0)[:count]:
-            yield self._batch(rows)
+        for members in self._batches_of(0)[:count]:
+            yield self._batch(members)
 
     def state_dict(self) -> dict[str, Any]:
         """The position and the settings of the order, as JSON values that are equal in all ranks."""
@@ -160,36 +171,36 @@ class Batches:
                 data.update(np.array(sample.ids, "<i4").tobytes() + bytes(sample.targets))
         return {
             "seed": self._seed,
-            "batch_size": self._batch_size,
-            "row_slots": self._capacity,
-            "packing": self._packing,
+            "batch_size": self.batch_size,
             "samples": len(self._parts),
             "data_hash": data.hexdigest()[:16],
         }
 
-    def _batches_of(self, epoch: int) -> list[list[Row]]:
-        """The rows of each batch of an epoch."""
+    def _batches_of(self, epoch: int) -> list[list[int]]:
+        """The samples of each batch of an epoch, by index, the longest first."""
         # `random()` is the only method that gives the same numbers in every version of Python.
         draw = Random(f"{self._seed}:{epoch}").random
         by_chance = [draw() for _ in self._slots]
         order = sorted(range(len(self._slots)), key=lambda each: (-self._slots[each], by_chance[each]))
-        rows = pack(order, self._slots, self._capacity) if self._packing else [[each] for each in order]
-        rows.sort(key=lambda row: (-sum(self._slots[each] for each in row), draw()))
-        batches = [rows[at : at + self._batch_size] for at in range(0, len(rows), self._batch_size)]
+        batches = [order[begin:end] for begin, end in _bounds(len(order), self.batch_size)]
         return sorted(batches, key=lambda _: draw())
 
-    def _width(self, row: Row) -> int:
-        """Slots that a row takes, rounded up to a multiple of `WIDTH_STEP`."""
-        taken = sum(self._slots[each] for each in row)
-        return min(self._capacity, -(-max(taken, 1) // WIDTH_STEP) * WIDTH_STEP)
+    def _shape(self, members: Sequence[Sequence[int]]) -> Shape:
+        """The shape of the batch of samples, or pairs, of these lengths."""
+        if self._packing or not members:
+            lengths = [length for each in members for length in each]
+            width = rounded(sum(lengths))
+            return tuple(chunks([*lengths, width - sum(lengths)]))
+        return (rounded(max(map(sum, members))),) * len(members)
 
-    def _batch(self, rows: Sequence[Row]) -> Batch:
-        """The arrays of this rank's rows; with fewer rows than ranks, one row without targets."""
-        mine = rows[self._rank :: self.world] or [[]]
-        width = max(self._width(row) for row in mine)
-        inputs, targets, segments = np.zeros((3, len(mine), width), np.int32)
-        mask = np.zeros((len(mine), width), bool)
-        for row, members in enumerate(mine):
+    def _batch(self, batch: Sequence[int]) -> Batch:
+        """The arrays of this rank's samples; with fewer samples than ranks, one row without targets."""
+        mine = batch[self._rank :: self.world]
+        rows = [mine] if self._packing or not mine else [[each] for each in mine]
+        width = rounded(max(sum(self._slots[each] for each in row) for row in rows))
+        inputs, targets, segments = np.zeros((3, len(rows), width), np.int32)
+        mask = np.zeros((len(rows), width), bool)
+        for row, members in enumerate(rows):
             end = 0
             samples = [sample for each in members for sample in self._parts[each]]
             for number, sample in enumerate(samples, 1):
@@ -199,32 +210,15 @@ class Batches:
         return Batch(mx.array(inputs), mx.array(targets), mx.array(mask), mx.array(segments))
 
 
-def pack(order: Sequence[int], slots: Sequence[int], capacity: int) -> list[Row]:
-    """Packs samples by best fit decreasing: each goes into the fullest row that has room for it.
+def rounded(slots: int) -> int:
+    """The width of a row for this many tokens: at least 1, and at most one in 32 slots is empty."""
+    step = 1 << max(0, slots.bit_length() - WIDTHS.bit_length())
+    return max(1, -(-slots // step) * step)
 
-    Args:
-        order: indices of the samples, longest first.
-        slots: slots that each sample takes, from 1 to `capacity`.
-        capacity: slots of a row.
 
-    Returns:
-        The rows.
-    """
-    rows: list[Row] = []
-    with_room: list[list[Row]] = [[] for _ in range(capacity + 1)]  # the rows by their free slots
-    occupied = 0  # bit n is set if there is a row with n free slots
-    for each in order:
-        fitting = occupied >> slots[each]
-        if fitting:
-            room = slots[each] + (fitting & -fitting).bit_length() - 1
-            row = with_room[room].pop()
-            if not with_room[room]:
-                occupied ^= 1 << room
-        else:
-            row, room = [], capacity
-            rows.append(row)
-        row.append(each)
-        room -= slots[each]
-        with_room[room].append(row)
-        occupied |= 1 << room
-    return rows
+def _bounds(count: int, batch_size: int) -> list[tuple[int, int]]:
+    """(begin, end) of each batch of `count` samples; batches differ by at most one sample."""
+    batches = -(-count // batch_size)
+    if count < (1 - TOLERANCE) * batches * batch_size and count <= (1 + TOLERANCE) * (batches - 1) * batch_size:
+        batches -= 1
+    return [(count * n // batches, count * (n + 1) // batches) for n in range(batches)]

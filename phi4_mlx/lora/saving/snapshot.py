@@ -17,8 +17,8 @@ from phi4_mlx.lora.settings import Settings
 
 # Settings that do not change the numbers, and model and data, which are compared by hash instead of by name.
 _FREE = {
-    "model", "data", "adapter_path", "steps_per_report", "report_to", "save_every", "keep_checkpoints", "patience",
-    "test", "test_batches", "given",
+    "model", "data", "adapter_path", "epochs", "steps_per_report", "report_to", "save_every", "keep_checkpoints",
+    "patience", "test", "test_batches", "given",
 }  # fmt: skip
 
 
@@ -58,9 +58,9 @@ class Snapshot:
         }
 
 
-def fixed_settings(settings: Settings) -> State:
-    """The settings that must not change before a run is resumed, as JSON values."""
-    fixed = {name: value for name, value in asdict(settings).items() if name not in _FREE}
+def fixed_settings(settings: Settings, iters: int) -> State:
+    """The settings that must not change before a run of `iters` batches is resumed, as JSON values."""
+    fixed = {name: value for name, value in asdict(settings).items() if name not in _FREE} | {"iters": iters}
     values: State = json.loads(json.dumps(fixed))
     return values
 
@@ -91,7 +91,7 @@ def check_same_run(
         own: a snapshot of the run that is about to resume.
         folder: the run's folder, for messages.
         warn: called with a message about a difference that changes the last bits only.
-        iters_may_differ: True if the learning rate of a step does not depend on the number of steps.
+        iters_may_differ: True if the learning rate does not depend on the length of the run.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or its base model or validation set is another one.

@@ -7,6 +7,7 @@ keeps its scores; three small batches with few targets give the three. The loss 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import memory_limit
-from phi4_mlx.lora.data.batches import Batch, Batches
+from phi4_mlx.lora.data.batches import Batch, Batches, Shape
 from phi4_mlx.lora.training.loss import Loss, token_losses
 from phi4_mlx.models.model import LanguageModel
 
@@ -27,7 +28,7 @@ HEAD_PROBE_TARGETS = 2048  # more targets do not raise the peak of the loss
 
 @dataclass(frozen=True)
 class Growth:
-    """Bytes that grow with a batch: constant + rows * (token * width + pair * width^2)."""
+    """Bytes that grow with a batch: constant, and for each stretch of `width` tokens token * width + pair * width^2."""
 
     constant: float
     token: float
@@ -48,9 +49,9 @@ class Growth:
         token = (two - one) / (rows * width) - pair * width
         return cls(one - rows * (token * width + pair * width**2), token, pair)
 
-    def at(self, rows: int, width: int) -> float:
-        """Bytes of a batch of `rows` rows of `width` tokens."""
-        return self.constant + rows * (self.token * width + self.pair * width**2)
+    def at(self, shape: Shape) -> float:
+        """Bytes of a batch of a shape."""
+        return self.constant + sum(self.token * width + self.pair * width**2 for width in shape)
 
 
 @dataclass(frozen=True)
@@ -73,21 +74,19 @@ class Plan:
     sums: int = 0
     update: int = 0
 
-    def peak_bytes(self, rows: int, width: int) -> int:
-        """The predicted peak of a step, in bytes, for `rows` rows of `width` tokens."""
-        batch = max(self.saved.at(rows, width) + self.loss, self.backward.at(rows, width))
+    def peak_bytes(self, shape: Shape) -> int:
+        """The predicted peak of a step, in bytes, with a batch of a shape."""
+        batch = max(self.saved.at(shape) + self.loss, self.backward.at(shape))
         return self.resident + round(max(batch + self.sums, self.update))
 
 
-def make_plan(
-    model: LanguageModel, loss: Loss, shapes: Collection[tuple[int, int]], accumulating: bool = False
-) -> Plan:
+def make_plan(model: LanguageModel, loss: Loss, shapes: Collection[Shape], accumulating: bool = False) -> Plan:
     """Measures loss and gradient of a few small batches, and fits a plan to them.
 
     Args:
         model: in training mode, with the parameters to train unfrozen; the optimizer's state exists already.
         loss: the loss to minimise.
-        shapes: (rows, tokens in each) of the batches to come.
+        shapes: of the batches to come.
         accumulating: True if a step sums the gradients of several batches or processes.
 
     Returns:
@@ -96,7 +95,7 @@ def make_plan(
     trained = [array for _, array in tree_flatten(model.trainable_parameters())]
     sums = 4 * sum(array.size for array in trained) if accumulating else 0  # fp32
     grads = sum(array.nbytes for array in trained)
-    width = min(max(width for _, width in shapes), PROBE_TOKENS)
+    width = min(max(map(max, shapes)), PROBE_TOKENS)
     rows = -(-PROBE_TOKENS // width)
     _probe(model, loss, 1, width)  # the first run compiles and allocates what stays
     mx.clear_cache()
@@ -107,7 +106,7 @@ def make_plan(
         resident,
         Growth.fit(rows, width, *(each - resident for each in saved)),
         Growth.fit(rows, width, *(each - resident for each in peaks)),
-        _loss_bytes(model, max(rows * width for rows, width in shapes)),
+        _loss_bytes(model, max(map(sum, shapes))),
         sums,
         grads + max(grads, 3 * max(array.nbytes for array in trained)),  # AdamW: three temporaries of one tensor
     )
@@ -131,35 +130,39 @@ def check_memory(
         RequestError: the predicted peak is above the limit.
     """
     limit = memory_limit() if limit is None else limit
-    needed, rows, width = max((plan.peak_bytes(*shape), *shape) for shape in batches.shapes)
+    needed, worst = max((plan.peak_bytes(shape), shape) for shape in batches.shapes())
     if needed <= limit:
         return needed
-    ways = _ways(plan, batches, rows, width, limit)
+    ways = _ways(plan, batches, limit)
     if checkpointed is not None:
         other = checkpointed()
-        if other.peak_bytes(rows, width) <= limit:
+        if other.peak_bytes(worst) <= limit:
             ways.insert(0, "--grad-checkpoint, at a third more time,")
         elif not ways:
-            ways = [f"--grad-checkpoint with {way}" for way in _ways(other, batches, rows, width, limit)]
+            ways = [f"--grad-checkpoint with {way}" for way in _ways(other, batches, limit)]
     advice = " or ".join(ways) or "a smaller model, or one of fewer bits,"
     raise RequestError(
-        f"{rows} rows of {width:,} tokens need {needed / 1e9:.1f} GB, and this machine has {limit / 1e9:.1f} GB for it;"
-        f" {advice} would {'fit' if ways else 'need less'}"
+        f"a batch of {sum(worst):,} tokens needs {needed / 1e9:.1f} GB, and this machine has {limit / 1e9:.1f} GB for"
+        f" it; {advice} would {'fit' if ways else 'need less'}"
     )
 
 
-def _ways(plan: Plan, batches: Batches, rows: int, width: int, limit: int) -> list[str]:
-    """The largest batch size and row length whose predicted peak is within the limit."""
-    ways = []
-    for fewer in range(rows - 1, 0, -1):
-        if plan.peak_bytes(fewer, width) <= limit:
-            ways.append(f"--batch-size {fewer * batches.world}")
-            break
-    for shorter in range((width - 1) // 64 * 64, 0, -64):
-        if plan.peak_bytes(batches.rows, shorter) <= limit:  # shorter rows may be more: a full batch of them
-            ways.append(f"--max-seq-length {shorter // batches.samples_in_a_pair}")
-            break
-    return ways
+def _ways(plan: Plan, batches: Batches, limit: int) -> list[str]:
+    """The largest smaller batch size, and the largest smaller length, whose predicted peak is within the limit."""
+
+    def fits(**cut: int) -> bool:
+        return max(map(plan.peak_bytes, batches.shapes(**cut))) <= limit
+
+    world, longest = batches.world, batches.max_seq_length
+    fewer = _largest(lambda n: fits(batch_size=n * world), (batches.batch_size - 1) // world)
+    shorter = _largest(lambda n: fits(max_seq_length=64 * n), (longest - 1) // 64)
+    ways = {f"--batch-size {fewer * world}": fewer, f"--max-seq-length {64 * shorter}": shorter}
+    return [way for way, found in ways.items() if found]
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that fits, if all smaller ones do; 0 if none does."""
+    return bisect_left(range(1, most + 1), True, key=lambda n: not fits(n))
 
 
 def _probe(model: LanguageModel, loss: Loss, rows: int, width: int) -> tuple[int, int]:

@@ -7,23 +7,24 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from phi4_mlx.lora.settings import Schedule, Settings
+from phi4_mlx.lora.settings import DEFAULT_ITERS, Schedule, Settings
 
 Rate = float | Callable[[mx.array], mx.array]
 """A learning rate: constant, or a function of the step."""
 
 
-def make_optimizer(settings: Settings) -> optim.Optimizer:
+def make_optimizer(settings: Settings, updates: int = DEFAULT_ITERS) -> optim.Optimizer:
     """Makes the optimizer that the settings describe.
 
     Args:
         settings: optimizer, its options, and the schedule of the learning rate.
+        updates: of the whole run, over which a cosine falls.
 
     Returns:
         The optimizer, which follows the schedule by itself.
     """
     schedule = settings.lr_schedule
-    rate = _mlx_lm_schedule(schedule) if isinstance(schedule, Schedule) else _schedule(settings)
+    rate = _mlx_lm_schedule(schedule) if isinstance(schedule, Schedule) else _schedule(settings, updates)
     options = dict(settings.optimizer_config)
     if settings.optimizer == "adafactor":
         options = {"weight_decay": settings.weight_decay, **options}
@@ -34,11 +35,11 @@ def make_optimizer(settings: Settings) -> optim.Optimizer:
     return optim.AdamW(learning_rate=rate, **{"weight_decay": settings.weight_decay, **options})
 
 
-def _schedule(settings: Settings) -> Rate:
+def _schedule(settings: Settings, updates: int) -> Rate:
     """A cosine or a constant after a linear warm-up."""
     rate: Rate = settings.learning_rate
     if settings.lr_schedule == "cosine":
-        steps = max(settings.iters - settings.warmup, 1)
+        steps = max(updates - settings.warmup, 1)
         rate = optim.cosine_decay(settings.learning_rate, steps, settings.learning_rate / 10)
     if not settings.warmup:
         return rate

@@ -1,5 +1,7 @@
 """The training loop: each step takes a few batches, makes one update, and is written to the run's folder.
 
+Steps are numbered by batches, as mlx-lm numbers its iterations: with two batches in an update, they are 2, 4, 6, ...
+
 Everything that a step depends on is in the checkpoint or follows from the step's number: the trained parameters, the
 optimizer with its schedule, the position in the data, the random state. So a run that was killed resumes with the same
 numbers, to the bit, on the same machine.
@@ -72,7 +74,8 @@ class Trainer:
         self.progress = Progress()
         self.stop = Stop()
         self.group = group if group is not None and group.size() > 1 else None
-        self.optimizer = make_optimizer(settings)
+        self.iters = settings.total_iters(batches.steps_per_epoch)
+        self.optimizer = make_optimizer(settings, -(-self.iters // settings.grad_accumulation_steps))
         self.optimizer.init(model.trainable_parameters())
         mx.eval(self.optimizer.state)  # allocated now, so that the memory plan counts it
         self._base = base_fingerprint(model)
@@ -92,7 +95,7 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """True if there is no step left to make."""
-        return self.progress.step >= self.settings.iters or self.ended_early
+        return self.progress.step >= self.iters or self.ended_early
 
     def run(self) -> Iterator[Step]:
         """Trains to the end, and yields each step once it is made and on the disk.
@@ -107,11 +110,11 @@ class Trainer:
         with self.stop.listening():
             while not self.finished and not any_process(self.stop.number is not None, self.group):
                 self._between_steps = False
+                before = self.progress.step
                 step = self._step()
-                last = self.progress.step == self.settings.iters
-                if self.validation and (last or self.progress.step % self.settings.steps_per_eval == 0):
+                if self.validation and self._due(self.settings.steps_per_eval, before):
                     step = self._validated(step, self.validation)
-                self._write(step, due=last or self.progress.step % self.settings.save_every == 0)
+                self._write(step, self._due(self.settings.save_every, before))
                 self._between_steps = True
                 yield step
             if self.leads and self.progress.step:
@@ -135,6 +138,8 @@ class Trainer:
         iters_may_differ = not self.settings.rate_depends_on_iters
         check_same_run(found, self.snapshot(), path, self.folder.warn, iters_may_differ=iters_may_differ)
         self.batches.load_state_dict(found.batches)
+        if found.progress.step < self.iters and (rest := found.progress.step % self.settings.grad_accumulation_steps):
+            self.folder.warn(f"the checkpoint's last update has {rest} batches: a longer run would have taken more")
         self.progress = found.progress
         trees: dict[str, list[tuple[str, mx.array]]] = {"model": [], "optimizer": []}
         for name, array in found.tensors.items():
@@ -149,7 +154,7 @@ class Trainer:
         trees = {"model": self.model.trainable_parameters(), "optimizer": self.optimizer.state}
         return Snapshot(
             tensors={f"{name}/{path}": array for name, tree in trees.items() for path, array in tree_flatten(tree)},
-            settings=fixed_settings(self.settings),
+            settings=fixed_settings(self.settings, self.iters),
             base=self._base,
             validation=None if self.validation is None else self.validation.state_dict()["data_hash"],
             batches=self.batches.state_dict(),
@@ -176,6 +181,10 @@ class Trainer:
             if due:
                 self.save()
 
+    def _due(self, every: int, before: int) -> bool:
+        """True at the end of the run, and if a multiple of `every` lies between two counts of batches."""
+        return self.progress.step >= self.iters or self.progress.step // every > before // every
+
     def _adapter(self) -> Adapter:
         return current_adapter(self.model, str(self.folder.path))
 
@@ -188,9 +197,9 @@ class Trainer:
         mx.random.seed((settings.seed * 1_000_003 + progress.step) * 1009 + rank)
         if isinstance(self.loss, PreferenceLoss):
             self.loss.reset()  # of the pairs of the memory plan's probes
-        loss, tokens, grads = mean_gradients(
-            self.model, self.loss, self.batches, settings.grad_accumulation_steps, self.group
-        )
+        accumulated = settings.grad_accumulation_steps
+        count = min(accumulated - progress.step % accumulated, self.iters - progress.step)
+        loss, tokens, grads = mean_gradients(self.model, self.loss, self.batches, count, self.group)
         squares = [mx.square(grad.astype(mx.float32)).sum() for _, grad in tree_flatten(grads)]
         norm = math.sqrt(sum(squares, start=mx.array(0.0)).item())
         self._check(loss, norm)
@@ -199,7 +208,7 @@ class Trainer:
         self.optimizer.update(self.model, grads)
         del grads, squares  # or they would stay in memory until the last weight is updated
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
-        progress.step += 1
+        progress.step += count
         progress.tokens += tokens
         progress.recent = [*progress.recent, loss][-SPIKE_WINDOW:]
         seconds = time.perf_counter() - begin

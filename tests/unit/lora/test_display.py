@@ -35,7 +35,7 @@ def test_a_pipe_has_a_line_now_and_then_with_the_time_left(monkeypatch: pytest.M
     now = 100.0
     monkeypatch.setattr(display.time, "monotonic", lambda: now)
     told: list[str] = []
-    with progress(Settings(iters=100, steps_per_report=5), 40, told.append) as show:
+    with progress(Settings(steps_per_report=5), 100, 40, told.append) as show:
         for n in range(41, 51):
             now += 60
             show(replace(STEP, step=n, valid_loss=1.0 if n == 42 else None))
@@ -43,9 +43,17 @@ def test_a_pipe_has_a_line_now_and_then_with_the_time_left(monkeypatch: pytest.M
     assert told[0].endswith(", 58 min left") and told[2].endswith(", 50 min left")
 
 
+def test_with_several_batches_in_a_step_the_lines_are_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    with progress(Settings(steps_per_report=10), 100, 0, told.append) as show:
+        for n in range(4, 44, 4):
+            show(replace(STEP, step=n))
+    assert [line.partition(":")[0] for line in told] == ["step 12", "step 20", "step 32", "step 40"]
+
+
 def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
-    with progress(Settings(iters=1200), 0, to_stderr) as show:
+    with progress(Settings(), 1200, 0, to_stderr) as show:
         show(STEP)
     assert "1200/1200" in capsys.readouterr().err

@@ -65,8 +65,9 @@ def test_a_run_leaves_all_and_tells_it(given: dict[str, Any], tmp_path: Path) ->
     assert config["model"] == given["model"] and config["num_layers"] == 2
     text = "\n".join(told)
     for expected in (
-        "train: 20 samples", "valid: 4 samples", "test: 4 samples", "parameters to train; steps 1 to 6 = 1.5 epochs",
-        "predicted peak", "step 2: loss", "targets/s", "adapter in", "metrics in", "best validation loss", "perplexity",
+        "train: 20 samples", "valid: 4 samples", "test: 4 samples",
+        "parameters to train; 6 updates of 2 samples = 0.6 epochs of 20 samples; predicted peak",
+        "step 2: loss", "targets/s", "adapter in", "metrics in", "best validation loss", "perplexity",
     ):  # fmt: skip
         assert expected in text, expected
     assert any(line.startswith("step 4:") and line.endswith(" s left") for line in told)
@@ -86,9 +87,21 @@ def test_the_default_model_is_named_in_the_adapter(given: dict[str, Any], monkey
 
 @pytest.mark.slow
 def test_many_epochs_are_told(given: dict[str, Any]) -> None:
-    _, told = run(given, iters=12, batch_size=8, val_batches=1)
-    assert any("= 12.0 epochs" in line for line in told) and any("comes 12 times" in line for line in told)
-    assert not any("times" in line for line in run(given, iters=10, batch_size=8, adapter_path=f"{given['data']}x")[1])
+    _, told = run(given, iters=12, batch_size=20, val_batches=1)
+    assert any("= 12 epochs" in line for line in told) and any("comes 12 times" in line for line in told)
+    assert not any("times" in line for line in run(given, iters=10, batch_size=20, adapter_path=f"{given['data']}x")[1])
+
+
+@pytest.mark.slow
+def test_epochs_are_batches_of_all_samples_and_resume_as_iters(given: dict[str, Any]) -> None:
+    del given["iters"]
+    done, told = run(given, epochs=2, batch_size=8, grad_accumulation_steps=4)
+    assert done.step == 6 and [line["step"] for line in metrics(done.adapter_path)] == [4, 6]
+    assert any("; 2 updates of 26.7 samples = 2 epochs of 20 samples; " in line for line in told)
+    again, told = run(given, iters=6, batch_size=8, grad_accumulation_steps=4, resume=True)
+    assert again.step == 6 and any("has ended" in line for line in told)
+    with pytest.raises(RequestError, match="iters 6 and epochs 2 are both given; leave one of them out"):
+        run(given, iters=6, epochs=2)
 
 
 @pytest.mark.slow

@@ -56,6 +56,9 @@ def test_each_option_is_a_flag_with_the_same_limits(capsys: pytest.CaptureFixtur
         ("iters: true", "iters must be a whole number from 1 to 1,000,000,000, not True"),
         ("iters: 1.5", "iters must be a whole number"),
         ("iters: '8'", "iters must be a whole number"),
+        ("iters: 600\nepochs: 2", "iters 600 and epochs 2 are both given; leave one of them out"),
+        ("epochs: 0", "epochs must be a whole number from 1"),
+        ("epochs: 1.5", "epochs must be a whole number"),
         ("learning_rate: .nan", "learning_rate must be a number from 0 to 10, not nan"),
         ("learning_rate: 1e-5x", "learning_rate must be a number from 0 to 10, not '1e-5x'"),
         ("num_layers: 0", "num_layers must be -1 for all, or a whole number from 1"),
@@ -156,6 +159,17 @@ def test_flags_win_over_the_file_also_where_the_file_speaks_of_several_optimizer
     assert settings.optimizer_config == {"decay_rate": -0.7} and settings.iters == 7
     assert from_yaml(tmp_path, text, "--optimizer", "adam").optimizer_config == {}
     assert {"iters", "optimizer", "optimizer_config"} == settings.given
+
+
+def test_a_run_has_iters_or_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert from_yaml(tmp_path, "epochs: 3").total_iters(50) == 150
+    assert from_yaml(tmp_path, "").total_iters(50) == from_yaml(tmp_path, "iters: null").total_iters(50) == 1000
+    assert from_yaml(tmp_path, "iters: 60").total_iters(50) == 60
+    for text, flags in (("iters: 60", ["--epochs", "3"]), ("", ["--iters", "60", "--epochs", "3"])):
+        with pytest.raises(RequestError, match="iters 60 and epochs 3 are both given"):
+            from_yaml(tmp_path, text, *flags)
+    with pytest.raises(RequestError, match="both given"):
+        Settings(iters=1000, epochs=3)
 
 
 def test_a_dataset_in_mlx_lms_words_is_our_data(tmp_path: Path) -> None:

@@ -45,10 +45,10 @@ def test_a_row_is_laid_out_to_the_token() -> None:
         Sample([12, 13], [False, True], "x:3"),
     ]
     (batch,) = Batches(samples, max_seq_length=8).fixed()
-    assert batch.inputs.tolist() == [[8, 9, 10, 5, 6, 12, 0, 0]]
-    assert batch.targets.tolist() == [[9, 10, 11, 6, 7, 13, 0, 0]]
-    assert batch.mask.tolist() == [[False, True, True, True, False, True, False, False]]
-    assert batch.segments.tolist() == [[1, 1, 1, 2, 2, 3, 0, 0]]
+    assert batch.inputs.tolist() == [[8, 9, 10, 5, 6, 12]]
+    assert batch.targets.tolist() == [[9, 10, 11, 6, 7, 13]]
+    assert batch.mask.tolist() == [[False, True, True, True, False, True]]
+    assert batch.segments.tolist() == [[1, 1, 1, 2, 2, 3]]
     assert [a.dtype for a in (batch.inputs, batch.targets, batch.segments)] == [mx.int32] * 3
     assert batch.mask.dtype == mx.bool_
 
@@ -57,31 +57,62 @@ def test_pairs_stand_side_by_side() -> None:
     chosen, rejected = Sample([5, 6, 7], [False, False, True], "x:1"), Sample([5, 8], [False, True], "x:1")
     longer = Pair(Sample([9, 9], [False, True], "x:2"), Sample([9, 8, 7, 6], [False] * 3 + [True], "x:2"))
     (batch,) = Batches([Pair(chosen, rejected), longer], max_seq_length=4).fixed()
-    assert batch.segments.tolist() == [[1, 2, 2, 2, 3, 3, 4, 0]]
-    assert batch.targets.tolist() == [[9, 8, 7, 6, 6, 7, 8, 0]]
+    assert batch.segments.tolist() == [[1, 2, 2, 2, 3, 3, 4]]
+    assert batch.targets.tolist() == [[9, 8, 7, 6, 6, 7, 8]]
+
+
+LENGTHS = {
+    "short": [8 + 7 * n % 33 for n in range(200)],
+    "long": [1200 + 37 * n % 849 for n in range(40)],
+    "cut at the limit": [2048] * 50,
+    "mixed": [20 if n % 3 else 1900 for n in range(90)],
+    "as in chats": skewed_lengths(400, 2048),
+    "every length": list(range(2, 2049, 7)),
+}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("batch_size", [1, 4, 8, 32])
+def test_a_batch_has_the_samples_that_mlx_lms_has_and_hardly_a_slot_is_empty(
+    lengths: list[int], batch_size: int
+) -> None:
+    """An epoch is as many batches, each with --batch-size samples, and every sample comes once."""
+    rest = [[1] * (length - 1) for length in lengths]
+    samples = [Sample([n, *ids], [False] + [True] * len(ids), "x:1") for n, ids in enumerate(rest)]
+    batches = Batches(samples, batch_size=batch_size)
+    counts, slots, seen = [], 0, []
+    for _ in range(batches.steps_per_epoch):
+        batch = next(batches)
+        segments = np.array(batch.segments)[0]
+        firsts = np.flatnonzero(np.diff(segments, prepend=0) > 0)
+        counts.append(len(firsts))
+        seen += np.array(batch.inputs)[0, firsts].tolist()
+        slots += batch.inputs.size
+    assert sorted(seen) == list(range(len(lengths)))
+    assert sum(counts) / len(counts) == pytest.approx(batch_size, rel=0.1) or len(lengths) < 3 * batch_size
+    assert slots <= 1.05 * sum(n - 1 for n in lengths)
 
 
 @pytest.mark.parametrize(
-    ("lengths", "packing", "most"),
-    [
-        (skewed_lengths(400, 2048), True, 1.05),
-        (skewed_lengths(4000, 2048), True, 1.01),
-        (skewed_lengths(4000, 2048), False, 1.15),
-        ([1200] * 40, True, 1.02),  # no two fit in a row: the row is as wide as it must
-        (list(range(2, 2049, 3)), True, 1.05),
-    ],
+    ("count", "batches"), [(1, [1]), (3, [3]), (4, [4]), (5, [2, 3]), (9, [3, 3, 3]), (11, [3, 4, 4])]
 )
-def test_hardly_a_slot_is_empty(lengths: list[int], packing: bool, most: float) -> None:
-    batches = Batches([Sample([1] * n, [False] + [True] * (n - 1), "x:1") for n in lengths], packing=packing)
-    slots = sum(batch.inputs.size for batch in batches.fixed())
-    assert slots <= most * sum(n - 1 for n in lengths)
+def test_few_samples_are_shared_evenly(count: int, batches: list[int]) -> None:
+    made = Batches(samples_of([9] * count))
+    assert sorted(int(batch.segments.max().item()) for batch in made.fixed()) == batches
+
+
+def test_without_packing_rows_are_of_similar_length() -> None:
+    lengths = skewed_lengths(4000, 2048)
+    made = Batches([Sample([1] * n, [False] + [True] * (n - 1), "x:1") for n in lengths], packing=False)
+    assert sum(batch.inputs.size for batch in made.fixed()) <= 1.02 * sum(n - 1 for n in lengths)
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_the_model_keeps_a_rows_samples_apart(tiny_model: Callable[..., Model], packing: bool) -> None:
-    """Samples on both sides of the LongRoPE boundary share rows, and padding past it changes no table."""
-    model, samples = tiny_model(), samples_of([3, 5, 9, 20, 30, BOUNDARY + 1, BOUNDARY + 2, 80])
-    batches = Batches(samples, max_seq_length=100, packing=packing, batch_size=2)
+    """Samples on both sides of the LongRoPE boundary share rows, in one stretch or several."""
+    model, samples = tiny_model(), samples_of([3, 5, 9, 20, 30, BOUNDARY + 1, BOUNDARY + 2, 80, 300, 280])
+    batches = Batches(samples, max_seq_length=300, packing=packing, batch_size=10)
+    assert len(*batches.shapes()) == (3 if packing else 10)
     alone = {tuple(s.ids[:-1]): model.hidden(mx.array([s.ids[:-1]]))[0] for s in samples}
     seen, mixed = 0, False
     for batch in batches.fixed():
@@ -113,9 +144,9 @@ def test_the_order_is_the_seeds_and_each_epoch_has_its_own() -> None:
 def test_the_order_is_the_same_everywhere() -> None:
     """Written out, so that a checkpoint can resume under another Python and on another machine."""
     samples = [Sample([n] * 4, [False, True, True, True], f"x:{n}") for n in range(10)]
-    batches = Batches(samples, max_seq_length=6, batch_size=2, seed=5)
-    assert [[row[::3] for row in next(batches).inputs.tolist()] for _ in range(6)] == [
-        [[4, 0], [1, 6]], [[2, 9], [3, 8]], [[7, 5]], [[5, 8]], [[4, 0], [9, 7]], [[1, 2], [6, 3]]
+    batches = Batches(samples, batch_size=4, seed=5)
+    assert [next(batches).inputs[0, ::3].tolist() for _ in range(6)] == [
+        [4, 0, 1], [6, 2, 9], [7, 5, 3, 8], [4, 0, 9, 7], [3, 1, 2], [5, 8, 6]
     ]  # fmt: skip
 
 
@@ -149,8 +180,6 @@ def test_the_fixed_batches_are_the_same_at_every_call() -> None:
     [
         ({"seed": 1}, "seed is 0 there, and 1 here"),
         ({"batch_size": 2}, "batch_size is 4 there, and 2 here"),
-        ({"max_seq_length": 64}, "row_slots is 100 there, and 64 here"),
-        ({"packing": False}, "packing is True there, and False here"),
         ({"samples": samples_of([10, 20])}, "samples is 3 there, and 2 here"),
         ({"samples": samples_of([10, 20, 31])}, "data_hash is '"),
         ({"samples": samples_of([10, 20, 30], seed=1)}, "data_hash is '"),
@@ -167,7 +196,7 @@ def test_a_position_of_another_run_is_refused(changes: dict[str, Any], reason: s
 
 @pytest.mark.parametrize("position", [{"epoch": -1}, {"step": 1}, {"step": "0"}, {"epoch": None}, {"step": True}])
 def test_a_damaged_position_is_refused(position: dict[str, Any]) -> None:
-    batches = Batches(samples_of([10, 20, 30]), max_seq_length=100)
+    batches = Batches(samples_of([10, 20, 30]))
     with pytest.raises(RequestError, match="the checkpoint is damaged"):
         batches.load_state_dict(batches.state_dict() | position)
     assert (batches.epoch, batches.step) == (0, 0)
@@ -176,7 +205,7 @@ def test_a_damaged_position_is_refused(position: dict[str, Any]) -> None:
 def test_what_cannot_be_batched_is_refused() -> None:
     with pytest.raises(RequestError, match="no samples"):
         Batches([])
-    with pytest.raises(RequestError, match=r"x:2 takes 101 slots, of a row's 100"):
+    with pytest.raises(RequestError, match=r"x:2 takes 101 slots, of a sample's 100"):
         Batches(samples_of([10, 102]), max_seq_length=100)
     with pytest.raises(RequestError, match="--batch-size 3 must be a multiple of the 2 processes"):
         Batches(samples_of([10]), batch_size=3, world=2)

@@ -45,8 +45,8 @@ def some_pairs(seed: int = 1) -> list[Pair]:
 
 
 def packed(pairs: list[Pair], **options: Any) -> Batch:
-    """A batch whose rows hold several pairs."""
-    (batch,) = Batches(pairs, batch_size=4, max_seq_length=100, **options).fixed()
+    """A batch of all pairs."""
+    (batch,) = Batches(pairs, batch_size=len(pairs), max_seq_length=100, **options).fixed()
     return batch
 
 
@@ -214,7 +214,8 @@ def test_the_head_runs_on_answers_alone(tiny_model: Callable[..., Model], monkey
     rows: list[int] = []
     head = Model.logits
     monkeypatch.setattr(Model, "logits", lambda self, hidden: (rows.append(len(hidden)), head(self, hidden))[1])
-    model, batch = with_adapter(tiny_model()), packed(some_pairs())
+    long = Pair(sample([1] * 90, [2, 3]), sample([1] * 90, [4]))
+    model, batch = with_adapter(tiny_model()), packed([*some_pairs(), long])
 
     def cost(loss: Callable[..., Any]) -> int:
         rows.clear()
@@ -333,10 +334,10 @@ def test_training_makes_the_chosen_answers_likelier_and_leaves_the_base_alone(
         return sum(chosen > rejected for chosen, rejected in log_probs) / len(log_probs)
 
     assert rate() == 0
-    settings = Settings(task=task, iters=12, batch_size=1, learning_rate=2e-2, grad_checkpoint=True)
+    settings = Settings(task=task, iters=12, batch_size=6, learning_rate=2e-2, grad_checkpoint=True)
     loss._margins.append(mx.array([9.0]))  # what was no step is in no step's figures
     folder = RunFolder(tmp_path, len(model.layers))
-    trainer = Trainer(model, Batches(train, batch_size=1, max_seq_length=64), settings, folder, loss=loss)
+    trainer = Trainer(model, Batches(train, batch_size=6, max_seq_length=64), settings, folder, loss=loss)
     steps = list(trainer.run())
     assert rate() > 0.8
     assert steps[-1].loss < 0.7 * steps[0].loss and steps[0].accuracy == 0 and steps[-1].accuracy == 1

@@ -14,9 +14,10 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from phi4_mlx.adapters.layers import adapter_parameters
+from phi4_mlx.adapters.layers import adapter_layers, adapter_parameters, add_adapter
 from phi4_mlx.errors import CheckpointError, RequestError
-from phi4_mlx.lora.data.batches import Batch
+from phi4_mlx.lora.data.batches import Batch, Batches
+from phi4_mlx.lora.data.samples import Sample
 from phi4_mlx.lora.progress import Step
 from phi4_mlx.lora.saving import checkpoints, run_folder
 from phi4_mlx.lora.saving.metrics import MetricsLog, read_metrics
@@ -24,11 +25,11 @@ from phi4_mlx.lora.training.gradients import mean_gradients
 from phi4_mlx.lora.training.loss import sft_loss
 from phi4_mlx.lora.training.trainer import Trainer, evaluate
 from phi4_mlx.models.text import Model
-from tests.counting_run import finish, same, trainer
+from tests.counting_run import finish, same, samples, trainer
 
 
 def test_it_learns(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
-    steps = list(trainer(tiny_model, tmp_path, iters=40).run())
+    steps = list(trainer(tiny_model, tmp_path, iters=40, batch_size=8).run())
     assert steps[-1].loss < 0.6 * steps[0].loss
     assert [step.step for step in steps] == list(range(1, 41))
     validated = [step.valid_loss for step in steps if step.valid_loss is not None]
@@ -132,11 +133,12 @@ def test_resuming_a_finished_or_an_unstarted_run(tiny_model: Callable[..., Model
 
 
 def test_accumulation_weighs_each_target_the_same(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
-    """Two batches of one row are one batch of two rows, whatever the rows hold."""
+    """Two batches of one sample are one batch of two samples, whatever their lengths."""
     one = trainer(tiny_model, tmp_path / "a", dropout=0, batch_size=2, iters=1)
     two = trainer(tiny_model, tmp_path / "b", dropout=0, batch_size=1, grad_accumulation_steps=2, iters=1)
-    batch = next(one.batches)
-    rows = [type(batch)(*(array[n : n + 1] for array in vars(batch).values())) for n in range(2)]
+    pair = samples(2)
+    batch = next(Batches(pair, batch_size=2))
+    rows = list(Batches(pair, batch_size=1).fixed())
     (loss, tokens, grads), (loss2, tokens2, grads2) = (
         mean_gradients(one.model, sft_loss, iter([batch]), 1),
         mean_gradients(two.model, sft_loss, iter(rows), 2),
@@ -144,6 +146,58 @@ def test_accumulation_weighs_each_target_the_same(tiny_model: Callable[..., Mode
     assert tokens == tokens2 and loss == pytest.approx(loss2, abs=1e-5)
     for (name, a), (_, b) in zip(tree_flatten(grads), tree_flatten(grads2), strict=True):
         assert mx.allclose(a, b, rtol=0, atol=1e-5), name
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_packed_samples_have_the_loss_and_gradients_of_rows_of_their_own(
+    tiny_model: Callable[..., Model], kind: str
+) -> None:
+    """Every target weighs the same, on both sides of the RoPE boundary and in any number of stretches."""
+    model = tiny_model()
+    add_adapter(model, rank=4, kind=kind)
+    for layer in adapter_layers(model).values():
+        layer.lora_b = 0.03 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(1))
+    data = [Sample([(3 * k + i) % 500 for i in range(n)], [False] + [i % 3 > 0 for i in range(n - 1)], f"x:{k}")
+            for k, n in enumerate((2, 9, 70, 300, 400, 20, 33))]  # fmt: skip
+    found = []
+    for packing in (True, False):
+        (batch,) = Batches(data, batch_size=7, packing=packing).fixed()
+        found.append(mean_gradients(model, sft_loss, iter([batch]), 1))
+    (loss, tokens, grads), (loss2, tokens2, grads2) = found
+    assert tokens == tokens2 == sum(sum(each.targets) for each in data) and loss == pytest.approx(loss2, abs=1e-5)
+    for (name, a), (_, b) in zip(tree_flatten(grads), tree_flatten(grads2), strict=True):
+        assert mx.allclose(a, b, rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize(("length", "in_update", "steps"), [
+    ({"iters": 10}, 4, [4, 8, 10]), ({"iters": 3}, 1, [1, 2, 3]), ({"epochs": 2}, 5, [5, 10, 15, 20, 24]),
+    ({"epochs": 1}, 100, [12]), ({"epochs": 1}, 12, [12]),
+])  # fmt: skip
+def test_a_run_is_as_long_as_mlx_lms(
+    tiny_model: Callable[..., Model], tmp_path: Path, length: dict[str, int], in_update: int, steps: list[int]
+) -> None:
+    """An iteration is a batch of --batch-size samples, and every few of them make an update; an epoch has 12 here."""
+    options = {"iters": None, "grad_accumulation_steps": in_update, "save_every": 5, "steps_per_eval": 9}
+    run = trainer(tiny_model, tmp_path, **options | length)
+    drawn: list[int] = []
+    real = type(run.batches).__next__
+    run.batches.__class__ = type("Counted", (Batches,), {"__next__": lambda self: (drawn.append(1), real(self))[1]})
+    made = list(run.run())
+    assert [step.step for step in made] == steps and len(drawn) == steps[-1]
+    assert [step.step for step in made if step.valid_loss is not None] == [
+        now for before, now in zip([0, *steps], steps, strict=False) if now == steps[-1] or now // 9 > before // 9
+    ]
+    if "epochs" in length:
+        assert (run.batches.epoch, run.batches.step) == (length["epochs"], 0)
+
+
+def test_a_longer_run_says_that_the_last_update_was_short(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    options = {"grad_accumulation_steps": 4, "lr_schedule": "constant"}
+    finish(trainer(tiny_model, tmp_path, iters=6, **options))
+    warnings: list[str] = []
+    again = trainer(tiny_model, tmp_path, iters=9, warn=warnings.append, **options)
+    assert again.resume() == 6 and "last update has 2 batches" in warnings[0]
+    assert [step.step for step in again.run()] == [8, 9]
 
 
 def test_sums_of_gradients_do_not_outgrow_half_precision(
