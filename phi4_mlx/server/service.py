@@ -114,9 +114,10 @@ class Service:
                     if isinstance(event, Failure):
                         raise WireError(event.status, event.message)
                     if isinstance(event, Piece):
-                        text, logprobs = answer.add(event.text), event.logprobs
+                        text, logprobs = answer.add(event.text, forced=event.forced), event.logprobs
                     else:
-                        text, logprobs = answer.finish(), ()
+                        by_stop_string = event.stop_string is not None
+                        text, logprobs = answer.add("", event.reason, by_stop_string=by_stop_string), ()
                     if text or logprobs:
                         yield Delta(index, text, None, logprobs)
                     for call in answer.calls[sent_calls:]:

@@ -68,6 +68,7 @@ class ToolCallParser:
         self._carried = ""  # the end of a piece, too short to decide on
         self._text = _Text()
         self._block = _Block(BARE, [])
+        self._cut = False
 
     @property
     def calls(self) -> tuple[ToolCall, ...]:
@@ -79,27 +80,35 @@ class ToolCallParser:
         if not self._tools:
             return text
         text, self._carried = self._carried + text, ""
-        at = 0
+        if self._cut:
+            self._text.add(text)
+        at = len(text) if self._cut else 0
         while at < len(text):
             at = _READERS[self._state](self, text, at)
         return self._text.take()
 
-    def finish(self) -> str:
-        """Ends the answer; returns the withheld text."""
-        rest, self._carried = self._carried, ""
+    def cut(self) -> None:
+        """Cuts the answer where the model did not end it: an incomplete call becomes text, and so does what follows."""
+        if self._cut or not self._tools:
+            return
+        self._cut = True
         state, block = self._state, self._block
-        if state in (_State.AFTER_VALUE, _State.AFTER_FENCE):
-            block.after.append(rest)  # the start of the closer
-            self._close()
-        elif state in (_State.BEFORE_VALUE, _State.VALUE):
-            if state is _State.VALUE or block.values or block.form in (TAGGED, REQUEST):
+        if state is _State.AFTER_VALUE and not block.form.whole:
+            self._close_at_end()
+        elif state in _IN_BLOCK:
+            if state is not _State.BEFORE_VALUE or block.values or block.form in (TAGGED, REQUEST):
                 self._complain(_CUT_OFF)
             self._drop()
-            self._text.add(rest)
-        else:
-            if state is _State.START and rest == "[":
-                self._complain(_CUT_OFF)
-            self._text.add(rest)
+        elif state is _State.START and self._carried == "[":
+            self._complain(_CUT_OFF)
+        self._text.add(self._carried)
+        self._carried = ""
+
+    def finish(self) -> str:
+        """Ends the answer; returns the withheld text."""
+        if self._state in (_State.AFTER_VALUE, _State.AFTER_FENCE) and not self._cut:
+            self._close_at_end()
+        self.cut()
         if not self._calls:
             self._text.keep_space()
         return self._text.take()
@@ -216,6 +225,12 @@ class ToolCallParser:
         self._state = _State.AFTER_BLOCK
         return True
 
+    def _close_at_end(self) -> None:
+        """Ends a block at the end of the answer, with or without its closer."""
+        self._block.after.append(self._carried)  # the start of the closer
+        self._carried = ""
+        self._close()
+
     def _end_block(self) -> None:
         """Ends a block after its last value, because what follows is not part of it."""
         if self._block.form.whole:
@@ -240,6 +255,7 @@ class ToolCallParser:
 
 
 _CUT_OFF = "the answer ends inside a tool call, which is left as text; allow it more tokens"
+_IN_BLOCK = (_State.BEFORE_VALUE, _State.VALUE, _State.AFTER_VALUE, _State.AFTER_FENCE)
 _READERS = {
     _State.START: ToolCallParser._read_start,
     _State.TEXT: ToolCallParser._read_text,
