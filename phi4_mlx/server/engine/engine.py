@@ -103,7 +103,11 @@ class _AdaptedModels:
             folder = self._folders.get(str(adapter))
             if folder is None:
                 raise RequestError(f"adapter {adapter!r} is unknown; known are {', '.join(self._folders)}")
-            self._models[adapter] = self._load(folder)
+            try:
+                self._models[adapter] = self._load(folder)
+            except Phi4Error as error:  # clients know its name, not its folder
+                why = str(error).replace(folder, str(adapter))
+                raise RequestError(f"adapter {adapter!r} cannot be used: {why}") from None
         return self._models[adapter]
 
     def _load(self, folder: str) -> LanguageModel:

@@ -72,8 +72,8 @@ class Finish:
 
     Attributes:
         job: the job's id.
-        reason: "stop" for an end marker or a stop string, "length" for max_tokens (also where a grammar forced the answer
-            to end in time), "timeout" for timeout_s.
+        reason: "stop" for an end marker or a stop string, "length" for max_tokens (also where a grammar forced the end
+            of the answer), "timeout" for timeout_s.
         stop_string: the stop string that ended it; None if there was none.
         prompt_tokens: tokens of the whole prompt.
         cached_tokens: tokens of the prompt that were not prefilled, because an earlier prompt has the same prefix.

@@ -30,7 +30,7 @@ class InProcessEngine:
     def __init__(self, folder: Path, **settings: Any) -> None:
         model, self.tokenizer = load(folder)
         limits: dict[str, Any] = {"kv_limit_bytes": 2**28, "prefix_limit_bytes": 2**24}
-        self.engine = Engine(model, self.tokenizer, Settings(str(folder), **limits, **settings))
+        self.engine = Engine(model, self.tokenizer, Settings(str(folder), **(limits | settings)))
         self.longest = self.engine.longest
         self.vocabulary = model.config.vocab_size
         self._turn: asyncio.Lock | None = None
@@ -55,8 +55,10 @@ class InProcessEngine:
 class InProcessServer:
     """Sends requests to the application as a client on loopback would."""
 
-    def __init__(self, folder: Path, adapters: tuple[str, ...] = (), **options: Any) -> None:
-        self.supervisor = InProcessEngine(write_tiny_checkpoint(folder / "tiny", **SIZES))
+    def __init__(
+        self, folder: Path, adapters: tuple[str, ...] = (), settings: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        self.supervisor = InProcessEngine(write_tiny_checkpoint(folder / "tiny", **SIZES), **(settings or {}))
         models: dict[str, str | None] = {"tiny": None} | {name: name for name in adapters}
         self.service = Service(
             self.supervisor,

@@ -86,10 +86,8 @@ def test_tool_choice(kind: str, choice: str) -> None:
     assert ask(tools=[TOOL], tool_choice={"type": kind}).tool_choice == choice
 
 
-def test_counting_needs_no_max_tokens() -> None:
-    assert parse({"model": "phi", "messages": HI}, V, counting=True).messages == HI
-    with pytest.raises(WireError, match="max_tokens is missing"):
-        parse({"model": "phi", "messages": HI}, V)
+def test_max_tokens_may_be_absent() -> None:
+    assert parse({"messages": HI}, V).max_tokens is None
 
 
 def test_a_conversation_with_calls_is_valid_for_the_model() -> None:
@@ -131,25 +129,13 @@ def test_a_conversation_with_calls_is_valid_for_the_model() -> None:
         ("messages", [{"role": "user", "content": 5}]),
         ("messages", [{"role": "user", "content": [{"type": "image", "source": {}}]}]),
         ("messages", [{"role": "user", "content": [{"type": "document", "source": {}}]}]),
-        ("messages", [{"role": "user", "content": [{"type": "tool_result"}]}]),
-        ("messages", [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": [{}]}]}]),
         ("messages", [{"role": "user", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {}}]}]),
-        ("messages", [{"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f"}]}, *HI]),
-        ("messages", [{"role": "assistant", "content": [{"type": "tool_use", "input": {}, "name": "f"}]}, *HI]),
-        ("messages", [{"role": "assistant", "content": [{"type": "server_tool_use"}]}, *HI]),
         ("messages", [*HI, {"role": "assistant", "content": "Let me"}]),
-        ("max_tokens", None),
-        ("max_tokens", 0),
         ("system", 5),
-        ("tools", [{"type": "bash_20250124", "name": "bash"}]),
         ("tools", [{"name": "f", "input_schema": []}]),
         ("tool_choice", "auto"),
         ("tool_choice", {"type": "any"}),
         ("tool_choice", {"type": "tool"}),
-        ("stop_sequences", [""]),
-        ("thinking", {"type": "enabled", "budget_tokens": 1024}),
-        ("thinking", 5),
-        ("mcp_servers", [{"url": "https://example.org"}]),
         ("output_config", {"format": {"type": "xml"}}),
     ],
 )
@@ -265,9 +251,8 @@ def test_the_client_reads_a_stream() -> None:
 
 def test_the_client_raises_refusals_and_failures() -> None:
     anthropic = pytest.importorskip("anthropic")
-    with pytest.raises(anthropic.BadRequestError, match="thinking"):
-        thinking = {"type": "enabled", "budget_tokens": 1024}
-        client(TEXT).messages.create(model="phi", max_tokens=2000, messages=HI, thinking=thinking)
+    with pytest.raises(anthropic.BadRequestError, match="temperature"):
+        client(TEXT).messages.create(model="phi", max_tokens=5, messages=HI, extra_body={"temperature": "hot"})
     told = client(TEXT, WireError(500, "it broke")).messages.create(model="phi", max_tokens=5, messages=HI, stream=True)
     with pytest.raises(anthropic.APIStatusError, match="it broke"):
         list(told)
