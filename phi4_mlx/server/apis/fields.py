@@ -32,25 +32,42 @@ def shown(value: Any) -> str:
 
 
 class Ignored:
-    """The parts of one body that have no effect on its answer: fields that were never read, and parts left out."""
+    """The parts of one body that have no effect on its answer: fields that no reader reads, and parts left out.
+
+    The items of a list count as one object, whose fields are those of all.
+    """
 
     def __init__(self) -> None:
-        self.objects: dict[str, Fields] = {}  # by path
         self._paths: dict[str, None] = {}
+        self._given: dict[str, dict[str, None]] = {}  # the names of an object's fields, by its path
+        self._read: dict[str, set[str]] = {}
 
     def add(self, path: str) -> None:
         """Adds the path of a part that was left out, or of a value that was replaced."""
-        self._paths[path] = None
+        if len(self._paths) < _MOST_PATHS:
+            self._paths[path] = None
+
+    def open(self, path: str, values: JsonObject) -> set[str]:
+        """Notes the fields of an object; returns the set for the names of those that are read."""
+        path = _INDEX.sub("[]", path)
+        given = self._given.setdefault(path, {})
+        for name, value in values.items():
+            if len(given) < _MOST_PATHS and value not in _EMPTY:
+                given[name] = None
+        return self._read.setdefault(path, set())
 
     def paths(self) -> tuple[str, ...]:
-        """The paths; a field that several items of a list have in common is named once."""
+        """The paths so far."""
         found = dict(self._paths)
-        for each in self.objects.values():
-            for name in each.unread():
-                found[_INDEX.sub("[]", each.where(_NOT_NAME.sub("?", name[:SHOWN_CHARS])))] = None
+        for path, given in self._given.items():
+            for name in given:
+                if name not in self._read[path]:
+                    name = _NOT_NAME.sub("?", name[:SHOWN_CHARS])
+                    found[f"{path}.{name}" if path else name] = None
         return tuple(found)
 
 
+_MOST_PATHS = 1_000  # more than the header has room for
 _INDEX = re.compile(r"\[\d+\]")
 _NOT_NAME = re.compile(r"[^A-Za-z0-9_.-]")
 _EMPTY: tuple[Any, ...] = (None, False, "", [], {})
@@ -74,17 +91,12 @@ class Fields:
             raise WireError(400, f"{path or 'the body'} must be a JSON object, not {shown(value)}", path or None)
         self.values: JsonObject = value
         self.ignored = Ignored() if ignored is None else ignored
-        self._read: set[str] = set()
-        self.ignored.objects.setdefault(path, self)
+        self._read = self.ignored.open(path, value)
 
     def ignore(self, name: str | None = None) -> None:
         """Notes that this object, or one of its fields, is left out."""
         self._read.update(self.values if name is None else [name])
         self.ignored.add(self.path if name is None else self.where(name))
-
-    def unread(self) -> list[str]:
-        """The names of the fields that were not read, except for empty ones."""
-        return [name for name, value in self.values.items() if name not in self._read and value not in _EMPTY]
 
     def where(self, name: str) -> str:
         """The path of a field in the body."""
@@ -183,16 +195,14 @@ class Fields:
 
     def child(self, name: str) -> Fields:
         """An object; an empty one if absent."""
-        return self._fields(self.get(name) if self.has(name) else {}, self.where(name))
+        return Fields(self.get(name) if self.has(name) else {}, self.where(name), self.ignored)
 
     def children(self, name: str, most: int, least: int = 0) -> list[Fields]:
         """A list of `least` to `most` objects; empty if absent."""
-        return [self._fields(each, f"{self.where(name)}[{i}]") for i, each in enumerate(self.items(name, most, least))]
-
-    def _fields(self, value: Any, path: str) -> Fields:
-        """The object at a path; the same one each time, so that it knows all that was read."""
-        known = self.ignored.objects.get(path)
-        return Fields(value, path, self.ignored) if known is None or known.values is not value else known
+        return [
+            Fields(each, f"{self.where(name)}[{i}]", self.ignored)
+            for i, each in enumerate(self.items(name, most, least))
+        ]
 
     def one_of(self, name: str, known: Sequence[str], default: str | None = None) -> str:
         """One of the words in `known`."""
