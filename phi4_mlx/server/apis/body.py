@@ -122,9 +122,12 @@ def read_tool(fields: Fields, schema: str = "parameters") -> JsonObject:
     """A tool in OpenAI's form.
 
     Args:
-        fields: the object with the tool's name, description and schema.
+        fields: the object with the tool's name, description and schema, or with that object as its field "function":
+            clients mix up the forms of chat completions and responses.
         schema: the name of the schema's field.
     """
+    if fields.has("function"):
+        fields = fields.child("function")
     function: JsonObject = {"name": fields.needed_name("name")}
     if function["name"] in TOOL_MODES:
         fields.refuse("name", f"must not be {function['name']!r}, which has another meaning as tool_choice")
@@ -151,7 +154,7 @@ def read_tool_choice(fields: Fields, function: str | None = None) -> str:
         function: the field of tool_choice that contains the name; None if the name is in tool_choice itself.
     """
     choice = fields.get("tool_choice")
-    if choice is None:
+    if choice is None or choice == {}:
         return "auto"
     if isinstance(choice, str):
         return "required" if choice == "any" else fields.one_of("tool_choice", TOOL_MODES)

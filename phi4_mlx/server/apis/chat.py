@@ -55,7 +55,7 @@ def parse(body: Any, vocabulary: int) -> Ask:
     if fields.has("functions"):
         fields.ignore("functions")
     given, others = read_tools(fields)
-    tools = unique_tools(given, [_read_tool(tool) for tool in given])
+    tools = unique_tools(given, [read_tool(tool) for tool in given])
     max_completion_tokens = read_max_tokens(fields, "max_completion_tokens")
     max_tokens = read_max_tokens(fields)  # the older name
     return Ask(
@@ -75,11 +75,6 @@ def parse(body: Any, vocabulary: int) -> Ask:
         top_logprobs=_top_logprobs(fields),
         ignored=fields.ignored.paths(),  # last, when all else is read
     )
-
-
-def _read_tool(tool: Fields) -> JsonObject:
-    tool.need("function")
-    return read_tool(tool.child("function"))
 
 
 def _top_logprobs(fields: Fields) -> int | None:

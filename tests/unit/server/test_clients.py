@@ -97,6 +97,8 @@ VARIATIONS: list[tuple[str, str, dict[str, Any], int, str]] = [
     ("a hosted tool", RESPONSES, {"tools": [FILES], "tool_choice": FILES}, 200, "tools[0]"),
     ("a custom tool", RESPONSES, {"tools": [{"type": "custom", "name": "p"}]}, 200, "tools[0]"),
     ("two tools of a name", CHAT, {"tools": [TOOL, TOOL]}, 200, "tools[1]"),
+    ("a tool in the other API's form", CHAT, {"tools": [{"type": "function", **TOOL["function"]}]}, 200, ""),
+    ("the same the other way", RESPONSES, {"tools": [TOOL], "tool_choice": {}}, 200, ""),
     ("allowed tools", CHAT, {"tools": [TOOL], "tool_choice": ALLOWED}, 200, ""),
     ("required: null", CHAT, {"tools": [function("f", NULLS)]}, 200, ""),
     ("functions of old", CHAT, {"functions": [TOOL["function"]], "function_call": "auto"}, 200, "functions"),
