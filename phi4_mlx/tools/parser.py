@@ -37,6 +37,7 @@ class _State(enum.Enum):
     AFTER_VALUE = enum.auto()  # a comma, the closer, or the end of the block
     AFTER_FENCE = enum.auto()  # only white space, or the block is text
     AFTER_BLOCK = enum.auto()  # white space between a block and the text after it
+    CUT = enum.auto()
 
 
 class ToolCallParser:
@@ -51,24 +52,20 @@ class ToolCallParser:
         marked: reads JSON without a marker as text.
 
     Attributes:
-        error: why something that looks like a call is text (cut off, not JSON, or not a declared tool): one line, for
-            the first such call so far; None if there is none.
+        error: why the first text that looks like a call is none (cut off, not JSON, no declared tool), or None.
 
     Raises:
         RequestError: a tool is malformed, or `tools` is not a list.
     """
 
     def __init__(self, tools: Iterable[Any], marked: bool = False) -> None:
-        if isinstance(tools, (str, Mapping)):
-            raise RequestError(f"tools must be a list, not {tools!r:.100}")
-        self._tools = dict(map(_named, tools))
+        self._tools = _by_name(tools)
         self.error: str | None = None
         self._calls: list[ToolCall] = []
         self._state = _State.TEXT if marked else _State.START
         self._carried = ""  # the end of a piece, too short to decide on
         self._text = _Text()
         self._block = _Block(BARE, [])
-        self._cut = False
 
     @property
     def calls(self) -> tuple[ToolCall, ...]:
@@ -80,33 +77,28 @@ class ToolCallParser:
         if not self._tools:
             return text
         text, self._carried = self._carried + text, ""
-        if self._cut:
-            self._text.add(text)
-        at = len(text) if self._cut else 0
+        at = 0
         while at < len(text):
             at = _READERS[self._state](self, text, at)
         return self._text.take()
 
     def cut(self) -> None:
         """Cuts the answer where the model did not end it: an incomplete call becomes text, and so does what follows."""
-        if self._cut or not self._tools:
-            return
-        self._cut = True
         state, block = self._state, self._block
         if state is _State.AFTER_VALUE and not block.form.whole:
             self._close_at_end()
         elif state in _IN_BLOCK:
             if state is not _State.BEFORE_VALUE or block.values or block.form in (TAGGED, REQUEST):
-                self._complain(_CUT_OFF)
+                self.error = self.error or _CUT_OFF
             self._drop()
         elif state is _State.START and self._carried == "[":
-            self._complain(_CUT_OFF)
+            self.error = self.error or _CUT_OFF
         self._text.add(self._carried)
-        self._carried = ""
+        self._carried, self._state = "", _State.CUT
 
     def finish(self) -> str:
         """Ends the answer; returns the withheld text."""
-        if self._state in (_State.AFTER_VALUE, _State.AFTER_FENCE) and not self._cut:
+        if self._state in (_State.AFTER_VALUE, _State.AFTER_FENCE):
             self._close_at_end()
         self.cut()
         if not self._calls:
@@ -159,7 +151,7 @@ class ToolCallParser:
         block.value.append(text[at:end])
         if block.json.problem:
             if block.json.too_large or (block.json.has_object and not block.form.whole):
-                self._complain(f"a tool call is left as text: {block.json.problem}")
+                self.error = self.error or f"a tool call is left as text: {block.json.problem}"
             self._drop()
         elif block.json.done:
             block.end_value()
@@ -218,7 +210,7 @@ class ToolCallParser:
             self._calls += parse_calls(block.values, self._tools, block.form.whole)
         except NotACall as why:
             if str(why) and not block.form.whole:
-                self._complain(f"a tool call is left as text: {why}")
+                self.error = self.error or f"a tool call is left as text: {why}"
             self._drop()
             return False
         self._text.end_block()
@@ -226,7 +218,6 @@ class ToolCallParser:
         return True
 
     def _close_at_end(self) -> None:
-        """Ends a block at the end of the answer, with or without its closer."""
         self._block.after.append(self._carried)  # the start of the closer
         self._carried = ""
         self._close()
@@ -245,9 +236,6 @@ class ToolCallParser:
         self._text.add(self._block.text())
         self._state = _State.TEXT
 
-    def _complain(self, error: str) -> None:
-        self.error = self.error or error
-
     def _carry(self, text: str, at: int) -> int:
         """Keeps the rest of a piece, which is never longer than a marker, until the next piece."""
         self._carried = text[at:]
@@ -256,6 +244,13 @@ class ToolCallParser:
 
 _CUT_OFF = "the answer ends inside a tool call, which is left as text; allow it more tokens"
 _IN_BLOCK = (_State.BEFORE_VALUE, _State.VALUE, _State.AFTER_VALUE, _State.AFTER_FENCE)
+
+
+def _read_rest(parser: ToolCallParser, text: str, at: int) -> int:
+    parser._text.add(text[at:])
+    return len(text)
+
+
 _READERS = {
     _State.START: ToolCallParser._read_start,
     _State.TEXT: ToolCallParser._read_text,
@@ -264,6 +259,7 @@ _READERS = {
     _State.AFTER_VALUE: ToolCallParser._read_after_value,
     _State.AFTER_FENCE: ToolCallParser._read_after_fence,
     _State.AFTER_BLOCK: ToolCallParser._read_after_block,
+    _State.CUT: _read_rest,
 }
 
 
@@ -328,6 +324,12 @@ class _Block:
 
     def text(self) -> str:
         return "".join((*self.before, *self.value, *self.after))
+
+
+def _by_name(tools: Iterable[Any]) -> dict[str, Mapping[str, Any] | None]:
+    if isinstance(tools, (str, Mapping)):
+        raise RequestError(f"tools must be a list, not {tools!r:.100}")
+    return dict(map(_named, tools))
 
 
 def _named(tool: Any) -> tuple[str, Mapping[str, Any] | None]:

@@ -133,6 +133,29 @@ def test_a_message_that_cannot_be_read_is_refused(message: Any) -> None:
     assert "messages[1]" in error.message or "surrogate" in error.message
 
 
+def test_older_forms_of_calls_are_calls() -> None:
+    history = [
+        *HI,
+        {"role": "assistant", "function_call": {"name": "f", "arguments": '{"a": 1}'}},
+        {"role": "function", "name": "f", "content": "1"},
+        {"role": "assistant", "tool_calls": [{"id": "1", "type": "custom", "custom": {"name": "g", "input": "x"}}]},
+        {"role": "tool", "tool_call_id": 5, "content": {"a": 1}},
+        *HI,
+    ]
+    messages = check_messages(ask(messages=history).messages)
+    assert [it.get("tool_calls") for it in messages][1::2] == [
+        [{"name": "f", "arguments": {"a": 1}}], [{"name": "g", "arguments": {"input": "x"}}], None,
+    ]  # fmt: skip
+    assert [it["content"] for it in messages if it["role"] == "tool"] == ["1", '{"a": 1}']
+
+
+def test_a_schema_beside_json_object_is_kept() -> None:
+    assert ask(response_format={"type": "json_object", "schema": SCHEMA}).response_format == ("json_schema", SCHEMA)
+    assert ask(response_format={"type": "json_object", "schema": None}).response_format == ("json_object",)
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+    assert ask(response_format=form).strict and ask(response_format=form).ignored == ()
+
+
 def test_an_assistants_refusal_is_its_content() -> None:
     said = {"role": "assistant", "content": None, "refusal": "No."}
     assert ask(messages=[*HI, said]).messages[1] == {"role": "assistant", "content": "No."}

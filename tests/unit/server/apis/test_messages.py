@@ -25,6 +25,7 @@ from tests.unit.server.apis.harness import (
     served,
     stream,
 )
+from tests.unit.server.clients import claude_code
 
 TOOL = {"name": "weather", "description": "Tells", "input_schema": SCHEMA}
 
@@ -141,6 +142,25 @@ def test_a_conversation_with_calls_is_valid_for_the_model() -> None:
 )
 def test_a_body_that_cannot_be_served_is_refused(name: str, value: Any) -> None:
     assert (refused(lambda: ask(**{name: value})).param or "").startswith(name)
+
+
+def test_tools_that_another_server_ran_are_text() -> None:
+    body = claude_code()
+    messages = check_messages(parse(body, V).messages)
+    said = messages[2]
+    assert said["content"] == 'I will look.\nweb_search {"query": "a.txt"}\nA\nhttps://a.example\n'
+    assert [call["arguments"] for call in said["tool_calls"]] == [{"path": "a.txt"}, {}]
+    assert [it["content"] for it in messages[3:]] == [
+        "oneBash[image left out: this model reads only text]",
+        "Error: no path",
+        "<system-reminder>Be brief.</system-reminder>",
+    ]
+
+
+def test_strict_demands_a_tools_schema() -> None:
+    asked = ask(tools=[{**TOOL, "strict": True}], output_format={"type": "json_schema", "schema": SCHEMA})
+    assert asked.tools[0]["function"]["strict"] is True
+    assert asked.response_format == ("json_schema", SCHEMA) and not asked.strict
 
 
 def test_an_image_is_refused_with_its_field() -> None:

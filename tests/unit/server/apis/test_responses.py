@@ -25,6 +25,7 @@ from tests.unit.server.apis.harness import (
     refused,
     stream,
 )
+from tests.unit.server.clients import codex
 
 TOOL = {"type": "function", "name": "weather", "description": "Tells", "parameters": SCHEMA}
 CALL = {"type": "function_call", "call_id": "call_1", "name": "weather", "arguments": '{"city": "Köln"}'}
@@ -115,6 +116,32 @@ def test_a_conversation_with_calls_is_valid_for_the_model() -> None:
         {"name": "weather", "arguments": {"city": "Köln"}}, {"name": "weather", "arguments": {}}
     ]  # fmt: skip
     assert len(checked[6]["tool_calls"]) == 1
+
+
+def test_calls_and_results_of_other_kinds_are_calls_and_results() -> None:
+    body = codex()
+    messages = check_messages(parse(body, V).messages)
+    assert [it["role"] for it in messages] == [
+        "system", "system", "user", "assistant", "tool", "assistant", "tool", "assistant", "tool", "assistant", "user",
+    ]  # fmt: skip
+    assert [it["tool_calls"][0] for it in messages if it.get("tool_calls")] == [
+        {"name": "local_shell", "arguments": {"type": "exec", "command": ["ls"]}},
+        {"name": "apply_patch", "arguments": {"input": "*** Begin Patch"}},
+        {"name": "shell", "arguments": '{"command": ["py'},
+    ]
+    assert [it["content"] for it in messages if it["role"] == "tool"] == ["a.py", "Done", "not JSON"]
+    ignored = set(parse(body, V).ignored)
+    assert {*(f"tools[{n}]" for n in range(1, 5)), "input[2]", "input[7]", "include", "text.verbosity"} <= ignored
+    assert not {"tools", "tools[0]", "input[3]", "tool_choice", "store", "parallel_tool_calls"} & ignored
+
+
+def test_only_strict_true_demands_a_schema() -> None:
+    for strict in (True, False, None, "yes"):
+        form = {"type": "json_schema", "name": "x", "schema": SCHEMA, "strict": strict}
+        asked = ask(text={"format": form}, tools=[{**TOOL, "strict": strict}])
+        assert asked.strict == (strict is True) and asked.tools[0]["function"].get("strict") == (
+            strict if isinstance(strict, bool) else None
+        )
 
 
 @pytest.mark.parametrize(
