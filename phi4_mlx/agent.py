@@ -57,7 +57,8 @@ class AgentResult:
         messages: the whole conversation in OpenAI's form, with calls and results; usable as the next `messages`.
         rounds: number of answers.
         finish_reason: "stop"; "length" if `max_tokens` or a full context cut the last answer; "max_rounds" or "timeout"
-            if a limit ended the loop. Calls that were not run get an error as their result.
+            if a limit ended the loop. Calls that were not run get an error as their result; those of an answer that
+            was cut are never run.
         error: why a tool call in the last answer was left as text, in one line; or None.
     """
 
@@ -66,6 +67,11 @@ class AgentResult:
     rounds: int
     finish_reason: str
     error: str | None = None
+
+    @property
+    def complete(self) -> bool:
+        """True if the model itself ended the last answer; False if a limit did."""
+        return self.finish_reason == "stop"
 
 
 def run_tools(
@@ -277,7 +283,7 @@ class ToolLoop:
             answer.finish()
             each.text, each.calls = answer.text, list(answer.calls)
         self.error = answer.complaint
-        if not each.calls or answer.reason == "timeout":
+        if not each.calls or answer.reason != "stop":  # a cut answer may lack calls, so that none is run
             self.finish_reason = answer.reason
 
     def _run_calls(self, each: Round) -> Iterator[AgentEvent]:
@@ -292,6 +298,8 @@ class ToolLoop:
 
     def _result_text(self, call: ToolCall) -> str:
         """Runs a call if the limits, its schema and `approve` allow it; returns the result or the error."""
+        if self.finish_reason == "length":
+            return error_text(f"not run: the answer was cut after {self._options.max_tokens} tokens")
         if self.finish_reason:
             limit = f"{self._timeout_s} s" if self.finish_reason == "timeout" else f"{self._max_rounds} rounds"
             return error_text(f"not run: the limit of {limit} is reached")

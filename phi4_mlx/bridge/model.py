@@ -192,8 +192,9 @@ def _last_events(answer: AnswerAssembler, given: Given) -> Iterator[BridgeEvent]
             yield {"event": "tool_call", "id": call_id, "name": call.name, "arguments": call.arguments}
         if named:
             message["tool_calls"] = [call.message(call_id) for call_id, call in named]
-            finish["reason"] = "tool_calls"
+            finish["reason"] = "tool_calls" if answer.reason == "stop" else answer.reason
         finish["complaint"] = answer.complaint or ""
+    finish["complete"] = answer.reason == "stop"
     finish["prompt_tokens"] = answer.prompt_tokens
     finish["cached_tokens"] = answer.cached_tokens
     finish["answer_tokens"] = answer.answer_tokens

@@ -111,6 +111,9 @@ def _generate(args: argparse.Namespace) -> None:
         _report(last, cached)
     if constraint is not None and not constraint.complete:
         raise RequestError(f"the answer had not ended after --max-tokens {args.max_tokens}; raise --max-tokens")
+    if constraint is not None and constraint.forced:
+        note = f"the answer was brought to its end by --max-tokens {args.max_tokens}; raise it for a whole answer"
+        print(f"phi4-mlx generate: {note}", file=sys.stderr)
 
 
 def _print_answer(

@@ -52,6 +52,7 @@ class AnswerAssembler:
         self._ends_at, self._cancelled = ends_at, cancelled
         self._finished = False
         self._pieces: list[str] = []
+        self._whole = False  # ended by the model itself
         self.reason = ""
         self.prompt_tokens = self.cached_tokens = self.answer_tokens = 0
 
@@ -75,22 +76,37 @@ class AnswerAssembler:
         """The reason why a tool call was left as text, in one line; None if none was."""
         return self._parser.error
 
-    def add(self, text: str, finish_reason: str | None = None) -> str:
+    def add(
+        self, text: str, finish_reason: str | None = None, *, forced: bool = False, by_stop_string: bool = False
+    ) -> str:
         """Takes the next piece, the last one with its finish reason; once `reason` is set, the answer is over.
+
+        Args:
+            text: the piece.
+            finish_reason: the reason of its source for the end; None if more pieces follow.
+            forced: True if `max_tokens` has forced the piece: it completes no call.
+            by_stop_string: True if a stop string ended the answer, which may be inside a call.
 
         Returns:
             The text that is now known not to belong to a call.
         """
+        if forced:
+            self._parser.cut()
         final = self._parser.add(text)
         self._pieces.append(final)
         self.reason = finish_reason or ""
+        self._whole = self.reason == "stop" and not by_stop_string
         ended = self.reason or self.stopped()
         return final + self.finish() if ended else final
 
     def finish(self) -> str:
         """Ends the answer, also early; returns the text that was kept back as a possible start of a call."""
-        rest = "" if self._finished else self._parser.finish()
+        if self._finished:
+            return ""
         self._finished = True
+        if not self._whole:
+            self._parser.cut()
+        rest = self._parser.finish()
         self._pieces.append(rest)
         return rest
 
@@ -125,8 +141,8 @@ def stream_answer(
         cache: the prefix that it shares with the prompt is not prefilled again.
         answer: a new one; takes the pieces, the counts and the finish reason.
         grammar: restricts the answer; None allows any.
-        must_end: brings the answer to its end within `max_tokens`, as a schema or a required call needs. An optional
-            call that does not fit is cut, and so is not run: better than a call with half an argument.
+        must_end: brings the answer to its end within `max_tokens`, as a schema needs; the finish reason is then
+            "length", and a call that is brought to its end is text.
 
     Yields:
         One response a token, with tool calls removed from its text.
@@ -156,7 +172,10 @@ def stream_answer(
     with contextlib.suppress(_Stopped):
         for response in stream(model, tokenizer, new, cache, options):
             answer.answer_tokens = response.generation_tokens
-            text = answer.add(response.text, response.finish_reason)
+            by_stop_string = response.finish_reason == "stop" and response.token not in tokenizer.eos_ids
+            text = answer.add(
+                response.text, response.finish_reason, forced=response.forced, by_stop_string=by_stop_string
+            )
             yield replace(response, text=text, finish_reason=answer.reason or None)
             if answer.reason:
                 return

@@ -25,6 +25,11 @@ class LogitsMask(Protocol):
         """Takes a drawn token. Returns the tokens forced to follow it, or None if another must be drawn instead."""
 
 
+def is_forced(mask: LogitsMask | None) -> bool:
+    """True if a mask has refused a drawn token to end the answer within its limit; a mask may have no such limit."""
+    return getattr(mask, "forced", False)
+
+
 class Proposer(Protocol):
     """Guesses tokens ahead, such as a `phi4_mlx.generation.speculate.PromptLookup`."""
 

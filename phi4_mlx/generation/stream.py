@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ import mlx.core as mx
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import memory_limit
-from phi4_mlx.generation.options import DecodeOptions
+from phi4_mlx.generation.options import DecodeOptions, is_forced
 from phi4_mlx.generation.steps import decode, open_cache
 from phi4_mlx.generation.stop_strings import StopStrings
 from phi4_mlx.models.model import LanguageModel
@@ -58,7 +59,9 @@ class GenerationResponse:
         generation_tps: tokens per second since the first.
         peak_memory: peak of MLX's memory in GB (10^9 bytes).
         reprefilled: tokens run again because the sequence has crossed the RoPE boundary; else 0.
-        finish_reason: "stop" or "length" at the last token, else None.
+        finish_reason: "stop" or "length" at the last token, else None; "length" also for a forced end.
+        forced: True from the token on with which a grammar brings the answer to an end within `max_tokens`; the model
+            itself would have continued otherwise.
     """
 
     text: str
@@ -71,6 +74,7 @@ class GenerationResponse:
     peak_memory: float
     reprefilled: int = 0
     finish_reason: str | None = None
+    forced: bool = False
 
 
 def stream_generate(
@@ -120,7 +124,9 @@ def stream(
                 first, prompt_tps = now, len(ids) / (now - start)
             ended = token in tokenizer.eos_ids
             final, stopped = ("", False) if ended else text.add(token)
-            reason = "stop" if ended or stopped else "length" if drawn == options.max_tokens else None
+            forced = is_forced(options.logits_mask)
+            over = ended or stopped
+            reason = "stop" if over and not forced else "length" if over or drawn == options.max_tokens else None
             yield GenerationResponse(
                 text=final if stopped or reason is None else final + text.finish(),
                 token=token,
@@ -132,6 +138,7 @@ def stream(
                 peak_memory=mx.get_peak_memory() / 1e9,
                 reprefilled=cache.rerun_tokens - rerun,
                 finish_reason=reason,
+                forced=forced,
             )
             rerun = cache.rerun_tokens
             if reason:
@@ -178,7 +185,8 @@ def generate(
         tokenizer: from `load`.
         prompt: as for `stream_generate`.
         schema: a JSON schema, a dataclass or a pydantic model (a class with `model_json_schema` and
-            `model_validate_json`) that the answer obeys. The answer ends within `max_tokens`.
+            `model_validate_json`) that the answer obeys. The answer ends within `max_tokens`; a warning says so if
+            that was not the end that the model would have written.
         verbose: prints the text as it comes, then counts and speeds.
         options: those of `stream_generate`.
 
@@ -202,6 +210,9 @@ def generate(
     text = _text(stream(model, tokenizer, prompt, cache, replace(chosen, logits_mask=constraint)), verbose)
     if not constraint.complete:
         raise RequestError(f"the answer had not ended after max_tokens {chosen.max_tokens}; raise max_tokens")
+    if constraint.forced:
+        message = f"the answer was brought to its end by max_tokens {chosen.max_tokens}; raise it for a whole answer"
+        warnings.warn(message, stacklevel=2)
     answer: str | Answer = read(text)
     return answer
 

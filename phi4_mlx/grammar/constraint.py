@@ -47,6 +47,12 @@ class Constraint:
         self._way = self._find_way(MAX_WAY) if max_tokens else None  # tokens that lead to the end
         self._longest_way = len(self._way or ())
         self._follow_way = False
+        self._forced = False
+
+    @property
+    def forced(self) -> bool:
+        """True once a sampled token was refused because of `max_tokens`: the rest is not what the model would write."""
+        return self._forced
 
     @property
     def done(self) -> bool:
@@ -128,7 +134,7 @@ class Constraint:
             inside, self._in_string = self._in_string, self._in_string_before
             back = self._find_way(left) if before is None else before
             if back is not None and (not back or len(back) < self._left):
-                self._way, self._follow_way = back, bool(back)
+                self._way, self._follow_way, self._forced = back, bool(back), True
                 self._barred.append(token)  # where the answer may end, it may also continue without this token
                 return False
             self._matcher.consume_token(token)  # no end fits without the token either

@@ -8,19 +8,22 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.server.apis import chat as chat_api
@@ -28,11 +31,13 @@ from phi4_mlx.server.apis import completions as completions_api
 from phi4_mlx.server.apis import messages as messages_api
 from phi4_mlx.server.apis import responses as responses_api
 from phi4_mlx.server.apis.answer import Answer
-from phi4_mlx.server.apis.wire import Ask, Delta, End, WireError, json_bytes
+from phi4_mlx.server.apis.wire import Ask, Delta, End, WireError, ignored_header, json_bytes
 from phi4_mlx.server.guard import Receive, Scope, Send, refuse
 from phi4_mlx.server.limits import BRACKETS_LIMIT
 from phi4_mlx.server.service import Service
 
+LOG = logging.getLogger("uvicorn.error")  # the server's log
+IGNORED = "x-phi4-ignored"  # a header: what had no effect on the answer
 HEARTBEAT_S = 10.0  # a proxy closes a stream that is silent for too long
 LARGE_BODY = 2**18  # bytes; a larger one is parsed in a thread, because 16 MB take up to two seconds
 
@@ -75,7 +80,7 @@ class App:
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in answering.items()),
         ]
         handlers: dict[Any, Any] = {WireError: self._refused, HTTPException: self._http_error, Exception: self._broken}
-        return Starlette(routes=routes, exception_handlers=handlers)
+        return Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(PlainPaths)])
 
     async def page(self, request: Request) -> Response:
         """The chat page; its content security policy allows only its own script and style."""
@@ -102,8 +107,13 @@ class App:
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self, request: Request) -> Response:
-        """All models and adapters that a client may name."""
-        return _json({"object": "list", "data": [self._model_json(name) for name in self.service.models]})
+        """All models and adapters that a client may name; in Anthropic's form for its clients."""
+        names = list(self.service.models)
+        if "anthropic-version" in request.headers:
+            since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.created))
+            data = [{"type": "model", "id": name, "display_name": name, "created_at": since} for name in names]
+            return _json({"data": data, "has_more": False, "first_id": names[0], "last_id": names[-1]})
+        return _json({"object": "list", "data": [self._model_json(name) for name in names]})
 
     async def model(self, request: Request) -> Response:
         """One model or adapter."""
@@ -114,13 +124,13 @@ class App:
 
     async def count_tokens(self, request: Request) -> Response:
         """The length in tokens of a prompt of /v1/messages."""
-        parse = functools.partial(messages_api.parse, counting=True)
-        ask = await self._parse(parse, await request.body())
+        ask = await self._parse(messages_api.parse, await request.body())
         return _json({"input_tokens": len((await self.service.prompts(ask))[0])})
 
     async def embeddings(self, request: Request) -> Response:
         """Refused: this model makes no embeddings."""
-        raise WireError(501, "this model makes no embeddings")
+        error = WireError(501, "this model makes no embeddings")
+        return self._refusal(request, error, {"x-should-retry": "false"})  # clients retry any other 5xx
 
     def _model_json(self, name: str) -> JsonObject:
         return {"id": name, "object": "model", "created": self.created, "owned_by": "phi4_mlx"}
@@ -134,7 +144,7 @@ class App:
         def read() -> Ask:
             return parse(_body(data), self.service.vocabulary)
 
-        return await asyncio.to_thread(read) if len(data) > LARGE_BODY else read()
+        return self.service.served(await asyncio.to_thread(read) if len(data) > LARGE_BODY else read())
 
     def _answering(self, parse: Parse, make: MakeAnswer) -> Callable[[Request], Awaitable[Response]]:
         """A route that answers with generated text."""
@@ -142,7 +152,8 @@ class App:
         async def route(request: Request) -> Response:
             ask = await self._parse(parse, await request.body())
             prompts = await self.service.prompts(ask)
-            items = self.service.answers(ask, await self.service.jobs(ask, prompts))
+            jobs, ignored = await self.service.jobs(ask, prompts)
+            items = self.service.answers(ask, jobs)
             answer = make(ask, int(time.time()), sum(map(len, prompts)))
             try:
                 if ask.stream:
@@ -154,6 +165,9 @@ class App:
                     response = _json(answer.body(await _unless_gone(request.receive, _collected(items))))
             except ClientGone:
                 response = Response(status_code=499)  # never sent
+            if ignored:
+                response.headers[IGNORED] = ignored_header(ignored)
+                LOG.warning("%s: ignored %s", request.url.path, response.headers[IGNORED])
             self.counts[request.url.path, response.status_code] += 1
             return response
 
@@ -166,29 +180,55 @@ class App:
     async def _http_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         status = error.status_code
+        if status == 405 and request.method == "OPTIONS":
+            return Response(status_code=204, headers=error.headers)
         messages = {404: "there is no such route", 405: f"this route does not accept {request.method}"}
-        return self._refusal(request, WireError(status, messages.get(status, str(error.detail))))
+        return self._refusal(request, WireError(status, messages.get(status, str(error.detail))), error.headers)
 
     async def _broken(self, request: Request, error: Exception) -> Response:
         return self._refusal(request, WireError(500, f"the server could not answer: {type(error).__name__}"))
 
-    def _refusal(self, request: Request, error: WireError) -> Response:
+    def _refusal(self, request: Request, error: WireError, headers: Mapping[str, str] | None = None) -> Response:
         # A path that a client chooses must not become a line of /metrics.
         known = request.scope.get("endpoint") is not None and not request.path_params
         self.counts[request.url.path if known else "other", error.status] += 1
-        return Refusal(error)
+        return Refusal(error, headers or {})
+
+
+class PlainPaths:
+    """An ASGI application that takes double and trailing slashes, and a second /v1, out of the path of a request.
+
+    Clients join them from a base URL that already ends with a slash or with /v1.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on with its plain path."""
+        if scope["type"] == "http":
+            path = re.sub("/+", "/", scope["path"]).rstrip("/") or "/"
+            scope = {**scope, "path": re.sub(r"^(/v1)+(?=/v1/)", "", path)}
+        await self._app(scope, receive, send)
 
 
 class Refusal(Response):
     """An error in the form of the route's API."""
 
-    def __init__(self, error: WireError) -> None:
+    def __init__(self, error: WireError, headers: Mapping[str, str]) -> None:
         super().__init__(status_code=error.status)
         self._error = error
+        self._more = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the response."""
-        await refuse(scope, send, self._error)
+
+        async def send_with_more(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], *self._more]}
+            await send(message)
+
+        await refuse(scope, send_with_more, self._error)
 
 
 class EventStream(Response):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ from phi4_mlx.server.engine.supervisor import Full, Supervisor
 from phi4_mlx.tokens.tokenizer import Tokenizer
 
 UNREAD_ITEMS = 16  # of a client's answers; beyond them the supervisor's own limit counts
+_FOLDERS = re.compile(r"(?<![\w./:])/(?:[^\s/'\",;:]+/)+")  # of an absolute path; which is not for clients to see
 
 
 @dataclass(frozen=True)
@@ -37,34 +39,50 @@ class Service:
     timeout_s: float
     max_tokens: int | None = None
 
+    def served(self, ask: Ask) -> Ask:
+        """The request with the name of the model that answers it.
+
+        The model itself answers a request that names none, and, where there are no adapters, one with any name.
+
+        Raises:
+            WireError: the model is not known.
+        """
+        own = next(iter(self.models))
+        if ask.model in self.models or not ask.model:
+            return ask if ask.model else replace(ask, model=own)
+        if len(self.models) == 1:
+            return replace(ask, model=own, ignored=(*ask.ignored, "model"))
+        known = ", ".join(self.models)
+        raise WireError(404, f"there is no model {ask.model!r:.100}; there are {known}", "model", "model_not_found")
+
     async def prompts(self, ask: Ask) -> list[list[int]]:
         """The prompts of a request as token ids.
 
         Raises:
-            WireError: the model is not known, or a prompt is malformed or too long.
+            WireError: a prompt is malformed or too long.
         """
-        if ask.model not in self.models:
-            known = ", ".join(self.models)
-            raise WireError(404, f"there is no model {ask.model!r:.100}; there are {known}", "model", "model_not_found")
         try:
             prompts = await asyncio.to_thread(self._encode, ask)  # encoding a long prompt would block other requests
         except Phi4Error as error:
             raise WireError(400, str(error)) from None
         for prompt in prompts:
-            self._check_length(len(prompt), ask.max_tokens)
+            self._check_length(len(prompt))
         return prompts
 
-    async def jobs(self, ask: Ask, prompts: list[list[int]]) -> list[Job]:
-        """The engine's jobs for a request, one for each answer.
+    async def jobs(self, ask: Ask, prompts: list[list[int]]) -> tuple[list[Job], tuple[str, ...]]:
+        """The engine's jobs for a request, one for each answer; and the paths of what has no effect on the answers.
 
         Raises:
             WireError: the requested grammar cannot be built.
         """
-        grammar = await asyncio.to_thread(_grammar, ask)
+        grammar, loosened = await asyncio.to_thread(_grammar, ask), ()
+        ignored = (*ask.ignored, *loosened)
         jobs = []
         for prompt in prompts:
             room = self.supervisor.longest - len(prompt)
-            limit = ask.max_tokens or min(room, self.max_tokens or room)
+            limit = min(room, ask.max_tokens or self.max_tokens or room)
+            if ask.max_tokens and ask.max_tokens > room and "max_tokens" not in ignored:
+                ignored = (*ignored, "max_tokens")
             for n in range(ask.n):
                 seed = ask.sampling.seed
                 sampling = ask.sampling if seed is None else replace(ask.sampling, seed=(seed + n) % 2**64)
@@ -72,7 +90,7 @@ class Service:
                 jobs.append(
                     Job(0, tuple(prompt), limit, sampling, ask.stop, ask.top_logprobs, grammar, adapter, self.timeout_s)
                 )
-        return jobs
+        return jobs, ignored
 
     async def answers(self, ask: Ask, jobs: list[Job]) -> AsyncGenerator[Delta | End, None]:
         """The items of all answers as they come; closing the generator cancels the jobs.
@@ -114,11 +132,12 @@ class Service:
             async with contextlib.aclosing(self.supervisor.events(job)) as events:
                 async for event in events:
                     if isinstance(event, Failure):
-                        raise WireError(event.status, event.message)
+                        raise WireError(event.status, _FOLDERS.sub(".../", event.message))
                     if isinstance(event, Piece):
-                        text, logprobs = answer.add(event.text), event.logprobs
+                        text, logprobs = answer.add(event.text, forced=event.forced), event.logprobs
                     else:
-                        text, logprobs = answer.finish(), ()
+                        by_stop_string = event.stop_string is not None
+                        text, logprobs = answer.add("", event.reason, by_stop_string=by_stop_string), ()
                     if text or logprobs:
                         yield Delta(index, text, None, logprobs)
                     for call in answer.calls[sent_calls:]:
@@ -137,13 +156,15 @@ class Service:
         tools = ask.tools if _calls_tools(ask) else None
         return [self.tokenizer.apply_chat_template(ask.messages, tools=tools)]
 
-    def _check_length(self, length: int, max_tokens: int | None) -> None:
+    def _check_length(self, length: int) -> None:
         longest = self.supervisor.longest
         if not length:
             raise WireError(400, "the prompt has 0 tokens; it needs at least 1", "prompt")
-        if length + (max_tokens or 1) > longest:
-            wanted = f"{length} prompt tokens and max_tokens {max_tokens}" if max_tokens else f"{length} prompt tokens"
-            message = f"{wanted} are more than the {longest} tokens that this server can hold; shorten one or the other"
+        if length >= longest:
+            message = (
+                f"{length} prompt tokens leave no room for an answer in the {longest} tokens that this server can "
+                "hold; shorten the prompt"
+            )
             raise WireError(400, message, "messages", "context_length_exceeded")
 
 

@@ -397,7 +397,17 @@ def _flat_call(call: Message) -> JsonObject:
     name, arguments = function["name"], function.get("arguments", {})
     if not isinstance(name, str):
         raise TypeError
-    return {"name": name, "arguments": json.loads(arguments) if isinstance(arguments, str) else arguments}
+    return {"name": name, "arguments": _arguments(arguments) if isinstance(arguments, str) else arguments}
+
+
+def _arguments(text: str) -> Any:
+    """Arguments that a model wrote: the value, or the text as it is if that is not JSON, for the model to see."""
+    try:
+        value = json.loads(text or "{}", strict=False)  # a model writes line breaks in strings
+        json_text(value).encode()
+    except (ValueError, RecursionError):  # cut, NaN, half a surrogate pair, thousands of digits
+        return text
+    return value
 
 
 def _refuse_tools(name: str, message: Message, tools: Sequence[Any]) -> None:

@@ -37,6 +37,7 @@ class _State(enum.Enum):
     AFTER_VALUE = enum.auto()  # a comma, the closer, or the end of the block
     AFTER_FENCE = enum.auto()  # only white space, or the block is text
     AFTER_BLOCK = enum.auto()  # white space between a block and the text after it
+    CUT = enum.auto()
 
 
 class ToolCallParser:
@@ -51,17 +52,14 @@ class ToolCallParser:
         marked: reads JSON without a marker as text.
 
     Attributes:
-        error: why something that looks like a call is text (cut off, not JSON, or not a declared tool): one line, for
-            the first such call so far; None if there is none.
+        error: why the first text that looks like a call is none (cut off, not JSON, no declared tool), or None.
 
     Raises:
         RequestError: a tool is malformed, or `tools` is not a list.
     """
 
     def __init__(self, tools: Iterable[Any], marked: bool = False) -> None:
-        if isinstance(tools, (str, Mapping)):
-            raise RequestError(f"tools must be a list, not {tools!r:.100}")
-        self._tools = dict(map(_named, tools))
+        self._tools = _by_name(tools)
         self.error: str | None = None
         self._calls: list[ToolCall] = []
         self._shown: tuple[ToolCall, ...] = ()  # `_calls`, copied only where there are new ones
@@ -87,22 +85,25 @@ class ToolCallParser:
             at = _READERS[self._state](self, text, at)
         return self._text.take()
 
+    def cut(self) -> None:
+        """Cuts the answer where the model did not end it: an incomplete call becomes text, and so does what follows."""
+        state, block = self._state, self._block
+        if state is _State.AFTER_VALUE and not block.form.whole:
+            self._close_at_end()
+        elif state in _IN_BLOCK:
+            if state is not _State.BEFORE_VALUE or block.values or block.form in (TAGGED, REQUEST):
+                self.error = self.error or _CUT_OFF
+            self._drop()
+        elif state is _State.START and self._carried == "[":
+            self.error = self.error or _CUT_OFF
+        self._text.add(self._carried)
+        self._carried, self._state = "", _State.CUT
+
     def finish(self) -> str:
         """Ends the answer; returns the withheld text."""
-        rest, self._carried = self._carried, ""
-        state, block = self._state, self._block
-        if state in (_State.AFTER_VALUE, _State.AFTER_FENCE):
-            block.after.append(rest)  # the start of the closer
-            self._close()
-        elif state in (_State.BEFORE_VALUE, _State.VALUE):
-            if state is _State.VALUE or block.values or block.form in (TAGGED, REQUEST):
-                self._complain(_CUT_OFF)
-            self._drop()
-            self._text.add(rest)
-        else:
-            if state is _State.START and rest == "[":
-                self._complain(_CUT_OFF)
-            self._text.add(rest)
+        if self._state in (_State.AFTER_VALUE, _State.AFTER_FENCE):
+            self._close_at_end()
+        self.cut()
         if not self._calls:
             self._text.keep_space()
         return self._text.take()
@@ -153,7 +154,7 @@ class ToolCallParser:
         block.value.append(text[at:end])
         if block.json.problem:
             if block.json.too_large or (block.json.has_object and not block.form.whole):
-                self._complain(f"a tool call is left as text: {block.json.problem}")
+                self.error = self.error or f"a tool call is left as text: {block.json.problem}"
             self._drop()
         elif block.json.done:
             block.end_value()
@@ -212,12 +213,17 @@ class ToolCallParser:
             self._calls += parse_calls(block.values, self._tools, block.form.whole)
         except NotACall as why:
             if str(why) and not block.form.whole:
-                self._complain(f"a tool call is left as text: {why}")
+                self.error = self.error or f"a tool call is left as text: {why}"
             self._drop()
             return False
         self._text.end_block()
         self._state = _State.AFTER_BLOCK
         return True
+
+    def _close_at_end(self) -> None:
+        self._block.after.append(self._carried)  # the start of the closer
+        self._carried = ""
+        self._close()
 
     def _end_block(self) -> None:
         """Ends a block after its last value, because what follows is not part of it."""
@@ -233,9 +239,6 @@ class ToolCallParser:
         self._text.add(self._block.text())
         self._state = _State.TEXT
 
-    def _complain(self, error: str) -> None:
-        self.error = self.error or error
-
     def _carry(self, text: str, at: int) -> int:
         """Keeps the rest of a piece, which is never longer than a marker, until the next piece."""
         self._carried = text[at:]
@@ -243,6 +246,14 @@ class ToolCallParser:
 
 
 _CUT_OFF = "the answer ends inside a tool call, which is left as text; allow it more tokens"
+_IN_BLOCK = (_State.BEFORE_VALUE, _State.VALUE, _State.AFTER_VALUE, _State.AFTER_FENCE)
+
+
+def _read_rest(parser: ToolCallParser, text: str, at: int) -> int:
+    parser._text.add(text[at:])
+    return len(text)
+
+
 _READERS = {
     _State.START: ToolCallParser._read_start,
     _State.TEXT: ToolCallParser._read_text,
@@ -251,6 +262,7 @@ _READERS = {
     _State.AFTER_VALUE: ToolCallParser._read_after_value,
     _State.AFTER_FENCE: ToolCallParser._read_after_fence,
     _State.AFTER_BLOCK: ToolCallParser._read_after_block,
+    _State.CUT: _read_rest,
 }
 
 
@@ -315,6 +327,12 @@ class _Block:
 
     def text(self) -> str:
         return "".join((*self.before, *self.value, *self.after))
+
+
+def _by_name(tools: Iterable[Any]) -> dict[str, Mapping[str, Any] | None]:
+    if isinstance(tools, (str, Mapping)):
+        raise RequestError(f"tools must be a list, not {tools!r:.100}")
+    return dict(map(_named, tools))
 
 
 def _named(tool: Any) -> tuple[str, Mapping[str, Any] | None]:

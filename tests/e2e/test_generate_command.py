@@ -207,6 +207,10 @@ def test_an_answer_obeys_a_schema(model: str, tmp_path: Path) -> None:
     options = ["--model", model, "--schema", str(path), "--prompt", "hi", "--temp", "1", "--seed", "1"]
     assert json.loads(generate(*options).stdout)["colour"] in ("red", "blue")
     assert b"had not ended after --max-tokens 2" in generate(*options, "--max-tokens", "2", code=2).stderr
+    assert b"brought to its end" not in generate(*options).stderr
+    path.write_text('{"type": "string", "minLength": 3}')
+    forced = generate(*options, "--max-tokens", "12")
+    assert json.loads(forced.stdout) and b"brought to its end by --max-tokens 12" in forced.stderr
     assert b"--stop may end an answer" in generate(*options, "--stop", "x", code=2).stderr
     assert b"no.json cannot be read" in generate(*options, "--schema", "no.json", code=2).stderr
 

@@ -123,8 +123,8 @@ class SchemaMaker:
         return {"$ref": f"#/$defs/{name}"}
 
 
-def answer(demo: Demo, grammar: Grammar, prompt: str, seed: int) -> tuple[str, str | None]:
-    """The text at temperature 1, and its finish reason."""
+def answer(demo: Demo, grammar: Grammar, prompt: str, seed: int) -> tuple[str, bool]:
+    """The text at temperature 1, and True if it ends with an end marker."""
     model, tokenizer = demo
     constraint = Constraint(grammar, tokenizer, model.config.vocab_size, MAX_TOKENS)
     ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
@@ -134,17 +134,19 @@ def answer(demo: Demo, grammar: Grammar, prompt: str, seed: int) -> tuple[str, s
         "logits_mask": constraint,
     }
     events = list(stream_generate(model, tokenizer, ids, **options))
-    return "".join(event.text for event in events), events[-1].finish_reason
+    ended = events[-1].token in tokenizer.eos_ids
+    assert events[-1].finish_reason == ("stop" if ended and not constraint.forced else "length")
+    return "".join(event.text for event in events), ended
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(SCHEMAS))
 def test_every_answer_is_valid_under_its_schema_and_ends(demo: Demo, seed: int) -> None:
     schema = SchemaMaker(seed).root()
-    text, reason = answer(demo, json_schema(schema), "Fill in the form as JSON.", seed)
+    text, ended = answer(demo, json_schema(schema), "Fill in the form as JSON.", seed)
     checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
     jsonschema.Draft202012Validator(schema, format_checker=checker).validate(json.loads(text))
-    assert reason == "stop" or schema.get("type") in ("integer", "number"), text
+    assert ended or schema.get("type") in ("integer", "number"), text
 
 
 @pytest.mark.slow
@@ -157,8 +159,8 @@ def test_every_required_tool_call_is_valid(demo: Demo, seed: int) -> None:
         tools[f"tool_{n}"] = {**parameters, "$defs": maker.definitions}
     given = [{"type": "function", "function": {"name": name, "parameters": tool}} for name, tool in tools.items()]
     for choice in ("required", "tool_1"):
-        text, reason = answer(demo, tool_calls(given, choice), "Do what is needed.", seed)
-        assert reason == "stop" and text.startswith("<|tool_call|>[") and text.endswith("]<|/tool_call|>"), text
+        text, ended = answer(demo, tool_calls(given, choice), "Do what is needed.", seed)
+        assert ended and text.startswith("<|tool_call|>[") and text.endswith("]<|/tool_call|>"), text
         calls = json.loads(text.removeprefix("<|tool_call|>").removesuffix("<|/tool_call|>"))
         assert calls and (choice == "required" or [call["name"] for call in calls] == [choice])
         for call in calls:

@@ -492,6 +492,59 @@ def test_a_call_that_does_not_end_in_time_is_not_run_with_half_an_argument(model
     assert result.error is not None and "ends inside a tool call" in result.error
 
 
+RAN: list[tuple[str, int]] = []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", ["required", "auto"])
+def test_a_cut_call_is_never_run(choice: str, model: Any) -> None:
+    def said(max_tokens: int) -> AgentResult:
+        RAN.clear()
+        first = [] if choice == "required" else [TOKENIZER.control_ids["<|tool_call|>"]]
+        options = {"sampler": Chance(*first), "max_tokens": max_tokens, "max_rounds": 1, "tool_choice": choice}
+        return run_tools(model, TOKENIZER, ASK, [short], **options)
+
+    def short(who: Literal["a", "the whole family"], n: int) -> str:
+        """Books."""
+        RAN.append((who, n))
+        return "booked"
+
+    whole = said(300)
+    assert whole.finish_reason == "max_rounds" and len(whole.messages[1]["tool_calls"]) >= 1
+    for limit in range(1, 300):
+        result = said(limit)
+        assert RAN == [] and not result.complete
+        if result.finish_reason == "max_rounds":
+            assert result.messages == whole.messages
+            break
+        made = result.messages[1].get("tool_calls")
+        assert result.finish_reason == "length" and made in (None, whole.messages[1]["tool_calls"])
+    assert limit > 20
+
+
+def test_a_whole_call_in_a_cut_answer_is_not_run(run: Callable[..., AgentResult]) -> None:
+    def fail(x: int) -> None:
+        """Fails."""
+        raise AssertionError
+
+    reply = calling(("fail", {"x": 1})) + " and then a long text that never ends"
+    result = run([fail], reply, max_tokens=35)
+    assert (result.finish_reason, result.complete, result.rounds) == ("length", False, 1)
+    assert results_of(result) == ["error: not run: the answer was cut after 35 tokens"]
+    ended = run([fail], reply.replace("fail", "none"), "ok", max_tokens=200)
+    assert ended.complete
+
+
+def test_a_stop_string_inside_a_call_runs_nothing(run: Callable[..., AgentResult]) -> None:
+    def fail(x: int) -> None:
+        """Fails."""
+        raise AssertionError
+
+    for stop in ("arguments", "}]", "]"):
+        result = run([fail], calling(("fail", {"x": 1})), stop=stop)
+        assert result.rounds == 1 and result.finish_reason == "stop" and result.text.startswith("<|tool_call|>[{")
+
+
 def test_calls_can_be_switched_off(run: Callable[..., AgentResult]) -> None:
     spoken = calling(("add", {"a": 1}))
     result = run([add], spoken, tool_choice="none")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.generation.sampling import Sampling
-from phi4_mlx.server.apis.fields import Fields, check_json, shown
+from phi4_mlx.server.apis.fields import Fields, shown
 from phi4_mlx.server.apis.wire import WireError
 from phi4_mlx.server.limits import (
     API_PENALTY_LIMIT,
@@ -17,25 +17,25 @@ from phi4_mlx.server.limits import (
     BIAS_ENTRIES_LIMIT,
     BIAS_LIMIT,
     CHOICES_LIMIT,
-    PARTS_LIMIT,
+    NAME_CHARS_LIMIT,
     SCHEMA_CHARS_LIMIT,
     STOP_CHARS_LIMIT,
     STOPS_LIMIT,
+    TOOLS_LIMIT,
 )
 from phi4_mlx.terminal.limits import MAX_TOKENS_LIMIT, REPETITION_PENALTY_RANGE, SEED_LIMIT, TOP_K_LIMIT
-from phi4_mlx.tools.declarations import MAX_PROPERTIES, MAX_TOOLS, check_tools
+from phi4_mlx.tools.declarations import MAX_PROPERTIES, check_tools
 
-D = TypeVar("D")
-
-TEXT_PARTS = ("text", "input_text", "output_text")
+LEAST_TOP_P = 1e-6
 TOOL_MODES = ("none", "auto", "required")  # values of tool_choice that do not name a tool
 
 
 def read_sampling(fields: Fields, vocabulary: int) -> Sampling:
     """The sampling settings: OpenAI's fields, and in every API also `top_k`, `min_p` and `repetition_penalty`."""
     top_p = fields.number("top_p", 1.0, 0, 1)
-    if top_p == 0:
-        fields.refuse("top_p", "must be over 0 and at most 1; for the likeliest token use temperature 0")
+    if top_p < LEAST_TOP_P:  # the likeliest token alone; a float32 may not hold less
+        fields.ignored.add(fields.where("top_p"))
+        top_p = LEAST_TOP_P
     seed = fields.integer("seed", None, -(2**63), SEED_LIMIT)
     return Sampling(
         temp=fields.number("temperature", 1.0, 0, API_TEMPERATURE_LIMIT),
@@ -60,59 +60,27 @@ def _logit_bias(biases: Fields, vocabulary: int) -> dict[int, float]:
 
 
 def read_stop(fields: Fields, name: str = "stop") -> tuple[str, ...]:
-    """Stop strings: one, or a list."""
-    if isinstance(fields.get(name), str):
-        fields = Fields({name: [fields.get(name)]}, fields.path)
-    return fields.texts(name, STOPS_LIMIT, STOP_CHARS_LIMIT)
+    """Stop strings: one, or a list; empty ones are left out."""
+    given = fields.get(name)
+    given = [given] if isinstance(given, str) else given
+    if isinstance(given, list) and "" in given:
+        if given != [""]:
+            fields.ignored.add(fields.where(name))
+        given = [each for each in given if each != ""]
+    return Fields({name: given}, fields.path).texts(name, STOPS_LIMIT, STOP_CHARS_LIMIT)
 
 
 def read_model(fields: Fields) -> str:
-    """The name of the model."""
-    return fields.needed_name("model")
+    """The name of the model; "" for none."""
+    return fields.text("model", "", 0, NAME_CHARS_LIMIT)
 
 
 def read_max_tokens(fields: Fields, name: str = "max_tokens") -> int | None:
-    """The longest answer in tokens; None for as many as fit."""
-    return fields.integer(name, None, 1, MAX_TOKENS_LIMIT)
-
-
-def read_text(fields: Fields, name: str = "content", default: D | None = None) -> str | D | None:
-    """The text of a field that is a string or a list of text parts; the parts are joined.
-
-    Args:
-        fields: the message, or another object with content.
-        name: the field.
-        default: the result if the field is absent.
-    """
+    """The longest answer in tokens; None for as many as fit, which clients also write as 0 or -1."""
     value = fields.get(name)
-    if value is None:
-        return default
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        fields.refuse(name, f"must be text or a list of parts, not {shown(value)}")
-    return "".join(map(_part_text, fields.children(name, PARTS_LIMIT)))
-
-
-def _part_text(part: Fields) -> str:
-    kind = part.text("type", "")
-    if kind == "refusal":
-        return part.text("refusal", "")
-    if kind not in TEXT_PARTS:
-        part.refuse("type", f"is {shown(kind)}; this model reads only text")
-    return part.needed_text("text")
-
-
-def read_arguments(fields: Fields, name: str = "arguments") -> str:
-    """The arguments of an earlier tool call: a JSON object in a string."""
-    text = fields.text(name, "") or "{}"  # some clients send an empty string for no arguments
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        fields.refuse(name, f"must be a JSON object in a string, not {shown(text)}")
-    check_json(value, fields.where(name))
-    Fields(value, fields.where(name))  # refuses any other type
-    return text
+    if type(value) is int and not 1 <= value <= MAX_TOKENS_LIMIT:
+        return None
+    return fields.integer(name, None, 1, MAX_TOKENS_LIMIT)
 
 
 def tool_call(call_id: str, name: str, arguments: str) -> JsonObject:
@@ -120,28 +88,56 @@ def tool_call(call_id: str, name: str, arguments: str) -> JsonObject:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def read_tools(fields: Fields, kind: str = "function") -> list[Fields]:
-    """The tools of a body; their only type is `kind`, because this server runs no tools of its own."""
-    tools = fields.children("tools", MAX_TOOLS)
-    for tool in tools:
-        tool.one_of("type", (kind,), kind)
-    return tools
+def read_tools(fields: Fields, kind: str = "function") -> tuple[list[Fields], list[str]]:
+    """The tools of a body that can be called, and the names of the others.
+
+    Only tools of the type `kind` can be called: this server runs no tools of its own. The others are left out, as is
+    a second tool of the same name.
+    """
+    tools, others = [], []
+    for tool in fields.children("tools", TOOLS_LIMIT):
+        if tool.text("type", kind) == kind:
+            tools.append(tool)
+        else:
+            others.append(tool.get("name") if isinstance(tool.get("name"), str) else tool.get("type"))
+            tool.ignore()
+    return tools, others
+
+
+def unique_tools(given: Sequence[Fields], tools: Sequence[JsonObject]) -> list[JsonObject]:
+    """The tools without those whose name is taken.
+
+    Args:
+        given: the tools in the body.
+        tools: the same in OpenAI's form.
+    """
+    kept: dict[str, JsonObject] = {}
+    for fields, tool in zip(given, tools, strict=True):
+        if kept.setdefault(tool["function"]["name"], tool) is not tool:
+            fields.ignore()
+    return list(kept.values())
 
 
 def read_tool(fields: Fields, schema: str = "parameters") -> JsonObject:
     """A tool in OpenAI's form.
 
     Args:
-        fields: the object with the tool's name, description and schema.
+        fields: the object with the tool's name, description and schema, or with that object as its field "function":
+            clients mix up the forms of chat completions and responses.
         schema: the name of the schema's field.
     """
+    if fields.has("function"):
+        fields = fields.child("function")
     function: JsonObject = {"name": fields.needed_name("name")}
     if function["name"] in TOOL_MODES:
         fields.refuse("name", f"must not be {function['name']!r}, which has another meaning as tool_choice")
     if fields.has("description"):
         function["description"] = fields.text("description", "", 0, SCHEMA_CHARS_LIMIT)
+    if fields.has("strict") and isinstance(fields.get("strict"), bool):
+        function["strict"] = fields.get("strict")
     if fields.has(schema):
-        parameters = read_schema(fields, schema)
+        given = _sized_schema(fields, schema)
+        parameters = {key: value for key, value in given.items() if value is not None}
         # Without a type, `check_tools` would take "properties" for the name of an argument.
         function["parameters"] = {"type": "object", **parameters} if "properties" in parameters else parameters
     try:
@@ -158,27 +154,36 @@ def read_tool_choice(fields: Fields, function: str | None = None) -> str:
         function: the field of tool_choice that contains the name; None if the name is in tool_choice itself.
     """
     choice = fields.get("tool_choice")
-    if choice is None:
+    if choice is None or choice == {}:
         return "auto"
     if isinstance(choice, str):
-        return fields.one_of("tool_choice", TOOL_MODES)
+        return "required" if choice == "any" else fields.one_of("tool_choice", TOOL_MODES)
     given = fields.child("tool_choice")
-    given.one_of("type", ("function",))
-    return (given if function is None else given.child(function)).needed_name("name")
+    kind = given.text("type", "")
+    if kind == "function":
+        return (given if function is None else given.child(function)).needed_name("name")
+    if kind == "allowed_tools":
+        holder = given.child(kind) if given.has(kind) else given
+        return holder.one_of("mode", TOOL_MODES, "auto")
+    if not kind:
+        given.refuse("type", "is missing")
+    fields.ignore("tool_choice")  # a tool that another server runs
+    return "auto"
 
 
-def check_tool_choice(fields: Fields, tools: Sequence[JsonObject], choice: str) -> str:
+def check_tool_choice(fields: Fields, tools: Sequence[JsonObject], choice: str, others: Sequence[str] = ()) -> str:
     """The tool choice for an `Ask`, after a check against the tools.
 
     Args:
         fields: the body.
         tools: its tools, in OpenAI's form.
         choice: a word of `TOOL_MODES`, or the name of a tool.
+        others: the names of the tools that were left out; a choice of one of them becomes "auto".
     """
     names = [tool["function"]["name"] for tool in tools]
-    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-    if twice is not None:
-        fields.refuse("tools", f"has two tools called {shown(twice)}")
+    if choice not in names and (choice in others or (choice == "required" and others and not tools)):
+        fields.ignore("tool_choice")
+        choice = "auto"
     if not tools and choice not in ("none", "auto"):
         fields.refuse("tool_choice", "asks for a call, but there are no tools")
     if choice not in (*TOOL_MODES, *names):
@@ -188,10 +193,7 @@ def check_tool_choice(fields: Fields, tools: Sequence[JsonObject], choice: str) 
 
 def read_schema(fields: Fields, name: str) -> JsonObject:
     """A JSON schema of limited size without references to other documents."""
-    schema = Fields(fields.get(name), fields.where(name)).values
-    size = len(json.dumps(schema, ensure_ascii=False))
-    if size > SCHEMA_CHARS_LIMIT:
-        fields.refuse(name, f"must be at most {SCHEMA_CHARS_LIMIT:,} characters of JSON, not {size:,}")
+    schema = _sized_schema(fields, name)
     left: list[Any] = [schema]
     properties = 0
     while left:
@@ -210,6 +212,14 @@ def read_schema(fields: Fields, name: str) -> JsonObject:
     return schema
 
 
+def _sized_schema(fields: Fields, name: str) -> JsonObject:
+    schema = Fields(fields.get(name), fields.where(name)).values
+    size = len(json.dumps(schema, ensure_ascii=False))
+    if size > SCHEMA_CHARS_LIMIT:
+        fields.refuse(name, f"must be at most {SCHEMA_CHARS_LIMIT:,} characters of JSON, not {size:,}")
+    return schema
+
+
 def read_response_format(fields: Fields, name: str = "response_format") -> tuple[Any, ...] | None:
     """The format that an answer must follow, as in `Ask.response_format`.
 
@@ -223,14 +233,26 @@ def read_response_format(fields: Fields, name: str = "response_format") -> tuple
     kind = given.one_of("type", ("text", "json_object", "json_schema", "regex", "choice", "grammar"))
     if kind == "text":
         return None
-    if kind == "json_object":
+    if kind == "json_object" and not given.has("schema"):
         return (kind,)
-    if kind == "json_schema":
-        holder = given.child("json_schema") if given.has("json_schema") else given
+    if kind in ("json_object", "json_schema"):
+        holder = _schema_holder(given)
+        for said in ("type", "name", "description"):
+            holder.get(said)
         holder.need("schema")
-        return (kind, read_schema(holder, "schema"))
+        return ("json_schema", read_schema(holder, "schema"))
     if kind == "choice":
         given.need("choices")
         return (kind, given.texts("choices", CHOICES_LIMIT, STOP_CHARS_LIMIT, 1))
     source = "pattern" if kind == "regex" else "grammar"
     return (kind, given.needed_text(source, 1, SCHEMA_CHARS_LIMIT))
+
+
+def demands_format(fields: Fields, name: str = "response_format") -> bool:
+    """True if the format is demanded as it is: "strict" beside its schema is true."""
+    return fields.has(name) and _schema_holder(fields.child(name)).get("strict") is True
+
+
+def _schema_holder(given: Fields) -> Fields:
+    """The object with the schema: the format itself, or its field json_schema."""
+    return given.child("json_schema") if given.has("json_schema") else given

@@ -5,6 +5,7 @@ Source: https://platform.openai.com/docs/api-reference/chat
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,31 +13,30 @@ from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.server.apis.answer import FINISH_REASONS, ChunkAnswer
 from phi4_mlx.server.apis.body import (
     check_tool_choice,
-    read_arguments,
+    demands_format,
     read_max_tokens,
     read_model,
     read_response_format,
     read_sampling,
     read_stop,
-    read_text,
     read_tool,
     read_tool_choice,
     read_tools,
     tool_call,
+    unique_tools,
 )
-from phi4_mlx.server.apis.fields import Fields, read_body, shown
+from phi4_mlx.server.apis.content import read_arguments, read_text, result_text
+from phi4_mlx.server.apis.fields import Fields, read_body
 from phi4_mlx.server.apis.wire import Ask, Delta, End, in_call_order, logprobs_json
 from phi4_mlx.server.engine.protocol import TokenLogprob
 from phi4_mlx.server.limits import (
     ANSWERS_LIMIT,
     CALLS_LIMIT,
     MESSAGES_LIMIT,
-    MODALITIES_LIMIT,
-    NAME_CHARS_LIMIT,
     TOP_LOGPROBS_LIMIT,
 )
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 def parse(body: Any, vocabulary: int) -> Ask:
@@ -47,26 +47,25 @@ def parse(body: Any, vocabulary: int) -> Ask:
         vocabulary: the number of token ids.
 
     Raises:
-        WireError: the body is malformed, exceeds a limit, or asks for something that is not supported; names the field.
+        WireError: the body is malformed, exceeds a limit, or no answer to it would be right; names the field.
     """
     fields = read_body(body)
-    fields.forbid("use tools and tool_choice", "functions", "function_call")
-    fields.forbid("this model reads and writes only text", "audio")
-    fields.forbid("this server does not search the web", "web_search_options")
-    fields.forbid("this server does not moderate answers", "moderation")
-    for modality in fields.items("modalities", MODALITIES_LIMIT):
-        if modality != "text":
-            fields.refuse("modalities", f"contains {shown(modality)}; this model writes only text")
-    tools = _read_tools(fields)
+    if isinstance(fields.get("function_call"), dict):
+        fields.refuse("function_call", "asks for a call of functions; use tools and tool_choice")
+    if fields.has("functions"):
+        fields.ignore("functions")
+    given, others = read_tools(fields)
+    tools = unique_tools(given, [read_tool(tool) for tool in given])
     max_completion_tokens = read_max_tokens(fields, "max_completion_tokens")
     max_tokens = read_max_tokens(fields)  # the older name
     return Ask(
         model=read_model(fields),
         messages=_read_messages(fields),
         tools=tools,
-        tool_choice=check_tool_choice(fields, tools, read_tool_choice(fields, "function")),
+        tool_choice=check_tool_choice(fields, tools, read_tool_choice(fields, "function"), others),
         parallel_tool_calls=fields.boolean("parallel_tool_calls", True),
         response_format=read_response_format(fields),
+        strict=demands_format(fields),
         sampling=read_sampling(fields, vocabulary),
         max_tokens=max_tokens if max_completion_tokens is None else max_completion_tokens,
         stop=read_stop(fields),
@@ -74,14 +73,8 @@ def parse(body: Any, vocabulary: int) -> Ask:
         stream=fields.boolean("stream", False),
         include_usage=fields.child("stream_options").boolean("include_usage", False),
         top_logprobs=_top_logprobs(fields),
+        ignored=fields.ignored.paths(),  # last, when all else is read
     )
-
-
-def _read_tools(fields: Fields) -> list[JsonObject]:
-    tools = read_tools(fields)
-    for tool in tools:
-        tool.need("function")
-    return [read_tool(tool.child("function")) for tool in tools]
 
 
 def _top_logprobs(fields: Fields) -> int | None:
@@ -89,44 +82,55 @@ def _top_logprobs(fields: Fields) -> int | None:
     if fields.boolean("logprobs", False):
         return top or 0
     if top:
-        fields.refuse("top_logprobs", f"is {top}, but logprobs is not true")
+        fields.ignore("top_logprobs")
     return None
 
 
 def _read_messages(fields: Fields) -> list[JsonObject]:
     fields.need("messages")
-    return in_call_order([_message(each) for each in fields.children("messages", MESSAGES_LIMIT, 1)])
+    given = fields.children("messages", MESSAGES_LIMIT, 1)
+    last = max((n for n, each in enumerate(given) if each.get("role") == "assistant"), default=-1)
+    return in_call_order([_message(each, n < last) for n, each in enumerate(given)])
 
 
-def _message(given: Fields) -> JsonObject:
+def _message(given: Fields, older: bool) -> JsonObject:
     """A message with only the fields that `check_messages` knows; a client's other fields are ignored."""
     given.need("role")
     role = given.one_of("role", ROLES)
-    given.forbid("use tool_calls", "function_call")
-    given.forbid("this model reads only text", "audio")
-    message: JsonObject = {"role": "system" if role == "developer" else role}
-    content = read_text(given)
-    if role == "assistant" and content is None and given.has("refusal"):
-        content = given.text("refusal", "")
-    calls = [_call(each) for each in given.children("tool_calls", CALLS_LIMIT)]
-    if calls and role != "assistant":
-        given.refuse("tool_calls", f"are allowed only in the role assistant, not {role}")
-    if content is None and not calls:
+    if role in ("tool", "function"):
+        call_id = given.get("tool_call_id")
+        return {
+            "role": "tool",
+            "tool_call_id": call_id if isinstance(call_id, str) else "",
+            "content": result_text(given),
+        }
+    content = read_text(given, placeholders=older or role == "assistant")
+    if role == "user" and content is None:
         given.refuse("content", "is missing")
-    message["content"] = content or ""
-    if calls:
-        message["tool_calls"] = calls
-    if role == "tool":
-        message["tool_call_id"] = given.text("tool_call_id", "", 0, NAME_CHARS_LIMIT)
-    return message
+    message: JsonObject = {"role": "system" if role == "developer" else role, "content": content or ""}
+    if role != "assistant":
+        return message
+    if not content and given.has("refusal"):
+        message["content"] = given.text("refusal", "")
+    calls = [_call(each) for each in given.children("tool_calls", CALLS_LIMIT)]
+    if given.has("function_call"):  # the older form
+        calls.append(_called("", given.child("function_call")))
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _call(given: Fields) -> JsonObject:
-    given.one_of("type", ("function",), "function")
+    """An earlier call; what a model wrote wrong in it is for the model to see."""
+    call_id = given.get("id")
+    call_id = call_id if isinstance(call_id, str) else ""
+    if given.get("type") == "custom":
+        custom = given.child("custom")
+        return tool_call(call_id, custom.text("name", ""), json.dumps({"input": custom.get("input")}))
     given.need("function")
-    function = given.child("function")
-    name = function.needed_name("name")
-    return tool_call(given.text("id", "", 0, NAME_CHARS_LIMIT), name, read_arguments(function))
+    return _called(call_id, given.child("function"))
+
+
+def _called(call_id: str, function: Fields) -> JsonObject:
+    return tool_call(call_id, function.text("name", ""), read_arguments(function))
 
 
 class ChatAnswer(ChunkAnswer):

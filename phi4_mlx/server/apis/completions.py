@@ -12,7 +12,14 @@ from typing import Any
 
 from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.server.apis.answer import FINISH_REASONS, ChunkAnswer
-from phi4_mlx.server.apis.body import read_max_tokens, read_model, read_response_format, read_sampling, read_stop
+from phi4_mlx.server.apis.body import (
+    demands_format,
+    read_max_tokens,
+    read_model,
+    read_response_format,
+    read_sampling,
+    read_stop,
+)
 from phi4_mlx.server.apis.fields import Fields, read_body, shown
 from phi4_mlx.server.apis.wire import Ask, Delta, End, finite, token_text
 from phi4_mlx.server.engine.protocol import TokenLogprob
@@ -34,10 +41,10 @@ def parse(body: Any, vocabulary: int) -> Ask:
     fields = read_body(body)
     fields.forbid("this model only continues a text; it does not fill gaps", "suffix")
     n = fields.integer("n", 1, 1, ANSWERS_LIMIT)
-    if fields.integer("best_of", n, 1, ANSWERS_LIMIT) != n:
-        fields.refuse("best_of", f"must equal n, which is {n}; the server returns every answer it generates")
+    if fields.get("best_of") not in (None, n):  # the server returns every answer it generates
+        fields.ignore("best_of")
     echo = fields.boolean("echo", False)
-    top_logprobs = fields.integer("logprobs", None, 0, TOP_LOGPROBS_LIMIT)
+    top_logprobs = _top_logprobs(fields)
     if echo and top_logprobs is not None:
         fields.refuse("logprobs", "does not work with echo: there are no log-probabilities of the prompt's tokens")
     prompts = _read_prompts(fields, vocabulary)
@@ -47,6 +54,7 @@ def parse(body: Any, vocabulary: int) -> Ask:
         model=read_model(fields),
         prompts=prompts,
         response_format=read_response_format(fields),
+        strict=demands_format(fields),
         sampling=read_sampling(fields, vocabulary),
         max_tokens=read_max_tokens(fields) if "max_tokens" in fields.values else DEFAULT_MAX_TOKENS,
         stop=read_stop(fields),
@@ -55,7 +63,15 @@ def parse(body: Any, vocabulary: int) -> Ask:
         include_usage=fields.child("stream_options").boolean("include_usage", False),
         top_logprobs=top_logprobs,
         echo=echo,
+        ignored=fields.ignored.paths(),  # last, when all else is read
     )
+
+
+def _top_logprobs(fields: Fields) -> int | None:
+    """The number of alternatives; some clients send true or false, as for chat completions."""
+    if isinstance(fields.get("logprobs"), bool):
+        return 0 if fields.get("logprobs") else None
+    return fields.integer("logprobs", None, 0, TOP_LOGPROBS_LIMIT)
 
 
 def _read_prompts(fields: Fields, vocabulary: int) -> list[str | list[int]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -30,22 +31,72 @@ def shown(value: Any) -> str:
     return f"a list of {len(value)}" if isinstance(value, list) else "an object"
 
 
+class Ignored:
+    """The parts of one body that have no effect on its answer: fields that no reader reads, and parts left out.
+
+    The items of a list count as one object, whose fields are those of all.
+    """
+
+    def __init__(self) -> None:
+        self._paths: dict[str, None] = {}
+        self._given: dict[str, dict[str, None]] = {}  # the names of an object's fields, by its path
+        self._read: dict[str, set[str]] = {}
+
+    def add(self, path: str) -> None:
+        """Adds the path of a part that was left out, or of a value that was replaced."""
+        if len(self._paths) < _MOST_PATHS:
+            self._paths[path] = None
+
+    def open(self, path: str, values: JsonObject) -> set[str]:
+        """Notes the fields of an object; returns the set for the names of those that are read."""
+        path = _INDEX.sub("[]", path)
+        given = self._given.setdefault(path, {})
+        for name, value in values.items():
+            if len(given) < _MOST_PATHS and value not in _EMPTY:
+                given[name] = None
+        return self._read.setdefault(path, set())
+
+    def paths(self) -> tuple[str, ...]:
+        """The paths so far."""
+        found = dict(self._paths)
+        for path, given in self._given.items():
+            for name in given:
+                if name not in self._read[path]:
+                    name = _NOT_NAME.sub("?", name[:SHOWN_CHARS])
+                    found[f"{path}.{name}" if path else name] = None
+        return tuple(found)
+
+
+_MOST_PATHS = 1_000  # more than the header has room for
+_INDEX = re.compile(r"\[\d+\]")
+_NOT_NAME = re.compile(r"[^A-Za-z0-9_.-]")
+_EMPTY: tuple[Any, ...] = (None, False, "", [], {})
+
+
 class Fields:
     """A JSON object of the body, read field by field; a null field counts as absent.
 
     Args:
         value: the object.
         path: its place in the body, for error messages; empty for the body itself.
+        ignored: collects what is not read of the body.
 
     Raises:
         WireError: a value has the wrong type or is outside its limits; every method raises it.
     """
 
-    def __init__(self, value: Any, path: str = "") -> None:
+    def __init__(self, value: Any, path: str = "", ignored: Ignored | None = None) -> None:
         self.path = path
         if not isinstance(value, dict):
             raise WireError(400, f"{path or 'the body'} must be a JSON object, not {shown(value)}", path or None)
         self.values: JsonObject = value
+        self.ignored = Ignored() if ignored is None else ignored
+        self._read = self.ignored.open(path, value)
+
+    def ignore(self, name: str | None = None) -> None:
+        """Notes that this object, or one of its fields, is left out."""
+        self._read.update(self.values if name is None else [name])
+        self.ignored.add(self.path if name is None else self.where(name))
 
     def where(self, name: str) -> str:
         """The path of a field in the body."""
@@ -57,11 +108,12 @@ class Fields:
 
     def get(self, name: str) -> Any:
         """A field's value as it is, of any type."""
+        self._read.add(name)
         return self.values.get(name)
 
     def has(self, name: str) -> bool:
         """True if the field is present and not null."""
-        return self.values.get(name) is not None
+        return self.get(name) is not None
 
     def need(self, *names: str) -> None:
         """Refuses an object in which one of these fields is absent."""
@@ -143,11 +195,14 @@ class Fields:
 
     def child(self, name: str) -> Fields:
         """An object; an empty one if absent."""
-        return Fields(self.get(name) if self.has(name) else {}, self.where(name))
+        return Fields(self.get(name) if self.has(name) else {}, self.where(name), self.ignored)
 
     def children(self, name: str, most: int, least: int = 0) -> list[Fields]:
         """A list of `least` to `most` objects; empty if absent."""
-        return [Fields(each, f"{self.where(name)}[{i}]") for i, each in enumerate(self.items(name, most, least))]
+        return [
+            Fields(each, f"{self.where(name)}[{i}]", self.ignored)
+            for i, each in enumerate(self.items(name, most, least))
+        ]
 
     def one_of(self, name: str, known: Sequence[str], default: str | None = None) -> str:
         """One of the words in `known`."""

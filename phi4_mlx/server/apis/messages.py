@@ -13,24 +13,25 @@ from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.server.apis.answer import EventAnswer
 from phi4_mlx.server.apis.body import (
     check_tool_choice,
+    demands_format,
     read_max_tokens,
     read_model,
     read_response_format,
     read_sampling,
     read_stop,
-    read_text,
     read_tool,
     read_tools,
     tool_call,
+    unique_tools,
 )
-from phi4_mlx.server.apis.fields import Fields, read_body, shown
+from phi4_mlx.server.apis.content import part_text, plain_text, read_text, result_text
+from phi4_mlx.server.apis.fields import Fields, read_body
 from phi4_mlx.server.apis.wire import Ask, Call, WireError, in_call_order, sse
-from phi4_mlx.server.limits import MESSAGES_LIMIT, PARTS_LIMIT
+from phi4_mlx.server.limits import MESSAGES_LIMIT, NAME_CHARS_LIMIT, PARTS_LIMIT
 
 ROLES = ("user", "assistant", "system")
 TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "timeout": "max_tokens", "tool_calls": "tool_use"}
-THINKING = ("thinking", "redacted_thinking")  # blocks of another model that clients send back; they are skipped
 
 _ERROR_TYPES = {
     401: "authentication_error",
@@ -49,40 +50,38 @@ def error_body(error: WireError) -> JsonObject:
     return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
-def parse(body: Any, vocabulary: int, counting: bool = False) -> Ask:
+def parse(body: Any, vocabulary: int) -> Ask:
     """Parses a body.
 
     Args:
         body: the result of `json.loads`.
         vocabulary: the number of token ids.
-        counting: True if only the prompt is to be counted; then `max_tokens` may be absent.
 
     Raises:
-        WireError: the body is malformed, exceeds a limit, or asks for something that is not supported; names the field.
+        WireError: the body is malformed, exceeds a limit, or no answer to it would be right; names the field.
     """
     fields = read_body(body)
-    fields.forbid("this server runs no tools and stores nothing", "mcp_servers", "container", "context_management")
-    thinking = ("disabled", "adaptive", "between_tools")
-    if fields.has("thinking") and fields.child("thinking").get("type") not in thinking:
-        fields.refuse("thinking", "cannot be enabled: this model does not separate thinking from its text")
-    if not counting:
-        fields.need("max_tokens")
-    tools = [read_tool(tool, "input_schema") for tool in read_tools(fields, "custom")]
-    output = fields.child("output_config")
-    if output.has("format"):
-        output.child("format").one_of("type", ("json_schema",))
+    given, others = read_tools(fields, "custom")
+    tools = unique_tools(given, [read_tool(tool, "input_schema") for tool in given])
+    holder, name = fields.child("output_config"), "format"
+    if fields.has("output_format"):  # the name of a beta
+        holder, name = fields, "output_format"
+    if holder.has(name):
+        holder.child(name).one_of("type", ("json_schema",))
     choice = fields.child("tool_choice")
     return Ask(
         model=read_model(fields),
         messages=_read_messages(fields),
         tools=tools,
-        tool_choice=check_tool_choice(fields, tools, _tool_choice(choice)),
+        tool_choice=check_tool_choice(fields, tools, _tool_choice(choice), others),
         parallel_tool_calls=not choice.boolean("disable_parallel_tool_use", False),
-        response_format=read_response_format(output, "format"),
+        response_format=read_response_format(holder, name),
+        strict=demands_format(holder, name),
         sampling=read_sampling(fields, vocabulary),
         max_tokens=read_max_tokens(fields),
         stop=read_stop(fields, "stop_sequences"),
         stream=fields.boolean("stream", False),
+        ignored=fields.ignored.paths(),  # last, when all else is read
     )
 
 
@@ -95,65 +94,71 @@ def _tool_choice(choice: Fields) -> str:
 
 def _read_messages(fields: Fields) -> list[JsonObject]:
     fields.need("messages")
-    system = read_text(fields, "system")
+    system = read_text(fields, "system", placeholders=True)
     messages: list[JsonObject] = [{"role": "system", "content": system}] if system else []
-    for given in fields.children("messages", MESSAGES_LIMIT, 1):
-        given.need("role", "content")
+    all_given = fields.children("messages", MESSAGES_LIMIT, 1)
+    last = max((n for n, each in enumerate(all_given) if each.get("role") == "assistant"), default=-1)
+    for n, given in enumerate(all_given):
+        given.need("role")
         role = given.one_of("role", ROLES)
         if role == "system":
-            messages.append({"role": role, "content": read_text(given)})
-        else:
-            messages += _assistant(given) if role == "assistant" else _user(given)
+            messages.append({"role": role, "content": read_text(given, placeholders=True) or ""})
+            continue
+        if role == "user":
+            given.need("content")
+        messages += _assistant(given) if role == "assistant" else _user(given, older=n < last)
     if messages[-1]["role"] == "assistant":  # Anthropic's API would continue them
         fields.refuse("messages", "ends with an assistant message; continuing one is not supported here")
     return in_call_order(messages)
 
 
 def _assistant(given: Fields) -> Iterator[JsonObject]:
-    """One message with all texts and calls of the given one."""
+    """One message with all texts and calls of the given one; tools that another server ran are text."""
     texts, calls = [], []
     for block in _blocks(given):
-        kind = block.one_of("type", ("text", "tool_use", *THINKING))
-        if kind == "text":
-            texts.append(block.needed_text("text"))
-        elif kind == "tool_use":
-            block.need("id", "name", "input")
-            arguments = json.dumps(block.child("input").values, ensure_ascii=False)
-            calls.append(tool_call(block.needed_name("id"), block.needed_name("name"), arguments))
+        kind = block.text("type", "text")
+        if kind == "tool_use":
+            call_id, name = (block.text(key, "", 0, NAME_CHARS_LIMIT) for key in ("id", "name"))
+            used = block.get("input")
+            arguments = used if isinstance(used, str) else json.dumps({} if used is None else used, ensure_ascii=False)
+            calls.append(tool_call(call_id, name, arguments))
+        elif kind in ("server_tool_use", "mcp_tool_use"):
+            texts.append(f"\n{block.text('name', '')} {json.dumps(block.get('input'), ensure_ascii=False)}\n")
+        elif kind.endswith("_tool_result"):
+            texts.append(f"{plain_text(block.get('content'))}\n")
+        else:
+            texts.append(part_text(block, placeholders=True))
     message: JsonObject = {"role": "assistant", "content": "".join(texts)}
     yield {**message, "tool_calls": calls} if calls else message
 
 
-def _user(given: Fields) -> Iterator[JsonObject]:
+def _user(given: Fields, older: bool) -> Iterator[JsonObject]:
     """A user message for each run of texts and a tool message for each result, in the given order."""
     texts: list[str] = []
     blocks = _blocks(given)
     for block in blocks:
-        kind = block.text("type", "")
-        if kind == "text":
-            texts.append(block.needed_text("text"))
-        elif kind == "tool_result":
-            if texts:
-                yield {"role": "user", "content": "".join(texts)}
-            texts = []
-            yield _result(block)
-        else:
-            block.refuse("type", f"is {shown(kind)}; this model reads only text and tool_result")
+        if not block.text("type", "text").endswith("tool_result"):
+            texts.append(part_text(block, placeholders=older))
+            continue
+        if texts:
+            yield {"role": "user", "content": "".join(texts)}
+        texts = []
+        yield _result(block)
     if texts or not blocks:
         yield {"role": "user", "content": "".join(texts)}
 
 
 def _result(block: Fields) -> JsonObject:
-    block.need("tool_use_id")
-    content = read_text(block) or ""
-    if block.boolean("is_error", False):  # the model sees only the text
+    content = result_text(block)
+    if block.get("is_error") is True:  # the model sees only the text
         content = f"Error: {content}"
-    return {"role": "tool", "tool_call_id": block.needed_name("tool_use_id"), "content": content}
+    return {"role": "tool", "tool_call_id": block.text("tool_use_id", "", 0, NAME_CHARS_LIMIT), "content": content}
 
 
 def _blocks(given: Fields) -> list[Fields]:
-    if isinstance(given.get("content"), str):
-        return [Fields({"type": "text", "text": given.get("content")}, given.where("content"))]
+    content = given.get("content")
+    if content is None or isinstance(content, str):
+        return [Fields({"type": "text", "text": content or ""}, given.where("content"))]
     return given.children("content", PARTS_LIMIT)
 
 

@@ -8,36 +8,43 @@ Source: https://platform.openai.com/docs/api-reference/responses
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.server.apis.answer import EventAnswer
 from phi4_mlx.server.apis.body import (
     check_tool_choice,
-    read_arguments,
+    demands_format,
     read_max_tokens,
     read_model,
     read_response_format,
     read_sampling,
     read_stop,
-    read_text,
     read_tool,
     read_tool_choice,
     read_tools,
     tool_call,
+    unique_tools,
 )
-from phi4_mlx.server.apis.fields import Fields, read_body, shown
+from phi4_mlx.server.apis.content import read_arguments, read_text, result_text
+from phi4_mlx.server.apis.fields import Fields, read_body
 from phi4_mlx.server.apis.wire import Ask, Call, Delta, End, WireError, in_call_order, logprobs_json
 from phi4_mlx.server.limits import (
     INCLUDE_LIMIT,
     MESSAGES_LIMIT,
     METADATA_CHARS_LIMIT,
     METADATA_LIMIT,
+    NAME_CHARS_LIMIT,
     TOP_LOGPROBS_LIMIT,
 )
 
 ROLES = ("system", "developer", "user", "assistant")
-ITEMS = ("message", "function_call", "function_call_output", "reasoning")
+# Calls of tools that the client runs; their arguments are in the second field.
+CALLS = {
+    "function_call": "arguments", "custom_tool_call": "input", "local_shell_call": "action", "shell_call": "action",
+    "apply_patch_call": "operation", "mcp_call": "arguments",
+}  # fmt: skip
 LOGPROBS = "message.output_text.logprobs"
 
 
@@ -49,19 +56,16 @@ def parse(body: Any, vocabulary: int) -> Ask:
         vocabulary: the number of token ids.
 
     Raises:
-        WireError: the body is malformed, exceeds a limit, or asks for something that is not supported; names the field.
+        WireError: the body is malformed, exceeds a limit, or no answer to it would be right; names the field.
     """
     fields = read_body(body)
     fields.forbid("nothing is stored; send the whole conversation as input", "previous_response_id", "conversation")
     fields.forbid("nothing is stored; send instructions and input", "prompt")
-    fields.forbid("the server answers only while the client waits", "background", "background_options")
-    fields.forbid("an input that is too long is refused, not truncated", "context_management")
-    fields.forbid("this model reads and writes only text", "image")
-    fields.forbid("this server does not moderate answers", "moderation")
-    if fields.one_of("truncation", ("disabled", "auto"), "disabled") == "auto":
-        fields.refuse("truncation", "must be 'disabled': an input that is too long is refused, not truncated")
-    tools = [read_tool(tool) for tool in read_tools(fields)]
-    choice = check_tool_choice(fields, tools, read_tool_choice(fields))
+    fields.forbid("the server answers only while the client waits", "background")
+    given, others = read_tools(fields)
+    tools = unique_tools(given, [read_tool(tool) for tool in given])
+    choice = check_tool_choice(fields, tools, read_tool_choice(fields), others)
+    text = fields.child("text")
     sampling = read_sampling(fields, vocabulary)
     max_tokens = read_max_tokens(fields, "max_output_tokens")
     parallel = fields.boolean("parallel_tool_calls", True)
@@ -71,7 +75,8 @@ def parse(body: Any, vocabulary: int) -> Ask:
         tools=tools,
         tool_choice=choice,
         parallel_tool_calls=parallel,
-        response_format=read_response_format(fields.child("text"), "format"),
+        response_format=read_response_format(text, "format"),
+        strict=demands_format(text, "format"),
         sampling=sampling,
         max_tokens=max_tokens,
         stop=read_stop(fields),
@@ -85,31 +90,34 @@ def parse(body: Any, vocabulary: int) -> Ask:
             "previous_response_id": None,
             "store": False,
             "temperature": sampling.temp,
-            "text": {"format": fields.child("text").get("format") or {"type": "text"}},
+            "text": {"format": text.get("format") or {"type": "text"}},
             "tool_choice": fields.get("tool_choice") or "auto",
             "tools": [{"type": "function", "strict": False, **tool["function"]} for tool in tools],
             "top_p": sampling.top_p,
             "truncation": "disabled",
         },
+        ignored=fields.ignored.paths(),  # last, when all else is read
     )
 
 
 def _top_logprobs(fields: Fields) -> int | None:
     top = fields.integer("top_logprobs", None, 0, TOP_LOGPROBS_LIMIT)
     include = fields.items("include", INCLUDE_LIMIT)
-    for each in include:
-        if not isinstance(each, str):
-            fields.refuse("include", f"must be a list of strings, not {shown(each)}")
-    if LOGPROBS in include or top:
-        return top or 0
-    return None
+    if any(each != LOGPROBS for each in include):
+        fields.ignore("include")
+    return top or 0 if LOGPROBS in include or top else None
 
 
-def _metadata(fields: Fields) -> dict[str, str]:
-    pairs = fields.child("metadata")
-    if len(pairs.values) > METADATA_LIMIT:
-        fields.refuse("metadata", f"must have at most {METADATA_LIMIT} pairs, not {len(pairs.values):,}")
-    return {name: pairs.text(name, "", 0, METADATA_CHARS_LIMIT) for name in pairs.values}
+def _metadata(fields: Fields) -> JsonObject:
+    """The metadata, which the answer repeats if OpenAI's API would take them."""
+    pairs = fields.get("metadata")
+    texts = list(pairs.values()) if isinstance(pairs, dict) else [None]
+    short = all(isinstance(each, str) and len(each) <= METADATA_CHARS_LIMIT for each in texts)
+    if short and len(texts) <= METADATA_LIMIT:
+        return dict(pairs)
+    if pairs is not None:
+        fields.ignore("metadata")
+    return {}
 
 
 def _read_messages(fields: Fields) -> list[JsonObject]:
@@ -118,32 +126,54 @@ def _read_messages(fields: Fields) -> list[JsonObject]:
     messages: list[JsonObject] = [{"role": "system", "content": instructions}] if instructions else []
     if isinstance(fields.get("input"), str):
         return [*messages, {"role": "user", "content": fields.get("input")}]
-    for item in fields.children("input", MESSAGES_LIMIT, 1):
-        _add(messages, item)
-    if not messages:
+    before = len(messages)
+    items = fields.children("input", MESSAGES_LIMIT, 1)
+    answers = [each.get("role") == "assistant" or each.get("type") in tuple(CALLS) for each in items]
+    last = max((n for n, answer in enumerate(answers) if answer), default=-1)
+    for n, item in enumerate(items):
+        _add(messages, item, older=n < last)
+    if len(messages) == before:
         fields.refuse("input", "contains no message")
     return in_call_order(messages)
 
 
-def _add(messages: list[JsonObject], item: Fields) -> None:
+def _add(messages: list[JsonObject], item: Fields, older: bool) -> None:
     """Adds an item of the input; a call becomes part of the assistant's turn before it."""
-    kind = item.one_of("type", ITEMS, "message")
-    if kind == "reasoning":  # of another model
-        return
+    kind = item.text("type", "message")
     if kind == "message":
-        item.need("role", "content")
+        item.need("role")
         role = item.one_of("role", ROLES)
-        messages.append({"role": "system" if role == "developer" else role, "content": read_text(item)})
-        return
-    call_id = item.needed_name("call_id")
-    if kind == "function_call_output":
-        item.need("output")
-        messages.append({"role": "tool", "tool_call_id": call_id, "content": read_text(item, "output")})
-        return
-    call = tool_call(call_id, item.needed_name("name"), read_arguments(item))
-    if not messages or messages[-1]["role"] != "assistant":
-        messages.append({"role": "assistant", "content": ""})
-    messages[-1].setdefault("tool_calls", []).append(call)
+        content = read_text(item, placeholders=older or role == "assistant")
+        if role == "user" and content is None:
+            item.refuse("content", "is missing")
+        messages.append({"role": "system" if role == "developer" else role, "content": content or ""})
+    elif kind in CALLS:
+        if not messages or messages[-1]["role"] != "assistant":
+            messages.append({"role": "assistant", "content": ""})
+        messages[-1].setdefault("tool_calls", []).append(_call(item, kind))
+        if item.has("output"):  # mcp_call has its own
+            messages.append(_result(item))
+    elif kind.endswith("_call_output"):
+        messages.append(_result(item))
+    else:  # thoughts, calls of tools that this server does not run, and references to what it does not store
+        item.ignore()
+
+
+def _call(item: Fields, kind: str) -> JsonObject:
+    """An earlier call; what a model wrote wrong in it is for the model to see."""
+    name = item.text("name", kind.removesuffix("_call"), 0, NAME_CHARS_LIMIT)
+    arguments = read_arguments(item, CALLS[kind])
+    if kind == "custom_tool_call":
+        arguments = json.dumps({"input": item.get("input")}, ensure_ascii=False)
+    return tool_call(_call_id(item), name, arguments)
+
+
+def _result(item: Fields) -> JsonObject:
+    return {"role": "tool", "tool_call_id": _call_id(item), "content": result_text(item, "output")}
+
+
+def _call_id(item: Fields) -> str:
+    return item.text("call_id", "", 0, NAME_CHARS_LIMIT) or item.text("id", "", 0, NAME_CHARS_LIMIT)
 
 
 class ResponseAnswer(EventAnswer):

@@ -16,6 +16,9 @@ from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.server.engine.protocol import TokenLogprob
 
+MESSAGE_CHARS = 2_000  # of an error; a message may quote the client's own text
+IGNORED_CHARS = 1_000  # of the header that names what was ignored
+
 
 class WireError(Exception):
     """A request that the server refuses or cannot complete.
@@ -28,8 +31,11 @@ class WireError(Exception):
     """
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        if len(message) > MESSAGE_CHARS:
+            message = f"{message[: MESSAGE_CHARS - 3]}..."
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.code = status, message, code
+        self.param = param if param is None else param[:MESSAGE_CHARS]
 
     @property
     def type(self) -> str:
@@ -56,7 +62,7 @@ class Ask:
     """A request, in the same form for every API.
 
     Attributes:
-        model: the client's name for the model; the service knows which models and adapters exist.
+        model: the client's name for the model, "" if it gives none; the service puts the served name in its place.
         messages: a conversation in OpenAI's form, as `check_messages` takes it; empty for a completion.
         prompts: the prompts of a completion, each text or token ids. Each is answered `n` times; answer i * n + j
             belongs to prompt i.
@@ -65,6 +71,7 @@ class Ask:
         parallel_tool_calls: True if one answer may contain several calls.
         response_format: None, ("json_object",), ("json_schema", schema), ("regex", pattern), ("choice", strings) or
             ("grammar", lark). With tools that may be called, an answer either calls one or follows this format.
+        strict: True if the client demands `response_format` as it is; otherwise what no grammar can enforce is dropped.
         sampling: the sampling settings.
         max_tokens: the longest answer in tokens; None for as many as fit.
         stop: strings that end an answer; the answer does not include them.
@@ -74,6 +81,7 @@ class Ask:
         top_logprobs: as in `protocol.Job`.
         echo: True to repeat the prompt before its answer.
         repeated: fields of the request that the answer repeats.
+        ignored: paths of the fields and parts that have no effect on the answer.
     """
 
     model: str
@@ -83,6 +91,7 @@ class Ask:
     tool_choice: str = "none"
     parallel_tool_calls: bool = True
     response_format: tuple[Any, ...] | None = None
+    strict: bool = False
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
@@ -92,6 +101,7 @@ class Ask:
     top_logprobs: int | None = None
     echo: bool = False
     repeated: Mapping[str, Any] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,6 +170,12 @@ class Usage:
             "total_tokens": self.prompt_tokens + self.answer_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+
+
+def ignored_header(paths: Iterable[str]) -> str:
+    """Paths for the header x-phi4-ignored: one line of ASCII, cut at a comma if it is too long."""
+    text = ", ".join(paths).encode("ascii", "replace").decode()
+    return text if len(text) <= IGNORED_CHARS else text[:IGNORED_CHARS].rpartition(", ")[0] + ", ..."
 
 
 def new_id(prefix: str) -> str:

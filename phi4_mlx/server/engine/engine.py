@@ -23,7 +23,7 @@ from phi4_mlx.checkpoint import load, share_weights
 from phi4_mlx.errors import Phi4Error, RequestError
 from phi4_mlx.generation.batch import Batch, BatchSequence, Fault, Token
 from phi4_mlx.generation.memory import cache_bytes, memory_limit
-from phi4_mlx.generation.options import LogitsMask
+from phi4_mlx.generation.options import LogitsMask, is_forced
 from phi4_mlx.generation.stream import AnswerText
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
@@ -84,6 +84,10 @@ class _Answer:
     cached_tokens: int = 0
     tokens: int = 0  # sent so far
 
+    @property
+    def forced(self) -> bool:
+        return is_forced(self.sequence.logits_mask)
+
 
 class _AdaptedModels:
     """A model for each adapter, all over the weights of one base; `None` names the default."""
@@ -103,7 +107,11 @@ class _AdaptedModels:
             folder = self._folders.get(str(adapter))
             if folder is None:
                 raise RequestError(f"adapter {adapter!r} is unknown; known are {', '.join(self._folders)}")
-            self._models[adapter] = self._load(folder)
+            try:
+                self._models[adapter] = self._load(folder)
+            except Phi4Error as error:  # clients know its name, not its folder
+                why = str(error).replace(folder, str(adapter))
+                raise RequestError(f"adapter {adapter!r} cannot be used: {why}") from None
         return self._models[adapter]
 
     def _load(self, folder: str) -> LanguageModel:
@@ -270,7 +278,7 @@ class Engine:
         if event.token in self.tokenizer.eos_ids:
             return self._finish(answer, "stop")
         text, stopped = answer.text.add(event.token)
-        piece: list[Event] = [Piece(job.id, text, logprobs)] if text or logprobs else []
+        piece: list[Event] = [Piece(job.id, text, logprobs, answer.forced)] if text or logprobs else []
         if stopped:
             return [*piece, *self._finish(answer, "stop")]
         if answer.tokens == job.max_tokens:
@@ -279,10 +287,12 @@ class Engine:
 
     def _finish(self, answer: _Answer, reason: Literal["stop", "length", "timeout"]) -> list[Event]:
         job = answer.job
-        rest = answer.text.finish()
+        rest, forced = answer.text.finish(), answer.forced
+        if forced and reason == "stop":
+            reason = "length"
         self._end(answer)
         finish = Finish(job.id, reason, answer.text.stopped_by, len(job.prompt), answer.cached_tokens, answer.tokens)
-        return [Piece(job.id, rest), finish] if rest else [finish]
+        return [Piece(job.id, rest, (), forced), finish] if rest else [finish]
 
     def _out_of_time(self, answer: _Answer) -> list[Event]:
         """Cuts an answer at its time limit; one without tokens fails, so that it is not taken for an empty answer."""

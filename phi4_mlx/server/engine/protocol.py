@@ -51,11 +51,19 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that is final; empty if a token ends within a character."""
+    """Text that is final; empty if a token ends within a character.
+
+    Attributes:
+        job: the job's id.
+        text: the text.
+        logprobs: of the tokens, if the job asks for them.
+        forced: True once max_tokens forces the answer to its end; the model itself would have continued otherwise.
+    """
 
     job: int
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
+    forced: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,8 @@ class Finish:
 
     Attributes:
         job: the job's id.
-        reason: "stop" for an end marker or a stop string, "length" for max_tokens, "timeout" for timeout_s.
+        reason: "stop" for an end marker or a stop string, "length" for max_tokens (also where a grammar forced the end
+            of the answer), "timeout" for timeout_s.
         stop_string: the stop string that ended it; None if there was none.
         prompt_tokens: tokens of the whole prompt.
         cached_tokens: tokens of the prompt that were not prefilled, because an earlier prompt has the same prefix.

@@ -152,6 +152,28 @@ def test_a_schema_and_tools(model: int) -> None:
     assert none["reason"] == "length"
 
 
+def test_a_cut_answer_is_told_as_such(model: int) -> None:
+    options: dict[str, Any] = {"tools": [TOOL], "temp": 1.0, "tool_choice": "paint", "seed": 1}
+    whole = bridge.chat(model, ASK, **options)
+    assert (whole["reason"], whole["complete"]) == ("tool_calls", True)
+    for limit in range(1, 60):
+        events = events_of(bridge.start_chat(model, ASK, max_tokens=limit, **options))
+        finish = events[-1]
+        calls = [event for event in events if event["event"] == "tool_call"]
+        if finish["complete"]:
+            break
+        assert finish["reason"] == "length"
+        made = whole["message"]["tool_calls"] if calls else None
+        assert finish["message"].get("tool_calls") == made and text_of(events) == finish["text"]
+    assert limit > 5 and (finish["reason"], finish["message"]) == ("tool_calls", whole["message"])
+    number = {"schema": {"type": "integer", "minimum": 0, "maximum": 10**9}, "temp": 1.0, "seed": 2}
+    told = [bridge.chat(model, ASK, max_tokens=limit, **number) for limit in range(1, 20)]
+    assert {each["complete"] for each in told} == {True, False}
+    for each in told:
+        assert each["complete"] == (each["reason"] == "stop")
+        assert not each["complete"] or each["text"] == told[-1]["text"]
+
+
 def test_a_conversation_that_goes_on_runs_its_new_tokens_alone(model: int) -> None:
     first = bridge.chat(model, [{"role": "user", "content": "a long beginning " * 20}], max_tokens=3)
     messages = [{"role": "user", "content": "a long beginning " * 20}, first["message"], *ASK]

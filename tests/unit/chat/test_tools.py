@@ -74,6 +74,17 @@ def test_the_person_is_asked_before_a_call(answer: str, runs: bool, chat: Chat, 
     assert chat.conversation.turns[0].answer == "3 it is"
 
 
+@pytest.mark.parametrize("reply", [CALL, CALL.removesuffix("]<|/tool_call|>"), f"{CALL} and then"])
+def test_no_call_of_a_cut_answer_is_run_or_asked_about(
+    reply: str, chat: Chat, script: Script, ran: list[int]
+) -> None:
+    asked = answering(chat)
+    script.replies, script.finish_reason = [reply], "length"
+    take_turn(chat, type_lines("how much?"))
+    assert asked == ran == [] and "cut at" in shown(chat)
+    assert chat.conversation.usage.finish_reason == "length"
+
+
 def test_what_was_typed_before_the_question_is_no_answer(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     person, terminal = os.openpty()
     monkeypatch.setattr("sys.stdin", os.fdopen(terminal))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from phi4_mlx.checkpoint import load
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.sampling import make_logits_processors, make_sampler
 from phi4_mlx.generation.steps import generate_step
-from phi4_mlx.generation.stream import generate, stream_generate, wired_memory
+from phi4_mlx.generation.stream import GenerationResponse, generate, stream_generate, wired_memory
 from phi4_mlx.grammar.constraint import Constraint
 from phi4_mlx.grammar.grammars import json_schema, tool_calls
 from phi4_mlx.models.prompt_cache import PromptCache
@@ -425,6 +426,28 @@ def test_a_schema_that_cannot_be_answered_is_refused(
 ) -> None:
     with pytest.raises(RequestError, match=message):
         generate(*loaded, "hi", **options)
+
+
+def test_an_end_that_max_tokens_forces_is_told(loaded: tuple[Model, Tokenizer]) -> None:
+    model, tokenizer = loaded
+
+    def said(max_tokens: int, limit: int | None) -> tuple[str, GenerationResponse]:
+        mask = Constraint(json_schema(CITY), tokenizer, model.config.vocab_size, limit)
+        options: dict[str, Any] = {"max_tokens": max_tokens, "sampler": make_sampler(1.0, seed=1), "logits_mask": mask}
+        responses = list(stream_generate(model, tokenizer, "hi", **options))
+        assert responses[-1].forced == mask.forced
+        return "".join(each.text for each in responses), responses[-1]
+
+    whole, last = said(900, None)
+    assert (last.finish_reason, last.forced) == ("stop", False)
+    for limit in [*range(20, last.generation_tokens, 3), last.generation_tokens + 20]:
+        text, end = said(limit, limit)
+        assert json.loads(text) and (end.finish_reason == "stop") == (not end.forced) == (text == whole), limit
+    with pytest.warns(UserWarning, match="brought to its end by max_tokens 20"):
+        assert generate(model, tokenizer, "hi", schema=CITY, max_tokens=20, sampler=make_sampler(1.0, seed=1)) != whole
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert generate(model, tokenizer, "hi", schema=CITY, max_tokens=900, sampler=make_sampler(1.0, seed=1)) == whole
 
 
 def test_a_block_that_is_used_twice_computes_all_rows_the_first_time(tiny_model: TinyModel) -> None:

@@ -64,6 +64,20 @@ def test_calls_are_taken_out_of_the_text() -> None:
     assert cut == [Delta(0, CALL[:20]), End(0, "length", None, 7, 5, 3)]  # kept back until the end
 
 
+@pytest.mark.parametrize("reason", ["length", "timeout"])
+def test_a_call_that_is_cut_or_forced_is_text(reason: Any) -> None:
+    for end in range(1, len(CALL)):
+        *_, last = told = answers(calling(), *pieces(CALL[:end], reason=reason))
+        complete = "]" in CALL[:end]  # only the closing tag is missing
+        assert last.reason == reason and any(isinstance(it, Delta) and it.call for it in told) == complete
+        forced = [Piece(0, CALL[:end]), Piece(0, CALL[end:], (), True), Finish(0, "length", None, 7, 5, 3)]
+        *deltas, last = answers(calling(), *forced)
+        assert last.reason == "length" and any(it.call is not None for it in deltas) == complete
+        assert complete or "".join(it.text for it in deltas) == CALL
+    stopped = [Piece(0, CALL[:30]), Finish(0, "stop", "arguments", 7, 5, 3)]
+    assert answers(calling(), *stopped) == [Delta(0, CALL[:30]), End(0, "stop", "arguments", 7, 5, 3)]
+
+
 def test_calls_are_text_where_none_are_wanted() -> None:
     for ask in (Ask("m", tools=[TOOL]), Ask("m")):
         assert answers(ask, *pieces(CALL)) == [Delta(0, CALL), End(0, "stop", None, 7, 5, 3)]

@@ -11,7 +11,7 @@ import jinja2
 import pytest
 
 from phi4_mlx.errors import ConfigError, RequestError, TokenizerError
-from phi4_mlx.tokens.chat_format import CHAT_FORMATS, Phi4MiniReasoning, Phi4Reasoning, recognise
+from phi4_mlx.tokens.chat_format import CHAT_FORMATS, Phi4MiniReasoning, Phi4Reasoning, check_messages, recognise
 from phi4_mlx.tokens.tokenizer import Tokenizer, load_tokenizer
 from tests.conftest import DATA
 
@@ -210,6 +210,22 @@ def test_own_words_are_the_assistants_turns_with_their_end_markers(name: str, to
     assert chat_format.own_words(tokenizer, ids[:cut]) == own[:cut]  # a turn without its end
 
 
+@pytest.mark.parametrize(
+    ("written", "rendered"),
+    [
+        ('{"a": 1}', {"a": 1}), ("", {}), ('{"a": "x\ny"}', {"a": "x\ny"}), ('{"a": 1', '{"a": 1'), ("null", None),
+        ("[1, 2]", [1, 2]), ('{"a": NaN}', '{"a": NaN}'), (r'{"a": "\ud800"}', r'{"a": "\ud800"}'),
+        ({"b": 2}, {"b": 2}),
+        ("[" * 100_000, "[" * 100_000), ('{"a": ' + "9" * 5_000 + "}", '{"a": ' + "9" * 5_000 + "}"), (None, None),
+    ],
+)  # fmt: skip
+def test_arguments_that_a_model_wrote_wrong_are_rendered_as_text(written: Any, rendered: Any, mini: Tokenizer) -> None:
+    messages = [*HELLO, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": written}]}]
+    assert check_messages(messages)[-1]["tool_calls"] == [{"name": "f", "arguments": rendered}]
+    text = json.dumps([{"name": "f", "arguments": rendered}], ensure_ascii=False)
+    assert f"<|tool_call|>{text}<|/tool_call|>" in mini.decode(CHAT_FORMATS["phi4-mini"].render(mini, messages))
+
+
 def test_own_words_include_tool_calls(mini: Tokenizer) -> None:
     chat_format = CHAT_FORMATS["phi4-mini"]
     calls = [{"name": "get_weather", "arguments": {}}]
@@ -286,7 +302,6 @@ def test_control_strings_stay_text_wherever_they_stand(mini: Tokenizer) -> None:
         ([{"role": "assistant", "tool_calls": [5]}], "message 0: tool_calls"),
         ([{"role": "assistant", "tool_calls": 5}], "message 0: tool_calls"),
         ([{"role": "assistant", "tool_calls": [{"name": 5}]}], "message 0: tool_calls"),
-        ([{"role": "assistant", "tool_calls": [{"name": "x", "arguments": "{"}]}], "message 0: tool_calls"),
         ([*HELLO, {"role": "assistant", "tool_calls": [{"name": "x", "arguments": {1}}]}], "message 1: tool_calls"),
         ([{"role": "assistant", "tool_calls": [{"name": "x", "arguments": float("nan")}]}], "message 0: tool_calls"),
         ([{"role": "user", "content": "x", "tool_calls": [{"name": "x"}]}], r"message 0 \(user\) has tool_calls"),

@@ -276,6 +276,28 @@ def test_only_text_that_may_begin_a_call_is_withheld() -> None:
     assert parser.finish() == ""
 
 
+@pytest.mark.parametrize("text", [f"so <|tool_call|>[{ONE}]<|/tool_call|>", ONE, f"```json\n{ONE}\n```", f"[{ONE}]"])
+def test_a_call_that_is_cut_before_its_end_is_text(text: str) -> None:
+    complete = text.rfind("]<|") + 1 or len(text)
+    for end in range(1, complete):
+        parser = ToolCallParser(TOOLS)
+        shown = parser.add(text[:end])
+        parser.cut()
+        shown += parser.add(text[end:])  # an end that max_tokens forced, for instance
+        assert (shown + parser.finish(), parser.calls) == (text, ()), text[:end]
+    assert parsed(text, TOOLS).calls
+
+
+def test_calls_before_a_cut_are_kept() -> None:
+    parser = ToolCallParser(TOOLS)
+    shown = parser.add(f"<|tool_call|>[{ONE}]<|/tool_call|> <|tool_call|>[")
+    calls = parser.calls
+    parser.cut()
+    shown += parser.add(f"{ONE}]<|/tool_call|>") + parser.finish()
+    assert calls == parser.calls and len(calls) == 1 and shown.endswith(f"<|tool_call|>[{ONE}]<|/tool_call|>")
+    assert parser.error == CUT
+
+
 @pytest.mark.parametrize(
     ("pieces", "shown"),
     [

@@ -65,15 +65,14 @@ def test_a_full_body_is_read() -> None:
     full = ask(n=2, best_of=2, logprobs=0, stop="x", stream=True, stream_options={"include_usage": True}, user="me")
     assert full.n == 2 and full.top_logprobs == 0 and full.stop == ("x",) and full.stream and full.include_usage
     assert ask(echo=True, suffix="").echo
+    assert ask(best_of=3).ignored == ("best_of",)
+    assert ask(logprobs=True).top_logprobs == 0 and ask(logprobs=False).top_logprobs is None
 
 
 @pytest.mark.parametrize(
     ("name", "more"),
     [
-        ("best_of", {"best_of": 3}),
-        ("best_of", {"best_of": 1, "n": 2}),
         ("suffix", {"suffix": "the end"}),
-        ("logprobs", {"logprobs": True}),
         ("logprobs", {"logprobs": 21}),
         ("logprobs", {"logprobs": 1, "echo": True}),
         ("echo", {"echo": 1}),

@@ -25,6 +25,7 @@ from tests.unit.server.apis.harness import (
     served,
     stream,
 )
+from tests.unit.server.clients import claude_code
 
 TOOL = {"name": "weather", "description": "Tells", "input_schema": SCHEMA}
 
@@ -86,10 +87,8 @@ def test_tool_choice(kind: str, choice: str) -> None:
     assert ask(tools=[TOOL], tool_choice={"type": kind}).tool_choice == choice
 
 
-def test_counting_needs_no_max_tokens() -> None:
-    assert parse({"model": "phi", "messages": HI}, V, counting=True).messages == HI
-    with pytest.raises(WireError, match="max_tokens is missing"):
-        parse({"model": "phi", "messages": HI}, V)
+def test_max_tokens_may_be_absent() -> None:
+    assert parse({"messages": HI}, V).max_tokens is None
 
 
 def test_a_conversation_with_calls_is_valid_for_the_model() -> None:
@@ -131,30 +130,37 @@ def test_a_conversation_with_calls_is_valid_for_the_model() -> None:
         ("messages", [{"role": "user", "content": 5}]),
         ("messages", [{"role": "user", "content": [{"type": "image", "source": {}}]}]),
         ("messages", [{"role": "user", "content": [{"type": "document", "source": {}}]}]),
-        ("messages", [{"role": "user", "content": [{"type": "tool_result"}]}]),
-        ("messages", [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": [{}]}]}]),
         ("messages", [{"role": "user", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {}}]}]),
-        ("messages", [{"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f"}]}, *HI]),
-        ("messages", [{"role": "assistant", "content": [{"type": "tool_use", "input": {}, "name": "f"}]}, *HI]),
-        ("messages", [{"role": "assistant", "content": [{"type": "server_tool_use"}]}, *HI]),
         ("messages", [*HI, {"role": "assistant", "content": "Let me"}]),
-        ("max_tokens", None),
-        ("max_tokens", 0),
         ("system", 5),
-        ("tools", [{"type": "bash_20250124", "name": "bash"}]),
         ("tools", [{"name": "f", "input_schema": []}]),
         ("tool_choice", "auto"),
         ("tool_choice", {"type": "any"}),
         ("tool_choice", {"type": "tool"}),
-        ("stop_sequences", [""]),
-        ("thinking", {"type": "enabled", "budget_tokens": 1024}),
-        ("thinking", 5),
-        ("mcp_servers", [{"url": "https://example.org"}]),
         ("output_config", {"format": {"type": "xml"}}),
     ],
 )
 def test_a_body_that_cannot_be_served_is_refused(name: str, value: Any) -> None:
     assert (refused(lambda: ask(**{name: value})).param or "").startswith(name)
+
+
+def test_tools_that_another_server_ran_are_text() -> None:
+    body = claude_code()
+    messages = check_messages(parse(body, V).messages)
+    said = messages[2]
+    assert said["content"] == 'I will look.\nweb_search {"query": "a.txt"}\nA\nhttps://a.example\n'
+    assert [call["arguments"] for call in said["tool_calls"]] == [{"path": "a.txt"}, {}]
+    assert [it["content"] for it in messages[3:]] == [
+        "oneBash[image left out: this model reads only text]",
+        "Error: no path",
+        "<system-reminder>Be brief.</system-reminder>",
+    ]
+
+
+def test_strict_demands_a_tools_schema() -> None:
+    asked = ask(tools=[{**TOOL, "strict": True}], output_format={"type": "json_schema", "schema": SCHEMA})
+    assert asked.tools[0]["function"]["strict"] is True
+    assert asked.response_format == ("json_schema", SCHEMA) and not asked.strict
 
 
 def test_an_image_is_refused_with_its_field() -> None:
@@ -265,9 +271,8 @@ def test_the_client_reads_a_stream() -> None:
 
 def test_the_client_raises_refusals_and_failures() -> None:
     anthropic = pytest.importorskip("anthropic")
-    with pytest.raises(anthropic.BadRequestError, match="thinking"):
-        thinking = {"type": "enabled", "budget_tokens": 1024}
-        client(TEXT).messages.create(model="phi", max_tokens=2000, messages=HI, thinking=thinking)
+    with pytest.raises(anthropic.BadRequestError, match="temperature"):
+        client(TEXT).messages.create(model="phi", max_tokens=5, messages=HI, extra_body={"temperature": "hot"})
     told = client(TEXT, WireError(500, "it broke")).messages.create(model="phi", max_tokens=5, messages=HI, stream=True)
     with pytest.raises(anthropic.APIStatusError, match="it broke"):
         list(told)
