@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ from phi4_mlx.server.limits import (
     STOPS_LIMIT,
 )
 from phi4_mlx.terminal.limits import MAX_TOKENS_LIMIT, REPETITION_PENALTY_RANGE, SEED_LIMIT, TOP_K_LIMIT
-from phi4_mlx.tools.declarations import MAX_PROPERTIES, MAX_TOOLS, check_tools
+from phi4_mlx.tools.declarations import MAX_TOOLS_BYTES, check_tools
 
 D = TypeVar("D")
 
@@ -122,7 +123,7 @@ def tool_call(call_id: str, name: str, arguments: str) -> JsonObject:
 
 def read_tools(fields: Fields, kind: str = "function") -> list[Fields]:
     """The tools of a body; their only type is `kind`, because this server runs no tools of its own."""
-    tools = fields.children("tools", MAX_TOOLS)
+    tools = fields.children("tools", MAX_TOOLS_BYTES)  # of which each takes more than one
     for tool in tools:
         tool.one_of("type", (kind,), kind)
     return tools
@@ -140,6 +141,8 @@ def read_tool(fields: Fields, schema: str = "parameters") -> JsonObject:
         fields.refuse("name", f"must not be {function['name']!r}, which has another meaning as tool_choice")
     if fields.has("description"):
         function["description"] = fields.text("description", "", 0, SCHEMA_CHARS_LIMIT)
+    if fields.boolean("strict", False):
+        function["strict"] = True
     if fields.has(schema):
         parameters = read_schema(fields, schema)
         # Without a type, `check_tools` would take "properties" for the name of an argument.
@@ -176,7 +179,7 @@ def check_tool_choice(fields: Fields, tools: Sequence[JsonObject], choice: str) 
         choice: a word of `TOOL_MODES`, or the name of a tool.
     """
     names = [tool["function"]["name"] for tool in tools]
-    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
         fields.refuse("tools", f"has two tools called {shown(twice)}")
     if not tools and choice not in ("none", "auto"):
@@ -187,26 +190,11 @@ def check_tool_choice(fields: Fields, tools: Sequence[JsonObject], choice: str) 
 
 
 def read_schema(fields: Fields, name: str) -> JsonObject:
-    """A JSON schema of limited size without references to other documents."""
+    """A JSON schema of limited size; the compiler of grammars checks the rest."""
     schema = Fields(fields.get(name), fields.where(name)).values
     size = len(json.dumps(schema, ensure_ascii=False))
     if size > SCHEMA_CHARS_LIMIT:
         fields.refuse(name, f"must be at most {SCHEMA_CHARS_LIMIT:,} characters of JSON, not {size:,}")
-    left: list[Any] = [schema]
-    properties = 0
-    while left:
-        each = left.pop()
-        if isinstance(each, dict):
-            reference = each.get("$ref", each.get("$dynamicRef"))
-            if isinstance(reference, str) and not reference.startswith("#"):
-                fields.refuse(name, f"refers to {shown(reference)}; only references within the schema (#...) work")
-            below = each.get("properties")
-            properties += len(below) if isinstance(below, dict) else 0
-            left.extend(each.values())
-        elif isinstance(each, list):
-            left.extend(each)
-    if properties > MAX_PROPERTIES:
-        fields.refuse(name, f"must have at most {MAX_PROPERTIES} properties, not {properties:,}")
     return schema
 
 
@@ -228,7 +216,7 @@ def read_response_format(fields: Fields, name: str = "response_format") -> tuple
     if kind == "json_schema":
         holder = given.child("json_schema") if given.has("json_schema") else given
         holder.need("schema")
-        return (kind, read_schema(holder, "schema"))
+        return (kind, read_schema(holder, "schema"), holder.boolean("strict", False))
     if kind == "choice":
         given.need("choices")
         return (kind, given.texts("choices", CHOICES_LIMIT, STOP_CHARS_LIMIT, 1))
