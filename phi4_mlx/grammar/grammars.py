@@ -132,6 +132,17 @@ def lark(text: str) -> Grammar:
     Raises:
         RequestError: the grammar is malformed or too large, or no text obeys it.
     """
+    if isinstance(text, str) and ("&" in text or "~" in text):
+        # The only grammars whose cost has no bound in llguidance: a process with limits tries them first.
+        from phi4_mlx.grammar.order import Order
+        from phi4_mlx.grammar.worker import made_apart
+
+        return made_apart(Order(("grammar", text)))
+    return lark_here(text)
+
+
+def lark_here(text: str) -> Grammar:
+    """A Lark grammar that is compiled in this process, whatever it costs; otherwise as `lark`."""
     _check_text("a Lark grammar", text, MAX_LARK)
     if (parts := sum(map(text.count, ":([{"))) > MAX_LARK_PARTS:
         raise RequestError(

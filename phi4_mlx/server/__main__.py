@@ -183,6 +183,7 @@ async def _start(args: argparse.Namespace, key: str | None, adapters: dict[str, 
     await supervisor.start()
     models = {shown: None} | {adapter: adapter for adapter in adapters}
     service = Service(supervisor, tokenizer, models, config.vocab_size, args.timeout, args.max_tokens)
+    service.grammars.start()
     hosts = None if key is not None and not is_loopback(args.host) else (*LOOPBACK_NAMES, args.host.lower())
     return supervisor, Guard(App(service).starlette(), key, hosts, tuple(args.allowed_origins))
 

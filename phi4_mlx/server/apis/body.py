@@ -123,7 +123,7 @@ def tool_call(call_id: str, name: str, arguments: str) -> JsonObject:
 
 def read_tools(fields: Fields, kind: str = "function") -> list[Fields]:
     """The tools of a body; their only type is `kind`, because this server runs no tools of its own."""
-    tools = fields.children("tools", MAX_TOOLS_BYTES)  # of which each takes more than one
+    tools = fields.children("tools", MAX_TOOLS_BYTES)  # each takes more than one byte
     for tool in tools:
         tool.one_of("type", (kind,), kind)
     return tools
@@ -141,8 +141,6 @@ def read_tool(fields: Fields, schema: str = "parameters") -> JsonObject:
         fields.refuse("name", f"must not be {function['name']!r}, which has another meaning as tool_choice")
     if fields.has("description"):
         function["description"] = fields.text("description", "", 0, SCHEMA_CHARS_LIMIT)
-    if fields.boolean("strict", False):
-        function["strict"] = True
     if fields.has(schema):
         parameters = read_schema(fields, schema)
         # Without a type, `check_tools` would take "properties" for the name of an argument.
@@ -216,7 +214,7 @@ def read_response_format(fields: Fields, name: str = "response_format") -> tuple
     if kind == "json_schema":
         holder = given.child("json_schema") if given.has("json_schema") else given
         holder.need("schema")
-        return (kind, read_schema(holder, "schema"), holder.boolean("strict", False))
+        return (kind, read_schema(holder, "schema"))
     if kind == "choice":
         given.need("choices")
         return (kind, given.texts("choices", CHOICES_LIMIT, STOP_CHARS_LIMIT, 1))

@@ -63,9 +63,9 @@ class Ask:
         tools: in OpenAI's form.
         tool_choice: "none", "auto", "required", or the name of one of `tools`.
         parallel_tool_calls: True if one answer may contain several calls.
-        response_format: None, ("json_object",), ("json_schema", schema, strict), ("regex", pattern), ("choice",
-            strings) or ("grammar", lark). With tools that may be called, an answer either calls one or follows this
-            format.
+        response_format: None, ("json_object",), ("json_schema", schema), ("regex", pattern), ("choice", strings) or
+            ("grammar", lark). With tools that may be called, an answer either calls one or follows this format.
+        strict: True if the client demands `response_format` as it is; otherwise what no grammar can enforce is dropped.
         sampling: the sampling settings.
         max_tokens: the longest answer in tokens; None for as many as fit.
         stop: strings that end an answer; the answer does not include them.
@@ -84,6 +84,7 @@ class Ask:
     tool_choice: str = "none"
     parallel_tool_calls: bool = True
     response_format: tuple[Any, ...] | None = None
+    strict: bool = False
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()

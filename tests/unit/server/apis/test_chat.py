@@ -65,7 +65,7 @@ def test_a_full_body_is_read() -> None:
         stream_options={"include_usage": True}, seed=-1, user="me", store=True, metadata={"a": "b"}, whatever=[1],
     )  # fmt: skip
     assert full.tools == [TOOL] and full.tool_choice == "weather" and not full.parallel_tool_calls
-    assert full.response_format == ("json_schema", SCHEMA, False)
+    assert full.response_format == ("json_schema", SCHEMA)
     assert full.sampling.temp == 0.5 and full.sampling.seed == 2**64 - 1
     assert full.max_tokens == 9 and full.stop == ("a", "b") and full.n == 2
     assert full.stream and full.include_usage and full.top_logprobs == 3

@@ -78,7 +78,7 @@ def test_a_full_body_is_read() -> None:
     ]
     assert full.tool_choice == "weather" and not full.parallel_tool_calls and full.stop == ("a", "b")
     assert (full.sampling.temp, full.sampling.top_p, full.sampling.top_k) == (0.5, 0.9, 40)
-    assert full.stream and full.response_format == ("json_schema", SCHEMA, False)
+    assert full.stream and full.response_format == ("json_schema", SCHEMA)
 
 
 @pytest.mark.parametrize(("kind", "choice"), [("auto", "auto"), ("any", "required"), ("none", "none")])

@@ -82,7 +82,7 @@ def test_a_full_body_is_read() -> None:
     assert full.messages == [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
     assert full.tools[0]["function"] == {key: value for key, value in TOOL.items() if key != "type"}
     assert full.tool_choice == "weather" and not full.parallel_tool_calls and full.max_tokens == 5 and full.stream
-    assert full.response_format == ("json_schema", SCHEMA, True) and full.top_logprobs == 2 and full.sampling.temp == 0
+    assert full.response_format == ("json_schema", SCHEMA) and full.top_logprobs == 2 and full.sampling.temp == 0
     assert full.repeated["instructions"] == "be kind" and full.repeated["metadata"] == {"a": "b"}
 
 
