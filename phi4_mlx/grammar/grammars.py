@@ -18,6 +18,7 @@ from typing import Any
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.files.user_file import read_file
+from phi4_mlx.grammar.apart import made_apart
 from phi4_mlx.grammar.call_rules import CALL_OR_ANSWER, MAY_CALL, MUST_CALL, spelled
 from phi4_mlx.grammar.compiler import check_grammar, limits
 from phi4_mlx.grammar.form import JSON_STYLE, json_grammar, lark_grammar
@@ -134,10 +135,7 @@ def lark(text: str) -> Grammar:
     """
     if isinstance(text, str) and ("&" in text or "~" in text):
         # The only grammars whose cost has no bound in llguidance: a process with limits tries them first.
-        from phi4_mlx.grammar.order import Order
-        from phi4_mlx.grammar.worker import made_apart
-
-        return made_apart(Order(("grammar", text)))
+        return Grammar(*made_apart(json.dumps({"format": ["grammar", text]}), "response_format"))
     return lark_here(text)
 
 

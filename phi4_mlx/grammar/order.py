@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.grammar import grammars
+from phi4_mlx.grammar.apart import Refused
 from phi4_mlx.grammar.grammars import Grammar
 
 _SLOW_KINDS = ("regex", "grammar")
 _SLOW_KEYWORDS = ('"pattern"', '"patternProperties"', '"multipleOf"', '"allOf"')
-
-
-class Refused(RequestError):
-    """A grammar cannot be made.
-
-    Attributes:
-        field: the field of the request that is at fault, "response_format" or "tools".
-    """
-
-    def __init__(self, message: str, field: str):
-        super().__init__(message)
-        self.field = field
 
 
 @dataclass(frozen=True)
@@ -49,12 +38,17 @@ class Order:
 
     def text(self) -> str:
         """The order as one line of JSON; the same for equal orders."""
-        return json.dumps([self.format, self.strict, self.tools, self.choice, self.parallel])
+        return json.dumps(asdict(self))
 
     @staticmethod
     def read(text: str | bytes) -> Order:
         """The order that `text` wrote."""
-        return Order(*json.loads(text))
+        return Order(**json.loads(text))
+
+    @property
+    def field(self) -> str:
+        """The field of a request that is to blame if the grammar is too costly."""
+        return "tools" if self.format is None else "response_format"
 
     @property
     def slow(self) -> bool:

@@ -14,9 +14,9 @@ import queue
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
+from phi4_mlx.grammar.apart import Refused, TooCostly, Worker
 from phi4_mlx.grammar.grammars import Grammar
-from phi4_mlx.grammar.order import Order, Refused
-from phi4_mlx.grammar.worker import TooCostly, Worker
+from phi4_mlx.grammar.order import Order
 
 QUICK_WORKERS = 1
 SLOW_WORKERS = 2
@@ -150,7 +150,7 @@ class _Lane:
         try:
             if order is not None and done is not None:
                 try:
-                    done.set_result(worker.make(order))
+                    done.set_result(Grammar(*worker.make(order.text(), order.field)))
                 except Exception as error:
                     done.set_exception(error)
             worker.start()

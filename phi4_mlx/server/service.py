@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from phi4_mlx.errors import Phi4Error
 from phi4_mlx.generation.answer import AnswerAssembler
-from phi4_mlx.grammar.order import Order, Refused
+from phi4_mlx.grammar.apart import Refused
+from phi4_mlx.grammar.order import Order
 from phi4_mlx.server.apis.wire import Ask, Call, Delta, End, WireError, new_id
 from phi4_mlx.server.engine.protocol import Failure, Finish, Job, Piece
 from phi4_mlx.server.engine.supervisor import Full, Supervisor

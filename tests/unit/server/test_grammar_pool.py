@@ -16,9 +16,8 @@ import pytest
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.grammar import grammars
-from phi4_mlx.grammar.grammars import Grammar
-from phi4_mlx.grammar.order import Order, Refused
-from phi4_mlx.grammar.worker import MAX_GROWTH_BYTES, TooCostly, Worker
+from phi4_mlx.grammar.apart import MAX_GROWTH_BYTES, Refused, TooCostly, Worker
+from phi4_mlx.grammar.order import Order
 from phi4_mlx.server.grammar_pool import MAX_WAITING, Busy, GrammarPool
 from tests.conftest import ROOT
 from tests.json_schemas import STRING, obj
@@ -146,7 +145,7 @@ def test_a_compiler_that_is_killed_while_idle_is_replaced() -> None:
 def test_a_compiler_has_a_limit_of_memory() -> None:
     worker = Worker()
     try:
-        worker.make(SMALL)
+        worker.make(SMALL.text(), SMALL.field)
         limits = Path(f"/proc/{worker.pid}/limits").read_text()
         soft = next(line.split()[3] for line in limits.splitlines() if line.startswith("Max address space"))
         used = int(Path(f"/proc/{worker.pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -156,10 +155,11 @@ def test_a_compiler_has_a_limit_of_memory() -> None:
 
 
 def test_tools_that_are_too_costly_take_any_arguments_unless_they_are_strict(monkeypatch: pytest.MonkeyPatch) -> None:
-    def make(self: Worker, order: Order) -> Grammar:
-        if '"pattern"' in order.text():
-            raise TooCostly("the grammar of the tools takes long", "tools")
-        return order.make()
+    def make(self: Worker, order: str, field: str) -> tuple[str, tuple[str, ...]]:
+        if '"pattern"' in order:
+            raise TooCostly("the grammar of the tools takes long", field)
+        made = Order.read(order).make()
+        return made.text, made.loosened
 
     monkeypatch.setattr(Worker, "make", make)
     monkeypatch.setattr(Worker, "start", lambda self: None)
