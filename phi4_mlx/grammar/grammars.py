@@ -10,16 +10,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.files.user_file import read_file
+from phi4_mlx.grammar.apart import made_apart
 from phi4_mlx.grammar.call_rules import CALL_OR_ANSWER, MAY_CALL, MUST_CALL, spelled
 from phi4_mlx.grammar.compiler import check_grammar, limits
-from phi4_mlx.grammar.schema import plain_schema
+from phi4_mlx.grammar.form import JSON_STYLE, json_grammar, lark_grammar
+from phi4_mlx.grammar.schema import PlainSchema, plain_schema
 from phi4_mlx.tools.declarations import check_tools
 from phi4_mlx.tools.hints import class_schema
 
@@ -29,14 +32,6 @@ MAX_LARK_PARTS = 1_000  # rules and brackets; 3,000 nested ones overflow llguida
 MAX_CHOICES = 1_000
 MAX_CHOICES_CHARS = 65_536  # of all choices together
 
-# The style of json.dumps. `\uXXXX` is not allowed: with it, a free key could spell a named one in a second way.
-_JSON = {
-    "whitespace_flexible": False,
-    "item_separator": ", ",
-    "key_separator": ": ",
-    "json_allowed_escapes": 'nrbtf\\"',
-}
-
 
 @dataclass(frozen=True)
 class Grammar:
@@ -44,31 +39,36 @@ class Grammar:
 
     Attributes:
         text: the grammar in llguidance's form.
+        loosened: what the grammar does not enforce, one line each, such as "tool 'search': uniqueItems".
     """
 
     text: str
+    loosened: tuple[str, ...] = ()
 
 
-def json_schema(schema: Any, closed: bool = False) -> Grammar:
+def json_schema(schema: Any, closed: bool = False, strict: bool = True) -> Grammar:
     """JSON that a schema accepts, with the properties in the schema's order.
 
     Numbers stay a millionth away from an exclusive bound. Properties that the schema does not name may come twice.
+    Bounds beyond 64 bits and formats that are not in `phi4_mlx.grammar.examples.FORMATS` are ignored.
 
     Args:
-        schema: JSON Schema (draft 2020-12) of at most 64 KB, 500 properties and 64 levels; references only within it.
+        schema: JSON Schema (draft 2020-12) of at most 64 KB and 64 levels; references only within it.
         closed: objects with `properties` and without `additionalProperties` allow no others.
+        strict: refuses a keyword that a grammar cannot enforce; otherwise it is left out, and is in `loosened`.
 
     Raises:
-        RequestError: the schema is malformed, too large, takes over a second to compile, or uses a keyword that a
-            grammar cannot enforce; names it.
+        RequestError: the schema is malformed, too large, takes over a second to compile, or is strict and uses a
+            keyword that a grammar cannot enforce; names it.
     """
-    plain = plain_schema(schema, closed=closed)
-    trials = [_json_grammar(each) for each in plain.costly]
-    return _checked("the schema", _json_grammar(plain.schema), trials)
+    plain = plain_schema(schema, closed=closed, strict=strict)
+    trials = [json_grammar(each) for each in plain.costly]
+    grammar = _checked("the schema", json_grammar(plain.schema), trials)
+    return replace(grammar, loosened=tuple(f"the schema: {each}" for each in plain.loosened))
 
 
 def class_answer(kind: Any) -> tuple[Grammar, Callable[[str], Any]]:
-    """JSON of a dataclass or a pydantic model.
+    """JSON of a dataclass or a pydantic model; what a grammar cannot enforce is left to the class.
 
     Args:
         kind: the class, as for `phi4_mlx.tools.hints.class_schema`.
@@ -80,12 +80,12 @@ def class_answer(kind: Any) -> tuple[Grammar, Callable[[str], Any]]:
         RequestError: as in `json_schema` and `class_schema`.
     """
     schema, read = class_schema(kind)
-    return json_schema(schema, closed=True), read
+    return json_schema(schema, closed=True, strict=False), read
 
 
 def json_object() -> Grammar:
     """Any JSON object."""
-    return Grammar(_json_grammar({"type": "object"}))
+    return Grammar(json_grammar({"type": "object"}))
 
 
 def regex(pattern: str) -> Grammar:
@@ -121,7 +121,7 @@ def choice(strings: Sequence[str]) -> Grammar:
         _check_text("a string of a choice", each, MAX_CHOICES_CHARS)
     _check_text("a choice", "".join(strings), MAX_CHOICES_CHARS)
     rules = " | ".join(json.dumps(each, ensure_ascii=False) for each in dict.fromkeys(strings))
-    return _checked("the choice", _lark_grammar(f"start: {rules}\n"))
+    return _checked("the choice", lark_grammar(f"start: {rules}\n"))
 
 
 def lark(text: str) -> Grammar:
@@ -133,6 +133,14 @@ def lark(text: str) -> Grammar:
     Raises:
         RequestError: the grammar is malformed or too large, or no text obeys it.
     """
+    if isinstance(text, str) and ("&" in text or "~" in text):
+        # The only grammars whose cost has no bound in llguidance: a process with limits tries them first.
+        return Grammar(*made_apart(json.dumps({"format": ["grammar", text]}), "response_format"))
+    return lark_here(text)
+
+
+def lark_here(text: str) -> Grammar:
+    """A Lark grammar that is compiled in this process, whatever it costs; otherwise as `lark`."""
     _check_text("a Lark grammar", text, MAX_LARK)
     if (parts := sum(map(text.count, ":([{"))) > MAX_LARK_PARTS:
         raise RequestError(
@@ -140,7 +148,7 @@ def lark(text: str) -> Grammar:
         )
     from llguidance import LLMatcher
 
-    grammar = _lark_grammar(text)
+    grammar = lark_grammar(text)
     failed, warnings = LLMatcher.validate_grammar_with_warnings(grammar, None, limits=limits())
     if not failed and warnings and all("no tokenizer" in warning for warning in warnings):
         return Grammar(grammar)  # it names control tokens, which only a model's tokenizer knows
@@ -155,7 +163,9 @@ def tool_calls(
 ) -> Grammar:
     """Tool calls in the model's own form: `<|tool_call|>[{"name": ..., "arguments": {...}}, ...]<|/tool_call|>`.
 
-    Arguments obey the tool's schema; names that it does not list are refused, unless it allows them.
+    Arguments obey the tool's schema; names that it does not list are refused, unless it allows them. Keywords that a
+    grammar cannot enforce are left out, and arguments whose schema cannot be compiled are any object; `loosened` says
+    which. A tool with `"strict": true` is refused instead.
 
     Args:
         tools: each as for `phi4_mlx.tools.declarations.check_tools`.
@@ -165,7 +175,8 @@ def tool_calls(
         answer: the grammar of an answer without calls under "auto"; None for any text, which may also precede calls.
 
     Raises:
-        RequestError: a tool is malformed, `json_schema` refuses its schema, or the chosen tool does not exist.
+        RequestError: a tool is malformed, `json_schema` refuses the schema of a strict one, or the chosen tool does
+            not exist.
     """
     checked = {tool["function"]["name"]: tool["function"] for tool in check_tools(tools)}
     if not checked:
@@ -173,27 +184,72 @@ def tool_calls(
     names = list(checked)
     if choice not in ("auto", "required"):
         names = [_chosen(choice, checked)]
+    one = not parallel or choice not in ("auto", "required")
+    plain = {name: _arguments(checked[name], f"#/$defs/t{number}") for number, name in enumerate(names)}
+    make = partial(_calls_grammar, auto=choice == "auto", one=one, answer=answer)
+    try:
+        return make(plain)
+    except RequestError:
+        plain = {name: _compilable(checked[name], each) for name, each in plain.items()}
+    try:
+        return make(plain)
+    except RequestError as error:  # each alone can be compiled, but not all together
+        loose = {
+            name: each if checked[name].get("strict") else _any_object(each, error) for name, each in plain.items()
+        }
+        return make(loose)
+
+
+def _arguments(tool: JsonObject, at: str) -> PlainSchema:
+    """The schema of a tool's arguments, which will stand at `at`."""
+    strict = bool(tool.get("strict"))
+    try:
+        if tool["parameters"]["type"] != "object":
+            raise RequestError(f"parameters must be an object, not of type {tool['parameters']['type']!r:.100}")
+        return plain_schema(tool["parameters"], at, closed=True, strict=strict, lenient=not strict)
+    except RequestError as error:
+        if strict:
+            raise RequestError(f"tool {tool['name']!r}: {error}") from None
+        return _any_object(None, error)
+
+
+def _compilable(tool: JsonObject, plain: PlainSchema) -> PlainSchema:
+    """A tool's arguments, or any object if they cannot be compiled."""
+    strict = bool(tool.get("strict"))
+    try:
+        alone = plain_schema(tool["parameters"], closed=True, strict=strict, lenient=not strict)
+        _checked(f"tool {tool['name']!r}", json_grammar(alone.schema), [json_grammar(each) for each in alone.costly])
+    except RequestError as error:
+        if strict:
+            raise
+        return _any_object(plain, error)
+    return plain
+
+
+def _any_object(plain: PlainSchema | None, error: RequestError) -> PlainSchema:
+    if plain is not None and plain.schema == {"type": "object"}:
+        return plain
+    return PlainSchema({"type": "object"}, [], (f"the whole schema ({error!s:.200})",))
+
+
+def _calls_grammar(plain: Mapping[str, PlainSchema], auto: bool, one: bool, answer: Grammar | None) -> Grammar:
+    """The grammar of calls of tools, given the arguments of each; it is checked."""
     calls: list[JsonObject] = []
-    definitions: JsonObject = {}
-    trials: list[str] = []
-    for number, name in enumerate(names):
-        try:
-            arguments = plain_schema(checked[name]["parameters"], at=f"#/$defs/t{number}", closed=True)
-        except RequestError as error:
-            raise RequestError(f"tool {name!r}: {error}") from None
-        definitions[f"t{number}"] = arguments.schema
-        trials += [_json_grammar(each) for each in arguments.costly]
+    for number, name in enumerate(plain):
         parts = {"name": {"const": name}, "arguments": {"$ref": f"#/$defs/t{number}"}}
         calls.append({"type": "object", "properties": parts, "required": list(parts), "additionalProperties": False})
-    one = not parallel or choice not in ("auto", "required")
+    definitions = {f"t{number}": each.schema for number, each in enumerate(plain.values())}
     schema = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, **({"maxItems": 1} if one else {})}
-    grammars = [{"name": "calls", "json_schema": {**schema, "$defs": definitions, "x-guidance": _JSON}}]
-    main = MAY_CALL if choice == "auto" else MUST_CALL
-    if answer is not None and choice == "auto":
+    grammars = [{"name": "calls", "json_schema": {**schema, "$defs": definitions, "x-guidance": JSON_STYLE}}]
+    main = MAY_CALL if auto else MUST_CALL
+    loosened = [f"tool {name!r}: {line}" for name, each in plain.items() for line in each.loosened]
+    if answer is not None and auto:
         main = CALL_OR_ANSWER
         grammars.append({**json.loads(answer.text)["grammars"][0], "name": "answer"})
+        loosened += answer.loosened
     text = json.dumps({"grammars": [{"lark_grammar": main}, *grammars]})
-    return _checked("the tools", text, trials)
+    trials = dict.fromkeys(json_grammar(part) for each in plain.values() for part in each.costly)
+    return replace(_checked("the tools", text, list(trials)), loosened=tuple(loosened))
 
 
 def schema_grammar(name: str) -> Grammar:
@@ -241,11 +297,3 @@ def _check_text(what: str, text: Any, most: int) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise RequestError(f"{what} contains half a surrogate pair, which is not text; remove it") from None
-
-
-def _json_grammar(schema: Mapping[str, Any]) -> str:
-    return json.dumps({"grammars": [{"json_schema": {**schema, "x-guidance": _JSON}}]})
-
-
-def _lark_grammar(text: str) -> str:
-    return json.dumps({"grammars": [{"lark_grammar": text}]})

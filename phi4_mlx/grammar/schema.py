@@ -1,4 +1,8 @@
-"""JSON schemas prepared for a grammar: size limits checked, unsupported keywords refused, the rest normalised."""
+"""JSON schemas prepared for a grammar: limits checked, keywords refused or left out, the rest normalised.
+
+A keyword that a grammar cannot enforce, or cannot enforce exactly, is refused if the schema is strict. Otherwise it is
+left out and reported: the answer obeys the rest.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +10,32 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from decimal import Decimal
+from fractions import Fraction
 from typing import Any
+from urllib.parse import unquote
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.json_file import JsonObject
-from phi4_mlx.tools.declarations import MAX_PROPERTIES
+from phi4_mlx.grammar.keywords import (
+    ANNOTATIONS,
+    LISTS,
+    MAPS,
+    NOT_ENFORCED,
+    ONE,
+    compiles,
+    known_format,
+    malformed,
+    plain_pattern,
+)
+from phi4_mlx.grammar.numbers import exact_constant, multiple, set_bounds, states
 from phi4_mlx.tools.json_text import json_text
 
 MAX_BYTES = 65_536
 MAX_DEPTH = 64  # nested schemas
 MAX_CHAIN = 200  # nested schemas with references followed; 2,000 overflow llguidance's stack
 MAX_BRANCHES = 200  # alternatives that an intersection multiplies to; with 1,000 a step may exceed its limits
-MAX_MULTIPLE = 100_000  # sum of all `multipleOf` without their decimal point: one state each, compiled in 3 us
+MAX_MULTIPLE = 20_000  # states of all `multipleOf` together, each compiled in 10 us
 
-_ONE = ("items", "additionalItems", "additionalProperties")
-_LISTS = ("items", "prefixItems", "anyOf", "allOf", "oneOf")
-_MAPS = ("properties", "patternProperties", "$defs", "definitions")
-# Keywords that llguidance would ignore, or refuse without naming their place.
-_REFUSED = (
-    "not", "if", "then", "else", "uniqueItems", "contains", "minContains", "maxContains", "propertyNames",
-    "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties",
-    "contentSchema", "$dynamicRef", "$recursiveRef", "extends", "disallow", "divisibleBy", "x-guidance",
-)  # fmt: skip
 _LEAP = "0[48]|[2468][048]|[13579][26]"  # the last two digits of a leap year that is not a century
 # A day in Python's calendar; llguidance's own pattern also allows year 0 and the 29th of any February.
 _DAY = (
@@ -42,24 +49,31 @@ class PlainSchema:
     """A schema that llguidance can compile.
 
     Attributes:
-        schema: a copy in which each `oneOf` of distinct constants is an `anyOf`, and each `$ref` starts from `at`.
+        schema: a copy in which each `oneOf` of disjoint schemas is an `anyOf`, and each `$ref` starts from `at`.
         costly: its parts that are slow to compile, each a schema.
+        loosened: the keywords that were left out or made looser, in their order.
     """
 
     schema: JsonObject
     costly: list[JsonObject]
+    loosened: tuple[str, ...] = ()
 
 
-def plain_schema(schema: Any, at: str = "#", closed: bool = False) -> PlainSchema:
+def plain_schema(
+    schema: Any, at: str = "#", closed: bool = False, strict: bool = True, lenient: bool = False
+) -> PlainSchema:
     """Checks a JSON schema, and returns a copy in plain form.
 
     Args:
         schema: a JSON schema, an object or True.
         at: the schema's future place, as a JSON pointer; its own `#` becomes this.
         closed: objects with `properties` and without `additionalProperties` allow no others.
+        strict: refuses a keyword that cannot be enforced; otherwise it is left out.
+        lenient: leaves out a keyword whose value is malformed, too.
 
     Raises:
-        RequestError: it is not a schema, is too large, or uses a keyword that a grammar cannot enforce; names it.
+        RequestError: it is not a schema, is too large, is malformed, or uses a keyword that a grammar cannot enforce;
+            names it.
     """
     if schema is True:
         schema = {}
@@ -77,69 +91,195 @@ def plain_schema(schema: Any, at: str = "#", closed: bool = False) -> PlainSchem
     if size > MAX_BYTES:
         raise RequestError(f"the schema has {size:,} bytes, and the limit is {MAX_BYTES:,}; make it smaller")
     root = json.loads(text)
-    walk = _Walk(root, at)
+    walk = _Walk(root, at, strict, lenient, '"integer"' in text)
     try:
-        chain = walk.chain(root)
+        chain = walk.paths.chain(root)
         plain = walk.copy(root, 0, closed)
     except RecursionError:
         chain = MAX_CHAIN + 1
     if chain > MAX_CHAIN:
         raise RequestError(f"the schema's references nest more than {MAX_CHAIN} schemas deep; make it flatter")
-    for dropped in ("$id", "$schema"):  # unused by references, but llguidance would resolve them
-        plain.pop(dropped, None)
-    if walk.properties > MAX_PROPERTIES:
-        raise RequestError(
-            f"the schema has {walk.properties:,} properties, and the limit is {MAX_PROPERTIES}; leave some out"
-        )
-    if walk.multiples > MAX_MULTIPLE:
-        raise RequestError(
-            f"the schema's multipleOf values add up to {walk.multiples:,} without decimal points, and the limit is "
-            f"{MAX_MULTIPLE:,}; choose rounder ones"
-        )
-    return PlainSchema(plain, walk.costly)
+    return PlainSchema(plain, walk.costly, tuple(walk.loosened))
 
 
 class _Walk:
-    """One pass over a schema, which counts and copies."""
+    """One pass over a schema, which checks and copies."""
 
-    def __init__(self, root: JsonObject, at: str):
-        self._root, self._at = root, at
-        self._branches: dict[int, int] = {}
-        self._chains: dict[int, int] = {}
-        self.properties = self.multiples = 0
+    def __init__(self, root: JsonObject, at: str, strict: bool, lenient: bool, integers: bool):
+        self.paths = _Paths(root)
+        self._at, self._strict, self._lenient, self._integers = at, strict, lenient, integers
+        self._steps: list[Fraction] = []  # all `multipleOf`
         self.costly: list[JsonObject] = []
+        self.loosened: dict[str, None] = {}
 
     def copy(self, given: Any, depth: int, closed: bool) -> Any:
         """The plain form of `given`; `closed` as in `plain_schema`."""
         if isinstance(given, bool):
             return given
         if not isinstance(given, dict):
-            raise RequestError(f"a schema must be an object, not {given!r:.100}")
+            if not self._lenient:
+                raise RequestError(f"a schema must be an object, not {given!r:.100}")
+            self.loosened[f"{given!r:.20} for a schema"] = None
+            return {}
         if depth > MAX_DEPTH:
             raise RequestError(f"the schema is nested deeper than {MAX_DEPTH}; make it flatter")
-        plain = {key: value for key, value in given.items() if (key, value) != ("uniqueItems", False)}
-        self._check(plain, depth)
-        if isinstance(plain.get("oneOf"), list) and "anyOf" not in plain and _distinct(plain["oneOf"]):
-            plain["anyOf"] = plain.pop("oneOf")
-        if plain.get("type") != "integer":
-            for key, bound, sign in (("exclusiveMinimum", "minimum", 1), ("exclusiveMaximum", "maximum", -1)):
-                _include(plain, key, bound, sign)
-        if plain.get("format") in ("date", "date-time"):
-            plain.setdefault("pattern", _DAY)
-        self.count_branches(given)
+        plain = {key: value for key, value in given.items() if key not in ANNOTATIONS}
+        self._check_form(plain)
+        self._check_keywords(plain, depth)
+        self._check_reference(plain)
+        self._check_string(plain)
+        self._check_numbers(plain)
+        self._check_object(plain)
+        self._check_alternatives(plain)
+        self.paths.count_branches(given)
         alone = not plain.keys() & {"anyOf", "allOf", "oneOf", "$ref", "patternProperties"}
-        if closed and alone and "properties" in plain:
+        if closed and alone and "properties" in plain and {*plain.get("required", ())} <= plain["properties"].keys():
             plain.setdefault("additionalProperties", False)
         for key, value in plain.items():
             joined = key in ("$defs", "definitions", "allOf") or (key in ("anyOf", "oneOf") and "properties" in plain)
             within = closed and not joined  # if closed, it would refuse the properties of the schemas it is joined with
-            if key in _MAPS and isinstance(value, dict):
+            if key in MAPS:
                 plain[key] = {name: self.copy(each, depth + 1, within) for name, each in value.items()}
-            elif key in _LISTS and isinstance(value, list):
+            elif key in LISTS and isinstance(value, list):
                 plain[key] = [self.copy(each, depth + 1, within) for each in value]
-            elif key in _ONE:
+            elif key in ONE:
                 plain[key] = self.copy(value, depth + 1, within)
         return plain
+
+    def _leave_out(self, plain: JsonObject, key: str, message: str) -> None:
+        """Leaves out a keyword that a grammar cannot enforce.
+
+        Raises:
+            RequestError: the schema is strict.
+        """
+        if self._strict:
+            raise RequestError(message)
+        plain.pop(key, None)
+        self.loosened[key] = None
+
+    def _check_form(self, plain: JsonObject) -> None:
+        for key in list(plain):
+            if (message := malformed(key, plain[key])) is None:
+                continue
+            if not self._lenient:
+                raise RequestError(message)
+            del plain[key]
+            self.loosened[key] = None
+            if key in ("properties", "patternProperties"):
+                plain.pop("additionalProperties", None)  # which would refuse these
+            elif key == "prefixItems":
+                plain.pop("items", None)
+
+    def _check_keywords(self, plain: JsonObject, depth: int) -> None:
+        """Leaves out the keywords that a grammar cannot enforce."""
+        for key in NOT_ENFORCED:
+            if key in plain and (key, plain[key]) != ("uniqueItems", False):
+                message = f"the schema uses {key!r}, which a grammar cannot enforce; leave it out"
+                self._leave_out(plain, key, message)
+        plain.pop("uniqueItems", None)
+        if depth and "$id" in plain:
+            self._leave_out(plain, "$id", "the schema has a nested '$id'; leave it out, and refer to '#/$defs/NAME'")
+        plain.pop("$id", None)
+        if not all(exact_constant(plain[key], self._integers) for key in ("enum", "const") if key in plain):
+            for key in [key for key in ("enum", "const") if key in plain]:
+                values = plain[key] if key == "enum" else [plain[key]]
+                message = f"the schema's {key!r} has a number that cannot be kept exactly; choose one nearer to 0"
+                self._leave_out(plain, key, message)
+                if all(type(each) is int for each in values):
+                    plain.setdefault("type", "integer")
+
+    def _check_reference(self, plain: JsonObject) -> None:
+        """Moves a reference to `at`."""
+        if "$ref" not in plain:
+            return
+        reference = plain["$ref"]
+        if not (reference == "#" or reference.startswith("#/")):
+            message = f"the schema's '$ref' {reference!r:.100} is outside it, and nothing is fetched; refer to "
+            self._leave_out(plain, "$ref", message + "'#/$defs/NAME' within it")
+        elif not isinstance(self.paths.pointed_at(reference), (dict, bool)):
+            message = f"the schema's '$ref' {reference!r:.100} leads to no schema within it; refer to '#/$defs/NAME'"
+            self._leave_out(plain, "$ref", message)
+        else:
+            plain["$ref"] = self._at + reference[1:]
+
+    def _check_string(self, plain: JsonObject) -> None:
+        """Drops unknown formats, which are annotations, and collects the strings that are slow to compile."""
+        if "format" in plain and not known_format(plain["format"]):
+            del plain["format"]
+        if plain.get("format") in ("date", "date-time"):
+            plain.setdefault("pattern", _DAY)
+        if "pattern" in plain:
+            plain["pattern"] = plain_pattern(plain["pattern"])
+            kept = ("pattern", "minLength", "maxLength", "format")
+            part = {"type": "string", **{key: plain[key] for key in kept if key in plain}}
+            if self._strict or compiles(part):
+                self.costly.append(part)
+            else:
+                self._leave_out(plain, "pattern", "")
+        patterns = plain.get("patternProperties", {})
+        if not self._strict and not compiles({"type": "object", "patternProperties": dict.fromkeys(patterns, True)}):
+            self._leave_out(plain, "patternProperties", "")
+            plain.pop("additionalProperties", None)
+        elif patterns:
+            self.costly += [{"type": "string", "pattern": each} for each in patterns]
+
+    def _check_numbers(self, plain: JsonObject) -> None:
+        """Sets bounds that are kept exactly, and sums the states of `multipleOf`."""
+        bounds = len(f"{plain.get('minimum', '')}{plain.get('maximum', '')}")
+        for key, message in set_bounds(plain):
+            if self._strict:
+                raise RequestError(message)
+            self.loosened[key] = None
+        if "multipleOf" not in plain:
+            return
+        try:
+            step = multiple(plain["multipleOf"])
+        except RequestError as error:
+            self._leave_out(plain, "multipleOf", str(error))
+            return
+        self._steps.append(step)
+        # An intersection takes multiples of all, and a range as many states for each of its digits.
+        joined = math.lcm(*(each.numerator * (10**9 // each.denominator) for each in {*self._steps}))
+        count = states(Fraction(joined, 10**9)) if self.paths.joins else sum(map(states, self._steps))
+        if count * (1 + bounds) > MAX_MULTIPLE:
+            self._steps.pop()
+            message = f"the schema's 'multipleOf' values take {count * (1 + bounds):,} states, and the limit is "
+            self._leave_out(plain, "multipleOf", f"{message}{MAX_MULTIPLE:,}; choose rounder ones or fewer")
+
+    def _check_object(self, plain: JsonObject) -> None:
+        """Leaves out a count of properties that a grammar cannot keep."""
+        names, required = plain.get("properties", {}), plain.get("required", [])
+        least = plain.get("minProperties", 0)
+        if least > len(required) + 1:  # a free key may come twice
+            message = f"the schema uses 'minProperties' {least} with {len(required)} required; name those properties"
+            self._leave_out(plain, "minProperties", f"{message} in 'required'")
+        if not self._strict and not names.keys() <= {*required}:
+            for key in [key for key in ("minProperties", "maxProperties") if key in plain]:
+                self._leave_out(plain, key, "")
+
+    def _check_alternatives(self, plain: JsonObject) -> None:
+        """Makes `oneOf` an `anyOf`, if at most one branch can match or the schema is not strict."""
+        if "oneOf" not in plain:
+            return
+        if not self.paths.distinct(plain["oneOf"]):
+            if self._strict:
+                return  # llguidance sees more, and refuses it if need be
+            self.loosened["oneOf"] = None
+        branches = plain.pop("oneOf")
+        if "anyOf" in plain:
+            plain["allOf"] = [*plain.get("allOf", ()), {"anyOf": branches}]
+        else:
+            plain["anyOf"] = branches
+
+
+class _Paths:
+    """The references of a schema, followed: chains, intersections and alternatives."""
+
+    def __init__(self, root: JsonObject):
+        self._root = root
+        self._branches: dict[int, int] = {}
+        self._chains: dict[int, int] = {}
+        self.joins = _joins(root)
 
     def chain(self, schema: Any) -> int:
         """The longest chain of nested schemas from this one, with each reference followed once."""
@@ -147,11 +287,11 @@ class _Walk:
             return 0
         if id(schema) not in self._chains:
             self._chains[id(schema)] = 0  # ends a cycle of references
-            inner = [schema[key] for key in _ONE if key in schema]
-            inner += [each for key in _LISTS if isinstance(schema.get(key), list) for each in schema[key]]
-            inner += [each for key in _MAPS if isinstance(schema.get(key), dict) for each in schema[key].values()]
+            inner = [schema[key] for key in ONE if key in schema]
+            inner += [each for key in LISTS if isinstance(schema.get(key), list) for each in schema[key]]
+            inner += [each for key in MAPS if isinstance(schema.get(key), dict) for each in schema[key].values()]
             if isinstance(schema.get("$ref"), str):
-                inner.append(self._pointed_at(schema["$ref"]))
+                inner.append(self.pointed_at(schema["$ref"]))
             self._chains[id(schema)] = 1 + max(map(self.chain, inner), default=0)
         return self._chains[id(schema)]
 
@@ -162,14 +302,14 @@ class _Walk:
         if id(schema) in self._branches:
             return self._branches[id(schema)]
         self._branches[id(schema)] = 1  # ends a cycle of references
-        inner = [value for key in _MAPS[:2] if isinstance(schema.get(key), dict) for value in schema[key].values()]
-        inner += [schema[key] for key in _ONE if key in schema]
+        inner = [value for key in MAPS[:2] if isinstance(schema.get(key), dict) for value in schema[key].values()]
+        inner += [schema[key] for key in ONE if key in schema]
         own = (2 if "pattern" in schema else 1) + sum(self.count_branches(each) - 1 for each in inner)
         either = [schema[key] for key in ("anyOf", "oneOf") if isinstance(schema.get(key), list)]
         both = schema["allOf"] if isinstance(schema.get("allOf"), list) else []
         parts = [own, *(sum(map(self.count_branches, each)) for each in either), *map(self.count_branches, both)]
         if isinstance(schema.get("$ref"), str):
-            parts.append(self.count_branches(self._pointed_at(schema["$ref"])))
+            parts.append(self.count_branches(self.pointed_at(schema["$ref"])))
         product = math.prod(max(1, part) for part in parts)
         if product > MAX_BRANCHES and sum(part > 1 for part in parts) > 1:
             raise RequestError(
@@ -179,45 +319,8 @@ class _Walk:
         self._branches[id(schema)] = product
         return product
 
-    def _check(self, plain: JsonObject, depth: int) -> None:
-        """Refuses keywords that a grammar cannot enforce, counts properties, and moves references to `at`."""
-        for key in plain:
-            if key in _REFUSED:
-                raise RequestError(f"the schema uses {key!r}, which a grammar cannot enforce; leave it out")
-        if depth and "$id" in plain:
-            raise RequestError("the schema has a nested '$id'; leave it out, and refer to '#/$defs/NAME'")
-        if "$ref" in plain:
-            reference = plain["$ref"]
-            if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
-                raise RequestError(
-                    f"the schema's '$ref' {reference!r:.100} is outside it, and nothing is fetched; refer to "
-                    "'#/$defs/NAME' within it"
-                )
-            plain["$ref"] = self._at + reference[1:]
-        names = plain.get("properties")
-        self.properties += len(names) if isinstance(names, dict) else 0
-        required = plain.get("required")
-        least, known = plain.get("minProperties", 0), len(required) if isinstance(required, list) else 0
-        if isinstance(least, int) and least > known + 1:  # a free key may come twice
-            raise RequestError(
-                f"the schema uses 'minProperties' {least} with {known} required; name those properties in 'required'"
-            )
-        self._note_costly(plain)
-
-    def _note_costly(self, plain: JsonObject) -> None:
-        """Collects the parts that are slow to compile, and sums `multipleOf`."""
-        if "multipleOf" in plain:
-            value = plain["multipleOf"]
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise RequestError(f"the schema's 'multipleOf' must be a number above 0, not {value!r:.100}")
-            self.multiples += int("".join(map(str, Decimal(str(value)).normalize().as_tuple().digits)))
-        if "pattern" in plain:
-            kept = ("pattern", "minLength", "maxLength", "format")
-            self.costly.append({"type": "string", **{key: plain[key] for key in kept if key in plain}})
-        patterns = plain.get("patternProperties")
-        self.costly += [{"type": "string", "pattern": each} for each in patterns] if isinstance(patterns, dict) else []
-
-    def _pointed_at(self, reference: str) -> Any:
+    def pointed_at(self, reference: str) -> Any:
+        """The part of the schema that a JSON pointer names; None if there is none."""
         found: Any = self._root
         for part in reference.split("/")[1:]:
             part = part.replace("~1", "/").replace("~0", "~")
@@ -225,38 +328,55 @@ class _Walk:
                 number = int(part) if part.isdecimal() and len(part) < 10 else len(found)
                 found = found[number] if number < len(found) else None
             else:
-                found = found.get(part) if isinstance(found, dict) else None
+                found = found.get(part, found.get(unquote(part))) if isinstance(found, dict) else None
         return found
 
+    def distinct(self, branches: list[Any]) -> bool:
+        """True if at most one branch can match: they list other values, or differ in the value of a property."""
+        values = [self._values(branch) for branch in branches]
+        if None not in values:
+            return _disjoint(values)
+        tags = [self._tags(branch) for branch in branches]
+        return any(_disjoint([tag.get(name) for tag in tags]) for name in (tags[0] if tags else ()))
 
-def _include(plain: JsonObject, exclusive: str, inclusive: str, sign: int) -> None:
-    """Replaces an exclusive bound by an inclusive one at the next value; llguidance accepts 5 in (5, 5.5)."""
-    value, bound = plain.get(exclusive), plain.get(inclusive)
-    if value is True:  # as in draft 4
-        value, bound = bound, None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return
-    del plain[exclusive]
-    try:
-        next_to = value + sign * max(1e-6, abs(value) * 1e-12)
-    except OverflowError:
-        raise RequestError(f"the schema's {exclusive!r} has over 300 digits; choose a smaller number") from None
-    if isinstance(bound, (int, float)) and not isinstance(bound, bool):
-        next_to = max(next_to, bound) if sign > 0 else min(next_to, bound)
-    plain[inclusive] = next_to
-
-
-def _distinct(branches: list[Any]) -> bool:
-    """True if the branches list their values and share none, so that at most one branch matches."""
-    values: list[str] = []
-    for branch in branches:
+    def _values(self, branch: Any) -> set[str] | None:
+        """The values that a branch lists; None if it lists none."""
+        if isinstance(branch, dict) and isinstance(branch.get("$ref"), str):
+            branch = self.pointed_at(branch["$ref"])
         if isinstance(branch, dict) and "const" in branch:
-            values.append(_canonical(branch["const"]))
-        elif isinstance(branch, dict) and isinstance(branch.get("enum"), list):
-            values += {_canonical(each) for each in branch["enum"]}
-        else:
-            return False
-    return len(values) == len(set(values))
+            return {_canonical(branch["const"])}
+        if isinstance(branch, dict) and isinstance(branch.get("enum"), list):
+            return {_canonical(each) for each in branch["enum"]}
+        return None
+
+    def _tags(self, branch: Any) -> dict[str, set[str] | None]:
+        """The required properties of an object whose values are listed, with these values."""
+        if isinstance(branch, dict) and isinstance(branch.get("$ref"), str):
+            branch = self.pointed_at(branch["$ref"])
+        if not isinstance(branch, dict) or branch.get("type") != "object":
+            return {}
+        names, required = branch.get("properties"), branch.get("required")
+        if not isinstance(names, dict) or not isinstance(required, list):
+            return {}
+        return {name: self._values(each) for name, each in names.items() if name in required}
+
+
+def _joins(schema: JsonObject) -> bool:
+    """True if a part of a schema is the intersection of several."""
+    pending: list[Any] = [schema]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            if "allOf" in value or len(value.keys() & {"anyOf", "oneOf", "$ref", "multipleOf", "properties"}) > 1:
+                return True
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
+    return False
+
+
+def _disjoint(values: list[set[str] | None]) -> bool:
+    return all(values) and len(set[str]().union(*filter(None, values))) == sum(len(each or ()) for each in values)
 
 
 def _canonical(value: Any) -> str:

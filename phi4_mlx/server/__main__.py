@@ -253,6 +253,7 @@ def _guard(args: argparse.Namespace, key: str | None, served: _Served, superviso
 
     models = {served.name: None} | {adapter: adapter for adapter in served.settings.adapters}
     service = Service(supervisor, served.tokenizer, models, served.vocabulary, args.timeout, args.max_tokens)
+    service.grammars.start()
     hosts = None if key is not None and not is_loopback(args.host) else (*LOOPBACK_NAMES, args.host.lower())
     return Guard(App(service).starlette(), key, hosts, tuple(args.allowed_origins))
 

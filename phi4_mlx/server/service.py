@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field, replace
 
 from phi4_mlx.errors import Phi4Error
 from phi4_mlx.generation.answer import AnswerAssembler
+from phi4_mlx.grammar.apart import Refused
+from phi4_mlx.grammar.order import Order
 from phi4_mlx.server.apis.wire import Ask, Call, Delta, End, WireError, new_id
 from phi4_mlx.server.engine.protocol import Failure, Finish, Job, Piece
 from phi4_mlx.server.engine.supervisor import Full, Supervisor
+from phi4_mlx.server.grammar_pool import Busy, GrammarPool
 from phi4_mlx.tokens.tokenizer import Tokenizer
 
 UNREAD_ITEMS = 16  # of a client's answers; beyond them the supervisor's own limit counts
@@ -30,6 +33,7 @@ class Service:
         vocabulary: number of token ids.
         timeout_s: seconds that an answer may take.
         max_tokens: limit of an answer whose client sets none; None for what the context has room for.
+        grammars: makes the grammars of answers.
     """
 
     supervisor: Supervisor
@@ -38,6 +42,7 @@ class Service:
     vocabulary: int
     timeout_s: float
     max_tokens: int | None = None
+    grammars: GrammarPool = field(default_factory=GrammarPool)
 
     def served(self, ask: Ask) -> Ask:
         """The request with the name of the model that answers it.
@@ -75,7 +80,7 @@ class Service:
         Raises:
             WireError: the requested grammar cannot be built.
         """
-        grammar, loosened = await asyncio.to_thread(_grammar, ask), ()
+        grammar, loosened = await self.grammar(ask)
         ignored = (*ask.ignored, *loosened)
         jobs = []
         for prompt in prompts:
@@ -91,6 +96,26 @@ class Service:
                     Job(0, tuple(prompt), limit, sampling, ask.stop, ask.top_logprobs, grammar, adapter, self.timeout_s)
                 )
         return jobs, ignored
+
+    async def grammar(self, ask: Ask) -> tuple[str | None, tuple[str, ...]]:
+        """The grammar of an answer, as text, and what it does not enforce; None if the answer is free.
+
+        Raises:
+            WireError: it cannot be made, or too many others wait to be made.
+        """
+        tools = tuple(ask.tools) if _calls_tools(ask) else ()
+        if not tools and ask.response_format is None:
+            return None, ()
+        order = Order(ask.response_format, ask.strict, tools, ask.tool_choice, ask.parallel_tool_calls)
+        try:
+            grammar = await self.grammars.make(order)
+        except Refused as error:
+            raise WireError(400, str(error), error.field) from None
+        except Busy:
+            raise WireError(503, "too many grammars wait to be compiled; send the request again in a moment") from None
+        except OSError:
+            raise WireError(503, "no process can be started to compile the grammar; try again in a moment") from None
+        return grammar.text, grammar.loosened
 
     async def answers(self, ask: Ask, jobs: list[Job]) -> AsyncGenerator[Delta | End, None]:
         """The items of all answers as they come; closing the generator cancels the jobs.
@@ -170,35 +195,3 @@ class Service:
 
 def _calls_tools(ask: Ask) -> bool:
     return bool(ask.tools) and ask.tool_choice != "none"
-
-
-def _grammar(ask: Ask) -> str | None:
-    """The grammar of an answer, as text; None if the answer is free.
-
-    Raises:
-        WireError: it cannot be built.
-    """
-    if not _calls_tools(ask) and ask.response_format is None:
-        return None
-
-    from phi4_mlx.grammar import grammars as constrain  # late: only these requests need its library
-
-    makers: dict[str, Callable[..., constrain.Grammar]] = {
-        "json_object": constrain.json_object,
-        "json_schema": constrain.json_schema,
-        "regex": constrain.regex,
-        "choice": constrain.choice,
-        "grammar": constrain.lark,
-    }
-    grammar: constrain.Grammar | None = None
-    field = "response_format"
-    try:
-        if ask.response_format is not None:
-            kind, *given = ask.response_format
-            grammar = makers[kind](*given)
-        if _calls_tools(ask):
-            field = "tools"
-            grammar = constrain.tool_calls(ask.tools, ask.tool_choice, ask.parallel_tool_calls, grammar)
-    except Phi4Error as error:
-        raise WireError(400, str(error), field) from None
-    return None if grammar is None else grammar.text

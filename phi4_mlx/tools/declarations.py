@@ -11,7 +11,7 @@ import inspect
 import json
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from phi4_mlx.errors import RequestError
@@ -19,8 +19,10 @@ from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.tools.hints import JSON_TYPES, Field, NoSchema, error_line, object_schema
 from phi4_mlx.tools.json_text import json_text
 
-MAX_TOOLS = 128  # OpenAI's limit
-MAX_PROPERTIES = 500  # of one tool or schema, nested ones included; a grammar with more is slow to build
+MAX_TOOLS_BYTES = 2**20  # of all tools of a request as JSON; a grammar of 270 KB takes 0.6 s
+# Keywords whose values in a JSON schema are not themselves schemas.
+_SCHEMA_WORDS = ("type", "properties", "required", "anyOf", "oneOf", "allOf", "$ref", "$schema", "title", "description")
+_MAX_ALTERNATIVES = 3  # levels of alternatives in which arguments are named
 NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
 
 # Google style: the header of a section, and the first line of an argument.
@@ -42,8 +44,8 @@ def flat_tool(tool: Any) -> JsonObject:
     """
     function = declaration(tool)
     parameters = function.get("parameters") or {}
-    if isinstance(parameters, Mapping) and parameters.get("type") == "object":  # a JSON schema
-        parameters = parameters.get("properties") or {}
+    if isinstance(parameters, Mapping) and _is_schema(parameters):
+        parameters = _named_arguments(parameters, parameters, 0)
     if not isinstance(parameters, Mapping):
         raise RequestError(f"tool {function['name']!r}: parameters must be an object, not {parameters!r:.100}")
     flat: JsonObject = {"name": function["name"]}
@@ -105,26 +107,32 @@ def check_tools(tools: Any) -> list[JsonObject]:
         "description" and "strict" only where they are given.
 
     Raises:
-        RequestError: there are more than 128 tools, two have the same name, or one is malformed, too large, or
-            contains a value that is not JSON; names it.
+        RequestError: the tools have more than 1 MB as JSON, two have the same name, or one is malformed or contains a
+            value that is not JSON; names it.
     """
     if not isinstance(tools, (list, tuple)):
         raise RequestError(f"tools must be a list, not {tools!r:.100}")
-    if len(tools) > MAX_TOOLS:
-        raise RequestError(f"{len(tools)} tools are given, and the limit is {MAX_TOOLS}; leave out those not needed")
     checked: dict[str, JsonObject] = {}
+    size = 0
     for index, tool in enumerate(tools):
         try:
-            function = _checked(tool)
+            function, count = _checked(tool)
         except RecursionError:
             raise RequestError(f"tool {index} is nested too deep to be JSON; make it flatter") from None
         if function["name"] in checked:
             raise RequestError(f"two tools are called {function['name']!r}; give each a name of its own")
         checked[function["name"]] = function
+        size += count
+        if size > MAX_TOOLS_BYTES:
+            raise RequestError(
+                f"the tools up to {function['name']!r}, {len(checked):,} of {len(tools):,}, have {size:,} bytes, and "
+                f"the limit is {MAX_TOOLS_BYTES:,}; leave out those not needed"
+            )
     return [{"type": "function", "function": function} for function in checked.values()]
 
 
-def _checked(tool: Any) -> JsonObject:
+def _checked(tool: Any) -> tuple[JsonObject, int]:
+    """A tool's declaration with a JSON schema, and its bytes as JSON."""
     if isinstance(tool, Mapping) and tool.get("type", "function") != "function":
         raise RequestError(f"a tool has the type {tool['type']!r:.100}; the only type is 'function'")
     given = declaration(tool)
@@ -134,7 +142,7 @@ def _checked(tool: Any) -> JsonObject:
     kept = {key: given[key] for key in ("name", "description", "parameters", "strict") if given.get(key) is not None}
     try:
         text = json_text(kept)
-        text.encode()
+        size = len(text.encode())
     except UnicodeEncodeError:
         raise RequestError(f"tool {name!r} contains half a surrogate pair, which is not text; remove it") from None
     except (TypeError, ValueError) as error:
@@ -144,50 +152,61 @@ def _checked(tool: Any) -> JsonObject:
         if not isinstance(function.get(key, kind()), kind):
             raise RequestError(f"tool {name!r}: {key} must be a {kind.__name__}, not {function[key]!r:.100}")
     function["parameters"] = _schema_of(name, function.get("parameters") or {})
-    properties = sum(_property_counts(function["parameters"]))
-    if properties > MAX_PROPERTIES:
-        raise RequestError(
-            f"tool {name!r} has {properties:,} properties, and the limit is {MAX_PROPERTIES}; split the tool"
-        )
-    return function
+    return function, size
 
 
 def _schema_of(name: str, parameters: Any) -> JsonObject:
     """Parameters as a JSON schema; in the flat form they are its properties, with Python's names of types."""
     if not isinstance(parameters, dict):
         raise RequestError(f"tool {name!r}: parameters must be an object, not {parameters!r:.100}")
-    if parameters.get("type") == "object":
-        schema = {**parameters, "properties": parameters.get("properties") or {}}
-    else:
-        required = [key for key, value in parameters.items() if isinstance(value, dict) and "default" not in value]
-        schema = {"type": "object", "properties": {key: _unflat(value) for key, value in parameters.items()}}
-        schema["required"] = required
-    if not isinstance(schema["properties"], dict):
-        raise RequestError(f"tool {name!r}: parameters must be an object, not {schema['properties']!r:.100}")
-    for key, value in schema["properties"].items():
+    if _is_schema(parameters):
+        # A type that is missing or may be null is an object all the same, as arguments are.
+        kinds = parameters.get("type", ["object"]) or ["object"]
+        kind = "object" if isinstance(kinds, list) and "object" in kinds else kinds
+        schema = {**parameters, "type": kind}
+        if not schema.get("properties"):
+            schema["properties"] = {}
+        return schema
+    for key, value in parameters.items():
         if not isinstance(value, (dict, bool)):
             raise RequestError(f"tool {name!r}: argument {key!r:.100} must be a JSON schema, not {value!r:.100}")
-    required = schema.get("required", [])
-    if not isinstance(required, list) or not all(isinstance(key, str) for key in required):
-        raise RequestError(f"tool {name!r}: required must be a list of names, not {required!r:.100}")
-    return schema
+    required = [key for key, value in parameters.items() if isinstance(value, dict) and "default" not in value]
+    return {
+        "type": "object",
+        "properties": {key: _unflat(value) for key, value in parameters.items()},
+        "required": required,
+    }
+
+
+def _is_schema(parameters: Mapping[str, Any]) -> bool:
+    """True for a JSON schema; in the flat form, each value is an argument's schema."""
+    names = parameters.get("properties")
+    if isinstance(names, Mapping) and all(isinstance(each, (Mapping, bool)) for each in names.values()):
+        return True
+    return any(not isinstance(parameters[key], (Mapping, bool)) for key in _SCHEMA_WORDS if key in parameters)
+
+
+def _named_arguments(schema: Any, root: Mapping[str, Any], depth: int) -> JsonObject:
+    """The arguments that a schema names, in its alternatives too."""
+    if not isinstance(schema, Mapping) or depth > _MAX_ALTERNATIVES:
+        return {}
+    named = schema.get("properties")
+    found = dict(named) if isinstance(named, Mapping) else {}
+    if not found:
+        reference = schema.get("$ref")
+        parts = reference.split("/") if isinstance(reference, str) else []
+        target = root.get(parts[1]) if len(parts) == 3 else None
+        inner = [target.get(parts[2])] if isinstance(target, Mapping) else []
+        for key in ("allOf", "anyOf", "oneOf"):
+            inner += schema[key] if isinstance(schema.get(key), list) else []
+        for each in inner:
+            found = {**_named_arguments(each, root, depth + 1), **found}
+    return found
 
 
 def _unflat(argument: Any) -> Any:
     kind = argument.get("type") if isinstance(argument, dict) else None
     return {**argument, "type": JSON_TYPES.get(kind, kind)} if isinstance(kind, str) else argument
-
-
-def _property_counts(schema: Any) -> Iterator[int]:
-    pending = [schema]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, dict):
-            if isinstance(value.get("properties"), dict):
-                yield len(value["properties"])
-            pending += value.values()
-        elif isinstance(value, list):
-            pending += value
 
 
 # A Python function.

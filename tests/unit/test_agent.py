@@ -470,9 +470,11 @@ def test_calls_obey_the_schemas_in_every_round(model: Any) -> None:
     assert {call["name"] for call in calls} == {"paint"}
     assert {json.loads(call["arguments"])["colour"] for call in calls} <= {"red", "blue"}
     refused = {"type": "object", "properties": {"x": {"type": "string", "not": {"const": "y"}}}}
-    odd = ({"type": "function", "function": {"name": "odd", "parameters": refused}}, lambda x: x)
+    odd = ({"type": "function", "function": {"name": "odd", "parameters": refused, "strict": True}}, lambda x: x)
     with pytest.raises(RequestError, match="tool 'odd'"):
         run_tools(model, TOKENIZER, ASK, [odd], max_tokens=5)
+    loose = ({"type": "function", "function": {"name": "odd", "parameters": refused}}, lambda x: x)
+    assert run_tools(model, TOKENIZER, ASK, [loose], max_tokens=5).rounds == 1
     assert run_tools(model, TOKENIZER, ASK, [odd], max_tokens=5, strict=False).rounds == 1
 
 

@@ -272,9 +272,8 @@ def test_an_unsupported_lark_grammar_is_refused(given: Any) -> None:
         ([WEATHER], {"choice": {"type": "function"}}, "the choice of a tool"),
         ([WEATHER], {"choice": None}, "the choice of a tool"),
         ([WEATHER], {"choice": ["auto"]}, "the choice of a tool"),
-        ([{"name": "f", "parameters": obj({"a": {"not": STRING}})}], {}, "tool 'f': .*'not'"),
-        ([{"name": "f", "parameters": obj({"a": {"type": "string", "format": "strange"}})}], {}, "strange"),
-        ([{"name": "f", "parameters": {"a": {"type": "strange"}}}], {}, "strange"),
+        ([{"name": "f", "parameters": obj({"a": {"not": STRING}}), "strict": True}], {}, "tool 'f': .*'not'"),
+        ([{"name": "f", "parameters": {"a": {"type": "strange"}}, "strict": True}], {}, "tool 'f': .*strange"),
     ],
 )
 def test_malformed_tools_and_choices_are_refused(tools: Any, options: dict[str, Any], message: str) -> None:

@@ -14,7 +14,6 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.grammar.compiler import check_grammar
 from phi4_mlx.grammar.grammars import json_schema, tool_calls
 from phi4_mlx.grammar.schema import plain_schema
-from phi4_mlx.tools.declarations import MAX_PROPERTIES
 from phi4_mlx.tools.hints import class_schema
 from tests.json_schemas import STRING, obj
 
@@ -35,10 +34,10 @@ def row(link: str, count: int, backwards: bool = False) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def largest_s() -> float:
-    """Seconds of processor time to check a schema with as many properties as can be served."""
+    """Seconds of processor time to check a schema with 500 properties."""
     check_grammar.cache_clear()
     start = time.process_time()
-    json_schema(obj({f"p{n}": STRING for n in range(MAX_PROPERTIES)}))
+    json_schema(obj({f"p{n}": STRING for n in range(500)}))
     return time.process_time() - start
 
 
@@ -52,17 +51,13 @@ def largest_s() -> float:
         ({"const": {1, 2}}, "must be JSON"),
         ({"const": "\ud800"}, "half a surrogate pair"),
         ({"description": "x" * 70_000}, r"70,019 bytes.*65,536"),
-        (
-            obj({f"p{n}": STRING for n in range(300)}, additionalProperties=obj({f"q{n}": STRING for n in range(300)})),
-            r"600 properties.*500",
-        ),
         (deep(65), "deeper than 64"),
         (deep(5_000), "deeper than 64"),
         ({"properties": {"a": 5}}, "a schema must be an object, not 5"),
         ({"$ref": "https://example.com/s.json"}, "is outside it.*nothing is fetched"),
         ({"$ref": "other.json#/a"}, "is outside it"),
         ({"$ref": "#name"}, "is outside it"),
-        ({"$ref": "#/$defs/none"}, "none"),
+        ({"$ref": "#/$defs/none"}, "leads to no schema"),
         ({"$defs": {"a": {"$id": "b", **STRING}}}, "nested '\\$id'"),
         *[
             (obj({"a": {keyword: value}}), f"'{keyword.replace('$', '.')}'")
@@ -93,8 +88,7 @@ def largest_s() -> float:
         ({"$defs": {"unused": {"not": STRING}}, **STRING}, "'not'"),
         ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "oneOf"),
         ({"oneOf": [{"const": 1}, {"const": 1.0}]}, "oneOf"),
-        ({"type": "string", "format": "regex"}, "Unknown format: regex"),
-        ({"type": "strange"}, "Invalid type: strange"),
+        ({"type": "strange"}, "'type' must be one or more of null.*not 'strange'"),
         ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
         ({"type": "string", "pattern": "("}, "regex parse error"),
         ({"type": "string", "minLength": 5, "maxLength": 3}, "Unsatisfiable"),
@@ -104,14 +98,14 @@ def largest_s() -> float:
         (obj({"a": STRING, "b": STRING}, maxProperties=1, minProperties=True), "minProperties"),
         ({"type": "object", "patternProperties": {"^a": STRING, "b": {"type": "integer"}}}, "disjoint"),
         ({"type": "integer", "multipleOf": 0}, "'multipleOf' must be a number above 0"),
-        ({"type": "integer", "multipleOf": 123_457}, "add up to 123,457.*100,000"),
+        ({"type": "integer", "multipleOf": 123_457}, "take 123,457 states.*20,000"),
         ({"allOf": [{"anyOf": [obj({f"p{n}{m}": STRING}) for m in range(4)]} for n in range(6)]}, "4,096 combinations"),
         ({"allOf": [{"type": "string", "pattern": f"(a|b)*a(a|b){{{n}}}c"} for n in range(12)]}, "4,096 combinations"),
         ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "never end"),
         ({"$ref": "#/$defs/a", "$defs": {"a": obj({"c": {"$ref": "#/$defs/a"}}, "c")}}, "never end"),
         ({"const": "\x01"}, "never end"),
-        ({"type": "number", "exclusiveMinimum": 10**400}, "'exclusiveMinimum' has over 300 digits"),
-        ({"anyOf": [STRING], "$ref": "#/anyOf/" + "9" * 5_000}, "array index"),
+        ({"type": "number", "exclusiveMinimum": 10**400}, "'exclusiveMinimum' 1000.*cannot be kept exactly"),
+        ({"anyOf": [STRING], "$ref": "#/anyOf/" + "9" * 5_000}, "leads to no schema"),
         (row('{"items": {"$ref": "NEXT"}}', 300), "200 schemas deep"),
         (row('{"anyOf": [{"$ref": "NEXT"}]}', 1_000), "200 schemas deep"),
         (row('{"properties": {"a": {"$ref": "NEXT"}}}', 900, backwards=True), "200 schemas deep"),
