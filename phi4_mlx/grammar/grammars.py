@@ -134,8 +134,8 @@ def lark(text: str) -> Grammar:
     Raises:
         RequestError: the grammar is malformed or too large, or no text obeys it.
     """
-    if isinstance(text, str) and ("&" in text or "~" in text):
-        # The only grammars whose cost has no bound in llguidance: a process with limits tries them first.
+    if isinstance(text, str) and not {*"&~%"}.isdisjoint(text):
+        # Intersections, complements and schemas within it may cost any time: a process with limits tries them.
         return Grammar(*made_apart(json.dumps({"format": ["grammar", text]}), "response_format"))
     return lark_here(text)
 
