@@ -20,7 +20,7 @@ from typing import IO
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.json_file import JsonObject
 
-MAX_ORDER_S = 2.0  # seconds for one grammar
+MAX_ORDER_S = 2.0  # seconds of processor time for one grammar; twice as many on the clock
 MAX_GROWTH_BYTES = 2**29  # above the memory of an idle process; macOS does not enforce it, there only time is limited
 _START_S = 60.0  # seconds until a process is ready, on a busy machine
 
@@ -56,6 +56,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._late = threading.Event()  # the last order took too long on the clock
 
     @property
     def pid(self) -> int | None:
@@ -113,16 +114,17 @@ class Worker:
                     raise Refused(result["error"], result["field"])
                 return result["text"], tuple(result["loosened"])
             ended_by = self.stop()
-            if attempt or ended_by not in (-signal.SIGKILL, -signal.SIGTERM):
+            slow = ended_by == -signal.SIGPROF or self._late.is_set()
+            if attempt or slow or ended_by not in (-signal.SIGKILL, -signal.SIGTERM):
                 break
         what = "the grammar" if field == "response_format" else "the grammar of the tools"
-        raise TooCostly(f"{what} {_TOO_SLOW if ended_by == -signal.SIGALRM else _TOO_LARGE}", field)
+        raise TooCostly(f"{what} {_TOO_SLOW if slow else _TOO_LARGE}", field)
 
     def _ask(self, order: str) -> JsonObject | None:
         """The process's result; None if it ended."""
         process = self._process
         assert process is not None and process.stdin is not None
-        with _killed_after(process, MAX_ORDER_S + 1):  # its own timer does not count while it is stopped
+        with _killed_after(process, 2 * MAX_ORDER_S) as self._late:  # its own timer does not count while it waits
             try:
                 process.stdin.write(order.encode() + b"\n")
                 process.stdin.flush()
@@ -152,13 +154,19 @@ def made_apart(order: str, field: str) -> tuple[str, tuple[str, ...]]:
 
 
 @contextlib.contextmanager
-def _killed_after(process: subprocess.Popen[bytes], seconds: float) -> Iterator[None]:
-    """Kills a process if the block takes longer."""
-    timer = threading.Timer(seconds, process.kill)
+def _killed_after(process: subprocess.Popen[bytes], seconds: float) -> Iterator[threading.Event]:
+    """Kills a process if the block takes longer, and sets the event."""
+    late = threading.Event()
+
+    def kill() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(seconds, kill)
     timer.daemon = True
     timer.start()
     try:
-        yield
+        yield late
     finally:
         timer.cancel()
 

@@ -10,7 +10,7 @@ from phi4_mlx.grammar.compiler import compile_grammar, raise_error
 from phi4_mlx.grammar.examples import grammar_examples
 from phi4_mlx.grammar.grammars import Grammar
 from phi4_mlx.grammar.vocabulary import vocabulary_of
-from phi4_mlx.grammar.way_out import MAX_WAY
+from phi4_mlx.grammar.way_out import MAX_STEP_S, MAX_WAY
 from phi4_mlx.tokens.tokenizer import Tokenizer
 from phi4_mlx.tools.markup import CALLS_CLOSE, CALLS_OPEN
 
@@ -44,7 +44,7 @@ class Constraint:
         self._barred: list[int] = []  # tokens refused at this step
         self._in_string = self._in_string_before = 0
         self._examples = grammar_examples(text)
-        self._way = self._find_way(MAX_WAY) if max_tokens else None  # tokens that lead to the end
+        self._way = self._find_way(MAX_WAY, 2 * MAX_STEP_S) if max_tokens else None  # tokens that lead to the end
         self._longest_way = len(self._way or ())
         self._follow_way = False
         self._forced = False
@@ -143,8 +143,8 @@ class Constraint:
         self._longest_way = max(self._longest_way, len(way or ()))
         return True
 
-    def _find_way(self, most: int) -> list[int] | None:
-        return self._vocabulary.paths.way_out(self._matcher, self._examples, self._in_string, most)
+    def _find_way(self, most: int, seconds: float = MAX_STEP_S) -> list[int] | None:
+        return self._vocabulary.paths.way_out(self._matcher, self._examples, self._in_string, most, seconds)
 
     def _append(self, tokens: list[int]) -> None:
         self._matcher.consume_tokens(tokens)

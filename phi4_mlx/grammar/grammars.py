@@ -22,6 +22,7 @@ from phi4_mlx.grammar.apart import made_apart
 from phi4_mlx.grammar.call_rules import CALL_OR_ANSWER, MAY_CALL, MUST_CALL, spelled
 from phi4_mlx.grammar.compiler import check_grammar, limits
 from phi4_mlx.grammar.form import JSON_STYLE, json_grammar, lark_grammar
+from phi4_mlx.grammar.keywords import compiles
 from phi4_mlx.grammar.schema import PlainSchema, plain_schema
 from phi4_mlx.tools.declarations import check_tools
 from phi4_mlx.tools.hints import class_schema
@@ -133,8 +134,8 @@ def lark(text: str) -> Grammar:
     Raises:
         RequestError: the grammar is malformed or too large, or no text obeys it.
     """
-    if isinstance(text, str) and ("&" in text or "~" in text):
-        # The only grammars whose cost has no bound in llguidance: a process with limits tries them first.
+    if isinstance(text, str) and not {*"&~%"}.isdisjoint(text):
+        # Intersections, complements and schemas within it may cost any time: a process with limits tries them.
         return Grammar(*made_apart(json.dumps({"format": ["grammar", text]}), "response_format"))
     return lark_here(text)
 
@@ -189,20 +190,30 @@ def tool_calls(
     make = partial(_calls_grammar, auto=choice == "auto", one=one, answer=answer)
     try:
         return make(plain)
-    except RequestError:
-        plain = {name: _compilable(checked[name], each) for name, each in plain.items()}
-    try:
-        return make(plain)
-    except RequestError as error:  # each alone can be compiled, but not all together
-        loose = {
-            name: each if checked[name].get("strict") else _any_object(each, error) for name, each in plain.items()
-        }
-        return make(loose)
+    except RequestError as error:
+        reason = error
+        # Arguments that were too much for `plain_schema` are any object already.
+        known = {name: each for name, each in plain.items() if each.schema != {"type": "object"}}
+        plain |= {name: _compilable(checked[name], each) for name, each in known.items()}
+    # Each alone can be compiled; if not all together, the smaller half is tried.
+    loose = [
+        name for name in sorted(plain, key=lambda name: len(str(plain[name].schema))) if not _strict(checked[name])
+    ]
+    for kept in (len(loose), len(loose) // 2, 0):
+        try:
+            return make(plain | {name: _any_object(plain[name], reason) for name in loose[kept:]})
+        except RequestError as error:
+            reason = error
+    raise reason
+
+
+def _strict(tool: JsonObject) -> bool:
+    return tool.get("strict") is True
 
 
 def _arguments(tool: JsonObject, at: str) -> PlainSchema:
     """The schema of a tool's arguments, which will stand at `at`."""
-    strict = bool(tool.get("strict"))
+    strict = _strict(tool)
     try:
         if tool["parameters"]["type"] != "object":
             raise RequestError(f"parameters must be an object, not of type {tool['parameters']['type']!r:.100}")
@@ -215,14 +226,12 @@ def _arguments(tool: JsonObject, at: str) -> PlainSchema:
 
 def _compilable(tool: JsonObject, plain: PlainSchema) -> PlainSchema:
     """A tool's arguments, or any object if they cannot be compiled."""
-    strict = bool(tool.get("strict"))
-    try:
-        alone = plain_schema(tool["parameters"], closed=True, strict=strict, lenient=not strict)
-        _checked(f"tool {tool['name']!r}", json_grammar(alone.schema), [json_grammar(each) for each in alone.costly])
-    except RequestError as error:
-        if strict:
-            raise
-        return _any_object(plain, error)
+    what = f"tool {tool['name']!r}"
+    alone = plain_schema(tool["parameters"], closed=True, strict=_strict(tool), lenient=not _strict(tool))
+    if _strict(tool):
+        _checked(what, json_grammar(alone.schema), [json_grammar(each) for each in alone.costly])
+    elif not compiles(alone.schema):
+        return _any_object(plain, RequestError(f"{what} cannot be compiled"))
     return plain
 
 

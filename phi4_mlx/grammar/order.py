@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from phi4_mlx.errors import RequestError
@@ -38,7 +38,7 @@ class Order:
 
     def text(self) -> str:
         """The order as one line of JSON; the same for equal orders."""
-        return json.dumps(asdict(self))
+        return json.dumps(vars(self))
 
     @staticmethod
     def read(text: str | bytes) -> Order:

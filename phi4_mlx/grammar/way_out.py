@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 MAX_WAY = 10_000  # tokens of the shortest answer that is searched for
-MAX_SEARCH_S = 1.0  # seconds of processor time for one search; 500 properties take 0.3 s
+MAX_SEARCH_S = 0.5  # seconds of processor time for one search; 2,000 properties take 0.4 s
+MAX_STEP_S = 0.1  # the same between two tokens, while all other answers wait
 
 _TRIES = 4  # each with its own random seed
 _MARKS = b"@.:/-T"  # separators inside dates, addresses and other formats
@@ -58,7 +59,12 @@ class Paths:
         return state
 
     def way_out(
-        self, matcher: LLMatcher, examples: Iterable[bytes] = (), state: int = _OUTSIDE, most: int = MAX_WAY
+        self,
+        matcher: LLMatcher,
+        examples: Iterable[bytes] = (),
+        state: int = _OUTSIDE,
+        most: int = MAX_WAY,
+        seconds: float = MAX_SEARCH_S,
     ) -> list[int] | None:
         """Finds tokens that lead from a matcher's state to a place where the answer may end.
 
@@ -67,13 +73,14 @@ class Paths:
             examples: texts that match the grammar's patterns; random bytes rarely do.
             state: as in `in_string`.
             most: the limit of the way, in tokens.
+            seconds: the limit of the search, of processor time.
 
         Returns:
             Token ids without the end marker, the same for the same state; empty if the answer may end here. None if no
             way is found within the limits.
         """
         endings = [[self._of_byte[byte] for byte in text[n:]] for text in examples for n in range(len(text))]
-        give_up_at = time.thread_time() + MAX_SEARCH_S
+        give_up_at = time.thread_time() + seconds
         for dice in map(random.Random, range(_TRIES)):
             here, now, way = matcher.deep_copy(), state, list[int]()
             while len(way) <= most and not here.is_accepting() and time.thread_time() < give_up_at:

@@ -27,15 +27,15 @@ def main() -> None:
     """Makes grammars until the input ends."""
     os.nice(5)  # the server's own work comes first
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that reads the answers
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     Order(("json_schema", {"pattern": "a"})).make()  # loads the library
     usual = _peak_bytes()
     _limit_memory()
     _write({"ready": True})
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_REAL, MAX_ORDER_S)
+        signal.setitimer(signal.ITIMER_PROF, MAX_ORDER_S)
         result = _result(line)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         last = _peak_bytes() - usual > _RENEW_BYTES
         _write({**result, "last": last})
         if last:

@@ -32,6 +32,18 @@ def schema(value: Any) -> dict[str, Any]:
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "get_weather", "parameters": CITY}}]
 MANY = {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(5000)}}
 REMOTE = {"type": "object", "properties": {"a": {"$ref": "http://127.0.0.1:1/schema.json"}}}
+INT64 = 2**63
+NUMBERS: dict[str, Any] = {
+    "constant": {"const": -INT64},
+    "enumeration": {"enum": [-INT64, 1]},
+    "equal bounds": {"type": "integer", "minimum": -INT64, "maximum": -INT64},
+    "bounds of int64": {"type": "integer", "minimum": -INT64, "maximum": INT64 - 1},
+    "bounds in two places": {"allOf": [{"type": "integer"}, {"minimum": -INT64}, {"maximum": -INT64}]},
+    "bounds of floats": {"type": "integer", "minimum": -1e308, "maximum": -1e308},
+    "product of multiples": {"allOf": [{"type": "integer", "multipleOf": n} for n in (97, 89, 83, 79)]},
+}
+BOMB = "start: T\nT: ~/.*a.{14}.*/ & /.*b.{14}.*/ & /.*c.{14}.*/\n"
+CRASH = 'start: %json {"const": -9223372036854775808}'
 HOSTILE: dict[str, Any] = {
     "logit_bias beyond the vocabulary": chat(logit_bias={"1000000": 1}),
     "logit_bias below it": chat(logit_bias={"-1": 1}),
@@ -74,15 +86,15 @@ HOSTILE: dict[str, Any] = {
     "audio part": parts({"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}),
     "tool without a name": chat(tools=[{"type": "function", "function": {"parameters": CITY}}]),
     "tool with 5,000 properties": chat(tools=[{"type": "function", "function": {"name": "t", "parameters": MANY}}]),
-    "tool with a remote $ref": chat(tools=[{"type": "function", "function": {"name": "t", "parameters": REMOTE}}]),
     "tool name with control tokens": chat(tools=[{"type": "function", "function": {"name": "<|end|>"}}]),
     "tool_choice of an unknown tool": chat(tools=TOOLS, tool_choice={"type": "function", "function": {"name": "x"}}),
-    "schema with a remote $ref": schema(REMOTE),
     "schema with 5,000 properties": schema(MANY),
     "schema of 70 KB": schema({"type": "string", "description": "x" * 70_000}),
     "schema that nothing satisfies": schema({"type": "object", "properties": {"a": False}, "required": ["a"]}),
     "schema that refers to itself": schema({"$ref": "#"}),
-    "schema with not": schema({"not": {"type": "string"}}),
+    "schema of an unknown type": schema({"type": "strange"}),
+    "grammar that takes minutes": chat(response_format={"type": "grammar", "grammar": BOMB}),
+    "grammar that crashes its compiler": chat(response_format={"type": "grammar", "grammar": CRASH}),
     "invalid regex": chat(response_format={"type": "regex", "pattern": "("}),
     "invalid grammar": chat(response_format={"type": "grammar", "grammar": "start: ("}),
     "prompt of 200,000 tokens": chat(messages=[{"role": "user", "content": "hello " * 200_000}]),
@@ -124,6 +136,32 @@ def test_a_hostile_body_is_refused_in_json_and_the_next_is_answered(server: Serv
     start = time.monotonic()
     assert server.ask().status_code == 200
     assert took < 50 * (time.monotonic() - start)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_at_the_end_of_int64_cost_at_most_one_request(server: Server, name: str) -> None:
+    tool = {"name": "t", "parameters": {"type": "object", "properties": {"a": NUMBERS[name]}, "required": ["a"]}}
+    tools = [{"type": "function", "function": tool}]
+    assert server.post("/v1/chat/completions", schema(NUMBERS[name])).status_code in (200, 400)
+    for choice in ("auto", "required"):
+        assert server.post("/v1/chat/completions", chat(tools=tools, tool_choice=choice)).status_code == 200
+    health = server.get("/health").json()
+    assert (health["status"], health["restarts"]) == ("ok", 0)
+
+
+@pytest.mark.slow
+def test_nothing_is_fetched_for_a_remote_reference(server: Server) -> None:
+    tools = [{"type": "function", "function": {"name": "t", "parameters": REMOTE}}]
+    assert server.post("/v1/chat/completions", chat(tools=tools)).status_code == 200
+
+
+@pytest.mark.slow
+def test_217_tools_fit_into_a_request(server: Server) -> None:
+    tools = [{"type": "function", "function": {"name": f"t{n}"}} for n in range(217)]
+    answer = server.post("/v1/chat/completions", chat(tools=tools, tool_choice="required"))
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["message"]["tool_calls"]
 
 
 @pytest.mark.parametrize("name", UNKNOWN_MODELS)
