@@ -52,7 +52,7 @@ class Ignored:
         path = _INDEX.sub("[]", path)
         given = self._given.setdefault(path, {})
         for name, value in values.items():
-            if len(given) < _MOST_PATHS and value not in _EMPTY:
+            if name not in given and len(given) < _MOST_PATHS and value not in _EMPTY:
                 given[name] = None
         return self._read.setdefault(path, set())
 
