@@ -54,17 +54,17 @@ class Service:
         known = ", ".join(self.models)
         raise WireError(404, f"there is no model {ask.model!r:.100}; there are {known}", "model", "model_not_found")
 
-    async def prompts(self, ask: Ask) -> list[list[int]]:
+    async def prompts(self, ask: Ask, must_fit: bool = True) -> list[list[int]]:
         """The prompts of a request as token ids.
 
         Raises:
-            WireError: a prompt is malformed or too long.
+            WireError: a prompt is malformed, or leaves no room for an answer and `must_fit` is true.
         """
         try:
             prompts = await asyncio.to_thread(self._encode, ask)  # encoding a long prompt would block other requests
         except Phi4Error as error:
             raise WireError(400, str(error)) from None
-        for prompt in prompts:
+        for prompt in prompts if must_fit else ():
             self._check_length(len(prompt))
         return prompts
 
@@ -160,9 +160,8 @@ class Service:
         if not length:
             raise WireError(400, "the prompt has 0 tokens; it needs at least 1", "prompt")
         if length >= longest:
-            message = (
-                f"{length} prompt tokens leave no room for an answer in the {longest} tokens that this server can "
-                "hold; shorten the prompt"
+            message = (  # some clients look for its first words
+                f"prompt is too long: {length} tokens > {longest - 1} maximum; the server holds {longest} with an answer"
             )
             raise WireError(400, message, "messages", "context_length_exceeded")
 

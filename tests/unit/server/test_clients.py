@@ -59,10 +59,9 @@ def test_a_clients_conversation_is_answered(
 def test_claude_codes_header_says_what_was_ignored(server: InProcessServer) -> None:
     answer = server.post("/v1/messages", CLIENTS["/v1/messages?beta=true"]() | {"stream": False, "max_tokens": 3})
     ignored = answer.headers["x-phi4-ignored"].split(", ")
-    assert {"tools[2]", "tools[3]", "thinking", "context_management", "output_config.effort", "metadata"} <= set(
-        ignored
-    )
-    assert "system" not in ignored and "tools[0]" not in ignored and "max_tokens" not in ignored
+    assert {"tools[2]", "tools[3]", "thinking", "context_management", "metadata"} <= set(ignored)
+    assert "output_config.effort" in ignored and "tools[0]" not in ignored and "max_tokens" not in ignored
+    assert "cache_control" not in answer.headers["x-phi4-ignored"]
 
 
 VARIATIONS: list[tuple[str, str, dict[str, Any], int, str]] = [
@@ -251,6 +250,9 @@ def test_a_prompts_room_is_its_limit(tmp_path: Any) -> None:
     assert answer["usage"]["total_tokens"] <= room
     full = server.post("/v1/completions", {"prompt": [5] * room, "max_tokens": 1})
     assert full.status_code == 400 and full.json()["error"]["code"] == "context_length_exceeded"
+    long = {"messages": [{"role": "user", "content": "word " * room}]}
+    assert server.post("/v1/messages", long).json()["error"]["message"].startswith("prompt is too long: ")
+    assert server.post("/v1/messages/count_tokens", long).json()["input_tokens"] > room
 
 
 def test_the_header_is_a_line_of_limited_length(server: InProcessServer) -> None:
