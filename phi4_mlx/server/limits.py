@@ -1,7 +1,7 @@
 """Limits on a request: its bytes, its time and the sizes of its fields.
 
-Limits that other parts of the package share stay with them: those of samplers in terminal.limits, `MAX_PROPERTIES`
-in tools.declarations.
+Limits that other parts of the package share stay with them: those of samplers in terminal.limits, and that of the
+bytes of tools in tools.declarations.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SHOWN_CHARS = 60  # of a value that an error message quotes
 MESSAGES_LIMIT = 10_000
 PARTS_LIMIT = 1_000  # in one message
 CALLS_LIMIT = 128  # in one message
-TOOLS_LIMIT = 4_096  # in one request; their bytes and the time of their grammar are limited too
+TOOLS_LIMIT = 2**20  # in one request; what limits them are their bytes and the time that their grammar takes
 PROMPTS_LIMIT = 128  # in one request, each counted as often as it is answered
 
 # Sampling and answers

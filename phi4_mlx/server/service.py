@@ -47,8 +47,10 @@ class Service:
             WireError: the model is not known.
         """
         own = next(iter(self.models))
-        if ask.model in self.models or not ask.model:
-            return ask if ask.model else replace(ask, model=own)
+        if ask.model in self.models:
+            return ask
+        if not ask.model:
+            return replace(ask, model=own)
         if len(self.models) == 1:
             return replace(ask, model=own, ignored=(*ask.ignored, "model"))
         known = ", ".join(self.models)
@@ -161,7 +163,7 @@ class Service:
             raise WireError(400, "the prompt has 0 tokens; it needs at least 1", "prompt")
         if length >= longest:
             message = (  # some clients look for its first words
-                f"prompt is too long: {length} tokens > {longest - 1} maximum; the server holds {longest} with an answer"
+                f"prompt is too long: {length} tokens > {longest - 1} maximum; this server holds {longest} with answer"
             )
             raise WireError(400, message, "messages", "context_length_exceeded")
 

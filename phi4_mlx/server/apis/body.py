@@ -24,7 +24,7 @@ from phi4_mlx.server.limits import (
     TOOLS_LIMIT,
 )
 from phi4_mlx.terminal.limits import MAX_TOKENS_LIMIT, REPETITION_PENALTY_RANGE, SEED_LIMIT, TOP_K_LIMIT
-from phi4_mlx.tools.declarations import MAX_PROPERTIES, check_tools
+from phi4_mlx.tools.declarations import check_tools
 
 LEAST_TOP_P = 1e-6
 TOOL_MODES = ("none", "auto", "required")  # values of tool_choice that do not name a tool
@@ -136,7 +136,7 @@ def read_tool(fields: Fields, schema: str = "parameters") -> JsonObject:
     if fields.has("strict") and isinstance(fields.get("strict"), bool):
         function["strict"] = fields.get("strict")
     if fields.has(schema):
-        given = _sized_schema(fields, schema)
+        given = read_schema(fields, schema)
         parameters = {key: value for key, value in given.items() if value is not None}
         # Without a type, `check_tools` would take "properties" for the name of an argument.
         function["parameters"] = {"type": "object", **parameters} if "properties" in parameters else parameters
@@ -192,27 +192,7 @@ def check_tool_choice(fields: Fields, tools: Sequence[JsonObject], choice: str, 
 
 
 def read_schema(fields: Fields, name: str) -> JsonObject:
-    """A JSON schema of limited size without references to other documents."""
-    schema = _sized_schema(fields, name)
-    left: list[Any] = [schema]
-    properties = 0
-    while left:
-        each = left.pop()
-        if isinstance(each, dict):
-            reference = each.get("$ref", each.get("$dynamicRef"))
-            if isinstance(reference, str) and not reference.startswith("#"):
-                fields.refuse(name, f"refers to {shown(reference)}; only references within the schema (#...) work")
-            below = each.get("properties")
-            properties += len(below) if isinstance(below, dict) else 0
-            left.extend(each.values())
-        elif isinstance(each, list):
-            left.extend(each)
-    if properties > MAX_PROPERTIES:
-        fields.refuse(name, f"must have at most {MAX_PROPERTIES} properties, not {properties:,}")
-    return schema
-
-
-def _sized_schema(fields: Fields, name: str) -> JsonObject:
+    """A JSON schema of limited size; the compiler of grammars checks the rest."""
     schema = Fields(fields.get(name), fields.where(name)).values
     size = len(json.dumps(schema, ensure_ascii=False))
     if size > SCHEMA_CHARS_LIMIT:

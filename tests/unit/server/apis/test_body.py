@@ -346,21 +346,13 @@ def test_tool_choice_fits_the_tools() -> None:
     assert fields.ignored.paths() == ("tool_choice",)
 
 
-def test_schemas_have_limits_and_no_outside_references() -> None:
+def test_schemas_have_a_limit_of_bytes() -> None:
     def read(schema: Any) -> Any:
         return read_schema(Fields({"schema": schema}), "schema")
 
-    assert read({"properties": {"$ref": {"type": "string"}}}) == {"properties": {"$ref": {"type": "string"}}}
-    fine = {"properties": {f"p{i}": {} for i in range(500)}}
-    assert read(fine) == fine
-    for bad in (
-        {"anyOf": [fine, {"properties": {"a": {}}}]},
-        {"description": "x" * 70_000},
-        {"items": [{"$ref": "file:///etc/passwd"}]},
-        {"$dynamicRef": "other.json#x"},
-        [],
-        5,
-    ):
+    for fine in ({"properties": {f"p{i}": {} for i in range(2_000)}}, {"items": {"$ref": "https://example.com/s"}}):
+        assert read(fine) == fine
+    for bad in ({"description": "x" * 70_000}, [], 5):
         refusal(lambda bad=bad: read(bad))
 
 
