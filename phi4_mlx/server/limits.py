@@ -1,7 +1,7 @@
 """Limits on a request: its bytes, its time and the sizes of its fields.
 
-Limits that other parts of the package share stay with them: those of samplers in terminal.limits, and that of the
-bytes of tools in tools.declarations.
+Limits that other parts of the package share stay with them: those of samplers in terminal.limits, `MAX_TOOLS`
+and `MAX_PROPERTIES` in tools.declarations.
 """
 
 from __future__ import annotations
