@@ -171,6 +171,36 @@ def test_a_variation_is_answered_or_refused_in_a_line(
         assert answer.json()["choices"][0]["message"]["content"] == str(stated["schema"]["enum"][0])
 
 
+OPTIONAL: dict[str, dict[str, Any]] = {
+    CHAT: {
+        "user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "prompt_cache_key": "k",
+        "reasoning_effort": "low", "reasoning": {"effort": "low"}, "prediction": {"type": "content", "content": "x"},
+        "verbosity": "low", "safety_identifier": "s", "web_search_options": {"a": 1}, "moderation": {"a": 1},
+        "thinking": {"type": "enabled"}, "chat_template_kwargs": {"a": 1}, "keep_alive": 5,
+    },
+    MESSAGES: {
+        "thinking": {"type": "adaptive"}, "betas": ["b"], "container": "c", "mcp_servers": [{"url": "u"}],
+        "service_tier": "auto", "metadata": {"user_id": "me"}, "context_management": {"edits": [1]},
+        "inference_geo": "x",
+    },
+    RESPONSES: {
+        "reasoning": {"effort": "low"}, "store": True, "truncation": "auto", "service_tier": "auto",
+        "include": ["reasoning.encrypted_content"], "safety_identifier": "s", "prompt_cache_key": "k", "user": "me",
+        "max_tool_calls": 3, "context_management": [{"type": "compaction"}], "stream_options": {"a": True},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", OPTIONAL)
+def test_each_optional_field_is_ignored_and_named(server: InProcessServer, path: str) -> None:
+    question: dict[str, Any] = {"input": "hi", "max_output_tokens": 1} if path == RESPONSES else {"messages": HI}
+    question |= {"model": "tiny"} | ({} if path == RESPONSES else {"max_tokens": 1})
+    for name, value in OPTIONAL[path].items():
+        answer = server.post(path, {**question, name: value})
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["x-phi4-ignored"] == name
+
+
 def test_text_of_the_history_reaches_the_prompt(server: InProcessServer) -> None:
     def count(body: dict[str, Any]) -> int:
         return int(server.post("/v1/messages/count_tokens", body).json()["input_tokens"])
