@@ -257,7 +257,9 @@ def test_errors_are_short(server: InProcessServer) -> None:
 
 
 def test_an_adapter_is_never_picked_by_chance(tmp_path: Any) -> None:
-    server = InProcessServer(tmp_path, adapters=("mine",))
+    server = InProcessServer(tmp_path, adapters=("mine", "org/name"))
+    for path in ("/v1/models/org/name", "/v1/models/org%2Fname", "//v1/models/org/name/"):
+        assert server.request("GET", path).json()["id"] == "org/name"
     assert server.post(CHAT, {"messages": HI, **SHORT}).json()["model"] == "tiny"
     unknown = server.post(CHAT, {"messages": HI, "model": "min", **SHORT})
     assert unknown.status_code == 404 and unknown.json()["error"]["code"] == "model_not_found"
