@@ -299,7 +299,7 @@ class ToolLoop:
     def _result_text(self, call: ToolCall) -> str:
         """Runs a call if the limits, its schema and `approve` allow it; returns the result or the error."""
         if self.finish_reason == "length":
-            return error_text(f"not run: the answer was cut after {self._options.max_tokens} tokens")
+            return error_text(f"not run: the answer was cut after {len(self.rounds[-1].ids)} tokens")
         if self.finish_reason:
             limit = f"{self._timeout_s} s" if self.finish_reason == "timeout" else f"{self._max_rounds} rounds"
             return error_text(f"not run: the limit of {limit} is reached")

@@ -125,7 +125,7 @@ class App:
     async def count_tokens(self, request: Request) -> Response:
         """The length in tokens of a prompt of /v1/messages."""
         ask = await self._parse(messages_api.parse, await request.body())
-        return _json({"input_tokens": len((await self.service.prompts(ask))[0])})
+        return _json({"input_tokens": len((await self.service.prompts(ask, must_fit=False))[0])})
 
     async def embeddings(self, request: Request) -> Response:
         """Refused: this model makes no embeddings."""

@@ -53,24 +53,26 @@ class Service:
             WireError: the model is not known.
         """
         own = next(iter(self.models))
-        if ask.model in self.models or not ask.model:
-            return ask if ask.model else replace(ask, model=own)
+        if ask.model in self.models:
+            return ask
+        if not ask.model:
+            return replace(ask, model=own)
         if len(self.models) == 1:
             return replace(ask, model=own, ignored=(*ask.ignored, "model"))
         known = ", ".join(self.models)
         raise WireError(404, f"there is no model {ask.model!r:.100}; there are {known}", "model", "model_not_found")
 
-    async def prompts(self, ask: Ask) -> list[list[int]]:
+    async def prompts(self, ask: Ask, must_fit: bool = True) -> list[list[int]]:
         """The prompts of a request as token ids.
 
         Raises:
-            WireError: a prompt is malformed or too long.
+            WireError: a prompt is malformed, or leaves no room for an answer and `must_fit` is true.
         """
         try:
             prompts = await asyncio.to_thread(self._encode, ask)  # encoding a long prompt would block other requests
         except Phi4Error as error:
             raise WireError(400, str(error)) from None
-        for prompt in prompts:
+        for prompt in prompts if must_fit else ():
             self._check_length(len(prompt))
         return prompts
 
@@ -186,9 +188,8 @@ class Service:
         if not length:
             raise WireError(400, "the prompt has 0 tokens; it needs at least 1", "prompt")
         if length >= longest:
-            message = (
-                f"{length} prompt tokens leave no room for an answer in the {longest} tokens that this server can "
-                "hold; shorten the prompt"
+            message = (  # some clients look for its first words
+                f"prompt is too long: {length} tokens > {longest - 1} maximum; this server holds {longest} with answer"
             )
             raise WireError(400, message, "messages", "context_length_exceeded")
 

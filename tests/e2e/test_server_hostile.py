@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from phi4_mlx.server.limits import BODY_BYTES
-from tests.e2e.server_process import CITY, HANG_S, Server, answer_on, audited, chat
+from tests.e2e.server_process import CITY, HANG_S, Server, answer_on, audited, chat, until
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +169,7 @@ def test_names_are_looked_up_and_nothing_else(server: Server, name: str) -> None
     answer = server.ask(model=name)  # the only model answers for any name, under its own
     assert answer.status_code == 200 and answer.json()["model"] == "demo"
     assert answer.headers["x-phi4-ignored"] == "model"
+    until(lambda: "/v1/chat/completions: ignored model\n" in "".join(server.lines))
     assert server.post("/v1/messages", chat(model=name)).json()["model"] == "demo"
     escaped = "".join(f"%{byte:02x}" for byte in name.encode())
     assert server.get(f"/v1/models/{escaped}").status_code == (200 if name == "demo/" else 404)

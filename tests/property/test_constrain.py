@@ -166,3 +166,24 @@ def test_every_required_tool_call_is_valid(demo: Demo, seed: int) -> None:
         for call in calls:
             assert list(call) == ["name", "arguments"]
             jsonschema.Draft202012Validator(tools[call["name"]]).validate(call["arguments"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_an_answer_that_stops_is_the_one_without_a_limit(demo: Demo, seed: int) -> None:
+    model, tokenizer = demo
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Fill in the form as JSON."}])
+    short = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 8}}, "required": ["a"]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {**short, "additionalProperties": False}}}
+    for grammar in (json_schema({"type": "integer", "maximum": 10**9}), tool_calls([tool], "f"), tool_calls([tool])):
+
+        def said(max_tokens: int, limit: int | None, grammar: Grammar = grammar) -> tuple[str, str | None]:
+            mask = Constraint(grammar, tokenizer, model.config.vocab_size, limit)
+            options: dict[str, Any] = {"sampler": make_sampler(1.0, seed=seed), "logits_mask": mask}
+            events = list(stream_generate(model, tokenizer, ids, max_tokens=max_tokens, **options))
+            return "".join(event.text for event in events), events[-1].finish_reason
+
+        whole = said(300, None)
+        for limit in range(1, 40, 2):
+            told = said(limit, limit)
+            assert told[1] == "length" or told == whole, limit

@@ -52,7 +52,7 @@ class Ignored:
         path = _INDEX.sub("[]", path)
         given = self._given.setdefault(path, {})
         for name, value in values.items():
-            if len(given) < _MOST_PATHS and value not in _EMPTY:
+            if name not in given and len(given) < _MOST_PATHS and value not in _EMPTY:
                 given[name] = None
         return self._read.setdefault(path, set())
 
@@ -61,12 +61,14 @@ class Ignored:
         found = dict(self._paths)
         for path, given in self._given.items():
             for name in given:
-                if name not in self._read[path]:
+                if name not in self._read[path] and name not in _LABELS:
                     name = _NOT_NAME.sub("?", name[:SHOWN_CHARS])
                     found[f"{path}.{name}" if path else name] = None
         return tuple(found)
 
 
+# They have no effect on an answer anywhere; clients send them back with what they got.
+_LABELS = ("id", "status", "index", "annotations", "cache_control")
 _MOST_PATHS = 1_000  # more than the header has room for
 _INDEX = re.compile(r"\[\d+\]")
 _NOT_NAME = re.compile(r"[^A-Za-z0-9_.-]")

@@ -6,6 +6,7 @@ Nothing here knows HTTP or the model. Each API's module parses a body into an `A
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from phi4_mlx.server.engine.protocol import TokenLogprob
 
 MESSAGE_CHARS = 2_000  # of an error; a message may quote the client's own text
 IGNORED_CHARS = 1_000  # of the header that names what was ignored
+_NOT_IN_HEADERS = re.compile(r"[^ -~]")
 
 
 class WireError(Exception):
@@ -174,7 +176,7 @@ class Usage:
 
 def ignored_header(paths: Iterable[str]) -> str:
     """Paths for the header x-phi4-ignored: one line of ASCII, cut at a comma if it is too long."""
-    text = ", ".join(paths).encode("ascii", "replace").decode()
+    text = _NOT_IN_HEADERS.sub("?", ", ".join(paths))
     return text if len(text) <= IGNORED_CHARS else text[:IGNORED_CHARS].rpartition(", ")[0] + ", ..."
 
 

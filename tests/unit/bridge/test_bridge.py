@@ -166,8 +166,8 @@ def test_a_cut_answer_is_told_as_such(model: int) -> None:
         made = whole["message"]["tool_calls"] if calls else None
         assert finish["message"].get("tool_calls") == made and text_of(events) == finish["text"]
     assert limit > 5 and (finish["reason"], finish["message"]) == ("tool_calls", whole["message"])
-    number = {"schema": {"type": "integer", "minimum": 0, "maximum": 10**9}, "temp": 1.0, "seed": 2}
-    told = [bridge.chat(model, ASK, max_tokens=limit, **number) for limit in range(1, 20)]
+    text = {"schema": {"type": "string", "maxLength": 30}, "temp": 1.0, "seed": 2}
+    told = [bridge.chat(model, ASK, max_tokens=limit, **text) for limit in range(1, 50)]
     assert {each["complete"] for each in told} == {True, False}
     for each in told:
         assert each["complete"] == (each["reason"] == "stop")

@@ -59,10 +59,9 @@ def test_a_clients_conversation_is_answered(
 def test_claude_codes_header_says_what_was_ignored(server: InProcessServer) -> None:
     answer = server.post("/v1/messages", CLIENTS["/v1/messages?beta=true"]() | {"stream": False, "max_tokens": 3})
     ignored = answer.headers["x-phi4-ignored"].split(", ")
-    assert {"tools[2]", "tools[3]", "thinking", "context_management", "output_config.effort", "metadata"} <= set(
-        ignored
-    )
-    assert "system" not in ignored and "tools[0]" not in ignored and "max_tokens" not in ignored
+    assert {"tools[2]", "tools[3]", "thinking", "context_management", "metadata"} <= set(ignored)
+    assert "output_config.effort" in ignored and "tools[0]" not in ignored and "max_tokens" not in ignored
+    assert "cache_control" not in answer.headers["x-phi4-ignored"]
 
 
 VARIATIONS: list[tuple[str, str, dict[str, Any], int, str]] = [
@@ -172,6 +171,36 @@ def test_a_variation_is_answered_or_refused_in_a_line(
         assert answer.json()["choices"][0]["message"]["content"] == str(stated["schema"]["enum"][0])
 
 
+OPTIONAL: dict[str, dict[str, Any]] = {
+    CHAT: {
+        "user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "prompt_cache_key": "k",
+        "reasoning_effort": "low", "reasoning": {"effort": "low"}, "prediction": {"type": "content", "content": "x"},
+        "verbosity": "low", "safety_identifier": "s", "web_search_options": {"a": 1}, "moderation": {"a": 1},
+        "thinking": {"type": "enabled"}, "chat_template_kwargs": {"a": 1}, "keep_alive": 5,
+    },
+    MESSAGES: {
+        "thinking": {"type": "adaptive"}, "betas": ["b"], "container": "c", "mcp_servers": [{"url": "u"}],
+        "service_tier": "auto", "metadata": {"user_id": "me"}, "context_management": {"edits": [1]},
+        "inference_geo": "x",
+    },
+    RESPONSES: {
+        "reasoning": {"effort": "low"}, "store": True, "truncation": "auto", "service_tier": "auto",
+        "include": ["reasoning.encrypted_content"], "safety_identifier": "s", "prompt_cache_key": "k", "user": "me",
+        "max_tool_calls": 3, "context_management": [{"type": "compaction"}], "stream_options": {"a": True},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", OPTIONAL)
+def test_each_optional_field_is_ignored_and_named(server: InProcessServer, path: str) -> None:
+    question: dict[str, Any] = {"input": "hi", "max_output_tokens": 1} if path == RESPONSES else {"messages": HI}
+    question |= {"model": "tiny"} | ({} if path == RESPONSES else {"max_tokens": 1})
+    for name, value in OPTIONAL[path].items():
+        answer = server.post(path, {**question, name: value})
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["x-phi4-ignored"] == name
+
+
 def test_text_of_the_history_reaches_the_prompt(server: InProcessServer) -> None:
     def count(body: dict[str, Any]) -> int:
         return int(server.post("/v1/messages/count_tokens", body).json()["input_tokens"])
@@ -228,7 +257,9 @@ def test_errors_are_short(server: InProcessServer) -> None:
 
 
 def test_an_adapter_is_never_picked_by_chance(tmp_path: Any) -> None:
-    server = InProcessServer(tmp_path, adapters=("mine",))
+    server = InProcessServer(tmp_path, adapters=("mine", "org/name"))
+    for path in ("/v1/models/org/name", "/v1/models/org%2Fname", "//v1/models/org/name/"):
+        assert server.request("GET", path).json()["id"] == "org/name"
     assert server.post(CHAT, {"messages": HI, **SHORT}).json()["model"] == "tiny"
     unknown = server.post(CHAT, {"messages": HI, "model": "min", **SHORT})
     assert unknown.status_code == 404 and unknown.json()["error"]["code"] == "model_not_found"
@@ -251,6 +282,9 @@ def test_a_prompts_room_is_its_limit(tmp_path: Any) -> None:
     assert answer["usage"]["total_tokens"] <= room
     full = server.post("/v1/completions", {"prompt": [5] * room, "max_tokens": 1})
     assert full.status_code == 400 and full.json()["error"]["code"] == "context_length_exceeded"
+    long = {"messages": [{"role": "user", "content": "word " * room}]}
+    assert server.post("/v1/messages", long).json()["error"]["message"].startswith("prompt is too long: ")
+    assert server.post("/v1/messages/count_tokens", long).json()["input_tokens"] > room
 
 
 def test_the_header_is_a_line_of_limited_length(server: InProcessServer) -> None:

@@ -14,6 +14,7 @@ from phi4_mlx.server.apis.wire import (
     WireError,
     error_body,
     finite,
+    ignored_header,
     in_call_order,
     json_bytes,
     logprobs_json,
@@ -45,6 +46,19 @@ def test_an_error_has_openais_shape(status: int, kind: str) -> None:
         "error": {"message": "n must be smaller", "type": kind, "param": "n", "code": "too_many"}
     }
     assert str(error) == "n must be smaller"
+
+
+def test_an_error_is_of_limited_length() -> None:
+    error = WireError(400, "x" * 33_000_000, "y" * 100_000)
+    assert len(error.message) == len(str(error)) == 2_000 and error.message.endswith("x...")
+    assert len(json_bytes(error_body(error))) < 4_200
+
+
+def test_the_header_of_ignored_paths_is_a_line_of_ascii() -> None:
+    assert ignored_header(["a", "b[0].c"]) == "a, b[0].c"
+    assert ignored_header(["tool 'é\r\nx: y'"]) == "tool '???x: y'"
+    long = ignored_header(f"field_{n}" for n in range(1_000))
+    assert len(long) <= 1_005 and long.startswith("field_0, ") and long.endswith(", ...")
 
 
 def test_an_event_is_framed() -> None:
