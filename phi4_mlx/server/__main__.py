@@ -112,7 +112,7 @@ def open_listener(host: str, port: int) -> socket.socket:
     Raises:
         RequestError: the address cannot be used.
     """
-    name = host.removeprefix("[").removesuffix("]")
+    name = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     listener = None
     try:
         family = socket.AF_INET6 if ":" in name else socket.AF_INET

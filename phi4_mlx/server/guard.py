@@ -291,7 +291,7 @@ class TimedProtocol(H11Protocol):
 
     _timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
-    _write_s = WRITE_S
+    _stopping = False
 
     def connection_made(self, transport: Any) -> None:
         """Starts the timer for the headers; refuses a connection that takes one of the last descriptors."""
@@ -315,7 +315,8 @@ class TimedProtocol(H11Protocol):
     def pause_writing(self) -> None:
         """Starts the timer for the client to read."""
         super().pause_writing()
-        self._write_timer = self.loop.call_later(self._write_s, self.transport.abort)
+        seconds = STOPPING_WRITE_S if self._stopping else WRITE_S
+        self._write_timer = self.loop.call_later(seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
         """Stops the timer: the client has read everything."""
@@ -327,7 +328,7 @@ class TimedProtocol(H11Protocol):
     def shutdown(self) -> None:
         """Ends the connection, but for a client that has sent its whole request and reads the answer."""
         super().shutdown()
-        self._write_s = STOPPING_WRITE_S
+        self._stopping = True
         if self._write_timer is not None:
             self._write_timer.cancel()
             self.pause_writing()

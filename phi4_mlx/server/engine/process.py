@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import multiprocessing
 import queue
 import threading
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from phi4_mlx.server.engine import engine
-from phi4_mlx.server.engine.protocol import Beat, Command, Report
+from phi4_mlx.server.engine.protocol import Beat, Command, Ping, Pong, Report
 
 TICK_S = 0.5  # the watch counts ticks: after a sleep of the whole machine, one long interval is one tick
 FIRST_BEAT_S = 60.0  # from the launch: Python and MLX are imported before the first beat
@@ -42,6 +43,8 @@ class EngineProcess:
         self._loop = asyncio.get_running_loop()
         self._on_report, self._on_death = on_report, on_death
         self._outbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()  # None ends the thread that reads it
+        self._pongs: dict[int, asyncio.Future[Pong | None]] = {}
+        self._numbers = itertools.count(1)
         self._last: Beat | None = None
         self._silent = self._stalled = 0  # ticks
         context = multiprocessing.get_context("spawn")  # forking a process with threads or Metal is unsafe
@@ -71,6 +74,29 @@ class EngineProcess:
     def send(self, command: Command) -> None:
         """Sends a command, in a thread, because the engine may be slow to read it."""
         self._outbox.put(command)
+
+    async def ping(self, timeout_s: float) -> Pong | None:
+        """The state of the engine; None if it does not answer in `timeout_s` seconds, or is frozen or dead."""
+        number = next(self._numbers)
+        answer = self._pongs[number] = self._loop.create_future()
+        self.send(Ping(number))
+        try:
+            return await asyncio.wait_for(answer, timeout_s)
+        except asyncio.TimeoutError:
+            return None
+        finally:
+            self._pongs.pop(number, None)
+
+    def pong(self, pong: Pong) -> None:
+        """Takes the answer to a ping."""
+        if (answer := self._pongs.get(pong.number)) is not None and not answer.done():
+            answer.set_result(pong)
+
+    def fail_pings(self) -> None:
+        """Ends the pings that wait."""
+        for answer in self._pongs.values():
+            if not answer.done():
+                answer.set_result(None)
 
     def kill(self) -> None:
         """Ends the process, even a stopped one."""
@@ -110,7 +136,11 @@ class EngineProcess:
                 self._outbox.put(None)
                 self._process.join()
                 self._connection.close()
-                self._loop.call_soon_threadsafe(self._on_death, self)
+                self._loop.call_soon_threadsafe(self._ended)
+
+    def _ended(self) -> None:
+        self.fail_pings()
+        self._on_death(self)
 
 
 def _write(connection: Connection, outbox: queue.SimpleQueue[Command | None]) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from phi4_mlx.errors import RequestError
 from phi4_mlx.server.engine import engine, process
 from phi4_mlx.server.engine.process import EngineProcess
-from phi4_mlx.server.engine.protocol import Beat, Cancel, Event, Failure, Finish, Job, Ping, Pong, Ready, Report
+from phi4_mlx.server.engine.protocol import Beat, Cancel, Event, Failure, Finish, Job, Pong, Ready, Report
 
 PING_S = 30.0  # an engine answers between two chunks of a prefill, which take long on a slow machine
 SILENT_S = 5.0  # without a beat, after which an engine counts as frozen
@@ -70,7 +70,6 @@ class Supervisor:
     def __init__(self, settings: engine.Settings, max_jobs: int) -> None:
         self._settings, self._max_jobs = settings, max_jobs
         self._clients: dict[int, _Client] = {}
-        self._pongs: dict[int, asyncio.Future[Pong | None]] = {}
         self._numbers = itertools.count(1)
         self._engine: EngineProcess | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -150,15 +149,7 @@ class Supervisor:
         """The state of the engine; None if it is not running or does not answer in `timeout_s` seconds."""
         if self.state != "ready" or self._engine is None:
             return None
-        number = next(self._numbers)
-        answer = self._pongs[number] = asyncio.get_running_loop().create_future()
-        self._engine.send(Ping(number))
-        try:
-            return await asyncio.wait_for(answer, timeout_s)
-        except asyncio.TimeoutError:
-            return None
-        finally:
-            self._pongs.pop(number, None)
+        return await self._engine.ping(timeout_s)
 
     def _launch(self) -> None:
         """Starts an engine and gives it the waiting jobs."""
@@ -181,7 +172,7 @@ class Supervisor:
             hang = running.tick()
             if self.state == "ready" and running.silent_s >= SILENT_S:
                 self.state = "frozen"
-                self._fail_pings()
+                running.fail_pings()
             if hang is not None:
                 logger.warning("%s; it is killed", hang)
                 running.kill()
@@ -194,8 +185,7 @@ class Supervisor:
             if self.state == "frozen":
                 self.state = "ready"
         elif isinstance(report, Pong):
-            if (answer := self._pongs.get(report.number)) is not None and not answer.done():
-                answer.set_result(report)
+            source.pong(report)
         elif isinstance(report, Ready):
             self.state, self.longest, self._failures = "ready", report.longest, 0
             self._started.set()
@@ -241,7 +231,6 @@ class Supervisor:
 
     def _failed(self, reason: str) -> None:
         """Starts another engine after a pause, or gives up."""
-        self._fail_pings()
         if not self._failures:
             self._failing_since = time.monotonic()
         self._failures += 1
@@ -265,8 +254,3 @@ class Supervisor:
     def _fail_all(self, reason: str) -> None:
         for client in self._clients.values():
             client.fail(503, reason)
-
-    def _fail_pings(self) -> None:
-        for answer in self._pongs.values():
-            if not answer.done():
-                answer.set_result(None)

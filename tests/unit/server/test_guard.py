@@ -18,7 +18,7 @@ from phi4_mlx.server import __main__ as command
 from phi4_mlx.server import guard as guard_module
 from phi4_mlx.server.app import App
 from phi4_mlx.server.guard import LOOPBACK_NAMES, Guard, is_loopback
-from phi4_mlx.server.limits import BODY_BYTES, HEADER_BYTES
+from phi4_mlx.server.limits import BODIES_BYTES, BODY_BYTES, HEADER_BYTES, SMALL_BODY_BYTES, WRITE_BYTES
 
 Headers = dict[str, str]
 
@@ -368,6 +368,116 @@ def test_serving_other_machines_needs_a_key(host: str, monkeypatch: pytest.Monke
     monkeypatch.setenv(command.KEY_VARIABLE, "k")
     assert command.main(["--host", host, "--port", "0", "--model", "demo"]) == 2
     assert "listening" in capsys.readouterr().err
+
+
+def test_only_asking_for_the_health_needs_no_key() -> None:
+    app, parts = guarded(key="k"), Parts(3)
+    assert status(app, method="GET", path="/health") == 200
+    code, headers, _ = asyncio.run(ask(app, "POST", "/health", body=parts))
+    assert code == 401 and parts.read == 0 and "connection" not in headers
+    for length in ({"content-length": "10000000"}, {"expect": "100-continue"}, {"transfer-encoding": "chunked"}):
+        code, headers, _ = asyncio.run(ask(app, "POST", "/health", headers=length, body=parts))
+        assert code == 401 and parts.read == 0 and headers["connection"] == "close"
+
+
+@pytest.mark.parametrize("end", ["disconnect", "time"])
+def test_all_bodies_together_have_a_limit(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard_module, "REQUEST_S", 0.5 if end == "time" else 60.0)
+    app, chunk = guarded(), b"x" * 2**20
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+
+    async def main() -> None:
+        hold = asyncio.Event()
+        statuses: list[int] = []
+
+        async def unfinished(chunks: int) -> None:
+            left = chunks
+
+            async def receive() -> Any:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    await hold.wait()
+                    return {"type": "http.disconnect"}
+                return {"type": "http.request", "body": chunk, "more_body": True}
+
+            async def send(message: Any) -> None:
+                statuses.extend([message["status"]] if "status" in message else [])
+
+            await app({"type": "http", "method": "POST", "path": "/", "headers": headers}, receive, send)
+
+        sending = [asyncio.create_task(unfinished(8)) for _ in range(20)]
+        while sum(task.done() for task in sending) < 12:
+            await asyncio.sleep(0.01)
+        assert statuses[:12] == [503] * 12 and app.bodies.used == BODIES_BYTES == 8 * 8 * 2**20
+        code, answer, _ = await ask(app, body=Parts(1))
+        assert code == 503 and answer["retry-after"] == "2" and answer["connection"] == "close"
+        assert (await ask(app, body=Parts(1, size=SMALL_BODY_BYTES)))[0] == 200
+        if end == "disconnect":
+            hold.set()
+        await asyncio.gather(*sending)
+        assert statuses[12:] == [400 if end == "disconnect" else 408] * 8 and app.bodies.used == 0
+        assert (await ask(app, body=Parts(8)))[0] == 200 and app.bodies.used == 0
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("size", [0, 1, WRITE_BYTES, WRITE_BYTES + 1, 5 * WRITE_BYTES])
+def test_a_large_response_is_written_in_slices(size: int) -> None:
+    """A client that does not read then holds one slice, not the response."""
+    given, sent = bytes(range(256)) * (size // 256) + b"x" * (size % 256), []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": given})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def main() -> None:
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", b"localhost")]}
+        await Guard(app, None, LOOPBACK_NAMES)(scope, None, send)  # type: ignore[arg-type]
+
+    asyncio.run(main())
+    assert b"".join(message["body"] for message in sent[1:]) == given
+    assert max(len(message["body"]) for message in sent[1:]) <= WRITE_BYTES
+    more = [message.get("more_body", False) for message in sent[1:]]
+    assert not more[-1] and all(more[:-1])
+
+
+@pytest.mark.parametrize("key", ["\udcff", "k\udc80y", "two\nlines", " k", "k ", "\x7f", "a\tb"])
+@pytest.mark.parametrize("source", ["option", "variable"])
+def test_a_key_that_no_client_can_send_is_refused(
+    key: str, source: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(command, "open_listener", lambda *_: pytest.fail("it would listen"))
+    monkeypatch.delenv(command.KEY_VARIABLE, raising=False)
+    words = ["--port", "0", "--model", "demo"]
+    if source == "variable":
+        monkeypatch.setenv(command.KEY_VARIABLE, key)
+    assert command.main([*words, *(["--api-key", key] if source == "option" else [])]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "UTF-8" in line and line.removesuffix("\n").isprintable()
+
+
+@pytest.mark.parametrize(
+    "host", ["x" * 300, "a..b", "no.such.name.invalid", "127.0.0.1:80", "[::1", "1.2.3.4.5", "\xe4"]
+)
+def test_an_address_that_is_none_is_one_line(host: str) -> None:
+    with pytest.raises(RequestError, match="choose another --host") as raised:
+        command.open_listener(host, 0)
+    assert len(str(raised.value)) < 300 and "\n" not in str(raised.value)
+
+
+def test_an_address_in_use_is_one_line() -> None:
+    with command.open_listener("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with command.open_listener("127.0.0.1", port) as second:  # as long as neither listens
+            command.listen(first, 5)
+            with pytest.raises(RequestError, match=f"127.0.0.1:{port}.*choose another --port"):
+                command.listen(second, 5)
+        with pytest.raises(RequestError, match="choose another --port"):
+            command.open_listener("127.0.0.1", port)
 
 
 def test_small_writes_are_sent_at_once() -> None:

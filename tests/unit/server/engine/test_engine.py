@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from phi4_mlx.adapters.layers import load_adapter
 from phi4_mlx.checkpoint import load
+from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.generation.stream import generate
 from phi4_mlx.models.text import Decoder
@@ -294,3 +296,16 @@ def test_the_prefix_cache_gets_its_limit_from_the_settings(make_engine: MakeEngi
     engine = make_engine(prefix_limit_bytes=12345)
     assert isinstance(engine.prefixes, PrefixCache) and engine.prefixes.limit_bytes == 12345
     assert engine.gauges()["prefix_cache_limit_bytes"] == 12345
+
+
+def test_memory_for_no_answer_is_refused_with_the_least_that_works(make_engine: MakeEngine) -> None:
+    with pytest.raises(RequestError, match="--kv-cache-bytes") as raised:
+        make_engine(kv_limit_bytes=2**16).check_room()
+    least = int(re.findall(r"--kv-cache-bytes (\d+)", str(raised.value))[0])
+    engine = make_engine(kv_limit_bytes=least)
+    engine.check_room()
+    assert engine.longest == 256
+    with pytest.raises(RequestError):
+        make_engine(kv_limit_bytes=least - 1).check_room()
+    job = Job(1, prompt(engine.tokenizer, "Say hello."), 200, GREEDY)
+    assert finish(run(engine, job)[1])

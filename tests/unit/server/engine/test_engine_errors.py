@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from phi4_mlx.errors import RequestError
 from phi4_mlx.generation import batch as batch_module
 from phi4_mlx.generation.batch import Batch
 from phi4_mlx.generation.sampling import Sampling
@@ -270,3 +271,38 @@ def test_a_cancel_that_fails_fails_the_running_jobs_and_no_later_one(
     events += run_to_the_end(engine)
     assert text([event for event in events if event.job == 3]) == alone(demo, jobs[2])  # submitted in the same turn
     assert text(run(engine, jobs[0])[1]) == alone(demo, jobs[0])
+
+
+class Mute(Exception):
+    """An exception that cannot be converted to text."""
+
+    def __str__(self) -> str:
+        raise ValueError("mute")
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (Mute(), "Mute: (its message cannot be read)"),
+        (OSError("x" * 33_000_000), "OSError: xxx"),
+        (OSError("first\nsecond\033[31m"), "OSError: first second[31m"),
+        (RequestError("y" * 33_000_000), "yyy"),
+    ],
+    ids=["mute", "large", "control characters", "a client's mistake"],
+)
+def test_any_exception_is_told_in_one_short_line(
+    demo: Demo, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, error: Exception, wanted: str
+) -> None:
+    engine, job = make_engine(), greedy_jobs(demo[1])[0]
+    for place, name in ((Model, "check_ids"), (Batch, "step")):  # fails its job, or all of them
+        with monkeypatch.context() as patch:
+
+            def failing(*args: Any, **options: Any) -> Any:
+                broken.calls += 1
+                raise error
+
+            patch.setattr(place, name, failing)
+            (failure,) = engine_module.turn(engine, [job])
+        assert isinstance(failure, Failure) and wanted in failure.message and len(failure.message) < 500
+        assert failure.message.isprintable()
+    assert text(run(engine, job)[1]) == alone(demo, job)

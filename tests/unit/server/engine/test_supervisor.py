@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 import multiprocessing
-import os
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -21,140 +17,29 @@ import pytest
 
 from phi4_mlx.errors import Phi4Error
 from phi4_mlx.generation.sampling import Sampling
-from phi4_mlx.server.engine import process as process_module
-from phi4_mlx.server.engine import supervisor as supervisor_module
 from phi4_mlx.server.engine.engine import Settings
-from phi4_mlx.server.engine.protocol import Event, Failure, Finish, Job, Piece, Pong
+from phi4_mlx.server.engine.protocol import Failure, Finish, Job, Piece, Pong
 from phi4_mlx.server.engine.supervisor import Full, Supervisor
-
-HANG_S = 120.0  # a test that takes longer is stuck
-
-# The meanings of a prompt's only token.
-ANSWER, HANG, DIE, TELL_AND_DIE, TELL_AND_HANG, DIE_ONCE, DIE_IN_PING, ANSWER_SLOWLY = range(1, 9)
-
-ENGINE = """
-import os
-import time
-from pathlib import Path
-from phi4_mlx.server.engine.protocol import Beat, Broken, Cancel, Finish, Job, Piece, Ping, Pong, Ready
-from phi4_mlx.server.engine.pulse import Pulse
-
-def run(connection, settings):
-    folder = Path(settings.model)
-    starts = folder / "starts"
-    count = int(starts.read_text()) if starts.exists() else 0
-    starts.write_text(str(count + 1))
-    how = (folder / "how").read_text().split() if (folder / "how").exists() else []
-    if "broken" in how or ("broken-again" in how and count):
-        connection.send(Broken("the model is broken"))
-        return
-    if "dies" in how or ("dies-again" in how and count):
-        os._exit(3)
-    connection.send(Ready(1000))
-    dying = False
-    while True:
-        message = connection.recv()
-        if isinstance(message, Ping):
-            if dying:
-                os._exit(5)
-            if not (folder / "deaf").exists():
-                connection.send(Pong(message.number, {"starts": count + 1}))
-        elif isinstance(message, Cancel):
-            with (folder / "cancelled").open("a") as file:
-                print(message.job, file=file)
-        else:
-            what, finish = message.prompt[0], Finish(message.id, "stop", None, 1, 0, count + 1)
-            if what == 1:
-                connection.send([Piece(message.id, "x"), finish])
-            elif what == 3 or (what == 6 and not count):
-                os._exit(4)
-            elif what == 6:
-                connection.send([finish])
-            elif what in (4, 5):
-                connection.send([Piece(message.id, "x")])
-                if what == 4:
-                    time.sleep(0.1)
-                    os._exit(4)
-            elif what == 7:
-                connection.send([Piece(message.id, "x")])
-                dying = True
-            elif what == 8:
-                connection.send([Piece(message.id, "x")])
-                time.sleep(0.3)
-                connection.send([finish])
-"""
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the scripted engine; its file `how` says how the engine starts."""
-    name = f"scripted_engine_{tmp_path.name}".replace("-", "_").replace("[", "_").replace("]", "_")
-    (tmp_path / f"{name}.py").write_text(ENGINE)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(supervisor_module.engine, "run", importlib.import_module(name).run)
-    monkeypatch.setattr(supervisor_module, "PAUSES_S", (0.0, 0.01, 0.02))
-    monkeypatch.setattr(supervisor_module, "RESTART_S", 0.0)
-    monkeypatch.setattr(process_module, "TICK_S", 0.05)
-    return tmp_path
-
-
-def job(what: int) -> Job:
-    return Job(0, (what,), 5)
-
-
-async def events(supervisor: Supervisor, what: int) -> list[Event]:
-    return [event async for event in supervisor.events(job(what))]
-
-
-async def started(folder: Path, max_jobs: int = 4) -> Supervisor:
-    supervisor = Supervisor(Settings(str(folder)), max_jobs)
-    await supervisor.start()
-    return supervisor
-
-
-def supervised(test: Callable[[Supervisor], Awaitable[None]], folder: Path, **options: Any) -> None:
-    async def main() -> None:
-        supervisor = await started(folder, **options)
-        try:
-            await asyncio.wait_for(test(supervisor), HANG_S)
-        finally:
-            await supervisor.stop()
-
-    asyncio.run(main())
-
-
-async def until(what: Callable[[], bool]) -> None:
-    """Waits; the limit of the whole test guards against a hang."""
-    while not what():
-        await asyncio.sleep(0.005)
-
-
-@contextlib.asynccontextmanager
-async def begun(supervisor: Supervisor, asked: Job) -> AsyncIterator[AsyncIterator[Event]]:
-    """The events of a job after its first one."""
-    async with contextlib.aclosing(supervisor.events(asked)) as told:
-        assert isinstance(await anext(told), Piece)
-        yield told
-
-
-def engine_process() -> BaseProcess:
-    (process,) = multiprocessing.active_children()
-    return process
-
-
-def signal_engine(number: signal.Signals) -> None:
-    pid = engine_process().pid
-    assert pid is not None
-    os.kill(pid, number)
-
-
-def starts(folder: Path) -> int:
-    return int((folder / "starts").read_text())
-
-
-def failure(told: list[Event]) -> Failure:
-    assert isinstance(told[-1], Failure), told
-    return told[-1]
+from tests.unit.server.engine.scripted import (
+    ANSWER,
+    ANSWER_SLOWLY,
+    DIE,
+    DIE_IN_PING,
+    DIE_ONCE,
+    HANG,
+    HANG_S,
+    TELL_AND_DIE,
+    TELL_AND_HANG,
+    begun,
+    events,
+    failure,
+    job,
+    signal_engine,
+    started,
+    starts,
+    supervised,
+    until,
+)
 
 
 def test_jobs_are_answered_under_numbers_of_their_own(folder: Path) -> None:
@@ -282,7 +167,7 @@ def test_a_ping_is_answered_and_does_not_wait_for_the_dead(folder: Path) -> None
             await until(lambda: supervisor.state == "ready")
             assert failure([await anext(hanging)]).status == 503
         pong = await supervisor.ping()
-        assert pong is not None and pong.gauges == {"starts": 2} and not supervisor._pongs
+        assert pong is not None and pong.gauges == {"starts": 2}
 
     supervised(test, folder)
 
