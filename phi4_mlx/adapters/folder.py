@@ -1,8 +1,8 @@
 """Adapter folders in mlx-lm's layout, which the Swift loader reads too: read, checked and written.
 
-A folder has `adapters.safetensors` with `<layer path>.lora_a` [in, R] and `.lora_b` [R, out], under DoRA also `.m`
-[out], and `adapter_config.json`. If we wrote it, `adapters.sha256` lists the SHA-256 of both; folders from elsewhere are
-taken without. After full fine-tuning the tensors are the model's own, under their own names.
+A folder has `adapters.safetensors` with `<layer path>.lora_a` [in, R] and `.lora_b` [R, out], under DoRA also
+`.m` [out], and `adapter_config.json`. If we wrote it, `adapters.sha256` lists the SHA-256 of both; folders from
+elsewhere are taken without. After full fine-tuning the tensors are the model's own, under their own names.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Adapter:
 
 def place(path: str) -> tuple[int, str]:
     """Layer number and place in it: "model.layers.3.mlp.down_proj" -> (3, "mlp.down_proj"); -1 outside the layers."""
-    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", path)
+    found = re.fullmatch(r"model\.layers\.([0-9]{1,9})\.(.+)", path)
     return (int(found[1]), found[2]) if found else (-1, path)
 
 
@@ -101,8 +101,9 @@ def read_folder(folder: Path, file: str = TENSORS_FILE) -> Adapter:
     kind, parameters = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
     if kind == FULL:
         return Adapter(FULL, 1.0, 0.0, read_tensors(path), str(path))
-    if kind not in PARTS:
-        raise CheckpointError(f"{folder}: fine_tune_type {kind!r} is not known; known are {', '.join([*PARTS, FULL])}")
+    if not isinstance(kind, str) or kind not in PARTS:
+        known = ", ".join([*PARTS, FULL])
+        raise CheckpointError(f"{folder}: fine_tune_type {kind!r:.40} is not known; known are {known}")
     if not isinstance(parameters, dict):
         raise CheckpointError(f"{folder / CONFIG_FILE} has no lora_parameters; it needs rank, scale, dropout and keys")
     keys, rank, num_layers = parameters.get("keys"), parameters.get("rank"), config.get("num_layers")

@@ -268,6 +268,8 @@ def zeros(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
         ({}, {"lora_parameters": None}, "no lora_parameters"),
         ({}, {"fine_tune_type": "full"}, r"lora_a is not a trainable tensor of this model"),
         ({}, {"fine_tune_type": "loha"}, "'loha' is not known; known are lora, dora, full"),
+        ({}, {"fine_tune_type": ["lora"]}, r"\['lora'\] is not known; known are lora, dora, full"),
+        ({f"model.layers.{'1' * 6000}.x.lora_a": mx.ones((2, 4))}, {}, "lacks lora_b"),
         ({}, {"fine_tune_type": "dora"}, "lacks m"),
     ],
 )  # fmt: skip
