@@ -1,7 +1,8 @@
 """Adapter folders in mlx-lm's layout, which the Swift loader reads too: read, checked and written.
 
-A folder has `adapters.safetensors` with `<layer path>.lora_a` [in, R] and `.lora_b` [R, out], under DoRA also `.m`
-[out], and `adapter_config.json`. After full fine-tuning the tensors are the model's own, under their own names.
+A folder has `adapters.safetensors` with `<layer path>.lora_a` [in, R] and `.lora_b` [R, out], under DoRA also
+`.m` [out], and `adapter_config.json`. If we wrote it, `adapters.sha256` lists the SHA-256 of both; folders from
+elsewhere are taken without. After full fine-tuning the tensors are the model's own, under their own names.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import mlx.core as mx
 
 from phi4_mlx.errors import CheckpointError
 from phi4_mlx.files.atomic import replacing, sync
+from phi4_mlx.files.checksums import check_checksums, checksums
 from phi4_mlx.files.dtypes import FLOATS, name_of
 from phi4_mlx.files.json_file import JsonObject, read_json
 from phi4_mlx.files.safetensors import TensorWriter, read_header
 
 TENSORS_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
+CHECKSUMS_FILE = "adapters.sha256"
 
 MOST_SCALE = 1e30  # of an adapter's scale and alpha; far beyond use, and far from fp32's largest number
 
@@ -88,9 +91,13 @@ def read_folder(folder: Path, file: str = TENSORS_FILE) -> Adapter:
 
     Raises:
         ConfigError: adapter_config.json is not a JSON object.
-        CheckpointError: a file is missing or damaged, or a tensor is missing, left over or does not fit the others.
+        CheckpointError: a file is missing, damaged or does not match its SHA-256, or a tensor is missing, left over or
+            does not fit the others.
     """
     config = read_config(folder)
+    if file == TENSORS_FILE:
+        way = f"copy or train it again; if you changed it on purpose, remove {folder / CHECKSUMS_FILE}"
+        check_checksums(folder / CHECKSUMS_FILE, (TENSORS_FILE, CONFIG_FILE), way)
     path = folder / file
     kind, parameters = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
     if kind == FULL:
@@ -214,7 +221,7 @@ def checked(adapter: Adapter, rank: object | Mapping[str, int]) -> Adapter:
 def write_folder(folder: Path, adapter: Adapter, total_layers: int, extra: Mapping[str, object] | None = None) -> None:
     """Writes an adapter folder that mlx-lm and the Swift loader read, over an older one if there is one.
 
-    Both files are on the disk before either is renamed.
+    All files are on the disk before one of them is renamed.
 
     Args:
         folder: is made if it does not exist.
@@ -228,10 +235,18 @@ def write_folder(folder: Path, adapter: Adapter, total_layers: int, extra: Mappi
     """
     config = {**(extra or {}), **_config(adapter, total_layers)}
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / TENSORS_FILE) as tensors_path, replacing(folder / CONFIG_FILE) as config_path:
+    with (
+        replacing(folder / CHECKSUMS_FILE) as checksums_path,
+        replacing(folder / TENSORS_FILE) as tensors_path,
+        replacing(folder / CONFIG_FILE) as config_path,
+    ):
         write_tensors(tensors_path, adapter.tensors)
         write_config(config_path, config)
-        sync(tensors_path)  # before the first rename, so that a full disk leaves both older files
+        listed = checksums([(TENSORS_FILE, tensors_path), (CONFIG_FILE, config_path)])
+        checksums_path.write_text(listed, encoding="utf-8")
+        for path in (tensors_path, checksums_path):  # before the first rename: a full disk leaves all older files
+            sync(path)
+        (folder / CHECKSUMS_FILE).unlink(missing_ok=True)  # a run that is killed here leaves two files without a list
 
 
 def write_tensors(path: Path, tensors: Mapping[str, mx.array]) -> None:

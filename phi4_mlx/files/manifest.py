@@ -59,12 +59,14 @@ def verify_manifest(folder: Path) -> None:
             raise CheckpointError(f"{path} does not match its SHA-256; download or convert it again")
 
 
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
+def file_sha256(path: Path, length: int | None = None) -> str:
+    """The SHA-256 of a file's content, or of its first `length` bytes, in hexadecimal."""
     digest = hashlib.sha256()
+    left = path.stat().st_size if length is None else length
     with open_regular(path) as file:
-        while block := file.read(_BLOCK_BYTES):
+        while left > 0 and (block := file.read(min(left, _BLOCK_BYTES))):
             digest.update(block)
+            left -= len(block)
     return digest.hexdigest()
 
 

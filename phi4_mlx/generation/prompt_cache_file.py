@@ -1,11 +1,13 @@
 """Prompt caches as files, so that a long prefill is computed once.
 
-A safetensors file: the ids, the arrays of each layer, a checksum. Its metadata holds the fingerprints of the model, the
-adapter and the tokenizer, and the RoPE table; a cache that was made with any other is refused.
+A safetensors file: the ids, the arrays of each layer, and last the SHA-256 of all that precedes it. Its metadata holds
+the fingerprints of the model, the adapter and the tokenizer, and the RoPE table; a cache that was made with any other
+is refused. Content is checked against the model too, since anybody can compute a checksum.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -17,12 +19,13 @@ import mlx.core as mx
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.files.atomic import replacing
 from phi4_mlx.files.dtypes import name_of
+from phi4_mlx.files.manifest import file_sha256
 from phi4_mlx.files.safetensors import Header, TensorWriter, read_whole_header
-from phi4_mlx.fingerprint import WITHOUT, adapter_fingerprint, base_fingerprint, checksum
+from phi4_mlx.fingerprint import WITHOUT, adapter_fingerprint, base_fingerprint
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 
-_FORMAT, _VERSION = "phi4_mlx_prompt_cache", "1"
+_FORMAT, _VERSION = "phi4_mlx_prompt_cache", "2"
 _OWN = "phi4_mlx."  # prefix of our own metadata
 _MAKE_ANEW = "make it again, with cache-prompt or save_prompt_cache"
 _CHECKSUM = ("U8", (32,))
@@ -70,9 +73,12 @@ def save_prompt_cache(
     with replacing(path) as partial:
         with TensorWriter(partial, layout | {"checksum": _CHECKSUM}, about) as writer:
             os.chmod(partial, 0o600)
+            digest = hashlib.sha256(writer.header)
             for name, array in tensors.items():
-                writer.write(name, [memoryview(mx.contiguous(array).view(mx.uint8))])
-            writer.write("checksum", [checksum(writer.header, tensors.values())])
+                data = memoryview(mx.contiguous(array).view(mx.uint8))
+                digest.update(data.cast("B"))
+                writer.write(name, [data])
+            writer.write("checksum", [digest.digest()])
         size = partial.stat().st_size
     return size
 
@@ -104,7 +110,7 @@ def load_prompt_cache(
 
     Raises:
         CheckpointError: the file is missing, damaged or not a prompt cache, or it was made with another model, adapter
-            or tokenizer.
+            or tokenizer, or its content does not fit the model.
     """
     path = Path(os.path.expanduser(path))
     header = _read_header(path)
@@ -113,9 +119,11 @@ def load_prompt_cache(
     for what, wanted in _identity(model, tokenizer).items():
         if own.get(what) != wanted:
             _refuse(path, what, own.get(what) == WITHOUT, wanted == WITHOUT)
-    cache = model.make_cache(*(json.loads(own[name]) for name in ("pinned", "kv_bits", "max_kv_size")))
-    states = [[tensors[name] for name in names] for names in _names(cache)]
-    cache.restore(tensors["ids"].tolist(), states, json.loads(own["regime"]))
+    try:
+        cache = _restored(model, own, tensors)
+    except (KeyError, ValueError, RecursionError, RequestError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{path} is not a prompt cache of this model: {reason:.200}; {_MAKE_ANEW}") from None
     if not return_metadata:
         return cache
     hidden = {"format", _FORMAT}
@@ -194,15 +202,63 @@ def _read_header(path: Path) -> Header:
 def _read_tensors(path: Path, header: Header) -> dict[str, mx.array]:
     """The tensors in the order they were written, checked against the checksum."""
     names: Sequence[str] = sorted(header.tensors, key=lambda name: header.tensors[name].start)
+    whole = False
     try:
-        loaded = mx.load(str(path), format="safetensors")
-        tensors = {name: loaded[name] for name in names if name != "checksum"}
-        whole = bytes(memoryview(loaded["checksum"])) == checksum(header.raw, tensors.values())
-    except (KeyError, RuntimeError, ValueError):  # MLX raises the latter two if the file has changed meanwhile
-        whole = False
+        if names and names[-1] == "checksum":
+            loaded = mx.load(str(path), format="safetensors")
+            expected = bytes(memoryview(loaded["checksum"])).hex()
+            whole = file_sha256(path, header.tensors["checksum"].start) == expected
+    except (KeyError, RuntimeError, ValueError, OSError):  # MLX raises some of them if the file has changed meanwhile
+        pass
     if not whole:
         raise CheckpointError(f"{path} is damaged: its checksum is wrong; {_MAKE_ANEW}")
-    return tensors
+    return {name: loaded[name] for name in names[:-1]}
+
+
+def _restored(model: LanguageModel, own: Mapping[str, str], tensors: dict[str, mx.array]) -> PromptCache:
+    """A cache with the content of a file, checked against a cache that the model fills itself.
+
+    Raises:
+        KeyError, ValueError, RecursionError, RequestError: something is missing or does not fit.
+    """
+    pinned, kv_bits, max_kv_size, regime = (json.loads(own[n]) for n in ("pinned", "kv_bits", "max_kv_size", "regime"))
+    cache = model.make_cache(pinned, kv_bits, max_kv_size)
+    ids = tensors["ids"]
+    if ids.dtype != mx.int32 or ids.ndim != 1:
+        raise ValueError(f"ids are {ids.dtype} of shape {list(ids.shape)}")
+    model.check_ids(ids.tolist())
+    if regime not in ("short", "long") or (model.regime(ids.size), regime) == ("long", "short"):
+        raise ValueError(f"{ids.size} tokens cannot be under the RoPE table {regime!r:.20}")
+    if regime != (pinned or regime) or ids.size > (max_kv_size or ids.size):
+        raise ValueError(f"{ids.size} tokens under the RoPE table {regime} contradict its options")
+    expected = _layout(model, cache, ids.size)
+    if left_over := sorted(tensors.keys() - expected.keys() - {"ids"}):
+        raise ValueError(f"{left_over[0]!r:.60} is left over")
+    for name, kind in expected.items():
+        array = tensors[name]
+        if (array.dtype, array.shape) != kind:
+            raise ValueError(f"{name} is {array.dtype} of shape {list(array.shape)}, not {kind[0]} of {list(kind[1])}")
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all():
+            raise ValueError(f"{name} contains NaN or inf")
+    cache.restore(ids.tolist(), [[tensors[name] for name in names] for names in _names(cache)], regime)
+    if cache.offset != ids.size:
+        raise ValueError(f"its layers hold {cache.offset} tokens, and there are {ids.size} ids")
+    return cache
+
+
+def _layout(model: LanguageModel, cache: PromptCache, length: int) -> dict[str, tuple[mx.Dtype, tuple[int, ...]]]:
+    """dtype and shape of each array of a cache of `length` tokens, from two caches of few tokens; computes nothing."""
+    options = cache.options
+    states = []
+    for few in (2, 3):
+        probe = model.make_cache(options.regime, options.kv_bits, options.max_kv_size)
+        model(mx.zeros((1, few), mx.int32), probe)
+        states.append([array for layer in probe for array in layer.state])
+    names = [name for layer in _names(cache) for name in layer]
+    return {
+        name: (two.dtype, tuple(length if a != b else a for a, b in zip(two.shape, three.shape, strict=True)))
+        for name, two, three in zip(names, *states, strict=True)
+    }
 
 
 def _refuse(path: Path, what: str, without: bool, wanted_without: bool) -> NoReturn:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,20 @@ import yaml
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.user_file import read_file
-from phi4_mlx.lora.settings import Settings
+from phi4_mlx.lora.settings import Settings, shown
 from phi4_mlx.terminal.command import utf8
 
 # Options of newer and older versions of mlx-lm without effect here: memory is freed automatically, remote code is
 # never loaded, and the tracking library names its own project.
 WITHOUT_EFFECT = ("clear_cache_threshold", "config", "project_name", "trust_remote_code", "use_chat_template")
-_SWITCHED_OFF = ("wandb", "use_dora", "hf_dataset", "lr_schedule", "optimizer_config", "lora_parameters")
+_SWITCHED_OFF = ("wandb", "use_dora", "hf_dataset")
 _INSTEAD = {
     "alpha": "write scale, which is alpha / rank",
     "lora_layers": "write num_layers",
+    "prompt_feature": "name the field prompt in the data",
+    "completion_feature": "name the field completion in the data",
+    "chat_feature": "name the field messages in the data",
+    "text_feature": "name the field text in the data",
     "use_dora": "write fine_tune_type: dora",
     "wandb": "write report_to: wandb",
     "hf_dataset": "write data: owner/name; the dataset needs columns text, prompt and completion, or messages",
@@ -63,23 +68,33 @@ def read_config_file(path: str, optimizer: str | None = None) -> tuple[dict[str,
     if given is None:
         return {}, []
     if not isinstance(given, dict):
-        raise RequestError(f"{path} must hold names and values, not {given!r:.60}")
-    values = {name: value for name, value in given.items() if not (value is None and name in _SWITCHED_OFF)}
+        raise RequestError(f"{path} must hold names and values, not {shown(given)}")
+    values = _without_nulls(given)
     messages = _remove_without_effect(values, path)
     _translate(values, path, optimizer)
     for name in values:
         if name in _INSTEAD:
             raise RequestError(f"{path}: {name} is not known here; {_INSTEAD[name]}")
     if not isinstance(values.get("train", False), bool):
-        raise RequestError(f"{path}: train must be true or false, not {values['train']!r:.60}")
+        raise RequestError(f"{path}: train must be true or false, not {shown(values['train'])}")
     return values, messages
+
+
+def _without_nulls(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are set; null is mlx-lm's word for the default, and for an `lr_schedule` without a schedule."""
+    known = {each.name for each in fields(Settings)} | {"train", *_INSTEAD, *WITHOUT_EFFECT}
+    values = {name: value for name, value in given.items() if not (value is None and name in known)}
+    for name in _SWITCHED_OFF:
+        if not values.get(name, True):
+            del values[name]
+    if given.get("lr_schedule", "") is None:
+        values["lr_schedule"] = "constant"
+    return values
 
 
 def _remove_without_effect(values: dict[str, Any], path: str) -> list[str]:
     """Removes options without effect; returns the message about them, if there is one."""
     removed = [name for name in WITHOUT_EFFECT if values.pop(name, None)]
-    if values.get("use_dora") is False:
-        del values["use_dora"]
     if isinstance(values.get("lr_schedule"), Mapping) and "warmup" in values:
         removed.append("warmup")
         del values["warmup"]
@@ -88,6 +103,8 @@ def _remove_without_effect(values: dict[str, Any], path: str) -> list[str]:
 
 def _translate(values: dict[str, Any], path: str, optimizer: str | None) -> None:
     """Replaces mlx-lm's forms of optimizer, adapter and dataset by ours."""
+    if isinstance(values.get("optimizer"), str):
+        values["optimizer"] = values["optimizer"].lower()
     configs = values.get("optimizer_config")
     if isinstance(configs, Mapping) and all(isinstance(each, (Mapping, type(None))) for each in configs.values()):
         chosen = optimizer or values.get("optimizer", Settings.optimizer)
@@ -96,6 +113,8 @@ def _translate(values: dict[str, Any], path: str, optimizer: str | None) -> None
     if isinstance(parameters, Mapping) and "alpha" in parameters:
         raise RequestError(f"{path}: lora_parameters: alpha is not known here; {_INSTEAD['alpha']}")
     dataset = values.get("hf_dataset")
+    if isinstance(dataset, list) and len(dataset) == 1:
+        dataset = dataset[0]
     if isinstance(dataset, Mapping) and dataset.keys() == {"path"} and "data" not in values:
         values["data"] = dataset["path"]
         del values["hf_dataset"]

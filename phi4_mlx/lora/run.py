@@ -26,6 +26,7 @@ from phi4_mlx.lora.display import Tell, progress, report_end, show, to_stderr
 from phi4_mlx.lora.saving.checkpoints import checkpoints
 from phi4_mlx.lora.saving.metrics import MetricsLog, check_reporter, reporter
 from phi4_mlx.lora.saving.run_folder import BEST, RunFolder
+from phi4_mlx.lora.saving.run_lock import locked
 from phi4_mlx.lora.settings import Settings
 from phi4_mlx.lora.training.loss import Loss, sft_loss
 from phi4_mlx.lora.training.memory_plan import Plan, check_memory, make_plan
@@ -84,8 +85,8 @@ def finetune(settings: Settings | Mapping[str, Any], *, resume: bool = False, te
         The adapter's folder and the losses.
 
     Raises:
-        RequestError: an option, a line of the data or the folder cannot be used, the run does not fit in memory, the
-            loss is not finite or has jumped, or the disk is full at the end.
+        RequestError: an option, a line of the data or the folder cannot be used, another run writes there, the run
+            does not fit in memory, the loss is not finite or has jumped, or the disk is full at the end.
         ConfigError, CheckpointError, TokenizerError: a file of the model or the adapter is missing or damaged.
         KeyboardInterrupt, SystemExit: on Ctrl-C or SIGTERM, after the current step, with everything saved.
     """
@@ -93,11 +94,17 @@ def finetune(settings: Settings | Mapping[str, Any], *, resume: bool = False, te
         settings = Settings.from_mapping(settings, "settings")
     group = mx.distributed.init()
     if group.rank():
-        tell = _nothing
+        return _finetune(settings, resume, _nothing, group)
     folder = Path(os.path.expanduser(settings.adapter_path))
-    if not group.rank():
-        check_reporter(settings.report_to)
+    check_reporter(settings.report_to)
+    with locked(folder, tell):
         check_folder(folder, settings, resume)
+        return _finetune(settings, resume, tell, group)
+
+
+def _finetune(settings: Settings, resume: bool, tell: Tell, group: Group) -> Finetuned:
+    """A run in a folder that has been checked and locked by the first process."""
+    folder = Path(os.path.expanduser(settings.adapter_path))
     model, tokenizer = load(settings.model or DEFAULT_MODEL, lazy=True)  # weights are read after the data is checked
     data = read_data(settings, tokenizer, tell)
     batches = _batches(data.train, settings, group, settings.seed)
@@ -177,8 +184,6 @@ def check_folder(folder: Path, settings: Settings, resume: bool) -> None:
     Raises:
         RequestError: the folder cannot be used.
     """
-    if folder.exists() and not folder.is_dir():
-        raise RequestError(f"{folder} is not a folder; name another --adapter-path")
     there = bool(checkpoints(folder))
     if resume:
         if not there:

@@ -6,7 +6,8 @@ standard library is imported here, because `--help` is made of these options and
 
 from __future__ import annotations
 
-import math
+import reprlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -14,7 +15,18 @@ from typing import Any
 from phi4_mlx.errors import RequestError
 
 MANY = 10**9
+LARGEST = sys.float_info.max
 DEFAULT_ITERS = 1000
+
+
+def shown(value: object) -> str:
+    """A value for a message, cut to 60 characters; never slow, whatever a file holds."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 60
+    try:
+        return short.repr(value)[:60]
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ class Option:
     def check(self, name: str, value: object) -> None:
         """Raises RequestError, which names the setting, if the value is not allowed."""
         if not self.allows(value):
-            raise RequestError(f"{name} must be {self.limits}, not {value!r:.60}")
+            raise RequestError(f"{name} must be {self.limits}, not {shown(value)}")
 
     def parsed(self, word: str) -> Any:
         """Parses a value of the command line.
@@ -100,9 +112,9 @@ class LoraParameters:
     def __post_init__(self) -> None:
         Option(int, "", 1).check("rank", self.rank)
         for name in ("scale", "dropout"):
-            Option(float, "", -math.inf, math.inf).check(name, getattr(self, name))
+            Option(float, "", -LARGEST, LARGEST).check(name, getattr(self, name))
         if self.keys is not None and not (isinstance(self.keys, tuple) and all(isinstance(k, str) for k in self.keys)):
-            raise RequestError(f"keys must be a list of names of layers, not {self.keys!r:.60}")
+            raise RequestError(f"keys must be a list of names of layers, not {shown(self.keys)}")
 
 
 SCHEDULES = {
@@ -132,7 +144,7 @@ class Schedule:
         few, many, steps = SCHEDULES[self.name]
         if not isinstance(self.arguments, tuple) or not few <= len(self.arguments) <= many:
             counts = f"{few}" if few == many else f"{few} or {many}"
-            given = f"{self.arguments!r:.60}"
+            given = shown(self.arguments)
             raise RequestError(f"arguments of {self.name} must be {counts} numbers in a list, not {given}")
         for at, value in enumerate(self.arguments):
             limits = Option(int, "", 1) if at == steps else Option(float, "", 0, 10)
@@ -145,6 +157,8 @@ OPTIMIZER_OPTIONS: dict[str, tuple[str, ...]] = {
     "adamw": ("betas", "eps", "weight_decay", "bias_correction"),
     "adam": ("betas", "eps", "bias_correction"),
     "adafactor": ("clip_threshold", "decay_rate", "beta_1", "weight_decay"),
+    "muon": ("momentum", "weight_decay", "nesterov", "ns_steps"),
+    "sgd": ("momentum", "weight_decay", "dampening", "nesterov"),
 }
 """Optimizer -> the names that `optimizer_config` may hold."""
 
@@ -204,7 +218,7 @@ class Settings:
         "cosine", str, "learning rate after the warm-up", known=("cosine", "constant")
     )
     warmup: int = _option(0, int, "updates over which the learning rate rises")
-    weight_decay: float = _option(0.01, float, "weight decay of adamw and adafactor", 0, 10)
+    weight_decay: float = _option(0.01, float, "weight decay of adamw, adafactor and muon; of sgd only if given", 0, 10)
     clip: float = _option(1.0, float, "largest norm of the gradient; 0 for no limit", 0, 1e6)
     beta: float = _option(0.1, float, "how strongly DPO stays near the base; weight of ORPO's preference", 1e-6, 100)
     steps_per_report: int = _option(10, int, "batches between two lines of output without a progress bar", 1)
@@ -228,7 +242,7 @@ class Settings:
             if not (name == "lr_schedule" and isinstance(self.lr_schedule, Schedule)):
                 option.check(name, getattr(self, name))
         if not isinstance(self.lora_parameters, LoraParameters):
-            raise RequestError(f"lora_parameters must be LoraParameters, not {self.lora_parameters!r:.60}")
+            raise RequestError(f"lora_parameters must be LoraParameters, not {shown(self.lora_parameters)}")
         if self.iters is not None and self.epochs is not None:
             raise RequestError(f"iters {self.iters} and epochs {self.epochs} are both given; leave one of them out")
         _check_optimizer(self.optimizer, self.optimizer_config)
@@ -293,10 +307,10 @@ def _with_tuple(given: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _check_names(given: object, known: set[str], where: str) -> Mapping[str, Any]:
     if not isinstance(given, Mapping):
-        raise RequestError(f"{where} must be an object of names and values, not {given!r:.60}")
+        raise RequestError(f"{where} must be an object of names and values, not {shown(given)}")
     for name in given:
         if name not in known:
-            raise RequestError(f"{where}: {name!r:.60} is not known; known are {', '.join(sorted(known))}")
+            raise RequestError(f"{where}: {shown(name)} is not known; known are {', '.join(sorted(known))}")
     return given
 
 
@@ -309,15 +323,23 @@ def _check_optimizer(optimizer: str, config: Mapping[str, Any]) -> None:
             number = Option(float, "", 0, 1)
             pair = isinstance(value, (list, tuple)) and len(value) == 2
             if not pair or not all(number.allows(each) and each < 1 for each in value):
-                raise RequestError(f"{where} must be a list of two numbers from 0 to below 1, not {value!r:.60}")
-        elif name == "bias_correction":
+                raise RequestError(f"{where} must be a list of two numbers from 0 to below 1, not {shown(value)}")
+        elif name in ("bias_correction", "nesterov"):
             Option(bool, "").check(where, value)
+        elif name in ("momentum", "dampening"):
+            Option(float, "", 0, 1).check(where, value)
+        elif name == "ns_steps":
+            Option(int, "", 1, 100).check(where, value)
         elif name == "beta_1":
             Option(float, "", 0, 1, may_be_none=True).check(where, value)
         elif name == "decay_rate":
             Option(float, "", -10, 0).check(where, value)
         else:
             Option(float, "").check(where, value)
+
+
+    if optimizer == "sgd" and config.get("nesterov") and (not config.get("momentum") or config.get("dampening")):
+        raise RequestError("optimizer_config: nesterov needs a momentum above 0 and no dampening")
 
 
 _DEFAULTS: dict[type, Any] = {Settings: Settings(), LoraParameters: LoraParameters()}

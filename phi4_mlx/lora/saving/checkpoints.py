@@ -1,9 +1,9 @@
 """Checkpoints on the disk, each of them complete or absent.
 
 `checkpoints/00000100` in the adapter folder holds the trained parameters and the optimizer's state in
-tensors.safetensors, and the counters in state.json. A folder gets its name when all its files are on the disk, and
-loses it before the first of them is removed, so a named folder is complete. A name with a leading dot marks a folder
-that is being written or removed.
+tensors.safetensors, the counters in state.json, and the SHA-256 of both in checksums.sha256. A folder gets its name
+when all its files are on the disk, and loses it before the first of them is removed, so a named folder is complete.
+A name with a leading dot marks a folder that is being written or removed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ import mlx.core as mx
 
 from phi4_mlx.errors import CheckpointError, ConfigError
 from phi4_mlx.files.atomic import sync
+from phi4_mlx.files.checksums import checksums, differing_file
 from phi4_mlx.files.json_file import read_json
 
 FOLDER = "checkpoints"
 TENSORS_FILE, STATE_FILE = "tensors.safetensors", "state.json"
+CHECKSUMS_FILE = "checksums.sha256"
 
 State = dict[str, Any]
 """JSON values by name."""
@@ -52,6 +54,8 @@ def save_checkpoint(adapter_path: Path, step: int, tensors: Mapping[str, mx.arra
         except RuntimeError as error:  # how MLX reports a full disk
             raise OSError(errno.EIO, " ".join(str(error).split()), str(partial / TENSORS_FILE)) from None
         (partial / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+        listed = checksums((name, partial / name) for name in (TENSORS_FILE, STATE_FILE))
+        (partial / CHECKSUMS_FILE).write_text(listed, encoding="utf-8")
         for path in (*partial.iterdir(), partial):
             sync(path)
         if folder.exists():
@@ -86,6 +90,8 @@ def newest_checkpoint(adapter_path: Path) -> tuple[dict[str, mx.array], State] |
     folders = checkpoints(adapter_path)
     if not folders:
         return None
+    if differing := differing_file(folders[-1] / CHECKSUMS_FILE, (TENSORS_FILE, STATE_FILE)):
+        raise damaged(adapter_path, f"the SHA-256 of {differing} is not the saved one")
     try:
         tensors = mx.load(str(folders[-1] / TENSORS_FILE))
         mx.eval(tensors)

@@ -29,6 +29,11 @@ def make_optimizer(settings: Settings, updates: int = DEFAULT_ITERS) -> optim.Op
     if settings.optimizer == "adafactor":
         options = {"weight_decay": settings.weight_decay, **options}
         return optim.Adafactor(learning_rate=rate, relative_step=False, scale_parameter=False, **options)
+    if settings.optimizer == "muon":
+        return optim.Muon(learning_rate=rate, **{"weight_decay": settings.weight_decay, **options})
+    if settings.optimizer == "sgd":
+        decay = settings.weight_decay if settings.named("weight_decay") else 0.0
+        return optim.SGD(learning_rate=rate, **{"weight_decay": decay, **options})
     options = {"bias_correction": True, **options}
     if settings.optimizer == "adam":
         return optim.Adam(learning_rate=rate, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from phi4_mlx import load
-from phi4_mlx.adapters.folder import CONFIG_FILE, TENSORS_FILE
-from phi4_mlx.adapters.layers import adapter_layers, adapter_parameters, load_adapter
+from phi4_mlx.adapters.folder import CHECKSUMS_FILE, CONFIG_FILE, TENSORS_FILE, read_folder
+from phi4_mlx.adapters.layers import adapter_layers, adapter_parameters, add_adapter, load_adapter
 from phi4_mlx.errors import CheckpointError, ConfigError, Phi4Error
 from phi4_mlx.files.safetensors import read_header
 from phi4_mlx.models.text import Model
@@ -51,6 +52,7 @@ def rewrite(folder: Path, tensors: dict[str, mx.array | None] | None = None, **c
         if value is not None:
             place[key] = value
     (folder / CONFIG_FILE).write_text(json.dumps(raw))
+    (folder / CHECKSUMS_FILE).unlink(missing_ok=True)
     return folder
 
 
@@ -94,7 +96,7 @@ def test_the_config_is_the_one_that_mlx_lm_and_swift_read(tiny_model: TinyModel,
         "iters": 5,
     }
     assert type(config["num_layers"]) is type(config["lora_parameters"]["rank"]) is int
-    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG_FILE, TENSORS_FILE]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG_FILE, TENSORS_FILE, CHECKSUMS_FILE]
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -177,6 +179,7 @@ def test_whole_weights_of_another_model_are_refused(tiny_model: TinyModel, tmp_p
     nn.quantize(quantised, group_size=32, bits=4)
     tensors = {"model.layers.0.mlp.down_proj.weight": mx.zeros(quantised.layers[0].mlp.down_proj.weight.shape)}
     mx.save_safetensors(str(tmp_path / TENSORS_FILE), tensors)
+    (tmp_path / CHECKSUMS_FILE).unlink()
     with pytest.raises(CheckpointError, match="is not a trainable tensor"):
         load_adapter(quantised, tmp_path)
 
@@ -184,7 +187,7 @@ def test_whole_weights_of_another_model_are_refused(tiny_model: TinyModel, tmp_p
 # --- whole or not at all ---
 
 
-@pytest.mark.parametrize("fault_at", range(1, 7))
+@pytest.mark.parametrize("fault_at", range(1, 8))
 def test_a_save_that_fails_leaves_the_old_adapter_whole(
     tiny_model: TinyModel, folder: Path, monkeypatch: pytest.MonkeyPatch, fault_at: int
 ) -> None:
@@ -207,7 +210,8 @@ def test_a_save_that_fails_leaves_the_old_adapter_whole(
     newer = adapted(tiny_model(), keys=Model.lora_keys, seed=5)
     with pytest.raises(OSError, match="No space"):
         save_adapter(newer, folder, {})
-    assert sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, TENSORS_FILE]
+    lists = [CHECKSUMS_FILE] if fault_at <= 2 else []  # without one, the files are taken as they are
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, TENSORS_FILE, *lists]
     assert (folder / TENSORS_FILE).read_bytes() == before[TENSORS_FILE]
     monkeypatch.undo()
     load_adapter(tiny_model(), folder)
@@ -218,7 +222,7 @@ def test_a_save_that_fails_leaves_the_old_adapter_whole(
 def test_what_a_killed_run_left_is_removed(tiny_model: TinyModel, folder: Path) -> None:
     (folder / f".{TENSORS_FILE}.999999999-0.partial").write_bytes(b"half a file")  # no process has this number
     save_adapter(adapted(tiny_model()), folder, {})
-    assert sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, TENSORS_FILE]
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, TENSORS_FILE, CHECKSUMS_FILE]
 
 
 # --- refusals ---
@@ -264,6 +268,8 @@ def zeros(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
         ({}, {"lora_parameters": None}, "no lora_parameters"),
         ({}, {"fine_tune_type": "full"}, r"lora_a is not a trainable tensor of this model"),
         ({}, {"fine_tune_type": "loha"}, "'loha' is not known; known are lora, dora, full"),
+        ({}, {"fine_tune_type": ["lora"]}, r"\['lora'\] is not known; known are lora, dora, full"),
+        ({f"model.layers.{'1' * 6000}.x.lora_a": mx.ones((2, 4))}, {}, "lacks lora_b"),
         ({}, {"fine_tune_type": "dora"}, "lacks m"),
     ],
 )  # fmt: skip
@@ -285,6 +291,7 @@ def test_an_adapter_for_fewer_layers_than_the_model_has_is_refused(tiny_model: T
 
 def test_an_empty_file_is_not_an_adapter(tiny_model: TinyModel, folder: Path) -> None:
     mx.save_safetensors(str(folder / TENSORS_FILE), {})
+    (folder / CHECKSUMS_FILE).unlink()
     with pytest.raises(CheckpointError, match="has no tensors"):
         load_adapter(tiny_model(), folder)
 
@@ -301,3 +308,36 @@ def test_missing_files_are_named(tiny_model: TinyModel, folder: Path, tmp_path: 
         load_adapter(tiny_model(), folder)
     with pytest.raises(CheckpointError, match="nowhere holds no"):
         load_adapter(tiny_model(), tmp_path / "nowhere")
+
+
+def test_every_flipped_bit_of_an_adapter_that_we_wrote_is_refused(
+    tiny_model: Callable[..., Model], tmp_path: Path
+) -> None:
+    model, draw = tiny_model(), random.Random(4)
+    add_adapter(model, rank=2)
+    save_adapter(model, tmp_path, {})
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == ["adapter_config.json", "adapters.safetensors", "adapters.sha256"]
+    for file in files:
+        whole = file.read_bytes()
+        for _ in range(100):
+            damaged = bytearray(whole)
+            damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+            file.write_bytes(damaged)
+            with pytest.raises(Phi4Error) as refused:
+                read_folder(tmp_path)
+            assert "\n" not in str(refused.value)
+        file.write_bytes(whole)
+    read_folder(tmp_path)
+
+
+def test_an_adapter_that_was_edited_names_the_way_out(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    model = tiny_model()
+    add_adapter(model, rank=2, scale=2.0)
+    save_adapter(model, tmp_path, {})
+    file = tmp_path / "adapter_config.json"
+    file.write_text(file.read_text().replace('"scale": 2.0', '"scale": 3.0'))
+    with pytest.raises(CheckpointError, match=r"config.json is damaged or has been changed.*on purpose, remove"):
+        read_folder(tmp_path)
+    (tmp_path / "adapters.sha256").unlink()
+    assert read_folder(tmp_path).scale == 3.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -17,7 +18,8 @@ from phi4_mlx import load_prompt_cache, save_prompt_cache
 from phi4_mlx.adapters.layers import adapter_off, add_adapter
 from phi4_mlx.checkpoint import load_model
 from phi4_mlx.errors import CheckpointError, RequestError
-from phi4_mlx.files.safetensors import read_whole_header
+from phi4_mlx.files.dtypes import name_of
+from phi4_mlx.files.safetensors import TensorWriter, read_whole_header
 from phi4_mlx.models.cache import CacheOptions, KVCache
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.text import Model
@@ -111,11 +113,118 @@ def test_truncated_reordered_and_extended_files_are_refused(tiny_model: TinyMode
     a = header + 40 * 4  # after the ids
     b, c = a + 16 * 4, a + 2 * 16 * 4  # one and two tokens further
     swapped = whole[:a] + whole[b:c] + whole[a:b] + whole[c:]
+    ids = whole[:header] + whole[header + 4 : header + 8] + whole[header : header + 4] + whole[header + 8 :]
     zeroed = whole[:a] + bytes(4096) + whole[a + 4096 :]
-    for damaged in (b"", whole[:7], whole[:100], whole[:header], whole[:-1], whole + b"\0", swapped, zeroed):
+    for damaged in (b"", whole[:7], whole[:100], whole[:header], whole[:-1], whole + b"\0", swapped, ids, zeroed):
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"is damaged: .*; make it again"):
             load_prompt_cache(path, model, TOKENIZER)
+
+
+def forged(path: Path, change: Callable[[dict[str, mx.array], dict[str, str]], Any]) -> None:
+    """Writes a cache again with another content and a checksum that is right."""
+    header = read_whole_header(path)
+    tensors, about = dict(mx.load(str(path), format="safetensors")), dict(header.metadata)
+    mx.eval(tensors)
+    del tensors["checksum"], about["format"]
+    change(tensors, about)
+    layout = {name: (name_of(array.dtype), array.shape) for name, array in tensors.items()}
+    path.unlink()
+    with TensorWriter(path, layout | {"checksum": ("U8", (32,))}, about) as writer:
+        digest = hashlib.sha256(writer.header)
+        for name, array in tensors.items():
+            data = bytes(memoryview(mx.contiguous(array).view(mx.uint8))) if array.size else b""
+            digest.update(data)
+            writer.append(name, data)
+        writer.append("checksum", digest.digest())
+
+
+KEYS = "layers.0.keys"
+SIZES = {"phi4_mlx.pinned", "phi4_mlx.kv_bits", "phi4_mlx.max_kv_size", "phi4_mlx.regime"}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda t, m: t.update(ids=mx.array([512] * 40, mx.int32)), "token 512 of the prompt is outside"),
+        (lambda t, m: t.update(ids=mx.array([-1] * 40, mx.int32)), "token -1 of the prompt is outside"),
+        (lambda t, m: t.update(ids=t["ids"][:39]), r"layers.0.keys is .* of shape \[1, 2, 40, 16\], not"),
+        (lambda t, m: t.update(ids=t["ids"][:0]), "0 tokens"),
+        (lambda t, m: t.update(ids=t["ids"][None]), r"ids are mlx.core.int32 of shape \[1, 40\]"),
+        (lambda t, m: t.update(ids=t["ids"].astype(mx.float32)), "ids are mlx.core.float32"),
+        (lambda t, m: t.pop("ids"), "it lacks 'ids'"),
+        (lambda t, m: t.update({KEYS: t[KEYS][:, :1]}), r"of shape \[1, 1, 40, 16\], not"),
+        (lambda t, m: t.update({KEYS: t[KEYS].reshape(-1)}), "of shape"),
+        (lambda t, m: t.update({KEYS: t[KEYS].astype(mx.float16)}), "is mlx.core.float16"),
+        (lambda t, m: t.update({KEYS: t[KEYS] * mx.nan}), f"{KEYS} contains NaN or inf"),
+        (lambda t, m: t.update({KEYS: t[KEYS] * mx.inf}), f"{KEYS} contains NaN or inf"),
+        (lambda t, m: t.pop(KEYS), f"it lacks '{KEYS}'"),
+        (lambda t, m: t.update({"layers.9.keys": t[KEYS]}), "'layers.9.keys' is left over"),
+        (lambda t, m: m.update({"phi4_mlx.kv_bits": "4"}), "head_dim"),
+        (lambda t, m: m.update({"phi4_mlx.kv_bits": "1" * 6000}), "Exceeds the limit"),
+        (lambda t, m: m.update({"phi4_mlx.max_kv_size": "[]"}), "max_kv_size must be a whole number"),
+        (lambda t, m: m.update({"phi4_mlx.pinned": '"medium"'}), "regime 'medium' is unknown"),
+        (lambda t, m: m.update({"phi4_mlx.pinned": '"long"'}), "contradict its options"),
+        (lambda t, m: m.update({"phi4_mlx.pinned": "[" * 10**5}), "recursion"),
+        (lambda t, m: m.update({"phi4_mlx.regime": "null"}), "cannot be under the RoPE table None"),
+        (lambda t, m: m.update({"phi4_mlx.regime": "{"}), "Expecting"),
+        (lambda t, m: m.pop("phi4_mlx.regime"), "it lacks 'phi4_mlx.regime'|it lacks 'regime'"),
+    ],
+)
+def test_a_forged_cache_is_one_line(tiny_model: TinyModel, tmp_path: Path, change: Any, complaint: str) -> None:
+    model, path = tiny_model(), tmp_path / "kept"
+    save_prompt_cache(path, filled(model), model, TOKENIZER)
+    forged(path, lambda tensors, about: None)
+    assert load_prompt_cache(path, model, TOKENIZER).offset == 40
+    forged(path, change)
+    expected = rf"is not a prompt cache of this model: .*({complaint}).*; make it"
+    with pytest.raises(CheckpointError, match=expected) as refused:
+        load_prompt_cache(path, model, TOKENIZER)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
+
+
+def test_any_forged_cache_is_refused_or_harmless(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Seeded mutations of content and metadata under a right checksum: a Phi4Error, or a cache that continues."""
+    model, path, draw = tiny_model(), tmp_path / "kept", random.Random(5)
+    save_prompt_cache(path, filled(model), model, TOKENIZER)
+    whole = path.read_bytes()
+
+    values = ["null", "-1", "0", "4", "8", "1e999", "NaN", '"long"', '"short"', "512", "[]", "true", str(2**70), ""]
+    arrays: list[Callable[[mx.array], mx.array]] = [
+        lambda array: mx.concatenate([array, array], axis=-1),
+        lambda array: array[:1],
+        lambda array: array[..., :1],
+        lambda array: array[None],
+        lambda array: array.reshape(-1),
+        lambda array: array.view(mx.uint8),
+        lambda array: array * 0,
+        lambda array: (array.astype(mx.float32) * mx.nan).astype(array.dtype),
+        lambda array: (array.astype(mx.float32) * 1e38).astype(array.dtype),
+        lambda array: mx.zeros((0,), array.dtype),
+        lambda array: mx.swapaxes(array, 0, -1),
+    ]
+
+    def change(tensors: dict[str, mx.array], about: dict[str, str]) -> None:
+        for _ in range(draw.randint(1, 2)):
+            if draw.random() < 0.5:
+                about[draw.choice(sorted(SIZES))] = draw.choice(values)
+            else:
+                name = draw.choice(sorted(tensors))
+                tensors[name] = draw.choice(arrays)(tensors[name])
+
+    taken = 0
+    for _ in range(150):
+        path.write_bytes(whole)
+        forged(path, change)
+        try:
+            loaded = load_prompt_cache(path, model, TOKENIZER)
+        except CheckpointError as refused:
+            assert "\n" not in str(refused)
+        else:
+            mx.eval(model(random_ids(3), loaded))
+            assert loaded.offset == 43
+            taken += 1
+    assert taken < 50
 
 
 def test_other_files_are_refused(tiny_model: TinyModel, tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
@@ -127,9 +236,9 @@ def test_other_files_are_refused(tiny_model: TinyModel, tiny_checkpoint: TinyChe
     with pytest.raises(CheckpointError, match="is not a prompt cache of phi4_mlx"):
         load_prompt_cache(tiny_checkpoint() / "model.safetensors", model, TOKENIZER)
     save_prompt_cache(path, filled(model), model, TOKENIZER)
-    old = b'"phi4_mlx_prompt_cache":"1"'
-    path.write_bytes(path.read_bytes().replace(old, old.replace(b"1", b"2")))
-    with pytest.raises(CheckpointError, match="has format '2'; only 1 is supported"):
+    old = b'"phi4_mlx_prompt_cache":"2"'
+    path.write_bytes(path.read_bytes().replace(old, old.replace(b"2", b"3")))
+    with pytest.raises(CheckpointError, match="has format '3'; only 2 is supported"):
         load_prompt_cache(path, model, TOKENIZER)
 
 
@@ -232,7 +341,7 @@ def test_a_failed_save_leaves_the_older_file(
     def full(*_: Any) -> bytes:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("phi4_mlx.generation.prompt_cache_file.checksum", full)
+    monkeypatch.setattr("phi4_mlx.generation.prompt_cache_file.hashlib.sha256", full)
     with pytest.raises(OSError, match="No space left"):
         save_prompt_cache(path, filled(model, 50), model, TOKENIZER)
     assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]

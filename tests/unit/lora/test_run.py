@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +21,7 @@ from phi4_mlx.adapters.layers import add_adapter
 from phi4_mlx.errors import CheckpointError, Phi4Error, RequestError
 from phi4_mlx.lora import run as run_module
 from phi4_mlx.lora.run import Finetuned, measure_adapter, preview
+from phi4_mlx.lora.saving import run_lock
 from phi4_mlx.lora.settings import LoraParameters, Settings
 from tests.adapters import save_adapter
 
@@ -350,3 +355,57 @@ def test_what_is_no_adapter_is_one_line(given: dict[str, Any], adapter: Path, na
     with pytest.raises(Phi4Error, match=r"pickle|holds no adapter_config\.json") as caught:
         run(given, resume_adapter_file=str(adapter / name))
     assert isinstance(caught.value, (RequestError, CheckpointError)) and "\n" not in str(caught.value)
+
+
+# --- one run in a folder ---
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from phi4_mlx.lora.saving.run_lock import locked
+with locked(Path(sys.argv[1]), print):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(given: dict[str, Any]) -> None:
+    folder = Path(given["adapter_path"])
+    words = [sys.executable, "-c", HOLD, str(folder)]
+    holder = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3])
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    for resume in (False, True):
+        if resume:
+            (folder / "checkpoints" / "00000001").mkdir(parents=True)
+        with pytest.raises(RequestError, match=rf"{folder} is in use: process {holder.pid} is training there; "):
+            run(given, resume=resume)
+    shutil.rmtree(folder / "checkpoints")
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    assert run(given)[0].step == 6 and not (folder / ".lock").exists()
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_no_folder(given: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=r"holds no train\.jsonl"):
+        run(given, data=str(Path(given["adapter_path"]).parent))
+    assert not Path(given["adapter_path"]).exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_a_warning(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(run_lock.fcntl, "flock", unsupported)
+    done, told = run(given, iters=1)
+    assert done.step == 1 and f"{done.adapter_path} cannot be locked: {os.strerror(number)}" in told[0]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(given: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RequestError, match=r"file/adapter cannot be written: Not a directory; name another"):
+        run(given, adapter_path=str(tmp_path / "file" / "adapter"))

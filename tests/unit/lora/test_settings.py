@@ -17,6 +17,8 @@ from phi4_mlx.lora.config_file import read_config_file
 from phi4_mlx.lora.settings import OPTIONS, LoraParameters, Schedule, Settings
 from phi4_mlx.lora.training.optimizer import make_optimizer
 
+BOMB = f"data: {'[&a0 [1], ' + ', '.join(f'&a{n} [*a{n - 1}, *a{n - 1}]' for n in range(1, 40))}]"
+
 
 def from_yaml(folder: Path, text: str, *flags: str) -> Settings:
     (folder / "c.yaml").write_text(text)
@@ -49,7 +51,6 @@ def test_each_option_is_a_flag_with_the_same_limits(capsys: pytest.CaptureFixtur
         ("a: [", "is not YAML"),
         ("data: 5", "data must be a text that is not empty, not 5"),
         ("data: ''", "data must be a text that is not empty, not ''"),
-        ("adapter_path: null", "adapter_path must be a text that is not empty, not None"),
         ("model: [a]", "model must be a text that is not empty, not ['a']"),
         ("mask_prompt: 'no'", "mask_prompt must be true or false, not 'no'"),
         ("mask_prompt: 1", "mask_prompt must be true or false, not 1"),
@@ -74,7 +75,20 @@ def test_each_option_is_a_flag_with_the_same_limits(capsys: pytest.CaptureFixtur
         ("1: 8", "1 is not known"),
         ("given: [iters]", "'given' is not known"),
         ("train: 'yes'", "train must be true or false, not 'yes'"),
-        ("optimizer: muon", "optimizer must be one of adamw, adam, adafactor, not 'muon'"),
+        ("optimizer: lion", "optimizer must be one of adamw, adam, adafactor, muon, sgd, not 'lion'"),
+        ("optimizer: muon\noptimizer_config: {muon: {betas: [0.9, 0.9]}}", "of muon: 'betas' is not known"),
+        ("optimizer: muon\noptimizer_config: {muon: {ns_steps: 0}}", "optimizer_config: ns_steps must be a whole"),
+        ("optimizer: sgd\noptimizer_config: {sgd: {nesterov: true}}", "nesterov needs a momentum above 0"),
+        ("fine_tune_type: [lora]", "fine_tune_type must be one of lora, dora, full, not ['lora']"),
+        ("fine_tune_type: {a: 1}", "fine_tune_type must be one of lora, dora, full, not {'a': 1}"),
+        ("prompt_feature: question", "prompt_feature is not known here; name the field prompt in the data"),
+        ("bogus: null", "'bogus' is not known"),
+        (f"iters: {'1' * 6000}", "is not YAML: Exceeds the limit"),
+        (f"iters: 0x{'1' * 6000}", "iters must be a whole number from 1 to 1,000,000,000, not a number of thousands"),
+        (f"? 0x{'1' * 6000}\n: 1", "a number of thousands of digits is not known"),
+        (f"lora_parameters: {{scale: 0x{'1' * 6000}}}", "scale must be a number from"),
+        (f"optimizer_config: {{adamw: {{eps: 0x{'1' * 6000}}}}}", "eps must be a number from"),
+        (BOMB, "data must be a text that is not empty, not [[1], "),
         ("optimizer: [adam]", "optimizer must be one of"),
         ("optimizer_config: {adamw: {momentum: 1}}", "optimizer_config of adamw: 'momentum' is not known; known are"),
         ("optimizer_config: {adamw: {betas: 0.9}}", "optimizer_config: betas must be a list of two numbers"),
@@ -172,9 +186,19 @@ def test_a_run_has_iters_or_epochs(tmp_path: Path, capsys: pytest.CaptureFixture
         Settings(iters=1000, epochs=3)
 
 
+def test_null_is_the_default_and_no_schedule(tmp_path: Path) -> None:
+    names = [name for name in OPTIONS if name != "lr_schedule"] + ["lora_parameters", "optimizer_config", "train"]
+    text = "\n".join(f"{name}: null" for name in [*names, "project_name", "hf_dataset", "use_dora", "wandb"])
+    settings = from_yaml(tmp_path, text)
+    assert settings == Settings() and not settings.given
+    assert from_yaml(tmp_path, "lr_schedule: null").lr_schedule == "constant"
+
+
 def test_a_dataset_in_mlx_lms_words_is_our_data(tmp_path: Path) -> None:
     assert from_yaml(tmp_path, "hf_dataset: {path: owner/name}").data == "owner/name"
-    assert from_yaml(tmp_path, "hf_dataset: null").data == "data"
+    assert from_yaml(tmp_path, "hf_dataset: [{path: owner/name}]").data == "owner/name"
+    for nothing in ("null", "false", "[]", "{}"):
+        assert from_yaml(tmp_path, f"hf_dataset: {nothing}").data == "data"
     assert from_yaml(tmp_path, "").iters == Settings().iters
 
 
@@ -231,6 +255,27 @@ def test_optimizers_are_what_they_are_told() -> None:
     assert (adamw.betas, adamw.eps, adamw.weight_decay) == ([0.8, 0.98], 1e-6, 0.01)
     assert make_optimizer(Settings(optimizer="adafactor", optimizer_config={"decay_rate": -0.7})).decay_rate == -0.7
     assert rates(Settings(lr_schedule="constant", learning_rate=1e-3, warmup=1), 3) == pytest.approx([5e-4, 1e-3, 1e-3])
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("muon", {}), ("muon", {"momentum": 0.9, "nesterov": False, "ns_steps": 3, "weight_decay": 0.1}),
+        ("Muon", {}), ("sgd", {}), ("sgd", {"momentum": 0.9, "nesterov": True}),
+        ("sgd", {"momentum": 0.9, "dampening": 0.5}),
+    ],
+)  # fmt: skip
+def test_muon_and_sgd_are_those_of_mlx_lm(tmp_path: Path, name: str, config: dict[str, Any]) -> None:
+    """mlx-lm makes them with the learning rate and the file's options."""
+    text = f"optimizer: {name}\nlearning_rate: 0.01\nlr_schedule: null\noptimizer_config: {{{name.lower()}: {config}}}"
+    ours = make_optimizer(from_yaml(tmp_path, text))
+    theirs = {"muon": optim.Muon, "sgd": optim.SGD}[name.lower()](learning_rate=0.01, **config)
+    weights = [{"w": mx.random.normal((4, 3), key=mx.random.key(1)), "m": mx.ones(3)} for _ in range(2)]
+    for _ in range(3):
+        grads = {"w": mx.random.normal((4, 3), key=mx.random.key(2)), "m": mx.ones(3)}
+        weights = [each.apply_gradients(grads, w) for each, w in zip((ours, theirs), weights, strict=True)]
+    assert type(ours) is type(theirs)
+    assert all(mx.array_equal(weights[0][name], weights[1][name]) for name in ("w", "m"))
 
 
 def test_a_file_that_is_not_there_is_no_traceback() -> None:

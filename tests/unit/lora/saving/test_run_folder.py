@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import mlx.core as mx
 import pytest
 
 from phi4_mlx.errors import CheckpointError, Phi4Error, RequestError
+from phi4_mlx.files import checksums
 from phi4_mlx.lora.data.batches import Batch, Batches
 from phi4_mlx.lora.saving import checkpoints, run_folder
 from phi4_mlx.lora.saving.checkpoints import keep_newest, newest_checkpoint, save_checkpoint
@@ -36,6 +38,12 @@ def names(folder: Path) -> list[str]:
 
 def state_file(folder: Path) -> Path:
     return checkpoints.checkpoints(folder)[-1] / "state.json"
+
+
+def seal(folder: Path) -> None:
+    """Lists the checksums of a checkpoint again, after a change."""
+    names = ("tensors.safetensors", "state.json")
+    (folder / "checksums.sha256").write_text(checksums.checksums((name, folder / name) for name in names))
 
 
 # --- checkpoints ---
@@ -242,6 +250,7 @@ def test_a_damaged_state_is_one_line(
     shutil.copytree(saved, tmp_path / "run")
     file = state_file(tmp_path / "run")
     file.write_text(json.dumps(change(json.loads(file.read_text()), path, value)))
+    seal(file.parent)
     with pytest.raises(Phi4Error, match="checkpoint") as caught:
         trainer(tiny_model, tmp_path / "run", iters=2).resume()
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -256,11 +265,38 @@ def test_a_state_that_is_none_is_one_line_with_a_way_out(
     file.unlink()
     if content is not None:
         file.write_text(content)
+        seal(file.parent)
     with pytest.raises(CheckpointError, match=r"00000002 is damaged: .*remove it, and --resume takes") as caught:
         trainer(tiny_model, tmp_path / "run", iters=2).resume()
     assert "\n" not in str(caught.value)
     shutil.rmtree(file.parent)
     assert trainer(tiny_model, tmp_path / "run", iters=2).resume() == 1
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_refused(
+    tiny_model: Callable[..., Model], saved: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(saved, tmp_path / "run")
+    run, draw = trainer(tiny_model, tmp_path / "run", iters=2), random.Random(3)
+    files = sorted(state_file(tmp_path / "run").parent.iterdir())
+    assert [file.name for file in files] == ["checksums.sha256", "state.json", "tensors.safetensors"]
+    for file in files:
+        whole = file.read_bytes()
+        for _ in range(100):
+            damaged = bytearray(whole)
+            damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+            file.write_bytes(damaged)
+            with pytest.raises(CheckpointError, match=r"is damaged: the SHA-256 of .*; remove it, and --resume takes"):
+                run.resume()
+        for damaged in (whole[:-1], whole + b"\n", b""):
+            file.write_bytes(damaged)
+            with pytest.raises(CheckpointError, match="is damaged"):
+                run.resume()
+        file.unlink()
+        with pytest.raises(CheckpointError, match=f"is damaged: .*{file.name}"):
+            run.resume()
+        file.write_bytes(whole)
+    assert run.progress.step == 0 and run.resume() == 2
 
 
 @pytest.mark.parametrize("what", ["missing", "left over", "shape"])
@@ -277,6 +313,7 @@ def test_tensors_that_do_not_fit_are_named_before_anything_changes(
     else:
         tensors[name if what == "shape" else "model/x"] = mx.ones((2, 2))
     mx.save_safetensors(str(file), tensors)
+    seal(file.parent)
     run = trainer(tiny_model, tmp_path / "run", iters=2)
     with pytest.raises(CheckpointError, match=rf"is damaged: {'model/x' if what == 'left over' else name} .*{what}"):
         run.resume()

@@ -40,7 +40,7 @@ def test_it_learns(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon", "sgd"])
 @pytest.mark.parametrize("cut", [4, 8])
 def test_a_resumed_run_is_the_unbroken_one_to_the_bit(
     tiny_model: Callable[..., Model], tmp_path: Path, optimizer: str, cut: int
