@@ -47,7 +47,7 @@ class Ignored:
         if len(self._paths) < _MOST_PATHS:
             self._paths[path] = None
 
-    def open(self, path: str, values: JsonObject) -> set[str]:
+    def track(self, path: str, values: JsonObject) -> set[str]:
         """Notes the fields of an object; returns the set for the names of those that are read."""
         path = _INDEX.sub("[]", path)
         given = self._given.setdefault(path, {})
@@ -93,7 +93,7 @@ class Fields:
             raise WireError(400, f"{path or 'the body'} must be a JSON object, not {shown(value)}", path or None)
         self.values: JsonObject = value
         self.ignored = Ignored() if ignored is None else ignored
-        self._read = self.ignored.open(path, value)
+        self._read = self.ignored.track(path, value)
 
     def ignore(self, name: str | None = None) -> None:
         """Notes that this object, or one of its fields, is left out."""
