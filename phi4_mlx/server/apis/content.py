@@ -95,8 +95,9 @@ def result_text(fields: Fields, name: str = "content") -> str:
         return ""
     if isinstance(value, str) or (isinstance(value, list) and all(map(_is_part, value))):
         return read_text(fields, name, placeholders=True) or ""
-    text = plain_text(value) if _is_part(value) else ""
-    return text or json.dumps(value, ensure_ascii=False)
+    if _is_part(value):
+        return part_text(fields.child(name), placeholders=True)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def read_arguments(fields: Fields, name: str = "arguments") -> str:
