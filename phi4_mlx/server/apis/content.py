@@ -54,7 +54,7 @@ def part_text(part: Fields, placeholders: bool = False) -> str:
     """The text of one part; empty for a thought."""
     kind = part.text("type", "text" if part.has("text") else "")
     if kind in TEXT_PARTS:
-        return part.needed_text("text")
+        return part.text("text", "") if placeholders else part.needed_text("text")
     if kind == "refusal":
         return part.text("refusal", "")
     if kind in THOUGHTS:
@@ -89,14 +89,15 @@ def plain_text(value: Any) -> str:
 
 
 def result_text(fields: Fields, name: str = "content") -> str:
-    """The text of a tool's result, which may be any JSON."""
+    """The text of a tool's result: a text, parts, or any other JSON as it is."""
     value = fields.get(name)
     if value is None:
         return ""
-    if isinstance(value, (str, list)):
-        parts = isinstance(value, str) or all(isinstance(part, (dict, str)) for part in value)
-        return (read_text(fields, name, placeholders=True) or "") if parts else json.dumps(value, ensure_ascii=False)
-    return plain_text(value) or json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str) or (isinstance(value, list) and all(map(_is_part, value))):
+        return read_text(fields, name, placeholders=True) or ""
+    if _is_part(value):
+        return part_text(fields.child(name), placeholders=True)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def read_arguments(fields: Fields, name: str = "arguments") -> str:
@@ -105,6 +106,10 @@ def read_arguments(fields: Fields, name: str = "arguments") -> str:
     if value is None:
         return "{}"
     return (value or "{}") if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("type"), str))
 
 
 def _is_media(kind: str, part: Fields) -> bool:

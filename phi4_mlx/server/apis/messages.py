@@ -24,7 +24,7 @@ from phi4_mlx.server.apis.body import (
     tool_call,
     unique_tools,
 )
-from phi4_mlx.server.apis.content import part_text, plain_text, read_text, result_text
+from phi4_mlx.server.apis.content import part_text, read_text, result_text
 from phi4_mlx.server.apis.fields import Fields, read_body
 from phi4_mlx.server.apis.wire import Ask, Call, WireError, in_call_order, sse
 from phi4_mlx.server.limits import MESSAGES_LIMIT, NAME_CHARS_LIMIT, PARTS_LIMIT
@@ -125,7 +125,7 @@ def _assistant(given: Fields) -> Iterator[JsonObject]:
         elif kind in ("server_tool_use", "mcp_tool_use"):
             texts.append(f"\n{block.text('name', '')} {json.dumps(block.get('input'), ensure_ascii=False)}\n")
         elif kind.endswith("_tool_result"):
-            texts.append(f"{plain_text(block.get('content'))}\n")
+            texts.append(f"{result_text(block)}\n")
         else:
             texts.append(part_text(block, placeholders=True))
     message: JsonObject = {"role": "assistant", "content": "".join(texts)}

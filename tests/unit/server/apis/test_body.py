@@ -275,6 +275,13 @@ def test_parts_with_text_are_read(part: Any, text: str) -> None:
         (["a", "b"], "ab"),
         ([1, 2], "[1, 2]"),
         ({"a": 1}, '{"a": 1}'),
+        ([{"title": "T", "n": 1}], '[{"title": "T", "n": 1}]'),
+        ({"output": "x", "exit_code": 1}, '{"output": "x", "exit_code": 1}'),
+        ([{"type": "text", "text": None}, {"type": "text", "text": "a"}], "a"),
+        (
+            {"type": "encrypted_result", "encrypted_stdout": "zz"},
+            "[encrypted_result left out: this model reads only text]",
+        ),
         (5, "5"),
         ([{"type": "web_search_result", "title": "T", "url": "u", "encrypted_content": "zzz"}], "T\nu"),
         ({"type": "code_execution_result", "stdout": "1", "stderr": "", "return_code": 0}, "1"),
