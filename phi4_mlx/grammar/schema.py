@@ -158,8 +158,8 @@ class _Walk:
         self.loosened[key] = None
 
     def _check_form(self, plain: JsonObject) -> None:
-        for key in list(plain):
-            if (message := malformed(key, plain[key])) is None:
+        for key, value in list(plain.items()):
+            if key not in plain or (message := malformed(key, value)) is None:
                 continue
             if not self._lenient:
                 raise RequestError(message)
