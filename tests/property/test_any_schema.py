@@ -19,8 +19,9 @@ SCHEMAS = int(os.environ.get("ANY_SCHEMAS", "150"))
 INT64 = 2**63
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 7.5, -INT64, INT64, INT64 - 1, 2**53 + 1, 10**18, 1e308, -1e308, 1e-300, "", "a",
-    "^a+$", "(?=a)b", r"(a)\1", r"\Z", "date", "password", [], {}, ["a"], [1, "a", None], {"type": "string"}, {"$ref": "#"},
-    {"$ref": "#/$defs/a"}, {"const": -INT64}, [{"type": "integer"}, {"type": "number"}], [{"$ref": "#/$defs/a"}],
+    "^a+$", "(?=a)b", r"(a)\1", r"\Z", "date", "password", [], {}, ["a"], [1, "a", None], {"type": "string"},
+    {"$ref": "#"}, {"$ref": "#/$defs/a"}, {"const": -INT64}, [{"type": "integer"}, {"type": "number"}],
+    [{"$ref": "#/$defs/a"}],
     {"a": {"type": "string"}}, {"a": 5}, {"a": {"$ref": "#/properties/a"}}, ["object", "null"], "object", "integer",
     "#", "http://x", {"a": True, "b": False}, "x" * 300, "\ud800",
 ]  # fmt: skip
