@@ -23,7 +23,7 @@ from phi4_mlx.grammar.call_rules import CALL_OR_ANSWER, MAY_CALL, MUST_CALL, spe
 from phi4_mlx.grammar.compiler import check_grammar, limits
 from phi4_mlx.grammar.form import JSON_STYLE, json_grammar, lark_grammar
 from phi4_mlx.grammar.keywords import compiles
-from phi4_mlx.grammar.schema import PlainSchema, plain_schema
+from phi4_mlx.grammar.schema import MAX_MULTIPLE, PlainSchema, plain_schema
 from phi4_mlx.tools.declarations import check_tools
 from phi4_mlx.tools.hints import class_schema
 
@@ -186,7 +186,11 @@ def tool_calls(
     if choice not in ("auto", "required"):
         names = [_chosen(choice, checked)]
     one = not parallel or choice not in ("auto", "required")
-    plain = {name: _arguments(checked[name], f"#/$defs/t{number}") for number, name in enumerate(names)}
+    plain: dict[str, PlainSchema] = {}
+    left = MAX_MULTIPLE
+    for number, name in enumerate(names):
+        plain[name] = _arguments(checked[name], f"#/$defs/t{number}", left)
+        left -= plain[name].states
     make = partial(_calls_grammar, auto=choice == "auto", one=one, answer=answer)
     try:
         return make(plain)
@@ -211,13 +215,16 @@ def _strict(tool: JsonObject) -> bool:
     return tool.get("strict") is True
 
 
-def _arguments(tool: JsonObject, at: str) -> PlainSchema:
-    """The schema of a tool's arguments, which will stand at `at`."""
+def _arguments(tool: JsonObject, at: str, states: int) -> PlainSchema:
+    """The schema of a tool's arguments, which will stand at `at` and may have so many states of `multipleOf`."""
     strict = _strict(tool)
     try:
         if tool["parameters"]["type"] != "object":
             raise RequestError(f"parameters must be an object, not of type {tool['parameters']['type']!r:.100}")
-        return plain_schema(tool["parameters"], at, closed=True, strict=strict, lenient=not strict)
+        plain = plain_schema(tool["parameters"], at, closed=True, strict=strict, lenient=not strict)
+        if plain.states > states:
+            raise RequestError(f"'multipleOf' of all tools takes over {MAX_MULTIPLE:,} states; choose rounder ones")
+        return plain
     except RequestError as error:
         if strict:
             raise RequestError(f"tool {tool['name']!r}: {error}") from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 from urllib.parse import unquote
@@ -34,8 +34,11 @@ MAX_BYTES = 65_536
 MAX_DEPTH = 64  # nested schemas
 MAX_CHAIN = 200  # nested schemas with references followed; 2,000 overflow llguidance's stack
 MAX_BRANCHES = 200  # alternatives that an intersection multiplies to; with 1,000 a step may exceed its limits
+MAX_PAIRS = 50_000  # of optional properties, in objects with `minProperties`: llguidance lists the rest for each
 MAX_MULTIPLE = 20_000  # states of all `multipleOf` together, each compiled in 10 us
 
+# Keywords that make one schema an intersection, if it has others that restrict.
+_JOINING = {"anyOf", "oneOf", "allOf", "$ref", "patternProperties"}
 _LEAP = "0[48]|[2468][048]|[13579][26]"  # the last two digits of a leap year that is not a century
 # A day in Python's calendar; llguidance's own pattern also allows year 0 and the 29th of any February.
 _DAY = (
@@ -52,11 +55,13 @@ class PlainSchema:
         schema: a copy in which each `oneOf` of disjoint schemas is an `anyOf`, and each `$ref` starts from `at`.
         costly: its parts that are slow to compile, each a schema.
         loosened: the keywords that were left out or made looser, in their order.
+        states: of all `multipleOf`, at most `MAX_MULTIPLE`.
     """
 
     schema: JsonObject
     costly: list[JsonObject]
     loosened: tuple[str, ...] = ()
+    states: int = 0
 
 
 def plain_schema(
@@ -99,7 +104,7 @@ def plain_schema(
         chain = MAX_CHAIN + 1
     if chain > MAX_CHAIN:
         raise RequestError(f"the schema's references nest more than {MAX_CHAIN} schemas deep; make it flatter")
-    return PlainSchema(plain, walk.costly, tuple(walk.loosened))
+    return PlainSchema(plain, walk.costly, tuple(walk.loosened), walk.states)
 
 
 class _Walk:
@@ -109,6 +114,7 @@ class _Walk:
         self.paths = _Paths(root)
         self._at, self._strict, self._lenient, self._integers = at, strict, lenient, integers
         self._steps: list[Fraction] = []  # all `multipleOf`
+        self._pairs = self.states = 0
         self.costly: list[JsonObject] = []
         self.loosened: dict[str, None] = {}
 
@@ -158,8 +164,8 @@ class _Walk:
         self.loosened[key] = None
 
     def _check_form(self, plain: JsonObject) -> None:
-        for key in list(plain):
-            if (message := malformed(key, plain[key])) is None:
+        for key, value in list(plain.items()):
+            if key not in plain or (message := malformed(key, value)) is None:
                 continue
             if not self._lenient:
                 raise RequestError(message)
@@ -241,10 +247,13 @@ class _Walk:
         # An intersection takes multiples of all, and a range as many states for each of its digits.
         joined = math.lcm(*(each.numerator * (10**9 // each.denominator) for each in {*self._steps}))
         count = states(Fraction(joined, 10**9)) if self.paths.joins else sum(map(states, self._steps))
-        if count * (1 + bounds) > MAX_MULTIPLE:
+        count *= 1 + bounds
+        if count > MAX_MULTIPLE:
             self._steps.pop()
-            message = f"the schema's 'multipleOf' values take {count * (1 + bounds):,} states, and the limit is "
-            self._leave_out(plain, "multipleOf", f"{message}{MAX_MULTIPLE:,}; choose rounder ones or fewer")
+            message = f"the schema's 'multipleOf' values take {count:,} states, and the limit is {MAX_MULTIPLE:,}"
+            self._leave_out(plain, "multipleOf", f"{message}; choose rounder ones or fewer")
+        else:
+            self.states = max(count, self.states)
 
     def _check_object(self, plain: JsonObject) -> None:
         """Leaves out a count of properties that a grammar cannot keep."""
@@ -253,6 +262,12 @@ class _Walk:
         if least > len(required) + 1:  # a free key may come twice
             message = f"the schema uses 'minProperties' {least} with {len(required)} required; name those properties"
             self._leave_out(plain, "minProperties", f"{message} in 'required'")
+        if least:
+            optional = self.paths.named if self.paths.joins else len(names.keys() - {*required})
+            self._pairs += optional**2
+            if self._pairs > MAX_PAIRS:
+                message = f"the schema uses 'minProperties' {least} with {optional:,} properties; leave it out"
+                self._leave_out(plain, "minProperties", message)
         if not self._strict and not names.keys() <= {*required}:
             for key in [key for key in ("minProperties", "maxProperties") if key in plain]:
                 self._leave_out(plain, key, "")
@@ -279,7 +294,11 @@ class _Paths:
         self._root = root
         self._branches: dict[int, int] = {}
         self._chains: dict[int, int] = {}
-        self.joins = _joins(root)
+        aside = {*ANNOTATIONS, "$id", "$defs", "definitions"}
+        self.joins = any(
+            "allOf" in each or (_JOINING & each.keys() and len(each.keys() - aside) > 1) for each in _objects(root)
+        )
+        self.named = sum(len(each["properties"]) for each in _objects(root) if isinstance(each.get("properties"), dict))
 
     def chain(self, schema: Any) -> int:
         """The longest chain of nested schemas from this one, with each reference followed once."""
@@ -361,18 +380,16 @@ class _Paths:
         return {name: self._values(each) for name, each in names.items() if name in required}
 
 
-def _joins(schema: JsonObject) -> bool:
-    """True if a part of a schema is the intersection of several."""
+def _objects(schema: JsonObject) -> Iterator[JsonObject]:
+    """All objects within a schema."""
     pending: list[Any] = [schema]
     while pending:
         value = pending.pop()
         if isinstance(value, dict):
-            if "allOf" in value or len(value.keys() & {"anyOf", "oneOf", "$ref", "multipleOf", "properties"}) > 1:
-                return True
+            yield value
             pending += value.values()
         elif isinstance(value, list):
             pending += value
-    return False
 
 
 def _disjoint(values: list[set[str] | None]) -> bool:

@@ -130,6 +130,9 @@ def test_a_product_of_multiples_is_refused_before_it_is_compiled() -> None:
         {"allOf": [{"properties": {"a": each}} for each in steps]},
         {"allOf": [{"type": "number", "multipleOf": n / 10} for n in (97, 89, 73, 79)]},
         {"type": "integer", "multipleOf": 31557600},
+        {"$defs": {"a": steps[0]}, "$ref": "#/$defs/a", "multipleOf": 8900},
+        {"allOf": [{"type": "array", "items": each} for each in steps]},
+        {"type": "object", "patternProperties": {"^a": steps[0]}, "properties": {"ab": {"multipleOf": 8311}}},
         {"type": "integer", "multipleOf": 9973, "minimum": 0, "maximum": 10**15},
     ):
         with pytest.raises(RequestError, match=r"'multipleOf' values take .* states, and the limit is 20,000"):
@@ -144,3 +147,12 @@ def test_a_call_passes_whole_numbers_on_exactly(value: int) -> None:
     parser.finish()
     assert parser.calls[0].arguments == {"a": value}
     assert str(value) in parser.calls[0].message("1")["function"]["arguments"]
+
+
+def test_multiples_of_many_tools_are_bounded_together() -> None:
+    parameters = obj({"a": {"type": "integer", "multipleOf": 9973}}, "a")
+    tools = [{"name": f"t{n}", "parameters": parameters} for n in range(40)]
+    grammar = tool_calls(tools)
+    assert len(grammar.loosened) == 38 and all("the whole schema ('multipleOf'" in line for line in grammar.loosened)
+    with pytest.raises(RequestError, match="tool 't2': 'multipleOf' of all tools takes over 20,000 states"):
+        tool_calls([{**tool, "strict": True} for tool in tools])

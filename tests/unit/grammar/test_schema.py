@@ -96,6 +96,11 @@ def largest_s() -> float:
         ({"enum": []}, "Unsatisfiable"),
         (obj({"a": STRING, "b": STRING, "c": STRING}, minProperties=2), "'minProperties' 2 with 0 required"),
         (obj({"a": STRING, "b": STRING}, maxProperties=1, minProperties=True), "minProperties"),
+        (obj({f"p{n}": STRING for n in range(300)}, minProperties=1), "'minProperties' 1 with 300 properties"),
+        (
+            {"$ref": "#/$defs/a", "minProperties": 1, "$defs": {"a": obj({f"p{n}": STRING for n in range(300)})}},
+            "'minProperties' 1 with 300 properties",
+        ),
         ({"type": "object", "patternProperties": {"^a": STRING, "b": {"type": "integer"}}}, "disjoint"),
         ({"type": "integer", "multipleOf": 0}, "'multipleOf' must be a number above 0"),
         ({"type": "integer", "multipleOf": 123_457}, "take 123,457 states.*20,000"),

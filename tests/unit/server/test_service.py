@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 
+from phi4_mlx.grammar.apart import Refused
+from phi4_mlx.grammar.grammars import Grammar
+from phi4_mlx.grammar.order import Order
 from phi4_mlx.server.apis.wire import Ask, Delta, End, WireError
 from phi4_mlx.server.engine.protocol import Failure, Finish, Job, Piece, TokenLogprob
 from phi4_mlx.server.engine.supervisor import Full
+from phi4_mlx.server.grammar_pool import Busy
 from phi4_mlx.server.service import Service
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
@@ -99,3 +103,41 @@ def test_a_failure_is_an_error_with_a_status(event: Any, status: int) -> None:
     with pytest.raises(WireError) as raised:
         answers(Ask("m"), Piece(0, "a"), event)
     assert raised.value.status == status
+
+
+class Grammars:
+    """Stands in for the pool: gives every order the same result."""
+
+    def __init__(self, result: Grammar | Exception) -> None:
+        self._result = result
+        self.orders: list[Order] = []
+
+    async def make(self, order: Order) -> Grammar:
+        self.orders.append(order)
+        if isinstance(self._result, Exception):
+            raise self._result
+        return self._result
+
+
+def grammar(ask: Ask, result: Grammar | Exception) -> tuple[Any, list[Order]]:
+    pool = Grammars(result)
+    service = Service(Engine(), None, {}, 0, 60.0, grammars=pool)  # type: ignore[arg-type]
+    return asyncio.run(service.grammar(ask)), pool.orders
+
+
+def test_a_grammar_comes_with_what_it_does_not_enforce() -> None:
+    made = Grammar("text", ("tool 'add': not",))
+    assert grammar(calling(), made)[0] == ("text", ("tool 'add': not",))
+    _, orders = grammar(calling(response_format=("json_schema", {}), strict=True, parallel_tool_calls=False), made)
+    assert orders == [Order(("json_schema", {}), True, (TOOL,), "auto", False)]
+    for free in (Ask("m"), Ask("m", tools=[TOOL])):
+        assert grammar(free, made) == ((None, ()), [])
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "field"), [(Refused("no", "tools"), 400, "tools"), (Busy(), 503, None), (OSError(), 503, None)]
+)
+def test_a_grammar_that_is_not_made_is_an_error_with_a_status(error: Exception, status: int, field: Any) -> None:
+    with pytest.raises(WireError) as raised:
+        grammar(calling(), error)
+    assert (raised.value.status, raised.value.param) == (status, field)
