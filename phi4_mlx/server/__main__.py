@@ -213,7 +213,7 @@ def _served(args: argparse.Namespace) -> _Served:
 async def _run(args: argparse.Namespace, key: str | None, served: _Served, listener: socket.socket) -> None:
     """Starts the engine and serves until a signal, or until no engine can be started any more."""
     from phi4_mlx.server.engine.supervisor import Supervisor
-    from phi4_mlx.server.http_server import HttpServer, Lacks, Stop, leave_soon, raise_descriptor_limit
+    from phi4_mlx.server.http_server import HttpServer, Lacks, Stop, cancel_the_rest, leave_soon, raise_descriptor_limit
 
     raise_descriptor_limit()
     asyncio.get_running_loop().set_exception_handler(Lacks())
@@ -238,8 +238,8 @@ async def _run(args: argparse.Namespace, key: str | None, served: _Served, liste
             code = USER_MISTAKE
             raise
         finally:
-            lost.cancel()
             await supervisor.stop()
+            await cancel_the_rest()
             leave_soon(code)
     if code == INTERRUPTED:
         raise KeyboardInterrupt

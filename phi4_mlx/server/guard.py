@@ -310,6 +310,7 @@ class TimedProtocol(H11Protocol):
         """Stops the timers."""
         self._stop_timer()
         self.resume_writing()
+        self._unset_keepalive_if_required()  # uvicorn forgets it after a reset
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:

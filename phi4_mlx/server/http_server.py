@@ -105,6 +105,15 @@ class Stop:
         leave_within(GRACE_S + CUTTING_S + 1.0, 1)
 
 
+async def cancel_the_rest() -> None:
+    """Cancels all other tasks, and waits a moment for them."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    if others:
+        await asyncio.wait(others, timeout=1.0)
+
+
 def leave_soon(code: int) -> None:
     """Ends the process even if a thread still works on the request of a client that has left."""
     leave_within(LEAVING_S, code)
