@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.adapters.folder import TENSORS_FILE, Adapter, write_folder
 from phi4_mlx.errors import RequestError
-from phi4_mlx.lora.saving.checkpoints import FOLDER, keep_newest, save_checkpoint
+from phi4_mlx.lora.saving.checkpoints import FOLDER, checkpoints, keep_newest, save_checkpoint
 from phi4_mlx.lora.saving.snapshot import Snapshot, read_snapshot
 
 if TYPE_CHECKING:
@@ -114,7 +114,8 @@ class RunFolder:
             except OSError as error:
                 failed = failed or _explained(path, error)
         if failed:
-            raise RequestError(f"{failed}; make room on the disk, then --resume makes the last steps again")
+            way = "--resume makes the last steps again" if checkpoints(self.path) else "start the run again"
+            raise RequestError(f"{failed}; make room on the disk, then {way}")
 
     def _attempt(self, path: Path, write: Callable[[], None]) -> None:
         try:

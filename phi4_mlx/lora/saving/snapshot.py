@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.lora.progress import Progress
-from phi4_mlx.lora.saving.checkpoints import State, damaged, newest_checkpoint
+from phi4_mlx.lora.saving.checkpoints import NEW_RUN, State, damaged, newest_checkpoint
 from phi4_mlx.lora.settings import Settings
 
 # Settings that do not change the numbers, and model and data, which are compared by hash instead of by name.
@@ -108,15 +108,15 @@ def check_same_run(
             warn("grad_checkpoint has changed: the last bits may differ from those of the uninterrupted run")
             continue
         raise RequestError(
-            f"the checkpoint in {folder} is of a run with {name} {then!r:.60}, here it is {value!r:.60}; name another "
-            "--adapter-path, or train with the same settings"
+            f"the checkpoint in {folder} is of a run with {name} {then!r:.60}, here it is {value!r:.60}; train with "
+            f"the same settings, or {NEW_RUN}"
         )
     different = "on another base model" if found.base != own.base else ""
     if not different and found.validation != own.validation:
         different = "with another validation set"
     if different:
         raise CheckpointError(
-            f"the checkpoint in {folder} is of a run {different}; use the same one, or name another --adapter-path"
+            f"the checkpoint in {folder} is of a run {different}; use the same one, or {NEW_RUN}"
         )
     _check_tensors(folder, found.tensors, own.tensors)
 
