@@ -121,7 +121,8 @@ def _finetune(settings: Settings, resume: bool, tell: Tell, group: Group) -> Fin
         if not trainer.finished:
             report_plan(trainer, tell)
         report_to = None if trainer.finished else settings.report_to
-        run_folder.metrics = MetricsLog(folder, step, reporter(report_to, folder, asdict(settings)), settings.noun)
+        report = reporter(report_to, folder, asdict(settings))
+        run_folder.metrics = MetricsLog(folder, step, report, settings.noun, run_folder.metrics_proof)
     loss = _train(trainer, tell)
     _report_result(trainer, step, tell)
     trainer.stop.pass_on()

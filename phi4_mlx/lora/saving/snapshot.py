@@ -33,6 +33,7 @@ class Snapshot:
         validation: hash of the validation set; None without one.
         batches: position in the training data; see `Batches.state_dict`.
         progress: counters of the run.
+        metrics: proof of the lines of metrics.jsonl; see `MetricsLog.proof`. None without.
     """
 
     tensors: Mapping[str, mx.array]
@@ -41,6 +42,7 @@ class Snapshot:
     validation: str | None
     batches: State
     progress: Progress
+    metrics: State | None = None
 
     @property
     def place(self) -> tuple[object, ...]:
@@ -55,6 +57,7 @@ class Snapshot:
             "validation": self.validation,
             "batches": self.batches,
             "progress": asdict(self.progress),
+            "metrics": self.metrics,
         }
 
 
@@ -75,10 +78,16 @@ def read_snapshot(folder: Path) -> Snapshot | None:
     if found is None:
         return None
     tensors, state = found
-    kinds = {"settings": (dict,), "base": (str,), "validation": (str, type(None)), "batches": (dict,)}
+    kinds: dict[str, tuple[type, ...]] = {
+        "settings": (dict,), "base": (str,), "validation": (str, type(None)), "batches": (dict,),
+        "metrics": (dict, type(None)),
+    }  # fmt: skip
     _check_fields(folder, "state.json", state, {**kinds, "progress": (dict,)})
     progress = _read_progress(folder, state["progress"])
-    return Snapshot(tensors, state["settings"], state["base"], state["validation"], state["batches"], progress)
+    if state["metrics"] is not None:
+        _check_fields(folder, "metrics", state["metrics"], {"bytes": (int,), "sha256": (str,)})
+    known = {name: state[name] for name in kinds}
+    return Snapshot(tensors, progress=progress, **known)
 
 
 def check_same_run(

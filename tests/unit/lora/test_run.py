@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -459,3 +460,23 @@ def test_a_resumed_run_with_other_settings_or_data_becomes_a_new_one(given: dict
         with pytest.raises(RequestError, match="leave --resume out and name another --adapter-path"):
             run(given, resume=True, iters=1, **changes)
     assert run(given, iters=1, adapter_path=f"{given['adapter_path']}-2")[0].step == 1
+
+
+def test_a_flipped_bit_in_the_metrics_of_a_run_is_refused(given: dict[str, Any]) -> None:
+    options = {"iters": 4, "save_every": 2, "lr_schedule": "constant"}
+    done, _ = run(given, **options)
+    file, draw = done.adapter_path / "metrics.jsonl", random.Random(2)
+    whole = file.read_bytes()
+    for _ in range(10):
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"metrics.jsonl is damaged .* step 4; move it away, and") as refused:
+            run(given, **options | {"iters": 5}, resume=True)
+        assert "\n" not in str(refused.value) and file.read_bytes() == damaged
+    file.write_bytes(whole + b'{"step": 5, "lo')  # of a step that the killed run did not finish
+    run(given, **options | {"iters": 5}, resume=True)
+    assert [line["step"] for line in metrics(done.adapter_path)] == [1, 2, 3, 4, 5]
+    file.rename(file.with_suffix(".old"))
+    run(given, **options | {"iters": 6}, resume=True)
+    assert [line["step"] for line in metrics(done.adapter_path)] == [6]
