@@ -141,12 +141,8 @@ class Trainer:
         if found.progress.step < self.iters and (rest := found.progress.step % self.settings.grad_accumulation_steps):
             self.folder.warn(f"the checkpoint's last update has {rest} batches: a longer run would have taken more")
         self.progress = found.progress
-        trees: dict[str, list[tuple[str, mx.array]]] = {"model": [], "optimizer": []}
-        for name, array in found.tensors.items():
-            tree, _, path_in_tree = name.partition("/")
-            trees[tree].append((path_in_tree, array))
-        self.model.load_weights(trees["model"], strict=False)
-        self.optimizer.state = tree_unflatten(trees["optimizer"])
+        self.model.load_weights(_of_tree("model", found), strict=False)
+        self.optimizer.state = tree_unflatten(_of_tree("optimizer", found))
         return self.progress.step
 
     def snapshot(self) -> Snapshot:
@@ -247,6 +243,13 @@ class Trainer:
         else:
             progress.worse += 1
         return replace(step, valid_loss=loss, valid_accuracy=accuracy)
+
+
+def _of_tree(tree: str, found: Snapshot) -> list[tuple[str, mx.array]]:
+    """The tensors of one tree of a snapshot, by their path in it."""
+    return [
+        (name.removeprefix(f"{tree}/"), array) for name, array in found.tensors.items() if name.startswith(f"{tree}/")
+    ]
 
 
 def _flaw(loss: float, norm: float, recent: Sequence[float]) -> str:
