@@ -23,7 +23,7 @@ from phi4_mlx.hub import DEFAULT_MODEL
 from phi4_mlx.lora.data.batches import Batches
 from phi4_mlx.lora.data.samples import Pair, Sample, load_pairs, load_samples
 from phi4_mlx.lora.display import Tell, progress, report_end, show, to_stderr
-from phi4_mlx.lora.saving.checkpoints import checkpoints
+from phi4_mlx.lora.saving.checkpoints import NEW_RUN, checkpoints, no_checkpoint
 from phi4_mlx.lora.saving.metrics import MetricsLog, check_reporter, reporter
 from phi4_mlx.lora.saving.run_folder import BEST, RunFolder
 from phi4_mlx.lora.saving.run_lock import locked
@@ -121,7 +121,8 @@ def _finetune(settings: Settings, resume: bool, tell: Tell, group: Group) -> Fin
         if not trainer.finished:
             report_plan(trainer, tell)
         report_to = None if trainer.finished else settings.report_to
-        run_folder.metrics = MetricsLog(folder, step, reporter(report_to, folder, asdict(settings)), settings.noun)
+        report = reporter(report_to, folder, asdict(settings))
+        run_folder.metrics = MetricsLog(folder, step, report, settings.noun, run_folder.metrics_proof)
     loss = _train(trainer, tell)
     _report_result(trainer, step, tell)
     trainer.stop.pass_on()
@@ -187,7 +188,7 @@ def check_folder(folder: Path, settings: Settings, resume: bool) -> None:
     there = bool(checkpoints(folder))
     if resume:
         if not there:
-            raise RequestError(f"{folder} holds no checkpoint to resume from; leave --resume out to start a new run")
+            raise no_checkpoint(folder)
         return
     if there:
         raise RequestError(f"{folder} holds a run already; continue it with --resume, or name another --adapter-path")
@@ -268,7 +269,7 @@ def report_plan(trainer: Trainer, tell: Tell) -> None:
             model.recompute = settings.grad_checkpoint
 
     other = None if settings.grad_checkpoint else functools.partial(plan, True)
-    peak = check_memory(plan(settings.grad_checkpoint), batches, other)
+    peak = check_memory(plan(settings.grad_checkpoint), batches, other, resumed=trainer.progress.step > 0)
     trained = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
     in_update = settings.grad_accumulation_steps
     updates, epochs = -(-trainer.iters // in_update), trainer.iters / batches.steps_per_epoch
@@ -332,8 +333,10 @@ def _report_result(trainer: Trainer, resumed_at: int, tell: Tell) -> None:
         return
     if trainer.finished and now.step == resumed_at:
         why = "validation no longer improves" if trainer.ended_early else f"step {now.step:,} was its last"
-        way = "a larger --patience continues it" if trainer.ended_early else "name another --adapter-path for a new run"
+        way = "a larger --patience continues it" if trainer.ended_early else NEW_RUN
         tell(f"the run in {folder} has ended: {why}; {way}")
+    elif not now.step:
+        tell("stopped before the first step: nothing was saved, and there is nothing to resume")
     elif now.step < trainer.iters:
         why = "validation no longer improves" if trainer.ended_early else "--resume continues"
         tell(f"stopped after step {now.step:,}: {why}")

@@ -153,7 +153,8 @@ class Batches:
         for name, value in self._settings.items():
             if state.get(name) != value:
                 raise RequestError(
-                    f"the checkpoint is of another run: {name} is {state.get(name)!r:.20} there, and {value!r} here"
+                    f"the checkpoint is of another run: {name} is {state.get(name)!r:.20} there, and {value!r} here; "
+                    "use the same data and settings, or leave --resume out and name another --adapter-path"
                 )
         epoch, step = state.get("epoch"), state.get("step")
         if type(epoch) is not int or type(step) is not int or epoch < 0 or not 0 <= step < self.steps_per_epoch:

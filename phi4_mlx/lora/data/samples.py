@@ -8,7 +8,8 @@ Each line is an object in one of mlx-lm's formats, and lines may differ in forma
 
 The last two may have "tools". If a line fits several formats, completion has precedence over messages, and messages
 over text, as in mlx-lm; other keys are ignored. A preference pair has "prompt" or "messages", and "chosen" and
-"rejected". Control strings in the data stay text: only the chat format makes control tokens.
+"rejected"; without the former, the shared beginning of the two is the prompt. Control strings in the data stay text:
+only the chat format makes control tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ from phi4_mlx.tokens.chat_format import check_messages
 from phi4_mlx.tokens.tokenizer import Control, Tokenizer
 
 END_OF_TEXT = Control("<|endoftext|>")
+
+# Turns as in the dataset Anthropic/hh-rlhf, whose pairs have their prompt inside chosen and rejected.
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 Record = Mapping[str, Any]
 """The object of a line: JSON values by name."""
@@ -68,6 +73,7 @@ class Report:
         skipped: sources of samples that were left out: without a target, or pairs of identical answers.
         identical: number of pairs among the skipped ones that have identical answers.
         control_text: sources of samples that contain control strings.
+        shared_prompts: number of pairs whose prompt is the shared beginning of their answers.
     """
 
     samples: int = 0
@@ -78,6 +84,7 @@ class Report:
     skipped: list[str] = field(default_factory=list)
     identical: int = 0
     control_text: list[str] = field(default_factory=list)
+    shared_prompts: int = 0
 
     def messages(self) -> list[str]:
         """Messages for the user, a line each: the counts, then anything unexpected."""
@@ -87,6 +94,11 @@ class Report:
         if self.skipped:
             pairs = f", {self.identical:,} of them with identical answers" if self.identical else ""
             lines.append(f"left out, without a target: {len(self.skipped):,}, the first {self.skipped[0]}{pairs}")
+        if self.shared_prompts:
+            lines.append(
+                f"without a prompt of their own: {self.shared_prompts:,} pairs; it is what chosen and rejected share "
+                "at their beginning, see --dry-run"
+            )
         if self.control_text:
             lines.append(
                 f"with control strings, which stay text: {len(self.control_text):,}, the first "
@@ -135,7 +147,8 @@ def load_pairs(
     """Reads a whole split of preference pairs.
 
     A pair is an object with "prompt" or "messages", and "chosen" and "rejected", each a text or a list of messages. It
-    may have "tools". A list that repeats the prompt is read without it.
+    may have "tools". A list that repeats the prompt is read without it. Without a prompt, the messages that both lists
+    begin with are it; texts are turns of "Human:" and "Assistant:", or share their first lines.
 
     Args:
         path_or_hf_id: as for `find_split`.
@@ -179,6 +192,7 @@ def _load(
         if any(control.search(text) for text in _texts(record)):
             report.control_text.append(source)
         report.longest = max(report.longest, *(len(sample.ids) for sample in samples))
+        report.shared_prompts += len(samples) > 1 and record.keys().isdisjoint({"prompt", "messages"})
         report.truncated += any(len(sample.ids) > max_seq_length for sample in samples)
         return tuple(_cut(sample, max_seq_length, shared) for sample in samples)
 
@@ -245,6 +259,8 @@ def _messages(record: Record) -> Sequence[Record] | None:
 
 
 def _chosen_and_rejected(record: Record, source: str, tokenizer: Tokenizer) -> tuple[Sample, Sample]:
+    if {"chosen", "rejected"} <= record.keys() and record.keys().isdisjoint({"prompt", "messages"}):
+        record = _with_shared_prompt(record)
     asked = "messages" if "messages" in record else "prompt"
     if not {asked, "chosen", "rejected"} <= record.keys():
         raise RequestError(f"has {_keys(record)}; a pair has prompt or messages, and chosen and rejected")
@@ -258,11 +274,51 @@ def _chosen_and_rejected(record: Record, source: str, tokenizer: Tokenizer) -> t
         if not answer or answer[0]["role"] != "assistant":
             raise RequestError(f"{key} must continue {asked} with a message of the assistant")
         ids = tokenizer.apply_chat_template([*prompt, *answer], tools, add_generation_prompt=False)
-        same = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(before, ids, strict=False)))
+        same = _shared(before, ids)
         own = tokenizer.chat_format.own_words(tokenizer, ids)
         return Sample(ids, [mine and at >= same for at, mine in enumerate(own)], source)
 
     return answered("chosen"), answered("rejected")
+
+
+def _with_shared_prompt(record: Record) -> Record:
+    """The pair with the shared beginning of its answers as messages, and the rest of each as its answer."""
+    chosen, rejected = (_whole(record, key) for key in ("chosen", "rejected"))
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        lines = [each.splitlines(keepends=True) for each in (chosen, rejected)]
+        count = _shared(*lines)
+        while count and not all("".join(each[count:]).strip() for each in lines):
+            count -= 1
+        if prompt := "".join(lines[0][:count]).strip():
+            texts = {key: "".join(each[count:]) for key, each in zip(("chosen", "rejected"), lines, strict=True)}
+            return {**record, **texts, "messages": [_turn("user", prompt)]}
+    elif isinstance(chosen, list) and isinstance(rejected, list):
+        count = _shared(chosen, rejected)
+        while count and not all(each[count:] and each[count]["role"] == "assistant" for each in (chosen, rejected)):
+            count -= 1
+        if count:
+            return {**record, "messages": chosen[:count], "chosen": chosen[count:], "rejected": rejected[count:]}
+    raise RequestError(
+        "has no prompt, and chosen and rejected do not begin with the same messages or lines; a pair has prompt or "
+        "messages, and chosen and rejected"
+    )
+
+
+def _shared(one: Sequence[Any], two: Sequence[Any]) -> int:
+    """Number of equal items at the beginning of two sequences."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, two, strict=False)))
+
+
+def _whole(record: Record, key: str) -> str | list[dict[str, Any]]:
+    """The messages of an answer that holds its prompt; a text that is not in turns stays a text."""
+    given = record[key]
+    if not isinstance(given, str):
+        return _turns(record, key, "assistant")
+    parts = _TURN.split(f"\n\n{given.strip()}")
+    if parts[0] or len(parts) < 3:
+        return given
+    turns = zip(parts[1::2], parts[2::2], strict=True)
+    return check_messages([_turn(_ROLES[name], text.strip()) for name, text in turns])
 
 
 def _turns(record: Record, key: str, role: str) -> list[dict[str, Any]]:

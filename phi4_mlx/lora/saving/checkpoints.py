@@ -18,7 +18,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from phi4_mlx.errors import CheckpointError, ConfigError
+from phi4_mlx.adapters.folder import TENSORS_FILE as ADAPTER_FILE
+from phi4_mlx.errors import CheckpointError, ConfigError, RequestError
 from phi4_mlx.files.atomic import sync
 from phi4_mlx.files.checksums import checksums, differing_file
 from phi4_mlx.files.json_file import read_json
@@ -26,6 +27,7 @@ from phi4_mlx.files.json_file import read_json
 FOLDER = "checkpoints"
 TENSORS_FILE, STATE_FILE = "tensors.safetensors", "state.json"
 CHECKSUMS_FILE = "checksums.sha256"
+NEW_RUN = "leave --resume out and name another --adapter-path for a new run"
 
 State = dict[str, Any]
 """JSON values by name."""
@@ -103,8 +105,21 @@ def newest_checkpoint(adapter_path: Path) -> tuple[dict[str, mx.array], State] |
 def damaged(adapter_path: Path, reason: str) -> CheckpointError:
     """The error for a newest checkpoint that cannot be used."""
     *older, newest = checkpoints(adapter_path)
-    way = "--resume takes the one before" if older else "start a new run, it was the only one"
+    if older:
+        way = "--resume takes the one before"
+    elif (adapter_path / ADAPTER_FILE).exists():
+        way = f"start from the adapter: leave --resume out and give --resume-adapter-file {adapter_path}"
+    else:
+        way = "leave --resume out to start a new run, it was the only one"
     return CheckpointError(f"{newest} is damaged: {reason}; remove it, and {way}")
+
+
+def no_checkpoint(adapter_path: Path) -> RequestError:
+    """The error for a folder without a checkpoint to resume from."""
+    way = "leave --resume out to start a new run"
+    if (adapter_path / ADAPTER_FILE).exists():
+        way = f"leave --resume out and start from its adapter with --resume-adapter-file {adapter_path}"
+    return RequestError(f"{adapter_path} holds no checkpoint to resume from; {way}")
 
 
 def checkpoints(adapter_path: Path) -> list[Path]:

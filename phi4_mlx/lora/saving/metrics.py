@@ -11,8 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phi4_mlx.errors import RequestError
+from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.files.atomic import replacing
+from phi4_mlx.files.manifest import file_sha256
 from phi4_mlx.files.regular_file import read_regular
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ OPTIONAL = ("accuracy", "margin", "valid_loss", "valid_accuracy")  # fields that
 Metrics = dict[str, Any]
 """A line of metrics.jsonl."""
 
+Proof = dict[str, Any]
+"""Number of "bytes" at the beginning of metrics.jsonl, and their "sha256"."""
+
 
 class MetricsLog:
     """The metrics file of a run.
@@ -34,10 +38,14 @@ class MetricsLog:
         step: the last step to keep; later lines are of steps that an interrupted run will make again.
         report: called with the metrics of each step; see `reporter`.
         noun: the unit that the loss is averaged over, "targets" or "pairs".
+        proof: of the lines that a checkpoint was written after; see `proof`. None for none.
 
     Attributes:
         path: the file.
         lines: the metrics of all steps.
+
+    Raises:
+        CheckpointError: the file exists and does not begin with the lines of the proof.
     """
 
     def __init__(
@@ -46,11 +54,17 @@ class MetricsLog:
         step: int,
         report: Callable[[Metrics], Any] = lambda metrics: None,
         noun: str = "targets",
+        proof: Proof | None = None,
     ):
         self._report = report
         self._count = "tokens" if noun == "targets" else noun
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / METRICS_FILE
+        if proof is not None and self.path.exists() and _proof(self.path, proof["bytes"]) != proof:
+            raise CheckpointError(
+                f"{self.path} is damaged or has been changed since the checkpoint of step {step}; move it away, and "
+                "--resume continues without the earlier metrics"
+            )
         self.lines = [line for line in read_metrics(self.path) if line["step"] <= step]
         with replacing(self.path) as partial:
             partial.write_bytes(b"".join(map(_encoded, self.lines)))
@@ -78,6 +92,13 @@ class MetricsLog:
             self.flush()
         finally:
             self._report(line)
+
+    def proof(self) -> Proof | None:
+        """Number of bytes on the disk, and their SHA-256; None if the file is gone."""
+        try:
+            return _proof(self.path, self._end)
+        except OSError:
+            return None
 
     def flush(self) -> None:
         """Writes all lines that are not on the disk yet.
@@ -182,6 +203,10 @@ def read_metrics(path: Path) -> list[Metrics]:
             break
         lines.append(line)
     return lines
+
+
+def _proof(path: Path, length: int) -> Proof:
+    return {"bytes": length, "sha256": file_sha256(path, length)}
 
 
 def _encoded(line: Metrics) -> bytes:

@@ -8,12 +8,13 @@ checkpoint. Whenever the process dies, everything that the newest checkpoint ref
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.adapters.folder import TENSORS_FILE, Adapter, write_folder
 from phi4_mlx.errors import RequestError
-from phi4_mlx.lora.saving.checkpoints import FOLDER, keep_newest, save_checkpoint
+from phi4_mlx.lora.saving.checkpoints import FOLDER, State, checkpoints, keep_newest, save_checkpoint
 from phi4_mlx.lora.saving.snapshot import Snapshot, read_snapshot
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class RunFolder:
     Attributes:
         path: the folder.
         metrics: the log to which each step is added; None for none.
+        metrics_proof: what the newest checkpoint says of metrics.jsonl; see `MetricsLog.proof`.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class RunFolder:
         self._best: Adapter | None = None  # the best adapter, until it is on the disk
         self._checkpoint_at: tuple[object, ...] | None = None  # place of the newest checkpoint
         self._adapter_at: int | None = None  # step of the newest adapter
+        self.metrics_proof: State | None = None
 
     def newest(self) -> Snapshot | None:
         """Reads the newest checkpoint; None if there is none.
@@ -67,7 +70,7 @@ class RunFolder:
         """
         found = read_snapshot(self.path)
         if found is not None:
-            self._checkpoint_at = found.place
+            self._checkpoint_at, self.metrics_proof = found.place, found.metrics
         return found
 
     def add_step(self, step: Step, best: Adapter | None) -> None:
@@ -114,7 +117,8 @@ class RunFolder:
             except OSError as error:
                 failed = failed or _explained(path, error)
         if failed:
-            raise RequestError(f"{failed}; make room on the disk, then --resume makes the last steps again")
+            way = "--resume makes the last steps again" if checkpoints(self.path) else "start the run again"
+            raise RequestError(f"{failed}; make room on the disk, then {way}")
 
     def _attempt(self, path: Path, write: Callable[[], None]) -> None:
         try:
@@ -145,6 +149,8 @@ class RunFolder:
 
     def _write_checkpoint(self, snapshot: Snapshot) -> None:
         if self._checkpoint_at != snapshot.place:
+            if self.metrics is not None:
+                snapshot = replace(snapshot, metrics=self.metrics.proof())
             save_checkpoint(self.path, snapshot.progress.step, snapshot.tensors, snapshot.state())
             self._checkpoint_at = snapshot.place
             keep_newest(self.path, self._keep)

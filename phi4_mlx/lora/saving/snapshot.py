@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.lora.progress import Progress
-from phi4_mlx.lora.saving.checkpoints import State, damaged, newest_checkpoint
+from phi4_mlx.lora.saving.checkpoints import NEW_RUN, State, damaged, newest_checkpoint
 from phi4_mlx.lora.settings import Settings
 
 # Settings that do not change the numbers, and model and data, which are compared by hash instead of by name.
@@ -33,6 +33,7 @@ class Snapshot:
         validation: hash of the validation set; None without one.
         batches: position in the training data; see `Batches.state_dict`.
         progress: counters of the run.
+        metrics: proof of the lines of metrics.jsonl; see `MetricsLog.proof`. None without.
     """
 
     tensors: Mapping[str, mx.array]
@@ -41,6 +42,7 @@ class Snapshot:
     validation: str | None
     batches: State
     progress: Progress
+    metrics: State | None = None
 
     @property
     def place(self) -> tuple[object, ...]:
@@ -55,6 +57,7 @@ class Snapshot:
             "validation": self.validation,
             "batches": self.batches,
             "progress": asdict(self.progress),
+            "metrics": self.metrics,
         }
 
 
@@ -75,10 +78,16 @@ def read_snapshot(folder: Path) -> Snapshot | None:
     if found is None:
         return None
     tensors, state = found
-    kinds = {"settings": (dict,), "base": (str,), "validation": (str, type(None)), "batches": (dict,)}
+    kinds: dict[str, tuple[type, ...]] = {
+        "settings": (dict,), "base": (str,), "validation": (str, type(None)), "batches": (dict,),
+        "metrics": (dict, type(None)),
+    }  # fmt: skip
     _check_fields(folder, "state.json", state, {**kinds, "progress": (dict,)})
     progress = _read_progress(folder, state["progress"])
-    return Snapshot(tensors, state["settings"], state["base"], state["validation"], state["batches"], progress)
+    if state["metrics"] is not None:
+        _check_fields(folder, "metrics", state["metrics"], {"bytes": (int,), "sha256": (str,)})
+    known = {name: state[name] for name in kinds}
+    return Snapshot(tensors, progress=progress, **known)
 
 
 def check_same_run(
@@ -108,15 +117,15 @@ def check_same_run(
             warn("grad_checkpoint has changed: the last bits may differ from those of the uninterrupted run")
             continue
         raise RequestError(
-            f"the checkpoint in {folder} is of a run with {name} {then!r:.60}, here it is {value!r:.60}; name another "
-            "--adapter-path, or train with the same settings"
+            f"the checkpoint in {folder} is of a run with {name} {then!r:.60}, here it is {value!r:.60}; train with "
+            f"the same settings, or {NEW_RUN}"
         )
     different = "on another base model" if found.base != own.base else ""
     if not different and found.validation != own.validation:
         different = "with another validation set"
     if different:
         raise CheckpointError(
-            f"the checkpoint in {folder} is of a run {different}; use the same one, or name another --adapter-path"
+            f"the checkpoint in {folder} is of a run {different}; use the same one, or {NEW_RUN}"
         )
     _check_tensors(folder, found.tensors, own.tensors)
 

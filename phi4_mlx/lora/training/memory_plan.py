@@ -113,7 +113,12 @@ def make_plan(model: LanguageModel, loss: Loss, shapes: Collection[Shape], accum
 
 
 def check_memory(
-    plan: Plan, batches: Batches, checkpointed: Callable[[], Plan] | None = None, limit: int | None = None
+    plan: Plan,
+    batches: Batches,
+    checkpointed: Callable[[], Plan] | None = None,
+    limit: int | None = None,
+    *,
+    resumed: bool = False,
 ) -> int:
     """Refuses a run that does not fit in memory, and names settings that would.
 
@@ -122,6 +127,7 @@ def check_memory(
         batches: the batches to come.
         checkpointed: makes the plan under gradient checkpointing; None if `plan` is that one.
         limit: bytes available; None for the machine's limit.
+        resumed: True for a resumed run, whose batches must stay as they are.
 
     Returns:
         The predicted peak in bytes.
@@ -133,14 +139,14 @@ def check_memory(
     needed, worst = max((plan.peak_bytes(shape), shape) for shape in batches.shapes())
     if needed <= limit:
         return needed
-    ways = _ways(plan, batches, limit)
+    ways = [] if resumed else _ways(plan, batches, limit)
     if checkpointed is not None:
         other = checkpointed()
         if other.peak_bytes(worst) <= limit:
             ways.insert(0, "--grad-checkpoint, at a third more time,")
-        elif not ways:
+        elif not ways and not resumed:
             ways = [f"--grad-checkpoint with {way}" for way in _ways(other, batches, limit)]
-    advice = " or ".join(ways) or "a smaller model, or one of fewer bits,"
+    advice = " or ".join(ways) or ("a new run" if resumed else "a smaller model, or one of fewer bits,")
     raise RequestError(
         f"a batch of {sum(worst):,} tokens needs {needed / 1e9:.1f} GB, and this machine has {limit / 1e9:.1f} GB for"
         f" it; {advice} would {'fit' if ways else 'need less'}"

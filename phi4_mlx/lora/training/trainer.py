@@ -24,7 +24,7 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.fingerprint import base_fingerprint
 from phi4_mlx.lora.data.batches import Batch, Batches
 from phi4_mlx.lora.progress import Progress, Step
-from phi4_mlx.lora.saving.checkpoints import FOLDER
+from phi4_mlx.lora.saving.checkpoints import FOLDER, no_checkpoint
 from phi4_mlx.lora.saving.run_folder import RunFolder
 from phi4_mlx.lora.saving.snapshot import Snapshot, check_same_run, fixed_settings
 from phi4_mlx.lora.settings import Settings
@@ -134,19 +134,15 @@ class Trainer:
         path, found = self.folder.path, self.folder.newest()
         check_same_step(-1 if found is None else found.progress.step, self.group, path / FOLDER)
         if found is None:
-            raise RequestError(f"{path} holds no checkpoint to resume from; leave --resume out to start a new run")
+            raise no_checkpoint(path)
         iters_may_differ = not self.settings.rate_depends_on_iters
         check_same_run(found, self.snapshot(), path, self.folder.warn, iters_may_differ=iters_may_differ)
         self.batches.load_state_dict(found.batches)
         if found.progress.step < self.iters and (rest := found.progress.step % self.settings.grad_accumulation_steps):
             self.folder.warn(f"the checkpoint's last update has {rest} batches: a longer run would have taken more")
         self.progress = found.progress
-        trees: dict[str, list[tuple[str, mx.array]]] = {"model": [], "optimizer": []}
-        for name, array in found.tensors.items():
-            tree, _, path_in_tree = name.partition("/")
-            trees[tree].append((path_in_tree, array))
-        self.model.load_weights(trees["model"], strict=False)
-        self.optimizer.state = tree_unflatten(trees["optimizer"])
+        self.model.load_weights(_of_tree("model", found), strict=False)
+        self.optimizer.state = tree_unflatten(_of_tree("optimizer", found))
         return self.progress.step
 
     def snapshot(self) -> Snapshot:
@@ -231,8 +227,9 @@ class Trainer:
             )
         self.save()  # with the position behind this batch: the next one may be better
         raise RequestError(
-            f"step {done + 1}: {flaw}; stopped with the model of step {done}; --resume continues behind that batch,"
-            " --resume-adapter-file with a lower --learning-rate starts again from there"
+            f"step {done + 1}: {flaw}; stopped with the model of step {done}; --resume continues behind that batch, "
+            f"--resume-adapter-file {self.folder.path} with a lower --learning-rate and another --adapter-path starts "
+            "again from there"
         )
 
     def _validated(self, step: Step, validation: Batches) -> Step:
@@ -246,6 +243,13 @@ class Trainer:
         else:
             progress.worse += 1
         return replace(step, valid_loss=loss, valid_accuracy=accuracy)
+
+
+def _of_tree(tree: str, found: Snapshot) -> list[tuple[str, mx.array]]:
+    """The tensors of one tree of a snapshot, by their path in it."""
+    return [
+        (name.removeprefix(f"{tree}/"), array) for name, array in found.tensors.items() if name.startswith(f"{tree}/")
+    ]
 
 
 def _flaw(loss: float, norm: float, recent: Sequence[float]) -> str:

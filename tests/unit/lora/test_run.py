@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -133,7 +134,7 @@ def test_it_resumes_says_that_a_run_had_ended_and_mends_its_adapter(given: dict[
     file.unlink()
     again, told = run(given, resume=True)
     assert again.step == 6 and again.loss is None and file.read_bytes() == kept
-    assert any("has ended: step 6 was its last; name another --adapter-path for a new run" in line for line in told)
+    assert any("has ended: step 6 was its last; leave --resume out and name another" in line for line in told)
     assert len(metrics(done.adapter_path)) == 6 and not any("predicted peak" in line for line in told)
 
 
@@ -407,3 +408,73 @@ def test_a_folder_that_cannot_be_written_is_one_line(given: dict[str, Any], tmp_
     (tmp_path / "file").write_text("")
     with pytest.raises(RequestError, match=r"file/adapter cannot be written: Not a directory; name another"):
         run(given, adapter_path=str(tmp_path / "file" / "adapter"))
+
+
+# --- advice that works ---
+
+
+def test_a_run_whose_only_checkpoint_is_damaged_starts_from_its_adapter(given: dict[str, Any]) -> None:
+    done, _ = run(given, iters=1)
+    folder = done.adapter_path
+    state = folder / "checkpoints" / "00000001" / "state.json"
+    state.write_bytes(state.read_bytes() + b" ")
+    advice = f"remove it, and start from the adapter: leave --resume out and give --resume-adapter-file {folder}$"
+    with pytest.raises(CheckpointError, match=advice):
+        run(given, iters=1, resume=True)
+    shutil.rmtree(state.parent)
+    with pytest.raises(RequestError, match="leave --resume out and start from its adapter"):
+        run(given, iters=1, resume=True)
+    assert run(given, iters=1, resume_adapter_file=str(folder))[0].step == 1
+
+
+def test_a_run_that_is_stopped_before_its_first_step_is_started_again(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phi4_mlx.lora.training.trainer.any_process", lambda *_: True)
+    _, told = run(given)
+    assert told[-1] == "stopped before the first step: nothing was saved, and there is nothing to resume"
+    monkeypatch.undo()
+    with pytest.raises(RequestError, match="no checkpoint to resume from; leave --resume out to start a new run"):
+        run(given, resume=True)
+    assert run(given)[0].step == 6
+
+
+def test_a_run_that_diverged_starts_again_from_its_adapter_elsewhere(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phi4_mlx.lora.training.trainer._flaw", lambda loss, norm, recent: "bad" if recent else "")
+    folder = given["adapter_path"]
+    with pytest.raises(RequestError, match=rf"--resume-adapter-file {folder} with a lower .* another --adapter-path"):
+        run(given)
+    monkeypatch.undo()
+    assert run(given, resume_adapter_file=folder, learning_rate=1e-3, adapter_path=f"{folder}-2")[0].step == 6
+    assert run(given, resume=True)[0].step == 6
+
+
+def test_a_resumed_run_with_other_settings_or_data_becomes_a_new_one(given: dict[str, Any]) -> None:
+    run(given, iters=1)
+    (Path(given["data"]) / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    for changes in ({"seed": 5}, {}):
+        with pytest.raises(RequestError, match="leave --resume out and name another --adapter-path"):
+            run(given, resume=True, iters=1, **changes)
+    assert run(given, iters=1, adapter_path=f"{given['adapter_path']}-2")[0].step == 1
+
+
+def test_a_flipped_bit_in_the_metrics_of_a_run_is_refused(given: dict[str, Any]) -> None:
+    options = {"iters": 4, "save_every": 2, "lr_schedule": "constant"}
+    done, _ = run(given, **options)
+    file, draw = done.adapter_path / "metrics.jsonl", random.Random(2)
+    whole = file.read_bytes()
+    for _ in range(10):
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"metrics.jsonl is damaged .* step 4; move it away, and") as refused:
+            run(given, **options | {"iters": 5}, resume=True)
+        assert "\n" not in str(refused.value) and file.read_bytes() == damaged
+    file.write_bytes(whole + b'{"step": 5, "lo')  # of a step that the killed run did not finish
+    run(given, **options | {"iters": 5}, resume=True)
+    assert [line["step"] for line in metrics(done.adapter_path)] == [1, 2, 3, 4, 5]
+    file.rename(file.with_suffix(".old"))
+    run(given, **options | {"iters": 6}, resume=True)
+    assert [line["step"] for line in metrics(done.adapter_path)] == [6]

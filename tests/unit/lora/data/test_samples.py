@@ -252,6 +252,10 @@ GOOD, BAD = {"role": "assistant", "content": "No."}, {"role": "assistant", "cont
         {"prompt": [USER], "chosen": [GOOD], "rejected": "Nope."},
         {"messages": [USER], "chosen": "No.", "rejected": [BAD], "score": 1},
         {"prompt": "two?", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"chosen": "\n\nHuman: two?\n\nAssistant: No.", "rejected": "Human: two?\n\nAssistant: Nope."},
+        {"chosen": "two?\nNo.", "rejected": "two?\nNope."},
+        {"chosen": "two?\n\nNo.", "rejected": "two?\n\nNope."},
     ],
 )
 def test_a_pair_is_two_answers_to_one_prompt(tmp_path: Path, tokenizer: Tokenizer, record: Any) -> None:
@@ -260,6 +264,28 @@ def test_a_pair_is_two_answers_to_one_prompt(tmp_path: Path, tokenizer: Tokenize
         assert sample.ids == tokenizer.apply_chat_template([USER, answer], add_generation_prompt=False)
         assert learned(sample, tokenizer) == answer["content"] + "<|end|>"
         assert sample.source == "train.jsonl:1"
+
+
+def test_the_shared_messages_of_longer_chats_are_the_prompt(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Up to the last one that leaves both with an answer, tools and system message included."""
+    start = [{"role": "system", "content": "Be short."}, USER, GOOD, {"role": "user", "content": "sure?"}]
+    yes, more = {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "why?"}
+    for chosen, rejected, prompt in (
+        ([*start, GOOD], [*start, BAD], start),
+        ([*start, GOOD], [*start, GOOD, more, yes], start),
+        ([*start, GOOD], [*start[:2], BAD, more, yes], start[:2]),
+    ):
+        implicit = pair(tmp_path, tokenizer, {"chosen": chosen, "rejected": rejected})
+        explicit = pair(tmp_path, tokenizer, {"messages": prompt, "chosen": chosen, "rejected": rejected})
+        assert implicit == explicit
+    _, report = load_pairs(tmp_path, tokenizer)
+    assert report.shared_prompts == 0
+    own = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    written(tmp_path, {"chosen": [USER, GOOD], "rejected": [USER, BAD]}, own, {"chosen": "a\nb", "rejected": "a\nb"})
+    _, report = load_pairs(tmp_path, tokenizer)
+    assert (report.shared_prompts, report.identical) == (2, 1)
+    assert any("2 pairs; it is what chosen" in line for line in report.messages())
+
 
 
 def test_only_the_answers_of_a_pair_are_learned(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -319,6 +345,14 @@ def test_pairs_that_are_all_the_same_answer_twice_say_so(
         ({"text": "a"}, "has only 'text'; a pair has prompt or messages, and chosen and rejected"),
         ({"prompt": "a", "chosen": "b"}, "has only 'prompt', 'chosen'; a pair has"),
         ({"chosen": "b", "rejected": "c"}, "a pair has prompt or messages"),
+        ({"chosen": "The answer is 4", "rejected": "The answer is 5"}, "has no prompt, and chosen and rejected do not"),
+        ({"chosen": "two?\n", "rejected": "two?\nNope."}, "has no prompt"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "do not begin with the same messages"),
+        ({"chosen": [USER], "rejected": [USER]}, "do not begin with the same messages"),
+        ({"chosen": [USER, GOOD], "rejected": "Nope."}, "do not begin with the same messages"),
+        ({"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"}, "do not begin with the same messages"),
+        ({"chosen": [], "rejected": []}, "chosen must be a text or a list of messages, not []"),
+        ({"chosen": "two?\nb", "rejected": 5}, "rejected must be a text or a list of messages, not 5"),
         ({"prompt": 5, "chosen": "b", "rejected": "c"}, "prompt must be a text or a list of messages, not 5"),
         ({"prompt": "a", "chosen": None, "rejected": "c"}, "chosen must be a text or a list of messages, not None"),
         ({"prompt": "a", "chosen": "b", "rejected": [USER]}, "rejected must continue prompt with a message of the"),
