@@ -7,6 +7,7 @@ computed while one is written, so memory grows neither with the model nor with i
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from .quantize import Layout, Recipe, Scheme
 
 BLOCK_BYTES = 2**22  # read from the source at a time
 _INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}  # its bits
+_NVFP4_LARGEST = 2688  # 448, the largest scale in E4M3, times 6, the largest number in E2M1
+_NVFP4_LARGEST_SCALE = 0x7E  # its bits
 _BLOCKS_AHEAD = 8  # read and being computed while one is written
 
 
@@ -209,7 +212,7 @@ def write_shard(path: Path, parameters: Iterable[Parameter], progress: Callable[
 
     Raises:
         CheckpointError: the source contains NaN or infinity.
-        RequestError: a number is too large for its dtype in the file.
+        RequestError: a number is too large for its dtype or its mode in the file.
     """
     parameters = list(parameters)
     layout = {name: kind for parameter in parameters for name, kind in parameter.outputs.items()}
@@ -238,16 +241,33 @@ class _Block(NamedTuple):
     arrays: list[mx.array]
 
     def check(self) -> None:
-        """Refuses numbers that their dtype in the file turned into infinity."""
+        """Refuses numbers that their dtype in the file turned into infinity, or that nvfp4 cut off."""
         for (name, (dtype, _)), array in zip(self.parameter.outputs.items(), self.arrays, strict=True):
             if not _is_finite(memoryview(array), dtype):
-                source = self.parameter.inputs[0]
-                rows = source.rows(self.first, self.last).astype(mx.float32)
-                largest = "" if self.parameter.packed else f", such as {mx.abs(rows).max().item():.6g}"
                 raise RequestError(
-                    f"{name} has numbers too large for {DTYPES[dtype].mlx_name}{largest}; convert with --dtype "
+                    f"{name} has numbers too large for {DTYPES[dtype].mlx_name}{self._such_as()}; convert with --dtype "
                     "bfloat16 or float32"
                 )
+        target = self.parameter.target
+        if target and target.mode == "nvfp4" and target != self.parameter.packed:
+            import numpy as np
+
+            largest_scale = np.frombuffer(memoryview(self.arrays[1]), np.uint8).max()
+            if largest_scale >= _NVFP4_LARGEST_SCALE and not self._largest() <= _NVFP4_LARGEST:
+                raise RequestError(
+                    f"{self.parameter.path} has numbers too large for nvfp4, which ends at {_NVFP4_LARGEST:,}"
+                    f"{self._such_as()}; choose another --q-mode"
+                )
+
+    def _largest(self) -> float:
+        """The largest magnitude in the source; infinity if that is packed, whose numbers are not at hand."""
+        if self.parameter.packed:
+            return math.inf
+        rows = self.parameter.inputs[0].rows(self.first, self.last).astype(mx.float32)
+        return float(mx.abs(rows).max().item())
+
+    def _such_as(self) -> str:
+        return "" if self.parameter.packed else f", such as {self._largest():.6g}"
 
 
 def _is_finite(data: bytes | memoryview, dtype: str) -> bool:

@@ -68,6 +68,17 @@ def test_numbers_that_float16_does_not_hold_are_refused_by_name(
         load(tmp_path / kept)
 
 
+@pytest.mark.parametrize("value", [2700, -1e5, 1e30])
+def test_numbers_that_nvfp4_cuts_off_are_refused_by_name(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, value: float
+) -> None:
+    source = poisoned(tiny_checkpoint(), value, f"{DOWN}.weight")
+    with pytest.raises(RequestError, match=rf"{DOWN} has numbers too large for nvfp4, .* 2,688, such as .*--q-mode"):
+        convert(source, tmp_path / "out", quantize=True, q_mode="nvfp4")
+    convert(source, tmp_path / "mxfp4", quantize=True, q_mode="mxfp4")
+    convert(poisoned(tiny_checkpoint(), 2650, f"{DOWN}.weight"), tmp_path / "out", quantize=True, q_mode="nvfp4")
+
+
 def test_the_largest_finite_numbers_pass(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     source = poisoned(tiny_checkpoint(), -65504, f"{DOWN}.weight")
     convert(source, tmp_path / "half", dtype="float16")
