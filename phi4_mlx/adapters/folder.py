@@ -96,9 +96,8 @@ def read_folder(folder: Path, file: str = TENSORS_FILE) -> Adapter:
     if kind == FULL:
         return Adapter(FULL, 1.0, 0.0, read_tensors(path), str(path))
     if not isinstance(kind, str) or kind not in PARTS:
-        raise CheckpointError(
-            f"{folder}: fine_tune_type {kind!r:.60} is not known; known are {', '.join([*PARTS, FULL])}"
-        )
+        known = ", ".join([*PARTS, FULL])
+        raise CheckpointError(f"{folder}: fine_tune_type {kind!r:.40} is not known; known are {known}")
     if not isinstance(parameters, dict):
         raise CheckpointError(f"{folder / CONFIG_FILE} has no lora_parameters; it needs rank, scale, dropout and keys")
     keys, rank, num_layers = parameters.get("keys"), parameters.get("rank"), config.get("num_layers")

@@ -30,14 +30,14 @@ _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x20
 # tiktoken's pattern engine panics on a run of a million white-space characters.
 _LONGEST_RUN = 500_000
 _TOO_LONG_RUN = re.compile(rf"[{_WHITE_SPACE}]{{{_LONGEST_RUN + 1}}}")
-_MAX_IDS = 2**24  # far above any vocabulary; tiktoken's ids have 32 bits
-_LONGEST_TOKEN = 1000  # characters; o200k's longest token has 128
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # The decoder of this family's SentencePiece-style files; _STRIP follows where encoding adds a leading space.
 _SENTENCEPIECE = [
     {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
 ]  # fmt: skip
 _STRIP = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+_MAX_IDS = 2**24  # far above any vocabulary; tiktoken's ids have 32 bits
+_LONGEST_TOKEN = 1000  # characters; o200k's longest token has 128
 
 
 class Control(str):
