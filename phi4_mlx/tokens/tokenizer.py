@@ -317,6 +317,8 @@ def load_tokenizer(folder: Path, prove: bool = False) -> Tokenizer:
         raise TokenizerError(f"{path} is not JSON: {error}") from None
     eos_ids = _eos_ids(folder)
     try:
+        if not merged:  # else its hash is known
+            _check_ids(spec)
         _check_added_tokens(spec)
         agree = merged or (not prove and _recorded_to_agree(folder, raw))
         if _tiktoken_can_express(spec) and (agree or byte_bpe.merges_agree(spec)):
@@ -343,17 +345,20 @@ def _recorded_to_agree(folder: Path, raw: bytes) -> bool:
     return recorded == hashlib.sha256(raw).hexdigest()
 
 
-def _check_added_tokens(spec: Any) -> None:
-    tokens = spec.get("added_tokens") if isinstance(spec, dict) else None
-    if not isinstance(tokens, list) or not isinstance(spec.get("model"), dict):
-        raise TokenizerError("tokenizer.json lacks model or added_tokens; it is not a tokenizer of this family")
-    ids: dict[str, int] = dict(spec["model"]["vocab"])
-    for text, number in ids.items():
+def _check_ids(spec: Any) -> None:
+    for text, number in spec["model"]["vocab"].items():
         if type(number) is not int or not 0 <= number < _MAX_IDS or len(text) > _LONGEST_TOKEN:
             raise TokenizerError(
                 f"tokenizer.json: {text!r:.60} has id {number!r:.40}; ids are whole numbers below {_MAX_IDS:,}, and "
                 f"texts have at most {_LONGEST_TOKEN:,} characters"
             )
+
+
+def _check_added_tokens(spec: Any) -> None:
+    tokens = spec.get("added_tokens") if isinstance(spec, dict) else None
+    if not isinstance(tokens, list) or not isinstance(spec.get("model"), dict):
+        raise TokenizerError("tokenizer.json lacks model or added_tokens; it is not a tokenizer of this family")
+    ids: dict[str, int] = dict(spec["model"]["vocab"])
     texts = {token: text for text, token in ids.items()}
     for token in tokens:
         text, number = token["content"], token["id"]
