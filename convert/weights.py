@@ -7,6 +7,7 @@ computed while one is written, so memory grows neither with the model nor with i
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,13 +22,16 @@ from mlx.utils import tree_flatten
 from phi4_mlx.checkpoint import check_tensors, empty_model
 from phi4_mlx.config import Config
 from phi4_mlx.errors import CheckpointError, RequestError
-from phi4_mlx.files.dtypes import FLOATS, mlx_dtype
+from phi4_mlx.files.dtypes import DTYPES, FLOATS, mlx_dtype
 from phi4_mlx.files.regular_file import open_regular
 from phi4_mlx.files.safetensors import TensorInfo, TensorWriter, read_header, tensor_bytes, weight_files
 
 from .quantize import Layout, Recipe, Scheme
 
 BLOCK_BYTES = 2**22  # read from the source at a time
+_INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}  # its bits
+_NVFP4_LARGEST = 2688  # 448, the largest scale in E4M3, times 6, the largest number in E2M1
+_NVFP4_LARGEST_SCALE = 0x7E  # its bits
 _BLOCKS_AHEAD = 8  # read and being computed while one is written
 
 
@@ -36,13 +40,14 @@ class Stored:
     """A tensor in a file of a checkpoint."""
 
     path: Path
+    name: str
     info: TensorInfo
 
     def rows(self, first: int, last: int) -> mx.array:
         """Reads rows from `first` to before `last`, in the dtype and shape of the tensor.
 
         Raises:
-            CheckpointError: they cannot be read.
+            CheckpointError: they cannot be read, or contain NaN or infinity.
         """
         row_bytes = (self.info.end - self.info.start) // self.info.shape[0]
         count = (last - first) * row_bytes
@@ -54,6 +59,10 @@ class Stored:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from None
         if len(data) < count:
             raise CheckpointError(f"{self.path} ended early: it was changed while it was read; convert it again")
+        if not _is_finite(data, self.info.dtype):
+            raise CheckpointError(
+                f"{self.path}: {self.name} contains NaN or infinity; the checkpoint is damaged, download it again"
+            )
         array = mx.array(memoryview(data)).view(mlx_dtype(self.info.dtype))
         return array.reshape(last - first, *self.info.shape[1:])
 
@@ -137,7 +146,9 @@ def plan(
     """
     files = weight_files(folder)
     stored = {
-        name: Stored(path, info) for path in sorted(set(files.values())) for name, info in read_header(path).items()
+        name: Stored(path, name, info)
+        for path in sorted(set(files.values()))
+        for name, info in read_header(path).items()
     }
     infos = {name: tensor.info for name, tensor in stored.items()}
     source = empty_model(config, infos)
@@ -198,6 +209,10 @@ def write_shard(path: Path, parameters: Iterable[Parameter], progress: Callable[
 
     Returns:
         The SHA-256 of the file, in hexadecimal.
+
+    Raises:
+        CheckpointError: the source contains NaN or infinity.
+        RequestError: a number is too large for its dtype or its mode in the file.
     """
     parameters = list(parameters)
     layout = {name: kind for parameter in parameters for name, kind in parameter.outputs.items()}
@@ -205,6 +220,7 @@ def write_shard(path: Path, parameters: Iterable[Parameter], progress: Callable[
     with TensorWriter(path, layout) as writer:
         for block in _computed(parameters):
             names, rows = list(block.parameter.outputs), block.parameter.rows
+            block.check()
             writer.append(names[0], memoryview(block.arrays[0]))
             small.append(block.arrays[1:])
             progress(block.parameter.input_bytes * (block.last - block.first) // rows)
@@ -223,6 +239,46 @@ class _Block(NamedTuple):
     first: int
     last: int
     arrays: list[mx.array]
+
+    def check(self) -> None:
+        """Refuses numbers that their dtype in the file turned into infinity, or that nvfp4 cut off."""
+        for (name, (dtype, _)), array in zip(self.parameter.outputs.items(), self.arrays, strict=True):
+            if not _is_finite(memoryview(array), dtype):
+                raise RequestError(
+                    f"{name} has numbers too large for {DTYPES[dtype].mlx_name}{self._such_as()}; convert with --dtype "
+                    "bfloat16 or float32"
+                )
+        target = self.parameter.target
+        if target and target.mode == "nvfp4" and target != self.parameter.packed:
+            import numpy as np
+
+            largest_scale = np.frombuffer(memoryview(self.arrays[1]), np.uint8).max()
+            if largest_scale >= _NVFP4_LARGEST_SCALE and not self._largest() <= _NVFP4_LARGEST:
+                raise RequestError(
+                    f"{self.parameter.path} has numbers too large for nvfp4, which ends at {_NVFP4_LARGEST:,}"
+                    f"{self._such_as()}; choose another --q-mode"
+                )
+
+    def _largest(self) -> float:
+        """The largest magnitude in the source; infinity if that is packed, whose numbers are not at hand."""
+        if self.parameter.packed:
+            return math.inf
+        rows = self.parameter.inputs[0].rows(self.first, self.last).astype(mx.float32)
+        return float(mx.abs(rows).max().item())
+
+    def _such_as(self) -> str:
+        return "" if self.parameter.packed else f", such as {self._largest():.6g}"
+
+
+def _is_finite(data: bytes | memoryview, dtype: str) -> bool:
+    """True if numbers contain neither NaN nor infinity, whose exponents are all ones; integers never do."""
+    if dtype not in _INFINITY:
+        return True
+    import numpy as np
+
+    infinity = _INFINITY[dtype]
+    bits = np.frombuffer(data, np.dtype(f"<u{DTYPES[dtype].bits // 8}"))
+    return bool((bits & (2 ** (DTYPES[dtype].bits - 1) - 1)).max(initial=0) < infinity)
 
 
 def _computed(parameters: Iterable[Parameter]) -> Iterator[_Block]:

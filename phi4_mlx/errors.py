@@ -11,9 +11,20 @@ Each message is one line that names the value, the limit and the way out; the co
 
 from __future__ import annotations
 
+_LONGEST = 1500  # characters of a message; names and values in it may be of any length
+
 
 class Phi4Error(Exception):
-    """A mistake that the user can correct; the base class of the others."""
+    """A mistake that the user can correct; the base class of the others.
+
+    The message is one line; the middle of a long one, where names and values stand, is left out.
+    """
+
+    def __init__(self, message: str):
+        line = " ".join(message.splitlines())
+        if len(line) > _LONGEST:
+            line = f"{line[: _LONGEST // 2]} ... {line[5 - _LONGEST // 2 :]}"
+        super().__init__(line)
 
 
 class ConfigError(Phi4Error):

@@ -38,11 +38,11 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
     if name == "demo":
         return Path(__file__).parent / "demo"
     folder = Path(os.path.expanduser(name))  # leaves `~nobody` unchanged, where Path.expanduser raises
-    if name and folder.is_dir():
+    if name and os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
         return folder
     if isinstance(path_or_hf_repo, Path) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise CheckpointError(
-            f"{name!r} is neither a folder nor a Hub id like {DEFAULT_MODEL!r}; --model demo needs no download"
+            f"{name!r:.200} is neither a folder nor a Hub id like {DEFAULT_MODEL!r}; --model demo needs no download"
         )
     return _download(name, revision or _PINNED.get(name))
 

@@ -103,13 +103,14 @@ def read_folder(folder: Path, file: str = TENSORS_FILE) -> Adapter:
     if kind == FULL:
         return Adapter(FULL, 1.0, 0.0, read_tensors(path), str(path))
     if not isinstance(kind, str) or kind not in PARTS:
-        raise CheckpointError(
-            f"{folder}: fine_tune_type {kind!r:.60} is not known; known are {', '.join([*PARTS, FULL])}"
-        )
+        known = ", ".join([*PARTS, FULL])
+        raise CheckpointError(f"{folder}: fine_tune_type {kind!r:.40} is not known; known are {known}")
     if not isinstance(parameters, dict):
         raise CheckpointError(f"{folder / CONFIG_FILE} has no lora_parameters; it needs rank, scale, dropout and keys")
     keys, rank, num_layers = parameters.get("keys"), parameters.get("rank"), config.get("num_layers")
     base = config.get("model")
+    if rank is not None and type(rank) is not int:
+        raise CheckpointError(f"{folder / CONFIG_FILE} has rank {rank!r:.40}; it must be a whole number")
     if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
         raise CheckpointError(f"{folder / CONFIG_FILE} has keys {keys!r:.80}; they must be names of layers")
     adapter = Adapter(
@@ -180,7 +181,7 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
     return tensors
 
 
-def checked(adapter: Adapter, rank: object | Mapping[str, int]) -> Adapter:
+def checked(adapter: Adapter, rank: int | Mapping[str, int] | None) -> Adapter:
     """Checks that no tensor is missing or left over, and that the shapes agree.
 
     Args:
@@ -207,7 +208,8 @@ def checked(adapter: Adapter, rank: object | Mapping[str, int]) -> Adapter:
                 f"{adapter.source}: {path} lacks {missing[0]}; the file is incomplete, download or export it again"
             )
         a, b, *m = adapter.of(path)
-        if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or any(norms.shape != b.shape[1:] for norms in m):
+        fit = a.ndim == b.ndim == 2 and a.size and a.shape[1] == b.shape[0]
+        if not fit or any(norms.shape != b.shape[1:] for norms in m):
             shapes = ", ".join(f"{part} {list(adapter.tensors[f'{path}.{part}'].shape)}" for part in parts)
             expected = ", ".join(("[in, R]", "[R, out]", "[out]")[: len(parts)])
             raise CheckpointError(f"{adapter.source}: {path} has {shapes}; the shapes must be {expected}")

@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from phi4_mlx.generation.memory import cache_bytes
 from phi4_mlx.generation.options import LogitsMask
-from phi4_mlx.generation.sampling import Draw, LogitsProcessor, apply_processors, draw
+from phi4_mlx.generation.sampling import Draw, Draws, LogitsProcessor, apply_processors, draw
 from phi4_mlx.generation.steps import chunk_ends, finish_chunk
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.model import LanguageModel
@@ -311,25 +311,25 @@ class Batch:
         """Draws a token for each sequence from its row of the logits [B, V]; a failure is of one sequence alone."""
         mx.async_eval(logits)  # the device computes them while the host computes grammar masks
         greedy = draw(logits, None)
-        drawn: list[tuple[int, mx.array, mx.array]] = []
+        drawn: list[tuple[int, Draws]] = []
         for n, sequence in enumerate(sequences):
             try:
                 if sequence.is_greedy:
-                    drawn.append((n, greedy[0][n : n + 1], greedy[1][n : n + 1]))
+                    drawn.append((n, Draws(*(each[n : n + 1] for each in greedy))))
                 else:
-                    drawn.append((n, *_draw_one(sequence, logits, n)))
+                    drawn.append((n, _draw_one(sequence, logits, n)))
             except Exception as error:
                 events.append(self._fail(sequence, error))
-        mx.eval([token for _, token, _ in drawn])
-        for n, token, logprobs in drawn:
+        mx.eval([(draws.tokens, draws.scores) for _, draws in drawn])
+        for n, draws in drawn:
             sequence = sequences[n]
             try:
-                while (tokens := sequence.take(int(token.item()))) is None:
-                    token, logprobs = _draw_one(sequence, logits, n)
+                while (tokens := sequence.take(draws.numbers()[0])) is None:
+                    draws = _draw_one(sequence, logits, n)
             except Exception as error:
                 events.append(self._fail(sequence, error))
             else:
-                events += [Token(sequence, each, None if i else logprobs[0]) for i, each in enumerate(tokens)]
+                events += [Token(sequence, each, None if i else draws.logprobs[0]) for i, each in enumerate(tokens)]
 
     def _fail(self, sequence: BatchSequence, error: Exception) -> Fault:
         """Takes out a sequence that cannot continue."""
@@ -381,8 +381,8 @@ def _run_chunk(sequence: BatchSequence, room: int) -> tuple[int, mx.array | None
     return size, model.logits(hidden)[:, 0]
 
 
-def _draw_one(sequence: BatchSequence, logits: mx.array, n: int) -> tuple[mx.array, mx.array]:
-    """A token [1] and log-probabilities [1, V] for row n of the logits [B, V], as its sequence wants them drawn."""
+def _draw_one(sequence: BatchSequence, logits: mx.array, n: int) -> Draws:
+    """A token for row n of the logits [B, V], as its sequence wants it drawn."""
     row = logits[n : n + 1]
     if sequence.processors:
         row = apply_processors(sequence.processors, mx.array(sequence.ids), row)

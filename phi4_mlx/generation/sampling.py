@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from phi4_mlx.errors import RequestError, check_number, check_whole
+from phi4_mlx.errors import CheckpointError, RequestError, check_number, check_whole
 from phi4_mlx.terminal.limits import PENALTY_RANGE, REPETITION_PENALTY_RANGE, SEED_LIMIT, TEMPERATURE_LIMIT, TOP_K_LIMIT
 
 _MISS = math.log(2**-32)  # log of the accepted probability that no draw of several lies in the nucleus
@@ -25,7 +25,38 @@ Draw = Callable[[mx.array], mx.array]  # logits or log-probabilities [n, V] -> t
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]  # (tokens so far [S], logits [1, V]) -> logits [1, V]
 
 
-def draw(logits: mx.array, sampler: Draw | None, mask: mx.array | None = None) -> tuple[mx.array, mx.array]:
+class Draws(NamedTuple):
+    """Tokens on the device.
+
+    Attributes:
+        tokens: [n].
+        logprobs: log-probabilities [n, V], computed only when they are read.
+        scores: numbers [n, 1] that are finite if all logits are.
+    """
+
+    tokens: mx.array
+    logprobs: mx.array
+    scores: mx.array
+
+    def queue(self) -> None:
+        """Starts the computation of the tokens."""
+        mx.async_eval(self.tokens, self.scores)
+
+    def numbers(self) -> list[int]:
+        """The tokens as ids, once they are computed.
+
+        Raises:
+            CheckpointError: the model computed NaN or infinity.
+        """
+        if not all(math.isfinite(score) for (score,) in self.scores.tolist()):
+            raise CheckpointError(
+                "the model computed NaN or infinity instead of logits: its weights or the adapter's are damaged, or "
+                "too large for their dtype; get them again, or convert with --dtype float32"
+            )
+        return list(self.tokens.tolist())
+
+
+def draw(logits: mx.array, sampler: Draw | None, mask: mx.array | None = None) -> Draws:
     """Draws a token from each row of logits: the one place where tokens come from.
 
     Args:
@@ -34,12 +65,16 @@ def draw(logits: mx.array, sampler: Draw | None, mask: mx.array | None = None) -
         mask: allowed tokens, bool [V]; None for all.
 
     Returns:
-        (tokens [n], log-probabilities [n, V])
+        The tokens with their log-probabilities.
     """
     if mask is not None:
         logits = mx.where(mask, logits, -mx.inf)
-    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    return (mx.argmax(logits, axis=-1) if sampler is None else sampler(logprobs)), logprobs
+    total = mx.logsumexp(logits, axis=-1, keepdims=True)
+    logprobs = logits - total
+    if sampler is not None:
+        return Draws(sampler(logprobs), logprobs, total)
+    tokens = mx.argmax(logits, axis=-1)  # a NaN or an infinity wins it
+    return Draws(tokens, logprobs, mx.take_along_axis(logits, tokens[:, None], axis=-1))
 
 
 def apply_processors(processors: Iterable[LogitsProcessor], ids: mx.array, logits: mx.array) -> mx.array:

@@ -17,13 +17,11 @@ import mlx.core as mx
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import PREFILL_STEP_SIZE
 from phi4_mlx.generation.options import DecodeOptions, LogitsMask, Progress, Proposer
-from phi4_mlx.generation.sampling import Draw, LogitsProcessor, apply_processors, draw
+from phi4_mlx.generation.sampling import Draw, Draws, LogitsProcessor, apply_processors, draw
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 
 Drawn = tuple[int, mx.array]  # a token, and the log-probabilities [V] it was drawn from
-
-Pair = tuple[mx.array, mx.array]  # tokens [n], log-probabilities [n, V]
 
 CLEAR_EVERY = 256  # passes; frees the buffers of outgrown caches
 
@@ -178,8 +176,8 @@ class _Passes:
             progress(total, total)
         return logits
 
-    def draw(self, logits: mx.array, row: int | None = None, mask: mx.array | None = None) -> Pair:
-        """Tokens [n] and log-probabilities [n, V] for the logits [n, V] of a pass, or for one of its rows."""
+    def draw(self, logits: mx.array, row: int | None = None, mask: mx.array | None = None) -> Draws:
+        """Tokens for the logits [n, V] of a pass, or for one of its rows."""
         rows = range(logits.shape[0]) if row is None else [row]
         if self._processors:
             logits = mx.concatenate([self._processed(logits, each) for each in rows])
@@ -204,17 +202,17 @@ def finish_chunk(cache: PromptCache, snapshot: bool) -> None:
 
 def _plain_steps(ids: mx.array, max_tokens: int, passes: _Passes) -> Iterator[Drawn]:
     """Tokens as the model draws them; ids [1, T] are the prompt."""
-    waiting: tuple[mx.array, mx.array] | None = None
+    waiting: Draws | None = None
     for drawn in range(max_tokens):
-        token, logprobs = passes.draw(passes.advance(ids, 1, drawn > 0))
-        mx.async_eval(token)
+        draws = passes.draw(passes.advance(ids, 1, drawn > 0))
+        draws.queue()
         if waiting is not None:
-            yield int(waiting[0].item()), waiting[1]
-        waiting, ids = (token, logprobs[0]), token[:, None]
+            yield waiting.numbers()[0], waiting.logprobs[0]
+        waiting, ids = draws, draws.tokens[:, None]
         if drawn % CLEAR_EVERY == CLEAR_EVERY - 1:
             mx.clear_cache()
     if waiting is not None:
-        yield int(waiting[0].item()), waiting[1]
+        yield waiting.numbers()[0], waiting.logprobs[0]
 
 
 def _guessed_steps(ids: mx.array, max_tokens: int, passes: _Passes, proposer: Proposer) -> Iterator[Drawn]:
@@ -226,41 +224,41 @@ def _guessed_steps(ids: mx.array, max_tokens: int, passes: _Passes, proposer: Pr
     proposer.begin([*passes.cache.ids[0].tolist(), *ids[0].tolist()])
     # Before a pass the newest token is either unread, in `waiting` and on the device in `ids`, or read, in `newest`.
     # Before the first pass it is neither: `ids` are the prompt.
-    waiting: tuple[mx.array, mx.array] | None = None
+    waiting: Draws | None = None
     newest: int | None = None
     ready: list[Drawn] = []  # read and not yet yielded
     left, count = max_tokens, 0
     while left:
         if waiting is not None and proposer.pays():
-            newest = int(waiting[0].item())
-            ready, waiting = [(newest, waiting[1])], None
+            newest = waiting.numbers()[0]
+            ready, waiting = [(newest, waiting.logprobs[0])], None
             proposer.extend([newest])
         start = time.perf_counter()
         guesses = _guesses(proposer, passes.cache, left - 1, 1) if newest is not None else []
         if newest is not None:
             ids = mx.array([[newest, *guesses]], mx.int32)
-        tokens, logprobs = passes.draw(passes.advance(ids, 1 + len(guesses), count > 0))
-        mx.async_eval(tokens)
+        draws = passes.draw(passes.advance(ids, 1 + len(guesses), count > 0))
+        draws.queue()
         if guesses:
-            numbers = tokens.tolist()
+            numbers = draws.numbers()
             certain = numbers[: _shared(numbers, guesses) + 1]
             passes.cache.trim(len(guesses) + 1 - len(certain))
             proposer.took(1 + len(guesses), time.perf_counter() - start)
-            ready += zip(certain, logprobs, strict=False)
+            ready += zip(certain, draws.logprobs, strict=False)
             newest, left = certain[-1], left - len(certain)
             proposer.extend(certain)
         else:
             if waiting is not None:
-                ready = [(int(waiting[0].item()), waiting[1])]
+                ready = [(waiting.numbers()[0], waiting.logprobs[0])]
                 proposer.took(1, time.perf_counter() - start)
                 proposer.extend([ready[0][0]])
-            waiting, ids, newest, left = (tokens, logprobs[0]), tokens[:, None], None, left - 1
+            waiting, ids, newest, left = draws, draws.tokens[:, None], None, left - 1
         yield from ready
         ready, count = [], count + 1
         if count % CLEAR_EVERY == 0:
             mx.clear_cache()
     if waiting is not None:
-        yield int(waiting[0].item()), waiting[1]
+        yield waiting.numbers()[0], waiting.logprobs[0]
 
 
 def _masked_steps(
@@ -278,7 +276,7 @@ def _masked_steps(
         logits = passes.advance(mx.array([[*unread, *guesses]], mx.int32), 1 + len(guesses), count > 0)
         mx.async_eval(logits)
         first = passes.draw(logits, 0, logits_mask.mask())  # the host computes the mask while the device runs
-        mx.async_eval(first[0])
+        first.queue()
         yield from waiting
         certain = _accepted(first, logits, 0, passes, logits_mask)[:left]
         while (n := len(certain)) < min(left, len(logits)) and [token for token, _ in certain] == guesses[:n]:
@@ -316,15 +314,13 @@ def _shared(tokens: Sequence[int], guesses: Sequence[int]) -> int:
 
 
 def _accepted(
-    drawn: Pair, logits: mx.array, row: int, passes: _Passes, logits_mask: LogitsMask
+    draws: Draws, logits: mx.array, row: int, passes: _Passes, logits_mask: LogitsMask
 ) -> list[Drawn]:
     """The first token drawn from a row of the logits that the mask accepts, and the tokens it forces."""
-    token, logprobs = drawn
-    number = int(token.item())
-    while (forced := logits_mask.accept(number)) is None:
-        token, logprobs = passes.draw(logits, row, logits_mask.mask())
-        number = int(token.item())
-    return [(number, logprobs[0]), *((each, _certain(each, logprobs[0])) for each in forced)]
+    while (forced := logits_mask.accept(draws.numbers()[0])) is None:
+        draws = passes.draw(logits, row, logits_mask.mask())
+    number, logprobs = draws.numbers()[0], draws.logprobs[0]
+    return [(number, logprobs), *((each, _certain(each, logprobs)) for each in forced)]
 
 
 def _certain(token: int, like: mx.array) -> mx.array:

@@ -26,10 +26,10 @@ class Vocabulary:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        if not tokenizer.eos_ids:
-            raise RequestError("this tokenizer has no token that ends a turn, so an answer could not end")
         self.size = tokenizer.vocab_size
-        self.eos = sorted(tokenizer.eos_ids)
+        self.eos = sorted(token for token in tokenizer.eos_ids if token < self.size)
+        if not self.eos:
+            raise RequestError("this tokenizer has no token that ends a turn, so an answer could not end")
         end = tokenizer.control_ids.get("<|end|>")
         self.end = end if end in self.eos else self.eos[0]
         texts = [bytes(tokenizer.token_bytes(token)) for token in range(self.size)]
@@ -44,7 +44,7 @@ class Vocabulary:
 
         from llguidance import LLTokenizer
 
-        wrapper: Any = _Wrapper(tokenizer, texts, sorted(controls), of_byte)
+        wrapper: Any = _Wrapper(tokenizer, texts, sorted(controls), of_byte, self.eos[0])
         self.library = LLTokenizer(wrapper, n_vocab=self.size, eos_token=self.eos)
 
 
@@ -54,9 +54,11 @@ class _Wrapper:
     is_tokenizer_wrapper = True
     bos_token_id = None
 
-    def __init__(self, tokenizer: Tokenizer, tokens: list[bytes], special: list[int], of_byte: dict[int, int]):
+    def __init__(
+        self, tokenizer: Tokenizer, tokens: list[bytes], special: list[int], of_byte: dict[int, int], end: int
+    ):
         self._tokenizer = weakref.proxy(tokenizer)  # `_known` must not keep its own key alive
-        self.eos_token_id = min(tokenizer.eos_ids)
+        self.eos_token_id = end
         self.tokens, self.special_token_ids = tokens, special
         self._of_byte = of_byte
 

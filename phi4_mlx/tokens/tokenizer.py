@@ -6,11 +6,12 @@ or from `encode(text, specials=True)`, which reads a text as Hugging Face does.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import index
 from pathlib import Path
 from typing import Any, Protocol, SupportsIndex
@@ -34,6 +35,8 @@ _SENTENCEPIECE = [
     {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
 ]  # fmt: skip
 _STRIP = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+_MAX_IDS = 2**24  # far above any vocabulary; tiktoken's ids have 32 bits
+_LONGEST_TOKEN = 1000  # characters; o200k's longest token has 128
 
 
 class Control(str):
@@ -255,6 +258,11 @@ class LibraryTokenizer(Tokenizer):
     """
 
     def __init__(self, spec: Mapping[str, Any], eos_ids: Iterable[int] = ()):
+        for setting in ("continuing_subword_prefix", "end_of_word_suffix"):
+            if spec["model"].get(setting):
+                raise TokenizerError(
+                    f"tokenizer.json: {setting} {spec['model'][setting]!r:.60} is not of this family; it must be empty"
+                )
         decoder = spec.get("decoder") or {}
         steps = decoder.get("decoders")
         self._byte_level = decoder.get("type") == "ByteLevel"
@@ -285,11 +293,10 @@ class LibraryTokenizer(Tokenizer):
         return FallbackDecoder(self.token_bytes, drop_space=self.leading_spaces == 1)
 
     def _encode_plain(self, text: str, at_start: bool) -> list[int]:
-        library = self._plain if at_start else self._plain_inside
-        return list(library.encode(_whole(text), add_special_tokens=False).ids)
+        return _library_ids(self._plain if at_start else self._plain_inside, text)
 
     def _encode_specials(self, text: str) -> list[int]:
-        return list(self._library.encode(_whole(text), add_special_tokens=False).ids)
+        return _library_ids(self._library, text)
 
 
 def longest_run_exceeds(text: str, limit: int) -> bool:
@@ -331,12 +338,14 @@ def load_tokenizer(folder: Path, prove: bool = False) -> Tokenizer:
         raise TokenizerError(f"{path} is not JSON: {error}") from None
     eos_ids = _eos_ids(folder)
     try:
+        if not merged:  # else its hash is known
+            _check_ids(spec)
         _check_added_tokens(spec)
         agree = merged or (not prove and _recorded_to_agree(folder, raw))
         if _tiktoken_can_express(spec) and (agree or byte_bpe.merges_agree(spec)):
             return ByteTokenizer(spec, byte_bpe.ranks(spec, merged), eos_ids)
         return LibraryTokenizer(json.loads(raw) if merged else spec, eos_ids)
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError, RecursionError) as error:
         raise TokenizerError(f"{path} does not have a tokenizer's layout: {type(error).__name__} {error}") from None
 
 
@@ -357,6 +366,15 @@ def _recorded_to_agree(folder: Path, raw: bytes) -> bool:
     return recorded == hashlib.sha256(raw).hexdigest()
 
 
+def _check_ids(spec: Any) -> None:
+    for text, number in spec["model"]["vocab"].items():
+        if type(number) is not int or not 0 <= number < _MAX_IDS or len(text) > _LONGEST_TOKEN:
+            raise TokenizerError(
+                f"tokenizer.json: {text!r:.60} has id {number!r:.40}; ids are whole numbers below {_MAX_IDS:,}, and "
+                f"texts have at most {_LONGEST_TOKEN:,} characters"
+            )
+
+
 def _check_added_tokens(spec: Any) -> None:
     tokens = spec.get("added_tokens") if isinstance(spec, dict) else None
     if not isinstance(tokens, list) or not isinstance(spec.get("model"), dict):
@@ -365,10 +383,12 @@ def _check_added_tokens(spec: Any) -> None:
     texts = {token: text for text, token in ids.items()}
     for token in tokens:
         text, number = token["content"], token["id"]
-        if type(number) is not int or number < 0 or not isinstance(text, str) or not text or text != _whole(text):
+        is_id = type(number) is int and 0 <= number < _MAX_IDS
+        is_text = isinstance(text, str) and 0 < len(text) <= _LONGEST_TOKEN and text == _whole(text)
+        if not is_id or not is_text:
             raise TokenizerError(f"tokenizer.json: added token {token!r:.100} lacks an id or a text")
         if ids.setdefault(text, number) != number or texts.setdefault(number, text) != text:
-            raise TokenizerError(f"tokenizer.json: added token {text!r} has id {number}; that id or text is taken")
+            raise TokenizerError(f"tokenizer.json: added token {text!r:.60} has id {number}; that id or text is taken")
 
 
 def _eos_ids(folder: Path) -> set[int]:
@@ -379,8 +399,8 @@ def _eos_ids(folder: Path) -> set[int]:
             continue
         value = read_json(folder / name).get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token) is int and token >= 0 for token in ids):
-            raise TokenizerError(f"{folder / name}: eos_token_id {value!r} is neither a token id nor a list of them")
+        if not all(type(token) is int and 0 <= token < _MAX_IDS for token in ids):
+            raise TokenizerError(f"{folder / name}: eos_token_id {value!r:.60} is neither a token id nor a list of ids")
         found.update(ids)
     return found
 
@@ -388,11 +408,27 @@ def _eos_ids(folder: Path) -> set[int]:
 def _library(spec: Mapping[str, Any]) -> Any:
     from tokenizers import Tokenizer as Library
 
+    # Both settings are for training batches, and would cut or pad a prompt.
+    text = json.dumps({**spec, "truncation": None, "padding": None})
+    with _library_errors():
+        return Library.from_str(text)
+
+
+def _library_ids(library: Any, text: str) -> list[int]:
+    with _library_errors():
+        return list(library.encode(_whole(text), add_special_tokens=False).ids)
+
+
+@contextlib.contextmanager
+def _library_errors() -> Iterator[None]:
+    """Reports what the library cannot read, or cannot work with."""
     try:
-        # Both settings are for training batches, and would cut or pad a prompt.
-        return Library.from_str(json.dumps({**spec, "truncation": None, "padding": None}))
-    except Exception as error:  # the library has no more specific class
-        raise TokenizerError(f"tokenizer.json cannot be read: {' '.join(str(error).split())}") from None
+        yield
+    except BaseException as error:
+        # The library has no more specific class; a panic of Rust's is a BaseException, which no module exports.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(f"tokenizer.json cannot be used: {' '.join(str(error).split())}") from None
 
 
 def _sentencepiece_bytes(entry: str) -> bytes:

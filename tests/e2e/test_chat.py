@@ -56,6 +56,12 @@ def test_a_pipe_is_answered_line_by_line_in_one_conversation(model: str) -> None
     assert chat(*options, stdin=b"").stdout == b""
 
 
+def test_a_line_of_a_pipe_has_a_limit() -> None:
+    done = chat("--model", "demo", "--max-tokens", "3", stdin=b"one\n" + b"a" * (2**24 + 1), code=2)
+    assert b"line 2 of standard input has more than 16,777,216 bytes" in done.stderr
+
+
+
 def test_prompt_answers_once(model: str) -> None:
     options = ["--model", model, "--max-tokens", "10"]
     once = chat(*options, "--prompt", "one", stdin=b"ignored\n")

@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from phi4_mlx.adapters.layers import load_adapter
 from phi4_mlx.checkpoint import load, share_weights
-from phi4_mlx.errors import Phi4Error, RequestError
+from phi4_mlx.errors import CheckpointError, Phi4Error, RequestError
 from phi4_mlx.generation.batch import Batch, BatchSequence, Fault, Token
 from phi4_mlx.generation.memory import cache_bytes, memory_limit
 from phi4_mlx.generation.options import LogitsMask, is_forced
@@ -392,7 +392,7 @@ def _handle(engine: Engine, message: Job | Cancel | Ping) -> list[Event]:
 
 def _failure(job: Job, error: Exception) -> Failure:
     if isinstance(error, Phi4Error):
-        return Failure(job.id, 400, _told(error))
+        return Failure(job.id, 500 if isinstance(error, CheckpointError) else 400, _told(error))
     return Failure(job.id, 500, f"the engine could not answer: {type(error).__name__}: {_told(error)}")
 
 

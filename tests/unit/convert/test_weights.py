@@ -139,7 +139,7 @@ def test_memory_does_not_grow_with_the_tensors(tmp_path: Path, monkeypatch: pyte
     mx.save_safetensors(str(path), {str(n): mx.zeros((8192, 1024), mx.bfloat16) for n in range(4)})
     scheme = make_recipe("affine", 4, 64, None).scheme
     parameters = [
-        Parameter(name, (Stored(path, info),), scheme.layout(name, "BF16", info.shape), "BF16", None, scheme)
+        Parameter(name, (Stored(path, name, info),), scheme.layout(name, "BF16", info.shape), "BF16", None, scheme)
         for name, info in read_header(path).items()
     ]
     mx.reset_peak_memory()

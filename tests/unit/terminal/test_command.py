@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi4_mlx.errors import ConfigError, RequestError
+from phi4_mlx.files.regular_file import SMALL_BYTES
 from phi4_mlx.generation.sampling import Sampling
-from phi4_mlx.terminal.command import Parser, number, run, text, utf8
+from phi4_mlx.terminal.command import Parser, number, read_standard_input, run, text, utf8
 from phi4_mlx.terminal.options import SAMPLING, add_decoding_options, check_decoding_options
 from phi4_mlx.terminal.printable import one_line, printable
 from tests.conftest import ROOT
@@ -119,6 +121,16 @@ def test_numbers_inside_their_limits() -> None:
     assert number(int, 1, 3)("3") == 3
     with pytest.raises(argparse.ArgumentTypeError, match=r"'1.5' is not a whole number from 1 to 3,000"):
         number(int, 1, 3000)("1.5")
+
+
+def test_standard_input_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    for size in (SMALL_BYTES, SMALL_BYTES + 1, 2 * SMALL_BYTES):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a" * size)))
+        if size == SMALL_BYTES:
+            assert len(read_standard_input()) == size
+        else:
+            with pytest.raises(RequestError, match="standard input has more than 16,777,216 bytes, the limit"):
+                read_standard_input()
 
 
 def test_text_that_is_not_utf8() -> None:
