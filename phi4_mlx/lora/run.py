@@ -105,7 +105,7 @@ def finetune(settings: Settings | Mapping[str, Any], *, resume: bool = False, te
     make_trainable(model, settings)
     run_folder = RunFolder(
         folder, len(model.layers), keep_checkpoints=settings.keep_checkpoints,
-        adapter_config={"model": settings.model or DEFAULT_MODEL}, warn=tell,
+        adapter_config={"model": settings.model or DEFAULT_MODEL, "data": settings.data}, warn=tell,
     )  # fmt: skip
     trainer = Trainer(model, batches, settings, run_folder, validation, loss_of(settings), group)
     step = trainer.resume() if resume else 0
