@@ -91,7 +91,7 @@ def make_probes(
             if token in ends:
                 break
         now, before = (_log_probs(model, ids, len(prompt)) for model in (tuned, base))
-        tokens = mx.argsort(-now, axis=-1)[:, :_LIKELIEST]
+        tokens = mx.argpartition(-now, min(_LIKELIEST, now.shape[1] - 1), axis=-1)[:, :_LIKELIEST]
         log_probs = _coarse(now, tokens)
         change = _divergence(log_probs, _coarse(before, tokens))
         yield Probe(ids, len(prompt), own, tokens, log_probs, change, _first_other(before, ids[len(prompt) :]))

@@ -210,7 +210,7 @@ def _record(tuned: LanguageModel, paths: Sequence[str], probes: Sequence[Probe])
     recorders = {path: _Recorder(layer) for path, layer in layers.items()}
     tuned.update_modules(tree_unflatten(list(recorders.items())))
     for probe in probes:
-        tuned.hidden(mx.array([probe.ids]))
+        tuned.logits(tuned.hidden(mx.array([probe.ids])))
         mx.eval([recorder.inputs[-1] for recorder in recorders.values()])
     tuned.update_modules(tree_unflatten(list(layers.items())))
     return {path: mx.concatenate(recorder.inputs) for path, recorder in recorders.items()}
@@ -222,6 +222,7 @@ def _layer(scheme: Scheme | None, arrays: Sequence[mx.array]) -> nn.Module:
         layer = nn.Linear(1, 1, bias=False)
         layer.weight = arrays[0]
         return layer
-    layer = nn.QuantizedLinear(scheme.group_size, 1, bias=False, **vars(scheme))
+    rows, words = arrays[0].shape
+    layer = nn.QuantizedLinear(words * 32 // scheme.bits, rows, bias=False, **vars(scheme))
     layer.update(dict(zip(("weight", "scales", "biases"), arrays, strict=False)))
     return layer

@@ -92,7 +92,10 @@ def fuse(
         tokenizer = load_tokenizer_and_format(folder, model_type=config.model_type)
         prompts = [(ids, True) for ids in own_prompts(Path(adapter_path), tokenizer)]
         prompts += [(ids, False) for ids in found_prompts(base, tuned, tokenizer)]
-        probes.extend(make_probes(base, tuned, prompts, tokenizer.eos_ids))
+        for probe in make_probes(base, tuned, prompts, tokenizer.eos_ids):
+            probes.append(probe)
+            if progress:
+                progress(len(probes) * base.weights_bytes, len(prompts) * base.weights_bytes)
         quantised = {path: planned[path] for path in adapter.paths if planned[path].target}
         arrays: Mapping[str, list[mx.array]] = {}
         if quantised:

@@ -11,6 +11,7 @@ import mlx.core as mx
 import pytest
 
 from phi4_mlx import load
+from phi4_mlx.adapters.folder import Adapter, write_folder
 from phi4_mlx.adapters.layers import adapter_layers, add_adapter
 from phi4_mlx.adapters.linear import DoRALinear
 from phi4_mlx.convert import weights
@@ -155,6 +156,29 @@ def test_matrices_that_would_lose_the_adapter_get_more_bits(
         verify_manifest(tmp_path / str(share))
     assert fused.base_bytes <= sizes[0] < sizes[1] < sizes[2] and errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.1 * errors[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["mxfp4", "nvfp4", "mxfp8"])
+def test_matrices_of_other_modes_get_more_bits_too(tiny_checkpoint: Checkpoint, tmp_path: Path, mode: str) -> None:
+    convert(tiny_checkpoint(), tmp_path / "base", quantize=True, q_mode=mode)
+    adapter = train_adapter(tmp_path / "base", tmp_path / "adapter", size=0.01)
+    fused = fuse(tmp_path / "base", adapter, tmp_path / "out")
+    assert fused.raised and fused.package_bytes > fused.base_bytes
+    assert all(scheme is None or scheme.mode in ("affine", mode) for scheme in fused.schemes.values())
+    assert load(tmp_path / "out", verify=True)[0](IDS).shape == (1, 90, 512)
+
+
+def test_an_adapter_on_the_head_is_fused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    convert(tiny_checkpoint(tie_word_embeddings=False), tmp_path / "base", **FOUR_BITS)
+    a, b = (mx.random.normal(shape, key=mx.random.key(n)) for n, shape in enumerate([(96, 2), (2, 512)]))
+    adapter = Adapter("lora", 1.0, 0.0, {"lm_head.lora_a": 0.1 * a, "lm_head.lora_b": b}, "head")
+    write_folder(tmp_path / "adapter", adapter, 2)
+    fused = fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert list(fused.schemes) == ["lm_head"] and fused.effect.keeps
+    assert difference(tmp_path / "out", tmp_path / "base") > difference(
+        tmp_path / "out", tmp_path / "base", tmp_path / "adapter"
+    )
 
 
 def test_mlx_lm_loads_a_fused_package(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
