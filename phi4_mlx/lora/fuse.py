@@ -25,6 +25,8 @@ from phi4_mlx.files.dtypes import mlx_dtype
 from phi4_mlx.lora.effect import Effect, Probe, make_probes, measure
 from phi4_mlx.lora.fitting import Fitting, dense, outputs_of, with_adapter
 from phi4_mlx.lora.probes import found_prompts, own_prompts
+from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.tokens.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -78,51 +80,64 @@ def fuse(
         CheckpointError: base or adapter is missing or damaged, or the adapter does not fit the base.
         ConfigError, TokenizerError: the base's files are missing, damaged or not supported.
     """
-    adapter = read_adapter(Path(adapter_path))
-    measured = Measurement()
-    probes: list[Probe] = []
-    parameters: list[Parameter] = []
+    fusion = _Fusion(Path(adapter_path), dequantize, progress)
+    target = Path(os.path.expanduser(save_path))
+    write_package(target, model, revision, fusion.planned, progress)
+    fused = {path: fusion.parameters[path] for path in fusion.adapter.paths}
+    change, error = fusion.measured.relative_rms()
+    return Fused(
+        schemes={path: each.target for path, each in fused.items()},
+        raised=[path for path, each in fused.items() if each.target != each.packed],
+        base_bytes=sum(each.input_bytes for each in fusion.parameters.values()),
+        package_bytes=sum(each.output_bytes for each in fusion.parameters.values()),
+        change=change,
+        error=error,
+        effect=measure(load_model(target), fusion.probes),
+    )
 
-    def planned(folder: Path, config: Config) -> list[Parameter]:
+
+class _Fusion:
+    """One fusion: measures the adapter, then plans the package."""
+
+    def __init__(self, adapter_path: Path, dequantize: bool, progress: Callable[[int, int], Any] | None):
+        self.adapter = read_adapter(adapter_path)
+        self.measured = Measurement()
+        self.probes: list[Probe] = []
+        self.parameters: dict[str, Parameter] = {}
+        self._path, self._dequantize = adapter_path, dequantize
+        self._progress = progress or (lambda done, total: None)
+
+    def planned(self, folder: Path, config: Config) -> list[Parameter]:
+        """The parameters of the package, for `write_package`."""
         base = load_model(folder)
-        check_fit(base, adapter)
-        planned = {each.path: each for each in plan(folder, config, None, None, dequantize)}
+        check_fit(base, self.adapter)
+        plans = {each.path: each for each in plan(folder, config, None, None, self._dequantize)}
         tuned = share_weights(base)
-        put_adapter(tuned, adapter)
-        tokenizer = load_tokenizer_and_format(folder, model_type=config.model_type)
-        prompts = [(ids, True) for ids in own_prompts(Path(adapter_path), tokenizer)]
-        prompts += [(ids, False) for ids in found_prompts(base, tuned, tokenizer)]
-        for probe in make_probes(base, tuned, prompts, tokenizer.eos_ids):
-            probes.append(probe)
-            if progress:
-                progress(len(probes) * base.weights_bytes, len(prompts) * base.weights_bytes)
-        quantised = {path: planned[path] for path in adapter.paths if planned[path].target}
+        put_adapter(tuned, self.adapter)
+        self._measure(base, tuned, load_tokenizer_and_format(folder, model_type=config.model_type))
+        quantised = {path: plans[path] for path in self.adapter.paths if plans[path].target}
         arrays: Mapping[str, list[mx.array]] = {}
         if quantised:
-            fitting = Fitting(base, tuned, adapter, quantised, probes, progress or (lambda done, total: None))
+            fitting = Fitting(base, tuned, self.adapter, quantised, self.probes, self._progress)
             fitting.fit()
             arrays = fitting.arrays
             for path, scheme in fitting.choice.items():
-                outputs = outputs_of(planned[path], scheme, adapter.of(path)[0].shape[0])
-                planned[path] = replace(planned[path], target=scheme, outputs=outputs)
-        for path in adapter.paths:
-            planned[path] = FusedParameter(**vars(planned[path]), adapter=adapter, measured=measured, arrays=arrays)
-        parameters.extend(planned.values())
-        return parameters
+                outputs = outputs_of(plans[path], scheme, self.adapter.of(path)[0].shape[0])
+                plans[path] = replace(plans[path], target=scheme, outputs=outputs)
+        for path in self.adapter.paths:
+            plans[path] = FusedParameter(
+                **vars(plans[path]), adapter=self.adapter, measured=self.measured, arrays=arrays
+            )
+        self.parameters = plans
+        return list(plans.values())
 
-    target = Path(os.path.expanduser(save_path))
-    write_package(target, model, revision, planned, progress)
-    schemes = {each.path: each.target for each in parameters if isinstance(each, FusedParameter)}
-    change, error = measured.relative_rms()
-    return Fused(
-        schemes=schemes,
-        raised=[each.path for each in parameters if each.path in schemes and each.target != each.packed],
-        base_bytes=sum(each.input_bytes for each in parameters),
-        package_bytes=sum(each.output_bytes for each in parameters),
-        change=change,
-        error=error,
-        effect=measure(load_model(target), probes),
-    )
+    def _measure(self, base: LanguageModel, tuned: LanguageModel, tokenizer: Tokenizer) -> None:
+        """Finds prompts, and answers them with the adapter."""
+        prompts = [(ids, True) for ids in own_prompts(self._path, tokenizer)]
+        prompts += [(ids, False) for ids in found_prompts(base, tuned, tokenizer)]
+        for probe in make_probes(base, tuned, prompts, tokenizer.eos_ids):
+            self.probes.append(probe)
+            self._progress(len(self.probes) * base.weights_bytes, len(prompts) * base.weights_bytes)
 
 
 class Measurement:
