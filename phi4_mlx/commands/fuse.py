@@ -57,8 +57,8 @@ def _fuse(args: argparse.Namespace) -> None:
         print(line)
     effect = fused.effect
     print(
-        f"on {effect.own} prompts of the adapter's data and {effect.prompts - effect.own} others, the adapter changes "
-        f"{effect.changed} answers: the package answers {effect.as_adapter} of these as the adapter does and "
+        f"measured on {effect.own} of the data's prompts and {effect.prompts - effect.own} others: the adapter changes "
+        f"{effect.changed} answers; the package gives {effect.as_adapter} of these as the adapter does and "
         f"{effect.as_base} as the base does; {effect.kept:.1%} of the effect on probabilities is kept"
     )
     if not effect.keeps:

@@ -35,7 +35,7 @@ class Fused:
 
     Attributes:
         schemes: path of each fused matrix -> its quantisation; None for dense.
-        raised: paths of the matrices that have more bits than in the base.
+        raised: paths of the matrices that have more bits than in the base, to keep the effect.
         base_bytes: bytes of the base's weights.
         package_bytes: bytes of the package's weights.
         change: relative RMS by which the adapter changes the fused matrices.
@@ -87,7 +87,7 @@ def fuse(
     change, error = fusion.measured.relative_rms()
     return Fused(
         schemes={path: each.target for path, each in fused.items()},
-        raised=[path for path, each in fused.items() if each.target != each.packed],
+        raised=[path for path, each in fused.items() if not dequantize and each.target != each.packed],
         base_bytes=sum(each.input_bytes for each in fusion.parameters.values()),
         package_bytes=sum(each.output_bytes for each in fusion.parameters.values()),
         change=change,
