@@ -1,14 +1,20 @@
-"""`python -m phi4_mlx fuse`: merges an adapter into its base model, and reports the loss of precision."""
+"""`python -m phi4_mlx fuse`: merges an adapter into its base model, and reports how much of its effect is kept."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import time
+from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
+from phi4_mlx.errors import RequestError
 from phi4_mlx.terminal.command import Parser, progress_bar, run, word
+
+if TYPE_CHECKING:
+    from phi4_mlx.lora.fuse import Fused
+
+_SHOWN = 8  # paths of matrices on a line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +31,10 @@ def _parser() -> Parser:
         help="the adapter, saved by training or by PEFT (default: %(default)s)",
     )  # fmt: skip
     add("--save-path", type=word, default="fused_model", metavar="OUT", help="the new folder (default: %(default)s)")
-    add("--dequantize", action="store_true", help="write unquantised weights (default: as the base is)")
+    add(
+        "--dequantize", action="store_true",
+        help="write unquantised weights (default: as the base, in more bits where the adapter would be lost)",
+    )  # fmt: skip
     add("--revision", type=word, help="branch, tag or commit of the Hugging Face id")
     return parser
 
@@ -36,13 +45,38 @@ def _fuse(args: argparse.Namespace) -> None:
     begin = time.perf_counter()
     with progress_bar("fusing") as progress:
         fused = fuse(args.model, args.adapter_path, args.save_path, args.dequantize, args.revision, progress=progress)
-    size = sum(path.stat().st_size for path in Path(os.path.expanduser(args.save_path)).glob("*.safetensors"))
-    print(f"{args.save_path}: {size:,} bytes of weights, {time.perf_counter() - begin:.1f} s")
     print(
-        f"{fused.tensors} matrices: the adapter changes them by {fused.change:.2%} (relative RMS); "
+        f"{args.save_path}: {fused.package_bytes:,} bytes of weights, the base has {fused.base_bytes:,}; "
+        f"{time.perf_counter() - begin:.1f} s"
+    )
+    print(
+        f"{len(fused.schemes)} matrices: the adapter changes them by {fused.change:.2%} (relative RMS); "
         f"as stored, they are {fused.error:.2%} off"
     )
+    for line in _bits(fused):
+        print(line)
+    effect = fused.effect
     print(
-        f"logits on {fused.prompt_tokens} tokens, compared with base and adapter: {fused.max_difference:.3g} off "
-        f"at most, {fused.mean_difference:.3g} on average; the likeliest token is the same at {fused.agreeing}"
+        f"measured on {effect.own} of the data's prompts and {effect.prompts - effect.own} others: the adapter changes "
+        f"{effect.changed} answers; the package gives {effect.as_adapter} of these as the adapter does and "
+        f"{effect.as_base} as the base does; {effect.kept:.1%} of the effect on probabilities is kept"
     )
+    if not effect.keeps:
+        raise RequestError(
+            f"{args.save_path} is written, but does not keep the fine-tune (see above), though its fused matrices are "
+            "not quantised; use the adapter with --adapter-path instead, or train it longer"
+        )
+
+
+def _bits(fused: Fused) -> list[str]:
+    """The bits of the fused matrices, a line for each kind, with the paths of those that the package stores in more."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for path, scheme in fused.schemes.items():
+        kinds[f"in {scheme.bits} bits ({scheme.mode})" if scheme else "unquantised"].append(path)
+    lines = []
+    for kind, paths in kinds.items():
+        raised = [path.removeprefix("model.") for path in paths if path in fused.raised]
+        more = f" and {len(raised) - _SHOWN} more" if len(raised) > _SHOWN else ""
+        names = f", more than in the base: {', '.join(raised[:_SHOWN])}{more}" if raised else ""
+        lines.append(f"{len(paths)} matrices {kind}{names}")
+    return lines

@@ -1,33 +1,32 @@
 """Fusing an adapter into the weights of its base, which makes a package of its own.
 
-The weights pass through the converter in blocks of rows, so memory does not grow with the model. If the base is
-quantised, each fused matrix is quantised again in the same way, and the error of that is measured.
+If the base is quantised, the fused matrices are quantised too, in as few bytes as keep the adapter's effect, which is
+measured on prompts. A dense package is written in blocks of rows, so memory does not grow with the model.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from phi4_mlx.adapters.folder import FULL, Adapter
+from phi4_mlx.adapters.folder import Adapter
 from phi4_mlx.adapters.layers import check_fit, put_adapter, read_adapter
-from phi4_mlx.checkpoint import load_model
+from phi4_mlx.checkpoint import load_model, load_tokenizer_and_format, share_weights
 from phi4_mlx.config import Config
 from phi4_mlx.convert.package import write_package
 from phi4_mlx.convert.quantize import Scheme
 from phi4_mlx.convert.weights import Parameter, plan
 from phi4_mlx.files.dtypes import mlx_dtype
-from phi4_mlx.hub import resolve
+from phi4_mlx.lora.effect import Effect, Probe, make_probes, measure
+from phi4_mlx.lora.fitting import Fitting, dense, outputs_of, with_adapter
+from phi4_mlx.lora.probes import found_prompts, own_prompts
 from phi4_mlx.models.model import LanguageModel
-from phi4_mlx.tokens.tokenizer import load_tokenizer
-
-PROMPT = "The quick brown fox jumps over the lazy dog. 1, 2, 3, 4, 5: which number comes next, and why?"
-"""The prompt on which the logits of the package are compared with those of base and adapter."""
+from phi4_mlx.tokens.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -35,23 +34,22 @@ class Fused:
     """The result of a fusion.
 
     Attributes:
-        tensors: number of fused matrices.
-        change: relative RMS by which the adapter changes them.
+        schemes: path of each fused matrix -> its quantisation; None for dense.
+        raised: paths of the matrices that have more bits than in the base, to keep the effect.
+        base_bytes: bytes of the base's weights.
+        package_bytes: bytes of the package's weights.
+        change: relative RMS by which the adapter changes the fused matrices.
         error: relative RMS of the stored matrices from the exact sum of base and adapter.
-        max_difference: largest absolute difference of a logit on `PROMPT`, between the package and the base with the
-            adapter on.
-        mean_difference: mean absolute difference of these logits.
-        agreeing: number of the prompt's tokens at which the likeliest next token is the same.
-        prompt_tokens: number of tokens of the prompt.
+        effect: how much of the adapter's effect the package keeps, measured on the package itself.
     """
 
-    tensors: int
+    schemes: Mapping[str, Scheme | None]
+    raised: Sequence[str]
+    base_bytes: int
+    package_bytes: int
     change: float
     error: float
-    max_difference: float
-    mean_difference: float
-    agreeing: int
-    prompt_tokens: int
+    effect: Effect
 
 
 def fuse(
@@ -69,33 +67,77 @@ def fuse(
         model: the base, a folder or a Hub id.
         adapter_path: the adapter's folder, in mlx-lm's layout or PEFT's.
         save_path: the package's folder; must not exist yet.
-        dequantize: True for a dense package; else a quantised base stays quantised in the same way.
+        dequantize: True for a dense package; else a quantised base stays quantised in the same way, except matrices
+            that need more bits to keep the adapter's effect.
         revision: a commit, branch or tag of the Hub repository.
-        progress: called with (bytes done, total bytes) of the base.
+        progress: called with (bytes done, total bytes) of each pass over the weights.
 
     Returns:
-        How far the package is from the base with the adapter on.
+        What the package keeps of the adapter's effect, and its size.
 
     Raises:
         RequestError: the target exists or cannot be written, or there is nothing to dequantise.
         CheckpointError: base or adapter is missing or damaged, or the adapter does not fit the base.
         ConfigError, TokenizerError: the base's files are missing, damaged or not supported.
     """
-    adapter = read_adapter(Path(adapter_path))
-    measured = Measurement()
-
-    def planned(folder: Path, config: Config) -> list[Parameter]:
-        check_fit(load_model(folder), adapter)
-        paths = set(adapter.paths)
-        return [
-            FusedParameter(**vars(each), adapter=adapter, measured=measured) if each.path in paths else each
-            for each in plan(folder, config, None, None, dequantize)
-        ]
-
+    fusion = _Fusion(Path(adapter_path), dequantize, progress)
     target = Path(os.path.expanduser(save_path))
-    write_package(target, model, revision, planned, progress)
-    change, error = measured.relative_rms()
-    return Fused(len(adapter.paths), change, error, *_differences(model, revision, adapter, target))
+    write_package(target, model, revision, fusion.planned, progress)
+    fused = {path: fusion.parameters[path] for path in fusion.adapter.paths}
+    change, error = fusion.measured.relative_rms()
+    return Fused(
+        schemes={path: each.target for path, each in fused.items()},
+        raised=[path for path, each in fused.items() if not dequantize and each.target != each.packed],
+        base_bytes=sum(each.input_bytes for each in fusion.parameters.values()),
+        package_bytes=sum(each.output_bytes for each in fusion.parameters.values()),
+        change=change,
+        error=error,
+        effect=measure(load_model(target), fusion.probes),
+    )
+
+
+class _Fusion:
+    """One fusion: measures the adapter, then plans the package."""
+
+    def __init__(self, adapter_path: Path, dequantize: bool, progress: Callable[[int, int], Any] | None):
+        self.adapter = read_adapter(adapter_path)
+        self.measured = Measurement()
+        self.probes: list[Probe] = []
+        self.parameters: dict[str, Parameter] = {}
+        self._path, self._dequantize = adapter_path, dequantize
+        self._progress = progress or (lambda done, total: None)
+
+    def planned(self, folder: Path, config: Config) -> list[Parameter]:
+        """The parameters of the package, for `write_package`."""
+        base = load_model(folder)
+        check_fit(base, self.adapter)
+        plans = {each.path: each for each in plan(folder, config, None, None, self._dequantize)}
+        tuned = share_weights(base)
+        put_adapter(tuned, self.adapter)
+        self._measure(base, tuned, load_tokenizer_and_format(folder, model_type=config.model_type))
+        quantised = {path: plans[path] for path in self.adapter.paths if plans[path].target}
+        arrays: Mapping[str, list[mx.array]] = {}
+        if quantised:
+            fitting = Fitting(base, tuned, self.adapter, quantised, self.probes, self._progress)
+            fitting.fit()
+            arrays = fitting.arrays
+            for path, scheme in fitting.choice.items():
+                outputs = outputs_of(plans[path], scheme, self.adapter.of(path)[0].shape[0])
+                plans[path] = replace(plans[path], target=scheme, outputs=outputs)
+        for path in self.adapter.paths:
+            plans[path] = FusedParameter(
+                **vars(plans[path]), adapter=self.adapter, measured=self.measured, arrays=arrays
+            )
+        self.parameters = plans
+        return list(plans.values())
+
+    def _measure(self, base: LanguageModel, tuned: LanguageModel, tokenizer: Tokenizer) -> None:
+        """Finds prompts, and answers them with the adapter."""
+        prompts = [(ids, True) for ids in own_prompts(self._path, tokenizer)]
+        prompts += [(ids, False) for ids in found_prompts(base, tuned, tokenizer)]
+        for probe in make_probes(base, tuned, prompts, tokenizer.eos_ids):
+            self.probes.append(probe)
+            self._progress(len(self.probes) * base.weights_bytes, len(prompts) * base.weights_bytes)
 
 
 class Measurement:
@@ -128,61 +170,21 @@ class FusedParameter(Parameter):
     Attributes:
         adapter: the adapter.
         measured: gets every block that is converted.
+        arrays: path -> the whole matrix in the target's quantisation, for those that are quantised.
     """
 
     adapter: Adapter
     measured: Measurement
+    arrays: Mapping[str, list[mx.array]]
 
     def converted(self, first: int, last: int) -> list[mx.array]:
         """Rows `first` to `last` of each output, as bytes, not yet computed."""
-        base = _dense([stored.rows(first, last) for stored in self.inputs], self.packed)
-        exact = _with_adapter(self.adapter, self.path, base, first, last)
-        arrays = [exact.astype(mlx_dtype(self.numbers))]
-        if self.target:
-            arrays = mx.quantize(arrays[0], **vars(self.target))
-        self.measured.add(base, exact, _dense(arrays, self.target))
+        base = dense([stored.rows(first, last) for stored in self.inputs], self.packed)
+        exact = with_adapter(self.adapter, self.path, base, first, last)
+        if self.path in self.arrays:
+            arrays = [array[first:last] for array in self.arrays[self.path]]
+        else:
+            arrays = [exact.astype(mlx_dtype(self.numbers))]
+        self.measured.add(base, exact, dense(arrays, self.target))
         converted: list[mx.array] = self.as_bytes(arrays)
         return converted
-
-
-def _dense(arrays: Sequence[mx.array], scheme: Scheme | None) -> mx.array:
-    """Rows of a matrix in fp32, from the arrays that a file stores."""
-    if scheme is None:
-        return arrays[0].astype(mx.float32)
-    weight, *rest = arrays
-    if scheme.mode == "affine":
-        rest = [array.astype(mx.float32) for array in rest]  # else the product would be rounded to their dtype
-    return mx.dequantize(weight, *rest, **vars(scheme)).astype(mx.float32)
-
-
-def _with_adapter(adapter: Adapter, path: str, rows: mx.array, first: int, last: int) -> mx.array:
-    """Rows `first` to `last` of a matrix [out, in] with the adapter on, in fp32."""
-    if adapter.kind == FULL:
-        return adapter.tensors[f"{path}.weight"][first:last].astype(mx.float32)
-    a, b, *m = (array.astype(mx.float32) for array in adapter.of(path))
-    rows = rows + adapter.scale * (a @ b[:, first:last]).T
-    for norms in m:
-        found = mx.linalg.norm(rows, axis=1)
-        rows = (norms[first:last] / mx.maximum(found, 1e-15))[:, None] * rows
-    return rows
-
-
-def _differences(
-    model: str | Path, revision: str | None, adapter: Adapter, target: Path
-) -> tuple[float, float, int, int]:
-    """Differences of the package's logits from those of base and adapter: largest, mean, agreeing tokens, tokens."""
-    ids = mx.array([load_tokenizer(target).encode(PROMPT)])
-
-    def logits(model: LanguageModel) -> mx.array:
-        found = model(ids).astype(mx.float32)
-        mx.eval(found)
-        return found
-
-    base = load_model(resolve(model, revision))
-    put_adapter(base, adapter)
-    expected = logits(base)
-    del base  # only one model at a time in memory
-    found = logits(load_model(target))
-    difference = mx.abs(found - expected)
-    agreeing = (found.argmax(-1) == expected.argmax(-1)).sum()
-    return difference.max().item(), difference.mean().item(), int(agreeing.item()), ids.size

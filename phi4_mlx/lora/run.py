@@ -112,7 +112,7 @@ def _finetune(settings: Settings, resume: bool, tell: Tell, group: Group) -> Fin
     make_trainable(model, settings)
     run_folder = RunFolder(
         folder, len(model.layers), keep_checkpoints=settings.keep_checkpoints,
-        adapter_config={"model": settings.model or DEFAULT_MODEL}, warn=tell,
+        adapter_config={"model": settings.model or DEFAULT_MODEL, "data": settings.data}, warn=tell,
     )  # fmt: skip
     trainer = Trainer(model, batches, settings, run_folder, validation, loss_of(settings), group)
     step = trainer.resume() if resume else 0

@@ -50,9 +50,12 @@ def test_from_an_adapter_of_pefts_to_a_package(base: Path, tmp_path: Path) -> No
     done = run(tmp_path, "phi4_mlx", "fuse", "--model", "base", "--adapter-path", "peft", "--dequantize")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert re.fullmatch(r"fused_model: [\d,]+ bytes of weights, [\d.]+ s", lines[0])
+    assert re.fullmatch(r"fused_model: [\d,]+ bytes of weights, the base has [\d,]+; [\d.]+ s", lines[0])
     assert re.search(r"8 matrices: .* by \d+\.\d\d% .*they are 0\.00% off", lines[1])
-    assert re.search(r"logits on \d+ tokens", lines[2]) and len(lines) == 3
+    assert lines[2] == "8 matrices unquantised"
+    assert re.search(r"on 0 of the data's prompts and 16 others: the adapter changes (\d+) answers", lines[3])
+    assert re.search(r"gives (\d+) of these as the adapter does and 0 as the base does; 100.0%", lines[3])
+    assert len(lines) == 4
     expected = load(base, adapter_path=tmp_path / "adapters")[0](IDS)
     assert mx.abs(load(tmp_path / "fused_model")[0](IDS) - expected).max() < 1e-4
 
@@ -83,3 +86,39 @@ def test_killed_it_leaves_no_package(base: Path, tmp_path: Path) -> None:
         assert run(tmp_path, "phi4_mlx", "fuse", "--model", "base").returncode == 0
     assert load(tmp_path / "fused_model", verify=True)[0](IDS).shape == (1, 4, 512)
     assert not (tmp_path / ".fused_model.partial").exists()
+
+
+@pytest.mark.slow
+def test_the_fine_tune_of_the_readme_answers_after_fusing(tmp_path: Path) -> None:
+    """The data at hand, then gone; the package has the base's chat format and stays small."""
+    (tmp_path / "train.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]}\n'
+    )
+    done = run(
+        tmp_path, "phi4_mlx.lora", "--model", "demo", "--data", "train.jsonl", "--mask-prompt", "--iters", "20",
+        "--batch-size", "1", "--adapter-path", "ping",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    base_bytes = (ROOT / "phi4_mlx" / "demo" / "model.safetensors").stat().st_size
+    for out, most in (("fused", 1.1), ("alone", 1.6)):
+        done = run(tmp_path, "phi4_mlx", "fuse", "--model", "demo", "--adapter-path", "ping", "--save-path", out)
+        assert (done.returncode, done.stderr) == (0, "")
+        own = "on 1 of the data's" if out == "fused" else "on 0 of the data's"
+        assert own in done.stdout.splitlines()[-1]
+        assert run(tmp_path, "phi4_mlx.chat", "--model", out, "--prompt", "ping").stdout == "pong\n"
+        assert (tmp_path / out / "model.safetensors").stat().st_size < most * base_bytes
+        (tmp_path / "train.jsonl").unlink(missing_ok=True)
+
+
+def test_a_package_that_loses_the_fine_tune_says_so(base: Path, tmp_path: Path) -> None:
+    """In bfloat16, whose steps are larger than this adapter's change."""
+    convert(tmp_path / "source", tmp_path / "half", dtype="bfloat16")
+    model, _ = load(tmp_path / "half")
+    add_adapter(model, rank=1, scale=1.0)
+    for layer in adapter_layers(model).values():
+        layer.lora_b = layer.lora_b + 1e-2
+    save_adapter(model, tmp_path / "small", {})
+    done = run(tmp_path, "phi4_mlx", "fuse", "--model", "half", "--adapter-path", "small")
+    assert done.returncode == 2 and re.search(r"([1-9]\d*) as the base does", done.stdout)
+    assert "is written, but does not keep the fine-tune" in done.stderr and done.stderr.count("\n") == 1
+    assert load(tmp_path / "fused_model", verify=True)[0](IDS).shape == (1, 4, 512)

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
@@ -58,12 +58,13 @@ def find_split(path_or_hf_id: str | Path, split: str = "train") -> Path | None:
     return found
 
 
-def read_lines(path: Path, read: Callable[[dict[str, Any], str], Read]) -> list[Read]:
-    """Reads all lines of a file. Blank lines at its end are ignored.
+def read_lines(path: Path, read: Callable[[dict[str, Any], str], Read], lines: int | None = None) -> list[Read]:
+    """Reads the lines of a file. Blank lines at its end are ignored.
 
     Args:
         path: the file.
         read: called with a line's object and its name ("train.jsonl:12"); raises RequestError for a bad line.
+        lines: the most lines to read; None for all.
 
     Returns:
         The return values of `read`, in order.
@@ -76,7 +77,7 @@ def read_lines(path: Path, read: Callable[[dict[str, Any], str], Read]) -> list[
     bad: list[tuple[int, str]] = []
     try:
         with open_regular(path, opened=True) as file:
-            for number, line in _numbered(file):
+            for number, line in islice(_numbered(file), lines):
                 try:
                     made.append(read(_parsed(line), f"{path.name}:{number}"))
                 except RequestError as error:

@@ -114,8 +114,9 @@ def load_samples(
     *,
     mask_prompt: bool = False,
     max_seq_length: int = 2048,
+    lines: int | None = None,
 ) -> tuple[list[Sample], Report]:
-    """Reads a whole split.
+    """Reads a split.
 
     Args:
         path_or_hf_id: as for `find_split`.
@@ -124,6 +125,7 @@ def load_samples(
         mask_prompt: True if only completions and the assistant's turns are targets, each with its end marker. A plain
             text has no prompt: all of it stays a target.
         max_seq_length: longest sample in tokens, at least 2; a longer one is cut at its end.
+        lines: the most lines of JSONL to read; None for all.
 
     Returns:
         (samples in the file's order, counts); no samples if "valid" or "test" is missing.
@@ -135,16 +137,21 @@ def load_samples(
     def encoded(record: Record, source: str) -> tuple[Sample]:
         return (_sample(record, source, tokenizer, mask_prompt),)
 
-    kept, report = _load(path_or_hf_id, split, tokenizer, encoded, max_seq_length)
+    kept, report = _load(path_or_hf_id, split, tokenizer, encoded, max_seq_length, lines)
     if mask_prompt and split == "train" and all(all(sample.targets[1:]) for (sample,) in kept):
         raise RequestError(f"{path_or_hf_id}: --mask-prompt has nothing to mask; all samples are plain texts")
     return [sample for (sample,) in kept], report
 
 
 def load_pairs(
-    path_or_hf_id: str | Path, tokenizer: Tokenizer, split: str = "train", *, max_seq_length: int = 2048
+    path_or_hf_id: str | Path,
+    tokenizer: Tokenizer,
+    split: str = "train",
+    *,
+    max_seq_length: int = 2048,
+    lines: int | None = None,
 ) -> tuple[list[Pair], Report]:
-    """Reads a whole split of preference pairs.
+    """Reads a split of preference pairs.
 
     A pair is an object with "prompt" or "messages", and "chosen" and "rejected", each a text or a list of messages. It
     may have "tools". A list that repeats the prompt is read without it. Without a prompt, the messages that both lists
@@ -155,6 +162,7 @@ def load_pairs(
         tokenizer: as for `load_samples`.
         split: "train", "valid" or "test".
         max_seq_length: longest prompt with an answer, in tokens, at least 2; a longer one is cut at its end.
+        lines: as for `load_samples`.
 
     Returns:
         (pairs in the file's order, counts); no pairs if "valid" or "test" is missing.
@@ -166,7 +174,7 @@ def load_pairs(
     def encoded(record: Record, source: str) -> tuple[Sample, Sample]:
         return _chosen_and_rejected(record, source, tokenizer)
 
-    kept, report = _load(path_or_hf_id, split, tokenizer, encoded, max_seq_length)
+    kept, report = _load(path_or_hf_id, split, tokenizer, encoded, max_seq_length, lines)
     return [Pair(chosen, rejected) for chosen, rejected in kept], report
 
 
@@ -176,6 +184,7 @@ def _load(
     tokenizer: Tokenizer,
     encoded: Callable[[Record, str], tuple[Sample, ...]],
     max_seq_length: int,
+    lines: int | None,
 ) -> tuple[list[tuple[Sample, ...]], Report]:
     """The samples of each line that has targets, cut to length."""
     if max_seq_length < 2:
@@ -197,7 +206,7 @@ def _load(
         return tuple(_cut(sample, max_seq_length, shared) for sample in samples)
 
     kept = []
-    for samples in (read_rows if is_parquet(path) else read_lines)(path, read):
+    for samples in read_rows(path, read) if is_parquet(path) else read_lines(path, read, lines):
         identical = len(samples) > 1 and all(sample.ids == samples[0].ids for sample in samples)
         if identical or not all(any(sample.targets) for sample in samples):
             report.skipped.append(samples[0].source)

@@ -11,6 +11,7 @@ import mlx.core as mx
 import pytest
 
 from phi4_mlx import load
+from phi4_mlx.adapters.folder import Adapter, write_folder
 from phi4_mlx.adapters.layers import adapter_layers, add_adapter
 from phi4_mlx.adapters.linear import DoRALinear
 from phi4_mlx.convert import weights
@@ -18,7 +19,8 @@ from phi4_mlx.convert.package import convert
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.files.manifest import verify_manifest
 from phi4_mlx.files.safetensors import read_header
-from phi4_mlx.lora.fuse import PROMPT, fuse
+from phi4_mlx.lora import effect
+from phi4_mlx.lora.fuse import fuse
 from tests.adapters import save_adapter
 
 Checkpoint = Callable[..., Path]
@@ -59,8 +61,8 @@ def test_fused_is_the_same_as_the_adapter_on(
     fused = fuse(base, adapter, tmp_path / "out")
     assert difference(tmp_path / "out", base, adapter) < 1e-4
     assert difference(tmp_path / "out", base) > 0.1
-    assert fused.tensors == 8 and fused.error == 0 and fused.change > 0.01
-    assert fused.max_difference < 1e-4 and fused.agreeing == fused.prompt_tokens > 20
+    assert len(fused.schemes) == 8 and fused.error == 0 and fused.change > 0.01
+    assert fused.effect.keeps and fused.effect.as_adapter == fused.effect.changed > 0 and not fused.effect.own
     verify_manifest(tmp_path / "out")
 
 
@@ -79,9 +81,10 @@ def test_a_quantised_base_can_be_fused_to_a_dense_package(
     assert difference(tmp_path / "out", tmp_path / "base") > 1
 
 
+@pytest.mark.slow
 def test_a_quantised_base_is_quantised_again_each_layer_as_it_was(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     convert(tiny_checkpoint(dtype=mx.bfloat16), tmp_path / "base", **FOUR_BITS, embed_bits=8)
-    adapter = train_adapter(tmp_path / "base", tmp_path / "adapter", keys=["mlp.down_proj"])
+    adapter = train_adapter(tmp_path / "base", tmp_path / "adapter", size=1.0, keys=["mlp.down_proj"])
     fuse(tmp_path / "base", adapter, tmp_path / "out")
     base, out = (
         {n: mx.load(str(tmp_path / p / "model.safetensors"))[n] for n in _names(tmp_path / p)} for p in ("base", "out")
@@ -101,8 +104,9 @@ def _names(folder: Path) -> list[str]:
     return list(read_header(folder / "model.safetensors"))
 
 
+@pytest.mark.slow
 def test_the_loss_that_is_told_is_the_loss_there_is(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Against whole matrices, and against the logits of the two models."""
+    """Against whole matrices."""
     convert(tiny_checkpoint(), tmp_path / "base", **FOUR_BITS)
     adapter = train_adapter(tmp_path / "base", tmp_path / "adapter")
     fused = fuse(tmp_path / "base", adapter, tmp_path / "out")
@@ -114,16 +118,8 @@ def test_the_loss_that_is_told_is_the_loss_there_is(tiny_checkpoint: Checkpoint,
     whole = sum(mx.square(exact[name]).sum().item() for name in names)
     error = sum(mx.square(exact[name] - back[name]).sum().item() for name in names)
     change = sum(mx.square(exact[name] - before[name]).sum().item() for name in names)
-    assert fused.error == pytest.approx((error / whole) ** 0.5, rel=1e-3) and 0.03 < fused.error < 0.2
+    assert fused.error == pytest.approx((error / whole) ** 0.5, rel=1e-3) and 0.001 < fused.error < 0.2
     assert fused.change == pytest.approx((change / whole) ** 0.5, rel=1e-3)
-
-    model, tokenizer = load(tmp_path / "base", adapter_path=adapter)
-    ids = mx.array([tokenizer.encode(PROMPT)])
-    expected, found = model(ids), load(tmp_path / "out")[0](ids)
-    assert fused.prompt_tokens == ids.size
-    assert fused.max_difference == pytest.approx(mx.abs(expected - found).max().item(), rel=1e-4)
-    assert fused.mean_difference == pytest.approx(mx.abs(expected - found).mean().item(), rel=1e-4)
-    assert fused.agreeing == (expected.argmax(-1) == found.argmax(-1)).sum().item() < ids.size
 
 
 def test_a_full_fine_tuning_becomes_a_package(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -132,6 +128,57 @@ def test_a_full_fine_tuning_becomes_a_package(tiny_checkpoint: Checkpoint, tmp_p
     save_adapter(model.unfreeze(), tmp_path / "adapter", {})
     fuse(base, tmp_path / "adapter", tmp_path / "out")
     assert difference(tmp_path / "out", tuned) == 0
+
+
+@pytest.mark.slow
+def test_matrices_that_would_lose_the_adapter_get_more_bits(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more than keep it; the map of config.json names them, and mlx-lm loads the package with equal logits."""
+    from mlx_lm.utils import load_model
+
+    convert(tiny_checkpoint(max_position_embeddings=1024), tmp_path / "base", **FOUR_BITS)
+    adapter = train_adapter(tmp_path / "base", tmp_path / "adapter", size=0.03)
+    sizes, errors = [], []
+    for share in (0.5, 0.99, 1 - 1e-9):
+        monkeypatch.setattr(effect, "KEPT", share)
+        fused = fuse(tmp_path / "base", adapter, tmp_path / str(share))
+        assert fused.effect.kept > share - 1e-3
+        sizes.append(fused.package_bytes)
+        errors.append(difference(tmp_path / str(share), tmp_path / "base", adapter))
+        config = json.loads((tmp_path / str(share) / "config.json").read_text())
+        bits = {path: scheme.bits for path, scheme in fused.schemes.items() if scheme}
+        own = config["quantization"]
+        assert bits == {path: own.get(path, own)["bits"] for path in bits}
+        assert own == config["quantization_config"]
+        theirs, _ = load_model(tmp_path / str(share))
+        assert mx.abs(theirs(IDS) - load(tmp_path / str(share))[0](IDS)).max() < 1e-4
+        verify_manifest(tmp_path / str(share))
+    assert fused.base_bytes <= sizes[0] < sizes[1] < sizes[2] and errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.1 * errors[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["mxfp4", "nvfp4", "mxfp8"])
+def test_matrices_of_other_modes_get_more_bits_too(tiny_checkpoint: Checkpoint, tmp_path: Path, mode: str) -> None:
+    convert(tiny_checkpoint(), tmp_path / "base", quantize=True, q_mode=mode)
+    adapter = train_adapter(tmp_path / "base", tmp_path / "adapter", size=0.01)
+    fused = fuse(tmp_path / "base", adapter, tmp_path / "out")
+    assert fused.raised and fused.package_bytes > fused.base_bytes
+    assert all(scheme is None or scheme.mode in ("affine", mode) for scheme in fused.schemes.values())
+    assert load(tmp_path / "out", verify=True)[0](IDS).shape == (1, 90, 512)
+
+
+def test_an_adapter_on_the_head_is_fused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    convert(tiny_checkpoint(tie_word_embeddings=False), tmp_path / "base", **FOUR_BITS)
+    a, b = (mx.random.normal(shape, key=mx.random.key(n)) for n, shape in enumerate([(96, 2), (2, 512)]))
+    adapter = Adapter("lora", 1.0, 0.0, {"lm_head.lora_a": 0.1 * a, "lm_head.lora_b": b}, "head")
+    write_folder(tmp_path / "adapter", adapter, 2)
+    fused = fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert list(fused.schemes) == ["lm_head"] and fused.effect.keeps
+    assert difference(tmp_path / "out", tmp_path / "base") > difference(
+        tmp_path / "out", tmp_path / "base", tmp_path / "adapter"
+    )
 
 
 def test_mlx_lm_loads_a_fused_package(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
