@@ -62,7 +62,8 @@ class GrammarPool:
             Refused: it cannot be made, or exceeds a limit.
             Busy: too many others wait.
         """
-        key = hashlib.sha256(order.text().encode()).digest()
+        text = await asyncio.to_thread(lambda: order.text)  # a megabyte of tools would hold up the event loop
+        key = hashlib.sha256(text.encode()).digest()
         result = self._known.get(key)
         if result is None:
             if key not in self._running:
@@ -150,7 +151,7 @@ class _Lane:
         try:
             if order is not None and done is not None:
                 try:
-                    done.set_result(Grammar(*worker.make(order.text(), order.field)))
+                    done.set_result(Grammar(*worker.make(order.text, order.field)))
                 except Exception as error:
                     done.set_exception(error)
             worker.start()
