@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import queue
@@ -141,9 +142,9 @@ class _Lane:
             self._threads.submit(self._make, None, None)
 
     def stop(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self.workers:
-            worker.stop()
+            worker.close()
+        self._threads.shutdown(wait=False)
 
     def _make(self, order: Order | None, done: concurrent.futures.Future[Grammar] | None) -> None:
         """A thread: makes a grammar, then starts the worker again if that has ended it."""
@@ -154,6 +155,7 @@ class _Lane:
                     done.set_result(Grammar(*worker.make(order.text, order.field)))
                 except Exception as error:
                     done.set_exception(error)
-            worker.start()
+            with contextlib.suppress(OSError):
+                worker.start()
         finally:
             self._free.put(worker)
