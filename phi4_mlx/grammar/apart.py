@@ -56,6 +56,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
         self._late = threading.Event()  # the last order took too long on the clock
 
     @property
@@ -63,7 +64,13 @@ class Worker:
         return None if self._process is None else self._process.pid
 
     def start(self) -> None:
-        """Starts the process, if none runs, and waits until it is ready."""
+        """Starts the process, if none runs, and waits until it is ready.
+
+        Raises:
+            OSError: it cannot be started, or the worker is closed.
+        """
+        if self._closed:
+            raise OSError("the worker is closed")
         if self._process is not None:
             if self._process.poll() is None:
                 return
@@ -80,6 +87,11 @@ class Worker:
         )
         with _killed_after(self._process, _START_S):
             _out(self._process).readline()
+
+    def close(self) -> None:
+        """Ends the process for good; an order in it fails."""
+        self._closed = True
+        self.stop()
 
     def stop(self) -> int:
         """Ends the process; returns its exit code, as `subprocess` gives it."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from phi4_mlx.errors import RequestError
@@ -36,9 +37,10 @@ class Order:
     choice: str | Mapping[str, Any] = "auto"
     parallel: bool = True
 
+    @cached_property
     def text(self) -> str:
         """The order as one line of JSON; the same for equal orders."""
-        return json.dumps(vars(self))
+        return json.dumps({each.name: getattr(self, each.name) for each in fields(self)})
 
     @staticmethod
     def read(text: str | bytes) -> Order:
@@ -53,8 +55,7 @@ class Order:
     @property
     def slow(self) -> bool:
         """True if the grammar may be slow to compile: it has regular expressions, multiples or intersections."""
-        text = self.text()
-        return (self.format or ("",))[0] in _SLOW_KINDS or any(word in text for word in _SLOW_KEYWORDS)
+        return (self.format or ("",))[0] in _SLOW_KINDS or any(word in self.text for word in _SLOW_KEYWORDS)
 
     def make(self) -> Grammar:
         """Makes the grammar.

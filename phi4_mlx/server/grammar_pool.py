@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import queue
@@ -62,7 +63,8 @@ class GrammarPool:
             Refused: it cannot be made, or exceeds a limit.
             Busy: too many others wait.
         """
-        key = hashlib.sha256(order.text().encode()).digest()
+        text = await asyncio.to_thread(lambda: order.text)  # a megabyte of tools would hold up the event loop
+        key = hashlib.sha256(text.encode()).digest()
         result = self._known.get(key)
         if result is None:
             if key not in self._running:
@@ -140,9 +142,9 @@ class _Lane:
             self._threads.submit(self._make, None, None)
 
     def stop(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self.workers:
-            worker.stop()
+            worker.close()
+        self._threads.shutdown(wait=False)
 
     def _make(self, order: Order | None, done: concurrent.futures.Future[Grammar] | None) -> None:
         """A thread: makes a grammar, then starts the worker again if that has ended it."""
@@ -150,9 +152,10 @@ class _Lane:
         try:
             if order is not None and done is not None:
                 try:
-                    done.set_result(Grammar(*worker.make(order.text(), order.field)))
+                    done.set_result(Grammar(*worker.make(order.text, order.field)))
                 except Exception as error:
                     done.set_exception(error)
-            worker.start()
+            with contextlib.suppress(OSError):
+                worker.start()
         finally:
             self._free.put(worker)
