@@ -17,7 +17,9 @@ import pytest
 from tests.conftest import ROOT
 
 README = ROOT / "README.md"
-FENCE = re.compile(r"^(?:<!-- not run: (?P<why>.+?) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
+FENCE = re.compile(
+    r"^(?:<!-- not run: (?P<why>.+?) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S
+)
 
 
 class Block(NamedTuple):
@@ -33,7 +35,8 @@ def blocks() -> list[Block]:
     """All fenced blocks, in order."""
     readme = README.read_text(encoding="utf-8")
     return [
-        Block(readme[: m.start()].count("\n") + 1, m["language"], m["text"], m["why"]) for m in FENCE.finditer(readme)
+        Block(readme[: m.start()].count("\n") + 1, m["language"], m["text"], m["why"])
+        for m in FENCE.finditer(readme)
     ]
 
 
@@ -44,7 +47,9 @@ MAKE = [block for block in SHELL if "make " in block.text]
 def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     """Runs a command in `folder`, with this Python first on the path and the Hub offline."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HOME": str(folder)}
+    environment = os.environ | {
+        "PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HOME": str(folder)
+    }
     return subprocess.run(
         command,
         cwd=folder,

@@ -110,7 +110,9 @@ def main() -> None:
         source = Path(folder) / "source"
         run(MAKE, str(source), str(ROOT / "tests" / "data" / "tiny_tokenizer"), str(options.layers))
         size = (source / "model.safetensors").stat().st_size
-        ours, theirs = alternate(conversion("ours", OURS, source), conversion("mlx-lm", THEIRS, source), options.runs)
+        ours, theirs = alternate(
+            conversion("ours", OURS, source), conversion("mlx-lm", THEIRS, source), options.runs
+        )
 
     def middle(runs: list[dict[str, float]], key: str) -> float:
         return median(run[key] for run in runs)

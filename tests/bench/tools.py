@@ -28,10 +28,7 @@ from phi4_mlx.models.text import Model
 SEED = 7
 SKILLS = ("arithmetic", "conversion", "lookup")
 OPERATORS: dict[type, Callable[[float, float], float]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
 }
 SIZES = {name: size for dimension in words.DIMENSIONS for names, size in dimension.items() for name in names}
 

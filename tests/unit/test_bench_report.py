@@ -108,7 +108,7 @@ def test_a_script_gives_a_result_or_a_reason(
 def test_a_script_that_fails_does_not_stop_the_others(
     runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main = 'if __name__ == "__main__":\n    '
+    main = "if __name__ == \"__main__\":\n    "
     (tmp_path / "a.py").write_text(main + "raise SystemExit('broken')")
     (tmp_path / "steps.py").write_text(main + f"print('''{json.dumps(RESULTS['steps'])}''')")
     monkeypatch.setattr(runner, "HERE", tmp_path)

@@ -154,22 +154,6 @@ class Engine:
         tokens = (self.kv_limit_bytes - fixed) // max(cost.token_bytes, 1)
         return min(model.config.max_position_embeddings, tokens)
 
-    def check_room(self) -> None:
-        """Checks that there is memory for at least a short answer.
-
-        Raises:
-            RequestError: there is not; states the least number of bytes.
-        """
-        model = self._models.get(None)
-        least = min(LEAST_TOKENS, model.config.max_position_embeddings)
-        if self.longest < least:
-            cost = model.context_cost()
-            needed = cache_bytes(cost, 0) + least * max(cost.token_bytes, 1)
-            raise RequestError(
-                f"running answers may take {self.kv_limit_bytes:,} bytes, and one of {least} tokens takes {needed:,}; "
-                f"use --kv-cache-bytes {needed} or more, or a smaller model"
-            )
-
     def submit(self, job: Job) -> list[Event]:
         """Queues a job; returns its failure if it cannot be served."""
         try:
@@ -351,7 +335,7 @@ def run(connection: Connection, settings: Settings) -> None:
         pulse = Pulse(connection)
         try:
             engine = Engine(*load(settings.model, chat_format=settings.chat_format), settings)
-            engine.check_room()
+            check_room(engine)
         except Phi4Error as error:
             return pulse.send(Broken(_told(error)))
         except Exception as error:
@@ -368,6 +352,23 @@ def run(connection: Connection, settings: Settings) -> None:
                     pulse.send(Pong(message.number, engine.gauges()))
             if events := turn(engine, messages):
                 pulse.send(events)
+
+
+def check_room(engine: Engine) -> None:
+    """Checks that there is memory for at least a short answer.
+
+    Raises:
+        RequestError: there is not; states the least number of bytes.
+    """
+    model = engine._models.get(None)
+    least = min(LEAST_TOKENS, model.config.max_position_embeddings)
+    if engine.longest < least:
+        cost = model.context_cost()
+        needed = cache_bytes(cost, 0) + least * max(cost.token_bytes, 1)
+        raise RequestError(
+            f"running answers may take {engine.kv_limit_bytes:,} bytes, and one of {least} tokens takes {needed:,}; "
+            f"use --kv-cache-bytes {needed} or more, or a smaller model"
+        )
 
 
 def turn(engine: Engine, messages: Iterable[Job | Cancel | Ping]) -> list[Event]:

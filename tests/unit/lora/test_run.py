@@ -297,7 +297,9 @@ def adapter(given: dict[str, Any], tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["", "adapters.safetensors", "0000100_adapters.safetensors"])
-def test_the_adapter_to_begin_with_is_the_file_that_was_named(given: dict[str, Any], adapter: Path, name: str) -> None:
+def test_the_adapter_to_begin_with_is_the_file_that_was_named(
+    given: dict[str, Any], adapter: Path, name: str
+) -> None:
     if name.startswith("0"):  # as mlx-lm numbers them; the other file is of another time
         shutil.copy(adapter / "adapters.safetensors", adapter / name)
         old = tensors(adapter)

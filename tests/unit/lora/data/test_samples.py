@@ -378,7 +378,9 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_show_marks_what_is_learned(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_show_marks_what_is_learned(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record = {"prompt": "a\n<|end|>\x1b[2J", "completion": "b\n\nc é"}
     sample = one(tmp_path, tokenizer, record, mask_prompt=True)
     counts = f"train.jsonl:1: {len(sample.ids)} tokens, {sum(sample.targets)} to be learned"

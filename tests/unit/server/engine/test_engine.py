@@ -300,12 +300,12 @@ def test_the_prefix_cache_gets_its_limit_from_the_settings(make_engine: MakeEngi
 
 def test_memory_for_no_answer_is_refused_with_the_least_that_works(make_engine: MakeEngine) -> None:
     with pytest.raises(RequestError, match="--kv-cache-bytes") as raised:
-        make_engine(kv_limit_bytes=2**16).check_room()
+        engine_module.check_room(make_engine(kv_limit_bytes=2**16))
     least = int(re.findall(r"--kv-cache-bytes (\d+)", str(raised.value))[0])
     engine = make_engine(kv_limit_bytes=least)
-    engine.check_room()
+    engine_module.check_room(engine)
     assert engine.longest == 256
     with pytest.raises(RequestError):
-        make_engine(kv_limit_bytes=least - 1).check_room()
+        engine_module.check_room(make_engine(kv_limit_bytes=least - 1))
     job = Job(1, prompt(engine.tokenizer, "Say hello."), 200, GREEDY)
     assert finish(run(engine, job)[1])
