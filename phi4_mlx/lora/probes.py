@@ -40,9 +40,10 @@ def own_prompts(adapter_path: Path, tokenizer: Tokenizer) -> list[list[int]]:
     """
     path = Path(os.path.expanduser(adapter_path))
     named = read_config(path if path.is_dir() else path.parent).get("data")
-    if not isinstance(named, str) or not os.path.exists(os.path.expanduser(named)):  # never downloaded
+    data = Path(os.path.expanduser(named)) if isinstance(named, str) and named and "\0" not in named else None
+    if data is None or not (data.is_file() or data.is_dir()):  # never downloaded, and no pipe
         return []
-    prompts = [_prompt(sample) for sample in _samples(named, tokenizer)]
+    prompts = [_prompt(sample) for sample in _samples(data, tokenizer)]
     prompts = [list(ids) for ids in dict.fromkeys(map(tuple, prompts)) if 0 < len(ids) <= MOST_TOKENS]
     return prompts[:: max(1, len(prompts) // OWN)][:OWN]
 
@@ -69,7 +70,7 @@ def found_prompts(base: LanguageModel, tuned: LanguageModel, tokenizer: Tokenize
     return [ids for _, ids in sorted(measured, reverse=True)[:FOUND]]
 
 
-def _samples(data: str, tokenizer: Tokenizer) -> Sequence[Sample]:
+def _samples(data: Path, tokenizer: Tokenizer) -> Sequence[Sample]:
     """The first samples of a data set in any format; empty if it cannot be read."""
     for mask_prompt in (True, False):  # True refuses plain texts
         try:
@@ -77,11 +78,11 @@ def _samples(data: str, tokenizer: Tokenizer) -> Sequence[Sample]:
                 data, tokenizer, mask_prompt=mask_prompt, max_seq_length=2 * MOST_TOKENS, lines=_LINES
             )
             return samples
-        except Phi4Error:
+        except (Phi4Error, ImportError):  # Parquet needs pyarrow
             continue
     try:
         return [pair.chosen for pair in load_pairs(data, tokenizer, max_seq_length=2 * MOST_TOKENS, lines=_LINES)[0]]
-    except Phi4Error:
+    except (Phi4Error, ImportError):
         return []
 
 

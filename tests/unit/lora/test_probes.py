@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,7 +59,9 @@ def test_data_that_is_not_there_or_cannot_be_read_gives_none(
     demo: Demo, adapter: Callable[[str | None], Path], tmp_path: Path
 ) -> None:
     bad = write(tmp_path / "bad.jsonl", {"something": "else"})
-    for data in (None, "owner/name", str(tmp_path / "gone.jsonl"), bad, str(tmp_path)):
+    os.mkfifo(tmp_path / "pipe")
+    files = (str(tmp_path / name) for name in ("gone.jsonl", "pipe", ""))
+    for data in (None, "", "a\0b", "owner/name", bad, *files):
         assert own_prompts(adapter(data), demo[1]) == []
 
 
