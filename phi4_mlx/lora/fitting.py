@@ -14,7 +14,8 @@ from mlx.utils import tree_unflatten
 
 from phi4_mlx.adapters.folder import FULL, Adapter
 from phi4_mlx.checkpoint import share_weights
-from phi4_mlx.convert.quantize import MODES, Layout, Scheme
+from phi4_mlx.config import QUANTIZATION_MODES
+from phi4_mlx.convert.quantize import Layout, Scheme
 from phi4_mlx.convert.weights import Parameter
 from phi4_mlx.files.dtypes import mlx_dtype
 from phi4_mlx.files.safetensors import tensor_bytes
@@ -54,9 +55,9 @@ def dense(arrays: Sequence[mx.array], scheme: Scheme | None) -> mx.array:
 
 def schemes_above(scheme: Scheme, width: int) -> list[Scheme | None]:
     """The schemes with more bits than one, and dense at the end; `width` is the number of columns."""
-    sizes = [scheme.group_size] if scheme.mode == "affine" else [n for n in MODES["affine"][1] if width % n == 0]
+    sizes = [scheme.group_size] if scheme.mode == "affine" else [n for n in QUANTIZATION_MODES["affine"][1] if width % n == 0]
     bits = scheme.bits if scheme.mode == "affine" else scheme.bits - 1  # affine has two numbers a group, mx modes one
-    return [*(Scheme("affine", n, sizes[0]) for n in sorted(MODES["affine"][0]) if sizes and n > bits), None]
+    return [*(Scheme("affine", n, sizes[0]) for n in sorted(QUANTIZATION_MODES["affine"][0]) if sizes and n > bits), None]
 
 
 def outputs_of(parameter: Parameter, scheme: Scheme | None, width: int) -> Layout:
