@@ -55,9 +55,13 @@ def dense(arrays: Sequence[mx.array], scheme: Scheme | None) -> mx.array:
 
 def schemes_above(scheme: Scheme, width: int) -> list[Scheme | None]:
     """The schemes with more bits than one, and dense at the end; `width` is the number of columns."""
-    sizes = [scheme.group_size] if scheme.mode == "affine" else [n for n in QUANTIZATION_MODES["affine"][1] if width % n == 0]
-    bits = scheme.bits if scheme.mode == "affine" else scheme.bits - 1  # affine has two numbers a group, mx modes one
-    return [*(Scheme("affine", n, sizes[0]) for n in sorted(QUANTIZATION_MODES["affine"][0]) if sizes and n > bits), None]
+    widths, sizes = QUANTIZATION_MODES["affine"]
+    if scheme.mode == "affine":
+        sizes, bits = (scheme.group_size,), scheme.bits
+    else:
+        sizes = tuple(size for size in sizes if width % size == 0)
+        bits = scheme.bits - 1  # affine has two numbers a group, mx modes one
+    return [*(Scheme("affine", n, sizes[0]) for n in sorted(widths) if sizes and n > bits), None]
 
 
 def outputs_of(parameter: Parameter, scheme: Scheme | None, width: int) -> Layout:
