@@ -74,7 +74,7 @@ def plain_schema(
         at: the schema's future place, as a JSON pointer; its own `#` becomes this.
         closed: objects with `properties` and without `additionalProperties` allow no others.
         strict: refuses a keyword that cannot be enforced; otherwise it is left out.
-        lenient: leaves out a keyword whose value is malformed, too.
+        lenient: leaves out a keyword whose value is malformed, or a number that cannot be kept exactly, too.
 
     Raises:
         RequestError: it is not a schema, is too large, is malformed, or uses a keyword that a grammar cannot enforce;
@@ -163,6 +163,11 @@ class _Walk:
         plain.pop(key, None)
         self.loosened[key] = None
 
+    def _refuse_number(self, message: str) -> None:
+        """Refuses a number that cannot be kept exactly: an answer would have another, unless all are allowed."""
+        if self._strict or not self._lenient:
+            raise RequestError(message)
+
     def _check_form(self, plain: JsonObject) -> None:
         for key, value in list(plain.items()):
             if key not in plain or (message := malformed(key, value)) is None:
@@ -190,6 +195,7 @@ class _Walk:
             for key in [key for key in ("enum", "const") if key in plain]:
                 values = plain[key] if key == "enum" else [plain[key]]
                 message = f"the schema's {key!r} has a number that cannot be kept exactly; choose one nearer to 0"
+                self._refuse_number(message)
                 self._leave_out(plain, key, message)
                 if all(type(each) is int for each in values):
                     plain.setdefault("type", "integer")
@@ -231,10 +237,8 @@ class _Walk:
 
     def _check_numbers(self, plain: JsonObject) -> None:
         """Sets bounds that are kept exactly, and sums the states of `multipleOf`."""
-        bounds = len(f"{plain.get('minimum', '')}{plain.get('maximum', '')}")
         for key, message in set_bounds(plain):
-            if self._strict:
-                raise RequestError(message)
+            self._refuse_number(message)
             self.loosened[key] = None
         if "multipleOf" not in plain:
             return
@@ -244,10 +248,9 @@ class _Walk:
             self._leave_out(plain, "multipleOf", str(error))
             return
         self._steps.append(step)
-        # An intersection takes multiples of all, and a range as many states for each of its digits.
+        # An intersection takes multiples of all.
         joined = math.lcm(*(each.numerator * (10**9 // each.denominator) for each in {*self._steps}))
         count = states(Fraction(joined, 10**9)) if self.paths.joins else sum(map(states, self._steps))
-        count *= 1 + bounds
         if count > MAX_MULTIPLE:
             self._steps.pop()
             message = f"the schema's 'multipleOf' values take {count:,} states, and the limit is {MAX_MULTIPLE:,}"
