@@ -139,7 +139,7 @@ class _Traced:
         compiled: Call = mx.compile(_lasting(traced))
 
         def call(weights: list[list[mx.array]], *arrays: mx.array) -> Any:
-            assert traced  # as long as this call is kept
+            assert traced is not None  # lives as long as this call
             return compiled(weights, *arrays)
 
         self._traces.append((twins, call))
