@@ -22,8 +22,8 @@ setup(
     package_dir={"phi4_mlx.convert": "convert"},
     package_data={"phi4_mlx": ["py.typed", "demo/*"], "phi4_mlx.server": ["page.html"]},
     install_requires=[
-        'mlx>=0.31.2; sys_platform == "darwin"',
-        'mlx[cpu]>=0.31.2; sys_platform == "linux"',
+        'mlx>=0.32; sys_platform == "darwin"',
+        'mlx[cpu]>=0.32; sys_platform == "linux"',
         "mlx-lm>=0.31",
         "numpy>=1.26",
         "tiktoken>=0.9",

@@ -26,6 +26,7 @@ from phi4_mlx.files.manifest import verify_manifest
 from phi4_mlx.files.safetensors import TensorInfo, read_header, weight_files
 from phi4_mlx.hub import resolve
 from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.models.shared_stream import shared_stream
 from phi4_mlx.models.text import Model
 from phi4_mlx.tokens.chat_format import CHAT_FORMATS, ChatFormat, recognise
 from phi4_mlx.tokens.tokenizer import Tokenizer, load_tokenizer
@@ -81,14 +82,15 @@ def load(
     folder = resolve(path_or_hf_repo, revision)
     if verify:
         verify_manifest(folder)
-    model = load_model(folder)
-    tokenizer = load_tokenizer_and_format(folder, chat_format, model.config.model_type)
-    check_vocabulary(folder, tokenizer, model.config)
-    if adapter_path is not None:
-        load_adapter(model, Path(adapter_path))
-    if not lazy:
-        with _unchanged(folder):
-            mx.eval(model.parameters())
+    with shared_stream():  # so that any thread may use the model
+        model = load_model(folder)
+        tokenizer = load_tokenizer_and_format(folder, chat_format, model.config.model_type)
+        check_vocabulary(folder, tokenizer, model.config)
+        if adapter_path is not None:
+            load_adapter(model, Path(adapter_path))
+        if not lazy:
+            with _unchanged(folder):
+                mx.eval(model.parameters())
     return model, tokenizer
 
 

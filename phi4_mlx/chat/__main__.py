@@ -16,7 +16,7 @@ from phi4_mlx.chat.session import Chat, load_shown
 from phi4_mlx.chat.tools import Doorkeeper, add_tool_options, toolbox_of
 from phi4_mlx.errors import Phi4Error, RequestError
 from phi4_mlx.files.regular_file import SMALL_BYTES
-from phi4_mlx.terminal.command import Parser, read_standard_input, run, text, utf8, word
+from phi4_mlx.terminal.command import Parser, read_standard_input, run, standard_input_beside, text, utf8, word
 from phi4_mlx.terminal.options import (
     SAMPLING,
     add_decoding_options,
@@ -54,7 +54,9 @@ def _parser() -> Parser:
 
 
 def _chat(args: argparse.Namespace) -> None:
-    prompt = read_standard_input() if args.prompt == "-" else args.prompt
+    prompt = args.prompt
+    if prompt is not None:
+        prompt = read_standard_input() if prompt == "-" else standard_input_beside(prompt)
     if prompt is not None and not prompt.strip():
         raise RequestError("the prompt is empty; it needs at least one character that is not white space")
     check_decoding_options(args)

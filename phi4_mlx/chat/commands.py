@@ -58,6 +58,8 @@ def obey(chat: Chat, typed: str) -> None:
     name, rest = (part.strip() for part in re.split(r"(?=\s|$)", typed[1:], maxsplit=1))
     if name not in COMMANDS:
         raise RequestError(f"/{name} is not a command; /help lists them; a space before the slash makes it a message")
+    if rest and not COMMANDS[name].words:
+        raise RequestError(f"/{name} takes nothing after it, not {rest!r:.100}; leave that out")
     try:
         COMMANDS[name].do(chat, rest)
         chat.screen.end_paragraph()
@@ -87,8 +89,11 @@ def _reset(chat: Chat, rest: str) -> None:
 
 
 def _undo(chat: Chat, rest: str) -> None:
-    turn = _take_back(chat)
-    chat.screen.note(f"taken back: {_shortened(turn.question)}")
+    turns = chat.conversation.turns
+    if rest and turns and not (rest.isascii() and rest.isdigit() and len(rest) < 10 and 1 <= int(rest) <= len(turns)):
+        raise RequestError(f"/undo takes back 1 to {len(turns)} turns, not {rest!r:.100}")
+    for _ in range(int(rest) if rest and turns else 1):
+        chat.screen.note(f"taken back: {_shortened(_take_back(chat).question)}")
 
 
 def _retry(chat: Chat, rest: str) -> None:
@@ -272,7 +277,7 @@ COMMANDS = {
     "help": Command("", "show this list", _help),
     "system": Command("[TEXT]", "show or set the system prompt; - removes it", _system),
     "reset": Command("", "begin a new conversation; the system prompt stays", _reset),
-    "undo": Command("", "take back the last question and its answer", _undo),
+    "undo": Command("[N]", "take back the last question and its answer, or the last N", _undo),
     "retry": Command("", "ask the last question again", _retry),
     "save": Command("FILE", "save the conversation to a file, and its prompt cache beside it", _save),
     "load": Command("[FILE]", "load a saved conversation; without a name, the one of a closed terminal", _load),

@@ -40,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="phi4-mlx generate", description="Print a model's answer to one prompt.")
     add_model_options(parser)
-    parser.add_argument("--prompt", "-p", type=text, help="the prompt; - or no option reads standard input")
+    parser.add_argument(
+        "--prompt", "-p", type=text,
+        help="the prompt; text on standard input follows it, after an empty line; - or no option reads that alone",
+    )  # fmt: skip
     parser.add_argument("--system-prompt", type=text, help="instructions to the model, before the prompt")
     parser.add_argument(
         "--ignore-chat-template",

@@ -6,12 +6,12 @@ import argparse
 import sys
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.terminal.command import read_standard_input
+from phi4_mlx.terminal.command import read_standard_input, standard_input_beside
 from phi4_mlx.terminal.options import LONG_PREFILL
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    """Reads the prompt from `--prompt`, or else from standard input.
+    """Reads the prompt from `--prompt`, from standard input, or from both, with an empty line between them.
 
     Raises:
         RequestError: there is no prompt, or it is blank or not UTF-8.
@@ -21,7 +21,7 @@ def read_prompt(args: argparse.Namespace) -> str:
             raise RequestError("there is no prompt; give one with --prompt or through a pipe")
         prompt = read_standard_input().removesuffix("\n")
     else:
-        prompt = args.prompt
+        prompt = standard_input_beside(args.prompt)
     if not prompt.strip():
         raise RequestError("the prompt is empty; it needs at least one character that is not white space")
     return prompt

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.stream import GenerationResponse, stream
+from phi4_mlx.models.shared_stream import shared_stream
 from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.parser import ToolCallParser
 
@@ -165,7 +166,8 @@ def stream_answer(
 
     if show_progress is not None or answer.may_stop:  # a callback costs a wait for the last chunk
         options = replace(options, prompt_progress_callback=check)
-    new = cache.reuse(prompt)
+    with shared_stream():
+        new = cache.reuse(prompt)
     answer.prompt_tokens, answer.cached_tokens = len(prompt), len(prompt) - len(new)
     if answer.stopped():
         return

@@ -20,6 +20,7 @@ from phi4_mlx.generation.options import DecodeOptions, LogitsMask, Progress, Pro
 from phi4_mlx.generation.sampling import Draw, Draws, LogitsProcessor, apply_processors, draw
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.shared_stream import shared_stream
 
 Drawn = tuple[int, mx.array]  # a token, and the log-probabilities [V] it was drawn from
 
@@ -101,10 +102,20 @@ def decode(
     passes = _Passes(model, cache, options)
     ids = mx.array([prompt], mx.int32)  # [1, T]
     if options.logits_mask is not None:
-        return _masked_steps(ids, options.max_tokens, passes, options.logits_mask, options.proposer)
+        return _in_turn(_masked_steps(ids, options.max_tokens, passes, options.logits_mask, options.proposer))
     if options.proposer is not None:
-        return _guessed_steps(ids, options.max_tokens, passes, options.proposer)
-    return _plain_steps(ids, options.max_tokens, passes)
+        return _in_turn(_guessed_steps(ids, options.max_tokens, passes, options.proposer))
+    return _in_turn(_plain_steps(ids, options.max_tokens, passes))
+
+
+def _in_turn(steps: Iterator[Drawn]) -> Iterator[Drawn]:
+    """The steps of one answer, each on the shared stream: threads take turns, and one may continue another's answer."""
+    while True:
+        with shared_stream():
+            drawn = next(steps, None)
+        if drawn is None:
+            return
+        yield drawn
 
 
 def chunk_ends(total: int, step_size: int, rows: int, *, snapshots: bool) -> list[int]:

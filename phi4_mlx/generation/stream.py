@@ -22,6 +22,7 @@ from phi4_mlx.generation.steps import decode, open_cache
 from phi4_mlx.generation.stop_strings import StopStrings
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.shared_stream import shared_stream
 
 if TYPE_CHECKING:
     from phi4_mlx.tokens.tokenizer import Tokenizer as Phi4Tokenizer
@@ -293,5 +294,6 @@ def wired_memory() -> Iterator[None]:
     try:
         yield
     finally:
-        mx.synchronize()
-        mx.set_wired_limit(before)
+        with shared_stream():
+            mx.synchronize()
+            mx.set_wired_limit(before)

@@ -10,6 +10,7 @@ single-token steps at once need `model.train()`.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, pairwise
 from operator import is_
@@ -135,9 +136,34 @@ class _Traced:
                 twin.update(tree_unflatten([*zip(own, given, strict=True)]))
             return self._function(*twins, *arrays)
 
-        call: Call = mx.compile(traced)
+        compiled: Call = mx.compile(_lasting(traced))
+
+        def call(weights: list[list[mx.array]], *arrays: mx.array) -> Any:
+            assert traced is not None  # lives as long as this call
+            return compiled(weights, *arrays)
+
         self._traces.append((twins, call))
         return call
+
+
+_shells: list[Call] = []
+
+
+def _lasting(function: Call) -> Call:
+    """A function for `mx.compile` that is never freed, and does not keep `function` alive.
+
+    MLX finds a trace by the address of its function. When a function is freed, only the thread that frees it forgets
+    the trace: another thread would use it for the next function at that address.
+    """
+    found = weakref.ref(function)
+
+    def shell(*arguments: Any) -> Any:
+        inner = found()
+        assert inner is not None
+        return inner(*arguments)
+
+    _shells.append(shell)
+    return shell
 
 
 def _is_open(part: Any) -> bool:

@@ -9,6 +9,8 @@ import argparse
 import contextlib
 import io
 import os
+import select
+import stat
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +21,8 @@ from phi4_mlx.files.regular_file import SMALL_BYTES
 from phi4_mlx.terminal.printable import one_line
 
 Number = TypeVar("Number", int, float)
+
+SILENT_S = 0.5  # until an open pipe counts as silent
 
 USER_MISTAKE = 2
 OUR_MISTAKE = 1
@@ -175,6 +179,27 @@ def read_standard_input() -> str:
     if len(data) > SMALL_BYTES:
         raise RequestError(f"standard input has more than {SMALL_BYTES:,} bytes, the limit; shorten it")
     return utf8(data, "standard input")
+
+
+def standard_input_beside(prompt: str) -> str:
+    """The prompt, and after an empty line the text of a file or pipe on standard input, if there is any.
+
+    A pipe that stays open without a byte, as a scheduler may leave one, is not waited for; a line says so.
+
+    Raises:
+        RequestError: standard input is not UTF-8.
+    """
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError):  # closed, or replaced by an object without a descriptor
+        return prompt
+    if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+        return prompt
+    if not select.select([sys.stdin], [], [], SILENT_S)[0]:
+        print("standard input is an open pipe without text, and is not read", file=sys.stderr, flush=True)
+        return prompt
+    given = read_standard_input().removesuffix("\n")
+    return f"{prompt}\n\n{given}" if given.strip() else prompt
 
 
 def utf8(data: bytes, where: str) -> str:

@@ -89,11 +89,19 @@ class Toolbox:
             result = function(**arguments)
             text = result if isinstance(result, str) else json_text(result)
         except (Exception, SystemExit) as error:  # sys.exit in a tool must not end the program
-            return error_text(f"{type(error).__name__}: {error}")
+            return error_text(f"{type(error).__name__}: {_said(error)}")
         text = text.encode("utf-8", "replace").decode()  # replaces halves of surrogate pairs
         if len(text) > self._max_result_chars:
             text = f"{text[: self._max_result_chars]} ... (cut after {self._max_result_chars:,} of {len(text):,})"
         return text
+
+
+def _said(error: BaseException) -> str:
+    """The text of an exception; its own `__str__` may raise another one."""
+    try:
+        return str(error)
+    except Exception:
+        return "its text cannot be read"
 
 
 def error_text(text: str) -> str:

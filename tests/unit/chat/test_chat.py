@@ -86,6 +86,23 @@ def test_system_reset_undo_retry(chat: Chat, script: Script) -> None:
     assert "there is no turn yet" in shown(chat)
 
 
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if not command.words])
+def test_a_command_without_words_refuses_words(chat: Chat, name: str) -> None:
+    with pytest.raises(RequestError, match=f"/{name} takes nothing after it, not 'foo'"):
+        obey(chat, f"/{name} foo")
+
+
+def test_undo_takes_back_as_many_turns_as_it_is_told(chat: Chat, script: Script) -> None:
+    read = type_lines("one", "two", "three", "four")
+    for _ in range(4):
+        take_turn(chat, read)
+    for wrong in ("0", "5", "-1", "all", "1 2"):
+        with pytest.raises(RequestError, match="/undo takes back 1 to 4 turns"):
+            obey(chat, f"/undo {wrong}")
+    obey(chat, "/undo 3")
+    assert questions(chat) == ["one"]
+
+
 def test_a_retry_stopped_before_its_first_token_keeps_the_old_answer(chat: Chat, script: Script) -> None:
     chat.answer("one")
     script.replies = [""]  # no token came

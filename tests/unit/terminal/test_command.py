@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from phi4_mlx.errors import ConfigError, RequestError
 from phi4_mlx.files.regular_file import SMALL_BYTES
 from phi4_mlx.generation.sampling import Sampling
-from phi4_mlx.terminal.command import Parser, number, read_standard_input, run, text, utf8
+from phi4_mlx.terminal.command import Parser, number, read_standard_input, run, standard_input_beside, text, utf8
 from phi4_mlx.terminal.options import SAMPLING, add_decoding_options, check_decoding_options
 from phi4_mlx.terminal.printable import one_line, printable
 from tests.conftest import ROOT
@@ -184,3 +185,25 @@ def test_the_command_line_and_the_samplers_have_the_same_limits(name: str) -> No
             with contextlib.nullcontext() if fits else pytest.raises(RequestError):
                 sampling.sampler()
                 sampling.processors()
+
+
+@pytest.mark.parametrize(("written", "prompt"), [("text\n", "Sum\n\ntext"), ("", "Sum"), (" \n", "Sum"), (None, "Sum")])
+@pytest.mark.parametrize("kind", ["file", "pipe"])
+def test_text_on_standard_input_follows_the_prompt(
+    written: str | None, prompt: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None: a pipe to which nobody writes, and which stays open."""
+    if kind == "file":
+        (tmp_path / "in").write_text(written or "")
+        source = open(tmp_path / "in")  # noqa: SIM115
+    else:
+        reader, writer = os.pipe()
+        source = os.fdopen(reader)
+        if written is not None:
+            os.write(writer, written.encode())
+            os.close(writer)
+    monkeypatch.setattr("sys.stdin", source)
+    assert standard_input_beside("Sum") == prompt
+    source.close()
+    if kind == "pipe" and written is None:
+        os.close(writer)
