@@ -38,7 +38,6 @@ setup(
     ],
     extras_require={
         "plots": ["matplotlib>=3.8"],
-        "mcp": ["mcp>=1.10"],
         "dev": [
             "matplotlib>=3.8",
             "pytest>=8",

@@ -26,7 +26,7 @@ def add_tool_options(parser: Parser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--mcp", type=word, action="append", default=[], metavar="COMMAND",
-        help="an MCP server to start, whose tools the model may call; may be repeated; needs phi4-mlx[mcp]",
+        help="an MCP server to start, whose tools the model may call; may be repeated",
     )  # fmt: skip
     parser.add_argument("--allow-tools", action="store_true", help="run the model's calls without asking")
 
@@ -57,7 +57,7 @@ def toolbox_of(args: argparse.Namespace, person: bool, note: Callable[[str], Non
         for command in args.mcp:
             from phi4_mlx.tools.mcp import mcp_tools
 
-            tools += stack.enter_context(mcp_tools(command))
+            tools += stack.enter_context(mcp_tools(command, note))
         toolbox = Toolbox(tools)
         try:
             tool_grammar(toolbox.declarations, "auto", toolbox.strict)
@@ -103,7 +103,7 @@ def shown_tool(declared: dict[str, Any]) -> str:
     """A tool on one line, for /tools."""
     function = declared["function"]
     text, _, _ = function.get("description", "").partition("\n")
-    return _visible(f"{function['name']}({', '.join(function['parameters']['properties'])})  {text}".rstrip())
+    return _visible(f"{function['name']}({', '.join(map(str, function['parameters']['properties']))})  {text}".rstrip())
 
 
 def _json(value: object) -> str:

@@ -62,8 +62,11 @@ class Toolbox:
             call: a call of one of the tools.
         """
         schema = self._schemas[call.name]
-        properties = schema["properties"]
-        if missing := [name for name in schema.get("required", ()) if name not in call.arguments]:
+        properties, required = schema["properties"], schema.get("required")
+        if not isinstance(properties, Mapping):  # malformed; the tool must check its arguments itself
+            return None
+        names = required if isinstance(required, list) else []
+        if missing := [name for name in names if isinstance(name, str) and name not in call.arguments]:
             return f"{call.name} needs the argument {missing[0]!r}"
         for name, value in call.arguments.items():
             if name in properties:

@@ -96,13 +96,6 @@ def test_neither_a_slow_call_nor_an_error_in_the_block_waits_for_the_server(
     ],
 )
 def test_a_server_that_does_not_start_is_one_line(words: str, complaint: str) -> None:
-    pytest.importorskip("mcp")
     with pytest.raises(RequestError, match=complaint) as refused, mcp_tools(words):
         pass
     assert "\n" not in str(refused.value)
-
-
-def test_without_the_package_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "mcp", None)
-    with pytest.raises(RequestError, match=r"pip install 'phi4-mlx\[mcp\]'"), mcp_tools("true"):
-        pass
