@@ -43,6 +43,20 @@ class RequestError(Phi4Error):
     """A prompt, an option, or a file named on the command line cannot be used."""
 
 
+class Interruption(BaseException):
+    """The base of exceptions by which a signal ends work: user code that is called must not swallow them."""
+
+
+def said(error: BaseException) -> str:
+    """The text of an exception of any code on one line; its own `__str__` may fail."""
+    try:
+        return " ".join(f"{error}".split())
+    except (KeyboardInterrupt, Interruption):
+        raise
+    except BaseException:
+        return "its text cannot be read"
+
+
 def check_number(name: str, value: object, low: float, high: float) -> None:
     """Checks that an option is a number in a range.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from phi4_mlx.chat.commands import COMMANDS, Leave, is_command, obey
 from phi4_mlx.chat.session import Chat, load_shown
 from phi4_mlx.chat.tools import Doorkeeper, add_tool_options, toolbox_of
-from phi4_mlx.errors import Phi4Error, RequestError
+from phi4_mlx.errors import Interruption, Phi4Error, RequestError
 from phi4_mlx.files.regular_file import SMALL_BYTES
 from phi4_mlx.terminal.command import Parser, read_standard_input, run, standard_input_beside, text, utf8, word
 from phi4_mlx.terminal.options import (
@@ -161,7 +161,7 @@ def take_turn(chat: Chat, read: Callable[[], str]) -> None:
         chat.screen.error(str(error))
 
 
-class HungUp(BaseException):
+class HungUp(Interruption):
     """The terminal was closed."""
 
 

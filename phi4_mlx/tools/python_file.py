@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from phi4_mlx.errors import RequestError
+from phi4_mlx.errors import Interruption, RequestError, said
 from phi4_mlx.files.user_file import read_file
 
 
@@ -31,12 +31,14 @@ def tool_functions(name: str) -> list[Callable[..., Any]]:
     sys.modules[module.__name__] = module  # dataclasses and type hints look their names up there
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
-    except (Exception, SystemExit) as error:
+    except (KeyboardInterrupt, Interruption):
+        raise
+    except BaseException as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        reason = error.msg if isinstance(error, SyntaxError) else str(error)
+        reason = str(error.msg) if isinstance(error, SyntaxError) else said(error)
         where = f", line {line}" if line else ""
-        raise RequestError(f"{path}{where}: {type(error).__name__}: {' '.join(reason.split())}") from None
+        raise RequestError(f"{path}{where}: {type(error).__name__}: {reason[:300]}") from None
     found = [each for name, each in vars(module).items() if _is_tool(name, each, module.__name__)]
     if not found:
         raise RequestError(f"{path} defines no function whose name begins without _; each such function is a tool")

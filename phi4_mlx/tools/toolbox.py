@@ -7,7 +7,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from phi4_mlx.errors import RequestError
+from phi4_mlx.errors import Interruption, RequestError, said
 from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.declarations import check_tools, function_tool
 from phi4_mlx.tools.hints import as_hinted, has_json_type
@@ -85,26 +85,21 @@ class Toolbox:
 
         Returns:
             The result as text, or an error line if the function raised an exception.
+
+        Raises:
+            KeyboardInterrupt: the person stopped it.
         """
         function, hints = self._functions[call.name]
         try:
             arguments = {name: _converted(value, hints.get(name, Any)) for name, value in call.arguments.items()}
             result = function(**arguments)
-            text = result if isinstance(result, str) else json_text(result)
-        except (Exception, SystemExit) as error:  # sys.exit in a tool must not end the program
-            return error_text(f"{type(error).__name__}: {_said(error)}")
-        text = text.encode("utf-8", "replace").decode()  # replaces halves of surrogate pairs
-        if len(text) > self._max_result_chars:
-            text = f"{text[: self._max_result_chars]} ... (cut after {self._max_result_chars:,} of {len(text):,})"
-        return text
-
-
-def _said(error: BaseException) -> str:
-    """The text of an exception; its own `__str__` may raise another one."""
-    try:
-        return str(error)
-    except Exception:
-        return "its text cannot be read"
+            text = str.__str__(result) if isinstance(result, str) else json_text(result)
+            kept = text[: self._max_result_chars].encode("utf-8", "replace").decode()  # no halves of surrogate pairs
+        except (KeyboardInterrupt, Interruption):
+            raise
+        except BaseException as error:  # sys.exit in a tool, for one, must not end the program
+            return error_text(f"{type(error).__name__}: {said(error)}")
+        return kept if len(kept) == len(text) else f"{kept} ... (cut after {len(kept):,} of {len(text):,})"
 
 
 def error_text(text: str) -> str:
