@@ -11,6 +11,7 @@ from pathlib import Path
 from phi4_mlx.config import QUANTIZATION_MODES
 from phi4_mlx.files.dtypes import DTYPES, FLOATS
 from phi4_mlx.terminal.command import Parser, number, progress_bar, run, text
+from phi4_mlx.terminal.options import add_revision_option
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +47,7 @@ def _parser() -> Parser:
         help="dtype of the numbers that are not quantised (default: unchanged)",
     )  # fmt: skip
     add("-d", "--dequantize", action="store_true", help="dequantise a quantised checkpoint; with -q, quantise it again")
-    add("--revision", type=text, help="branch, tag or commit of the Hugging Face id")
+    add_revision_option(parser, "hf_path")
     return parser
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.terminal.command import Parser, word
+from phi4_mlx.terminal.command import Idle, Parser, word
 from phi4_mlx.terminal.printable import one_line
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def add_tool_options(parser: Parser) -> None:
         help="an MCP server to start, whose tools the model may call; may be repeated",
     )  # fmt: skip
     parser.add_argument("--allow-tools", action="store_true", help="run the model's calls without asking")
+    parser.idle.append(Idle(("allow_tools",), lambda args: not (args.tools or args.mcp), "without --tools or --mcp"))
 
 
 @contextlib.contextmanager

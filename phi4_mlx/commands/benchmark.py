@@ -14,7 +14,7 @@ from statistics import median
 from typing import TYPE_CHECKING, TypedDict
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.terminal.command import Parser, number, run
+from phi4_mlx.terminal.command import Idle, Parser, number, run
 from phi4_mlx.terminal.options import add_kv_bits_option, add_model_options, load_options
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def _parser() -> Parser:
         help="memory bandwidth, for the share of the ceiling on a chip that is not in the table",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
+    parser.idle.append(Idle(("chat_format",), lambda args: True, "here: the prompts are random tokens"))
     return parser
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.terminal.command import Parser, run
+from phi4_mlx.terminal.command import Idle, Parser, run
 from phi4_mlx.terminal.options import add_model_options, load_options
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def _parser() -> Parser:
     )
     add_model_options(parser)
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    parser.idle.append(Idle(("chat_format",), lambda args: True, "here: no prompt is run"))
     return parser
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.terminal.command import Parser, progress_bar, run, word
+from phi4_mlx.terminal.options import add_revision_option
 
 if TYPE_CHECKING:
     from phi4_mlx.lora.fuse import Fused
@@ -35,7 +36,7 @@ def _parser() -> Parser:
         "--dequantize", action="store_true",
         help="write unquantised weights (default: as the base, in more bits where the adapter would be lost)",
     )  # fmt: skip
-    add("--revision", type=word, help="branch, tag or commit of the Hugging Face id")
+    add_revision_option(parser)
     return parser
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from phi4_mlx.commands.prompt import prompt_messages, read_prompt, show_progress
 from phi4_mlx.errors import RequestError
-from phi4_mlx.terminal.command import Parser, run, text, word
+from phi4_mlx.terminal.command import Idle, Parser, run, text, word
 from phi4_mlx.terminal.options import (
     add_decoding_options,
     add_model_options,
@@ -70,6 +70,7 @@ def _parser() -> Parser:
         help="a file of cache-prompt: the prompt continues its text, after an empty line",
     )
     parser.add_argument("--verbose", action="store_true", help="print counts and speeds to standard error at the end")
+    parser.idle.append(Idle(("chat_format",), lambda args: args.ignore_chat_template, "with --ignore-chat-template"))
     return parser
 
 

@@ -7,12 +7,29 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from phi4_mlx.lora.settings import OPTIONS, Option, Settings
-from phi4_mlx.terminal.command import Parser, run, text
+from phi4_mlx.lora.settings import OPTIONS, Option, Schedule, Settings
+from phi4_mlx.terminal.command import Idle, Parser, idle_options, run, text
 
 DRY_RUN_SAMPLES = 3
 # mlx-lm's flags without effect here -> number of words that follow each
 _WITHOUT_EFFECT = {"clear-cache-threshold": 1, "project-name": 1, "trust-remote-code": 0}
+
+
+_MEASURED = (
+    "model", "data", "adapter_path", "task", "beta", "batch_size", "max_seq_length", "packing", "mask_prompt", "test",
+    "test_batches", "seed",
+)  # fmt: skip
+_TRAINS = tuple(name for name in ("resume", "resume_adapter_file", *OPTIONS) if name not in _MEASURED)
+_IDLE = (
+    Idle(("beta",), lambda run: run.task == "sft", "in --task sft"),
+    Idle(("test_batches",), lambda run: not run.test, "without --test"),
+    Idle(("weight_decay",), lambda run: run.optimizer == "adam", "with --optimizer adam; adamw has weight decay"),
+    Idle(
+        ("learning_rate", "warmup"), lambda run: isinstance(run.lr_schedule, Schedule),
+        "beside an lr_schedule with arguments, which names its own rates",
+    ),
+)  # fmt: skip
+_IDLE_IN_TEST = Idle(_TRAINS, lambda run: True, "without --train: --test alone measures the adapter")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,10 +95,14 @@ def _settings(args: argparse.Namespace) -> tuple[Settings, bool]:
 
         given, from_file = read_config_file(args.config, flags.get("optimizer"))
         messages += from_file
+    train = given.pop("train", None) or args.train
+    settings = Settings.from_mapping(given | flags, args.config or "the command line")
+    messages += idle_options(_IDLE, flags, settings)  # a file may serve several commands
+    if settings.test and not (train or args.dry_run):
+        messages += idle_options([_IDLE_IN_TEST], {*flags, *(["resume"] if args.resume else [])}, settings)
     for message in messages:
         print(message, file=sys.stderr)
-    train = given.pop("train", None) or args.train
-    return Settings.from_mapping(given | flags, args.config or "the command line"), train
+    return settings, train
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import select
 import stat
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from phi4_mlx.errors import Phi4Error, RequestError, said
 from phi4_mlx.files.regular_file import SMALL_BYTES
@@ -30,11 +30,44 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count
 READER_LEFT = 141  # 128 + SIGPIPE
 
 
+class Idle(NamedTuple):
+    """Options that have no effect beside others.
+
+    Attributes:
+        names: the options, as attributes of the parsed options.
+        when: called with the parsed options; True if those of `names` have no effect.
+        why: completes "--top-k has no effect ...".
+    """
+
+    names: tuple[str, ...]
+    when: Callable[[Any], bool]
+    why: str
+
+
+def idle_options(table: Iterable[Idle], given: Collection[str], options: object) -> Iterator[str]:
+    """A line for each entry of the table of which an option is given without effect.
+
+    Args:
+        table: the entries.
+        given: the names of the options that were given.
+        options: for `Idle.when`.
+    """
+    for idle in table:
+        found = [f"--{name.replace('_', '-')}" for name in idle.names if name in given]
+        if found and idle.when(options):
+            yield f"{' and '.join(found)} {'has' if len(found) == 1 else 'have'} no effect {idle.why}"
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser with `--debug`, whose errors are one line."""
+    """An argument parser with `--debug`, whose errors are one line.
+
+    Attributes:
+        idle: the options without effect that `run` names on standard error.
+    """
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False)
+        self.idle: list[Idle] = []
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str) -> NoReturn:
@@ -63,6 +96,9 @@ def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: Sequen
     try:
         try:
             args = parser.parse_args(argv)
+            given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+            for line in idle_options(parser.idle, given, args):
+                complain(parser.prog, line)
             work(args)
             code = 0
         except SystemExit as leave:  # --help, or an option refused

@@ -6,11 +6,12 @@ Imports only the standard library, so that `--help` and a mistyped option cost n
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from typing import NamedTuple, TypedDict
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.terminal.command import Parser, number, word
+from phi4_mlx.terminal.command import Idle, Parser, number, word
 from phi4_mlx.terminal.limits import (
     MAX_TOKENS_LIMIT,
     PENALTY_RANGE,
@@ -75,9 +76,20 @@ def add_model_options(parser: Parser) -> None:
         help="a folder, a Hugging Face id, or demo for the embedded model (default: Phi-4-mini-instruct, 4 bits)",
     )
     parser.add_argument("--adapter-path", type=word, metavar="FOLDER", help="a LoRA adapter to apply to the model")
-    parser.add_argument("--revision", type=word, help="branch, tag or commit of the Hugging Face id")
+    add_revision_option(parser)
     parser.add_argument("--verify", action="store_true", help="check every file against the hashes of the package")
     parser.add_argument("--chat-format", type=word, metavar="NAME", help="use this chat format, not the detected one")
+
+
+def add_revision_option(parser: Parser, model: str = "model") -> None:
+    """Adds `--revision`, of the name in the option `model`."""
+
+    def is_local(args: argparse.Namespace) -> bool:
+        name = getattr(args, model) or ""
+        return name == "demo" or os.path.isdir(os.path.expanduser(name))
+
+    parser.add_argument("--revision", type=word, help="branch, tag or commit of the Hugging Face id")
+    parser.idle.append(Idle(("revision",), is_local, "on a folder or demo; it selects a version of a Hugging Face id"))
 
 
 def load_options(args: argparse.Namespace) -> LoadArguments:
@@ -95,6 +107,9 @@ def add_sampling_options(parser: Parser, max_tokens: int) -> None:
         parser.add_argument(
             f"--{name}", type=option.parse, default=default, metavar="N", help=option.explanation + shown
         )
+    # The seed is not among them: at --temp 0 an answer is repeatable, as it asks.
+    cuts = ("top_p", "min_p", "top_k")
+    parser.idle.append(Idle(cuts, lambda args: args.temp == 0, "at --temp 0, which takes the likeliest token"))
 
 
 def add_kv_bits_option(parser: Parser) -> None:
