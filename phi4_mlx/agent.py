@@ -60,6 +60,8 @@ class AgentResult:
             if a limit ended the loop. Calls that were not run get an error as their result; those of an answer that
             was cut are never run.
         error: why a tool call in the last answer was left as text, in one line; or None.
+        loosened: parts of the tools' schemas that decoding did not enforce, one line each, such as "tool 'search':
+            uniqueItems"; a tool with `"strict": true` is refused instead.
     """
 
     text: str
@@ -67,6 +69,7 @@ class AgentResult:
     rounds: int
     finish_reason: str
     error: str | None = None
+    loosened: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -181,7 +184,7 @@ class ToolLoop:
             the end every call has a result.
         prompt_tokens: tokens in the whole prompt of the last round.
         finish_reason: as in `AgentResult`, once `events` has ended; "" if the caller left it early.
-        error: as in `AgentResult`.
+        error, loosened: as in `AgentResult`.
     """
 
     def __init__(
@@ -225,6 +228,7 @@ class ToolLoop:
         self.prompt_tokens = 0
         self.finish_reason = ""
         self.error: str | None = None
+        self.loosened: tuple[str, ...] = ()
 
     def events(self) -> Generator[AgentEvent, None, None]:
         """Runs the loop and yields the events of `on_event`; `rounds` stays complete if the caller leaves early.
@@ -247,7 +251,8 @@ class ToolLoop:
         ids = call_ids(messages)
         for each in self.rounds:
             conversation += round_messages(each, ids)
-        return AgentResult(self.rounds[-1].text, conversation, len(self.rounds), self.finish_reason, self.error)
+        text, rounds = self.rounds[-1].text, len(self.rounds)
+        return AgentResult(text, conversation, rounds, self.finish_reason, self.error, self.loosened)
 
     def _all_rounds(self) -> Iterator[AgentEvent]:
         prompt, context = self._prompt, self._model.config.max_position_embeddings
@@ -271,6 +276,8 @@ class ToolLoop:
         answer = AnswerAssembler(self._toolbox.declarations, ends_at=self._ends_at)
         model, tokenizer, cache = self._model, self._tokenizer, self._cache
         grammar = required or tool_grammar(self._toolbox.declarations, "auto", self._toolbox.strict)
+        if grammar is not None:
+            self.loosened = tuple(dict.fromkeys((*self.loosened, *grammar.loosened)))
         must_end = required is not None
         responses = stream_answer(model, tokenizer, prompt, cache, options, answer, grammar, must_end)
         self.prompt_tokens = len(prompt)

@@ -96,8 +96,9 @@ def chat(model: int, messages: Sequence[Mapping[str, Any]], **options: Any) -> B
     Returns:
         A "finish" with "reason" ("stop", "length", "tool_calls", "cancelled", "timeout"), "text", "message" (to append
         to the messages; its "tool_calls", if any, are to be answered by messages with the role "tool"), "complaint"
-        (why a tool call was left as text, or ""), "complete" (False if the answer was cut or forced to its end),
-        "prompt_tokens", "cached_tokens", "answer_tokens"; or an "error".
+        (why a tool call was left as text, or ""), "loosened" (a list: what of the tools' schemas was not enforced),
+        "complete" (False if the answer was cut or forced to its end), "prompt_tokens", "cached_tokens",
+        "answer_tokens"; or an "error".
     """
     return _last(_start(model, messages, options))
 

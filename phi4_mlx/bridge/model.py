@@ -103,7 +103,7 @@ class BridgeModel:
             raise
         if rest := answer.finish():
             yield {"event": "token", "text": rest}
-        yield from _last_events(answer, given)
+        yield from _last_events(answer, given, () if grammar is None else grammar.loosened)
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Request:
         return grammar, self.tool_choice not in ("auto", "none")
 
 
-def _last_events(answer: AnswerAssembler, given: Given) -> Iterator[BridgeEvent]:
+def _last_events(answer: AnswerAssembler, given: Given, loosened: Sequence[str]) -> Iterator[BridgeEvent]:
     """The tool calls of a finished answer, and its "finish" event."""
     finish: BridgeEvent = {"event": "finish", "reason": answer.reason, "text": answer.text}
     if not isinstance(given, str):
@@ -194,6 +194,7 @@ def _last_events(answer: AnswerAssembler, given: Given) -> Iterator[BridgeEvent]
             message["tool_calls"] = [call.message(call_id) for call_id, call in named]
             finish["reason"] = "tool_calls" if answer.reason == "stop" else answer.reason
         finish["complaint"] = answer.complaint or ""
+        finish["loosened"] = [*loosened]
     finish["complete"] = answer.reason == "stop"
     finish["prompt_tokens"] = answer.prompt_tokens
     finish["cached_tokens"] = answer.cached_tokens

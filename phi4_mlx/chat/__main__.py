@@ -8,6 +8,7 @@ import signal
 import sys
 import termios
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,16 @@ from phi4_mlx.chat.session import Chat, load_shown
 from phi4_mlx.chat.tools import Doorkeeper, add_tool_options, toolbox_of
 from phi4_mlx.errors import Interruption, Phi4Error, RequestError
 from phi4_mlx.files.regular_file import SMALL_BYTES
-from phi4_mlx.terminal.command import Parser, read_standard_input, run, standard_input_beside, text, utf8, word
+from phi4_mlx.terminal.command import (
+    Parser,
+    complain,
+    read_standard_input,
+    run,
+    standard_input_beside,
+    text,
+    utf8,
+    word,
+)
 from phi4_mlx.terminal.options import (
     SAMPLING,
     add_decoding_options,
@@ -33,6 +43,9 @@ if TYPE_CHECKING:
     from phi4_mlx.tools.toolbox import Toolbox
 
 
+PROG = "phi4-mlx chat"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     return run(_parser(), _chat, argv)
@@ -40,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="phi4-mlx chat",
+        prog=PROG,
         description="Chat with a model. Input from a pipe is answered line by line, as one conversation.",
     )
     add_model_options(parser)
@@ -62,7 +75,7 @@ def _chat(args: argparse.Namespace) -> None:
     check_decoding_options(args)
     person = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     screen, grammar = Screen(), None if args.schema is None else _grammar(args)
-    with toolbox_of(args, person, screen.note) as toolbox:
+    with toolbox_of(args, person, partial(complain, PROG)) as toolbox:
         chat = _open(args, screen, person, toolbox, grammar)
         if prompt is not None:
             chat.answer(prompt)

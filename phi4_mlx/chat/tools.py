@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from phi4_mlx.tools.toolbox import Tool, Toolbox
 
 SHOWN_RESULT = 300  # characters
+SHOWN_NOTE = 1000
 
 
 def add_tool_options(parser: Parser) -> None:
@@ -39,7 +40,7 @@ def toolbox_of(args: argparse.Namespace, person: bool, note: Callable[[str], Non
     Args:
         args: the options.
         person: True if a person is at the terminal.
-        note: called with a sentence if a tool's schema has no grammar; calls are then not constrained to the schemas.
+        note: called with a line for tools that are left out, and for parts of schemas that calls may break.
 
     Raises:
         RequestError: a file or a server has no usable tools, or no person is there to approve a call.
@@ -61,11 +62,17 @@ def toolbox_of(args: argparse.Namespace, person: bool, note: Callable[[str], Non
             tools += stack.enter_context(mcp_tools(command, note))
         toolbox = Toolbox(tools)
         try:
-            tool_grammar(toolbox.declarations, "auto", toolbox.strict)
+            grammar = tool_grammar(toolbox.declarations, "auto", toolbox.strict)
+            if grammar is not None and grammar.loosened:
+                note(_shortened(f"calls may break the tools' schemas in {'; '.join(grammar.loosened)}"))
         except RequestError as error:  # often someone else's tool, and still usable
             toolbox.strict = False
             note(f"calls are not constrained to the tools' schemas: {error}")
         yield toolbox
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= SHOWN_NOTE else f"{line[:SHOWN_NOTE]} ... ({len(line):,} characters)"
 
 
 class Doorkeeper:

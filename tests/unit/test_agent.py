@@ -587,3 +587,17 @@ def test_an_answer_is_cancelled_or_out_of_time(clock: Clock) -> None:
     assert left.add("a") == "a" and left.reason == "cancelled"  # rather than "timeout"
     ended = AnswerAssembler(["add"], ends_at=1.0, cancelled=lambda: cancelled[0])
     assert ended.add("a", "length") == "a" and ended.reason == "length"
+
+
+def test_what_the_grammar_does_not_enforce_is_said(model: Any) -> None:
+    parameters = {"type": "object", "properties": {"n": {"type": "array", "uniqueItems": True}}}
+    loose = ({"type": "function", "function": {"name": "search", "parameters": parameters}}, print)
+    plain = run_tools(model, TOKENIZER, ASK, [loose], max_tokens=2)
+    required = run_tools(model, TOKENIZER, ASK, [loose], max_tokens=2, tool_choice="required")
+    assert plain.loosened == required.loosened != () and "tool 'search'" in plain.loosened[0]
+    assert "uniqueItems" in plain.loosened[0]
+    assert run_tools(model, TOKENIZER, ASK, [loose], max_tokens=2, strict=False).loosened == ()
+    function: Any = {**loose[0]["function"], "strict": True}  # type: ignore[dict-item]
+    strict = ({"type": "function", "function": function}, print)
+    with pytest.raises(RequestError, match=r"tool 'search': .*uniqueItems"):
+        run_tools(model, TOKENIZER, ASK, [strict], max_tokens=2)

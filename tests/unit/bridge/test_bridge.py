@@ -340,3 +340,14 @@ def test_twins_do_as_their_functions(model: int, folder: Path) -> None:
 
 def test_the_version_is_a_text() -> None:
     assert isinstance(bridge.version(), str)
+
+
+def test_what_the_grammar_does_not_enforce_is_in_the_last_event(model: int) -> None:
+    parameters = {"type": "object", "properties": {"n": {"type": "array", "uniqueItems": True}}}
+    function = {"name": "search", "parameters": parameters}
+    tool = {"type": "function", "function": function}
+    finish = bridge.chat(model, ASK, tools=[tool], max_tokens=2)
+    assert "tool 'search'" in finish["loosened"][0] and "uniqueItems" in finish["loosened"][0] and is_plain(finish)
+    assert bridge.chat(model, ASK, max_tokens=2)["loosened"] == []
+    refused = bridge.chat(model, ASK, tools=[{**tool, "function": {**function, "strict": True}}], max_tokens=2)
+    assert refused["code"] == "request" and "tool 'search'" in refused["message"]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from phi4_mlx.chat.__main__ import take_turn
 from phi4_mlx.chat.commands import obey
 from phi4_mlx.chat.session import Chat
-from phi4_mlx.chat.tools import Doorkeeper, shown_call
+from phi4_mlx.chat.tools import Doorkeeper, shown_call, toolbox_of
 from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.toolbox import Toolbox
 from tests.unit.chat.scripted import Script, questions, shown, type_lines
@@ -156,3 +159,22 @@ def test_a_model_that_only_calls_is_stopped(chat: Chat, script: Script, ran: lis
     script.replies = [CALL] * 10
     take_turn(chat, type_lines("how much?"))
     assert len(ran) == 7 and "the last calls were not run" in shown(chat)
+
+
+def test_what_calls_may_break_is_said_once_on_standard_error(tmp_path: Path) -> None:
+    tool = '{"name": "search", "inputSchema": {"properties": {"n": {"type": "array", "uniqueItems": true}}}}'
+    server = tmp_path / "server.py"
+    server.write_text(f"""
+import json, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    result = {{"tools": [json.loads('{tool}'), 3]}} if message["method"] == "tools/list" else {{}}
+    print(json.dumps({{"id": message.get("id"), "result": result}}), flush=True)
+""")
+    args = argparse.Namespace(tools=[], mcp=[f"{sys.executable} {server}"], allow_tools=True)
+    said: list[str] = []
+    with toolbox_of(args, False, said.append) as toolbox:
+        assert [each["function"]["name"] for each in toolbox.declarations] == ["search"] and toolbox.strict
+    left_out, loosened = said
+    assert "left out a tool that is not an object: 3" in left_out
+    assert "tool 'search'" in loosened and "uniqueItems" in loosened and "\n" not in loosened
