@@ -23,6 +23,7 @@ from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime
+from phi4_mlx.models.shared_stream import shared_stream
 
 PREFILL_STEP_SIZE = 512  # prompt tokens a step; running answers wait for them
 MAX_PADDING = 4096  # columns that a row may add to rows of another length; one more forward pass costs four times that
@@ -170,7 +171,7 @@ class _Group:
 
 
 class Batch:
-    """The scheduler of sequences that are answered together.
+    """The scheduler of sequences that are answered together; any thread may call it, one at a time.
 
     Attributes:
         max_rows: the most active sequences; more wait.
@@ -206,11 +207,12 @@ class Batch:
 
     def end(self, sequence: BatchSequence) -> PromptCache | None:
         """Takes a sequence out, wherever it is; returns the cache of its ids, if there is one."""
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
-        elif sequence in self.active:
-            self.active.remove(sequence)
-            self._take_out(sequence)
+        with shared_stream():
+            if sequence in self.waiting:
+                self.waiting.remove(sequence)
+            elif sequence in self.active:
+                self.active.remove(sequence)
+                self._take_out(sequence)
         return sequence.cache
 
     def step(self) -> list[Token | Fault]:
@@ -220,11 +222,12 @@ class Batch:
             The drawn tokens, and the sequences that cannot continue and are already out. A sequence that has reached
             `max_tokens` or an end marker is for the caller to `end`.
         """
-        self._admit()
         events: list[Token | Fault] = []
-        for group in list(self._groups):
-            self._decode(group, events)
-        self._prefill(events)
+        with shared_stream():
+            self._admit()
+            for group in list(self._groups):
+                self._decode(group, events)
+            self._prefill(events)
         return events
 
     def _admit(self) -> None:

@@ -119,6 +119,9 @@ class LanguageModel(nn.Module, ABC):
         Where the new tokens take a cached sequence past the RoPE boundary, the whole sequence runs again under the
         long table.
 
+        The logits are computed when they are read, which must be in the thread of the call. Where other threads use the
+        model too, hold `phi4_mlx.models.shared_stream.shared_stream()` around the call and the reading.
+
         Args:
             ids: token ids [B, T], any integer dtype, each below the vocabulary size.
             cache: from `make_cache`, or a list of mlx-lm's `KVCache`; it is appended to.

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import mlx.core as mx
 import pytest
 
 from phi4_mlx import (
+    finetune,
     generate,
     load,
     load_prompt_cache,
@@ -22,7 +24,9 @@ from phi4_mlx import (
     save_prompt_cache,
     stream_generate,
 )
+from phi4_mlx.generation.batch import Batch, BatchSequence, Fault
 from phi4_mlx.generation.speculate import PromptLookup
+from phi4_mlx.models.shared_stream import shared_stream
 from tests.conftest import BOUNDARY, ROOT, TinyCheckpoint
 
 T = TypeVar("T")
@@ -139,8 +143,6 @@ def test_threads_without_a_seed_draw_different_tokens(loaded: Any) -> None:
     assert len({in_thread(answer) for _ in range(3)}) == 3
 
     def seeded() -> str:
-        import mlx.core as mx
-
         mx.random.seed(7)
         return answer()
 
@@ -181,3 +183,66 @@ def test_a_model_freed_in_another_thread_leaves_no_trace_behind(tiny_checkpoint:
                 gc.collect()
 
             in_thread(free)
+
+
+def test_a_batch_moves_from_thread_to_thread(loaded: Any) -> None:
+    """Its prompts are prefilled in chunks, cross the RoPE boundary, leave early and are read elsewhere."""
+
+    def answers(call: Callable[[Callable[[], Any]], Any]) -> tuple[list[list[int]], list[float]]:
+        batch = call(lambda: Batch(prefill_step_size=8))
+        sampled = {"sampler": make_sampler(temp=0.7, seed=5)}
+        sequences = [
+            BatchSequence(loaded[0], PROMPT[: 9 + 7 * n], BOUNDARY, **(sampled if n == 1 else {})) for n in range(3)
+        ]
+        for sequence in sequences:
+            batch.add(sequence)
+        scores: list[float] = []
+        for step in range(2 * BOUNDARY):
+            events = call(batch.step)
+            assert not any(isinstance(event, Fault) for event in events), events
+            scores += [float(event.logprobs.max()) for event in events]
+            if step == 6:
+                cache = call(lambda: batch.end(sequences[0]))
+                assert cache is not None and cache.offset > 0
+                rest = cache.reuse([*sequences[0].ids, 7])
+                assert call(lambda: generate(*loaded, rest, max_tokens=3, cache=cache))  # noqa: B023
+            for sequence in [each for each in batch.active if each.drawn == BOUNDARY]:
+                batch.end(sequence)
+        return [sequence.ids for sequence in sequences], scores
+
+    assert answers(in_thread) == answers(lambda work: work())
+
+
+def test_logits_are_read_in_the_thread_of_the_call(loaded: Any) -> None:
+    model = loaded[0]
+    ids = mx.array([PROMPT])
+    alone = model(ids).tolist()
+    assert in_thread(lambda: model(ids).tolist()) == alone
+    together: list[Any] = []
+
+    def read() -> None:
+        with shared_stream():
+            together.append(model(ids).tolist())
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == [alone] * 4
+
+
+def test_training_runs_in_any_thread(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    folder = tiny_checkpoint()
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 8)
+    settings = {"model": str(folder), "data": str(tmp_path), "iters": 3, "lora_parameters": {"rank": 2}}
+    paths = [tmp_path / name for name in ("here", "there")]
+
+    def train(path: Path) -> None:
+        finetune({**settings, "adapter_path": str(path)}, tell=lambda line: None)
+
+    train(paths[0])
+    in_thread(lambda: train(paths[1]))
+    answers = [generate(*load(folder, adapter_path=path), PROMPT, max_tokens=8) for path in paths]
+    assert answers[0] == answers[1]
+    assert (paths[0] / "adapters.safetensors").read_bytes() == (paths[1] / "adapters.safetensors").read_bytes()
