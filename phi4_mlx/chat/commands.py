@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from phi4_mlx.chat.session import Chat, rescued_file
 from phi4_mlx.chat.tools import shown_tool
 from phi4_mlx.errors import Phi4Error, RequestError
+from phi4_mlx.files.atomic import sweep
 from phi4_mlx.terminal.options import SAMPLING
 
 if TYPE_CHECKING:
@@ -123,6 +124,8 @@ def _save(chat: Chat, rest: str) -> None:
         raise RequestError("/save needs the name of a file")
     path = _json_file(rest)
     conversation = chat.conversation
+    for name in ("*.json", _cache_file(Path("*.json")).name):
+        sweep(path.parent, name)  # a chat that was killed may have saved under another name
     transcript.save(path, chat.model_name, conversation.system, conversation.turns, replace=path == chat.saved_as)
     chat.saved_as = path
     chat.screen.note(f"saved {_turns(len(conversation.turns))} to {path}{_save_cache(chat, path)}")

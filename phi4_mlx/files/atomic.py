@@ -13,6 +13,7 @@ import fcntl
 import glob
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from pathlib import Path
 from phi4_mlx.errors import RequestError
 
 _writes = itertools.count()
+_WRITER = re.compile(r"\.(\d{1,19})-\d+\.partial$")  # its process and the number of its write
 
 
 @contextlib.contextmanager
@@ -87,6 +89,20 @@ def whole_or_absent(target: Path) -> Iterator[Path]:
         raise RequestError(f"{target} cannot be written: {reason}; nothing was left there") from None
 
 
+def sweep(folder: Path, pattern: str) -> None:
+    """Removes the hidden files of writers that were killed while they replaced a file.
+
+    Args:
+        folder: of the files.
+        pattern: of the names that were to be written, such as "*.json".
+    """
+    for left in folder.glob(f".{pattern}.*.partial"):
+        writer = _WRITER.search(left.name)
+        if writer and not _is_running(writer[1]):
+            with contextlib.suppress(OSError):  # another user's, or gone
+                left.unlink()
+
+
 def sync(path: Path) -> None:
     """Flushes a file or a folder from the system's memory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -101,16 +117,14 @@ def sync(path: Path) -> None:
 
 def _own_partial(path: Path) -> Path:
     """A hidden name beside `path` for this writer alone; removes the files of writers that were killed."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        if not _is_running(left.name.removeprefix(f".{path.name}.").partition("-")[0]):
-            left.unlink(missing_ok=True)
+    sweep(path.parent, glob.escape(path.name))
     return path.with_name(f".{path.name}.{os.getpid()}-{next(_writes)}.partial")
 
 
 def _is_running(process: str) -> bool:
     try:
         os.kill(int(process), 0)
-    except (ValueError, ProcessLookupError):
+    except (OverflowError, ProcessLookupError):
         return False
     except PermissionError:  # another user's
         return True

@@ -20,6 +20,8 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from phi4_mlx.files.regular_file import open_regular
 
+HISTORY_BYTES = 2**20  # that are read at the start
+
 
 def state_folder() -> Path:
     """The folder of this user's history and rescued chat: the platform's folder for a program's state."""
@@ -86,11 +88,22 @@ class _History(FileHistory):
             os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NONBLOCK, 0o600))
 
     def load_history_strings(self) -> Iterable[str]:
+        """The messages, the newest first; of a long file only the end, as of a pipe nothing."""
         try:
-            open_regular(Path(str(self.filename))).close()  # prompt_toolkit would wait for a pipe
-            return list(super().load_history_strings())
+            with open_regular(Path(str(self.filename))) as file:
+                file.seek(max(file.seek(0, os.SEEK_END) - HISTORY_BYTES, 0))
+                data = file.read(HISTORY_BYTES)
         except OSError:
             return []
+        messages: list[str] = []
+        lines: list[str] = []
+        for line in [*data.decode("utf-8", "replace").split("\n"), ""]:
+            if line.startswith("+"):
+                lines.append(line[1:])
+            elif lines:
+                messages.append("\n".join(lines))
+                lines = []
+        return messages[::-1]
 
     def store_string(self, string: str) -> None:
         with contextlib.suppress(OSError):

@@ -74,7 +74,7 @@ def test_an_older_cache_of_a_turn_taken_back_is_removed(
         if failing:
             remember(chat, drawn_turn("five", "six"))
         with monkeypatch.context() as patch:
-            patch.setattr(prompt_file, "checksum", full)
+            patch.setattr(prompt_file, "TensorWriter", full)
             last_note(chat, "/save talk")
         assert not kept.exists()
         (tmp_path / "talk.json").unlink()
@@ -90,7 +90,7 @@ def test_no_failure_costs_the_conversation(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(prompt_file, "checksum", full)
+        patch.setattr(prompt_file, "TensorWriter", full)
         note = last_note(chat, "/save talk")
     assert note.startswith("saved 1 turn to") and note.endswith("/load will prefill again: No space left on device")
     assert [file.name for file in tmp_path.iterdir()] == ["talk.json"]

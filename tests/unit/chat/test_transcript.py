@@ -11,7 +11,9 @@ import pytest
 
 from phi4_mlx.agent import Round
 from phi4_mlx.chat import transcript
+from phi4_mlx.chat.commands import obey
 from phi4_mlx.chat.conversation import Turn, reply_ids
+from phi4_mlx.chat.session import Chat
 from phi4_mlx.checkpoint import load_tokenizer_and_format
 from phi4_mlx.errors import RequestError
 from phi4_mlx.tools.calls import ToolCall
@@ -130,3 +132,11 @@ def test_folders_pipes_and_enormous_files_are_refused(tmp_path: Path) -> None:
         file.truncate(transcript.LARGEST_FILE + 1)
     with pytest.raises(RequestError, match="bytes"):
         transcript.load(large, TOKENIZER)
+
+
+@pytest.mark.parametrize("name", ["talk.json", "older.json", "talk.cache.safetensors", "older.cache.safetensors"])
+def test_saving_removes_what_a_killed_chat_left(name: str, chat: Chat, tmp_path: Path) -> None:
+    left = tmp_path / f".{name}.999999999-0.partial"  # no process has this number
+    left.write_text("half")
+    obey(chat, "/save talk")
+    assert (tmp_path / "talk.json").exists() and not left.exists()

@@ -14,7 +14,7 @@ import pytest
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files import atomic
-from phi4_mlx.files.atomic import replacing, whole_or_absent
+from phi4_mlx.files.atomic import replacing, sweep, whole_or_absent
 from tests.packages import left_beside
 
 OWN = re.compile(r"\.\d+-\d+(?=\.partial)")  # the part of a hidden name that tells writers apart
@@ -180,3 +180,18 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         (partial / "a").write_text("half")
         raise FULL
     assert left_beside(out) == []
+
+
+def test_sweeping_takes_the_files_of_killed_writers_alone(tmp_path: Path) -> None:
+    dead, alive = 999_999_999, os.getpid()
+    kept = [
+        f".a.json.{alive}-0.partial", ".a.json.partial", ".a.json.x-0.partial", f".b.txt.{dead}-0.partial",
+        f"a.json.{dead}-0.partial", f".a.json.{dead}-0", "a.json",
+    ]  # fmt: skip
+    gone = [f".a.json.{dead}-0.partial", f".b b.json.{dead}-17.partial", f".c.json.{10**18}-0.partial"]
+    for name in [*kept, *gone]:
+        (tmp_path / name).write_text("half")
+    (tmp_path / f".d.json.{dead}-0.partial").mkdir()  # not ours
+    sweep(tmp_path, "*.json")
+    sweep(tmp_path / "missing", "*.json")
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted([*kept, f".d.json.{dead}-0.partial"])
