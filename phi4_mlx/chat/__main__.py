@@ -58,7 +58,10 @@ def _parser() -> Parser:
     )
     add_model_options(parser)
     parser.add_argument("--system-prompt", type=text, help="instructions to the model, before the conversation")
-    parser.add_argument("--prompt", "-p", type=text, help="answer this prompt and exit; - reads all of standard input")
+    parser.add_argument(
+        "--prompt", "-p", type=text,
+        help="answer this prompt and exit; text on standard input follows it, after an empty line; - reads that alone",
+    )  # fmt: skip
     add_tool_options(parser)
     parser.add_argument("--schema", type=word, metavar="FILE.json", help="answers are JSON that obeys this JSON schema")
     add_sampling_options(parser, max_tokens=2048)

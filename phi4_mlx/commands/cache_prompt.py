@@ -30,8 +30,10 @@ def _parser() -> Parser:
     )
     add_model_options(parser)
     parser.add_argument(
-        "--prompt", "-p", type=text, help="the text, which begins the user's turn; - or no option reads standard input"
-    )
+        "--prompt", "-p", type=text,
+        help="the text, which begins the user's turn; text on standard input follows it, after an empty line; - or no "
+        "option reads that alone",
+    )  # fmt: skip
     parser.add_argument("--system-prompt", type=text, help="instructions to the model, before the text")
     add_kv_bits_option(parser)
     parser.add_argument("--prompt-cache-file", type=word, required=True, metavar="FILE", help="the file to write")

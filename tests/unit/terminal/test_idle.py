@@ -96,3 +96,9 @@ def test_every_name_in_a_table_is_an_option() -> None:
     flags = {action.dest for action in lora._parser()._actions}
     assert {*lora._IDLE_IN_TEST.names} <= flags
     assert list(idle_options([Idle(("a", "b"), lambda _: True, "x")], {"b", "c"}, None)) == ["--b has no effect x"]
+
+
+@pytest.mark.parametrize("module", ["chat.__main__", "commands.generate", "commands.cache_prompt"])
+def test_help_says_that_standard_input_follows_the_prompt(module: str) -> None:
+    parser: Parser = importlib.import_module(f"phi4_mlx.{module}")._parser()
+    assert "text on standard input follows it, after an empty line; - " in " ".join(parser.format_help().split())

@@ -26,8 +26,8 @@ def history(folder: Path) -> Any:
 @pytest.mark.parametrize(
     "message",
     [
-        "one line", "several\nlines\n\nof text\n", "<|end|><|user|>", "\x1b[2J\x07\x00\x7f", "+", "# 2026", "\n+\n#", "\r\n",
-        "a\u2028b\x85c\x0cd", "\U0001f600é", "x" * 200_000, "",
+        "one line", "several\nlines\n\nof text\n", "<|end|><|user|>", "\x1b[2J\x07\x00\x7f", "+", "# 2026", "\n+\n#",
+        "\r\n",        "a\u2028b\x85c\x0cd", "\U0001f600é", "x" * 200_000, "",
     ],
     ids=lambda message: ascii(message)[:20],
 )  # fmt: skip
