@@ -7,7 +7,7 @@ import contextlib
 import signal
 import sys
 import termios
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -78,7 +78,7 @@ def _chat(args: argparse.Namespace) -> None:
     check_decoding_options(args)
     person = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     screen, grammar = Screen(), None if args.schema is None else _grammar(args)
-    with toolbox_of(args, person, partial(complain, PROG)) as toolbox:
+    with _ending_servers(args), toolbox_of(args, person, partial(complain, PROG)) as toolbox:
         chat = _open(args, screen, person, toolbox, grammar)
         if prompt is not None:
             chat.answer(prompt)
@@ -86,6 +86,26 @@ def _chat(args: argparse.Namespace) -> None:
             talk(chat)
         else:
             _answer_lines(chat)
+
+
+@contextlib.contextmanager
+def _ending_servers(args: argparse.Namespace) -> Iterator[None]:
+    """Lets a signal that ends the program end the MCP servers first; one that reads no input would go on for ever."""
+    if not args.mcp:
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Ended(number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    except Ended as ended:
+        raise SystemExit(128 + ended.args[0]) from None  # as shells count
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _grammar(args: argparse.Namespace) -> Grammar:
@@ -175,6 +195,10 @@ def take_turn(chat: Chat, read: Callable[[], str]) -> None:
         chat.screen.note("Ctrl-D leaves")
     except Phi4Error as error:
         chat.screen.error(str(error))
+
+
+class Ended(Interruption):
+    """A signal, by its number, that ends the program."""
 
 
 class HungUp(Interruption):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -362,3 +363,34 @@ def test_a_history_that_cannot_be_kept_does_not_stop_the_chat(
     screen.type("\x04")
     assert screen.leave() == 0
     assert screen.errors.read_text() == ""
+
+
+DEAF = """
+import json, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open(sys.argv[1], "w").write(str(__import__("os").getpid()))
+for line in sys.stdin:
+    message = json.loads(line)
+    result = {"tools": [{"name": "add"}]} if message["method"] == "tools/list" else {}
+    print(json.dumps({"id": message.get("id"), "result": result}), flush=True)
+    if message["method"] == "tools/list":
+        time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_no_mcp_server_behind(number: signal.Signals, model: str, tmp_path: Path) -> None:
+    (tmp_path / "deaf.py").write_text(DEAF)
+    server = f"{sys.executable} {tmp_path / 'deaf.py'} {tmp_path / 'pid'}"
+    words = [sys.executable, "-m", "phi4_mlx.chat", "--model", model, "--allow-tools", "--mcp", server]
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT}
+    with subprocess.Popen([*words, "--max-tokens", "3"], **options) as chat:  # type: ignore[call-overload]
+        assert chat.stdin is not None and chat.stdout is not None
+        chat.stdin.write(b"hello\n")
+        chat.stdin.flush()
+        assert chat.stdout.read(1)  # it answers, so that the server has started
+        chat.send_signal(number)
+        assert chat.wait(60) == 128 + number
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
