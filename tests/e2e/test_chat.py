@@ -65,9 +65,11 @@ def test_a_line_of_a_pipe_has_a_limit() -> None:
 
 def test_prompt_answers_once(model: str) -> None:
     options = ["--model", model, "--max-tokens", "10"]
-    once = chat(*options, "--prompt", "one", stdin=b"ignored\n")
+    once = chat(*options, "--prompt", "one")
     assert once.stdout == chat(*options, stdin=b"one").stdout and once.stderr == b""
     assert chat(*options, "--prompt", "-", stdin=b"one").stdout == once.stdout
+    both = chat(*options, "--prompt", "-", stdin=b"one\n\ntwo").stdout
+    assert both == chat(*options, "--prompt", "one", stdin=b"two\n").stdout != once.stdout
     assert chat(*options, "--prompt", "one", "--system-prompt", "be brief").stdout != once.stdout
 
 
