@@ -57,7 +57,7 @@ def toolbox_of(args: argparse.Namespace, person: bool, note: Callable[[str], Non
         for command in args.mcp:
             from phi4_mlx.tools.mcp import mcp_tools
 
-            tools += stack.enter_context(mcp_tools(command))
+            tools += stack.enter_context(mcp_tools(command, note))
         toolbox = Toolbox(tools)
         try:
             tool_grammar(toolbox.declarations, "auto", toolbox.strict)
