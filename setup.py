@@ -38,12 +38,13 @@ setup(
     ],
     extras_require={
         "plots": ["matplotlib>=3.8"],
+        "mcp": ["mcp>=2"],
         "dev": [
             "matplotlib>=3.8",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
-            "mcp>=1.10",
+            "mcp>=2",
             "jsonschema>=4.20",
             "httpx>=0.27",
             "openai>=3",
