@@ -15,7 +15,13 @@ from phi4_mlx.grammar.way_out import MAX_WAY, Paths
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+# Words of llguidance where one of its own limits is exceeded.
+_LIMITS = ("fuel", "too many", "too large", "too big", "limit", "precomputation", "Unable to determine")
 MAX_COMPILE_S = 1.0  # seconds of processor time for a grammar and its costly parts
+
+
+class TooComplex(RequestError):
+    """A grammar is too large or too complex; nothing is wrong with it otherwise."""
 
 
 def limits() -> LLParserLimits:
@@ -23,8 +29,10 @@ def limits() -> LLParserLimits:
     from llguidance import LLParserLimits
 
     # Its defaults bound a compilation to 0.3 s and a step to 0.1 s, and 300 KB of tools fit into them. 500 optional
-    # properties need more than 2,000 items; a state of the lexer takes about 2 KB.
-    return LLParserLimits(verbose_errors=False, max_items_in_row=20_000, max_lexer_states=50_000)
+    # properties need more than 2,000 items; multiples in a range need more fuel; a state of the lexer takes 2 KB.
+    return LLParserLimits(
+        verbose_errors=False, max_items_in_row=20_000, max_lexer_states=50_000, step_lexer_fuel=1_000_000
+    )
 
 
 def compile_grammar(what: str, text: str, library: LLTokenizer) -> LLMatcher:
@@ -50,9 +58,13 @@ def raise_error(what: str, matcher: LLMatcher) -> None:
 
     Raises:
         RequestError: the matcher is in its error state.
+        TooComplex: likewise, because of a limit.
     """
     if matcher.is_error():
-        raise RequestError(f"{what}: {_line(matcher.get_error())}")
+        line = _line(matcher.get_error())
+        if any(word in line for word in _LIMITS):
+            raise TooComplex(f"{what} is too complex; make it simpler ({line})")
+        raise RequestError(f"{what}: {line}")
 
 
 @lru_cache(maxsize=16)  # a conversation checks its tools at every answer
@@ -66,7 +78,8 @@ def check_grammar(what: str, text: str, costly: tuple[str, ...] = (), sure: bool
         sure: the search finds an answer if there is one, as in JSON.
 
     Raises:
-        RequestError: the grammar is malformed, takes too long to compile, or no answer obeys it.
+        RequestError: the grammar is malformed, or no answer obeys it.
+        TooComplex: it takes too long to compile.
     """
     start = time.thread_time()
     for part in [*costly, text]:
@@ -74,7 +87,7 @@ def check_grammar(what: str, text: str, costly: tuple[str, ...] = (), sure: bool
         for warning in matcher.get_grammar_warnings():
             raise RequestError(f"{what}: {_line(warning)}")
         if time.thread_time() - start > MAX_COMPILE_S:
-            raise RequestError(f"{what} takes more than {MAX_COMPILE_S:g} s to compile; make it simpler")
+            raise TooComplex(f"{what} takes more than {MAX_COMPILE_S:g} s to compile; make it simpler")
     way = byte_paths().way_out(matcher, grammar_examples(text))
     raise_error(what, matcher)
     # A way through JSON is found if there is one; through hard patterns it is found only by chance.

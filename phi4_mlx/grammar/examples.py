@@ -1,17 +1,25 @@
-"""Example texts for the formats and regular expressions in a grammar.
+"""Example texts for the formats, regular expressions and multiples in a grammar.
 
 A search for the end of an answer needs them, because random bytes rarely match a pattern.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from decimal import Decimal
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
+
+from phi4_mlx.errors import RequestError
+from phi4_mlx.files.json_file import JsonObject
+from phi4_mlx.grammar.numbers import multiple
 
 MAX_EXAMPLE = 500  # characters
 MAX_EXAMPLES = 50  # of one grammar
@@ -28,6 +36,7 @@ FORMATS = {
     "uri": b"a:b",
     "uuid": b"00000000-0000-0000-0000-000000000000",
 }
+_COUNTED = ("multipleOf", "minimum", "maximum")
 _CATEGORIES = {
     "CATEGORY_DIGIT": r"\d", "CATEGORY_NOT_DIGIT": r"\D", "CATEGORY_WORD": r"\w", "CATEGORY_NOT_WORD": r"\W",
     "CATEGORY_SPACE": r"\s", "CATEGORY_NOT_SPACE": r"\S",
@@ -39,13 +48,13 @@ _parser: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 1
 
 @lru_cache(maxsize=64)
 def grammar_examples(text: str) -> tuple[bytes, ...]:
-    """An example of each format and each pattern in a grammar, as bytes inside a JSON string.
+    """An example of each format, pattern and multiple in a grammar, as bytes inside a JSON string or as a number.
 
     Args:
         text: a grammar in llguidance's form.
     """
     grammars = json.loads(text)["grammars"] if text.startswith("{") else []
-    examples, pending = dict[bytes, None](), list(grammars)
+    examples, pending, counted = dict[bytes, None](), list(grammars), list[JsonObject]()
     for grammar in grammars:
         whole = re.fullmatch("start: /(.*)/", grammar.get("lark_grammar") or "", re.DOTALL)
         if whole:
@@ -54,6 +63,7 @@ def grammar_examples(text: str) -> tuple[bytes, ...]:
         value = pending.pop()
         pending += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         if isinstance(value, dict):
+            counted.append({key: value[key] for key in _COUNTED if key in value})
             names = value.get("patternProperties")
             patterns = [value.get("pattern"), *(names if isinstance(names, dict) else ())]
             for found in (example(pattern) for pattern in patterns if isinstance(pattern, str)):
@@ -62,7 +72,36 @@ def grammar_examples(text: str) -> tuple[bytes, ...]:
             name = value.get("format")
             if isinstance(name, str) and name in FORMATS:
                 examples[FORMATS[name]] = None
-    return tuple(examples)
+    return (*examples, *_multiples(counted))
+
+
+def _multiples(schemas: Iterable[JsonObject]) -> list[bytes]:
+    """The multiples nearest to 0 within the bounds of each schema, and within the bounds of all together."""
+    steps, bounds, found = list[Fraction](), list[JsonObject](), dict[bytes, None]()
+    for schema in filter(None, schemas):
+        bounds.append(schema)
+        if "multipleOf" in schema:
+            with contextlib.suppress(RequestError):
+                steps.append(multiple(schema["multipleOf"]))
+                found |= dict.fromkeys(_nearest(steps[-1], schema))
+    if len({*steps}) > 1 or len(bounds) > len(steps) > 0:  # an intersection takes multiples of all
+        joined = Fraction(math.lcm(*(each.numerator * (10**9 // each.denominator) for each in steps)), 10**9)
+        for each in [{}, *bounds]:
+            found |= dict.fromkeys(_nearest(joined, each))
+    return list(found)[:MAX_EXAMPLES]
+
+
+def _nearest(step: Fraction, bounds: JsonObject) -> Iterator[bytes]:
+    """The multiples of a step next to 0 and, inwards, next to the bounds."""
+    counts = {0, 1}
+    with contextlib.suppress(TypeError, ValueError, OverflowError):  # a schema in Lark is not checked
+        counts = {math.ceil(Fraction(bounds["minimum"]) / step)} if "minimum" in bounds else counts
+        counts |= {math.floor(Fraction(bounds["maximum"]) / step)} if "maximum" in bounds else set()
+    for count in sorted(counts, key=abs):
+        number = step * count
+        text = format(Decimal(number.numerator) / Decimal(number.denominator), "f")
+        if len(text) <= MAX_EXAMPLE:
+            yield text.encode()
 
 
 def example(pattern: str) -> str | None:

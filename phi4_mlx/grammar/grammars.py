@@ -20,9 +20,9 @@ from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.files.user_file import read_file
 from phi4_mlx.grammar.apart import made_apart
 from phi4_mlx.grammar.call_rules import CALL_OR_ANSWER, MAY_CALL, MUST_CALL, spelled
-from phi4_mlx.grammar.compiler import check_grammar, limits
+from phi4_mlx.grammar.compiler import TooComplex, check_grammar, limits
 from phi4_mlx.grammar.form import JSON_STYLE, json_grammar, lark_grammar
-from phi4_mlx.grammar.keywords import compiles
+from phi4_mlx.grammar.keywords import TYPES, compiles
 from phi4_mlx.grammar.schema import MAX_MULTIPLE, PlainSchema, plain_schema
 from phi4_mlx.tools.declarations import check_tools
 from phi4_mlx.tools.hints import class_schema
@@ -56,16 +56,28 @@ def json_schema(schema: Any, closed: bool = False, strict: bool = True) -> Gramm
     Args:
         schema: JSON Schema (draft 2020-12) of at most 64 KB and 64 levels; references only within it.
         closed: objects with `properties` and without `additionalProperties` allow no others.
-        strict: refuses a keyword that a grammar cannot enforce; otherwise it is left out, and is in `loosened`.
+        strict: refuses a keyword that a grammar cannot enforce, and a schema that is too large or takes over a second
+            to compile; otherwise the keyword or all but the schema's type is left out, and is in `loosened`.
 
     Raises:
-        RequestError: the schema is malformed, too large, takes over a second to compile, or is strict and uses a
-            keyword that a grammar cannot enforce; names it.
+        RequestError: the schema is malformed, no answer obeys it, or it is strict and cannot be enforced; says why.
     """
-    plain = plain_schema(schema, closed=closed, strict=strict)
-    trials = [json_grammar(each) for each in plain.costly]
-    grammar = _checked("the schema", json_grammar(plain.schema), trials)
+    try:
+        plain = plain_schema(schema, closed=closed, strict=strict)
+        trials = [json_grammar(each) for each in plain.costly]
+        grammar = _checked("the schema", json_grammar(plain.schema), trials)
+    except TooComplex as error:
+        if strict:
+            raise
+        loosened = f"the schema: the whole schema ({error!s:.200})"
+        return Grammar(json_grammar(type_alone(schema)), (loosened,))
     return replace(grammar, loosened=tuple(f"the schema: {each}" for each in plain.loosened))
+
+
+def type_alone(schema: Any) -> JsonObject:
+    """A schema with the type of another, if that has one, and nothing else."""
+    kind = schema.get("type") if isinstance(schema, Mapping) else None
+    return {"type": kind} if isinstance(kind, str) and kind in TYPES else {}
 
 
 def class_answer(kind: Any) -> tuple[Grammar, Callable[[str], Any]]:

@@ -21,6 +21,8 @@ INT64 = 2**63  # an integer's bound at or beyond it is dropped
 DIGITS = 10**18  # from here on, a range that is open at one end has no digits
 LARGEST = 999_999_999_999_998_976  # the largest float below DIGITS
 SMALLEST = 1e-50  # a bound nearer to 0 nests too many digits for a regular expression
+MAX_LISTED = 1_000  # multiples that are listed one by one
+_EASY = {str(10**n) for n in range(7)}  # steps that the last digits decide, without a state for each remainder
 _BOUNDS = (("minimum", "exclusiveMinimum", 1), ("maximum", "exclusiveMaximum", -1))
 
 
@@ -39,7 +41,7 @@ def set_bounds(plain: JsonObject) -> Iterator[tuple[str, str]]:
             looser one that can.
 
     Yields:
-        (keyword, problem) for each bound that is made looser.
+        (keyword, problem) for each bound that is made looser; no problem for one beyond 64 bits, which is dropped.
     """
     whole = integers_only(plain)
     limits: dict[int, tuple[str, int | float]] = {}
@@ -48,6 +50,8 @@ def set_bounds(plain: JsonObject) -> Iterator[tuple[str, str]]:
         # What a model writes is not beyond 64 bits.
         if found is not None and sign * found[1] > -(INT64 if whole else DIGITS):
             limits[sign] = found
+        elif found is not None and whole and not -INT64 <= found[1] < INT64:
+            yield found[0], ""
     for inclusive, _, sign in _BOUNDS:
         if sign in limits:
             key, value = limits[sign]
@@ -133,15 +137,31 @@ def multiple(value: Any) -> Fraction:
     return exact
 
 
-def states(step: Fraction) -> int:
-    """The states that a check of multiples of `step` takes, 10 us each to compile.
+def listed_multiples(plain: JsonObject) -> list[int] | None:
+    """All multiples within a schema's two bounds; None unless it is of integers alone and has few.
 
-    The last digits decide on the factors 2 and 5, so that these take next to none.
+    A list of constants is far cheaper to compile than a range whose multiples are counted.
+
+    Args:
+        plain: a schema with a `multipleOf`, whose bounds are inclusive numbers.
+    """
+    if plain.get("type") != "integer" or not {"minimum", "maximum"} <= plain.keys() or {"enum", "const"} & plain.keys():
+        return None
+    step = multiple(plain["multipleOf"]).numerator  # multiples of 1.5 that are integers are those of 3
+    first, last = math.ceil(Fraction(plain["minimum"]) / step), math.floor(Fraction(plain["maximum"]) / step)
+    listed = range(first * step, last * step + 1, step)
+    return [*listed] if 0 <= last - first < MAX_LISTED and max(map(abs, (first, last))) * step < 2**53 else None
+
+
+def states(step: Fraction, bounds: JsonObject) -> int:
+    """The states that a check of multiples of `step` takes, 5 us and 600 bytes each to compile.
+
+    Args:
+        step: the `multipleOf`.
+        bounds: the schema; between two bounds every digit counts.
     """
     while step.denominator > 1:
         step *= 10
-    count = step.numerator
-    for factor in (2, 5):
-        while count % factor == 0:
-            count //= factor
-    return count
+    if {"minimum", "maximum"} <= bounds.keys():
+        return step.numerator * 2 * (1 + len(f"{bounds['minimum']}{bounds['maximum']}"))
+    return 1 if str(step) in _EASY else step.numerator

@@ -12,7 +12,7 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.grammar import grammars
 from phi4_mlx.grammar.apart import Refused
-from phi4_mlx.grammar.grammars import Grammar
+from phi4_mlx.grammar.grammars import Grammar, type_alone
 
 _SLOW_KINDS = ("regex", "grammar")
 _SLOW_KEYWORDS = ('"pattern"', '"patternProperties"', '"multipleOf"', '"allOf"')
@@ -76,16 +76,18 @@ class Order:
         return grammar or grammars.json_object()
 
     def without_schemas(self) -> Order | None:
-        """The order with any arguments for the tools that are not strict; None if there is none."""
+        """The order without the schemas that are not strict; None if there is none."""
         loose = [tool for tool in self.tools if not tool["function"].get("strict")]
-        if not loose:
+        kind, *given = self.format or ("",)
+        loose_format = kind == "json_schema" and not self.strict
+        if not loose and not loose_format:
             return None
         anything = {"type": "object", "additionalProperties": True}
         tools = [
             {**tool, "function": {**tool["function"], "parameters": anything}} if tool in loose else tool
             for tool in self.tools
         ]
-        return replace(self, tools=tools)
+        return replace(self, tools=tools, format=(kind, type_alone(given[0])) if loose_format else self.format)
 
     def _format(self, kind: str, *given: Any) -> Grammar:
         if kind == "json_schema":

@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.json_file import JsonObject
+from phi4_mlx.grammar.compiler import TooComplex
 from phi4_mlx.grammar.keywords import (
     ANNOTATIONS,
     LISTS,
@@ -27,7 +28,7 @@ from phi4_mlx.grammar.keywords import (
     malformed,
     plain_pattern,
 )
-from phi4_mlx.grammar.numbers import exact_constant, multiple, set_bounds, states
+from phi4_mlx.grammar.numbers import exact_constant, listed_multiples, multiple, set_bounds, states
 from phi4_mlx.tools.json_text import json_text
 
 MAX_BYTES = 65_536
@@ -35,7 +36,7 @@ MAX_DEPTH = 64  # nested schemas
 MAX_CHAIN = 200  # nested schemas with references followed; 2,000 overflow llguidance's stack
 MAX_BRANCHES = 200  # alternatives that an intersection multiplies to; with 1,000 a step may exceed its limits
 MAX_PAIRS = 50_000  # of optional properties, in objects with `minProperties`: llguidance lists the rest for each
-MAX_MULTIPLE = 20_000  # states of all `multipleOf` together, each compiled in 10 us
+MAX_MULTIPLE = 100_000  # states of all `multipleOf` together, each compiled in 5 us
 
 # Keywords that make one schema an intersection, if it has others that restrict.
 _JOINING = {"anyOf", "oneOf", "allOf", "$ref", "patternProperties"}
@@ -77,8 +78,8 @@ def plain_schema(
         lenient: leaves out a keyword whose value is malformed, or a number that cannot be kept exactly, too.
 
     Raises:
-        RequestError: it is not a schema, is too large, is malformed, or uses a keyword that a grammar cannot enforce;
-            names it.
+        RequestError: it is not a schema, is malformed, or uses a keyword that a grammar cannot enforce; names it.
+        TooComplex: it is too large or too deep, or joins too many alternatives.
     """
     if schema is True:
         schema = {}
@@ -92,9 +93,9 @@ def plain_schema(
     except (TypeError, ValueError) as error:
         raise RequestError(f"a schema must be JSON: {error}") from None
     except RecursionError:
-        raise RequestError(f"the schema is nested deeper than {MAX_DEPTH}; make it flatter") from None
+        raise TooComplex(f"the schema is nested deeper than {MAX_DEPTH}; make it flatter") from None
     if size > MAX_BYTES:
-        raise RequestError(f"the schema has {size:,} bytes, and the limit is {MAX_BYTES:,}; make it smaller")
+        raise TooComplex(f"the schema has {size:,} bytes, and the limit is {MAX_BYTES:,}; make it smaller")
     root = json.loads(text)
     walk = _Walk(root, at, strict, lenient, '"integer"' in text)
     try:
@@ -103,7 +104,7 @@ def plain_schema(
     except RecursionError:
         chain = MAX_CHAIN + 1
     if chain > MAX_CHAIN:
-        raise RequestError(f"the schema's references nest more than {MAX_CHAIN} schemas deep; make it flatter")
+        raise TooComplex(f"the schema's references nest more than {MAX_CHAIN} schemas deep; make it flatter")
     return PlainSchema(plain, walk.costly, tuple(walk.loosened), walk.states)
 
 
@@ -128,7 +129,7 @@ class _Walk:
             self.loosened[f"{given!r:.20} for a schema"] = None
             return {}
         if depth > MAX_DEPTH:
-            raise RequestError(f"the schema is nested deeper than {MAX_DEPTH}; make it flatter")
+            raise TooComplex(f"the schema is nested deeper than {MAX_DEPTH}; make it flatter")
         plain = {key: value for key, value in given.items() if key not in ANNOTATIONS}
         self._check_form(plain)
         self._check_keywords(plain, depth)
@@ -208,7 +209,7 @@ class _Walk:
         if not (reference == "#" or reference.startswith("#/")):
             message = f"the schema's '$ref' {reference!r:.100} is outside it, and nothing is fetched; refer to "
             self._leave_out(plain, "$ref", message + "'#/$defs/NAME' within it")
-        elif not isinstance(self.paths.pointed_at(reference), (dict, bool)):
+        elif not self.paths.leads_to_schema(reference):
             message = f"the schema's '$ref' {reference!r:.100} leads to no schema within it; refer to '#/$defs/NAME'"
             self._leave_out(plain, "$ref", message)
         else:
@@ -238,7 +239,8 @@ class _Walk:
     def _check_numbers(self, plain: JsonObject) -> None:
         """Sets bounds that are kept exactly, and sums the states of `multipleOf`."""
         for key, message in set_bounds(plain):
-            self._refuse_number(message)
+            if message:
+                self._refuse_number(message)
             self.loosened[key] = None
         if "multipleOf" not in plain:
             return
@@ -247,16 +249,23 @@ class _Walk:
         except RequestError as error:
             self._leave_out(plain, "multipleOf", str(error))
             return
-        self._steps.append(step)
-        # An intersection takes multiples of all.
-        joined = math.lcm(*(each.numerator * (10**9 // each.denominator) for each in {*self._steps}))
-        count = states(Fraction(joined, 10**9)) if self.paths.joins else sum(map(states, self._steps))
+        if not self.paths.together and (listed := listed_multiples(plain)):
+            for key in ("multipleOf", "minimum", "maximum"):
+                del plain[key]
+            plain["enum"] = listed
+            return
+        if self.paths.together:  # the states of all multiply
+            steps = {step, *self._steps}
+            step = Fraction(math.lcm(*(each.numerator * (10**9 // each.denominator) for each in steps)), 10**9)
+            count = max(states(step, plain), self.states)
+        else:
+            count = self.states + states(step, plain)
         if count > MAX_MULTIPLE:
-            self._steps.pop()
             message = f"the schema's 'multipleOf' values take {count:,} states, and the limit is {MAX_MULTIPLE:,}"
             self._leave_out(plain, "multipleOf", f"{message}; choose rounder ones or fewer")
         else:
-            self.states = max(count, self.states)
+            self._steps.append(step)
+            self.states = count
 
     def _check_object(self, plain: JsonObject) -> None:
         """Leaves out a count of properties that a grammar cannot keep."""
@@ -301,6 +310,7 @@ class _Paths:
         self.joins = any(
             "allOf" in each or (_JOINING & each.keys() and len(each.keys() - aside) > 1) for each in _objects(root)
         )
+        self.together = any(_JOINING & each.keys() for each in _objects(root))
         self.named = sum(len(each["properties"]) for each in _objects(root) if isinstance(each.get("properties"), dict))
 
     def chain(self, schema: Any) -> int:
@@ -334,7 +344,7 @@ class _Paths:
             parts.append(self.count_branches(self.pointed_at(schema["$ref"])))
         product = math.prod(max(1, part) for part in parts)
         if product > MAX_BRANCHES and sum(part > 1 for part in parts) > 1:
-            raise RequestError(
+            raise TooComplex(
                 f"the schema joins alternatives (anyOf, pattern within allOf) to {product:,} combinations, and the "
                 f"limit is {MAX_BRANCHES:,}; join fewer"
             )
@@ -352,6 +362,15 @@ class _Paths:
             else:
                 found = found.get(part, found.get(unquote(part))) if isinstance(found, dict) else None
         return found
+
+    def leads_to_schema(self, reference: str) -> bool:
+        """True if a reference leads to a schema, at once or over others; a circle of references leads to none."""
+        seen, found = set[str](), self.pointed_at(reference)
+        while isinstance(found, dict) and isinstance(found.get("$ref"), str) and reference not in seen:
+            seen.add(reference)
+            reference = found["$ref"]
+            found = self.pointed_at(reference)
+        return isinstance(found, (dict, bool)) and reference not in seen
 
     def distinct(self, branches: list[Any]) -> bool:
         """True if at most one branch can match: they list other values, or differ in the value of a property."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Any
 
@@ -74,6 +75,7 @@ class _Wrapper:
 
 
 _known: weakref.WeakKeyDictionary[Tokenizer, Vocabulary] = weakref.WeakKeyDictionary()
+_making = threading.Lock()
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
@@ -82,6 +84,7 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     Raises:
         RequestError: the tokenizer has no token that ends a turn.
     """
-    if tokenizer not in _known:
-        _known[tokenizer] = Vocabulary(tokenizer)
-    return _known[tokenizer]
+    with _making:
+        if tokenizer not in _known:
+            _known[tokenizer] = Vocabulary(tokenizer)
+        return _known[tokenizer]

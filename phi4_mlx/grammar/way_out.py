@@ -38,6 +38,7 @@ class Paths:
             end: a token that ends a turn.
         """
         self._texts, self._of_byte, self._end = texts, of_byte, end
+        self._after_number = [of_byte[byte] for byte in b"}]," if byte in of_byte]
 
     def in_string(self, state: int, tokens: Iterable[int]) -> int:
         """The state of JSON after some tokens: 0 outside strings, as at the start, and otherwise inside one.
@@ -70,7 +71,7 @@ class Paths:
 
         Args:
             matcher: the state to start from; not changed.
-            examples: texts that match the grammar's patterns; random bytes rarely do.
+            examples: texts that match the grammar's patterns, and its multiples; random bytes rarely do.
             state: as in `in_string`.
             most: the limit of the way, in tokens.
             seconds: the limit of the search, of processor time.
@@ -95,11 +96,13 @@ class Paths:
         return None
 
     def _ending(self, matcher: LLMatcher, endings: list[list[int]], in_string: bool) -> list[int]:
-        """The end of an example that completes the string, or the answer; empty if none fits or none is needed."""
-        closing = self._of_byte[ord('"')] if in_string else self._end
-        if matcher.validate_tokens([closing]):
+        """The end of an example that completes the string, number or answer; empty if none fits or none is needed."""
+        closings = [self._of_byte[ord('"')]] if in_string else [self._end, *self._after_number]
+        if any(matcher.validate_tokens([closing]) for closing in closings):
             return []
-        return next((each for each in endings if matcher.validate_tokens([*each, closing]) > len(each)), [])
+        fitting = (each for each in endings if matcher.validate_tokens(each) == len(each))
+        closed = ([*each, closing] for each in fitting for closing in closings)
+        return next((each[:-1] for each in closed if matcher.validate_tokens(each) == len(each)), [])
 
     def _nearest(self, mask: bytes, in_string: bool, dice: random.Random) -> list[int]:
         """The one-byte token that looks nearest to an end; random among equals, so that the walk cannot cycle."""

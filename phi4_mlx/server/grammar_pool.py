@@ -91,12 +91,12 @@ class GrammarPool:
         return result
 
     async def _tried(self, lane: _Lane, order: Order) -> Result:
-        """The grammar, or the refusal; tools whose schemas are too costly take any arguments unless they are strict."""
+        """The grammar, or the refusal; schemas that are too costly are left out unless they are strict."""
         try:
             return await lane.make(order)
         except TooCostly as error:
             loose = order.without_schemas()
-            if error.field != "tools" or loose is None:
+            if loose is None:
                 return error
             reason = str(error)
         except Refused as error:
@@ -105,7 +105,7 @@ class GrammarPool:
             grammar = await lane.make(loose)
         except Refused as error:
             return error
-        return dataclasses.replace(grammar, loosened=(f"the tools: all schemas ({reason})", *grammar.loosened))
+        return dataclasses.replace(grammar, loosened=(f"all schemas ({reason})", *grammar.loosened))
 
 
 def _chars(result: Result) -> int:

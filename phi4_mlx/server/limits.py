@@ -22,7 +22,7 @@ SPARE_DESCRIPTORS = 64  # that connections leave free; a new engine takes about 
 BRACKETS_LIMIT = 500_000  # lists and objects; Python builds more too slowly, and holds the GIL meanwhile
 DEPTH_LIMIT = 200  # levels; arguments and schemas nest, and Python's own stack ends at 1,000
 NAME_CHARS_LIMIT = 256  # of a model, a tool or an id
-SCHEMA_CHARS_LIMIT = 65_536  # of a schema, a tool's description, a pattern or a grammar, as JSON
+SCHEMA_CHARS_LIMIT = 65_536  # of a tool's description, a pattern or a grammar
 SHOWN_CHARS = 60  # of a value that an error message quotes
 
 # A conversation or a prompt

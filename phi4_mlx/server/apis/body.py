@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -191,12 +190,8 @@ def check_tool_choice(fields: Fields, tools: Sequence[JsonObject], choice: str, 
 
 
 def read_schema(fields: Fields, name: str) -> JsonObject:
-    """A JSON schema of limited size; the compiler of grammars checks the rest."""
-    schema = Fields(fields.get(name), fields.where(name)).values
-    size = len(json.dumps(schema, ensure_ascii=False))
-    if size > SCHEMA_CHARS_LIMIT:
-        fields.refuse(name, f"must be at most {SCHEMA_CHARS_LIMIT:,} characters of JSON, not {size:,}")
-    return schema
+    """A JSON schema, which the compiler of grammars checks."""
+    return Fields(fields.get(name), fields.where(name)).values
 
 
 def read_response_format(fields: Fields, name: str = "response_format") -> tuple[Any, ...] | None:

@@ -173,6 +173,8 @@ class Fields:
         value = self.get(name)
         if value is None:
             return default
+        if isinstance(value, float) and value.is_integer():  # languages with one kind of number may write 8.0
+            value = int(value)
         if type(value) is not int or not low <= value <= high:
             self.refuse(name, f"must be a whole number from {low:,} to {high:,}, not {shown(value)}")
         return int(value)

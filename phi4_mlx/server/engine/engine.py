@@ -27,6 +27,7 @@ from phi4_mlx.generation.options import LogitsMask, is_forced
 from phi4_mlx.generation.stream import AnswerText
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.server.engine.compiling import Compiling
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
 from phi4_mlx.server.engine.protocol import (
     Broken,
@@ -137,13 +138,14 @@ class Engine:
         self.prefilled_tokens = self.drawn_tokens = 0
         self._models = _AdaptedModels(base, settings)
         self._answers: dict[BatchSequence, _Answer] = {}
+        self._compiling = Compiling(partial(_constraint, tokenizer, base.config.vocab_size))
         self._unkept = 0
         self.batch = self._new_batch()
 
     @property
     def busy(self) -> bool:
         """True if there are jobs to step."""
-        return bool(self._answers)
+        return bool(self._answers or self._compiling)
 
     @property
     def longest(self) -> int:
@@ -155,9 +157,15 @@ class Engine:
         return min(model.config.max_position_embeddings, tokens)
 
     def submit(self, job: Job) -> list[Event]:
-        """Queues a job; returns its failure if it cannot be served."""
+        """Queues a job, once its grammar is compiled; returns its failure if it cannot be served."""
+        if job.grammar is not None:
+            self._compiling.add(job)
+            return []
+        return self._queue(job)
+
+    def _queue(self, job: Job, compiled: Callable[[], LogitsMask | None] = lambda: None) -> list[Event]:
         try:
-            answer = self._answer(job)
+            answer = self._answer(job, compiled())
         except Exception as error:
             return [_failure(job, error)]
         self._answers[answer.sequence] = answer
@@ -166,6 +174,7 @@ class Engine:
 
     def cancel(self, job: int) -> None:
         """Ends a job whose client has left; its cache is kept for prompts with the same prefix."""
+        self._compiling.cancel(job)
         for answer in list(self._answers.values()):
             if answer.job.id == job:
                 self._end(answer)
@@ -173,6 +182,8 @@ class Engine:
     def step(self) -> list[Event]:
         """One step of all running jobs."""
         events: list[Event] = []
+        for job, compiled in self._compiling.done(idle=not self._answers):
+            events += self._queue(job, compiled)
         for event in self.batch.step():
             answer = self._answers.get(event.sequence)
             if answer is None:  # ended earlier in this step
@@ -210,7 +221,7 @@ class Engine:
     def gauges(self) -> dict[str, float]:
         """Counts and bytes by metric name."""
         return {
-            "answers_under_way": len(self._answers),
+            "answers_under_way": len(self._answers) + len(self._compiling),
             "prefilled_tokens_total": self.prefilled_tokens,
             "drawn_tokens_total": self.drawn_tokens,
             "kv_bytes": self.batch.nbytes,
@@ -223,7 +234,7 @@ class Engine:
             "peak_memory_bytes": mx.get_peak_memory(),
         }
 
-    def _answer(self, job: Job) -> _Answer:
+    def _answer(self, job: Job, constraint: LogitsMask | None) -> _Answer:
         model = self._models.get(job.adapter)
         model.check_ids(job.prompt)
         if len(job.prompt) + job.max_tokens > self.longest:
@@ -237,18 +248,10 @@ class Engine:
             job.max_tokens,
             job.sampling.sampler(),
             job.sampling.processors(),
-            self._constraint(job, model.config.vocab_size),
+            constraint,
         )
         text = AnswerText(self.tokenizer.streaming_decoder(), list(job.stop))
         return _Answer(job, sequence, text, time.monotonic() + job.timeout_s)
-
-    def _constraint(self, job: Job, vocab_size: int) -> LogitsMask | None:
-        if job.grammar is None:
-            return None
-        from phi4_mlx.grammar.constraint import Constraint
-        from phi4_mlx.grammar.grammars import Grammar
-
-        return Constraint(Grammar(job.grammar), self.tokenizer, vocab_size, job.max_tokens)
 
     def _events_of(self, answer: _Answer, event: Token | Fault) -> list[Event]:
         """The events for the client of a drawn token or a failure."""
@@ -314,6 +317,13 @@ class Engine:
 
     def _new_batch(self) -> Batch:
         return Batch(self.settings.max_rows, self.kv_limit_bytes, prefixes=self)
+
+
+def _constraint(tokenizer: Tokenizer, vocab_size: int, job: Job) -> LogitsMask:
+    from phi4_mlx.grammar.constraint import Constraint
+    from phi4_mlx.grammar.grammars import Grammar
+
+    return Constraint(Grammar(job.grammar or ""), tokenizer, vocab_size, job.max_tokens)
 
 
 def _logprob(tokenizer: Tokenizer, event: Token, count: int) -> TokenLogprob:

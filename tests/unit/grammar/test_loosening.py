@@ -15,7 +15,7 @@ import pytest
 from phi4_mlx.errors import RequestError
 from phi4_mlx.grammar.grammars import class_answer, json_schema, tool_calls
 from phi4_mlx.grammar.schema import plain_schema
-from tests.json_schemas import STRING, obj
+from tests.json_schemas import STRING, accepts, obj
 
 REMOTE = {"$ref": "https://example.com/s.json"}
 # (the schema of an argument, the keyword that is left out)
@@ -38,6 +38,7 @@ LOOSENED: list[tuple[dict[str, Any], str]] = [
     ({"type": "object", "properties": {"a": {"$id": "x", **STRING}}}, "$id"),
     (REMOTE, "$ref"),
     ({"$ref": "#/$defs/none"}, "$ref"),
+    ({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "items": {"$ref": "#/$defs/a"}}, "$ref"),
     ({"$dynamicRef": "#a"}, "$dynamicRef"),
     (obj({"a": STRING, "b": STRING, "c": STRING}, minProperties=2), "minProperties"),
     (obj({"a": STRING, "b": STRING, "c": STRING}, maxProperties=2), "maxProperties"),
@@ -161,3 +162,33 @@ def test_what_pydantic_writes_is_usable() -> None:
     tool = {"name": "f", "parameters": Everything.model_json_schema()}
     assert len(tool_calls([tool]).loosened) == len(left_out)
     assert not json.loads(grammar.text)["grammars"][0]["json_schema"]["properties"]["pet"].get("oneOf")
+
+
+def nested(levels: int) -> dict[str, Any]:
+    return {"type": "array", "items": nested(levels - 1)} if levels else {"type": "integer"}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "description": "x" * 70_000},
+        {"type": "integer", "multipleOf": 99_991, "minimum": 1},
+        {"type": "string", "allOf": [{"type": "string", "pattern": f"{char}.{{14}}"} for char in "abcdef"]},
+        nested(80),
+    ],
+)
+def test_a_schema_that_is_too_complex_leaves_its_type_alone(schema: dict[str, Any]) -> None:
+    with pytest.raises(RequestError):
+        json_schema(schema)
+    grammar = json_schema(schema, strict=False)
+    assert [line.partition(" (")[0] for line in grammar.loosened] == ["the schema: the whole schema"]
+    texts = {"object": "{}", "integer": "1", "string": '"a"', "array": "[]"}
+    assert [kind for kind, text in texts.items() if accepts(grammar, text)] == [schema["type"]]
+
+
+@pytest.mark.parametrize(
+    "schema", [{"type": "text"}, {"type": "integer", "minimum": 2, "maximum": 1}, {"enum": []}, {"const": 2**53 + 1}]
+)
+def test_a_schema_that_no_answer_can_obey_is_refused_in_any_case(schema: dict[str, Any]) -> None:
+    with pytest.raises(RequestError):
+        json_schema(schema, strict=False)

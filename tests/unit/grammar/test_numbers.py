@@ -11,19 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.grammar.compiler import byte_tokenizer, compile_grammar
-from phi4_mlx.grammar.grammars import Grammar, json_schema, tool_calls
+from phi4_mlx.grammar.grammars import json_schema, tool_calls
 from phi4_mlx.tools.parser import ToolCallParser
-from tests.json_schemas import obj
+from tests.json_schemas import accepts, obj
 
 INT64 = 2**63
-
-
-def accepts(grammar: Grammar, text: str) -> bool:
-    """True if the text is an answer that obeys the grammar."""
-    matcher = compile_grammar("the grammar", grammar.text, byte_tokenizer())
-    ids = list(text.encode())
-    return matcher.validate_tokens(ids) == len(ids) and matcher.consume_tokens(ids) and matcher.is_accepting()
 
 
 @pytest.mark.parametrize("value", [-INT64, INT64, 2**53 + 1, -(2**53) - 1, 2**64, 10**21, 9223372036854775807])
@@ -134,10 +126,50 @@ def test_a_product_of_multiples_is_refused_before_it_is_compiled() -> None:
         {"allOf": [{"type": "array", "items": each} for each in steps]},
         {"type": "object", "patternProperties": {"^a": steps[0]}, "properties": {"ab": {"multipleOf": 8311}}},
         {"type": "integer", "multipleOf": 9973, "minimum": 0, "maximum": 10**15},
+        {"type": "integer", "multipleOf": 3_600_000, "minimum": 0, "maximum": 10**15},
+        {"type": "integer", "multipleOf": 2**20, "minimum": 0, "maximum": 10**15},
+        {"anyOf": [{"type": "integer", "multipleOf": 9973 + 2 * n} for n in range(10)]},
     ):
-        with pytest.raises(RequestError, match=r"'multipleOf' values take .* states, and the limit is 20,000"):
+        with pytest.raises(RequestError, match=r"'multipleOf' values take .* states, and the limit is 100,000"):
             json_schema(schema)
     json_schema(obj({str(n): {"type": "integer", "multipleOf": n} for n in (97, 89, 83, 79)}))
+
+
+@pytest.mark.parametrize(
+    ("step", "bounds", "right", "wrong"),
+    [
+        (4096, {"minimum": 4096, "maximum": 409_600}, (4096, 8192, 409_600), (0, 4097, 413_696, -4096)),
+        (86_400, {"minimum": 86_400, "maximum": 8_640_000}, (86_400, 8_640_000), (0, 86_401, 8_726_400)),
+        (86_400, {"minimum": 1}, (86_400, 172_800), (0, 86_401, -86_400)),
+        (86_400, {"maximum": -1}, (-86_400,), (0, 86_400)),
+        (8633, {"minimum": 1}, (8633, 8633 * 8633), (0, 8634)),
+        (8633, {}, (0, 8633, -8633), (1,)),
+        (19_997, {"minimum": 1, "maximum": 10**6}, (19_997, 999_850), (0, 10**6)),
+        (10**6, {"minimum": 1}, (10**6,), (0, 10**5)),
+        (997, {"exclusiveMinimum": 997, "exclusiveMaximum": 10**9}, (1994, 997_000), (997, 1995)),
+        (1.5, {"minimum": 3, "maximum": 9}, (3, 6, 9), (4, 5, 12)),
+    ],
+)
+def test_multiples_within_bounds_have_an_answer(
+    step: float, bounds: dict[str, int], right: tuple[int, ...], wrong: tuple[int, ...]
+) -> None:
+    schema = {"type": "integer", "multipleOf": step, **bounds}
+    grammar, within = json_schema(schema), json_schema(obj({"a": schema}, "a"))
+    assert all(accepts(grammar, str(n)) and accepts(within, f'{{"a": {n}}}') for n in right)
+    assert not any(accepts(grammar, str(n)) or accepts(within, f'{{"a": {n}}}') for n in wrong)
+
+
+def test_multiples_in_an_intersection_have_an_answer() -> None:
+    steps = [{"type": "integer", "multipleOf": n} for n in (97, 89)]
+    for schema in ({"allOf": steps, "minimum": 1}, {"allOf": [*steps, {"type": "integer", "minimum": 1}]}):
+        grammar = json_schema(schema)
+        assert accepts(grammar, str(97 * 89)) and not accepts(grammar, "97") and not accepts(grammar, "0")
+
+
+def test_bounds_without_a_multiple_are_refused() -> None:
+    for bounds in ({"minimum": 1, "maximum": 6}, {"exclusiveMinimum": 0, "exclusiveMaximum": 7}):
+        with pytest.raises(RequestError, match="does not contain a multiple"):
+            json_schema({"type": "integer", "multipleOf": 7, **bounds}, strict=False)
 
 
 @pytest.mark.parametrize("value", [2**53 + 1, 10**40, -(2**63), 12345678901234567890])
@@ -153,6 +185,13 @@ def test_multiples_of_many_tools_are_bounded_together() -> None:
     parameters = obj({"a": {"type": "integer", "multipleOf": 9973}}, "a")
     tools = [{"name": f"t{n}", "parameters": parameters} for n in range(40)]
     grammar = tool_calls(tools)
-    assert len(grammar.loosened) == 38 and all("the whole schema ('multipleOf'" in line for line in grammar.loosened)
-    with pytest.raises(RequestError, match="tool 't2': 'multipleOf' of all tools takes over 20,000 states"):
+    assert len(grammar.loosened) == 30 and all("the whole schema ('multipleOf'" in line for line in grammar.loosened)
+    with pytest.raises(RequestError, match="tool 't10': 'multipleOf' of all tools takes over 100,000 states"):
         tool_calls([{**tool, "strict": True} for tool in tools])
+
+
+def test_a_bound_beyond_64_bits_is_left_out_and_reported() -> None:
+    for bound in ({"maximum": 2**63}, {"maximum": 2**64 - 1}, {"minimum": -(2**63) - 1}, {"exclusiveMaximum": 2**80}):
+        (key,) = bound
+        assert json_schema({"type": "integer", **bound}).loosened == (f"the schema: {key}",)
+    assert json_schema({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}).loosened == ()

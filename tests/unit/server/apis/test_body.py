@@ -38,9 +38,14 @@ def test_a_refusal_names_the_field_its_value_and_the_limit() -> None:
     assert error.param == "list[0].n"
 
 
-@pytest.mark.parametrize("value", [True, "1", 1.5, [], {}, 0, 9, pytest.param(10**400, id="huge"), math.nan, 1.0])
+@pytest.mark.parametrize("value", [True, "1", 1.5, [], {}, 0, 9, pytest.param(10**400, id="huge"), math.nan, math.inf])
 def test_an_integer_is_no_other_type(value: Any) -> None:
     assert refusal(lambda: Fields({"n": value}).integer("n", 1, 1, 8)).param == "n"
+
+
+def test_an_integer_may_be_written_as_a_float() -> None:
+    value = Fields({"n": 8.0}).integer("n", 1, 1, 8)
+    assert value == 8 and type(value) is int
 
 
 @pytest.mark.parametrize("value", [False, "1", [], {}, -0.01, 2.01, pytest.param(-(10**400), id="huge"), math.nan])
@@ -165,12 +170,12 @@ def test_sampling_is_read() -> None:
         {"temperature": "1"},
         {"top_p": 1.1},
         {"min_p": -0.1},
-        {"top_k": 1e9},
+        {"top_k": 1.5},
         {"top_k": 2**31},
         {"top_k": -2},
         {"seed": 2**64},
         {"seed": -(2**63) - 1},
-        {"seed": 1.0},
+        {"seed": 1.5},
         {"presence_penalty": 2.1},
         {"frequency_penalty": -2.1},
         {"repetition_penalty": 0},
@@ -211,7 +216,7 @@ def test_model_and_max_tokens() -> None:
     assert read_max_tokens(Fields({"max_tokens": 1_000_000})) == 1_000_000
     for value in (0, -1, -(10**400), 1_000_001, 10**400):
         assert read_max_tokens(Fields({"max_tokens": value})) is None  # as many as fit
-    for value in ("5", 1.0, True):
+    for value in ("5", 1.5, True):
         refusal(lambda value=value: read_max_tokens(Fields({"max_tokens": value})))
 
 
@@ -330,7 +335,6 @@ def test_a_tool_is_read() -> None:
         {"name": "auto"},
         {"name": "f", "description": 5},
         {"name": "f", "parameters": []},
-        {"name": "f", "parameters": {"type": "object", "description": "x" * 70_000}},
     ],
 )
 def test_a_tool_that_cannot_be_served_is_refused(bad: dict[str, Any]) -> None:
@@ -352,13 +356,13 @@ def test_tool_choice_fits_the_tools() -> None:
     assert fields.ignored.paths() == ("tool_choice",)
 
 
-def test_schemas_have_a_limit_of_bytes() -> None:
+def test_a_schema_is_any_object() -> None:
     def read(schema: Any) -> Any:
         return read_schema(Fields({"schema": schema}), "schema")
 
-    for fine in ({"properties": {f"p{i}": {} for i in range(2_000)}}, {"items": {"$ref": "https://example.com/s"}}):
+    for fine in ({"description": "x" * 70_000}, {"items": {"$ref": "https://example.com/s"}}):
         assert read(fine) == fine
-    for bad in ({"description": "x" * 70_000}, [], 5):
+    for bad in ([], 5):
         refusal(lambda bad=bad: read(bad))
 
 
