@@ -57,8 +57,9 @@ def _fuse(args: argparse.Namespace) -> None:
     for line in _bits(fused):
         print(line)
     effect = fused.effect
+    own = f"{effect.own} of the data's prompts" if effect.own else "no prompt of the adapter's data, which is not here,"
     print(
-        f"measured on {effect.own} of the data's prompts and {effect.prompts - effect.own} others: the adapter changes "
+        f"measured on {own} and {effect.prompts - effect.own} others: the adapter changes "
         f"{amount(effect.changed, 'answer')}; the package gives {effect.as_adapter} of these as the adapter does and "
         f"{effect.as_base} as the base does; {effect.kept:.1%} of the effect on probabilities is kept"
     )

@@ -373,7 +373,7 @@ def test_checkpointing_may_change_and_so_may_the_length_under_a_constant_rate(
     _, resumed = finish(run)
     assert all(mx.allclose(longer[name], resumed[name], atol=1e-4) for name in longer)
     finish(trainer(tiny_model, tmp_path / "cosine", iters=4))
-    with pytest.raises(RequestError, match="a run with iters 4, here it is 8"):
+    with pytest.raises(RequestError, match="a run with iters 4, here it is 8, and the learning rate of"):
         trainer(tiny_model, tmp_path / "cosine", iters=8).resume()
 
 
