@@ -16,6 +16,7 @@ from phi4_mlx.errors import RequestError, check_whole
 from phi4_mlx.generation.answer import AnswerAssembler, stream_answer, tool_grammar
 from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.stream import GenerationResponse
+from phi4_mlx.terminal.amount import amount
 from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.toolbox import Tool, Toolbox, error_text
 
@@ -306,7 +307,7 @@ class ToolLoop:
     def _result_text(self, call: ToolCall) -> str:
         """Runs a call if the limits, its schema and `approve` allow it; returns the result or the error."""
         if self.finish_reason == "length":
-            return error_text(f"not run: the answer was cut after {len(self.rounds[-1].ids)} tokens")
+            return error_text(f"not run: the answer was cut after {amount(len(self.rounds[-1].ids), 'token')}")
         if self.finish_reason:
             limit = f"{self._timeout_s} s" if self.finish_reason == "timeout" else f"{self._max_rounds} rounds"
             return error_text(f"not run: the limit of {limit} is reached")

@@ -19,6 +19,7 @@ from phi4_mlx.adapters.folder import FULL, PARTS, Adapter, place, read_config, r
 from phi4_mlx.adapters.linear import DoRALinear, LoRALinear
 from phi4_mlx.adapters.peft import is_peft, read_peft
 from phi4_mlx.errors import CheckpointError, RequestError
+from phi4_mlx.terminal.amount import amount
 
 
 def add_adapter(
@@ -293,7 +294,8 @@ def _check_options(rank: int, scale: float, dropout: float, num_layers: int, tot
         raise RequestError(f"dropout {dropout} is out of range; it must be a number from 0 to below 1")
     if not 1 <= num_layers <= total:
         raise RequestError(
-            f"num_layers {num_layers} is out of range; the model has {total} layers, so it must be from 1 to {total}"
+            f"num_layers {num_layers} is out of range; the model has {amount(total, 'layer')}, "
+            f"so it must be from 1 to {total}"
         )
 
 

@@ -15,6 +15,7 @@ from phi4_mlx.chat.session import Chat, rescued_file
 from phi4_mlx.chat.tools import shown_tool
 from phi4_mlx.errors import Phi4Error, RequestError
 from phi4_mlx.files.atomic import sweep
+from phi4_mlx.terminal.amount import amount
 from phi4_mlx.terminal.options import SAMPLING
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _reset(chat: Chat, rest: str) -> None:
 def _undo(chat: Chat, rest: str) -> None:
     turns = chat.conversation.turns
     if rest and turns and not (rest.isascii() and rest.isdigit() and len(rest) < 10 and 1 <= int(rest) <= len(turns)):
-        raise RequestError(f"/undo takes back 1 to {len(turns)} turns, not {rest!r:.100}")
+        raise RequestError(f"/undo takes back 1 to {amount(len(turns), 'turn')}, not {rest!r:.100}")
     for _ in range(int(rest) if rest and turns else 1):
         chat.screen.note(f"taken back: {_shortened(_take_back(chat).question)}")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phi4_mlx.chat.tools import Doorkeeper, shown_call, shown_result
+from phi4_mlx.terminal.amount import amount
 from phi4_mlx.terminal.options import LONG_PREFILL, LoadArguments
 from phi4_mlx.terminal.screen import Screen, StopButton
 
@@ -193,7 +194,7 @@ class Chat:
         if stopped:
             self.screen.note("stopped")
         elif usage.finish_reason == "length":
-            self.screen.note(f"cut at {usage.answer_tokens:,} tokens; /set max-tokens N changes the limit")
+            self.screen.note(f"cut at {amount(usage.answer_tokens, 'token')}; /set max-tokens N changes the limit")
         elif usage.finish_reason == "max_rounds":
             self.screen.note("the last calls were not run: the model kept calling tools without an answer")
         if usage.reprefilled:

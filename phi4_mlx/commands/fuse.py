@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.terminal.amount import amount
 from phi4_mlx.terminal.command import Parser, progress_bar, run, word
 from phi4_mlx.terminal.options import add_revision_option
 
@@ -51,15 +52,16 @@ def _fuse(args: argparse.Namespace) -> None:
         f"{time.perf_counter() - begin:.1f} s"
     )
     print(
-        f"{len(fused.schemes)} matrices: the adapter changes them by {fused.change:.2%} (relative RMS); "
-        f"as stored, they are {fused.error:.2%} off"
+        f"{amount(len(fused.schemes), 'matrix', 'matrices')}: the adapter changes them by {fused.change:.2%} (relative "
+        f"RMS); as stored, they are {fused.error:.2%} off"
     )
     for line in _bits(fused):
         print(line)
     effect = fused.effect
+    own = f"{effect.own} of the data's prompts" if effect.own else "no prompt of the adapter's data, which is not here,"
     print(
-        f"measured on {effect.own} of the data's prompts and {effect.prompts - effect.own} others: the adapter changes "
-        f"{effect.changed} answers; the package gives {effect.as_adapter} of these as the adapter does and "
+        f"measured on {own} and {effect.prompts - effect.own} others: the adapter changes "
+        f"{amount(effect.changed, 'answer')}; the package gives {effect.as_adapter} of these as the adapter does and "
         f"{effect.as_base} as the base does; {effect.kept:.1%} of the effect on probabilities is kept"
     )
     if not effect.keeps:
@@ -79,5 +81,5 @@ def _bits(fused: Fused) -> list[str]:
         raised = [path.removeprefix("model.") for path in paths if path in fused.raised]
         more = f" and {len(raised) - _SHOWN} more" if len(raised) > _SHOWN else ""
         names = f", more than in the base: {', '.join(raised[:_SHOWN])}{more}" if raised else ""
-        lines.append(f"{len(paths)} matrices {kind}{names}")
+        lines.append(f"{amount(len(paths), 'matrix', 'matrices')} {kind}{names}")
     return lines

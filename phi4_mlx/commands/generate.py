@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from phi4_mlx.commands.prompt import prompt_messages, read_prompt, show_progress
 from phi4_mlx.errors import RequestError
+from phi4_mlx.terminal.amount import amount
 from phi4_mlx.terminal.command import Idle, Parser, run, text, word
 from phi4_mlx.terminal.options import (
     add_decoding_options,
@@ -178,8 +179,8 @@ def _after_cached(path: str, prompt: str, model: LanguageModel, tokenizer: Token
 def _report(event: GenerationResponse, cached: int) -> None:
     before = f"{cached} cached tokens; " if cached else ""
     print(
-        f"{before}prompt {event.prompt_tokens} tokens, {event.prompt_tps:.1f} tokens/s; "
-        f"answer {event.generation_tokens} tokens, {event.generation_tps:.1f} tokens/s, {event.finish_reason}; "
-        f"peak memory {event.peak_memory:.2f} GB",
+        f"{before}prompt {amount(event.prompt_tokens, 'token')}, {event.prompt_tps:.1f} tokens/s; "
+        f"answer {amount(event.generation_tokens, 'token')}, {event.generation_tps:.1f} tokens/s, "
+        f"{event.finish_reason}; peak memory {event.peak_memory:.2f} GB",
         file=sys.stderr,
     )

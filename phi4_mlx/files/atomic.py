@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import glob
 import itertools
 import os
@@ -19,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.files.lock import lock
 
 _writes = itertools.count()
 _WRITER = re.compile(r"\.(\d{1,19})-\d+\.partial$")  # its process and the number of its write
@@ -73,17 +73,19 @@ def whole_or_absent(target: Path) -> Iterator[Path]:
     partial = target.with_name(f".{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(partial):
-            try:
-                _empty(partial)
-                yield partial
-                for path in (*partial.rglob("*"), partial):
-                    sync(path)
-                partial.rename(target)
-                sync(target.parent)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
+        descriptor = _lock(partial, target)
+        try:
+            _empty(partial)
+            yield partial
+            for path in (*partial.rglob("*"), partial):
+                sync(path)
+            partial.rename(target)
+            sync(target.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        finally:
+            os.close(descriptor)
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise RequestError(f"{target} cannot be written: {reason}; nothing was left there") from None
@@ -139,30 +141,14 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Makes a folder, or takes over an unlocked one. The system drops the lock when the process ends."""
-    lock = None
-    while lock is None:
+def _lock(folder: Path, target: Path) -> int:
+    """Makes the hidden folder of a target, or takes over an unlocked one; returns a descriptor that locks it."""
+
+    def opened(folder: Path) -> int:
         folder.mkdir(exist_ok=True)
-        lock = _lock(folder)
-    try:
-        yield
-    finally:
-        os.close(lock)
+        return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
 
-
-def _lock(folder: Path) -> int | None:
-    """An open descriptor that locks the folder; None if its owner renamed or removed it in the meantime."""
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(folder.stat(), os.fstat(lock)):
-            return lock
-    except FileNotFoundError:
-        pass
+        return lock(folder, opened)
     except BlockingIOError:
-        os.close(lock)
-        raise RequestError(f"{folder} is being written by another process; wait until it ends") from None
-    os.close(lock)
-    return None
+        raise RequestError(f"another process is writing {target}; wait until it ends, or name another folder") from None

@@ -6,7 +6,7 @@ from elsewhere have none, and whoever edits a file by hand removes the list.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from phi4_mlx.errors import CheckpointError
@@ -49,7 +49,7 @@ def differing_file(list_file: Path, names: Iterable[str]) -> str | None:
     return list_file.name if found else None
 
 
-def check_checksums(list_file: Path, names: Iterable[str], advice: str) -> None:
+def check_checksums(list_file: Path, names: Sequence[str], advice: str) -> None:
     """Checks files against the list beside them; does nothing without a list, and leaves missing files to their reader.
 
     Args:
@@ -61,5 +61,7 @@ def check_checksums(list_file: Path, names: Iterable[str], advice: str) -> None:
         CheckpointError: a file, or the list, has changed.
     """
     differing = differing_file(list_file, names) if list_file.exists() else None
+    if differing == list_file.name:
+        raise CheckpointError(f"{list_file} is damaged, or is not the list of {' and '.join(names)}; {advice}")
     if differing is not None and (place := list_file.with_name(differing)).exists():
         raise CheckpointError(f"{place} is damaged or has been changed: {list_file.name} has another SHA-256; {advice}")

@@ -98,15 +98,22 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return read_whole_header(path).tensors
 
 
-def read_whole_header(path: Path, advice: str = "download or convert it again") -> Header:
+class _OtherFormat(Exception):
+    """The file does not begin as a safetensors file does."""
+
+
+def read_whole_header(
+    path: Path, advice: str = "download or convert it again", kind: str = "safetensors file"
+) -> Header:
     """Reads the header of a safetensors file and checks every claim against the file's size.
 
     Args:
         path: the file; a link is followed, see `file_in`.
         advice: the way out that ends the message about a damaged file.
+        kind: the noun for such a file, in the message about a file of another format.
 
     Raises:
-        CheckpointError: the file cannot be read, or a claim of its header is false.
+        CheckpointError: the file cannot be read, has another format, or a claim of its header is false.
     """
     try:
         raw, size = _read_raw(path)
@@ -118,6 +125,8 @@ def read_whole_header(path: Path, advice: str = "download or convert it again") 
         _check_cover(infos, len(raw), size)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
+    except _OtherFormat:
+        raise CheckpointError(f"{path} is not a {kind}; {advice}") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {str(error)[:300]}; {advice}") from None
     return Header(infos, metadata or {}, raw)
@@ -310,6 +319,8 @@ def _read_raw(path: Path) -> tuple[bytes, int]:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
+            if file.read(1) != b"{":
+                raise _OtherFormat
             raise ValueError(f"its header claims {length:,} bytes, in a file of {size:,} (limit {_MAX_HEADER_BYTES:,})")
         header = file.read(length)
     if len(header) != length:

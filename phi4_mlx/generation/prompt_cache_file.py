@@ -190,7 +190,7 @@ def _identity(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def _read_header(path: Path) -> Header:
-    header = read_whole_header(path, _MAKE_ANEW)
+    header = read_whole_header(path, _MAKE_ANEW, "prompt cache of phi4_mlx")
     version = header.metadata.get(_FORMAT)
     if version is None:
         raise CheckpointError(f"{path} is not a prompt cache of phi4_mlx; {_MAKE_ANEW}")

@@ -18,6 +18,7 @@ ANSWER_TOKENS = {True: 64, False: 12}
 """Most tokens of an answer to a prompt of the adapter's own data, and to another one."""
 
 KEPT = 0.97  # the share of the effect that must be kept
+KEPT_UNSEEN = 0.99  # the same where no prompt is from the adapter's own data, whose answers are not looked at then
 NOISE = {mx.float32: 1e-5}
 """Nats per token that the arithmetic alone makes, by the model's dtype; `HALF_NOISE` for half precision."""
 HALF_NOISE = 1e-4
@@ -60,7 +61,7 @@ class Effect:
         own_lost: number of changed prompts of the adapter's own data with another answer than the adapter's.
         kept: 1 if the probabilities are those of base and adapter, 0 if they are as far from them as the base's.
         keeps: True if the fine-tune is kept: no own answer is lost, of the others not more than half are the base's
-            again, and `KEPT` of the effect on probabilities is there.
+            again, and `KEPT` or `KEPT_UNSEEN` of the effect on probabilities is there.
     """
 
     own: int
@@ -119,7 +120,8 @@ def measure(model: LanguageModel, probes: Iterable[Probe]) -> Effect:
             as_adapter += other is None
             as_base += other == probe.base_token
             own_lost += probe.own and other is not None
-    keeps = not own_lost and as_base <= as_adapter and lost <= (1 - KEPT) * change + noise * places
+    least = KEPT if own else KEPT_UNSEEN
+    keeps = not own_lost and as_base <= as_adapter and lost <= (1 - least) * change + noise * places
     kept = 1 - lost / max(change, noise * places)
     return Effect(own, prompts, changed, as_adapter, as_base, own_lost, kept, keeps)
 

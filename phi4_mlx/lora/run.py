@@ -35,6 +35,7 @@ from phi4_mlx.lora.training.processes import Group
 from phi4_mlx.lora.training.trainable import make_trainable
 from phi4_mlx.lora.training.trainer import Trainer, evaluate
 from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.terminal.amount import amount
 from phi4_mlx.tokens.tokenizer import Tokenizer
 
 MANY_EPOCHS = 10  # above this, a message warns of memorising
@@ -273,20 +274,15 @@ def report_plan(trainer: Trainer, tell: Tell) -> None:
     trained = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
     in_update = settings.grad_accumulation_steps
     updates, epochs = -(-trainer.iters // in_update), trainer.iters / batches.steps_per_epoch
-    noun = "samples" if settings.task == "sft" else "pairs"
+    noun = "sample" if settings.task == "sft" else "pair"
     begin = f", from step {trainer.progress.step:,} on" if trainer.progress.step else ""
     tell(
-        f"{settings.fine_tune_type}: {trained:,} parameters to train; {updates:,} updates of "
-        f"{_short(in_update * batches.samples / batches.steps_per_epoch)} {noun} = {_short(epochs)} epochs of "
-        f"{batches.samples:,} {noun}{begin}; predicted peak {peak / 1e9:.2f} GB of {memory_limit() / 1e9:.1f} GB"
+        f"{settings.fine_tune_type}: {trained:,} parameters to train; {amount(updates, 'update')} of "
+        f"{amount(in_update * batches.samples / batches.steps_per_epoch, noun)} = {amount(epochs, 'epoch')} of "
+        f"{amount(batches.samples, noun)}{begin}; predicted peak {peak / 1e9:.2f} GB of {memory_limit() / 1e9:.1f} GB"
     )
     if epochs > MANY_EPOCHS:
         tell(f"each sample comes {epochs:,.0f} times and will be memorised: use fewer epochs or more data")
-
-
-def _short(number: float) -> str:
-    """A positive number with a digit after the point, more below 1, and none if it is whole."""
-    return (f"{number:,.1f}" if number >= 1 else f"{number:.2g}").removesuffix(".0")
 
 
 def report_test(

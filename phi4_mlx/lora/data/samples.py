@@ -24,6 +24,7 @@ from typing import Any
 from phi4_mlx.errors import RequestError
 from phi4_mlx.lora.data.jsonl import find_split, read_lines
 from phi4_mlx.lora.data.parquet import is_parquet, read_rows
+from phi4_mlx.terminal.amount import amount
 from phi4_mlx.tokens.chat_format import check_messages
 from phi4_mlx.tokens.tokenizer import Control, Tokenizer
 
@@ -88,7 +89,8 @@ class Report:
 
     def messages(self) -> list[str]:
         """Messages for the user, a line each: the counts, then anything unexpected."""
-        lines = [f"{self.samples:,} samples of {self.tokens:,} tokens, {self.targets:,} of them to be learned"]
+        counts = f"{amount(self.samples, 'sample')} of {amount(self.tokens, 'token')}"
+        lines = [f"{counts}, {self.targets:,} of them to be learned"]
         if self.truncated:
             lines.append(f"cut at --max-seq-length: {self.truncated:,}; the longest had {self.longest:,} tokens")
         if self.skipped:

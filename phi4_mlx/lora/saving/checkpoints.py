@@ -23,6 +23,7 @@ from phi4_mlx.errors import CheckpointError, ConfigError, RequestError
 from phi4_mlx.files.atomic import sync
 from phi4_mlx.files.checksums import checksums, differing_file
 from phi4_mlx.files.json_file import read_json
+from phi4_mlx.files.safetensors import read_header
 
 FOLDER = "checkpoints"
 TENSORS_FILE, STATE_FILE = "tensors.safetensors", "state.json"
@@ -93,11 +94,16 @@ def newest_checkpoint(adapter_path: Path) -> tuple[dict[str, mx.array], State] |
     if not folders:
         return None
     if differing := differing_file(folders[-1] / CHECKSUMS_FILE, (TENSORS_FILE, STATE_FILE)):
-        raise damaged(adapter_path, f"the SHA-256 of {differing} is not the saved one")
+        missing = not (folders[-1] / differing).exists()
+        listed = "is not a list of its files" if differing == CHECKSUMS_FILE else "does not have its saved SHA-256"
+        raise damaged(adapter_path, f"{differing} {'is missing' if missing else listed}")
     try:
+        read_header(folders[-1] / TENSORS_FILE)  # MLX trusts a header; anybody can compute a checksum
         tensors = mx.load(str(folders[-1] / TENSORS_FILE))
         mx.eval(tensors)
         return dict(tensors), read_json(folders[-1] / STATE_FILE)
+    except CheckpointError:
+        raise damaged(adapter_path, f"{TENSORS_FILE} is not a safetensors file, or has a false header") from None
     except (RuntimeError, OSError, ConfigError) as error:
         raise damaged(adapter_path, " ".join(str(error).split())) from None
 

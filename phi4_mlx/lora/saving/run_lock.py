@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.files.lock import lock
+from phi4_mlx.files.regular_file import read_regular
 
 LOCK_FILE = ".lock"
 
@@ -34,9 +35,7 @@ def locked(folder: Path, warn: Callable[[str], Any]) -> Iterator[None]:
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = None
-        while lock is None:
-            lock = _lock(path, warn)
+        descriptor = _lock(path, warn)
     except OSError as error:
         raise RequestError(f"{folder} cannot be written: {error.strerror}; name another --adapter-path") from None
     try:
@@ -46,33 +45,31 @@ def locked(folder: Path, warn: Callable[[str], Any]) -> Iterator[None]:
             path.unlink()
             if is_new:
                 folder.rmdir()
-        os.close(lock)
+        os.close(descriptor)
 
 
-def _lock(path: Path, warn: Callable[[str], Any]) -> int | None:
-    """An open descriptor of the locked file, with our process number in it; None if its owner has just removed it."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+def _lock(path: Path, warn: Callable[[str], Any]) -> int:
+    """An open descriptor of the locked file, with our process number in it."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(path.stat(), os.fstat(lock)):
-            os.ftruncate(lock, 0)
-            os.write(lock, str(os.getpid()).encode())
-            return lock
-    except FileNotFoundError:
-        pass
+        descriptor = lock(path, _open)
     except BlockingIOError:
-        owner = os.pread(lock, 20, 0).decode("ascii", "replace")
-        os.close(lock)
+        owner = ""
+        with contextlib.suppress(OSError):  # it has just ended
+            owner = read_regular(path).decode("ascii", "replace")
         process = f"process {owner}" if owner.isdigit() else "another process"
         raise RequestError(
             f"{path.parent} is in use: {process} is training there; wait until it ends, stop it, or name another "
             "--adapter-path"
         ) from None
     except OSError as error:
-        if error.errno in _NO_LOCKS:
-            warn(f"warning: {path.parent} cannot be locked: {error.strerror}; start no second run in it")
-            return lock
-        os.close(lock)
-        raise
-    os.close(lock)
-    return None
+        if error.errno not in _NO_LOCKS:
+            raise
+        warn(f"warning: {path.parent} cannot be locked: {error.strerror}; start no second run in it")
+        return _open(path)
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
+    return descriptor
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)

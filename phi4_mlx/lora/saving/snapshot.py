@@ -116,9 +116,10 @@ def check_same_run(
         if name == "grad_checkpoint":
             warn("grad_checkpoint has changed: the last bits may differ from those of the uninterrupted run")
             continue
+        why = ", and the learning rate of --lr-schedule cosine follows from it" if name == "iters" else ""
         raise RequestError(
-            f"the checkpoint in {folder} is of a run with {name} {then!r:.60}, here it is {value!r:.60}; train with "
-            f"the same settings, or {NEW_RUN}"
+            f"the checkpoint in {folder} is of a run with {name} {then!r:.60}, here it is {value!r:.60}{why}; train "
+            f"with the same settings, or {NEW_RUN}"
         )
     different = "on another base model" if found.base != own.base else ""
     if not different and found.validation != own.validation:

@@ -12,6 +12,7 @@ from phi4_mlx.adapters.layers import add_adapter, put_adapter, read_adapter
 from phi4_mlx.errors import RequestError
 from phi4_mlx.lora.settings import Settings
 from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.terminal.amount import amount
 
 
 def make_trainable(model: LanguageModel, settings: Settings) -> None:
@@ -61,7 +62,7 @@ def _unfreeze(model: LanguageModel, settings: Settings, adapter: Adapter | None)
     """Unfreezes the last blocks, or everything, or the layers of the initial weights."""
     total = len(model.layers)
     if not -1 <= settings.num_layers <= total:
-        raise RequestError(f"num_layers {settings.num_layers} is out of range; the model has {total} layers")
+        raise RequestError(f"num_layers {settings.num_layers} is out of range; the model has {amount(total, 'layer')}")
     model.freeze()
     if adapter is not None and not settings.named("num_layers"):
         for path in adapter.paths:

@@ -46,6 +46,8 @@ CHANGES = [lambda data: b"", lambda data: data * 2, lambda data: data[:-1], byte
 def test_another_list_is_named_itself(listed: Path, change: object) -> None:
     listed.write_bytes(change(listed.read_bytes()))  # type: ignore[operator]
     assert differing_file(listed, NAMES) is not None
+    with pytest.raises(CheckpointError, match=r"is damaged"):
+        check_checksums(listed, NAMES, "way")
 
 
 def test_without_a_list_nothing_is_checked(listed: Path) -> None:

@@ -153,7 +153,7 @@ def test_absurd_lengths_are_refused_at_once(length: int, tmp_path: Path) -> None
 def test_a_huge_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "x"
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", 200_000_000))
+        file.write(struct.pack("<Q", 200_000_000) + b"{")
         file.truncate(300_000_000)  # sparse: takes no room
     with pytest.raises(CheckpointError, match="200,000,000 bytes"):
         read_header(path)

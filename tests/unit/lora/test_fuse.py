@@ -141,7 +141,7 @@ def test_matrices_that_would_lose_the_adapter_get_more_bits(
     adapter = train_adapter(tmp_path / "base", tmp_path / "adapter", size=0.03)
     sizes, errors = [], []
     for share in (0.5, 0.99, 1 - 1e-9):
-        monkeypatch.setattr(effect, "KEPT", share)
+        monkeypatch.setattr(effect, "KEPT_UNSEEN", share)  # the adapter names no data
         fused = fuse(tmp_path / "base", adapter, tmp_path / str(share))
         assert fused.effect.kept > share - 1e-3
         sizes.append(fused.package_bytes)

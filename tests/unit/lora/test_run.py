@@ -20,9 +20,9 @@ import pytest
 from phi4_mlx import finetune, load
 from phi4_mlx.adapters.layers import add_adapter
 from phi4_mlx.errors import CheckpointError, Phi4Error, RequestError
+from phi4_mlx.files import lock
 from phi4_mlx.lora import run as run_module
 from phi4_mlx.lora.run import Finetuned, measure_adapter, preview
-from phi4_mlx.lora.saving import run_lock
 from phi4_mlx.lora.settings import LoraParameters, Settings
 from tests.adapters import save_adapter
 
@@ -401,7 +401,7 @@ def test_a_disk_without_locks_is_a_warning(
     def unsupported(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(run_lock.fcntl, "flock", unsupported)
+    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
     done, told = run(given, iters=1)
     assert done.step == 1 and f"{done.adapter_path} cannot be locked: {os.strerror(number)}" in told[0]
 

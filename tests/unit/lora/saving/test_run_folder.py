@@ -286,7 +286,7 @@ def test_every_flipped_bit_of_a_checkpoint_is_refused(
             damaged = bytearray(whole)
             damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
             file.write_bytes(damaged)
-            with pytest.raises(CheckpointError, match=r"is damaged: the SHA-256 of .*; remove it, and --resume takes"):
+            with pytest.raises(CheckpointError, match=r"(its saved SHA-256|a list of its files); remove it, and"):
                 run.resume()
         for damaged in (whole[:-1], whole + b"\n", b""):
             file.write_bytes(damaged)
@@ -297,6 +297,21 @@ def test_every_flipped_bit_of_a_checkpoint_is_refused(
             run.resume()
         file.write_bytes(whole)
     assert run.progress.step == 0 and run.resume() == 2
+
+
+@pytest.mark.parametrize("forge", [lambda data: b"\xff" * 8 + data, lambda data: data[:8] + b"[" + data[9:]])
+def test_a_forged_header_is_found_before_mlx_reads_it(
+    tiny_model: Callable[..., Model], saved: Path, tmp_path: Path, forge: Callable[[bytes], bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    shutil.copytree(saved, tmp_path / "run")
+    file = state_file(tmp_path / "run").with_name("tensors.safetensors")
+    file.write_bytes(forge(file.read_bytes()))
+    seal(file.parent)
+    run = trainer(tiny_model, tmp_path / "run", iters=2)
+    monkeypatch.setattr(mx, "load", lambda *_: pytest.fail("MLX reads a forged header"))
+    with pytest.raises(CheckpointError, match=r"is damaged: tensors\.safetensors .* has a false header"):
+        run.resume()
 
 
 @pytest.mark.parametrize("what", ["missing", "left over", "shape"])
@@ -358,7 +373,7 @@ def test_checkpointing_may_change_and_so_may_the_length_under_a_constant_rate(
     _, resumed = finish(run)
     assert all(mx.allclose(longer[name], resumed[name], atol=1e-4) for name in longer)
     finish(trainer(tiny_model, tmp_path / "cosine", iters=4))
-    with pytest.raises(RequestError, match="a run with iters 4, here it is 8"):
+    with pytest.raises(RequestError, match="a run with iters 4, here it is 8, and the learning rate of"):
         trainer(tiny_model, tmp_path / "cosine", iters=8).resume()
 
 
