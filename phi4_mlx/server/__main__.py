@@ -225,7 +225,7 @@ async def _run(args: argparse.Namespace, key: str | None, served: _Served, liste
             print(f"{PROG}: loading {served.name}", file=sys.stderr, flush=True)
             await stop.or_done(asyncio.create_task(supervisor.start()))
             if not stop.asked.is_set():
-                server = HttpServer(_guard(args, key, served, supervisor), args.log_level, stop)
+                server = HttpServer(_guard(args, key, served, supervisor), args.log_level, stop, supervisor.drain)
                 listen(listener, server.config.backlog)
                 host, port = listener.getsockname()[:2]
                 shown = f"[{host}]" if ":" in host else host

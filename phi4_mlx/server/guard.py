@@ -13,6 +13,7 @@ import hmac
 import ipaddress
 import math
 import resource
+import socket
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -296,6 +297,8 @@ class TimedProtocol(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         """Starts the timer for the headers; refuses a connection that takes one of the last descriptors."""
         super().connection_made(transport)
+        # The system would take megabytes from a client that does not read.
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, WRITE_BYTES)
         transport.set_write_buffer_limits(high=0)  # so that `pause_writing` tells of every unsent byte
         if len(self.connections) > _connections_limit():
             self._refuse(WireError(503, "the server has too many connections; connect again in a moment"))

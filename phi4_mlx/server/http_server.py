@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
@@ -133,9 +133,10 @@ class HttpServer(uvicorn.Server):
         app: the application.
         log_level: "debug", "info", "warning" or "error".
         stop: the signals.
+        drain: called at the first signal, to fail the requests that only wait.
     """
 
-    def __init__(self, app: Guard, log_level: str, stop: Stop) -> None:
+    def __init__(self, app: Guard, log_level: str, stop: Stop, drain: Callable[[], None]) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -152,7 +153,7 @@ class HttpServer(uvicorn.Server):
                 timeout_notify=TIDY_S,
             )
         )
-        self._stop = stop
+        self._stop, self._drain = stop, drain
         gc.freeze()  # what lives as long as the server need not be searched again
 
     async def _return_memory(self) -> None:
@@ -191,6 +192,7 @@ class HttpServer(uvicorn.Server):
             for connection in list(self.server_state.connections):
                 connection.transport.abort()
 
+        self._drain()
         cutting = asyncio.create_task(cut())
         try:
             await super().shutdown(sockets)

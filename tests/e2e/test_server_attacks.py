@@ -12,10 +12,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.conftest import ROOT
@@ -240,3 +242,19 @@ def test_a_refusal_before_the_body_leaves_no_garbage(extra: bytes) -> None:
                 answers = answer_on(connection)
             statuses = re.findall(rb"HTTP/1.1 (\d+)", answers)
             assert statuses == ([b"401", b"200"] if extra == b"2\r\n\r\n{}" else [b"401"])
+
+
+def test_the_end_is_not_delayed_by_requests_that_wait() -> None:
+    answers: list[int] = []
+    with serving("--decode-concurrency", "1") as server:
+
+        def ask() -> None:
+            with contextlib.suppress(httpx.HTTPError):
+                answers.append(server.ask(**ENDLESS).status_code)
+
+        for _ in range(4):
+            threading.Thread(target=ask, daemon=True).start()
+        until(lambda: server.metrics()["jobs"] == 4)
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: answers == [503] * 3)
+        assert server.process.poll() is None  # the answer under way goes on, until a second signal

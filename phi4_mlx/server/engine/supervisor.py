@@ -99,6 +99,13 @@ class Supervisor:
         await self._given_up.wait()
         return self._reason
 
+    def drain(self) -> None:
+        """Fails the jobs that wait behind those that the engine works on."""
+        for client in list(self._clients.values())[self._settings.max_rows :]:
+            if not client.started:
+                client.fail(503, "the server is stopping")
+                self._cancel(client)
+
     async def stop(self, grace_s: float = 0.0) -> None:
         """Ends the engine; waits up to `grace_s` seconds for running jobs."""
         deadline = time.monotonic() + grace_s
