@@ -133,8 +133,12 @@ class _Fusion:
 
     def _measure(self, base: LanguageModel, tuned: LanguageModel, tokenizer: Tokenizer) -> None:
         """Finds prompts, and answers them with the adapter."""
+
+        def searched(done: int, total: int) -> None:
+            self._progress(done * base.weights_bytes, total * base.weights_bytes)
+
         prompts = [(ids, True) for ids in own_prompts(self._path, tokenizer)]
-        prompts += [(ids, False) for ids in found_prompts(base, tuned, tokenizer)]
+        prompts += [(ids, False) for ids in found_prompts(base, tuned, tokenizer, searched)]
         for probe in make_probes(base, tuned, prompts, tokenizer.eos_ids):
             self.probes.append(probe)
             self._progress(len(self.probes) * base.weights_bytes, len(prompts) * base.weights_bytes)

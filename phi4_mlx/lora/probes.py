@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -48,13 +48,19 @@ def own_prompts(adapter_path: Path, tokenizer: Tokenizer) -> list[list[int]]:
     return prompts[:: max(1, len(prompts) // OWN)][:OWN]
 
 
-def found_prompts(base: LanguageModel, tuned: LanguageModel, tokenizer: Tokenizer) -> list[list[int]]:
+def found_prompts(
+    base: LanguageModel,
+    tuned: LanguageModel,
+    tokenizer: Tokenizer,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> list[list[int]]:
     """The prompts, of many short ones, after which the next token of two models differs most.
 
     Args:
         base: the model without the adapter.
         tuned: the model with it.
         tokenizer: of the base.
+        progress: called with (prompts done, all prompts).
     """
     by_length: dict[int, list[list[int]]] = defaultdict(list)
     for text in [*_TEXTS, *_words(tokenizer)]:
@@ -67,6 +73,7 @@ def found_prompts(base: LanguageModel, tuned: LanguageModel, tokenizer: Tokenize
             now, before = (_next_token(model, some) for model in (tuned, base))
             change: list[float] = (mx.exp(now) * (now - before)).sum(axis=-1).tolist()
             measured += zip(change, some, strict=True)
+            progress(len(measured), sum(map(len, by_length.values())))
     return [ids for _, ids in sorted(measured, reverse=True)[:FOUND]]
 
 
