@@ -162,19 +162,24 @@ def test_a_model_that_only_calls_is_stopped(chat: Chat, script: Script, ran: lis
 
 
 def test_what_calls_may_break_is_said_once_on_standard_error(tmp_path: Path) -> None:
-    tool = '{"name": "search", "inputSchema": {"properties": {"n": {"type": "array", "uniqueItems": true}}}}'
+    pytest.importorskip("mcp")
+    unique = {"n": {"type": "array", "uniqueItems": True}}
+    tool = {"name": "search", "inputSchema": {"type": "object", "properties": unique}}
+    info = {"protocolVersion": "2025-06-18", "capabilities": {}, "serverInfo": {"name": "x", "version": "1"}}
     server = tmp_path / "server.py"
     server.write_text(f"""
 import json, sys
+answers = {{"initialize": {info}, "tools/list": {{"tools": [{tool}, {{**{tool}, "name": "a b"}}]}}}}
 for line in sys.stdin:
     message = json.loads(line)
-    result = {{"tools": [json.loads('{tool}'), 3]}} if message["method"] == "tools/list" else {{}}
-    print(json.dumps({{"id": message.get("id"), "result": result}}), flush=True)
+    if message.get("method") in answers:
+        answer = {{"jsonrpc": "2.0", "id": message["id"], "result": answers[message["method"]]}}
+        print(json.dumps(answer), flush=True)
 """)
     args = argparse.Namespace(tools=[], mcp=[f"{sys.executable} {server}"], allow_tools=True)
     said: list[str] = []
     with toolbox_of(args, False, said.append) as toolbox:
         assert [each["function"]["name"] for each in toolbox.declarations] == ["search"] and toolbox.strict
     left_out, loosened = said
-    assert "left out a tool that is not an object: 3" in left_out
+    assert "left out tool 'a b': a name is" in left_out
     assert "tool 'search'" in loosened and "uniqueItems" in loosened and "\n" not in loosened

@@ -274,7 +274,7 @@ def test_a_shard_cut_anywhere_gives_no_package(source: Path, tmp_path: Path) -> 
     assert len(cuts) > 200
     for cut in cuts:
         weights.write_bytes(whole[:cut])
-        with pytest.raises(CheckpointError, match="damaged"):
+        with pytest.raises(CheckpointError, match=r"damaged|is not a safetensors file"):
             convert(source, tmp_path / "out", **FOUR_BITS)
         assert left_beside(tmp_path / "out") == [], f"cut at {cut}"
     weights.write_bytes(whole)
