@@ -22,11 +22,10 @@ from phi4_mlx.files.manifest import read_manifest
 from phi4_mlx.files.regular_file import TOKENIZER_BYTES, read_regular
 from phi4_mlx.tokens import byte_bpe
 from phi4_mlx.tokens.decoders import FallbackByte, FallbackDecoder, StreamingDecoder
+from phi4_mlx.tokens.white_space import WHITE_SPACE, longest_run_exceeds
 
 # Markers that end a turn in this family; config.json often names only one of them.
 _END_MARKERS = ("<|end|>", "<|endoftext|>", "<|im_end|>")
-# What `tokenizers` strips beside a control token: Unicode's White_Space, which excludes Python's \x1c to \x1f.
-_WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 # tiktoken's pattern engine panics on a run of a million white-space characters.
 _LONGEST_RUN = 500_000
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -140,9 +139,9 @@ class Tokenizer:
                 continue
             text = "".join(texts)
             if before in self._strips_right:
-                text = text.lstrip(_WHITE_SPACE)
+                text = text.lstrip(WHITE_SPACE)
             if piece in self._strips_left:
-                text = text.rstrip(_WHITE_SPACE)
+                text = text.rstrip(WHITE_SPACE)
             ids += self._encode_plain(text, at_start=before is None) if text else []
             if piece is not None:
                 ids.append(self._control_id(piece))
@@ -297,21 +296,6 @@ class LibraryTokenizer(Tokenizer):
 
     def _encode_specials(self, text: str) -> list[int]:
         return _library_ids(self._library, text)
-
-
-def longest_run_exceeds(text: str, limit: int) -> bool:
-    """True if more than `limit` consecutive characters are white space; reads each character at most twice.
-
-    Args:
-        text: any text.
-        limit: characters, at least 1.
-    """
-    for at in range(limit, len(text), limit):  # a longer run covers one of these indices
-        before, after = text[at - limit : at], text[at : at + limit]
-        run = len(before) - len(before.rstrip(_WHITE_SPACE)) + len(after) - len(after.lstrip(_WHITE_SPACE))
-        if run > limit:
-            return True
-    return False
 
 
 def load_tokenizer(folder: Path, prove: bool = False) -> Tokenizer:

@@ -79,8 +79,7 @@ class ToolCallParser:
         """Parses the next piece of the answer; returns the text that is now certain to be text."""
         if not self._tools:
             return text
-        text, self._carried = self._carried + text, ""
-        at = 0
+        text, self._carried, at = self._carried + text, "", 0
         while at < len(text):
             at = _READERS[self._state](self, text, at)
         return self._text.take()
@@ -107,8 +106,6 @@ class ToolCallParser:
         if not self._calls:
             self._text.keep_space()
         return self._text.take()
-
-    # Readers, one for each state: each reads on from `at`, returns where it stopped, and may set the next state.
 
     def _read_start(self, text: str, at: int) -> int:
         start = _end_of_space(text, at)
@@ -254,6 +251,7 @@ def _read_rest(parser: ToolCallParser, text: str, at: int) -> int:
     return len(text)
 
 
+# One for each state: each reads on from `at`, returns where it stopped, and may set the next state.
 _READERS = {
     _State.START: ToolCallParser._read_start,
     _State.TEXT: ToolCallParser._read_text,

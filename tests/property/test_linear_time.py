@@ -27,7 +27,8 @@ from phi4_mlx.server.apis.wire import sse
 from phi4_mlx.terminal.markdown import MarkdownStream
 from phi4_mlx.terminal.printable import one_line, printable
 from phi4_mlx.tokens.chat_format import CHAT_FORMATS
-from phi4_mlx.tokens.tokenizer import Tokenizer, load_tokenizer, longest_run_exceeds
+from phi4_mlx.tokens.tokenizer import Tokenizer, load_tokenizer
+from phi4_mlx.tokens.white_space import longest_run_exceeds
 from phi4_mlx.tools.calls import NotACall, parse_calls
 from phi4_mlx.tools.parser import ToolCallParser
 from tests.char_tokenizer import OneCharDecoder

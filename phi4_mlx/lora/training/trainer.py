@@ -135,8 +135,8 @@ class Trainer:
         check_same_step(-1 if found is None else found.progress.step, self.group, path / FOLDER)
         if found is None:
             raise no_checkpoint(path)
-        iters_may_differ = not self.settings.rate_depends_on_iters
-        check_same_run(found, self.snapshot(), path, self.folder.warn, iters_may_differ=iters_may_differ)
+        other_iters = not self.settings.rate_depends_on_iters
+        check_same_run(found, self.snapshot(), path, self.folder.warn, iters_may_differ=other_iters)
         self.batches.load_state_dict(found.batches)
         if found.progress.step < self.iters and (rest := found.progress.step % self.settings.grad_accumulation_steps):
             self.folder.warn(f"the checkpoint's last update has {rest} batches: a longer run would have taken more")
@@ -170,12 +170,11 @@ class Trainer:
 
     def _write(self, step: Step, due: bool) -> None:
         """Puts a step on the disk, with a checkpoint if one is due."""
-        if not self.leads:
-            return
-        with self.stop.writing():
-            self.folder.add_step(step, self._adapter() if self.progress.best_step == step.step else None)
-            if due:
-                self.save()
+        if self.leads:
+            with self.stop.writing():
+                self.folder.add_step(step, self._adapter() if self.progress.best_step == step.step else None)
+                if due:
+                    self.save()
 
     def _due(self, every: int, before: int) -> bool:
         """True at the end of the run, and if a multiple of `every` lies between two counts of batches."""
@@ -216,10 +215,9 @@ class Trainer:
 
     def _check(self, loss: float, norm: float) -> None:
         """Stops the run, all saved, before an update that would harm the model."""
-        flaw = _flaw(loss, norm, self.progress.recent)
+        flaw, done = _flaw(loss, norm, self.progress.recent), self.progress.step
         if not flaw:
             return
-        done = self.progress.step
         if not done:
             raise RequestError(
                 f"step 1: {flaw}; nothing was learned, and there is nothing to resume: look at the model with "

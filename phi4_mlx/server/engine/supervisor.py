@@ -54,6 +54,27 @@ class _Client:
         self.put(Failure(self.job.id, status, message))
 
 
+class _Failures:
+    """The failed starts since an engine was last ready."""
+
+    def __init__(self) -> None:
+        self.count, self._since = 0, time.monotonic()
+
+    def pause_s(self, was_ready: bool) -> float | None:
+        """Counts a failure; returns the seconds before the next start, or None if there should be none.
+
+        Args:
+            was_ready: True if an engine has ever been ready.
+        """
+        if not self.count:
+            self._since = time.monotonic()
+        self.count += 1
+        long = not was_ready or time.monotonic() - self._since >= RESTART_S
+        if self.count > len(PAUSES_S) and long:
+            return None
+        return PAUSES_S[min(self.count, len(PAUSES_S)) - 1]
+
+
 class Supervisor:
     """The server's interface to the engine. All public methods must be called in the event loop's thread.
 
@@ -73,7 +94,7 @@ class Supervisor:
         self._numbers = itertools.count(1)
         self._engine: EngineProcess | None = None
         self._watching: asyncio.Task[None] | None = None
-        self._failures, self._failing_since = 0, 0.0  # since an engine was last ready
+        self._failures = _Failures()
         self._started, self._given_up, self._reason = asyncio.Event(), asyncio.Event(), ""
         self.state, self.restarts, self.longest = "loading", 0, 0
 
@@ -106,11 +127,8 @@ class Supervisor:
                 client.fail(503, "the server is stopping")
                 self._cancel(client)
 
-    async def stop(self, grace_s: float = 0.0) -> None:
-        """Ends the engine; waits up to `grace_s` seconds for running jobs."""
-        deadline = time.monotonic() + grace_s
-        while self._clients and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
+    async def stop(self) -> None:
+        """Ends the engine, and fails the jobs that are left."""
         self.state = "stopped"
         self._fail_all("the server is stopping")
         if self._watching is not None:
@@ -194,7 +212,7 @@ class Supervisor:
         elif isinstance(report, Pong):
             source.pong(report)
         elif isinstance(report, Ready):
-            self.state, self.longest, self._failures = "ready", report.longest, 0
+            self.state, self.longest, self._failures = "ready", report.longest, _Failures()
             self._started.set()
         elif isinstance(report, list):
             for event in report:
@@ -238,17 +256,13 @@ class Supervisor:
 
     def _failed(self, reason: str) -> None:
         """Starts another engine after a pause, or gives up."""
-        if not self._failures:
-            self._failing_since = time.monotonic()
-        self._failures += 1
         was_ready = self._started.is_set()
-        long = not was_ready or time.monotonic() - self._failing_since >= RESTART_S
-        if self._failures > len(PAUSES_S) and long:
-            return self._give_up(f"{reason}; {self._failures} starts in a row have failed")
+        pause_s = self._failures.pause_s(was_ready)
+        if pause_s is None:
+            return self._give_up(f"{reason}; {self._failures.count} starts in a row have failed")
         if was_ready:
             self.state = "restarting"
         self.restarts += 1
-        pause_s = PAUSES_S[min(self._failures, len(PAUSES_S)) - 1]
         logger.warning("%s; it is started again", reason)
         asyncio.get_running_loop().call_later(pause_s, self._launch)
 

@@ -19,7 +19,7 @@ from phi4_mlx.server.engine.supervisor import Supervisor
 HANG_S = 120.0  # a test that takes longer is stuck
 
 # The meanings of a prompt's only token.
-ANSWER, HANG, DIE, TELL_AND_DIE, TELL_AND_HANG, DIE_ONCE, DIE_IN_PING, ANSWER_SLOWLY, STALL, FLOOD = range(1, 11)
+ANSWER, HANG, DIE, TELL_AND_DIE, TELL_AND_HANG, DIE_ONCE, DIE_IN_PING, STALL, FLOOD = range(1, 10)
 
 ENGINE = """
 import os
@@ -72,12 +72,8 @@ def run(pipe, settings):
                 connection.send([Piece(message.id, "x")])
                 dying = True
             elif what == 8:
-                connection.send([Piece(message.id, "x")])
-                time.sleep(0.3)
-                connection.send([finish])
-            elif what == 9:
                 time.sleep(1000)
-            elif what == 10:
+            elif what == 9:
                 connection.send([Piece(message.id, "x")] * 20)
 """
 

@@ -22,7 +22,6 @@ from phi4_mlx.server.engine.protocol import Failure, Finish, Job, Piece, Pong
 from phi4_mlx.server.engine.supervisor import Full, Supervisor
 from tests.unit.server.engine.scripted import (
     ANSWER,
-    ANSWER_SLOWLY,
     DIE,
     DIE_IN_PING,
     DIE_ONCE,
@@ -216,23 +215,11 @@ def test_a_client_that_disconnects_cancels_its_job_once(folder: Path) -> None:
     supervised(test, folder)
 
 
-def test_stopping_waits_for_running_answers(folder: Path) -> None:
-    async def test(supervisor: Supervisor) -> None:
-        async with begun(supervisor, job(ANSWER_SLOWLY)) as told:
-            rest = asyncio.ensure_future(anext(told))
-            await supervisor.stop(grace_s=10 * HANG_S)  # ends with the last answer, not with the grace
-            assert isinstance(await rest, Finish)
-        assert supervisor.state == "stopped"
-        await until(lambda: not multiprocessing.active_children())
-
-    supervised(test, folder)
-
-
-def test_stopping_fails_answers_that_outlast_the_grace(folder: Path) -> None:
+def test_stopping_fails_the_answers_that_are_left(folder: Path) -> None:
     async def test(supervisor: Supervisor) -> None:
         waiting = asyncio.create_task(events(supervisor, HANG))
         await until(lambda: supervisor.jobs == 1)
-        await supervisor.stop(grace_s=0.1)
+        await supervisor.stop()
         assert failure(await waiting).status == 503 and supervisor.state == "stopped"
         await until(lambda: not multiprocessing.active_children())
         await asyncio.sleep(0.1)
