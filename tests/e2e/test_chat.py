@@ -373,8 +373,11 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 open(sys.argv[1], "w").write(str(__import__("os").getpid()))
 for line in sys.stdin:
     message = json.loads(line)
-    result = {"tools": [{"name": "add"}]} if message["method"] == "tools/list" else {}
-    print(json.dumps({"id": message.get("id"), "result": result}), flush=True)
+    info = {"protocolVersion": "2025-06-18", "capabilities": {}, "serverInfo": {"name": "x", "version": "1"}}
+    tools = {"tools": [{"name": "add", "inputSchema": {"type": "object"}}]}
+    result = tools if message["method"] == "tools/list" else info
+    if "id" in message:
+        print(json.dumps({"jsonrpc": "2.0", "id": message["id"], "result": result}), flush=True)
     if message["method"] == "tools/list":
         time.sleep(600)
 """

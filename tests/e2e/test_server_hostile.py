@@ -52,7 +52,7 @@ HOSTILE: dict[str, Any] = {
     "stop [5]": chat(stop=[5]),
     "stop [[]]": chat(stop=[[]]),
     "17 stops": chat(stop=["x"] * 17),
-    "top_k 1e9": b'{"model":"demo","messages":[{"role":"user","content":"x"}],"top_k":1e9}',
+    "top_k 1e99": b'{"model":"demo","messages":[{"role":"user","content":"x"}],"top_k":1e99}',
     "seed 2**64": chat(seed=2**64),
     "n 9": chat(n=9),
     "n -1": chat(n=-1),
@@ -88,10 +88,7 @@ HOSTILE: dict[str, Any] = {
     "tool with 5,000 properties": chat(tools=[{"type": "function", "function": {"name": "t", "parameters": MANY}}]),
     "tool name with control tokens": chat(tools=[{"type": "function", "function": {"name": "<|end|>"}}]),
     "tool_choice of an unknown tool": chat(tools=TOOLS, tool_choice={"type": "function", "function": {"name": "x"}}),
-    "schema with 5,000 properties": schema(MANY),
-    "schema of 70 KB": schema({"type": "string", "description": "x" * 70_000}),
     "schema that nothing satisfies": schema({"type": "object", "properties": {"a": False}, "required": ["a"]}),
-    "schema that refers to itself": schema({"$ref": "#"}),
     "schema of an unknown type": schema({"type": "strange"}),
     "grammar that takes minutes": chat(response_format={"type": "grammar", "grammar": BOMB}),
     "grammar that crashes its compiler": chat(response_format={"type": "grammar", "grammar": CRASH}),
@@ -157,11 +154,23 @@ def test_nothing_is_fetched_for_a_remote_reference(server: Server) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "given",
+    [MANY, {"type": "string", "description": "x" * 70_000}, {"$ref": "#"}],
+    ids=["5,000 properties", "70 KB", "a reference to itself"],
+)
+def test_a_schema_that_is_too_complex_keeps_its_type_alone(server: Server, given: Any) -> None:
+    answer = server.post("/v1/chat/completions", schema(given))
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-phi4-ignored"].startswith("the schema: ")
+
+
 def test_217_tools_fit_into_a_request(server: Server) -> None:
     tools = [{"type": "function", "function": {"name": f"t{n}"}} for n in range(217)]
-    answer = server.post("/v1/chat/completions", chat(tools=tools, tool_choice="required", max_tokens=60))
+    choice = {"type": "function", "function": {"name": "t216"}}
+    answer = server.post("/v1/chat/completions", chat(tools=tools, tool_choice=choice, temperature=0, max_tokens=60))
     assert answer.status_code == 200, answer.text
-    assert answer.json()["choices"][0]["message"]["tool_calls"]
+    assert answer.json()["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "t216"
 
 
 @pytest.mark.parametrize("name", UNKNOWN_MODELS)
