@@ -47,7 +47,7 @@ class Interruption(BaseException):
     """The base of exceptions by which a signal ends work: user code that is called must not swallow them."""
 
 
-def said(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
     """The text of an exception of any code on one line; its own `__str__` may fail."""
     try:
         return " ".join(f"{error}".split())

@@ -17,9 +17,9 @@ def error_event(error: BaseException) -> BridgeEvent:
 
     Its "code" is "request", "config", "checkpoint", "tokenizer", "file", "memory", "missing" (a package) or "internal".
     """
-    from phi4_mlx.errors import Phi4Error, said
+    from phi4_mlx.errors import Phi4Error, message_of
 
-    text = said(error)
+    text = message_of(error)
     if isinstance(error, Phi4Error):
         return _error(type(error).__name__.removesuffix("Error").lower(), text)
     if isinstance(error, OSError):

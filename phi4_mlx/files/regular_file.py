@@ -1,7 +1,7 @@
 """Regular files of a limited size: all that this package reads from the disk is opened here.
 
 A pipe would block, a device has no end, and a link may lead to either. Every failure is an OSError whose `strerror` is
-the reason in words, so that callers report all of them alike.
+the reason in words, so that all callers report it in one way.
 """
 
 from __future__ import annotations

@@ -48,13 +48,13 @@ def progress(settings: Settings, iters: int, done: int, tell: Tell) -> Iterator[
     begin = time.monotonic()
     if tell is not to_stderr or not sys.stderr.isatty():
 
-        told = done
+        shown_step = done
 
         def show(step: Step) -> None:
-            nonlocal told
+            nonlocal shown_step
             every = settings.steps_per_report
-            if step.step // every > told // every or step.valid_loss is not None:
-                told = step.step
+            if step.step // every > shown_step // every or step.valid_loss is not None:
+                shown_step = step.step
                 left = (time.monotonic() - begin) / (step.step - done) * (iters - step.step)
                 tell(f"{step_line(step, settings.noun)}, {duration(left)} left")
 

@@ -121,7 +121,7 @@ def open_listener(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         listener.bind((name, port))
-    except (OSError, ValueError) as error:  # ValueError: a name that is no name
+    except (OSError, ValueError) as error:  # ValueError: a malformed name
         if listener is not None:
             listener.close()
         raise _unusable(host, port, error) from None

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from phi4_mlx.errors import Phi4Error, RequestError, said
+from phi4_mlx.errors import Phi4Error, RequestError, message_of
 from phi4_mlx.files.regular_file import SMALL_BYTES
 from phi4_mlx.terminal.printable import one_line
 
@@ -124,13 +124,13 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, Phi4Error):
         return str(error), USER_MISTAKE
     if isinstance(error, OSError):
-        reason = error.strerror or said(error) or type(error).__name__
+        reason = error.strerror or message_of(error) or type(error).__name__
         return f"{error.filename}: {reason}" if error.filename else reason, USER_MISTAKE
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("phi4_mlx"):
         return f"{error.name} is not installed; pip install phi4-mlx installs it too", USER_MISTAKE
     if isinstance(error, MemoryError):
         return "out of memory; a smaller model, prompt or --max-tokens needs less", USER_MISTAKE
-    return f"internal error: {type(error).__name__}: {said(error)}; --debug shows where", OUR_MISTAKE
+    return f"internal error: {type(error).__name__}: {message_of(error)}; --debug shows where", OUR_MISTAKE
 
 
 def complain(prog: str, message: str) -> None:

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from phi4_mlx.errors import RequestError, said
+from phi4_mlx.errors import RequestError, message_of
 from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.tools.json_text import json_text
 
@@ -212,7 +212,7 @@ def class_schema(kind: type | PydanticModel) -> tuple[JsonObject, Callable[[str]
 
 def error_line(error: Exception) -> str:
     """An exception as one line of at most 200 characters."""
-    return f"{type(error).__name__}: {said(error)}"[:200]
+    return f"{type(error).__name__}: {message_of(error)}"[:200]
 
 
 def has_json_type(value: Any, name: object) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from phi4_mlx.errors import Interruption, RequestError, said
+from phi4_mlx.errors import Interruption, RequestError, message_of
 from phi4_mlx.files.user_file import read_file
 
 
@@ -36,7 +36,7 @@ def tool_functions(name: str) -> list[Callable[..., Any]]:
     except BaseException as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        reason = str(error.msg) if isinstance(error, SyntaxError) else said(error)
+        reason = str(error.msg) if isinstance(error, SyntaxError) else message_of(error)
         where = f", line {line}" if line else ""
         raise RequestError(f"{path}{where}: {type(error).__name__}: {reason[:300]}") from None
     found = [each for name, each in vars(module).items() if _is_tool(name, each, module.__name__)]

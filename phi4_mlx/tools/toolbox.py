@@ -7,7 +7,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from phi4_mlx.errors import Interruption, RequestError, said
+from phi4_mlx.errors import Interruption, RequestError, message_of
 from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.declarations import check_tools, function_tool
 from phi4_mlx.tools.hints import as_hinted, has_json_type
@@ -98,7 +98,7 @@ class Toolbox:
         except (KeyboardInterrupt, Interruption):
             raise
         except BaseException as error:  # sys.exit in a tool, for one, must not end the program
-            return error_text(f"{type(error).__name__}: {said(error)}")
+            return error_text(f"{type(error).__name__}: {message_of(error)}")
         return kept if len(kept) == len(text) else f"{kept} ... (cut after {len(kept):,} of {len(text):,})"
 
 

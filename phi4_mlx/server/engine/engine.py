@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from phi4_mlx.adapters.layers import load_adapter
 from phi4_mlx.checkpoint import load, share_weights
-from phi4_mlx.errors import CheckpointError, Phi4Error, RequestError
+from phi4_mlx.errors import CheckpointError, Phi4Error, RequestError, message_of
 from phi4_mlx.generation.batch import Batch, BatchSequence, Fault, Token
 from phi4_mlx.generation.memory import cache_bytes, memory_limit
 from phi4_mlx.generation.options import LogitsMask, is_forced
@@ -347,9 +347,9 @@ def run(connection: Connection, settings: Settings) -> None:
             engine = Engine(*load(settings.model, chat_format=settings.chat_format), settings)
             check_room(engine)
         except Phi4Error as error:
-            return pulse.send(Broken(_told(error)))
+            return pulse.send(Broken(_short(error)))
         except Exception as error:
-            return pulse.send(Broken(f"the engine could not load the model: {type(error).__name__}: {_told(error)}"))
+            return pulse.send(Broken(f"the engine could not load the model: {type(error).__name__}: {_short(error)}"))
         pulse.send(Ready(engine.longest))
         while True:
             messages: list[Job | Cancel | Ping] = []
@@ -403,17 +403,13 @@ def _handle(engine: Engine, message: Job | Cancel | Ping) -> list[Event]:
 
 def _failure(job: Job, error: Exception) -> Failure:
     if isinstance(error, Phi4Error):
-        return Failure(job.id, 500 if isinstance(error, CheckpointError) else 400, _told(error))
-    return Failure(job.id, 500, f"the engine could not answer: {type(error).__name__}: {_told(error)}")
+        return Failure(job.id, 500 if isinstance(error, CheckpointError) else 400, _short(error))
+    return Failure(job.id, 500, f"the engine could not answer: {type(error).__name__}: {_short(error)}")
 
 
-def _told(error: Exception) -> str:
-    """An error's message as one short line; some exceptions raise another when they are converted to text."""
-    try:
-        told = one_line(str(error)[: 4 * MESSAGE_CHARS])
-    except Exception:
-        return "(its message cannot be read)"
-    return told if len(told) <= MESSAGE_CHARS else told[:MESSAGE_CHARS] + "..."
+def _short(error: Exception) -> str:
+    message = one_line(message_of(error))
+    return message if len(message) <= MESSAGE_CHARS else message[:MESSAGE_CHARS] + "..."
 
 
 def _memory_limits(settings: Settings) -> tuple[int, int]:

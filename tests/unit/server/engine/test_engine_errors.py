@@ -283,7 +283,7 @@ class Mute(Exception):
 @pytest.mark.parametrize(
     ("error", "wanted"),
     [
-        (Mute(), "Mute: (its message cannot be read)"),
+        (Mute(), "Mute: its text cannot be read"),
         (OSError("x" * 33_000_000), "OSError: xxx"),
         (OSError("first\nsecond\033[31m"), "OSError: first second[31m"),
         (RequestError("y" * 33_000_000), "yyy"),
