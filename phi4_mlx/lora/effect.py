@@ -50,7 +50,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Effect:
-    """How much of an adapter's effect a model keeps.
+    """The part of an adapter's effect that a model keeps.
 
     Attributes:
         own: number of prompts from the adapter's own data.

@@ -166,7 +166,7 @@ def _key(option: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class _Served:
-    """What the command line asks to serve, read and checked.
+    """A model to serve, read and checked.
 
     Attributes:
         settings: for the engine.

@@ -22,6 +22,7 @@ from phi4_mlx.errors import CheckpointError, ConfigError, Phi4Error
 from phi4_mlx.files.safetensors import read_header
 from phi4_mlx.models.text import Model
 from tests.adapters import adapted, save_adapter
+from tests.damage import flipped_bits, some_bytes
 
 TinyModel = Callable[..., Model]
 SHORT = mx.array([[5, 6, 7, 8]])
@@ -319,15 +320,10 @@ def test_every_flipped_bit_of_an_adapter_that_we_wrote_is_refused(
     files = sorted(tmp_path.iterdir())
     assert [file.name for file in files] == ["adapter_config.json", "adapters.safetensors", "adapters.sha256"]
     for file in files:
-        whole = file.read_bytes()
-        for _ in range(100):
-            damaged = bytearray(whole)
-            damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
-            file.write_bytes(damaged)
+        for _ in flipped_bits(file, some_bytes(file, 100, draw), draw):
             with pytest.raises(Phi4Error) as refused:
                 read_folder(tmp_path)
             assert "\n" not in str(refused.value)
-        file.write_bytes(whole)
     read_folder(tmp_path)
 
 

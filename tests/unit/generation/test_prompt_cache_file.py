@@ -27,6 +27,7 @@ from phi4_mlx.tokens.tokenizer import load_tokenizer
 from tests.char_tokenizer import CharTokenizer
 from tests.conftest import BOUNDARY, TinyCheckpoint, TinyModel
 from tests.conftest import TOKENIZER as TOKENIZER_FILES
+from tests.damage import flipped_bits
 from tests.model_runs import close, filled_cache, random_ids
 
 TOKENIZER = CharTokenizer()
@@ -95,14 +96,10 @@ def test_every_flipped_bit_is_refused(tiny_model: TinyModel, tmp_path: Path) -> 
         draw = random.Random(bits)
         end = len(whole) - 32  # where the checksum starts
         places = [*range(header), *draw.sample(range(header, end), 300), *range(end, len(whole))]
-        for place in places:
-            damaged = bytearray(whole)
-            damaged[place] ^= 1 << draw.randrange(8)
-            path.write_bytes(damaged)
+        for place in flipped_bits(path, places, draw):
             with pytest.raises(CheckpointError, match=r"cache-prompt|is no prompt cache") as refused:
                 load_prompt_cache(path, model, TOKENIZER)
             assert "\n" not in str(refused.value), place
-        path.write_bytes(whole)
         load_prompt_cache(path, model, TOKENIZER)
 
 

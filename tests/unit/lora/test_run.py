@@ -25,6 +25,7 @@ from phi4_mlx.lora import run as run_module
 from phi4_mlx.lora.run import Finetuned, measure_adapter, preview
 from phi4_mlx.lora.settings import LoraParameters, Settings
 from tests.adapters import save_adapter
+from tests.damage import flipped_bits, some_bytes
 
 COLOURS = ("red", "green", "blue", "grey", "black", "white", "pink")
 
@@ -467,10 +468,8 @@ def test_a_flipped_bit_in_the_metrics_of_a_run_is_refused(given: dict[str, Any])
     done, _ = run(given, **options)
     file, draw = done.adapter_path / "metrics.jsonl", random.Random(2)
     whole = file.read_bytes()
-    for _ in range(10):
-        damaged = bytearray(whole)
-        damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
-        file.write_bytes(damaged)
+    for _ in flipped_bits(file, some_bytes(file, 10, draw), draw):
+        damaged = file.read_bytes()
         with pytest.raises(CheckpointError, match=r"metrics.jsonl is damaged .* step 4; move it away, and") as refused:
             run(given, **options | {"iters": 5}, resume=True)
         assert "\n" not in str(refused.value) and file.read_bytes() == damaged

@@ -1,4 +1,4 @@
-"""What a tool raises or returns: an error or a text for the model, whatever it is."""
+"""Errors and values of tools, which become a text for the model whatever they are."""
 
 from __future__ import annotations
 

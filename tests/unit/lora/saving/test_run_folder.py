@@ -24,6 +24,7 @@ from phi4_mlx.lora.training.loss import sft_loss
 from phi4_mlx.lora.training.trainer import Trainer
 from phi4_mlx.models.text import Model
 from tests.counting_run import finish, same, samples, trainer
+from tests.damage import flipped_bits, some_bytes
 
 ONE = {"a": mx.array([1.0])}
 
@@ -282,10 +283,7 @@ def test_every_flipped_bit_of_a_checkpoint_is_refused(
     assert [file.name for file in files] == ["checksums.sha256", "state.json", "tensors.safetensors"]
     for file in files:
         whole = file.read_bytes()
-        for _ in range(100):
-            damaged = bytearray(whole)
-            damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
-            file.write_bytes(damaged)
+        for _ in flipped_bits(file, some_bytes(file, 100, draw), draw):
             with pytest.raises(CheckpointError, match=r"(its saved SHA-256|a list of its files); remove it, and"):
                 run.resume()
         for damaged in (whole[:-1], whole + b"\n", b""):
