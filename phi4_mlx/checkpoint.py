@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx.adapters.layers import load_adapter
 from phi4_mlx.config import MODEL_FOLDER, QUANTIZATION_MODES, Config, ModelConfig
-from phi4_mlx.errors import CheckpointError, ConfigError, RequestError, TokenizerError
+from phi4_mlx.errors import CheckpointError, ConfigError, RequestError, TokenizerError, message_of
 from phi4_mlx.files.dtypes import FLOATS, name_of
 from phi4_mlx.files.json_file import read_json
 from phi4_mlx.files.manifest import verify_manifest
@@ -170,7 +170,7 @@ def _unchanged(folder: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
+        reason = message_of(error)
         raise CheckpointError(f"the weights of {folder} changed while they were read ({reason}); try again") from None
 
 

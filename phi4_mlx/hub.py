@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from phi4_mlx.errors import CheckpointError
+from phi4_mlx.errors import CheckpointError, message_of
 from phi4_mlx.files.manifest import MANIFEST_FILE
 
 DEFAULT_MODEL = "mlx-community/Phi-4-mini-instruct-4bit"
@@ -64,7 +64,7 @@ def _download(repo: str, revision: str | None) -> Path:
     except errors.LocalEntryNotFoundError:
         reason = f"is not cached, and {'HF_HUB_OFFLINE is set' if offline else 'the Hub cannot be reached'}"
     except Exception as error:  # the Hub library's HTTP client and its exceptions differ by version
-        reason = "could not be downloaded: " + " ".join(str(error).split())
+        reason = "could not be downloaded: " + message_of(error)
     raise CheckpointError(f"{repo} {reason}; --model demo needs no download")
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.json_file import JsonObject
-from phi4_mlx.grammar.numbers import multiple
+from phi4_mlx.grammar.numbers import common_multiple, multiple
 
 MAX_EXAMPLE = 500  # characters
 MAX_EXAMPLES = 50  # of one grammar
@@ -85,7 +85,7 @@ def _multiples(schemas: Iterable[JsonObject]) -> list[bytes]:
                 steps.append(multiple(schema["multipleOf"]))
                 found |= dict.fromkeys(_nearest(steps[-1], schema))
     if len({*steps}) > 1 or len(bounds) > len(steps) > 0:  # an intersection takes multiples of all
-        joined = Fraction(math.lcm(*(each.numerator * (10**9 // each.denominator) for each in steps)), 10**9)
+        joined = common_multiple(steps)
         for each in [{}, *bounds]:
             found |= dict.fromkeys(_nearest(joined, each))
     return list(found)[:MAX_EXAMPLES]

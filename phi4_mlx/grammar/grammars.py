@@ -207,17 +207,20 @@ def tool_calls(
     try:
         return make(plain)
     except RequestError as error:
-        reason = error
+        reason, tried = error, dict(plain)
         # Arguments that were too much for `plain_schema` are any object already.
         known = {name: each for name, each in plain.items() if each.schema != {"type": "object"}}
         plain |= {name: _compilable(checked[name], each) for name, each in known.items()}
-    # Each alone can be compiled; if not all together, the smaller half is tried.
+    # Each alone can be compiled; if not all together, the smaller half of the schemas is kept, then none.
     loose = [
         name for name in sorted(plain, key=lambda name: len(str(plain[name].schema))) if not _strict(checked[name])
     ]
-    for kept in (len(loose), len(loose) // 2, 0):
+    for kept in dict.fromkeys((len(loose), len(loose) // 2, 0)):
+        some = plain | {name: _any_object(plain[name], reason) for name in loose[kept:]}
+        if some == tried:
+            continue
         try:
-            return make(plain | {name: _any_object(plain[name], reason) for name in loose[kept:]})
+            return make(some)
         except RequestError as error:
             reason = error
     raise reason

@@ -10,6 +10,7 @@ from typing import Any
 from phi4_mlx.grammar.compiler import byte_tokenizer, limits
 from phi4_mlx.grammar.examples import FORMATS
 from phi4_mlx.grammar.form import json_grammar
+from phi4_mlx.grammar.numbers import is_number
 
 # Keywords that hold a schema, a list of schemas, and schemas by name.
 ONE = ("items", "additionalItems", "additionalProperties")
@@ -27,7 +28,7 @@ ANNOTATIONS = (
     "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "contentMediaType", "contentEncoding",
 )  # fmt: skip
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
-_NAME = r"\\(.)"
+_ESCAPE = r"\\(.)"
 
 
 def _is_schema(value: Any) -> bool:
@@ -46,16 +47,12 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _is_size(value: Any) -> bool:
-    return _is_number(value) and value >= 0 and value == int(value)
+    return is_number(value) and value >= 0 and value == int(value)
 
 
 def _is_limit(value: Any) -> bool:
-    return isinstance(value, bool) or _is_number(value)
+    return isinstance(value, bool) or is_number(value)
 
 
 def _is_type(value: Any) -> bool:
@@ -75,7 +72,7 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("enum", "prefixItems", "anyOf", "allOf", "oneOf"), (_is_list, "a list")),
     **dict.fromkeys(MAPS, (_is_object, "an object")),
     **dict.fromkeys(("pattern", "$ref"), (_is_text, "a text")),
-    **dict.fromkeys(("minimum", "maximum"), (_is_number, "a number")),
+    **dict.fromkeys(("minimum", "maximum"), (is_number, "a number")),
     **dict.fromkeys(("exclusiveMinimum", "exclusiveMaximum"), (_is_limit, "a number")),
     **dict.fromkeys(
         ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"),
@@ -92,7 +89,7 @@ def malformed(key: str, value: Any) -> str | None:
 
 def plain_pattern(pattern: str) -> str:
     r"""A pattern with Python's `\Z` as `$`; both are the end of the text."""
-    return re.sub(_NAME, lambda found: "$" if found[1] == "Z" else found[0], pattern, flags=re.DOTALL)
+    return re.sub(_ESCAPE, lambda found: "$" if found[1] == "Z" else found[0], pattern, flags=re.DOTALL)
 
 
 def known_format(name: Any) -> bool:

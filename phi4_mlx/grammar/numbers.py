@@ -9,7 +9,7 @@ Source: llguidance 1.9.1, parser/src/json/numeric.rs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -110,11 +110,16 @@ def exact_constant(value: Any, integers: bool) -> bool:
         return all(exact_constant(each, integers) for each in value.values())
     if isinstance(value, list):
         return all(exact_constant(each, integers) for each in value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         return True
     if abs(value) >= INT64 - 1024:  # llguidance clamps it to int64 if it becomes an integer
         return isinstance(value, float) and not integers
     return isinstance(value, float) or int(float(value)) == value
+
+
+def is_number(value: Any) -> bool:
+    """True if a JSON value is a number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def multiple(value: Any) -> Fraction:
@@ -123,7 +128,7 @@ def multiple(value: Any) -> Fraction:
     Raises:
         RequestError: it is not a number above 0, or llguidance would round it.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    if not is_number(value) or not value > 0:
         raise RequestError(f"the schema's 'multipleOf' must be a number above 0, not {value!r:.100}")
     exact = Fraction(Decimal(repr(value)))
     # llguidance multiplies by 10 until no fraction is left, and holds the result in 32 bits.
@@ -151,6 +156,11 @@ def listed_multiples(plain: JsonObject) -> list[int] | None:
     first, last = math.ceil(Fraction(plain["minimum"]) / step), math.floor(Fraction(plain["maximum"]) / step)
     listed = range(first * step, last * step + 1, step)
     return [*listed] if 0 <= last - first < MAX_LISTED and max(map(abs, (first, last))) * step < 2**53 else None
+
+
+def common_multiple(steps: Iterable[Fraction]) -> Fraction:
+    """The least common multiple of numbers from `multiple`, which have at most 9 places."""
+    return Fraction(math.lcm(*(each.numerator * (10**9 // each.denominator) for each in steps)), 10**9)
 
 
 def states(step: Fraction, bounds: JsonObject) -> int:

@@ -28,7 +28,7 @@ from phi4_mlx.grammar.keywords import (
     malformed,
     plain_pattern,
 )
-from phi4_mlx.grammar.numbers import exact_constant, listed_multiples, multiple, set_bounds, states
+from phi4_mlx.grammar.numbers import common_multiple, exact_constant, listed_multiples, multiple, set_bounds, states
 from phi4_mlx.tools.json_text import json_text
 
 MAX_BYTES = 65_536
@@ -139,7 +139,7 @@ class _Walk:
         self._check_object(plain)
         self._check_alternatives(plain)
         self.paths.count_branches(given)
-        alone = not plain.keys() & {"anyOf", "allOf", "oneOf", "$ref", "patternProperties"}
+        alone = not plain.keys() & _JOINING
         if closed and alone and "properties" in plain and {*plain.get("required", ())} <= plain["properties"].keys():
             plain.setdefault("additionalProperties", False)
         for key, value in plain.items():
@@ -165,8 +165,8 @@ class _Walk:
         self.loosened[key] = None
 
     def _refuse_number(self, message: str) -> None:
-        """Refuses a number that cannot be kept exactly: an answer would have another, unless all are allowed."""
-        if self._strict or not self._lenient:
+        """Refuses a number that cannot be kept exactly, where the answer would then have another one."""
+        if not self._lenient:
             raise RequestError(message)
 
     def _check_form(self, plain: JsonObject) -> None:
@@ -230,7 +230,8 @@ class _Walk:
             else:
                 self._leave_out(plain, "pattern", "")
         patterns = plain.get("patternProperties", {})
-        if not self._strict and not compiles({"type": "object", "patternProperties": dict.fromkeys(patterns, True)}):
+        named = {"type": "object", "patternProperties": dict.fromkeys(patterns, True)}
+        if patterns and not self._strict and not compiles(named):
             self._leave_out(plain, "patternProperties", "")
             plain.pop("additionalProperties", None)
         elif patterns:
@@ -255,9 +256,7 @@ class _Walk:
             plain["enum"] = listed
             return
         if self.paths.together:  # the states of all multiply
-            steps = {step, *self._steps}
-            step = Fraction(math.lcm(*(each.numerator * (10**9 // each.denominator) for each in steps)), 10**9)
-            count = max(states(step, plain), self.states)
+            count = max(states(common_multiple({step, *self._steps}), plain), self.states)
         else:
             count = self.states + states(step, plain)
         if count > MAX_MULTIPLE:

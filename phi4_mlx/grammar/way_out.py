@@ -80,12 +80,12 @@ class Paths:
             Token ids without the end marker, the same for the same state; empty if the answer may end here. None if no
             way is found within the limits.
         """
-        endings = [[self._of_byte[byte] for byte in text[n:]] for text in examples for n in range(len(text))]
+        texts = [[self._of_byte[byte] for byte in text] for text in examples]
         give_up_at = time.thread_time() + seconds
         for dice in map(random.Random, range(_TRIES)):
             here, now, way = matcher.deep_copy(), state, list[int]()
             while len(way) <= most and not here.is_accepting() and time.thread_time() < give_up_at:
-                step = here.compute_ff_tokens() or self._ending(here, endings, now != _OUTSIDE)
+                step = here.compute_ff_tokens() or self._ending(here, texts, now != _OUTSIDE)
                 step = step or self._nearest(here.compute_bitmask(), now != _OUTSIDE, dice)
                 if not step or not here.consume_tokens(step):
                     break
@@ -95,11 +95,12 @@ class Paths:
                 return way
         return None
 
-    def _ending(self, matcher: LLMatcher, endings: list[list[int]], in_string: bool) -> list[int]:
+    def _ending(self, matcher: LLMatcher, examples: list[list[int]], in_string: bool) -> list[int]:
         """The end of an example that completes the string, number or answer; empty if none fits or none is needed."""
         closings = [self._of_byte[ord('"')]] if in_string else [self._end, *self._after_number]
         if any(matcher.validate_tokens([closing]) for closing in closings):
             return []
+        endings = (text[n:] for text in examples for n in range(len(text)))
         fitting = (each for each in endings if matcher.validate_tokens(each) == len(each))
         closed = ([*each, closing] for each in fitting for closing in closings)
         return next((each[:-1] for each in closed if matcher.validate_tokens(each) == len(each)), [])

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
-from phi4_mlx.errors import RequestError
+from phi4_mlx.errors import RequestError, message_of
 from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.terminal.printable import one_line
 from phi4_mlx.tools.declarations import MAX_TOOLS_BYTES, check_tools
@@ -140,11 +140,14 @@ async def _listed(session: ClientSession) -> list[JsonObject]:
     from mcp.types import PaginatedRequestParams
 
     tools: list[JsonObject] = []
+    size = 0
     cursor: str | None = None
     for _ in range(MAX_PAGES):
         page = await session.list_tools(params=PaginatedRequestParams(cursor=cursor) if cursor else None)
-        tools += map(_plain, page.tools)
-        if len(json_text(tools)) > MAX_TOOLS_BYTES:
+        found = [*map(_plain, page.tools)]
+        tools += found
+        size += len(json_text(found))
+        if size > MAX_TOOLS_BYTES:
             raise RequestError(f"its tools have over {MAX_TOOLS_BYTES:,} bytes, the limit")
         cursor = page.next_cursor
         if not cursor:
@@ -205,4 +208,4 @@ def _reason(error: BaseException, late: str) -> str:
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         return f"its answer is malformed: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return one_line(str(error))[:400] or type(error).__name__
+    return one_line(message_of(error))[:400] or type(error).__name__

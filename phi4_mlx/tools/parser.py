@@ -52,7 +52,9 @@ class ToolCallParser:
         marked: reads JSON without a marker as text.
 
     Attributes:
-        error: why the first text that looks like a call is none (cut off, not JSON, no declared tool), or None.
+        calls: the calls so far, in their order.
+        error: the reason why the first text that looks like a call is left as text (cut off, not JSON, no declared
+            tool), or None.
 
     Raises:
         RequestError: a tool is malformed, or `tools` is not a list.
@@ -61,19 +63,11 @@ class ToolCallParser:
     def __init__(self, tools: Iterable[Any], marked: bool = False) -> None:
         self._tools = _by_name(tools)
         self.error: str | None = None
-        self._calls: list[ToolCall] = []
-        self._shown: tuple[ToolCall, ...] = ()  # `_calls`, copied only where there are new ones
+        self.calls: tuple[ToolCall, ...] = ()
         self._state = _State.TEXT if marked else _State.START
         self._carried = ""  # the end of a piece, too short to decide on
         self._text = _Text()
         self._block = _Block(BARE, [])
-
-    @property
-    def calls(self) -> tuple[ToolCall, ...]:
-        """The calls so far, in their order."""
-        if len(self._shown) < len(self._calls):
-            self._shown = tuple(self._calls)
-        return self._shown
 
     def add(self, text: str) -> str:
         """Parses the next piece of the answer; returns the text that is now certain to be text."""
@@ -103,7 +97,7 @@ class ToolCallParser:
         if self._state in (_State.AFTER_VALUE, _State.AFTER_FENCE):
             self._close_at_end()
         self.cut()
-        if not self._calls:
+        if not self.calls:
             self._text.keep_space()
         return self._text.take()
 
@@ -207,7 +201,7 @@ class ToolCallParser:
         """Ends a block: all of it becomes calls, or all of it text. True if it became calls."""
         block = self._block
         try:
-            self._calls += parse_calls(block.values, self._tools, block.form.whole)
+            self.calls += tuple(parse_calls(block.values, self._tools, block.form.whole))
         except NotACall as why:
             if str(why) and not block.form.whole:
                 self.error = self.error or f"a tool call is left as text: {why}"

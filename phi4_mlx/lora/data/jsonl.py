@@ -13,7 +13,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
-from phi4_mlx.errors import RequestError
+from phi4_mlx.errors import RequestError, message_of
 from phi4_mlx.files.regular_file import open_regular
 from phi4_mlx.lora.data.parquet import patterns, shards
 
@@ -181,5 +181,5 @@ def _download(name: str, files: list[str]) -> Path:
         offline = constants.HF_HUB_OFFLINE
         reason = f"is not cached, and {'HF_HUB_OFFLINE is set' if offline else 'the Hub cannot be reached'}"
     except Exception as error:  # the Hub library's HTTP client, and with it the errors, depend on its version
-        reason = "could not be downloaded: " + " ".join(str(error).split())
+        reason = "could not be downloaded: " + message_of(error)
     raise RequestError(f"no such file or folder here, and the Hub dataset {name} {reason}")

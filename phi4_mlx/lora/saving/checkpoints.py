@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 
 from phi4_mlx.adapters.folder import TENSORS_FILE as ADAPTER_FILE
-from phi4_mlx.errors import CheckpointError, ConfigError, RequestError
+from phi4_mlx.errors import CheckpointError, ConfigError, RequestError, message_of
 from phi4_mlx.files.atomic import sync
 from phi4_mlx.files.checksums import checksums, differing_file
 from phi4_mlx.files.json_file import read_json
@@ -55,7 +55,7 @@ def save_checkpoint(adapter_path: Path, step: int, tensors: Mapping[str, mx.arra
         try:
             mx.save_safetensors(str(partial / TENSORS_FILE), dict(tensors))
         except RuntimeError as error:  # how MLX reports a full disk
-            raise OSError(errno.EIO, " ".join(str(error).split()), str(partial / TENSORS_FILE)) from None
+            raise OSError(errno.EIO, message_of(error), str(partial / TENSORS_FILE)) from None
         (partial / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
         listed = checksums((name, partial / name) for name in (TENSORS_FILE, STATE_FILE))
         (partial / CHECKSUMS_FILE).write_text(listed, encoding="utf-8")
@@ -105,7 +105,7 @@ def newest_checkpoint(adapter_path: Path) -> tuple[dict[str, mx.array], State] |
     except CheckpointError:
         raise damaged(adapter_path, f"{TENSORS_FILE} is not a safetensors file, or has a false header") from None
     except (RuntimeError, OSError, ConfigError) as error:
-        raise damaged(adapter_path, " ".join(str(error).split())) from None
+        raise damaged(adapter_path, message_of(error)) from None
 
 
 def damaged(adapter_path: Path, reason: str) -> CheckpointError:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phi4_mlx.errors import CheckpointError, RequestError
+from phi4_mlx.errors import CheckpointError, RequestError, message_of
 from phi4_mlx.files.atomic import replacing
 from phi4_mlx.files.manifest import file_sha256
 from phi4_mlx.files.regular_file import read_regular
@@ -156,7 +156,7 @@ def reporter(name: str | None, folder: Path, settings: Mapping[str, Any]) -> Cal
         try:
             send(metrics)
         except Exception as error:  # must not end a run
-            raise OSError(errno.EIO, " ".join(str(error).split()), name) from error
+            raise OSError(errno.EIO, message_of(error), name) from error
 
     return report
 
