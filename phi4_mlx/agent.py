@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -267,8 +268,13 @@ class ToolLoop:
             if not each.calls:
                 return
             yield from self._run_calls(each)
-            drawn = [*prompt, *each.ids]
-            prompt = self._tokenizer.chat_format.extend(self._tokenizer, drawn, each.result_messages())
+            prompt = [*prompt, *each.ids]
+            self._tokenizer.chat_format.append(self._tokenizer, prompt, each.result_messages())
+
+    @cached_property
+    def _optional_calls(self) -> Grammar | None:
+        """The grammar of an answer that may call tools; None if it is free."""
+        return tool_grammar(self._toolbox.declarations, "auto", self._toolbox.strict)
 
     def _answer(self, each: Round, prompt: list[int], max_tokens: int) -> Iterator[AgentEvent]:
         """Generates one answer into `each`."""
@@ -276,7 +282,7 @@ class ToolLoop:
         options = replace(self._options, max_tokens=max_tokens)
         answer = AnswerAssembler(self._toolbox.declarations, ends_at=self._ends_at)
         model, tokenizer, cache = self._model, self._tokenizer, self._cache
-        grammar = required or tool_grammar(self._toolbox.declarations, "auto", self._toolbox.strict)
+        grammar = required or self._optional_calls
         if grammar is not None:
             self.loosened = tuple(dict.fromkeys((*self.loosened, *grammar.loosened)))
         must_end = required is not None
@@ -291,7 +297,7 @@ class ToolLoop:
             answer.finish()
             each.text, each.calls = answer.text, list(answer.calls)
         self.error = answer.complaint
-        if not each.calls or answer.reason != "stop":  # a cut answer may lack calls, so that none is run
+        if not each.calls or answer.reason != "stop":  # a cut answer may lack calls, so none is run
             self.finish_reason = answer.reason
 
     def _run_calls(self, each: Round) -> Iterator[AgentEvent]:

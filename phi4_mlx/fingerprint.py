@@ -40,7 +40,7 @@ def adapter_fingerprint(model: LanguageModel) -> str:
 
 
 def checksum(header: bytes, arrays: Iterable[mx.array]) -> bytes:
-    """The digest of a file's header and arrays, 32 bytes."""
+    """The digest of some bytes and arrays, 32 bytes."""
     return hashlib.sha256(header + _sums(arrays)).digest()
 
 

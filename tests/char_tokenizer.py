@@ -28,11 +28,6 @@ class CharFormat:
             ids += [USER if message["role"] == "user" else SYSTEM, *tokenizer.encode(message["content"]), END]
         return [*ids, ASSISTANT]
 
-    def extend(self, tokenizer: Any, ids: Sequence[int], messages: Sequence[Any]) -> list[int]:
-        extended = list(ids)
-        self.append(tokenizer, extended, messages)
-        return extended
-
     def append(self, tokenizer: Any, ids: list[int], messages: Sequence[Any]) -> None:
         ids += [*([] if ids[-1] == END else [END]), *self.render(tokenizer, messages)]
 

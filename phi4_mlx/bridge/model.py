@@ -192,7 +192,8 @@ def _last_events(answer: AnswerAssembler, given: Given, loosened: Sequence[str])
             yield {"event": "tool_call", "id": call_id, "name": call.name, "arguments": call.arguments}
         if named:
             message["tool_calls"] = [call.message(call_id) for call_id, call in named]
-            finish["reason"] = "tool_calls" if answer.reason == "stop" else answer.reason
+            if answer.reason == "stop":
+                finish["reason"] = "tool_calls"
         finish["complaint"] = answer.complaint or ""
         finish["loosened"] = [*loosened]
     finish["complete"] = answer.reason == "stop"

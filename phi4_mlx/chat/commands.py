@@ -129,7 +129,7 @@ def _save(chat: Chat, rest: str) -> None:
         sweep(path.parent, name)  # a chat that was killed may have saved under another name
     transcript.save(path, chat.model_name, conversation.system, conversation.turns, replace=path == chat.saved_as)
     chat.saved_as = path
-    chat.screen.note(f"saved {_turns(len(conversation.turns))} to {path}{_save_cache(chat, path)}")
+    chat.screen.note(f"saved {amount(len(conversation.turns), 'turn')} to {path}{_save_cache(chat, path)}")
 
 
 def _load(chat: Chat, rest: str) -> None:
@@ -143,7 +143,7 @@ def _load(chat: Chat, rest: str) -> None:
     conversation = chat.conversation
     conversation.system, conversation.turns = transcript.load(path, conversation.tokenizer)
     chat.saved_as = path
-    chat.screen.note(f"loaded {_turns(len(conversation.turns))} from {path}{_load_cache(chat, path)}")
+    chat.screen.note(f"loaded {amount(len(conversation.turns), 'turn')} from {path}{_load_cache(chat, path)}")
     if conversation.turns:
         chat.screen.note(f"the last question was: {_shortened(conversation.turns[-1].question)}")
 
@@ -239,7 +239,7 @@ def _tools(chat: Chat, rest: str) -> None:
 
 def _stats(chat: Chat, rest: str) -> None:
     conversation, usage = chat.conversation, chat.conversation.usage
-    tokens, turns = len(conversation.ids()), _turns(len(conversation.turns))
+    tokens, turns = len(conversation.ids()), amount(len(conversation.turns), "turn")
     lines = [
         f"model        {chat.model_name}, chat format {conversation.tokenizer.chat_format.name}",
         f"context      {tokens:,} of {conversation.context:,} tokens, in {turns}",
@@ -266,10 +266,6 @@ def _model(chat: Chat, rest: str) -> None:
 
 def _quit(chat: Chat, rest: str) -> None:
     raise Leave
-
-
-def _turns(count: int) -> str:
-    return f"{count} turn{'' if count == 1 else 's'}"
 
 
 def _shortened(text: str) -> str:

@@ -328,9 +328,9 @@ def _accepted(
     draws: Draws, logits: mx.array, row: int, passes: _Passes, logits_mask: LogitsMask
 ) -> list[Drawn]:
     """The first token drawn from a row of the logits that the mask accepts, and the tokens it forces."""
-    while (forced := logits_mask.accept(draws.numbers()[0])) is None:
+    while (forced := logits_mask.accept(number := draws.numbers()[0])) is None:
         draws = passes.draw(logits, row, logits_mask.mask())
-    number, logprobs = draws.numbers()[0], draws.logprobs[0]
+    logprobs = draws.logprobs[0]
     return [(number, logprobs), *((each, _certain(each, logprobs)) for each in forced)]
 
 

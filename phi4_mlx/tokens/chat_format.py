@@ -89,36 +89,16 @@ class ChatFormat:
         ends = [at for at, piece in enumerate(pieces) if isinstance(piece, Control) and piece == self.end]
         return tokenizer.encode_pieces(pieces[: ends[-1]])
 
-    def extend(
-        self,
-        tokenizer: Tokenizer,
-        ids: Sequence[int],
-        messages: Sequence[Message],
-        add_generation_prompt: bool = True,
-    ) -> list[int]:
-        """Continues a conversation.
-
-        Args:
-            tokenizer: as in `render`.
-            ids: a prompt and the reply generated for it; the reply is closed here if it lacks its end marker.
-            messages: the messages after the reply.
-            add_generation_prompt: as in `render`.
-
-        Returns:
-            Token ids [T] of the whole conversation.
-
-        Raises:
-            RequestError: as in `render`.
-            TokenizerError: as in `render`.
-        """
-        extended = list(ids)
-        self.append(tokenizer, extended, messages, add_generation_prompt)
-        return extended
-
     def append(
         self, tokenizer: Tokenizer, ids: list[int], messages: Sequence[Message], add_generation_prompt: bool = True
     ) -> None:
-        """Continues a conversation in place, in time that does not depend on its length; arguments as for `extend`.
+        """Continues a conversation in place, in time that does not depend on its length.
+
+        Args:
+            tokenizer: as in `render`.
+            ids: a prompt and the reply generated for it [T]; the reply is closed here if it lacks its end marker.
+            messages: the messages after the reply.
+            add_generation_prompt: as in `render`.
 
         Raises:
             RequestError: as in `render`.

@@ -16,7 +16,7 @@ from operator import index
 from pathlib import Path
 from typing import Any, Protocol, SupportsIndex
 
-from phi4_mlx.errors import CheckpointError, RequestError, TokenizerError
+from phi4_mlx.errors import CheckpointError, RequestError, TokenizerError, message_of
 from phi4_mlx.files.json_file import read_json
 from phi4_mlx.files.manifest import read_manifest
 from phi4_mlx.files.regular_file import TOKENIZER_BYTES, read_regular
@@ -55,13 +55,6 @@ class ChatFormat(Protocol):
         add_generation_prompt: bool = True,
     ) -> list[int]: ...
     def render_open(self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]: ...
-    def extend(
-        self,
-        tokenizer: Tokenizer,
-        ids: Sequence[int],
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
-    ) -> list[int]: ...
     def append(
         self,
         tokenizer: Tokenizer,
@@ -242,7 +235,7 @@ class ByteTokenizer(Tokenizer):
         try:
             return self._encoding.encode_ordinary(text)
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # a BaseException of Rust's, which no module exports
+            if not _is_panic(error):
                 raise
             raise TokenizerError(f"tokenizer.json: tiktoken cannot use its pattern: {error}") from None
 
@@ -409,10 +402,14 @@ def _library_errors() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # The library has no more specific class; a panic of Rust's is a BaseException, which no module exports.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and not _is_panic(error):  # the library has no more specific class
             raise
-        raise TokenizerError(f"tokenizer.json cannot be used: {' '.join(str(error).split())}") from None
+        raise TokenizerError(f"tokenizer.json cannot be used: {message_of(error)}") from None
+
+
+def _is_panic(error: BaseException) -> bool:
+    """True for a panic of Rust's: a BaseException, which no module exports."""
+    return type(error).__name__ == "PanicException"
 
 
 def _sentencepiece_bytes(entry: str) -> bytes:

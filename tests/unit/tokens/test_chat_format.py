@@ -253,7 +253,8 @@ def test_a_continued_conversation_equals_one_rendered_whole(name: str, tokenizer
     chat_format, more = CHAT_FORMATS[name], [{"role": "user", "content": " and  now?"}]
     reply, ending = "Fine, thanks.", chat_format.end if ending == "end" else ending
     drawn = [*tokenizer.encode(reply), *tokenizer.encode(ending, specials=True)]
-    grown = chat_format.extend(tokenizer, [*chat_format.render(tokenizer, CHAT), *drawn], more)
+    grown = [*chat_format.render(tokenizer, CHAT), *drawn]
+    chat_format.append(tokenizer, grown, more)
     assert grown == chat_format.render(tokenizer, [*CHAT, {"role": "assistant", "content": reply}, *more])
 
 
@@ -265,7 +266,8 @@ def test_line_breaks_of_phi_35_stand_where_no_token_strips_them(tmp_path: Path) 
     tokenizer, chat_format = load_tokenizer(tmp_path), CHAT_FORMATS["phi3.5-mini"]
     assert chat_format.render(tokenizer, CHAT) == stock_ids(tokenizer, PHI_35, CHAT)
     drawn = tokenizer.encode("Fine.<|end|>", specials=True)
-    grown = chat_format.extend(tokenizer, [*chat_format.render(tokenizer, HELLO), *drawn], HELLO)
+    grown = [*chat_format.render(tokenizer, HELLO), *drawn]
+    chat_format.append(tokenizer, grown, HELLO)
     text = "<|user|>\nhello<|end|>\n<|assistant|>\n"
     assert tokenizer.decode(grown).replace(" ", "") == text + "Fine.<|end|>\n" + text
 
