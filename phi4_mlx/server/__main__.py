@@ -23,11 +23,11 @@ from phi4_mlx.terminal.options import add_model_options
 if TYPE_CHECKING:
     from phi4_mlx.server.engine.engine import Settings
     from phi4_mlx.server.engine.supervisor import Supervisor
+    from phi4_mlx.server.grammar_pool import GrammarPool
     from phi4_mlx.server.guard import Guard
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
 PROG = "phi4-mlx server"
-SEND_BUFFER_BYTES = 2**16  # of a connection, in the kernel; 650 KB/s at a round trip of 100 ms
 KEY_VARIABLE = "PHI4_MLX_API_KEY"
 
 
@@ -119,7 +119,6 @@ def open_listener(host: str, port: int) -> socket.socket:
         # asyncio sets TCP_NODELAY only if the protocol is named; without it, small writes wait about 40 ms.
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         listener.bind((name, port))
     except (OSError, ValueError) as error:  # ValueError: a malformed name
         if listener is not None:
@@ -213,11 +212,13 @@ def _served(args: argparse.Namespace) -> _Served:
 async def _run(args: argparse.Namespace, key: str | None, served: _Served, listener: socket.socket) -> None:
     """Starts the engine and serves until a signal, or until no engine can be started any more."""
     from phi4_mlx.server.engine.supervisor import Supervisor
+    from phi4_mlx.server.grammar_pool import GrammarPool
     from phi4_mlx.server.http_server import HttpServer, Lacks, Stop, cancel_the_rest, leave_soon, raise_descriptor_limit
 
     raise_descriptor_limit()
     asyncio.get_running_loop().set_exception_handler(Lacks())
     supervisor, stop = Supervisor(served.settings, args.decode_concurrency + args.max_queue), Stop()
+    grammars = GrammarPool()
     code = OUR_MISTAKE
     with stop.listening():
         lost = asyncio.create_task(supervisor.lost())
@@ -225,7 +226,9 @@ async def _run(args: argparse.Namespace, key: str | None, served: _Served, liste
             print(f"{PROG}: loading {served.name}", file=sys.stderr, flush=True)
             await stop.or_done(asyncio.create_task(supervisor.start()))
             if not stop.asked.is_set():
-                server = HttpServer(_guard(args, key, served, supervisor), args.log_level, stop, supervisor.drain)
+                grammars.start()
+                app = _guard(args, key, served, supervisor, grammars)
+                server = HttpServer(app, args.log_level, stop, supervisor.drain)
                 listen(listener, server.config.backlog)
                 host, port = listener.getsockname()[:2]
                 shown = f"[{host}]" if ":" in host else host
@@ -238,6 +241,7 @@ async def _run(args: argparse.Namespace, key: str | None, served: _Served, liste
             code = USER_MISTAKE
             raise
         finally:
+            grammars.stop()
             await supervisor.stop()
             await cancel_the_rest()
             leave_soon(code)
@@ -245,15 +249,16 @@ async def _run(args: argparse.Namespace, key: str | None, served: _Served, liste
         raise KeyboardInterrupt
 
 
-def _guard(args: argparse.Namespace, key: str | None, served: _Served, supervisor: Supervisor) -> Guard:
+def _guard(
+    args: argparse.Namespace, key: str | None, served: _Served, supervisor: Supervisor, grammars: GrammarPool
+) -> Guard:
     """The ASGI application."""
     from phi4_mlx.server.app import App
     from phi4_mlx.server.guard import LOOPBACK_NAMES, Guard, is_loopback
     from phi4_mlx.server.service import Service
 
     models = {served.name: None} | {adapter: adapter for adapter in served.settings.adapters}
-    service = Service(supervisor, served.tokenizer, models, served.vocabulary, args.timeout, args.max_tokens)
-    service.grammars.start()
+    service = Service(supervisor, served.tokenizer, models, served.vocabulary, args.timeout, args.max_tokens, grammars)
     hosts = None if key is not None and not is_loopback(args.host) else (*LOOPBACK_NAMES, args.host.lower())
     return Guard(App(service).starlette(), key, hosts, tuple(args.allowed_origins))
 

@@ -267,8 +267,10 @@ def _in_slices(send: Send) -> Send:
     return send_in_slices
 
 
-async def refuse(scope: Scope, send: Send, error: WireError, close: bool = False) -> None:
-    """Sends an error in the form of the route's API, and closes the connection if asked to."""
+async def refuse(
+    scope: Scope, send: Send, error: WireError, close: bool = False, more: Iterable[tuple[bytes, bytes]] = ()
+) -> None:
+    """Sends an error in the form of the route's API, with `more` headers; closes the connection if asked to."""
     make_body = messages_api.error_body if scope["path"].startswith("/v1/messages") else error_body
     headers = [(b"content-type", b"application/json")]
     if error.status == 401:
@@ -278,7 +280,7 @@ async def refuse(scope: Scope, send: Send, error: WireError, close: bool = False
         headers.append((b"retry-after", b"2"))
     if close:  # the rest of the body stays unread
         headers.append((b"connection", b"close"))
-    await _answer(send, error.status, json_bytes(make_body(error)), headers)
+    await _answer(send, error.status, json_bytes(make_body(error)), [*headers, *more])
 
 
 async def _answer(send: Send, status: int, body: bytes, headers: Iterable[tuple[bytes, bytes]]) -> None:

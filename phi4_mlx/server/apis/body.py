@@ -15,6 +15,7 @@ from phi4_mlx.server.limits import (
     API_TEMPERATURE_LIMIT,
     BIAS_ENTRIES_LIMIT,
     BIAS_LIMIT,
+    BRACKETS_LIMIT,
     CHOICES_LIMIT,
     NAME_CHARS_LIMIT,
     SCHEMA_CHARS_LIMIT,
@@ -22,7 +23,7 @@ from phi4_mlx.server.limits import (
     STOPS_LIMIT,
 )
 from phi4_mlx.terminal.limits import MAX_TOKENS_LIMIT, REPETITION_PENALTY_RANGE, SEED_LIMIT, TOP_K_LIMIT
-from phi4_mlx.tools.declarations import MAX_TOOLS_BYTES, check_tools
+from phi4_mlx.tools.declarations import check_tools
 
 LEAST_TOP_P = 1e-6
 TOOL_MODES = ("none", "auto", "required")  # values of tool_choice that do not name a tool
@@ -86,34 +87,29 @@ def tool_call(call_id: str, name: str, arguments: str) -> JsonObject:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def read_tools(fields: Fields, kind: str = "function") -> tuple[list[Fields], list[str]]:
-    """The tools of a body that can be called, and the names of the others.
+def read_tools(
+    fields: Fields, kind: str = "function", schema: str = "parameters"
+) -> tuple[list[JsonObject], list[str]]:
+    """The tools of a body that can be called, in OpenAI's form, and the names of the others.
 
     Only tools of the type `kind` can be called: this server runs no tools of its own. The others are left out, as is
     a second tool of the same name.
-    """
-    tools, others = [], []
-    for tool in fields.children("tools", MAX_TOOLS_BYTES):  # each takes more than one byte
-        if tool.text("type", kind) == kind:
-            tools.append(tool)
-        else:
-            others.append(tool.get("name") if isinstance(tool.get("name"), str) else tool.get("type"))
-            tool.ignore()
-    return tools, others
-
-
-def unique_tools(given: Sequence[Fields], tools: Sequence[JsonObject]) -> list[JsonObject]:
-    """The tools without those whose name is taken.
 
     Args:
-        given: the tools in the body.
-        tools: the same in OpenAI's form.
+        fields: the body.
+        kind: the type of the tools that can be called.
+        schema: as for `read_tool`.
     """
-    kept: dict[str, JsonObject] = {}
-    for fields, tool in zip(given, tools, strict=True):
-        if kept.setdefault(tool["function"]["name"], tool) is not tool:
-            fields.ignore()
-    return list(kept.values())
+    tools, others = dict[str, JsonObject](), []
+    for given in fields.children("tools", BRACKETS_LIMIT):
+        if given.text("type", kind) != kind:
+            others.append(given.get("name") if isinstance(given.get("name"), str) else given.get("type"))
+            given.ignore()
+            continue
+        tool = read_tool(given, schema)
+        if tools.setdefault(tool["function"]["name"], tool) is not tool:
+            given.ignore()
+    return list(tools.values()), others
 
 
 def read_tool(fields: Fields, schema: str = "parameters") -> JsonObject:

@@ -19,11 +19,9 @@ from phi4_mlx.server.apis.body import (
     read_response_format,
     read_sampling,
     read_stop,
-    read_tool,
     read_tool_choice,
     read_tools,
     tool_call,
-    unique_tools,
 )
 from phi4_mlx.server.apis.content import read_arguments, read_text, result_text
 from phi4_mlx.server.apis.fields import Fields, read_body
@@ -54,8 +52,7 @@ def parse(body: Any, vocabulary: int) -> Ask:
         fields.refuse("function_call", "asks for a call of functions; use tools and tool_choice")
     if fields.has("functions"):
         fields.ignore("functions")
-    given, others = read_tools(fields)
-    tools = unique_tools(given, [read_tool(tool) for tool in given])
+    tools, others = read_tools(fields)
     max_completion_tokens = read_max_tokens(fields, "max_completion_tokens")
     max_tokens = read_max_tokens(fields)  # the older name
     return Ask(

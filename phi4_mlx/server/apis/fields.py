@@ -126,7 +126,7 @@ class Fields:
     def forbid(self, why: str, *names: str) -> None:
         """Refuses an object that uses one of these fields; false and empty values are accepted."""
         for name in names:
-            if self.get(name) not in (None, False, "", [], {}):
+            if self.get(name) not in _EMPTY:
                 self.refuse(name, f"is not supported here: {why}")
 
     def text(self, name: str, default: D, least: int = 0, most: int | None = None) -> str | D:

@@ -19,29 +19,19 @@ from phi4_mlx.server.apis.body import (
     read_response_format,
     read_sampling,
     read_stop,
-    read_tool,
     read_tools,
     tool_call,
-    unique_tools,
 )
 from phi4_mlx.server.apis.content import part_text, read_text, result_text
 from phi4_mlx.server.apis.fields import Fields, read_body
-from phi4_mlx.server.apis.wire import Ask, Call, WireError, in_call_order, sse
+from phi4_mlx.server.apis.wire import ERROR_TYPES, Ask, Call, WireError, in_call_order, sse
 from phi4_mlx.server.limits import MESSAGES_LIMIT, NAME_CHARS_LIMIT, PARTS_LIMIT
 
 ROLES = ("user", "assistant", "system")
 TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "timeout": "max_tokens", "tool_calls": "tool_use"}
 
-_ERROR_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-}
+_ERROR_TYPES = {**ERROR_TYPES, 413: "request_too_large", 504: "timeout_error"}
 
 
 def error_body(error: WireError) -> JsonObject:
@@ -61,8 +51,7 @@ def parse(body: Any, vocabulary: int) -> Ask:
         WireError: the body is malformed, exceeds a limit, or no answer to it would be right; names the field.
     """
     fields = read_body(body)
-    given, others = read_tools(fields, "custom")
-    tools = unique_tools(given, [read_tool(tool, "input_schema") for tool in given])
+    tools, others = read_tools(fields, "custom", "input_schema")
     holder, name = fields.child("output_config"), "format"
     if fields.has("output_format"):  # the name of a beta
         holder, name = fields, "output_format"

@@ -21,11 +21,9 @@ from phi4_mlx.server.apis.body import (
     read_response_format,
     read_sampling,
     read_stop,
-    read_tool,
     read_tool_choice,
     read_tools,
     tool_call,
-    unique_tools,
 )
 from phi4_mlx.server.apis.content import read_arguments, read_text, result_text
 from phi4_mlx.server.apis.fields import Fields, read_body
@@ -62,8 +60,7 @@ def parse(body: Any, vocabulary: int) -> Ask:
     fields.forbid("nothing is stored; send the whole conversation as input", "previous_response_id", "conversation")
     fields.forbid("nothing is stored; send instructions and input", "prompt")
     fields.forbid("the server answers only while the client waits", "background")
-    given, others = read_tools(fields)
-    tools = unique_tools(given, [read_tool(tool) for tool in given])
+    tools, others = read_tools(fields)
     choice = check_tool_choice(fields, tools, read_tool_choice(fields), others)
     text = fields.child("text")
     sampling = read_sampling(fields, vocabulary)

@@ -42,10 +42,10 @@ class WireError(Exception):
     @property
     def type(self) -> str:
         """OpenAI's error type for the status."""
-        return _ERROR_TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return ERROR_TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
 
 
-_ERROR_TYPES = {
+ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",

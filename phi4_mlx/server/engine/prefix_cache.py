@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,8 @@ class _Entry:
     ids: Ids
     cache: PromptCache
 
-    @property
-    def nbytes(self) -> int:
+    @cached_property
+    def nbytes(self) -> int:  # first read after compact(); an entry does not change after that
         return self.ids.nbytes + self.cache.nbytes
 
     def reusable(self, ids: Ids) -> int:
