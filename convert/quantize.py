@@ -50,6 +50,11 @@ class Scheme:
         return layout | {f"{path}.scales": ("U8", groups)}
 
 
+def layout_of(name: str, dtype: str, shape: Shape, scheme: Scheme | None) -> Layout:
+    """The tensors of a parameter, whose own name is `name`; None for a dense one, the rest as for `Scheme.layout`."""
+    return scheme.layout(name.removesuffix(".weight"), dtype, shape) if scheme else {name: (dtype, shape)}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The scheme of each matrix: one for the embedding and the head, and one for all others."""

@@ -26,7 +26,7 @@ from phi4_mlx.files.dtypes import DTYPES, FLOATS, mlx_dtype
 from phi4_mlx.files.regular_file import open_regular
 from phi4_mlx.files.safetensors import TensorInfo, TensorWriter, read_header, tensor_bytes, weight_files
 
-from .quantize import Layout, Recipe, Scheme
+from .quantize import Layout, Recipe, Scheme, layout_of
 
 BLOCK_BYTES = 2**22  # read from the source at a time
 _INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}  # its bits
@@ -180,7 +180,7 @@ def plan(
         inputs = tuple(stored[tensor] for tensor in tensors)
         own = inputs[-1].info.dtype  # of the weight, or of affine biases; mxfp4, nvfp4 and mxfp8 end with scales in U8
         numbers = dtype or (own if own in FLOATS else usual)
-        outputs = target.layout(path, numbers, array.shape) if target else {name: (numbers, tuple(array.shape))}
+        outputs = layout_of(name, numbers, tuple(array.shape), target)
         parameters.append(Parameter(path, inputs, outputs, numbers, before, target))
     return parameters
 

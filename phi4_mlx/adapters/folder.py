@@ -286,7 +286,12 @@ def _config(adapter: Adapter, total_layers: int) -> JsonObject:
     return config
 
 
+def is_number(value: object) -> bool:
+    """True for a number that a scale or a rate may be."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MOST_SCALE
+
+
 def _number(folder: Path, name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MOST_SCALE:
+    if not is_number(value):
         raise CheckpointError(f"{folder / CONFIG_FILE} has {name} {value!r:.40}; it must be a number")
     return float(value)

@@ -22,9 +22,9 @@ import mlx.core as mx
 
 from phi4_mlx.adapters.folder import (
     CONFIG_FILE,
-    MOST_SCALE,
     Adapter,
     checked,
+    is_number,
     layers_named,
     place,
     read_config,
@@ -101,13 +101,13 @@ def read_peft(folder: Path, file: str = PEFT_FILE) -> Adapter:
     alpha: Any = config.get("lora_alpha")
     dropout: Any = config.get("lora_dropout") or 0.0
     base = config.get("base_model_name_or_path")
-    if not _is_rank(rank) or not _is_number(alpha) or not _is_number(dropout):
+    if not _is_rank(rank) or not is_number(alpha) or not is_number(dropout):
         raise CheckpointError(
             f"{folder / CONFIG_FILE} has r {rank!r:.40} and lora_alpha {alpha!r:.40} and lora_dropout {dropout!r:.40}; "
             "they must be numbers"
         )
     ranks = _Pattern(folder, config, "rank_pattern", _is_rank)
-    alphas = _Pattern(folder, config, "alpha_pattern", _is_number)
+    alphas = _Pattern(folder, config, "alpha_pattern", is_number)
     adapter = Adapter(
         kind="dora" if config.get("use_dora") else "lora",
         scale=scale_of(alpha, rank, bool(config.get("use_rslora"))),
@@ -233,10 +233,6 @@ def _with_one_rank_and_scale(adapter: Adapter, scales: Mapping[str, float]) -> A
 
 def _is_rank(value: object) -> bool:
     return type(value) is int and 1 <= value <= _MAX_RANK
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MOST_SCALE
 
 
 def _our_name(path: Path, name: str) -> str:

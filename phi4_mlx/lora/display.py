@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.lora.data.samples import Sample
+from phi4_mlx.lora.progress import passes
 from phi4_mlx.lora.saving.metrics import CURVE_FILE, MetricsLog
 from phi4_mlx.terminal.printable import printable
 from phi4_mlx.tokens.tokenizer import Tokenizer
@@ -47,14 +48,13 @@ def progress(settings: Settings, iters: int, done: int, tell: Tell) -> Iterator[
     """
     begin = time.monotonic()
     if tell is not to_stderr or not sys.stderr.isatty():
-
-        shown_step = done
+        before = done
 
         def show(step: Step) -> None:
-            nonlocal shown_step
-            every = settings.steps_per_report
-            if step.step // every > shown_step // every or step.valid_loss is not None:
-                shown_step = step.step
+            nonlocal before
+            due = passes(settings.steps_per_report, before, step.step)
+            before = step.step
+            if due or step.valid_loss is not None:
                 left = (time.monotonic() - begin) / (step.step - done) * (iters - step.step)
                 tell(f"{step_line(step, settings.noun)}, {duration(left)} left")
 

@@ -91,7 +91,7 @@ def make_probes(
             ids.append(token)
             if token in ends:
                 break
-        now, before = (_log_probs(model, ids, len(prompt)) for model in (tuned, base))
+        now, before = (_answer_log_probs(model, ids, len(prompt)) for model in (tuned, base))
         tokens = mx.argpartition(-now, min(_LIKELIEST, now.shape[1] - 1), axis=-1)[:, :_LIKELIEST]
         log_probs = _coarse(now, tokens)
         change = _divergence(log_probs, _coarse(before, tokens))
@@ -110,7 +110,7 @@ def measure(model: LanguageModel, probes: Iterable[Probe]) -> Effect:
     noise = NOISE.get(model.dtype, HALF_NOISE)
     for probe in probes:
         answer = probe.ids[probe.start :]
-        found = _log_probs(model, probe.ids, probe.start)
+        found = _answer_log_probs(model, probe.ids, probe.start)
         other = _first_other(found, answer)
         prompts, own, places = prompts + 1, own + probe.own, places + len(answer)
         lost += _divergence(probe.log_probs, _coarse(found, probe.tokens))
@@ -126,11 +126,24 @@ def measure(model: LanguageModel, probes: Iterable[Probe]) -> Effect:
     return Effect(own, prompts, changed, as_adapter, as_base, own_lost, kept, keeps)
 
 
-def _log_probs(model: LanguageModel, ids: list[int], start: int) -> mx.array:
-    """Log-probabilities of each token from `start`, given all tokens before it: fp32 [N, V]."""
-    hidden = model.hidden(mx.array([ids[:-1]]), rows=len(ids) - start)
-    logits = model.logits(hidden)[0].astype(mx.float32)
+def log_probs(model: LanguageModel, ids: mx.array, rows: int) -> mx.array:
+    """Log-probabilities of the token after each of the last `rows` ids.
+
+    Args:
+        model: the model.
+        ids: [B, T].
+        rows: N, at most T.
+
+    Returns:
+        fp32 [B, N, V].
+    """
+    logits = model.logits(model.hidden(ids, rows=rows)).astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _answer_log_probs(model: LanguageModel, ids: list[int], start: int) -> mx.array:
+    """Log-probabilities of each token from `start`, given all tokens before it: fp32 [N, V]."""
+    return log_probs(model, mx.array([ids[:-1]]), len(ids) - start)[0]
 
 
 def _coarse(log_probs: mx.array, tokens: mx.array) -> mx.array:

@@ -15,7 +15,7 @@ from mlx.utils import tree_unflatten
 from phi4_mlx.adapters.folder import FULL, Adapter
 from phi4_mlx.checkpoint import share_weights
 from phi4_mlx.config import QUANTIZATION_MODES
-from phi4_mlx.convert.quantize import Layout, Scheme
+from phi4_mlx.convert.quantize import Scheme, layout_of
 from phi4_mlx.convert.weights import Parameter
 from phi4_mlx.files.dtypes import mlx_dtype
 from phi4_mlx.files.safetensors import tensor_bytes
@@ -62,14 +62,6 @@ def schemes_above(scheme: Scheme, width: int) -> list[Scheme | None]:
         sizes = tuple(size for size in sizes if width % size == 0)
         bits = scheme.bits - 1  # affine has two numbers a group, mx modes one
     return [*(Scheme("affine", n, sizes[0]) for n in sorted(widths) if sizes and n > bits), None]
-
-
-def outputs_of(parameter: Parameter, scheme: Scheme | None, width: int) -> Layout:
-    """The tensors of a matrix with `width` columns in a scheme."""
-    shape = (parameter.rows, width)
-    if scheme is None:
-        return {f"{parameter.path}.weight": (parameter.numbers, shape)}
-    return scheme.layout(parameter.path, parameter.numbers, shape)
 
 
 class Fitting:
@@ -176,10 +168,12 @@ class Fitting:
         for path, scheme in choice.items():
             assert scheme is not None
             parameter, width = self._parameters[path], self._inputs[path].shape[1]
+            shape = (parameter.rows, width)
             loss, size = self._loss(path), parameter.output_bytes
             for order, above in enumerate(schemes_above(scheme, width)):
                 lower = loss / 4 ** (above.bits - (scheme.bits if scheme else 0)) if above else 0.0
-                larger = sum(tensor_bytes(*kind) for kind in outputs_of(parameter, above, width).values())
+                layout = layout_of(f"{path}.weight", parameter.numbers, shape, above)
+                larger = sum(tensor_bytes(*kind) for kind in layout.values())
                 steps.append(((loss - lower) / max(1, larger - size), -order, path, above))
                 loss, size, scheme = lower, larger, above
         return [(path, above) for _, _, path, above in sorted(steps, key=lambda step: step[:3], reverse=True)]

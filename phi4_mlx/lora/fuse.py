@@ -19,11 +19,11 @@ from phi4_mlx.adapters.layers import check_fit, put_adapter, read_adapter
 from phi4_mlx.checkpoint import load_model, load_tokenizer_and_format, share_weights
 from phi4_mlx.config import Config
 from phi4_mlx.convert.package import write_package
-from phi4_mlx.convert.quantize import Scheme
+from phi4_mlx.convert.quantize import Scheme, layout_of
 from phi4_mlx.convert.weights import Parameter, plan
 from phi4_mlx.files.dtypes import mlx_dtype
 from phi4_mlx.lora.effect import Effect, Probe, make_probes, measure
-from phi4_mlx.lora.fitting import Fitting, dense, outputs_of, with_adapter
+from phi4_mlx.lora.fitting import Fitting, dense, with_adapter
 from phi4_mlx.lora.probes import found_prompts, own_prompts
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.tokens.tokenizer import Tokenizer
@@ -122,8 +122,9 @@ class _Fusion:
             fitting.fit()
             arrays = fitting.arrays
             for path, scheme in fitting.choice.items():
-                outputs = outputs_of(plans[path], scheme, self.adapter.of(path)[0].shape[0])
-                plans[path] = replace(plans[path], target=scheme, outputs=outputs)
+                before, width = plans[path], self.adapter.of(path)[0].shape[0]
+                outputs = layout_of(f"{path}.weight", before.numbers, (before.rows, width), scheme)
+                plans[path] = replace(before, target=scheme, outputs=outputs)
         for path in self.adapter.paths:
             plans[path] = FusedParameter(
                 **vars(plans[path]), adapter=self.adapter, measured=self.measured, arrays=arrays

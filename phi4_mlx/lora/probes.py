@@ -16,6 +16,7 @@ import mlx.core as mx
 from phi4_mlx.adapters.folder import read_config
 from phi4_mlx.errors import Phi4Error
 from phi4_mlx.lora.data.samples import Sample, load_pairs, load_samples
+from phi4_mlx.lora.effect import log_probs
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.tokens.tokenizer import Tokenizer
 
@@ -70,7 +71,7 @@ def found_prompts(
     for prompts in by_length.values():
         for first in range(0, len(prompts), _BATCH):
             some = prompts[first : first + _BATCH]
-            now, before = (_next_token(model, some) for model in (tuned, base))
+            now, before = (log_probs(model, mx.array(some), 1)[:, -1] for model in (tuned, base))
             change: list[float] = (mx.exp(now) * (now - before)).sum(axis=-1).tolist()
             measured += zip(change, some, strict=True)
             progress(len(measured), sum(map(len, by_length.values())))
@@ -111,9 +112,3 @@ def _words(tokenizer: Tokenizer) -> list[str]:
     decoded = (tokenizer.decode([token]).strip() for token in range(tokenizer.vocab_size) if token not in control)
     words = [word for word in dict.fromkeys(decoded) if len(word) > 1 and word.isprintable() and "\ufffd" not in word]
     return words[:: max(1, len(words) // _WORDS)][:_WORDS]
-
-
-def _next_token(model: LanguageModel, prompts: list[list[int]]) -> mx.array:
-    """Log-probabilities of the token after each prompt, all of one length: fp32 [B, V]."""
-    logits = model.logits(model.hidden(mx.array(prompts), rows=1))[:, -1].astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)

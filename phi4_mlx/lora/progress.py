@@ -37,6 +37,11 @@ class Step:
     valid_accuracy: float | None = None
 
 
+def passes(every: int, before: int, now: int) -> bool:
+    """True if a multiple of `every` lies between two counts of batches."""
+    return now // every > before // every
+
+
 @dataclass
 class Progress:
     """The counters of a run, all of them JSON values."""

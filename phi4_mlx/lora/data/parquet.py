@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,12 +40,13 @@ def shards(folder: Path, split: str) -> list[Path]:
     return []
 
 
-def read_rows(path: Path, read: Callable[[dict[str, Any], str], Read]) -> list[Read]:
-    """Reads all rows of a split.
+def read_rows(path: Path, read: Callable[[dict[str, Any], str], Read], rows: int | None = None) -> list[Read]:
+    """Reads the rows of a split.
 
     Args:
         path: its first file; the files numbered after it belong to the split too.
         read: called with a row, without its empty columns, and its name; raises RequestError for a bad row.
+        rows: the most rows to read; None for all.
 
     Returns:
         The return values of `read`, in order.
@@ -55,7 +57,7 @@ def read_rows(path: Path, read: Callable[[dict[str, Any], str], Read]) -> list[R
     """
     made: list[Read] = []
     bad: list[tuple[str, str]] = []
-    for row, name in _rows(path):
+    for row, name in islice(_rows(path), rows):
         try:
             made.append(read(row, name))
         except RequestError as error:

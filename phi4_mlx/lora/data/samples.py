@@ -127,7 +127,7 @@ def load_samples(
         mask_prompt: True if only completions and the assistant's turns are targets, each with its end marker. A plain
             text has no prompt: all of it stays a target.
         max_seq_length: longest sample in tokens, at least 2; a longer one is cut at its end.
-        lines: the most lines of JSONL to read; None for all.
+        lines: the most lines or rows to read; None for all.
 
     Returns:
         (samples in the file's order, counts); no samples if "valid" or "test" is missing.
@@ -208,7 +208,7 @@ def _load(
         return tuple(_cut(sample, max_seq_length, shared) for sample in samples)
 
     kept = []
-    for samples in read_rows(path, read) if is_parquet(path) else read_lines(path, read, lines):
+    for samples in (read_rows if is_parquet(path) else read_lines)(path, read, lines):
         identical = len(samples) > 1 and all(sample.ids == samples[0].ids for sample in samples)
         if identical or not all(any(sample.targets) for sample in samples):
             report.skipped.append(samples[0].source)

@@ -23,7 +23,7 @@ from phi4_mlx.adapters.layers import current_adapter
 from phi4_mlx.errors import RequestError
 from phi4_mlx.fingerprint import base_fingerprint
 from phi4_mlx.lora.data.batches import Batch, Batches
-from phi4_mlx.lora.progress import Progress, Step
+from phi4_mlx.lora.progress import Progress, Step, passes
 from phi4_mlx.lora.saving.checkpoints import FOLDER, no_checkpoint
 from phi4_mlx.lora.saving.run_folder import RunFolder
 from phi4_mlx.lora.saving.snapshot import Snapshot, check_same_run, fixed_settings
@@ -178,7 +178,7 @@ class Trainer:
 
     def _due(self, every: int, before: int) -> bool:
         """True at the end of the run, and if a multiple of `every` lies between two counts of batches."""
-        return self.progress.step >= self.iters or self.progress.step // every > before // every
+        return self.progress.step >= self.iters or passes(every, before, self.progress.step)
 
     def _adapter(self) -> Adapter:
         return current_adapter(self.model, str(self.folder.path))
