@@ -15,6 +15,7 @@ from phi4_mlx.errors import RequestError, check_whole
 from phi4_mlx.models.rope import Regime
 
 Mask: TypeAlias = "str | mx.array | None"  # "causal", bool [.., T, S], or None where every query sees every key
+REWIND = 32  # tokens of a pass that can be taken back where a cache keeps the states between them
 Quantized: TypeAlias = "tuple[mx.array, mx.array, mx.array]"  # weights, scales and biases from `mx.quantize`
 
 
@@ -63,7 +64,10 @@ class LayerCache(Protocol):
 
     @property
     def rewindable(self) -> bool:
-        """True if tokens can always be taken back, however many follow."""
+        """True if the tokens of the latest pass can be taken back, if it had at most `REWIND`; speculation needs that."""
+
+    def can_trim(self, n: int) -> bool:
+        """True if the last n tokens can be taken back now."""
 
     def is_trimmable(self) -> bool:
         """True if `trim` can take back some tokens and keep the others."""
@@ -202,6 +206,10 @@ class KVCache:
     def rewindable(self) -> bool:
         """True without a `max_size`: dropped tokens do not come back."""
         return self.max_size is None
+
+    def can_trim(self, n: int) -> bool:
+        """True if the last n tokens can be taken back now."""
+        return self.is_trimmable()
 
     def is_trimmable(self) -> bool:
         """True until the oldest tokens have been dropped."""

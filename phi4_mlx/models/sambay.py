@@ -20,7 +20,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from phi4_mlx.models.scan import selective_scan
+from phi4_mlx.models.cache import REWIND
+from phi4_mlx.models.scan import selective_scan, short_scan
+from phi4_mlx.models.state import RecurrentCache
 
 SCORES = 2**22  # scores of all heads in one slice of queries
 
@@ -99,23 +101,30 @@ class Mamba(nn.Module):
     def __call__(self, x: mx.array, cache: Any, samples: Any) -> tuple[mx.array, mx.array]:
         """The output [B, T, D], and the scan's output before the gate [B, T, E]."""
         u, z = mx.split(self.in_proj(x), 2, axis=-1)
-        (B, _, E), N = u.shape, self.A_log.shape[1]
-        taps = self.conv1d.weight.shape[-1]
-        if cache is not None and cache.arrays:
-            tail, state = cache.arrays
-        else:
-            tail, state = mx.zeros((B, taps - 1, E), u.dtype), mx.zeros((B, N, E), mx.float32)
+        B, T, E = u.shape
+        tail, state = self._before(cache, B, u.dtype)
         inputs = mx.concatenate([tail, u], axis=1)
         u = nn.silu(self.conv1d(inputs, None if samples is None else samples.same))
         dt, weights, readout = mx.split(self.x_proj(u).astype(mx.float32), self._split, axis=-1)
         dt = nn.softplus(self.dt_proj(dt.astype(u.dtype)).astype(mx.float32))
         A = -mx.exp(self.A_log.astype(mx.float32)).T
         wide = u.astype(mx.float32)
-        y, state = selective_scan(wide, dt, A, weights, readout, state, None if samples is None else samples.keep)
+        if cache is not None and T <= REWIND:
+            y, states = short_scan(wide, dt, A, weights, readout, state)
+        else:
+            y, last = selective_scan(wide, dt, A, weights, readout, state, None if samples is None else samples.keep)
+            states = [last]
         if cache is not None:
-            cache.arrays, cache.offset = [inputs[:, inputs.shape[1] - (taps - 1) :], state], cache.offset + x.shape[1]
+            cache.update(inputs, states)
         y = (y + self.D * wide).astype(x.dtype)
         return self.out_proj(nn.silu(z) * y), y
+
+    def _before(self, cache: RecurrentCache | None, B: int, dtype: mx.Dtype) -> list[mx.array]:
+        """The convolution's inputs before the new tokens and the state: those cached, or zeros."""
+        if cache is not None and cache.offset:
+            return cache.arrays
+        E, N = self.A_log.shape
+        return [mx.zeros((B, self.conv1d.weight.shape[-1] - 1, E), dtype), mx.zeros((B, N, E), mx.float32)]
 
 
 class Memory(nn.Module):

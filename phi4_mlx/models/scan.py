@@ -39,6 +39,14 @@ def selective_scan(
     return _scan(u, dt, A, B, C, state, keep)
 
 
+def short_scan(
+    u: mx.array, dt: mx.array, A: mx.array, B: mx.array, C: mx.array, state: mx.array
+) -> tuple[mx.array, list[mx.array]]:
+    """`selective_scan` of a few tokens in one chunk, with the state after each of them."""
+    states, _ = _states(u, dt, A, B, state)
+    return (C[:, :, None, :] @ mx.stack(states, axis=1)).squeeze(2), states
+
+
 @mx.custom_function
 def _scan(
     u: mx.array, dt: mx.array, A: mx.array, B: mx.array, C: mx.array, state: mx.array, *keep: mx.array

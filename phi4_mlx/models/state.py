@@ -8,88 +8,119 @@ Shapes: B batch, S cached tokens, E inner width of a state-space layer, N state 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import mlx.core as mx
 
 from phi4_mlx.models.cache import KVCache
 
-Own = TypeVar("Own", bound="_Arrays")
+class RecurrentCache:
+    """The state of a Mamba layer: the last inputs of its convolution [B, taps - 1, E], and h [B, N, E] in float32.
 
+    After a pass of at most `REWIND` tokens it also has the state after each of them, so that some can be taken back.
 
-class _Arrays:
-    """What the caches of this file share: arrays with a row a sequence, and the number of tokens behind them."""
+    Args:
+        taps: of the convolution.
+    """
 
-    rewindable = False
-    state_names: tuple[str, ...] = ()
+    rewindable = True
+    state_names = ("conv", "state", "length")
 
-    def __init__(self) -> None:
-        self.arrays: list[mx.array] = []
+    def __init__(self, taps: int) -> None:
+        self._before = taps - 1
+        self._inputs: mx.array | None = None  # of the latest pass, and those before it that the convolution needs
+        self._states: list[mx.array] = []  # after each token of the latest pass, or after the last one alone
         self.offset = 0
 
     @property
+    def arrays(self) -> list[mx.array]:
+        """The inputs of the convolution and h; empty before the first token."""
+        return [] if self._inputs is None else [self._tail(0), self._states[-1]]
+
+    def update(self, inputs: mx.array, states: list[mx.array]) -> None:
+        """Takes the results of a pass of T tokens.
+
+        Args:
+            inputs: of the convolution, [B, taps - 1 + T, E].
+            states: the state after each token, or after the last one alone; [B, N, E] each.
+        """
+        self.offset += inputs.shape[1] - self._before
+        self._inputs, self._states = inputs, states
+        if len(states) == 1:
+            self._inputs = self._tail(0)
+
+    def _tail(self, n: int) -> mx.array:
+        """The inputs before the last n."""
+        assert self._inputs is not None
+        end = self._inputs.shape[1] - n
+        return self._inputs[:, end - self._before : end]
+
+    @property
     def state(self) -> Sequence[mx.array]:
-        """The arrays and the number of tokens; empty before the first token."""
-        return [*self.arrays, mx.array([self.offset])] if self.arrays else []
+        """The arrays, and the number of tokens; empty before the first one."""
+        return [*self.arrays, mx.array([self.offset])] if self.offset else []
 
     @state.setter
     def state(self, state: Sequence[mx.array]) -> None:
-        self.arrays, self.offset = (list(state[:-1]), int(state[-1].item())) if len(state) else ([], 0)
+        self._set(state[:-1], int(state[-1].item()) if len(state) else 0)
+
+    def _set(self, arrays: Sequence[mx.array], offset: int) -> None:
+        self._inputs, self._states = (arrays[0], [arrays[1]]) if len(arrays) else (None, [])
+        self.offset = offset
 
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        return sum(int(array.nbytes) for array in self.arrays)
-
-    def is_trimmable(self) -> bool:
-        """False: what a token has changed is not kept."""
-        return False
-
-    def trim(self, n: int) -> int:
-        """Takes back all tokens if n is at least their number, else none; returns how many it took."""
-        if n < self.offset:
-            return 0
-        n, self.arrays, self.offset = self.offset, [], 0
-        return n
-
-    def snapshot(self) -> tuple[list[mx.array], int]:
-        """The arrays of this moment."""
-        return self.arrays, self.offset
-
-    def restore(self, snapshot: tuple[list[mx.array], int]) -> None:
-        """Goes back to the moment of a snapshot."""
-        self.arrays, self.offset = snapshot
-
-    def fork(self: Own, length: int) -> Own:
-        """Another cache over the same arrays; `length` must be all of it."""
-        assert length == self.offset
-        twin = type(self)()
-        twin.arrays, twin.offset = self.arrays, self.offset
-        return twin
-
-    def compact(self) -> None:
-        """Copies the arrays out of larger buffers."""
-        self.arrays = [mx.contiguous(array) for array in self.arrays]
-
-
-class RecurrentCache(_Arrays):
-    """The state of a Mamba layer: its last inputs of the convolution [B, 3, E], and h [B, N, E] in float32."""
-
-    state_names = ("conv", "state", "length")
+        return 0 if self._inputs is None else sum(int(each.nbytes) for each in [self._inputs, *self._states])
 
     def make_mask(self, N: int) -> None:
         """None: a recurrence masks nothing."""
 
+    def is_trimmable(self) -> bool:
+        """False: the states of earlier passes are gone."""
+        return False
+
+    def can_trim(self, n: int) -> bool:
+        """True if the last n tokens are in the latest pass, and its states are kept."""
+        return n < len(self._states)
+
+    def trim(self, n: int) -> int:
+        """Takes back the last n tokens; returns how many it took: n, all of them, or 0 where that is not possible."""
+        if n >= self.offset:
+            n = self.offset
+            self._set([], 0)
+        elif self.can_trim(n):
+            self._set([self._tail(n), self._states[-1 - n]], self.offset - n)
+        else:
+            n = 0
+        return n
+
+    def snapshot(self) -> tuple[list[mx.array], int]:
+        """The arrays of this moment, which later tokens do not change."""
+        return self.arrays, self.offset
+
+    def restore(self, snapshot: tuple[list[mx.array], int]) -> None:
+        """Goes back to the moment of a snapshot."""
+        self._set(*snapshot)
+
+    def fork(self, length: int) -> RecurrentCache:
+        """Another cache over the same arrays; `length` must be all of it."""
+        assert length == self.offset
+        twin = RecurrentCache(self._before + 1)
+        twin.restore(self.snapshot())
+        return twin
+
+    def compact(self) -> None:
+        """Copies the arrays out of larger buffers, and forgets the states between the tokens of the latest pass."""
+        self._set([mx.contiguous(array) for array in self.arrays], self.offset)
+
     def join(self, members: Sequence[RecurrentCache], columns: int) -> None:
         """Takes over the rows of `members`, one below the other."""
-        self.arrays = [mx.concatenate(arrays) for arrays in zip(*(each.arrays for each in members), strict=True)]
-        self.offset = columns
+        self._set([mx.concatenate(each) for each in zip(*(member.arrays for member in members), strict=True)], columns)
 
     def keep(self, rows: Sequence[int], start: int) -> None:
         """Keeps these rows, in this order."""
         index = mx.array(rows)
-        self.arrays = [array[index] for array in self.arrays] if rows else []
-        self.offset = self.offset - start if rows else 0
+        self._set([array[index] for array in self.arrays] if rows else [], self.offset - start if rows else 0)
 
     def row(self, number: int, start: int) -> Sequence[mx.array]:
         """The `state` of one row, whose sequence begins at column `start`."""
@@ -133,3 +164,58 @@ class WindowCache(KVCache):
     def restore(self, snapshot: tuple[list[mx.array], int, int]) -> None:
         """Goes back to the moment of a snapshot."""
         self._buffers, self._filled, self._dropped = [*snapshot[0]], *snapshot[1:]
+
+    @property
+    def rewindable(self) -> bool:
+        """True: the tokens of a short pass can be taken back, because older ones than the window has are kept."""
+        return True
+
+    def can_trim(self, n: int) -> bool:
+        """True if the window before the last n tokens is still whole."""
+        return self._dropped == 0 or self._filled - n >= self.window - 1
+
+    def trim(self, n: int) -> int:
+        """Takes back the last n tokens; returns how many it took."""
+        if n >= self.offset:
+            return super().trim(n)
+        n = n if self.can_trim(n) else 0
+        self._filled -= n
+        return n
+
+    def fork(self, length: int) -> WindowCache:
+        """Another cache over the same arrays; `length` must be all of it."""
+        assert length == self.offset
+        twin = WindowCache(self.window)
+        twin.restore(self.snapshot())
+        return twin
+
+    def compact(self) -> None:
+        """Copies the window out of larger buffers."""
+        *arrays, length = self.state or [mx.array([0])]
+        self.state = [*map(mx.contiguous, arrays), length] if arrays else []
+
+    def join(self, members: Sequence[KVCache], columns: int) -> None:
+        """Takes over the rows of `members`, one below the other, right-aligned."""
+        found = [list(member.state)[:-1] for member in members]
+        widest = max(arrays[0].shape[2] for arrays in found)
+        joined = [
+            mx.concatenate([mx.pad(each, [(0, 0), (0, 0), (widest - each.shape[2], 0), (0, 0)]) for each in arrays])
+            for arrays in zip(*found, strict=True)
+        ]
+        self.state = [*joined, mx.array([columns])]
+
+    def keep(self, rows: Sequence[int], start: int) -> None:
+        """Keeps these rows, in this order, from column `start` on."""
+        if not rows:
+            self.state = []
+            return
+        index, cut = mx.array(rows), max(0, start - self._dropped)
+        self._buffers = [buffer[index, :, cut : self._filled] for buffer in self._buffers]
+        self._filled, self._dropped = self._filled - cut, self._dropped + cut - start
+
+    def row(self, number: int, start: int) -> Sequence[mx.array]:
+        """The `state` of one row, from column `start` on."""
+        *arrays, length = self.state
+        first = self.offset - arrays[0].shape[2]
+        cut = max(0, start - first)
+        return [*(array[number : number + 1, :, cut:] for array in arrays), length - start]
