@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from phi4_mlx.config import QUANTIZATION_MODES
+from phi4_mlx.config.fields import QUANTIZATION_MODES
 from phi4_mlx.files.dtypes import DTYPES, FLOATS
 from phi4_mlx.terminal.command import Parser, number, progress_bar, run, text
 from phi4_mlx.terminal.options import add_revision_option

@@ -70,6 +70,9 @@ class RecurrentCache:
     def is_trimmable(self) -> bool:
         return False
 
+    def can_trim(self, n: int) -> bool:
+        return False
+
     def trim(self, n: int) -> int:
         if n < self.offset:
             return 0

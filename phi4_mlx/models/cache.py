@@ -64,7 +64,7 @@ class LayerCache(Protocol):
 
     @property
     def rewindable(self) -> bool:
-        """True if the tokens of the latest pass can be taken back, if it had at most `REWIND`; speculation needs that."""
+        """True if the tokens of a pass of at most `REWIND` can be taken back after it; speculation needs that."""
 
     def can_trim(self, n: int) -> bool:
         """True if the last n tokens can be taken back now."""

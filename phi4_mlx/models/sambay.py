@@ -13,124 +13,129 @@ Source: `modeling_phi4flash.py` of the checkpoint; ArchScale (arXiv 2507.06607);
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from phi4_mlx.models.cache import REWIND
+from phi4_mlx.config.sambay import SambaYConfig
+from phi4_mlx.errors import RequestError
+from phi4_mlx.models.attention import SLICE, PackedAttention
+from phi4_mlx.models.batch_cache import BatchCache
+from phi4_mlx.models.cache import REWIND, CacheOptions, KVCache, LayerCache
+from phi4_mlx.models.compiled import ALL, Call, CompiledSteps, Traced
+from phi4_mlx.models.differential import SCORES, Attention
+from phi4_mlx.models.model import ContextCost, LanguageModel
+from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.scan import selective_scan, short_scan
-from phi4_mlx.models.state import RecurrentCache
+from phi4_mlx.models.state import RecurrentCache, WindowCache
 
-SCORES = 2**22  # scores of all heads in one slice of queries
+# Prefixes of the weights of a block that work before its attention, and after it.
+BEFORE = ("input_layernorm.", "attn.Wqkv.", "attn.inner_cross_attn.lambda_", "attn.inner_cross_attn._initial")
+AFTER = (
+    "attn.inner_cross_attn.subln.", "attn.inner_cross_attn._initial", "attn.out_proj.", "post_attention_layernorm.",
+    "mlp.",
+)  # fmt: skip
 
 
-def difference(
-    queries: mx.array, keys: mx.array, values: mx.array, weight: mx.array, window: int | None
-) -> mx.array:
-    """Causal differential attention, (softmax(q1 k1) - weight softmax(q2 k2)) v, in slices of queries.
+class Samples:
+    """The borders of the samples packed in rows: a sample sees nothing of the others.
 
     Args:
-        queries: [B, 2, P, G, T, Dh], scaled; the last T positions.
-        keys: [B, 2, P, S, Dh].
-        values: [B, P, S, 2 Dh].
-        weight: lambda, a scalar.
-        window: a query sees itself and the window - 1 keys before it; None: all keys before it.
-
-    Returns:
-        [B, P, G, T, 2 Dh], in the dtype of the values.
+        segments: [B, T], the number of each token's sample.
+        taps: of the convolution.
     """
-    B, _, P, G, T, _ = queries.shape
-    S = keys.shape[3]
-    step = max(1, SCORES // (2 * P * G * B * min(S, 2 * window if window else S)))
-    if window is not None:
-        step = max(step, 1) if step < window else window
-    parts = []
-    for start in range(0, T, step):
-        stop = min(T, start + step)
-        end = S - T + stop  # keys that the last query of the slice sees
-        begin = 0 if window is None else max(0, S - T + start - (window - 1))
-        rows = stop - start
-        seen = keys[:, :, :, begin:end]
-        scores = queries[:, :, :, :, start:stop].reshape(B, 2, P, G * rows, -1) @ seen.swapaxes(-1, -2)
-        if rows > 1 or (window is not None and end - begin > window):
-            at, key = mx.arange(end - rows, end)[:, None], mx.arange(begin, end)
-            mask = key <= at if window is None else (key <= at) & (at - key < window)
-            scores = mx.where(mask, scores.reshape(B, 2, P, G, rows, -1), -mx.inf).reshape(scores.shape)
-        shares = mx.softmax(scores, axis=-1, precise=True)  # [B, 2, P, G * rows, keys]
-        mixed = (shares[:, 0] - weight * shares[:, 1]).astype(values.dtype)
-        parts.append((mixed @ values[:, :, begin:end]).reshape(B, P, G, rows, -1))
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=3)
+
+    def __init__(self, segments: mx.array, taps: int):
+        T = segments.shape[1]
+        earlier = mx.pad(segments, [(0, 0), (taps - 1, 0)], constant_values=-1)
+        self.same = mx.stack([earlier[:, k : k + T] == segments for k in range(taps)], axis=-1)  # [B, T, taps]
+        self.keep = self.same[:, :, -2].astype(mx.float32)  # 0 at the first token of a sample
+        self.attention = PackedAttention(segments)
 
 
 class Conv1d(nn.Module):
-    """A causal depthwise convolution, as a sum of shifted products: the checkpoint's names and shapes."""
+    """A causal depthwise convolution as a sum of shifted products, so that names and shapes stay the checkpoint's."""
+
+    traceable = True
 
     def __init__(self, width: int, taps: int):
         super().__init__()
         self.weight, self.bias = mx.zeros((width, 1, taps)), mx.zeros((width,))
 
     def __call__(self, inputs: mx.array, same: mx.array | None) -> mx.array:
-        """[B, taps - 1 + T, E] -> [B, T, E]; `same` [B, T, taps] is 0 where a tap reaches into another sample."""
+        """[B, taps - 1 + T, E] -> [B, T, E]; `same` [B, T, taps] is false where a tap reaches into another sample."""
         taps = self.weight.shape[-1]
         T = inputs.shape[1] - (taps - 1)
         total = self.bias
         for k in range(taps):
             product = inputs[:, k : k + T] * self.weight[:, 0, k]
-            total = total + (product if same is None else product * same[:, :, k : k + 1])
+            total = total + (product if same is None else mx.where(same[:, :, k : k + 1], product, 0))
         return total
 
 
 class Mamba(nn.Module):
     """A selective state-space layer (Mamba-1)."""
 
-    def __init__(self, config: Any):
+    traceable = True
+
+    def __init__(self, config: SambaYConfig):
         super().__init__()
         D, E, N, R = config.hidden_size, config.mamba_width, config.mamba_d_state, config.mamba_dt_rank
         self.in_proj = nn.Linear(D, 2 * E, bias=False)
         self.conv1d = Conv1d(E, config.mamba_d_conv)
         self.x_proj = nn.Linear(E, R + 2 * N, bias=False)
         self.dt_proj = nn.Linear(R, E)
-        self.A_log = mx.zeros((E, N))
+        self.A_log = mx.broadcast_to(mx.log(mx.arange(1, N + 1, dtype=mx.float32)), (E, N))
         self.D = mx.ones((E,))
         self.out_proj = nn.Linear(E, D, bias=False)
-        self._split = [R, R + N]
 
-    def __call__(self, x: mx.array, cache: Any, samples: Any) -> tuple[mx.array, mx.array]:
-        """The output [B, T, D], and the scan's output before the gate [B, T, E]."""
-        u, z = mx.split(self.in_proj(x), 2, axis=-1)
-        B, T, E = u.shape
-        tail, state = self._before(cache, B, u.dtype)
-        inputs = mx.concatenate([tail, u], axis=1)
-        u = nn.silu(self.conv1d(inputs, None if samples is None else samples.same))
-        dt, weights, readout = mx.split(self.x_proj(u).astype(mx.float32), self._split, axis=-1)
-        dt = nn.softplus(self.dt_proj(dt.astype(u.dtype)).astype(mx.float32))
-        A = -mx.exp(self.A_log.astype(mx.float32)).T
-        wide = u.astype(mx.float32)
-        if cache is not None and T <= REWIND:
-            y, states = short_scan(wide, dt, A, weights, readout, state)
-        else:
-            y, last = selective_scan(wide, dt, A, weights, readout, state, None if samples is None else samples.keep)
-            states = [last]
+    def __call__(
+        self, x: mx.array, cache: RecurrentCache | None, samples: Samples | None
+    ) -> tuple[mx.array, mx.array]:
+        """The output [B, T, D], and the scan's output before the gate [B, T, E]; the cache is appended to."""
+        tail, state = self.before(cache, x)
+        mixed, y, inputs, states = self.mix(x, tail, state, samples)
         if cache is not None:
             cache.update(inputs, states)
-        y = (y + self.D * wide).astype(x.dtype)
-        return self.out_proj(nn.silu(z) * y), y
+        return mixed, y
 
-    def _before(self, cache: RecurrentCache | None, B: int, dtype: mx.Dtype) -> list[mx.array]:
-        """The convolution's inputs before the new tokens and the state: those cached, or zeros."""
+    def before(self, cache: RecurrentCache | None, x: mx.array) -> list[mx.array]:
+        """The inputs of the convolution before the new tokens, and the state: those cached, or zeros."""
         if cache is not None and cache.offset:
             return cache.arrays
-        E, N = self.A_log.shape
-        return [mx.zeros((B, self.conv1d.weight.shape[-1] - 1, E), dtype), mx.zeros((B, N, E), mx.float32)]
+        (E, N), B = self.A_log.shape, len(x)
+        return [mx.zeros((B, self.conv1d.weight.shape[-1] - 1, E), x.dtype), mx.zeros((B, N, E), mx.float32)]
+
+    def mix(
+        self, x: mx.array, tail: mx.array, state: mx.array, samples: Samples | None = None
+    ) -> tuple[mx.array, mx.array, mx.array, list[mx.array]]:
+        """The output, the scan's output, and what `RecurrentCache.update` takes."""
+        N, T = self.A_log.shape[1], x.shape[1]
+        u, z = mx.split(self.in_proj(x), 2, axis=-1)  # [B, T, E] each
+        inputs = mx.concatenate([tail, u], axis=1)
+        u = nn.silu(self.conv1d(inputs, samples and samples.same))
+        dt, weights, readout = mx.split(self.x_proj(u), [-2 * N, -N], axis=-1)  # [B, T, R], [B, T, N], [B, T, N]
+        dt, wide, weights, readout = (
+            each.astype(mx.float32) for each in (nn.softplus(self.dt_proj(dt).astype(mx.float32)), u, weights, readout)
+        )
+        rates = -mx.exp(self.A_log.astype(mx.float32)).T
+        if samples is None and T <= REWIND and not self.training:
+            y, states = short_scan(wide, dt, rates, weights, readout, state)
+        else:
+            y, state = selective_scan(wide, dt, rates, weights, readout, state, samples and samples.keep)
+            states = [state]
+        y = (y + self.D * wide).astype(x.dtype)
+        return self.out_proj(nn.silu(z) * y), y, inputs, states
 
 
 class Memory(nn.Module):
-    """A gated memory unit: a token's input gates the memory that a Mamba layer made of it."""
+    """A gated memory unit: each token gates the memory that a Mamba layer made of it."""
 
-    def __init__(self, config: Any):
+    traceable = True
+
+    def __init__(self, config: SambaYConfig):
         super().__init__()
         self.in_proj = nn.Linear(config.hidden_size, config.mamba_width, bias=False)
         self.out_proj = nn.Linear(config.mamba_width, config.hidden_size, bias=False)
@@ -139,138 +144,272 @@ class Memory(nn.Module):
         return self.out_proj(nn.silu(self.in_proj(x)) * memory)
 
 
-class InnerAttention(nn.Module):
-    """The weights of the difference of two attentions."""
-
-    def __init__(self, head_dim: int, layer: int):
-        super().__init__()
-        self.lambda_q1, self.lambda_k1 = mx.zeros((head_dim,)), mx.zeros((head_dim,))
-        self.lambda_q2, self.lambda_k2 = mx.zeros((head_dim,)), mx.zeros((head_dim,))
-        self.subln = nn.RMSNorm(2 * head_dim, eps=1e-5)
-        self._initial = 0.8 - 0.6 * math.exp(-0.3 * layer)
-
-    @property
-    def weight(self) -> mx.array:
-        """Lambda, a float32 scalar."""
-        q1, k1, q2, k2 = (
-            each.astype(mx.float32) for each in (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2)
-        )
-        return mx.exp((q1 * k1).sum()) - mx.exp((q2 * k2).sum()) + self._initial
-
-    def normed(self, x: mx.array) -> mx.array:
-        """The norm of the heads' outputs [.., 2 Dh]."""
-        return self.subln(x) * (1 - self._initial)
-
-
-class Attention(nn.Module):
-    """Differential attention; heads in pairs, the even heads' less the odd heads'."""
-
-    def __init__(self, config: Any, layer: int, *, cross: bool):
-        super().__init__()
-        self.H, self.K, self.Dh = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        width = self.H * self.Dh
-        self.Wqkv = nn.Linear(config.hidden_size, width + (0 if cross else 2 * self.K * self.Dh))
-        self.out_proj = nn.Linear(width, config.hidden_size)
-        self.inner_cross_attn = InnerAttention(self.Dh, layer)
-
-    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries [B, T, H * Dh], keys [B, K, T, Dh] (even heads first) and values [B, K / 2, T, 2 Dh]."""
-        width, kv = self.H * self.Dh, self.K * self.Dh
-        queries, keys, values = mx.split(self.Wqkv(x), [width, width + kv], axis=-1)
-        B, T, _ = x.shape
-        keys = keys.reshape(B, T, self.K // 2, 2, self.Dh).transpose(0, 3, 2, 1, 4).reshape(B, self.K, T, self.Dh)
-        return queries, keys, values.reshape(B, T, self.K // 2, 2 * self.Dh).swapaxes(1, 2)
-
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, window: int | None) -> mx.array:
-        """[B, T, H * Dh] over keys [B, K, S, Dh] and values [B, K / 2, S, 2 Dh] -> [B, T, D]."""
-        B, T, _ = queries.shape
-        P = self.K // 2
-        G = self.H // self.K
-        q = queries.reshape(B, T, P, G, 2, self.Dh).transpose(0, 4, 2, 3, 1, 5) * self.Dh**-0.5
-        inner = self.inner_cross_attn
-        mixed = difference(q, keys.reshape(B, 2, P, -1, self.Dh), values, inner.weight, window)  # [B, P, G, T, 2 Dh]
-        return self.out_proj(inner.normed(mixed).transpose(0, 3, 1, 2, 4).reshape(B, T, -1))
-
-
 class MLP(nn.Module):
     """SwiGLU: fc2(silu(gate) * up), gate before up in the fused projection."""
 
-    def __init__(self, config: Any):
+    traceable = True
+
+    def __init__(self, config: SambaYConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        gate, up = mx.split(self.fc1(x), 2, axis=-1)
+        gate, up = mx.split(self.fc1(x), 2, axis=-1)  # [B, T, F] each
         return self.fc2(nn.silu(gate) * up)
 
 
-def mixer(config: Any, layer: int) -> nn.Module:
-    """The mixer of a layer, by its place in the plan."""
-    half = config.num_hidden_layers // 2
-    if layer % 2 == 0:
-        return Mamba(config) if layer <= half else Memory(config)
-    return Attention(config, layer, cross=layer > half + 1)
+class Block(nn.Module):
+    """What every block has around its mixer; the residual stream is float32, as the reference keeps it."""
 
+    traceable = True
 
-class Layer(nn.Module):
-    """One block; the residual stream is float32."""
-
-    def __init__(self, config: Any, layer: int):
+    def __init__(self, config: SambaYConfig, mixer: nn.Module):
         super().__init__()
         self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.attn = mixer(config, layer)
+        self.attn = mixer
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = MLP(config)
 
     def normed(self, x: mx.array) -> mx.array:
-        """The mixer's input, in the dtype of the weights."""
+        """The input of the mixer, in the dtype of the weights."""
         return self.input_layernorm(x.astype(self.input_layernorm.weight.dtype))
 
     def rest(self, x: mx.array, mixed: mx.array) -> mx.array:
-        """Everything after the mixer."""
+        """Everything after the mixer, whose output is `mixed` [B, T, D]."""
         x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x.astype(mixed.dtype)))
+        return x + self.mlp(self.post_attention_layernorm(x.astype(self.post_attention_layernorm.weight.dtype)))
+
+
+class MambaBlock(Block):
+    """A block of the first half, or the one whose scan output is the memory of the second."""
+
+    def __call__(
+        self, x: mx.array, cache: RecurrentCache | None, samples: Samples | None
+    ) -> tuple[mx.array, mx.array]:
+        """The block's output [B, T, D], and the scan's [B, T, E]."""
+        mixed, memory = self.attn(self.normed(x), cache, samples)
+        return self.rest(x, mixed), memory
+
+
+class SelfAttentionBlock(Block):
+    """A block of the first half, or the one whose keys and values the second reads."""
+
+    def __call__(
+        self, x: mx.array, cache: WindowCache | KVCache | None, mask: Any, rows: int | None
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """The output of the last `rows` positions, and all cached keys and values."""
+        weight, queries, keys, values = self.attn.heads(self.normed(x))
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
+        if rows is not None:
+            x, queries = x[:, -rows:], queries[:, -rows:]
+        return self.rest(x, self.attn.output(self.attn.attend(weight, queries, keys, values, mask))), keys, values
+
+
+class MemoryBlock(Block):
+    """A block of the second half that reads the memory."""
+
+    def __call__(self, x: mx.array, memory: mx.array) -> mx.array:
+        return self.rest(x, self.attn(self.normed(x), memory))
+
+
+class CrossBlock(Block):
+    """A block of the second half that reads the keys and values of the full attention."""
+
+    def __call__(self, x: mx.array, keys: mx.array, values: mx.array, mask: Any) -> mx.array:
+        weight, queries = self.attn.heads(self.normed(x))
+        return self.rest(x, self.attn.output(self.attn.attend(weight, queries, keys, values, mask)))
 
 
 class Decoder(nn.Module):
     """Everything below the head."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: SambaYConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [Layer(config, i) for i in range(config.num_hidden_layers)]
-        self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self._window = config.sliding_window
+        half = config.num_hidden_layers // 2
 
-    def __call__(self, ids: mx.array, caches: Any = None, rows: int | None = None) -> mx.array:
-        x = self.embed_tokens(ids).astype(mx.float32)
-        half = len(self.layers) // 2
-        caches = [None] * (half + 2) if caches is None else caches
-        for layer, cache in zip(self.layers[:half], caches, strict=False):
-            h = layer.normed(x)
-            if isinstance(layer.attn, Mamba):
-                mixed, _ = layer.attn(h, cache, None)
+        def block(i: int) -> Block:
+            if i % 2 == 0:
+                return MambaBlock(config, Mamba(config)) if i <= half else MemoryBlock(config, Memory(config))
+            window, cross = config.sliding_window if i < half else None, i > half + 1
+            return (CrossBlock if cross else SelfAttentionBlock)(config, Attention(config, i, window, cross=cross))
+
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [block(i) for i in range(config.num_hidden_layers)]
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self._taps, self._compiled = config.mamba_d_conv, CompiledSteps()
+
+    def __call__(
+        self,
+        ids: mx.array,
+        cache: PromptCache | BatchCache | None = None,
+        *,
+        embeddings: mx.array | None = None,
+        segments: mx.array | None = None,
+        rows: int | None = None,
+        recompute: bool = False,
+    ) -> mx.array:
+        """See `LanguageModel.hidden`. What no later token reads is computed for the wanted rows alone."""
+        T, shared = ids.shape[1], len(self.layers) // 2 + 2  # the first `shared` blocks have caches
+        caches: Sequence[Any] = [None] * shared
+        mask: mx.array | PackedAttention | None = None
+        if cache is not None:
+            cache.record(ids)
+            caches, mask = cache, cache.make_mask(T) if isinstance(cache, BatchCache) else None
+        one_step = T == 1 and cache is not None and cache[0].offset and embeddings is None and not self.training
+        if one_step and self._compiled.ready([self.embed_tokens, *self.layers, self.final_layernorm]):
+            return self._step(ids, mask, caches)
+        samples = None if segments is None else Samples(segments, self._taps)
+        mask = mask if samples is None else samples.attention
+
+        x = (self.embed_tokens(ids) if embeddings is None else embeddings).astype(mx.float32)
+        for i, (layer, layer_cache) in enumerate(zip(self.layers, caches, strict=False)):
+            run = nn.utils.checkpoint(layer) if recompute else layer
+            if isinstance(layer, MambaBlock):
+                x, memory = run(x, layer_cache, samples)
             else:
-                queries, keys, values = layer.attn.project(h)
-                if cache is not None:
-                    keys, values = cache.update_and_fetch(keys, values)
-                mixed = layer.attn.attend(queries, keys, values, self._window)
-            x = layer.rest(x, mixed)
-        memorising, full = self.layers[half : half + 2]
-        mixed, memory = memorising.attn(memorising.normed(x), caches[half], None)
-        x = memorising.rest(x, mixed)
-        queries, keys, values = full.attn.project(full.normed(x))
-        if caches[half + 1] is not None:
-            keys, values = caches[half + 1].update_and_fetch(keys, values)
+                x, keys, values = run(x, layer_cache, mask, rows if i == shared - 1 else None)
         if rows is not None:
-            x, memory, queries = x[:, -rows:], memory[:, -rows:], queries[:, -rows:]
-        x = full.rest(x, full.attn.attend(queries, keys, values, None))
-        for layer in self.layers[half + 2 :]:
-            h = layer.normed(x)
-            if isinstance(layer.attn, Memory):
-                mixed = layer.attn(h, memory)
-            else:
-                mixed = layer.attn.attend(layer.attn.Wqkv(h), keys, values, None)
-            x = layer.rest(x, mixed)
+            memory = memory[:, -rows:]
+        for layer in self.layers[shared:]:
+            run = nn.utils.checkpoint(layer) if recompute else layer
+            x = run(x, memory) if isinstance(layer, MemoryBlock) else run(x, keys, values, mask)
+        return self._normed(x)
+
+    def _normed(self, x: mx.array) -> mx.array:
         return self.final_layernorm(x.astype(self.final_layernorm.weight.dtype))
+
+    def _step(self, ids: mx.array, mask: mx.array | None, caches: Sequence[Any]) -> mx.array:
+        """A single-token step in compiled calls, from one attention to the next; ids [B, 1] -> [B, 1, D]."""
+        shared = len(self.layers) // 2 + 2
+        calls = self._compiled.calls(None, self._trace)
+        x, memory, inputs, state, *heads = calls[0](ids, *caches[0].arrays)
+        caches[0].update(inputs, [state])
+        for i in range(1, shared, 2):
+            weight, queries, *new = heads
+            keys, values = caches[i].update_and_fetch(*new)
+            mixed = self.layers[i].attn.attend(weight, queries, keys, values, mask)
+            if i + 1 < shared:
+                x, memory, inputs, state, *heads = calls[i // 2 + 1](x, mixed, *caches[i + 1].arrays)
+                caches[i + 1].update(inputs, [state])
+        for layer, call in zip(self.layers[shared + 1 :: 2], calls[shared // 2 :], strict=False):
+            x, *heads = call(x, mixed, memory)
+            mixed = layer.attn.attend(*heads, keys, values, mask)
+        return calls[-1](x, mixed)[0]
+
+    def _trace(self) -> list[Call]:
+        def remember(mamba: Any, attention: Any, x: mx.array, tail: mx.array, state: mx.array) -> tuple[mx.array, ...]:
+            mixed, memory, inputs, (state,) = mamba.attn.mix(mamba.normed(x), tail, state)
+            x = mamba.rest(x, mixed)
+            return x, memory, inputs, state, *attention.attn.heads(attention.normed(x))
+
+        def first(embedding: Any, mamba: Any, attention: Any, ids: mx.array, *before: mx.array) -> tuple[mx.array, ...]:
+            return remember(mamba, attention, embedding(ids).astype(mx.float32), *before)
+
+        def between(
+            attention: Any, mamba: Any, following: Any, x: mx.array, mixed: mx.array, *before: mx.array
+        ) -> tuple[mx.array, ...]:
+            return remember(mamba, following, attention.rest(x, attention.attn.output(mixed)), *before)
+
+        def gated(
+            attention: Any, unit: Any, following: Any, x: mx.array, mixed: mx.array, memory: mx.array
+        ) -> tuple[mx.array, ...]:
+            x = unit(attention.rest(x, attention.attn.output(mixed)), memory)
+            return x, *following.attn.heads(following.normed(x))
+
+        def last(attention: Any, norm: Any, x: mx.array, mixed: mx.array) -> tuple[mx.array, ...]:
+            x = attention.rest(x, attention.attn.output(mixed))
+            return (norm(x.astype(norm.weight.dtype)),)
+
+        remembering, gating = Traced(between, AFTER, ALL, BEFORE), Traced(gated, AFTER, ALL, BEFORE)
+        triples = zip(self.layers[1::2], self.layers[2::2], self.layers[3::2], strict=False)
+        return [
+            Traced(first, ALL, ALL, BEFORE).on(self.embed_tokens, *self.layers[:2]),
+            *((remembering if isinstance(triple[1], MambaBlock) else gating).on(*triple) for triple in triples),
+            Traced(last, AFTER, ALL).on(self.layers[-1], self.final_layernorm),
+        ]
+
+
+class Model(LanguageModel):
+    """A SambaY decoder with its head."""
+
+    config: SambaYConfig
+    lora_keys = ("attn.in_proj", "attn.out_proj", "attn.Wqkv", "mlp.fc1", "mlp.fc2")
+
+    def __init__(self, config: SambaYConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.recompute = False
+
+    def hidden(
+        self,
+        ids: mx.array,
+        cache: PromptCache | BatchCache | None = None,
+        *,
+        embeddings: mx.array | None = None,
+        segments: mx.array | None = None,
+        rows: int | None = None,
+    ) -> mx.array:
+        """See `LanguageModel.hidden`."""
+        recompute = self.recompute and self.training
+        return self.model(ids, cache, embeddings=embeddings, segments=segments, rows=rows, recompute=recompute)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """See `LanguageModel.logits`."""
+        head = self.model.embed_tokens.as_linear if self.config.tie_word_embeddings else self.lm_head
+        return head(hidden)
+
+    @property
+    def head(self) -> nn.Module:
+        """See `LanguageModel.head`."""
+        return self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The blocks; mlx-lm's name."""
+        return list(self.model.layers)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """See `LanguageModel.dtype`."""
+        return self.model.final_layernorm.weight.dtype
+
+    def quantizable(self, path: str, module: nn.Module) -> bool:
+        """See `LanguageModel.quantizable`; x_proj and dt_proj are small, and the scan is sensitive to them."""
+        return super().quantizable(path, module) and not path.endswith(("x_proj", "dt_proj"))
+
+    def layer_caches(self, options: CacheOptions) -> list[LayerCache]:
+        """See `LanguageModel.layer_caches`."""
+        for name in ("kv_bits", "max_kv_size"):
+            if getattr(options, name) is not None:
+                raise RequestError(
+                    f"{name} has no use for this model: only one of its layers keeps keys and values of all tokens; "
+                    f"leave out --{name.replace('_', '-')}"
+                )
+        caches: list[LayerCache] = []
+        for layer in self.model.layers[: len(self.model.layers) // 2 + 2]:
+            if isinstance(layer, MambaBlock):
+                caches.append(RecurrentCache(self.config.mamba_d_conv))
+            else:
+                caches.append(WindowCache(layer.attn.window) if layer.attn.window else KVCache())
+        return caches
+
+    def context_cost(self, kv_bits: int | None = None) -> ContextCost:
+        """See `LanguageModel.context_cost`."""
+        config, itemsize = self.config, self.dtype.size
+        E, half = config.mamba_width, config.num_hidden_layers // 2
+        token_bytes = 2 * config.num_key_value_heads * config.head_dim * itemsize  # one layer's keys and values
+        state_bytes = E * (4 * config.mamba_d_state + itemsize * (config.mamba_d_conv - 1))
+        window_bytes = (config.sliding_window - 1 + WindowCache.STEP) * token_bytes
+        mlp, scan = 3 * itemsize * config.intermediate_size, (6 * itemsize + 6 * 4) * E
+        return ContextCost(
+            token_bytes=token_bytes,
+            layer_bytes=token_bytes,
+            fixed_bytes=(half // 2 + 1) * state_bytes + half // 2 * window_bytes,
+            activation_bytes=2 * 4 * config.hidden_size + max(mlp, scan),
+            score_bytes=4 * 4 * SCORES // SLICE,
+        )

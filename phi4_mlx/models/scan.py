@@ -34,9 +34,8 @@ def selective_scan(
     Returns:
         The outputs [B, T, E] and the state after the last token [B, N, E], float32.
     """
-    if keep is None:
-        return _scan(u, dt, A, B, C, state)
-    return _scan(u, dt, A, B, C, state, keep)
+    outputs, state = _scan(u, dt, A, B, C, state, *([] if keep is None else [keep]))
+    return outputs, state
 
 
 def short_scan(

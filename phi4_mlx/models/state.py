@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from phi4_mlx.models.cache import KVCache
+from phi4_mlx.models.cache import REWIND, Mask
+
 
 class RecurrentCache:
     """The state of a Mamba layer: the last inputs of its convolution [B, taps - 1, E], and h [B, N, E] in float32.
@@ -127,60 +128,100 @@ class RecurrentCache:
         return [*(array[number : number + 1] for array in self.arrays), mx.array([self.offset - start])]
 
 
-class WindowCache(KVCache):
-    """Keys and values of a layer whose queries see a window: the last `window` - 1 tokens, and up to `STEP` older ones.
+class WindowCache:
+    """Keys [B, K, S, Dh] and values of a layer whose queries see a window.
+
+    Kept are the last `window` - 1 tokens and, in a buffer that is written to its end before it moves on, up to `STEP`
+    older ones, so that the tokens of a short pass can be taken back.
 
     Args:
         window: tokens that a query sees, its own included.
     """
 
-    SINK = 0
+    STEP = REWIND
+    rewindable = True
     state_names = ("keys", "values", "length")
 
     def __init__(self, window: int) -> None:
-        super().__init__(max_size=window - 1 + self.STEP)
         self.window = window
+        self._buffers: list[mx.array] = []  # keys, values
+        self._filled = 0
+        self.offset = 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Appends keys and values of T tokens; returns the cached ones: those that the new ones see, and maybe more."""
+        T, new = keys.shape[2], [keys, values]
+        if not self._buffers or self._filled + T > self._buffers[0].shape[2]:
+            room = T if T > self.STEP else self.STEP
+            kept = self._window()
+            self._filled = kept[0].shape[2] if kept else 0
+            self._buffers = [
+                mx.concatenate([*kept[i : i + 1], mx.zeros((*each.shape[:2], room, each.shape[3]), each.dtype)], axis=2)
+                for i, each in enumerate(new)
+            ]
+        start, end = self._filled, self._filled + T
+        for buffer, part in zip(self._buffers, new, strict=True):
+            buffer[:, :, start:end] = part
+        self._filled, self.offset = end, self.offset + T
+        fetched = [buffer[:, :, :end] for buffer in self._buffers]
+        if T > self.STEP:  # a buffer for a long prompt is not kept
+            self._buffers = self._window()
+            self._filled = self._buffers[0].shape[2]
+        return fetched[0], fetched[1]
+
+    def _window(self) -> list[mx.array]:
+        """The last `window` - 1 tokens."""
+        start = max(0, self._filled - (self.window - 1))
+        return [buffer[:, :, start : self._filled] for buffer in self._buffers]
 
     @property
     def state(self) -> Sequence[mx.array]:
-        """Keys and values of the window [.., S, Dh], and the number of tokens; empty before the first token."""
-        start = max(0, self._filled - (self.window - 1))
-        return [*(b[:, :, start : self._filled] for b in self._buffers), mx.array([self.offset])] if self._buffers else []
+        """Keys and values of the window, and the number of tokens; empty before the first one."""
+        return [*self._window(), mx.array([self.offset])] if self.offset else []
 
     @state.setter
     def state(self, state: Sequence[mx.array]) -> None:
-        self._buffers = list(state[:-1])
-        self._filled = state[0].shape[2] if len(state) else 0
-        self._dropped = int(state[-1].item()) - self._filled if len(state) else 0
+        self._set(state[:-1], int(state[-1].item()) if len(state) else 0)
+
+    def _set(self, arrays: Sequence[mx.array], offset: int) -> None:
+        self._buffers, self.offset = [*arrays], offset
+        self._filled = arrays[0].shape[2] if len(arrays) else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(int(buffer.nbytes) for buffer in self._buffers)
+
+    def make_mask(self, N: int) -> Mask:
+        """Causal; the layer itself cuts the window."""
+        return None if N == 1 else "causal"
 
     def is_trimmable(self) -> bool:
         """False: a window that has moved on does not come back."""
         return False
 
-    def snapshot(self) -> tuple[list[mx.array], int, int]:
-        """The arrays of this moment, which later tokens do not change."""
-        return [*self._buffers], self._filled, self._dropped
-
-    def restore(self, snapshot: tuple[list[mx.array], int, int]) -> None:
-        """Goes back to the moment of a snapshot."""
-        self._buffers, self._filled, self._dropped = [*snapshot[0]], *snapshot[1:]
-
-    @property
-    def rewindable(self) -> bool:
-        """True: the tokens of a short pass can be taken back, because older ones than the window has are kept."""
-        return True
-
     def can_trim(self, n: int) -> bool:
         """True if the window before the last n tokens is still whole."""
-        return self._dropped == 0 or self._filled - n >= self.window - 1
+        return n <= self._filled and (self._filled == self.offset or self._filled - n >= self.window - 1)
 
     def trim(self, n: int) -> int:
-        """Takes back the last n tokens; returns how many it took."""
+        """Takes back the last n tokens; returns how many it took: n, all of them, or 0 where that is not possible."""
         if n >= self.offset:
-            return super().trim(n)
-        n = n if self.can_trim(n) else 0
-        self._filled -= n
+            n = self.offset
+            self._set([], 0)
+        elif self.can_trim(n):
+            self._filled, self.offset = self._filled - n, self.offset - n
+        else:
+            n = 0
         return n
+
+    def snapshot(self) -> tuple[list[mx.array], int]:
+        """The window of this moment, which later tokens do not change."""
+        return self._window(), self.offset
+
+    def restore(self, snapshot: tuple[list[mx.array], int]) -> None:
+        """Goes back to the moment of a snapshot."""
+        self._set(*snapshot)
 
     def fork(self, length: int) -> WindowCache:
         """Another cache over the same arrays; `length` must be all of it."""
@@ -191,31 +232,31 @@ class WindowCache(KVCache):
 
     def compact(self) -> None:
         """Copies the window out of larger buffers."""
-        *arrays, length = self.state or [mx.array([0])]
-        self.state = [*map(mx.contiguous, arrays), length] if arrays else []
+        self._set([mx.contiguous(array) for array in self._window()], self.offset)
 
-    def join(self, members: Sequence[KVCache], columns: int) -> None:
+    def join(self, members: Sequence[WindowCache], columns: int) -> None:
         """Takes over the rows of `members`, one below the other, right-aligned."""
-        found = [list(member.state)[:-1] for member in members]
-        widest = max(arrays[0].shape[2] for arrays in found)
-        joined = [
-            mx.concatenate([mx.pad(each, [(0, 0), (0, 0), (widest - each.shape[2], 0), (0, 0)]) for each in arrays])
-            for arrays in zip(*found, strict=True)
-        ]
-        self.state = [*joined, mx.array([columns])]
+        windows = [member._window() for member in members]
+        widest = max(keys.shape[2] for keys, _ in windows)
+        rows = zip(*windows, strict=True)
+        self._set([mx.concatenate([_padded(each, widest) for each in arrays]) for arrays in rows], columns)
 
     def keep(self, rows: Sequence[int], start: int) -> None:
         """Keeps these rows, in this order, from column `start` on."""
-        if not rows:
-            self.state = []
-            return
-        index, cut = mx.array(rows), max(0, start - self._dropped)
-        self._buffers = [buffer[index, :, cut : self._filled] for buffer in self._buffers]
-        self._filled, self._dropped = self._filled - cut, self._dropped + cut - start
+        index, window = mx.array(rows), self._window()
+        cut = self._cut(start)
+        self._set([each[index, :, cut:] for each in window] if rows else [], self.offset - start if rows else 0)
 
     def row(self, number: int, start: int) -> Sequence[mx.array]:
         """The `state` of one row, from column `start` on."""
-        *arrays, length = self.state
-        first = self.offset - arrays[0].shape[2]
-        cut = max(0, start - first)
-        return [*(array[number : number + 1, :, cut:] for array in arrays), length - start]
+        cut = self._cut(start)
+        rows = [array[number : number + 1, :, cut:] for array in self._window()]
+        return [*rows, mx.array([self.offset - start])]
+
+    def _cut(self, start: int) -> int:
+        """Columns of the window before column `start` of the batch."""
+        return max(0, start - (self.offset - min(self._filled, self.window - 1)))
+
+
+def _padded(array: mx.array, columns: int) -> mx.array:
+    return mx.pad(array, [(0, 0), (0, 0), (columns - array.shape[2], 0), (0, 0)])

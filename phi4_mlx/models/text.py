@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from phi4_mlx.config import ModelConfig
+from phi4_mlx.config.text import ModelConfig
 from phi4_mlx.errors import RequestError
 from phi4_mlx.models.attention import BLOCK, PackedAttention, attention
 from phi4_mlx.models.batch_cache import BatchCache
