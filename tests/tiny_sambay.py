@@ -39,7 +39,7 @@ def sambay_config_dict(**overrides: Any) -> dict[str, Any]:
 
 
 def make_tiny_sambay(seed: int = 0, **overrides: Any) -> Model:
-    """An fp32 model whose logits have unit scale and depend on every token before."""
+    """An fp32 model whose logits depend on every token before."""
     model = Model(SambaYConfig.from_dict(sambay_config_dict(**overrides)))
     keys = iter(mx.random.split(mx.random.key(seed), 1000))
 
@@ -51,7 +51,7 @@ def make_tiny_sambay(seed: int = 0, **overrides: Any) -> Model:
             return 0.1 * noise
         if old.ndim == 1:
             return 1 + 0.1 * noise
-        return (1.0 if old.ndim == 2 else 2.0) * old.shape[-1] ** -0.5 * noise
+        return 0.8 * old.shape[-1] ** -0.5 * noise
 
     model.update(tree_map_with_path(draw, model.parameters()))
     mx.eval(model.parameters())

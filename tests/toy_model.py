@@ -97,6 +97,9 @@ class RecurrentCache:
     def restore(self, snapshot: tuple[mx.array | None, int]) -> None:
         self.h, self.offset = snapshot
 
+    def kept(self, length: int) -> int:
+        return 1
+
     def join(self, members: Sequence[RecurrentCache], columns: int) -> None:
         self.h, self.offset = mx.concatenate([member.h for member in members]), columns
 

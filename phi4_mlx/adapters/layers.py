@@ -53,8 +53,9 @@ def add_adapter(
     keys = model.lora_keys if keys is None else keys
     _check_options(rank, scale, dropout, count, total, kind)
     _check_keys(keys, model.lora_keys)
-    paths = [f"model.layers.{n}.{key}" for n in range(total - count, total) for key in keys]
     linears = _linear_layers(model)
+    wanted = (f"model.layers.{n}.{key}" for n in range(total - count, total) for key in keys)
+    paths = [path for path in wanted if path in linears]  # blocks may differ
     layers: dict[str, LoRALinear] = {}
     for path, random in zip(paths, mx.random.split(mx.random.key(seed), len(paths)), strict=True):
         width, out = _dimensions(linears[path])

@@ -90,6 +90,9 @@ class LayerCache(Protocol):
     def restore(self, snapshot: Any) -> None:
         """Goes back to the moment of a snapshot."""
 
+    def kept(self, length: int) -> int:
+        """The number of positions in `state` when `length` tokens have been appended."""
+
     def join(self, members: Sequence[Any], columns: int) -> None:
         """Takes over the rows of `members`, one below the other, right-aligned in `columns` columns."""
 
@@ -243,6 +246,10 @@ class KVCache:
     def compact(self) -> None:
         """Copies the filled part out of larger buffers."""
         self._buffers = [mx.contiguous(array) for array in self.state]
+
+    def kept(self, length: int) -> int:
+        """The number of positions in `state` when `length` tokens have been appended: all, until some are dropped."""
+        return length
 
     def join(self, members: Sequence[KVCache], columns: int) -> None:
         """Takes over the rows of `members`, one below the other, right-aligned in `columns` columns."""

@@ -115,11 +115,10 @@ class Mamba(nn.Module):
         N, T = self.A_log.shape[1], x.shape[1]
         u, z = mx.split(self.in_proj(x), 2, axis=-1)  # [B, T, E] each
         inputs = mx.concatenate([tail, u], axis=1)
-        u = nn.silu(self.conv1d(inputs, samples and samples.same))
-        dt, weights, readout = mx.split(self.x_proj(u), [-2 * N, -N], axis=-1)  # [B, T, R], [B, T, N], [B, T, N]
-        dt, wide, weights, readout = (
-            each.astype(mx.float32) for each in (nn.softplus(self.dt_proj(dt).astype(mx.float32)), u, weights, readout)
-        )
+        wide = nn.silu(self.conv1d(inputs.astype(mx.float32), samples and samples.same))
+        dt, weights, readout = mx.split(self.x_proj(wide.astype(x.dtype)), [-2 * N, -N], axis=-1)  # R, N, N columns
+        dt = nn.softplus(self.dt_proj(dt).astype(mx.float32))
+        weights, readout = weights.astype(mx.float32), readout.astype(mx.float32)
         rates = -mx.exp(self.A_log.astype(mx.float32)).T
         if samples is None and T <= REWIND and not self.training:
             y, states = short_scan(wide, dt, rates, weights, readout, state)

@@ -114,6 +114,10 @@ class RecurrentCache:
         """Copies the arrays out of larger buffers, and forgets the states between the tokens of the latest pass."""
         self._set([mx.contiguous(array) for array in self.arrays], self.offset)
 
+    def kept(self, length: int) -> int:
+        """The number of positions in `state` when `length` tokens have been appended: 1: a state has no positions."""
+        return 1
+
     def join(self, members: Sequence[RecurrentCache], columns: int) -> None:
         """Takes over the rows of `members`, one below the other."""
         self._set([mx.concatenate(each) for each in zip(*(member.arrays for member in members), strict=True)], columns)
@@ -233,6 +237,10 @@ class WindowCache:
     def compact(self) -> None:
         """Copies the window out of larger buffers."""
         self._set([mx.contiguous(array) for array in self._window()], self.offset)
+
+    def kept(self, length: int) -> int:
+        """The number of positions in `state` when `length` tokens have been appended: those of the window."""
+        return min(length, self.window - 1)
 
     def join(self, members: Sequence[WindowCache], columns: int) -> None:
         """Takes over the rows of `members`, one below the other, right-aligned."""

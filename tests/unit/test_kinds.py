@@ -280,7 +280,7 @@ def test_the_memory_plan_equals_the_bytes_of_the_cache_and_its_snapshots(model: 
     plan, cache = plan_context(model), model.make_cache()
     decoded(model, PROMPT, 1, cache=cache)
     taken = sum(layer.nbytes for layer in cache)
-    assert taken + (MAX_SNAPSHOTS * taken if cache.needs_snapshots else 0) == plan.cache_bytes(len(PROMPT))
+    assert taken + MAX_SNAPSHOTS * plan.cost.fixed_bytes == plan.cache_bytes(len(PROMPT))
     assert plan.most_tokens == model.config.max_position_embeddings
 
 
