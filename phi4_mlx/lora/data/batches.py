@@ -128,6 +128,10 @@ class Batches:
             for begin, end in _bounds(len(ordered), batch_size or self.batch_size)
         }
 
+    def number(self, count: int | None = None) -> int:
+        """The number of batches that `fixed` yields."""
+        return self.steps_per_epoch if count is None else min(count, self.steps_per_epoch)
+
     def fixed(self, count: int | None = None) -> Iterator[Batch]:
         """The same batches at every call, for validation; does not change the position.
 
