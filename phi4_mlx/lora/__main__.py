@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from phi4_mlx.lora.program import Program
 from phi4_mlx.lora.settings import OPTIONS, Option, Schedule, Settings
 from phi4_mlx.terminal.command import Idle, Parser, idle_options, run, text
 
@@ -34,7 +36,8 @@ _IDLE_IN_TEST = Idle(_TRAINS, lambda run: True, "without --train: --test alone m
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    return run(_parser(), _work, argv)
+    words = sys.argv[1:] if argv is None else argv
+    return run(_parser(), functools.partial(_work, Program(tuple(words))), words)
 
 
 def _parser() -> Parser:
@@ -71,16 +74,18 @@ def _kind(option: Option) -> Callable[[str], Any]:
     return parse
 
 
-def _work(args: argparse.Namespace) -> None:
+def _work(program: Program, args: argparse.Namespace) -> None:
     settings, train = _settings(args)
 
-    from phi4_mlx.lora.run import finetune, measure_adapter, preview
+    from phi4_mlx.lora.run import attended, measure_adapter, preview
+    from phi4_mlx.lora.view import to_stderr
 
     if args.dry_run:
         for shown in preview(settings, DRY_RUN_SAMPLES):
             print(f"{shown}\n")
+        to_stderr(program.to_train())
     elif train or not settings.test:
-        finetune(settings, resume=args.resume)
+        attended(settings, args.resume, to_stderr, program)
     else:
         measure_adapter(settings)
 

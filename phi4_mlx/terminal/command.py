@@ -58,6 +58,20 @@ def idle_options(table: Iterable[Idle], given: Collection[str], options: object)
             yield f"{' and '.join(found)} {'has' if len(found) == 1 else 'have'} no effect {idle.why}"
 
 
+def typed(command: str) -> str:
+    """A command as the user starts it: `phi4-mlx chat`, or `python -m phi4_mlx.chat` after a start by `python -m`.
+
+    Args:
+        command: "chat", for example, or "" for the program itself; the one that runs, or one that a message advises.
+    """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = "" if spec is None else spec.name.removesuffix(".__main__")
+    if module == f"phi4_mlx.{command}":
+        return f"python -m {module}"
+    started = "python -m phi4_mlx" if module.partition(".")[0] == "phi4_mlx" else "phi4-mlx"
+    return f"{started} {command}".rstrip()
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser with `--debug`, whose errors are one line.
 

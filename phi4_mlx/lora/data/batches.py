@@ -114,6 +114,11 @@ class Batches:
         """Number of samples, or pairs."""
         return len(self._parts)
 
+    @property
+    def tokens_per_batch(self) -> float:
+        """Mean number of tokens in a batch of this process."""
+        return sum(self._slots) / self.steps_per_epoch / self.world
+
     def shapes(self, batch_size: int | None = None, max_seq_length: int | None = None) -> set[Shape]:
         """The shapes of this rank's batches; they depend on lengths only, so they are the same in each epoch.
 
