@@ -372,7 +372,7 @@ def test_checkpointing_may_change_and_so_may_the_length_under_a_constant_rate(
     _, resumed = finish(run)
     assert all(mx.allclose(longer[name], resumed[name], atol=1e-4) for name in longer)
     finish(trainer(tiny_model, tmp_path / "cosine", iters=4))
-    with pytest.raises(RequestError, match="a run of 4 batches, here it is one of 8, and its --lr-schedule cosine falls over the whole run"):
+    with pytest.raises(RequestError, match="of 4 batches, here it is one of 8, and its --lr-schedule cosine falls"):
         trainer(tiny_model, tmp_path / "cosine", iters=8).resume()
 
 
@@ -442,5 +442,5 @@ def test_a_caller_in_trouble_between_two_steps_can_save(tiny_model: Callable[...
 
 def test_a_run_does_not_end_before_its_checkpoint(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
     finish(trainer(tiny_model, tmp_path, iters=6, lr_schedule="constant"))
-    with pytest.raises(RequestError, match="is of step 6, and the run is to end at 4; give a larger --iters or --epoch"):
+    with pytest.raises(RequestError, match="is of step 6, and the run is to end at 4; give a larger --iters"):
         trainer(tiny_model, tmp_path, iters=4, lr_schedule="constant").resume()

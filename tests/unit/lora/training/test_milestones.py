@@ -1,8 +1,9 @@
-"""A batch computed in parts: the numbers of one evaluation to the bit, no more memory, and progress that never falls."""
+"""A batch computed in parts: the numbers of one evaluation, no more memory, and progress that never falls."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -87,7 +88,7 @@ def in_order(ticks: Ticks, count: int) -> None:
     """Progress from 0 to `count` that rises, each time to what was announced."""
     done = [now for now, _ in ticks]
     assert done[0] == 0 and done[-1] == count and done == sorted(done)
-    for (now, following), (then, _) in zip(ticks, ticks[1:], strict=False):
+    for (now, following), (then, _) in pairwise(ticks):
         assert now <= following <= count and then in (pytest.approx(following), now)  # a new batch begins where it was
 
 

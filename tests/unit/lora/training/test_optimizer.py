@@ -19,8 +19,14 @@ COSINE = Schedule("cosine_decay", (1e-4, 30))
         (Settings(lr_schedule="constant", warmup=1), "constant at 0.0001, after 1 update of warm-up"),
         (Settings(warmup=10), "from 0.0001 to 1e-05, a cosine over all 60 updates, after 10 updates of warm-up"),
         (Settings(lr_schedule=COSINE), "cosine_decay(0.0001, 30); 0 from update 30 on"),
-        (Settings(lr_schedule=Schedule("cosine_decay", (1e-4, 30, 1e-5))), "cosine_decay(0.0001, 30, 1e-05); 1e-05 from update 30 on"),
-        (Settings(lr_schedule=LINEAR), "linear_schedule(0.0001, 1e-06, 20), after 5 updates of warm-up; 1e-06 from update 26 on"),
+        (
+            Settings(lr_schedule=Schedule("cosine_decay", (1e-4, 30, 1e-5))),
+            "cosine_decay(0.0001, 30, 1e-05); 1e-05 from update 30 on",
+        ),
+        (
+            Settings(lr_schedule=LINEAR),
+            "linear_schedule(0.0001, 1e-06, 20), after 5 updates of warm-up; 1e-06 from update 26 on",
+        ),
         (Settings(lr_schedule=Schedule("exponential_decay", (1e-4, 0.9))), "exponential_decay(0.0001, 0.9)"),
         (Settings(lr_schedule=Schedule("step_decay", (1e-4, 0.9, 10))), "step_decay(0.0001, 0.9, 10)"),
     ],
