@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
 
 from phi4_mlx.errors import CheckpointError, message_of
 from phi4_mlx.files.manifest import MANIFEST_FILE
+from phi4_mlx.terminal.suggestion import path_suggestion
 
 DEFAULT_MODEL = "mlx-community/Phi-4-mini-instruct-4bit"
 
@@ -41,9 +43,7 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
     if name and os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
         return folder
     if isinstance(path_or_hf_repo, Path) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        raise CheckpointError(
-            f"{name!r:.200} is neither a folder nor a Hub id like {DEFAULT_MODEL!r}; --model demo needs no download"
-        )
+        raise CheckpointError(f"{name!r:.200} is neither a folder nor a Hub id like {DEFAULT_MODEL!r}{_way_out(name)}")
     return _download(name, revision or _PINNED.get(name))
 
 
@@ -65,7 +65,18 @@ def _download(repo: str, revision: str | None) -> Path:
         reason = f"is not cached, and {'HF_HUB_OFFLINE is set' if offline else 'the Hub cannot be reached'}"
     except Exception as error:  # the Hub library's HTTP client and its exceptions differ by version
         reason = "could not be downloaded: " + message_of(error)
-    raise CheckpointError(f"{repo} {reason}; --model demo needs no download")
+    raise CheckpointError(f"{repo} {reason}{_way_out(repo)}")
+
+
+def _way_out(name: str) -> str:
+    """The end of a message about a model that was not found: the names that may be meant, or the demo."""
+    from huggingface_hub import constants
+
+    known = {"demo", DEFAULT_MODEL}
+    with contextlib.suppress(OSError):
+        folders = (each.split("--") for each in os.listdir(constants.HF_HUB_CACHE))
+        known |= {"/".join(words) for kind, *words in folders if kind == "models"}
+    return path_suggestion(name, os.path.isdir, sorted(known - {name})) or "; --model demo needs no download"
 
 
 def _is_reachable(repo: str, revision: str | None) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Iterable
 from itertools import takewhile
 
 DASHES = "-–—−"
 _MOST = 3  # names in a suggestion
+_LONGEST_PATH = 1000
 _SIMILAR = 0.7  # difflib's ratio: 2 x letters in common / letters of both
 
 
@@ -17,8 +20,19 @@ def suggestion(given: str, names: Iterable[str]) -> str:
         given: the unknown name.
         names: the known names.
     """
-    near = nearest(given, names)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    return _question(nearest(given, names))
+
+
+def path_suggestion(given: str, fits: Callable[[str], bool], names: Iterable[str] = ()) -> str:
+    """As `suggestion`, for a path that does not exist; any folder of it may be the mistyped one.
+
+    Args:
+        given: the path.
+        fits: called with a path that exists; True if it may be the one that was meant.
+        names: the known names that are not paths.
+    """
+    near = [*nearest(given, names), *_near_paths(given.rstrip("/"), fits)]
+    return _question(list(dict.fromkeys(near))[:_MOST])
 
 
 def nearest(given: str, names: Iterable[str]) -> list[str]:
@@ -64,3 +78,22 @@ def _differing(one: str, other: str) -> tuple[str, str]:
 def _plain(name: str) -> str:
     """The name in lower case, without dashes before it; editors turn two of them into a long one."""
     return name.strip().replace("_", "-").lstrip(DASHES).lower()
+
+
+def _question(names: list[str]) -> str:
+    return f"; did you mean {' or '.join(names)}?" if names else ""
+
+
+def _near_paths(given: str, fits: Callable[[str], bool]) -> list[str]:
+    """The paths that exist and are nearest to one that does not."""
+    parent, name = os.path.split(given)
+    if not name or len(given) > _LONGEST_PATH:
+        return []
+    parents = [parent] if os.path.isdir(os.path.expanduser(parent) or ".") else _near_paths(parent, os.path.isdir)
+    found = []
+    for folder in parents:
+        whole = os.path.expanduser(folder) or "."
+        with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL in the path
+            names = [each for each in os.listdir(whole) if fits(os.path.join(whole, each))]
+            found += [os.path.join(folder, each) for each in ([name] if name in names else nearest(name, names))]
+    return found
