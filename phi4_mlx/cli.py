@@ -16,6 +16,7 @@ COMMANDS = {
     "chat": ("phi4_mlx.chat.__main__", "chat with a model in the terminal"),
     "server": ("phi4_mlx.server.__main__", "serve a model over HTTP: OpenAI's and Anthropic's APIs, and a chat page"),
     "bridge": ("phi4_mlx.bridge.__main__", "serve another program over standard input and output"),
+    "models": ("phi4_mlx.commands.models", "list, download and remove the models in the Hugging Face cache"),
     "context": ("phi4_mlx.commands.context", "show the memory that a context takes, and what fits on this machine"),
     "lora": ("phi4_mlx.lora.__main__", "fine-tune a model on your own data"),
     "convert": ("phi4_mlx.convert.__main__", "convert a Hugging Face checkpoint to a package, such as a 4-bit one"),

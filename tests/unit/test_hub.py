@@ -30,7 +30,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("dmeo", "demo"), ("deemo", "demo"), ("demi", "demo"), ("dem", "demo"), ("Demo", "demo"), ("demo ", "demo"),
         ("myphi", "my-phi"), ("My_Phi", "my-phi"), ("./my-pih", "./my-phi"), ("my-phi/bets", "my-phi/best"),
-        ("my-ph/best", "my-phi/best"), ("ownr/small-model", "owner/small-model"), ("owner/smallmodel", "owner/small-model"),
+        ("my-ph/best", "my-phi/best"), ("ownr/small-model", "owner/small-model"),
+        ("owner/smallmodel", "owner/small-model"),
         ("small-model", "owner/small-model"), ("mlx-comunity/Phi-4-mini-instruct-4bit", DEFAULT_MODEL),
         ("Phi-4-mini-instruct-4bit", DEFAULT_MODEL), ("owner/data", None), ("xyzzy", None), ("no/such", None),
     ],
