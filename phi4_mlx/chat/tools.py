@@ -23,7 +23,7 @@ def add_tool_options(parser: Parser) -> None:
     """Adds `--tools`, `--mcp` and `--allow-tools`."""
     parser.add_argument(
         "--tools", type=word, action="append", default=[], metavar="FILE.py",
-        help="a file whose public functions the model may call; may be repeated; needs phi4-mlx[mcp]",
+        help="a file whose public functions the model may call; may be repeated",
     )  # fmt: skip
     parser.add_argument(
         "--mcp", type=word, action="append", default=[], metavar="COMMAND",

@@ -14,7 +14,7 @@ from statistics import median
 from typing import TYPE_CHECKING, TypedDict
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.terminal.command import Idle, Parser, number, run
+from phi4_mlx.terminal.command import Idle, Parser, number, run, typed
 from phi4_mlx.terminal.options import add_kv_bits_option, add_model_options, load_options
 
 if TYPE_CHECKING:
@@ -67,27 +67,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="phi4-mlx benchmark",
+        prog=typed("benchmark"),
         description="Measure the speed and memory of a model: medians of several greedy runs on random prompts.",
     )
     add_model_options(parser)
     count = number(int, 1, 10_000_000)
     parser.add_argument(
         "--prompt-tokens", type=count, nargs="+", default=[512, 2048], metavar="N",
-        help="lengths of the prompts (default: 512 2048)",
+        help="lengths of the prompts",
     )  # fmt: skip
     parser.add_argument(
         "--generation-tokens", type=number(int, 2, 10_000_000), default=128, metavar="N",
-        help="tokens drawn after each prompt (default: %(default)s)",
+        help="tokens drawn after each prompt",
     )  # fmt: skip
     parser.add_argument(
         "--repeats", type=number(int, 1, 1000), default=3, metavar="N",
-        help="runs for each length (default: %(default)s)",
+        help="runs for each length",
     )  # fmt: skip
     add_kv_bits_option(parser)
     parser.add_argument(
         "--bandwidth", type=number(float, 0.001, 1e6), metavar="GB/S",
-        help="memory bandwidth, for the share of the ceiling on a chip that is not in the table",
+        help="memory bandwidth, for the share of the ceiling (default: the chip's, if it is known)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
     parser.idle.append(Idle(("chat_format",), lambda args: True, "here: the prompts are random tokens"))

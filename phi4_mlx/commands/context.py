@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.terminal.command import Idle, Parser, run
+from phi4_mlx.terminal.command import Idle, Parser, run, typed
 from phi4_mlx.terminal.options import add_model_options, load_options
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="phi4-mlx context", description="Print the memory that contexts of a model need, without running it."
+        prog=typed("context"), description="Print the memory that contexts of a model need, without running it."
     )
     add_model_options(parser)
     parser.add_argument("--json", action="store_true", help="print one line of JSON")

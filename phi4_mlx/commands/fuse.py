@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.terminal.amount import amount
-from phi4_mlx.terminal.command import Parser, progress_bar, run, word
+from phi4_mlx.terminal.command import Parser, progress_bar, run, typed, word
 from phi4_mlx.terminal.options import add_revision_option
 
 if TYPE_CHECKING:
@@ -25,17 +25,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser("phi4-mlx fuse", "Merge an adapter into its base model, and write the result as a package.")
+    parser = Parser(typed("fuse"), "Merge an adapter into its base model, and write the result as a package.")
     add = parser.add_argument
     add("--model", type=word, required=True, help="the base: a folder, a Hugging Face id, or demo")
     add(
         "--adapter-path", type=word, default="adapters", metavar="FOLDER",
-        help="the adapter, saved by training or by PEFT (default: %(default)s)",
+        help="the adapter, saved by training or by PEFT",
     )  # fmt: skip
-    add("--save-path", type=word, default="fused_model", metavar="OUT", help="the new folder (default: %(default)s)")
+    add("--save-path", type=word, default="fused_model", metavar="OUT", help="the new folder")
     add(
         "--dequantize", action="store_true",
-        help="write unquantised weights (default: as the base, in more bits where the adapter would be lost)",
+        help="write unquantised weights; otherwise as the base, in more bits where the adapter would be lost",
     )  # fmt: skip
     add_revision_option(parser)
     return parser

@@ -81,7 +81,7 @@ def test_a_mistake_is_one_line_and_exit_code_two(case: str, tmp_path: Path) -> N
     options, reason = BAD_COMMANDS[case]
     done = run(*CONVERT, *options, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("phi4_mlx.convert: "), done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("python -m phi4_mlx.convert: "), done.stderr
     assert reason in done.stderr
     assert done.stdout == "" and list(tmp_path.iterdir()) == []
 
@@ -168,7 +168,8 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tiny_checkpoint: Ch
 
     done = run(*arguments(source, out), preexec_fn=limit)
     assert done.returncode == 2
-    assert done.stderr == f"phi4_mlx.convert: {out} cannot be written: File too large; nothing was left there\n"
+    assert done.stderr.startswith("python -m phi4_mlx.convert: ")
+    assert done.stderr.endswith(f": {out} cannot be written: File too large; nothing was left there\n")
     assert left_beside(out) == []
     assert run(*arguments(source, out)).returncode == 0 and whole(out)
 

@@ -62,8 +62,8 @@ def test_from_an_adapter_of_pefts_to_a_package(base: Path, tmp_path: Path) -> No
 
 def test_mistakes_are_one_line(base: Path, tmp_path: Path) -> None:
     for words, message in (
-        (["phi4_mlx", "fuse"], "phi4-mlx fuse: the following arguments are required: --model"),
-        (["phi4_mlx", "fuse", "--model", "nowhere"], "phi4-mlx fuse: 'nowhere' is neither a folder"),
+        (["phi4_mlx", "fuse"], "python -m phi4_mlx fuse: the following arguments are required: --model"),
+        (["phi4_mlx", "fuse", "--model", "nowhere"], "python -m phi4_mlx fuse: 'nowhere' is neither a folder"),
         (["phi4_mlx", "fuse", "--model", "base", "--save-path", "base"], "already exists; remove it"),
         (["phi4_mlx", "fuse", "--model", "source", "--adapter-path", "base"], "base holds no adapter_config.json"),
         (["phi4_mlx.lora.export", "--from-peft", "base"], "phi4_mlx.lora.export: base holds no adapter_config.json"),
