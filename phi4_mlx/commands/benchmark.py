@@ -14,6 +14,7 @@ from statistics import median
 from typing import TYPE_CHECKING, TypedDict
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.terminal.amount import amount, size
 from phi4_mlx.terminal.command import Idle, Parser, number, run, typed
 from phi4_mlx.terminal.options import add_kv_bits_option, add_model_options, load_options
 
@@ -134,7 +135,7 @@ def _length(model: LanguageModel, length: int, args: argparse.Namespace, bandwid
     for each in range(1, args.repeats + 1):
         first_s, decode_s, kv_bytes = measure(model, length, args.generation_tokens, args.kv_bits)
         runs.append((first_s, decode_s))
-        line = f"{length:,} tokens, run {each} of {args.repeats}: first token after {first_s:.2f} s"
+        line = f"{amount(length, 'token')}, run {each} of {args.repeats}: first token after {first_s:.2f} s"
         print(f"{line}, the others in {decode_s:.2f} s", file=sys.stderr, flush=True)
     first_s, decode_s = (median(times) for times in zip(*runs, strict=True))
     decode = (args.generation_tokens - 1) / decode_s
@@ -195,15 +196,15 @@ def table(report: Report) -> str:
     kv_bytes = report["lengths"][0]["kv_bytes_per_token"]
     lines = [
         f"{report['model']} on {report['device']} ({known}), mlx {report['mlx']}",
-        f"{report['weights_bytes'] / 1e9:.3f} GB of weights, {kv_bytes:,.0f} bytes of keys and values a token",
+        f"{size(report['weights_bytes'])} of weights, {size(kv_bytes)} of keys and values a token",
         "",
         f"{'prompt':>9} {'prefill':>11} {'first token':>12} {'decode':>11} {'of ceiling':>11} {'peak':>9}",
-        f"{'tokens':>9} {'tokens/s':>11} {'s':>12} {'tokens/s':>11} {'%':>11} {'GB':>9}",
+        f"{'tokens':>9} {'tokens/s':>11} {'s':>12} {'tokens/s':>11} {'%':>11} {'':>9}",
     ]
     for row in report["lengths"]:
         share = "-" if row["share_of_ceiling"] is None else f"{100 * row['share_of_ceiling']:.1f}"
         lines.append(
             f"{row['prompt_tokens']:9,} {row['prefill_tokens_per_s']:11,.1f} {row['time_to_first_token_s']:12.3f} "
-            f"{row['decode_tokens_per_s']:11,.1f} {share:>11} {row['peak_bytes'] / 1e9:9.3f}"
+            f"{row['decode_tokens_per_s']:11,.1f} {share:>11} {size(row['peak_bytes']):>9}"
         )
     return "\n".join(lines)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.terminal.amount import amount
+from phi4_mlx.terminal.advice import command_line
+from phi4_mlx.terminal.amount import amount, size
 from phi4_mlx.terminal.command import Parser, progress_bar, run, typed, word
 from phi4_mlx.terminal.options import add_revision_option
 
@@ -48,7 +49,7 @@ def _fuse(args: argparse.Namespace) -> None:
     with progress_bar("fusing") as progress:
         fused = fuse(args.model, args.adapter_path, args.save_path, args.dequantize, args.revision, progress=progress)
     print(
-        f"{args.save_path}: {fused.package_bytes:,} bytes of weights, the base has {fused.base_bytes:,}; "
+        f"{args.save_path}: {size(fused.package_bytes)} of weights, the base has {size(fused.base_bytes)}; "
         f"{time.perf_counter() - begin:.1f} s"
     )
     print(
@@ -69,6 +70,7 @@ def _fuse(args: argparse.Namespace) -> None:
             f"{args.save_path} is written, but does not keep the fine-tune (see above), though its fused matrices are "
             "not quantised; use the adapter with --adapter-path instead, or train it longer"
         )
+    print(f"chat with it: {command_line('chat', model=args.save_path)}")
 
 
 def _bits(fused: Fused) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.terminal.advice import command_line
 from phi4_mlx.terminal.command import Parser, run, typed, word
 
 
@@ -104,12 +105,16 @@ def _parser(command: str = "lora.export") -> Parser:
 def _work(args: argparse.Namespace) -> None:
     if args.peft is None:
         from_peft(args.from_peft, args.adapter_path, args.model)
-        print(f"{args.adapter_path}: ready for --adapter-path")
+        from phi4_mlx.adapters.folder import read_config
+
+        base = args.model or read_config(Path(os.path.expanduser(args.adapter_path))).get("model")
+        command = command_line("chat", model=base, adapter_path=args.adapter_path)
+        print(f"{args.adapter_path}: ready for --adapter-path; chat with it: {command}")
     elif args.model is not None:
         raise RequestError(f"--model {args.model} needs --from-peft; leave --model out")
     else:
         to_peft(args.adapter_path, args.peft)
-        print(f"{args.peft}: ready for PeftModel.from_pretrained")
+        print(f"{args.peft}: ready for PEFT: PeftModel.from_pretrained(model, {args.peft!r})")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import pytest
 
 from phi4_mlx import load
 from phi4_mlx.errors import Phi4Error
+from phi4_mlx.terminal.amount import size
 from tests.conftest import ROOT
 from tests.packages import left_beside
 
@@ -49,10 +50,11 @@ def whole(out: Path) -> bool:
 def test_the_command_converts_and_reports_the_size(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = tiny_checkpoint("source", dtype=mx.bfloat16)
     done = run(*arguments(source, tmp_path / "out", *FOUR_BITS), cwd=tmp_path)
-    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    weights = size((tmp_path / "out" / "model.safetensors").stat().st_size)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{tmp_path / 'out'}: {size:,} bytes of weights, ")
-    assert done.stdout.count("\n") == 1 and done.stderr == ""
+    assert done.stdout.startswith(f"{tmp_path / 'out'}: {weights} of weights, ")
+    advice = f"chat with it: python -m phi4_mlx chat --model {tmp_path / 'out'}"
+    assert done.stdout.splitlines()[1:] == [advice] and done.stderr == ""
     model, tokenizer = load(tmp_path / "out", verify=True)
     assert model(mx.array([tokenizer.encode("hello")])).shape[-1] == 512
 
