@@ -31,7 +31,7 @@ from phi4_mlx.lora.saving.run_folder import BEST, RunFolder
 from phi4_mlx.lora.saving.run_lock import locked
 from phi4_mlx.lora.settings import Settings
 from phi4_mlx.lora.training.loss import Loss, sft_loss
-from phi4_mlx.lora.training.memory_plan import Plan, check_memory, make_plan
+from phi4_mlx.lora.training.memory_plan import MEASUREMENTS, Plan, check_memory, make_plan
 from phi4_mlx.lora.training.optimizer import rate_text
 from phi4_mlx.lora.training.preference import PreferenceLoss, pair_figures
 from phi4_mlx.lora.training.processes import Group
@@ -153,9 +153,8 @@ def _finetune(
     read_weights(model, seen)
     batch_s = None
     if trainer.leads:
-        seen.phase("planning memory")
         if not trainer.finished:
-            batch_s = report_plan(trainer, tell)
+            batch_s = report_plan(trainer, seen)
         report_to = None if trainer.finished else settings.report_to
         report = reporter(report_to, folder, asdict(settings))
         run_folder.metrics = MetricsLog(folder, step, report, settings.noun, run_folder.metrics_proof)
@@ -308,12 +307,12 @@ def loss_of(settings: Settings) -> Loss:
     return sft_loss if settings.task == "sft" else PreferenceLoss(settings.task, settings.beta)
 
 
-def report_plan(trainer: Trainer, tell: Tell) -> float:
+def report_plan(trainer: Trainer, seen: View) -> float:
     """Reports the parameters, updates, epochs and predicted memory of a run.
 
     Args:
         trainer: the run, before its first step.
-        tell: called with each message for people.
+        seen: shows the messages and the progress.
 
     Returns:
         The seconds that a batch is expected to take.
@@ -321,13 +320,17 @@ def report_plan(trainer: Trainer, tell: Tell) -> float:
     Raises:
         RequestError: the run does not fit in memory.
     """
+    tell = seen.tell
     settings, model, batches = trainer.settings, trainer.model, trainer.batches
     accumulating = settings.grad_accumulation_steps > 1 or trainer.group is not None
 
     def plan(recompute: bool) -> Plan:
         model.recompute = recompute
         try:
-            return make_plan(model.train(), trainer.loss, batches.shapes(), accumulating)
+            return make_plan(
+                model.train(), trainer.loss, batches.shapes(), accumulating,
+                lambda number: seen.phase(f"planning memory: measurement {number} of {MEASUREMENTS}"),
+            )  # fmt: skip
         finally:
             model.recompute = settings.grad_checkpoint
 

@@ -25,6 +25,7 @@ from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.terminal.amount import amount, size
 
 PROBE_TOKENS = 512  # of a probe, unless the largest batch has fewer
+MEASUREMENTS = 5  # of a plan
 HEAD_PROBE_TARGETS = 2048  # more targets do not raise the peak of the loss
 
 
@@ -84,7 +85,13 @@ class Plan:
         return self.resident + round(max(batch + self.sums, self.update))
 
 
-def make_plan(model: LanguageModel, loss: Loss, shapes: Collection[Shape], accumulating: bool = False) -> Plan:
+def make_plan(
+    model: LanguageModel,
+    loss: Loss,
+    shapes: Collection[Shape],
+    accumulating: bool = False,
+    measured: Callable[[int], object] = lambda number: None,
+) -> Plan:
     """Measures loss and gradient of a few small batches, and fits a plan to them.
 
     Args:
@@ -92,6 +99,7 @@ def make_plan(model: LanguageModel, loss: Loss, shapes: Collection[Shape], accum
         loss: the loss to minimise.
         shapes: of the batches to come.
         accumulating: True if a step sums the gradients of several batches or processes.
+        measured: called with the number of each measurement of the `MEASUREMENTS` before it is made.
 
     Returns:
         The plan, in bytes.
@@ -102,13 +110,19 @@ def make_plan(model: LanguageModel, loss: Loss, shapes: Collection[Shape], accum
     most = max(map(sum, shapes))
     width = min(max(map(max, shapes)), PROBE_TOKENS)
     rows = -(-min(most, PROBE_TOKENS) // width)
+    measured(1)
     _probe(model, loss, 1, width)  # the first run compiles and allocates what stays
     mx.clear_cache()
     resident = mx.get_active_memory()
     probes = ((rows, width), (2 * rows, width), (2 * rows, width // 2))
     begin = time.perf_counter()
-    saved, peaks = zip(*(_probe(model, loss, *probe) for probe in probes), strict=True)
+    found = []
+    for number, probe in enumerate(probes, 2):
+        measured(number)
+        found.append(_probe(model, loss, *probe))
+    saved, peaks = zip(*found, strict=True)
     token_s = (time.perf_counter() - begin) / sum(rows * width for rows, width in probes)
+    measured(MEASUREMENTS)
     return Plan(
         resident,
         Growth.fit(rows, width, *(each - resident for each in saved)),
