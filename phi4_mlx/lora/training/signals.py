@@ -56,6 +56,7 @@ class Stop:
         self.number: signal.Signals | None = None
         self._leave = leave
         self._phase, self._writing = PREPARING, 0
+        self._signalled: dict[str, Phase] = {}  # "first": the phase of the first signal, for handler and thread
         self._listens = self._again = False
         self._left = threading.Event()
 
@@ -118,9 +119,10 @@ class Stop:
                 continue
             number, ends = signal.Signals(byte[0]), not first
             if first:
+                phase = self._signalled.setdefault("first", self._phase)
                 again = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
-                _say(self._phase.answer.format(again=again))
-                ends = not self._phase.waits
+                _say(phase.answer.format(again=again))
+                ends = not phase.waits
             elif self._writing:
                 _say("files are being written; the run ends when they are whole")
                 ends = False
@@ -132,7 +134,8 @@ class Stop:
 
     def _caught(self, number: int, frame: FrameType | None) -> None:
         again, self.number = self.number is not None or self._again, self.number or signal.Signals(number)
-        if (again or not self._phase.waits) and not self._writing:
+        phase = self._signalled.setdefault("first", self._phase)
+        if (again or not phase.waits) and not self._writing:
             _end(signal.Signals(number))
 
 
