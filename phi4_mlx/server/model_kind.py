@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from phi4_mlx.hub import resolve
-from phi4_mlx.tokens.chat_format import ChatFormat, chat_template
+from phi4_mlx.tokens.chat_format import chat_template
+from phi4_mlx.tokens.tokenizer import ChatFormat
 
 ModelKind = Literal["demo", "instruct", "reasoning", "base"]
 
@@ -27,8 +28,8 @@ def model_kind(folder: Path, chat_format: ChatFormat, chosen: bool = False) -> M
     Raises:
         ConfigError: a file that may contain the chat template is damaged.
     """
-    tokenizers = [each / "tokenizer.json" for each in (folder, resolve("demo"))]
-    if all(each.is_file() for each in tokenizers) and filecmp.cmp(*tokenizers, shallow=False):
+    own, demo = folder / "tokenizer.json", resolve("demo") / "tokenizer.json"
+    if own.is_file() and filecmp.cmp(own, demo, shallow=False):
         return "demo"
     if chat_format.reasons:
         return "reasoning"
