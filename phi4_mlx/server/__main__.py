@@ -12,13 +12,14 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phi4_mlx.errors import Phi4Error, RequestError
-from phi4_mlx.terminal.command import INTERRUPTED, OUR_MISTAKE, USER_MISTAKE, Parser, number, run, word
+from phi4_mlx.terminal.command import INTERRUPTED, OUR_MISTAKE, USER_MISTAKE, Parser, complain, number, run, word
 from phi4_mlx.terminal.limits import MAX_TOKENS_LIMIT
-from phi4_mlx.terminal.options import add_model_options
+from phi4_mlx.terminal.options import add_model_options, add_tool_options
 
 if TYPE_CHECKING:
     from phi4_mlx.server.engine.engine import Settings
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from phi4_mlx.server.guard import Guard
     from phi4_mlx.server.model_kind import ModelKind
     from phi4_mlx.tokens.tokenizer import Tokenizer
+    from phi4_mlx.tools.toolbox import Toolbox
 
 PROG = "phi4-mlx server"
 KEY_VARIABLE = "PHI4_MLX_API_KEY"
@@ -87,12 +89,14 @@ def _parser() -> Parser:
     parser.add_argument(
         "--prompt-cache-bytes", type=number(int, 0, 2**50), metavar="N", help="bytes for earlier prompts"
     )
+    add_tool_options(parser, "the chat page may run, each call after a question; API clients do not see them")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
     return parser
 
 
 def _serve(args: argparse.Namespace) -> None:
     from phi4_mlx.server.guard import is_loopback
+    from phi4_mlx.server.tools import opened_toolbox
 
     key = _key(args.api_key)
     if key is None and not is_loopback(args.host):
@@ -103,8 +107,11 @@ def _serve(args: argparse.Namespace) -> None:
     with open_listener(args.host, args.port) as listener:  # first: a port in use fails before the model loads
         served = _served(args)
         # Not asyncio.run: that waits for threads, which may be busy with the request of a client that has left.
-        with contextlib.closing(asyncio.new_event_loop()) as loop:
-            loop.run_until_complete(_run(args, key, served, listener))
+        with (
+            opened_toolbox(args, served.tokenizer, partial(complain, PROG)) as toolbox,
+            contextlib.closing(asyncio.new_event_loop()) as loop,
+        ):
+            loop.run_until_complete(_run(args, key, served, toolbox, listener))
 
 
 def open_listener(host: str, port: int) -> socket.socket:
@@ -214,11 +221,14 @@ def _served(args: argparse.Namespace) -> _Served:
     return _Served(settings, shown, tokenizer, config.vocab_size, kind)
 
 
-async def _run(args: argparse.Namespace, key: str | None, served: _Served, listener: socket.socket) -> None:
+async def _run(
+    args: argparse.Namespace, key: str | None, served: _Served, toolbox: Toolbox, listener: socket.socket
+) -> None:
     """Starts the engine and serves until a signal, or until no engine can be started any more."""
     from phi4_mlx.server.engine.supervisor import Supervisor
     from phi4_mlx.server.grammar_pool import GrammarPool
     from phi4_mlx.server.http_server import HttpServer, Lacks, Stop, cancel_the_rest, leave_soon, raise_descriptor_limit
+    from phi4_mlx.server.tools import check_room
 
     raise_descriptor_limit()
     asyncio.get_running_loop().set_exception_handler(Lacks())
@@ -231,8 +241,9 @@ async def _run(args: argparse.Namespace, key: str | None, served: _Served, liste
             print(f"{PROG}: loading {served.name}", file=sys.stderr, flush=True)
             await stop.or_done(asyncio.create_task(supervisor.start()))
             if not stop.asked.is_set():
+                check_room(toolbox, served.tokenizer, supervisor.longest)
                 grammars.start()
-                app = _guard(args, key, served, supervisor, grammars)
+                app = _guard(args, key, served, supervisor, grammars, toolbox)
                 server = HttpServer(app, args.log_level, stop, supervisor.drain)
                 listen(listener, server.config.backlog)
                 host, port = listener.getsockname()[:2]
@@ -249,24 +260,30 @@ async def _run(args: argparse.Namespace, key: str | None, served: _Served, liste
             grammars.stop()
             await supervisor.stop()
             await cancel_the_rest()
-            leave_soon(code)
+            leave_soon(code, len(args.mcp))
     if code == INTERRUPTED:
         raise KeyboardInterrupt
 
 
 def _guard(
-    args: argparse.Namespace, key: str | None, served: _Served, supervisor: Supervisor, grammars: GrammarPool
+    args: argparse.Namespace,
+    key: str | None,
+    served: _Served,
+    supervisor: Supervisor,
+    grammars: GrammarPool,
+    toolbox: Toolbox,
 ) -> Guard:
     """The ASGI application."""
     from phi4_mlx.server.app import App
     from phi4_mlx.server.guard import LOOPBACK_NAMES, Guard, is_loopback
     from phi4_mlx.server.service import Service
+    from phi4_mlx.server.tools import ServerTools
 
     models = {served.name: None} | {adapter: adapter for adapter in served.settings.adapters}
     limits = args.timeout, args.max_tokens
     service = Service(supervisor, served.tokenizer, models, served.vocabulary, *limits, grammars, served.kind)
     hosts = None if key is not None and not is_loopback(args.host) else (*LOOPBACK_NAMES, args.host.lower())
-    return Guard(App(service).starlette(), key, hosts, tuple(args.allowed_origins))
+    return Guard(App(service, ServerTools(toolbox)).starlette(), key, hosts, tuple(args.allowed_origins))
 
 
 def _adapters(folder: str | None) -> dict[str, str]:

@@ -145,7 +145,7 @@ class Guard:
         origin = headers.get("origin")
         if origin is None or origin in self.origins or "*" in self.origins:
             return
-        if _host_of(origin) != host.lower():
+        if host_of(origin) != host.lower():
             raise WireError(403, f"pages of {origin!r:.100} may not send requests; --allowed-origins can allow them")
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
@@ -188,7 +188,8 @@ def _is_open(scope: Scope) -> bool:
     return scope["method"] in ("GET", "HEAD") and (path in ("/", "/health") or path.startswith(PAGE_FILES))
 
 
-def _host_of(origin: str) -> str | None:
+def host_of(origin: str) -> str | None:
+    """The host and port of an origin, in lower case; None if it has none."""
     try:
         return urlsplit(origin).netloc.lower() or None
     except ValueError:

@@ -25,6 +25,7 @@ from phi4_mlx.server.limits import GRACE_S, HEADER_BYTES
 DESCRIPTORS = 4096  # asked for at the start; macOS gives a process 256 by default
 CUTTING_S = 3.0  # for connections and tasks to end once they are cut
 LEAVING_S = 3.0  # for threads that still work on a request, at the very end
+MCP_LEAVING_S = 6.0  # for one MCP server; one that ignores the end of its input and SIGTERM is killed after about 4 s
 TIDY_S = 10  # between two returns of freed memory while there are no requests; one takes some milliseconds
 REMINDER_S = 60.0  # between two warnings about the same lack
 
@@ -114,9 +115,9 @@ async def cancel_the_rest() -> None:
         await asyncio.wait(others, timeout=1.0)
 
 
-def leave_soon(code: int) -> None:
+def leave_soon(code: int, mcp_servers: int = 0) -> None:
     """Ends the process even if a thread still works on the request of a client that has left."""
-    leave_within(LEAVING_S, code)
+    leave_within(LEAVING_S + MCP_LEAVING_S * mcp_servers, code)
 
 
 def leave_within(seconds: float, code: int) -> None:
