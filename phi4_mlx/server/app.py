@@ -7,7 +7,6 @@ import base64
 import contextlib
 import functools
 import hashlib
-import logging
 import re
 import time
 from collections import Counter
@@ -34,10 +33,10 @@ from phi4_mlx.server.apis.fields import parse_json
 from phi4_mlx.server.apis.wire import Ask, Delta, End, WireError, ignored_header, json_bytes
 from phi4_mlx.server.disconnect import ClientGone, unless_gone
 from phi4_mlx.server.guard import Receive, Scope, Send, refuse
+from phi4_mlx.server.request_log import CANCELLED, Entry, entry_of
 from phi4_mlx.server.service import Service
 from phi4_mlx.server.tools import ServerTools
 
-LOG = logging.getLogger("uvicorn.error")  # the server's log
 IGNORED = "x-phi4-ignored"  # a header: what had no effect on the answer
 HEARTBEAT_S = 10.0  # a proxy closes a stream that is silent for too long
 LARGE_BODY = 2**18  # bytes; a larger one is parsed in a thread, because 16 MB take up to two seconds
@@ -155,11 +154,13 @@ class App:
         """A route that answers with generated text."""
 
         async def route(request: Request) -> Response:
-            ask = await self._parse(parse, await request.body())
+            entry = entry_of(request.scope)
+            ask = entry.ask = await self._parse(parse, await request.body())
             prompts = await self.service.prompts(ask)
+            entry.prompt_tokens = sum(map(len, prompts))
             jobs, ignored = await self.service.jobs(ask, prompts)
-            items = self.service.answers(ask, jobs)
-            answer = make(ask, int(time.time()), sum(map(len, prompts)))
+            items = entry.observed(self.service.answers(ask, jobs))
+            answer = make(ask, int(time.time()), entry.prompt_tokens)
             try:
                 if ask.stream:
                     paced = _paced(items)
@@ -169,10 +170,10 @@ class App:
                 else:
                     response = _json(answer.body(await unless_gone(request.receive, _collected(items))))
             except ClientGone:
-                response = Response(status_code=499)  # never sent
+                entry.cancelled = True
+                response = Response(status_code=CANCELLED)  # never sent
             if ignored:
-                response.headers[IGNORED] = ignored_header(ignored)
-                LOG.warning("%s: ignored %s", request.url.path, response.headers[IGNORED])
+                entry.ignored = response.headers[IGNORED] = ignored_header(ignored)
             self.counts[request.url.path, response.status_code] += 1
             return response
 
@@ -243,10 +244,13 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the response."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        with contextlib.suppress(ClientGone):
-            await unless_gone(receive, self._send(send))
+        entry = entry_of(scope)
+        try:
+            await unless_gone(receive, self._send(send, entry))
+        except ClientGone:
+            entry.cancelled = True
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, entry: Entry) -> None:
         async def write(events: bytes, more: bool = True) -> None:
             if events or not more:
                 await send({"type": "http.response.body", "body": events, "more_body": more})
@@ -258,10 +262,13 @@ class EventStream(Response):
                 async for item in self._rest:
                     await write(self._events(item))
                 end = answer.closing()
-            except WireError as error:
-                end = answer.failure(error)
             except Exception as error:
-                end = answer.failure(WireError(500, f"the server could not continue: {type(error).__name__}"))
+                entry.error = (
+                    error
+                    if isinstance(error, WireError)
+                    else WireError(500, f"the server could not continue: {type(error).__name__}")
+                )
+                end = answer.failure(entry.error)
             await write(end, more=False)
 
     def _events(self, item: Delta | End | None) -> bytes:

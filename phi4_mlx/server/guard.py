@@ -34,6 +34,7 @@ from phi4_mlx.server.limits import (
     WRITE_BYTES,
     WRITE_S,
 )
+from phi4_mlx.server.request_log import entry_of, write_refusal
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -275,6 +276,7 @@ async def refuse(
     scope: Scope, send: Send, error: WireError, close: bool = False, more: Iterable[tuple[bytes, bytes]] = ()
 ) -> None:
     """Sends an error in the form of the route's API, with `more` headers; closes the connection if asked to."""
+    entry_of(scope).error = error
     make_body = messages_api.error_body if scope["path"].startswith("/v1/messages") else error_body
     headers = [(b"content-type", b"application/json")]
     if error.status == 401:
@@ -349,6 +351,7 @@ class TimedProtocol(H11Protocol):
         self._refuse(WireError(400, msg))
 
     def _refuse(self, error: WireError) -> None:
+        write_refusal(self.client, error)
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             headers = [("content-type", "application/json"), ("connection", "close")]
             headers += [("retry-after", "2")] * (error.status == 503)

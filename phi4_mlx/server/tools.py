@@ -21,6 +21,7 @@ from phi4_mlx.server.apis.wire import WireError, json_bytes
 from phi4_mlx.server.disconnect import ClientGone, unless_gone
 from phi4_mlx.server.guard import host_of
 from phi4_mlx.server.limits import TOOL_BODY_BYTES, TOOL_CALLS_LIMIT, TOOL_S
+from phi4_mlx.server.request_log import CANCELLED, entry_of
 from phi4_mlx.tokens.tokenizer import Tokenizer
 from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.toolbox import Toolbox, error_text
@@ -87,6 +88,8 @@ class ServerTools:
         if len(data) > TOOL_BODY_BYTES:
             raise WireError(413, f"the call is {len(data):,} bytes; the limit is {TOOL_BODY_BYTES:,}")
         call = await asyncio.to_thread(self._read, data)
+        entry = entry_of(request.scope)
+        entry.tool = call.name
         if self._running >= TOOL_CALLS_LIMIT:
             message = f"{self._running} calls of tools are running, the limit; send the call again when one has ended"
             raise WireError(429, message)
@@ -95,8 +98,10 @@ class ServerTools:
         except asyncio.TimeoutError:
             content = error_text(f"{call.name} has not answered within {TOOL_S:g} s; it may still be running")
         except ClientGone:
-            return Response(status_code=499)  # never sent
-        return _json({"content": content, "is_error": content.startswith(error_text(""))})
+            entry.cancelled = True
+            return Response(status_code=CANCELLED)  # never sent
+        entry.tool_failed = content.startswith(error_text(""))
+        return _json({"content": content, "is_error": entry.tool_failed})
 
     def _read(self, data: bytes) -> ToolCall:
         """A call of one of the tools."""

@@ -206,7 +206,7 @@ def test_every_kind_of_tool_ends_as_text(function: Callable[[], Any], is_error: 
     assert len(answer["content"]) < (MAX_ERROR_CHARS if is_error else MAX_RESULT_CHARS) + 100
 
 
-# -- who may use them ---------------------------------------------------------------------------------------------------
+# -- who may use them --------------------------------------------------------------------------------------------------
 
 FOREIGN = [
     {"origin": "https://evil.example"},
@@ -276,7 +276,7 @@ def test_the_tools_need_the_key() -> None:
     assert call(app, "add", {"a": 1}, authorization="Bearer s3cret")[0] == 200
 
 
-# -- limits -------------------------------------------------------------------------------------------------------------
+# -- limits ------------------------------------------------------------------------------------------------------------
 
 
 def test_calls_at_a_time_are_limited_and_nothing_else_waits(gate: Gate) -> None:
@@ -352,7 +352,7 @@ def test_no_thread_left_is_answered_503(monkeypatch: pytest.MonkeyPatch) -> None
     asyncio.run(main())
 
 
-# -- at the start -------------------------------------------------------------------------------------------------------
+# -- at the start ------------------------------------------------------------------------------------------------------
 
 
 def refused(tmp_path: Path, *files: str, chat_format: str | None = None, mcp: list[str] | None = None) -> str:
