@@ -312,8 +312,16 @@ def _guard(
     from phi4_mlx.server.tools import ServerTools
 
     models = {served.name: None} | {adapter: adapter for adapter in served.settings.adapters}
-    limits = args.timeout, args.max_tokens
-    service = Service(supervisor, served.tokenizer, models, served.vocabulary, *limits, grammars, served.kind)
+    service = Service(
+        supervisor,
+        served.tokenizer,
+        models,
+        served.vocabulary,
+        args.timeout,
+        args.max_tokens,
+        grammars,
+        kind=served.kind,
+    )
     hosts = None if key is not None and not is_loopback(args.host) else (*LOOPBACK_NAMES, args.host.lower())
     return Guard(App(service, ServerTools(toolbox)).starlette(), key, hosts, tuple(args.allowed_origins))
 
