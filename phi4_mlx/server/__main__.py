@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 PROG = "phi4-mlx server"
 KEY_VARIABLE = "PHI4_MLX_API_KEY"
 STANDARD_ERROR = 2
+LOG_LEVELS = (
+    "info: a line for each request, but for polls and the page's files; warning: for each that fails; error: for each "
+    "that the server fails; no line contains a prompt, an answer or a key (default: %(default)s)"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,11 +96,7 @@ def _parser() -> Parser:
     )
     add_tool_options(parser, "the chat page may run, each call after a question; API clients do not see them")
     parser.add_argument(
-        "--log-level",
-        choices=("debug", "info", "warning", "error"),
-        default="info",
-        help="info: a line for each request, but for polls and the page's files; warning: for each that fails; error: "
-        "for each that the server fails; no line contains a prompt, an answer or a key (default: %(default)s)",
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help=LOG_LEVELS
     )
     return parser
 
