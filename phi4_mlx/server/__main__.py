@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 PROG = "phi4-mlx server"
 KEY_VARIABLE = "PHI4_MLX_API_KEY"
 STANDARD_ERROR = 2
+SHOWN_TOOLS = 20
 LOG_LEVELS = (
     "info: a line for each request, but for polls and the page's files; warning: for each that fails; error: for each "
     "that the server fails; no line contains a prompt, an answer or a key (default: %(default)s)"
@@ -279,7 +280,8 @@ async def _run(
 
 def _summary(served: _Served, longest: int, key: str | None, toolbox: Toolbox) -> str:
     """A line about the model, its context, the key and the tools."""
-    tools = ", ".join(tool["function"]["name"] for tool in toolbox.declarations)
+    names = [tool["function"]["name"] for tool in toolbox.declarations]
+    tools = ", ".join(names[:SHOWN_TOOLS]) + f" and {len(names) - SHOWN_TOOLS} more" * (len(names) > SHOWN_TOOLS)
     parts = [
         f"{served.name} ({served.kind}), context {longest:,} tokens",
         *([f"adapters: {', '.join(served.settings.adapters)}"] if served.settings.adapters else []),
