@@ -12,23 +12,42 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phi4_mlx.errors import Phi4Error, RequestError
-from phi4_mlx.terminal.command import INTERRUPTED, OUR_MISTAKE, USER_MISTAKE, Parser, number, run, typed, word
+from phi4_mlx.terminal.command import (
+    INTERRUPTED,
+    OUR_MISTAKE,
+    USER_MISTAKE,
+    Parser,
+    complain,
+    number,
+    run,
+    typed,
+    word,
+)
 from phi4_mlx.terminal.limits import MAX_TOKENS_LIMIT
-from phi4_mlx.terminal.options import add_model_options
+from phi4_mlx.terminal.options import add_model_options, add_tool_options
 
 if TYPE_CHECKING:
     from phi4_mlx.server.engine.engine import Settings
     from phi4_mlx.server.engine.supervisor import Supervisor
     from phi4_mlx.server.grammar_pool import GrammarPool
     from phi4_mlx.server.guard import Guard
+    from phi4_mlx.server.model_kind import ModelKind
     from phi4_mlx.tokens.tokenizer import Tokenizer
+    from phi4_mlx.tools.toolbox import Toolbox
 
 PROG = typed("server")
 KEY_VARIABLE = "PHI4_MLX_API_KEY"
+STANDARD_ERROR = 2
+SHOWN_TOOLS = 20
+LOG_LEVELS = (
+    "info: a line for each request, but for polls and the page's files; warning: for each that fails; error: for each "
+    "that the server fails; no line contains a prompt, an answer or a key"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,17 +114,17 @@ def _parser() -> Parser:
         metavar="N",
         help="bytes for earlier prompts (default: a quarter of the memory beside the weights)",
     )
+    add_tool_options(parser, "the chat page may run, each call after a question; API clients do not see them")
     parser.add_argument(
-        "--log-level",
-        choices=("debug", "info", "warning", "error"),
-        default="warning",
-        help="least important messages that are logged",
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help=LOG_LEVELS
     )
     return parser
 
 
 def _serve(args: argparse.Namespace) -> None:
     from phi4_mlx.server.guard import is_loopback
+    from phi4_mlx.server.log import logging_to
+    from phi4_mlx.server.tools import opened_toolbox
 
     key = _key(args.api_key)
     if key is None and not is_loopback(args.host):
@@ -116,8 +135,12 @@ def _serve(args: argparse.Namespace) -> None:
     with open_listener(args.host, args.port) as listener:  # first: a port in use fails before the model loads
         served = _served(args)
         # Not asyncio.run: that waits for threads, which may be busy with the request of a client that has left.
-        with contextlib.closing(asyncio.new_event_loop()) as loop:
-            loop.run_until_complete(_run(args, key, served, listener))
+        with (
+            logging_to(STANDARD_ERROR, args.log_level),
+            opened_toolbox(args, served.tokenizer, partial(complain, PROG)) as toolbox,
+            contextlib.closing(asyncio.new_event_loop()) as loop,
+        ):
+            loop.run_until_complete(_run(args, key, served, toolbox, listener))
 
 
 def open_listener(host: str, port: int) -> socket.socket:
@@ -163,12 +186,13 @@ def _unusable(host: str, port: int, error: OSError | ValueError) -> RequestError
 
 
 def _key(option: str | None) -> str | None:
-    """The key that clients must send; None for none.
+    """The key that clients must send; None for none. Takes it out of the environment, which tools inherit.
 
     Raises:
         RequestError: no client can send it.
     """
-    source, key = ("--api-key", option) if option else (KEY_VARIABLE, os.environ.get(KEY_VARIABLE) or None)
+    variable = os.environ.pop(KEY_VARIABLE, None)
+    source, key = ("--api-key", option) if option else (KEY_VARIABLE, variable or None)
     if key is not None and (not key.isprintable() or key != key.strip()):
         raise RequestError(
             f"the key in {source} is not UTF-8, or has control characters or white space at an end; "
@@ -186,12 +210,14 @@ class _Served:
         name: of the model, for clients.
         tokenizer: of the model.
         vocabulary: number of token ids.
+        kind: of the model.
     """
 
     settings: Settings
     name: str
     tokenizer: Tokenizer
     vocabulary: int
+    kind: ModelKind
 
 
 def _served(args: argparse.Namespace) -> _Served:
@@ -200,6 +226,7 @@ def _served(args: argparse.Namespace) -> _Served:
     from phi4_mlx.files.manifest import verify_manifest
     from phi4_mlx.hub import DEFAULT_MODEL, resolve
     from phi4_mlx.server.engine.engine import Settings
+    from phi4_mlx.server.model_kind import model_kind
 
     adapters = _adapters(args.adapters)
     name = DEFAULT_MODEL if args.model is None else args.model
@@ -220,14 +247,19 @@ def _served(args: argparse.Namespace) -> _Served:
         args.prompt_cache_bytes,
         args.chat_format,
     )
-    return _Served(settings, shown, tokenizer, config.vocab_size)
+    kind = model_kind(folder, tokenizer.chat_format, args.chat_format is not None)
+    return _Served(settings, shown, tokenizer, config.vocab_size, kind)
 
 
-async def _run(args: argparse.Namespace, key: str | None, served: _Served, listener: socket.socket) -> None:
+async def _run(
+    args: argparse.Namespace, key: str | None, served: _Served, toolbox: Toolbox, listener: socket.socket
+) -> None:
     """Starts the engine and serves until a signal, or until no engine can be started any more."""
     from phi4_mlx.server.engine.supervisor import Supervisor
     from phi4_mlx.server.grammar_pool import GrammarPool
     from phi4_mlx.server.http_server import HttpServer, Lacks, Stop, cancel_the_rest, leave_soon, raise_descriptor_limit
+    from phi4_mlx.server.request_log import RequestLog
+    from phi4_mlx.server.tools import check_room
 
     raise_descriptor_limit()
     asyncio.get_running_loop().set_exception_handler(Lacks())
@@ -237,19 +269,21 @@ async def _run(args: argparse.Namespace, key: str | None, served: _Served, liste
     with stop.listening():
         lost = asyncio.create_task(supervisor.lost())
         try:
-            print(f"{PROG}: loading {served.name}", file=sys.stderr, flush=True)
+            complain(PROG, f"loading {served.name}")
             await stop.or_done(asyncio.create_task(supervisor.start()))
             if not stop.asked.is_set():
+                check_room(toolbox, served.tokenizer, supervisor.longest)
                 grammars.start()
-                app = _guard(args, key, served, supervisor, grammars)
-                server = HttpServer(app, args.log_level, stop, supervisor.drain)
+                app = RequestLog(_guard(args, key, served, supervisor, grammars, toolbox))
+                server = HttpServer(app, stop, supervisor.drain)
                 listen(listener, server.config.backlog)
-                host, port = listener.getsockname()[:2]
-                shown = f"[{host}]" if ":" in host else host
-                print(f"{PROG}: listening on http://{shown}:{port}", file=sys.stderr, flush=True)
+                complain(PROG, _summary(served, supervisor.longest, key, toolbox))
+                complain(PROG, f"the chat page and the APIs are listening on {_address(listener)}")
                 await server.serve_beside(lost, listener)
                 if lost.done():
                     raise RequestError(lost.result())
+            if stop.signal is not None:
+                complain(PROG, f"stopped by {signal.Signals(stop.signal).name}")
             code = INTERRUPTED if stop.signal == signal.SIGINT else 0
         except Phi4Error:
             code = USER_MISTAKE
@@ -258,23 +292,59 @@ async def _run(args: argparse.Namespace, key: str | None, served: _Served, liste
             grammars.stop()
             await supervisor.stop()
             await cancel_the_rest()
-            leave_soon(code)
+            leave_soon(code, len(args.mcp))
     if code == INTERRUPTED:
         raise KeyboardInterrupt
 
 
+def _summary(served: _Served, longest: int, key: str | None, toolbox: Toolbox) -> str:
+    """A line about the model, its context, the key and the tools."""
+    names = [tool["function"]["name"] for tool in toolbox.declarations]
+    tools = ", ".join(names[:SHOWN_TOOLS]) + f" and {len(names) - SHOWN_TOOLS} more" * (len(names) > SHOWN_TOOLS)
+    parts = [
+        f"{served.name} ({served.kind}), context {longest:,} tokens",
+        *([f"adapters: {', '.join(served.settings.adapters)}"] if served.settings.adapters else []),
+        "no key is needed" if key is None else "clients must send the key",
+        f"tools for the page: {tools}" if tools else "no tools",
+    ]
+    return "; ".join(parts)
+
+
+def _address(listener: socket.socket) -> str:
+    """The address of the page; of all addresses that it listens on, one for this machine."""
+    host, port = listener.getsockname()[:2]
+    own = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host)
+    shown, own = (f"[{each}]" if each and ":" in each else each for each in (host, own))
+    return f"http://{shown}:{port}" if own is None else f"all addresses, here http://{own}:{port}"
+
+
 def _guard(
-    args: argparse.Namespace, key: str | None, served: _Served, supervisor: Supervisor, grammars: GrammarPool
+    args: argparse.Namespace,
+    key: str | None,
+    served: _Served,
+    supervisor: Supervisor,
+    grammars: GrammarPool,
+    toolbox: Toolbox,
 ) -> Guard:
     """The ASGI application."""
     from phi4_mlx.server.app import App
     from phi4_mlx.server.guard import LOOPBACK_NAMES, Guard, is_loopback
     from phi4_mlx.server.service import Service
+    from phi4_mlx.server.tools import ServerTools
 
     models = {served.name: None} | {adapter: adapter for adapter in served.settings.adapters}
-    service = Service(supervisor, served.tokenizer, models, served.vocabulary, args.timeout, args.max_tokens, grammars)
+    service = Service(
+        supervisor,
+        served.tokenizer,
+        models,
+        served.vocabulary,
+        args.timeout,
+        args.max_tokens,
+        grammars,
+        kind=served.kind,
+    )
     hosts = None if key is not None and not is_loopback(args.host) else (*LOOPBACK_NAMES, args.host.lower())
-    return Guard(App(service).starlette(), key, hosts, tuple(args.allowed_origins))
+    return Guard(App(service, ServerTools(toolbox)).starlette(), key, hosts, tuple(args.allowed_origins))
 
 
 def _adapters(folder: str | None) -> dict[str, str]:
