@@ -23,11 +23,11 @@ def add_tool_options(parser: Parser) -> None:
     """Adds `--tools`, `--mcp` and `--allow-tools`."""
     parser.add_argument(
         "--tools", type=word, action="append", default=[], metavar="FILE.py",
-        help="a file whose public functions the model may call; may be repeated; needs phi4-mlx[mcp]",
+        help="a file whose public functions the model may call; may be repeated",
     )  # fmt: skip
     parser.add_argument(
         "--mcp", type=word, action="append", default=[], metavar="COMMAND",
-        help="an MCP server to start, whose tools the model may call; may be repeated; needs phi4-mlx[mcp]",
+        help="an MCP server to start, whose tools the model may call; may be repeated; needs the package mcp",
     )  # fmt: skip
     parser.add_argument("--allow-tools", action="store_true", help="run the model's calls without asking")
     parser.idle.append(Idle(("allow_tools",), lambda args: not (args.tools or args.mcp), "without --tools or --mcp"))
