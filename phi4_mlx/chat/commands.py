@@ -15,7 +15,7 @@ from phi4_mlx.chat.session import Chat, rescued_file
 from phi4_mlx.chat.tools import shown_tool
 from phi4_mlx.errors import Phi4Error, RequestError
 from phi4_mlx.files.atomic import sweep
-from phi4_mlx.terminal.amount import amount
+from phi4_mlx.terminal.amount import amount, size
 from phi4_mlx.terminal.options import SAMPLING
 
 if TYPE_CHECKING:
@@ -160,11 +160,11 @@ def _save_cache(chat: Chat, path: Path) -> str:
         return ""
     drawn = json.dumps([_replies(turn) for turn in conversation.turns])
     try:
-        size = save_prompt_cache(beside, cache, conversation.model, conversation.tokenizer, {"replies": drawn})
+        nbytes = save_prompt_cache(beside, cache, conversation.model, conversation.tokenizer, {"replies": drawn})
     except (Phi4Error, OSError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
         return f"; the prompt cache is not saved, and /load will prefill again: {reason}"
-    return f", its prompt cache to {beside.name}, {size / 1e6:,.1f} MB"
+    return f", its prompt cache to {beside.name}, {size(nbytes)}"
 
 
 def _load_cache(chat: Chat, path: Path) -> str:
@@ -186,7 +186,7 @@ def _load_cache(chat: Chat, path: Path) -> str:
     replies = json.loads(metadata.get("replies", "[]"))
     for at, (turn, drawn) in enumerate(zip(conversation.turns, replies, strict=False)):  # a file may have been edited
         conversation.turns[at] = _as_drawn(tokenizer, turn, drawn)
-    return f", with the prompt cache of {conversation.cache.offset:,} tokens"
+    return f", with the prompt cache of {amount(conversation.cache.offset, 'token')}"
 
 
 def _replies(turn: Turn) -> list[list[int]]:
@@ -247,13 +247,13 @@ def _stats(chat: Chat, rest: str) -> None:
     if usage.answer_tokens:
         new = usage.prompt_tokens - usage.cached_tokens
         lines += [
-            f"last prompt  {usage.prompt_tokens:,} tokens: {usage.cached_tokens:,} from the cache, {new:,} run "
+            f"last prompt  {amount(usage.prompt_tokens, 'token')}: {usage.cached_tokens:,} from the cache, {new:,} run "
             f"at {usage.prompt_tps:,.0f} tokens/s",
-            f"last answer  {usage.answer_tokens:,} tokens at {usage.answer_tps:,.1f} tokens/s",
-            f"memory       {usage.peak_memory:.2f} GB at the peak, {conversation.cache.nbytes / 1e6:,.1f} MB of cache",
+            f"last answer  {amount(usage.answer_tokens, 'token')} at {usage.answer_tps:,.1f} tokens/s",
+            f"memory       {size(1e9 * usage.peak_memory)} at the peak, {size(conversation.cache.nbytes)} of cache",
         ]
     if conversation.model.boundary is not None:
-        run_again = f"; {usage.reprefilled:,} tokens were run again for it" if usage.reprefilled else ""
+        run_again = f"; {amount(usage.reprefilled, 'token')} run again for it" if usage.reprefilled else ""
         lines.append(f"RoPE table   {conversation.cache.regime}{run_again}")
     chat.screen.write("\n".join(lines) + "\n")
 

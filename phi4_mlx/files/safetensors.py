@@ -369,7 +369,7 @@ def _check_cover(infos: Mapping[str, TensorInfo], base: int, size: int) -> None:
         if info.start < position:
             raise ValueError(f"{name!r} overlaps the tensor before it")
         if info.start > position:
-            raise ValueError(f"{name!r} leaves {info.start - position} bytes unused before it")
+            raise ValueError(f"{name!r} leaves a gap before it, from byte {position:,} to {info.start:,}")
         position = info.end
     if position != size:
         raise ValueError(f"its tensors end at byte {position:,}, and the file at {size:,}")

@@ -24,6 +24,7 @@ from phi4_mlx.files.safetensors import Header, TensorWriter, read_whole_header
 from phi4_mlx.fingerprint import WITHOUT, adapter_fingerprint, base_fingerprint
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.terminal.amount import amount
 
 _FORMAT, _VERSION = "phi4_mlx_prompt_cache", "2"
 _OWN = "phi4_mlx."  # prefix of our own metadata
@@ -146,8 +147,8 @@ def _check_savable(cache: PromptCache) -> None:
         raise RequestError(f"the cache cannot be saved: it has {rows} sequences; a file holds 1, so save each alone")
     if known != cache.offset:
         raise RequestError(
-            f"the cache cannot be saved: it knows the ids of {known} of its {cache.offset} tokens; fill it with the "
-            "model itself"
+            f"the cache cannot be saved: it does not know the ids of all its tokens, only of {known} of "
+            f"{cache.offset}; fill it with the model itself"
         )
 
 
@@ -228,9 +229,10 @@ def _restored(model: LanguageModel, own: Mapping[str, str], tensors: dict[str, m
         raise ValueError(f"ids are {ids.dtype} of shape {list(ids.shape)}")
     model.check_ids(ids.tolist())
     if regime not in ("short", "long") or (model.regime(ids.size), regime) == ("long", "short"):
-        raise ValueError(f"{ids.size} tokens cannot be under the RoPE table {regime!r:.20}")
+        raise ValueError(f"{amount(ids.size, 'token')} cannot be under the RoPE table {regime!r:.20}")
     if regime != (pinned or regime) or ids.size > (max_kv_size or ids.size):
-        raise ValueError(f"{ids.size} tokens under the RoPE table {regime} contradict its options")
+        count = amount(ids.size, "token")
+        raise ValueError(f"its options do not allow {count} under the RoPE table {regime}")
     expected = _layout(model, cache, ids.size)
     if left_over := sorted(tensors.keys() - expected.keys() - {"ids"}):
         raise ValueError(f"{left_over[0]!r:.60} is left over")
@@ -242,7 +244,7 @@ def _restored(model: LanguageModel, own: Mapping[str, str], tensors: dict[str, m
             raise ValueError(f"{name} contains NaN or inf")
     cache.restore(ids.tolist(), [[tensors[name] for name in names] for names in _names(cache)], regime)
     if cache.offset != ids.size:
-        raise ValueError(f"its layers hold {cache.offset} tokens, and there are {ids.size} ids")
+        raise ValueError(f"its layers hold {amount(cache.offset, 'token')}, and it has {amount(ids.size, 'id')}")
     return cache
 
 

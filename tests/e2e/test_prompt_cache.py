@@ -12,6 +12,7 @@ import pexpect
 import pytest
 
 from phi4_mlx import load, load_prompt_cache
+from phi4_mlx.terminal.amount import size
 from tests.conftest import ROOT
 
 TEXT = "Order of the 3rd of May. Ada wants 4 lamps at 25 each. " * 12
@@ -48,7 +49,7 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
     printed = run("cache-prompt", *options, stdin=TEXT + "\n").stdout
     model, tokenizer = load("demo")
     ids = load_prompt_cache(file, model, tokenizer).ids[0].tolist()
-    assert printed == f"{file}: {len(ids)} tokens, {file.stat().st_size:,} bytes\n"
+    assert printed == f"{file}: {len(ids)} tokens, {size(file.stat().st_size)}\n"
     for question in ("hello", "are 1 and 2 numbers?"):
         messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"{TEXT}\n\n{question}"}]
         assert tokenizer.apply_chat_template(messages)[: len(ids)] == ids

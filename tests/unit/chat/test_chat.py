@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 from phi4_mlx.chat import transcript
 from phi4_mlx.chat.__main__ import HungUp, take_turn, talk
 from phi4_mlx.chat.commands import COMMANDS, Leave, is_command, obey
+from phi4_mlx.chat.conversation import Usage
 from phi4_mlx.chat.session import Chat, rescued_file
+from phi4_mlx.checkpoint import load
 from phi4_mlx.errors import RequestError
 from phi4_mlx.terminal.options import SAMPLING
 from tests.char_tokenizer import CharTokenizer
@@ -185,7 +188,34 @@ def test_stats_show_the_counts_of_an_answer(chat: Chat, script: Script) -> None:
     obey(chat, "/stats")
     text = shown(chat)
     assert "in 1 turn\n" in text and "from the cache" in text and "tokens/s" in text and "RoPE table" in text
-    assert "4,097 tokens were run again" in text
+    assert "4,097 tokens run again" in text
+
+
+def test_a_crossing_names_the_table_that_is_now_in_use(chat: Chat) -> None:
+    model, tokenizer = load("demo")  # its boundary is at 256 tokens
+    chat.conversation.switch(model, tokenizer)
+    chat.set("max-tokens", 4)
+    for question in ("hi", "The code of the blue door is 4711. " * 20):
+        chat.answer(question)
+    assert "now needs the RoPE table for long texts: " in shown(chat)
+    obey(chat, "/undo")
+    chat.answer("hi")
+    assert "now needs the RoPE table for short texts: " in shown(chat)
+    chat.answer("hi")
+    assert "RoPE table" not in shown(chat)
+
+
+def test_no_amount_of_one_has_a_plural(chat: Chat, script: Script, tmp_path: Path) -> None:
+    script.replies = ["x"]
+    chat.answer("one")
+    chat.conversation.usage = Usage(1, 0, 1, 2.0, 2.0, 1, 0.000_001)
+    obey(chat, "/stats")
+    obey(chat, "/save one")
+    obey(chat, "/undo 1")
+    obey(chat, "/load one")
+    text = shown(chat)
+    assert "1 token:" in text and "1 token at" in text and "1.00 KB at the peak" in text and "1 turn from" in text
+    assert not re.search(r"\b1 \w+s\b|\b0\.00? [MG]B", text)
 
 
 def test_another_model_continues_the_conversation(
