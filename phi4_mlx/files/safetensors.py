@@ -124,7 +124,7 @@ def read_whole_header(
         infos = {name: _check_entry(name, entry, len(raw)) for name, entry in tensors.items()}
         _check_cover(infos, len(raw), size)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except _OtherFormat:
         raise CheckpointError(f"{path} is not a {kind}; {advice}") from None
     except ValueError as error:

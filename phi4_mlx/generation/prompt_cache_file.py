@@ -28,7 +28,7 @@ from phi4_mlx.terminal.amount import amount
 
 _FORMAT, _VERSION = "phi4_mlx_prompt_cache", "2"
 _OWN = "phi4_mlx."  # prefix of our own metadata
-_MAKE_ANEW = "make it again, with cache-prompt or save_prompt_cache"
+_MAKE_ONE = "make one with cache-prompt or save_prompt_cache"
 _CHECKSUM = ("U8", (32,))
 
 
@@ -124,7 +124,7 @@ def load_prompt_cache(
         cache = _restored(model, own, tensors)
     except (KeyError, ValueError, RecursionError, RequestError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(f"{path} is not a prompt cache of this model: {reason:.200}; {_MAKE_ANEW}") from None
+        raise CheckpointError(f"{path} is not a prompt cache of this model: {reason:.200}; {_MAKE_ONE}") from None
     if not return_metadata:
         return cache
     hidden = {"format", _FORMAT}
@@ -191,12 +191,12 @@ def _identity(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def _read_header(path: Path) -> Header:
-    header = read_whole_header(path, _MAKE_ANEW, "prompt cache of phi4_mlx")
+    header = read_whole_header(path, _MAKE_ONE, "prompt cache file")
     version = header.metadata.get(_FORMAT)
     if version is None:
-        raise CheckpointError(f"{path} is not a prompt cache of phi4_mlx; {_MAKE_ANEW}")
+        raise CheckpointError(f"{path} is not a prompt cache file; {_MAKE_ONE}")
     if version != _VERSION:
-        raise CheckpointError(f"{path} has format {version!r:.20}; only {_VERSION} is supported; {_MAKE_ANEW}")
+        raise CheckpointError(f"{path} has format {version!r:.20}; only {_VERSION} is supported; {_MAKE_ONE}")
     return header
 
 
@@ -212,7 +212,7 @@ def _read_tensors(path: Path, header: Header) -> dict[str, mx.array]:
     except (KeyError, RuntimeError, ValueError, OSError):  # MLX raises some of them if the file has changed meanwhile
         pass
     if not whole:
-        raise CheckpointError(f"{path} is damaged: its checksum is wrong; {_MAKE_ANEW}")
+        raise CheckpointError(f"{path} is damaged: its checksum is wrong; {_MAKE_ONE}")
     return {name: loaded[name] for name in names[:-1]}
 
 
@@ -266,4 +266,4 @@ def _layout(model: LanguageModel, cache: PromptCache, length: int) -> dict[str, 
 def _refuse(path: Path, what: str, without: bool, wanted_without: bool) -> NoReturn:
     named = {"adapter": "without an adapter" if without else "with an adapter" if wanted_without else ""}
     made = named.get(what) or f"with another {what}"
-    raise CheckpointError(f"{path} was made {made}, and fits no other; use the same {what}, or {_MAKE_ANEW}")
+    raise CheckpointError(f"{path} was made {made}, and fits no other; use the same {what}, or {_MAKE_ONE}")

@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path, cached: Path) -> None:
     damaged = bytearray(cached.read_bytes())
     damaged[-5000] ^= 4
     (tmp_path / "damaged").write_bytes(damaged)
-    assert "is damaged: its checksum is wrong; make it again" in run(*ask, str(tmp_path / "damaged"), code=2).stderr
+    assert "is damaged: its checksum is wrong; make one with" in run(*ask, str(tmp_path / "damaged"), code=2).stderr
     demo = ROOT / "phi4_mlx" / "demo"
     changed = tmp_path / "changed"
     changed.mkdir()

@@ -131,6 +131,34 @@ def test_save_and_load(chat: Chat, script: Script, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("typed", "file"),
+    [
+        ("my talk", "my talk.json"), ('"my talk"', "my talk.json"), ("'my talk.json'", "my talk.json"),
+        (r"my\ talk", "my talk.json"), ("it's mine", "it's mine.json"), ("v1.2", "v1.2"), ("~/talk", "home/talk.json"),
+        ("'~/a talk'", "home/a talk.json"), ("  talk  ", "talk.json"), ("notes.txt", "notes.txt"),
+        (".talk", ".talk.json"), ("日本 語", "日本 語.json"),
+    ],
+)  # fmt: skip
+def test_a_file_is_named_as_it_is_typed(typed: str, file: str, chat: Chat, script: Script, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    chat.answer("one")
+    obey(chat, f"/save {typed}")
+    assert (tmp_path / file).is_file()
+    assert str(tmp_path / file) in shown(chat)
+    chat.conversation.turns.clear()
+    obey(chat, f"/load {typed}")
+    assert questions(chat) == ["one"]
+
+
+def test_conversations_of_two_names_have_two_prompt_caches(new_chat: Callable[..., Chat], tmp_path: Path) -> None:
+    chat = new_chat(max_tokens=4)
+    for name in ("v1.2", "v1.3"):
+        chat.answer(name)
+        obey(chat, f"/save {name}")
+        assert (tmp_path / f"{name}.cache.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
     ("typed", "complaint"),
     [
         ("/ reset", "is not a command"),
@@ -140,12 +168,19 @@ def test_save_and_load(chat: Chat, script: Script, tmp_path: Path) -> None:
         ("/save a\0b", "null"),
         ("/load", "needs the name of a file"),
         ("/load nothing", "No such file or directory"),
-        ("/load broken.json", "is not JSON"),
+        ("/load broken.json", "is not a saved conversation: it is not JSON"),
+        ("/load talk.cache.safetensors", "is not a saved conversation"),
         ("/set temp nan", "temp: 'nan' is not a number from 0 to 100"),
         ("/set max-tokens 0", "max-tokens: '0' is not a whole number from 1 to"),
         ("/set seed -1", "seed: '-1' is not a whole number from 0 to"),
         ("/set top-p 1.5", "top-p: '1.5' is not a number from 0 to 1"),
-        ("/set temp", "/set temp needs a value"),
+        ("/set temp 0.5 0.6", "temp: '0.5 0.6' is not a number"),
+        ("/save folder", "'folder' is not the name of a file; give one"),
+        ("/save folder/", "'folder/' is not the name of a file"),
+        ("/save .", "'.' is not the name of a file"),
+        ("/save ~", "is not the name of a file"),
+        ('/save ""', "'' is not the name of a file"),
+        ("/load folder", "'folder' is not the name of a file"),
         ("/set colour blue", "'colour' cannot be set; these can: temp, top-p"),
         ("/model no-such-folder", "neither a folder nor a Hub id"),
     ],
@@ -154,6 +189,9 @@ def test_a_mistake_costs_a_line_and_nothing_else(
     typed: str, complaint: str, chat: Chat, script: Script, tmp_path: Path
 ) -> None:
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "talk.cache.safetensors").write_bytes(b"\0\xff")
     chat.answer("one")
     settings, shown_before = dict(chat.settings), shown(chat)
     assert shown_before
@@ -177,6 +215,10 @@ def test_set_shows_and_changes_and_goes_back(chat: Chat, script: Script) -> None
     obey(chat, "/set")
     listed = shown(chat)
     assert all(name in listed for name in SAMPLING)
+    obey(chat, "/set temp")
+    assert re.fullmatch(r"temp +0\.5 .*\n\n", shown(chat))
+    obey(chat, "/set seed -")
+    assert re.match(r"seed +- ", shown(chat))
 
 
 def test_stats_show_the_counts_of_an_answer(chat: Chat, script: Script) -> None:
@@ -296,7 +338,7 @@ def test_a_closed_terminal_or_a_crash_keeps_the_conversation(
     ending: type[BaseException], chat: Chat, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Editor:
-        def __init__(self, words: list[str], colour: bool) -> None:
+        def __init__(self, words: list[str], paths: dict[str, Any], colour: bool) -> None:
             self.read = type_lines("one", ending)
 
     monkeypatch.setattr("phi4_mlx.terminal.line_editor.LineEditor", Editor)
