@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi4_mlx.terminal.markdown import MarkdownStream, text_width
+from phi4_mlx.terminal.markdown import MarkdownStream
+from phi4_mlx.terminal.style import text_width
 
 WIDTH = 40
 SAMPLE = """# A **title** with `code`
