@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from phi4_mlx.terminal.inline import LOOKAHEAD, Piece, parse
+from phi4_mlx.terminal.highlight import Highlighter, highlighter
+from phi4_mlx.terminal.inline import LOOKAHEAD, OPENER, Piece, formula_decided, parse
 from phi4_mlx.terminal.style import RESET, sgr, styled, terminal_width
 from phi4_mlx.terminal.table import laid_out
 from phi4_mlx.terminal.wrapped_line import WrappedLine
@@ -29,7 +30,9 @@ class MarkdownStream:
     def __init__(self, write: Callable[[str], None], width: Callable[[], int] = terminal_width) -> None:
         self._write, self._width = write, width
         self._in_code = False  # inside a fence
+        self._highlight: Highlighter | None = None
         self._table: list[str] = []
+        self._formula = ""  # what closes the formula in which the cursor is
         self._line = WrappedLine(write)
         self._start_line()
 
@@ -44,6 +47,10 @@ class MarkdownStream:
                 self._begin(self._pending)
             elif self._kind in ("fence", "table"):
                 self._row.append(char)
+            elif self._kind == "highlighted":
+                self._row.append(char)
+                if len(self._row) > LOOKAHEAD:
+                    self._become("code", "".join(self._row))
             elif self._kind == "code":
                 self._write(char)
             else:
@@ -61,12 +68,13 @@ class MarkdownStream:
     def _start_line(self) -> None:
         self._kind: str | None = None
         self._pending = ""  # text whose meaning is not clear yet
-        self._row: list[str] = []  # the characters of a table's row or of a fence
+        self._row: list[str] = []  # the characters of a table's row, of a fence or of highlighted code
         self._line.start()
         self._styles: set[str] = set()
-        self._previous = " "
+        self._previous = "\n"
         self._pieces: list[Piece] = []  # from an asterisk that may still be closed
         self._waiting = 0  # characters in the pieces and in `_pending`
+        self._ending = ""  # the last two characters of an open formula
 
     def _begin(self, line: str) -> None:
         """Decides the kind of the line as soon as its first characters allow it."""
@@ -75,9 +83,18 @@ class MarkdownStream:
         undecided = len(line) < LOOKAHEAD
         if self._in_code:
             if not (undecided and FENCE.startswith(text[:3])):
-                self._become("code", RESET + sgr("code") + line)
+                if self._highlight is None:
+                    self._become("code", RESET + sgr("code") + line)
+                else:
+                    self._become_pending("highlighted")
         elif text.startswith(FENCE):
+            self._formula = ""
             self._become_pending("fence")
+        elif self._formula:
+            if not (undecided and FENCE.startswith(text)):
+                self._become("text", indent)
+                self._line.indent(indent)
+                self._rest(text)
         elif text.startswith("|"):
             self._become_pending("table")
         elif undecided and (
@@ -122,8 +139,11 @@ class MarkdownStream:
             self._start_line()
             return
         if self._kind == "fence":
-            self._write(styled("".join(self._row).strip(), "dim"))
-            self._in_code = True
+            opening = "".join(self._row).strip()
+            self._write(styled(opening, "dim"))
+            self._in_code, self._highlight = True, highlighter(opening.lstrip("`"))
+        elif self._kind == "highlighted":
+            self._write_code("".join(self._row))
         elif self._kind == "code":
             self._write(RESET)
         elif self._kind == "text":
@@ -138,22 +158,30 @@ class MarkdownStream:
         """Writes a line that ended before its kind was clear: a closing fence, a rule, a blank or very short line."""
         self._end_table()
         text = self._pending.strip()
+        self._formula = self._formula if text else ""  # an empty line ends it
         if self._in_code and text == FENCE:
             self._in_code = False
             self._write(styled(text, "dim"))
         elif self._in_code:
-            self._write(styled(self._pending, "code"))
+            self._write_code(self._pending)
         elif re.fullmatch(r"-{3,}|\*{3,}", text):
             self._write(styled("─" * min(40, self._line.columns), "dim"))
         else:
             self._write(text)
 
+    def _write_code(self, line: str) -> None:
+        """Writes a line of code that is whole."""
+        self._write(styled(line, "code") if self._highlight is None else self._highlight(line))
+
     # A line of text: styles, and wrapping between words.
 
     def _inline(self, char: str) -> None:
+        if self._formula:
+            self._in_formula(char)
+            return
         if self._mark_ends_before(char):
             self._settle(char)
-        if self._pending or self._pieces or char in "*`\\":
+        if self._pending or self._pieces or char in "*`\\$":
             self._pending += char
             self._waiting += 1
             if self._waiting >= LOOKAHEAD:
@@ -162,12 +190,21 @@ class MarkdownStream:
             self._previous = char
             self._line.put(char, self._styles)
 
+    def _in_formula(self, char: str) -> None:
+        """Writes a character of a formula of several lines."""
+        self._line.put(char, self._styles, whole=True)
+        self._ending = (self._ending + char)[-2:]
+        if self._ending.endswith(self._formula) and self._ending != "\\$":
+            self._formula, self._previous = "", char
+
     def _mark_ends_before(self, char: str) -> bool:
         """True if what is pending ends with a whole mark that may close something."""
         pending = self._pending
         last = pending[-1:]
+        if re.match(OPENER, pending):
+            return formula_decided(pending, char)
         if not pending.startswith("`"):
-            return pending[-2:-1] == "\\" or (last in ("*", "`") and char != last)
+            return pending[-2:-1] == "\\" or (last != "" and last in "*`$" and char != last)
         ticks = len(pending) - len(pending.lstrip("`"))  # in code, only as many backticks matter
         return last == "`" and char != "`" and len(pending) - len(pending.rstrip("`")) == ticks
 
@@ -180,7 +217,8 @@ class MarkdownStream:
             return
         for piece in self._pieces:
             for char in piece.text:
-                self._line.put(char, self._styles | piece.styles)
+                self._line.put(char, self._styles | piece.styles, whole=piece.formula)
+            self._formula = piece.closer
         self._pieces.clear()
         self._waiting = 0
 

@@ -8,7 +8,8 @@ from phi4_mlx.terminal.inline import CODE, LOOKAHEAD, Piece, parse
 from phi4_mlx.terminal.style import styled, text_width
 
 TABLE_RULE = re.compile(r"[\s|:-]+")
-CELL_END = re.compile(rf"\\[|`]|{CODE}|`+|\|")  # a cell ends where this matches a single pipe
+FORMULA = r"(?P<formula>\$(?![\s$])(?:\\.|[^$\\|])*(?<=\S)\$(?!\d)|\\\((?:\\[^)]|[^\\|])*\\\))"
+CELL_END = re.compile(rf"{FORMULA}|\\[|`]|{CODE}|`+|\|")  # a cell ends where this matches a single pipe
 
 
 def laid_out(rows: list[str], width: int) -> list[str]:
@@ -37,7 +38,11 @@ def _body(rows: list[str], ruled: bool, width: int) -> list[list[str]]:
 
 def _cells(row: str, styles: set[str]) -> list[str]:
     """The styled cells of a table's row; a pipe that is escaped or in code is text."""
-    parted = CELL_END.sub(lambda found: "\n" if found[0] == "|" else found[0].replace("\\|", "|"), row.strip())
+
+    def part(found: re.Match[str]) -> str:
+        return "\n" if found[0] == "|" else found["formula"] or found[0].replace("\\|", "|")
+
+    parted = CELL_END.sub(part, row.strip())
     shown = []
     for cell in parted.removeprefix("\n").removesuffix("\n").split("\n"):
         pieces: list[Piece] = []

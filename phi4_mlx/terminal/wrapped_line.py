@@ -32,9 +32,9 @@ class WrappedLine:
         """Notes an indent that was written; further rows have it too if it leaves half of the row."""
         self.column, self.hanging = len(indent), indent if len(indent) <= self.columns // 2 else ""
 
-    def put(self, char: str, styles: set[str]) -> None:
-        """Adds a character."""
-        if char in " \t":
+    def put(self, char: str, styles: set[str], whole: bool = False) -> None:
+        """Adds a character; `whole` for one that is not parted from the one before."""
+        if char in " \t" and not whole:
             self._flush_word()
             self._spaces += 1
             return
@@ -42,7 +42,7 @@ class WrappedLine:
             self._word.append(RESET + sgr(*styles))
             self._shown = frozenset(styles)
         width = char_width(char)
-        if width == 2 or self._word_width + width > self.columns - len(self.hanging):
+        if not whole and (width == 2 or self._word_width + width > self.columns - len(self.hanging)):
             self._flush_word()  # wide scripts and words longer than a line break anywhere
         self._word.append(char)
         self._word_width += width
