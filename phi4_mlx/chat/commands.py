@@ -244,7 +244,8 @@ def _set(chat: Chat, rest: str) -> None:
         chat.set(name, chat.defaults[name] if value == "-" else SAMPLING[name].parse(value))
     except argparse.ArgumentTypeError as error:
         raise RequestError(f"{name}: {error}") from None
-    _show_setting(chat, name)
+    current = chat.settings[name]
+    chat.screen.note(f"{name} is {'not set' if current is None else current}")
 
 
 def _show_setting(chat: Chat, name: str) -> None:
