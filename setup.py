@@ -35,6 +35,7 @@ setup(
         "llguidance>=1.9",
         "huggingface_hub>=0.30",
         "rich>=13.7",
+        "pygments>=2.13",
         "prompt_toolkit>=3.0.40",
         "pyyaml>=6",
         "starlette>=0.40",

@@ -315,7 +315,7 @@ class ToolLoop:
         if self.finish_reason == "length":
             return error_text(f"not run: the answer was cut after {amount(len(self.rounds[-1].ids), 'token')}")
         if self.finish_reason:
-            limit = f"{self._timeout_s} s" if self.finish_reason == "timeout" else f"{self._max_rounds} rounds"
+            limit = f"{self._timeout_s} s" if self.finish_reason == "timeout" else amount(self._max_rounds, "round")
             return error_text(f"not run: the limit of {limit} is reached")
         if problem := self._toolbox.problem(call):
             return error_text(problem)

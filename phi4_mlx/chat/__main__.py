@@ -12,7 +12,7 @@ from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from phi4_mlx.chat.commands import COMMANDS, Leave, is_command, obey
+from phi4_mlx.chat.commands import COMPLETED_PATHS, COMPLETED_WORDS, Leave, is_command, obey
 from phi4_mlx.chat.session import Chat, load_shown
 from phi4_mlx.chat.tools import Doorkeeper, add_chat_tool_options, toolbox_of
 from phi4_mlx.errors import Interruption, Phi4Error, RequestError
@@ -144,7 +144,7 @@ def talk(chat: Chat) -> None:
     """Reads and answers until the person leaves or the terminal is closed."""
     from phi4_mlx.terminal.line_editor import LineEditor
 
-    editor = LineEditor([f"/{name}" for name in COMMANDS], chat.screen.colour)
+    editor = LineEditor(COMPLETED_WORDS, COMPLETED_PATHS, chat.screen.colour)
     chat.greet()
 
     def hang_up(signal_number: int, frame: FrameType | None) -> None:

@@ -198,7 +198,8 @@ class Chat:
         elif usage.finish_reason == "max_rounds":
             self.screen.note("the last calls were not run: the model kept calling tools without an answer")
         if usage.reprefilled:
-            self.screen.note(f"{usage.reprefilled:,} tokens were run again, under the RoPE table for long texts")
+            table = f"the RoPE table for {self.conversation.cache.regime} texts"
+            self.screen.note(f"the conversation now needs {table}: {amount(usage.reprefilled, 'token')} run again")
         self.screen.end_paragraph()
 
     def rescue(self) -> str:

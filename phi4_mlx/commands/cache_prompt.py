@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from phi4_mlx.commands.prompt import prompt_messages, read_prompt, show_progress
 from phi4_mlx.errors import RequestError
+from phi4_mlx.terminal.amount import amount, size
 from phi4_mlx.terminal.command import Parser, run, text, typed, word
 from phi4_mlx.terminal.options import add_kv_bits_option, add_model_options, load_options
 
@@ -60,8 +61,8 @@ def _cache(args: argparse.Namespace) -> None:
     metadata = {"text": prompt}
     if args.system_prompt is not None:
         metadata["system_prompt"] = args.system_prompt
-    size = save_prompt_cache(file, cache, model, tokenizer, metadata)
-    print(f"{args.prompt_cache_file}: {cache.offset:,} tokens, {size:,} bytes")
+    nbytes = save_prompt_cache(file, cache, model, tokenizer, metadata)
+    print(f"{args.prompt_cache_file}: {amount(cache.offset, 'token')}, {size(nbytes)}")
 
 
 def _beginning(tokenizer: Tokenizer, prompt: str, system_prompt: str | None) -> list[int]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from phi4_mlx.commands.prompt import prompt_messages, read_prompt, show_progress
 from phi4_mlx.errors import RequestError
-from phi4_mlx.terminal.amount import amount
+from phi4_mlx.terminal.amount import amount, size
 from phi4_mlx.terminal.command import Idle, Parser, complain, run, text, typed, word
 from phi4_mlx.terminal.options import (
     add_decoding_options,
@@ -186,6 +186,6 @@ def _report(event: GenerationResponse, cached: int) -> None:
     print(
         f"{before}prompt {amount(event.prompt_tokens, 'token')}, {event.prompt_tps:.1f} tokens/s; "
         f"answer {amount(event.generation_tokens, 'token')}, {event.generation_tps:.1f} tokens/s, "
-        f"{event.finish_reason}; peak memory {event.peak_memory:.2f} GB",
+        f"{event.finish_reason}; peak memory {size(1e9 * event.peak_memory)}",
         file=sys.stderr,
     )

@@ -14,6 +14,7 @@ import stat
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from phi4_mlx.errors import Phi4Error, RequestError, message_of
@@ -222,10 +223,20 @@ def _explain(error: Exception) -> tuple[str, int]:
         reason = error.strerror or message_of(error) or type(error).__name__
         return f"{error.filename}: {reason}" if error.filename else reason, USER_MISTAKE
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("phi4_mlx"):
-        return f"{error.name} is not installed; pip install phi4-mlx installs it too", USER_MISTAKE
+        return _not_installed(str(error.name)), USER_MISTAKE
     if isinstance(error, MemoryError):
         return "out of memory; a smaller model, prompt or --max-tokens needs less", USER_MISTAKE
     return f"internal error: {type(error).__name__}: {message_of(error)}; --debug shows where", OUR_MISTAKE
+
+
+def _not_installed(library: str) -> str:
+    """The message for a missing library: the Python that has it, or the way to install it."""
+    checkout = Path(__file__).parents[2]
+    missing = f"{library} is not installed for {sys.executable}"
+    if not (checkout / "Makefile").is_file():
+        return f"{missing}; install phi4_mlx again, from its checkout: pip install ."
+    make = "" if (checkout / ".venv" / "bin" / "activate").exists() else f"make -C {checkout} chat, then "
+    return f"{missing}; {make}source {checkout}/.venv/bin/activate"
 
 
 def complain(prog: str, message: str) -> None:
