@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from phi4_mlx.errors import Phi4Error, RequestError
 from phi4_mlx.terminal.command import INTERRUPTED, OUR_MISTAKE, USER_MISTAKE, Parser, number, run, word
 from phi4_mlx.terminal.limits import MAX_TOKENS_LIMIT
-from phi4_mlx.terminal.options import add_model_options
+from phi4_mlx.terminal.options import add_model_options, add_overflow_option
 
 if TYPE_CHECKING:
     from phi4_mlx.server.engine.engine import Settings
@@ -63,6 +63,7 @@ def _parser() -> Parser:
         type=number(int, 1, MAX_TOKENS_LIMIT),
         help="longest answer where a client sets no limit (default: as long as fits)",
     )
+    add_overflow_option(parser)
     parser.add_argument(
         "--decode-concurrency", type=number(int, 1, 1024), default=32, help="answers generated at a time (default: 32)"
     )
@@ -258,7 +259,10 @@ def _guard(
     from phi4_mlx.server.service import Service
 
     models = {served.name: None} | {adapter: adapter for adapter in served.settings.adapters}
-    service = Service(supervisor, served.tokenizer, models, served.vocabulary, args.timeout, args.max_tokens, grammars)
+    service = Service(
+        supervisor, served.tokenizer, models, served.vocabulary, args.timeout, args.max_tokens, grammars,
+        args.context_overflow,
+    )  # fmt: skip
     hosts = None if key is not None and not is_loopback(args.host) else (*LOOPBACK_NAMES, args.host.lower())
     return Guard(App(service).starlette(), key, hosts, tuple(args.allowed_origins))
 

@@ -143,6 +143,19 @@ def add_decoding_options(parser: Parser) -> None:
     )
 
 
+def add_overflow_option(parser: Parser) -> None:
+    """Adds `--context-overflow`."""
+    parser.add_argument(
+        "--context-overflow",
+        choices=("stop", "oldest"),
+        default="stop",
+        help="where a conversation no longer fits the context: stop refuses the question; oldest leaves out the oldest "
+        "turns, several at a time, and keeps the system prompt, the tools and room for an answer of --max-tokens, at "
+        "most half of the context (a quarter where there is no limit). An answer itself ends where the context does "
+        "(default: %(default)s)",
+    )
+
+
 def check_decoding_options(args: argparse.Namespace) -> None:
     """Checks that no decoding option cancels another.
 
