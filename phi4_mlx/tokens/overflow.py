@@ -1,9 +1,10 @@
 """Context overflow: the oldest turns of a conversation that is too long fall out.
 
 A turn is a user message, the system messages right before it, and everything up to the next turn. The system messages
-at the beginning belong to no turn and stay, as does the last turn. Turns fall out in strides: the first one that is
-kept holds a token whose number among those of all turns is a multiple of the stride. Consecutive prompts of a growing
-conversation therefore mostly begin alike, and a prompt cache serves them. The rule depends on the messages alone.
+at the beginning belong to no turn and stay, as does the last turn. Turns fall out in strides: what is kept begins with
+the first turn after a multiple of the stride, counted in the tokens of all turns, or with a turn as long as a stride.
+So the prompts of a growing conversation mostly begin alike, and a prompt cache serves them. The rule depends on the
+messages and the limits alone.
 """
 
 from __future__ import annotations
@@ -98,10 +99,13 @@ def _stride(context: int, room: int) -> int:
 
 
 def _first_kept(lengths: Sequence[int], excess: int, stride: int) -> int:
-    """The first turn that has `excess` tokens before it and holds a multiple of the stride; else the last turn."""
-    before = 0
-    for number, length in enumerate(lengths[:-1]):
-        if before >= excess and -before % stride < length:
-            return number
-        before += length
+    """The first turn where a stride allows a start and `excess` tokens come before; the last turn if there is none."""
+    while stride:
+        before = lengths[0]
+        for number in range(1, len(lengths) - 1):
+            passed = before // stride > (before - lengths[number - 1]) // stride
+            if before >= excess and (passed or lengths[number] >= stride):
+                return number
+            before += lengths[number]
+        stride //= 2  # a last turn of over half the room may leave too little for a whole stride
     return len(lengths) - 1

@@ -80,6 +80,20 @@ def test_a_turn_that_just_fits_stays() -> None:
     assert talk.keep(64 * 3 + 9, 10) == ([*range(128, 256)], 2)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "dropped"),
+    [
+        ([10, 700, 10, 10, 265], 1),  # the long turn still fits
+        ([10, 900, 10, 10, 200], 2),  # it does not, and those after it do
+        ([10, 200, 10, 10, 10, 900], 2),  # so does what a long question leaves room for
+        ([10, 950, 10, 10, 10, 970], 4),
+        ([10, 950, 10, 10, 10, 1_010], 5),
+    ],
+)
+def test_a_long_turn_falls_out_alone(sizes: list[int], dropped: int) -> None:
+    assert Conversation(sizes, 0).keep(1_000, 10)[1] == dropped
+
+
 def test_a_question_that_grows_only_drops_more() -> None:
     talk = Conversation([50] * 40, 20)
     starts = [talk.keep(1_000, 100, after)[1] for after in range(0, 900, 7)]
@@ -145,12 +159,17 @@ def test_the_server_reads_what_a_new_conversation_of_the_kept_turns_would(
     lengths = [len(prompt(n)) for n in range(len(turns))]
     room = context - answer_room(context, max_tokens)
     before = [lengths[0] - length for length in lengths]
-    question = tokenizer.chat_format.length(tokenizer, turns[-1])
-    most = min(context / 4, (room - (lengths[-1] - question)) / 2)
+    most = min(context / 4, (room - (lengths[-1] - tokenizer.chat_format.length(tokenizer, turns[-1]))) / 2)
+    expected = 0 if lengths[0] <= room else len(turns) - 1
     stride = 2 ** math.floor(math.log2(max(most, 1)))
-    holds = [any(token % stride == 0 for token in range(*span)) for span in pairwise(before)]
-    fitting = [n for n, length in enumerate(lengths[:-1]) if length <= room and holds[n]]
-    expected = (fitting or [len(turns) - 1])[0]
+    while expected == len(turns) - 1 > 0 and stride >= 1:
+        after = [
+            min((at for at in before if at >= multiple), default=-1)
+            for multiple in range(stride, before[-1] + 1, stride)
+        ]
+        long = [at for at, end in pairwise(before) if end - at >= stride]
+        found = [n for n in range(1, len(turns) - 1) if lengths[n] <= room and before[n] in (*after, *long)]
+        expected, stride = (found or [expected])[0], stride // 2
 
     ask = Ask("m", messages=[*system, *chain.from_iterable(turns)], tools=tools, max_tokens=max_tokens)
     ask = replace(ask, tool_choice="auto" if tools else "none")

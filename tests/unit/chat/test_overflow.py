@@ -56,7 +56,8 @@ def fresh(conversation: Conversation, question: str, max_tokens: int = 8) -> lis
 
 @pytest.mark.slow
 def test_a_chat_of_three_contexts_goes_on_as_a_new_one_of_the_kept_turns(conversation: Conversation) -> None:
-    asked, read = 0, []
+    asked, served = 0, 0
+    read: list[int] = []
     while asked < 3 * CONTEXT:
         question = f"question {len(conversation.turns)} {'x' * 80}"
         answer = ask(conversation, question)
@@ -64,11 +65,12 @@ def test_a_chat_of_three_contexts_goes_on_as_a_new_one_of_the_kept_turns(convers
         if len(conversation.turns) % 7 == 0 or conversation.dropped not in read:  # others take as long
             assert answer == fresh(conversation, question)
         read.append(conversation.dropped)
+        served += conversation.usage.cached_tokens > conversation.usage.prompt_tokens / 2
         assert conversation.usage.prompt_tokens + 8 <= CONTEXT
     assert len(read) == len(conversation.turns) >= 30 and conversation.turns[0].question.startswith("question 0 ")
     assert read == sorted(read) and 5 < len(set(read)) < len(read) / 2  # several turns at a time
     assert conversation.ids()[:11] == [SYSTEM, *encode("be brief"), END, USER]
-    assert conversation.usage.cached_tokens > 500  # between two moves of the start, the cache serves
+    assert served > len(read) / 2  # between two moves of the start, the cache serves
 
 
 def test_by_default_a_full_context_refuses_and_names_the_way_on(conversation: Conversation) -> None:
@@ -212,7 +214,7 @@ def test_the_chat_says_once_that_turns_are_left_out(rolling: Chat, script: Scrip
         said.append("is full" in shown(chat))
     assert said.count(True) == 1 and said.index(True) == 10
     notes = chat.screen.notes  # type: ignore[attr-defined]
-    assert FULL.format(2, 11) in notes
+    assert FULL.format(3, 11) in notes
 
     obey(chat, "/stats")
     dropped = chat.conversation.dropped
@@ -234,7 +236,7 @@ def test_a_saved_chat_goes_on_with_the_cache_of_the_turns_it_kept(
     rolling: Chat, new_chat: Callable[..., Chat], tmp_path: Path
 ) -> None:
     rolling.set("max-tokens", 8)
-    for number in range(13):
+    for number in range(12):
         rolling.answer(f"{number:02} {'x' * 77}")
     obey(rolling, "/save talk")
     chat = new_chat()
@@ -257,7 +259,7 @@ def test_without_a_person_the_line_goes_where_the_caller_says(new_chat: Callable
     chat = Chat(first.screen, first.conversation, "demo", first.settings, person=False, warn=lines.append)
     for _ in range(20):
         chat.answer("x" * 80)
-    assert lines == [FULL.format(2, 11)] and "is full" not in shown(chat)
+    assert lines == [FULL.format(3, 11)] and "is full" not in shown(chat)
 
 
 def test_a_cut_at_the_end_of_the_context_is_no_fault_of_max_tokens(
