@@ -18,6 +18,7 @@ from phi4_mlx.chat.tools import Doorkeeper, add_chat_tool_options, toolbox_of
 from phi4_mlx.errors import Interruption, Phi4Error, RequestError
 from phi4_mlx.files.regular_file import SMALL_BYTES
 from phi4_mlx.terminal.command import (
+    Idle,
     Parser,
     complain,
     read_standard_input,
@@ -32,6 +33,7 @@ from phi4_mlx.terminal.options import (
     SAMPLING,
     add_decoding_options,
     add_model_options,
+    add_overflow_option,
     add_sampling_options,
     cache_options,
     check_decoding_options,
@@ -72,6 +74,8 @@ def _parser() -> Parser:
     )
     add_sampling_options(parser, max_tokens=2048)
     add_decoding_options(parser)
+    add_overflow_option(parser)
+    parser.idle.append(Idle(("context_overflow",), lambda args: args.prompt is not None, "with --prompt: one question"))
     return parser
 
 
@@ -113,8 +117,9 @@ def _open(args: argparse.Namespace, screen: Screen, person: bool, toolbox: Toolb
     model, tokenizer = load_shown(screen, name, load_options(args))
     draft = None if args.draft_model is None else load(args.draft_model)[0]
     conversation = Conversation(
-        model, tokenizer, args.system_prompt, toolbox, cache_options=CacheOptions(**cache_options(args))
-    )
+        model, tokenizer, args.system_prompt, toolbox,
+        cache_options=CacheOptions(**cache_options(args)), overflow=args.context_overflow,
+    )  # fmt: skip
     conversation.check_tools()
     return Chat(
         screen,
@@ -126,6 +131,7 @@ def _open(args: argparse.Namespace, screen: Screen, person: bool, toolbox: Toolb
         draft=draft,
         grammar=grammar,
         approve=None if args.allow_tools else Doorkeeper(screen.ask),
+        warn=partial(complain, PROG),
     )
 
 

@@ -151,6 +151,7 @@ def _load(chat: Chat, rest: str) -> None:
             path = Path(_named(rest)).absolute()  # a file that was renamed
     conversation = chat.conversation
     conversation.system, conversation.turns = transcript.load(path, conversation.tokenizer)
+    conversation.dropped = 0
     chat.saved_as = path
     chat.screen.note(f"loaded {amount(len(conversation.turns), 'turn')} from {path}{_load_cache(chat, path)}")
     if conversation.turns:
@@ -168,8 +169,9 @@ def _save_cache(chat: Chat, path: Path) -> str:
     if not cache.offset:
         return ""
     drawn = json.dumps([_replies(turn) for turn in conversation.turns])
+    metadata = {"replies": drawn, "dropped": str(conversation.dropped)}
     try:
-        nbytes = save_prompt_cache(beside, cache, conversation.model, conversation.tokenizer, {"replies": drawn})
+        nbytes = save_prompt_cache(beside, cache, conversation.model, conversation.tokenizer, metadata)
     except (Phi4Error, OSError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
         return f"; the prompt cache is not saved, and /load will prefill again: {reason}"
@@ -191,7 +193,7 @@ def _load_cache(chat: Chat, path: Path) -> str:
             raise RequestError(f"{beside} was made with another --kv-bits or --max-kv-size than this chat")
     except Phi4Error as error:
         return f"; the next prompt is prefilled again: {error}"
-    conversation.cache = cache
+    conversation.cache, conversation.dropped = cache, int(metadata.get("dropped", 0))
     replies = json.loads(metadata.get("replies", "[]"))
     for at, (turn, drawn) in enumerate(zip(conversation.turns, replies, strict=False)):  # a file may have been edited
         conversation.turns[at] = _as_drawn(tokenizer, turn, drawn)
@@ -267,10 +269,11 @@ def _tools(chat: Chat, rest: str) -> None:
 
 def _stats(chat: Chat, rest: str) -> None:
     conversation, usage = chat.conversation, chat.conversation.usage
-    tokens, turns = len(conversation.ids()), amount(len(conversation.turns), "turn")
+    kept = amount(len(conversation.turns[conversation.dropped :]), "turn")
+    left_out = f", without the oldest {conversation.dropped:,}" if conversation.dropped else ""
     lines = [
         f"model        {chat.model_name}, chat format {conversation.tokenizer.chat_format.name}",
-        f"context      {tokens:,} of {conversation.context:,} tokens, in {turns}",
+        f"context      {len(conversation.ids()):,} of {conversation.context:,} tokens, in {kept}{left_out}",
     ]
     if usage.answer_tokens:
         new = usage.prompt_tokens - usage.cached_tokens

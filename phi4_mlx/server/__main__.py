@@ -29,7 +29,7 @@ from phi4_mlx.terminal.command import (
     word,
 )
 from phi4_mlx.terminal.limits import MAX_TOKENS_LIMIT
-from phi4_mlx.terminal.options import add_model_options, add_tool_options
+from phi4_mlx.terminal.options import add_model_options, add_overflow_option, add_tool_options
 
 if TYPE_CHECKING:
     from phi4_mlx.server.engine.engine import Settings
@@ -85,6 +85,7 @@ def _parser() -> Parser:
         type=number(int, 1, MAX_TOKENS_LIMIT),
         help="longest answer where a client sets no limit (default: as long as fits)",
     )
+    add_overflow_option(parser)
     parser.add_argument(
         "--decode-concurrency", type=number(int, 1, 1024), default=32, metavar="N", help="answers generated at a time"
     )
@@ -334,15 +335,9 @@ def _guard(
 
     models = {served.name: None} | {adapter: adapter for adapter in served.settings.adapters}
     service = Service(
-        supervisor,
-        served.tokenizer,
-        models,
-        served.vocabulary,
-        args.timeout,
-        args.max_tokens,
-        grammars,
-        kind=served.kind,
-    )
+        supervisor, served.tokenizer, models, served.vocabulary, args.timeout, args.max_tokens, grammars, served.kind,
+        args.context_overflow,
+    )  # fmt: skip
     hosts = None if key is not None and not is_loopback(args.host) else (*LOOPBACK_NAMES, args.host.lower())
     return Guard(App(service, ServerTools(toolbox)).starlette(), key, hosts, tuple(args.allowed_origins))
 

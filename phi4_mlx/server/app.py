@@ -127,7 +127,8 @@ class App:
     async def count_tokens(self, request: Request) -> Response:
         """The length in tokens of a prompt of /v1/messages."""
         ask = await self._parse(messages_api.parse, await request.body())
-        return _json({"input_tokens": len((await self.service.prompts(ask, must_fit=False))[0])})
+        _, (prompt,) = await self.service.prompts(ask, must_fit=False)
+        return _json({"input_tokens": len(prompt)})
 
     async def embeddings(self, request: Request) -> Response:
         """Refused: this model makes no embeddings."""
@@ -155,8 +156,8 @@ class App:
 
         async def route(request: Request) -> Response:
             entry = entry_of(request.scope)
-            ask = entry.ask = await self._parse(parse, await request.body())
-            prompts = await self.service.prompts(ask)
+            entry.ask = ask = await self._parse(parse, await request.body())
+            ask, prompts = await self.service.prompts(ask)
             entry.prompt_tokens = sum(map(len, prompts))
             jobs, ignored = await self.service.jobs(ask, prompts)
             items = entry.observed(self.service.answers(ask, jobs))

@@ -112,6 +112,21 @@ class ChatFormat:
             ids.pop()
         ids += encoded
 
+    def length(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> int:
+        """The tokens that messages take in a conversation.
+
+        A prompt is encoded piece by piece between its control tokens, so the lengths of its messages add up.
+
+        Args:
+            tokenizer: as in `render`.
+            messages: as in `render`.
+
+        Raises:
+            RequestError: as in `render`.
+            TokenizerError: as in `render`.
+        """
+        return len(tokenizer.encode_pieces(self._turns(self._checked(messages))))
+
     def own_words(self, tokenizer: Tokenizer, ids: Sequence[int]) -> list[bool]:
         """Marks the ids that the model generates: the assistant's turns, each with its end marker.
 
