@@ -163,6 +163,8 @@ def add_tool_options(parser: Parser, purpose: str) -> None:
         "--mcp", type=word, action="append", default=[], metavar="COMMAND",
         help=f"an MCP server to start, whose tools {purpose}; may be repeated; needs the package mcp",
     )  # fmt: skip
+
+
 def add_overflow_option(parser: Parser) -> None:
     """Adds `--context-overflow`."""
     parser.add_argument(
@@ -171,8 +173,7 @@ def add_overflow_option(parser: Parser) -> None:
         default="stop",
         help="where a conversation no longer fits the context: stop refuses the question; oldest leaves out the oldest "
         "turns, several at a time, and keeps the system prompt, the tools and room for an answer of --max-tokens, at "
-        "most half of the context (a quarter where there is no limit). An answer itself ends where the context does "
-        "(default: %(default)s)",
+        "most half of the context (a quarter where there is no limit). An answer itself ends where the context does",
     )
 
 
