@@ -39,6 +39,9 @@ import { Signal } from "./signal.js";
 
 const TITLE_CHARS = 60;
 
+/** The conversations that are being answered in this tab. @type {Set<Conversation>} */
+export const answering = new Set();
+
 /** Another conversation is on the page. @type {Signal} */
 export const opened = new Signal();
 
@@ -92,11 +95,17 @@ export function adopt(stored) {
   adopted.tell(current);
 }
 
-/** Shows the conversation that this tab showed before a reload, or a new one. */
-export async function reopen() {
-  const id = recall("sessionStorage", "open", "");
-  open((id && (await store.load(id).catch(() => null))) || fresh());
+/**
+ * Shows a stored conversation, or a new one if there is none with that id. One that is being answered goes on.
+ * @param {string} id
+ */
+export async function openById(id) {
+  const live = [...answering].find((it) => it.id === id);
+  open(live ?? (await store.load(id).catch(() => null)) ?? fresh());
 }
+
+/** Shows the conversation that this tab showed before a reload, or a new one. */
+export const reopen = () => openById(recall("sessionStorage", "open", ""));
 
 /** The first line of a question as a title. */
 export function titleOf(text) {

@@ -1,6 +1,6 @@
 /** An exchange: questions, answers and tool calls of one conversation, as they happen. Knows nothing of the page. */
 import { eventsOf, request } from "./api.js";
-import { save, titleOf } from "./conversation.js";
+import { answering, save, titleOf } from "./conversation.js";
 import { options, sampling } from "./options.js";
 import { runTool, tools } from "./server_tools.js";
 import { Signal } from "./signal.js";
@@ -38,6 +38,7 @@ export class Exchange {
   running = new Set();
 
   #controller = null;
+  #done = Promise.resolve();
   #rounds = 0;
 
   /** @param {Conversation} conversation */
@@ -52,12 +53,17 @@ export class Exchange {
 
   /** Asks a question; while an answer is being generated, the question waits for its end. */
   async ask(text) {
+    this.conversation.queued.push(text);
+    this.#note();
+    if (!this.busy) await this.askNext();
+  }
+
+  /** Asks the first waiting question. Calls that the user has not decided on are declined. */
+  async askNext() {
     const { conversation } = this;
-    if (this.busy) {
-      conversation.queued.push(text);
-      return this.#note();
-    }
-    this.#declineRest();
+    if (this.busy || !conversation.queued.length) return;
+    for (const call of this.pending) this.#giveResult(call, DECLINED, true);
+    const text = conversation.queued.shift();
     conversation.messages.push({ role: "user", content: text });
     conversation.title ||= titleOf(text);
     await this.#go();
@@ -73,19 +79,26 @@ export class Exchange {
   /** Replaces a question and everything after it. */
   async replace(question, text) {
     await this.stop();
-    const { messages } = this.conversation;
+    const { messages, queued } = this.conversation;
     const at = messages.indexOf(question);
     if (at >= 0) messages.length = at;
-    await this.ask(text);
+    queued.unshift(text);
+    await this.askNext();
   }
 
-  /** Answers the last question, or goes on from the last results, again. */
-  async retry(temperature) {
+  /** Replaces the last answer by another one. */
+  async again(temperature) {
     if (this.busy) return;
     const { messages } = this.conversation;
-    if (messages.at(-1)?.role === "assistant") messages.pop();
-    if (messages.length) await this.#go(temperature);
-    else await this.#next();
+    const at = messages.findLastIndex((it) => it.role === "assistant");
+    if (at >= 0 && (at === messages.length - 1 || this.pending.length)) messages.length = at;
+    await this.#go(temperature);
+  }
+
+  /** Does again what has failed or was broken off. */
+  async resume() {
+    if (this.pending.length) await this.#go();
+    else await this.again();
   }
 
   /** Stops the answer and the tools that run; what has come so far is kept. */
@@ -103,14 +116,12 @@ export class Exchange {
     return (messages[at].tool_calls ?? []).filter((call) => !results.some((it) => it.tool_call_id === call.id));
   }
 
-  /** Runs a call; goes on when it was the last without a result. */
+  /** Runs a call; goes on when it was the last without a result. `always` allows this tool in this conversation. */
   async run(call, always = false) {
     const { allowed } = this.conversation;
-    if (always && !allowed.includes(call.function.name)) allowed.push(call.function.name);
-    this.#rounds = 0;
     if (this.busy || !this.pending.includes(call)) return;
-    await this.#work((signal) => this.#runOne(call, signal));
-    await this.#continue();
+    if (always && !allowed.includes(call.function.name)) allowed.push(call.function.name);
+    if (await this.#work((signal) => this.#runOne(call, signal))) await this.#continue();
   }
 
   /** Answers a call with a result that says that the user declined. */
@@ -121,50 +132,41 @@ export class Exchange {
     await this.#continue();
   }
 
-  #done = Promise.resolve();
-
-  /** Does work that the user can stop. Afterwards, a waiting question is asked. */
+  /** Does work that the user can stop; true if it came to its end. */
   async #work(work) {
     this.#controller = new AbortController();
+    answering.add(this.conversation);
     this.problem = "";
     this.changed.tell();
     const { signal } = this.#controller;
-    this.#done = (async () => {
-      try {
-        await work(signal);
-      } catch (error) {
-        if (!signal.aborted) this.problem = error.message;
-      }
-      this.#controller = null;
-      this.running.clear();
-      this.#note();
-    })();
+    this.#done = work(signal).catch((error) => {
+      if (!signal.aborted) this.problem = error.message;
+    });
     await this.#done;
+    this.#controller = null;
+    answering.delete(this.conversation);
+    this.running.clear();
+    this.#note();
     return !signal.aborted && !this.problem;
   }
 
+  /** Requests answers and runs the calls in them that the user has allowed, then asks the next waiting question. */
   async #go(temperature) {
     this.#rounds = 0;
     const well = await this.#work(async (signal) => {
-      do await this.#receive(signal, temperature);
-      while (await this.#runAllowed(signal));
+      let more = !this.pending.length || (await this.#runAllowed(signal));
+      for (; more; more = await this.#runAllowed(signal)) await this.#receive(signal, temperature);
     });
-    if (well) await this.#next();
+    if (well && !this.pending.length) await this.askNext();
   }
 
-  /** Goes on once each call has a result. */
+  /** Goes on if each call has a result or is allowed. */
   async #continue() {
-    if (this.problem || this.conversation.messages.at(-1)?.role !== "tool" || this.pending.length) return;
-    await this.#go();
+    const { allowed } = this.conversation;
+    if (this.pending.every((call) => allowed.includes(call.function.name))) await this.#go();
   }
 
-  /** Asks the first waiting question. */
-  async #next() {
-    if (!this.conversation.queued.length || this.pending.length) return;
-    await this.ask(this.conversation.queued.shift());
-  }
-
-  /** Runs the calls that the user has allowed; true if then each call has a result. */
+  /** Runs the calls that the user has allowed; true if then each call of the last answer has a result. */
   async #runAllowed(signal) {
     const calls = this.pending.filter((call) => this.conversation.allowed.includes(call.function.name));
     if (!calls.length || ++this.#rounds > ROUNDS) return false;
@@ -183,10 +185,6 @@ export class Exchange {
 
   #giveResult(call, content, failed) {
     this.conversation.messages.push({ role: "tool", tool_call_id: call.id, content, failed });
-  }
-
-  #declineRest() {
-    for (const call of this.pending) this.#giveResult(call, DECLINED, true);
   }
 
   /** Requests an answer and keeps what comes of it, even if it breaks off. */
@@ -229,6 +227,7 @@ export class Exchange {
     }
   }
 
+  /** A request for the next answer; one at another temperature leaves the seed out, or it might be the same again. */
   #body(temperature) {
     const system = options.system.trim() ? [{ role: "system", content: options.system }] : [];
     const messages = this.conversation.messages.map(({ role, content, tool_calls, tool_call_id }) => ({
@@ -238,7 +237,7 @@ export class Exchange {
       model: options.model,
       messages: [...system, ...messages],
       ...sampling(),
-      ...(temperature !== undefined && { temperature }),
+      ...(temperature !== undefined && { temperature, seed: undefined }),
       ...(options.tools && tools.length && { tools }),
       stream: true,
       stream_options: { include_usage: true },

@@ -1,22 +1,28 @@
 /** The log: the turns of the conversation on the page, the questions that wait, and what went wrong. */
 import { adopted, current, fresh, open, opened, save, unsaved } from "./conversation.js";
-import { $, iconButton, make } from "./dom.js";
+import { $, icon, iconButton, make } from "./dom.js";
 import { exchangeOf } from "./exchange.js";
 import { notice, tell } from "./notice.js";
 import { options } from "./options.js";
 import { AnswerView, QuestionView } from "./turns.js";
 
 const WARM = 0.8; // at temperature 0 another answer would be the same
+const NEAR = 40; // pixels from the end at which the view follows it
 
 /** @type {Map<object, QuestionView | AnswerView>} the views on the page by message */
-let views = new Map();
+const views = new Map();
 let pinned = true; // the view is at the end of the log, and follows it
 let forget = []; // ends of the listeners to the exchange on the page
-let editQuestion = () => {};
 
-/** Shows conversations from now on; `edit` begins to edit a question. */
-export function bindLog(edit) {
-  editQuestion = edit;
+/** @type {{edit: (question: object) => void, takeBack: (text: string) => void}} */
+let composer;
+
+/**
+ * Shows conversations from now on.
+ * @param {typeof composer} hands what the composer does with a question
+ */
+export function bindLog(hands) {
+  composer = hands;
   opened.listen(showConversation);
   adopted.listen((conversation) => draw(exchangeOf(conversation)));
   unsaved.listen((error) => tell(error.message, { bad: true, action: "Retry", run: () => save() }));
@@ -32,6 +38,12 @@ export function toLatest() {
   follow();
 }
 
+/** Begins a new conversation. */
+export function newConversation() {
+  if (current.messages.length || current.queued.length || current.draft) open(fresh());
+  $("input").focus();
+}
+
 function showConversation(conversation) {
   const exchange = exchangeOf(conversation);
   forget.forEach((end) => end());
@@ -39,7 +51,7 @@ function showConversation(conversation) {
     exchange.changed.listen(() => draw(exchange)),
     exchange.grown.listen((message) => views.get(message)?.drawSoon()),
   ];
-  views = new Map();
+  views.clear();
   $("log").replaceChildren();
   tell("");
   pinned = true;
@@ -49,62 +61,54 @@ function showConversation(conversation) {
 /** Makes the log equal to the conversation; a turn that stays keeps its element. */
 function draw(exchange) {
   const { messages, queued } = exchange.conversation;
-  const shown = messages.filter((it) => it.role !== "tool"); // a call shows its result
+  const turns = messages.filter((it) => it.role !== "tool"); // a call shows its result
+  const kept = new Set(turns);
   for (const [message, view] of views) {
-    if (shown.includes(message)) continue;
+    if (kept.has(message)) continue;
     view.element.remove();
     views.delete(message);
   }
-  for (const message of shown) {
+  for (const message of turns) {
     if (!views.has(message)) {
       views.set(message, viewOf(message, exchange));
       $("log").append(views.get(message).element);
     }
     views.get(message).draw();
   }
-  $("empty").hidden = Boolean(shown.length || queued.length);
+  $("empty").hidden = Boolean(turns.length || queued.length);
+  document.body.classList.toggle("busy", exchange.busy);
+  $("log").ariaBusy = String(exchange.busy); // a screen reader waits for the complete answer
   drawQueue(exchange);
-  drawBusy(exchange);
   drawProblem(exchange);
   follow();
 }
 
 function viewOf(message, exchange) {
-  const temperature = Math.max(Number(options.temperature) || 0, WARM);
-  const actions = { edit: editQuestion, again: () => exchange.retry(temperature), drawn: follow };
-  return message.role === "user" ? new QuestionView(message, actions) : new AnswerView(message, actions, exchange);
+  if (message.role === "user") return new QuestionView(message, composer.edit);
+  const again = () => exchange.again(Math.max(Number(options.temperature) || 0, WARM));
+  return new AnswerView(message, exchange, { again, drawn: follow });
 }
 
 function drawQueue(exchange) {
-  const { queued } = exchange.conversation;
-  $("queue").replaceChildren(...queued.map((text, i) => {
-    const back = iconButton("close", "Take back", () => {
-      $("input").value ||= exchange.takeBack(i);
-      $("input").dispatchEvent(new Event("input"));
-      $("input").focus();
-    });
-    return make("li", {}, make("span.text", {}, text), make("span.note", {}, "waits"), back);
-  }));
-  $("queue").hidden = !queued.length;
-}
-
-function drawBusy({ busy }) {
-  document.body.classList.toggle("busy", busy);
-  $("log").ariaBusy = String(busy); // a screen reader waits for the complete answer
+  const { busy, conversation: { queued } } = exchange;
+  const items = queued.map((text, i) => {
+    const back = iconButton("close", "Take back", () => composer.takeBack(exchange.takeBack(i)));
+    return make("li", {}, icon("queue"), make("span", {}, text), back);
+  });
+  const next = make("button.plain", { type: "button", onclick: () => exchange.askNext() }, "Send now");
+  if (!busy && items.length) items[0].lastChild.before(next);
+  $("queue").replaceChildren(...items);
+  $("queue").hidden = !items.length;
 }
 
 function drawProblem(exchange) {
-  const { problem, busy, conversation: { messages, queued } } = exchange;
+  const { problem, busy, conversation: { messages } } = exchange;
+  const resume = () => exchange.resume();
   const last = messages.at(-1);
-  if (problem) return tell(problem, { bad: true, action: "Retry", run: () => exchange.retry() });
-  if (busy) return tell("");
-  if (last?.role === "user") return tell("The last question has no answer.", { action: "Ask again", run: () => exchange.retry() });
-}
-
-/** Begins a new conversation. */
-export function newConversation() {
-  if (current.messages.length || current.queued.length || current.draft) open(fresh());
-  $("input").focus();
+  if (busy) tell("");
+  else if (problem) tell(problem, { bad: true, action: "Retry", run: resume });
+  else if (last?.role === "user") tell("The last question has no answer.", { action: "Ask again", run: resume });
+  else if (last?.finish === "") tell("The page was closed during this answer.", { action: "Answer again", run: resume });
 }
 
 function follow() {
@@ -113,6 +117,6 @@ function follow() {
 
 function watchScroll() {
   const { scrollTop, scrollHeight, clientHeight } = $("scroller");
-  pinned = scrollHeight - scrollTop - clientHeight < 40;
+  pinned = scrollHeight - scrollTop - clientHeight < NEAR;
   $("latest").hidden = pinned;
 }

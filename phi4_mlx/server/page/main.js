@@ -1,5 +1,5 @@
 /** The page's start: makes each part work, then shows the conversation of this tab. */
-import { ask, bindComposer, edit } from "./composer.js";
+import { addToDraft, ask, bindComposer, edit } from "./composer.js";
 import { connect, reopen } from "./conversation.js";
 import { $ } from "./dom.js";
 import { recall, keep } from "./local.js";
@@ -28,7 +28,7 @@ const store = {
 
 async function start() {
   bindNotice();
-  bindLog(edit);
+  bindLog({ edit, takeBack: addToDraft });
   bindComposer();
   bindSettings(connectServer);
   bindModels();

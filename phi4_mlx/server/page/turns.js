@@ -6,14 +6,6 @@ import { MarkdownView } from "./markdown.js";
 /** @typedef {import("./conversation.js").ToolCall} ToolCall */
 /** @typedef {import("./exchange.js").Exchange} Exchange */
 
-/**
- * What the user can do with a turn.
- * @typedef {object} Actions
- * @property {(question: Message) => void} edit
- * @property {() => void} again asks for another answer
- * @property {() => void} drawn an answer has been drawn anew
- */
-
 const ENDS = {
   length: "cut off at the token limit",
   stopped: "stopped",
@@ -25,9 +17,9 @@ const ENDS = {
 export class QuestionView {
   /**
    * @param {Message} message
-   * @param {Actions} actions
+   * @param {(question: Message) => void} edit
    */
-  constructor(message, { edit }) {
+  constructor(message, edit) {
     const button = iconButton("edit", "Edit and send again", () => edit(message), ".edit");
     const text = make("div.text", {}, message.content);
     this.element = make("article.turn.question", { ariaLabel: "You" }, text, button);
@@ -40,10 +32,10 @@ export class QuestionView {
 export class AnswerView {
   /**
    * @param {Message} message
-   * @param {Actions} actions
    * @param {Exchange} exchange
+   * @param {{again: () => void, drawn: () => void}} actions asks for another answer; the view has changed its size
    */
-  constructor(message, { again, drawn }, exchange) {
+  constructor(message, exchange, { again, drawn }) {
     this.message = message;
     this.exchange = exchange;
     this.thought = new ThoughtView();
@@ -146,7 +138,7 @@ class CallView {
 }
 
 function panel(title, text) {
-  return [make("h3", {}, title), make("pre", { tabIndex: 0, ariaLabel: title, role: "region" }, text)];
+  return [make("h3", {}, title), make("pre", { tabIndex: 0, ariaLabel: title, role: "group" }, text)];
 }
 
 /** The buttons with which the user decides on a call. */
