@@ -132,7 +132,9 @@ class App:
         return self._refusal(request, error, {"x-should-retry": "false"})  # clients retry any other 5xx
 
     def _model_json(self, name: str) -> JsonObject:
-        return {"id": name, "object": "model", "created": self.created, "owned_by": "phi4_mlx"}
+        """A model in OpenAI's form, and what the page fits itself to."""
+        fitting = {"context_length": self.service.supervisor.longest, "kind": self.service.kind}
+        return {"id": name, "object": "model", "created": self.created, "owned_by": "phi4_mlx", **fitting}
 
     def _completion(self, ask: Ask, created: int, prompt_tokens: int) -> Answer:
         decode = self.service.tokenizer.decode
