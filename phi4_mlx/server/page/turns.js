@@ -10,7 +10,7 @@ const ENDS = {
   length: "cut off at the token limit",
   stopped: "stopped",
   error: "broken off",
-  interrupted: "interrupted: the page was closed",
+  interrupted: "not complete",
 };
 
 /** A question. */
@@ -129,7 +129,8 @@ class CallView {
     const result = messages.find((it) => it.role === "tool" && it.tool_call_id === this.call.id);
     const running = this.exchange.running.has(this.call.id);
     const asks = !this.exchange.busy && this.exchange.pending.includes(this.call);
-    this.state.textContent = running ? "running…" : asks ? "wants to run" : result?.failed ? "failed" : "";
+    this.state.textContent = running ? "running…" : asks ? "may it run?" : result?.failed ? "failed" : "";
+    this.state.classList.toggle("bad", Boolean(result?.failed));
     if (asks && this.consent.hidden) this.details.open = true;
     this.consent.hidden = !asks;
     if (result && this.result !== result) this.results.replaceChildren(...panel("Result", result.content));
@@ -138,7 +139,7 @@ class CallView {
 }
 
 function panel(title, text) {
-  return [make("h3", {}, title), make("pre", { tabIndex: 0, ariaLabel: title, role: "group" }, text)];
+  return [make("p.label", {}, title), make("pre", { tabIndex: 0, ariaLabel: title, role: "group" }, text)];
 }
 
 /** The buttons with which the user decides on a call. */
