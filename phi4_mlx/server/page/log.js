@@ -55,6 +55,7 @@ function showConversation(conversation) {
   $("log").replaceChildren();
   tell("");
   pinned = true;
+  $("scroller").scrollTop = 0;
   draw(exchange);
 }
 
@@ -112,11 +113,11 @@ function drawProblem(exchange) {
 }
 
 function follow() {
-  if (pinned) $("scroller").scrollTop = $("scroller").scrollHeight;
+  if (pinned && $("empty").hidden) $("scroller").scrollTop = $("scroller").scrollHeight;
 }
 
 function watchScroll() {
   const { scrollTop, scrollHeight, clientHeight } = $("scroller");
   pinned = scrollHeight - scrollTop - clientHeight < NEAR;
-  $("latest").hidden = pinned;
+  $("latest").hidden = pinned || !$("empty").hidden;
 }
