@@ -64,7 +64,7 @@ export async function accepts(other) {
 
 async function attempt(path, body, signal, key) {
   const headers = new Headers();
-  if (key) headers.set("Authorization", `Bearer ${key}`);
+  if (key) headers.set("Authorization", `Bearer ${String.fromCharCode(...new TextEncoder().encode(key))}`); // as UTF-8
   if (body) headers.set("Content-Type", "application/json");
   try {
     return await fetch(path, { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body) });

@@ -109,7 +109,7 @@ function drawProblem(exchange) {
   if (busy) tell("");
   else if (problem) tell(problem, { bad: true, action: "Retry", run: resume });
   else if (last?.role === "user") tell("The last question has no answer.", { action: "Ask again", run: resume });
-  else if (last?.finish === "") tell("The last answer is not complete.", { action: "Answer again", run: resume });
+  else if (["", "error"].includes(last?.finish)) tell("The last answer is not complete.", { action: "Answer again", run: resume });
 }
 
 function follow() {
