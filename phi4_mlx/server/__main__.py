@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from phi4_mlx.server.engine.supervisor import Supervisor
     from phi4_mlx.server.grammar_pool import GrammarPool
     from phi4_mlx.server.guard import Guard
+    from phi4_mlx.server.model_kind import ModelKind
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
 PROG = "phi4-mlx server"
@@ -172,12 +173,14 @@ class _Served:
         name: of the model, for clients.
         tokenizer: of the model.
         vocabulary: number of token ids.
+        kind: of the model.
     """
 
     settings: Settings
     name: str
     tokenizer: Tokenizer
     vocabulary: int
+    kind: ModelKind
 
 
 def _served(args: argparse.Namespace) -> _Served:
@@ -186,6 +189,7 @@ def _served(args: argparse.Namespace) -> _Served:
     from phi4_mlx.files.manifest import verify_manifest
     from phi4_mlx.hub import DEFAULT_MODEL, resolve
     from phi4_mlx.server.engine.engine import Settings
+    from phi4_mlx.server.model_kind import model_kind
 
     adapters = _adapters(args.adapters)
     name = DEFAULT_MODEL if args.model is None else args.model
@@ -206,7 +210,8 @@ def _served(args: argparse.Namespace) -> _Served:
         args.prompt_cache_bytes,
         args.chat_format,
     )
-    return _Served(settings, shown, tokenizer, config.vocab_size)
+    kind = model_kind(folder, tokenizer.chat_format, args.chat_format is not None)
+    return _Served(settings, shown, tokenizer, config.vocab_size, kind)
 
 
 async def _run(args: argparse.Namespace, key: str | None, served: _Served, listener: socket.socket) -> None:
@@ -258,7 +263,8 @@ def _guard(
     from phi4_mlx.server.service import Service
 
     models = {served.name: None} | {adapter: adapter for adapter in served.settings.adapters}
-    service = Service(supervisor, served.tokenizer, models, served.vocabulary, args.timeout, args.max_tokens, grammars)
+    limits = args.timeout, args.max_tokens
+    service = Service(supervisor, served.tokenizer, models, served.vocabulary, *limits, grammars, served.kind)
     hosts = None if key is not None and not is_loopback(args.host) else (*LOOPBACK_NAMES, args.host.lower())
     return Guard(App(service).starlette(), key, hosts, tuple(args.allowed_origins))
 

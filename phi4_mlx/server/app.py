@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import functools
-import hashlib
 import json
 import logging
 import re
@@ -14,14 +11,13 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -34,6 +30,7 @@ from phi4_mlx.server.apis.answer import Answer
 from phi4_mlx.server.apis.wire import Ask, Delta, End, WireError, ignored_header, json_bytes
 from phi4_mlx.server.guard import Receive, Scope, Send, refuse
 from phi4_mlx.server.limits import BRACKETS_LIMIT
+from phi4_mlx.server.page_files import page_files
 from phi4_mlx.server.service import Service
 
 LOG = logging.getLogger("uvicorn.error")  # the server's log
@@ -73,6 +70,7 @@ class App:
         }
         routes = [
             Route("/", self.page),
+            Route("/page/{path:path}", self.page),
             Route("/health", self.health),
             Route("/metrics", self.metrics),
             Route("/v1/models", self.models),
@@ -83,10 +81,11 @@ class App:
         return Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(PlainPaths)])
 
     async def page(self, request: Request) -> Response:
-        """The chat page; its content security policy allows only its own script and style."""
-        html, policy = _page()
-        safety = {"content-security-policy": policy, "x-content-type-options": "nosniff"}
-        return HTMLResponse(html, headers=safety | {"referrer-policy": "no-referrer"})
+        """The chat page, or one of its files."""
+        found = page_files().get(request.path_params.get("path", "index.html"))
+        if found is None:
+            raise HTTPException(404)
+        return found.answer(request)
 
     async def health(self, request: Request) -> Response:
         """The state of the engine; status 200 if it answers."""
@@ -133,7 +132,9 @@ class App:
         return self._refusal(request, error, {"x-should-retry": "false"})  # clients retry any other 5xx
 
     def _model_json(self, name: str) -> JsonObject:
-        return {"id": name, "object": "model", "created": self.created, "owned_by": "phi4_mlx"}
+        """A model in OpenAI's form, and what the page fits itself to."""
+        fitting = {"context_length": self.service.supervisor.longest, "kind": self.service.kind}
+        return {"id": name, "object": "model", "created": self.created, "owned_by": "phi4_mlx", **fitting}
 
     def _completion(self, ask: Ask, created: int, prompt_tokens: int) -> Answer:
         decode = self.service.tokenizer.decode
@@ -340,20 +341,3 @@ def _body(data: bytes) -> Any:
 
 def _json(value: Any, status: int = 200) -> Response:
     return Response(json_bytes(value), status, media_type="application/json")
-
-
-@functools.cache
-def _page() -> tuple[str, str]:
-    """The chat page, and a content security policy that allows only its own script and style."""
-    html = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-
-    def hashes(tag: str) -> str:
-        blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-        digests = (base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks)
-        return " ".join(f"'sha256-{digest}'" for digest in digests)
-
-    policy = (
-        f"default-src 'none'; connect-src 'self'; script-src {hashes('script')}; style-src {hashes('style')}; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return html, policy

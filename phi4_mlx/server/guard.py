@@ -7,7 +7,6 @@ of a request, and requires the content type JSON, which a page of another origin
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import hmac
 import ipaddress
@@ -42,6 +41,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Headers = Mapping[str, str]  # names in lower case
 
+PAGE_FILES = "/page/"  # the path of the files of the chat page
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -149,15 +149,12 @@ class Guard:
             raise WireError(403, f"pages of {origin!r:.100} may not send requests; --allowed-origins can allow them")
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
-        if self.api_key is None or (scope["path"] == "/health" and scope["method"] in ("GET", "HEAD")):
+        if self.api_key is None or _is_open(scope):
             return
         given = [headers.get("x-api-key", "").encode("latin-1")]  # the client's bytes
         scheme, _, value = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             given.append(value.strip().encode("latin-1"))
-        elif scheme.lower() == "basic":  # from a browser's password prompt; the user name is ignored
-            with contextlib.suppress(ValueError):
-                given.append(base64.b64decode(value).partition(b":")[2])
         wanted = self.api_key.encode()
         matches = [hmac.compare_digest(each, wanted) for each in given]  # every one: the timing reveals nothing
         if not any(matches):
@@ -183,6 +180,12 @@ _PREFLIGHT = [
     (b"access-control-allow-headers", b"authorization, *"),  # client libraries send many headers of their own
     (b"access-control-max-age", b"600"),
 ]
+
+
+def _is_open(scope: Scope) -> bool:
+    """True for what needs no key: the state of the engine, and the files of the page, which asks for the key itself."""
+    path = scope["path"]
+    return scope["method"] in ("GET", "HEAD") and (path in ("/", "/health") or path.startswith(PAGE_FILES))
 
 
 def _host_of(origin: str) -> str | None:
@@ -274,8 +277,7 @@ async def refuse(
     make_body = messages_api.error_body if scope["path"].startswith("/v1/messages") else error_body
     headers = [(b"content-type", b"application/json")]
     if error.status == 401:
-        page = scope["path"] == "/"
-        headers.append((b"www-authenticate", b'Basic realm="phi4_mlx", charset="UTF-8"' if page else b"Bearer"))
+        headers.append((b"www-authenticate", b"Bearer"))  # never Basic, for which a browser would ask by itself
     if error.status in (429, 503):
         headers.append((b"retry-after", b"2"))
     if close:  # the rest of the body stays unread

@@ -16,6 +16,7 @@ from phi4_mlx.server.apis.wire import Ask, Call, Delta, End, WireError, new_id
 from phi4_mlx.server.engine.protocol import Failure, Finish, Job, Piece
 from phi4_mlx.server.engine.supervisor import Full, Supervisor
 from phi4_mlx.server.grammar_pool import Busy, GrammarPool
+from phi4_mlx.server.model_kind import ModelKind
 from phi4_mlx.tokens.tokenizer import Tokenizer
 
 UNREAD_ITEMS = 16  # of a client's answers; beyond them the supervisor's own limit counts
@@ -34,6 +35,7 @@ class Service:
         timeout_s: seconds that an answer may take.
         max_tokens: limit of an answer whose client sets none; None for what the context has room for.
         grammars: makes the grammars of answers.
+        kind: of the model and all its adapters.
     """
 
     supervisor: Supervisor
@@ -43,6 +45,7 @@ class Service:
     timeout_s: float
     max_tokens: int | None = None
     grammars: GrammarPool = field(default_factory=GrammarPool)
+    kind: ModelKind = "instruct"
 
     def served(self, ask: Ask) -> Ask:
         """The request with the name of the model that answers it.

@@ -46,6 +46,7 @@ class ChatFormat(Protocol):
     """Messages to ids; implemented in `phi4_mlx.tokens.chat_format`."""
 
     name: str
+    reasons: bool
 
     def render(
         self,

@@ -227,6 +227,9 @@ def test_models_are_listed_for_both_kinds_of_clients(server: InProcessServer) ->
         assert server.request("GET", path).json()["data"][0]["id"] == "tiny"
     assert server.request("GET", "/v1/models/tiny/").json()["id"] == "tiny"
     assert server.request("GET", "/v1/models/a/b").status_code == 404
+    fitting = {"context_length": server.supervisor.longest, "kind": "instruct"}
+    (listed,) = server.request("GET", "/v1/models").json()["data"]
+    assert listed == server.request("GET", "/v1/models/tiny").json() and fitting.items() <= listed.items()
     listed = server.request("GET", "/v1/models", headers={"anthropic-version": "2023-06-01"}).json()
     assert listed["data"][0]["type"] == "model" and listed["has_more"] is False and listed["first_id"] == "tiny"
 

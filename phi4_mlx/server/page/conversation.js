@@ -1,0 +1,137 @@
+/**
+ * The conversation on the page, and where conversations are kept.
+ *
+ * @typedef {object} ToolCall
+ * @property {string} id
+ * @property {"function"} type
+ * @property {{name: string, arguments: string}} function arguments is JSON
+ *
+ * @typedef {object} Message a message in the server's form, with more fields for the page
+ * @property {"user" | "assistant" | "tool"} role
+ * @property {string} content
+ * @property {ToolCall[]} [tool_calls] of an answer
+ * @property {string} [tool_call_id] of a result
+ * @property {boolean} [failed] of a result: the tool reported an error, or the user declined
+ * @property {string} [thought] of an answer: its reasoning
+ * @property {string} [finish] of an answer: "" while it grows, then "stop", "length", "tool_calls", "stopped" (by the
+ *   user), "error", or "interrupted" (the page was closed)
+ * @property {{completion_tokens: number, prompt_tokens: number}} [usage]
+ * @property {number} [seconds] from the first to the last piece
+ * @property {string} [ignored] what had no effect on the answer
+ *
+ * @typedef {object} Conversation
+ * @property {string} id
+ * @property {string} title "" until the first question, which names it
+ * @property {Message[]} messages
+ * @property {number} updated milliseconds since 1970
+ * @property {string} draft the text in the composer
+ * @property {string[]} queued questions that wait for the answer to end
+ * @property {string[]} allowed tools that run without a question in this conversation
+ *
+ * @typedef {object} Store
+ * @property {(id: string) => Promise<Conversation | null>} load
+ * @property {(conversation: Conversation) => Promise<void>} save keeps a copy. If another tab has changed the stored one
+ *   since, it keeps both: it gives this one a new id. Rejects with an Error whose message is for the user.
+ * @property {(id: string) => Promise<void>} remove
+ */
+import { keep, recall } from "./local.js";
+import { Signal } from "./signal.js";
+
+const TITLE_CHARS = 60;
+
+/** The conversations that are being answered in this tab. @type {Set<Conversation>} */
+export const answering = new Set();
+
+/** Another conversation is on the page. @type {Signal} */
+export const opened = new Signal();
+
+/** Another tab has changed the conversation on the page. @type {Signal} */
+export const adopted = new Signal();
+
+/** A conversation could not be kept; the value is an Error. @type {Signal} */
+export const unsaved = new Signal();
+
+/** @type {Store} */
+let store = { load: async () => null, save: async () => {}, remove: async () => {} };
+
+/** The conversation on the page. @type {Conversation} */
+export let current = fresh();
+
+/**
+ * Keeps conversations in a store from now on.
+ * @param {Store} other
+ */
+export function connect(other) {
+  store = other;
+}
+
+/**
+ * A new conversation, which is kept once there is something in it.
+ * @returns {Conversation}
+ */
+export function fresh() {
+  const id = Array.from(crypto.getRandomValues(new Uint8Array(12)), (it) => it.toString(16).padStart(2, "0")).join("");
+  return { id, title: "", messages: [], updated: Date.now(), draft: "", queued: [], allowed: [] };
+}
+
+/**
+ * Shows a conversation on the page.
+ * @param {Conversation} conversation
+ */
+export function open(conversation) {
+  current = conversation;
+  keep("sessionStorage", "open", current.id);
+  opened.tell(current);
+}
+
+/**
+ * Takes over what another tab has made of the conversation on the page; the draft stays. Not for one that is being
+ * answered in this tab.
+ * @param {Conversation} stored
+ */
+export function adopt(stored) {
+  const { draft } = current;
+  Object.assign(current, stored, { draft });
+  adopted.tell(current);
+}
+
+/**
+ * Shows a stored conversation, or a new one if there is none with that id. One that is being answered goes on.
+ * @param {string} id
+ */
+export async function openById(id) {
+  const live = [...answering].find((it) => it.id === id);
+  open(live ?? (await store.load(id).catch(() => null)) ?? fresh());
+}
+
+/** Shows the conversation that this tab showed before a reload, or a new one. */
+export const reopen = () => openById(recall("sessionStorage", "open", ""));
+
+/** The first line of a question as a title. */
+export function titleOf(text) {
+  const line = text.trim().split("\n")[0];
+  return line.length <= TITLE_CHARS ? line : `${line.slice(0, TITLE_CHARS - 1).trimEnd()}…`;
+}
+
+/** @type {Map<Conversation, boolean>} the ones that are being kept -> true if they have changed since */
+const keeping = new Map();
+
+/**
+ * Keeps a conversation; an empty one is removed. Calls during a save lead to one more save.
+ * @param {Conversation} [conversation]
+ */
+export async function save(conversation = current) {
+  if (keeping.has(conversation)) return void keeping.set(conversation, true);
+  const { messages, draft, queued } = conversation;
+  keeping.set(conversation, false);
+  try {
+    if (messages.length || draft.trim() || queued.length) await store.save(conversation);
+    else await store.remove(conversation.id);
+    if (conversation === current) keep("sessionStorage", "open", conversation.id); // it may be a new one
+  } catch (error) {
+    unsaved.tell(error);
+  }
+  const changed = keeping.get(conversation);
+  keeping.delete(conversation);
+  if (changed) await save(conversation);
+}

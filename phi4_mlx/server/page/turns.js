@@ -1,0 +1,176 @@
+/** The views of one turn: a question, an answer with its reasoning, and its tool calls. */
+import { beforeNextFrame, copy, icon, iconButton, make } from "./dom.js";
+import { MarkdownView } from "./markdown.js";
+
+/** @typedef {import("./conversation.js").Message} Message */
+/** @typedef {import("./conversation.js").ToolCall} ToolCall */
+/** @typedef {import("./exchange.js").Exchange} Exchange */
+
+const ENDS = {
+  length: "cut off at the token limit",
+  stopped: "stopped",
+  error: "broken off",
+  interrupted: "interrupted: the page was closed",
+};
+
+/** A question. */
+export class QuestionView {
+  /**
+   * @param {Message} message
+   * @param {(question: Message) => void} edit
+   */
+  constructor(message, edit) {
+    const button = iconButton("edit", "Edit and send again", () => edit(message), ".edit");
+    const text = make("div.text", {}, message.content);
+    this.element = make("article.turn.question", { ariaLabel: "You" }, text, button);
+  }
+
+  draw() {}
+}
+
+/** An answer, drawn again while it grows. */
+export class AnswerView {
+  /**
+   * @param {Message} message
+   * @param {Exchange} exchange
+   * @param {{again: () => void, drawn: () => void}} actions asks for another answer; the view has changed its size
+   */
+  constructor(message, exchange, { again, drawn }) {
+    this.message = message;
+    this.exchange = exchange;
+    this.thought = new ThoughtView();
+    this.text = make("div.text");
+    this.markdown = new MarkdownView(this.text);
+    this.calls = make("div.calls");
+    this.callViews = new Map();
+    this.waiting = make("div.waiting", { role: "img", ariaLabel: "The answer is being generated" });
+    this.stats = make("span.stats");
+    this.copy = iconButton("copy", "Copy answer", () => copy(message.content, this.copy), ".copy");
+    const under = make("div.under", {}, this.copy, iconButton("again", "Answer again", again, ".again"), this.stats);
+    const parts = [this.thought.element, this.text, this.calls, this.waiting, under];
+    this.element = make("article.turn.answer", { ariaLabel: "Answer" }, ...parts);
+    this.drawSoon = beforeNextFrame(() => {
+      this.draw();
+      drawn();
+    });
+  }
+
+  /** Draws the message as it is now. */
+  draw() {
+    const { content, thought = "", finish, tool_calls: calls = [] } = this.message;
+    const growing = !finish && this.exchange.busy;
+    this.thought.draw(thought, growing && !content);
+    this.markdown.draw(content, growing);
+    this.drawCalls(calls);
+    this.waiting.hidden = !growing || Boolean(content || thought || calls.length);
+    this.copy.hidden = !content;
+    this.stats.replaceChildren(...statsOf(this.message, growing));
+  }
+
+  drawCalls(calls) {
+    for (const call of calls) {
+      if (!this.callViews.has(call)) {
+        const view = new CallView(call, this.exchange);
+        this.callViews.set(call, view);
+        this.calls.append(view.element);
+      }
+      this.callViews.get(call).draw();
+    }
+  }
+}
+
+/** The reasoning of an answer, folded up. */
+class ThoughtView {
+  constructor() {
+    this.label = make("span");
+    this.text = make("div.text");
+    this.markdown = new MarkdownView(this.text);
+    this.element = make("details.thought", {}, make("summary", {}, this.label, icon("down")), this.text);
+    this.element.addEventListener("toggle", () => this.fill());
+    this.source = ["", false];
+  }
+
+  draw(thought, growing) {
+    this.element.hidden = !thought;
+    this.label.textContent = growing ? "Thinking…" : "Reasoning";
+    this.element.classList.toggle("growing", growing);
+    this.source = [thought, growing];
+    this.fill();
+  }
+
+  /** Draws the text if it can be seen; a long one takes time. */
+  fill() {
+    if (this.element.open) this.markdown.draw(...this.source);
+  }
+}
+
+/** A call of a tool: its arguments, the user's consent, and its result. */
+class CallView {
+  constructor(call, exchange) {
+    this.call = call;
+    this.exchange = exchange;
+    const { name, arguments: json } = call.function;
+    const value = parsed(json);
+    const brief = Object.values(value ?? {}).map((it) => JSON.stringify(it)).join(", ");
+    this.state = make("span.state");
+    const summary = make(
+      "summary", {}, icon("tool"), make("b", {}, name), make("span.brief", {}, brief.slice(0, 200)), this.state, icon("down"),
+    );
+    this.results = make("div");
+    const pretty = value === undefined ? json : JSON.stringify(value, null, 2);
+    const details = make("details", {}, summary, ...panel("Arguments", pretty), this.results);
+    this.consent = consentOf(call, exchange);
+    this.element = make("section.call", { ariaLabel: `Tool call ${name}` }, details, this.consent);
+    this.details = details;
+  }
+
+  draw() {
+    const { messages } = this.exchange.conversation;
+    const result = messages.find((it) => it.role === "tool" && it.tool_call_id === this.call.id);
+    const running = this.exchange.running.has(this.call.id);
+    const asks = !this.exchange.busy && this.exchange.pending.includes(this.call);
+    this.state.textContent = running ? "running…" : asks ? "wants to run" : result?.failed ? "failed" : "";
+    if (asks && this.consent.hidden) this.details.open = true;
+    this.consent.hidden = !asks;
+    if (result && this.result !== result) this.results.replaceChildren(...panel("Result", result.content));
+    this.result = result;
+  }
+}
+
+function panel(title, text) {
+  return [make("h3", {}, title), make("pre", { tabIndex: 0, ariaLabel: title, role: "group" }, text)];
+}
+
+/** The buttons with which the user decides on a call. */
+function consentOf(call, exchange) {
+  const { name } = call.function;
+  const button = (label, onclick, kind = "") => make(`button.plain${kind}`, { type: "button", onclick }, label);
+  return make(
+    "div.consent", { hidden: true },
+    button("Run", () => exchange.run(call), ".main"),
+    button("Decline", () => exchange.decline(call)),
+    button(`Always run ${name} here`, () => exchange.run(call, true)),
+  );
+}
+
+function parsed(json) {
+  try {
+    return JSON.parse(json);
+  } catch {
+    return undefined;
+  }
+}
+
+/** The line under an answer: tokens, their rate, the reason of an unusual end, and what had no effect. */
+function statsOf({ usage, seconds, finish, ignored, content, thought, tool_calls: calls }, growing) {
+  if (growing) return [];
+  const end = ENDS[finish || "interrupted"];
+  const tokens = usage?.completion_tokens;
+  const parts = [];
+  if (tokens) parts.push(`${tokens.toLocaleString("en")} ${tokens === 1 ? "token" : "tokens"}`);
+  if (tokens > 1 && seconds > 0.005) parts.push(`${((tokens - 1) / seconds).toFixed(1)} tokens/s`);
+  if (!content && !thought && !calls) parts.push("the answer is empty");
+  if (end) parts.push(make(finish === "stopped" ? "span" : "span.cut", {}, end));
+  if (ignored) parts.push(make("span.cut", {}, `ignored: ${ignored}`));
+  return parts.flatMap((part, i) => (i ? [" · ", part] : [part]));
+}
