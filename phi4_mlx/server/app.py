@@ -78,7 +78,9 @@ class App:
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in answering.items()),
         ]
         handlers: dict[Any, Any] = {WireError: self._refused, HTTPException: self._http_error, Exception: self._broken}
-        return Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(PlainPaths)])
+        app = Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(PlainPaths)])
+        app.router.redirect_slashes = False  # PlainPaths would take the slash out again, without end
+        return app
 
     async def page(self, request: Request) -> Response:
         """The chat page, or one of its files."""

@@ -1,4 +1,4 @@
-/** The theme, light or dark: the system's, or the user's own choice. Runs before the first paint. */
+/** The theme, light or dark: the system's, or the user's own choice; early.js has set it before the first paint. */
 import { $ } from "./dom.js";
 import { options, setOptions } from "./options.js";
 
@@ -21,5 +21,3 @@ function switchTheme() {
 export function bindTheme() {
   $("theme").addEventListener("click", switchTheme);
 }
-
-show();

@@ -33,10 +33,18 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
+@pytest.fixture(scope="session")
+def script() -> Iterator[ScriptedServer]:
     with scripted_server() as server:
         yield server
+
+
+@pytest.fixture
+def server(script: ScriptedServer) -> Iterator[ScriptedServer]:
+    """A server that knows nothing of other tests."""
+    script.reset()
+    yield script
+    script.release()
 
 
 @pytest.fixture

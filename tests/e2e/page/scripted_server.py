@@ -37,14 +37,8 @@ class ScriptedServer:
     """
 
     def __init__(self) -> None:
-        self.answers: list[Answer] = []
-        self.bodies: list[dict[str, Any]] = []
-        self.calls: list[dict[str, Any]] = []
-        self.key: str | None = None
-        self.tools: list[dict[str, Any]] = []
-        self.headers: dict[str, str] = {}
-        self.kind = "instruct"
         self._released = threading.Event()
+        self.reset()
         routes = [
             Route("/", self._page),
             Route("/page/{path:path}", self._page),
@@ -58,7 +52,18 @@ class ScriptedServer:
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
         until(lambda: self._server.started)
-        self.url = "http://127.0.0.1:{}".format(self._server.servers[0].sockets[0].getsockname()[1])
+        _, port = self._server.servers[0].sockets[0].getsockname()[:2]
+        self.url = f"http://127.0.0.1:{port}"
+
+    def reset(self) -> None:
+        """Forgets everything, for the next test."""
+        self.answers: list[Answer] = []
+        self.bodies: list[dict[str, Any]] = []
+        self.calls: list[dict[str, Any]] = []
+        self.key: str | None = None
+        self.tools: list[dict[str, Any]] = []
+        self.headers: dict[str, str] = {}
+        self.kind = "instruct"
 
     def release(self) -> None:
         """Lets the answers that wait go on."""
@@ -122,7 +127,7 @@ class ScriptedServer:
 
 @contextlib.contextmanager
 def scripted_server() -> Iterator[ScriptedServer]:
-    """A server for the time of a test."""
+    """A server for the time of the tests."""
     server = ScriptedServer()
     try:
         yield server

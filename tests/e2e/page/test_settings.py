@@ -28,7 +28,7 @@ def test_settings_are_sent_and_kept(page: Any, server: ScriptedServer) -> None:
 
 @pytest.mark.parametrize(
     ("field", "wrong"),
-    [("temperature", "2.1"), ("temperature", "hot"), ("top-p", "0"), ("top-p", "-1"), ("seed", "1.5"), ("max-tokens", "0")],
+    [("temperature", "2.1"), ("temperature", "hot"), ("top-p", "0"), ("seed", "1.5"), ("max-tokens", "0")],
 )
 def test_a_wrong_number_is_named_and_not_sent(field: str, wrong: str, page: Any, server: ScriptedServer) -> None:
     page.click("#open-settings")
