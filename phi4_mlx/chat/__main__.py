@@ -7,14 +7,14 @@ import contextlib
 import signal
 import sys
 import termios
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from phi4_mlx.chat.commands import COMMANDS, Leave, is_command, obey
 from phi4_mlx.chat.session import Chat, load_shown
-from phi4_mlx.chat.tools import Doorkeeper, add_tool_options, toolbox_of
+from phi4_mlx.chat.tools import Doorkeeper, add_chat_tool_options, toolbox_of
 from phi4_mlx.errors import Interruption, Phi4Error, RequestError
 from phi4_mlx.files.regular_file import SMALL_BYTES
 from phi4_mlx.terminal.command import (
@@ -62,7 +62,7 @@ def _parser() -> Parser:
         "--prompt", "-p", type=text,
         help="answer this prompt and exit; text on standard input follows it, after an empty line; - reads that alone",
     )  # fmt: skip
-    add_tool_options(parser)
+    add_chat_tool_options(parser)
     parser.add_argument("--schema", type=word, metavar="FILE.json", help="answers are JSON that obeys this JSON schema")
     add_sampling_options(parser, max_tokens=2048)
     add_decoding_options(parser)
@@ -78,7 +78,7 @@ def _chat(args: argparse.Namespace) -> None:
     check_decoding_options(args)
     person = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     screen, grammar = Screen(), None if args.schema is None else _grammar(args)
-    with _ending_servers(args), toolbox_of(args, person, partial(complain, PROG)) as toolbox:
+    with toolbox_of(args, person, partial(complain, PROG)) as toolbox:
         chat = _open(args, screen, person, toolbox, grammar)
         if prompt is not None:
             chat.answer(prompt)
@@ -86,26 +86,6 @@ def _chat(args: argparse.Namespace) -> None:
             talk(chat)
         else:
             _answer_lines(chat)
-
-
-@contextlib.contextmanager
-def _ending_servers(args: argparse.Namespace) -> Iterator[None]:
-    """Lets a signal that ends the program end the MCP servers first; one that reads no input would go on for ever."""
-    if not args.mcp:
-        yield
-        return
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise Ended(number)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    except Ended as ended:
-        raise SystemExit(128 + ended.args[0]) from None  # as shells count
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _grammar(args: argparse.Namespace) -> Grammar:
@@ -195,10 +175,6 @@ def take_turn(chat: Chat, read: Callable[[], str]) -> None:
         chat.screen.note("Ctrl-D leaves")
     except Phi4Error as error:
         chat.screen.error(str(error))
-
-
-class Ended(Interruption):
-    """A signal, by its number, that ends the program."""
 
 
 class HungUp(Interruption):

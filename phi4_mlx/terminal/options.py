@@ -143,6 +143,18 @@ def add_decoding_options(parser: Parser) -> None:
     )
 
 
+def add_tool_options(parser: Parser, purpose: str) -> None:
+    """Adds `--tools` and `--mcp`; `purpose` completes "a file whose public functions ..."."""
+    parser.add_argument(
+        "--tools", type=word, action="append", default=[], metavar="FILE.py",
+        help=f"a file whose public functions {purpose}; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mcp", type=word, action="append", default=[], metavar="COMMAND",
+        help=f"an MCP server to start, whose tools {purpose}; may be repeated; needs phi4-mlx[mcp]",
+    )  # fmt: skip
+
+
 def check_decoding_options(args: argparse.Namespace) -> None:
     """Checks that no decoding option cancels another.
 

@@ -42,7 +42,7 @@ export function useKey(text) {
 export async function request(path, { body, signal } = {}) {
   for (;;) {
     const sent = key;
-    const response = await attempt(path, body, signal);
+    const response = await attempt(path, body, signal, sent);
     if (response.ok) return response;
     if (response.status !== 401) throw await refusal(response);
     if (key !== sent) continue; // another request has got a new key meanwhile
@@ -51,9 +51,20 @@ export async function request(path, { body, signal } = {}) {
   }
 }
 
-async function attempt(path, body, signal) {
+/**
+ * True if the server accepts a key.
+ * @param {string} other
+ * @returns {Promise<boolean>}
+ * @throws {RequestError} no answer
+ */
+export async function accepts(other) {
+  const response = await attempt("v1/models", undefined, undefined, other);
+  return response.status !== 401;
+}
+
+async function attempt(path, body, signal, key) {
   const headers = new Headers();
-  if (key) headers.set("Authorization", `Bearer ${key}`);
+  if (key) headers.set("Authorization", `Bearer ${String.fromCharCode(...new TextEncoder().encode(key))}`); // as UTF-8
   if (body) headers.set("Content-Type", "application/json");
   try {
     return await fetch(path, { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body) });

@@ -1,10 +1,8 @@
 /** An exchange: questions, answers and tool calls of one conversation, as they happen. Knows nothing of the page. */
-import { eventsOf, request } from "./api.js";
 import { answering, save, titleOf } from "./conversation.js";
-import { options, sampling } from "./options.js";
-import { runTool, tools } from "./server_tools.js";
+import { bodyOf, receive } from "./reply.js";
+import { runTool } from "./server_tools.js";
 import { Signal } from "./signal.js";
-import { splitThought } from "./thought.js";
 
 /** @typedef {import("./conversation.js").Conversation} Conversation */
 /** @typedef {import("./conversation.js").Message} Message */
@@ -40,6 +38,7 @@ export class Exchange {
   #controller = null;
   #done = Promise.resolve();
   #rounds = 0;
+  #saved = 0; // when the answer that grows was kept
 
   /** @param {Conversation} conversation */
   constructor(conversation) {
@@ -190,16 +189,12 @@ export class Exchange {
   /** Requests an answer and keeps what comes of it, even if it breaks off. */
   async #receive(signal, temperature) {
     const { messages } = this.conversation;
-    const body = this.#body(temperature);
+    const body = bodyOf(messages, temperature);
     const reply = { role: "assistant", content: "", finish: "" };
     messages.push(reply);
     this.#note();
     try {
-      const response = await request("v1/chat/completions", { body, signal });
-      const ignored = response.headers.get("x-phi4-ignored");
-      if (ignored) reply.ignored = ignored;
-      await this.#read(response, reply);
-      reply.finish ||= "stop";
+      await receive(body, reply, signal, () => this.#grow(reply));
     } catch (error) {
       reply.finish = signal.aborted ? "stopped" : "error";
       if (!reply.content && !reply.thought && !reply.tool_calls) messages.splice(messages.indexOf(reply), 1);
@@ -207,41 +202,13 @@ export class Exchange {
     }
   }
 
-  async #read(response, reply) {
-    const text = { content: "", thought: "" };
-    let first = 0;
-    let saved = performance.now();
-    try {
-      for await (const event of eventsOf(response)) {
-        if (!take(event, reply, text)) continue;
-        const now = performance.now();
-        first ||= now;
-        reply.seconds = (now - first) / 1000;
-        this.grown.tell(reply);
-        if (now - saved < SAVE_MS) continue;
-        saved = now;
-        save(this.conversation);
-      }
-    } finally {
-      show(text, reply, false);
-    }
-  }
-
-  /** A request for the next answer; one at another temperature leaves the seed out, or it might be the same again. */
-  #body(temperature) {
-    const system = options.system.trim() ? [{ role: "system", content: options.system }] : [];
-    const messages = this.conversation.messages.map(({ role, content, tool_calls, tool_call_id }) => ({
-      role, content, tool_calls, tool_call_id, // JSON omits the undefined ones
-    }));
-    return {
-      model: options.model,
-      messages: [...system, ...messages],
-      ...sampling(),
-      ...(temperature !== undefined && { temperature, seed: undefined }),
-      ...(options.tools && tools.length && { tools }),
-      stream: true,
-      stream_options: { include_usage: true },
-    };
+  /** Tells that the answer has grown, and keeps it now and then. */
+  #grow(reply) {
+    this.grown.tell(reply);
+    const now = performance.now();
+    if (now - this.#saved < SAVE_MS) return;
+    this.#saved = now;
+    save(this.conversation);
   }
 
   /** Tells of a change and keeps the conversation. */
@@ -250,27 +217,4 @@ export class Exchange {
     this.changed.tell();
     save(this.conversation);
   }
-}
-
-/** Adds an event of the stream to a reply; true if it had text or calls. */
-function take(event, reply, text) {
-  if (event.error) throw new Error(event.error.message);
-  if (event.usage) reply.usage = event.usage;
-  const choice = event.choices?.[0];
-  if (choice?.finish_reason) reply.finish = choice.finish_reason;
-  const { content, reasoning_content: thought, tool_calls: calls = [] } = choice?.delta ?? {};
-  text.content += content ?? "";
-  text.thought += thought ?? "";
-  for (const { id, function: called } of calls) {
-    (reply.tool_calls ??= []).push({ id, type: "function", function: called });
-  }
-  if (content || thought) show(text, reply, true);
-  return Boolean(content || thought || calls.length);
-}
-
-/** Sets a reply's answer and reasoning, which come apart or in one text. */
-function show(text, reply, growing) {
-  const { thought, content } = splitThought(text.content, growing);
-  reply.content = content;
-  if (text.thought || thought) reply.thought = text.thought + thought;
 }

@@ -55,6 +55,7 @@ function showConversation(conversation) {
   $("log").replaceChildren();
   tell("");
   pinned = true;
+  $("scroller").scrollTop = 0;
   draw(exchange);
 }
 
@@ -108,15 +109,15 @@ function drawProblem(exchange) {
   if (busy) tell("");
   else if (problem) tell(problem, { bad: true, action: "Retry", run: resume });
   else if (last?.role === "user") tell("The last question has no answer.", { action: "Ask again", run: resume });
-  else if (last?.finish === "") tell("The page was closed during this answer.", { action: "Answer again", run: resume });
+  else if (["", "error"].includes(last?.finish)) tell("The last answer is not complete.", { action: "Answer again", run: resume });
 }
 
 function follow() {
-  if (pinned) $("scroller").scrollTop = $("scroller").scrollHeight;
+  if (pinned && $("empty").hidden) $("scroller").scrollTop = $("scroller").scrollHeight;
 }
 
 function watchScroll() {
   const { scrollTop, scrollHeight, clientHeight } = $("scroller");
   pinned = scrollHeight - scrollTop - clientHeight < NEAR;
-  $("latest").hidden = pinned;
+  $("latest").hidden = pinned || !$("empty").hidden;
 }

@@ -6,9 +6,12 @@ import { recall, keep } from "./local.js";
 import { bindLog, newConversation } from "./log.js";
 import { bindModels, chosen, loadModels } from "./models.js";
 import { bindNotice } from "./notice.js";
-import { loadTools } from "./server_tools.js";
-import { bindSettings } from "./settings.js";
-import { showStarters } from "./starters.js";
+import { bindToolsSwitch } from "./tools_switch.js";
+import { loaded, loadTools, tools } from "./server_tools.js";
+import { bindKey } from "./key.js";
+import { setOptions } from "./options.js";
+import { bindSettings, openSettings } from "./settings.js";
+import { showPlace, showStarters } from "./starters.js";
 import { bindTheme } from "./theme.js";
 
 function connectServer() {
@@ -26,6 +29,22 @@ const store = {
   remove: async (id) => void keep("localStorage", `conversation.${id}`, undefined),
 };
 
+/** Shows the starters each time the model or the tools have been read. */
+function bindStarters() {
+  let kind = "";
+  const begin = (prompt, withTools) => {
+    if (withTools) setOptions({ tools: true });
+    ask(prompt);
+  };
+  const show = () => { if (kind) showStarters(kind, tools, begin); };
+  chosen.listen((model) => {
+    kind = model?.kind ?? "instruct";
+    show();
+  });
+  loaded.listen(show);
+  showPlace();
+}
+
 async function start() {
   bindNotice();
   bindLog({ edit, takeBack: addToDraft });
@@ -33,7 +52,9 @@ async function start() {
   bindSettings(connectServer);
   bindModels();
   bindTheme();
-  chosen.listen(() => showStarters(ask));
+  bindKey(openSettings, connectServer);
+  bindToolsSwitch();
+  bindStarters();
   $("new").addEventListener("click", newConversation);
   connectServer();
   connect(store);

@@ -12,10 +12,10 @@ export const options = { ...DEFAULTS, ...recall("localStorage", "settings", {}) 
 /** An option has changed. @type {Signal} */
 export const changed = new Signal();
 
-/** Numbers that the server accepts, by option: name in the request, least, most, whole or not. */
+/** Numbers that the server accepts, by option: name in the request, least, most, and if only whole ones are. */
 export const NUMBERS = {
   temperature: { field: "temperature", least: 0, most: 2 },
-  topP: { field: "top_p", least: 0, most: 1 },
+  topP: { field: "top_p", least: 0.01, most: 1 },
   seed: { field: "seed", least: 0, most: Number.MAX_SAFE_INTEGER, whole: true },
   maxTokens: { field: "max_tokens", least: 1, most: 1_000_000, whole: true },
 };
@@ -43,8 +43,8 @@ export function mistakeIn(name, text) {
   const right = number >= least && number <= most && (!whole || Number.isInteger(number));
   if (right) return "";
   const kind = whole ? "a whole number" : "a number";
-  if (most === Number.MAX_SAFE_INTEGER) return `${text} is not ${kind} from ${least} up.`;
-  return `${text} is not ${kind} from ${least} to ${most.toLocaleString("en")}.`;
+  const range = most === Number.MAX_SAFE_INTEGER ? `from ${least} up` : `from ${least} to ${most.toLocaleString("en")}`;
+  return `${text} is not ${kind} ${range}, and is not used.`;
 }
 
 /** The fields of a request for the numbers that are set and right. */

@@ -6,11 +6,12 @@ import { MarkdownView } from "./markdown.js";
 /** @typedef {import("./conversation.js").ToolCall} ToolCall */
 /** @typedef {import("./exchange.js").Exchange} Exchange */
 
+const BRIEF_CHARS = 200;
 const ENDS = {
   length: "cut off at the token limit",
   stopped: "stopped",
   error: "broken off",
-  interrupted: "interrupted: the page was closed",
+  interrupted: "not complete",
 };
 
 /** A question. */
@@ -110,35 +111,40 @@ class CallView {
     this.call = call;
     this.exchange = exchange;
     const { name, arguments: json } = call.function;
-    const value = parsed(json);
-    const brief = Object.values(value ?? {}).map((it) => JSON.stringify(it)).join(", ");
+    this.value = parsed(json);
+    this.brief = make("span.brief");
     this.state = make("span.state");
-    const summary = make(
-      "summary", {}, icon("tool"), make("b", {}, name), make("span.brief", {}, brief.slice(0, 200)), this.state, icon("down"),
-    );
     this.results = make("div");
-    const pretty = value === undefined ? json : JSON.stringify(value, null, 2);
-    const details = make("details", {}, summary, ...panel("Arguments", pretty), this.results);
     this.consent = consentOf(call, exchange);
-    this.element = make("section.call", { ariaLabel: `Tool call ${name}` }, details, this.consent);
-    this.details = details;
+    const summary = make("summary", {}, icon("tool"), make("b", {}, name), this.brief, this.state, icon("down"));
+    const pretty = this.value === undefined ? json : JSON.stringify(this.value, null, 2);
+    this.details = make("details", {}, summary, ...panel("Arguments", pretty), this.results);
+    this.element = make("section.call", { ariaLabel: `Tool call ${name}` }, this.details, this.consent);
   }
 
   draw() {
-    const { messages } = this.exchange.conversation;
-    const result = messages.find((it) => it.role === "tool" && it.tool_call_id === this.call.id);
-    const running = this.exchange.running.has(this.call.id);
-    const asks = !this.exchange.busy && this.exchange.pending.includes(this.call);
-    this.state.textContent = running ? "running…" : asks ? "wants to run" : result?.failed ? "failed" : "";
-    if (asks && this.consent.hidden) this.details.open = true;
+    const { conversation, running, busy, pending } = this.exchange;
+    const result = conversation.messages.find((it) => it.role === "tool" && it.tool_call_id === this.call.id);
+    const isRunning = running.has(this.call.id);
+    const asks = !busy && pending.includes(this.call);
+    if (asks === this.consent.hidden) this.details.open = asks; // what is to be decided on lies open
     this.consent.hidden = !asks;
+    this.state.textContent = isRunning ? "running…" : asks ? "may it run?" : result?.failed ? "failed" : "";
+    this.state.classList.toggle("bad", Boolean(result?.failed));
+    this.brief.textContent = briefOf(this.value, result);
     if (result && this.result !== result) this.results.replaceChildren(...panel("Result", result.content));
     this.result = result;
   }
 }
 
+/** The values of a call's arguments and its result, for one line. */
+function briefOf(value, result) {
+  const values = Object.values(value ?? {}).map((it) => JSON.stringify(it)).join(", ");
+  return (result ? `${values} → ${result.content}` : values).slice(0, BRIEF_CHARS);
+}
+
 function panel(title, text) {
-  return [make("h3", {}, title), make("pre", { tabIndex: 0, ariaLabel: title, role: "group" }, text)];
+  return [make("p.label", {}, title), make("pre", { tabIndex: 0, ariaLabel: title, role: "group" }, text)];
 }
 
 /** The buttons with which the user decides on a call. */
