@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.e2e.page.scripted_server import ScriptedServer, scripted_server
+from tests.e2e.server_process import until
+
+AXE = Path(__file__).parent / "vendor" / "axe.js"
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WAIT_MS = 60_000  # whatever takes longer is stuck
@@ -74,6 +78,18 @@ def note(errors: list[str], message: Any) -> None:
     network = "Failed to load resource" in message.text or "net::ERR" in message.text  # which tests bring about
     if message.type in ("error", "warning") and not network:
         errors.append(message.text)
+
+
+def becomes_true(page: Any, condition: str) -> None:
+    """Waits for a JavaScript expression; playwright's own wait needs eval, which the page's policy forbids."""
+    until(lambda: page.evaluate(condition))
+
+
+def axe(page: Any) -> list[str]:
+    """What axe-core finds wrong on the page as it is."""
+    page.evaluate(AXE.read_text(encoding="utf-8"))
+    violations = page.evaluate("axe.run()")["violations"]
+    return [f"{it['id']}: {node['target']} {node['failureSummary']}" for it in violations for node in it["nodes"]]
 
 
 def ask(page: Any, text: str) -> None:
