@@ -2,7 +2,7 @@
 import { adopted, current, fresh, open, opened, save, unsaved } from "./conversation.js";
 import { $, icon, iconButton, make } from "./dom.js";
 import { exchangeOf } from "./exchange.js";
-import { notice, tell } from "./notice.js";
+import { tell } from "./notice.js";
 import { options } from "./options.js";
 import { AnswerView, QuestionView } from "./turns.js";
 
@@ -26,10 +26,10 @@ export function bindLog(hands) {
   opened.listen(showConversation);
   adopted.listen((conversation) => draw(exchangeOf(conversation)));
   unsaved.listen((error) => tell(error.message, { bad: true, action: "Retry", run: () => save() }));
-  notice.listen(follow);
   $("latest").addEventListener("click", toLatest);
   $("scroller").addEventListener("scroll", watchScroll, { passive: true });
-  new ResizeObserver(follow).observe($("scroller")); // a keyboard opens, or the composer grows
+  const sizes = new ResizeObserver(follow); // the log grows, a formula is set, a keyboard opens
+  for (const id of ["scroller", "log", "queue", "notice"]) sizes.observe($(id));
 }
 
 /** Shows the end of the log, and follows it. */
@@ -81,13 +81,12 @@ function draw(exchange) {
   $("log").ariaBusy = String(exchange.busy); // a screen reader waits for the complete answer
   drawQueue(exchange);
   drawProblem(exchange);
-  follow();
 }
 
 function viewOf(message, exchange) {
   if (message.role === "user") return new QuestionView(message, composer.edit);
   const again = () => exchange.again(Math.max(Number(options.temperature) || 0, WARM));
-  return new AnswerView(message, exchange, { again, drawn: follow });
+  return new AnswerView(message, exchange, again);
 }
 
 function drawQueue(exchange) {

@@ -1,9 +1,5 @@
 /** The notice: one line under the conversation, with an optional action. */
 import { $ } from "./dom.js";
-import { Signal } from "./signal.js";
-
-/** The notice has changed. @type {Signal} */
-export const notice = new Signal();
 
 /**
  * Shows one line; "" hides it.
@@ -20,7 +16,6 @@ export function tell(text, { bad = false, action = "", run = () => {} } = {}) {
     tell("");
     run();
   };
-  notice.tell(text);
 }
 
 /** Makes the notice's own button work. */

@@ -23,7 +23,7 @@ export class QuestionView {
   constructor(message, edit) {
     const button = iconButton("edit", "Edit and send again", () => edit(message), ".edit");
     const text = make("div.text", {}, message.content);
-    this.element = make("article.turn.question", {}, make("h2.unseen", {}, "You"), text, button);
+    this.element = make("article.turn.question", { ariaLabel: "You" }, text, button);
   }
 
   draw() {}
@@ -34,9 +34,9 @@ export class AnswerView {
   /**
    * @param {Message} message
    * @param {Exchange} exchange
-   * @param {{again: () => void, drawn: () => void}} actions asks for another answer; the view has changed its size
+   * @param {() => void} again asks for another answer
    */
-  constructor(message, exchange, { again, drawn }) {
+  constructor(message, exchange, again) {
     this.message = message;
     this.exchange = exchange;
     this.thought = new ThoughtView();
@@ -48,12 +48,9 @@ export class AnswerView {
     this.stats = make("span.stats");
     this.copy = iconButton("copy", "Copy answer", () => copy(message.content, this.copy), ".copy");
     const under = make("div.under", {}, this.copy, iconButton("again", "Answer again", again, ".again"), this.stats);
-    const parts = [make("h2.unseen", {}, "Answer"), this.thought.element, this.text, this.calls, this.waiting, under];
-    this.element = make("article.turn.answer", {}, ...parts);
-    this.drawSoon = beforeNextFrame(() => {
-      this.draw();
-      drawn();
-    });
+    const parts = [this.thought.element, this.text, this.calls, this.waiting, under];
+    this.element = make("article.turn.answer", { ariaLabel: "Answer" }, ...parts);
+    this.drawSoon = beforeNextFrame(() => this.draw());
   }
 
   /** Draws the message as it is now. */
@@ -62,7 +59,6 @@ export class AnswerView {
     const growing = !finish && this.exchange.busy;
     this.thought.draw(thought, growing && !content);
     this.markdown.draw(content, growing);
-    rankHeadings(this.text);
     this.drawCalls(calls);
     this.waiting.hidden = !growing || Boolean(content || thought || calls.length);
     this.copy.hidden = !content;
@@ -78,15 +74,6 @@ export class AnswerView {
       }
       this.callViews.get(call).draw();
     }
-  }
-}
-
-/** Ranks the headings of a model's text below the answer's own, without a gap, for those who listen to the page. */
-function rankHeadings(text) {
-  let last = 2;
-  for (const heading of text.querySelectorAll("h1, h2, h3, h4, h5, h6")) {
-    last = Math.min(Number(heading.localName[1]) + 2, last + 1);
-    heading.ariaLevel = String(last);
   }
 }
 
@@ -111,9 +98,7 @@ class ThoughtView {
 
   /** Draws the text if it can be seen; a long one takes time. */
   fill() {
-    if (!this.element.open) return;
-    this.markdown.draw(...this.source);
-    rankHeadings(this.text);
+    if (this.element.open) this.markdown.draw(...this.source);
   }
 }
 

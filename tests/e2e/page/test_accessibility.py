@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.page.conftest import answered, ask, grown, open_page
+from tests.e2e.page.conftest import answered, ask, axe, grown, open_page
 from tests.e2e.page.scripted_server import WAIT, ScriptedServer, call, tool
 
-AXE = (Path(__file__).parent / "vendor" / "axe.js").read_text(encoding="utf-8")
 SCREENS: dict[str, dict[str, Any]] = {
     "light": {"viewport": {"width": 1200, "height": 800}},
     "dark": {"viewport": {"width": 1200, "height": 800}, "color_scheme": "dark"},
@@ -116,14 +114,6 @@ def key(page: Any, server: ScriptedServer) -> None:
 VIEWS: list[View] = [empty, conversation, streaming, thinking, consent, failed_call, problem, editing, settings, key]
 
 
-def violations(page: Any) -> list[tuple[str, list[str]]]:
-    """What axe-core finds: rule, elements."""
-    if not page.evaluate("() => 'axe' in window"):
-        page.evaluate(AXE)
-    result = page.evaluate("() => axe.run(document, {resultTypes: ['violations']})")
-    return [(it["id"], [node["html"][:120] for node in it["nodes"]]) for it in result["violations"]]
-
-
 @pytest.mark.parametrize("screen", SCREENS)
 def test_no_view_has_a_violation(screen: str, browser: Any, server: ScriptedServer) -> None:
     server.tools = [tool("look"), tool("fail")]
@@ -134,9 +124,9 @@ def test_no_view_has_a_violation(screen: str, browser: Any, server: ScriptedServ
         server.headers, server.answers = {}, []
         view(page, server)
         page.wait_for_timeout(250)  # dialogs have come to rest
-        found += [(view.__name__, *it) for it in violations(page)] if screen != "narrow" else []
+        found += [f"{view.__name__}: {it}" for it in axe(page)] if screen != "narrow" else []
         if page.evaluate("() => document.documentElement.scrollWidth > innerWidth"):
-            found.append((view.__name__, "wider than the screen", []))
+            found.append(f"{view.__name__}: wider than the screen")
         server.release()
         context.set_offline(False)
         page.keyboard.press("Escape")
