@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from phi4_mlx.errors import RequestError
 from phi4_mlx.terminal.command import Idle, Parser
 from phi4_mlx.terminal.options import add_tool_options
-from phi4_mlx.terminal.printable import one_line
+from phi4_mlx.terminal.printable import one_line, visible
 
 if TYPE_CHECKING:
     from phi4_mlx.tools.calls import ToolCall
@@ -84,7 +84,7 @@ class Doorkeeper:
 
 def shown_call(call: ToolCall) -> str:
     """A call on one line. Characters that a terminal would not show are escaped, so that nothing is hidden."""
-    return _visible(f"{call.name}({', '.join(f'{name}={_json(value)}' for name, value in call.arguments.items())})")
+    return visible(f"{call.name}({', '.join(f'{name}={_json(value)}' for name, value in call.arguments.items())})")
 
 
 def shown_result(text: str) -> str:
@@ -97,14 +97,10 @@ def shown_tool(declared: dict[str, Any]) -> str:
     """A tool on one line, for /tools."""
     function = declared["function"]
     text, _, _ = function.get("description", "").partition("\n")
-    return _visible(f"{function['name']}({', '.join(map(str, function['parameters']['properties']))})  {text}".rstrip())
+    return visible(f"{function['name']}({', '.join(map(str, function['parameters']['properties']))})  {text}".rstrip())
 
 
 def _json(value: object) -> str:
     from phi4_mlx.tools.json_text import json_text
 
     return json_text(value)
-
-
-def _visible(text: str) -> str:
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)

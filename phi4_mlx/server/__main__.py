@@ -12,13 +12,14 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phi4_mlx.errors import Phi4Error, RequestError
-from phi4_mlx.terminal.command import INTERRUPTED, OUR_MISTAKE, USER_MISTAKE, Parser, number, run, word
+from phi4_mlx.terminal.command import INTERRUPTED, OUR_MISTAKE, USER_MISTAKE, Parser, complain, number, run, word
 from phi4_mlx.terminal.limits import MAX_TOKENS_LIMIT
-from phi4_mlx.terminal.options import add_model_options
+from phi4_mlx.terminal.options import add_model_options, add_tool_options
 
 if TYPE_CHECKING:
     from phi4_mlx.server.engine.engine import Settings
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
     from phi4_mlx.server.guard import Guard
     from phi4_mlx.server.model_kind import ModelKind
     from phi4_mlx.tokens.tokenizer import Tokenizer
+    from phi4_mlx.tools.toolbox import Toolbox
 
 PROG = "phi4-mlx server"
 KEY_VARIABLE = "PHI4_MLX_API_KEY"
+STANDARD_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,12 +90,21 @@ def _parser() -> Parser:
     parser.add_argument(
         "--prompt-cache-bytes", type=number(int, 0, 2**50), metavar="N", help="bytes for earlier prompts"
     )
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
+    add_tool_options(parser, "the chat page may run, each call after a question; API clients do not see them")
+    parser.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="info: a line for each request, but for polls and the page's files; warning: for each that fails; error: "
+        "for each that the server fails; no line contains a prompt, an answer or a key (default: %(default)s)",
+    )
     return parser
 
 
 def _serve(args: argparse.Namespace) -> None:
     from phi4_mlx.server.guard import is_loopback
+    from phi4_mlx.server.log import logging_to
+    from phi4_mlx.server.tools import opened_toolbox
 
     key = _key(args.api_key)
     if key is None and not is_loopback(args.host):
@@ -103,8 +115,12 @@ def _serve(args: argparse.Namespace) -> None:
     with open_listener(args.host, args.port) as listener:  # first: a port in use fails before the model loads
         served = _served(args)
         # Not asyncio.run: that waits for threads, which may be busy with the request of a client that has left.
-        with contextlib.closing(asyncio.new_event_loop()) as loop:
-            loop.run_until_complete(_run(args, key, served, listener))
+        with (
+            logging_to(STANDARD_ERROR, args.log_level),
+            opened_toolbox(args, served.tokenizer, partial(complain, PROG)) as toolbox,
+            contextlib.closing(asyncio.new_event_loop()) as loop,
+        ):
+            loop.run_until_complete(_run(args, key, served, toolbox, listener))
 
 
 def open_listener(host: str, port: int) -> socket.socket:
@@ -150,12 +166,13 @@ def _unusable(host: str, port: int, error: OSError | ValueError) -> RequestError
 
 
 def _key(option: str | None) -> str | None:
-    """The key that clients must send; None for none.
+    """The key that clients must send; None for none. Takes it out of the environment, which tools inherit.
 
     Raises:
         RequestError: no client can send it.
     """
-    source, key = ("--api-key", option) if option else (KEY_VARIABLE, os.environ.get(KEY_VARIABLE) or None)
+    variable = os.environ.pop(KEY_VARIABLE, None)
+    source, key = ("--api-key", option) if option else (KEY_VARIABLE, variable or None)
     if key is not None and (not key.isprintable() or key != key.strip()):
         raise RequestError(
             f"the key in {source} is not UTF-8, or has control characters or white space at an end; "
@@ -214,11 +231,15 @@ def _served(args: argparse.Namespace) -> _Served:
     return _Served(settings, shown, tokenizer, config.vocab_size, kind)
 
 
-async def _run(args: argparse.Namespace, key: str | None, served: _Served, listener: socket.socket) -> None:
+async def _run(
+    args: argparse.Namespace, key: str | None, served: _Served, toolbox: Toolbox, listener: socket.socket
+) -> None:
     """Starts the engine and serves until a signal, or until no engine can be started any more."""
     from phi4_mlx.server.engine.supervisor import Supervisor
     from phi4_mlx.server.grammar_pool import GrammarPool
     from phi4_mlx.server.http_server import HttpServer, Lacks, Stop, cancel_the_rest, leave_soon, raise_descriptor_limit
+    from phi4_mlx.server.request_log import RequestLog
+    from phi4_mlx.server.tools import check_room
 
     raise_descriptor_limit()
     asyncio.get_running_loop().set_exception_handler(Lacks())
@@ -228,19 +249,21 @@ async def _run(args: argparse.Namespace, key: str | None, served: _Served, liste
     with stop.listening():
         lost = asyncio.create_task(supervisor.lost())
         try:
-            print(f"{PROG}: loading {served.name}", file=sys.stderr, flush=True)
+            complain(PROG, f"loading {served.name}")
             await stop.or_done(asyncio.create_task(supervisor.start()))
             if not stop.asked.is_set():
+                check_room(toolbox, served.tokenizer, supervisor.longest)
                 grammars.start()
-                app = _guard(args, key, served, supervisor, grammars)
-                server = HttpServer(app, args.log_level, stop, supervisor.drain)
+                app = RequestLog(_guard(args, key, served, supervisor, grammars, toolbox))
+                server = HttpServer(app, stop, supervisor.drain)
                 listen(listener, server.config.backlog)
-                host, port = listener.getsockname()[:2]
-                shown = f"[{host}]" if ":" in host else host
-                print(f"{PROG}: listening on http://{shown}:{port}", file=sys.stderr, flush=True)
+                complain(PROG, _summary(served, supervisor.longest, key, toolbox))
+                complain(PROG, f"the chat page and the APIs are listening on {_address(listener)}")
                 await server.serve_beside(lost, listener)
                 if lost.done():
                     raise RequestError(lost.result())
+            if stop.signal is not None:
+                complain(PROG, f"stopped by {signal.Signals(stop.signal).name}")
             code = INTERRUPTED if stop.signal == signal.SIGINT else 0
         except Phi4Error:
             code = USER_MISTAKE
@@ -249,24 +272,50 @@ async def _run(args: argparse.Namespace, key: str | None, served: _Served, liste
             grammars.stop()
             await supervisor.stop()
             await cancel_the_rest()
-            leave_soon(code)
+            leave_soon(code, len(args.mcp))
     if code == INTERRUPTED:
         raise KeyboardInterrupt
 
 
+def _summary(served: _Served, longest: int, key: str | None, toolbox: Toolbox) -> str:
+    """A line about the model, its context, the key and the tools."""
+    tools = ", ".join(tool["function"]["name"] for tool in toolbox.declarations)
+    parts = [
+        f"{served.name} ({served.kind}), context {longest:,} tokens",
+        *([f"adapters: {', '.join(served.settings.adapters)}"] if served.settings.adapters else []),
+        "no key is needed" if key is None else "clients must send the key",
+        f"tools for the page: {tools}" if tools else "no tools",
+    ]
+    return "; ".join(parts)
+
+
+def _address(listener: socket.socket) -> str:
+    """The address of the page; of all addresses that it listens on, one for this machine."""
+    host, port = listener.getsockname()[:2]
+    own = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host)
+    shown, own = (f"[{each}]" if each and ":" in each else each for each in (host, own))
+    return f"http://{shown}:{port}" if own is None else f"all addresses, here http://{own}:{port}"
+
+
 def _guard(
-    args: argparse.Namespace, key: str | None, served: _Served, supervisor: Supervisor, grammars: GrammarPool
+    args: argparse.Namespace,
+    key: str | None,
+    served: _Served,
+    supervisor: Supervisor,
+    grammars: GrammarPool,
+    toolbox: Toolbox,
 ) -> Guard:
     """The ASGI application."""
     from phi4_mlx.server.app import App
     from phi4_mlx.server.guard import LOOPBACK_NAMES, Guard, is_loopback
     from phi4_mlx.server.service import Service
+    from phi4_mlx.server.tools import ServerTools
 
     models = {served.name: None} | {adapter: adapter for adapter in served.settings.adapters}
     limits = args.timeout, args.max_tokens
     service = Service(supervisor, served.tokenizer, models, served.vocabulary, *limits, grammars, served.kind)
     hosts = None if key is not None and not is_loopback(args.host) else (*LOOPBACK_NAMES, args.host.lower())
-    return Guard(App(service).starlette(), key, hosts, tuple(args.allowed_origins))
+    return Guard(App(service, ServerTools(toolbox)).starlette(), key, hosts, tuple(args.allowed_origins))
 
 
 def _adapters(folder: str | None) -> dict[str, str]:

@@ -34,6 +34,7 @@ from phi4_mlx.server.limits import (
     WRITE_BYTES,
     WRITE_S,
 )
+from phi4_mlx.server.request_log import entry_of, write_refusal
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -145,7 +146,7 @@ class Guard:
         origin = headers.get("origin")
         if origin is None or origin in self.origins or "*" in self.origins:
             return
-        if _host_of(origin) != host.lower():
+        if host_of(origin) != host.lower():
             raise WireError(403, f"pages of {origin!r:.100} may not send requests; --allowed-origins can allow them")
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
@@ -188,7 +189,8 @@ def _is_open(scope: Scope) -> bool:
     return scope["method"] in ("GET", "HEAD") and (path in ("/", "/health") or path.startswith(PAGE_FILES))
 
 
-def _host_of(origin: str) -> str | None:
+def host_of(origin: str) -> str | None:
+    """The host and port of an origin, in lower case; None if it has none."""
     try:
         return urlsplit(origin).netloc.lower() or None
     except ValueError:
@@ -274,6 +276,7 @@ async def refuse(
     scope: Scope, send: Send, error: WireError, close: bool = False, more: Iterable[tuple[bytes, bytes]] = ()
 ) -> None:
     """Sends an error in the form of the route's API, with `more` headers; closes the connection if asked to."""
+    entry_of(scope).error = error
     make_body = messages_api.error_body if scope["path"].startswith("/v1/messages") else error_body
     headers = [(b"content-type", b"application/json")]
     if error.status == 401:
@@ -348,6 +351,7 @@ class TimedProtocol(H11Protocol):
         self._refuse(WireError(400, msg))
 
     def _refuse(self, error: WireError) -> None:
+        write_refusal(self.client, error)
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             headers = [("content-type", "application/json"), ("connection", "close")]
             headers += [("retry-after", "2")] * (error.status == 503)

@@ -51,10 +51,16 @@ async def ask(
     }
     parts = body if isinstance(body, AsyncIterator) else aiter_of(body)
 
+    ended = False
+
     async def receive() -> MutableMapping[str, Any]:
+        nonlocal ended
+        if ended:  # the client waits for its answer
+            await asyncio.Event().wait()
         try:
             return {"type": "http.request", "body": await anext(parts), "more_body": True}
         except StopAsyncIteration:
+            ended = True
             return {"type": "http.request", "body": b"", "more_body": False}
 
     sent: list[MutableMapping[str, Any]] = []
