@@ -12,9 +12,19 @@ from tests.e2e.page.conftest import answered, ask, note
 from tests.e2e.server_process import Server, answer_on, serving
 
 
+TOOLS = '''
+def calculate(expression: str) -> str:
+    """Evaluates an arithmetic expression."""
+    left, _, right = expression.partition("*")
+    return str(int(left) * int(right))
+'''
+
+
 @pytest.fixture(scope="module")
-def real() -> Iterator[Server]:
-    with serving() as server:
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    tools = tmp_path_factory.mktemp("tools") / "tools.py"
+    tools.write_text(TOOLS)
+    with serving("--tools", str(tools)) as server:
         yield server
 
 
@@ -43,6 +53,14 @@ def test_a_conversation_with_the_demo_model(page: Any, real: Server) -> None:
     answered(page, 3)
     assert "Ada" in page.locator(".answer > .text").last.inner_text()
     assert all(url.startswith((real.url, "data:")) for url in page.urls)
+
+
+def test_the_demo_model_calculates_with_a_tool_of_the_server(page: Any) -> None:
+    page.locator("#starters button", has_text="Calculate").click()
+    page.locator(".consent").get_by_role("button", name="Run", exact=True).click()
+    answered(page, 2)
+    assert '"17 * 23" → 391' in page.inner_text(".call summary")
+    assert "391" in page.locator(".answer > .text").last.inner_text()
 
 
 @pytest.mark.parametrize(
