@@ -29,7 +29,7 @@ from phi4_mlx.server.apis.fields import parse_json
 from phi4_mlx.server.apis.wire import Ask, Delta, End, WireError, ignored_header, json_bytes
 from phi4_mlx.server.disconnect import ClientGone, unless_gone
 from phi4_mlx.server.guard import Receive, Scope, Send, refuse
-from phi4_mlx.server.page_files import page_files
+from phi4_mlx.server.page_files import page_file
 from phi4_mlx.server.request_log import CANCELLED, Entry, entry_of
 from phi4_mlx.server.service import Service
 from phi4_mlx.server.tools import ServerTools
@@ -86,7 +86,7 @@ class App:
 
     async def page(self, request: Request) -> Response:
         """The chat page, or one of its files."""
-        found = page_files().get(request.path_params.get("path", "index.html"))
+        found = page_file(request.path_params.get("path", "index.html"))
         if found is None:
             raise HTTPException(404)
         return found.answer(request)

@@ -1,4 +1,4 @@
-"""The files of the chat page, read and compressed once, and the headers that keep the page to itself."""
+"""The files of the chat page, each read and compressed once, and the headers that keep the page to itself."""
 
 from __future__ import annotations
 
@@ -68,10 +68,20 @@ class PageFile:
 
 
 @functools.cache
-def page_files() -> dict[str, PageFile]:
-    """All files of the page by their path below its folder; nothing else is ever served."""
-    paths = sorted(path for path in FOLDER.rglob("*") if path.suffix in TYPES)
-    return {path.relative_to(FOLDER).as_posix(): PageFile.read(path) for path in paths}
+def page_names() -> frozenset[str]:
+    """The paths of the files below the page's folder; nothing else is ever served."""
+    paths = (path for path in FOLDER.rglob("*") if path.suffix in TYPES)
+    return frozenset(path.relative_to(FOLDER).as_posix() for path in paths)
+
+
+def page_file(name: str) -> PageFile | None:
+    """A file of the page by its path below the page's folder; None if there is none."""
+    return _read(name) if name in page_names() else None
+
+
+@functools.cache
+def _read(name: str) -> PageFile:
+    return PageFile.read(FOLDER / name)
 
 
 def _accepts_gzip(header: str) -> bool:

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from phi4_mlx.server.page_files import page_files
+from phi4_mlx.server.page_files import page_file
 from tests.e2e.server_process import HANG_S, until
 
 WAIT = object()  # in an answer: the stream waits here until `release`
@@ -76,7 +76,7 @@ class ScriptedServer:
         self._thread.join(HANG_S)
 
     async def _page(self, request: Request) -> Response:
-        found = page_files().get(request.path_params.get("path", "index.html"))
+        found = page_file(request.path_params.get("path", "index.html"))
         return found.answer(request) if found else Response(status_code=404)
 
     async def _models(self, request: Request) -> Response:

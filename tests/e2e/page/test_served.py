@@ -11,7 +11,6 @@ import pytest
 from tests.e2e.page.conftest import answered, ask, note
 from tests.e2e.server_process import Server, answer_on, serving
 
-
 TOOLS = '''
 def calculate(expression: str) -> str:
     """Evaluates an arithmetic expression."""

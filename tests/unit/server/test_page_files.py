@@ -9,17 +9,19 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import Response
 
-from phi4_mlx.server.page_files import FOLDER, POLICY, page_files
+from phi4_mlx.server.page_files import FOLDER, POLICY, page_file, page_names
 
 WIRE_BYTES = 400_000  # of the whole page, compressed
 LINES = 450  # of one file of ours
-FILES = page_files()
+FILES = sorted(page_names())
 OURS = [name for name in FILES if not name.startswith("vendor/")]
 
 
 def answer(name: str, **headers: str) -> Response:
     lines = [(key.replace("_", "-").encode(), value.encode()) for key, value in headers.items()]
-    return FILES[name].answer(Request({"type": "http", "method": "GET", "headers": lines}))
+    file = page_file(name)
+    assert file is not None
+    return file.answer(Request({"type": "http", "method": "GET", "headers": lines}))
 
 
 @pytest.mark.parametrize("name", FILES)
