@@ -30,9 +30,11 @@
  *
  * @typedef {object} Store
  * @property {(id: string) => Promise<Conversation | null>} load
- * @property {(conversation: Conversation) => Promise<void>} save keeps a copy. If another tab has changed the stored one
- *   since, it keeps both: it gives this one a new id. Rejects with an Error whose message is for the user.
- * @property {(id: string) => Promise<void>} remove
+ * @property {(conversation: Conversation) => Promise<string>} save keeps a copy. If another tab has changed the
+ *   stored one since, nothing is lost: it takes over a newer one, or keeps both and gives this one a new id. Gives "same",
+ *   "newer" or "copy"; rejects with an Error whose message is for the user.
+ * @property {(conversation: Conversation) => Promise<void>} discard removes one that has become empty
+ * @property {Signal} changed a conversation has changed; the value is { id, here }, `here` true for this tab's changes
  */
 import { keep, recall } from "./local.js";
 import { Signal } from "./signal.js";
@@ -48,11 +50,14 @@ export const opened = new Signal();
 /** Another tab has changed the conversation on the page. @type {Signal} */
 export const adopted = new Signal();
 
+/** Another tab has gone on with the conversation on the page; what is here has become a copy. @type {Signal} */
+export const copied = new Signal();
+
 /** A conversation could not be kept; the value is an Error. @type {Signal} */
 export const unsaved = new Signal();
 
 /** @type {Store} */
-let store = { load: async () => null, save: async () => {}, remove: async () => {} };
+let store = { load: async () => null, save: async () => "same", discard: async () => {}, changed: new Signal() };
 
 /** The conversation on the page. @type {Conversation} */
 export let current = fresh();
@@ -63,6 +68,22 @@ export let current = fresh();
  */
 export function connect(other) {
   store = other;
+  store.changed.listen(({ id, here }) => { if (!here) follow(id); });
+}
+
+/** Follows what another tab has done to the conversation on the page, unless it is being changed here. */
+async function follow(id) {
+  const idle = () => id === current.id && !answering.has(current) && !keeping.has(current);
+  if (!idle()) return;
+  const stored = await store.load(id).catch(() => undefined);
+  if (!idle() || stored === undefined) return;
+  if (!stored) open({ ...fresh(), draft: current.draft });
+  else if (stored.revision !== current.revision) adopt(stored);
+}
+
+/** An id that no other conversation has. @returns {string} */
+export function newId() {
+  return Array.from(crypto.getRandomValues(new Uint8Array(12)), (it) => it.toString(16).padStart(2, "0")).join("");
 }
 
 /**
@@ -70,8 +91,7 @@ export function connect(other) {
  * @returns {Conversation}
  */
 export function fresh() {
-  const id = Array.from(crypto.getRandomValues(new Uint8Array(12)), (it) => it.toString(16).padStart(2, "0")).join("");
-  return { id, title: "", messages: [], updated: Date.now(), draft: "", queued: [], allowed: [] };
+  return { id: newId(), title: "", messages: [], updated: Date.now(), draft: "", queued: [], allowed: [] };
 }
 
 /**
@@ -113,6 +133,12 @@ export function titleOf(text) {
   return line.length <= TITLE_CHARS ? line : `${line.slice(0, TITLE_CHARS - 1).trimEnd()}…`;
 }
 
+function noteOutcome(conversation, outcome) {
+  if (conversation !== current) return;
+  if (outcome === "newer") adopted.tell(current);
+  if (outcome === "copy") copied.tell(current);
+}
+
 /** @type {Map<Conversation, boolean>} the ones that are being kept -> true if they have changed since */
 const keeping = new Map();
 
@@ -125,8 +151,9 @@ export async function save(conversation = current) {
   const { messages, draft, queued } = conversation;
   keeping.set(conversation, false);
   try {
-    if (messages.length || draft.trim() || queued.length) await store.save(conversation);
-    else await store.remove(conversation.id);
+    const isEmpty = !messages.length && !draft.trim() && !queued.length;
+    if (isEmpty) await store.discard(conversation);
+    else noteOutcome(conversation, await store.save(conversation));
     if (conversation === current) keep("sessionStorage", "open", conversation.id); // it may be a new one
   } catch (error) {
     unsaved.tell(error);

@@ -34,3 +34,12 @@ export function keep(area, name, value) {
     return false;
   }
 }
+
+/** The names of the stored values. @returns {string[]} */
+export function names() {
+  try {
+    return Object.keys(localStorage).filter((it) => it.startsWith(PREFIX)).map((it) => it.slice(PREFIX.length));
+  } catch {
+    return [];
+  }
+}

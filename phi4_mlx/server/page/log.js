@@ -1,5 +1,5 @@
 /** The log: the turns of the conversation on the page, the questions that wait, and what went wrong. */
-import { adopted, current, fresh, open, opened, save, unsaved } from "./conversation.js";
+import { adopted, copied, current, fresh, open, opened, save, unsaved } from "./conversation.js";
 import { $, icon, iconButton, make } from "./dom.js";
 import { exchangeOf } from "./exchange.js";
 import { tell } from "./notice.js";
@@ -25,6 +25,7 @@ export function bindLog(hands) {
   composer = hands;
   opened.listen(showConversation);
   adopted.listen((conversation) => draw(exchangeOf(conversation)));
+  copied.listen(() => tell("Another tab has gone on with this conversation; here it goes on as a copy."));
   unsaved.listen((error) => tell(error.message, { bad: true, action: "Retry", run: () => save() }));
   $("latest").addEventListener("click", toLatest);
   $("scroller").addEventListener("scroll", watchScroll, { passive: true });

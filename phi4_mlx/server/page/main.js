@@ -2,32 +2,23 @@
 import { addToDraft, ask, bindComposer, edit } from "./composer.js";
 import { connect, reopen } from "./conversation.js";
 import { $ } from "./dom.js";
-import { recall, keep } from "./local.js";
 import { bindLog, newConversation } from "./log.js";
 import { bindModels, chosen, loadModels } from "./models.js";
-import { bindNotice } from "./notice.js";
+import { bindNotice, tell } from "./notice.js";
 import { bindToolsSwitch } from "./tools_switch.js";
 import { loaded, loadTools, tools } from "./server_tools.js";
 import { bindKey } from "./key.js";
 import { setOptions } from "./options.js";
+import { bindSidebar } from "./sidebar.js";
 import { bindSettings, openSettings } from "./settings.js";
 import { showPlace, showStarters } from "./starters.js";
+import { Store } from "./store.js";
 import { bindTheme } from "./theme.js";
 
 function connectServer() {
   loadModels();
   loadTools();
 }
-
-/** One conversation in the browser's small storage. */
-const store = {
-  load: async (id) => recall("localStorage", `conversation.${id}`, null),
-  async save(conversation) {
-    if (keep("localStorage", `conversation.${conversation.id}`, conversation)) return;
-    throw new Error("The browser's storage is full or forbidden: this conversation will be lost on a reload.");
-  },
-  remove: async (id) => void keep("localStorage", `conversation.${id}`, undefined),
-};
 
 /** Shows the starters each time the model or the tools have been read. */
 function bindStarters() {
@@ -57,8 +48,13 @@ async function start() {
   bindStarters();
   $("new").addEventListener("click", newConversation);
   connectServer();
+  const store = new Store();
+  const readList = bindSidebar(store);
+  const problem = await store.open();
   connect(store);
   await reopen();
+  if (problem) tell(problem, { bad: true });
+  readList();
   if (matchMedia("(pointer: fine)").matches) $("input").focus(); // on a phone, a keyboard would cover the page
 }
 
