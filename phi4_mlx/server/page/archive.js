@@ -9,7 +9,7 @@ const isText = (value) => typeof value === "string";
 
 function isMessage(it) {
   const calls = it?.tool_calls ?? [];
-  return ["user", "assistant", "tool"].includes(it?.role) && isText(it.content) && Array.isArray(calls) &&
+  return ["user", "assistant", "tool"].includes(it?.role) && isText(it.content) && isText(it.thought ?? "") && Array.isArray(calls) &&
     calls.every((call) => isText(call?.id) && isText(call.function?.name) && isText(call.function.arguments));
 }
 

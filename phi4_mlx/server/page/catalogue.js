@@ -15,9 +15,8 @@ const AROUND = 40; // characters of a found place on each side
 
 /** Lower case without accents, letter by letter, so that places in it are places in the text. */
 function fold(text) {
-  const lower = text.toLowerCase();
-  if (lower.length !== text.length || /^[\0-\x7f]*$/.test(lower)) return lower;
-  return lower.replace(/[\u00c0-\u024f\u1e00-\u1eff]/g, (letter) => letter.normalize("NFD")[0]);
+  const lower = text.replaceAll("İ", "I").toLowerCase(); // the only letter that would become two
+  return lower.replace(/[\u00c0-\u04ff\u1e00-\u1fff]/g, (letter) => letter.normalize("NFD")[0]).replaceAll("ς", "σ");
 }
 
 function entryOf({ id, title, updated, messages, draft }) {

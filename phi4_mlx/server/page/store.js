@@ -6,7 +6,7 @@
  * @typedef {Conversation & {created: number, revision: number}} Stored revision counts the saves
  */
 import { isSound } from "./archive.js";
-import { newId } from "./conversation.js";
+import { newId, titleOf } from "./conversation.js";
 import { keep, names, recall } from "./local.js";
 import { Signal } from "./signal.js";
 
@@ -62,6 +62,7 @@ export class Store {
 
   #database = null;
   #forbidden = false; // the user knows it
+  #asked = false; // for storage that the browser does not evict
   #memory = new Map(); // what the browser could not keep, by id
   #saving = new Set(); // the conversations whose save is not finished
   #removed = new Set(); // ids that were removed in this tab; a late save does not bring them back
@@ -86,8 +87,11 @@ export class Store {
 
   async #connect() {
     this.#database = await openDatabase();
-    this.#database.onversionchange = () => this.#database.close();
     this.#database.onclose = () => { this.#database = null; };
+    this.#database.onversionchange = () => { // the user deletes the data of the page
+      this.#database?.close();
+      this.#database = null;
+    };
   }
 
   /**
@@ -96,7 +100,8 @@ export class Store {
    * @returns {Promise<Stored | null>} null if there is none
    */
   async load(id) {
-    return structuredClone(this.#memory.get(id)) ?? (await this.#read((table) => table.get(id))) ?? null;
+    const found = structuredClone(this.#memory.get(id)) ?? (await this.#read((table) => table.get(id)));
+    return isSound(found) ? found : null;
   }
 
   /**
@@ -105,7 +110,7 @@ export class Store {
    */
   async all() {
     const kept = (await this.#read((table) => table.getAll())) ?? [];
-    return [...kept.filter(({ id }) => !this.#memory.has(id)), ...structuredClone([...this.#memory.values()])];
+    return [...kept.filter(({ id }) => !this.#memory.has(id)), ...structuredClone([...this.#memory.values()])].filter(isSound);
   }
 
   /**
@@ -120,6 +125,7 @@ export class Store {
     this.#saving.add(conversation);
     try {
       const outcome = await this.#put(conversation);
+      this.#persist();
       this.#memory.delete(id);
       keep("localStorage", `unsaved.${id}`, undefined);
       return outcome;
@@ -193,6 +199,12 @@ export class Store {
     await this.save(conversation);
   }
 
+  /** Asks the browser, once, not to evict the conversations when the disk is full. */
+  #persist() {
+    if (!this.#asked) navigator.storage?.persist?.().catch(() => {});
+    this.#asked = true;
+  }
+
   async #read(request) {
     if (!this.#database) return null;
     return finished(request(this.#database.transaction(TABLE).objectStore(TABLE)));
@@ -222,19 +234,16 @@ export class Store {
       if (isSound(conversation)) await this.save(conversation).catch(() => {});
       else keep("localStorage", name, undefined);
     }
-    const messages = recall("localStorage", "messages", null);
-    if (!messages) return;
-    const old = fromOlderVersion(messages);
-    if (isSound(old) && old.messages.length) await this.save(old);
+    const old = fromOlderVersion(recall("localStorage", "messages", []));
+    if (isSound(old) && old.messages.length) await this.save(old).catch(() => {});
     keep("localStorage", "messages", undefined);
   }
 }
 
 /** The conversation of the page that had only one. Its id is fixed: two tabs take it in once. */
-function fromOlderVersion(messages) {
-  const [first] = messages;
-  const title = typeof first?.content === "string" ? first.content.trim().split("\n")[0].slice(0, 60) : "";
-  const finished = messages.map?.((it) => (it?.role === "assistant" ? { ...it, finish: it.finish || "interrupted" } : it));
+function fromOlderVersion(value) {
+  const messages = [value].flat().map((it) => (it?.role === "assistant" ? { ...it, finish: it.finish || "interrupted" } : it));
+  const title = titleOf(String(messages[0]?.content ?? ""));
   const now = Date.now();
-  return { id: "first", title, messages: finished, created: now, updated: now, draft: "", queued: [], allowed: [], revision: 0 };
+  return { id: "first", title, messages, created: now, updated: now, draft: "", queued: [], allowed: [], revision: 0 };
 }
