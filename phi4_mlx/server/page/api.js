@@ -1,5 +1,11 @@
 /** Requests to the server, and the events of its streams. */
 import { keep, recall } from "./local.js";
+import { Signal } from "./signal.js";
+
+/** The server answers again. @type {Signal} */
+export const returned = new Signal();
+
+let lost = false; // the last request got no answer
 
 /** A request that failed; the message is one line for the user. */
 export class RequestError extends Error {
@@ -66,12 +72,19 @@ async function attempt(path, body, signal, key) {
   const headers = new Headers();
   if (key) headers.set("Authorization", `Bearer ${String.fromCharCode(...new TextEncoder().encode(key))}`); // as UTF-8
   if (body) headers.set("Content-Type", "application/json");
+  let response;
   try {
-    return await fetch(path, { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body) });
+    response = await fetch(path, { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body) });
   } catch (error) {
     signal?.throwIfAborted();
+    lost = true;
     throw new RequestError("The server does not answer. Is it running?");
   }
+  if (lost) {
+    lost = false;
+    returned.tell();
+  }
+  return response;
 }
 
 async function refusal(response) {

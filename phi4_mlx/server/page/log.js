@@ -77,6 +77,7 @@ function draw(exchange) {
     }
     views.get(message).draw();
   }
+  document.title = [exchange.conversation.title, "phi4_mlx"].filter(Boolean).join(" · ");
   $("empty").hidden = Boolean(turns.length || queued.length);
   document.body.classList.toggle("busy", exchange.busy);
   $("log").ariaBusy = String(exchange.busy); // a screen reader waits for the complete answer

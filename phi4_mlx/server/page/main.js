@@ -1,19 +1,20 @@
 /** The page's start: makes each part work, then shows the conversation of this tab. */
+import { returned } from "./api.js";
 import { addToDraft, ask, bindComposer, edit } from "./composer.js";
 import { connect, reopen } from "./conversation.js";
 import { $ } from "./dom.js";
+import { bindKey } from "./key.js";
 import { bindLog, newConversation } from "./log.js";
 import { bindModels, chosen, loadModels } from "./models.js";
 import { bindNotice, tell } from "./notice.js";
-import { bindToolsSwitch } from "./tools_switch.js";
-import { loaded, loadTools, tools } from "./server_tools.js";
-import { bindKey } from "./key.js";
 import { setOptions } from "./options.js";
-import { bindSidebar } from "./sidebar.js";
+import { loaded, loadTools, tools } from "./server_tools.js";
 import { bindSettings, openSettings } from "./settings.js";
+import { bindSidebar } from "./sidebar.js";
 import { showPlace, showStarters } from "./starters.js";
 import { Store } from "./store.js";
 import { bindTheme } from "./theme.js";
+import { bindToolsSwitch } from "./tools_switch.js";
 
 function connectServer() {
   loadModels();
@@ -47,6 +48,7 @@ async function start() {
   bindToolsSwitch();
   bindStarters();
   $("new").addEventListener("click", newConversation);
+  returned.listen(connectServer); // it may serve another model now
   connectServer();
   const store = new Store();
   const readList = bindSidebar(store);

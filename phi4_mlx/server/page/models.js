@@ -32,7 +32,8 @@ export async function loadModels() {
   $("model").hidden = ids.length < 2;
   $("model-name").hidden = ids.length > 1;
   $("model-name").textContent = shortName(options.model);
-  $("model-name").title = options.model;
+  const { context_length: context } = models.find(({ id }) => id === options.model) ?? {};
+  $("model-name").title = options.model + (context ? `, context of ${context.toLocaleString("en")} tokens` : "");
 }
 
 /** Makes the choice of a model work. */

@@ -137,9 +137,11 @@ def test_without_a_server_nothing_is_lost(browser: Any, server: ScriptedServer) 
     assert page.inner_text("#notice-text") == "The server does not answer. Is it running?"
     assert page.inner_text(".question .text") == "Are you there?" and page.locator(".answer").count() == 0
     context.set_offline(False)
+    server.kind = "base"  # another server, meanwhile
     page.click("#notice-action")
     answered(page)
     assert [it["content"] for it in server.bodies[0]["messages"]] == ["Are you there?"]
+    page.wait_for_selector("#hint:has-text('base model')", state="attached")
     context.close()
 
 
