@@ -80,5 +80,6 @@ export function placeOf({ title, text, folded }, query) {
   const at = word ? folded.indexOf(word, title.length) : -1;
   if (at < 0) return "";
   const [start, end] = [Math.max(title.length + 1, at - AROUND), Math.min(text.length, at + word.length + AROUND)];
-  return `${start > title.length + 1 ? "…" : ""}${text.slice(start, end).replace(/\s+/g, " ").trim()}${end < text.length ? "…" : ""}`;
+  const place = text.slice(start, end).replace(/\s+/g, " ").trim();
+  return [start > title.length + 1 ? "…" : "", place, end < text.length ? "…" : ""].join("");
 }

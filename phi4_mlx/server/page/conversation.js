@@ -77,7 +77,7 @@ async function follow(id) {
   if (!idle()) return;
   const stored = await store.load(id).catch(() => undefined);
   if (!idle() || stored === undefined) return;
-  if (!stored) adopt({ ...fresh(), revision: 0, created: Date.now() }); // deleted: what is being written goes on in a new one
+  if (!stored) adopt({ ...fresh(), revision: 0, created: Date.now() }); // deleted; what is being written goes on
   else if (stored.revision !== current.revision) adopt(stored);
 }
 

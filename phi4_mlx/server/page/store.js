@@ -1,6 +1,6 @@
 /**
- * The conversations, kept in this browser alone: in IndexedDB, or in this tab's memory where the browser forbids that or
- * has no room. Tabs may work on the same conversation: nothing that one of them has written is overwritten.
+ * The conversations, kept in this browser alone: in IndexedDB, or in this tab's memory where the browser forbids that
+ * or has no room. Tabs may work on the same conversation: nothing that one of them has written is overwritten.
  *
  * @typedef {import("./conversation.js").Conversation} Conversation
  * @typedef {Conversation & {created: number, revision: number}} Stored revision counts the saves
@@ -12,7 +12,7 @@ import { Signal } from "./signal.js";
 
 const NAME = "phi4_mlx";
 const TABLE = "conversations";
-const FORBIDDEN = "This browser keeps nothing for this page: conversations are lost when the tab is closed. Export what you need.";
+const FORBIDDEN = "This browser keeps nothing for this page: conversations are lost when the tab is closed.";
 const FULL = "The browser has no room left: this conversation is lost when the tab is closed. Delete or export some.";
 
 /** The rest of a request or a transaction of IndexedDB. */
@@ -34,19 +34,21 @@ function covers(more, less) {
   const last = less.messages.length - 1;
   const messages = less.messages.every((message, i) => {
     const other = more.messages[i];
-    const same = other?.role === message.role && JSON.stringify(other.tool_calls) === JSON.stringify(message.tool_calls);
-    const grew = i === last && message.role === "assistant" && !message.finish && other?.content.startsWith(message.content);
-    return same && (other.content === message.content || grew);
+    if (other?.role !== message.role) return false;
+    const sameCalls = JSON.stringify(other.tool_calls) === JSON.stringify(message.tool_calls);
+    const grew = i === last && message.role === "assistant" && !message.finish;
+    return grew ? other.content.startsWith(message.content) : sameCalls && other.content === message.content;
   });
-  const asked = (text) => more.queued.includes(text) || more.messages.some((it) => it.role === "user" && it.content === text);
-  return messages && less.queued.every(asked);
+  const asked = more.messages.filter((it) => it.role === "user").map((it) => it.content);
+  return messages && less.queued.every((text) => more.queued.includes(text) || asked.includes(text));
 }
 
 const isGrowing = ({ messages }) => messages.at(-1)?.role === "assistant" && !messages.at(-1).finish;
 
 /** What becomes of a conversation that is saved over the stored one, and what that changes in it. */
 function reconcile(conversation, stored) {
-  const change = { created: stored?.created ?? conversation.created ?? Date.now(), revision: (stored?.revision ?? 0) + 1 };
+  const created = stored?.created ?? conversation.created ?? Date.now();
+  const change = { created, revision: (stored?.revision ?? 0) + 1 };
   if (!stored || stored.revision === conversation.revision) return ["same", change];
   if (!isGrowing(conversation) && covers(stored, conversation)) {
     return ["newer", { ...stored, ...change, draft: conversation.draft || stored.draft }];
@@ -110,7 +112,8 @@ export class Store {
    */
   async all() {
     const kept = (await this.#read((table) => table.getAll())) ?? [];
-    return [...kept.filter(({ id }) => !this.#memory.has(id)), ...structuredClone([...this.#memory.values()])].filter(isSound);
+    const others = kept.filter((it) => isSound(it) && !this.#memory.has(it.id));
+    return [...others, ...structuredClone([...this.#memory.values()])];
   }
 
   /**
@@ -242,7 +245,8 @@ export class Store {
 
 /** The conversation of the page that had only one. Its id is fixed: two tabs take it in once. */
 function fromOlderVersion(value) {
-  const messages = [value].flat().map((it) => (it?.role === "assistant" ? { ...it, finish: it.finish || "interrupted" } : it));
+  const ended = (it) => (it?.role === "assistant" ? { ...it, finish: it.finish || "interrupted" } : it);
+  const messages = [value].flat().map(ended);
   const title = titleOf(String(messages[0]?.content ?? ""));
   const now = Date.now();
   return { id: "first", title, messages, created: now, updated: now, draft: "", queued: [], allowed: [], revision: 0 };
