@@ -12,6 +12,7 @@ const NEAR = 40; // pixels from the end at which the view follows it
 /** @type {Map<object, QuestionView | AnswerView>} the views on the page by message */
 const views = new Map();
 let pinned = true; // the view is at the end of the log, and follows it
+let lastTop = 0; // pixels, at the last scroll
 let forget = []; // ends of the listeners to the exchange on the page
 
 /** @type {{edit: (question: object) => void, takeBack: (text: string) => void}} */
@@ -117,8 +118,11 @@ function follow() {
   if (pinned && $("empty").hidden) $("scroller").scrollTop = $("scroller").scrollHeight;
 }
 
+/** Follows the end until the user scrolls up; a log that has grown since the last scroll is no reason to stop. */
 function watchScroll() {
   const { scrollTop, scrollHeight, clientHeight } = $("scroller");
-  pinned = scrollHeight - scrollTop - clientHeight < NEAR;
+  const near = scrollHeight - scrollTop - clientHeight < NEAR;
+  pinned = near || (pinned && scrollTop >= lastTop);
+  lastTop = scrollTop;
   $("latest").hidden = pinned || !$("empty").hidden;
 }

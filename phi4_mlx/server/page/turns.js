@@ -58,11 +58,18 @@ export class AnswerView {
     const { content, thought = "", finish, tool_calls: calls = [] } = this.message;
     const growing = !finish && this.exchange.busy;
     this.thought.draw(thought, growing && !content);
-    this.markdown.draw(content, growing);
+    this.drawText(content, growing);
     this.drawCalls(calls);
     this.waiting.hidden = !growing || Boolean(content || thought || calls.length);
     this.copy.hidden = !content;
     this.stats.replaceChildren(...statsOf(this.message, growing));
+  }
+
+  /** Draws the text if it has changed: the whole log is drawn at each step of an exchange. */
+  drawText(content, growing) {
+    if (content === this.drawn?.content && growing === this.drawn.growing) return;
+    this.drawn = { content, growing };
+    this.markdown.draw(content, growing);
   }
 
   drawCalls(calls) {

@@ -187,3 +187,25 @@ def test_text_of_a_model_is_never_a_script(page: Any, server: ScriptedServer) ->
     page.wait_for_timeout(200)
     assert page.evaluate("window.hit") is None
     assert page.locator("#log :is(img, script, a[href^=javascript])").count() == 0
+
+
+def test_the_view_follows_the_end_until_the_user_scrolls_up(page: Any, server: ScriptedServer) -> None:
+    below = "(it => it.scrollHeight - it.scrollTop - it.clientHeight)(document.getElementById('scroller'))"
+    long = "\n\n".join(f"Paragraph {i} with $x^{i}$\n\n```python\nx = {i}\n```" for i in range(20))
+    server.answers = [[long], [long, WAIT, "\n\nmore" * 30, WAIT, "\n\nyet more" * 30]]
+    for _ in server.answers[:]:
+        ask(page, "Count.")
+        grown(page, "Paragraph 19")
+        until(lambda: page.locator(".answer:last-child math").count() == 20 and page.evaluate(below) < 2)
+        assert page.locator("#latest").is_hidden()
+    server.release()
+    grown(page, "more")
+    until(lambda: page.evaluate(below) < 2)
+    page.mouse.move(400, 300)
+    page.mouse.wheel(0, -600)
+    page.wait_for_selector("#latest:visible")
+    server.release()
+    answered(page, 2)
+    assert page.evaluate(below) > 500
+    page.click("#latest")
+    until(lambda: page.evaluate(below) < 2)
