@@ -9,7 +9,8 @@ const isText = (value) => typeof value === "string";
 
 function isMessage(it) {
   const calls = it?.tool_calls ?? [];
-  return ["user", "assistant", "tool"].includes(it?.role) && isText(it.content) && Array.isArray(calls) &&
+  return ["user", "assistant", "tool"].includes(it?.role) && isText(it.content) && isText(it.thought ?? "") &&
+    Array.isArray(calls) &&
     calls.every((call) => isText(call?.id) && isText(call.function?.name) && isText(call.function.arguments));
 }
 
@@ -21,7 +22,8 @@ function isMessage(it) {
 export function isSound(value) {
   const { id, title, messages, draft = "", queued = [], allowed = [], updated } = value ?? {};
   return [id, title, draft].every(isText) && id !== "" && Number.isFinite(updated) &&
-    [messages, queued, allowed].every(Array.isArray) && messages.every(isMessage) && [...queued, ...allowed].every(isText);
+    [messages, queued, allowed].every(Array.isArray) && messages.every(isMessage) &&
+    [...queued, ...allowed].every(isText);
 }
 
 /**
@@ -46,9 +48,13 @@ export function fromJson(json) {
     throw new Error(`The file is not JSON: ${error.message}`);
   }
   const listed = value?.conversations;
-  if (value?.format !== FORMAT || !Array.isArray(listed)) throw new Error("The file is no export of conversations from this page.");
+  if (value?.format !== FORMAT || !Array.isArray(listed)) {
+    throw new Error("The file is no export of conversations from this page.");
+  }
   const wrong = listed.findIndex((it) => !isSound(it));
-  if (wrong >= 0) throw new Error(`Conversation ${wrong + 1} of ${listed.length} in the file is damaged; nothing was imported.`);
+  if (wrong >= 0) {
+    throw new Error(`Conversation ${wrong + 1} of ${listed.length} in the file is damaged; nothing was imported.`);
+  }
   return listed.map((it) => ({ draft: "", queued: [], allowed: [], ...it }));
 }
 

@@ -15,9 +15,8 @@ const AROUND = 40; // characters of a found place on each side
 
 /** Lower case without accents, letter by letter, so that places in it are places in the text. */
 function fold(text) {
-  const lower = text.toLowerCase();
-  if (lower.length !== text.length || /^[\0-\x7f]*$/.test(lower)) return lower;
-  return lower.replace(/[\u00c0-\u024f\u1e00-\u1eff]/g, (letter) => letter.normalize("NFD")[0]);
+  const lower = text.replaceAll("İ", "I").toLowerCase(); // the only letter that would become two
+  return lower.replace(/[\u00c0-\u04ff\u1e00-\u1fff]/g, (letter) => letter.normalize("NFD")[0]).replaceAll("ς", "σ");
 }
 
 function entryOf({ id, title, updated, messages, draft }) {
@@ -81,5 +80,6 @@ export function placeOf({ title, text, folded }, query) {
   const at = word ? folded.indexOf(word, title.length) : -1;
   if (at < 0) return "";
   const [start, end] = [Math.max(title.length + 1, at - AROUND), Math.min(text.length, at + word.length + AROUND)];
-  return `${start > title.length + 1 ? "…" : ""}${text.slice(start, end).replace(/\s+/g, " ").trim()}${end < text.length ? "…" : ""}`;
+  const place = text.slice(start, end).replace(/\s+/g, " ").trim();
+  return [start > title.length + 1 ? "…" : "", place, end < text.length ? "…" : ""].join("");
 }

@@ -77,7 +77,7 @@ async function follow(id) {
   if (!idle()) return;
   const stored = await store.load(id).catch(() => undefined);
   if (!idle() || stored === undefined) return;
-  if (!stored) open({ ...fresh(), draft: current.draft });
+  if (!stored) adopt({ ...fresh(), revision: 0, created: Date.now() }); // deleted; what is being written goes on
   else if (stored.revision !== current.revision) adopt(stored);
 }
 
@@ -112,6 +112,7 @@ export function open(conversation) {
 export function adopt(stored) {
   const { draft } = current;
   Object.assign(current, stored, { draft });
+  keep("sessionStorage", "open", current.id);
   adopted.tell(current);
 }
 

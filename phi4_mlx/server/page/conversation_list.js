@@ -3,7 +3,13 @@ import { placeOf } from "./catalogue.js";
 import { icon, make } from "./dom.js";
 
 /** @typedef {import("./catalogue.js").Entry} Entry */
-/** @typedef {{open: (id: string) => void, menu: (button: HTMLElement, id: string) => void, rename: (id: string, title: string) => void, remove: (id: string) => void}} Hands */
+/**
+ * @typedef {object} Hands what the buttons of a row do
+ * @property {(id: string) => void} open
+ * @property {(button: HTMLElement, id: string) => void} menu
+ * @property {(id: string, title: string) => void} rename
+ * @property {(id: string) => void} remove
+ */
 
 const DAY_MS = 86_400_000;
 
@@ -37,7 +43,8 @@ class Row {
     this.place = make("span.place");
     this.button = make("button.open", { type: "button", onclick: () => hands.open(id) }, this.title, this.place);
     const onclick = () => hands.menu(this.more, id);
-    this.more = make("button.icon.more", { type: "button", onclick, ariaHasPopup: "menu", ariaExpanded: "false" }, icon("more"));
+    const states = { ariaHasPopup: "menu", ariaExpanded: "false" };
+    this.more = make("button.icon.more", { type: "button", onclick, ...states }, icon("more"));
     this.element = make("li", {}, this.button, this.more);
     this.element.dataset.id = id;
   }
@@ -67,7 +74,8 @@ class Row {
       const hadFocus = document.activeElement === field;
       field.replaceWith(this.button);
       if (hadFocus) this.button.focus();
-      if (kept && field.value.trim() && field.value !== this.title.textContent) this.hands.rename(this.id, field.value.trim());
+      const title = field.value.trim();
+      if (kept && title && title !== this.title.textContent) this.hands.rename(this.id, title);
     };
     field.addEventListener("keydown", (event) => {
       if (event.key !== "Enter" && event.key !== "Escape") return;
@@ -109,8 +117,9 @@ export class ConversationList {
     const order = JSON.stringify([...groups].map(([name, group]) => [name, group.map(({ id }) => id)]));
     if (order !== this.#order) this.#arrange(groups);
     this.#order = order;
-    const reachable = this.#buttons().find((it) => it === document.activeElement) ?? this.element.querySelector("[aria-current]");
-    this.#reach((reachable ?? this.#buttons()[0])?.closest("li").dataset.id);
+    const [focused, marked, first] = ["li:focus-within", "li:has([aria-current])", "li"].map((it) =>
+      this.element.querySelector(it));
+    this.#reach((focused ?? marked ?? first)?.dataset.id);
   }
 
   /** Begins to rename a conversation. @param {string} id */

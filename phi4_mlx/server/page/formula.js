@@ -1,6 +1,6 @@
 /**
- * Formulas in Markdown, a plugin of markdown-it: `$…$`, `$$…$$`, `\(…\)`, `\[…\]`. A formula becomes an element with its
- * source as text, which typesetter.js replaces; until then, and if it is not valid LaTeX, the source is shown.
+ * Formulas in Markdown, a plugin of markdown-it: `$…$`, `$$…$$`, `\(…\)`, `\[…\]`. A formula becomes an element with
+ * its source as text, which typesetter.js replaces; until then, and if it is not valid LaTeX, the source is shown.
  */
 
 const LIMIT = 3000; // in one text; a browser needs seconds for the layout of more, which stay source
@@ -111,7 +111,8 @@ export function formulas(md, growing) {
     return `<${tag} class="formula${display}" data-source="${text}">${text}</${tag}>`;
   };
   md.inline.ruler.before("escape", "formula", inlineRule(growing));
-  md.block.ruler.before("blockquote", "formula", blockRule(growing), { alt: ["paragraph", "reference", "blockquote", "list"] });
+  const interrupts = { alt: ["paragraph", "reference", "blockquote", "list"] };
+  md.block.ruler.before("blockquote", "formula", blockRule(growing), interrupts);
   md.renderer.rules.formula = element("span");
   md.renderer.rules.formula_block = element("div");
 }

@@ -53,7 +53,8 @@ function openTicks(text) {
 
 /** Shows a link whose address is being written as its label, and a label that is being written without its bracket. */
 function withoutOpenLink(text) {
-  return text.replace(/!?\[([^\][\n]{0,300})\]\([^\s)]{0,2000}$/, "$1").replace(/(^|[\s(*_])!?\[([^\][\n]{1,300})$/, "$1$2");
+  const label = text.replace(/!?\[([^\][\n]{0,300})\]\([^\s)]{0,2000}$/, "$1");
+  return label.replace(/(^|[\s(*_])!?\[([^\][\n]{1,300})$/, "$1$2");
 }
 
 /** The marks that would close the emphasis that is open at the end of a text. */

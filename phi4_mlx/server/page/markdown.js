@@ -1,6 +1,6 @@
 /**
- * Markdown on the page. markdown-it parses it (HTML of the model stays text), the sanitizer makes its nodes, and they are
- * patched into the page, so that what has not changed keeps its selection, scroll position and focus.
+ * Markdown on the page. markdown-it parses it (HTML of the model stays text), the sanitizer makes its nodes, and they
+ * are patched into the page, so that what has not changed keeps its selection, scroll position and focus.
  */
 import { copy, iconButton, make } from "./dom.js";
 import { blocksOf, htmlOf, plainBlock } from "./parser.js";
@@ -20,7 +20,8 @@ const scrollBox = { tabIndex: 0, role: "group" }; // reachable by keyboard, with
 function elementsOf(blocks) {
   const html = blocks.map((block) => `<div>${htmlOf(block)}</div>`);
   const fragment = nodesOf(html.join(""), "markdown");
-  for (const link of fragment.querySelectorAll("a")) Object.assign(link, { target: "_blank", rel: "noopener noreferrer" });
+  const outside = { target: "_blank", rel: "noopener noreferrer" };
+  for (const link of fragment.querySelectorAll("a")) Object.assign(link, outside);
   for (const box of fragment.querySelectorAll(".table")) Object.assign(box, scrollBox, { ariaLabel: "Table" });
   for (const pre of fragment.querySelectorAll("pre")) pre.replaceWith(figureOf(pre.firstElementChild));
   for (const formula of fragment.querySelectorAll(".formula")) {

@@ -20,9 +20,9 @@ const CONFIG = {
     ...SHARED,
     ALLOWED_TAGS: words(`span math menclose merror mfrac mi mmultiscripts mn mo mover mpadded mphantom mprescripts mroot
       mrow ms mspace msqrt mstyle msub msubsup msup mtable mtd mtext mtr munder munderover none semantics #text`),
-    ALLOWED_ATTR: words(`accent accentunder class columnalign columnlines columnspacing depth display displaystyle fence
-      form height largeop linethickness lspace mathbackground mathcolor mathsize mathvariant maxsize minsize movablelimits
-      notation rowlines rowspacing rspace scriptlevel separator stretchy symmetric voffset width`),
+    ALLOWED_ATTR: words(`accent accentunder class columnalign columnlines columnspacing depth display displaystyle
+      fence form height largeop linethickness lspace mathbackground mathcolor mathsize mathvariant maxsize minsize
+      movablelimits notation rowlines rowspacing rspace scriptlevel separator stretchy symmetric voffset width`),
     FORBID_CONTENTS: ["annotation"], // KaTeX's copy of the source
   },
 };

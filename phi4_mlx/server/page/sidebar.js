@@ -12,6 +12,9 @@ import { RowMenu } from "./row_menu.js";
 const JSON_TYPE = "application/json";
 const narrow = matchMedia("(max-width: 56rem)");
 
+/** True if the sidebar is beside the page and the user has not closed it. */
+const isWanted = () => !narrow.matches && recall("localStorage", "sidebar", true);
+
 class Sidebar {
   /** @param {import("./store.js").Store} store */
   constructor(store) {
@@ -30,9 +33,11 @@ class Sidebar {
       { label: "Export as JSON", run: (id) => this.export(id, "json") },
       { label: "Delete", run: (id) => this.remove(id) },
     ]);
-    this.search = make("input.field", { type: "search", placeholder: "Search", ariaLabel: "Search conversations", autocomplete: "off" });
+    const search = { type: "search", placeholder: "Search", ariaLabel: "Search conversations", autocomplete: "off" };
+    this.search = make("input.field", search);
     this.told = make("p.told", { role: "status" });
-    this.file = make("input", { type: "file", accept: `.json,${JSON_TYPE}`, hidden: true, ariaLabel: "File to import" });
+    const file = { type: "file", accept: `.json,${JSON_TYPE}`, hidden: true, ariaLabel: "File to import" };
+    this.file = make("input", file);
     this.build();
     this.bind();
   }
@@ -62,7 +67,7 @@ class Sidebar {
     $("sidebar").addEventListener("keydown", (event) => this.onKey(event));
     $("sidebar-toggle").addEventListener("click", () => this.show($("sidebar").hidden));
     $("sidebar-shade").addEventListener("click", () => this.show(false));
-    narrow.addEventListener("change", () => this.show(!narrow.matches && recall("localStorage", "sidebar", true), false));
+    narrow.addEventListener("change", () => this.show(isWanted(), false));
   }
 
   /** Shows or hides the sidebar; on a wide page the choice is kept. */
@@ -95,7 +100,8 @@ class Sidebar {
   /** Tells of something done; it stays until the next thing that the user does here. */
   tell(text, action = "", run = () => {}) {
     this.stays = true;
-    this.told.replaceChildren(text, ...(action ? [make("button.plain", { type: "button", onclick: run }, action)] : []));
+    const button = make("button.plain", { type: "button", onclick: run, hidden: !action }, action);
+    this.told.replaceChildren(text, button);
   }
 
   begin() {
@@ -159,7 +165,7 @@ class Sidebar {
     if (!file) return;
     try {
       const conversations = fromJson(await file.text());
-      for (const conversation of conversations) await this.store.save(Object.assign(conversation, { id: newId(), revision: 0 }));
+      for (const it of conversations) await this.store.save({ ...it, id: newId(), revision: 0 });
       this.tell(`${conversations.length} imported from ${file.name}.`);
     } catch (error) {
       this.tell(error.message);
@@ -194,6 +200,6 @@ class Sidebar {
  */
 export function bindSidebar(store) {
   const sidebar = new Sidebar(store);
-  sidebar.show(!narrow.matches && recall("localStorage", "sidebar", true), false);
+  sidebar.show(isWanted(), false);
   return () => sidebar.catalogue.read();
 }

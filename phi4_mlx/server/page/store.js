@@ -1,18 +1,18 @@
 /**
- * The conversations, kept in this browser alone: in IndexedDB, or in this tab's memory where the browser forbids that or
- * has no room. Tabs may work on the same conversation: nothing that one of them has written is overwritten.
+ * The conversations, kept in this browser alone: in IndexedDB, or in this tab's memory where the browser forbids that
+ * or has no room. Tabs may work on the same conversation: nothing that one of them has written is overwritten.
  *
  * @typedef {import("./conversation.js").Conversation} Conversation
  * @typedef {Conversation & {created: number, revision: number}} Stored revision counts the saves
  */
 import { isSound } from "./archive.js";
-import { newId } from "./conversation.js";
+import { newId, titleOf } from "./conversation.js";
 import { keep, names, recall } from "./local.js";
 import { Signal } from "./signal.js";
 
 const NAME = "phi4_mlx";
 const TABLE = "conversations";
-const FORBIDDEN = "This browser keeps nothing for this page: conversations are lost when the tab is closed. Export what you need.";
+const FORBIDDEN = "This browser keeps nothing for this page: conversations are lost when the tab is closed.";
 const FULL = "The browser has no room left: this conversation is lost when the tab is closed. Delete or export some.";
 
 /** The rest of a request or a transaction of IndexedDB. */
@@ -34,19 +34,21 @@ function covers(more, less) {
   const last = less.messages.length - 1;
   const messages = less.messages.every((message, i) => {
     const other = more.messages[i];
-    const same = other?.role === message.role && JSON.stringify(other.tool_calls) === JSON.stringify(message.tool_calls);
-    const grew = i === last && message.role === "assistant" && !message.finish && other?.content.startsWith(message.content);
-    return same && (other.content === message.content || grew);
+    if (other?.role !== message.role) return false;
+    const sameCalls = JSON.stringify(other.tool_calls) === JSON.stringify(message.tool_calls);
+    const grew = i === last && message.role === "assistant" && !message.finish;
+    return grew ? other.content.startsWith(message.content) : sameCalls && other.content === message.content;
   });
-  const asked = (text) => more.queued.includes(text) || more.messages.some((it) => it.role === "user" && it.content === text);
-  return messages && less.queued.every(asked);
+  const asked = more.messages.filter((it) => it.role === "user").map((it) => it.content);
+  return messages && less.queued.every((text) => more.queued.includes(text) || asked.includes(text));
 }
 
 const isGrowing = ({ messages }) => messages.at(-1)?.role === "assistant" && !messages.at(-1).finish;
 
 /** What becomes of a conversation that is saved over the stored one, and what that changes in it. */
 function reconcile(conversation, stored) {
-  const change = { created: stored?.created ?? conversation.created ?? Date.now(), revision: (stored?.revision ?? 0) + 1 };
+  const created = stored?.created ?? conversation.created ?? Date.now();
+  const change = { created, revision: (stored?.revision ?? 0) + 1 };
   if (!stored || stored.revision === conversation.revision) return ["same", change];
   if (!isGrowing(conversation) && covers(stored, conversation)) {
     return ["newer", { ...stored, ...change, draft: conversation.draft || stored.draft }];
@@ -62,6 +64,7 @@ export class Store {
 
   #database = null;
   #forbidden = false; // the user knows it
+  #asked = false; // for storage that the browser does not evict
   #memory = new Map(); // what the browser could not keep, by id
   #saving = new Set(); // the conversations whose save is not finished
   #removed = new Set(); // ids that were removed in this tab; a late save does not bring them back
@@ -86,8 +89,11 @@ export class Store {
 
   async #connect() {
     this.#database = await openDatabase();
-    this.#database.onversionchange = () => this.#database.close();
     this.#database.onclose = () => { this.#database = null; };
+    this.#database.onversionchange = () => { // the user deletes the data of the page
+      this.#database?.close();
+      this.#database = null;
+    };
   }
 
   /**
@@ -96,7 +102,8 @@ export class Store {
    * @returns {Promise<Stored | null>} null if there is none
    */
   async load(id) {
-    return structuredClone(this.#memory.get(id)) ?? (await this.#read((table) => table.get(id))) ?? null;
+    const found = structuredClone(this.#memory.get(id)) ?? (await this.#read((table) => table.get(id)));
+    return isSound(found) ? found : null;
   }
 
   /**
@@ -105,7 +112,8 @@ export class Store {
    */
   async all() {
     const kept = (await this.#read((table) => table.getAll())) ?? [];
-    return [...kept.filter(({ id }) => !this.#memory.has(id)), ...structuredClone([...this.#memory.values()])];
+    const others = kept.filter((it) => isSound(it) && !this.#memory.has(it.id));
+    return [...others, ...structuredClone([...this.#memory.values()])];
   }
 
   /**
@@ -120,6 +128,7 @@ export class Store {
     this.#saving.add(conversation);
     try {
       const outcome = await this.#put(conversation);
+      this.#persist();
       this.#memory.delete(id);
       keep("localStorage", `unsaved.${id}`, undefined);
       return outcome;
@@ -193,6 +202,12 @@ export class Store {
     await this.save(conversation);
   }
 
+  /** Asks the browser, once, not to evict the conversations when the disk is full. */
+  #persist() {
+    if (!this.#asked) navigator.storage?.persist?.().catch(() => {});
+    this.#asked = true;
+  }
+
   async #read(request) {
     if (!this.#database) return null;
     return finished(request(this.#database.transaction(TABLE).objectStore(TABLE)));
@@ -222,19 +237,17 @@ export class Store {
       if (isSound(conversation)) await this.save(conversation).catch(() => {});
       else keep("localStorage", name, undefined);
     }
-    const messages = recall("localStorage", "messages", null);
-    if (!messages) return;
-    const old = fromOlderVersion(messages);
-    if (isSound(old) && old.messages.length) await this.save(old);
+    const old = fromOlderVersion(recall("localStorage", "messages", []));
+    if (isSound(old) && old.messages.length) await this.save(old).catch(() => {});
     keep("localStorage", "messages", undefined);
   }
 }
 
 /** The conversation of the page that had only one. Its id is fixed: two tabs take it in once. */
-function fromOlderVersion(messages) {
-  const [first] = messages;
-  const title = typeof first?.content === "string" ? first.content.trim().split("\n")[0].slice(0, 60) : "";
-  const finished = messages.map?.((it) => (it?.role === "assistant" ? { ...it, finish: it.finish || "interrupted" } : it));
+function fromOlderVersion(value) {
+  const ended = (it) => (it?.role === "assistant" ? { ...it, finish: it.finish || "interrupted" } : it);
+  const messages = [value].flat().map(ended);
+  const title = titleOf(String(messages[0]?.content ?? ""));
   const now = Date.now();
-  return { id: "first", title, messages: finished, created: now, updated: now, draft: "", queued: [], allowed: [], revision: 0 };
+  return { id: "first", title, messages, created: now, updated: now, draft: "", queued: [], allowed: [], revision: 0 };
 }

@@ -2,6 +2,7 @@
  * Colours for code and typeset formulas. A worker does it, one job after the other; a job that takes too long is ended
  * with its worker, and its source stays on the page. The libraries are loaded with the first job that needs them.
  */
+import { useAlphabets } from "./letters.js";
 import { nodesOf } from "./sanitizer.js";
 
 const JOB_MS = 2000; // without the time to load a library
@@ -54,6 +55,7 @@ function finish(html) {
   const job = running;
   running = null;
   const nodes = html === null ? null : nodesOf(html, job.kind);
+  if (nodes && job.kind === "formula") useAlphabets(nodes);
   results.set(job.key, nodes);
   if (results.size > KEPT) results.delete(results.keys().next().value);
   for (const element of waiting.get(job.key) ?? []) show(element, job, nodes);

@@ -8,7 +8,8 @@ const HTML_LIMIT = 1_000_000; // characters of a result
 
 async function codeHtml(source, language) {
   const { default: highlight } = await import("./vendor/highlight.js");
-  return () => (highlight.getLanguage(language) ? highlight.highlight(source, { language, ignoreIllegals: true }).value : null);
+  const options = { language, ignoreIllegals: true };
+  return () => (highlight.getLanguage(language) ? highlight.highlight(source, options).value : null);
 }
 
 /** "$$", "\[" and the like around the formula say how it is displayed. */

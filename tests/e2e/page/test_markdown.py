@@ -172,6 +172,12 @@ def test_formulas_are_told_from_prices_and_code(drawing: Any, text: str, formula
     assert drawing.evaluate("box.querySelectorAll('math').length") == formulas
 
 
+def test_letters_come_in_the_alphabets_of_the_formula(drawing: Any) -> None:
+    html(drawing, r"$\mathbb{R}\mathbb{A}\mathbf{x1}\mathcal{L}\mathfrak{g}\mathsf{S}\mathtt{t}\mathrm{d}$")
+    drawing.wait_for_selector("math")
+    assert shown(drawing) == "ℝ𝔸𝐱𝟏ℒ𝔤𝖲𝚝d"
+
+
 @pytest.mark.parametrize(
     "text",
     [r"$\frac{$", r"$$\begin{aligned} a$$", r"\(\undefined\)", r"$\def\a{\a}\a$", r"$x$ then \[ \left( x \]", r"$}$"],
