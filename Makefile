@@ -50,7 +50,7 @@ export INSTALLER
 # Remove a virtual environment whose Python is gone, for instance after a system upgrade.
 GONE := $(shell test -d $(VENV) && ! $(PY) -c '' >/dev/null 2>&1 && rm -rf $(VENV))
 
-.PHONY: help chat test test-fast lint bench clean
+.PHONY: help chat test test-fast lint bench vendor clean
 
 help:
 	@echo 'make chat       chat with a model (MODEL=demo; MODEL=folder or a Hugging Face id)'
@@ -58,6 +58,7 @@ help:
 	@echo 'make test-fast  lint, then the tests that are not marked slow'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make bench      benchmarks beside mlx-lm: a table and plots in bench/ (about an hour)'
+	@echo 'make vendor     copy the libraries of the chat page out of their npm packages again (needs npm)'
 	@echo 'make clean      remove the virtual environment and the caches'
 
 chat: $(VENV)/runtime.stamp
@@ -76,6 +77,9 @@ lint: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(PY) tests/bench
+
+vendor:
+	python3 tests/e2e/page/vendor.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist phi4_mlx.egg-info

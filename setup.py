@@ -24,7 +24,7 @@ setup(
         "phi4_mlx.convert",
     ],
     package_dir={"phi4_mlx.convert": "convert"},
-    package_data={"phi4_mlx": ["py.typed", "demo/*"], "phi4_mlx.server": ["page.html"]},
+    package_data={"phi4_mlx": ["py.typed", "demo/*"], "phi4_mlx.server": ["page/*", "page/vendor/*"]},
     install_requires=[
         'mlx>=0.32; sys_platform == "darwin"',
         'mlx[cpu]>=0.32; sys_platform == "linux"',
@@ -55,6 +55,7 @@ setup(
             "openai>=3",
             "anthropic>=2",
             "pexpect>=4.9",
+            "playwright>=1.50",
             "ruff>=0.17,<0.18",
             "mypy>=1.18,<3",
             "setuptools>=65",

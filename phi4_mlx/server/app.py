@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import functools
-import hashlib
 import re
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -33,6 +29,7 @@ from phi4_mlx.server.apis.fields import parse_json
 from phi4_mlx.server.apis.wire import Ask, Delta, End, WireError, ignored_header, json_bytes
 from phi4_mlx.server.disconnect import ClientGone, unless_gone
 from phi4_mlx.server.guard import Receive, Scope, Send, refuse
+from phi4_mlx.server.page_files import page_file
 from phi4_mlx.server.request_log import CANCELLED, Entry, entry_of
 from phi4_mlx.server.service import Service
 from phi4_mlx.server.tools import ServerTools
@@ -74,6 +71,7 @@ class App:
         }
         routes = [
             Route("/", self.page),
+            Route("/page/{path:path}", self.page),
             Route("/health", self.health),
             Route("/metrics", self.metrics),
             Route("/v1/models", self.models),
@@ -82,13 +80,16 @@ class App:
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in answering.items()),
         ]
         handlers: dict[Any, Any] = {WireError: self._refused, HTTPException: self._http_error, Exception: self._broken}
-        return Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(PlainPaths)])
+        app = Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(PlainPaths)])
+        app.router.redirect_slashes = False  # PlainPaths would take the slash out again, without end
+        return app
 
     async def page(self, request: Request) -> Response:
-        """The chat page; its content security policy allows only its own script and style."""
-        html, policy = _page()
-        safety = {"content-security-policy": policy, "x-content-type-options": "nosniff"}
-        return HTMLResponse(html, headers=safety | {"referrer-policy": "no-referrer"})
+        """The chat page, or one of its files."""
+        found = page_file(request.path_params.get("path", "index.html"))
+        if found is None:
+            raise HTTPException(404)
+        return found.answer(request)
 
     async def health(self, request: Request) -> Response:
         """The state of the engine; status 200 if it answers."""
@@ -306,20 +307,3 @@ async def _collected(items: AsyncGenerator[Delta | End, None]) -> list[Delta | E
 
 def _json(value: Any, status: int = 200) -> Response:
     return Response(json_bytes(value), status, media_type="application/json")
-
-
-@functools.cache
-def _page() -> tuple[str, str]:
-    """The chat page, and a content security policy that allows only its own script and style."""
-    html = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-
-    def hashes(tag: str) -> str:
-        blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-        digests = (base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks)
-        return " ".join(f"'sha256-{digest}'" for digest in digests)
-
-    policy = (
-        f"default-src 'none'; connect-src 'self'; script-src {hashes('script')}; style-src {hashes('style')}; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return html, policy
