@@ -120,9 +120,13 @@ def _retry(chat: Chat, rest: str) -> None:
 
 def _take_back(chat: Chat) -> Turn:
     """Removes the last turn and returns it."""
-    if not chat.conversation.turns:
+    conversation = chat.conversation
+    if not conversation.turns:
         raise RequestError("there is no turn yet")
-    return chat.conversation.turns.pop()
+    taken = conversation.turns.pop()
+    if conversation.dropped >= len(conversation.turns):  # nothing of the cached prompt is left
+        conversation.dropped = 0
+    return taken
 
 
 def _save(chat: Chat, rest: str) -> None:

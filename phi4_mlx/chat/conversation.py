@@ -242,7 +242,8 @@ class Conversation:
         if self.overflow == "oldest":
             return f"without any earlier turn, the prompt is still {length:,} {holds}; shorten the question"
         message = f"the conversation would be {length:,} {holds}; /reset begins a new one, /undo takes back a turn"
-        return f"{message}, --context-overflow oldest leaves out the oldest turns" if self.turns else message
+        way_on = "a chat started with --context-overflow oldest leaves out the oldest turns"
+        return f"{message}; {way_on}" if self.turns else message
 
     def _answer(self, question: str, loop: ToolLoop) -> Generator[AgentEvent, None, None]:
         self.usage = Usage()

@@ -225,7 +225,7 @@ class Chat:
         end = f", the end of the context of {conversation.context:,}"
         if conversation.overflow == "oldest":
             return f"{end}; the next question makes room"
-        return f"{end}; /undo and /reset make room, --context-overflow oldest leaves out the oldest turns"
+        return f"{end}; /undo and /reset make room; a chat started with --context-overflow oldest goes on"
 
     def rescue(self) -> str:
         """Saves the conversation where the next chat finds it; returns a sentence that says so."""

@@ -80,7 +80,7 @@ def test_a_chat_of_three_contexts_goes_on_and_says_so_once(small: str) -> None:
 def test_by_default_it_ends_with_a_line_that_names_the_option(small: str) -> None:
     refused = chat(small, LONG, code=2)
     assert len(refused.stderr.splitlines()) == 1 and refused.stdout
-    assert "/undo takes back a turn, --context-overflow oldest leaves out the oldest turns" in refused.stderr
+    assert "takes back a turn; a chat started with --context-overflow oldest leaves out the oldest" in refused.stderr
     alone = chat(small, ["hi"], "--prompt", "hi", *OLDEST)
     assert alone.stderr == "phi4-mlx chat: --context-overflow has no effect with --prompt: one question\n"
 

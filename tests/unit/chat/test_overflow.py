@@ -79,7 +79,7 @@ def test_by_default_a_full_context_refuses_and_names_the_way_on(conversation: Co
     with pytest.raises(RequestError, match=r"/undo takes back a turn$"):  # no turn could fall out
         ask(conversation, "x" * CONTEXT)
     ask(conversation, "x" * 900)
-    with pytest.raises(RequestError, match=f"would be 1,0.. tokens long, .* holds 1,024; /reset .*, {way_on}$"):
+    with pytest.raises(RequestError, match=f"would be 1,0.. tokens long, .* holds 1,024; /reset .* {way_on}$"):
         ask(conversation, "y" * 100)
     conversation.overflow = "oldest"
     ask(conversation, "y" * 100)
@@ -225,6 +225,9 @@ def test_the_chat_says_once_that_turns_are_left_out(rolling: Chat, script: Scrip
     assert len(messages) == 60 and messages[0]["content"].startswith("00 ")
 
     obey(chat, "/undo 25")
+    shown(chat)
+    obey(chat, "/stats")
+    assert "in 5 turns\n" in shown(chat)
     chat.answer("short again")
     assert len(questions(chat)) == 6 and chat.conversation.dropped == 0
     obey(chat, "/load talk")
@@ -267,7 +270,7 @@ def test_a_cut_at_the_end_of_the_context_is_no_fault_of_max_tokens(
 ) -> None:
     chat, script.finish_reason, script.replies = new_chat(max_tokens=2_000), "length", ["a" * 421, "a" * 421]
     chat.answer("x" * 600)
-    assert "cut at 421 tokens, the end of the context of 1,024; /undo and /reset make room, --context-" in shown(chat)
+    assert "cut at 421 tokens, the end of the context of 1,024; /undo and /reset make room; a" in shown(chat)
     chat.conversation.overflow = "oldest"
     chat.answer("y" * 600)
     text = shown(chat)
