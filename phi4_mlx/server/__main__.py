@@ -58,6 +58,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog=PROG, description="Serve a model over HTTP: OpenAI's and Anthropic's APIs, and a chat page.")
     add_model_options(parser)
+    _add_access_options(parser)
+    parser.add_argument(
+        "--adapters",
+        type=word,
+        metavar="FOLDER",
+        help="folder of LoRA adapters that clients may name as the model (default: none)",
+    )
+    _add_limit_options(parser)
+    add_tool_options(parser, "the chat page may run, each call after a question; API clients do not see them")
+    parser.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help=LOG_LEVELS
+    )
+    return parser
+
+
+def _add_access_options(parser: Parser) -> None:
+    """The options that say who may send requests."""
     parser.add_argument("--host", type=word, default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=number(int, 0, 65535), default=8080, help="0 takes a free port")
     parser.add_argument(
@@ -67,12 +84,6 @@ def _parser() -> Parser:
         help=f"key that clients must send; {KEY_VARIABLE} sets it too, out of sight of `ps` (default: none)",
     )
     parser.add_argument(
-        "--adapters",
-        type=word,
-        metavar="FOLDER",
-        help="folder of LoRA adapters that clients may name as the model (default: none)",
-    )
-    parser.add_argument(
         "--allowed-origins",
         type=word,
         nargs="+",
@@ -80,6 +91,10 @@ def _parser() -> Parser:
         metavar="ORIGIN",
         help="web pages that may send requests; * is any",
     )
+
+
+def _add_limit_options(parser: Parser) -> None:
+    """The options that limit lengths, numbers, times and bytes."""
     parser.add_argument(
         "--max-tokens",
         type=number(int, 1, MAX_TOKENS_LIMIT),
@@ -115,11 +130,6 @@ def _parser() -> Parser:
         metavar="N",
         help="bytes for earlier prompts (default: a quarter of the memory beside the weights)",
     )
-    add_tool_options(parser, "the chat page may run, each call after a question; API clients do not see them")
-    parser.add_argument(
-        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help=LOG_LEVELS
-    )
-    return parser
 
 
 def _serve(args: argparse.Namespace) -> None:
