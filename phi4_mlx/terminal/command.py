@@ -134,7 +134,7 @@ class Parser(argparse.ArgumentParser):
         near = suggestion(name, options if name[:1] in DASHES else [each for each in options if is_slip(name, each)])
         if not near and self._takes_value(before):
             near = f"; a value that begins with a dash is written {before}={word:.60}"
-        self.error(f"{name!r:.100} is not an option{near}")
+        self.error(f"unrecognized arguments: {name:.100}{near}")
 
     # `Any` stands for the overloads of the base class.
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

@@ -186,9 +186,9 @@ def test_removing_takes_one_model_and_no_other(cache: Path, models: Models, tiny
         (["--json", "rm", "owner/tiny"], "--json prints the list, and rm prints none; drop one of the two"),
         (["rm"], "the following arguments are required: ID"),
         (["pul", "owner/tiny"], "argument COMMAND: 'pul' is not one of pull, rm; did you mean pull?"),
-        (["rm", "owner/tiny", "--yse"], "'--yse' is not an option; did you mean --yes?"),
-        (["rm", "owner/tiny", "owner/other"], "'owner/other' is not an option"),
-        (["--jsn"], "'--jsn' is not an option; did you mean --json?"),
+        (["rm", "owner/tiny", "--yse"], "unrecognized arguments: --yse; did you mean --yes?"),
+        (["rm", "owner/tiny", "owner/other"], "unrecognized arguments: owner/other"),
+        (["--jsn"], "unrecognized arguments: --jsn; did you mean --json?"),
     ],
 )
 def test_mistakes_are_one_line_and_remove_nothing(
