@@ -82,6 +82,7 @@ def _list(args: argparse.Namespace) -> None:
 
 def _pull(args: argparse.Namespace) -> None:
     from phi4_mlx.checkpoint import load_config
+    from phi4_mlx.files.safetensors import weight_files
     from phi4_mlx.hub import download
 
     if args.id == "demo":
@@ -89,6 +90,7 @@ def _pull(args: argparse.Namespace) -> None:
     try:
         load_config(download(args.id, args.revision, ("config.json",)))  # before gigabytes of weights
         folder = download(args.id, args.revision)
+        weight_files(folder)  # without a network, the cache may hold a part
     except KeyboardInterrupt:
         complain(typed("models pull"), "stopped; complete files are kept, and the same command downloads the others")
         raise
@@ -172,7 +174,7 @@ def _as_json(listed: Listed) -> dict[str, object]:
     model = listed.model
     used = datetime.fromtimestamp(model.last_used, timezone.utc).isoformat(timespec="seconds")
     return {
-        "model": model.name,
+        "id": model.name,
         "revision": model.revision or None,
         "refs": [*model.refs],
         "path": str(model.folder),
@@ -186,7 +188,7 @@ def _as_json(listed: Listed) -> dict[str, object]:
 
 def table(models: Sequence[Listed]) -> str:
     """The models as a table for people."""
-    lines: list[tuple[str, ...]] = [("model", "size", "revision", "context", "last used", "loads")]
+    lines: list[tuple[str, ...]] = [("id", "size", "revision", "context", "last used", "loads")]
     for model, context, why in models:
         refs = " ".join([model.revision[:8] or ("embedded" if model.name == "demo" else "none"), *model.refs])
         used = datetime.fromtimestamp(model.last_used).strftime("%Y-%m-%d") if model.last_used else ""

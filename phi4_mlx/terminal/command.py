@@ -65,7 +65,7 @@ def typed(command: str) -> str:
     Args:
         command: "chat", for example, or "" for the program itself; the one that runs, or one that a message advises.
     """
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     module = "" if spec is None else spec.name.removesuffix(".__main__")
     if module == f"phi4_mlx.{command}":
         return f"python -m {module}"

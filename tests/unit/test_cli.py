@@ -79,7 +79,8 @@ def test_the_help_of_every_option_ends_with_its_default() -> None:
             assert re.search(r" \((required|default: [^()]+)\)$", text), f"{parser.prog}: {text}"
             assert text.count("(default: ") + text.count("(required)") == 1 and text in shown, f"{parser.prog}: {text}"
             if action.default not in (None, argparse.SUPPRESS) and action.nargs != 0:
-                assert "(default: " not in str(action.help), f"{parser.prog}: the parser knows the default of {text}"
+                written = str(action.help).replace("(default: %(default)s)", "")
+                assert "(default: " not in written, f"{parser.prog}: the parser knows the default of {text}"
             seen += 1
     assert seen > 150
 
@@ -91,7 +92,7 @@ def test_the_defaults_that_are_written_out_are_those_of_the_program() -> None:
         (action,) = (each for each in training._actions if each.dest == name)
         assert default is None or str(action.help).endswith(f"(default: {shown_default(default)})")
     named = [each for parser in parsers() for each in options(parser) if each.dest == "model"]
-    assert sum(f"(default: {DEFAULT_MODEL})" in str(each.help) for each in named) == 7  # the others need no model
+    assert sum(f"(default: {DEFAULT_MODEL})" in str(each.help) for each in named) >= 7  # the others need no model
 
 
 @pytest.mark.parametrize(
