@@ -101,6 +101,7 @@ def _pull(args: argparse.Namespace) -> None:
 
 def _remove(args: argparse.Namespace) -> None:
     from phi4_mlx.hub import cached_models, remove_cached
+    from phi4_mlx.terminal.screen import Screen
 
     if args.id == "demo":
         raise RequestError("demo is a part of this package, not of the cache, and stays")
@@ -109,12 +110,12 @@ def _remove(args: argparse.Namespace) -> None:
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             raise RequestError("no person is at a terminal to confirm; --yes removes without a question")
         what = f"{args.id}, {amount(len(found), 'revision')}, {size(found[0].total_bytes)}"
-        answer = input(f"remove {what}? [y/N] ")
+        answer = Screen().ask(f"remove {what}? [y/N] ")
         if answer.strip().lower() not in ("y", "yes"):
             print("nothing was removed")
             return
     freed = remove_cached(args.id)
-    print(f"{args.id}: removed, {freed:,} bytes freed")
+    print(f"{args.id}: removed, {amount(freed, 'byte')} freed")
 
 
 def listed_models() -> list[Listed]:

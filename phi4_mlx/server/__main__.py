@@ -48,11 +48,9 @@ def _parser() -> Parser:
         help=f"key that clients must send; {KEY_VARIABLE} sets it too, out of sight of `ps` (default: none)",
     )
     parser.add_argument(
-        "--adapters",
-        type=word,
-        metavar="FOLDER",
+        "--adapters", type=word, metavar="FOLDER",
         help="folder of LoRA adapters that clients may name as the model (default: none)",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--allowed-origins",
         type=word,
@@ -84,23 +82,17 @@ def _parser() -> Parser:
         help="seconds for an answer",
     )
     parser.add_argument(
-        "--kv-cache-bytes",
-        type=number(int, 2**20, 2**50),
-        metavar="N",
+        "--kv-cache-bytes", type=number(int, 2**20, 2**50), metavar="N",
         help="bytes for running answers (default: half of the memory beside the weights)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--prompt-cache-bytes",
-        type=number(int, 0, 2**50),
-        metavar="N",
+        "--prompt-cache-bytes", type=number(int, 0, 2**50), metavar="N",
         help="bytes for earlier prompts (default: a quarter of the memory beside the weights)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--log-level",
-        choices=("debug", "info", "warning", "error"),
-        default="warning",
+        "--log-level", choices=("debug", "info", "warning", "error"), default="warning",
         help="least important messages that are logged",
-    )
+    )  # fmt: skip
     return parser
 
 

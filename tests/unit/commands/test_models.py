@@ -215,15 +215,15 @@ def environment(url: str, cache: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("typed", "removed"), [("y", True), ("YES", True), ("", False), ("n", False), ("yep", False)])
-def test_removing_asks(typed: str, removed: bool, tmp_path: Path, tiny_checkpoint: TinyCheckpoint) -> None:
+@pytest.mark.parametrize(("typed", "removed"), [("y", True), ("YES", True), ("", False), ("yep", False), (None, False)])
+def test_removing_asks(typed: str | None, removed: bool, tmp_path: Path, tiny_checkpoint: TinyCheckpoint) -> None:
     folder = put(tmp_path / "hub", "owner/tiny", tiny_checkpoint())
     env = environment("http://127.0.0.1:9", tmp_path / "hub")
     words = ["-m", "phi4_mlx", "models", "rm", "owner/tiny"]
     child = pexpect.spawn(sys.executable, words, cwd=str(ROOT), env=env, timeout=60, encoding="utf-8")
     child.expect_exact("remove owner/tiny, 1 revision, ")
     child.expect_exact("? [y/N] ")
-    child.sendline(typed)
+    child.sendline(typed) if typed is not None else child.sendeof()
     child.expect(r"bytes freed|nothing was removed")
     child.expect(pexpect.EOF)
     child.close()
