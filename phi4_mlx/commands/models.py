@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from phi4_mlx.hub import CachedModel
 
 _NUMBERS = ("size", "context")  # columns
-_SHOWN_REASON = 80  # characters
+_SHOWN_REASON = 100  # characters
 
 
 class Listed(NamedTuple):
@@ -146,6 +146,8 @@ def _why_not(folder: Path) -> str:
     except Phi4Error as error:
         reason = str(error).replace(f"{folder}/", "").replace(f"{folder} ", "").removeprefix("config.json: ")
         return reason.partition("; ")[0]
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
     return ""
 
 
@@ -193,7 +195,9 @@ def table(models: Sequence[Listed]) -> str:
     for model, context, why in models:
         refs = " ".join([model.revision[:8] or ("embedded" if model.name == "demo" else "none"), *model.refs])
         used = datetime.fromtimestamp(model.last_used).strftime("%Y-%m-%d") if model.last_used else ""
-        loads = f"no: {why[:_SHOWN_REASON]}" if why else "yes"
+        loads = f"no: {why}" if why else "yes"
+        if len(loads) > _SHOWN_REASON:
+            loads = f"{loads[:_SHOWN_REASON]} ..."
         lines.append((model.name, size(model.nbytes), refs, "" if context is None else f"{context:,}", used, loads))
     lines = [tuple(map(one_line, line)) for line in lines]
     columns = []

@@ -103,6 +103,8 @@ def test_the_list_says_what_is_where_and_what_loads(
     (cache / "models--owner--damaged" / "refs").mkdir(parents=True)
     (cache / "models--owner--damaged" / "refs" / "main").write_text(COMMIT)
     (cache / ".DS_Store").touch()
+    (cache / "models--").mkdir()
+    (cache / "models--owner--file").touch()
 
     code, out, err = models()
     lines = {line.split()[0]: line for line in out.splitlines() if line}
