@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return USER_MISTAKE
     if rest and f"{name}.{rest[0]}" in COMMANDS:
-        complain(typed(name), f"{rest[0]!r} is not an option; did you mean {typed(f'{name}.{rest[0]}')}?")
+        complain(typed(name), f"unrecognized arguments: {rest[0]}; did you mean {typed(f'{name}.{rest[0]}')}?")
         return USER_MISTAKE
     module, _ = COMMANDS[name]
     command: Callable[..., int] = importlib.import_module(module).main

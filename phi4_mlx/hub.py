@@ -231,7 +231,7 @@ def _scan() -> HFCacheInfo:
 
 def _model_folders() -> list[Path]:
     """The folders of models in the cache, damaged ones too."""
-    return sorted(path for path in cache_folder().glob("models--*") if path.is_dir())
+    return sorted(path for path in cache_folder().glob("models--?*") if path.is_dir())
 
 
 def _name(path: Path) -> str:

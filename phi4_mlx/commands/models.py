@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from phi4_mlx.hub import CachedModel
 
 _NUMBERS = ("size", "context")  # columns
-_SHOWN_REASON = 80  # characters
+_SHOWN_REASON = 100  # characters
 
 
 class Listed(NamedTuple):
@@ -82,6 +82,7 @@ def _list(args: argparse.Namespace) -> None:
 
 def _pull(args: argparse.Namespace) -> None:
     from phi4_mlx.checkpoint import load_config
+    from phi4_mlx.files.safetensors import weight_files
     from phi4_mlx.hub import download
 
     if args.id == "demo":
@@ -89,6 +90,7 @@ def _pull(args: argparse.Namespace) -> None:
     try:
         load_config(download(args.id, args.revision, ("config.json",)))  # before gigabytes of weights
         folder = download(args.id, args.revision)
+        weight_files(folder)  # without a network, the cache may hold a part
     except KeyboardInterrupt:
         complain(typed("models pull"), "stopped; complete files are kept, and the same command downloads the others")
         raise
@@ -99,6 +101,7 @@ def _pull(args: argparse.Namespace) -> None:
 
 def _remove(args: argparse.Namespace) -> None:
     from phi4_mlx.hub import cached_models, remove_cached
+    from phi4_mlx.terminal.screen import Screen
 
     if args.id == "demo":
         raise RequestError("demo is a part of this package, not of the cache, and stays")
@@ -107,12 +110,12 @@ def _remove(args: argparse.Namespace) -> None:
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             raise RequestError("no person is at a terminal to confirm; --yes removes without a question")
         what = f"{args.id}, {amount(len(found), 'revision')}, {size(found[0].total_bytes)}"
-        answer = input(f"remove {what}? [y/N] ")
+        answer = Screen().ask(f"remove {what}? [y/N] ")
         if answer.strip().lower() not in ("y", "yes"):
             print("nothing was removed")
             return
     freed = remove_cached(args.id)
-    print(f"{args.id}: removed, {freed:,} bytes freed")
+    print(f"{args.id}: removed, {amount(freed, 'byte')} freed")
 
 
 def listed_models() -> list[Listed]:
@@ -143,6 +146,8 @@ def _why_not(folder: Path) -> str:
     except Phi4Error as error:
         reason = str(error).replace(f"{folder}/", "").replace(f"{folder} ", "").removeprefix("config.json: ")
         return reason.partition("; ")[0]
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
     return ""
 
 
@@ -172,7 +177,7 @@ def _as_json(listed: Listed) -> dict[str, object]:
     model = listed.model
     used = datetime.fromtimestamp(model.last_used, timezone.utc).isoformat(timespec="seconds")
     return {
-        "model": model.name,
+        "id": model.name,
         "revision": model.revision or None,
         "refs": [*model.refs],
         "path": str(model.folder),
@@ -186,11 +191,13 @@ def _as_json(listed: Listed) -> dict[str, object]:
 
 def table(models: Sequence[Listed]) -> str:
     """The models as a table for people."""
-    lines: list[tuple[str, ...]] = [("model", "size", "revision", "context", "last used", "loads")]
+    lines: list[tuple[str, ...]] = [("id", "size", "revision", "context", "last used", "loads")]
     for model, context, why in models:
         refs = " ".join([model.revision[:8] or ("embedded" if model.name == "demo" else "none"), *model.refs])
         used = datetime.fromtimestamp(model.last_used).strftime("%Y-%m-%d") if model.last_used else ""
-        loads = f"no: {why[:_SHOWN_REASON]}" if why else "yes"
+        loads = f"no: {why}" if why else "yes"
+        if len(loads) > _SHOWN_REASON:
+            loads = f"{loads[:_SHOWN_REASON]} ..."
         lines.append((model.name, size(model.nbytes), refs, "" if context is None else f"{context:,}", used, loads))
     lines = [tuple(map(one_line, line)) for line in lines]
     columns = []

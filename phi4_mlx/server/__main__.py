@@ -60,11 +60,9 @@ def _parser() -> Parser:
     add_model_options(parser)
     _add_access_options(parser)
     parser.add_argument(
-        "--adapters",
-        type=word,
-        metavar="FOLDER",
+        "--adapters", type=word, metavar="FOLDER",
         help="folder of LoRA adapters that clients may name as the model (default: none)",
-    )
+    )  # fmt: skip
     _add_limit_options(parser)
     add_tool_options(parser, "the chat page may run, each call after a question; API clients do not see them")
     parser.add_argument(
@@ -119,17 +117,13 @@ def _add_limit_options(parser: Parser) -> None:
         help="seconds for an answer",
     )
     parser.add_argument(
-        "--kv-cache-bytes",
-        type=number(int, 2**20, 2**50),
-        metavar="N",
+        "--kv-cache-bytes", type=number(int, 2**20, 2**50), metavar="N",
         help="bytes for running answers (default: half of the memory beside the weights)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--prompt-cache-bytes",
-        type=number(int, 0, 2**50),
-        metavar="N",
+        "--prompt-cache-bytes", type=number(int, 0, 2**50), metavar="N",
         help="bytes for earlier prompts (default: a quarter of the memory beside the weights)",
-    )
+    )  # fmt: skip
 
 
 def _serve(args: argparse.Namespace) -> None:

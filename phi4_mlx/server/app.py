@@ -159,7 +159,6 @@ class App:
             entry = entry_of(request.scope)
             entry.ask = ask = await self._parse(parse, await request.body())
             ask, prompts = await self.service.prompts(ask)
-            entry.ask = ask
             entry.prompt_tokens = sum(map(len, prompts))
             jobs, ignored = await self.service.jobs(ask, prompts)
             items = entry.observed(self.service.answers(ask, jobs))

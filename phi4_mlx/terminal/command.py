@@ -66,7 +66,7 @@ def typed(command: str) -> str:
     Args:
         command: "chat", for example, or "" for the program itself; the one that runs, or one that a message advises.
     """
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     module = "" if spec is None else spec.name.removesuffix(".__main__")
     if module == f"phi4_mlx.{command}":
         return f"python -m {module}"
@@ -135,7 +135,7 @@ class Parser(argparse.ArgumentParser):
         near = suggestion(name, options if name[:1] in DASHES else [each for each in options if is_slip(name, each)])
         if not near and self._takes_value(before):
             near = f"; a value that begins with a dash is written {before}={word:.60}"
-        self.error(f"{name!r:.100} is not an option{near}")
+        self.error(f"unrecognized arguments: {name:.100}{near}")
 
     # `Any` stands for the overloads of the base class.
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
