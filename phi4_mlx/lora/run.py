@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import memory_limit
 from phi4_mlx.hub import DEFAULT_MODEL
 from phi4_mlx.lora.data.batches import Batches
-from phi4_mlx.lora.data.samples import Pair, Sample, load_pairs, load_samples
+from phi4_mlx.lora.data.samples import Pair
 from phi4_mlx.lora.display import report_end, show
+from phi4_mlx.lora.loading import Samples, download, read_data, read_weights
 from phi4_mlx.lora.program import Program
 from phi4_mlx.lora.progress import tick_of
 from phi4_mlx.lora.saving.checkpoints import NEW_RUN, checkpoints, from_adapter, no_checkpoint
@@ -41,13 +42,8 @@ from phi4_mlx.lora.training.trainer import Trainer, evaluate
 from phi4_mlx.lora.view import Tell, View, to_stderr, view
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.terminal.amount import amount, size
-from phi4_mlx.tokens.tokenizer import Tokenizer
 
 MANY_EPOCHS = 10  # above this, a message warns of memorising
-WEIGHTS_AT_ONCE = 16  # tensors that are read in one computation
-
-Samples = Sequence[Sample] | Sequence[Pair]
-
 
 @dataclass(frozen=True)
 class Finetuned:
@@ -69,15 +65,6 @@ class Finetuned:
     best_step: int = 0
     best_loss: float = math.inf
     test_loss: float | None = None
-
-
-@dataclass(frozen=True)
-class Data:
-    """Samples or pairs of each split; empty for a split that is missing or not needed."""
-
-    train: Samples = ()
-    valid: Samples = ()
-    test: Samples = ()
 
 
 def finetune(settings: Settings | Mapping[str, Any], *, resume: bool = False, tell: Tell = to_stderr) -> Finetuned:
@@ -137,6 +124,7 @@ def _finetune(
 ) -> Finetuned:
     """A run in a folder that has been checked and locked by the first process."""
     folder = Path(os.path.expanduser(settings.adapter_path))
+    download(settings.model or DEFAULT_MODEL, settings.data, seen)
     seen.phase("loading the tokenizer")
     model, tokenizer = load(settings.model or DEFAULT_MODEL, lazy=True)  # weights are read after the data is checked
     seen.phase("reading the data")
@@ -162,27 +150,16 @@ def _finetune(
     loss = _train(trainer, seen)
     seen.phase("drawing the loss")
     _report_result(trainer, step, seen, program)
-    stop.pass_on()
     tested = None
-    if data.test:
+    if data.test and stop.number is None:
         with stop.during(TESTING):
             tested = report_test(model, _batches(data.test, settings, group), settings, tell, group, seen)
-    if trainer.leads and program is not None:
+    if trainer.leads and trainer.finished and program is not None:
         tell(program.to_chat(settings))
         tell(program.to_fuse(settings))
+    stop.pass_on()
     best = trainer.progress
     return Finetuned(folder, best.step, loss, best.best_step, best.best_loss, tested)
-
-
-def read_weights(model: LanguageModel, seen: View) -> None:
-    """Reads the weights of a lazy model, a few at a time."""
-    arrays = [array for _, array in tree_flatten(model.parameters())]
-    total, done = sum(array.nbytes for array in arrays), 0
-    for first in range(0, len(arrays), WEIGHTS_AT_ONCE):
-        some = arrays[first : first + WEIGHTS_AT_ONCE]
-        mx.eval(some)
-        done += sum(array.nbytes for array in some)
-        seen.phase(f"reading the weights: {size(done)} of {size(total)}")
 
 
 def preview(settings: Settings, count: int) -> list[str]:
@@ -196,7 +173,8 @@ def preview(settings: Settings, count: int) -> list[str]:
         RequestError: the data cannot be used.
         ConfigError, TokenizerError: a file of the model is missing or damaged.
     """
-    with view(to_stderr) as seen:
+    with view(to_stderr) as seen, Stop().listening():
+        download(settings.model or DEFAULT_MODEL, settings.data, seen)
         _, tokenizer = load(settings.model or DEFAULT_MODEL, lazy=True)
         seen.phase("reading the data")
         samples = read_data(settings, tokenizer, seen.tell).train[:count]
@@ -223,8 +201,9 @@ def measure_adapter(settings: Settings, tell: Tell = to_stderr) -> float:
     group = mx.distributed.init()
     if group.rank():
         tell = _nothing
-    with view(tell) as seen:
+    with view(tell) as seen, Stop().listening():
         tell = seen.tell
+        download(settings.model or DEFAULT_MODEL, settings.data, seen, "test")
         model, tokenizer = load(settings.model or DEFAULT_MODEL, lazy=True)
         seen.phase("reading the data")
         data = read_data(settings, tokenizer, tell, splits=("test",))
@@ -263,43 +242,6 @@ def check_folder(folder: Path, settings: Settings, resume: bool) -> None:
         f"{folder} holds {'a PEFT' if peft else 'an'} adapter already, which training would overwrite; name another "
         f"--adapter-path{way}"
     )
-
-
-def read_data(
-    settings: Settings, tokenizer: Tokenizer, tell: Tell, splits: Sequence[str] = ("train", "valid", "test")
-) -> Data:
-    """Reads all samples of a run, and reports their numbers.
-
-    Args:
-        settings: the options.
-        tokenizer: encodes the samples.
-        tell: called with each message for people.
-        splits: the splits to read; "test" is read only with `settings.test`.
-
-    Raises:
-        RequestError: a line cannot be used, or a split that is needed is missing.
-    """
-    found: dict[str, Samples] = {}
-    for split in splits:
-        if split == "test" and not settings.test:
-            continue
-        if settings.task == "sft":
-            found[split], report = load_samples(
-                settings.data, tokenizer, split,
-                mask_prompt=settings.mask_prompt, max_seq_length=settings.max_seq_length,
-            )  # fmt: skip
-        else:
-            found[split], report = load_pairs(settings.data, tokenizer, split, max_seq_length=settings.max_seq_length)
-        for message in report.messages() if found[split] else ():
-            tell(f"{split}: {message}")
-    if settings.test and not found.get("test"):
-        raise RequestError(f"{settings.data} holds no test.jsonl, which --test needs; leave --test out")
-    if settings.patience and "valid" in splits and not found["valid"]:
-        raise RequestError(
-            f"--patience {settings.patience} needs a validation set, and {settings.data} holds no valid.jsonl; "
-            "leave --patience out"
-        )
-    return Data(**found)
 
 
 def loss_of(settings: Settings) -> Loss:

@@ -75,6 +75,11 @@ class View:
             left = (time.monotonic() - self._begin) / (step.step - self._done) * (self._iters - step.step)
             self.tell(f"{step_line(step, self._noun)}, {duration(left)} left")
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leaves the terminal to somebody else's bars."""
+        yield
+
     def close(self) -> None:
         """Removes what is drawn, and shows the cursor; for a program that ends at once."""
 
@@ -133,6 +138,13 @@ class Bar(View):
         self._last = step_line(step, self._noun)
         if step.valid_loss is not None:
             self._end_steps()
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """See `View.aside`."""
+        self._live.stop()
+        yield
+        self._live.start()
 
     def close(self) -> None:
         """See `View.close`."""
