@@ -1,14 +1,18 @@
 """Metadata and packages; tool settings are in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
+VERSION_FILE = HERE / "phi4_mlx" / "terminal" / "version.py"  # read: a build need not have it on its path
+
 setup(
     name="phi4-mlx",
-    version="0.1.0",
+    version=re.findall(r'^__version__ = "(.+)"$', VERSION_FILE.read_text(encoding="utf-8"), re.M)[0],
     description="The Phi-4-mini family on Apple MLX: chat, serve, fine-tune and convert, exact at every context length",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     author="the phi4_mlx authors",

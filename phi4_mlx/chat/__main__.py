@@ -24,6 +24,7 @@ from phi4_mlx.terminal.command import (
     run,
     standard_input_beside,
     text,
+    typed,
     utf8,
     word,
 )
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from phi4_mlx.tools.toolbox import Toolbox
 
 
-PROG = "phi4-mlx chat"
+PROG = typed("chat")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,13 +58,18 @@ def _parser() -> Parser:
         description="Chat with a model. Input from a pipe is answered line by line, as one conversation.",
     )
     add_model_options(parser)
-    parser.add_argument("--system-prompt", type=text, help="instructions to the model, before the conversation")
+    parser.add_argument(
+        "--system-prompt", type=text, help="instructions to the model, before the conversation (default: none)"
+    )
     parser.add_argument(
         "--prompt", "-p", type=text,
-        help="answer this prompt and exit; text on standard input follows it, after an empty line; - reads that alone",
+        help="answer this prompt and exit; text on standard input follows it, after an empty line; - reads that alone "
+        "(default: a conversation)",
     )  # fmt: skip
     add_tool_options(parser)
-    parser.add_argument("--schema", type=word, metavar="FILE.json", help="answers are JSON that obeys this JSON schema")
+    parser.add_argument(
+        "--schema", type=word, metavar="FILE.json", help="answers are JSON that obeys this JSON schema (default: none)"
+    )
     add_sampling_options(parser, max_tokens=2048)
     add_decoding_options(parser)
     return parser

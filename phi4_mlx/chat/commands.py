@@ -18,6 +18,7 @@ from phi4_mlx.errors import Phi4Error, RequestError
 from phi4_mlx.files.atomic import sweep
 from phi4_mlx.terminal.amount import amount, size
 from phi4_mlx.terminal.options import SAMPLING
+from phi4_mlx.terminal.suggestion import suggestion
 
 if TYPE_CHECKING:
     from phi4_mlx.chat.conversation import Turn
@@ -63,7 +64,9 @@ def obey(chat: Chat, typed: str) -> None:
     """
     name, rest = (part.strip() for part in re.split(r"(?=\s|$)", typed[1:], maxsplit=1))
     if name not in COMMANDS:
-        raise RequestError(f"/{name} is not a command; /help lists them; a space before the slash makes it a message")
+        near = suggestion(f"/{name}", [f"/{each}" for each in COMMANDS])
+        advice = "; /help lists them; a space before the slash makes it a message"
+        raise RequestError(f"/{name} is not a command{near or advice}")
     if rest and not COMMANDS[name].words:
         raise RequestError(f"/{name} takes nothing after it, not {rest!r:.100}; leave that out")
     try:
@@ -237,7 +240,8 @@ def _set(chat: Chat, rest: str) -> None:
             _show_setting(chat, known)
         return
     if name not in SAMPLING:
-        raise RequestError(f"{name!r} cannot be set; these can: {', '.join(SAMPLING)}")
+        known_names = f"; these can: {', '.join(SAMPLING)}"
+        raise RequestError(f"{name!r:.100} cannot be set{suggestion(name, SAMPLING) or known_names}")
     if not value:
         return _show_setting(chat, name)
     try:

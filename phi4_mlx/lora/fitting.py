@@ -119,7 +119,10 @@ class Fitting:
         layers = [(path, _layer(choice[path], self.arrays[path])) for path in choice]
         model.update_modules(tree_unflatten(layers))
         model.eval()
-        return measure(model, self._probes).keeps
+        nbytes = self._base.weights_bytes
+        return measure(
+            model, self._probes, lambda done, total: self._progress(done * nbytes, total * nbytes)
+        ).keeps
 
     def _round(self, choice: Choice) -> None:
         """Rounds the layers whose scheme changes."""

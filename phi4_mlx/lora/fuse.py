@@ -85,6 +85,7 @@ def fuse(
     write_package(target, model, revision, fusion.planned, progress)
     fused = {path: fusion.parameters[path] for path in fusion.adapter.paths}
     change, error = fusion.measured.relative_rms()
+    fused_model = load_model(target)
     return Fused(
         schemes={path: each.target for path, each in fused.items()},
         raised=[path for path, each in fused.items() if not dequantize and each.target != each.packed],
@@ -92,7 +93,7 @@ def fuse(
         package_bytes=sum(each.output_bytes for each in fusion.parameters.values()),
         change=change,
         error=error,
-        effect=measure(load_model(target), fusion.probes),
+        effect=measure(fused_model, fusion.probes, fusion.counted(fused_model)),
     )
 
 
@@ -135,14 +136,20 @@ class _Fusion:
     def _measure(self, base: LanguageModel, tuned: LanguageModel, tokenizer: Tokenizer) -> None:
         """Finds prompts, and answers them with the adapter."""
 
-        def searched(done: int, total: int) -> None:
-            self._progress(done * base.weights_bytes, total * base.weights_bytes)
-
         prompts = [(ids, True) for ids in own_prompts(self._path, tokenizer)]
-        prompts += [(ids, False) for ids in found_prompts(base, tuned, tokenizer, searched)]
+        prompts += [(ids, False) for ids in found_prompts(base, tuned, tokenizer, self.counted(base))]
         for probe in make_probes(base, tuned, prompts, tokenizer.eos_ids):
             self.probes.append(probe)
-            self._progress(len(self.probes) * base.weights_bytes, len(prompts) * base.weights_bytes)
+            self.counted(base)(len(self.probes), len(prompts))
+
+    def counted(self, model: LanguageModel) -> Callable[[int, int], None]:
+        """The progress in bytes of passes over the weights of a model, from (prompts done, all prompts)."""
+        nbytes = model.weights_bytes
+
+        def counted(done: int, total: int) -> None:
+            self._progress(done * nbytes, total * nbytes)
+
+        return counted
 
 
 class Measurement:

@@ -3,7 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+Tick = Callable[[float, float], object]
+"""Called with the batches that are done, and with those that will be done at the next call: (2.25, 2.5)."""
+
+Watch = Callable[[str, float, float, int], object]
+"""As `Tick`, between a name ("step", "validation" or "test") and the number of all batches."""
+
+
+def no_tick(done: float, following: float) -> None:
+    """A `Tick` for nobody."""
+
+
+def unwatched(name: str, done: float, following: float, total: int) -> None:
+    """A `Watch` for nobody."""
+
+
+def tick_of(watch: Watch, name: str, total: int, begun: int = 0) -> Tick:
+    """The `Tick` of one pass over batches, `begun` of which were done before."""
+    return lambda done, following: watch(name, begun + done, begun + following, total)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phi4_mlx.errors import Phi4Error, RequestError
-from phi4_mlx.terminal.command import INTERRUPTED, OUR_MISTAKE, USER_MISTAKE, Parser, number, run, word
+from phi4_mlx.terminal.command import INTERRUPTED, OUR_MISTAKE, USER_MISTAKE, Parser, number, run, typed, word
 from phi4_mlx.terminal.limits import MAX_TOKENS_LIMIT
 from phi4_mlx.terminal.options import add_model_options
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from phi4_mlx.server.guard import Guard
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
-PROG = "phi4-mlx server"
+PROG = typed("server")
 KEY_VARIABLE = "PHI4_MLX_API_KEY"
 
 
@@ -39,16 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog=PROG, description="Serve a model over HTTP: OpenAI's and Anthropic's APIs, and a chat page.")
     add_model_options(parser)
-    parser.add_argument("--host", type=word, default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=number(int, 0, 65535), default=8080, help="0 takes a free port (default: 8080)")
+    parser.add_argument("--host", type=word, default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=number(int, 0, 65535), default=8080, help="0 takes a free port")
     parser.add_argument(
         "--api-key",
         type=word,
         metavar="KEY",
-        help=f"key that clients must send; {KEY_VARIABLE} sets it too, out of sight of `ps`",
+        help=f"key that clients must send; {KEY_VARIABLE} sets it too, out of sight of `ps` (default: none)",
     )
     parser.add_argument(
-        "--adapters", type=word, metavar="FOLDER", help="folder of LoRA adapters that clients may name as the model"
+        "--adapters",
+        type=word,
+        metavar="FOLDER",
+        help="folder of LoRA adapters that clients may name as the model (default: none)",
     )
     parser.add_argument(
         "--allowed-origins",
@@ -64,29 +67,40 @@ def _parser() -> Parser:
         help="longest answer where a client sets no limit (default: as long as fits)",
     )
     parser.add_argument(
-        "--decode-concurrency", type=number(int, 1, 1024), default=32, help="answers generated at a time (default: 32)"
+        "--decode-concurrency", type=number(int, 1, 1024), default=32, metavar="N", help="answers generated at a time"
     )
     parser.add_argument(
         "--max-queue",
         type=number(int, 0, 100_000),
         default=256,
         metavar="N",
-        help="requests that may wait (default: 256)",
+        help="requests that may wait",
     )
     parser.add_argument(
         "--timeout",
         type=number(float, 1.0, 86_400.0),
         default=600.0,
         metavar="S",
-        help="seconds for an answer (default: 600)",
+        help="seconds for an answer",
     )
     parser.add_argument(
-        "--kv-cache-bytes", type=number(int, 2**20, 2**50), metavar="N", help="bytes for running answers"
+        "--kv-cache-bytes",
+        type=number(int, 2**20, 2**50),
+        metavar="N",
+        help="bytes for running answers (default: half of the memory beside the weights)",
     )
     parser.add_argument(
-        "--prompt-cache-bytes", type=number(int, 0, 2**50), metavar="N", help="bytes for earlier prompts"
+        "--prompt-cache-bytes",
+        type=number(int, 0, 2**50),
+        metavar="N",
+        help="bytes for earlier prompts (default: a quarter of the memory beside the weights)",
     )
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
+    parser.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="warning",
+        help="least important messages that are logged",
+    )
     return parser
 
 

@@ -313,7 +313,8 @@ def test_a_terminal_closed_mid_answer_loses_nothing(terminal: Callable[..., Term
     time.sleep(1)
     assert screen.hang_up() == 2
     line = screen.errors.read_text()
-    assert line.startswith("phi4-mlx chat: the terminal was closed; /load in the next chat") and line.count("\n") == 1
+    assert line.startswith("python -m phi4_mlx.chat: the terminal was closed; /load in the next chat")
+    assert line.count("\n") == 1
     assert screen.history() == ["tell me"]
 
     again = terminal("--max-tokens", "5")
@@ -333,7 +334,7 @@ def test_a_terminal_closed_between_two_questions_loses_nothing(terminal: Callabl
     time.sleep(0.5)
     assert screen.hang_up() == 2
     line = screen.errors.read_text()
-    assert line.startswith("phi4-mlx chat: the terminal was closed") and line.count("\n") == 1
+    assert line.startswith("python -m phi4_mlx.chat: the terminal was closed") and line.count("\n") == 1
     rescued = json.loads((screen.state / "phi4_mlx" / "rescued.json").read_text())
     assert rescued["messages"][0]["content"] == "hello"
 

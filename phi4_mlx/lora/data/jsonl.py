@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NoReturn, TypeVar
 from phi4_mlx.errors import RequestError, message_of
 from phi4_mlx.files.regular_file import open_regular
 from phi4_mlx.lora.data.parquet import patterns, shards
+from phi4_mlx.terminal.suggestion import path_suggestion
 
 SPLITS = ("train", "valid", "test")
 MAX_LINE_BYTES = 2**24  # 16 MiB, about forty times the size of 128K tokens
@@ -168,7 +169,8 @@ def _find_on_hub(name: str, split: str) -> Path | None:
 def _download(name: str, files: list[str]) -> Path:
     """The folder with some files of a Hub dataset, from the cache or downloaded."""
     if not _HUB_ID.fullmatch(name):
-        raise RequestError(f"{name!r} is neither a folder, nor a file, nor the id of a Hub dataset like owner/name")
+        wrong = f"{name!r} is neither a folder, nor a file, nor the id of a Hub dataset like owner/name"
+        raise RequestError(wrong + path_suggestion(name, os.path.exists))
     from huggingface_hub import constants, errors, snapshot_download
 
     try:
@@ -182,4 +184,5 @@ def _download(name: str, files: list[str]) -> Path:
         reason = f"is not cached, and {'HF_HUB_OFFLINE is set' if offline else 'the Hub cannot be reached'}"
     except Exception as error:  # the Hub library's HTTP client, and with it the errors, depend on its version
         reason = "could not be downloaded: " + message_of(error)
-    raise RequestError(f"no such file or folder here, and the Hub dataset {name} {reason}")
+    near = path_suggestion(name, os.path.exists)
+    raise RequestError(f"no such file or folder here, and the Hub dataset {name} {reason}{near}")

@@ -30,6 +30,12 @@ TENSORS_FILE, STATE_FILE = "tensors.safetensors", "state.json"
 CHECKSUMS_FILE = "checksums.sha256"
 NEW_RUN = "leave --resume out and name another --adapter-path for a new run"
 
+
+def from_adapter(adapter_path: Path) -> str:
+    """The way to train on with another schedule."""
+    return f"start a new run from its adapter with --resume-adapter-file {adapter_path} and another --adapter-path"
+
+
 State = dict[str, Any]
 """JSON values by name."""
 

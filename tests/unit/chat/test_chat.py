@@ -41,7 +41,9 @@ def test_help_lists_every_command(chat: Chat) -> None:
 
 def test_an_unknown_command_costs_a_line(chat: Chat, script: Script) -> None:
     take_turn(chat, type_lines("/hlep"))
-    assert shown(chat) == "/hlep is not a command; /help lists them; a space before the slash makes it a message\n\n"
+    assert shown(chat) == "/hlep is not a command; did you mean /help?\n\n"
+    take_turn(chat, type_lines("/xyzzy"))
+    assert "/xyzzy is not a command; /help lists them; a space before the slash makes it a message\n" in shown(chat)
     assert questions(chat) == []
 
 

@@ -135,7 +135,7 @@ def test_it_resumes_says_that_a_run_had_ended_and_mends_its_adapter(given: dict[
     file.unlink()
     again, told = run(given, resume=True)
     assert again.step == 6 and again.loss is None and file.read_bytes() == kept
-    assert any("has ended: step 6 was its last; leave --resume out and name another" in line for line in told)
+    assert any("has ended: step 6 was its last; its learning rate has fallen" in line for line in told)
     assert len(metrics(done.adapter_path)) == 6 and not any("predicted peak" in line for line in told)
 
 

@@ -90,7 +90,7 @@ def test_debug_adds_the_traceback(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_an_unknown_option_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     assert run_with(lambda args: None, "--nope\nx") == 2
-    assert capfd.readouterr().err == "phi4-mlx test: unrecognized arguments: --nope x; see --help\n"
+    assert capfd.readouterr().err == "phi4-mlx test: '--nope\\nx' is not an option; see --help\n"
 
 
 def test_ctrl_c_is_silent(capfd: pytest.CaptureFixture[str]) -> None:

@@ -60,6 +60,11 @@ def test_a_line_names_the_options_without_effect(
     [
         ("--beta 0.2", "", "--beta has no effect in --task sft"),
         ("--beta 0.2 --task dpo", "", ""),
+        ("--rank 4 --fine-tune-type full", "", "--rank has no effect in --fine-tune-type full, which has no adapter"),
+        ("--scale 4 --rank 4 --fine-tune-type full", "", "--rank and --scale have no effect in --fine-tune-type full"),
+        ("--rank 4 --fine-tune-type dora", "", ""),
+        ("--fine-tune-type full", "lora_parameters: {rank: 4}", ""),
+        ("--test --rank 4", "", "--rank has no effect without --train"),
         ("--test-batches 3", "", "--test-batches has no effect without --test"),
         ("--optimizer adam --weight-decay 0.1", "", "--weight-decay has no effect with --optimizer adam"),
         ("", "beta: 0.2\ntest_batches: 3", ""),

@@ -1,0 +1,42 @@
+"""The command line by which a run was started, and those that come after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from phi4_mlx.hub import DEFAULT_MODEL
+from phi4_mlx.lora.settings import Settings
+from phi4_mlx.terminal.advice import command_line
+
+LONGEST = 300  # characters of a command that is repeated
+
+
+@dataclass(frozen=True)
+class Program:
+    """The command line that runs.
+
+    Attributes:
+        words: its words after the command's name.
+    """
+
+    words: tuple[str, ...]
+
+    def to_resume(self) -> str:
+        """Completes "--resume goes on" with the command, unless that is long."""
+        line = command_line("lora", *self.words, *(["--resume"] if "--resume" not in self.words else []))
+        return f": {line}" if len(line) <= LONGEST else ""
+
+    def to_train(self) -> str:
+        """The command that trains, after a dry run."""
+        line = command_line("lora", *(word for word in self.words if word != "--dry-run"))
+        return f"train with: {line}" if len(line) <= LONGEST else "train with the same command without --dry-run"
+
+    def to_chat(self, settings: Settings) -> str:
+        """The command that chats with the adapter."""
+        return f"chat with it: {command_line('chat', model=settings.model, adapter_path=settings.adapter_path)}"
+
+    def to_fuse(self, settings: Settings) -> str:
+        """The command that makes a package of the adapter."""
+        names = {"model": settings.model or DEFAULT_MODEL, "adapter_path": settings.adapter_path}
+        target = f"{settings.adapter_path.rstrip('/')}-fused"
+        return f"make it a model of its own: {command_line('fuse', **names, save_path=target)}"
