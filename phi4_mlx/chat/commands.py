@@ -18,7 +18,7 @@ from phi4_mlx.errors import Phi4Error, RequestError
 from phi4_mlx.files.atomic import sweep
 from phi4_mlx.terminal.amount import amount, size
 from phi4_mlx.terminal.options import SAMPLING
-from phi4_mlx.terminal.suggestion import suggestion
+from phi4_mlx.terminal.suggestion import path_suggestion, suggestion
 
 if TYPE_CHECKING:
     from phi4_mlx.chat.conversation import Turn
@@ -153,6 +153,8 @@ def _load(chat: Chat, rest: str) -> None:
         path = _json_file(_named(rest))
         if not path.exists():
             path = Path(_named(rest)).absolute()  # a file that was renamed
+        if not path.exists():
+            raise RequestError(f"{path} does not exist{path_suggestion(_named(rest), _is_conversation)}")
     conversation = chat.conversation
     conversation.system, conversation.turns = transcript.load(path, conversation.tokenizer)
     conversation.dropped = 0
@@ -160,6 +162,11 @@ def _load(chat: Chat, rest: str) -> None:
     chat.screen.note(f"loaded {amount(len(conversation.turns), 'turn')} from {path}{_load_cache(chat, path)}")
     if conversation.turns:
         chat.screen.note(f"the last question was: {_shortened(conversation.turns[-1].question)}")
+
+
+def _is_conversation(path: str) -> bool:
+    """True if a path may be that of a saved conversation."""
+    return not path.endswith(CACHE_SUFFIX) and not os.path.isdir(path)
 
 
 def _save_cache(chat: Chat, path: Path) -> str:
@@ -327,7 +334,7 @@ COMPLETED_WORDS = [
     *(f"/set {name} " for name in SAMPLING),
 ]
 COMPLETED_PATHS: dict[str, Callable[[str], bool]] = {
-    "/save": lambda name: not name.endswith(CACHE_SUFFIX),
-    "/load": lambda name: not name.endswith(CACHE_SUFFIX),
+    "/save": _is_conversation,
+    "/load": _is_conversation,
     "/model": lambda name: False,  # a folder
 }

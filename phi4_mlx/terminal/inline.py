@@ -75,7 +75,18 @@ def parse(text: str, pieces: list[Piece], previous: str = " ", following: str = 
     return ""
 
 
-def formula_decided(pending: str, char: str) -> bool:
+def mark_ends(pending: str, char: str) -> bool:
+    """True if a text that waits for a mark ends with a whole one, which may close something; `char` follows it."""
+    last = pending[-1:]
+    if re.match(OPENER, pending):
+        return _formula_decided(pending, char)
+    if not pending.startswith("`"):
+        return pending[-2:-1] == "\\" or (last != "" and last in "*`$" and char != last)
+    ticks = len(pending) - len(pending.lstrip("`"))  # in code, only as many backticks matter
+    return last == "`" and char != "`" and len(pending) - len(pending.rstrip("`")) == ticks
+
+
+def _formula_decided(pending: str, char: str) -> bool:
     """True if text that begins like a formula has reached a closer, or cannot be one; `char` follows it."""
     if pending == "$":
         return char.isspace()

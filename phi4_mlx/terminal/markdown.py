@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 
 from phi4_mlx.terminal.highlight import Highlighter, highlighter
-from phi4_mlx.terminal.inline import LOOKAHEAD, OPENER, Piece, formula_decided, parse
+from phi4_mlx.terminal.inline import LOOKAHEAD, Piece, mark_ends, parse
 from phi4_mlx.terminal.style import RESET, sgr, styled, terminal_width
 from phi4_mlx.terminal.table import laid_out
 from phi4_mlx.terminal.wrapped_line import WrappedLine
@@ -179,7 +179,7 @@ class MarkdownStream:
         if self._formula:
             self._in_formula(char)
             return
-        if self._mark_ends_before(char):
+        if mark_ends(self._pending, char):
             self._settle(char)
         if self._pending or self._pieces or char in "*`\\$":
             self._pending += char
@@ -196,17 +196,6 @@ class MarkdownStream:
         self._ending = (self._ending + char)[-2:]
         if self._ending.endswith(self._formula) and self._ending != "\\$":
             self._formula, self._previous = "", char
-
-    def _mark_ends_before(self, char: str) -> bool:
-        """True if what is pending ends with a whole mark that may close something."""
-        pending = self._pending
-        last = pending[-1:]
-        if re.match(OPENER, pending):
-            return formula_decided(pending, char)
-        if not pending.startswith("`"):
-            return pending[-2:-1] == "\\" or (last != "" and last in "*`$" and char != last)
-        ticks = len(pending) - len(pending.lstrip("`"))  # in code, only as many backticks matter
-        return last == "`" and char != "`" and len(pending) - len(pending.rstrip("`")) == ticks
 
     def _settle(self, following: str) -> None:
         """Writes what is pending, unless a later mark of the line may still style it."""

@@ -257,6 +257,21 @@ def test_a_conversation_with_commands(terminal: Callable[..., Terminal]) -> None
     assert again.history()[-2:] == ["/quit", "/stats"]
 
 
+def test_tab_completes_a_command_and_the_name_of_a_file(terminal: Callable[..., Terminal]) -> None:
+    screen = terminal()
+    screen.type("/sa\t")
+    screen.wait_for("/save")
+    screen.type("my talk\r")
+    screen.wait_for("saved 0 turns")
+    screen.wait_for("talk.json")
+    screen.type("/load m\t")
+    screen.wait_for("talk.json")
+    screen.type("\r")
+    screen.wait_for("loaded 0 turns")
+    screen.type("/quit\r")
+    assert screen.leave() == 0
+
+
 def test_a_person_is_asked_before_a_tool_is_run(calculator: Path, tmp_path: Path) -> None:
     screen = Terminal("demo", tmp_path / "state", "--tools", str(calculator))
     ran = calculator.with_name("ran")
