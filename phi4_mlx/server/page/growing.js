@@ -13,8 +13,16 @@ function columnsOf(row) {
   return row.trim().replaceAll("\\|", "").replace(/^\|/, "").replace(/\|$/, "").split("|").length;
 }
 
-/** Completes a table whose second line, which makes it a table, has not arrived. */
-function withTableRule(text) {
+/**
+ * Completes a table whose second line, which makes it a table, has not arrived.
+ * @param {string} text
+ * @param {any[]} tokens of the text
+ * @returns {string}
+ */
+export function withTableRule(text, tokens) {
+  const end = tokens.findLast((token) => token.nesting >= 0);
+  if (end?.type !== "inline" || !/(?:^|\n)\|[^\n]*$/.test(end.content)) return text; // not in code
+
   const lines = text.split("\n").slice(-3);
   const isRow = (line) => line?.trimStart().startsWith("|");
   const last = lines.pop();
@@ -27,13 +35,11 @@ function withTableRule(text) {
 }
 
 /**
- * The text without a last line whose meaning is not known yet, and with the rule of a table that has just begun.
+ * The text without a last line whose meaning is not known yet.
  * @param {string} text
  * @returns {string}
  */
 export function withoutUnclearEnd(text) {
-  const table = withTableRule(text);
-  if (table !== text) return table;
   const last = text.slice(text.lastIndexOf("\n") + 1);
   return FENCE.test(last) ? text : text.replace(MARK_LINE, "");
 }

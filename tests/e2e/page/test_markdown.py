@@ -267,6 +267,30 @@ def test_marks_that_are_still_open_are_never_shown(drawing: Any) -> None:
     assert [frame[-60:] for frame in frames if MARKS.search(frame)] == []
 
 
+CODE = """| a | b |
+|---|
+- x
+# **c**
+[d](e
+$f$ and \\[ g
+1.
+===
+`h`
+~~~"""
+
+
+@pytest.mark.parametrize("before", ["", "text\n\n", "- item\n\n  ", "> "])
+def test_code_that_grows_is_never_read_as_markdown(drawing: Any, before: str) -> None:
+    lead = "\n" + {"- item\n\n  ": "  ", "> ": "> "}.get(before, "")
+    text = before + "```text\n".replace("\n", lead) + CODE.replace("\n", lead)
+    shown_code = drawing.evaluate("""(text) => Array.from({ length: text.length }, (_, i) => {
+        draw([text.slice(0, i + 1)], true);
+        return box.querySelector("pre code")?.textContent ?? "";
+    })""", text)  # fmt: skip
+    assert [it for it in shown_code if not CODE.startswith(it.rstrip("\n"))] == []
+    assert shown_code[-1] and html(drawing, text)
+
+
 def test_what_has_been_drawn_stays_the_same_element_while_the_text_grows(drawing: Any) -> None:
     kept = drawing.evaluate("""async () => {
         draw(["# A\\n\\nfirst **one**\\n\\n- item\\n\\n```python\\nx = 1\\n"], true);

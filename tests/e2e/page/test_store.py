@@ -260,6 +260,7 @@ def test_a_browser_that_keeps_nothing_says_so_and_works(browser: Any, server: Sc
     page.click("#sidebar .open:has-text('First')")
     page.wait_for_selector(".question:has-text('First')")
     assert sorted(titles(page)) == ["First", "Second"] and page.errors == []
+    assert "lost when the tab is closed" in page.inner_text("#sidebar")
     context.close()
 
 
