@@ -26,6 +26,8 @@
  * @property {number} updated milliseconds since 1970
  * @property {string} draft the text in the composer
  * @property {string[]} queued questions that wait for the answer to end
+ * @property {number} [revision] the number of its saves; set by the store, like `created`
+ * @property {number} [created] milliseconds since 1970
  * @property {string[]} allowed tools that run without a question in this conversation
  *
  * @typedef {object} Store

@@ -192,6 +192,7 @@ export class Exchange {
   async #receive(signal, temperature) {
     const { messages } = this.conversation;
     const body = bodyOf(messages, temperature);
+    /** @type {Message} */
     const reply = { role: "assistant", content: "", finish: "" };
     messages.push(reply);
     this.#note();

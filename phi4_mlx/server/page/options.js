@@ -7,7 +7,12 @@ const DEFAULTS = {
 };
 
 /** Texts of fields as the user has entered them; "" leaves the choice to the server. */
-export const options = { ...DEFAULTS, ...recall("localStorage", "settings", {}) };
+export const options = { ...DEFAULTS, ...sound(recall("localStorage", "settings", {})) };
+
+/** The stored values that an option can have; an older page may have kept others. */
+function sound(stored) {
+  return Object.fromEntries(Object.entries(stored).filter(([name, value]) => typeof value === typeof DEFAULTS[name]));
+}
 
 /** An option has changed. @type {Signal} */
 export const changed = new Signal();
@@ -50,9 +55,9 @@ export function mistakeIn(name, text) {
 /** The fields of a request for the numbers that are set and right. */
 export function sampling() {
   const fields = {};
-  for (const [name, { field }] of Object.entries(NUMBERS)) {
+  for (const name of /** @type {(keyof typeof NUMBERS)[]} */ (Object.keys(NUMBERS))) {
     const text = String(options[name]);
-    if (text.trim() && !mistakeIn(name, text)) fields[field] = Number(text);
+    if (text.trim() && !mistakeIn(name, text)) fields[NUMBERS[name].field] = Number(text);
   }
   return fields;
 }

@@ -27,6 +27,8 @@ export class QuestionView {
   }
 
   draw() {}
+
+  drawSoon() {}
 }
 
 /** An answer, drawn again while it grows. */
@@ -92,20 +94,21 @@ class ThoughtView {
     this.markdown = new MarkdownView(this.text);
     this.element = make("details.thought", {}, make("summary", {}, this.label, icon("down")), this.text);
     this.element.addEventListener("toggle", () => this.fill());
-    this.source = ["", false];
+    this.draw("", false);
   }
 
   draw(thought, growing) {
     this.element.hidden = !thought;
     this.label.textContent = growing ? "Thinking…" : "Reasoning";
     this.element.classList.toggle("growing", growing);
-    this.source = [thought, growing];
+    this.thought = thought;
+    this.growing = growing;
     this.fill();
   }
 
   /** Draws the text if it can be seen; a long one takes time. */
   fill() {
-    if (this.element.open) this.markdown.draw(...this.source);
+    if (this.element.open) this.markdown.draw(this.thought, this.growing);
   }
 }
 
@@ -171,7 +174,11 @@ function parsed(json) {
   }
 }
 
-/** The line under an answer: tokens, their rate, the reason of an unusual end, and what had no effect. */
+/**
+ * The line under an answer: tokens, their rate, the reason of an unusual end, and what had no effect.
+ * @param {Message} message
+ * @param {boolean} growing
+ */
 function statsOf({ usage, seconds, finish, ignored, content, thought, tool_calls: calls }, growing) {
   if (growing) return [];
   const end = ENDS[finish || "interrupted"];

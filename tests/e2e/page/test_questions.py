@@ -189,6 +189,13 @@ def test_text_of_a_model_is_never_a_script(page: Any, server: ScriptedServer) ->
     assert page.locator("#log :is(img, script, a[href^=javascript])").count() == 0
 
 
+GROW_WITHIN_A_SCROLL = """() => {
+  const last = document.querySelector(".answer:last-child");
+  last.style.paddingBottom = "300px";
+  document.getElementById("scroller").dispatchEvent(new Event("scroll"));
+}"""
+
+
 def test_the_view_follows_the_end_until_the_user_scrolls_up(page: Any, server: ScriptedServer) -> None:
     below = "(it => it.scrollHeight - it.scrollTop - it.clientHeight)(document.getElementById('scroller'))"
     long = "\n\n".join(f"Paragraph {i} with $x^{i}$\n\n```python\nx = {i}\n```" for i in range(20))
@@ -198,6 +205,8 @@ def test_the_view_follows_the_end_until_the_user_scrolls_up(page: Any, server: S
         grown(page, "Paragraph 19")
         until(lambda: page.locator(".answer:last-child math").count() == 20 and page.evaluate(below) < 2)
         assert page.locator("#latest").is_hidden()
+    page.evaluate(GROW_WITHIN_A_SCROLL)
+    until(lambda: page.evaluate(below) < 2)
     server.release()
     grown(page, "more")
     until(lambda: page.evaluate(below) < 2)

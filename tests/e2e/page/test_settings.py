@@ -44,6 +44,18 @@ def test_a_wrong_number_is_named_and_not_sent(field: str, wrong: str, page: Any,
     assert page.get_attribute(f"#{field}", "aria-invalid") == "false" and wrong not in page.inner_text(f"#{field}-note")
 
 
+@pytest.mark.parametrize("stored", ['{"tools": "[]", "temperature": 1, "system": null}', "[]", "null", "{", "7"])
+def test_settings_of_an_older_page_do_no_harm(stored: str, page: Any, server: ScriptedServer) -> None:
+    server.tools = [tool("look")]
+    page.evaluate("it => localStorage['phi4_mlx.settings'] = it", stored)
+    page.reload()
+    page.wait_for_selector("#tools-on")
+    ask(page, "One")
+    answered(page)
+    assert "tools" not in server.bodies[0] and server.bodies[0]["temperature"] == 0
+    assert len(server.bodies[0]["messages"]) == 1
+
+
 def test_the_theme_follows_the_system_until_the_user_chooses(page: Any) -> None:
     def paper() -> str:
         return str(page.evaluate("() => getComputedStyle(document.body).backgroundColor"))

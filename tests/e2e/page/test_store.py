@@ -40,7 +40,7 @@ def texts(conversation: dict[str, Any]) -> list[str]:
 
 
 def titles(page: Any) -> list[str]:
-    found: list[str] = page.locator("#sidebar .title").all_inner_texts()
+    found: list[str] = page.locator("#sidebar .title").all_text_contents()
     return found
 
 
