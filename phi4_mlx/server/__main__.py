@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 PROG = "phi4-mlx server"
 KEY_VARIABLE = "PHI4_MLX_API_KEY"
 STANDARD_ERROR = 2
+SHOWN_TOOLS = 20
+LOG_LEVELS = (
+    "info: a line for each request, but for polls and the page's files; warning: for each that fails; error: for each "
+    "that the server fails; no line contains a prompt, an answer or a key (default: %(default)s)"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,11 +97,7 @@ def _parser() -> Parser:
     )
     add_tool_options(parser, "the chat page may run, each call after a question; API clients do not see them")
     parser.add_argument(
-        "--log-level",
-        choices=("debug", "info", "warning", "error"),
-        default="info",
-        help="info: a line for each request, but for polls and the page's files; warning: for each that fails; error: "
-        "for each that the server fails; no line contains a prompt, an answer or a key (default: %(default)s)",
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help=LOG_LEVELS
     )
     return parser
 
@@ -279,7 +280,8 @@ async def _run(
 
 def _summary(served: _Served, longest: int, key: str | None, toolbox: Toolbox) -> str:
     """A line about the model, its context, the key and the tools."""
-    tools = ", ".join(tool["function"]["name"] for tool in toolbox.declarations)
+    names = [tool["function"]["name"] for tool in toolbox.declarations]
+    tools = ", ".join(names[:SHOWN_TOOLS]) + f" and {len(names) - SHOWN_TOOLS} more" * (len(names) > SHOWN_TOOLS)
     parts = [
         f"{served.name} ({served.kind}), context {longest:,} tokens",
         *([f"adapters: {', '.join(served.settings.adapters)}"] if served.settings.adapters else []),
@@ -312,8 +314,16 @@ def _guard(
     from phi4_mlx.server.tools import ServerTools
 
     models = {served.name: None} | {adapter: adapter for adapter in served.settings.adapters}
-    limits = args.timeout, args.max_tokens
-    service = Service(supervisor, served.tokenizer, models, served.vocabulary, *limits, grammars, served.kind)
+    service = Service(
+        supervisor,
+        served.tokenizer,
+        models,
+        served.vocabulary,
+        args.timeout,
+        args.max_tokens,
+        grammars,
+        kind=served.kind,
+    )
     hosts = None if key is not None and not is_loopback(args.host) else (*LOOPBACK_NAMES, args.host.lower())
     return Guard(App(service, ServerTools(toolbox)).starlette(), key, hosts, tuple(args.allowed_origins))
 

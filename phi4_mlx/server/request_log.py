@@ -25,7 +25,8 @@ PATH_CHARS = 200
 REASON_CHARS = 300
 _POLLED = ("/health", "/metrics", "/page/")  # asked for each second, or many at a time
 _ENTRY = "phi4_mlx.log_entry"  # in the scope of a request
-_QUOTED = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*(?:'|$)|"(?:[^"\\]|\\.)*(?:"|$))""", re.DOTALL)
+# A quoted value; one of 100 characters may have been cut before its end, and everything behind it counts as quoted.
+_QUOTED = re.compile(r"""(?<!\w)b?(?:'(?:[^'\\]|\\.){0,97}'|"(?:[^"\\]|\\.){0,97}"|['"].*)""", re.DOTALL)
 _PLAIN = re.compile(r"[\w./:@+,-]+", re.ASCII)
 
 

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from phi4_mlx.errors import RequestError, message_of
+from phi4_mlx.server.apis import chat as chat_api
 from phi4_mlx.server.apis.fields import parse_json, read_body, shown
 from phi4_mlx.server.apis.wire import WireError, json_bytes
 from phi4_mlx.server.disconnect import ClientGone, unless_gone
@@ -39,15 +40,25 @@ def opened_toolbox(
         note: called with a line for tools of a server that are left out.
 
     Raises:
-        RequestError: a file or a server has no usable tools, two tools have the same name, or the model's chat format
-            has no place for tools.
+        RequestError: a file or a server has no usable tools, two tools have the same name, the model's chat format has
+            no place for tools, or a request with them would be refused.
     """
     from phi4_mlx.tools.sources import opened_tools
 
     with opened_tools(args.tools, args.mcp, note) as tools:
         toolbox = Toolbox(tools)
         tool_tokens(toolbox, tokenizer)
+        _check_requests(toolbox)
         yield toolbox
+
+
+def _check_requests(toolbox: Toolbox) -> None:
+    """Raises RequestError if the server would refuse a request with these tools."""
+    body = {"messages": [{"role": "user", "content": ""}], "tools": toolbox.declarations}
+    try:
+        chat_api.parse(body, 0)
+    except WireError as error:
+        raise RequestError(f"the page could not send the tools with a question: {error.message}") from None
 
 
 def tool_tokens(toolbox: Toolbox, tokenizer: Tokenizer) -> int:

@@ -151,7 +151,7 @@ def add_tool_options(parser: Parser, purpose: str) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--mcp", type=word, action="append", default=[], metavar="COMMAND",
-        help=f"an MCP server to start, whose tools {purpose}; may be repeated; needs phi4-mlx[mcp]",
+        help=f"an MCP server to start, whose tools {purpose}; may be repeated; needs the package mcp",
     )  # fmt: skip
 
 

@@ -118,7 +118,11 @@ def test_a_signal_at_any_time_leaves_no_mcp_server_behind(
 ) -> None:
     env = os.environ | {"PYTHONPATH": str(ROOT), "SLOW": "600" if when == "starts" else "0"}
     words = [sys.executable, "-m", "phi4_mlx.server", "--model", "demo", "--port", "0", *options]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=env) as process:
+
+    def heard() -> None:  # `nohup` has SIGHUP ignored in all that it starts
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=heard) as process:
         assert process.stderr is not None
         until(lambda: mcp_servers(tmp_path))
         if when == "serves":
@@ -130,6 +134,18 @@ def test_a_signal_at_any_time_leaves_no_mcp_server_behind(
         assert process.wait(HANG_S) == (0 if when == "serves" and number != signal.SIGINT else code), told
     assert "Traceback" not in told
     until(lambda: not any(alive(pid) for pid in mcp_servers(tmp_path)))
+
+
+def test_nohup_keeps_the_server_and_its_mcp_servers(options: list[str], tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        server = Server(*options)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    server.process.send_signal(signal.SIGHUP)
+    assert call(server, "next", a=1).startswith("2 ") and server.ask().status_code == 200
+    server.stop()
+    assert not any(alive(pid) for pid in mcp_servers(tmp_path))
 
 
 def test_an_engine_knows_nothing_of_tools() -> None:

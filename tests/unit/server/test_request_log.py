@@ -74,7 +74,7 @@ def facts(line: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_line_has_the_tokens_the_times_and_the_end(stream: bool, logged: InProcessServer, lines: Lines) -> None:
-    body = {"messages": HI, "max_tokens": 5, "stream": stream, "model": "other", "logit_bias": {"1": 1}}
+    body = endless(logged) | {"max_tokens": 5, "stream": stream, "model": "other"}
     answer = logged.post(CHAT, body)
     assert answer.status_code == 200
     (told,) = lines.told
@@ -99,7 +99,8 @@ def test_a_line_has_the_tokens_the_times_and_the_end(stream: bool, logged: InPro
     ],
 )
 def test_every_api_has_such_a_line(path: str, body: dict[str, Any], logged: InProcessServer, lines: Lines) -> None:
-    assert logged.post(path, body).status_code == 200
+    biases = endless(logged)["logit_bias"]
+    assert logged.post(path, body | {"logit_bias": biases}).status_code == 200
     (told,) = lines.told
     line = facts(told[1])
     assert f"POST {path} 200" in told[1] and line["finish"] == "length" and line["model"] == "tiny"
@@ -114,6 +115,10 @@ REFUSED: list[tuple[str, Any, str, str]] = [
     (CHAT, {"messages": [*HI, f"it's {SECRET}"]}, "WARNING", ""),
     (CHAT, {"messages": [*HI, f"\"it's\" {SECRET} \\"]}, "WARNING", ""),
     (CHAT, {"messages": [*HI, SECRET + "\ud800"]}, "WARNING", "unpaired surrogate: '...'"),
+    (CHAT, {"messages": [*HI, {"role": "user", "content": [{"type": SECRET * 9}]}]}, "WARNING", ""),
+    (CHAT, {"messages": [*HI, {"role": "user", "content": {SECRET: [SECRET * 9]}}]}, "WARNING", ""),
+    (CHAT, {"messages": HI, "tools": [{"type": "function", "function": {"name": SECRET * 9}}]}, "WARNING", ""),
+    ("/v1/responses", {"input": [{"type": "message", "role": f"'{SECRET}\\"}]}, "WARNING", ""),
     (CHAT, {"messages": HI, "stop": [[SECRET]]}, "WARNING", "stop must be"),
     (CHAT, {"messages": HI, "tool_choice": SECRET}, "WARNING", "tool_choice must be one of"),
     (CHAT, {"messages": HI, "logit_bias": {SECRET: 1}}, "WARNING", "logit_bias names token '...'"),

@@ -380,6 +380,7 @@ def test_tools_that_cannot_be_used_are_one_line_at_the_start(tmp_path: Path) -> 
     assert "defines no function" in refused(tmp_path, "x = 1")
     assert "does not support tools" in refused(tmp_path, ADD, chat_format="phi3.5-mini")
     assert "is empty" in refused(tmp_path, ADD, mcp=[" "])
+    assert "must not be 'auto'" in refused(tmp_path, ADD.replace("add", "auto"))
 
 
 def test_tools_must_leave_room_in_the_context() -> None:
