@@ -1,13 +1,16 @@
 /** The composer: the field for a question, its draft, and the buttons that send and stop. */
-import { current, opened, save } from "./conversation.js";
+import { opened, save } from "./conversation.js";
 import { $ } from "./dom.js";
 import { exchangeOf } from "./exchange.js";
 import { toLatest } from "./log.js";
 
 const DRAFT_MS = 300; // from the last key to the save of the draft
 
-/** The conversation whose draft is in the field. */
-let shown = current;
+/**
+ * The conversation whose draft is in the field; null before the first.
+ * @type {import("./conversation.js").Conversation}
+ */
+let shown = null;
 let edited = null; // the question that the user edits instead
 let timer = 0;
 let forget = () => {};
@@ -30,7 +33,7 @@ export function ask(text) {
 function send(event) {
   event.preventDefault();
   const text = $("input").value;
-  if (!text.trim()) return;
+  if (!text.trim() || !shown) return;
   if (edited) {
     exchangeOf(shown).replace(edited, text);
     toLatest();
@@ -85,6 +88,7 @@ function fit() {
 
 /** While an answer grows there is a button to stop it, and one to send if there is a text. */
 function drawButtons() {
+  if (!shown) return;
   const { busy } = exchangeOf(shown);
   const empty = !$("input").value.trim();
   const stopHadFocus = document.activeElement === $("stop");
@@ -99,23 +103,26 @@ function drawButtons() {
 function keepDraft() {
   clearTimeout(timer);
   const draft = $("input").value;
-  if (edited || draft === shown.draft) return;
+  if (edited || !shown || draft === shown.draft) return;
   shown.draft = draft;
   save(shown);
 }
 
 function showDraft(conversation) {
+  const early = shown ? "" : $("input").value; // typed before the page was ready
   keepDraft(); // of the one before
   forget();
   shown = conversation;
   forget = exchangeOf(shown).changed.listen(drawButtons);
   edited = null;
   $("editing").hidden = true;
-  setInput(shown.draft);
+  setInput([shown.draft, early].filter(Boolean).join("\n\n"));
+  keepDraft();
 }
 
 function onEscape(event) {
   if (event.key !== "Escape" || event.defaultPrevented || document.querySelector("dialog[open]")) return;
+  if (!shown) return;
   if (exchangeOf(shown).busy) exchangeOf(shown).stop();
   else if (edited) endEdit();
 }
@@ -135,6 +142,6 @@ export function bindComposer() {
   document.addEventListener("keydown", onEscape);
   addEventListener("pagehide", () => {
     keepDraft();
-    if (exchangeOf(shown).busy) save(shown);
+    if (shown && exchangeOf(shown).busy) save(shown);
   });
 }

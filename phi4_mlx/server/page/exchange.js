@@ -3,6 +3,7 @@ import { answering, save, titleOf } from "./conversation.js";
 import { bodyOf, receive } from "./reply.js";
 import { runTool } from "./server_tools.js";
 import { Signal } from "./signal.js";
+import { holdUntil } from "./tab_lock.js";
 
 /** @typedef {import("./conversation.js").Conversation} Conversation */
 /** @typedef {import("./conversation.js").Message} Message */
@@ -141,6 +142,7 @@ export class Exchange {
     this.#done = work(signal).catch((error) => {
       if (!signal.aborted) this.problem = error.message;
     });
+    holdUntil(this.conversation.id, this.#done);
     await this.#done;
     this.#controller = null;
     answering.delete(this.conversation);

@@ -47,23 +47,21 @@ function push(state, type, source, finished) {
   return token;
 }
 
-function inlineRule(growing) {
-  return (state, silent) => {
-    const { src, pos, posMax } = state;
-    const opener = openerAt(src, pos);
-    if (!opener || state.env.formulas > LIMIT) return false;
-    state.withoutCloser ??= new Set(); // keeps the searches of a paragraph linear
-    const start = pos + opener.length;
-    const found = state.withoutCloser.has(opener) ? -1 : indexOfCloser(src, CLOSER[opener], start);
-    if (found < 0) state.withoutCloser.add(opener);
-    const finished = found >= 0 && found + opener.length <= posMax && isFormula(src, opener, start, found);
-    const open = growing && found < 0 && mayBecomeFormula(src.slice(start, posMax), opener);
-    if (!finished && !open) return false;
-    const end = finished ? found + opener.length : posMax;
-    if (!silent) push(state, "formula", src.slice(pos, end), finished);
-    state.pos = end;
-    return true;
-  };
+function inlineRule(state, silent) {
+  const { src, pos, posMax } = state;
+  const opener = openerAt(src, pos);
+  if (!opener || state.env.formulas > LIMIT) return false;
+  state.withoutCloser ??= new Set(); // keeps the searches of a paragraph linear
+  const start = pos + opener.length;
+  const found = state.withoutCloser.has(opener) ? -1 : indexOfCloser(src, CLOSER[opener], start);
+  if (found < 0) state.withoutCloser.add(opener);
+  const finished = found >= 0 && found + opener.length <= posMax && isFormula(src, opener, start, found);
+  const open = src === state.env.openEnd && found < 0 && mayBecomeFormula(src.slice(start, posMax), opener);
+  if (!finished && !open) return false;
+  const end = finished ? found + opener.length : posMax;
+  if (!silent) push(state, "formula", src.slice(pos, end), finished);
+  state.pos = end;
+  return true;
 }
 
 /** Formulas that begin and end a line: their lines are not read as lists, headings or quotes. */
@@ -77,7 +75,7 @@ function blockRule(growing) {
       if (state.isEmpty(line) || state.sCount[line] < state.blkIndent) return none(state, opener, line);
       const text = lineAt(line).trimEnd();
       const at = indexOfCloser(text, CLOSER[opener], line === startLine ? opener.length : 0);
-      const open = growing && line === endLine - 1 && at < 0;
+      const open = growing && line === state.bMarks.length - 2 && at < 0; // the last line of all
       if (at < 0 && !open) continue;
       if (at >= 0 && at + opener.length < text.length) return false; // text follows: part of a paragraph
       const source = state.getLines(startLine, line + 1, state.blkIndent, false).trim();
@@ -110,7 +108,7 @@ export function formulas(md, growing) {
     const display = /^(?:\$\$|\\\[)/.test(content) ? " display" : "";
     return `<${tag} class="formula${display}" data-source="${text}">${text}</${tag}>`;
   };
-  md.inline.ruler.before("escape", "formula", inlineRule(growing));
+  md.inline.ruler.before("escape", "formula", inlineRule);
   const interrupts = { alt: ["paragraph", "reference", "blockquote", "list"] };
   md.block.ruler.before("blockquote", "formula", blockRule(growing), interrupts);
   md.renderer.rules.formula = element("span");

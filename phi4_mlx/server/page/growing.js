@@ -4,7 +4,7 @@
  */
 
 // A last line that may become a list item, a heading, a rule, a quote or the end of a fence.
-const MARK_LINE = /(?:^|\n)[ \t]*(?:[-=*+>_~`#|]+|\d{1,9}[.)])[ \t]*$/;
+const MARK_LINE = /(^|\n)[ \t]*(?:[-=*+>_~`#|]+|\d{1,9}[.)])[ \t]*$/;
 const FENCE = /^[ \t]*(?:`{3,}|~{3,})/;
 const OPEN_LIMIT = 12; // more open marks than this are not prose
 
@@ -13,8 +13,16 @@ function columnsOf(row) {
   return row.trim().replaceAll("\\|", "").replace(/^\|/, "").replace(/\|$/, "").split("|").length;
 }
 
-/** Completes a table whose second line, which makes it a table, has not arrived. */
-function withTableRule(text) {
+/**
+ * Completes a table whose second line, which makes it a table, has not arrived.
+ * @param {string} text
+ * @param {any[]} tokens of the text
+ * @returns {string}
+ */
+export function withTableRule(text, tokens) {
+  const end = tokens.findLast((token) => token.nesting >= 0);
+  if (end?.type !== "inline" || !/(?:^|\n)\|[^\n]*$/.test(end.content)) return text; // not in code
+
   const lines = text.split("\n").slice(-3);
   const isRow = (line) => line?.trimStart().startsWith("|");
   const last = lines.pop();
@@ -27,15 +35,13 @@ function withTableRule(text) {
 }
 
 /**
- * The text without a last line whose meaning is not known yet, and with the rule of a table that has just begun.
+ * The text without a last line whose meaning is not known yet.
  * @param {string} text
  * @returns {string}
  */
 export function withoutUnclearEnd(text) {
-  const table = withTableRule(text);
-  if (table !== text) return table;
   const last = text.slice(text.lastIndexOf("\n") + 1);
-  return FENCE.test(last) ? text : text.replace(MARK_LINE, "");
+  return FENCE.test(last) ? text : text.replace(MARK_LINE, "$1");
 }
 
 /** The run of backticks that opens code at the end of a text, or "". */
@@ -59,6 +65,7 @@ function withoutOpenLink(text) {
 
 /** The marks that would close the emphasis that is open at the end of a text. */
 function closersOf(text, md, env) {
+  env.openEnd = text;
   const state = new md.inline.State(text, md, env, []);
   md.inline.tokenize(state);
   const [balance] = md.inline.ruler2.getRules("");
@@ -74,17 +81,18 @@ function withMarksClosed(text, md, env) {
     const code = text.replace(/[`\s]+$/, "");
     return code.endsWith(ticks) ? code : code + ticks + closersOf(code + ticks, md, env);
   }
-  const cut = withoutOpenLink(text.replace(/[*_~!]+$/, "")).trimEnd();
+  const cut = withoutOpenLink(text.replace(/[*_~!`]+$/, "")).trimEnd();
   return cut + closersOf(cut, md, env);
 }
 
 /**
- * Makes a parser close what is open at the end of a text, if the text ends in a paragraph, a heading or a table.
+ * Makes a parser close what is open at the end of a text, if the text ends in a paragraph, a heading or a table. The
+ * parser's `env.openEnd` is then the content that is still growing.
  * @param {any} md of markdown-it
  */
 export function closeOpenMarks(md) {
   md.core.ruler.before("inline", "close_open_marks", ({ tokens, env }) => {
     const last = tokens.findLast((token) => token.nesting >= 0);
-    if (last?.type === "inline") last.content = withMarksClosed(last.content, md, env);
+    if (last?.type === "inline") env.openEnd = last.content = withMarksClosed(last.content, md, env);
   });
 }

@@ -4,6 +4,7 @@ import { $, icon, iconButton, make } from "./dom.js";
 import { exchangeOf } from "./exchange.js";
 import { tell } from "./notice.js";
 import { options } from "./options.js";
+import { endElsewhere } from "./tab_lock.js";
 import { AnswerView, QuestionView } from "./turns.js";
 
 const WARM = 0.8; // at temperature 0 another answer would be the same
@@ -13,6 +14,8 @@ const NEAR = 40; // pixels from the end at which the view follows it
 const views = new Map();
 let pinned = true; // the view is at the end of the log, and follows it
 let lastTop = 0; // pixels, at the last scroll
+let problems = 0; // draws of what is missing
+let offered = false; // the notice offers to go on
 let forget = []; // ends of the listeners to the exchange on the page
 
 /** @type {{edit: (question: object) => void, takeBack: (text: string) => void}} */
@@ -104,14 +107,24 @@ function drawQueue(exchange) {
   $("queue").hidden = !items.length;
 }
 
-function drawProblem(exchange) {
-  const { problem, busy, conversation: { messages } } = exchange;
-  const resume = () => exchange.resume();
-  const last = messages.at(-1);
-  if (busy) tell("");
-  else if (problem) tell(problem, { bad: true, action: "Retry", run: resume });
-  else if (last?.role === "user") tell("The last question has no answer.", { action: "Ask again", run: resume });
-  else if (["", "error"].includes(last?.finish)) tell("The last answer is not complete.", { action: "Answer again", run: resume });
+/** Offers to go on where an answer is missing, unless another tab is at it; takes back an offer that is out of date. */
+async function drawProblem(exchange) {
+  const { problem, busy, conversation } = exchange;
+  const drawn = ++problems;
+  const offer = busy ? null : problem ? [problem, "Retry"] : openEnd(conversation.messages.at(-1));
+  const elsewhere = offer && !problem ? await endElsewhere(conversation.id) : null;
+  if (drawn !== problems) return;
+  if (busy || (offered && !offer)) tell("");
+  offered = Boolean(offer);
+  elsewhere?.end.then(() => { if (drawn === problems) draw(exchange); });
+  if (elsewhere) tell("Another tab is answering.");
+  else if (offer) tell(offer[0], { bad: Boolean(problem), action: offer[1], run: () => exchange.resume() });
+}
+
+/** What is missing after a last message, and the offer to get it. */
+function openEnd(last) {
+  if (last?.role === "user") return ["The last question has no answer.", "Ask again"];
+  return ["", "error"].includes(last?.finish) ? ["The last answer is not complete.", "Answer again"] : null;
 }
 
 function follow() {

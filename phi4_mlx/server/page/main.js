@@ -56,7 +56,7 @@ async function start() {
   connect(store);
   await reopen();
   if (problem) tell(problem, { bad: true });
-  readList();
+  readList(problem);
   if (matchMedia("(pointer: fine)").matches) $("input").focus(); // on a phone, a keyboard would cover the page
 }
 

@@ -68,7 +68,7 @@ export class MarkdownView {
   #element;
   /** @type {{key: string, element: Element}[]} the blocks on the page */
   #drawn = [];
-  #settled = ""; // the text before the last block, which more text does not change
+  #settled = ""; // the text before the last blocks, which more text does not change
   #settledBlocks = 0;
   #outline = []; // the levels of the headings that are open after the settled text
   #slow = false; // the last block is too large to be parsed while it grows
@@ -81,7 +81,7 @@ export class MarkdownView {
   }
 
   /**
-   * Draws the text. While it grows, only its last block is parsed again.
+   * Draws the text. While it grows, only its last blocks are parsed again.
    * @param {string} text Markdown
    * @param {boolean} growing true if more text will follow
    */
@@ -110,13 +110,18 @@ export class MarkdownView {
     const elements = elementsOf(changed.map((i) => blocks[i]));
     changed.forEach((i, n) => this.#drawBlock(first + i, keys[i], elements[n], growing && i === blocks.length - 1));
     for (const { element } of this.#drawn.splice(first + blocks.length)) element.remove();
-    if (growing && blocks.length) this.#settle(text, blocks.at(-1), first + blocks.length - 1);
+    if (growing && blocks.length) this.#settle(text, blocks);
   }
 
-  #settle(text, last, count) {
-    this.#settled = text.slice(0, text.length - last.source.length);
-    this.#settledBlocks = count;
-    this.#outline = last.outline;
+  /** A last block of two lines or less, or a formula, may still become a part of the block before it. */
+  #settle(text, blocks) {
+    const last = blocks.at(-1);
+    const sure = last.source.split("\n", 3).length > 2 && last.tokens[0].type !== "formula_block";
+    const count = blocks.length - (sure || blocks.length === 1 ? 1 : 2);
+    const open = blocks.slice(count).reduce((sum, { source }) => sum + source.length + 1, -1);
+    this.#settled = text.slice(0, text.length - open);
+    this.#settledBlocks += count;
+    this.#outline = blocks[count].outline;
   }
 
   #drawBlock(i, key, element, growing) {

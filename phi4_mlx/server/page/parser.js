@@ -1,6 +1,6 @@
 /** Markdown -> blocks -> HTML, by markdown-it. HTML in the text stays text. Knows nothing of the page. */
 import { formulas } from "./formula.js";
-import { closeOpenMarks, withoutUnclearEnd } from "./growing.js";
+import { closeOpenMarks, withoutUnclearEnd, withTableRule } from "./growing.js";
 import MarkdownIt from "./vendor/markdown-it.js";
 
 const SAFE_URL = /^(?:https?:\/\/|mailto:)/i;
@@ -87,7 +87,7 @@ function imageLink(token, md) {
 export function blocksOf(text, growing, outline) {
   const env = { references: {} };
   const open = [...outline];
-  const tokens = growing ? growingParser.parse(withoutUnclearEnd(text), env) : finalParser.parse(text, env);
+  const tokens = growing ? growingTokens(text, env) : finalParser.parse(text, env);
   /** @type {Block[]} */
   const blocks = [];
   for (const token of tokens) {
@@ -96,6 +96,13 @@ export function blocksOf(text, growing, outline) {
     blocks.at(-1).tokens.push(token);
   }
   return { blocks: withSources(blocks, text), references: env.references };
+}
+
+function growingTokens(text, env) {
+  const clear = withoutUnclearEnd(text);
+  const tokens = growingParser.parse(clear, env);
+  const table = withTableRule(text, tokens);
+  return table === text ? tokens : growingParser.parse(table, env);
 }
 
 /** Gives blocks their sources; what comes after the limit of the page becomes one block of source text. */

@@ -36,6 +36,7 @@ class Sidebar {
     const search = { type: "search", placeholder: "Search", ariaLabel: "Search conversations", autocomplete: "off" };
     this.search = make("input.field", search);
     this.told = make("p.told", { role: "status" });
+    this.warning = make("p.note.bad");
     const file = { type: "file", accept: `.json,${JSON_TYPE}`, hidden: true, ariaLabel: "File to import" };
     this.file = make("input", file);
     this.build();
@@ -49,7 +50,7 @@ class Sidebar {
     begin.ariaLabel = "New conversation";
     const close = iconButton("close", "Close the list", () => this.show(false), ".close");
     $("sidebar").append(
-      make("div.head", {}, make("h2", {}, "Conversations"), begin, close), this.search, this.list.element, this.told,
+      make("div.head", {}, make("h2", {}, "Conversations"), begin, close), this.search, this.list.element, this.told, this.warning,
       make("div.foot", {}, button("Export all", () => this.exportAll()), button("Import", () => this.file.click())),
       this.menu.element, this.file,
     );
@@ -196,10 +197,13 @@ class Sidebar {
 /**
  * Makes the sidebar work.
  * @param {import("./store.js").Store} store
- * @returns {() => Promise<void>} reads the list, once the store is open
+ * @returns {(problem: string) => Promise<void>} reads the list, once the store is open; shows what is wrong with it
  */
 export function bindSidebar(store) {
   const sidebar = new Sidebar(store);
   sidebar.show(isWanted(), false);
-  return () => sidebar.catalogue.read();
+  return (problem) => {
+    sidebar.warning.textContent = problem;
+    return sidebar.catalogue.read();
+  };
 }

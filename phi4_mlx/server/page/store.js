@@ -75,7 +75,7 @@ export class Store {
    * @returns {Promise<string>} what the user must know; "" if the browser keeps the conversations
    */
   async open() {
-    if (this.#channel) this.#channel.onmessage = ({ data: id }) => this.changed.tell({ id, here: false });
+    if (this.#channel) this.#channel.onmessage = ({ data: id }) => this.#follow(id);
     addEventListener("pagehide", () => this.#rescue());
     try {
       await this.#connect();
@@ -85,6 +85,12 @@ export class Store {
     }
     await this.#takeIn();
     return "";
+  }
+
+  /** Tells of a change by another tab, which may have brought a removed conversation back. */
+  #follow(id) {
+    this.#removed.delete(id);
+    this.changed.tell({ id, here: false });
   }
 
   async #connect() {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from random import Random
 from typing import Any
 
 import pytest
@@ -236,13 +237,47 @@ def test_a_text_that_grew_equals_one_drawn_at_once(drawing: Any) -> None:
     drawing.evaluate("""(text) => {
         const prefixes = Array.from({ length: text.length }, (_, i) => text.slice(0, i + 1));
         const now = performance.now;
-        let time = 0;
-        performance.now = () => (time += 1e6, time);  // no draw is left out
+        performance.now = () => 0;  // no draw seems to take time, so none is left out
         draw(prefixes, true);
         performance.now = now;
         view.draw(text, false);
     }""", RICH)  # fmt: skip
     assert typeset_html(drawing) == at_once
+
+
+PIECES = [
+    "# H\n", "text ", "**bold** ", "*em* ", "`code` ", "$x^2$ ", "\\(y\\) ", "$$z$$ ", "\n", "\n\n", "- item\n",
+    "1. one\n", "2. two\n", "  - nested\n", "> quote\n", "```python\nx = 1\n```\n", "```\n", "~~~\n",
+    "    code\n", "|", "---\n", "===\n", "| a | b |\n|---|---|\n| 1 | 2 |\n", "[link](https://a.b) ", "[x",
+    "](", "https://a.b/c ", "\\[\nq\n\\]\n", "$$\n", "\\[", "<b>", "~~s~~ ", "***", "_", "\\", "1", "2.", "-",
+    "word\n", "[r]: https://a.b\n", "[r] ", "$5 ", "`", "**", "$", "é😀",
+]  # fmt: skip
+
+
+def test_a_text_that_grows_is_drawn_as_a_new_one_would_be(drawing: Any) -> None:
+    """Only the end is parsed again while it grows; that must not show, at any length of any text."""
+    random = Random(14)
+    for _ in range(40):
+        text = "".join(random.choices(PIECES, k=random.randint(3, 25)))
+        different = drawing.evaluate("""([text, step]) => {
+            const now = performance.now;
+            performance.now = () => 0;
+            draw([], true);
+            const [growing, grown] = [view, box];
+            const compare = (text, more) => {
+                growing.draw(text, more);
+                draw([text], more);
+                const count = (it) => it.querySelectorAll("p, li, h2, pre, td").length;
+                const same = grown.textContent === box.textContent && count(grown) === count(box);
+                return same ? null : text;
+            };
+            const lengths = Array.from({ length: text.length / step }, (_, i) => i * step);
+            const found = lengths.map((it) => compare(text.slice(0, it), true));
+            const last = compare(text, false);
+            performance.now = now;
+            return [...found, last].find(Boolean) ?? null;
+        }""", [text, random.choice([1, 3, 7])])  # fmt: skip
+        assert different is None
 
 
 MARKS = re.compile(r"\*\*|(?<!\w)[*_](?=\w)|`|~~|\]\(|https://example\.com/sort|\|-|\|:|^#|\n[#>=-]")
@@ -252,8 +287,7 @@ def test_marks_that_are_still_open_are_never_shown(drawing: Any) -> None:
     text = RICH.split("> So")[0]
     frames = drawing.evaluate("""(text) => {
         const now = performance.now;
-        let time = 0;
-        performance.now = () => (time += 1e6, time);
+        performance.now = () => 0;
         draw([], true);
         const frames = [];
         for (let i = 1; i <= text.length; i++) {
@@ -265,6 +299,30 @@ def test_marks_that_are_still_open_are_never_shown(drawing: Any) -> None:
         return frames;
     }""", text)  # fmt: skip
     assert [frame[-60:] for frame in frames if MARKS.search(frame)] == []
+
+
+CODE = """| a | b |
+|---|
+- x
+# **c**
+[d](e
+$f$ and \\[ g
+1.
+===
+`h`
+~~~"""
+
+
+@pytest.mark.parametrize("before", ["", "text\n\n", "- item\n\n  ", "> "])
+def test_code_that_grows_is_never_read_as_markdown(drawing: Any, before: str) -> None:
+    lead = "\n" + {"- item\n\n  ": "  ", "> ": "> "}.get(before, "")
+    text = before + "```text\n".replace("\n", lead) + CODE.replace("\n", lead)
+    shown_code = drawing.evaluate("""(text) => Array.from({ length: text.length }, (_, i) => {
+        draw([text.slice(0, i + 1)], true);
+        return box.querySelector("pre code")?.textContent ?? "";
+    })""", text)  # fmt: skip
+    assert [it for it in shown_code if not CODE.startswith(it.rstrip("\n"))] == []
+    assert shown_code[-1] and html(drawing, text)
 
 
 def test_what_has_been_drawn_stays_the_same_element_while_the_text_grows(drawing: Any) -> None:

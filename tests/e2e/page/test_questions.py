@@ -115,6 +115,23 @@ def test_a_draft_survives_a_reload(page: Any, server: ScriptedServer) -> None:
     assert page.input_value("#input") == "" and server.bodies[0]["messages"][0]["content"] == "sent"
 
 
+def test_what_is_typed_before_the_page_is_ready_stays(browser: Any, server: ScriptedServer) -> None:
+    context = browser.new_context()
+    page = context.new_page()
+    held: list[Any] = []
+    page.route("**/page/main.js", lambda route: held.append(route))
+    page.goto(server.url, wait_until="commit")
+    page.fill("#input", "early bird")
+    until(lambda: held or page.wait_for_timeout(20))
+    held[0].continue_()
+    page.wait_for_selector("#starters button")
+    assert page.input_value("#input") == "early bird"
+    page.press("#input", "Enter")
+    answered(page)
+    assert server.bodies[0]["messages"] == [{"role": "user", "content": "early bird"}]
+    context.close()
+
+
 def test_a_broken_connection_keeps_the_text_and_can_be_retried(page: Any, server: ScriptedServer) -> None:
     server.answers = [["One ", WAIT, BREAK], ["Two."]]
     ask(page, "Count.")

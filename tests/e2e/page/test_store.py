@@ -138,6 +138,22 @@ def test_two_tabs_that_ask_at_once_keep_both(page: Any, server: ScriptedServer) 
     other.wait_for_selector(".question:has-text('Two?')")
 
 
+def test_a_tab_watches_what_another_one_is_answering(page: Any, server: ScriptedServer) -> None:
+    server.answers = [["The beginning", WAIT, " and the end."]]
+    ask(page, "Tell me.")
+    grown(page, "The beginning")
+    other = second_tab(page, server)
+    other.wait_for_selector("#notice-text:text-is('Another tab is answering.')")
+    server.release()
+    grown(other, "The beginning and the end.")
+    other.wait_for_selector("#notice", state="hidden")
+    server.answers = [["More", WAIT]]
+    ask(page, "And then?")
+    grown(other, "More")
+    page.close()
+    other.wait_for_selector("#notice-text:text-is('The last answer is not complete.')")
+
+
 def test_what_one_tab_has_not_seen_yet_is_taken_over_before_it_saves(page: Any, server: ScriptedServer) -> None:
     ask(page, "First")
     answered(page)
@@ -244,6 +260,7 @@ def test_a_browser_that_keeps_nothing_says_so_and_works(browser: Any, server: Sc
     page.click("#sidebar .open:has-text('First')")
     page.wait_for_selector(".question:has-text('First')")
     assert sorted(titles(page)) == ["First", "Second"] and page.errors == []
+    assert "lost when the tab is closed" in page.inner_text("#sidebar")
     context.close()
 
 
