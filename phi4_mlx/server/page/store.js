@@ -139,7 +139,7 @@ export class Store {
       keep("localStorage", `unsaved.${id}`, undefined);
       return outcome;
     } catch (error) {
-      this.#memory.set(id, structuredClone(conversation));
+      this.#memory.set(conversation.id, structuredClone(conversation));
       if (!this.#forbidden) throw new Error(`${FULL} (${error.name})`);
       return "same";
     } finally {
@@ -157,9 +157,9 @@ export class Store {
     done.catch(() => {}); // told by the next line as well
     const stored = await finished(table.get(conversation.id));
     const [outcome, change] = reconcile(conversation, stored);
-    table.put({ ...conversation, ...change });
+    Object.assign(conversation, change); // at once: the user may go on before the transaction ends
+    table.put(conversation);
     await done;
-    Object.assign(conversation, change);
     return outcome;
   }
 

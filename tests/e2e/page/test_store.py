@@ -175,6 +175,33 @@ def test_what_one_tab_has_not_seen_yet_is_taken_over_before_it_saves(page: Any, 
     assert texts(found) == ["First", "All right.", "Second", "Yes."] and found["draft"] == "mine"
 
 
+def test_what_is_asked_during_a_save_is_kept(page: Any, server: ScriptedServer) -> None:
+    """A newer state is taken over by a save whose transaction has not ended when the next question comes."""
+    ask(page, "First")
+    answered(page)
+    texts_kept = page.evaluate("""async () => {
+        const { current } = await import("/page/conversation.js");
+        const { Store } = await import("/page/store.js");
+        const store = new Store();
+        await store.open();
+        const newer = await store.load(current.id);
+        newer.messages.push({ role: "user", content: "Second" });
+        await store.save(newer);
+        const mine = structuredClone(current);
+        mine.revision = newer.revision - 1;
+        const put = IDBObjectStore.prototype.put;
+        IDBObjectStore.prototype.put = function (value) {
+            const request = put.call(this, value);
+            mine.queued.push("Third");  // as a listener would, before the transaction has ended
+            return request;
+        };
+        await store.save(mine);
+        IDBObjectStore.prototype.put = put;
+        return [...mine.messages.map((it) => it.content), ...mine.queued];
+    }""")  # fmt: skip
+    assert texts_kept == ["First", "All right.", "Second", "Third"]
+
+
 def test_a_conversation_that_another_tab_deletes_leaves_the_page(page: Any, server: ScriptedServer) -> None:
     ask(page, "First")
     answered(page)
