@@ -16,6 +16,28 @@ import { Store } from "./store.js";
 import { bindTheme } from "./theme.js";
 import { bindToolsSwitch } from "./tools_switch.js";
 
+// What those import: named here, the browser asks for all of it at once, and only after the style has come.
+import "./archive.js";
+import "./catalogue.js";
+import "./conversation_list.js";
+import "./exchange.js";
+import "./formula.js";
+import "./growing.js";
+import "./letters.js";
+import "./local.js";
+import "./markdown.js";
+import "./parser.js";
+import "./reply.js";
+import "./row_menu.js";
+import "./sanitizer.js";
+import "./signal.js";
+import "./tab_lock.js";
+import "./thought.js";
+import "./turns.js";
+import "./typesetter.js";
+import "./vendor/dompurify.js";
+import "./vendor/markdown-it.js";
+
 function connectServer() {
   loadModels();
   loadTools();

@@ -54,6 +54,22 @@ def test_a_conversation_with_the_demo_model(page: Any, real: Server) -> None:
     assert all(url.startswith((real.url, "data:")) for url in page.urls)
 
 
+def test_a_server_with_a_key_asks_for_it_on_the_page(browser: Any) -> None:
+    with serving("--api-key", "schlüssel 1") as locked:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(locked.url)
+        page.fill("#new-key", "wrong")
+        page.press("#new-key", "Enter")
+        page.wait_for_selector("#key-mistake:has-text('does not accept')")
+        page.fill("#new-key", "schlüssel 1")
+        page.press("#new-key", "Enter")
+        page.locator("#starters button", has_text="Say hello").click()
+        answered(page)
+        assert "I can greet you" in page.inner_text(".answer > .text")
+        context.close()
+
+
 def test_the_demo_model_calculates_with_a_tool_of_the_server(page: Any) -> None:
     page.locator("#starters button", has_text="Calculate").click()
     page.locator(".consent").get_by_role("button", name="Run", exact=True).click()

@@ -56,9 +56,7 @@ def lines() -> Iterator[Lines]:
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory: pytest.TempPathFactory) -> InProcessServer:
-    server = InProcessServer(tmp_path_factory.mktemp("logged"))
-    server.app = RequestLog(server.app)  # type: ignore[assignment,arg-type]
-    return server
+    return InProcessServer(tmp_path_factory.mktemp("logged"))
 
 
 def endless(server: InProcessServer) -> dict[str, Any]:
@@ -215,7 +213,6 @@ def test_a_path_forges_nothing(path: str, lines: Lines) -> None:
 
 def test_an_answer_that_fails_in_its_stream_says_why(tmp_path: Path, lines: Lines) -> None:
     server = InProcessServer(tmp_path)
-    server.app = RequestLog(server.app)  # type: ignore[assignment,arg-type]
     step, count = server.supervisor.engine.step, [0]
 
     def failing() -> Any:
