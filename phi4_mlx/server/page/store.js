@@ -15,6 +15,10 @@ const TABLE = "conversations";
 const FORBIDDEN = "This browser keeps nothing for this page: conversations are lost when the tab is closed.";
 const FULL = "The browser has no room left: this conversation is lost when the tab is closed. Delete or export some.";
 
+/** Where this page rescues a conversation; another tab has its own state of it. */
+const PAGE = newId();
+const rescueName = (id) => `unsaved.${id}.${PAGE}`;
+
 /** The rest of a request or a transaction of IndexedDB. */
 function finished(request) {
   return new Promise((resolve, reject) => {
@@ -136,7 +140,7 @@ export class Store {
       const outcome = await this.#put(conversation);
       this.#persist();
       this.#memory.delete(id);
-      keep("localStorage", `unsaved.${id}`, undefined);
+      keep("localStorage", rescueName(id), undefined);
       return outcome;
     } catch (error) {
       this.#memory.set(conversation.id, structuredClone(conversation));
@@ -233,15 +237,15 @@ export class Store {
 
   /** Keeps what is being saved in the small storage, which a page that is closed can still write to. */
   #rescue() {
-    for (const conversation of this.#saving) keep("localStorage", `unsaved.${conversation.id}`, conversation);
+    for (const conversation of this.#saving) keep("localStorage", rescueName(conversation.id), conversation);
   }
 
   /** Saves what a closed page has left in the small storage, and the one conversation of an older version. */
   async #takeIn() {
     for (const name of names().filter((it) => it.startsWith("unsaved."))) {
       const conversation = recall("localStorage", name, null);
-      if (isSound(conversation)) await this.save(conversation).catch(() => {});
-      else keep("localStorage", name, undefined);
+      const done = !isSound(conversation) || (await this.save(conversation).then(() => true, () => false));
+      if (done) keep("localStorage", name, undefined); // else at the next start
     }
     const old = fromOlderVersion(recall("localStorage", "messages", []));
     if (isSound(old) && old.messages.length) await this.save(old).catch(() => {});

@@ -175,6 +175,25 @@ def test_what_one_tab_has_not_seen_yet_is_taken_over_before_it_saves(page: Any, 
     assert texts(found) == ["First", "All right.", "Second", "Yes."] and found["draft"] == "mine"
 
 
+def test_what_a_closed_tab_has_left_stays_until_it_is_taken_in(page: Any, server: ScriptedServer) -> None:
+    ask(page, "First")
+    answered(page)
+    other = second_tab(page, server)
+    server.answers = [["One", WAIT]]
+    ask(page, "Second")
+    grown(page, "One")
+    page.evaluate("IDBObjectStore.prototype.get = () => new EventTarget()")  # from now on its saves do not end
+    ask(page, "Third")
+    page.goto("about:blank")
+    ask(other, "Fourth")
+    other.wait_for_selector(".question:has-text('Fourth')")
+    becomes_true(other, f"{ALL}.then((all) => JSON.stringify(all).includes('Fourth'))")
+    server.release()
+    page.goto(server.url)
+    everything = "(all) => ['Second', 'Third', 'Fourth'].every((it) => JSON.stringify(all).includes(it))"
+    becomes_true(page, f"{ALL}.then({everything})")
+
+
 def test_what_is_asked_during_a_save_is_kept(page: Any, server: ScriptedServer) -> None:
     """A newer state is taken over by a save whose transaction has not ended when the next question comes."""
     ask(page, "First")
