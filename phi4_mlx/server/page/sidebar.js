@@ -50,7 +50,8 @@ class Sidebar {
     begin.ariaLabel = "New conversation";
     const close = iconButton("close", "Close the list", () => this.show(false), ".close");
     $("sidebar").append(
-      make("div.head", {}, make("h2", {}, "Conversations"), begin, close), this.search, this.list.element, this.told, this.warning,
+      make("div.head", {}, make("h2", {}, "Conversations"), begin, close),
+      this.search, this.list.element, this.told, this.warning,
       make("div.foot", {}, button("Export all", () => this.exportAll()), button("Import", () => this.file.click())),
       this.menu.element, this.file,
     );
