@@ -318,9 +318,9 @@ def _summary(served: _Served, longest: int, key: str | None, toolbox: Toolbox) -
 def _address(listener: socket.socket) -> str:
     """The address of the page; of all addresses that it listens on, one for this machine."""
     host, port = listener.getsockname()[:2]
-    own = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host)
-    shown, own = (f"[{each}]" if each and ":" in each else each for each in (host, own))
-    return f"http://{shown}:{port}" if own is None else f"all addresses, here http://{own}:{port}"
+    own = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://[{own}]:{port}" if ":" in own else f"http://{own}:{port}"
+    return url if own == host else f"all addresses, here {url}"
 
 
 def _guard(

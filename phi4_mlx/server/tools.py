@@ -18,9 +18,10 @@ from starlette.routing import Route
 from phi4_mlx.errors import RequestError, message_of
 from phi4_mlx.server.apis import chat as chat_api
 from phi4_mlx.server.apis.fields import parse_json, read_body, shown
-from phi4_mlx.server.apis.wire import WireError, json_bytes
+from phi4_mlx.server.apis.wire import WireError
 from phi4_mlx.server.disconnect import ClientGone, unless_gone
 from phi4_mlx.server.guard import host_of
+from phi4_mlx.server.json_response import JsonResponse
 from phi4_mlx.server.limits import TOOL_BODY_BYTES, TOOL_CALLS_LIMIT, TOOL_S
 from phi4_mlx.server.request_log import CANCELLED, entry_of
 from phi4_mlx.tokens.tokenizer import Tokenizer
@@ -90,7 +91,7 @@ class ServerTools:
     async def declarations(self, request: Request) -> Response:
         """All tools in OpenAI's form."""
         check_own_page(request)
-        return _json({"data": self._toolbox.declarations})
+        return JsonResponse({"data": self._toolbox.declarations})
 
     async def call(self, request: Request) -> Response:
         """Runs a call; the result, or the reason why there is none, is text for the model."""
@@ -112,7 +113,7 @@ class ServerTools:
             entry.cancelled = True
             return Response(status_code=CANCELLED)  # never sent
         entry.tool_failed = content.startswith(error_text(""))
-        return _json({"content": content, "is_error": entry.tool_failed})
+        return JsonResponse({"content": content, "is_error": entry.tool_failed})
 
     def _read(self, data: bytes) -> ToolCall:
         """A call of one of the tools."""
@@ -177,7 +178,3 @@ def check_room(toolbox: Toolbox, tokenizer: Tokenizer, context: int) -> None:
         raise RequestError(
             f"the tools take {tokens:,} tokens of each prompt, and the context has {context:,}; leave some out"
         )
-
-
-def _json(value: object) -> Response:
-    return Response(json_bytes(value), media_type="application/json")
