@@ -198,7 +198,7 @@ class Bar(View):
 
 
 @contextlib.contextmanager
-def view(tell: Tell) -> Iterator[View]:
+def view_of(tell: Tell) -> Iterator[View]:
     """The view of a run: a bar if messages go to standard error and that is a terminal, else lines."""
     if tell is not to_stderr or not sys.stderr.isatty() or os.environ.get("TERM", "dumb") == "dumb":
         yield View(tell)
