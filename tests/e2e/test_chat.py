@@ -62,7 +62,6 @@ def test_a_line_of_a_pipe_has_a_limit() -> None:
     assert b"line 2 of standard input has more than 16,777,216 bytes" in done.stderr
 
 
-
 def test_prompt_answers_once(model: str) -> None:
     options = ["--model", model, "--max-tokens", "10"]
     once = chat(*options, "--prompt", "one")
