@@ -56,7 +56,7 @@ class Stop:
         self.number: signal.Signals | None = None
         self._leave = leave
         self._phase, self._writing = PREPARING, 0
-        self._signalled: dict[str, Phase] = {}  # "first": the phase of the first signal, for handler and thread
+        self._signalled: dict[str, Phase] = {}  # "first": its phase; setdefault is atomic for handler and thread
         self._listens = self._again = False
         self._left = threading.Event()
 

@@ -10,7 +10,6 @@ import pytest
 from rich.console import Console
 
 from phi4_mlx.lora import view as view_module
-from phi4_mlx.lora.pace import Pace
 from phi4_mlx.lora.progress import Step
 from phi4_mlx.lora.view import Bar, View, duration, step_line, to_stderr, view_of
 
@@ -132,17 +131,3 @@ def test_without_a_terminal_there_is_no_bar(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("TERM", "xterm")
     with view_of(lambda message: None) as view:
         assert type(view) is View
-
-
-def test_a_pace_expects_what_the_last_batch_took() -> None:
-    pace = Pace(0, 10, None, 0.0)
-    pace.reach(0, 0.5, 0.0)
-    assert pace.shown(3.0) == (0, 3.0, None, None)
-    pace.reach(0.5, 1, 4.0)
-    done, spent, batch_s, left = pace.shown(5.0)
-    assert (done, spent, batch_s, left) == (0.5 + 1 / 8, 5.0, 8.0, pytest.approx(75.0))
-    pace.reach(1, 1, 10.0)
-    pace.reach(1, 1.5, 13.0)  # something else was done in between
-    done, spent, batch_s, _ = pace.shown(18.0)
-    assert (done, spent, batch_s) == (1.5, 5.0, 10.0)
-    assert pace.shown(60.0)[:3] == (1.5, 47.0, 47.0)  # never less than what it has taken
