@@ -18,8 +18,6 @@ from phi4_mlx.generation.options import DecodeOptions
 from tests.conftest import ROOT
 from tests.e2e.server_process import serving
 
-pytestmark = pytest.mark.slow
-
 CONTEXT = 512
 OLDEST = ["--context-overflow", "oldest"]
 LONG = [f"question {number}: " + "what is 12 * 31? " * 6 for number in range(18)]

@@ -15,8 +15,6 @@ import pytest
 from tests.conftest import ROOT
 from tests.e2e.server_process import HANG_S, Server, alive, hear_hangups, until
 
-pytestmark = pytest.mark.slow
-
 TOOLS = '''
 import os
 
