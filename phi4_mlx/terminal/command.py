@@ -231,12 +231,15 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 def _not_installed(library: str) -> str:
     """The message for a missing library: the Python that has it, or the way to install it."""
+    from shlex import quote
+
     checkout = Path(__file__).parents[2]
+    activate = checkout / ".venv" / "bin" / "activate"
     missing = f"{library} is not installed for {sys.executable}"
     if not (checkout / "Makefile").is_file():
         return f"{missing}; install phi4_mlx again, from its checkout: pip install ."
-    make = "" if (checkout / ".venv" / "bin" / "activate").exists() else f"make -C {checkout} chat, then "
-    return f"{missing}; {make}source {checkout}/.venv/bin/activate"
+    make = "" if activate.exists() else f"make -C {quote(str(checkout))} chat, then "
+    return f"{missing}; {make}source {quote(str(activate))}"
 
 
 def complain(prog: str, message: str) -> None:
