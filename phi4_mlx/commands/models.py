@@ -21,8 +21,8 @@ from phi4_mlx.terminal.printable import one_line
 if TYPE_CHECKING:
     from phi4_mlx.hub import CachedModel
 
-_NUMBERS = ("size", "context")  # columns
-_SHOWN_REASON = 100  # characters
+_RIGHT_ALIGNED = ("size", "context")
+_REASON_CHARS = 100
 
 
 class Listed(NamedTuple):
@@ -197,12 +197,12 @@ def table(models: Sequence[Listed]) -> str:
         refs = " ".join([model.revision[:8] or ("embedded" if model.name == "demo" else "none"), *model.refs])
         used = datetime.fromtimestamp(model.last_used).strftime("%Y-%m-%d") if model.last_used else ""
         loads = f"no: {why}" if why else "yes"
-        if len(loads) > _SHOWN_REASON:
-            loads = f"{loads[:_SHOWN_REASON]} ..."
+        if len(loads) > _REASON_CHARS:
+            loads = f"{loads[:_REASON_CHARS]} ..."
         lines.append((model.name, size(model.nbytes), refs, "" if context is None else f"{context:,}", used, loads))
     lines = [tuple(map(one_line, line)) for line in lines]
     columns = []
     for column in zip(*lines, strict=True):
         width = max(map(len, column))
-        columns.append([cell.rjust(width) if column[0] in _NUMBERS else cell.ljust(width) for cell in column])
+        columns.append([cell.rjust(width) if column[0] in _RIGHT_ALIGNED else cell.ljust(width) for cell in column])
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))

@@ -88,11 +88,11 @@ def finetune(settings: Settings | Mapping[str, Any], *, resume: bool = False, te
     """
     if not isinstance(settings, Settings):
         settings = Settings.from_mapping(settings, "settings")
-    return attended(settings, resume, tell, None)
+    return start_run(settings, resume, tell, None)
 
 
-def attended(settings: Settings, resume: bool, tell: Tell, program: Program | None) -> Finetuned:
-    """A run with its view and its answers to signals.
+def start_run(settings: Settings, resume: bool, tell: Tell, program: Program | None) -> Finetuned:
+    """Runs with a view of the progress, and with answers to signals.
 
     Args:
         settings: the options.

@@ -17,6 +17,7 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.files.regular_file import open_regular
 from phi4_mlx.hub import why_not_downloaded
 from phi4_mlx.lora.data.parquet import patterns, shards
+from phi4_mlx.terminal.amount import amount
 from phi4_mlx.terminal.suggestion import path_suggestion
 
 SPLITS = ("train", "valid", "test")
@@ -154,7 +155,7 @@ def _others(numbers: list[int]) -> str:
     if not numbers:
         return ""
     shown = ", ".join(map(str, numbers[:_SHOWN])) + (", ..." if len(numbers) > _SHOWN else "")
-    return f" ({len(numbers):,} more bad line{'s' if len(numbers) > 1 else ''}: {shown})"
+    return f" ({amount(len(numbers), 'more bad line')}: {shown})"
 
 
 def _find_on_hub(name: str, split: str) -> Path | None:
