@@ -142,7 +142,7 @@ def _serve(args: argparse.Namespace) -> None:
         # Not asyncio.run: that waits for threads, which may be busy with the request of a client that has left.
         with (
             logging_to(STANDARD_ERROR, args.log_level),
-            opened_toolbox(args, served.tokenizer, partial(complain, PROG)) as toolbox,
+            opened_toolbox(args.tools, args.mcp, served.tokenizer, partial(complain, PROG)) as toolbox,
             contextlib.closing(asyncio.new_event_loop()) as loop,
         ):
             loop.run_until_complete(_run(args, key, served, toolbox, listener))

@@ -5,11 +5,10 @@ A tool acts on this machine, so only the server's own page may use them, whateve
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -31,12 +30,13 @@ from phi4_mlx.tools.toolbox import Toolbox, error_text
 
 @contextlib.contextmanager
 def opened_toolbox(
-    args: argparse.Namespace, tokenizer: Tokenizer, note: Callable[[str], object]
+    files: Sequence[str], commands: Sequence[str], tokenizer: Tokenizer, note: Callable[[str], object]
 ) -> Iterator[Toolbox]:
     """The tools that the options name; their MCP servers run until the end of the block.
 
     Args:
-        args: the options of `add_tool_options`.
+        files: Python files.
+        commands: of MCP servers.
         tokenizer: of the model.
         note: called with a line for tools of a server that are left out.
 
@@ -46,7 +46,7 @@ def opened_toolbox(
     """
     from phi4_mlx.tools.sources import opened_tools
 
-    with opened_tools(args.tools, args.mcp, note) as tools:
+    with opened_tools(files, commands, note) as tools:
         toolbox = Toolbox(tools)
         tool_tokens(toolbox, tokenizer)
         _check_requests(toolbox)
