@@ -34,22 +34,25 @@ class Data:
     test: Samples = ()
 
 
-def download(model: str, data: str, view: View, split: str = "train") -> None:
+def download(settings: Settings, view: View, split: str = "train") -> Path:
     """Downloads a model and data of the Hub that are not here yet; the Hub's library has bars of its own.
 
     Args:
-        model: the model's name.
-        data: the data's name.
+        settings: the options, which name both.
         view: leaves the terminal to those bars.
         split: the split of the data to download; the others are, when they are read.
+
+    Returns:
+        The model's folder.
 
     Raises:
         CheckpointError, RequestError: there is no such model or data, or the Hub cannot be reached.
     """
     with view.aside():
-        resolve(model)
-        if not Path(os.path.expanduser(data)).exists():
-            find_split(data, split)
+        folder = resolve(settings.base)
+        if not Path(os.path.expanduser(settings.data)).exists():
+            find_split(settings.data, split)
+    return folder
 
 
 def read_data(

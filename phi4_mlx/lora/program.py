@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from phi4_mlx.hub import DEFAULT_MODEL
 from phi4_mlx.lora.settings import Settings
 from phi4_mlx.terminal.advice import command_line
 
@@ -37,6 +36,6 @@ class Program:
 
     def to_fuse(self, settings: Settings) -> str:
         """The command that makes a package of the adapter."""
-        names = {"model": settings.model or DEFAULT_MODEL, "adapter_path": settings.adapter_path}
-        target = f"{settings.adapter_path.rstrip('/')}-fused"
-        return f"make it a model of its own: {command_line('fuse', **names, save_path=target)}"
+        adapter = settings.adapter_path
+        line = command_line("fuse", model=settings.base, adapter_path=adapter, save_path=f"{adapter.rstrip('/')}-fused")
+        return f"make it a model of its own: {line}"

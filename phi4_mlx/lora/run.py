@@ -19,7 +19,6 @@ from phi4_mlx.adapters.peft import is_peft
 from phi4_mlx.checkpoint import load
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import memory_limit
-from phi4_mlx.hub import DEFAULT_MODEL
 from phi4_mlx.lora.data.batches import Batches
 from phi4_mlx.lora.data.samples import Pair
 from phi4_mlx.lora.display import report_end, show
@@ -124,9 +123,9 @@ def _finetune(
 ) -> Finetuned:
     """A run in a folder that has been checked and locked by the first process."""
     folder = Path(os.path.expanduser(settings.adapter_path))
-    download(settings.model or DEFAULT_MODEL, settings.data, view)
+    model_folder = download(settings, view)
     view.phase("loading the tokenizer")
-    model, tokenizer = load(settings.model or DEFAULT_MODEL, lazy=True)  # weights are read after the data is checked
+    model, tokenizer = load(model_folder, lazy=True)  # weights are read after the data is checked
     view.phase("reading the data")
     data = read_data(settings, tokenizer, view.tell)
     batches = _batches(data.train, settings, group, settings.seed)
@@ -134,7 +133,7 @@ def _finetune(
     make_trainable(model, settings)
     run_folder = RunFolder(
         folder, len(model.layers), keep_checkpoints=settings.keep_checkpoints,
-        adapter_config={"model": settings.model or DEFAULT_MODEL, "data": settings.data}, warn=view.tell,
+        adapter_config={"model": settings.base, "data": settings.data}, warn=view.tell,
     )  # fmt: skip
     trainer = Trainer(model, batches, settings, run_folder, validation, loss_of(settings), group, stop, view.watch)
     step = trainer.resume() if resume else 0
@@ -174,8 +173,7 @@ def preview(settings: Settings, count: int) -> list[str]:
         ConfigError, TokenizerError: a file of the model is missing or damaged.
     """
     with view_of(to_stderr) as view, Stop().listening():
-        download(settings.model or DEFAULT_MODEL, settings.data, view)
-        _, tokenizer = load(settings.model or DEFAULT_MODEL, lazy=True)
+        _, tokenizer = load(download(settings, view), lazy=True)
         view.phase("reading the data")
         samples = read_data(settings, tokenizer, view.tell).train[:count]
     parts = [
@@ -202,8 +200,7 @@ def measure_adapter(settings: Settings, tell: Tell = to_stderr) -> float:
     if group.rank():
         tell = _nothing
     with view_of(tell) as view, Stop().listening():
-        download(settings.model or DEFAULT_MODEL, settings.data, view, "test")
-        model, tokenizer = load(settings.model or DEFAULT_MODEL, lazy=True)
+        model, tokenizer = load(download(settings, view, "test"), lazy=True)
         view.phase("reading the data")
         data = read_data(settings, tokenizer, view.tell, splits=("test",))
         load_adapter(model, Path(settings.adapter_path))

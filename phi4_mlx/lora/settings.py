@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.hub import DEFAULT_MODEL
 from phi4_mlx.terminal.suggestion import suggestion
 
 MANY = 10**9
@@ -293,6 +294,11 @@ class Settings:
             return cls(**values, given=frozenset(named))
         except RequestError as error:
             raise RequestError(f"{where}: {error}") from None
+
+    @property
+    def base(self) -> str:
+        """The name of the model to tune."""
+        return self.model or DEFAULT_MODEL
 
     def named(self, name: str) -> bool:
         """True if an option was given or differs from its default; takes the names of lora_parameters too."""
