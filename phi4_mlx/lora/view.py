@@ -184,7 +184,7 @@ class Bar(View):
         """(where the run is, the estimates, batches done)"""
         if pace is None:
             return f"{self._phase}, {duration(now - self._since)}", "", 0.0
-        done, spent, batch_s, left = pace.shown(now)
+        done, spent, batch_s, left = pace.estimate(now)
         number = min(int(pace.done) + 1, pace.total)
         text = f"{self._name} {'batch ' * (self._name != 'step')}{number:,} of {pace.total:,}, {done - number + 1:4.0%}"
         times = []

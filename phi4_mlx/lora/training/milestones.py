@@ -21,6 +21,9 @@ from phi4_mlx.adapters.folder import place
 from phi4_mlx.lora.progress import Tick
 from phi4_mlx.models.model import LanguageModel
 
+_Part = tuple[float, list[mx.array]]
+"""(work: bytes of weights times tokens, arrays)"""
+
 
 class Milestones:
     """The arrays that a model passes while a batch's graph is built, in the order of their computation.
@@ -72,10 +75,6 @@ class Milestones:
             work, waiting = following, arrays
         mx.eval(waiting)
         tick(before + 1, before + 1)
-
-
-_Part = tuple[float, list[mx.array]]
-"""(work: bytes of weights times tokens, arrays)"""
 
 
 def _backward(grads: Any, work: float) -> list[_Part]:
