@@ -252,5 +252,5 @@ def _name(path: Path) -> str:
 
 
 def _nbytes(path: Path) -> int:
-    """The size of a file, without that of a file that it links to."""
+    """The size of a file in bytes; of a symbolic link, 0."""
     return 0 if path.is_symlink() else path.stat().st_size

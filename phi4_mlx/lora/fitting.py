@@ -32,7 +32,7 @@ Choice = dict[str, Scheme | None]
 
 
 def in_bytes(progress: Callable[[int, int], object], model: LanguageModel) -> Callable[[int, int], None]:
-    """A progress of (passes done, all passes) over a model's weights, from one of (bytes done, total bytes)."""
+    """Adapts a progress callback of bytes to one of (passes done, total passes) over a model's weights."""
     nbytes = model.weights_bytes
 
     def passed(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""The command line by which a run was started, and those that come after it."""
+"""The command line of a run, and the commands to run next."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LONGEST = 300  # characters of a command that is repeated
 
 @dataclass(frozen=True)
 class Program:
-    """The command line that runs.
+    """The command line of a run.
 
     Attributes:
         words: its words after the command's name.
@@ -21,7 +21,7 @@ class Program:
     words: tuple[str, ...]
 
     def to_resume(self) -> str:
-        """Completes "--resume goes on" with the command, unless that is long."""
+        """The end of "--resume goes on": a colon and the command, or "" if that is long."""
         line = command_line("lora", *self.words, *(["--resume"] if "--resume" not in self.words else []))
         return f": {line}" if len(line) <= LONGEST else ""
 

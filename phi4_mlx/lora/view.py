@@ -48,7 +48,7 @@ class View:
         self._noun = ""
 
     def phase(self, text: str) -> None:
-        """Names what goes on before and between the steps; a reader of lines is not told."""
+        """Shows the name of the work before and between the steps; lines leave it out."""
 
     def begin(self, done: int, iters: int, noun: str, every: int, batch_s: float | None) -> None:
         """Begins the steps.
@@ -77,7 +77,7 @@ class View:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Leaves the terminal to somebody else's bars."""
+        """Hides the bar while a library draws its own."""
         yield
 
     def close(self) -> None:

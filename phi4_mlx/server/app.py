@@ -138,7 +138,7 @@ class App:
         return self._refusal(request, error, {"x-should-retry": "false"})  # clients retry any other 5xx
 
     def _model_json(self, name: str) -> JsonObject:
-        """A model in OpenAI's form, and what the page fits itself to."""
+        """A model in OpenAI's form, with its context length and kind for the page."""
         fitting = {"context_length": self.service.supervisor.longest, "kind": self.service.kind}
         return {"id": name, "object": "model", "created": self.created, "owned_by": "phi4_mlx", **fitting}
 

@@ -108,7 +108,7 @@ def entry_of(scope: Scope) -> Entry:
 
 
 class RequestLog:
-    """An ASGI application that writes a line for each request that another has answered.
+    """ASGI middleware that logs a line for each request.
 
     Args:
         app: the other application.

@@ -116,7 +116,7 @@ class ServerTools:
         return JsonResponse({"content": content, "is_error": entry.tool_failed})
 
     def _read(self, data: bytes) -> ToolCall:
-        """A call of one of the tools."""
+        """Reads a call from a body; its tool must exist."""
         fields = read_body(parse_json(data))
         name = fields.needed_name("name")
         if name not in self._names:

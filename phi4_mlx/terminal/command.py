@@ -139,7 +139,7 @@ class Parser(argparse.ArgumentParser):
 
     # `Any` stands for the overloads of the base class.
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parses words, after a look for unknown options: argparse would first complain about missing ones."""
+        """Parses words. Refuses unknown options first, where argparse would report missing ones."""
         words = list(sys.argv[1:] if args is None else args)
         for before, word in zip(["", *words], words, strict=False):
             if word == "--" or (self._subparsers is not None and word[:1] not in DASHES):

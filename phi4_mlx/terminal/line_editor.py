@@ -90,7 +90,7 @@ class CommandCompleter(Completer):
 
 
 def _completed_paths(typed: str, offered: Callable[[str], bool]) -> Iterator[Completion]:
-    """The files and folders whose path begins so; an opening quote is closed after a file."""
+    """Completes the path of a file or folder; after a file, an opening quote is closed."""
     quote = typed[:1] if typed[:1] in ("'", '"') else ""
     start = typed[1:] if quote else typed.replace("\\ ", " ")
     folder, name = os.path.split(start)

@@ -28,13 +28,13 @@ class WrappedLine:
         self._shown: frozenset[str] = frozenset()  # the styles in force
 
     def indent(self, indent: str) -> None:
-        """Notes an indent that was written; further rows have it too if it leaves half of the row."""
+        """Records an indent already written; wrapped rows repeat it if it fits in half of a row."""
         self._column = text_width(indent)
         if self._column <= self.columns // 2:
             self._indent, self._indent_width = indent, self._column
 
     def put(self, char: str, styles: set[str], whole: bool = False) -> None:
-        """Adds a character; `whole` for one that is not parted from the one before."""
+        """Adds a character; `whole` forbids a line break before it."""
         if char in " \t" and not whole:
             self._flush_word()
             self._spaces += 1

@@ -87,7 +87,7 @@ def _backward(grads: Any, work: float) -> list[_Part]:
 
 @contextlib.contextmanager
 def milestones(model: LanguageModel) -> Iterator[Milestones]:
-    """The milestones of the graphs that are built inside."""
+    """Records the milestones of the graphs that are built in the block."""
     found = Milestones(model)
     model.watch = found.add
     try:

@@ -62,7 +62,7 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Handles signals. Does nothing inside itself, and outside the main thread, which alone may handle signals."""
+        """Handles signals. A nested call does nothing, nor does one outside the main thread, which alone may."""
         if self._listens or threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -90,7 +90,7 @@ class Stop:
 
     @contextlib.contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
-        """Answers signals as a phase demands."""
+        """Sets the phase whose answer a signal gets in the block."""
         before, self._phase = self._phase, phase
         try:
             yield
