@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from phi4_mlx.terminal.command import USER_MISTAKE, complain, typed
 from phi4_mlx.terminal.suggestion import suggestion
-from phi4_mlx.terminal.version import version
+from phi4_mlx.terminal.version import __version__
 
 COMMANDS = {
     "generate": ("phi4_mlx.commands.generate", "print the answer to one prompt"),
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     if name == "--version":
-        print(f"phi4-mlx {version()}")
+        print(f"phi4-mlx {__version__}")
         return 0
     if name not in COMMANDS:
         known = f"; the commands are {', '.join(COMMANDS)}; see --help"
@@ -71,4 +71,3 @@ def _help() -> str:
             f"{typed('COMMAND')} --help lists the options of a command; {typed('--version')} prints the version.",
         ]
     )
-

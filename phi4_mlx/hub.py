@@ -70,11 +70,11 @@ def download(repo: str, revision: str | None = None, files: Sequence[str] = NEED
     """
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo):
         raise _unknown(repo)
-    from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
+    from huggingface_hub import constants, hf_hub_download, snapshot_download
 
-    offline, revision = constants.HF_HUB_OFFLINE, revision or _PINNED.get(repo)
+    revision = revision or _PINNED.get(repo)
     try:
-        info = None if offline else _ask(repo, revision)
+        info = None if constants.HF_HUB_OFFLINE else _ask(repo, revision)
         if info is not None:  # file by file, because Ctrl-C does not stop the threads of snapshot_download
             for name in (each.rfilename for each in info.siblings or ()):
                 if any(fnmatchcase(name, pattern) for pattern in files):
@@ -85,17 +85,29 @@ def download(repo: str, revision: str | None = None, files: Sequence[str] = NEED
                 tqdm_class=_no_bar(),
             )
         )  # fmt: skip
-    except errors.RepositoryNotFoundError:  # also for gated repositories
-        reason = "does not exist, or needs a login (`hf auth login`)"
-    except errors.RevisionNotFoundError:
-        reason = f"has no revision {revision!r}"
-    except errors.HFValidationError:
-        reason = "is not a valid Hub id"
-    except errors.LocalEntryNotFoundError:
-        reason = f"is not cached, and {'HF_HUB_OFFLINE is set' if offline else 'the Hub cannot be reached'}"
     except Exception as error:  # the Hub library's HTTP client and its exceptions differ by version
-        reason = "could not be downloaded: " + message_of(error)
-    raise CheckpointError(f"{repo} {reason}{_way_out(repo)}")
+        raise CheckpointError(f"{repo} {why_not_downloaded(error, revision)}{_way_out(repo)}") from None
+
+
+def why_not_downloaded(error: Exception, revision: str | None = None) -> str:
+    """The reason why a download failed, to follow the repository's name.
+
+    Args:
+        error: from the Hub library.
+        revision: the one that was asked for.
+    """
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.RepositoryNotFoundError):  # also for gated repositories
+        return "does not exist, or needs a login (`hf auth login`)"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"has no revision {revision!r}"
+    if isinstance(error, errors.HFValidationError):
+        return "is not a valid Hub id"
+    if isinstance(error, (errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)):
+        offline = constants.HF_HUB_OFFLINE
+        return f"is not cached, and {'HF_HUB_OFFLINE is set' if offline else 'the Hub cannot be reached'}"
+    return f"could not be downloaded: {message_of(error)}"
 
 
 def _unknown(name: str) -> CheckpointError:
@@ -240,5 +252,5 @@ def _name(path: Path) -> str:
 
 
 def _nbytes(path: Path) -> int:
-    """The size of a file, without that of a file that it links to."""
+    """The size of a file in bytes; of a symbolic link, 0."""
     return 0 if path.is_symlink() else path.stat().st_size

@@ -233,7 +233,7 @@ def _named(rest: str) -> str:
     """A name as it was typed: with spaces in it, or quoted as in a shell; ~ is the home folder."""
     try:
         words = shlex.split(rest)
-    except ValueError:  # an apostrophe
+    except ValueError:  # a lone apostrophe, as in it's
         words = []
     return os.path.expanduser(words[0] if len(words) == 1 else rest)
 

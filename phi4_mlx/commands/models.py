@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from phi4_mlx.errors import Phi4Error, RequestError
+from phi4_mlx.terminal.advice import command_line
 from phi4_mlx.terminal.amount import amount, size
 from phi4_mlx.terminal.command import Parser, complain, run, typed, word
 from phi4_mlx.terminal.printable import one_line
@@ -20,8 +21,8 @@ from phi4_mlx.terminal.printable import one_line
 if TYPE_CHECKING:
     from phi4_mlx.hub import CachedModel
 
-_NUMBERS = ("size", "context")  # columns
-_SHOWN_REASON = 100  # characters
+_RIGHT_ALIGNED = ("size", "context")
+_REASON_CHARS = 100
 
 
 class Listed(NamedTuple):
@@ -76,8 +77,8 @@ def _list(args: argparse.Namespace) -> None:
         total = size(sum({each.model.name: each.model.total_bytes for each in cached}.values()))
         print(f"{amount(len(cached), 'revision')} in {cache_folder()}: {total}")
     else:
-        way = f"`{typed('models')} pull {DEFAULT_MODEL}` downloads the default one"
-        print(f"{cache_folder()} holds no model; {way}, --model demo needs no download")
+        pull = command_line("models", "pull", DEFAULT_MODEL)
+        print(f"{cache_folder()} holds no model; `{pull}` downloads the default one, --model demo needs no download")
 
 
 def _pull(args: argparse.Namespace) -> None:
@@ -95,8 +96,8 @@ def _pull(args: argparse.Namespace) -> None:
         complain(typed("models pull"), "stopped; complete files are kept, and the same command downloads the others")
         raise
     total = size(sum(path.stat().st_size for path in folder.iterdir()))
-    revision = "" if args.revision is None else f" --revision {args.revision}"
-    print(f"{args.id}: {total} in {folder}; chat with it: {typed('chat')} --model {args.id}{revision}")
+    chat = command_line("chat", model=args.id, revision=args.revision)
+    print(f"{args.id}: {total} in {folder}; chat with it: {chat}")
 
 
 def _remove(args: argparse.Namespace) -> None:
@@ -115,7 +116,7 @@ def _remove(args: argparse.Namespace) -> None:
             print("nothing was removed")
             return
     freed = remove_cached(args.id)
-    print(f"{args.id}: removed, {amount(freed, 'byte')} freed")
+    print(f"{args.id}: removed, {size(freed)} freed")
 
 
 def listed_models() -> list[Listed]:
@@ -127,12 +128,12 @@ def listed_models() -> list[Listed]:
     demo = CachedModel("demo", "", (), folder, nbytes, nbytes, 0, False)
     found = []
     for model in (demo, *cached_models()):
-        with _unused(model.folder):
+        with _access_times_kept(model.folder):
             why = _why_not(model.folder)
             if why and model.interrupted:
-                why = f"incomplete: `{typed('models')} pull {model.name}` downloads the rest"
+                why = f"incomplete: `{command_line('models', 'pull', model.name)}` downloads the rest"
             elif why and not model.revision:
-                why = f"damaged: `{typed('models')} rm {model.name}` removes it"
+                why = f"damaged: `{command_line('models', 'rm', model.name)}` removes it"
             found.append(Listed(model, _context(model.folder), why))
     return found
 
@@ -162,7 +163,7 @@ def _context(folder: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def _unused(folder: Path) -> Iterator[None]:
+def _access_times_kept(folder: Path) -> Iterator[None]:
     """Restores the times at which the files of a folder were last read: to list a model is not to use it."""
     before = {path: path.stat() for path in folder.glob("*") if path.is_file()}
     try:
@@ -196,12 +197,12 @@ def table(models: Sequence[Listed]) -> str:
         refs = " ".join([model.revision[:8] or ("embedded" if model.name == "demo" else "none"), *model.refs])
         used = datetime.fromtimestamp(model.last_used).strftime("%Y-%m-%d") if model.last_used else ""
         loads = f"no: {why}" if why else "yes"
-        if len(loads) > _SHOWN_REASON:
-            loads = f"{loads[:_SHOWN_REASON]} ..."
+        if len(loads) > _REASON_CHARS:
+            loads = f"{loads[:_REASON_CHARS]} ..."
         lines.append((model.name, size(model.nbytes), refs, "" if context is None else f"{context:,}", used, loads))
     lines = [tuple(map(one_line, line)) for line in lines]
     columns = []
     for column in zip(*lines, strict=True):
         width = max(map(len, column))
-        columns.append([cell.rjust(width) if column[0] in _NUMBERS else cell.ljust(width) for cell in column])
+        columns.append([cell.rjust(width) if column[0] in _RIGHT_ALIGNED else cell.ljust(width) for cell in column])
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))

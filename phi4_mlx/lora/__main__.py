@@ -83,7 +83,7 @@ def _kind(option: Option) -> Callable[[str], Any]:
 def _work(program: Program, args: argparse.Namespace) -> None:
     settings, train = _settings(args)
 
-    from phi4_mlx.lora.run import attended, measure_adapter, preview
+    from phi4_mlx.lora.run import measure_adapter, preview, start_run
     from phi4_mlx.lora.view import to_stderr
 
     if args.dry_run:
@@ -91,7 +91,7 @@ def _work(program: Program, args: argparse.Namespace) -> None:
             print(f"{shown}\n")
         to_stderr(program.to_train())
     elif train or not settings.test:
-        attended(settings, args.resume, to_stderr, program)
+        start_run(settings, args.resume, to_stderr, program)
     else:
         measure_adapter(settings)
 

@@ -18,18 +18,18 @@ from phi4_mlx.tokens.tokenizer import Tokenizer
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a Braille character, row by row
 
 
-def report_end(log: MetricsLog, seen: View) -> None:
+def report_end(log: MetricsLog, view: View) -> None:
     """Draws the loss curve, and shows where adapter, metrics and curve are."""
     curve = ""
     if len(log.lines) > 1:
-        if seen.on_stderr and sys.stdout.isatty():
+        if view.on_stderr and sys.stdout.isatty():
             print(draw_in_terminal(log, min(100, shutil.get_terminal_size().columns)))
         try:
             picture = draw_png(log)
             curve = f", curve in {picture}" if picture else ""
         except OSError as error:  # adapter and metrics are already on the disk
             curve = f", the curve could not be drawn: {error.strerror}"
-    seen.tell(f"adapter in {log.path.parent}, metrics in {log.path}{curve}")
+    view.tell(f"adapter in {log.path.parent}, metrics in {log.path}{curve}")
 
 
 def draw_in_terminal(log: MetricsLog, width: int, height: int = 12) -> str:

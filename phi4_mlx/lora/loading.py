@@ -1,4 +1,4 @@
-"""What a run loads before its first step: model and data from the Hub, samples, and weights."""
+"""Loading before the first step: model and data from the Hub, samples, and weights."""
 
 from __future__ import annotations
 
@@ -34,22 +34,25 @@ class Data:
     test: Samples = ()
 
 
-def download(model: str, data: str, seen: View, split: str = "train") -> None:
+def download(settings: Settings, view: View, split: str = "train") -> Path:
     """Downloads a model and data of the Hub that are not here yet; the Hub's library has bars of its own.
 
     Args:
-        model: the model's name.
-        data: the data's name.
-        seen: leaves the terminal to those bars.
+        settings: the options, which name both.
+        view: leaves the terminal to those bars.
         split: the split of the data to download; the others are, when they are read.
+
+    Returns:
+        The model's folder.
 
     Raises:
         CheckpointError, RequestError: there is no such model or data, or the Hub cannot be reached.
     """
-    with seen.aside():
-        resolve(model)
-        if not Path(os.path.expanduser(data)).exists():
-            find_split(data, split)
+    with view.aside():
+        folder = resolve(settings.base)
+        if not Path(os.path.expanduser(settings.data)).exists():
+            find_split(settings.data, split)
+    return folder
 
 
 def read_data(
@@ -89,7 +92,7 @@ def read_data(
     return Data(**found)
 
 
-def read_weights(model: LanguageModel, seen: View) -> None:
+def read_weights(model: LanguageModel, view: View) -> None:
     """Reads the weights of a lazy model, a few at a time."""
     arrays = [array for _, array in tree_flatten(model.parameters())]
     total, done = sum(array.nbytes for array in arrays), 0
@@ -97,4 +100,4 @@ def read_weights(model: LanguageModel, seen: View) -> None:
         some = arrays[first : first + WEIGHTS_AT_ONCE]
         mx.eval(some)
         done += sum(array.nbytes for array in some)
-        seen.phase(f"reading the weights: {size(done)} of {size(total)}")
+        view.phase(f"reading the weights: {size(done)} of {size(total)}")

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
-Shown = tuple[float, float, float | None, float | None]
-"""(batches done, seconds of the batch so far, of the whole batch, of all that is left); None for not known yet."""
+from typing import NamedTuple
+
+
+class Estimate(NamedTuple):
+    """The state of a pass; None for a time that is not known yet.
+
+    Attributes:
+        done: batches, with the part of the one under way.
+        spent_s: seconds that the batch under way has taken.
+        batch_s: seconds that it will have taken.
+        left_s: seconds to the end of the pass.
+    """
+
+    done: float
+    spent_s: float
+    batch_s: float | None
+    left_s: float | None
 
 
 class Pace:
@@ -31,12 +46,12 @@ class Pace:
             self._batch_begin = now
         self.done, self._following, self._at = done, following, now
 
-    def shown(self, now: float) -> Shown:
-        """The state of the pass, for a person."""
+    def estimate(self, now: float) -> Estimate:
+        """The state of the pass at a time between two milestones."""
         part, to_milestone = self.done - int(self.done), self._at - self._batch_begin
         whole = self._batch_s if self._batch_s or not part else to_milestone / part
         done = min(self.done + (now - self._at) / whole, self._following) if whole else self.done
         spent = now - self._batch_begin
         batch_s = max(spent, to_milestone + (1 - part) * whole) if whole else None
         mean = (self._at - self._begin) / (self.done - self._first) if self.done > self._first else whole
-        return done, spent, batch_s, None if mean is None else (self.total - done) * mean
+        return Estimate(done, spent, batch_s, None if mean is None else (self.total - done) * mean)

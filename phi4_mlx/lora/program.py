@@ -1,10 +1,9 @@
-"""The command line by which a run was started, and those that come after it."""
+"""The command line of a run, and the commands to run next."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from phi4_mlx.hub import DEFAULT_MODEL
 from phi4_mlx.lora.settings import Settings
 from phi4_mlx.terminal.advice import command_line
 
@@ -13,7 +12,7 @@ LONGEST = 300  # characters of a command that is repeated
 
 @dataclass(frozen=True)
 class Program:
-    """The command line that runs.
+    """The command line of a run.
 
     Attributes:
         words: its words after the command's name.
@@ -22,7 +21,7 @@ class Program:
     words: tuple[str, ...]
 
     def to_resume(self) -> str:
-        """Completes "--resume goes on" with the command, unless that is long."""
+        """The end of "--resume goes on": a colon and the command, or "" if that is long."""
         line = command_line("lora", *self.words, *(["--resume"] if "--resume" not in self.words else []))
         return f": {line}" if len(line) <= LONGEST else ""
 
@@ -37,6 +36,6 @@ class Program:
 
     def to_fuse(self, settings: Settings) -> str:
         """The command that makes a package of the adapter."""
-        names = {"model": settings.model or DEFAULT_MODEL, "adapter_path": settings.adapter_path}
-        target = f"{settings.adapter_path.rstrip('/')}-fused"
-        return f"make it a model of its own: {command_line('fuse', **names, save_path=target)}"
+        adapter = settings.adapter_path
+        line = command_line("fuse", model=settings.base, adapter_path=adapter, save_path=f"{adapter.rstrip('/')}-fused")
+        return f"make it a model of its own: {line}"

@@ -7,18 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 Tick = Callable[[float, float], object]
-"""Called with the batches that are done, and with those that will be done at the next call: (2.25, 2.5)."""
+"""Progress callback: (batches done, batches done at the next call), such as (2.25, 2.5)."""
 
 Watch = Callable[[str, float, float, int], object]
-"""As `Tick`, between a name ("step", "validation" or "test") and the number of all batches."""
+"""Progress callback: (name of the pass, the two of `Tick`, total batches); "step", "validation" or "test"."""
 
 
 def no_tick(done: float, following: float) -> None:
-    """A `Tick` for nobody."""
+    """A `Tick` that does nothing."""
 
 
 def unwatched(name: str, done: float, following: float, total: int) -> None:
-    """A `Watch` for nobody."""
+    """A `Watch` that does nothing."""
 
 
 def tick_of(watch: Watch, name: str, total: int, begun: int = 0) -> Tick:

@@ -19,7 +19,6 @@ from phi4_mlx.adapters.peft import is_peft
 from phi4_mlx.checkpoint import load
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import memory_limit
-from phi4_mlx.hub import DEFAULT_MODEL
 from phi4_mlx.lora.data.batches import Batches
 from phi4_mlx.lora.data.samples import Pair
 from phi4_mlx.lora.display import report_end, show
@@ -39,11 +38,12 @@ from phi4_mlx.lora.training.processes import Group
 from phi4_mlx.lora.training.signals import TESTING, Stop
 from phi4_mlx.lora.training.trainable import make_trainable
 from phi4_mlx.lora.training.trainer import Trainer, evaluate
-from phi4_mlx.lora.view import Tell, View, to_stderr, view
+from phi4_mlx.lora.view import Tell, View, to_stderr, view_of
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.terminal.amount import amount, size
 
 MANY_EPOCHS = 10  # above this, a message warns of memorising
+
 
 @dataclass(frozen=True)
 class Finetuned:
@@ -87,11 +87,11 @@ def finetune(settings: Settings | Mapping[str, Any], *, resume: bool = False, te
     """
     if not isinstance(settings, Settings):
         settings = Settings.from_mapping(settings, "settings")
-    return attended(settings, resume, tell, None)
+    return start_run(settings, resume, tell, None)
 
 
-def attended(settings: Settings, resume: bool, tell: Tell, program: Program | None) -> Finetuned:
-    """A run with its view and its answers to signals.
+def start_run(settings: Settings, resume: bool, tell: Tell, program: Program | None) -> Finetuned:
+    """Runs with a view of the progress, and with answers to signals.
 
     Args:
         settings: the options.
@@ -102,61 +102,60 @@ def attended(settings: Settings, resume: bool, tell: Tell, program: Program | No
     """
     group = mx.distributed.init()
     if group.rank():
-        return _finetune(settings, resume, _nothing, group, View(_nothing), Stop(), program)
+        return _finetune(settings, resume, group, View(_nothing), Stop(), program)
     folder = Path(os.path.expanduser(settings.adapter_path))
     check_reporter(settings.report_to)
-    with view(tell) as seen:
-        tell = seen.tell
-        stop = Stop(None if program is None else functools.partial(_leave, seen))
-        with stop.listening(), locked(folder, tell):
+    with view_of(tell) as view:
+        stop = Stop(None if program is None else functools.partial(_leave, view))
+        with stop.listening(), locked(folder, view.tell):
             check_folder(folder, settings, resume)
-            return _finetune(settings, resume, tell, group, seen, stop, program)
+            return _finetune(settings, resume, group, view, stop, program)
 
 
-def _leave(seen: View, code: int) -> None:
+def _leave(view: View, code: int) -> None:
     """Ends the program at once, in the middle of a computation; the terminal is left as it was."""
-    seen.close()
+    view.close()
     os._exit(code)
 
 
 def _finetune(
-    settings: Settings, resume: bool, tell: Tell, group: Group, seen: View, stop: Stop, program: Program | None
+    settings: Settings, resume: bool, group: Group, view: View, stop: Stop, program: Program | None
 ) -> Finetuned:
     """A run in a folder that has been checked and locked by the first process."""
     folder = Path(os.path.expanduser(settings.adapter_path))
-    download(settings.model or DEFAULT_MODEL, settings.data, seen)
-    seen.phase("loading the tokenizer")
-    model, tokenizer = load(settings.model or DEFAULT_MODEL, lazy=True)  # weights are read after the data is checked
-    seen.phase("reading the data")
-    data = read_data(settings, tokenizer, tell)
+    model_folder = download(settings, view)
+    view.phase("loading the tokenizer")
+    model, tokenizer = load(model_folder, lazy=True)  # weights are read after the data is checked
+    view.phase("reading the data")
+    data = read_data(settings, tokenizer, view.tell)
     batches = _batches(data.train, settings, group, settings.seed)
     validation = _batches(data.valid, settings, group) if data.valid else None
     make_trainable(model, settings)
     run_folder = RunFolder(
         folder, len(model.layers), keep_checkpoints=settings.keep_checkpoints,
-        adapter_config={"model": settings.model or DEFAULT_MODEL, "data": settings.data}, warn=tell,
+        adapter_config={"model": settings.base, "data": settings.data}, warn=view.tell,
     )  # fmt: skip
-    trainer = Trainer(model, batches, settings, run_folder, validation, loss_of(settings), group, stop, seen.watch)
+    trainer = Trainer(model, batches, settings, run_folder, validation, loss_of(settings), group, stop, view.watch)
     step = trainer.resume() if resume else 0
-    read_weights(model, seen)
+    read_weights(model, view)
     batch_s = None
     if trainer.leads:
         if not trainer.finished:
-            batch_s = report_plan(trainer, seen)
+            batch_s = report_plan(trainer, view)
         report_to = None if trainer.finished else settings.report_to
         report = reporter(report_to, folder, asdict(settings))
         run_folder.metrics = MetricsLog(folder, step, report, settings.noun, run_folder.metrics_proof)
-    seen.begin(step, trainer.iters, settings.noun, settings.steps_per_report, batch_s)
-    loss = _train(trainer, seen)
-    seen.phase("drawing the loss")
-    _report_result(trainer, step, seen, program)
+    view.begin(step, trainer.iters, settings.noun, settings.steps_per_report, batch_s)
+    loss = _train(trainer, view)
+    view.phase("drawing the loss")
+    _report_result(trainer, step, view, program)
     tested = None
     if data.test and stop.number is None:
         with stop.during(TESTING):
-            tested = report_test(model, _batches(data.test, settings, group), settings, tell, group, seen)
+            tested = report_test(model, _batches(data.test, settings, group), settings, view, group)
     if trainer.leads and trainer.finished and program is not None:
-        tell(program.to_chat(settings))
-        tell(program.to_fuse(settings))
+        view.tell(program.to_chat(settings))
+        view.tell(program.to_fuse(settings))
     stop.pass_on()
     best = trainer.progress
     return Finetuned(folder, best.step, loss, best.best_step, best.best_loss, tested)
@@ -173,11 +172,10 @@ def preview(settings: Settings, count: int) -> list[str]:
         RequestError: the data cannot be used.
         ConfigError, TokenizerError: a file of the model is missing or damaged.
     """
-    with view(to_stderr) as seen, Stop().listening():
-        download(settings.model or DEFAULT_MODEL, settings.data, seen)
-        _, tokenizer = load(settings.model or DEFAULT_MODEL, lazy=True)
-        seen.phase("reading the data")
-        samples = read_data(settings, tokenizer, seen.tell).train[:count]
+    with view_of(to_stderr) as view, Stop().listening():
+        _, tokenizer = load(download(settings, view), lazy=True)
+        view.phase("reading the data")
+        samples = read_data(settings, tokenizer, view.tell).train[:count]
     parts = [
         part for each in samples for part in ((each.chosen, each.rejected) if isinstance(each, Pair) else (each,))
     ]
@@ -201,15 +199,13 @@ def measure_adapter(settings: Settings, tell: Tell = to_stderr) -> float:
     group = mx.distributed.init()
     if group.rank():
         tell = _nothing
-    with view(tell) as seen, Stop().listening():
-        tell = seen.tell
-        download(settings.model or DEFAULT_MODEL, settings.data, seen, "test")
-        model, tokenizer = load(settings.model or DEFAULT_MODEL, lazy=True)
-        seen.phase("reading the data")
-        data = read_data(settings, tokenizer, tell, splits=("test",))
+    with view_of(tell) as view, Stop().listening():
+        model, tokenizer = load(download(settings, view, "test"), lazy=True)
+        view.phase("reading the data")
+        data = read_data(settings, tokenizer, view.tell, splits=("test",))
         load_adapter(model, Path(settings.adapter_path))
-        read_weights(model, seen)
-        return report_test(model, _batches(data.test, settings, group), settings, tell, group, seen)
+        read_weights(model, view)
+        return report_test(model, _batches(data.test, settings, group), settings, view, group)
 
 
 def check_folder(folder: Path, settings: Settings, resume: bool) -> None:
@@ -249,12 +245,12 @@ def loss_of(settings: Settings) -> Loss:
     return sft_loss if settings.task == "sft" else PreferenceLoss(settings.task, settings.beta)
 
 
-def report_plan(trainer: Trainer, seen: View) -> float:
+def report_plan(trainer: Trainer, view: View) -> float:
     """Reports the parameters, updates, epochs and predicted memory of a run.
 
     Args:
         trainer: the run, before its first step.
-        seen: shows the messages and the progress.
+        view: shows the messages and the progress.
 
     Returns:
         The seconds that a batch is expected to take.
@@ -262,7 +258,6 @@ def report_plan(trainer: Trainer, seen: View) -> float:
     Raises:
         RequestError: the run does not fit in memory.
     """
-    tell = seen.tell
     settings, model, batches = trainer.settings, trainer.model, trainer.batches
     accumulating = settings.grad_accumulation_steps > 1 or trainer.group is not None
 
@@ -271,7 +266,7 @@ def report_plan(trainer: Trainer, seen: View) -> float:
         try:
             return make_plan(
                 model.train(), trainer.loss, batches.shapes(), accumulating,
-                lambda number: seen.phase(f"planning memory: measurement {number} of {MEASUREMENTS}"),
+                lambda number: view.phase(f"planning memory: measurement {number} of {MEASUREMENTS}"),
             )  # fmt: skip
         finally:
             model.recompute = settings.grad_checkpoint
@@ -284,24 +279,19 @@ def report_plan(trainer: Trainer, seen: View) -> float:
     updates, epochs = -(-trainer.iters // in_update), trainer.iters / batches.steps_per_epoch
     noun = "sample" if settings.task == "sft" else "pair"
     begin = f", from step {trainer.progress.step:,} on" if trainer.progress.step else ""
-    tell(
+    view.tell(
         f"{settings.fine_tune_type}: {trained:,} parameters to train; {amount(updates, 'update')} of "
         f"{amount(in_update * batches.samples / batches.steps_per_epoch, noun)} = {amount(epochs, 'epoch')} of "
         f"{amount(batches.samples, noun)}{begin}; predicted peak {size(peak)} of {size(memory_limit())}"
     )
-    tell(f"learning rate: {rate_text(settings, updates)}")
+    view.tell(f"learning rate: {rate_text(settings, updates)}")
     if epochs > MANY_EPOCHS:
-        tell(f"each sample comes {epochs:,.0f} times and will be memorised: use fewer epochs or more data")
+        view.tell(f"each sample comes {epochs:,.0f} times and will be memorised: use fewer epochs or more data")
     return planned.token_s * batches.tokens_per_batch
 
 
 def report_test(
-    model: LanguageModel,
-    batches: Batches,
-    settings: Settings,
-    tell: Tell,
-    group: Group | None = None,
-    seen: View | None = None,
+    model: LanguageModel, batches: Batches, settings: Settings, view: View, group: Group | None = None
 ) -> float:
     """Measures and reports the loss on the test set.
 
@@ -309,54 +299,53 @@ def report_test(
         model: the model, with its adapter.
         batches: the test set.
         settings: the options.
-        tell: called with the result.
+        view: shows the progress and the result.
         group: the processes that share the batches; None for this one alone.
-        seen: shows the progress.
 
     Returns:
         The loss in nats.
     """
     count = None if settings.test_batches < 0 else settings.test_batches
     loss = loss_of(settings)
-    tick = tick_of((seen or View(tell)).watch, "test", batches.number(count))
+    tick = tick_of(view.watch, "test", batches.number(count))
     found = evaluate(model, batches.fixed(count), loss, group, tick)
     accuracy, _ = pair_figures(loss, group)
     more = f"perplexity {math.exp(min(found, 700)):,.3f}" if accuracy is None else f"{accuracy:.0%} of the pairs ahead"
-    tell(f"test loss {found:.3f}, {more}")
+    view.tell(f"test loss {found:.3f}, {more}")
     return found
 
 
-def _train(trainer: Trainer, seen: View) -> float | None:
+def _train(trainer: Trainer, view: View) -> float | None:
     """Makes the remaining steps; returns the loss of the last one."""
     loss = None
     for step in trainer.run():
         loss = step.loss
         try:
-            seen.step(step)
+            view.step(step)
         except BaseException:  # for example, the reader of the pipe has gone
             trainer.rescue()
             raise
     return loss
 
 
-def _report_result(trainer: Trainer, resumed_at: int, seen: View, program: Program | None) -> None:
+def _report_result(trainer: Trainer, resumed_at: int, view: View, program: Program | None) -> None:
     now, folder, metrics = trainer.progress, trainer.folder.path, trainer.folder.metrics
     if metrics is None:
         return
     if trainer.finished and now.step == resumed_at:
-        seen.tell(f"the run in {folder} has ended: {_why_ended(trainer)}")
+        view.tell(f"the run in {folder} has ended: {_why_ended(trainer)}")
     elif not now.step:
-        seen.tell("stopped before the first step: nothing was saved, and there is nothing to resume")
+        view.tell("stopped before the first step: nothing was saved, and there is nothing to resume")
     elif trainer.ended_early:
-        seen.tell(f"stopped after step {now.step:,}: validation no longer improves")
+        view.tell(f"stopped after step {now.step:,}: validation no longer improves")
     elif now.step < trainer.iters:
         command = "" if program is None else program.to_resume()
-        seen.tell(f"stopped at {now.step:,} of {trainer.iters:,}; --resume goes on{command}")
+        view.tell(f"stopped at {now.step:,} of {trainer.iters:,}; --resume goes on{command}")
     if not now.step:
         return
-    report_end(metrics, seen)
+    report_end(metrics, view)
     if now.best_step:
-        seen.tell(f"best validation loss {now.best_loss:.3f}, after step {now.best_step:,}, in {folder / BEST}")
+        view.tell(f"best validation loss {now.best_loss:.3f}, after step {now.best_step:,}, in {folder / BEST}")
 
 
 def _why_ended(trainer: Trainer) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.hub import DEFAULT_MODEL
 from phi4_mlx.terminal.suggestion import suggestion
 
 MANY = 10**9
@@ -103,6 +104,11 @@ def _option(
     return field(default=default, metadata={"option": option})
 
 
+def _options(of: type) -> dict[str, Option]:
+    """The options among the fields of a dataclass."""
+    return {each.name: each.metadata["option"] for each in fields(of) if "option" in each.metadata}
+
+
 @dataclass(frozen=True)
 class LoraParameters:
     """The shape of an adapter; `add_adapter` checks its limits.
@@ -127,9 +133,7 @@ class LoraParameters:
             raise RequestError(f"keys must be a list of names of layers, not {shown(self.keys)}")
 
 
-SHAPE: dict[str, Option] = {
-    each.name: each.metadata["option"] for each in fields(LoraParameters) if "option" in each.metadata
-}
+SHAPE = _options(LoraParameters)
 """The options of `LoraParameters` that are also options of a run: flags, and names at the top of a file."""
 
 
@@ -291,6 +295,11 @@ class Settings:
         except RequestError as error:
             raise RequestError(f"{where}: {error}") from None
 
+    @property
+    def base(self) -> str:
+        """The name of the model to tune."""
+        return self.model or DEFAULT_MODEL
+
     def named(self, name: str) -> bool:
         """True if an option was given or differs from its default; takes the names of lora_parameters too."""
         place = self.lora_parameters if name in {each.name for each in fields(LoraParameters)} else self
@@ -311,15 +320,14 @@ class Settings:
         return "targets" if self.task == "sft" else "pairs"
 
 
-OPTIONS: dict[str, Option] = {
-    each.name: each.metadata["option"] for each in fields(Settings) if "option" in each.metadata
-}
-FLAGS: dict[str, Option] = {
-    name: option
-    for each in OPTIONS
-    for name, option in {**(SHAPE if each == "iters" else {}), each: OPTIONS[each]}.items()
-}
+OPTIONS = _options(Settings)
+FLAGS: dict[str, Option] = {}
 """The options of the command line, in the order of `--help`: those of lora_parameters where it stands."""
+for each in fields(Settings):
+    if each.name == "lora_parameters":
+        FLAGS |= SHAPE
+    elif each.name in OPTIONS:
+        FLAGS[each.name] = OPTIONS[each.name]
 
 
 def _with_tuple(given: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -360,7 +368,6 @@ def _check_optimizer(optimizer: str, config: Mapping[str, Any]) -> None:
             Option(float, "", -10, 0).check(where, value)
         else:
             Option(float, "").check(where, value)
-
 
     if optimizer == "sgd" and config.get("nesterov") and (not config.get("momentum") or config.get("dampening")):
         raise RequestError("optimizer_config: nesterov needs a momentum above 0 and no dampening")

@@ -48,7 +48,7 @@ class View:
         self._noun = ""
 
     def phase(self, text: str) -> None:
-        """Names what goes on before and between the steps; a reader of lines is not told."""
+        """Shows the name of the work before and between the steps; lines leave it out."""
 
     def begin(self, done: int, iters: int, noun: str, every: int, batch_s: float | None) -> None:
         """Begins the steps.
@@ -77,7 +77,7 @@ class View:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Leaves the terminal to somebody else's bars."""
+        """Hides the bar while a library draws its own."""
         yield
 
     def close(self) -> None:
@@ -184,7 +184,7 @@ class Bar(View):
         """(where the run is, the estimates, batches done)"""
         if pace is None:
             return f"{self._phase}, {duration(now - self._since)}", "", 0.0
-        done, spent, batch_s, left = pace.shown(now)
+        done, spent, batch_s, left = pace.estimate(now)
         number = min(int(pace.done) + 1, pace.total)
         text = f"{self._name} {'batch ' * (self._name != 'step')}{number:,} of {pace.total:,}, {done - number + 1:4.0%}"
         times = []
@@ -198,7 +198,7 @@ class Bar(View):
 
 
 @contextlib.contextmanager
-def view(tell: Tell) -> Iterator[View]:
+def view_of(tell: Tell) -> Iterator[View]:
     """The view of a run: a bar if messages go to standard error and that is a terminal, else lines."""
     if tell is not to_stderr or not sys.stderr.isatty() or os.environ.get("TERM", "dumb") == "dumb":
         yield View(tell)

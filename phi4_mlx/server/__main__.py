@@ -131,7 +131,7 @@ def _serve(args: argparse.Namespace) -> None:
     from phi4_mlx.server.log import logging_to
     from phi4_mlx.server.tools import opened_toolbox
 
-    key = _key(args.api_key)
+    key = api_key(args.api_key)
     if key is None and not is_loopback(args.host):
         raise RequestError(
             f"--host {args.host} can be reached from other machines, so it needs --api-key (or {KEY_VARIABLE}); "
@@ -142,7 +142,7 @@ def _serve(args: argparse.Namespace) -> None:
         # Not asyncio.run: that waits for threads, which may be busy with the request of a client that has left.
         with (
             logging_to(STANDARD_ERROR, args.log_level),
-            opened_toolbox(args, served.tokenizer, partial(complain, PROG)) as toolbox,
+            opened_toolbox(args.tools, args.mcp, served.tokenizer, partial(complain, PROG)) as toolbox,
             contextlib.closing(asyncio.new_event_loop()) as loop,
         ):
             loop.run_until_complete(_run(args, key, served, toolbox, listener))
@@ -190,8 +190,14 @@ def _unusable(host: str, port: int, error: OSError | ValueError) -> RequestError
     )
 
 
-def _key(option: str | None) -> str | None:
-    """The key that clients must send; None for none. Takes it out of the environment, which tools inherit.
+def api_key(option: str | None) -> str | None:
+    """The key that clients must send. Takes it out of the environment, which tools inherit.
+
+    Args:
+        option: the value of `--api-key`; None if it is not given.
+
+    Returns:
+        The key; None for none.
 
     Raises:
         RequestError: no client can send it.
@@ -283,7 +289,7 @@ async def _run(
                 server = HttpServer(app, stop, supervisor.drain)
                 listen(listener, server.config.backlog)
                 complain(PROG, _summary(served, supervisor.longest, key, toolbox))
-                complain(PROG, f"the chat page and the APIs are listening on {_address(listener)}")
+                complain(PROG, f"the chat page and the APIs are listening on {page_address(listener)}")
                 await server.serve_beside(lost, listener)
                 if lost.done():
                     raise RequestError(lost.result())
@@ -315,12 +321,12 @@ def _summary(served: _Served, longest: int, key: str | None, toolbox: Toolbox) -
     return "; ".join(parts)
 
 
-def _address(listener: socket.socket) -> str:
+def page_address(listener: socket.socket) -> str:
     """The address of the page; of all addresses that it listens on, one for this machine."""
     host, port = listener.getsockname()[:2]
-    own = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host)
-    shown, own = (f"[{each}]" if each and ":" in each else each for each in (host, own))
-    return f"http://{shown}:{port}" if own is None else f"all addresses, here http://{own}:{port}"
+    own = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://[{own}]:{port}" if ":" in own else f"http://{own}:{port}"
+    return url if own == host else f"all addresses, here {url}"
 
 
 def _guard(

@@ -26,9 +26,10 @@ from phi4_mlx.server.apis import messages as messages_api
 from phi4_mlx.server.apis import responses as responses_api
 from phi4_mlx.server.apis.answer import Answer
 from phi4_mlx.server.apis.fields import parse_json
-from phi4_mlx.server.apis.wire import Ask, Delta, End, WireError, ignored_header, json_bytes
+from phi4_mlx.server.apis.wire import Ask, Delta, End, WireError, ignored_header
 from phi4_mlx.server.disconnect import ClientGone, unless_gone
 from phi4_mlx.server.guard import Receive, Scope, Send, refuse
+from phi4_mlx.server.json_response import JsonResponse
 from phi4_mlx.server.page_files import page_file
 from phi4_mlx.server.request_log import CANCELLED, Entry, entry_of
 from phi4_mlx.server.service import Service
@@ -97,7 +98,7 @@ class App:
         pong = await supervisor.ping()
         status = "ok" if pong else "busy" if supervisor.state == "ready" else supervisor.state
         body = {"status": status, "restarts": supervisor.restarts, "jobs": supervisor.jobs}
-        return _json(body, 200 if pong else 503)
+        return JsonResponse(body, 200 if pong else 503)
 
     async def metrics(self, request: Request) -> Response:
         """Counts and sizes, in Prometheus' text format."""
@@ -115,21 +116,21 @@ class App:
         if "anthropic-version" in request.headers:
             since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.created))
             data = [{"type": "model", "id": name, "display_name": name, "created_at": since} for name in names]
-            return _json({"data": data, "has_more": False, "first_id": names[0], "last_id": names[-1]})
-        return _json({"object": "list", "data": [self._model_json(name) for name in names]})
+            return JsonResponse({"data": data, "has_more": False, "first_id": names[0], "last_id": names[-1]})
+        return JsonResponse({"object": "list", "data": [self._model_json(name) for name in names]})
 
     async def model(self, request: Request) -> Response:
         """One model or adapter."""
         name = request.path_params["model"]
         if name not in self.service.models:
             raise WireError(404, f"there is no model {name!r:.100}", "model", "model_not_found")
-        return _json(self._model_json(name))
+        return JsonResponse(self._model_json(name))
 
     async def count_tokens(self, request: Request) -> Response:
         """The length in tokens of a prompt of /v1/messages."""
         ask = await self._parse(messages_api.parse, await request.body())
         _, (prompt,) = await self.service.prompts(ask, must_fit=False)
-        return _json({"input_tokens": len(prompt)})
+        return JsonResponse({"input_tokens": len(prompt)})
 
     async def embeddings(self, request: Request) -> Response:
         """Refused: this model makes no embeddings."""
@@ -137,7 +138,7 @@ class App:
         return self._refusal(request, error, {"x-should-retry": "false"})  # clients retry any other 5xx
 
     def _model_json(self, name: str) -> JsonObject:
-        """A model in OpenAI's form, and what the page fits itself to."""
+        """A model in OpenAI's form, with its context length and kind for the page."""
         fitting = {"context_length": self.service.supervisor.longest, "kind": self.service.kind}
         return {"id": name, "object": "model", "created": self.created, "owned_by": "phi4_mlx", **fitting}
 
@@ -170,7 +171,7 @@ class App:
                     first = await unless_gone(request.receive, anext(paced))
                     response: Response = EventStream(answer, first, paced)
                 else:
-                    response = _json(answer.body(await unless_gone(request.receive, _collected(items))))
+                    response = JsonResponse(answer.body(await unless_gone(request.receive, _collected(items))))
             except ClientGone:
                 entry.cancelled = True
                 response = Response(status_code=CANCELLED)  # never sent
@@ -303,7 +304,3 @@ async def _paced(items: AsyncGenerator[Delta | End, None]) -> Stream:
 async def _collected(items: AsyncGenerator[Delta | End, None]) -> list[Delta | End]:
     async with contextlib.aclosing(items):
         return [item async for item in items]
-
-
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(json_bytes(value), status, media_type="application/json")

@@ -184,7 +184,7 @@ _PREFLIGHT = [
 
 
 def _is_open(scope: Scope) -> bool:
-    """True for what needs no key: the state of the engine, and the files of the page, which asks for the key itself."""
+    """True for paths without a key: the engine's state, and the files of the page, which asks for the key itself."""
     path = scope["path"]
     return scope["method"] in ("GET", "HEAD") and (path in ("/", "/health") or path.startswith(PAGE_FILES))
 

@@ -77,7 +77,7 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Handles SIGINT, SIGTERM and, unless `nohup` has it ignored, SIGHUP of a closed terminal."""
+        """Handles SIGINT, SIGTERM and SIGHUP (a closed terminal), which stays ignored under `nohup`."""
         loop = asyncio.get_running_loop()
         numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:

@@ -39,7 +39,7 @@ def logging_to(descriptor: int, level: str) -> Iterator[None]:
 
 
 class LogHandler(logging.Handler):
-    """Writes lines in a thread: a parent process that does not read its pipe would stop every request.
+    """Writes lines in a thread, so that a parent process that does not read its pipe blocks no request.
 
     Args:
         descriptor: what it writes to.

@@ -32,7 +32,7 @@ _PLAIN = re.compile(r"[\w./:@+,-]+", re.ASCII)
 
 @dataclass
 class Entry:
-    """What the log says of one request.
+    """The facts of one request, for its line.
 
     Attributes:
         ask: the request; None if it is not for an answer.
@@ -108,7 +108,7 @@ def entry_of(scope: Scope) -> Entry:
 
 
 class RequestLog:
-    """An ASGI application that writes a line for each request that another has answered.
+    """ASGI middleware that logs a line for each request.
 
     Args:
         app: the other application.
@@ -135,10 +135,12 @@ class RequestLog:
 
 def write(scope: Scope, entry: Entry) -> None:
     """Writes the line of a request."""
-    failed = entry.error.status if entry.error is not None else entry.status
-    polled = scope["path"].startswith(_POLLED) and entry.error is None
-    level = logging.DEBUG if polled else logging.ERROR if failed >= 500 else logging.INFO
-    if 400 <= failed < 500 and failed != CANCELLED:
+    status, level = entry.status if entry.error is None else entry.error.status, logging.INFO
+    if scope["path"].startswith(_POLLED) and entry.error is None:
+        level = logging.DEBUG
+    elif status >= 500:
+        level = logging.ERROR
+    elif status >= 400 and status != CANCELLED:
         level = logging.WARNING
     if LOG.isEnabledFor(level):
         where = f"{_client(scope)} {_token(scope['method'])} {_path(scope)} {entry.status or '-'}"

@@ -5,11 +5,10 @@ A tool acts on this machine, so only the server's own page may use them, whateve
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,9 +17,10 @@ from starlette.routing import Route
 from phi4_mlx.errors import RequestError, message_of
 from phi4_mlx.server.apis import chat as chat_api
 from phi4_mlx.server.apis.fields import parse_json, read_body, shown
-from phi4_mlx.server.apis.wire import WireError, json_bytes
+from phi4_mlx.server.apis.wire import WireError
 from phi4_mlx.server.disconnect import ClientGone, unless_gone
 from phi4_mlx.server.guard import host_of
+from phi4_mlx.server.json_response import JsonResponse
 from phi4_mlx.server.limits import TOOL_BODY_BYTES, TOOL_CALLS_LIMIT, TOOL_S
 from phi4_mlx.server.request_log import CANCELLED, entry_of
 from phi4_mlx.tokens.tokenizer import Tokenizer
@@ -30,12 +30,13 @@ from phi4_mlx.tools.toolbox import Toolbox, error_text
 
 @contextlib.contextmanager
 def opened_toolbox(
-    args: argparse.Namespace, tokenizer: Tokenizer, note: Callable[[str], object]
+    files: Sequence[str], commands: Sequence[str], tokenizer: Tokenizer, note: Callable[[str], object]
 ) -> Iterator[Toolbox]:
     """The tools that the options name; their MCP servers run until the end of the block.
 
     Args:
-        args: the options of `add_tool_options`.
+        files: Python files.
+        commands: of MCP servers.
         tokenizer: of the model.
         note: called with a line for tools of a server that are left out.
 
@@ -45,7 +46,7 @@ def opened_toolbox(
     """
     from phi4_mlx.tools.sources import opened_tools
 
-    with opened_tools(args.tools, args.mcp, note) as tools:
+    with opened_tools(files, commands, note) as tools:
         toolbox = Toolbox(tools)
         tool_tokens(toolbox, tokenizer)
         _check_requests(toolbox)
@@ -90,7 +91,7 @@ class ServerTools:
     async def declarations(self, request: Request) -> Response:
         """All tools in OpenAI's form."""
         check_own_page(request)
-        return _json({"data": self._toolbox.declarations})
+        return JsonResponse({"data": self._toolbox.declarations})
 
     async def call(self, request: Request) -> Response:
         """Runs a call; the result, or the reason why there is none, is text for the model."""
@@ -112,10 +113,10 @@ class ServerTools:
             entry.cancelled = True
             return Response(status_code=CANCELLED)  # never sent
         entry.tool_failed = content.startswith(error_text(""))
-        return _json({"content": content, "is_error": entry.tool_failed})
+        return JsonResponse({"content": content, "is_error": entry.tool_failed})
 
     def _read(self, data: bytes) -> ToolCall:
-        """A call of one of the tools."""
+        """Reads a call from a body; its tool must exist."""
         fields = read_body(parse_json(data))
         name = fields.needed_name("name")
         if name not in self._names:
@@ -177,7 +178,3 @@ def check_room(toolbox: Toolbox, tokenizer: Tokenizer, context: int) -> None:
         raise RequestError(
             f"the tools take {tokens:,} tokens of each prompt, and the context has {context:,}; leave some out"
         )
-
-
-def _json(value: object) -> Response:
-    return Response(json_bytes(value), media_type="application/json")

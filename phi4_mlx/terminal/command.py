@@ -139,7 +139,7 @@ class Parser(argparse.ArgumentParser):
 
     # `Any` stands for the overloads of the base class.
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parses words, after a look for unknown options: argparse would first complain about missing ones."""
+        """Parses words. Refuses unknown options first, where argparse would report missing ones."""
         words = list(sys.argv[1:] if args is None else args)
         for before, word in zip(["", *words], words, strict=False):
             if word == "--" or (self._subparsers is not None and word[:1] not in DASHES):
@@ -231,12 +231,15 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 def _not_installed(library: str) -> str:
     """The message for a missing library: the Python that has it, or the way to install it."""
+    from shlex import quote
+
     checkout = Path(__file__).parents[2]
+    activate = checkout / ".venv" / "bin" / "activate"
     missing = f"{library} is not installed for {sys.executable}"
     if not (checkout / "Makefile").is_file():
         return f"{missing}; install phi4_mlx again, from its checkout: pip install ."
-    make = "" if (checkout / ".venv" / "bin" / "activate").exists() else f"make -C {checkout} chat, then "
-    return f"{missing}; {make}source {checkout}/.venv/bin/activate"
+    make = "" if activate.exists() else f"make -C {quote(str(checkout))} chat, then "
+    return f"{missing}; {make}source {quote(str(activate))}"
 
 
 def complain(prog: str, message: str) -> None:

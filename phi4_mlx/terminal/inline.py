@@ -76,7 +76,7 @@ def parse(text: str, pieces: list[Piece], previous: str = " ", following: str = 
 
 
 def mark_ends(pending: str, char: str) -> bool:
-    """True if a text that waits for a mark ends with a whole one, which may close something; `char` follows it."""
+    """True if pending text ends with a complete mark that may close something; `char` is the next character."""
     last = pending[-1:]
     if re.match(OPENER, pending):
         return _formula_decided(pending, char)
@@ -87,7 +87,7 @@ def mark_ends(pending: str, char: str) -> bool:
 
 
 def _formula_decided(pending: str, char: str) -> bool:
-    """True if text that begins like a formula has reached a closer, or cannot be one; `char` follows it."""
+    """True if text that begins like a formula is closed or cannot be one; `char` is the next character."""
     if pending == "$":
         return char.isspace()
     if pending[0] == "$" != pending[1]:

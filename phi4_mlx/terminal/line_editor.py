@@ -44,7 +44,7 @@ class LineEditor:
         self._prompt = ANSI("\x1b[1;32m> \x1b[0m") if colour else "> "
         self._session: PromptSession[str] = PromptSession(
             history=_History(state_folder() / "history"),
-            completer=_Commands(words, paths),
+            completer=CommandCompleter(words, paths),
             complete_while_typing=False,
             key_bindings=_bindings(),
             multiline=True,
@@ -70,7 +70,9 @@ class LineEditor:
         return True
 
 
-class _Commands(Completer):
+class CommandCompleter(Completer):
+    """Completes commands, and paths after those that take one; the arguments are as for `LineEditor`."""
+
     def __init__(self, words: Sequence[str], paths: Mapping[str, Callable[[str], bool]]) -> None:
         self._words, self._paths = words, paths
 
@@ -88,7 +90,7 @@ class _Commands(Completer):
 
 
 def _completed_paths(typed: str, offered: Callable[[str], bool]) -> Iterator[Completion]:
-    """The files and folders whose path begins so; an opening quote is closed after a file."""
+    """Completes the path of a file or folder; after a file, an opening quote is closed."""
     quote = typed[:1] if typed[:1] in ("'", '"') else ""
     start = typed[1:] if quote else typed.replace("\\ ", " ")
     folder, name = os.path.split(start)

@@ -111,8 +111,9 @@ class MarkdownStream:
             self._line.indent(" " * len(indent + mark))
             self._rest(text[found.end() :])
         elif text.startswith(">"):
-            self._become("text", styled("│ ", "dim"))
-            self._line.column, self._line.hanging = 2, styled("│ ", "dim")
+            mark = styled("│ ", "dim")
+            self._become("text", mark)
+            self._line.indent(mark)
             self._rest(text[1:].removeprefix(" "))
         else:
             self._become("text", indent)

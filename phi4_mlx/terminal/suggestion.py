@@ -70,7 +70,7 @@ def is_slip(given: str, name: str) -> bool:
 
 
 def _differing(one: str, other: str) -> tuple[str, str]:
-    """Both without the beginning that they share, and reversed."""
+    """Both strings without their common prefix, reversed."""
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
     return one[shared:][::-1], other[shared:][::-1]
 

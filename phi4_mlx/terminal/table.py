@@ -8,6 +8,7 @@ from phi4_mlx.terminal.inline import CODE, LOOKAHEAD, Piece, parse
 from phi4_mlx.terminal.style import styled, text_width
 
 TABLE_RULE = re.compile(r"[\s|:-]+")
+# Narrower than that of `inline`: only an escaped pipe is part of a formula, any other ends the cell.
 FORMULA = r"(?P<formula>\$(?![\s$])(?:\\.|[^$\\|])*(?<=\S)\$(?!\d)|\\\((?:\\[^)]|[^\\|])*\\\))"
 CELL_END = re.compile(rf"{FORMULA}|\\[|`]|{CODE}|`+|\|")  # a cell ends where this matches a single pipe
 

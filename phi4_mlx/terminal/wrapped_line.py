@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from phi4_mlx.terminal.style import RESET, char_width, sgr
+from phi4_mlx.terminal.style import RESET, char_width, sgr, text_width
 
 
 class WrappedLine:
@@ -12,8 +12,6 @@ class WrappedLine:
 
     Attributes:
         columns: of the terminal.
-        column: the cursor's.
-        hanging: text that begins each further row.
     """
 
     def __init__(self, write: Callable[[str], None]) -> None:
@@ -23,17 +21,20 @@ class WrappedLine:
 
     def start(self) -> None:
         """Begins a line."""
-        self.column, self.hanging = 0, ""
+        self._column = self._indent_width = 0  # of the cursor, of the indent
+        self._indent = ""  # text that begins each further row
         self._word: list[str] = []
         self._word_width = self._spaces = 0
         self._shown: frozenset[str] = frozenset()  # the styles in force
 
     def indent(self, indent: str) -> None:
-        """Notes an indent that was written; further rows have it too if it leaves half of the row."""
-        self.column, self.hanging = len(indent), indent if len(indent) <= self.columns // 2 else ""
+        """Records an indent already written; wrapped rows repeat it if it fits in half of a row."""
+        self._column = text_width(indent)
+        if self._column <= self.columns // 2:
+            self._indent, self._indent_width = indent, self._column
 
     def put(self, char: str, styles: set[str], whole: bool = False) -> None:
-        """Adds a character; `whole` for one that is not parted from the one before."""
+        """Adds a character; `whole` forbids a line break before it."""
         if char in " \t" and not whole:
             self._flush_word()
             self._spaces += 1
@@ -42,7 +43,7 @@ class WrappedLine:
             self._word.append(RESET + sgr(*styles))
             self._shown = frozenset(styles)
         width = char_width(char)
-        if not whole and (width == 2 or self._word_width + width > self.columns - len(self.hanging)):
+        if not whole and (width == 2 or self._word_width + width > self.columns - self._indent_width):
             self._flush_word()  # wide scripts and words longer than a line break anywhere
         self._word.append(char)
         self._word_width += width
@@ -54,13 +55,13 @@ class WrappedLine:
 
     def _flush_word(self) -> None:
         if self._word_width:
-            if self.column and self.column + self._spaces + self._word_width > self.columns:
-                self._write("\n" + self.hanging)
-                self.column = 2 if self.hanging.startswith("\x1b") else len(self.hanging)
+            if self._column and self._column + self._spaces + self._word_width > self.columns:
+                self._write("\n" + self._indent)
+                self._column = self._indent_width
             else:
                 self._write(" " * self._spaces)
-                self.column += self._spaces
-            self.column += self._word_width
+                self._column += self._spaces
+            self._column += self._word_width
             self._word_width = self._spaces = 0
         self._write("".join(self._word))
         self._word.clear()

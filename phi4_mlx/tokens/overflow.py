@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 Overflow = Literal["stop", "oldest"]
 Message = Mapping[str, Any]
-T = TypeVar("T")
+Turn = TypeVar("Turn")
 
 
 def answer_room(context: int, max_tokens: int | None) -> int:
@@ -58,9 +58,9 @@ def split_turns(messages: Sequence[Message]) -> tuple[list[Message], list[list[M
 
 
 def keep_latest(
-    turns: Sequence[T],
-    render: Callable[[Sequence[T]], list[int]],
-    length: Callable[[T], int],
+    turns: Sequence[Turn],
+    render: Callable[[Sequence[Turn]], list[int]],
+    length: Callable[[Turn], int],
     context: int,
     max_tokens: int | None,
     after: int = 0,

@@ -55,7 +55,7 @@ def mcp_tools(command: str, note: Callable[[str], object] = lambda line: None) -
         import mcp  # noqa: F401  (so that the error names this package)
         from anyio.from_thread import start_blocking_portal
     except ModuleNotFoundError as error:
-        install = f"{sys.executable} -m pip install 'mcp>=2'"
+        install = f"{shlex.quote(sys.executable)} -m pip install 'mcp>=2'"
         raise RequestError(f"{error.name} is not installed; install it with {install}") from None
     try:
         words = shlex.split(command)

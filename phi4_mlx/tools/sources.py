@@ -45,7 +45,7 @@ def opened_tools(files: Sequence[str], commands: Sequence[str], note: Callable[[
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Lets a signal that ends the program end the block first; a server that reads no input would go on for ever."""
+    """Turns a signal into the end of the block: an MCP server that reads no input would outlive the program."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Ended(number)
@@ -62,4 +62,4 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 class Ended(Interruption):
-    """A signal, by its number, that ends the program."""
+    """A signal that ends the program; the argument is its number."""

@@ -18,6 +18,7 @@ import pytest
 
 from phi4_mlx.tokens.tokenizer import load_tokenizer
 from tests.conftest import ROOT
+from tests.e2e.server_process import hear_hangups
 
 CHAT = [sys.executable, "-m", "phi4_mlx.chat"]
 Checkpoint = Callable[..., Path]
@@ -60,7 +61,6 @@ def test_a_pipe_is_answered_line_by_line_in_one_conversation(model: str) -> None
 def test_a_line_of_a_pipe_has_a_limit() -> None:
     done = chat("--model", "demo", "--max-tokens", "3", stdin=b"one\n" + b"a" * (2**24 + 1), code=2)
     assert b"line 2 of standard input has more than 16,777,216 bytes" in done.stderr
-
 
 
 def test_prompt_answers_once(model: str) -> None:
@@ -399,18 +399,13 @@ for line in sys.stdin:
 """
 
 
-def heard() -> None:
-    """Lets a process hear SIGHUP, which `nohup` has ignored in all that it starts."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_leaves_no_mcp_server_behind(number: signal.Signals, model: str, tmp_path: Path) -> None:
     (tmp_path / "deaf.py").write_text(DEAF)
     server = f"{sys.executable} {tmp_path / 'deaf.py'} {tmp_path / 'pid'}"
     words = [sys.executable, "-m", "phi4_mlx.chat", "--model", model, "--allow-tools", "--mcp", server]
-    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT, "preexec_fn": heard}
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT, "preexec_fn": hear_hangups}
     with subprocess.Popen([*words, "--max-tokens", "3"], **options) as chat:  # type: ignore[call-overload]
         assert chat.stdin is not None and chat.stdout is not None
         chat.stdin.write(b"hello\n")

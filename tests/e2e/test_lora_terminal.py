@@ -15,10 +15,7 @@ import pexpect
 import pytest
 
 from tests.conftest import ROOT
-
-HANG_S = 120  # a guard, not a measurement
-
-pytestmark = pytest.mark.slow
+from tests.e2e.server_process import HANG_S
 
 
 @pytest.fixture

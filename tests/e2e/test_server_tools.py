@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.e2e.server_process import HANG_S, Server, alive, until
-
-pytestmark = pytest.mark.slow
+from tests.e2e.server_process import HANG_S, Server, alive, hear_hangups, until
 
 TOOLS = '''
 import os
@@ -118,11 +116,7 @@ def test_a_signal_at_any_time_leaves_no_mcp_server_behind(
 ) -> None:
     env = os.environ | {"PYTHONPATH": str(ROOT), "SLOW": "600" if when == "starts" else "0"}
     words = [sys.executable, "-m", "phi4_mlx.server", "--model", "demo", "--port", "0", *options]
-
-    def heard() -> None:  # `nohup` has SIGHUP ignored in all that it starts
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=heard) as process:
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=hear_hangups) as process:
         assert process.stderr is not None
         until(lambda: mcp_servers(tmp_path))
         if when == "serves":

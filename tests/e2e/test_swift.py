@@ -13,7 +13,6 @@ from tests.conftest import DATA, ROOT
 SWIFTC = shutil.which("swiftc")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(SWIFTC is None, reason="there is no swiftc")
 def test_the_swift_example_type_checks(tmp_path: Path) -> None:
     def compile_swift(*words: str | Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +34,8 @@ NEW_RUN = "leave --resume out and name another --adapter-path for a new run"
 
 def from_adapter(adapter_path: Path) -> str:
     """The way to train on with another schedule."""
-    return f"start a new run from its adapter with --resume-adapter-file {adapter_path} and another --adapter-path"
+    adapter = shlex.quote(str(adapter_path))
+    return f"start a new run from its adapter with --resume-adapter-file {adapter} and another --adapter-path"
 
 
 State = dict[str, Any]

@@ -21,6 +21,9 @@ from phi4_mlx.adapters.folder import place
 from phi4_mlx.lora.progress import Tick
 from phi4_mlx.models.model import LanguageModel
 
+_Part = tuple[float, list[mx.array]]
+"""(work: bytes of weights times tokens, arrays)"""
+
 
 class Milestones:
     """The arrays that a model passes while a batch's graph is built, in the order of their computation.
@@ -74,10 +77,6 @@ class Milestones:
         tick(before + 1, before + 1)
 
 
-_Part = tuple[float, list[mx.array]]
-"""(work: bytes of weights times tokens, arrays)"""
-
-
 def _backward(grads: Any, work: float) -> list[_Part]:
     """The gradients layer by layer, the last one first, and at the end those of other weights; all share the work."""
     by_layer: dict[int, list[mx.array]] = defaultdict(list)
@@ -88,7 +87,7 @@ def _backward(grads: Any, work: float) -> list[_Part]:
 
 @contextlib.contextmanager
 def milestones(model: LanguageModel) -> Iterator[Milestones]:
-    """The milestones of the graphs that are built inside."""
+    """Records the milestones of the graphs that are built in the block."""
     found = Milestones(model)
     model.watch = found.add
     try:

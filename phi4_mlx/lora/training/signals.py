@@ -56,13 +56,13 @@ class Stop:
         self.number: signal.Signals | None = None
         self._leave = leave
         self._phase, self._writing = PREPARING, 0
-        self._signalled: dict[str, Phase] = {}  # "first": the phase of the first signal, for handler and thread
+        self._signalled: dict[str, Phase] = {}  # "first": its phase; setdefault is atomic for handler and thread
         self._listens = self._again = False
         self._left = threading.Event()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Handles signals. Does nothing inside itself, and outside the main thread, which alone may handle signals."""
+        """Handles signals. A nested call does nothing, nor does one outside the main thread, which alone may."""
         if self._listens or threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -90,7 +90,7 @@ class Stop:
 
     @contextlib.contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
-        """Answers signals as a phase demands."""
+        """Sets the phase whose answer a signal gets in the block."""
         before, self._phase = self._phase, phase
         try:
             yield

@@ -10,6 +10,7 @@ numbers, to the bit, on the same machine.
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -259,8 +260,8 @@ def _ended_by(flaw: str, done: int, folder: Path) -> RequestError:
         )
     return RequestError(
         f"step {done + 1}: {flaw}; stopped with the model of step {done}; --resume continues behind that batch, "
-        f"--resume-adapter-file {folder} with a lower --learning-rate and another --adapter-path starts again from "
-        "there"
+        f"--resume-adapter-file {shlex.quote(str(folder))} with a lower --learning-rate and another --adapter-path "
+        "starts again from there"
     )
 
 

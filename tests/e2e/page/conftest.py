@@ -19,12 +19,6 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 WAIT_MS = 60_000  # whatever takes longer is stuck
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "tests/e2e/page" in item.path.as_posix():
-            item.add_marker(pytest.mark.slow)
-
-
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """Chromium; the tests that need it are skipped where it or playwright is missing."""
@@ -86,7 +80,7 @@ def becomes_true(page: Any, condition: str) -> None:
 
 
 def axe(page: Any) -> list[str]:
-    """What axe-core finds wrong on the page as it is."""
+    """The violations that axe-core finds on the page as it is."""
     if not page.evaluate("'axe' in window"):
         page.evaluate(AXE.read_text(encoding="utf-8"))
     violations = page.evaluate("axe.run({resultTypes: ['violations']})")["violations"]

@@ -1,4 +1,4 @@
-"""What the browser keeps: over reloads, between tabs, with many conversations, and where it may not keep anything."""
+"""The storage of the browser: over reloads, between tabs, with many conversations, and where nothing may be kept."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Copies the page's JavaScript libraries out of their npm packages: `make vendor`, needs npm and a registry.
 
 The files enter the repository unchanged, with the licence of every package they contain, and vendor.json says where
-each came from. test_vendor.py compares them with vendor.json, so a changed byte fails.
+each came from. A test compares them with vendor.json, so a changed byte fails.
 """
 
 from __future__ import annotations

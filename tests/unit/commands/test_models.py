@@ -19,6 +19,7 @@ import pytest
 
 from phi4_mlx import cli
 from phi4_mlx.hub import DEFAULT_MODEL, resolve
+from phi4_mlx.terminal.amount import size
 from tests.conftest import ROOT, TinyCheckpoint
 from tests.fake_hub import COMMIT, fake_hub
 
@@ -136,7 +137,7 @@ def test_two_revisions_are_two_lines_and_their_files_are_counted_once(
     code, out, _ = models()
     assert code == 0 and len(re.findall(r"^owner/tiny .* (aaaaaaaa|bbbbbbbb v2) .* yes$", out, re.M)) == 2
     assert out.splitlines()[-1].startswith(f"2 revisions in {cache}: ")
-    assert models("rm", "owner/tiny", "--yes") == (0, f"owner/tiny: removed, {nbytes(source):,} bytes freed\n", "")
+    assert models("rm", "owner/tiny", "--yes") == (0, f"owner/tiny: removed, {size(nbytes(source))} freed\n", "")
 
 
 def test_a_download_that_was_interrupted_says_how_it_goes_on(
@@ -156,7 +157,7 @@ def test_a_download_that_was_interrupted_says_how_it_goes_on(
         ("owner/whole", "0"): None,
         ("owner/whole", "c"): pull.format("owner/whole"),
     }
-    assert models("rm", "owner/part", "--yes")[1] == f"owner/part: removed, {nbytes(source) + 5000:,} bytes freed\n"
+    assert models("rm", "owner/part", "--yes")[1] == f"owner/part: removed, {size(nbytes(source) + 5000)} freed\n"
     assert not (cache / "models--owner--part").exists()
 
 
@@ -165,13 +166,13 @@ def test_removing_takes_one_model_and_no_other(cache: Path, models: Models, tiny
     for name in ("owner/new-name", "owner/old-name", "single"):  # a renamed model has the same commits
         put(cache, name, source)
     assert models("rm", "owner/old-name", "--yes") == (
-        0, f"owner/old-name: removed, {nbytes(source):,} bytes freed\n", "",
+        0, f"owner/old-name: removed, {size(nbytes(source))} freed\n", "",
     )  # fmt: skip
     assert [*listed(models)] == ["demo", "owner/new-name", "single"] and listed(models)["owner/new-name"]["loads"]
     assert models("rm", "single", "--yes")[0] == 0 and [*listed(models)] == ["demo", "owner/new-name"]
     (cache / "models--owner--damaged" / "blobs").mkdir(parents=True)
     (cache / "models--owner--damaged" / "blobs" / "x").write_bytes(b"x" * 1234)
-    assert models("rm", "owner/damaged", "--yes")[1] == "owner/damaged: removed, 1,234 bytes freed\n"
+    assert models("rm", "owner/damaged", "--yes")[1] == "owner/damaged: removed, 1.23 KB freed\n"
     assert not (cache / "models--owner--damaged").exists()
 
 
@@ -227,7 +228,7 @@ def test_removing_asks(typed: str | None, removed: bool, tmp_path: Path, tiny_ch
     child.expect_exact("? [y/N] ")
     for _ in range(60):  # what is typed before the question waits for it is discarded
         child.sendline(typed) if typed is not None else child.sendeof()
-        if child.expect([r"bytes freed|nothing was removed", pexpect.TIMEOUT], timeout=1) == 0:
+        if child.expect([r"removed, .* freed|nothing was removed", pexpect.TIMEOUT], timeout=1) == 0:
             break
     child.expect(pexpect.EOF)
     child.close()

@@ -10,9 +10,8 @@ import pytest
 from rich.console import Console
 
 from phi4_mlx.lora import view as view_module
-from phi4_mlx.lora.pace import Pace
 from phi4_mlx.lora.progress import Step
-from phi4_mlx.lora.view import Bar, View, duration, step_line, to_stderr, view
+from phi4_mlx.lora.view import Bar, View, duration, step_line, to_stderr, view_of
 
 STEP = Step(1200, 2.5, 1e-4, 3000, 1.0, 2.0, 1_500_000_000)
 
@@ -37,21 +36,21 @@ def test_a_pipe_has_a_line_now_and_then_with_the_time_left(monkeypatch: pytest.M
     now = 100.0
     monkeypatch.setattr(view_module.time, "monotonic", lambda: now)
     told: list[str] = []
-    with view(told.append) as seen:
-        seen.begin(40, 100, "targets", 5, 60.0)
+    with view_of(told.append) as view:
+        view.begin(40, 100, "targets", 5, 60.0)
         for n in range(41, 51):
             now += 60
-            seen.step(replace(STEP, step=n, valid_loss=1.0 if n == 42 else None))
+            view.step(replace(STEP, step=n, valid_loss=1.0 if n == 42 else None))
     assert [line.partition(":")[0] for line in told] == ["step 42", "step 45", "step 50"]
     assert told[0].endswith(", 58 min left") and told[2].endswith(", 50 min left")
 
 
 def test_with_several_batches_in_a_step_the_lines_are_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    with view(told.append) as seen:
-        seen.begin(0, 100, "targets", 10, None)
+    with view_of(told.append) as view:
+        view.begin(0, 100, "targets", 10, None)
         for n in range(4, 44, 4):
-            seen.step(replace(STEP, step=n))
+            view.step(replace(STEP, step=n))
     assert [line.partition(":")[0] for line in told] == ["step 12", "step 20", "step 32", "step 40"]
 
 
@@ -61,9 +60,9 @@ def make_bar(monkeypatch: pytest.MonkeyPatch, columns: int) -> Bar:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(view_module.Bar, "__enter__", lambda self: self)
-    with view(to_stderr) as seen:
-        assert isinstance(seen, Bar)
-        return seen
+    with view_of(to_stderr) as view:
+        assert isinstance(view, Bar)
+        return view
 
 
 @pytest.fixture
@@ -127,22 +126,8 @@ def test_a_bar_fits_its_terminal_with_room_for_a_typed_ctrl_c(
 def test_without_a_terminal_there_is_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with view(to_stderr) as seen:
-        assert type(seen) is View
+    with view_of(to_stderr) as view:
+        assert type(view) is View
     monkeypatch.setenv("TERM", "xterm")
-    with view(lambda message: None) as seen:
-        assert type(seen) is View
-
-
-def test_a_pace_expects_what_the_last_batch_took() -> None:
-    pace = Pace(0, 10, None, 0.0)
-    pace.reach(0, 0.5, 0.0)
-    assert pace.shown(3.0) == (0, 3.0, None, None)
-    pace.reach(0.5, 1, 4.0)
-    done, spent, batch_s, left = pace.shown(5.0)
-    assert (done, spent, batch_s, left) == (0.5 + 1 / 8, 5.0, 8.0, pytest.approx(75.0))
-    pace.reach(1, 1, 10.0)
-    pace.reach(1, 1.5, 13.0)  # something else was done in between
-    done, spent, batch_s, _ = pace.shown(18.0)
-    assert (done, spent, batch_s) == (1.5, 5.0, 10.0)
-    assert pace.shown(60.0)[:3] == (1.5, 47.0, 47.0)  # never less than what it has taken
+    with view_of(lambda message: None) as view:
+        assert type(view) is View

@@ -102,12 +102,12 @@ def test_the_address_of_the_page_can_be_opened(host: str, shown: str) -> None:
     except RequestError:
         pytest.skip(f"this machine has no address {host}")
     with listener:
-        assert command._address(listener) == shown.format(port=listener.getsockname()[1])
+        assert command.page_address(listener) == shown.format(port=listener.getsockname()[1])
 
 
 def test_the_key_is_taken_out_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tools and MCP servers inherit the environment."""
     monkeypatch.setenv(command.KEY_VARIABLE, "s3cret")
-    assert command._key(None) == "s3cret" and command.KEY_VARIABLE not in os.environ
+    assert command.api_key(None) == "s3cret" and command.KEY_VARIABLE not in os.environ
     monkeypatch.setenv(command.KEY_VARIABLE, "s3cret")
-    assert command._key("other") == "other" and command.KEY_VARIABLE not in os.environ
+    assert command.api_key("other") == "other" and command.KEY_VARIABLE not in os.environ

@@ -124,14 +124,18 @@ def test_a_stream_says_it_too(server: InProcessServer, path: str) -> None:
     assert streamed.headers["x-phi4-ignored"].endswith(" oldest turns") and len(events_of(streamed)) > 2
 
 
+class SmallConversation(Conversation):
+    """A conversation with the server's room."""
+
+    context = CONTEXT
+
+
 def test_all_apis_keep_the_same_turns_as_the_chat(server: InProcessServer) -> None:
     plain = [each for each in talk(40) if each["role"] in ("user", "assistant") and each["content"]]
     tokenizer, model = server.supervisor.tokenizer, server.supervisor.engine._models.get(None)
-    chat = Conversation(model, tokenizer, "Be brief.", overflow="oldest")
+    chat = SmallConversation(model, tokenizer, "Be brief.", overflow="oldest")
     pairs = zip(plain[::2], plain[1::2], strict=False)
     chat.turns = [Turn(q["content"], a["content"], tuple(tokenizer.encode(a["content"]))) for q, a in pairs]
-    small = type("Small", (Conversation,), {"context": CONTEXT})
-    chat.__class__ = small
     list(chat.ask(plain[-1]["content"], DecodeOptions(max_tokens=5)))
     answers = [server.post(path, body(path, plain, tools=[])) for path in APIS]
     assert {each.headers["x-phi4-ignored"] for each in answers} == {f"{chat.dropped} oldest turns"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import sys
@@ -362,8 +361,8 @@ def refused(tmp_path: Path, *files: str, chat_format: str | None = None, mcp: li
         (tmp_path / f"{number}.py").write_text(source)
         names.append(str(tmp_path / f"{number}.py"))
     tokenizer = load_tokenizer_and_format(ROOT / "phi4_mlx" / "demo", chat_format)
-    args = argparse.Namespace(tools=names or [str(tmp_path / "nowhere.py")], mcp=mcp or [])
-    with pytest.raises(RequestError) as error, opened_toolbox(args, tokenizer, pytest.fail):
+    names = names or [str(tmp_path / "nowhere.py")]
+    with pytest.raises(RequestError) as error, opened_toolbox(names, mcp or [], tokenizer, pytest.fail):
         pass
     assert "\n" not in str(error.value)
     return str(error.value)

@@ -8,6 +8,7 @@ import errno
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -65,14 +66,18 @@ def test_a_missing_library_names_the_python_that_has_it(
         assert run_with(failing(ModuleNotFoundError("No module named 'mlx'", name="mlx"))) == 2
         return capfd.readouterr().err
 
-    monkeypatch.setattr(command, "__file__", str(tmp_path / "phi4_mlx" / "terminal" / "command.py"))
+    checkout = tmp_path / "it's mine"  # a shell reads the advised commands as they are meant
+    quoted = shlex.quote(str(checkout))
+    checkout.mkdir()
+    monkeypatch.setattr(command, "__file__", str(checkout / "phi4_mlx" / "terminal" / "command.py"))
     missing = f"phi4-mlx test: mlx is not installed for {sys.executable}; "
     assert said() == f"{missing}install phi4_mlx again, from its checkout: pip install .\n"
-    (tmp_path / "Makefile").touch()
-    assert said() == f"{missing}make -C {tmp_path} chat, then source {tmp_path}/.venv/bin/activate\n"
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "bin" / "activate").touch()
-    assert said() == f"{missing}source {tmp_path}/.venv/bin/activate\n"
+    (checkout / "Makefile").touch()
+    activate = shlex.quote(f"{checkout}/.venv/bin/activate")
+    assert said() == f"{missing}make -C {quoted} chat, then source {activate}\n"
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    (checkout / ".venv" / "bin" / "activate").touch()
+    assert said() == f"{missing}source {activate}\n"
 
 
 def test_no_message_advises_an_index_that_does_not_have_the_package() -> None:

@@ -87,7 +87,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_tab_completes_commands_and_file_names(typed: str, lines: list[str], files: Path) -> None:
     words = ["/load ", "/set ", "/save ", "/model ", "/quit", "/set temp ", "/set top-p "]
     paths = {"/load": lambda name: not name.endswith(".cache"), "/model": lambda name: False}
-    completer = line_editor._Commands(words, paths)
+    completer = line_editor.CommandCompleter(words, paths)
     document = Document(typed.format(files))
     found = list(completer.get_completions(document, CompleteEvent()))
     completed = [document.text[: len(document.text) + each.start_position] + each.text for each in found]

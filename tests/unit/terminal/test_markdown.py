@@ -191,6 +191,12 @@ def test_no_line_is_wider_than_the_terminal(text: str) -> None:
         assert unwrapped or text_width(line) <= WIDTH or not line.strip()
 
 
+@pytest.mark.parametrize("mark", ["", "> ", "- ", "10. "])
+def test_a_word_longer_than_a_row_fills_each_row(mark: str) -> None:
+    *rows, last = plain(render(mark + "x" * 200)).splitlines()
+    assert len(rows) >= 4 and all(text_width(row) == WIDTH for row in rows) and text_width(last) <= WIDTH
+
+
 @given(st.text(alphabet=st.characters(codec="utf-8", exclude_characters="*`\\#|>-+\n\t\r\x1b. )"), max_size=200))
 def test_plain_text_loses_nothing(text: str) -> None:
     assert plain(render("x" + text)).replace("\n", "") == "x" + text
