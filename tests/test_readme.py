@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ class Block(NamedTuple):
         language: after its fence.
         text: inside it.
         why_not_run: the reason above it, or None.
-        shown: the text block after it, or None.
+        shown: the text block right after it, or None.
     """
 
     line: int
@@ -45,7 +46,10 @@ def blocks() -> list[Block]:
     """All fenced blocks, in order."""
     readme = README.read_text(encoding="utf-8")
     found = list(FENCE.finditer(readme))
-    shown = [after["text"] if after["language"] == "text" else None for after in found[1:]]
+    shown = [
+        after["text"] if after["language"] == "text" and not readme[m.end() : after.start()].strip() else None
+        for m, after in pairwise(found)
+    ]
     return [
         Block(readme[: m.start()].count("\n") + 1, m["language"], m["text"], m["why"], output)
         for m, output in zip(found, [*shown, None], strict=True)

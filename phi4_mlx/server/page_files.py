@@ -11,6 +11,8 @@ from pathlib import Path
 from starlette.requests import Request
 from starlette.responses import Response
 
+from phi4_mlx.files.regular_file import read_regular
+
 FOLDER = Path(__file__).with_name("page")
 TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -44,7 +46,7 @@ class PageFile:
     @classmethod
     def read(cls, path: Path) -> PageFile:
         """Reads and compresses a file."""
-        data = path.read_bytes()
+        data = read_regular(path)
         zipped = gzip.compress(data, 9, mtime=0) if len(data) >= SMALL else None
         return cls(data, zipped, TYPES[path.suffix], f'W/"{hashlib.sha256(data).hexdigest()[:24]}"')
 

@@ -19,7 +19,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 WAIT_MS = 60_000  # whatever takes longer is stuck
 
 
-@pytest.fixture(scope="session")
+# A module's, not a session's: while playwright runs, its event loop is that of the thread, and other tests need theirs.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium; the tests that need it are skipped where it or playwright is missing."""
     playwright = pytest.importorskip("playwright.sync_api")
