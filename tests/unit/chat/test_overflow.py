@@ -224,7 +224,11 @@ def test_the_chat_says_once_that_turns_are_left_out(rolling: Chat, script: Scrip
     messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
     assert len(messages) == 60 and messages[0]["content"].startswith("00 ")
 
-    obey(chat, "/undo 25")
+    obey(chat, f"/undo {30 - dropped}")  # more turns come back than fit
+    shown(chat)
+    obey(chat, "/stats")
+    assert f"in {dropped} turns; the next question leaves out the oldest\n" in shown(chat)
+    obey(chat, f"/undo {dropped - 5}")
     shown(chat)
     obey(chat, "/stats")
     assert "in 5 turns\n" in shown(chat)
