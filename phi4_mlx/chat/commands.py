@@ -154,7 +154,8 @@ def _load(chat: Chat, rest: str) -> None:
         if not path.exists():
             path = Path(_named(rest)).absolute()  # a file that was renamed
         if not path.exists():
-            raise RequestError(f"{path} does not exist{path_suggestion(_named(rest), _is_conversation)}")
+            near = path_suggestion(f"{_named(rest)}.json", _is_conversation)
+            raise RequestError(f"{path} does not exist{path_suggestion(_named(rest), _is_conversation) or near}")
     conversation = chat.conversation
     conversation.system, conversation.turns = transcript.load(path, conversation.tokenizer)
     conversation.dropped = 0
@@ -282,9 +283,12 @@ def _stats(chat: Chat, rest: str) -> None:
     conversation, usage = chat.conversation, chat.conversation.usage
     kept = amount(len(conversation.turns[conversation.dropped :]), "turn")
     left_out = f", without the oldest {conversation.dropped:,}" if conversation.dropped else ""
+    length, full = len(conversation.ids()), ""
+    if length >= conversation.context and conversation.overflow == "oldest":  # older turns came back
+        full = "; the next question leaves out the oldest"
     lines = [
         f"model        {chat.model_name}, chat format {conversation.tokenizer.chat_format.name}",
-        f"context      {len(conversation.ids()):,} of {conversation.context:,} tokens, in {kept}{left_out}",
+        f"context      {length:,} of {conversation.context:,} tokens, in {kept}{left_out}{full}",
     ]
     if usage.answer_tokens:
         new = usage.prompt_tokens - usage.cached_tokens

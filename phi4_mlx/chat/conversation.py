@@ -241,9 +241,10 @@ class Conversation:
         holds = f"tokens long, and the context holds {self.context:,}"
         if self.overflow == "oldest":
             return f"without any earlier turn, the prompt is still {length:,} {holds}; shorten the question"
+        if not self.turns:
+            return f"the prompt is {length:,} {holds}; shorten the question"
         message = f"the conversation would be {length:,} {holds}; /reset begins a new one, /undo takes back a turn"
-        way_on = "a chat started with --context-overflow oldest leaves out the oldest turns"
-        return f"{message}; {way_on}" if self.turns else message
+        return f"{message}; a chat started with --context-overflow oldest leaves out the oldest turns"
 
     def _answer(self, question: str, loop: ToolLoop) -> Generator[AgentEvent, None, None]:
         self.usage = Usage()

@@ -48,6 +48,10 @@ def _parser() -> Parser:
     parser = Parser(typed("models"), "List the models at hand, embedded or in the Hugging Face cache; pull or rm one.")
     parser.add_argument("--json", action="store_true", help="print the list as one line of JSON")
     commands = parser.add_subparsers(dest="action", title="commands", metavar="COMMAND")
+    also = commands.add_parser("list", help="list the models, as without a command", description="List the models.")
+    also.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS, help="print one line of JSON (default: off)"
+    )
     pull = commands.add_parser("pull", help="download a model", description="Download a model to the cache.")
     pull.add_argument("id", type=word, metavar="ID", help="its Hugging Face id, like owner/name")
     pull.add_argument(
@@ -60,9 +64,9 @@ def _parser() -> Parser:
 
 
 def _models(args: argparse.Namespace) -> None:
-    if args.action is not None and args.json:
+    if args.action not in (None, "list") and args.json:
         raise RequestError(f"--json prints the list, and {args.action} prints none; drop one of the two")
-    {None: _list, "pull": _pull, "rm": _remove}[args.action](args)
+    {None: _list, "list": _list, "pull": _pull, "rm": _remove}[args.action](args)
 
 
 def _list(args: argparse.Namespace) -> None:

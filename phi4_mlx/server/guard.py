@@ -142,7 +142,8 @@ class Guard:
         host = headers.get("host", "")
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if self.hosts is not None and name.lower() not in self.hosts:
-            raise WireError(403, f"the Host header is {name!r:.100}; this server accepts {' or '.join(self.hosts)}")
+            names = " or ".join(dict.fromkeys(self.hosts))  # the host that is listened on may be one of the others
+            raise WireError(403, f"the Host header is {name!r:.100}; this server accepts {names}")
         origin = headers.get("origin")
         if origin is None or origin in self.origins or "*" in self.origins:
             return

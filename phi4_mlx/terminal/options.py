@@ -126,7 +126,7 @@ def add_kv_bits_option(parser: Parser) -> None:
     """Adds `--kv-bits`."""
     parser.add_argument(
         "--kv-bits",
-        type=number(int, 4, 8),
+        type=lambda given: int(given) if given in ("4", "8") else given,  # others are refused as no choice
         choices=(4, 8),
         help="quantise cached keys and values to this many bits: less memory, slightly inexact (default: not "
         "quantised)",

@@ -59,7 +59,7 @@ def test_a_run_is_stopped_and_made_longer_by_the_commands_that_it_advises(option
     child.expect(r"learning rate: constant at 0\.001")
     child.expect(r"step [\d,]+ of 100,000, +\d+%")
     child.sendintr()
-    child.expect_exact("stopping after this step; Ctrl-C again ends the run at once, without it")
+    child.expect_exact("stopping after this step; Ctrl-C again ends the run at once, unsaved steps lost")
     child.expect(r"stopped at ([\d,]+) of 100,000; --resume goes on: (python -m phi4_mlx\.lora [^\r]+ --resume)\r\n")
     done, command = int(child.match[1].replace(",", "")), child.match[2]
     assert end(child) == 130 and done > 0

@@ -32,8 +32,9 @@ class Phase(NamedTuple):
 
 
 PREPARING = Phase("stopping: no step is under way, and nothing is lost", False)
-STEP = Phase("stopping after this step; {again} ends the run at once, without it", True)
-VALIDATION = Phase("stopping after this validation; {again} ends the run at once, without its step", True)
+_AT_ONCE = "{again} ends the run at once, unsaved steps lost"  # a line of 80 columns
+STEP = Phase(f"stopping after this step; {_AT_ONCE}", True)
+VALIDATION = Phase(f"stopping after this validation; {_AT_ONCE}", True)
 TESTING = Phase("stopping: the adapter is saved, and its test set is not measured", False)
 
 

@@ -171,6 +171,7 @@ def test_conversations_of_two_names_have_two_prompt_caches(new_chat: Callable[..
         ("/load", "needs the name of a file"),
         ("/load nothing", "nothing does not exist"),
         ("/load brokn.json", "brokn.json does not exist; did you mean broken.json?"),
+        ("/load brokn", "brokn does not exist; did you mean broken.json?"),
         ("/load broken.json", "is not a saved conversation: it is not JSON"),
         ("/load talk.cache.safetensors", "is not a saved conversation"),
         ("/set temp nan", "temp: 'nan' is not a number from 0 to 100"),

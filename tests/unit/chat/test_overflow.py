@@ -76,7 +76,7 @@ def test_a_chat_of_three_contexts_goes_on_as_a_new_one_of_the_kept_turns(convers
 def test_by_default_a_full_context_refuses_and_names_the_way_on(conversation: Conversation) -> None:
     conversation.overflow = "stop"
     way_on = "--context-overflow oldest leaves out the oldest turns"
-    with pytest.raises(RequestError, match=r"/undo takes back a turn$"):  # no turn could fall out
+    with pytest.raises(RequestError, match=r"holds 1,024; shorten the question$"):  # no turn is there
         ask(conversation, "x" * CONTEXT)
     ask(conversation, "x" * 900)
     with pytest.raises(RequestError, match=f"would be 1,0.. tokens long, .* holds 1,024; /reset .* {way_on}$"):
@@ -224,7 +224,11 @@ def test_the_chat_says_once_that_turns_are_left_out(rolling: Chat, script: Scrip
     messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
     assert len(messages) == 60 and messages[0]["content"].startswith("00 ")
 
-    obey(chat, "/undo 25")
+    obey(chat, f"/undo {30 - dropped}")  # more turns come back than fit
+    shown(chat)
+    obey(chat, "/stats")
+    assert f"in {dropped} turns; the next question leaves out the oldest\n" in shown(chat)
+    obey(chat, f"/undo {dropped - 5}")
     shown(chat)
     obey(chat, "/stats")
     assert "in 5 turns\n" in shown(chat)

@@ -88,6 +88,8 @@ def test_an_empty_cache_is_a_line_that_says_what_to_do(exists: bool, cache: Path
     assert re.match(r"demo +1\.\d\d MB  embedded +4,096 +yes$", demo)
     assert last.startswith(f"{cache} holds no model; `phi4-mlx models pull {DEFAULT_MODEL}` downloads the default one")
     assert [*listed(models)] == ["demo"]
+    assert models("list") == (code, out, err)
+    assert models("list", "--json") == models("--json", "list") == models("--json")
 
 
 def test_the_list_says_what_is_where_and_what_loads(
@@ -188,7 +190,7 @@ def test_removing_takes_one_model_and_no_other(cache: Path, models: Models, tiny
         (["pull", "dmeo"], "'dmeo' is neither a folder nor a Hub id like"),
         (["--json", "rm", "owner/tiny"], "--json prints the list, and rm prints none; drop one of the two"),
         (["rm"], "the following arguments are required: ID"),
-        (["pul", "owner/tiny"], "argument COMMAND: 'pul' is not one of pull, rm; did you mean pull?"),
+        (["pul", "owner/tiny"], "argument COMMAND: 'pul' is not one of list, pull, rm; did you mean pull?"),
         (["rm", "owner/tiny", "--yse"], "unrecognized arguments: --yse; did you mean --yes?"),
         (["rm", "owner/tiny", "owner/other"], "unrecognized arguments: owner/other"),
         (["--jsn"], "unrecognized arguments: --jsn; did you mean --json?"),

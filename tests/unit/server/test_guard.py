@@ -115,6 +115,11 @@ def test_a_request_without_a_host_is_refused() -> None:
     assert status(guarded(hosts=None), headers={"host": "any.example"}) == 200
 
 
+def test_a_refused_host_is_told_each_name_once() -> None:
+    refused = asyncio.run(ask(guarded(hosts=(*LOOPBACK_NAMES, "127.0.0.1")), headers={"host": "evil.example"}))[2]
+    assert refused.count(b"127.0.0.1") == 1
+
+
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
 @pytest.mark.parametrize(
     ("origin", "through"),
