@@ -332,6 +332,10 @@ def _report_result(trainer: Trainer, resumed_at: int, view: View, program: Progr
     now, folder, metrics = trainer.progress, trainer.folder.path, trainer.folder.metrics
     if metrics is None:
         return
+    if now.step:
+        report_end(metrics, view)
+        if now.best_step:
+            view.tell(f"best validation loss {now.best_loss:.3f}, after step {now.best_step:,}, in {folder / BEST}")
     if trainer.finished and now.step == resumed_at:
         view.tell(f"the run in {folder} has ended: {_why_ended(trainer)}")
     elif not now.step:
@@ -341,11 +345,6 @@ def _report_result(trainer: Trainer, resumed_at: int, view: View, program: Progr
     elif now.step < trainer.iters:
         command = "" if program is None else program.to_resume()
         view.tell(f"stopped at {now.step:,} of {trainer.iters:,}; --resume goes on{command}")
-    if not now.step:
-        return
-    report_end(metrics, view)
-    if now.best_step:
-        view.tell(f"best validation loss {now.best_loss:.3f}, after step {now.best_step:,}, in {folder / BEST}")
 
 
 def _why_ended(trainer: Trainer) -> str:
