@@ -1,6 +1,6 @@
 /** Requests to the server, and the events of its streams. */
-import { keep, recall } from "./local.js";
 import { Signal } from "./signal.js";
+import { keep, recall } from "./storage/local.js";
 
 /** The server answers again. @type {Signal} */
 export const returned = new Signal();

@@ -38,8 +38,8 @@
  * @property {(conversation: Conversation) => Promise<void>} discard removes one that has become empty
  * @property {Signal} changed a conversation has changed; the value is { id, here }, `here` true for this tab's changes
  */
-import { keep, recall } from "./local.js";
 import { Signal } from "./signal.js";
+import { keep, recall } from "./storage/local.js";
 
 const TITLE_CHARS = 60;
 

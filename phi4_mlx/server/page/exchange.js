@@ -3,7 +3,7 @@ import { answering, save, titleOf } from "./conversation.js";
 import { bodyOf, receive } from "./reply.js";
 import { runTool } from "./server_tools.js";
 import { Signal } from "./signal.js";
-import { holdUntil } from "./tab_lock.js";
+import { holdUntil } from "./storage/tab_lock.js";
 
 /** @typedef {import("./conversation.js").Conversation} Conversation */
 /** @typedef {import("./conversation.js").Message} Message */

@@ -3,8 +3,8 @@ import { adopted, copied, current, fresh, open, opened, save, unsaved } from "./
 import { $, icon, iconButton, make } from "./dom.js";
 import { exchangeOf } from "./exchange.js";
 import { tell } from "./notice.js";
-import { options } from "./options.js";
-import { endElsewhere } from "./tab_lock.js";
+import { options } from "./settings/options.js";
+import { endElsewhere } from "./storage/tab_lock.js";
 import { AnswerView, QuestionView } from "./turns.js";
 
 const WARM = 0.8; // at temperature 0 another answer would be the same

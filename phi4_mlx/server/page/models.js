@@ -2,7 +2,7 @@
 import { request } from "./api.js";
 import { $, make } from "./dom.js";
 import { tell } from "./notice.js";
-import { options, setOptions } from "./options.js";
+import { options, setOptions } from "./settings/options.js";
 import { Signal } from "./signal.js";
 
 /** The models have been read, or another one has been chosen; the value is the one that answers. @type {Signal} */

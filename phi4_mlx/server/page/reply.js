@@ -1,7 +1,7 @@
 /** A reply of the model: the request for it, and reading it as it comes. */
 import { eventsOf, request } from "./api.js";
-import { options, sampling } from "./options.js";
 import { tools } from "./server_tools.js";
+import { options, sampling } from "./settings/options.js";
 import { splitThought } from "./thought.js";
 
 /** @typedef {import("./conversation.js").Message} Message */

@@ -1,6 +1,6 @@
 /** The views of one turn: a question, an answer with its reasoning, and its tool calls. */
 import { beforeNextFrame, copy, icon, iconButton, make } from "./dom.js";
-import { MarkdownView } from "./markdown.js";
+import { MarkdownView } from "./text/markdown.js";
 
 /** @typedef {import("./conversation.js").Message} Message */
 /** @typedef {import("./conversation.js").ToolCall} ToolCall */

@@ -71,7 +71,7 @@ def drawing(browser: Any) -> Iterator[Any]:
 def prepare(page: Any) -> None:
     page.evaluate(
         """async () => {
-            const { MarkdownView } = await import("/page/markdown.js");
+            const { MarkdownView } = await import("/page/text/markdown.js");
             window.box = document.createElement("div");
             window.draw = (texts, growing = false) => {
                 window.box.remove();

@@ -9,13 +9,13 @@ import pytest
 from tests.e2e.page.conftest import answered, ask, becomes_true, grown, open_page
 from tests.e2e.page.scripted_server import WAIT, ScriptedServer
 
-ALL = """import("/page/store.js").then(async ({ Store }) => {
+ALL = """import("/page/storage/store.js").then(async ({ Store }) => {
     const store = new Store();
     await store.open();
     return store.all();
 })"""
 MANY = """async (count) => {
-    const { Store } = await import("/page/store.js");
+    const { Store } = await import("/page/storage/store.js");
     const store = new Store();
     await store.open();
     for (let i = 0; i < count; i++) {
@@ -160,7 +160,7 @@ def test_what_one_tab_has_not_seen_yet_is_taken_over_before_it_saves(page: Any, 
     other = second_tab(page, server)
     other.evaluate("""async () => {
         const { current, save } = await import("/page/conversation.js");
-        const { Store } = await import("/page/store.js");
+        const { Store } = await import("/page/storage/store.js");
         const store = new Store();
         await store.open();
         const newer = await store.load(current.id);
@@ -200,7 +200,7 @@ def test_what_is_asked_during_a_save_is_kept(page: Any, server: ScriptedServer) 
     answered(page)
     texts_kept = page.evaluate("""async () => {
         const { current } = await import("/page/conversation.js");
-        const { Store } = await import("/page/store.js");
+        const { Store } = await import("/page/storage/store.js");
         const store = new Store();
         await store.open();
         const newer = await store.load(current.id);
@@ -239,8 +239,8 @@ def test_two_hundred_conversations_are_listed_and_searched_at_once(page: Any, se
     page.wait_for_selector("#sidebar .title >> nth=249")
     assert titles(page)[0] == "Title 0" and "Older" not in page.inner_text("#sidebar h3 >> nth=0")
     took = page.evaluate("""async () => {
-        const { Store } = await import("/page/store.js");
-        const { Catalogue } = await import("/page/catalogue.js");
+        const { Store } = await import("/page/storage/store.js");
+        const { Catalogue } = await import("/page/storage/catalogue.js");
         const store = new Store();
         await store.open();
         const catalogue = new Catalogue(store);
@@ -342,7 +342,7 @@ def test_the_data_of_the_page_can_be_deleted_while_it_is_open(page: Any, server:
 
 def test_the_archive_reads_what_it_has_written_and_nothing_else(page: Any) -> None:
     outcome = page.evaluate("""async () => {
-        const { fromJson, toJson } = await import("/page/archive.js");
+        const { fromJson, toJson } = await import("/page/storage/archive.js");
         const one = { id: "a", title: "T", updated: 1, created: 1, revision: 3, draft: "", queued: [], allowed: [],
             messages: [{ role: "user", content: "x" }] };
         const told = (json) => { try { return fromJson(json); } catch (error) { return error.message; } };

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import posixpath
 import re
 
 import pytest
@@ -88,7 +89,8 @@ def test_the_browser_asks_for_all_modules_at_once() -> None:
     assert named <= set(FILES)
     for name in OURS:
         source = (FOLDER / name).read_text(encoding="utf-8")
-        for imported in re.findall(r'^(?:import|export)\b[^;]*?"\./([^"]+)";', source, re.MULTILINE):
+        for given in re.findall(r'^(?:import|export)\b[^;]*?"(\.[^"]+)";', source, re.MULTILINE):
+            imported = posixpath.normpath(posixpath.join(posixpath.dirname(name), given))
             assert imported in named, f"{name} imports {imported}, which main.js does not name"
 
 

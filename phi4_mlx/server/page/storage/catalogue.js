@@ -1,6 +1,6 @@
 /** The list of all conversations, which follows the changes of all tabs, and the search in it. */
-import { Signal } from "./signal.js";
-import { titleOf } from "./conversation.js";
+import { titleOf } from "../conversation.js";
+import { Signal } from "../signal.js";
 
 /**
  * @typedef {object} Entry

@@ -1,5 +1,5 @@
 /** The theme, light or dark: the system's, or the user's own choice; early.js has set it before the first paint. */
-import { $ } from "./dom.js";
+import { $ } from "../dom.js";
 import { options, setOptions } from "./options.js";
 
 const system = matchMedia("(prefers-color-scheme: dark)");

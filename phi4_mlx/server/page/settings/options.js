@@ -1,6 +1,6 @@
 /** The user's options, kept in this browser, and what they put into a request. */
-import { keep, recall } from "./local.js";
-import { Signal } from "./signal.js";
+import { Signal } from "../signal.js";
+import { keep, recall } from "../storage/local.js";
 
 const DEFAULTS = {
   system: "", temperature: "0", topP: "", seed: "", maxTokens: "", theme: "", model: "", tools: false,

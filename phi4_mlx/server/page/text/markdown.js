@@ -2,7 +2,7 @@
  * Markdown on the page. markdown-it parses it (HTML of the model stays text), the sanitizer makes its nodes, and they
  * are patched into the page, so that what has not changed keeps its selection, scroll position and focus.
  */
-import { copy, iconButton, make } from "./dom.js";
+import { copy, iconButton, make } from "../dom.js";
 import { blocksOf, htmlOf, plainBlock } from "./parser.js";
 import { nodesOf } from "./sanitizer.js";
 import { setCode, typeset } from "./typesetter.js";

@@ -1,12 +1,12 @@
 /** The sidebar: all conversations, the search in them, and what one can do with them. On a phone it covers the page. */
-import { download, fileName, fromJson, toJson, toMarkdown } from "./archive.js";
-import { Catalogue } from "./catalogue.js";
+import { answering, current, fresh, newId, open, opened, openById, save } from "../conversation.js";
+import { $, icon, iconButton, make } from "../dom.js";
+import { exchangeOf } from "../exchange.js";
+import { newConversation } from "../log.js";
+import { download, fileName, fromJson, toJson, toMarkdown } from "../storage/archive.js";
+import { Catalogue } from "../storage/catalogue.js";
+import { keep, recall } from "../storage/local.js";
 import { ConversationList } from "./conversation_list.js";
-import { answering, current, fresh, newId, open, opened, openById, save } from "./conversation.js";
-import { $, icon, iconButton, make } from "./dom.js";
-import { exchangeOf } from "./exchange.js";
-import { keep, recall } from "./local.js";
-import { newConversation } from "./log.js";
 import { RowMenu } from "./row_menu.js";
 
 const JSON_TYPE = "application/json";
@@ -16,7 +16,7 @@ const narrow = matchMedia("(max-width: 56rem)");
 const isWanted = () => !narrow.matches && recall("localStorage", "sidebar", true);
 
 class Sidebar {
-  /** @param {import("./store.js").Store} store */
+  /** @param {import("../storage/store.js").Store} store */
   constructor(store) {
     this.store = store;
     this.catalogue = new Catalogue(store);
@@ -197,7 +197,7 @@ class Sidebar {
 
 /**
  * Makes the sidebar work.
- * @param {import("./store.js").Store} store
+ * @param {import("../storage/store.js").Store} store
  * @returns {(problem: string) => Promise<void>} reads the list, once the store is open; shows what is wrong with it
  */
 export function bindSidebar(store) {

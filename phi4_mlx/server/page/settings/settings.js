@@ -1,6 +1,6 @@
 /** The dialog with the settings. */
-import { currentKey, useKey } from "./api.js";
-import { $ } from "./dom.js";
+import { currentKey, useKey } from "../api.js";
+import { $ } from "../dom.js";
 import { mistakeIn, NUMBERS, options, setOptions } from "./options.js";
 
 const FIELDS = { system: "system", temperature: "temperature", "top-p": "topP", seed: "seed", "max-tokens": "maxTokens" };

@@ -1,8 +1,8 @@
 /** The list of conversations: grouped by day, or what a search has found; one row a conversation. */
-import { placeOf } from "./catalogue.js";
-import { icon, make } from "./dom.js";
+import { icon, make } from "../dom.js";
+import { placeOf } from "../storage/catalogue.js";
 
-/** @typedef {import("./catalogue.js").Entry} Entry */
+/** @typedef {import("../storage/catalogue.js").Entry} Entry */
 /**
  * @typedef {object} Hands what the buttons of a row do
  * @property {(id: string) => void} open

@@ -1,7 +1,7 @@
 /** Markdown -> blocks -> HTML, by markdown-it. HTML in the text stays text. Knows nothing of the page. */
+import MarkdownIt from "../vendor/markdown-it.js";
 import { formulas } from "./formula.js";
 import { closeOpenMarks, withoutUnclearEnd, withTableRule } from "./growing.js";
-import MarkdownIt from "./vendor/markdown-it.js";
 
 const SAFE_URL = /^(?:https?:\/\/|mailto:)/i;
 const SIZE_LIMIT = 30_000; // tokens of a text; a browser needs seconds to draw more

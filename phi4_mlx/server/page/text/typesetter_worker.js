@@ -7,14 +7,14 @@ const LIMIT = { code: 50_000, formula: 4000 }; // characters of a source
 const HTML_LIMIT = 1_000_000; // characters of a result
 
 async function codeHtml(source, language) {
-  const { default: highlight } = await import("./vendor/highlight.js");
+  const { default: highlight } = await import("../vendor/highlight.js");
   const options = { language, ignoreIllegals: true };
   return () => (highlight.getLanguage(language) ? highlight.highlight(source, options).value : null);
 }
 
 /** "$$", "\[" and the like around the formula say how it is displayed. */
 async function formulaHtml(source) {
-  await import("./vendor/katex.js"); // sets a global
+  await import("../vendor/katex.js"); // sets a global
   const marks = source.startsWith("$$") || source.startsWith("\\") ? 2 : 1;
   const options = {
     output: "mathml", displayMode: /^(?:\$\$|\\\[)/.test(source), trust: false, strict: "ignore", throwOnError: true,

@@ -2,13 +2,13 @@
  * The conversations, kept in this browser alone: in IndexedDB, or in this tab's memory where the browser forbids that
  * or has no room. Tabs may work on the same conversation: nothing that one of them has written is overwritten.
  *
- * @typedef {import("./conversation.js").Conversation} Conversation
+ * @typedef {import("../conversation.js").Conversation} Conversation
  * @typedef {Conversation & {created: number, revision: number}} Stored revision counts the saves
  */
+import { newId, titleOf } from "../conversation.js";
+import { Signal } from "../signal.js";
 import { isSound } from "./archive.js";
-import { newId, titleOf } from "./conversation.js";
 import { keep, names, recall } from "./local.js";
-import { Signal } from "./signal.js";
 
 const NAME = "phi4_mlx";
 const TABLE = "conversations";

@@ -1,6 +1,6 @@
 /** The key of a server that requires one: asked for once, checked, and kept in this browser. */
-import { accepts, onKeyNeeded, useKey } from "./api.js";
-import { $ } from "./dom.js";
+import { accepts, onKeyNeeded, useKey } from "../api.js";
+import { $ } from "../dom.js";
 
 const WRONG = "The server does not accept this key.";
 

@@ -1,7 +1,7 @@
 /** The switch in the composer that lets the model call the server's tools. */
-import { $, icon } from "./dom.js";
+import { $, icon } from "../dom.js";
+import { loaded, tools } from "../server_tools.js";
 import { changed, options, setOptions } from "./options.js";
-import { loaded, tools } from "./server_tools.js";
 
 const NAMES = 3; // shown beside the switch
 

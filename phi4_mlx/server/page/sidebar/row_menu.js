@@ -1,5 +1,5 @@
 /** The menu of a conversation in the list: a popover that all rows share. */
-import { make } from "./dom.js";
+import { make } from "../dom.js";
 
 /** @typedef {{label: string, run: (id: string) => void}} Action */
 

@@ -1,5 +1,5 @@
 /** The only way for HTML into the page: lists of the elements and attributes that the page's own renderers make. */
-import "./vendor/dompurify.js"; // sets a global
+import "../vendor/dompurify.js"; // sets a global
 
 const purifier = /** @type {any} */ (globalThis).DOMPurify;
 
