@@ -1,14 +1,18 @@
 """Metadata and packages; tool settings are in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
+VERSION_FILE = HERE / "phi4_mlx" / "terminal" / "version.py"  # read: a build need not have it on its path
+
 setup(
     name="phi4-mlx",
-    version="0.1.0",
+    version=re.findall(r'^__version__ = "(.+)"$', VERSION_FILE.read_text(encoding="utf-8"), re.M)[0],
     description="The Phi-4-mini family on Apple MLX: chat, serve, fine-tune and convert, exact at every context length",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     author="the phi4_mlx authors",
@@ -20,7 +24,7 @@ setup(
         "phi4_mlx.convert",
     ],
     package_dir={"phi4_mlx.convert": "convert"},
-    package_data={"phi4_mlx": ["py.typed", "demo/*"], "phi4_mlx.server": ["page.html"]},
+    package_data={"phi4_mlx": ["py.typed", "demo/*"], "phi4_mlx.server": ["page/*", "page/*/*"]},
     install_requires=[
         'mlx>=0.32; sys_platform == "darwin"',
         'mlx[cpu]>=0.32; sys_platform == "linux"',
@@ -31,6 +35,7 @@ setup(
         "llguidance>=1.9",
         "huggingface_hub>=0.30",
         "rich>=13.7",
+        "pygments>=2.13",
         "prompt_toolkit>=3.0.40",
         "pyyaml>=6",
         "starlette>=0.40",
@@ -50,6 +55,7 @@ setup(
             "openai>=3",
             "anthropic>=2",
             "pexpect>=4.9",
+            "playwright>=1.50",
             "ruff>=0.17,<0.18",
             "mypy>=1.18,<3",
             "setuptools>=65",

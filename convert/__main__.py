@@ -10,7 +10,9 @@ from pathlib import Path
 
 from phi4_mlx.config.fields import QUANTIZATION_MODES
 from phi4_mlx.files.dtypes import DTYPES, FLOATS
-from phi4_mlx.terminal.command import Parser, number, progress_bar, run, text
+from phi4_mlx.terminal.advice import command_line
+from phi4_mlx.terminal.amount import size
+from phi4_mlx.terminal.command import Parser, number, progress_bar, run, text, typed
 from phi4_mlx.terminal.options import add_revision_option
 
 
@@ -27,10 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser("phi4_mlx.convert", "Make an MLX package, for example in 4 bits, from a Hugging Face checkpoint.")
+    parser = Parser(typed("convert"), "Make an MLX package, for example in 4 bits, from a Hugging Face checkpoint.")
     add = parser.add_argument
     add("--hf-path", type=text, required=True, metavar="SRC", help="a folder, or a Hugging Face id")
-    add("--mlx-path", type=text, default="mlx_model", metavar="OUT", help="the new folder (default: %(default)s)")
+    add("--mlx-path", type=text, default="mlx_model", metavar="OUT", help="the new folder")
     add("-q", "--quantize", action="store_true", help="quantise the matrices")
     add("--q-bits", type=number(int, 2, 8), metavar="N", help="bits per number (default: 4, or the mode's)")
     add(
@@ -58,8 +60,9 @@ def _work(args: argparse.Namespace) -> None:
     options = {key: value for key, value in vars(args).items() if key != "debug"}
     with progress_bar("converting") as progress:
         convert(**options, progress=progress)
-    size = sum(path.stat().st_size for path in Path(os.path.expanduser(args.mlx_path)).glob("*.safetensors"))
-    print(f"{args.mlx_path}: {size:,} bytes of weights, {time.perf_counter() - begin:.1f} s")
+    nbytes = sum(path.stat().st_size for path in Path(os.path.expanduser(args.mlx_path)).glob("*.safetensors"))
+    print(f"{args.mlx_path}: {size(nbytes)} of weights, {time.perf_counter() - begin:.1f} s")
+    print(f"chat with it: {command_line('chat', model=args.mlx_path)}")
 
 
 if __name__ == "__main__":

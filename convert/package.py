@@ -24,6 +24,7 @@ from phi4_mlx.files.manifest import MANIFEST_FILE
 from phi4_mlx.files.regular_file import TOKENIZER_BYTES
 from phi4_mlx.files.safetensors import INDEX_FILE, bytes_in, file_in
 from phi4_mlx.hub import resolve
+from phi4_mlx.terminal.amount import size
 from phi4_mlx.tokens.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 from .quantize import make_recipe, quantization_config
@@ -193,7 +194,7 @@ def _check_room(out: Path, parameters: list[Parameter], small: Mapping[str, byte
     free = shutil.disk_usage(out).free
     if needed > free:
         raise RequestError(
-            f"{out.parent} has {free / 1e9:.2f} GB free and the package needs {needed / 1e9:.2f} GB; make room, or "
+            f"{out.parent} has {size(free)} free and the package needs {size(needed)}; make room, or "
             "name a folder on another disk"
         )
 

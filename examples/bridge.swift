@@ -1,7 +1,11 @@
 // Two ways to use the model from Swift: in this process through PythonKit, or in a subprocess over JSON Lines.
 //
 // PythonKit needs the Python environment of phi4_mlx: set PYTHON_LIBRARY to its libpython and PYTHONPATH to its
-// site-packages. Under the Hardened Runtime, library validation must be off. The subprocess needs neither.
+// site-packages and the checkout. Under the Hardened Runtime, library validation must be off. The subprocess needs
+// neither.
+//
+// This file was not compiled by its authors, who had no Swift compiler. Where there is one, tests/e2e/test_swift.py
+// checks its types against PythonKit's interface.
 
 import Foundation
 import PythonKit
@@ -15,7 +19,7 @@ func inProcess() {
     let messages = [["role": "user", "content": "hello"]]
     let stream = bridge.start_chat(loaded["model"], messages, max_tokens: 60)
     reading: while true {
-        let event = bridge.next_event(stream, timeout_s: 0.1)  // returns "wait" after 0.1 s, so that the loop can cancel
+        let event = bridge.next_event(stream, timeout_s: 0.1)  // "wait" after 0.1 s, so that it can cancel
         switch String(event["event"])! {
         case "token": print(String(event["text"])!, terminator: "")
         case "wait": if Task.isCancelled { bridge.cancel(stream) }
@@ -48,23 +52,36 @@ struct Event: Decodable {
     }
 }
 
-func ownProcess(python: String) async throws {
-    let process = Process(), input = Pipe(), output = Pipe()
+func ownProcess(python: String) throws {
+    let process = Process()
+    let input = Pipe()
+    let output = Pipe()
     process.executableURL = URL(fileURLWithPath: python)
     process.arguments = ["-m", "phi4_mlx.bridge", "--jsonl", "--model", "demo"]
-    (process.standardInput, process.standardOutput) = (input, output)
+    process.standardInput = input
+    process.standardOutput = output
     try process.run()
     func send(_ line: String) { input.fileHandleForWriting.write(Data((line + "\n").utf8)) }
     send(#"{"id": 1, "do": "chat", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 60}"#)
-    for try await line in output.fileHandleForReading.bytes.lines {
-        let event = try JSONDecoder().decode(Event.self, from: Data(line.utf8))
-        if event.event == "token" { print(event.text!, terminator: "") }  // send(#"{"cancel": 1}"#) ends it
-        if event.event == "error" { print(event.message!) }
-        if ["finish", "error"].contains(event.event) { break }
+    var pending = Data()
+    reading: while true {
+        let data = output.fileHandleForReading.availableData  // waits; empty at the end of the output
+        if data.isEmpty { break }
+        pending.append(data)
+        while let end = pending.firstIndex(of: UInt8(ascii: "\n")) {
+            let event = try JSONDecoder().decode(Event.self, from: Data(pending[..<end]))
+            pending = Data(pending[pending.index(after: end)...])
+            switch event.event {
+            case "token": print(event.text ?? "", terminator: "")  // send(#"{"cancel": 1}"#) ends it
+            case "error": print(event.message ?? ""); break reading
+            case "finish": print("\n\(event.reason ?? "")"); break reading
+            default: break
+            }
+        }
     }
     try input.fileHandleForWriting.close()  // the process exits at the end of its input
     process.waitUntilExit()
 }
 
 inProcess()
-try await ownProcess(python: CommandLine.arguments.dropFirst().first ?? "/usr/bin/python3")
+try ownProcess(python: CommandLine.arguments.dropFirst().first ?? "/usr/bin/python3")

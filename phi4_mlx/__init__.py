@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from phi4_mlx.lora.run import finetune
     from phi4_mlx.models.prompt_cache import PromptCache
     from phi4_mlx.models.text import Model
+    from phi4_mlx.terminal.version import __version__ as __version__
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
 _HOMES = {
@@ -42,6 +43,7 @@ _HOMES = {
     "RequestError": "errors",
     "Tokenizer": "tokens.tokenizer",
     "TokenizerError": "errors",
+    "__version__": "terminal.version",
     "finetune": "lora.run",
     "generate": "generation.stream",
     "generate_step": "generation.steps",
@@ -88,4 +90,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_HOMES})

@@ -202,6 +202,7 @@ class ToolLoop:
         max_rounds: int = MAX_ROUNDS,
         timeout_s: float | None = None,
         approve: Approval | None = None,
+        shorten: Callable[[int], Sequence[int]] | None = None,
     ):
         """Checks the limits; `events` runs the loop.
 
@@ -212,6 +213,8 @@ class ToolLoop:
             options: for each answer; `max_tokens` is lowered to what the context has room for.
             grammar: restricts the first answer, which then ends within `max_tokens`. The other answers, and all of them
                 by default, are restricted only by the toolbox's schemas.
+            shorten: called before each round but the first with the tokens of calls and results since the prompt;
+                returns the prompt to use instead. None keeps the prompt.
 
         Raises:
             RequestError: an option is outside its range.
@@ -225,6 +228,7 @@ class ToolLoop:
         self._toolbox, self._cache, self._options = toolbox, cache, options
         self._grammar = grammar
         self._max_rounds, self._timeout_s, self._approve = max_rounds, timeout_s, approve
+        self._shorten = shorten
         self._ends_at = float("inf")
         self.rounds: list[Round] = []
         self.prompt_tokens = 0
@@ -257,8 +261,12 @@ class ToolLoop:
         return AgentResult(text, conversation, rounds, self.finish_reason, self.error, self.loosened)
 
     def _all_rounds(self) -> Iterator[AgentEvent]:
-        prompt, context = self._prompt, self._model.config.max_position_embeddings
+        tail: list[int] = []  # calls and results since the prompt
+        context = self._model.config.max_position_embeddings
         while not self.finish_reason:
+            if tail and self._shorten is not None:
+                self._prompt = list(self._shorten(len(tail)))
+            prompt = [*self._prompt, *tail]
             room = context - len(prompt)
             if self.rounds and (room < 1 or time.monotonic() >= self._ends_at):
                 self.finish_reason = "length" if room < 1 else "timeout"
@@ -268,8 +276,8 @@ class ToolLoop:
             if not each.calls:
                 return
             yield from self._run_calls(each)
-            prompt = [*prompt, *each.ids]
-            self._tokenizer.chat_format.append(self._tokenizer, prompt, each.result_messages())
+            tail += each.ids
+            self._tokenizer.chat_format.append(self._tokenizer, tail, each.result_messages())
 
     @cached_property
     def _optional_calls(self) -> Grammar | None:
@@ -315,7 +323,7 @@ class ToolLoop:
         if self.finish_reason == "length":
             return error_text(f"not run: the answer was cut after {amount(len(self.rounds[-1].ids), 'token')}")
         if self.finish_reason:
-            limit = f"{self._timeout_s} s" if self.finish_reason == "timeout" else f"{self._max_rounds} rounds"
+            limit = f"{self._timeout_s} s" if self.finish_reason == "timeout" else amount(self._max_rounds, "round")
             return error_text(f"not run: the limit of {limit} is reached")
         if problem := self._toolbox.problem(call):
             return error_text(problem)

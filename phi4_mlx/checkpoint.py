@@ -30,6 +30,7 @@ from phi4_mlx.hub import resolve
 from phi4_mlx.models import sambay, text
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.shared_stream import shared_stream
+from phi4_mlx.terminal.suggestion import suggestion
 from phi4_mlx.tokens.chat_format import CHAT_FORMATS, ChatFormat, recognise
 from phi4_mlx.tokens.tokenizer import Tokenizer, load_tokenizer
 
@@ -112,7 +113,10 @@ def load_tokenizer_and_format(folder: Path, chat_format: str | None = None, mode
     """
     tokenizer = load_tokenizer(folder)
     if chat_format is not None and chat_format not in CHAT_FORMATS:
-        raise RequestError(f"chat format {chat_format!r} is unknown; known are {', '.join(sorted(CHAT_FORMATS))}")
+        names = sorted(CHAT_FORMATS)
+        raise RequestError(
+            f"chat format {chat_format!r} is unknown; known are {', '.join(names)}{suggestion(chat_format, names)}"
+        )
     known = CHAT_FORMATS[chat_format] if chat_format else None
     tokenizer.chat_format = known or KINDS[model_type].chat_format(folder, tokenizer)
     return tokenizer

@@ -6,8 +6,9 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
-from phi4_mlx.terminal.command import USER_MISTAKE, complain
-from phi4_mlx.terminal.version import version
+from phi4_mlx.terminal.command import USER_MISTAKE, complain, typed
+from phi4_mlx.terminal.suggestion import suggestion
+from phi4_mlx.terminal.version import __version__
 
 COMMANDS = {
     "generate": ("phi4_mlx.commands.generate", "print the answer to one prompt"),
@@ -15,13 +16,15 @@ COMMANDS = {
     "chat": ("phi4_mlx.chat.__main__", "chat with a model in the terminal"),
     "server": ("phi4_mlx.server.__main__", "serve a model over HTTP: OpenAI's and Anthropic's APIs, and a chat page"),
     "bridge": ("phi4_mlx.bridge.__main__", "serve another program over standard input and output"),
+    "models": ("phi4_mlx.commands.models", "list, download and remove the models in the Hugging Face cache"),
     "context": ("phi4_mlx.commands.context", "show the memory that a context takes, and what fits on this machine"),
     "lora": ("phi4_mlx.lora.__main__", "fine-tune a model on your own data"),
     "convert": ("phi4_mlx.convert.__main__", "convert a Hugging Face checkpoint to a package, such as a 4-bit one"),
     "benchmark": ("phi4_mlx.commands.benchmark", "measure the speed of a model on this machine"),
     "fuse": ("phi4_mlx.commands.fuse", "merge an adapter into a model and write the result as a package"),
+    "export": ("phi4_mlx.lora.export", "convert an adapter to Hugging Face's PEFT, or from it"),
+    "lora.export": ("phi4_mlx.lora.export", "the same as export"),
 }
-PROG = "phi4-mlx"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,14 +41,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     if name == "--version":
-        print(f"phi4-mlx {_version()}")
+        print(f"phi4-mlx {__version__}")
         return 0
     if name not in COMMANDS:
-        complain(PROG, f"{name!r} is not a command; the commands are {', '.join(COMMANDS)}; see --help")
+        known = f"; the commands are {', '.join(COMMANDS)}; see --help"
+        complain(
+            typed(""), f"{name!r:.100} is not a command{suggestion(name, [*COMMANDS, '--help', '--version']) or known}"
+        )
+        return USER_MISTAKE
+    if rest and f"{name}.{rest[0]}" in COMMANDS:
+        complain(typed(name), f"unrecognized arguments: {rest[0]}; did you mean {typed(f'{name}.{rest[0]}')}?")
         return USER_MISTAKE
     module, _ = COMMANDS[name]
-    command: Callable[[Sequence[str]], int] = importlib.import_module(module).main
-    return command(rest)
+    command: Callable[..., int] = importlib.import_module(module).main
+    return command(rest, name) if name == "export" else command(rest)  # its module has two names
 
 
 def _help() -> str:
@@ -53,16 +62,12 @@ def _help() -> str:
     lines = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(
         [
-            f"usage: {PROG} COMMAND [options]",
+            f"usage: {typed('')} COMMAND [options]",
             "",
             "The Phi-4-mini family on Apple MLX.",
             "",
             *lines,
             "",
-            f"{PROG} COMMAND --help lists the options of a command; {PROG} --version prints the version.",
+            f"{typed('COMMAND')} --help lists the options of a command; {typed('--version')} prints the version.",
         ]
     )
-
-
-def _version() -> str:
-    return version() or "(run from a checkout that is not installed)"

@@ -29,7 +29,7 @@ class CharFormat:
         return [*ids, ASSISTANT]
 
     def append(self, tokenizer: Any, ids: list[int], messages: Sequence[Any]) -> None:
-        ids += [*([] if ids[-1] == END else [END]), *self.render(tokenizer, messages)]
+        ids += [*([] if ids[-1:] == [END] else [END]), *self.render(tokenizer, messages)]
 
 
 class CharTokenizer:

@@ -52,6 +52,14 @@ def test_dir_lists_the_api_and_unknown_names_raise() -> None:
         phi4_mlx.generat  # noqa: B018
 
 
+def test_the_version_is_there_without_an_installation() -> None:
+    code = "import phi4_mlx, sys; print(phi4_mlx.__version__, *[m for m in sys.modules if m.startswith('phi4_mlx.')])"
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr  # -S: without site-packages
+    assert done.stdout.split() == [phi4_mlx.__version__, "phi4_mlx.terminal", "phi4_mlx.terminal.version"]
+    assert "__version__" in dir(phi4_mlx)
+
+
 def test_no_submodule_has_the_name_of_a_public_function() -> None:
     """An imported submodule would hide the function; so `convert` is `phi4_mlx.convert.package.convert`."""
     submodules = {module.name for module in pkgutil.iter_modules(phi4_mlx.__path__)}

@@ -1,6 +1,7 @@
-"""The README's commands and snippets run as printed, on the embedded package.
+"""The README's commands and snippets run as printed, on the embedded package, and print what it shows.
 
-A block that cannot run here (a download, an install) has this line above it: `<!-- not run: reason -->`.
+A block that cannot run here (a download, an install) has this line above it: `<!-- not run: reason -->`. A `text` block
+is the standard output of the block before it, whole but for lines of three dots.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,20 +25,34 @@ FENCE = re.compile(
 
 
 class Block(NamedTuple):
-    """A fenced block of the README."""
+    """A fenced block of the README.
+
+    Attributes:
+        line: of its beginning.
+        language: after its fence.
+        text: inside it.
+        why_not_run: the reason above it, or None.
+        shown: the text block right after it, or None.
+    """
 
     line: int
     language: str
     text: str
     why_not_run: str | None
+    shown: str | None
 
 
 def blocks() -> list[Block]:
     """All fenced blocks, in order."""
     readme = README.read_text(encoding="utf-8")
+    found = list(FENCE.finditer(readme))
+    shown = [
+        after["text"] if after["language"] == "text" and not readme[m.end() : after.start()].strip() else None
+        for m, after in pairwise(found)
+    ]
     return [
-        Block(readme[: m.start()].count("\n") + 1, m["language"], m["text"], m["why"])
-        for m in FENCE.finditer(readme)
+        Block(readme[: m.start()].count("\n") + 1, m["language"], m["text"], m["why"], output)
+        for m, output in zip(found, [*shown, None], strict=True)
     ]
 
 
@@ -59,6 +75,18 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=300,
     )
+
+
+def shows(shown: str, output: str) -> bool:
+    """True if a text block is the output; a line of three dots in it stands for any lines."""
+    pattern = "".join(r"(?:.*\n)*" if line == "..." else re.escape(line) + r"\n" for line in shown.splitlines())
+    return re.fullmatch(pattern, output) is not None
+
+
+def test_a_text_block_is_compared_whole() -> None:
+    assert shows("a\n...\nb\n", "a\nx\ny\nb\n") and shows("...\nb\n", "b\n") and shows("a.\n", "a.\n")
+    for other in ("ab\n", "a.\nb\n", "x\na.\n", "a.", ""):
+        assert not shows("a.\n", other)
 
 
 def test_every_block_names_its_language() -> None:
@@ -90,12 +118,13 @@ def test_shell_commands_run(block: Block, tmp_path: Path) -> None:
     done = run(["bash", "-euo", "pipefail", "-c", block.text], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
+    assert block.shown is None or shows(block.shown, done.stdout), done.stdout
 
 
 @pytest.mark.slow
 def test_python_snippets_run_in_order(tmp_path: Path) -> None:
-    snippets = [b.text for b in blocks() if b.language == "python" and not b.why_not_run]
+    snippets = [block for block in blocks() if block.language == "python" and not block.why_not_run]
     assert snippets
-    done = run([sys.executable, "-c", "\n".join(snippets)], tmp_path)
+    done = run([sys.executable, "-c", "\n".join(block.text for block in snippets)], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    assert shows("".join(block.shown or "" for block in snippets), done.stdout), done.stdout

@@ -8,6 +8,7 @@ elsewhere are taken without. After full fine-tuning the tensors are the model's 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from phi4_mlx.files.checksums import check_checksums, checksums
 from phi4_mlx.files.dtypes import FLOATS, name_of
 from phi4_mlx.files.json_file import JsonObject, read_json
 from phi4_mlx.files.safetensors import TensorWriter, read_header
+from phi4_mlx.terminal.suggestion import path_suggestion
 
 TENSORS_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
 CHECKSUMS_FILE = "adapters.sha256"
@@ -135,9 +137,9 @@ def read_config(folder: Path) -> JsonObject:
         CheckpointError: it is missing.
     """
     if not (folder / CONFIG_FILE).is_file():
-        raise CheckpointError(
-            f"{folder} holds no {CONFIG_FILE}; an adapter is a folder with that file and {TENSORS_FILE} in it"
-        )
+        near = "" if folder.is_dir() else path_suggestion(str(folder), os.path.isdir)
+        advice = f"; an adapter is a folder with that file and {TENSORS_FILE} in it"
+        raise CheckpointError(f"{folder} holds no {CONFIG_FILE}{near or advice}")
     return read_json(folder / CONFIG_FILE)
 
 

@@ -56,6 +56,9 @@ def add_adapter(
     linears = _linear_layers(model)
     wanted = (f"model.layers.{n}.{key}" for n in range(total - count, total) for key in keys)
     paths = [path for path in wanted if path in linears]  # blocks may differ
+    most = max(min(_dimensions(linears[path])) for path in paths)
+    if rank > most:
+        raise RequestError(f"rank {rank:,} is out of range; no matrix to adapt has a rank above {most:,}")
     layers: dict[str, LoRALinear] = {}
     for path, random in zip(paths, mx.random.split(mx.random.key(seed), len(paths)), strict=True):
         width, out = _dimensions(linears[path])

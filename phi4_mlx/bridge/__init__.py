@@ -21,12 +21,17 @@ from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.bridge.events import LAST, BridgeEvent, error_event, refusal
 from phi4_mlx.bridge.worker import Stream, Worker
-from phi4_mlx.terminal.version import version as version  # one of the functions here
+from phi4_mlx.terminal.version import __version__
 
 if TYPE_CHECKING:
     from phi4_mlx.bridge.model import Given
 
 WORKER = Worker()
+
+
+def version() -> str:
+    """The version of phi4_mlx."""
+    return __version__
 
 
 def load(

@@ -26,7 +26,7 @@ from phi4_mlx import bridge
 from phi4_mlx.bridge.events import LAST, BridgeEvent, refusal
 from phi4_mlx.bridge.worker import Stream, Work
 from phi4_mlx.errors import CheckpointError, RequestError
-from phi4_mlx.terminal.command import READER_LEFT, Parser, run, word
+from phi4_mlx.terminal.command import READER_LEFT, Parser, run, typed, word
 
 ACTIONS = ("load", "unload", "use_adapter", "count_tokens", "chat", "complete", "version")
 GIVEN = {"chat": "messages", "complete": "prompt"}  # the actions that stream an answer, and its input's name
@@ -37,15 +37,21 @@ RequestId = int | str
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
+    return run(_parser(), _serve, argv)
+
+
+def _parser() -> Parser:
     parser = Parser(
-        prog="phi4-mlx bridge", description="Serve another program over standard input and output, in JSON Lines."
+        prog=typed("bridge"), description="Serve another program over standard input and output, in JSON Lines."
     )
     parser.add_argument(
         "--jsonl", action="store_true", required=True, help="requests and events are JSON objects, one a line"
     )
-    parser.add_argument("--model", type=word, help="a model to load before the first request")
-    parser.add_argument("--adapter-path", type=word, metavar="FOLDER", help="a LoRA adapter to put on --model")
-    return run(parser, _serve, argv)
+    parser.add_argument("--model", type=word, help="a model to load before the first request (default: none)")
+    parser.add_argument(
+        "--adapter-path", type=word, metavar="FOLDER", help="a LoRA adapter to put on --model (default: none)"
+    )
+    return parser
 
 
 def _serve(args: argparse.Namespace) -> None:

@@ -7,23 +7,25 @@ import contextlib
 import signal
 import sys
 import termios
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from phi4_mlx.chat.commands import COMMANDS, Leave, is_command, obey
+from phi4_mlx.chat.commands import COMPLETED_PATHS, COMPLETED_WORDS, Leave, is_command, obey
 from phi4_mlx.chat.session import Chat, load_shown
-from phi4_mlx.chat.tools import Doorkeeper, add_tool_options, toolbox_of
+from phi4_mlx.chat.tools import Doorkeeper, add_chat_tool_options, toolbox_of
 from phi4_mlx.errors import Interruption, Phi4Error, RequestError
 from phi4_mlx.files.regular_file import SMALL_BYTES
 from phi4_mlx.terminal.command import (
+    Idle,
     Parser,
     complain,
     read_standard_input,
     run,
     standard_input_beside,
     text,
+    typed,
     utf8,
     word,
 )
@@ -31,6 +33,7 @@ from phi4_mlx.terminal.options import (
     SAMPLING,
     add_decoding_options,
     add_model_options,
+    add_overflow_option,
     add_sampling_options,
     cache_options,
     check_decoding_options,
@@ -43,7 +46,7 @@ if TYPE_CHECKING:
     from phi4_mlx.tools.toolbox import Toolbox
 
 
-PROG = "phi4-mlx chat"
+PROG = typed("chat")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,15 +60,22 @@ def _parser() -> Parser:
         description="Chat with a model. Input from a pipe is answered line by line, as one conversation.",
     )
     add_model_options(parser)
-    parser.add_argument("--system-prompt", type=text, help="instructions to the model, before the conversation")
+    parser.add_argument(
+        "--system-prompt", type=text, help="instructions to the model, before the conversation (default: none)"
+    )
     parser.add_argument(
         "--prompt", "-p", type=text,
-        help="answer this prompt and exit; text on standard input follows it, after an empty line; - reads that alone",
+        help="answer this prompt and exit; text on standard input follows it, after an empty line; - reads that alone "
+        "(default: a conversation)",
     )  # fmt: skip
-    add_tool_options(parser)
-    parser.add_argument("--schema", type=word, metavar="FILE.json", help="answers are JSON that obeys this JSON schema")
+    add_chat_tool_options(parser)
+    parser.add_argument(
+        "--schema", type=word, metavar="FILE.json", help="answers are JSON that obeys this JSON schema (default: none)"
+    )
     add_sampling_options(parser, max_tokens=2048)
     add_decoding_options(parser)
+    add_overflow_option(parser)
+    parser.idle.append(Idle(("context_overflow",), lambda args: args.prompt is not None, "with --prompt: one question"))
     return parser
 
 
@@ -78,7 +88,7 @@ def _chat(args: argparse.Namespace) -> None:
     check_decoding_options(args)
     person = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     screen, grammar = Screen(), None if args.schema is None else _grammar(args)
-    with _ending_servers(args), toolbox_of(args, person, partial(complain, PROG)) as toolbox:
+    with toolbox_of(args, person, partial(complain, PROG)) as toolbox:
         chat = _open(args, screen, person, toolbox, grammar)
         if prompt is not None:
             chat.answer(prompt)
@@ -86,26 +96,6 @@ def _chat(args: argparse.Namespace) -> None:
             talk(chat)
         else:
             _answer_lines(chat)
-
-
-@contextlib.contextmanager
-def _ending_servers(args: argparse.Namespace) -> Iterator[None]:
-    """Lets a signal that ends the program end the MCP servers first; one that reads no input would go on for ever."""
-    if not args.mcp:
-        yield
-        return
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise Ended(number)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    except Ended as ended:
-        raise SystemExit(128 + ended.args[0]) from None  # as shells count
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _grammar(args: argparse.Namespace) -> Grammar:
@@ -127,8 +117,9 @@ def _open(args: argparse.Namespace, screen: Screen, person: bool, toolbox: Toolb
     model, tokenizer = load_shown(screen, name, load_options(args))
     draft = None if args.draft_model is None else load(args.draft_model)[0]
     conversation = Conversation(
-        model, tokenizer, args.system_prompt, toolbox, cache_options=CacheOptions(**cache_options(args))
-    )
+        model, tokenizer, args.system_prompt, toolbox,
+        cache_options=CacheOptions(**cache_options(args)), overflow=args.context_overflow,
+    )  # fmt: skip
     conversation.check_tools()
     return Chat(
         screen,
@@ -140,6 +131,7 @@ def _open(args: argparse.Namespace, screen: Screen, person: bool, toolbox: Toolb
         draft=draft,
         grammar=grammar,
         approve=None if args.allow_tools else Doorkeeper(screen.ask),
+        warn=partial(complain, PROG),
     )
 
 
@@ -158,7 +150,7 @@ def talk(chat: Chat) -> None:
     """Reads and answers until the person leaves or the terminal is closed."""
     from phi4_mlx.terminal.line_editor import LineEditor
 
-    editor = LineEditor([f"/{name}" for name in COMMANDS], chat.screen.colour)
+    editor = LineEditor(COMPLETED_WORDS, COMPLETED_PATHS, chat.screen.colour)
     chat.greet()
 
     def hang_up(signal_number: int, frame: FrameType | None) -> None:
@@ -195,10 +187,6 @@ def take_turn(chat: Chat, read: Callable[[], str]) -> None:
         chat.screen.note("Ctrl-D leaves")
     except Phi4Error as error:
         chat.screen.error(str(error))
-
-
-class Ended(Interruption):
-    """A signal, by its number, that ends the program."""
 
 
 class HungUp(Interruption):

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,16 @@ from phi4_mlx.chat.session import Chat, rescued_file
 from phi4_mlx.chat.tools import shown_tool
 from phi4_mlx.errors import Phi4Error, RequestError
 from phi4_mlx.files.atomic import sweep
-from phi4_mlx.terminal.amount import amount
+from phi4_mlx.terminal.amount import amount, size
 from phi4_mlx.terminal.options import SAMPLING
+from phi4_mlx.terminal.suggestion import path_suggestion, suggestion
 
 if TYPE_CHECKING:
     from phi4_mlx.chat.conversation import Turn
     from phi4_mlx.tokens.tokenizer import Tokenizer
+
+
+CACHE_SUFFIX = ".cache.safetensors"
 
 
 class Leave(Exception):
@@ -59,7 +64,9 @@ def obey(chat: Chat, typed: str) -> None:
     """
     name, rest = (part.strip() for part in re.split(r"(?=\s|$)", typed[1:], maxsplit=1))
     if name not in COMMANDS:
-        raise RequestError(f"/{name} is not a command; /help lists them; a space before the slash makes it a message")
+        near = suggestion(f"/{name}", [f"/{each}" for each in COMMANDS])
+        advice = "; /help lists them; a space before the slash makes it a message"
+        raise RequestError(f"/{name} is not a command{near or advice}")
     if rest and not COMMANDS[name].words:
         raise RequestError(f"/{name} takes nothing after it, not {rest!r:.100}; leave that out")
     try:
@@ -104,7 +111,7 @@ def _retry(chat: Chat, rest: str) -> None:
     length = len(turns)
     try:
         if chat.settings["temp"] == 0:
-            chat.screen.note("temp is 0, so the answer will be the same; /set temp 0.7 lets it vary")
+            chat.screen.note("temp is 0: only a change since then can change the answer; /set temp 0.7 lets it vary")
         chat.answer(before.question)
     finally:
         if len(turns) == length:  # stopped before its first token: the old answer stays
@@ -113,9 +120,13 @@ def _retry(chat: Chat, rest: str) -> None:
 
 def _take_back(chat: Chat) -> Turn:
     """Removes the last turn and returns it."""
-    if not chat.conversation.turns:
+    conversation = chat.conversation
+    if not conversation.turns:
         raise RequestError("there is no turn yet")
-    return chat.conversation.turns.pop()
+    taken = conversation.turns.pop()
+    if conversation.dropped >= len(conversation.turns):  # nothing of the cached prompt is left
+        conversation.dropped = 0
+    return taken
 
 
 def _save(chat: Chat, rest: str) -> None:
@@ -123,7 +134,7 @@ def _save(chat: Chat, rest: str) -> None:
 
     if not rest:
         raise RequestError("/save needs the name of a file")
-    path = _json_file(rest)
+    path = _json_file(_named(rest))
     conversation = chat.conversation
     for name in ("*.json", _cache_file(Path("*.json")).name):
         sweep(path.parent, name)  # a chat that was killed may have saved under another name
@@ -136,16 +147,27 @@ def _load(chat: Chat, rest: str) -> None:
     from phi4_mlx.chat import transcript
 
     if not rest and not rescued_file().exists():
-        raise RequestError("/load needs the name of a file that /save wrote")
-    path = _json_file(rest) if rest else rescued_file()
-    if rest and not path.exists():
-        path = Path(os.path.expanduser(rest)).absolute()  # a file that was renamed
+        raise RequestError("/load needs the name of a file that /save wrote; no closed terminal has left one")
+    path = rescued_file()
+    if rest:
+        path = _json_file(_named(rest))
+        if not path.exists():
+            path = Path(_named(rest)).absolute()  # a file that was renamed
+        if not path.exists():
+            near = path_suggestion(f"{_named(rest)}.json", _is_conversation)
+            raise RequestError(f"{path} does not exist{path_suggestion(_named(rest), _is_conversation) or near}")
     conversation = chat.conversation
     conversation.system, conversation.turns = transcript.load(path, conversation.tokenizer)
+    conversation.dropped = 0
     chat.saved_as = path
     chat.screen.note(f"loaded {amount(len(conversation.turns), 'turn')} from {path}{_load_cache(chat, path)}")
     if conversation.turns:
         chat.screen.note(f"the last question was: {_shortened(conversation.turns[-1].question)}")
+
+
+def _is_conversation(path: str) -> bool:
+    """True if a path may be that of a saved conversation."""
+    return not path.endswith(CACHE_SUFFIX) and not os.path.isdir(path)
 
 
 def _save_cache(chat: Chat, path: Path) -> str:
@@ -159,12 +181,13 @@ def _save_cache(chat: Chat, path: Path) -> str:
     if not cache.offset:
         return ""
     drawn = json.dumps([_replies(turn) for turn in conversation.turns])
+    metadata = {"replies": drawn, "dropped": str(conversation.dropped)}
     try:
-        size = save_prompt_cache(beside, cache, conversation.model, conversation.tokenizer, {"replies": drawn})
+        nbytes = save_prompt_cache(beside, cache, conversation.model, conversation.tokenizer, metadata)
     except (Phi4Error, OSError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
         return f"; the prompt cache is not saved, and /load will prefill again: {reason}"
-    return f", its prompt cache to {beside.name}, {size / 1e6:,.1f} MB"
+    return f", its prompt cache to {beside.name}, {size(nbytes)}"
 
 
 def _load_cache(chat: Chat, path: Path) -> str:
@@ -182,11 +205,11 @@ def _load_cache(chat: Chat, path: Path) -> str:
             raise RequestError(f"{beside} was made with another --kv-bits or --max-kv-size than this chat")
     except Phi4Error as error:
         return f"; the next prompt is prefilled again: {error}"
-    conversation.cache = cache
+    conversation.cache, conversation.dropped = cache, int(metadata.get("dropped", 0))
     replies = json.loads(metadata.get("replies", "[]"))
     for at, (turn, drawn) in enumerate(zip(conversation.turns, replies, strict=False)):  # a file may have been edited
         conversation.turns[at] = _as_drawn(tokenizer, turn, drawn)
-    return f", with the prompt cache of {conversation.cache.offset:,} tokens"
+    return f", with the prompt cache of {amount(conversation.cache.offset, 'token')}"
 
 
 def _replies(turn: Turn) -> list[list[int]]:
@@ -204,30 +227,49 @@ def _as_drawn(tokenizer: Tokenizer, turn: Turn, drawn: list[list[int]]) -> Turn:
 
 
 def _cache_file(path: Path) -> Path:
-    return path.with_suffix(".cache.safetensors")
+    return path.with_name(path.name.removesuffix(".json") + CACHE_SUFFIX)
+
+
+def _named(rest: str) -> str:
+    """A name as it was typed: with spaces in it, or quoted as in a shell; ~ is the home folder."""
+    try:
+        words = shlex.split(rest)
+    except ValueError:  # a lone apostrophe, as in it's
+        words = []
+    return os.path.expanduser(words[0] if len(words) == 1 else rest)
 
 
 def _json_file(name: str) -> Path:
-    path = Path(os.path.expanduser(name)).absolute()
-    return path if path.suffix else path.with_suffix(".json")
+    """The file of a conversation, which has the ending .json unless its name has another one."""
+    path = Path(name).absolute()
+    if not name or name.endswith("/") or path.is_dir():
+        raise RequestError(f"{name!r:.200} is not the name of a file; give one")
+    return path if path.suffix else path.with_name(f"{path.name}.json")
 
 
 def _set(chat: Chat, rest: str) -> None:
     name, _, value = " ".join(rest.split()).partition(" ")
     if not rest:
-        for known, option in SAMPLING.items():
-            current = chat.settings[known]
-            chat.screen.write(f"{known:18}  {'-' if current is None else current!s:8}  {option.explanation}\n")
+        for known in SAMPLING:
+            _show_setting(chat, known)
         return
     if name not in SAMPLING:
-        raise RequestError(f"{name!r} cannot be set; these can: {', '.join(SAMPLING)}")
+        known_names = f"; these can: {', '.join(SAMPLING)}"
+        raise RequestError(f"{name!r:.100} cannot be set{suggestion(name, SAMPLING) or known_names}")
     if not value:
-        raise RequestError(f"/set {name} needs a value; - restores the one at the start")
+        return _show_setting(chat, name)
     try:
         chat.set(name, chat.defaults[name] if value == "-" else SAMPLING[name].parse(value))
     except argparse.ArgumentTypeError as error:
         raise RequestError(f"{name}: {error}") from None
-    chat.screen.note(f"{name} is {chat.settings[name]}")
+    current = chat.settings[name]
+    chat.screen.note(f"{name} is {'not set' if current is None else current}")
+
+
+def _show_setting(chat: Chat, name: str) -> None:
+    current = chat.settings[name]
+    shown = "-" if current is None else str(current)
+    chat.screen.write(f"{name:18}  {shown:8}  {SAMPLING[name].explanation}\n")
 
 
 def _tools(chat: Chat, rest: str) -> None:
@@ -239,28 +281,32 @@ def _tools(chat: Chat, rest: str) -> None:
 
 def _stats(chat: Chat, rest: str) -> None:
     conversation, usage = chat.conversation, chat.conversation.usage
-    tokens, turns = len(conversation.ids()), amount(len(conversation.turns), "turn")
+    kept = amount(len(conversation.turns[conversation.dropped :]), "turn")
+    left_out = f", without the oldest {conversation.dropped:,}" if conversation.dropped else ""
+    length, full = len(conversation.ids()), ""
+    if length >= conversation.context and conversation.overflow == "oldest":  # older turns came back
+        full = "; the next question leaves out the oldest"
     lines = [
         f"model        {chat.model_name}, chat format {conversation.tokenizer.chat_format.name}",
-        f"context      {tokens:,} of {conversation.context:,} tokens, in {turns}",
+        f"context      {length:,} of {conversation.context:,} tokens, in {kept}{left_out}{full}",
     ]
     if usage.answer_tokens:
         new = usage.prompt_tokens - usage.cached_tokens
         lines += [
-            f"last prompt  {usage.prompt_tokens:,} tokens: {usage.cached_tokens:,} from the cache, {new:,} run "
+            f"last prompt  {amount(usage.prompt_tokens, 'token')}: {usage.cached_tokens:,} from the cache, {new:,} run "
             f"at {usage.prompt_tps:,.0f} tokens/s",
-            f"last answer  {usage.answer_tokens:,} tokens at {usage.answer_tps:,.1f} tokens/s",
-            f"memory       {usage.peak_memory:.2f} GB at the peak, {conversation.cache.nbytes / 1e6:,.1f} MB of cache",
+            f"last answer  {amount(usage.answer_tokens, 'token')} at {usage.answer_tps:,.1f} tokens/s",
+            f"memory       {size(1e9 * usage.peak_memory)} at the peak, {size(conversation.cache.nbytes)} of cache",
         ]
     if conversation.model.boundary is not None:
-        run_again = f"; {usage.reprefilled:,} tokens were run again for it" if usage.reprefilled else ""
+        run_again = f"; {amount(usage.reprefilled, 'token')} run again for it" if usage.reprefilled else ""
         lines.append(f"RoPE table   {conversation.cache.regime}{run_again}")
     chat.screen.write("\n".join(lines) + "\n")
 
 
 def _model(chat: Chat, rest: str) -> None:
     if rest:
-        chat.switch_model(rest)
+        chat.switch_model(_named(rest))
     chat.screen.note(f"model: {chat.model_name}")
 
 
@@ -278,12 +324,21 @@ COMMANDS = {
     "system": Command("[TEXT]", "show or set the system prompt; - removes it", _system),
     "reset": Command("", "begin a new conversation; the system prompt stays", _reset),
     "undo": Command("[N]", "take back the last question and its answer, or the last N", _undo),
-    "retry": Command("", "ask the last question again", _retry),
-    "save": Command("FILE", "save the conversation to a file, and its prompt cache beside it", _save),
+    "retry": Command("", "ask the last question again; the answer varies if temp is above 0", _retry),
+    "save": Command("FILE", "save the conversation to a new file or its own, its prompt cache beside it", _save),
     "load": Command("[FILE]", "load a saved conversation; without a name, the one of a closed terminal", _load),
-    "set": Command("[NAME VALUE]", "show or set temp, top-p, max-tokens and others", _set),
+    "set": Command("[NAME VALUE]", "show or set temp, top-p, max-tokens and others; - restores one", _set),
     "stats": Command("", "show tokens, speeds and memory", _stats),
     "tools": Command("", "list the tools that the model may call", _tools),
     "model": Command("[NAME]", "show the model, or continue with another one", _model),
     "quit": Command("", "leave, as Ctrl-D does", _quit),
+}
+COMPLETED_WORDS = [
+    *(f"/{name} " if command.words else f"/{name}" for name, command in COMMANDS.items()),
+    *(f"/set {name} " for name in SAMPLING),
+]
+COMPLETED_PATHS: dict[str, Callable[[str], bool]] = {
+    "/save": _is_conversation,
+    "/load": _is_conversation,
+    "/model": lambda name: False,  # a folder
 }

@@ -18,6 +18,7 @@ from phi4_mlx.generation.memory import check_context, plan_context
 from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.stream import GenerationResponse
 from phi4_mlx.models.cache import CacheOptions
+from phi4_mlx.tokens.overflow import Overflow, keep_latest
 from phi4_mlx.tokens.tokenizer import Control
 from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.json_text import json_text
@@ -88,7 +89,9 @@ class Conversation:
         turns: the finished turns; may be changed between two questions.
         usage: of the last answer.
         cache_options: the kind of cache to make.
+        overflow: at the end of the context, "stop" refuses a question and "oldest" leaves out the oldest turns.
         cache: the prompt cache.
+        dropped: number of turns at the front that the cached prompt leaves out.
     """
 
     model: LanguageModel
@@ -98,6 +101,7 @@ class Conversation:
     turns: list[Turn] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)
     cache_options: CacheOptions = field(default_factory=CacheOptions)
+    overflow: Overflow = "stop"
 
     def __post_init__(self) -> None:
         self.forget_cache()
@@ -123,7 +127,7 @@ class Conversation:
 
     def forget_cache(self) -> None:
         """Replaces the cache with an empty one; the next prompt is prefilled whole."""
-        self.cache = self.model.make_cache(**vars(self.cache_options))
+        self.cache, self.dropped = self.model.make_cache(**vars(self.cache_options)), 0
 
     def drop_other_tokens(self) -> None:
         """Drops cached tokens that are not part of the turns, such as those of a turn taken back.
@@ -143,31 +147,45 @@ class Conversation:
             self.prompt_ids("")
 
     def ids(self) -> list[int]:
-        """The ids of all turns, as the model read and drew them."""
-        ids: list[int] = []
-        for turn in self.turns:
-            self._ask(ids, turn.question)
-            for each in turn.rounds:
-                ids += each.ids
-                self.tokenizer.chat_format.append(self.tokenizer, ids, each.result_messages())
-            ids += turn.ids
-        return ids
+        """The ids of the turns that are not dropped, as the model read and drew them."""
+        return self._ids(self.turns[self.dropped :])
 
     def prompt_ids(self, question: str) -> list[int]:
-        """The ids of the next prompt: all turns, `question`, and the start of an answer."""
-        ids = self.ids()
-        self._ask(ids, question)
+        """The ids of all turns, `question`, and the start of an answer."""
+        return self._ids([*self.turns, _open_turn(question)])
+
+    def _ids(self, turns: Sequence[Turn]) -> list[int]:
+        ids: list[int] = []
+        for turn in turns:
+            self._ask(ids, turn.question)
+            self._reply(ids, turn)
         return ids
+
+    def _length(self, turn: Turn) -> int:
+        """The tokens of a turn in a prompt."""
+        ids: list[int] = []
+        self._continue(ids, turn.question)
+        self._reply(ids, turn)
+        return len(ids)
+
+    def _reply(self, ids: list[int], turn: Turn) -> None:
+        """Appends the replies of a turn and the results of their calls."""
+        for each in turn.rounds:
+            ids += each.ids
+            self.tokenizer.chat_format.append(self.tokenizer, ids, each.result_messages())
+        ids += turn.ids
 
     def _ask(self, ids: list[int], question: str) -> None:
         """Appends a question to the ids of the turns before it; without any, the system prompt comes first."""
-        message = {"role": "user", "content": question}
-        chat_format = self.tokenizer.chat_format
-        if ids:  # also closes a reply that was cut before its end marker
-            chat_format.append(self.tokenizer, ids, [message])
-            return
+        if ids:
+            return self._continue(ids, question)
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        ids += chat_format.render(self.tokenizer, [*system, message], self.toolbox.declarations or None)
+        messages = [*system, {"role": "user", "content": question}]
+        ids += self.tokenizer.chat_format.render(self.tokenizer, messages, self.toolbox.declarations or None)
+
+    def _continue(self, ids: list[int], question: str) -> None:
+        """Appends a question; also closes a reply that was cut before its end marker."""
+        self.tokenizer.chat_format.append(self.tokenizer, ids, [{"role": "user", "content": question}])
 
     def ask(
         self,
@@ -194,18 +212,39 @@ class Conversation:
         """
         if not question.strip():
             raise RequestError("the question is empty; it needs at least one character that is not white space")
-        prompt = self.prompt_ids(question)
-        if len(prompt) >= self.context:
-            raise RequestError(
-                f"the conversation would be {len(prompt):,} tokens long, and the context holds {self.context:,}; "
-                "/reset begins a new one, /undo takes back a turn"
-            )
         plan = plan_context(self.model, self.cache_options.kv_bits, self.cache_options.max_kv_size)
+        turns = [*self.turns, _open_turn(question)]
+
+        def fitted(after: int = 0) -> tuple[list[int], int]:
+            if self.overflow == "stop":
+                return self._ids(turns), 0
+            limit = min(self.context, plan.most_tokens)
+            return keep_latest(turns, self._ids, self._length, limit, options.max_tokens, after)
+
+        def shorten(after: int) -> list[int]:
+            prompt, self.dropped = fitted(after)
+            return prompt
+
+        prompt, dropped = fitted()
+        if len(prompt) >= self.context:
+            raise RequestError(self._too_long(len(prompt)))
         check_context(plan, len(prompt))
+        self.dropped = dropped
         loop = ToolLoop(
-            self.model, self.tokenizer, prompt, self.toolbox, self.cache, options, grammar=grammar, approve=approve
-        )
+            self.model, self.tokenizer, prompt, self.toolbox, self.cache, options,
+            grammar=grammar, approve=approve, shorten=None if self.overflow == "stop" else shorten,
+        )  # fmt: skip
         return self._answer(question, loop)
+
+    def _too_long(self, length: int) -> str:
+        """The message for a question that does not fit."""
+        holds = f"tokens long, and the context holds {self.context:,}"
+        if self.overflow == "oldest":
+            return f"without any earlier turn, the prompt is still {length:,} {holds}; shorten the question"
+        if not self.turns:
+            return f"the prompt is {length:,} {holds}; shorten the question"
+        message = f"the conversation would be {length:,} {holds}; /reset begins a new one, /undo takes back a turn"
+        return f"{message}; a chat started with --context-overflow oldest leaves out the oldest turns"
 
     def _answer(self, question: str, loop: ToolLoop) -> Generator[AgentEvent, None, None]:
         self.usage = Usage()
@@ -230,6 +269,11 @@ class Conversation:
         finally:
             if any(each.ids for each in loop.rounds) or self.usage.finish_reason:
                 self.turns.append(_turn(question, loop.rounds))
+
+
+def _open_turn(question: str) -> Turn:
+    """A question without an answer."""
+    return Turn(question, "", ())
 
 
 def _turn(question: str, rounds: Sequence[Round]) -> Turn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,6 +56,7 @@ class Chat:
         draft: the model that guesses tokens, or None.
         grammar: the grammar of every answer, or None.
         approve: asked before each call of a tool; None runs all.
+        warn: shows a line beside the answers, which may go to a pipe, where no person is shown notes.
 
     Attributes:
         settings: change them with `set`.
@@ -75,6 +76,7 @@ class Chat:
         draft: LanguageModel | None = None,
         grammar: Grammar | None = None,
         approve: Doorkeeper | None = None,
+        warn: Callable[[str], None] | None = None,
     ) -> None:
         self.screen, self.conversation, self.model_name = screen, conversation, model_name
         self.settings, self.defaults = settings, dict(settings)
@@ -83,6 +85,7 @@ class Chat:
         self._speculate: Mode = speculate
         self._draft = draft
         self._person = person
+        self._warn = screen.note if person or warn is None else warn
         self._options: DecodeOptions | None = None
 
     def switch_model(self, name: str) -> None:
@@ -116,7 +119,7 @@ class Chat:
         Raises:
             RequestError: the question is empty, or the context is full.
         """
-        stop = StopButton()
+        stop, dropped_before = StopButton(), self.conversation.dropped
         with stop if self._person else contextlib.nullcontext():
             options = dataclasses.replace(
                 self.decode_options(),
@@ -131,6 +134,8 @@ class Chat:
                     raise
             finally:
                 self.screen.status("")
+        if self.conversation.dropped and not dropped_before:
+            self._say_full()
         if self._person:
             self._explain_end(stop.pressed)
 
@@ -194,12 +199,33 @@ class Chat:
         if stopped:
             self.screen.note("stopped")
         elif usage.finish_reason == "length":
-            self.screen.note(f"cut at {amount(usage.answer_tokens, 'token')}; /set max-tokens N changes the limit")
+            self.screen.note(f"cut at {amount(usage.answer_tokens, 'token')}{self._limit()}")
         elif usage.finish_reason == "max_rounds":
             self.screen.note("the last calls were not run: the model kept calling tools without an answer")
         if usage.reprefilled:
-            self.screen.note(f"{usage.reprefilled:,} tokens were run again, under the RoPE table for long texts")
+            table = f"the RoPE table for {self.conversation.cache.regime} texts"
+            self.screen.note(f"the conversation now needs {table}: {amount(usage.reprefilled, 'token')} run again")
         self.screen.end_paragraph()
+
+    def _say_full(self) -> None:
+        """Says that turns are left out; once, although more follow."""
+        conversation = self.conversation
+        self._warn(
+            f"the context of {conversation.context:,} tokens is full: from now on the oldest turns are left out of the "
+            f"prompt, {conversation.dropped:,} of {len(conversation.turns):,} so far"
+        )
+
+    def _limit(self) -> str:
+        """The limit that has cut the last answer, and the way out, for the note."""
+        conversation, max_tokens = self.conversation, self.settings["max-tokens"]
+        usage = conversation.usage
+        assert isinstance(max_tokens, int)
+        if usage.answer_tokens and usage.prompt_tokens + max_tokens <= conversation.context:
+            return "; /set max-tokens N changes the limit"
+        end = f", the end of the context of {conversation.context:,}"
+        if conversation.overflow == "oldest":
+            return f"{end}; the next question makes room"
+        return f"{end}; /undo and /reset make room; a chat started with --context-overflow oldest goes on"
 
     def rescue(self) -> str:
         """Saves the conversation where the next chat finds it; returns a sentence that says so."""

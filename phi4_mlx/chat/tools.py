@@ -8,27 +8,21 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.terminal.command import Idle, Parser, word
-from phi4_mlx.terminal.printable import one_line
+from phi4_mlx.terminal.command import Idle, Parser
+from phi4_mlx.terminal.options import add_tool_options
+from phi4_mlx.terminal.printable import one_line, visible
 
 if TYPE_CHECKING:
     from phi4_mlx.tools.calls import ToolCall
-    from phi4_mlx.tools.toolbox import Tool, Toolbox
+    from phi4_mlx.tools.toolbox import Toolbox
 
 SHOWN_RESULT = 300  # characters
 SHOWN_NOTE = 1000
 
 
-def add_tool_options(parser: Parser) -> None:
+def add_chat_tool_options(parser: Parser) -> None:
     """Adds `--tools`, `--mcp` and `--allow-tools`."""
-    parser.add_argument(
-        "--tools", type=word, action="append", default=[], metavar="FILE.py",
-        help="a file whose public functions the model may call; may be repeated; needs phi4-mlx[mcp]",
-    )  # fmt: skip
-    parser.add_argument(
-        "--mcp", type=word, action="append", default=[], metavar="COMMAND",
-        help="an MCP server to start, whose tools the model may call; may be repeated; needs phi4-mlx[mcp]",
-    )  # fmt: skip
+    add_tool_options(parser, "the model may call")
     parser.add_argument("--allow-tools", action="store_true", help="run the model's calls without asking")
     parser.idle.append(Idle(("allow_tools",), lambda args: not (args.tools or args.mcp), "without --tools or --mcp"))
 
@@ -46,20 +40,12 @@ def toolbox_of(args: argparse.Namespace, person: bool, note: Callable[[str], Non
         RequestError: a file or a server has no usable tools, or no person is there to approve a call.
     """
     from phi4_mlx.generation.answer import tool_grammar
+    from phi4_mlx.tools.sources import opened_tools
     from phi4_mlx.tools.toolbox import Toolbox
 
     if (args.tools or args.mcp) and not (person or args.allow_tools):
         raise RequestError("no person is at a terminal to approve each call of a tool; --allow-tools runs all calls")
-    with contextlib.ExitStack() as stack:
-        tools: list[Tool] = []
-        for name in args.tools:
-            from phi4_mlx.tools.python_file import tool_functions
-
-            tools += tool_functions(name)
-        for command in args.mcp:
-            from phi4_mlx.tools.mcp import mcp_tools
-
-            tools += stack.enter_context(mcp_tools(command, note))
+    with opened_tools(args.tools, args.mcp, note) as tools:
         toolbox = Toolbox(tools)
         try:
             grammar = tool_grammar(toolbox.declarations, "auto", toolbox.strict)
@@ -98,7 +84,7 @@ class Doorkeeper:
 
 def shown_call(call: ToolCall) -> str:
     """A call on one line. Characters that a terminal would not show are escaped, so that nothing is hidden."""
-    return _visible(f"{call.name}({', '.join(f'{name}={_json(value)}' for name, value in call.arguments.items())})")
+    return visible(f"{call.name}({', '.join(f'{name}={_json(value)}' for name, value in call.arguments.items())})")
 
 
 def shown_result(text: str) -> str:
@@ -111,14 +97,10 @@ def shown_tool(declared: dict[str, Any]) -> str:
     """A tool on one line, for /tools."""
     function = declared["function"]
     text, _, _ = function.get("description", "").partition("\n")
-    return _visible(f"{function['name']}({', '.join(map(str, function['parameters']['properties']))})  {text}".rstrip())
+    return visible(f"{function['name']}({', '.join(map(str, function['parameters']['properties']))})  {text}".rstrip())
 
 
 def _json(value: object) -> str:
     from phi4_mlx.tools.json_text import json_text
 
     return json_text(value)
-
-
-def _visible(text: str) -> str:
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)

@@ -72,9 +72,9 @@ def load(path: Path, tokenizer: Tokenizer) -> tuple[str | None, list[Turn]]:
     try:
         content = json.loads(data)
     except (ValueError, RecursionError):  # not UTF-8, not JSON, or nested too deep
-        raise RequestError(f"{path} is not JSON; /save writes files that /load reads") from None
+        raise RequestError(f"{path} is not a saved conversation: it is not JSON; /save writes one") from None
     if not isinstance(content, dict) or "messages" not in content:
-        raise RequestError(f"{path} has no 'messages'; /save writes files that /load reads")
+        raise RequestError(f"{path} is not a saved conversation: it has no 'messages'; /save writes one")
     try:
         return from_messages(content["messages"], tokenizer)
     except RequestError as error:

@@ -14,7 +14,8 @@ from statistics import median
 from typing import TYPE_CHECKING, TypedDict
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.terminal.command import Idle, Parser, number, run
+from phi4_mlx.terminal.amount import amount, size
+from phi4_mlx.terminal.command import Idle, Parser, number, run, typed
 from phi4_mlx.terminal.options import add_kv_bits_option, add_model_options, load_options
 
 if TYPE_CHECKING:
@@ -67,27 +68,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="phi4-mlx benchmark",
+        prog=typed("benchmark"),
         description="Measure the speed and memory of a model: medians of several greedy runs on random prompts.",
     )
     add_model_options(parser)
     count = number(int, 1, 10_000_000)
     parser.add_argument(
         "--prompt-tokens", type=count, nargs="+", default=[512, 2048], metavar="N",
-        help="lengths of the prompts (default: 512 2048)",
+        help="lengths of the prompts",
     )  # fmt: skip
     parser.add_argument(
         "--generation-tokens", type=number(int, 2, 10_000_000), default=128, metavar="N",
-        help="tokens drawn after each prompt (default: %(default)s)",
+        help="tokens drawn after each prompt",
     )  # fmt: skip
     parser.add_argument(
         "--repeats", type=number(int, 1, 1000), default=3, metavar="N",
-        help="runs for each length (default: %(default)s)",
+        help="runs for each length",
     )  # fmt: skip
     add_kv_bits_option(parser)
     parser.add_argument(
         "--bandwidth", type=number(float, 0.001, 1e6), metavar="GB/S",
-        help="memory bandwidth, for the share of the ceiling on a chip that is not in the table",
+        help="memory bandwidth, for the share of the ceiling (default: the chip's, if it is known)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
     parser.idle.append(Idle(("chat_format",), lambda args: True, "here: the prompts are random tokens"))
@@ -134,7 +135,7 @@ def _length(model: LanguageModel, length: int, args: argparse.Namespace, bandwid
     for each in range(1, args.repeats + 1):
         first_s, decode_s, kv_bytes = measure(model, length, args.generation_tokens, args.kv_bits)
         runs.append((first_s, decode_s))
-        line = f"{length:,} tokens, run {each} of {args.repeats}: first token after {first_s:.2f} s"
+        line = f"{amount(length, 'token')}, run {each} of {args.repeats}: first token after {first_s:.2f} s"
         print(f"{line}, the others in {decode_s:.2f} s", file=sys.stderr, flush=True)
     first_s, decode_s = (median(times) for times in zip(*runs, strict=True))
     decode = (args.generation_tokens - 1) / decode_s
@@ -195,15 +196,15 @@ def table(report: Report) -> str:
     kv_bytes = report["lengths"][0]["kv_bytes_per_token"]
     lines = [
         f"{report['model']} on {report['device']} ({known}), mlx {report['mlx']}",
-        f"{report['weights_bytes'] / 1e9:.3f} GB of weights, {kv_bytes:,.0f} bytes of keys and values a token",
+        f"{size(report['weights_bytes'])} of weights, {size(kv_bytes)} of keys and values a token",
         "",
         f"{'prompt':>9} {'prefill':>11} {'first token':>12} {'decode':>11} {'of ceiling':>11} {'peak':>9}",
-        f"{'tokens':>9} {'tokens/s':>11} {'s':>12} {'tokens/s':>11} {'%':>11} {'GB':>9}",
+        f"{'tokens':>9} {'tokens/s':>11} {'s':>12} {'tokens/s':>11} {'%':>11} {'':>9}",
     ]
     for row in report["lengths"]:
         share = "-" if row["share_of_ceiling"] is None else f"{100 * row['share_of_ceiling']:.1f}"
         lines.append(
             f"{row['prompt_tokens']:9,} {row['prefill_tokens_per_s']:11,.1f} {row['time_to_first_token_s']:12.3f} "
-            f"{row['decode_tokens_per_s']:11,.1f} {share:>11} {row['peak_bytes'] / 1e9:9.3f}"
+            f"{row['decode_tokens_per_s']:11,.1f} {share:>11} {size(row['peak_bytes']):>9}"
         )
     return "\n".join(lines)

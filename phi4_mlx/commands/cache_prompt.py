@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from phi4_mlx.commands.prompt import prompt_messages, read_prompt, show_progress
 from phi4_mlx.errors import RequestError
-from phi4_mlx.terminal.command import Parser, run, text, word
+from phi4_mlx.terminal.amount import amount, size
+from phi4_mlx.terminal.command import Parser, run, text, typed, word
 from phi4_mlx.terminal.options import add_kv_bits_option, add_model_options, load_options
 
 if TYPE_CHECKING:
@@ -24,17 +25,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="phi4-mlx cache-prompt",
+        prog=typed("cache-prompt"),
         description="Prefill a long text once, for many prompts. `generate --prompt-cache-file FILE` then answers as "
         "if its prompt were the text, an empty line and the prompt, and prefills only the latter.",
     )
     add_model_options(parser)
     parser.add_argument(
         "--prompt", "-p", type=text,
-        help="the text, which begins the user's turn; text on standard input follows it, after an empty line; - or no "
-        "option reads that alone",
+        help="the text, which begins the user's turn; text on standard input follows it, after an empty line; - reads "
+        "that alone (default: -)",
     )  # fmt: skip
-    parser.add_argument("--system-prompt", type=text, help="instructions to the model, before the text")
+    parser.add_argument("--system-prompt", type=text, help="instructions to the model, before the text (default: none)")
     add_kv_bits_option(parser)
     parser.add_argument("--prompt-cache-file", type=word, required=True, metavar="FILE", help="the file to write")
     return parser
@@ -60,8 +61,8 @@ def _cache(args: argparse.Namespace) -> None:
     metadata = {"text": prompt}
     if args.system_prompt is not None:
         metadata["system_prompt"] = args.system_prompt
-    size = save_prompt_cache(file, cache, model, tokenizer, metadata)
-    print(f"{args.prompt_cache_file}: {cache.offset:,} tokens, {size:,} bytes")
+    nbytes = save_prompt_cache(file, cache, model, tokenizer, metadata)
+    print(f"{args.prompt_cache_file}: {amount(cache.offset, 'token')}, {size(nbytes)}")
 
 
 def _beginning(tokenizer: Tokenizer, prompt: str, system_prompt: str | None) -> list[int]:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.terminal.command import Idle, Parser, run
+from phi4_mlx.terminal.amount import size
+from phi4_mlx.terminal.command import Idle, Parser, run, typed
 from phi4_mlx.terminal.options import add_model_options, load_options
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="phi4-mlx context", description="Print the memory that contexts of a model need, without running it."
+        prog=typed("context"), description="Print the memory that contexts of a model need, without running it."
     )
     add_model_options(parser)
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
@@ -56,17 +57,10 @@ def _context(args: argparse.Namespace) -> None:
         print(json.dumps({"model": name} | weights | {"longest": longest, "contexts": rows}))
         return
     heads = ["" if bits is None else f"--kv-bits {bits}" for bits in plans]
-    print(f"{name}: weights {_size(plain.weights_bytes)}; this machine allows {_size(plain.limit_bytes)}")
+    print(f"{name}: weights {size(plain.weights_bytes)}; this machine allows {size(plain.limit_bytes)}")
     print(f"{'tokens':>10}" + "".join(f"  {head:>13}" for head in heads))
     for n in lengths:
-        cells = [_size(plan.peak_bytes(n)) + (" " if n <= plan.most_tokens else "!") for plan in plans.values()]
+        cells = [size(plan.peak_bytes(n)) + (" " if n <= plan.most_tokens else "!") for plan in plans.values()]
         print(f"{n:>10,}" + "".join(f"  {cell:>13}" for cell in cells))
     print("at most   " + "".join(f"  {f'{plan.most_tokens:,} ':>13}" for plan in plans.values()))
     print("Weights, cache and activations of a prefill together; ! exceeds what this machine allows.")
-
-
-def _size(nbytes: int) -> str:
-    for unit, power in (("GB", 9), ("MB", 6)):
-        if nbytes >= 10**power:
-            return f"{nbytes / 10**power:.2f} {unit}"
-    return f"{nbytes:,} bytes"

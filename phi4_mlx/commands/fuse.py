@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.terminal.amount import amount
-from phi4_mlx.terminal.command import Parser, progress_bar, run, word
+from phi4_mlx.terminal.advice import command_line
+from phi4_mlx.terminal.amount import amount, size
+from phi4_mlx.terminal.command import Parser, progress_bar, run, typed, word
 from phi4_mlx.terminal.options import add_revision_option
 
 if TYPE_CHECKING:
@@ -25,17 +26,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser("phi4-mlx fuse", "Merge an adapter into its base model, and write the result as a package.")
+    parser = Parser(typed("fuse"), "Merge an adapter into its base model, and write the result as a package.")
     add = parser.add_argument
     add("--model", type=word, required=True, help="the base: a folder, a Hugging Face id, or demo")
     add(
         "--adapter-path", type=word, default="adapters", metavar="FOLDER",
-        help="the adapter, saved by training or by PEFT (default: %(default)s)",
+        help="the adapter, saved by training or by PEFT",
     )  # fmt: skip
-    add("--save-path", type=word, default="fused_model", metavar="OUT", help="the new folder (default: %(default)s)")
+    add("--save-path", type=word, default="fused_model", metavar="OUT", help="the new folder")
     add(
         "--dequantize", action="store_true",
-        help="write unquantised weights (default: as the base, in more bits where the adapter would be lost)",
+        help="write unquantised weights; otherwise as the base, in more bits where the adapter would be lost",
     )  # fmt: skip
     add_revision_option(parser)
     return parser
@@ -48,7 +49,7 @@ def _fuse(args: argparse.Namespace) -> None:
     with progress_bar("fusing") as progress:
         fused = fuse(args.model, args.adapter_path, args.save_path, args.dequantize, args.revision, progress=progress)
     print(
-        f"{args.save_path}: {fused.package_bytes:,} bytes of weights, the base has {fused.base_bytes:,}; "
+        f"{args.save_path}: {size(fused.package_bytes)} of weights, the base has {size(fused.base_bytes)}; "
         f"{time.perf_counter() - begin:.1f} s"
     )
     print(
@@ -69,6 +70,7 @@ def _fuse(args: argparse.Namespace) -> None:
             f"{args.save_path} is written, but does not keep the fine-tune (see above), though its fused matrices are "
             "not quantised; use the adapter with --adapter-path instead, or train it longer"
         )
+    print(f"chat with it: {command_line('chat', model=args.save_path)}")
 
 
 def _bits(fused: Fused) -> list[str]:

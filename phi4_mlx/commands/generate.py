@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from phi4_mlx.commands.prompt import prompt_messages, read_prompt, show_progress
 from phi4_mlx.errors import RequestError
-from phi4_mlx.terminal.amount import amount
-from phi4_mlx.terminal.command import Idle, Parser, run, text, word
+from phi4_mlx.terminal.amount import amount, size
+from phi4_mlx.terminal.command import Idle, Parser, complain, run, text, typed, word
 from phi4_mlx.terminal.options import (
     add_decoding_options,
     add_model_options,
@@ -39,13 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="phi4-mlx generate", description="Print a model's answer to one prompt.")
+    parser = Parser(prog=typed("generate"), description="Print a model's answer to one prompt.")
     add_model_options(parser)
     parser.add_argument(
         "--prompt", "-p", type=text,
-        help="the prompt; text on standard input follows it, after an empty line; - or no option reads that alone",
+        help="the prompt; text on standard input follows it, after an empty line; - reads that alone (default: -)",
     )  # fmt: skip
-    parser.add_argument("--system-prompt", type=text, help="instructions to the model, before the prompt")
+    parser.add_argument(
+        "--system-prompt", type=text, help="instructions to the model, before the prompt (default: none)"
+    )
     parser.add_argument(
         "--ignore-chat-template",
         action="store_true",
@@ -62,13 +64,16 @@ def _parser() -> Parser:
         help="end the answer before this text; may be repeated",
     )
     parser.add_argument(
-        "--schema", type=word, metavar="FILE.json", help="the answer is JSON that obeys this JSON schema"
+        "--schema",
+        type=word,
+        metavar="FILE.json",
+        help="the answer is JSON that obeys this JSON schema (default: none)",
     )
     parser.add_argument(
         "--prompt-cache-file",
         type=word,
         metavar="FILE",
-        help="a file of cache-prompt: the prompt continues its text, after an empty line",
+        help="a file of cache-prompt: the prompt continues its text, after an empty line (default: none)",
     )
     parser.add_argument("--verbose", action="store_true", help="print counts and speeds to standard error at the end")
     parser.idle.append(Idle(("chat_format",), lambda args: args.ignore_chat_template, "with --ignore-chat-template"))
@@ -118,7 +123,7 @@ def _generate(args: argparse.Namespace) -> None:
         raise RequestError(f"the answer had not ended after --max-tokens {args.max_tokens}; raise --max-tokens")
     if constraint is not None and constraint.forced:
         note = f"the answer was brought to its end by --max-tokens {args.max_tokens}; raise it for a whole answer"
-        print(f"phi4-mlx generate: {note}", file=sys.stderr)
+        complain(typed("generate"), note)
 
 
 def _print_answer(
@@ -181,6 +186,6 @@ def _report(event: GenerationResponse, cached: int) -> None:
     print(
         f"{before}prompt {amount(event.prompt_tokens, 'token')}, {event.prompt_tps:.1f} tokens/s; "
         f"answer {amount(event.generation_tokens, 'token')}, {event.generation_tps:.1f} tokens/s, "
-        f"{event.finish_reason}; peak memory {event.peak_memory:.2f} GB",
+        f"{event.finish_reason}; peak memory {size(1e9 * event.peak_memory)}",
         file=sys.stderr,
     )

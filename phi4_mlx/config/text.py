@@ -15,6 +15,7 @@ from typing import Any
 from phi4_mlx.config.fields import MODEL_FOLDER, brief, count, flag, number, quantization
 from phi4_mlx.errors import ConfigError
 from phi4_mlx.files.json_file import read_json
+from phi4_mlx.terminal.amount import amount
 
 # Maths that the decoder does not implement: each field, and the values that leave it unused.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -222,9 +223,9 @@ def _rope_scaling(raw: Mapping[str, Any], rope: Mapping[str, Any], pairs: int) -
     for name in ("short_factor", "long_factor"):
         values = rope.get(name)
         if not isinstance(values, list) or len(values) != pairs:
-            found = f"{len(values)} numbers" if isinstance(values, list) else repr(values)
+            found = amount(len(values), "number") if isinstance(values, list) else repr(values)
             raise ConfigError(
-                f"config.json: {name} must be a list of {pairs} numbers, one a rotating pair, not {found}"
+                f"config.json: {name} must be a list of {amount(pairs, 'number')}, one a rotating pair, not {found}"
             )
         factors[name] = tuple(number({name: value}, name) for value in values)
     return RopeScaling(**factors, attention_factor=_attention_factor(raw, rope))

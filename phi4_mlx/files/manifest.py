@@ -54,7 +54,8 @@ def verify_manifest(folder: Path) -> None:
         path = file_in(folder, name)
         size = path.stat().st_size
         if size != entry["bytes"]:
-            raise CheckpointError(f"{path} has {size:,} bytes, not {entry['bytes']:,}; download or convert it again")
+            sizes = f"a size of {size:,}, not {entry['bytes']:,} bytes"
+            raise CheckpointError(f"{path} has {sizes}; download or convert it again")
         if file_sha256(path) != entry["sha256"]:
             raise CheckpointError(f"{path} does not match its SHA-256; download or convert it again")
 

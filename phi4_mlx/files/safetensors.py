@@ -124,7 +124,7 @@ def read_whole_header(
         infos = {name: _check_entry(name, entry, len(raw)) for name, entry in tensors.items()}
         _check_cover(infos, len(raw), size)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except _OtherFormat:
         raise CheckpointError(f"{path} is not a {kind}; {advice}") from None
     except ValueError as error:
@@ -369,7 +369,7 @@ def _check_cover(infos: Mapping[str, TensorInfo], base: int, size: int) -> None:
         if info.start < position:
             raise ValueError(f"{name!r} overlaps the tensor before it")
         if info.start > position:
-            raise ValueError(f"{name!r} leaves {info.start - position} bytes unused before it")
+            raise ValueError(f"{name!r} leaves a gap before it, from byte {position:,} to {info.start:,}")
         position = info.end
     if position != size:
         raise ValueError(f"its tensors end at byte {position:,}, and the file at {size:,}")

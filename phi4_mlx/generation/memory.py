@@ -12,6 +12,7 @@ from phi4_mlx.models.attention import SLICE
 from phi4_mlx.models.cache import CacheOptions, KVCache, buffer_length
 from phi4_mlx.models.model import ContextCost, LanguageModel
 from phi4_mlx.models.prompt_cache import MAX_SNAPSHOTS
+from phi4_mlx.terminal.amount import amount, size
 
 PREFILL_STEP_SIZE = 2048  # tokens a chunk; the hidden states of one chunk take about 100 MB in Phi-4-mini
 
@@ -102,6 +103,7 @@ def check_context(plan: ContextPlan, length: int) -> None:
     needed = plan.peak_bytes(length)
     if needed > plan.limit_bytes:
         raise RequestError(
-            f"{length:,} tokens need {needed / 1e9:.1f} GB, and this machine allows {plan.limit_bytes / 1e9:.1f} GB: "
-            f"{plan.most_tokens:,} tokens; --kv-bits 4 makes room for more, --max-kv-size drops the oldest"
+            f"a prompt of {amount(length, 'token')} takes {size(needed)}, and this machine allows "
+            f"{size(plan.limit_bytes)}: {amount(plan.most_tokens, 'token')}; --kv-bits 4 makes room for more, "
+            "--max-kv-size drops the oldest"
         )

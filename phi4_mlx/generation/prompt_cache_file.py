@@ -24,10 +24,11 @@ from phi4_mlx.files.safetensors import Header, TensorWriter, read_whole_header
 from phi4_mlx.fingerprint import WITHOUT, adapter_fingerprint, base_fingerprint
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.terminal.amount import amount
 
 _FORMAT, _VERSION = "phi4_mlx_prompt_cache", "2"
 _OWN = "phi4_mlx."  # prefix of our own metadata
-_MAKE_ANEW = "make it again, with cache-prompt or save_prompt_cache"
+_MAKE_ONE = "make one with cache-prompt or save_prompt_cache"
 _CHECKSUM = ("U8", (32,))
 
 
@@ -123,7 +124,7 @@ def load_prompt_cache(
         cache = _restored(model, own, tensors)
     except (KeyError, ValueError, RecursionError, RequestError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(f"{path} is not a prompt cache of this model: {reason:.200}; {_MAKE_ANEW}") from None
+        raise CheckpointError(f"{path} is not a prompt cache of this model: {reason:.200}; {_MAKE_ONE}") from None
     if not return_metadata:
         return cache
     hidden = {"format", _FORMAT}
@@ -146,8 +147,8 @@ def _check_savable(cache: PromptCache) -> None:
         raise RequestError(f"the cache cannot be saved: it has {rows} sequences; a file holds 1, so save each alone")
     if known != cache.offset:
         raise RequestError(
-            f"the cache cannot be saved: it knows the ids of {known} of its {cache.offset} tokens; fill it with the "
-            "model itself"
+            f"the cache cannot be saved: it does not know the ids of all its tokens, only of {known} of "
+            f"{cache.offset}; fill it with the model itself"
         )
 
 
@@ -190,12 +191,12 @@ def _identity(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def _read_header(path: Path) -> Header:
-    header = read_whole_header(path, _MAKE_ANEW, "prompt cache of phi4_mlx")
+    header = read_whole_header(path, _MAKE_ONE, "prompt cache file")
     version = header.metadata.get(_FORMAT)
     if version is None:
-        raise CheckpointError(f"{path} is not a prompt cache of phi4_mlx; {_MAKE_ANEW}")
+        raise CheckpointError(f"{path} is not a prompt cache file; {_MAKE_ONE}")
     if version != _VERSION:
-        raise CheckpointError(f"{path} has format {version!r:.20}; only {_VERSION} is supported; {_MAKE_ANEW}")
+        raise CheckpointError(f"{path} has format {version!r:.20}; only {_VERSION} is supported; {_MAKE_ONE}")
     return header
 
 
@@ -211,7 +212,7 @@ def _read_tensors(path: Path, header: Header) -> dict[str, mx.array]:
     except (KeyError, RuntimeError, ValueError, OSError):  # MLX raises some of them if the file has changed meanwhile
         pass
     if not whole:
-        raise CheckpointError(f"{path} is damaged: its checksum is wrong; {_MAKE_ANEW}")
+        raise CheckpointError(f"{path} is damaged: its checksum is wrong; {_MAKE_ONE}")
     return {name: loaded[name] for name in names[:-1]}
 
 
@@ -228,9 +229,10 @@ def _restored(model: LanguageModel, own: Mapping[str, str], tensors: dict[str, m
         raise ValueError(f"ids are {ids.dtype} of shape {list(ids.shape)}")
     model.check_ids(ids.tolist())
     if regime not in ("short", "long") or (model.regime(ids.size), regime) == ("long", "short"):
-        raise ValueError(f"{ids.size} tokens cannot be under the RoPE table {regime!r:.20}")
+        raise ValueError(f"{amount(ids.size, 'token')} cannot be under the RoPE table {regime!r:.20}")
     if regime != (pinned or regime) or ids.size > (max_kv_size or ids.size):
-        raise ValueError(f"{ids.size} tokens under the RoPE table {regime} contradict its options")
+        count = amount(ids.size, "token")
+        raise ValueError(f"its options do not allow {count} under the RoPE table {regime}")
     expected = _layout(model, cache, ids.size)
     if left_over := sorted(tensors.keys() - expected.keys() - {"ids"}):
         raise ValueError(f"{left_over[0]!r:.60} is left over")
@@ -242,7 +244,7 @@ def _restored(model: LanguageModel, own: Mapping[str, str], tensors: dict[str, m
             raise ValueError(f"{name} contains NaN or inf")
     cache.restore(ids.tolist(), [[tensors[name] for name in names] for names in _names(cache)], regime)
     if cache.offset != ids.size:
-        raise ValueError(f"its layers hold {cache.offset} tokens, and there are {ids.size} ids")
+        raise ValueError(f"its layers hold {amount(cache.offset, 'token')}, and it has {amount(ids.size, 'id')}")
     return cache
 
 
@@ -264,4 +266,4 @@ def _layout(model: LanguageModel, cache: PromptCache, length: int) -> dict[str, 
 def _refuse(path: Path, what: str, without: bool, wanted_without: bool) -> NoReturn:
     named = {"adapter": "without an adapter" if without else "with an adapter" if wanted_without else ""}
     made = named.get(what) or f"with another {what}"
-    raise CheckpointError(f"{path} was made {made}, and fits no other; use the same {what}, or {_MAKE_ANEW}")
+    raise CheckpointError(f"{path} was made {made}, and fits no other; use the same {what}, or {_MAKE_ONE}")

@@ -144,10 +144,11 @@ def _check_room(prompt: list[int], model: LanguageModel, cached: int, max_tokens
     context = model.config.max_position_embeddings
     total = cached + len(prompt) + max_tokens
     if total > context:
-        before = f"{cached} cached tokens, " if cached else ""
+        before, room = f"{cached} cached tokens, " if cached else "", context - total + max_tokens
+        way_out = f"lower max_tokens to {room}" if room > 0 else "shorten the prompt, or leave out its oldest turns"
         raise RequestError(
             f"{before}{len(prompt)} prompt tokens and max_tokens {max_tokens} come to {total}, and the context holds "
-            f"{context}; shorten the prompt or lower max_tokens"
+            f"{context}; {way_out}"
         )
 
 

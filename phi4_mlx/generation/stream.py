@@ -23,6 +23,7 @@ from phi4_mlx.generation.stop_strings import StopStrings
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.shared_stream import shared_stream
+from phi4_mlx.terminal.amount import amount, size
 
 if TYPE_CHECKING:
     from phi4_mlx.tokens.tokenizer import Tokenizer as Phi4Tokenizer
@@ -227,9 +228,9 @@ def _text(responses: Iterator[GenerationResponse], verbose: bool) -> str:
             print(response.text, end="", flush=True)
     if verbose:
         print(
-            f"\nprompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tokens/s\n"
-            f"generation: {response.generation_tokens} tokens, {response.generation_tps:.1f} tokens/s\n"
-            f"peak memory: {response.peak_memory:.3f} GB"
+            f"\nprompt: {amount(response.prompt_tokens, 'token')}, {response.prompt_tps:.1f} tokens/s\n"
+            f"generation: {amount(response.generation_tokens, 'token')}, {response.generation_tps:.1f} tokens/s\n"
+            f"peak memory: {size(1e9 * response.peak_memory)}"
         )
     return "".join(pieces)
 

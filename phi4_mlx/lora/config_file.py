@@ -17,7 +17,7 @@ import yaml
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.user_file import read_file
-from phi4_mlx.lora.settings import Settings, shown
+from phi4_mlx.lora.settings import SHAPE, Settings, shown
 from phi4_mlx.terminal.command import utf8
 
 # Options of newer and older versions of mlx-lm without effect here: memory is freed automatically, remote code is
@@ -27,6 +27,8 @@ _SWITCHED_OFF = ("wandb", "use_dora", "hf_dataset")
 _INSTEAD = {
     "alpha": "write scale, which is alpha / rank",
     "lora_layers": "write num_layers",
+    "dropout": "write it in lora_parameters",
+    "keys": "write it in lora_parameters",
     "prompt_feature": "name the field prompt in the data",
     "completion_feature": "name the field completion in the data",
     "chat_feature": "name the field messages in the data",
@@ -82,7 +84,7 @@ def read_config_file(path: str, optimizer: str | None = None) -> tuple[dict[str,
 
 def _without_nulls(given: Mapping[str, Any]) -> dict[str, Any]:
     """The options that are set; null is mlx-lm's word for the default, and for an `lr_schedule` without a schedule."""
-    known = {each.name for each in fields(Settings)} | {"train", *_INSTEAD, *WITHOUT_EFFECT}
+    known = {each.name for each in fields(Settings)} | {*SHAPE, "train", *_INSTEAD, *WITHOUT_EFFECT}
     values = {name: value for name, value in given.items() if not (value is None and name in known)}
     for name in _SWITCHED_OFF:
         if not values.get(name, True):

@@ -1,113 +1,35 @@
-"""Output of a run for people: a progress bar or lines of text, the loss curve, and samples as the model sees them."""
+"""Pictures for people: the loss curve of a run, and samples as the model sees them."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.lora.data.samples import Sample
-from phi4_mlx.lora.progress import passes
 from phi4_mlx.lora.saving.metrics import CURVE_FILE, MetricsLog
+from phi4_mlx.lora.view import View
+from phi4_mlx.terminal.amount import amount
 from phi4_mlx.terminal.printable import printable
 from phi4_mlx.tokens.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from phi4_mlx.lora.progress import Step
-    from phi4_mlx.lora.settings import Settings
-
-Tell = Callable[[str], Any]
-"""Shows the user a message."""
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a Braille character, row by row
 
 
-def to_stderr(sentence: str) -> None:
-    """Prints a message to standard error, which is the default for a run's messages."""
-    print(sentence, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def progress(settings: Settings, iters: int, done: int, tell: Tell) -> Iterator[Callable[[Step], None]]:
-    """Shows the progress of a run: a bar on a terminal, else a line every `steps_per_report` batches.
-
-    Args:
-        settings: the run's settings.
-        iters: batches of the whole run.
-        done: number of them trained on before.
-        tell: called with the lines; a bar is shown only with `to_stderr`.
-
-    Yields:
-        A function to call with each step.
-    """
-    begin = time.monotonic()
-    if tell is not to_stderr or not sys.stderr.isatty():
-        before = done
-
-        def show(step: Step) -> None:
-            nonlocal before
-            due = passes(settings.steps_per_report, before, step.step)
-            before = step.step
-            if due or step.valid_loss is not None:
-                left = (time.monotonic() - begin) / (step.step - done) * (iters - step.step)
-                tell(f"{step_line(step, settings.noun)}, {duration(left)} left")
-
-        yield show
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=iters, completed=done)
-        yield lambda step: bar.update(task, completed=step.step, description=step_line(step, settings.noun))
-
-
-def step_line(step: Step, noun: str) -> str:
-    """The results of a step in one line.
-
-    Args:
-        step: the step.
-        noun: the unit that its loss is averaged over, "targets" or "pairs".
-    """
-    ahead = "" if step.accuracy is None else f", {step.accuracy:.0%} ahead by {step.margin:.2f}"
-    validated = "" if step.valid_loss is None else f", validation {step.valid_loss:.3f}"
-    if step.valid_accuracy is not None:
-        validated += f" with {step.valid_accuracy:.0%} ahead"
-    rate = step.tokens / step.seconds
-    return (
-        f"step {step.step:,}: loss {step.loss:.3f}{ahead}{validated}, {rate:,.{0 if rate >= 10 else 1}f} {noun}/s, "
-        f"{step.peak_bytes / 1e9:.2f} GB"
-    )
-
-
-def duration(seconds: float) -> str:
-    """A duration in text, as precise as an estimate can be."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
-def report_end(log: MetricsLog, tell: Tell) -> None:
+def report_end(log: MetricsLog, view: View) -> None:
     """Draws the loss curve, and shows where adapter, metrics and curve are."""
     curve = ""
     if len(log.lines) > 1:
-        if tell is to_stderr and sys.stdout.isatty():
+        if view.on_stderr and sys.stdout.isatty():
             print(draw_in_terminal(log, min(100, shutil.get_terminal_size().columns)))
         try:
             picture = draw_png(log)
             curve = f", curve in {picture}" if picture else ""
         except OSError as error:  # adapter and metrics are already on the disk
             curve = f", the curve could not be drawn: {error.strerror}"
-    tell(f"adapter in {log.path.parent}, metrics in {log.path}{curve}")
+    view.tell(f"adapter in {log.path.parent}, metrics in {log.path}{curve}")
 
 
 def draw_in_terminal(log: MetricsLog, width: int, height: int = 12) -> str:
@@ -181,7 +103,7 @@ def show(sample: Sample, tokenizer: Tokenizer) -> str:
             margin = "> " if target else "  "
             shown += "\n" + margin
         shown += (_painted(text, target, is_control) if colour else text).replace("\n", "↵\n" + margin)
-    return f"{sample.source}: {len(sample.ids):,} tokens, {sum(sample.targets):,} to be learned{shown}"
+    return f"{sample.source}: {amount(len(sample.ids), 'token')}, {sum(sample.targets):,} to be learned{shown}"
 
 
 def _painted(text: str, target: bool, is_control: bool) -> str:

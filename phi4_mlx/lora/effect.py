@@ -6,7 +6,7 @@ its tokens the likeliest, gives that answer, so one pass measures a whole answer
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -98,12 +98,15 @@ def make_probes(
         yield Probe(ids, len(prompt), own, tokens, log_probs, change, _first_other(before, ids[len(prompt) :]))
 
 
-def measure(model: LanguageModel, probes: Iterable[Probe]) -> Effect:
+def measure(
+    model: LanguageModel, probes: Sequence[Probe], progress: Callable[[int, int], object] = lambda done, total: None
+) -> Effect:
     """Measures how much of the effect a model keeps.
 
     Args:
         model: such as a fused package.
         probes: from `make_probes`.
+        progress: called with (probes done, all probes).
     """
     own = prompts = changed = as_adapter = as_base = own_lost = places = 0
     lost = change = 0.0
@@ -112,6 +115,7 @@ def measure(model: LanguageModel, probes: Iterable[Probe]) -> Effect:
         answer = probe.ids[probe.start :]
         found = _answer_log_probs(model, probe.ids, probe.start)
         other = _first_other(found, answer)
+        progress(prompts + 1, len(probes))
         prompts, own, places = prompts + 1, own + probe.own, places + len(answer)
         lost += _divergence(probe.log_probs, _coarse(found, probe.tokens))
         change += probe.change

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.terminal.command import Parser, run, word
+from phi4_mlx.terminal.advice import command_line
+from phi4_mlx.terminal.command import Parser, run, typed, word
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
-    return run(_parser(), _work, argv)
+def main(argv: Sequence[str] | None = None, command: str = "lora.export") -> int:
+    """Runs the command, under the name that was typed; returns the exit code."""
+    return run(_parser(command), _work, argv)
 
 
 def to_peft(adapter_path: str | Path, peft_path: str | Path) -> None:
@@ -33,7 +34,7 @@ def to_peft(adapter_path: str | Path, peft_path: str | Path) -> None:
 
     adapter = read_folder(Path(os.path.expanduser(adapter_path)))
     if adapter.kind == FULL:
-        raise RequestError(f"{adapter.source} holds full weights, not an adapter; convert it with `phi4-mlx fuse`")
+        raise RequestError(f"{adapter.source} holds full weights, not an adapter; convert it with `{typed('fuse')}`")
     tensors, config = peft_layout(adapter)
     with whole_or_absent(Path(peft_path)) as out:
         write_tensors(out / PEFT_FILE, tensors)
@@ -78,29 +79,42 @@ def from_peft(peft_path: str | Path, adapter_path: str | Path, model: str | Path
         write_folder(out, adapter, total_layers, base)
 
 
-def _parser() -> Parser:
-    parser = Parser("phi4_mlx.lora.export", "Convert an adapter to PEFT, or from it.")
+def _parser(command: str = "lora.export") -> Parser:
+    parser = Parser(typed(command), "Convert an adapter to PEFT, or from it.")
     add = parser.add_argument
     add(
         "--adapter-path", type=word, default="adapters", metavar="FOLDER",
-        help="the adapter; with --from-peft, the new folder (default: %(default)s)",
+        help="the adapter; with --from-peft, the new folder",
     )  # fmt: skip
     way = parser.add_mutually_exclusive_group(required=True)
-    way.add_argument("--peft", type=word, metavar="OUT", help="write this PEFT folder")
-    way.add_argument("--from-peft", type=word, metavar="FOLDER", help="read this PEFT folder")
-    add("--model", type=word, help="with --from-peft: the adapter's base, needed if it leaves out layers")
+    way.add_argument(
+        "--peft", type=word, metavar="OUT",
+        help="write this PEFT folder (default: none; this or --from-peft is required)",
+    )  # fmt: skip
+    way.add_argument(
+        "--from-peft", type=word, metavar="FOLDER",
+        help="read this PEFT folder (default: none; this or --peft is required)",
+    )  # fmt: skip
+    add(
+        "--model", type=word,
+        help="with --from-peft: the adapter's base, needed if it leaves out layers (default: none)",
+    )  # fmt: skip
     return parser
 
 
 def _work(args: argparse.Namespace) -> None:
     if args.peft is None:
         from_peft(args.from_peft, args.adapter_path, args.model)
-        print(f"{args.adapter_path}: ready for --adapter-path")
+        from phi4_mlx.adapters.folder import read_config
+
+        base = args.model or read_config(Path(os.path.expanduser(args.adapter_path))).get("model")
+        command = command_line("chat", model=base, adapter_path=args.adapter_path)
+        print(f"{args.adapter_path}: ready for --adapter-path; chat with it: {command}")
     elif args.model is not None:
         raise RequestError(f"--model {args.model} needs --from-peft; leave --model out")
     else:
         to_peft(args.adapter_path, args.peft)
-        print(f"{args.peft}: ready for PeftModel.from_pretrained")
+        print(f"{args.peft}: ready for PEFT: PeftModel.from_pretrained(model, {args.peft!r})")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,16 @@ Choice = dict[str, Scheme | None]
 """Path of each adapted layer -> its quantisation; None for dense."""
 
 
+def in_bytes(progress: Callable[[int, int], object], model: LanguageModel) -> Callable[[int, int], None]:
+    """Adapts a progress callback of bytes to one of (passes done, total passes) over a model's weights."""
+    nbytes = model.weights_bytes
+
+    def passed(done: int, total: int) -> None:
+        progress(done * nbytes, total * nbytes)
+
+    return passed
+
+
 def with_adapter(adapter: Adapter, path: str, rows: mx.array, first: int, last: int) -> mx.array:
     """Rows `first` to `last` of a matrix [out, in] with the adapter on, in fp32."""
     if adapter.kind == FULL:
@@ -119,7 +129,7 @@ class Fitting:
         layers = [(path, _layer(choice[path], self.arrays[path])) for path in choice]
         model.update_modules(tree_unflatten(layers))
         model.eval()
-        return measure(model, self._probes).keeps
+        return measure(model, self._probes, in_bytes(self._progress, model)).keeps
 
     def _round(self, choice: Choice) -> None:
         """Rounds the layers whose scheme changes."""

@@ -23,7 +23,7 @@ from phi4_mlx.convert.quantize import Scheme, layout_of
 from phi4_mlx.convert.weights import Parameter, plan
 from phi4_mlx.files.dtypes import mlx_dtype
 from phi4_mlx.lora.effect import Effect, Probe, make_probes, measure
-from phi4_mlx.lora.fitting import Fitting, dense, with_adapter
+from phi4_mlx.lora.fitting import Fitting, dense, in_bytes, with_adapter
 from phi4_mlx.lora.probes import found_prompts, own_prompts
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.tokens.tokenizer import Tokenizer
@@ -85,6 +85,7 @@ def fuse(
     write_package(target, model, revision, fusion.planned, progress)
     fused = {path: fusion.parameters[path] for path in fusion.adapter.paths}
     change, error = fusion.measured.relative_rms()
+    fused_model = load_model(target)
     return Fused(
         schemes={path: each.target for path, each in fused.items()},
         raised=[path for path, each in fused.items() if not dequantize and each.target != each.packed],
@@ -92,7 +93,7 @@ def fuse(
         package_bytes=sum(each.output_bytes for each in fusion.parameters.values()),
         change=change,
         error=error,
-        effect=measure(load_model(target), fusion.probes),
+        effect=measure(fused_model, fusion.probes, in_bytes(fusion.progress, fused_model)),
     )
 
 
@@ -105,7 +106,7 @@ class _Fusion:
         self.probes: list[Probe] = []
         self.parameters: dict[str, Parameter] = {}
         self._path, self._dequantize = adapter_path, dequantize
-        self._progress = progress or (lambda done, total: None)
+        self.progress = progress or (lambda done, total: None)
 
     def planned(self, folder: Path, config: Config) -> list[Parameter]:
         """The parameters of the package, for `write_package`."""
@@ -118,7 +119,7 @@ class _Fusion:
         quantised = {path: plans[path] for path in self.adapter.paths if plans[path].target}
         arrays: Mapping[str, list[mx.array]] = {}
         if quantised:
-            fitting = Fitting(base, tuned, self.adapter, quantised, self.probes, self._progress)
+            fitting = Fitting(base, tuned, self.adapter, quantised, self.probes, self.progress)
             fitting.fit()
             arrays = fitting.arrays
             for path, scheme in fitting.choice.items():
@@ -134,15 +135,12 @@ class _Fusion:
 
     def _measure(self, base: LanguageModel, tuned: LanguageModel, tokenizer: Tokenizer) -> None:
         """Finds prompts, and answers them with the adapter."""
-
-        def searched(done: int, total: int) -> None:
-            self._progress(done * base.weights_bytes, total * base.weights_bytes)
-
+        progress = in_bytes(self.progress, base)
         prompts = [(ids, True) for ids in own_prompts(self._path, tokenizer)]
-        prompts += [(ids, False) for ids in found_prompts(base, tuned, tokenizer, searched)]
+        prompts += [(ids, False) for ids in found_prompts(base, tuned, tokenizer, progress)]
         for probe in make_probes(base, tuned, prompts, tokenizer.eos_ids):
             self.probes.append(probe)
-            self._progress(len(self.probes) * base.weights_bytes, len(prompts) * base.weights_bytes)
+            progress(len(self.probes), len(prompts))
 
 
 class Measurement:

@@ -3,7 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+Tick = Callable[[float, float], object]
+"""Progress callback: (batches done, batches done at the next call), such as (2.25, 2.5)."""
+
+Watch = Callable[[str, float, float, int], object]
+"""Progress callback: (name of the pass, the two of `Tick`, total batches); "step", "validation" or "test"."""
+
+
+def no_tick(done: float, following: float) -> None:
+    """A `Tick` that does nothing."""
+
+
+def unwatched(name: str, done: float, following: float, total: int) -> None:
+    """A `Watch` that does nothing."""
+
+
+def tick_of(watch: Watch, name: str, total: int, begun: int = 0) -> Tick:
+    """The `Tick` of one pass over batches, `begun` of which were done before."""
+    return lambda done, following: watch(name, begun + done, begun + following, total)
 
 
 @dataclass(frozen=True)

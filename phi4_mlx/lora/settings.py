@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.hub import DEFAULT_MODEL
+from phi4_mlx.terminal.suggestion import suggestion
 
 MANY = 10**9
 LARGEST = sys.float_info.max
@@ -79,7 +81,8 @@ class Option:
     def check(self, name: str, value: object) -> None:
         """Raises RequestError, which names the setting, if the value is not allowed."""
         if not self.allows(value):
-            raise RequestError(f"{name} must be {self.limits}, not {shown(value)}")
+            near = suggestion(value, self.known) if isinstance(value, str) else ""
+            raise RequestError(f"{name} must be {self.limits}, not {shown(value)}{near}")
 
     def parsed(self, word: str) -> Any:
         """Parses a value of the command line.
@@ -93,6 +96,19 @@ class Option:
         return value
 
 
+def _option(
+    default: Any, kind: type, help: str, low: float = 0, high: float = MANY, *, known: tuple[str, ...] = (),
+    may_be_all: bool = False,
+) -> Any:  # fmt: skip
+    option = Option(kind, help, low, high, known, may_be_all, default is None)
+    return field(default=default, metadata={"option": option})
+
+
+def _options(of: type) -> dict[str, Option]:
+    """The options among the fields of a dataclass."""
+    return {each.name: each.metadata["option"] for each in fields(of) if "option" in each.metadata}
+
+
 @dataclass(frozen=True)
 class LoraParameters:
     """The shape of an adapter; `add_adapter` checks its limits.
@@ -104,17 +120,21 @@ class LoraParameters:
         keys: linear layers of a block; None for all of them.
     """
 
-    rank: int = 8
-    scale: float = 20.0
+    rank: int = _option(8, int, "rank of the adapter's matrices", 1)
+    scale: float = _option(20.0, float, "factor of the adapter's output, alpha / rank in PEFT's terms", 1e-6, 1e6)
     dropout: float = 0.0
     keys: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        Option(int, "", 1).check("rank", self.rank)
-        for name in ("scale", "dropout"):
-            Option(float, "", -LARGEST, LARGEST).check(name, getattr(self, name))
+        for name, option in SHAPE.items():
+            option.check(name, getattr(self, name))
+        Option(float, "", -LARGEST, LARGEST).check("dropout", self.dropout)
         if self.keys is not None and not (isinstance(self.keys, tuple) and all(isinstance(k, str) for k in self.keys)):
             raise RequestError(f"keys must be a list of names of layers, not {shown(self.keys)}")
+
+
+SHAPE = _options(LoraParameters)
+"""The options of `LoraParameters` that are also options of a run: flags, and names at the top of a file."""
 
 
 SCHEDULES = {
@@ -163,14 +183,6 @@ OPTIMIZER_OPTIONS: dict[str, tuple[str, ...]] = {
 """Optimizer -> the names that `optimizer_config` may hold."""
 
 
-def _option(
-    default: Any, kind: type, help: str, low: float = 0, high: float = MANY, *, known: tuple[str, ...] = (),
-    may_be_all: bool = False,
-) -> Any:  # fmt: skip
-    option = Option(kind, help, low, high, known, may_be_all, default is None)
-    return field(default=default, metadata={"option": option})
-
-
 @dataclass(frozen=True)
 class Settings:
     """The options of a run. The other fields are described beside their defaults.
@@ -183,27 +195,31 @@ class Settings:
         given: names of the options that were set in a file or by a flag, those of lora_parameters included.
     """
 
-    model: str | None = _option(None, str, "a folder, a Hugging Face id, or demo")
+    model: str | None = _option(
+        None, str, "a folder, a Hugging Face id, or demo (default: mlx-community/Phi-4-mini-instruct-4bit)"
+    )
     data: str = _option(
         "data", str, "a folder with train.jsonl, optionally valid.jsonl and test.jsonl; one file; or a Hugging Face id"
     )
     adapter_path: str = _option("adapters", str, "folder for the adapter, checkpoints and metrics")
     resume_adapter_file: str | None = _option(
-        None, str, "initial adapter: a folder, or a file with adapter_config.json beside it"
+        None, str, "initial adapter: a folder, or a file with adapter_config.json beside it (default: none)"
     )
     task: str = _option(
-        "sft", str, "learn answers (sft) or preferences between two answers (dpo, orpo)", known=("sft", "dpo", "orpo")
+        "sft", str, "sft learns answers; dpo and orpo, preferences between two answers", known=("sft", "dpo", "orpo")
     )
     fine_tune_type: str = _option("lora", str, "parameters to train", known=("lora", "dora", "full"))
     num_layers: int = _option(-1, int, "number of last blocks to train; -1 for all", -1, may_be_all=True)
     lora_parameters: LoraParameters = field(default_factory=LoraParameters)
-    iters: int | None = _option(None, int, "batches to train on, 1000 by default", 1)
-    epochs: int | None = _option(None, int, "times to train on each sample, in place of --iters", 1)
+    iters: int | None = _option(None, int, "batches to train on (default: 1000)", 1)
+    epochs: int | None = _option(
+        None, int, "times to train on each sample, in place of --iters (default: as --iters says)", 1
+    )
     batch_size: int = _option(4, int, "samples in a batch, over all processes", 1)
     grad_accumulation_steps: int = _option(1, int, "batches in an update; each target has the same weight", 1)
     max_seq_length: int = _option(2048, int, "tokens of a sample; longer ones are cut, and the output says so", 2)
     packing: bool = _option(
-        True, bool, "put the samples of a batch side by side in one row, without padding (on by default)"
+        True, bool, "put the samples of a batch side by side in one row, without padding"
     )
     mask_prompt: bool = _option(False, bool, "learn the answers only, not the prompts")
     grad_checkpoint: bool = _option(
@@ -223,7 +239,8 @@ class Settings:
     beta: float = _option(0.1, float, "how strongly DPO stays near the base; weight of ORPO's preference", 1e-6, 100)
     steps_per_report: int = _option(10, int, "batches between two lines of output without a progress bar", 1)
     report_to: str | None = _option(
-        None, str, "also send the metrics to this library, if it is installed", known=("wandb", "tensorboard")
+        None, str, "also send the metrics to this library, if it is installed (default: none)",
+        known=("wandb", "tensorboard"),
     )
     steps_per_eval: int = _option(200, int, "batches between two validations", 1)
     val_batches: int = _option(25, int, "batches in a validation; -1 for all", -1, may_be_all=True)
@@ -258,14 +275,17 @@ class Settings:
         Raises:
             RequestError: a name is not known, or a value is out of range.
         """
-        known = {each.name for each in fields(cls)} - {"given"}
+        known = {each.name for each in fields(cls)} - {"given"} | SHAPE.keys()
         _check_names(given, known, where)
         values, named = dict(given), set(given)
         try:
-            if "lora_parameters" in values:
-                parameters = values["lora_parameters"]
+            shape = {name: values.pop(name) for name in SHAPE if name in values}
+            if shape or "lora_parameters" in values:
+                parameters = values.get("lora_parameters", {})
                 named |= {*_check_names(parameters, {each.name for each in fields(LoraParameters)}, "lora_parameters")}
-                values["lora_parameters"] = LoraParameters(**_with_tuple(parameters, "keys"))
+                for name in shape.keys() & parameters.keys():
+                    raise RequestError(f"{name} is given twice, also in lora_parameters; leave one of them out")
+                values["lora_parameters"] = LoraParameters(**_with_tuple(parameters, "keys") | shape)
             schedule = values.get("lr_schedule")
             if isinstance(schedule, Mapping):
                 _check_names(schedule, {each.name for each in fields(Schedule)}, "lr_schedule")
@@ -274,6 +294,11 @@ class Settings:
             return cls(**values, given=frozenset(named))
         except RequestError as error:
             raise RequestError(f"{where}: {error}") from None
+
+    @property
+    def base(self) -> str:
+        """The name of the model to tune."""
+        return self.model or DEFAULT_MODEL
 
     def named(self, name: str) -> bool:
         """True if an option was given or differs from its default; takes the names of lora_parameters too."""
@@ -295,9 +320,14 @@ class Settings:
         return "targets" if self.task == "sft" else "pairs"
 
 
-OPTIONS: dict[str, Option] = {
-    each.name: each.metadata["option"] for each in fields(Settings) if "option" in each.metadata
-}
+OPTIONS = _options(Settings)
+FLAGS: dict[str, Option] = {}
+"""The options of the command line, in the order of `--help`: those of lora_parameters where it stands."""
+for each in fields(Settings):
+    if each.name == "lora_parameters":
+        FLAGS |= SHAPE
+    elif each.name in OPTIONS:
+        FLAGS[each.name] = OPTIONS[each.name]
 
 
 def _with_tuple(given: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -310,7 +340,9 @@ def _check_names(given: object, known: set[str], where: str) -> Mapping[str, Any
         raise RequestError(f"{where} must be an object of names and values, not {shown(given)}")
     for name in given:
         if name not in known:
-            raise RequestError(f"{where}: {shown(name)} is not known; known are {', '.join(sorted(known))}")
+            near = suggestion(name, known) if isinstance(name, str) else ""
+            known_names = f"; known are {', '.join(sorted(known))}"
+            raise RequestError(f"{where}: {shown(name)} is not known{near or known_names}")
     return given
 
 
@@ -336,7 +368,6 @@ def _check_optimizer(optimizer: str, config: Mapping[str, Any]) -> None:
             Option(float, "", -10, 0).check(where, value)
         else:
             Option(float, "").check(where, value)
-
 
     if optimizer == "sgd" and config.get("nesterov") and (not config.get("momentum") or config.get("dampening")):
         raise RequestError("optimizer_config: nesterov needs a momentum above 0 and no dampening")

@@ -173,7 +173,7 @@ class KVCache:
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
         """The attention mask of the next N tokens: causal over everything before. mlx-lm's signature."""
         if window_size is not None:
-            raise RequestError(f"this cache does not support attention in a window of {window_size} tokens")
+            raise RequestError(f"this cache does not support attention in a window (window_size is {window_size})")
         if return_array:
             return mx.arange(self._filled, self._filled + N)[:, None] >= mx.arange(self._filled + N)
         return None if N == 1 else "causal"

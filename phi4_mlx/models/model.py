@@ -9,7 +9,7 @@ Shapes: B batch, T new tokens, S cached plus new, D hidden, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -51,12 +51,14 @@ class LanguageModel(nn.Module, ABC):
         boundary: the longest sequence under the short RoPE table; None for a model with a single regime.
         lora_keys: the linear layers within a block that LoRA adapts by default, by their path.
         recompute: in training, keep only each block's input and run the block again in backward.
+        watch: called with each block and its output, which is not computed yet; training shows its progress by them.
     """
 
     config: Config
     boundary: int | None = None
     lora_keys: tuple[str, ...] = ()
     recompute: bool
+    watch: Callable[[nn.Module, mx.array], object] | None = None
 
     @abstractmethod
     def hidden(

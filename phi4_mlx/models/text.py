@@ -11,7 +11,7 @@ Source: `modeling_phi3.py` in transformers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -162,6 +162,7 @@ class Decoder(nn.Module):
         segments: mx.array | None = None,
         rows: int | None = None,
         recompute: bool = False,
+        watch: Callable[[nn.Module, mx.array], object] | None = None,
     ) -> mx.array:
         """See `LanguageModel.hidden`. With `rows`, the last block computes only keys and values of the other tokens."""
         T = ids.shape[1]
@@ -184,6 +185,8 @@ class Decoder(nn.Module):
         for layer, layer_cache, layer_rows in zip(self.layers, caches, rows_of_layer, strict=True):
             run = nn.utils.checkpoint(layer) if recompute else layer
             x = run(x, rotation, mask, layer_cache, layer_rows)
+            if watch is not None:
+                watch(layer, x)
         return self.norm(x)
 
     def _step(self, ids: mx.array, offset: mx.array, regime: Regime, mask: Any, caches: Sequence[Any]) -> mx.array:
@@ -241,7 +244,9 @@ class Model(LanguageModel):
     ) -> mx.array:
         """See `LanguageModel.hidden`."""
         recompute = self.recompute and self.training
-        return self.model(ids, cache, embeddings=embeddings, segments=segments, rows=rows, recompute=recompute)
+        return self.model(
+            ids, cache, embeddings=embeddings, segments=segments, rows=rows, recompute=recompute, watch=self.watch
+        )
 
     def logits(self, hidden: mx.array) -> mx.array:
         """See `LanguageModel.logits`."""

@@ -12,23 +12,42 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phi4_mlx.errors import Phi4Error, RequestError
-from phi4_mlx.terminal.command import INTERRUPTED, OUR_MISTAKE, USER_MISTAKE, Parser, number, run, word
+from phi4_mlx.terminal.command import (
+    INTERRUPTED,
+    OUR_MISTAKE,
+    USER_MISTAKE,
+    Parser,
+    complain,
+    number,
+    run,
+    typed,
+    word,
+)
 from phi4_mlx.terminal.limits import MAX_TOKENS_LIMIT
-from phi4_mlx.terminal.options import add_model_options
+from phi4_mlx.terminal.options import add_model_options, add_overflow_option, add_tool_options
 
 if TYPE_CHECKING:
     from phi4_mlx.server.engine.engine import Settings
     from phi4_mlx.server.engine.supervisor import Supervisor
     from phi4_mlx.server.grammar_pool import GrammarPool
     from phi4_mlx.server.guard import Guard
+    from phi4_mlx.server.model_kind import ModelKind
     from phi4_mlx.tokens.tokenizer import Tokenizer
+    from phi4_mlx.tools.toolbox import Toolbox
 
-PROG = "phi4-mlx server"
+PROG = typed("server")
 KEY_VARIABLE = "PHI4_MLX_API_KEY"
+STANDARD_ERROR = 2
+SHOWN_TOOLS = 20
+LOG_LEVELS = (
+    "info: a line for each request, but for polls and the page's files; warning: for each that fails; error: for each "
+    "that the server fails; no line contains a prompt, an answer or a key"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,16 +58,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog=PROG, description="Serve a model over HTTP: OpenAI's and Anthropic's APIs, and a chat page.")
     add_model_options(parser)
-    parser.add_argument("--host", type=word, default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=number(int, 0, 65535), default=8080, help="0 takes a free port (default: 8080)")
+    _add_access_options(parser)
+    parser.add_argument(
+        "--adapters", type=word, metavar="FOLDER",
+        help="folder of LoRA adapters that clients may name as the model (default: none)",
+    )  # fmt: skip
+    _add_limit_options(parser)
+    add_tool_options(parser, "the chat page may run, each call after a question; API clients do not see them")
+    parser.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help=LOG_LEVELS
+    )
+    return parser
+
+
+def _add_access_options(parser: Parser) -> None:
+    """The options that say who may send requests."""
+    parser.add_argument("--host", type=word, default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=number(int, 0, 65535), default=8080, help="0 takes a free port")
     parser.add_argument(
         "--api-key",
         type=word,
         metavar="KEY",
-        help=f"key that clients must send; {KEY_VARIABLE} sets it too, out of sight of `ps`",
-    )
-    parser.add_argument(
-        "--adapters", type=word, metavar="FOLDER", help="folder of LoRA adapters that clients may name as the model"
+        help=f"key that clients must send; {KEY_VARIABLE} sets it too, out of sight of `ps` (default: none)",
     )
     parser.add_argument(
         "--allowed-origins",
@@ -58,42 +89,49 @@ def _parser() -> Parser:
         metavar="ORIGIN",
         help="web pages that may send requests; * is any",
     )
+
+
+def _add_limit_options(parser: Parser) -> None:
+    """The options that limit lengths, numbers, times and bytes."""
     parser.add_argument(
         "--max-tokens",
         type=number(int, 1, MAX_TOKENS_LIMIT),
         help="longest answer where a client sets no limit (default: as long as fits)",
     )
+    add_overflow_option(parser)
     parser.add_argument(
-        "--decode-concurrency", type=number(int, 1, 1024), default=32, help="answers generated at a time (default: 32)"
+        "--decode-concurrency", type=number(int, 1, 1024), default=32, metavar="N", help="answers generated at a time"
     )
     parser.add_argument(
         "--max-queue",
         type=number(int, 0, 100_000),
         default=256,
         metavar="N",
-        help="requests that may wait (default: 256)",
+        help="requests that may wait",
     )
     parser.add_argument(
         "--timeout",
         type=number(float, 1.0, 86_400.0),
         default=600.0,
         metavar="S",
-        help="seconds for an answer (default: 600)",
+        help="seconds for an answer",
     )
     parser.add_argument(
-        "--kv-cache-bytes", type=number(int, 2**20, 2**50), metavar="N", help="bytes for running answers"
-    )
+        "--kv-cache-bytes", type=number(int, 2**20, 2**50), metavar="N",
+        help="bytes for running answers (default: half of the memory beside the weights)",
+    )  # fmt: skip
     parser.add_argument(
-        "--prompt-cache-bytes", type=number(int, 0, 2**50), metavar="N", help="bytes for earlier prompts"
-    )
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
-    return parser
+        "--prompt-cache-bytes", type=number(int, 0, 2**50), metavar="N",
+        help="bytes for earlier prompts (default: a quarter of the memory beside the weights)",
+    )  # fmt: skip
 
 
 def _serve(args: argparse.Namespace) -> None:
     from phi4_mlx.server.guard import is_loopback
+    from phi4_mlx.server.log import logging_to
+    from phi4_mlx.server.tools import opened_toolbox
 
-    key = _key(args.api_key)
+    key = api_key(args.api_key)
     if key is None and not is_loopback(args.host):
         raise RequestError(
             f"--host {args.host} can be reached from other machines, so it needs --api-key (or {KEY_VARIABLE}); "
@@ -102,8 +140,12 @@ def _serve(args: argparse.Namespace) -> None:
     with open_listener(args.host, args.port) as listener:  # first: a port in use fails before the model loads
         served = _served(args)
         # Not asyncio.run: that waits for threads, which may be busy with the request of a client that has left.
-        with contextlib.closing(asyncio.new_event_loop()) as loop:
-            loop.run_until_complete(_run(args, key, served, listener))
+        with (
+            logging_to(STANDARD_ERROR, args.log_level),
+            opened_toolbox(args.tools, args.mcp, served.tokenizer, partial(complain, PROG)) as toolbox,
+            contextlib.closing(asyncio.new_event_loop()) as loop,
+        ):
+            loop.run_until_complete(_run(args, key, served, toolbox, listener))
 
 
 def open_listener(host: str, port: int) -> socket.socket:
@@ -148,13 +190,20 @@ def _unusable(host: str, port: int, error: OSError | ValueError) -> RequestError
     )
 
 
-def _key(option: str | None) -> str | None:
-    """The key that clients must send; None for none.
+def api_key(option: str | None) -> str | None:
+    """The key that clients must send. Takes it out of the environment, which tools inherit.
+
+    Args:
+        option: the value of `--api-key`; None if it is not given.
+
+    Returns:
+        The key; None for none.
 
     Raises:
         RequestError: no client can send it.
     """
-    source, key = ("--api-key", option) if option else (KEY_VARIABLE, os.environ.get(KEY_VARIABLE) or None)
+    variable = os.environ.pop(KEY_VARIABLE, None)
+    source, key = ("--api-key", option) if option else (KEY_VARIABLE, variable or None)
     if key is not None and (not key.isprintable() or key != key.strip()):
         raise RequestError(
             f"the key in {source} is not UTF-8, or has control characters or white space at an end; "
@@ -172,12 +221,14 @@ class _Served:
         name: of the model, for clients.
         tokenizer: of the model.
         vocabulary: number of token ids.
+        kind: of the model.
     """
 
     settings: Settings
     name: str
     tokenizer: Tokenizer
     vocabulary: int
+    kind: ModelKind
 
 
 def _served(args: argparse.Namespace) -> _Served:
@@ -186,6 +237,7 @@ def _served(args: argparse.Namespace) -> _Served:
     from phi4_mlx.files.manifest import verify_manifest
     from phi4_mlx.hub import DEFAULT_MODEL, resolve
     from phi4_mlx.server.engine.engine import Settings
+    from phi4_mlx.server.model_kind import model_kind
 
     adapters = _adapters(args.adapters)
     name = DEFAULT_MODEL if args.model is None else args.model
@@ -206,14 +258,19 @@ def _served(args: argparse.Namespace) -> _Served:
         args.prompt_cache_bytes,
         args.chat_format,
     )
-    return _Served(settings, shown, tokenizer, config.vocab_size)
+    kind = model_kind(folder, tokenizer.chat_format, args.chat_format is not None)
+    return _Served(settings, shown, tokenizer, config.vocab_size, kind)
 
 
-async def _run(args: argparse.Namespace, key: str | None, served: _Served, listener: socket.socket) -> None:
+async def _run(
+    args: argparse.Namespace, key: str | None, served: _Served, toolbox: Toolbox, listener: socket.socket
+) -> None:
     """Starts the engine and serves until a signal, or until no engine can be started any more."""
     from phi4_mlx.server.engine.supervisor import Supervisor
     from phi4_mlx.server.grammar_pool import GrammarPool
     from phi4_mlx.server.http_server import HttpServer, Lacks, Stop, cancel_the_rest, leave_soon, raise_descriptor_limit
+    from phi4_mlx.server.request_log import RequestLog
+    from phi4_mlx.server.tools import check_room
 
     raise_descriptor_limit()
     asyncio.get_running_loop().set_exception_handler(Lacks())
@@ -223,19 +280,21 @@ async def _run(args: argparse.Namespace, key: str | None, served: _Served, liste
     with stop.listening():
         lost = asyncio.create_task(supervisor.lost())
         try:
-            print(f"{PROG}: loading {served.name}", file=sys.stderr, flush=True)
+            complain(PROG, f"loading {served.name}")
             await stop.or_done(asyncio.create_task(supervisor.start()))
             if not stop.asked.is_set():
+                check_room(toolbox, served.tokenizer, supervisor.longest)
                 grammars.start()
-                app = _guard(args, key, served, supervisor, grammars)
-                server = HttpServer(app, args.log_level, stop, supervisor.drain)
+                app = RequestLog(_guard(args, key, served, supervisor, grammars, toolbox))
+                server = HttpServer(app, stop, supervisor.drain)
                 listen(listener, server.config.backlog)
-                host, port = listener.getsockname()[:2]
-                shown = f"[{host}]" if ":" in host else host
-                print(f"{PROG}: listening on http://{shown}:{port}", file=sys.stderr, flush=True)
+                complain(PROG, _summary(served, supervisor.longest, key, toolbox))
+                complain(PROG, f"the chat page and the APIs are listening on {page_address(listener)}")
                 await server.serve_beside(lost, listener)
                 if lost.done():
                     raise RequestError(lost.result())
+            if stop.signal is not None:
+                complain(PROG, f"stopped by {signal.Signals(stop.signal).name}")
             code = INTERRUPTED if stop.signal == signal.SIGINT else 0
         except Phi4Error:
             code = USER_MISTAKE
@@ -244,23 +303,53 @@ async def _run(args: argparse.Namespace, key: str | None, served: _Served, liste
             grammars.stop()
             await supervisor.stop()
             await cancel_the_rest()
-            leave_soon(code)
+            leave_soon(code, len(args.mcp))
     if code == INTERRUPTED:
         raise KeyboardInterrupt
 
 
+def _summary(served: _Served, longest: int, key: str | None, toolbox: Toolbox) -> str:
+    """A line about the model, its context, the key and the tools."""
+    names = [tool["function"]["name"] for tool in toolbox.declarations]
+    tools = ", ".join(names[:SHOWN_TOOLS]) + f" and {len(names) - SHOWN_TOOLS} more" * (len(names) > SHOWN_TOOLS)
+    parts = [
+        f"{served.name} ({served.kind}), context {longest:,} tokens",
+        *([f"adapters: {', '.join(served.settings.adapters)}"] if served.settings.adapters else []),
+        "no key is needed" if key is None else "clients must send the key",
+        f"tools for the page: {tools}" if tools else "no tools",
+    ]
+    return "; ".join(parts)
+
+
+def page_address(listener: socket.socket) -> str:
+    """The address of the page; of all addresses that it listens on, one for this machine."""
+    host, port = listener.getsockname()[:2]
+    own = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://[{own}]:{port}" if ":" in own else f"http://{own}:{port}"
+    return url if own == host else f"all addresses, here {url}"
+
+
 def _guard(
-    args: argparse.Namespace, key: str | None, served: _Served, supervisor: Supervisor, grammars: GrammarPool
+    args: argparse.Namespace,
+    key: str | None,
+    served: _Served,
+    supervisor: Supervisor,
+    grammars: GrammarPool,
+    toolbox: Toolbox,
 ) -> Guard:
     """The ASGI application."""
     from phi4_mlx.server.app import App
     from phi4_mlx.server.guard import LOOPBACK_NAMES, Guard, is_loopback
     from phi4_mlx.server.service import Service
+    from phi4_mlx.server.tools import ServerTools
 
     models = {served.name: None} | {adapter: adapter for adapter in served.settings.adapters}
-    service = Service(supervisor, served.tokenizer, models, served.vocabulary, args.timeout, args.max_tokens, grammars)
+    service = Service(
+        supervisor, served.tokenizer, models, served.vocabulary, args.timeout, args.max_tokens, grammars, served.kind,
+        args.context_overflow,
+    )  # fmt: skip
     hosts = None if key is not None and not is_loopback(args.host) else (*LOOPBACK_NAMES, args.host.lower())
-    return Guard(App(service).starlette(), key, hosts, tuple(args.allowed_origins))
+    return Guard(App(service, ServerTools(toolbox)).starlette(), key, hosts, tuple(args.allowed_origins))
 
 
 def _adapters(folder: str | None) -> dict[str, str]:

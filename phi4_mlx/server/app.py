@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import functools
-import hashlib
-import json
-import logging
 import re
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -31,17 +25,20 @@ from phi4_mlx.server.apis import completions as completions_api
 from phi4_mlx.server.apis import messages as messages_api
 from phi4_mlx.server.apis import responses as responses_api
 from phi4_mlx.server.apis.answer import Answer
-from phi4_mlx.server.apis.wire import Ask, Delta, End, WireError, ignored_header, json_bytes
+from phi4_mlx.server.apis.fields import parse_json
+from phi4_mlx.server.apis.wire import Ask, Delta, End, WireError, ignored_header
+from phi4_mlx.server.disconnect import ClientGone, unless_gone
 from phi4_mlx.server.guard import Receive, Scope, Send, refuse
-from phi4_mlx.server.limits import BRACKETS_LIMIT
+from phi4_mlx.server.json_response import JsonResponse
+from phi4_mlx.server.page_files import page_file
+from phi4_mlx.server.request_log import CANCELLED, Entry, entry_of
 from phi4_mlx.server.service import Service
+from phi4_mlx.server.tools import ServerTools
 
-LOG = logging.getLogger("uvicorn.error")  # the server's log
 IGNORED = "x-phi4-ignored"  # a header: what had no effect on the answer
 HEARTBEAT_S = 10.0  # a proxy closes a stream that is silent for too long
 LARGE_BODY = 2**18  # bytes; a larger one is parsed in a thread, because 16 MB take up to two seconds
 
-T = TypeVar("T")
 Parse = Callable[[Any, int], Ask]  # body, vocabulary
 Stream = AsyncGenerator[Delta | End | None, None]  # None: nothing came for a while
 MakeAnswer = Callable[[Ask, int, int], Answer]  # request, seconds since 1970, prompt tokens
@@ -53,11 +50,13 @@ class App:
 
     Attributes:
         service: answers the requests.
+        tools: the server's own, for the page.
         created: the time of the start, in seconds since 1970.
         counts: number of answers by route and status, for /metrics.
     """
 
     service: Service
+    tools: ServerTools = field(default_factory=ServerTools)
     created: int = field(default_factory=lambda: int(time.time()))
     counts: Counter[tuple[str, int]] = field(default_factory=Counter)
 
@@ -73,20 +72,25 @@ class App:
         }
         routes = [
             Route("/", self.page),
+            Route("/page/{path:path}", self.page),
             Route("/health", self.health),
             Route("/metrics", self.metrics),
             Route("/v1/models", self.models),
             Route("/v1/models/{model:path}", self.model),
+            *self.tools.routes(),
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in answering.items()),
         ]
         handlers: dict[Any, Any] = {WireError: self._refused, HTTPException: self._http_error, Exception: self._broken}
-        return Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(PlainPaths)])
+        app = Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(PlainPaths)])
+        app.router.redirect_slashes = False  # PlainPaths would take the slash out again, without end
+        return app
 
     async def page(self, request: Request) -> Response:
-        """The chat page; its content security policy allows only its own script and style."""
-        html, policy = _page()
-        safety = {"content-security-policy": policy, "x-content-type-options": "nosniff"}
-        return HTMLResponse(html, headers=safety | {"referrer-policy": "no-referrer"})
+        """The chat page, or one of its files."""
+        found = page_file(request.path_params.get("path", "index.html"))
+        if found is None:
+            raise HTTPException(404)
+        return found.answer(request)
 
     async def health(self, request: Request) -> Response:
         """The state of the engine; status 200 if it answers."""
@@ -94,7 +98,7 @@ class App:
         pong = await supervisor.ping()
         status = "ok" if pong else "busy" if supervisor.state == "ready" else supervisor.state
         body = {"status": status, "restarts": supervisor.restarts, "jobs": supervisor.jobs}
-        return _json(body, 200 if pong else 503)
+        return JsonResponse(body, 200 if pong else 503)
 
     async def metrics(self, request: Request) -> Response:
         """Counts and sizes, in Prometheus' text format."""
@@ -112,20 +116,21 @@ class App:
         if "anthropic-version" in request.headers:
             since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.created))
             data = [{"type": "model", "id": name, "display_name": name, "created_at": since} for name in names]
-            return _json({"data": data, "has_more": False, "first_id": names[0], "last_id": names[-1]})
-        return _json({"object": "list", "data": [self._model_json(name) for name in names]})
+            return JsonResponse({"data": data, "has_more": False, "first_id": names[0], "last_id": names[-1]})
+        return JsonResponse({"object": "list", "data": [self._model_json(name) for name in names]})
 
     async def model(self, request: Request) -> Response:
         """One model or adapter."""
         name = request.path_params["model"]
         if name not in self.service.models:
             raise WireError(404, f"there is no model {name!r:.100}", "model", "model_not_found")
-        return _json(self._model_json(name))
+        return JsonResponse(self._model_json(name))
 
     async def count_tokens(self, request: Request) -> Response:
         """The length in tokens of a prompt of /v1/messages."""
         ask = await self._parse(messages_api.parse, await request.body())
-        return _json({"input_tokens": len((await self.service.prompts(ask, must_fit=False))[0])})
+        _, (prompt,) = await self.service.prompts(ask, must_fit=False)
+        return JsonResponse({"input_tokens": len(prompt)})
 
     async def embeddings(self, request: Request) -> Response:
         """Refused: this model makes no embeddings."""
@@ -133,7 +138,9 @@ class App:
         return self._refusal(request, error, {"x-should-retry": "false"})  # clients retry any other 5xx
 
     def _model_json(self, name: str) -> JsonObject:
-        return {"id": name, "object": "model", "created": self.created, "owned_by": "phi4_mlx"}
+        """A model in OpenAI's form, with its context length and kind for the page."""
+        fitting = {"context_length": self.service.supervisor.longest, "kind": self.service.kind}
+        return {"id": name, "object": "model", "created": self.created, "owned_by": "phi4_mlx", **fitting}
 
     def _completion(self, ask: Ask, created: int, prompt_tokens: int) -> Answer:
         decode = self.service.tokenizer.decode
@@ -142,7 +149,7 @@ class App:
 
     async def _parse(self, parse: Parse, data: bytes) -> Ask:
         def read() -> Ask:
-            return parse(_body(data), self.service.vocabulary)
+            return parse(parse_json(data), self.service.vocabulary)
 
         return self.service.served(await asyncio.to_thread(read) if len(data) > LARGE_BODY else read())
 
@@ -150,24 +157,26 @@ class App:
         """A route that answers with generated text."""
 
         async def route(request: Request) -> Response:
-            ask = await self._parse(parse, await request.body())
-            prompts = await self.service.prompts(ask)
+            entry = entry_of(request.scope)
+            entry.ask = ask = await self._parse(parse, await request.body())
+            ask, prompts = await self.service.prompts(ask)
+            entry.prompt_tokens = sum(map(len, prompts))
             jobs, ignored = await self.service.jobs(ask, prompts)
-            items = self.service.answers(ask, jobs)
-            answer = make(ask, int(time.time()), sum(map(len, prompts)))
+            items = entry.observed(self.service.answers(ask, jobs))
+            answer = make(ask, int(time.time()), entry.prompt_tokens)
             try:
                 if ask.stream:
                     paced = _paced(items)
                     # Before the status is sent, so that an early failure has its own.
-                    first = await _unless_gone(request.receive, anext(paced))
+                    first = await unless_gone(request.receive, anext(paced))
                     response: Response = EventStream(answer, first, paced)
                 else:
-                    response = _json(answer.body(await _unless_gone(request.receive, _collected(items))))
+                    response = JsonResponse(answer.body(await unless_gone(request.receive, _collected(items))))
             except ClientGone:
-                response = Response(status_code=499)  # never sent
+                entry.cancelled = True
+                response = Response(status_code=CANCELLED)  # never sent
             if ignored:
-                response.headers[IGNORED] = ignored_header(ignored)
-                LOG.warning("%s: ignored %s", request.url.path, response.headers[IGNORED])
+                entry.ignored = response.headers[IGNORED] = ignored_header(ignored)
             self.counts[request.url.path, response.status_code] += 1
             return response
 
@@ -238,10 +247,13 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the response."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        with contextlib.suppress(ClientGone):
-            await _unless_gone(receive, self._send(send))
+        entry = entry_of(scope)
+        try:
+            await unless_gone(receive, self._send(send, entry))
+        except ClientGone:
+            entry.cancelled = True
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, entry: Entry) -> None:
         async def write(events: bytes, more: bool = True) -> None:
             if events or not more:
                 await send({"type": "http.response.body", "body": events, "more_body": more})
@@ -253,41 +265,17 @@ class EventStream(Response):
                 async for item in self._rest:
                     await write(self._events(item))
                 end = answer.closing()
-            except WireError as error:
-                end = answer.failure(error)
             except Exception as error:
-                end = answer.failure(WireError(500, f"the server could not continue: {type(error).__name__}"))
+                entry.error = (
+                    error
+                    if isinstance(error, WireError)
+                    else WireError(500, f"the server could not continue: {type(error).__name__}")
+                )
+                end = answer.failure(entry.error)
             await write(end, more=False)
 
     def _events(self, item: Delta | End | None) -> bytes:
         return self._answer.heartbeat if item is None else self._answer.chunk(item)
-
-
-class ClientGone(Exception):
-    """The client has disconnected."""
-
-
-async def _unless_gone(receive: Receive, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled if the client disconnects.
-
-    Raises:
-        ClientGone: the client has disconnected.
-    """
-
-    async def gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGone
-    finally:
-        working.cancel()
-        watching.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
 
 
 async def _paced(items: AsyncGenerator[Delta | End, None]) -> Stream:
@@ -316,44 +304,3 @@ async def _paced(items: AsyncGenerator[Delta | End, None]) -> Stream:
 async def _collected(items: AsyncGenerator[Delta | End, None]) -> list[Delta | End]:
     async with contextlib.aclosing(items):
         return [item async for item in items]
-
-
-def _body(data: bytes) -> Any:
-    """Parses a body as JSON.
-
-    Raises:
-        WireError: it is not JSON, or has too many brackets.
-    """
-
-    def refuse_constant(name: str) -> None:
-        raise ValueError(f"{name} is not a JSON number")
-
-    if (brackets := data.count(b"[") + data.count(b"{")) > BRACKETS_LIMIT:
-        raise WireError(400, f"the body contains {brackets:,} opening brackets; the limit is {BRACKETS_LIMIT:,}")
-    try:
-        return json.loads(data, parse_constant=refuse_constant)
-    except RecursionError:
-        raise WireError(400, "the body is nested too deeply") from None
-    except ValueError as error:
-        raise WireError(400, f"the body is not JSON: {error!s:.200}") from None
-
-
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(json_bytes(value), status, media_type="application/json")
-
-
-@functools.cache
-def _page() -> tuple[str, str]:
-    """The chat page, and a content security policy that allows only its own script and style."""
-    html = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-
-    def hashes(tag: str) -> str:
-        blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-        digests = (base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks)
-        return " ".join(f"'sha256-{digest}'" for digest in digests)
-
-    policy = (
-        f"default-src 'none'; connect-src 'self'; script-src {hashes('script')}; style-src {hashes('style')}; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return html, policy

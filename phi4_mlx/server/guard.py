@@ -7,7 +7,6 @@ of a request, and requires the content type JSON, which a page of another origin
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import hmac
 import ipaddress
@@ -35,6 +34,7 @@ from phi4_mlx.server.limits import (
     WRITE_BYTES,
     WRITE_S,
 )
+from phi4_mlx.server.request_log import entry_of, write_refusal
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -42,6 +42,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Headers = Mapping[str, str]  # names in lower case
 
+PAGE_FILES = "/page/"  # the path of the files of the chat page
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -141,23 +142,21 @@ class Guard:
         host = headers.get("host", "")
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if self.hosts is not None and name.lower() not in self.hosts:
-            raise WireError(403, f"the Host header is {name!r:.100}; this server accepts {' or '.join(self.hosts)}")
+            names = " or ".join(dict.fromkeys(self.hosts))  # the host that is listened on may be one of the others
+            raise WireError(403, f"the Host header is {name!r:.100}; this server accepts {names}")
         origin = headers.get("origin")
         if origin is None or origin in self.origins or "*" in self.origins:
             return
-        if _host_of(origin) != host.lower():
+        if host_of(origin) != host.lower():
             raise WireError(403, f"pages of {origin!r:.100} may not send requests; --allowed-origins can allow them")
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
-        if self.api_key is None or (scope["path"] == "/health" and scope["method"] in ("GET", "HEAD")):
+        if self.api_key is None or _is_open(scope):
             return
         given = [headers.get("x-api-key", "").encode("latin-1")]  # the client's bytes
         scheme, _, value = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             given.append(value.strip().encode("latin-1"))
-        elif scheme.lower() == "basic":  # from a browser's password prompt; the user name is ignored
-            with contextlib.suppress(ValueError):
-                given.append(base64.b64decode(value).partition(b":")[2])
         wanted = self.api_key.encode()
         matches = [hmac.compare_digest(each, wanted) for each in given]  # every one: the timing reveals nothing
         if not any(matches):
@@ -185,7 +184,14 @@ _PREFLIGHT = [
 ]
 
 
-def _host_of(origin: str) -> str | None:
+def _is_open(scope: Scope) -> bool:
+    """True for paths without a key: the engine's state, and the files of the page, which asks for the key itself."""
+    path = scope["path"]
+    return scope["method"] in ("GET", "HEAD") and (path in ("/", "/health") or path.startswith(PAGE_FILES))
+
+
+def host_of(origin: str) -> str | None:
+    """The host and port of an origin, in lower case; None if it has none."""
     try:
         return urlsplit(origin).netloc.lower() or None
     except ValueError:
@@ -271,11 +277,11 @@ async def refuse(
     scope: Scope, send: Send, error: WireError, close: bool = False, more: Iterable[tuple[bytes, bytes]] = ()
 ) -> None:
     """Sends an error in the form of the route's API, with `more` headers; closes the connection if asked to."""
+    entry_of(scope).error = error
     make_body = messages_api.error_body if scope["path"].startswith("/v1/messages") else error_body
     headers = [(b"content-type", b"application/json")]
     if error.status == 401:
-        page = scope["path"] == "/"
-        headers.append((b"www-authenticate", b'Basic realm="phi4_mlx", charset="UTF-8"' if page else b"Bearer"))
+        headers.append((b"www-authenticate", b"Bearer"))  # never Basic, for which a browser would ask by itself
     if error.status in (429, 503):
         headers.append((b"retry-after", b"2"))
     if close:  # the rest of the body stays unread
@@ -346,6 +352,7 @@ class TimedProtocol(H11Protocol):
         self._refuse(WireError(400, msg))
 
     def _refuse(self, error: WireError) -> None:
+        write_refusal(self.client, error)
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             headers = [("content-type", "application/json"), ("connection", "close")]
             headers += [("retry-after", "2")] * (error.status == 503)

@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import errno
 import gc
-import logging
 import os
 import resource
 import signal
@@ -18,19 +17,21 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
-from phi4_mlx.server.guard import Guard, TimedProtocol
+from phi4_mlx.server.guard import TimedProtocol
 from phi4_mlx.server.limits import GRACE_S, HEADER_BYTES
+from phi4_mlx.server.log import LOG
+from phi4_mlx.terminal.amount import amount
 
 DESCRIPTORS = 4096  # asked for at the start; macOS gives a process 256 by default
 CUTTING_S = 3.0  # for connections and tasks to end once they are cut
 LEAVING_S = 3.0  # for threads that still work on a request, at the very end
+MCP_LEAVING_S = 6.0  # for one MCP server; one that ignores the end of its input and SIGTERM is killed after about 4 s
 TIDY_S = 10  # between two returns of freed memory while there are no requests; one takes some milliseconds
 REMINDER_S = 60.0  # between two warnings about the same lack
 
 LACKS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-
-logger = logging.getLogger("phi4_mlx.server")
 
 
 def raise_descriptor_limit() -> None:
@@ -58,7 +59,7 @@ class Lacks:
         now = time.monotonic()
         if now - self._told.get(error.errno, -REMINDER_S) >= REMINDER_S:
             self._told[error.errno] = now
-            logger.warning("new connections wait: %s; `ulimit -n` is the limit of descriptors", error.strerror)
+            LOG.warning("new connections wait: %s; `ulimit -n` is the limit of descriptors", error.strerror)
 
 
 class Stop:
@@ -76,9 +77,11 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Handles SIGINT and SIGTERM."""
+        """Handles SIGINT, SIGTERM and SIGHUP (a closed terminal), which stays ignored under `nohup`."""
         loop = asyncio.get_running_loop()
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
         for number in numbers:
             loop.add_signal_handler(number, self._received, number)
         try:
@@ -114,9 +117,9 @@ async def cancel_the_rest() -> None:
         await asyncio.wait(others, timeout=1.0)
 
 
-def leave_soon(code: int) -> None:
+def leave_soon(code: int, mcp_servers: int = 0) -> None:
     """Ends the process even if a thread still works on the request of a client that has left."""
-    leave_within(LEAVING_S, code)
+    leave_within(LEAVING_S + MCP_LEAVING_S * mcp_servers, code)
 
 
 def leave_within(seconds: float, code: int) -> None:
@@ -131,21 +134,21 @@ class HttpServer(uvicorn.Server):
 
     Args:
         app: the application.
-        log_level: "debug", "info", "warning" or "error".
         stop: the signals.
         drain: called at the first signal, to fail the requests that only wait.
     """
 
-    def __init__(self, app: Guard, log_level: str, stop: Stop, drain: Callable[[], None]) -> None:
+    def __init__(self, app: ASGIApp, stop: Stop, drain: Callable[[], None]) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
                 http=TimedProtocol,
                 ws="none",
                 lifespan="off",
-                log_level=log_level,
-                access_log=log_level in ("debug", "info"),
+                log_config=None,  # `phi4_mlx.server.log` writes it
+                access_log=False,
                 server_header=False,
+                proxy_headers=False,  # any client may send them
                 h11_max_incomplete_event_size=HEADER_BYTES,
                 timeout_keep_alive=30,
                 timeout_graceful_shutdown=int(GRACE_S + CUTTING_S),
@@ -193,6 +196,9 @@ class HttpServer(uvicorn.Server):
                 connection.transport.abort()
 
         self._drain()
+        if self.server_state.tasks:
+            running = amount(len(self.server_state.tasks), "running request")
+            LOG.warning("stopping: %s may take %g s; a second signal ends them now", running, GRACE_S)
         cutting = asyncio.create_task(cut())
         try:
             await super().shutdown(sockets)

@@ -46,3 +46,8 @@ API_PENALTY_LIMIT = 2.0  # OpenAI's
 INCLUDE_LIMIT = 32
 METADATA_LIMIT = 16  # pairs
 METADATA_CHARS_LIMIT = 512  # of one value
+
+# Calls of the server's own tools
+TOOL_BODY_BYTES = 2**20  # of a call; no answer of a model is longer
+TOOL_CALLS_LIMIT = 8  # at a time
+TOOL_S = 125.0  # for a call; that of an MCP server has 120 s of its own

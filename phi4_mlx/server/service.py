@@ -7,6 +7,7 @@ import contextlib
 import re
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from phi4_mlx.errors import Phi4Error
 from phi4_mlx.generation.answer import AnswerAssembler
@@ -16,6 +17,9 @@ from phi4_mlx.server.apis.wire import Ask, Call, Delta, End, WireError, new_id
 from phi4_mlx.server.engine.protocol import Failure, Finish, Job, Piece
 from phi4_mlx.server.engine.supervisor import Full, Supervisor
 from phi4_mlx.server.grammar_pool import Busy, GrammarPool
+from phi4_mlx.server.model_kind import ModelKind
+from phi4_mlx.terminal.amount import amount
+from phi4_mlx.tokens.overflow import Overflow, keep_latest, split_turns
 from phi4_mlx.tokens.tokenizer import Tokenizer
 
 UNREAD_ITEMS = 16  # of a client's answers; beyond them the supervisor's own limit counts
@@ -34,6 +38,8 @@ class Service:
         timeout_s: seconds that an answer may take.
         max_tokens: limit of an answer whose client sets none; None for what the context has room for.
         grammars: makes the grammars of answers.
+        kind: of the model and all its adapters.
+        overflow: for a conversation that does not fit, "stop" refuses it and "oldest" leaves out its oldest turns.
     """
 
     supervisor: Supervisor
@@ -43,6 +49,8 @@ class Service:
     timeout_s: float
     max_tokens: int | None = None
     grammars: GrammarPool = field(default_factory=GrammarPool)
+    kind: ModelKind = "instruct"
+    overflow: Overflow = "stop"
 
     def served(self, ask: Ask) -> Ask:
         """The request with the name of the model that answers it.
@@ -62,19 +70,20 @@ class Service:
         known = ", ".join(self.models)
         raise WireError(404, f"there is no model {ask.model!r:.100}; there are {known}", "model", "model_not_found")
 
-    async def prompts(self, ask: Ask, must_fit: bool = True) -> list[list[int]]:
-        """The prompts of a request as token ids.
+    async def prompts(self, ask: Ask, must_fit: bool = True) -> tuple[Ask, list[list[int]]]:
+        """(the request as it is answered, its prompts as token ids).
 
         Raises:
             WireError: a prompt is malformed, or leaves no room for an answer and `must_fit` is true.
         """
-        try:
-            prompts = await asyncio.to_thread(self._encode, ask)  # encoding a long prompt would block other requests
+        roll = must_fit and self.overflow == "oldest"
+        try:  # in a thread: encoding a long prompt would block other requests
+            ask, prompts = await asyncio.to_thread(self._encode, ask, roll)
         except Phi4Error as error:
             raise WireError(400, str(error)) from None
         for prompt in prompts if must_fit else ():
-            self._check_length(len(prompt))
-        return prompts
+            self._check_length(ask, len(prompt))
+        return ask, prompts
 
     async def jobs(self, ask: Ask, prompts: list[list[int]]) -> tuple[list[Job], tuple[str, ...]]:
         """The engine's jobs for a request, one for each answer; and the paths of what has no effect on the answers.
@@ -83,7 +92,8 @@ class Service:
             WireError: the requested grammar cannot be built.
         """
         grammar, loosened = await self.grammar(ask)
-        ignored = (*ask.ignored, *loosened)
+        oldest = (amount(ask.dropped, "oldest turn").replace(",", ""),) if ask.dropped else ()
+        ignored = (*oldest, *ask.ignored, *loosened)
         jobs = []
         for prompt in prompts:
             room = self.supervisor.longest - len(prompt)
@@ -177,13 +187,24 @@ class Service:
         except Full:
             raise WireError(429, "the server is full; send the request again in a moment") from None
 
-    def _encode(self, ask: Ask) -> list[list[int]]:
+    def _encode(self, ask: Ask, roll: bool) -> tuple[Ask, list[list[int]]]:
+        """(the request as it is answered, its prompts); with `roll`, without the turns that do not fit."""
+        tokenizer, tools = self.tokenizer, ask.tools if _calls_tools(ask) else None
         if not ask.messages:
-            return [self.tokenizer.encode(each) if isinstance(each, str) else each for each in ask.prompts]
-        tools = ask.tools if _calls_tools(ask) else None
-        return [self.tokenizer.apply_chat_template(ask.messages, tools=tools)]
+            return ask, [tokenizer.encode(each) if isinstance(each, str) else each for each in ask.prompts]
+        if not roll:
+            return ask, [tokenizer.apply_chat_template(ask.messages, tools)]
+        head, turns = split_turns(ask.messages)
+        prompt, dropped = keep_latest(
+            turns,
+            lambda kept: tokenizer.apply_chat_template([*head, *chain.from_iterable(kept)], tools),
+            lambda turn: tokenizer.chat_format.length(tokenizer, turn),
+            self.supervisor.longest,
+            ask.max_tokens or self.max_tokens,
+        )
+        return replace(ask, dropped=dropped), [prompt]
 
-    def _check_length(self, length: int) -> None:
+    def _check_length(self, ask: Ask, length: int) -> None:
         longest = self.supervisor.longest
         if not length:
             raise WireError(400, "the prompt has 0 tokens; it needs at least 1", "prompt")
@@ -191,6 +212,10 @@ class Service:
             message = (  # some clients look for its first words
                 f"prompt is too long: {length} tokens > {longest - 1} maximum; this server holds {longest} with answer"
             )
+            if ask.dropped:
+                message += f"; {amount(ask.dropped, 'oldest turn')} left out already"
+            elif self.overflow == "stop" and len(split_turns(ask.messages)[1]) > 1:
+                message += "; started with --context-overflow oldest, it would leave out the oldest turns"
             raise WireError(400, message, "messages", "context_length_exceeded")
 
 

@@ -14,11 +14,13 @@ import stat
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from phi4_mlx.errors import Phi4Error, RequestError, message_of
 from phi4_mlx.files.regular_file import SMALL_BYTES
 from phi4_mlx.terminal.printable import one_line
+from phi4_mlx.terminal.suggestion import DASHES, is_slip, suggestion
 
 Number = TypeVar("Number", int, float)
 
@@ -58,22 +60,114 @@ def idle_options(table: Iterable[Idle], given: Collection[str], options: object)
             yield f"{' and '.join(found)} {'has' if len(found) == 1 else 'have'} no effect {idle.why}"
 
 
+def typed(command: str) -> str:
+    """A command as the user starts it: `phi4-mlx chat`, or `python -m phi4_mlx.chat` after a start by `python -m`.
+
+    Args:
+        command: "chat", for example, or "" for the program itself; the one that runs, or one that a message advises.
+    """
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    module = "" if spec is None else spec.name.removesuffix(".__main__")
+    if module == f"phi4_mlx.{command}":
+        return f"python -m {module}"
+    started = "python -m phi4_mlx" if module.partition(".")[0] == "phi4_mlx" else "phi4-mlx"
+    return f"{started} {command}".rstrip()
+
+
+def shown_default(value: object) -> str:
+    """The default of an option, as `--help` shows it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+class _Help(argparse.HelpFormatter):
+    """Ends the help of each option with its default; where that is None, the text itself says what happens."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """The lines of a text; names stay whole at their hyphens."""
+        import textwrap  # as argparse does, for --help alone
+
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False, break_long_words=False)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if not action.option_strings or "(default: " in text:
+            return text
+        if action.required:
+            return f"{text} (required)"
+        if action.default in (None, argparse.SUPPRESS):
+            return text
+        return f"{text} (default: {shown_default(action.default).replace('%', '%%')})"
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser with `--debug`, whose errors are one line.
+    """An argument parser with `--debug`, whose help shows every default, and whose errors are one line.
 
     Attributes:
         idle: the options without effect that `run` names on standard error.
     """
 
     def __init__(self, prog: str, description: str) -> None:
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
+        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=_Help)
         self.idle: list[Idle] = []
-        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        self.add_argument(  # no default: a command's would overwrite what is given before its name
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show an error's traceback (default: off)"
+        )
 
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits with 2; argparse would print its usage block too."""
-        complain(self.prog, f"{message}; see --help")
+        complain(self.prog, message if message.endswith("?") else f"{message}; see --help")
         raise SystemExit(USER_MISTAKE)
+
+    def refuse(self, word: str, before: str = "") -> NoReturn:
+        """Refuses a word that is not an option, with the option that was probably meant.
+
+        Args:
+            word: the word.
+            before: the word before it.
+        """
+        name = word.partition("=")[0]
+        shown = (action for action in self._actions if action.help != argparse.SUPPRESS)
+        options = [each for action in shown for each in action.option_strings]
+        near = suggestion(name, options if name[:1] in DASHES else [each for each in options if is_slip(name, each)])
+        if not near and self._takes_value(before):
+            near = f"; a value that begins with a dash is written {before}={word:.60}"
+        self.error(f"unrecognized arguments: {name:.100}{near}")
+
+    # `Any` stands for the overloads of the base class.
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parses words. Refuses unknown options first, where argparse would report missing ones."""
+        words = list(sys.argv[1:] if args is None else args)
+        for before, word in zip(["", *words], words, strict=False):
+            if word == "--" or (self._subparsers is not None and word[:1] not in DASHES):
+                break  # the options that follow are not this parser's
+            if self._is_unknown_option(word, before):
+                self.refuse(word, before)
+        return super().parse_known_args(words, namespace)
+
+    def _is_unknown_option(self, word: str, before: str) -> bool:
+        """True for an option that argparse would refuse, and for `-prompt`, which it would read as `-p rompt`."""
+        known, name = self._option_string_actions, word.partition("=")[0]
+        if name in known or len(name) < 2 or name[0] not in DASHES or " " in word:
+            return False
+        if name[0] != "-":  # a long dash, as editors make it of two
+            return not self._takes_value(before) and any(is_slip(name, each) for each in known)
+        if name[1] != "-" and name[:2] in known:
+            return any(is_slip(name, each) for each in known if each.startswith("--"))
+        return not self._negative_number_matcher.match(word)
+
+    def _takes_value(self, option: str) -> bool:
+        return option in self._option_string_actions and self._option_string_actions[option].nargs != 0
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuses a value that is not among an option's choices."""
+        if action.choices is not None and value not in action.choices:
+            known = [str(each) for each in action.choices]
+            near = suggestion(value, known) if isinstance(value, str) else ""
+            raise argparse.ArgumentError(action, f"{str(value)!r:.60} is not one of {', '.join(known)}{near}")
 
 
 def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None) -> int:
@@ -95,7 +189,9 @@ def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: Sequen
         sys.stdout.reconfigure(errors="replace")  # a terminal's encoding may lack characters
     try:
         try:
-            args = parser.parse_args(argv)
+            args, rest = parser.parse_known_args(argv, args)
+            if rest:
+                parser.refuse(rest[0])
             given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
             for line in idle_options(parser.idle, given, args):
                 complain(parser.prog, line)
@@ -127,10 +223,23 @@ def _explain(error: Exception) -> tuple[str, int]:
         reason = error.strerror or message_of(error) or type(error).__name__
         return f"{error.filename}: {reason}" if error.filename else reason, USER_MISTAKE
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("phi4_mlx"):
-        return f"{error.name} is not installed; pip install phi4-mlx installs it too", USER_MISTAKE
+        return _not_installed(str(error.name)), USER_MISTAKE
     if isinstance(error, MemoryError):
         return "out of memory; a smaller model, prompt or --max-tokens needs less", USER_MISTAKE
     return f"internal error: {type(error).__name__}: {message_of(error)}; --debug shows where", OUR_MISTAKE
+
+
+def _not_installed(library: str) -> str:
+    """The message for a missing library: the Python that has it, or the way to install it."""
+    from shlex import quote
+
+    checkout = Path(__file__).parents[2]
+    activate = checkout / ".venv" / "bin" / "activate"
+    missing = f"{library} is not installed for {sys.executable}"
+    if not (checkout / "Makefile").is_file():
+        return f"{missing}; install phi4_mlx again, from its checkout: pip install ."
+    make = "" if activate.exists() else f"make -C {quote(str(checkout))} chat, then "
+    return f"{missing}; {make}source {quote(str(activate))}"
 
 
 def complain(prog: str, message: str) -> None:
@@ -159,15 +268,26 @@ def _point_at_nothing(descriptor: int) -> None:
 
 @contextlib.contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar, called with (bytes done, total bytes); None where standard error is not a terminal."""
+    """A progress bar, called with (bytes done, total bytes); None where standard error is not a terminal.
+
+    Before the first call, and between two, a spinner and the seconds show that the program runs.
+    """
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    columns = (SpinnerColumn("line"), TextColumn("{task.description}"), BarColumn(20), DownloadColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -1,4 +1,4 @@
-"""Line editing at the chat's prompt: messages of several lines, a history file, and Tab completion of commands.
+"""Line editing at the chat's prompt: messages of several lines, a history file, and Tab completion.
 
 Enter sends; Alt-Enter, or a backslash before Enter, begins a new line; pasted line breaks stay.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -34,15 +34,17 @@ class LineEditor:
     """Reads a person's messages.
 
     Args:
-        words: the commands that Tab completes.
+        words: the commands that Tab completes, each with a space at its end if more follows it.
+        paths: by command, the path of a file after which Tab completes: True for the names of files to offer. Folders
+            are always offered.
         colour: True if the prompt may be styled.
     """
 
-    def __init__(self, words: Sequence[str], colour: bool) -> None:
+    def __init__(self, words: Sequence[str], paths: Mapping[str, Callable[[str], bool]], colour: bool) -> None:
         self._prompt = ANSI("\x1b[1;32m> \x1b[0m") if colour else "> "
         self._session: PromptSession[str] = PromptSession(
             history=_History(state_folder() / "history"),
-            completer=_Commands(words),
+            completer=CommandCompleter(words, paths),
             complete_while_typing=False,
             key_bindings=_bindings(),
             multiline=True,
@@ -68,14 +70,39 @@ class LineEditor:
         return True
 
 
-class _Commands(Completer):
-    def __init__(self, words: Sequence[str]) -> None:
-        self._words = words
+class CommandCompleter(Completer):
+    """Completes commands, and paths after those that take one; the arguments are as for `LineEditor`."""
+
+    def __init__(self, words: Sequence[str], paths: Mapping[str, Callable[[str], bool]]) -> None:
+        self._words, self._paths = words, paths
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        """The command whose beginning is typed, or the path of a file after a command that takes one."""
         typed = document.text_before_cursor
-        if typed.startswith("/"):
-            yield from (Completion(word, -len(typed)) for word in self._words if word.startswith(typed))
+        if not typed.startswith("/"):
+            return
+        command, space, path = typed.partition(" ")
+        for word in self._words:
+            if word.startswith(typed) and word.rstrip().count(" ") == typed.count(" "):
+                yield Completion(word, -len(typed))
+        if space and command in self._paths:
+            yield from _completed_paths(path.lstrip(), self._paths[command])
+
+
+def _completed_paths(typed: str, offered: Callable[[str], bool]) -> Iterator[Completion]:
+    """Completes the path of a file or folder; after a file, an opening quote is closed."""
+    quote = typed[:1] if typed[:1] in ("'", '"') else ""
+    start = typed[1:] if quote else typed.replace("\\ ", " ")
+    folder, name = os.path.split(start)
+    if start == "~":
+        folder, name = "~", ""
+    with contextlib.suppress(OSError, ValueError), os.scandir(os.path.expanduser(folder) or ".") as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if not entry.name.startswith(name) or (entry.name.startswith(".") and not name):
+                continue
+            if entry.is_dir() or offered(entry.name):
+                end = "/" if entry.is_dir() else quote
+                yield Completion(quote + os.path.join(folder, entry.name) + end, -len(typed), display=entry.name)
 
 
 class _History(FileHistory):

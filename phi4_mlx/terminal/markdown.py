@@ -8,39 +8,15 @@ within `LOOKAHEAD` characters are text, so that the work per character is bounde
 from __future__ import annotations
 
 import re
-import shutil
-import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass
 
-RESET = "\x1b[0m"
-STYLES = {"bold": "1", "italic": "3", "code": "36", "heading": "1;35", "mark": "35", "dim": "2"}
-SGR = re.compile(r"\x1b\[[\d;]*m")
+from phi4_mlx.terminal.highlight import Highlighter, highlighter
+from phi4_mlx.terminal.inline import LOOKAHEAD, Piece, mark_ends, parse
+from phi4_mlx.terminal.style import RESET, sgr, styled, terminal_width
+from phi4_mlx.terminal.table import laid_out
+from phi4_mlx.terminal.wrapped_line import WrappedLine
+
 FENCE = "```"
-LOOKAHEAD = 1000  # characters that may wait for the mark that decides on them; also of a table's row
-TABLE_RULE = re.compile(r"[\s|:-]+")
-CODE = r"(?P<ticks>`+)(?!`)(?P<code>.+?)(?<!`)(?P=ticks)(?!`)"
-CELL_END = re.compile(rf"\\[|`]|{CODE}|`+|\|")  # a cell ends where this matches a single pipe
-INLINE = re.compile(rf"\\(?P<escaped>[*_`#])|{CODE}|(?P<stars>\*+)|`+|\\\\|\\|[^\\*`]+")
-
-
-def char_width(char: str) -> int:
-    """Columns of a character: 0 if it combines with the one before, 2 if it is wide, else 1."""
-    if char < "\u0300":
-        return 1
-    if unicodedata.combining(char) or unicodedata.category(char) in ("Mn", "Me", "Cf"):
-        return 0
-    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
-
-
-def text_width(text: str) -> int:
-    """Columns of a text without line breaks; styles take none."""
-    return sum(map(char_width, SGR.sub("", text)))
-
-
-def terminal_width() -> int:
-    """Columns to write in. The last one stays free: terminals differ in how they wrap there."""
-    return max(20, shutil.get_terminal_size().columns - 1)
 
 
 class MarkdownStream:
@@ -54,8 +30,10 @@ class MarkdownStream:
     def __init__(self, write: Callable[[str], None], width: Callable[[], int] = terminal_width) -> None:
         self._write, self._width = write, width
         self._in_code = False  # inside a fence
+        self._highlight: Highlighter | None = None
         self._table: list[str] = []
-        self._line = _WrappedLine(write)
+        self._formula = ""  # what closes the formula in which the cursor is
+        self._line = WrappedLine(write)
         self._start_line()
 
     def add(self, text: str) -> None:
@@ -69,6 +47,10 @@ class MarkdownStream:
                 self._begin(self._pending)
             elif self._kind in ("fence", "table"):
                 self._row.append(char)
+            elif self._kind == "highlighted":
+                self._row.append(char)
+                if len(self._row) > LOOKAHEAD:
+                    self._become("code", "".join(self._row))
             elif self._kind == "code":
                 self._write(char)
             else:
@@ -86,12 +68,13 @@ class MarkdownStream:
     def _start_line(self) -> None:
         self._kind: str | None = None
         self._pending = ""  # text whose meaning is not clear yet
-        self._row: list[str] = []  # the characters of a table's row or of a fence
+        self._row: list[str] = []  # the characters of a table's row, of a fence or of highlighted code
         self._line.start()
         self._styles: set[str] = set()
-        self._previous = " "
-        self._pieces: list[_Piece] = []  # from an asterisk that may still be closed
+        self._previous = "\n"
+        self._pieces: list[Piece] = []  # from an asterisk that may still be closed
         self._waiting = 0  # characters in the pieces and in `_pending`
+        self._ending = ""  # the last two characters of an open formula
 
     def _begin(self, line: str) -> None:
         """Decides the kind of the line as soon as its first characters allow it."""
@@ -100,9 +83,18 @@ class MarkdownStream:
         undecided = len(line) < LOOKAHEAD
         if self._in_code:
             if not (undecided and FENCE.startswith(text[:3])):
-                self._become("code", RESET + _sgr("code") + line)
+                if self._highlight is None:
+                    self._become("code", RESET + sgr("code") + line)
+                else:
+                    self._become_pending("highlighted")
         elif text.startswith(FENCE):
+            self._formula = ""
             self._become_pending("fence")
+        elif self._formula:
+            if not (undecided and FENCE.startswith(text)):
+                self._become("text", indent)
+                self._line.indent(indent)
+                self._rest(text)
         elif text.startswith("|"):
             self._become_pending("table")
         elif undecided and (
@@ -115,12 +107,13 @@ class MarkdownStream:
             self._rest(text[found.end() :])
         elif found := re.match(r"[-*+] |\d{1,9}[.)] ", text):
             mark = "• " if found[0][0] in "-*+" else found[0]
-            self._become("text", indent + _styled(mark, "mark"))
+            self._become("text", indent + styled(mark, "mark"))
             self._line.indent(" " * len(indent + mark))
             self._rest(text[found.end() :])
         elif text.startswith(">"):
-            self._become("text", _styled("│ ", "dim"))
-            self._line.column, self._line.hanging = 2, _styled("│ ", "dim")
+            mark = styled("│ ", "dim")
+            self._become("text", mark)
+            self._line.indent(mark)
             self._rest(text[1:].removeprefix(" "))
         else:
             self._become("text", indent)
@@ -147,8 +140,11 @@ class MarkdownStream:
             self._start_line()
             return
         if self._kind == "fence":
-            self._write(_styled("".join(self._row).strip(), "dim"))
-            self._in_code = True
+            opening = "".join(self._row).strip()
+            self._write(styled(opening, "dim"))
+            self._in_code, self._highlight = True, highlighter(opening.lstrip("`"))
+        elif self._kind == "highlighted":
+            self._write_code("".join(self._row))
         elif self._kind == "code":
             self._write(RESET)
         elif self._kind == "text":
@@ -163,22 +159,30 @@ class MarkdownStream:
         """Writes a line that ended before its kind was clear: a closing fence, a rule, a blank or very short line."""
         self._end_table()
         text = self._pending.strip()
+        self._formula = self._formula if text else ""  # an empty line ends it
         if self._in_code and text == FENCE:
             self._in_code = False
-            self._write(_styled(text, "dim"))
+            self._write(styled(text, "dim"))
         elif self._in_code:
-            self._write(_styled(self._pending, "code"))
+            self._write_code(self._pending)
         elif re.fullmatch(r"-{3,}|\*{3,}", text):
-            self._write(_styled("─" * min(40, self._line.columns), "dim"))
+            self._write(styled("─" * min(40, self._line.columns), "dim"))
         else:
             self._write(text)
+
+    def _write_code(self, line: str) -> None:
+        """Writes a line of code that is whole."""
+        self._write(styled(line, "code") if self._highlight is None else self._highlight(line))
 
     # A line of text: styles, and wrapping between words.
 
     def _inline(self, char: str) -> None:
-        if self._mark_ends_before(char):
+        if self._formula:
+            self._in_formula(char)
+            return
+        if mark_ends(self._pending, char):
             self._settle(char)
-        if self._pending or self._pieces or char in "*`\\":
+        if self._pending or self._pieces or char in "*`\\$":
             self._pending += char
             self._waiting += 1
             if self._waiting >= LOOKAHEAD:
@@ -187,25 +191,24 @@ class MarkdownStream:
             self._previous = char
             self._line.put(char, self._styles)
 
-    def _mark_ends_before(self, char: str) -> bool:
-        """True if what is pending ends with a whole mark that may close something."""
-        pending = self._pending
-        last = pending[-1:]
-        if not pending.startswith("`"):
-            return pending[-2:-1] == "\\" or (last in ("*", "`") and char != last)
-        ticks = len(pending) - len(pending.lstrip("`"))  # in code, only as many backticks matter
-        return last == "`" and char != "`" and len(pending) - len(pending.rstrip("`")) == ticks
+    def _in_formula(self, char: str) -> None:
+        """Writes a character of a formula of several lines."""
+        self._line.put(char, self._styles, whole=True)
+        self._ending = (self._ending + char)[-2:]
+        if self._ending.endswith(self._formula) and self._ending != "\\$":
+            self._formula, self._previous = "", char
 
     def _settle(self, following: str) -> None:
         """Writes what is pending, unless a later mark of the line may still style it."""
-        rest = _parse(self._pending, self._pieces, self._previous, following)
+        rest = parse(self._pending, self._pieces, self._previous, following)
         self._previous = (self._previous + self._pending)[-1 - len(rest)]
         self._pending = rest
         if following != "\n" and (rest or any(piece.opens for piece in self._pieces)):
             return
         for piece in self._pieces:
             for char in piece.text:
-                self._line.put(char, self._styles | piece.styles)
+                self._line.put(char, self._styles | piece.styles, whole=piece.formula)
+            self._formula = piece.closer
         self._pieces.clear()
         self._waiting = 0
 
@@ -213,166 +216,4 @@ class MarkdownStream:
         """Writes a table, which is laid out once its last row is known."""
         rows, self._table = self._table, []
         if rows:
-            self._write("".join(f"{row}\n" for row in _laid_out(rows, self._line.columns)))
-
-
-class _WrappedLine:
-    """A line of text, wrapped between words.
-
-    Attributes:
-        columns: of the terminal.
-        column: the cursor's.
-        hanging: text that begins each further row.
-    """
-
-    def __init__(self, write: Callable[[str], None]) -> None:
-        self._write = write
-        self.columns = 80
-        self.start()
-
-    def start(self) -> None:
-        """Begins a line."""
-        self.column, self.hanging = 0, ""
-        self._word: list[str] = []
-        self._word_width = self._spaces = 0
-        self._shown: frozenset[str] = frozenset()  # the styles in force
-
-    def indent(self, indent: str) -> None:
-        """Notes an indent that was written; further rows have it too if it leaves half of the row."""
-        self.column, self.hanging = len(indent), indent if len(indent) <= self.columns // 2 else ""
-
-    def put(self, char: str, styles: set[str]) -> None:
-        """Adds a character."""
-        if char in " \t":
-            self._flush_word()
-            self._spaces += 1
-            return
-        if self._shown != styles:
-            self._word.append(RESET + _sgr(*styles))
-            self._shown = frozenset(styles)
-        width = char_width(char)
-        if width == 2 or self._word_width + width > self.columns - len(self.hanging):
-            self._flush_word()  # wide scripts and words longer than a line break anywhere
-        self._word.append(char)
-        self._word_width += width
-
-    def finish(self) -> None:
-        """Writes the last word, and ends the styles."""
-        self._flush_word()
-        self._write(RESET if self._shown else "")
-
-    def _flush_word(self) -> None:
-        if self._word_width:
-            if self.column and self.column + self._spaces + self._word_width > self.columns:
-                self._write("\n" + self.hanging)
-                self.column = 2 if self.hanging.startswith("\x1b") else len(self.hanging)
-            else:
-                self._write(" " * self._spaces)
-                self.column += self._spaces
-            self.column += self._word_width
-            self._word_width = self._spaces = 0
-        self._write("".join(self._word))
-        self._word.clear()
-
-
-def _laid_out(rows: list[str], width: int) -> list[str]:
-    """The rows of a table, its columns aligned if they fit."""
-    ruled = len(rows) > 1 and TABLE_RULE.fullmatch(rows[1]) is not None
-    body = _body(rows, ruled, width)
-    widths = [max(map(text_width, column)) for column in zip(*body, strict=True)]
-    if not body or sum(widths) + 3 * (len(widths) - 1) > width:
-        return [row.strip() for row in rows]
-    lines = [
-        " │ ".join(cell + " " * (wide - text_width(cell)) for cell, wide in zip(row, widths, strict=True)).rstrip()
-        for row in body
-    ]
-    return [lines[0], _styled("─┼─".join("─" * wide for wide in widths), "dim"), *lines[1:]] if ruled else lines
-
-
-def _body(rows: list[str], ruled: bool, width: int) -> list[list[str]]:
-    """The styled cells of a table, as many in each row; none if they cannot fit."""
-    if max(map(len, rows)) > LOOKAHEAD:
-        return []
-    cells = [_cells(row, {"bold"} if ruled and at == 0 else set()) for at, row in enumerate(rows)]
-    body = [row for at, row in enumerate(cells) if not (ruled and at == 1)]
-    columns = max(map(len, body))
-    return [] if 3 * (columns - 1) > width else [row + [""] * (columns - len(row)) for row in body]
-
-
-@dataclass
-class _Piece:
-    """Text of one style, or asterisks that later ones may close."""
-
-    text: str
-    styles: set[str]
-    opens: bool = False
-
-
-def _parse(text: str, pieces: list[_Piece], previous: str = " ", following: str = "\n") -> str:
-    """Adds the next part of a line to its pieces; returns the rest, from a backtick that is not closed yet.
-
-    Unpaired marks stay in the text. At the end of the line the rest is empty.
-    """
-    around = previous + text + following
-    for found in INLINE.finditer(text):
-        if count := len(found["stars"] or ""):
-            left, right = around[found.start()], around[found.end() + 1]
-            if _flanks(left, right, count):
-                count = _close(pieces, count)
-            pieces.append(_Piece("*" * count, set(), count > 0 and _flanks(right, left, count)))
-        elif found["code"]:
-            pieces.append(_Piece(found["code"], {"code"}))
-        elif found[0][0] == "`" and following != "\n":
-            return text[found.start() :]
-        else:
-            pieces.append(_Piece(found["escaped"] or found[0], set()))
-    return ""
-
-
-def _close(pieces: list[_Piece], count: int) -> int:
-    """Styles the text back to the marks that `count` asterisks close; returns how many of them close nothing."""
-    for at in range(len(pieces) - 1, -1, -1):
-        if not count:
-            break
-        opening = pieces[at]
-        size = len(opening.text)
-        if opening.opens and {size, count} != {1, 2}:  # one never closes two, or two one
-            used = min(size, count)
-            count -= used
-            for piece in pieces[at + 1 :]:
-                piece.styles.update(["italic"] * (used % 2), ["bold"] * (used > 1))
-                piece.opens = False
-            opening.text = opening.text[used:]
-            opening.opens = size > used
-    return count
-
-
-def _flanks(inner: str, outer: str, count: int) -> bool:
-    """True if asterisks between `outer` and `inner` may emphasise `inner`: CommonMark's rule, less products and powers.
-
-    Within a word, one asterisk (a*b) and two next to a digit (2**3) are text; two between letters may emphasise.
-    """
-    if inner.isspace():
-        return False
-    if not outer.isalnum() or char_width(outer) == 2:  # wide scripts put no spaces between words
-        return True
-    return count > 1 and unicodedata.category(inner)[0] not in "PS" and not (inner.isdigit() or outer.isdigit())
-
-
-def _cells(row: str, styles: set[str]) -> list[str]:
-    """The styled cells of a table's row; a pipe that is escaped or in code is text."""
-    parted = CELL_END.sub(lambda found: "\n" if found[0] == "|" else found[0].replace("\\|", "|"), row.strip())
-    shown = []
-    for cell in parted.removeprefix("\n").removesuffix("\n").split("\n"):
-        pieces: list[_Piece] = []
-        _parse(cell.strip(), pieces)
-        shown.append("".join(_styled(piece.text, *piece.styles | styles) for piece in pieces))
-    return shown
-
-
-def _sgr(*styles: str) -> str:
-    return "".join(f"\x1b[{STYLES[style]}m" for style in sorted(styles))
-
-
-def _styled(text: str, *styles: str) -> str:
-    return _sgr(*styles) + text + RESET if styles and text else text
+            self._write("".join(f"{row}\n" for row in laid_out(rows, self._line.columns)))

@@ -39,15 +39,19 @@ SAMPLING = {
     "min-p": SamplingOption(number(float, 0, 1), 0.0, "keep tokens at least this likely, relative to the likeliest"),
     "top-k": SamplingOption(number(int, 0, TOP_K_LIMIT), 0, "keep this many of the likeliest tokens; 0 keeps all"),
     "max-tokens": SamplingOption(number(int, 1, MAX_TOKENS_LIMIT), None, "longest answer, in tokens"),
-    "seed": SamplingOption(number(int, 0, SEED_LIMIT), None, "makes sampling repeatable"),
+    "seed": SamplingOption(number(int, 0, SEED_LIMIT), None, "makes sampling repeatable (default: a new one)"),
     "repetition-penalty": SamplingOption(
-        number(float, *REPETITION_PENALTY_RANGE), None, "above 1: makes the last 20 tokens less likely; 1 has no effect"
+        number(float, *REPETITION_PENALTY_RANGE), None,
+        "above 1: makes the last 20 tokens less likely; 1 has no effect (default: none)",
     ),
     "presence-penalty": SamplingOption(
-        number(float, *PENALTY_RANGE), None, "subtracted from the logit of every token among the last 20"
+        number(float, *PENALTY_RANGE),
+        None,
+        "subtracted from the logit of every token among the last 20 (default: none)",
     ),
     "frequency-penalty": SamplingOption(
-        number(float, *PENALTY_RANGE), None, "subtracted from a token's logit each time it is among the last 20"
+        number(float, *PENALTY_RANGE), None,
+        "subtracted from a token's logit each time it is among the last 20 (default: none)",
     ),
 }
 
@@ -73,12 +77,17 @@ def add_model_options(parser: Parser) -> None:
     parser.add_argument(
         "--model",
         type=word,
-        help="a folder, a Hugging Face id, or demo for the embedded model (default: Phi-4-mini-instruct, 4 bits)",
+        help="a folder, a Hugging Face id, or demo for the embedded model "
+        "(default: mlx-community/Phi-4-mini-instruct-4bit)",
     )
-    parser.add_argument("--adapter-path", type=word, metavar="FOLDER", help="a LoRA adapter to apply to the model")
+    parser.add_argument(
+        "--adapter-path", type=word, metavar="FOLDER", help="a LoRA adapter to apply to the model (default: none)"
+    )
     add_revision_option(parser)
     parser.add_argument("--verify", action="store_true", help="check every file against the hashes of the package")
-    parser.add_argument("--chat-format", type=word, metavar="NAME", help="use this chat format, not the detected one")
+    parser.add_argument(
+        "--chat-format", type=word, metavar="NAME", help="chat format of the prompt (default: the one detected)"
+    )
 
 
 def add_revision_option(parser: Parser, model: str = "model") -> None:
@@ -88,7 +97,11 @@ def add_revision_option(parser: Parser, model: str = "model") -> None:
         name = getattr(args, model) or ""
         return name == "demo" or os.path.isdir(os.path.expanduser(name))
 
-    parser.add_argument("--revision", type=word, help="branch, tag or commit of the Hugging Face id")
+    parser.add_argument(
+        "--revision",
+        type=word,
+        help="branch, tag or commit of the Hugging Face id (default: main; of the default model, a pinned commit)",
+    )
     parser.idle.append(Idle(("revision",), is_local, "on a folder or demo; it selects a version of a Hugging Face id"))
 
 
@@ -103,10 +116,7 @@ def add_sampling_options(parser: Parser, max_tokens: int) -> None:
     """Adds the options of `SAMPLING`; `max_tokens` is the command's own default for `--max-tokens`."""
     for name, option in SAMPLING.items():
         default = max_tokens if name == "max-tokens" else option.default
-        shown = "" if default is None else " (default: %(default)s)"
-        parser.add_argument(
-            f"--{name}", type=option.parse, default=default, metavar="N", help=option.explanation + shown
-        )
+        parser.add_argument(f"--{name}", type=option.parse, default=default, metavar="N", help=option.explanation)
     # The seed is not among them: at --temp 0 an answer is repeatable, as it asks.
     cuts = ("top_p", "min_p", "top_k")
     parser.idle.append(Idle(cuts, lambda args: args.temp == 0, "at --temp 0, which takes the likeliest token"))
@@ -116,9 +126,10 @@ def add_kv_bits_option(parser: Parser) -> None:
     """Adds `--kv-bits`."""
     parser.add_argument(
         "--kv-bits",
-        type=int,
+        type=lambda given: int(given) if given in ("4", "8") else given,  # others are refused as no choice
         choices=(4, 8),
-        help="quantise cached keys and values to this many bits: less memory, slightly inexact",
+        help="quantise cached keys and values to this many bits: less memory, slightly inexact (default: not "
+        "quantised)",
     )
 
 
@@ -129,17 +140,40 @@ def add_decoding_options(parser: Parser) -> None:
         "--max-kv-size",
         type=number(int, 512, 2**31 - 1),
         metavar="N",
-        help="cache at most N tokens: the first 4 and the latest; those between are dropped",
+        help="cache at most N tokens: the first 4 and the latest; those between are dropped (default: all)",
     )
     parser.add_argument(
         "--speculate",
         choices=("auto", "off", "lookup"),
         default="auto",
-        help="guess tokens from repetitions in the text: where it pays, never, or wherever possible "
-        "(default: %(default)s)",
+        help="guess tokens from repetitions in the text: where it pays, never, or wherever possible",
     )
     parser.add_argument(
-        "--draft-model", type=word, metavar="MODEL", help="guess tokens with this smaller model instead"
+        "--draft-model", type=word, metavar="MODEL", help="guess tokens with this smaller model instead (default: none)"
+    )
+
+
+def add_tool_options(parser: Parser, purpose: str) -> None:
+    """Adds `--tools` and `--mcp`; `purpose` completes "a file whose public functions ..."."""
+    parser.add_argument(
+        "--tools", type=word, action="append", default=[], metavar="FILE.py",
+        help=f"a file whose public functions {purpose}; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mcp", type=word, action="append", default=[], metavar="COMMAND",
+        help=f"an MCP server to start, whose tools {purpose}; may be repeated; needs the package mcp",
+    )  # fmt: skip
+
+
+def add_overflow_option(parser: Parser) -> None:
+    """Adds `--context-overflow`."""
+    parser.add_argument(
+        "--context-overflow",
+        choices=("stop", "oldest"),
+        default="stop",
+        help="where a conversation no longer fits the context: stop refuses the question; oldest leaves out the oldest "
+        "turns, several at a time, and keeps the system prompt, the tools and room for an answer of --max-tokens, at "
+        "most half of the context (a quarter where there is no limit). An answer itself ends where the context does",
     )
 
 

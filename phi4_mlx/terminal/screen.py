@@ -11,9 +11,10 @@ import textwrap
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from phi4_mlx.terminal.markdown import RESET, MarkdownStream, terminal_width
+from phi4_mlx.terminal.markdown import MarkdownStream
 from phi4_mlx.terminal.plain import PlainStream
 from phi4_mlx.terminal.printable import one_line, printable
+from phi4_mlx.terminal.style import RESET, terminal_width
 
 DIM, RED = "\x1b[2m", "\x1b[31m"
 

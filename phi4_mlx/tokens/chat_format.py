@@ -37,12 +37,14 @@ class ChatFormat:
         roles: the roles that a message may have.
         end: the control token that ends a turn.
         after_end: the text between `end` and the next turn.
+        reasons: True if the model thinks in its answer before it gives the result.
     """
 
     name = "phi4-mini"
     roles: tuple[str, ...] = ROLES
     end = Control("<|end|>")
     after_end = ""
+    reasons = False
 
     def render(
         self,
@@ -109,6 +111,21 @@ class ChatFormat:
         while ids and ids[-1] in tokenizer.eos_ids:
             ids.pop()
         ids += encoded
+
+    def length(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> int:
+        """The tokens that messages take in a conversation.
+
+        A prompt is encoded piece by piece between its control tokens, so the lengths of its messages add up.
+
+        Args:
+            tokenizer: as in `render`.
+            messages: as in `render`.
+
+        Raises:
+            RequestError: as in `render`.
+            TokenizerError: as in `render`.
+        """
+        return len(tokenizer.encode_pieces(self._turns(self._checked(messages))))
 
     def own_words(self, tokenizer: Tokenizer, ids: Sequence[int]) -> list[bool]:
         """Marks the ids that the model generates: the assistant's turns, each with its end marker.
@@ -177,6 +194,7 @@ class Phi4MiniReasoning(ChatFormat):
     """Phi-4-mini-reasoning: as Phi-4-mini, with a fixed system line to which the caller's is appended."""
 
     name = "phi4-mini-reasoning"
+    reasons = True
     SYSTEM = "Your name is Phi, an AI math expert developed by Microsoft."
 
     def _conversation(
@@ -238,6 +256,7 @@ class Phi4Reasoning(Phi4):
     """
 
     name = "phi4-reasoning"
+    reasons = True
     SYSTEM = (
         "You are Phi, a language model trained by Microsoft to help users. Your role as an assistant involves "
         "thoroughly exploring questions through a systematic thinking process before providing the final precise and "
@@ -290,7 +309,7 @@ def recognise(folder: Path, tokenizer: Tokenizer) -> ChatFormat:
         TokenizerError: the format is not one of the family's.
         ConfigError: a file that may contain the template is damaged.
     """
-    template = _template(folder)
+    template = chat_template(folder)
     name = _KNOWN_TEMPLATES.get(hashlib.sha256(template.encode(errors="replace")).hexdigest())
     if name is None:
         control = tokenizer.control_ids.keys()
@@ -304,6 +323,30 @@ def recognise(folder: Path, tokenizer: Tokenizer) -> ChatFormat:
             f"{folder}: its chat format is unknown; choose one of {', '.join(CHAT_FORMATS)} with --chat-format"
         )
     return CHAT_FORMATS[name]
+
+
+def chat_template(folder: Path) -> str:
+    """The text of a checkpoint's chat template, or an empty string.
+
+    Args:
+        folder: the checkpoint's.
+
+    Raises:
+        ConfigError: a file that may contain the template is damaged.
+    """
+    path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if os.path.lexists(path):
+        try:
+            return read_regular(path).decode("utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise ConfigError(f"{path} is not text: {error}") from None
+    template = read_json(config).get("chat_template") if os.path.lexists(config) else None
+    if isinstance(template, list):  # several templates by name, as transformers writes them
+        named = (each.get("template") for each in template if isinstance(each, dict) and each.get("name") == "default")
+        template = next(named, None)
+    return template if isinstance(template, str) else ""
 
 
 def check_messages(messages: Any) -> list[JsonObject]:
@@ -393,20 +436,3 @@ def _arguments(text: str) -> Any:
 def _refuse_tools(name: str, message: Message, tools: Sequence[Any]) -> None:
     if tools or message.get("tools") or message.get("tool_calls"):
         raise RequestError(f"the chat format {name} does not support tools; only Phi-4-mini was trained to call them")
-
-
-def _template(folder: Path) -> str:
-    """The text of the checkpoint's chat template, or an empty string."""
-    path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if os.path.lexists(path):
-        try:
-            return read_regular(path).decode("utf-8")
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-        except ValueError as error:
-            raise ConfigError(f"{path} is not text: {error}") from None
-    template = read_json(config).get("chat_template") if os.path.lexists(config) else None
-    if isinstance(template, list):  # several templates by name, as transformers writes them
-        named = (each.get("template") for each in template if isinstance(each, dict) and each.get("name") == "default")
-        template = next(named, None)
-    return template if isinstance(template, str) else ""

@@ -46,6 +46,7 @@ class ChatFormat(Protocol):
     """Messages to ids; implemented in `phi4_mlx.tokens.chat_format`."""
 
     name: str
+    reasons: bool
 
     def render(
         self,
@@ -62,6 +63,7 @@ class ChatFormat(Protocol):
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
     ) -> None: ...
+    def length(self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> int: ...
     def own_words(self, tokenizer: Tokenizer, ids: Sequence[int]) -> list[bool]: ...
 
 

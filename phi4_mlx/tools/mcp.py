@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import shlex
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
@@ -54,7 +55,8 @@ def mcp_tools(command: str, note: Callable[[str], object] = lambda line: None) -
         import mcp  # noqa: F401  (so that the error names this package)
         from anyio.from_thread import start_blocking_portal
     except ModuleNotFoundError as error:
-        raise RequestError(f"{error.name} is not installed; install it with pip install 'phi4-mlx[mcp]'") from None
+        install = f"{shlex.quote(sys.executable)} -m pip install 'mcp>=2'"
+        raise RequestError(f"{error.name} is not installed; install it with {install}") from None
     try:
         words = shlex.split(command)
     except ValueError as error:

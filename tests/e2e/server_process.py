@@ -157,6 +157,11 @@ def alive(pid: int) -> bool:
     return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+def hear_hangups() -> None:
+    """Lets a new process hear SIGHUP, which `nohup` has ignored in all that it starts."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def chat(**fields: Any) -> dict[str, Any]:
     """The body of a short chat completion."""
     return {"model": "demo", "messages": HELLO, "max_tokens": 2} | fields

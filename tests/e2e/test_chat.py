@@ -18,6 +18,7 @@ import pytest
 
 from phi4_mlx.tokens.tokenizer import load_tokenizer
 from tests.conftest import ROOT
+from tests.e2e.server_process import hear_hangups
 
 CHAT = [sys.executable, "-m", "phi4_mlx.chat"]
 Checkpoint = Callable[..., Path]
@@ -60,7 +61,6 @@ def test_a_pipe_is_answered_line_by_line_in_one_conversation(model: str) -> None
 def test_a_line_of_a_pipe_has_a_limit() -> None:
     done = chat("--model", "demo", "--max-tokens", "3", stdin=b"one\n" + b"a" * (2**24 + 1), code=2)
     assert b"line 2 of standard input has more than 16,777,216 bytes" in done.stderr
-
 
 
 def test_prompt_answers_once(model: str) -> None:
@@ -257,6 +257,21 @@ def test_a_conversation_with_commands(terminal: Callable[..., Terminal]) -> None
     assert again.history()[-2:] == ["/quit", "/stats"]
 
 
+def test_tab_completes_a_command_and_the_name_of_a_file(terminal: Callable[..., Terminal]) -> None:
+    screen = terminal()
+    screen.type("/sa\t")
+    screen.wait_for("/save")
+    screen.type("my talk\r")
+    screen.wait_for("saved 0 turns")
+    screen.wait_for("talk.json")
+    screen.type("/load m\t")
+    screen.wait_for("talk.json")
+    screen.type("\r")
+    screen.wait_for("loaded 0 turns")
+    screen.type("/quit\r")
+    assert screen.leave() == 0
+
+
 def test_a_person_is_asked_before_a_tool_is_run(calculator: Path, tmp_path: Path) -> None:
     screen = Terminal("demo", tmp_path / "state", "--tools", str(calculator))
     ran = calculator.with_name("ran")
@@ -313,7 +328,8 @@ def test_a_terminal_closed_mid_answer_loses_nothing(terminal: Callable[..., Term
     time.sleep(1)
     assert screen.hang_up() == 2
     line = screen.errors.read_text()
-    assert line.startswith("phi4-mlx chat: the terminal was closed; /load in the next chat") and line.count("\n") == 1
+    assert line.startswith("python -m phi4_mlx.chat: the terminal was closed; /load in the next chat")
+    assert line.count("\n") == 1
     assert screen.history() == ["tell me"]
 
     again = terminal("--max-tokens", "5")
@@ -333,7 +349,7 @@ def test_a_terminal_closed_between_two_questions_loses_nothing(terminal: Callabl
     time.sleep(0.5)
     assert screen.hang_up() == 2
     line = screen.errors.read_text()
-    assert line.startswith("phi4-mlx chat: the terminal was closed") and line.count("\n") == 1
+    assert line.startswith("python -m phi4_mlx.chat: the terminal was closed") and line.count("\n") == 1
     rescued = json.loads((screen.state / "phi4_mlx" / "rescued.json").read_text())
     assert rescued["messages"][0]["content"] == "hello"
 
@@ -389,7 +405,7 @@ def test_a_signal_leaves_no_mcp_server_behind(number: signal.Signals, model: str
     (tmp_path / "deaf.py").write_text(DEAF)
     server = f"{sys.executable} {tmp_path / 'deaf.py'} {tmp_path / 'pid'}"
     words = [sys.executable, "-m", "phi4_mlx.chat", "--model", model, "--allow-tools", "--mcp", server]
-    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT}
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT, "preexec_fn": hear_hangups}
     with subprocess.Popen([*words, "--max-tokens", "3"], **options) as chat:  # type: ignore[call-overload]
         assert chat.stdin is not None and chat.stdout is not None
         chat.stdin.write(b"hello\n")

@@ -22,6 +22,7 @@ import pytest
 
 from phi4_mlx import load
 from phi4_mlx.errors import Phi4Error
+from phi4_mlx.terminal.amount import size
 from tests.conftest import ROOT
 from tests.packages import left_beside
 
@@ -49,10 +50,11 @@ def whole(out: Path) -> bool:
 def test_the_command_converts_and_reports_the_size(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = tiny_checkpoint("source", dtype=mx.bfloat16)
     done = run(*arguments(source, tmp_path / "out", *FOUR_BITS), cwd=tmp_path)
-    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    weights = size((tmp_path / "out" / "model.safetensors").stat().st_size)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{tmp_path / 'out'}: {size:,} bytes of weights, ")
-    assert done.stdout.count("\n") == 1 and done.stderr == ""
+    assert done.stdout.startswith(f"{tmp_path / 'out'}: {weights} of weights, ")
+    advice = f"chat with it: python -m phi4_mlx chat --model {tmp_path / 'out'}"
+    assert done.stdout.splitlines()[1:] == [advice] and done.stderr == ""
     model, tokenizer = load(tmp_path / "out", verify=True)
     assert model(mx.array([tokenizer.encode("hello")])).shape[-1] == 512
 
@@ -81,7 +83,7 @@ def test_a_mistake_is_one_line_and_exit_code_two(case: str, tmp_path: Path) -> N
     options, reason = BAD_COMMANDS[case]
     done = run(*CONVERT, *options, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("phi4_mlx.convert: "), done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("python -m phi4_mlx.convert: "), done.stderr
     assert reason in done.stderr
     assert done.stdout == "" and list(tmp_path.iterdir()) == []
 
@@ -168,7 +170,8 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tiny_checkpoint: Ch
 
     done = run(*arguments(source, out), preexec_fn=limit)
     assert done.returncode == 2
-    assert done.stderr == f"phi4_mlx.convert: {out} cannot be written: File too large; nothing was left there\n"
+    assert done.stderr.startswith("python -m phi4_mlx.convert: ")
+    assert done.stderr.endswith(f": {out} cannot be written: File too large; nothing was left there\n")
     assert left_beside(out) == []
     assert run(*arguments(source, out)).returncode == 0 and whole(out)
 

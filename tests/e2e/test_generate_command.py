@@ -189,7 +189,7 @@ def test_a_disk_that_is_full(model: str) -> None:
             cwd=ROOT, stdout=full, stderr=subprocess.PIPE, timeout=60, env=os.environ | {"PYTHONUNBUFFERED": ""},
         )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr == b"phi4-mlx generate: No space left on device\n"
+    assert done.stderr == b"python -m phi4_mlx generate: No space left on device\n"
 
 
 @pytest.mark.parametrize(("closed", "code"), [("<&-", 2), ("<&- --prompt x", 0), (">&- --prompt x", 0)])

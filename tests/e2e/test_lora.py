@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -147,7 +148,11 @@ def test_a_signal_ends_a_run_as_signals_do_with_all_saved(
     _, err = process.communicate(timeout=60)
     step = steps_made(folder)
     assert process.returncode == code and "Traceback" not in err
-    assert f"stopped after step {step}: --resume continues" in err and "second signal" in err
+    again = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
+    assert f"stopping after this step; {again} ends the run at once" in err
+    command = shlex.join([*options, "--adapter-path", str(folder), "--save-every", "1000", "--iters", "100000"])
+    went_on = f"stopped at {step} of 100,000; --resume goes on"
+    assert f"{went_on}: python -m phi4_mlx.lora {command} --resume" in err or f"{went_on}\n" in err
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"{step:08}"] and adapter(folder)
 
 
@@ -178,7 +183,8 @@ def test_the_test_set_is_measured_after_training_or_alone(options: list[str], tm
     code, _, err = finish(*words)
     assert code == 2 and "holds no adapter_config.json" in err.splitlines()[-1]  # alone, as in mlx-lm: nothing to test
     code, _, err = finish(*words, "--train", "--iters", "2")
-    told = err.splitlines()[-1]
+    told, chat, fuse = err.splitlines()[-3:]
+    assert chat.startswith("chat with it: ") and fuse.startswith("make it a model of its own: ")
     assert code == 0 and told.startswith("test loss ") and ", perplexity " in told
     code, _, err = finish(*words)
     assert code == 0 and err.splitlines()[-1] == told and len(losses(tmp_path / "a")) == 2

@@ -12,6 +12,7 @@ import pexpect
 import pytest
 
 from phi4_mlx import load, load_prompt_cache
+from phi4_mlx.terminal.amount import size
 from tests.conftest import ROOT
 
 TEXT = "Order of the 3rd of May. Ada wants 4 lamps at 25 each. " * 12
@@ -48,7 +49,7 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
     printed = run("cache-prompt", *options, stdin=TEXT + "\n").stdout
     model, tokenizer = load("demo")
     ids = load_prompt_cache(file, model, tokenizer).ids[0].tolist()
-    assert printed == f"{file}: {len(ids)} tokens, {file.stat().st_size:,} bytes\n"
+    assert printed == f"{file}: {len(ids)} tokens, {size(file.stat().st_size)}\n"
     for question in ("hello", "are 1 and 2 numbers?"):
         messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"{TEXT}\n\n{question}"}]
         assert tokenizer.apply_chat_template(messages)[: len(ids)] == ids
@@ -85,7 +86,7 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path, cached: Path) -> None:
     damaged = bytearray(cached.read_bytes())
     damaged[-5000] ^= 4
     (tmp_path / "damaged").write_bytes(damaged)
-    assert "is damaged: its checksum is wrong; make it again" in run(*ask, str(tmp_path / "damaged"), code=2).stderr
+    assert "is damaged: its checksum is wrong; make one with" in run(*ask, str(tmp_path / "damaged"), code=2).stderr
     demo = ROOT / "phi4_mlx" / "demo"
     changed = tmp_path / "changed"
     changed.mkdir()

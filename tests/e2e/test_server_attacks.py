@@ -56,7 +56,7 @@ def server() -> Iterator[Server]:
         it.process.send_signal(signal.SIGTERM)
         assert it.process.wait(HANG_S) == 0
     assert not any("Traceback" in line for line in it.lines), "".join(it.lines)[-3000:]
-    assert len(it.lines) < 40
+    assert len([line for line in it.lines if " 127.0.0.1 " not in line]) < 40  # beside the lines of requests
 
 
 def check_recovery(server: Server, memory: int, opened: int) -> None:
@@ -202,7 +202,7 @@ def test_a_model_that_is_gone_ends_the_server(tmp_path: Path) -> None:
         os.kill(server.engine, signal.SIGKILL)
         assert server.process.wait(HANG_S) == 2
     assert not any("Traceback" in line for line in server.lines)
-    assert server.lines[-1].startswith("phi4-mlx server: ") and "safetensors" in server.lines[-1]
+    assert "server: " in server.lines[-1] and "safetensors" in server.lines[-1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])

@@ -48,7 +48,9 @@ UNITS = [
     f"functools[{CALL}]", f"[TOOL_REQUEST]{CALL}[END_TOOL_REQUEST]", "functools[", f"[{CALL},", '{"a":', "[1,",
     '"\\u', "1e", "```json\n", "```\n", "| a ", "|a|b|\n", "|`a|", "\\|", "*a", "*a*", "**a ", "***a", "**a *b** c* ",
     "`a", "``a`", "*`a**b``c", "- a\n", "  - a\n", "> ", "1. ", "[a](b) ", "~~", "<a>", "&amp;", "a_b", "\x1b[1m",
-    "---", "aab",
+    "---", "aab", "$", "$a", "$a$", "$a ", "$$", "$$a", "$5 ", "$x^2 ", "\\(", "\\(a\\)", "\\[a ", "a\\]", "\\$",
+    "${", "|$a|\n",
+    "```python\nx = 1 # a\n", '```python\n"""\n', "```js\n/*\n", "```html\n<!-- a\n<a>\n", "```sh\n'a\n",
 ]  # fmt: skip
 
 
@@ -71,6 +73,14 @@ def repeated(unit: str) -> Callable[[int], str]:
     return lambda n: (unit * (n // len(unit) + 1))[:n]
 
 
+def code(language: str, line: str) -> Callable[[int], str]:
+    return lambda n: f"```{language}\n" + line * (n // len(line))
+
+
+CODE = [
+    ("python", "def f(x): return 'a' # b\n"), ("python", '"""a\n'), ("python", "(" * 50 + "\n"), ("js", "/* a\n"),
+    ("js", "`a ${b\n"), ("js", "a"), ("html", "<!-- a\n"), ("sh", "'a\n"), ("sh", "`"), ("diff", "-a\n"),
+]  # fmt: skip
 SHAPES: dict[str, Callable[[int], str]] = {
     **{ascii(unit): repeated(unit) for unit in UNITS},
     **{f"growing {mark}": growing(mark) for mark in "`*|<["},
@@ -78,6 +88,8 @@ SHAPES: dict[str, Callable[[int], str]] = {
     "runs of spaces": lambda n: (" " * (n // 8) + "a") * 8,
     "a wide row, then many": lambda n: "|a" * (n // 4) + "\n" + "|b\n" * (n // 6),
     "deeper lists": lambda n: "".join(" " * (at % 20) + "- a\n" for at in range(n // 14)),
+    **{f"code in {language}: {line!a}": code(language, line) for language, line in CODE},
+    "a formula of many lines": lambda n: "$$\n" + "a*b\n" * (n // 4),
     "nested": lambda n: "[" * (n // 2) + "]" * (n // 2),
     "a long call": lambda n: f'<|tool_call|>[{{"name": "f", "arguments": {{"a": "{"x" * n}"}}}}]',
     "many arguments": lambda n: json.dumps({"name": "f", "arguments": {f"k{at}": at for at in range(n // 8)}}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -213,23 +214,31 @@ def test_the_needed_files_are_downloaded_at_a_pinned_commit(monkeypatch: pytest.
 
     downloads: list[tuple[str | None, list[str], bool]] = []  # revision, patterns, cached files only
 
-    def snapshot_download(repo: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool) -> str:
+    def snapshot_download(
+        repo: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool, tqdm_class: type
+    ) -> str:
         downloads.append((revision, allow_patterns, local_files_only))
         return str(tmp_path)
+
+    names = ("config.json", "model-1.safetensors", "x.py", "x/config.json")
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names], sha="c" * 40)
+    single: list[tuple[str, str]] = []  # file, commit
 
     def unreachable(*_: Any, **options: Any) -> None:
         raise RuntimeError("no route to the Hub")  # any exception
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda self, repo, **options: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, name, revision: single.append((name, revision)))
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, repo, **options: info)
     assert resolve(DEFAULT_MODEL) == tmp_path
+    assert single == [("config.json", "c" * 40), ("model-1.safetensors", "c" * 40)]
     resolve(DEFAULT_MODEL, "main")
     resolve("owner/name")
-    pinned, files = "ac1c269cb4222a4e136a3d09edad301056c1f36a", list(NEEDED_FILES)
-    assert downloads == [(pinned, files, False), ("main", files, False), (None, files, False)]
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", unreachable)
+    pinned, patterns = "ac1c269cb4222a4e136a3d09edad301056c1f36a", list(NEEDED_FILES)
+    assert downloads == [(pinned, patterns, False), ("main", patterns, False), (None, patterns, False)]
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
     resolve("owner/name")
-    assert downloads[-1] == (None, files, True)  # falls back to the cached files
+    assert downloads[-1] == (None, patterns, True)  # falls back to the cached files
     assert not any("py" in pattern.rpartition(".")[2] for pattern in NEEDED_FILES)
 
 

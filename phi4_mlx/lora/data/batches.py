@@ -114,6 +114,11 @@ class Batches:
         """Number of samples, or pairs."""
         return len(self._parts)
 
+    @property
+    def tokens_per_batch(self) -> float:
+        """Mean number of tokens in a batch of this process."""
+        return sum(self._slots) / self.steps_per_epoch / self.world
+
     def shapes(self, batch_size: int | None = None, max_seq_length: int | None = None) -> set[Shape]:
         """The shapes of this rank's batches; they depend on lengths only, so they are the same in each epoch.
 
@@ -127,6 +132,10 @@ class Batches:
             self._shape(ordered[begin:end][self._rank :: self.world])
             for begin, end in _bounds(len(ordered), batch_size or self.batch_size)
         }
+
+    def number(self, count: int | None = None) -> int:
+        """The number of batches that `fixed` yields."""
+        return self.steps_per_epoch if count is None else min(count, self.steps_per_epoch)
 
     def fixed(self, count: int | None = None) -> Iterator[Batch]:
         """The same batches at every call, for validation; does not change the position.

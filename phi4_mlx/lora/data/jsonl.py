@@ -13,9 +13,12 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
-from phi4_mlx.errors import RequestError, message_of
+from phi4_mlx.errors import RequestError
 from phi4_mlx.files.regular_file import open_regular
+from phi4_mlx.hub import why_not_downloaded
 from phi4_mlx.lora.data.parquet import patterns, shards
+from phi4_mlx.terminal.amount import amount
+from phi4_mlx.terminal.suggestion import path_suggestion
 
 SPLITS = ("train", "valid", "test")
 MAX_LINE_BYTES = 2**24  # 16 MiB, about forty times the size of 128K tokens
@@ -152,7 +155,7 @@ def _others(numbers: list[int]) -> str:
     if not numbers:
         return ""
     shown = ", ".join(map(str, numbers[:_SHOWN])) + (", ..." if len(numbers) > _SHOWN else "")
-    return f" ({len(numbers):,} more bad line{'s' if len(numbers) > 1 else ''}: {shown})"
+    return f" ({amount(len(numbers), 'more bad line')}: {shown})"
 
 
 def _find_on_hub(name: str, split: str) -> Path | None:
@@ -168,18 +171,12 @@ def _find_on_hub(name: str, split: str) -> Path | None:
 def _download(name: str, files: list[str]) -> Path:
     """The folder with some files of a Hub dataset, from the cache or downloaded."""
     if not _HUB_ID.fullmatch(name):
-        raise RequestError(f"{name!r} is neither a folder, nor a file, nor the id of a Hub dataset like owner/name")
-    from huggingface_hub import constants, errors, snapshot_download
+        wrong = f"{name!r} is neither a folder, nor a file, nor the id of a Hub dataset like owner/name"
+        raise RequestError(wrong + path_suggestion(name, os.path.exists))
+    from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=files))
-    except errors.RepositoryNotFoundError:  # also raised for gated datasets
-        reason = "does not exist, or needs a login (`hf auth login`)"
-    except errors.HFValidationError:
-        reason = "is not a valid Hub id"
-    except (errors.LocalEntryNotFoundError, ConnectionError, TimeoutError):
-        offline = constants.HF_HUB_OFFLINE
-        reason = f"is not cached, and {'HF_HUB_OFFLINE is set' if offline else 'the Hub cannot be reached'}"
-    except Exception as error:  # the Hub library's HTTP client, and with it the errors, depend on its version
-        reason = "could not be downloaded: " + message_of(error)
-    raise RequestError(f"no such file or folder here, and the Hub dataset {name} {reason}")
+    except Exception as error:  # the Hub library's HTTP client and its exceptions differ by version
+        wrong = f"no such file or folder here, and the Hub dataset {name} {why_not_downloaded(error)}"
+        raise RequestError(wrong + path_suggestion(name, os.path.exists)) from None

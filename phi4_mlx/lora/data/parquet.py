@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.regular_file import open_regular
+from phi4_mlx.terminal.amount import amount
 
 _ENDS = (".parquet", "-*.parquet", "/*.parquet")
 _NAMES = {"train": ("train",), "valid": ("valid", "validation"), "test": ("test",)}
@@ -64,7 +65,7 @@ def read_rows(path: Path, read: Callable[[dict[str, Any], str], Read], rows: int
             bad.append((name, str(error)))
     if bad:
         more = ", ".join(name for name, _ in bad[1 : _SHOWN + 1]) + (", ..." if len(bad) > _SHOWN + 1 else "")
-        others = f" ({len(bad) - 1:,} more bad row{'s' if len(bad) > 2 else ''}: {more})" if more else ""
+        others = f" ({amount(len(bad) - 1, 'more bad row')}: {more})" if more else ""
         raise RequestError(f"{path.parent / bad[0][0]}: {bad[0][1]}{others}")
     if not made:
         raise RequestError(f"{path} is empty; each row of it must be a sample")

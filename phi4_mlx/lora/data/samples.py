@@ -92,14 +92,15 @@ class Report:
         counts = f"{amount(self.samples, 'sample')} of {amount(self.tokens, 'token')}"
         lines = [f"{counts}, {self.targets:,} of them to be learned"]
         if self.truncated:
-            lines.append(f"cut at --max-seq-length: {self.truncated:,}; the longest had {self.longest:,} tokens")
+            longest = amount(self.longest, "token")
+            lines.append(f"cut at --max-seq-length: {self.truncated:,}; the longest had {longest}")
         if self.skipped:
             pairs = f", {self.identical:,} of them with identical answers" if self.identical else ""
             lines.append(f"left out, without a target: {len(self.skipped):,}, the first {self.skipped[0]}{pairs}")
         if self.shared_prompts:
             lines.append(
-                f"without a prompt of their own: {self.shared_prompts:,} pairs; it is what chosen and rejected share "
-                "at their beginning, see --dry-run"
+                f"without a prompt of their own: {amount(self.shared_prompts, 'pair')}; it is what chosen and rejected "
+                "share at their beginning, see --dry-run"
             )
         if self.control_text:
             lines.append(
@@ -369,4 +370,3 @@ def _texts(value: object) -> Iterator[str]:
     elif isinstance(value, (list, dict)):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _texts(inner)
-

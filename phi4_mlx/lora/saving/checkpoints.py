@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,13 @@ FOLDER = "checkpoints"
 TENSORS_FILE, STATE_FILE = "tensors.safetensors", "state.json"
 CHECKSUMS_FILE = "checksums.sha256"
 NEW_RUN = "leave --resume out and name another --adapter-path for a new run"
+
+
+def from_adapter(adapter_path: Path) -> str:
+    """The way to train on with another schedule."""
+    adapter = shlex.quote(str(adapter_path))
+    return f"start a new run from its adapter with --resume-adapter-file {adapter} and another --adapter-path"
+
 
 State = dict[str, Any]
 """JSON values by name."""

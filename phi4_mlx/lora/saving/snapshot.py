@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.lora.progress import Progress
-from phi4_mlx.lora.saving.checkpoints import NEW_RUN, State, damaged, newest_checkpoint
+from phi4_mlx.lora.saving.checkpoints import NEW_RUN, State, damaged, from_adapter, newest_checkpoint
 from phi4_mlx.lora.settings import Settings
 
 # Settings that do not change the numbers, and model and data, which are compared by hash instead of by name.
@@ -116,9 +116,14 @@ def check_same_run(
         if name == "grad_checkpoint":
             warn("grad_checkpoint has changed: the last bits may differ from those of the uninterrupted run")
             continue
-        why = ", and the learning rate of --lr-schedule cosine follows from it" if name == "iters" else ""
+        if name == "iters":
+            raise RequestError(
+                f"the checkpoint in {folder} is of a run of {then:,} batches, here it is one of {value:,}, and its "
+                f"--lr-schedule {own.settings['lr_schedule']} falls over the whole run; go on with --iters {then}, or "
+                f"{from_adapter(folder)}; only a run with --lr-schedule constant can be made longer"
+            )
         raise RequestError(
-            f"the checkpoint in {folder} is of a run with {name} {then!r:.60}, here it is {value!r:.60}{why}; train "
+            f"the checkpoint in {folder} is of a run with {name} {then!r:.60}, here it is {value!r:.60}; train "
             f"with the same settings, or {NEW_RUN}"
         )
     different = "on another base model" if found.base != own.base else ""
@@ -129,6 +134,14 @@ def check_same_run(
             f"the checkpoint in {folder} is of a run {different}; use the same one, or {NEW_RUN}"
         )
     _check_tensors(folder, found.tensors, own.tensors)
+    then, now, step = found.settings["iters"], own.settings["iters"], found.progress.step
+    if now < step:
+        raise RequestError(
+            f"the checkpoint in {folder} is of step {step:,}, and the run is to end at {now:,}; give a larger --iters "
+            f"or --epochs, or {NEW_RUN}"
+        )
+    if now != then:
+        warn(f"the run had {then:,} batches, and has {now:,} now")
 
 
 def _read_progress(folder: Path, given: State) -> Progress:

@@ -11,13 +11,20 @@ from mlx.utils import tree_map
 
 from phi4_mlx.adapters.layers import draw_dropout
 from phi4_mlx.lora.data.batches import Batch
+from phi4_mlx.lora.progress import Tick, no_tick
 from phi4_mlx.lora.training.loss import Loss
+from phi4_mlx.lora.training.milestones import milestones
 from phi4_mlx.lora.training.processes import Group, all_sum
 from phi4_mlx.models.model import LanguageModel
 
 
 def mean_gradients(
-    model: LanguageModel, loss: Loss, batches: Iterator[Batch], count: int, group: Group | None = None
+    model: LanguageModel,
+    loss: Loss,
+    batches: Iterator[Batch],
+    count: int,
+    group: Group | None = None,
+    tick: Tick = no_tick,
 ) -> tuple[float, int, Any]:
     """Mean loss and gradient over several batches, in which each target has the same weight.
 
@@ -27,6 +34,7 @@ def mean_gradients(
         batches: the batches of this process.
         count: number of batches to take.
         group: the processes that train together; None for this one alone.
+        tick: called with the progress.
 
     Returns:
         (mean loss in nats, number of targets or pairs, gradients as a tree in the dtypes of the parameters)
@@ -34,19 +42,21 @@ def mean_gradients(
     value_and_grad = nn.value_and_grad(model, loss)
     if count == 1 and group is None:
         draw_dropout(model)
-        (mean, n), grads = value_and_grad(model, next(batches))
-        mx.eval(mean, n, grads)
+        with milestones(model) as passed:
+            (mean, n), grads = value_and_grad(model, next(batches))
+        passed.evaluate([mean, n], grads, tick)
         return mean.item(), int(n.item()), grads
     total, targets, sums = mx.array(0.0), mx.array(0), None
-    for _ in range(count):
+    for done in range(count):
         draw_dropout(model)
-        (mean, n), grads = value_and_grad(model, next(batches))
+        with milestones(model) as passed:
+            (mean, n), grads = value_and_grad(model, next(batches))
         # In fp32: the sum over a few thousand targets overflows fp16.
         grads = tree_map(lambda grad, n=n: grad.astype(mx.float32) * n, grads)
         sums = grads if sums is None else tree_map(mx.add, sums, grads)
         del grads
         total, targets = total + mean * n, targets + n
-        mx.eval(total, targets, sums)
+        passed.evaluate([total, targets], sums, tick, done)
     total, targets = all_sum(total, group), all_sum(targets, group)
     sums = tree_map(lambda grad: all_sum(grad, group), sums)
     weight = mx.maximum(targets, 1)

@@ -67,12 +67,19 @@ def token_losses(model: LanguageModel, hidden: mx.array, targets: mx.array) -> m
     """
     head = model.head
     trained = dict(tree_flatten(head.trainable_parameters()))
+
+    def passed(losses: mx.array) -> None:
+        if model.watch is not None:
+            model.watch(head, losses)
+
     if trained:
-        return _with_trained_head(model.logits, head, trained, hidden, targets)
-    return _with_frozen_head(model.logits, hidden, targets)
+        return _with_trained_head(model.logits, head, trained, hidden, targets, passed)
+    return _with_frozen_head(model.logits, hidden, targets, passed)
 
 
-def _with_frozen_head(logits: Callable[[mx.array], mx.array], hidden: mx.array, targets: mx.array) -> mx.array:
+def _with_frozen_head(
+    logits: Callable[[mx.array], mx.array], hidden: mx.array, targets: mx.array, passed: Callable[[mx.array], None]
+) -> mx.array:
     def forward(hidden: mx.array) -> tuple[mx.array, mx.array]:
         losses: list[mx.array] = []
         slopes: list[mx.array] = []
@@ -82,6 +89,7 @@ def _with_frozen_head(logits: Callable[[mx.array], mx.array], hidden: mx.array, 
             loss, slope = _loss_and_slope(logits(rows), labels)
             _, (slope,) = mx.vjp(logits, [rows], [slope])  # from the logits to the hidden states
             losses.append(loss)
+            passed(loss)
             slopes.append(slope)
         return mx.concatenate(losses), mx.concatenate(slopes)
 
@@ -100,6 +108,7 @@ def _with_trained_head(
     trained: dict[str, mx.array],
     hidden: mx.array,
     targets: mx.array,
+    passed: Callable[[mx.array], None],
 ) -> mx.array:
     names = list(trained)
 
@@ -117,6 +126,7 @@ def _with_trained_head(
             if found:
                 rows = mx.depends(rows, [found[-1]])
             found.append(chunk_losses(rows, labels, *weights))
+            passed(found[-1])
         return mx.concatenate(found)
 
     def backward(primals: list[mx.array], cotangent: mx.array, output: mx.array) -> list[mx.array]:

@@ -7,6 +7,7 @@ keeps its scores; three small batches with few targets give the three. The loss 
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from phi4_mlx.generation.memory import memory_limit
 from phi4_mlx.lora.data.batches import Batch, Batches, Shape
 from phi4_mlx.lora.training.loss import Loss, token_losses
 from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.terminal.amount import amount, size
 
-PROBE_TOKENS = 512  # in the widest row of a probe
+PROBE_TOKENS = 512  # of a probe, unless the largest batch has fewer
+MEASUREMENTS = 5  # of a plan
 HEAD_PROBE_TARGETS = 2048  # more targets do not raise the peak of the loss
 
 
@@ -65,6 +68,7 @@ class Plan:
         loss: the peak of the loss, above the saved activations.
         sums: the summed gradients of earlier batches, if a step has several.
         update: the peak of the optimizer's update: the gradients and temporary arrays.
+        token_s: seconds that the small batches took for a token.
     """
 
     resident: int
@@ -73,6 +77,7 @@ class Plan:
     loss: int
     sums: int = 0
     update: int = 0
+    token_s: float = 0.0
 
     def peak_bytes(self, shape: Shape) -> int:
         """The predicted peak of a step, in bytes, with a batch of a shape."""
@@ -80,7 +85,13 @@ class Plan:
         return self.resident + round(max(batch + self.sums, self.update))
 
 
-def make_plan(model: LanguageModel, loss: Loss, shapes: Collection[Shape], accumulating: bool = False) -> Plan:
+def make_plan(
+    model: LanguageModel,
+    loss: Loss,
+    shapes: Collection[Shape],
+    accumulating: bool = False,
+    measured: Callable[[int], object] = lambda number: None,
+) -> Plan:
     """Measures loss and gradient of a few small batches, and fits a plan to them.
 
     Args:
@@ -88,6 +99,7 @@ def make_plan(model: LanguageModel, loss: Loss, shapes: Collection[Shape], accum
         loss: the loss to minimise.
         shapes: of the batches to come.
         accumulating: True if a step sums the gradients of several batches or processes.
+        measured: called with the number of each measurement of the `MEASUREMENTS` before it is made.
 
     Returns:
         The plan, in bytes.
@@ -95,20 +107,30 @@ def make_plan(model: LanguageModel, loss: Loss, shapes: Collection[Shape], accum
     trained = [array for _, array in tree_flatten(model.trainable_parameters())]
     sums = 4 * sum(array.size for array in trained) if accumulating else 0  # fp32
     grads = sum(array.nbytes for array in trained)
+    most = max(map(sum, shapes))
     width = min(max(map(max, shapes)), PROBE_TOKENS)
-    rows = -(-PROBE_TOKENS // width)
+    rows = -(-min(most, PROBE_TOKENS) // width)
+    measured(1)
     _probe(model, loss, 1, width)  # the first run compiles and allocates what stays
     mx.clear_cache()
     resident = mx.get_active_memory()
     probes = ((rows, width), (2 * rows, width), (2 * rows, width // 2))
-    saved, peaks = zip(*(_probe(model, loss, *probe) for probe in probes), strict=True)
+    begin = time.perf_counter()
+    found = []
+    for number, probe in enumerate(probes, 2):
+        measured(number)
+        found.append(_probe(model, loss, *probe))
+    saved, peaks = zip(*found, strict=True)
+    token_s = (time.perf_counter() - begin) / sum(rows * width for rows, width in probes)
+    measured(MEASUREMENTS)
     return Plan(
         resident,
         Growth.fit(rows, width, *(each - resident for each in saved)),
         Growth.fit(rows, width, *(each - resident for each in peaks)),
-        _loss_bytes(model, max(map(sum, shapes))),
+        _loss_bytes(model, most),
         sums,
         grads + max(grads, 3 * max(array.nbytes for array in trained)),  # AdamW: three temporaries of one tensor
+        token_s,
     )
 
 
@@ -148,8 +170,8 @@ def check_memory(
             ways = [f"--grad-checkpoint with {way}" for way in _ways(other, batches, limit)]
     advice = " or ".join(ways) or ("a new run" if resumed else "a smaller model, or one of fewer bits,")
     raise RequestError(
-        f"a batch of {sum(worst):,} tokens needs {needed / 1e9:.1f} GB, and this machine has {limit / 1e9:.1f} GB for"
-        f" it; {advice} would {'fit' if ways else 'need less'}"
+        f"a batch of {amount(sum(worst), 'token')} needs {size(needed)}, and this machine has {size(limit)} for it; "
+        f"{advice} would {'fit' if ways else 'need less'}"
     )
 
 
@@ -193,7 +215,7 @@ def _loss_bytes(model: LanguageModel, most: int) -> int:
     head = model.head
     trained = head.trainable_parameters()
     # Each chunk of a trained head makes a gradient of the head's size; several are in memory at the same time.
-    count = min(most, HEAD_PROBE_TARGETS) if trained else PROBE_TOKENS
+    count = min(most, HEAD_PROBE_TARGETS if trained else PROBE_TOKENS)
     hidden = mx.zeros((count, model.config.hidden_size), model.dtype)
     targets = mx.zeros((count,), mx.int32)
 

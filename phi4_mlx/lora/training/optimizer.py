@@ -7,7 +7,8 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from phi4_mlx.lora.settings import DEFAULT_ITERS, Schedule, Settings
+from phi4_mlx.lora.settings import DEFAULT_ITERS, SCHEDULES, Schedule, Settings
+from phi4_mlx.terminal.amount import amount
 
 Rate = float | Callable[[mx.array], mx.array]
 """A learning rate: constant, or a function of the step."""
@@ -38,6 +39,27 @@ def make_optimizer(settings: Settings, updates: int = DEFAULT_ITERS) -> optim.Op
     if settings.optimizer == "adam":
         return optim.Adam(learning_rate=rate, **options)
     return optim.AdamW(learning_rate=rate, **{"weight_decay": settings.weight_decay, **options})
+
+
+def rate_text(settings: Settings, updates: int) -> str:
+    """The learning rate over a run of some updates, in words."""
+    schedule = settings.lr_schedule
+    warmup = schedule.warmup if isinstance(schedule, Schedule) else settings.warmup
+    rise = f", after {amount(warmup, 'update')} of warm-up" if warmup else ""
+    if schedule == "constant":
+        return f"constant at {settings.learning_rate:g}{rise}"
+    if schedule == "cosine":
+        low = settings.learning_rate / 10
+        return f"from {settings.learning_rate:g} to {low:g}, a cosine over all {amount(updates, 'update')}{rise}"
+    assert isinstance(schedule, Schedule)
+    text = f"{schedule.name}({', '.join(f'{value:g}' for value in schedule.arguments)}){rise}"
+    if schedule.name in ("cosine_decay", "linear_schedule"):
+        *_, steps = SCHEDULES[schedule.name]
+        end = schedule.arguments[1] if schedule.name == "linear_schedule" else [*schedule.arguments, 0.0][2]
+        assert steps is not None
+        begin = warmup + 1 if warmup else 0  # see `_mlx_lm_schedule`
+        text += f"; {end:g} from update {begin + schedule.arguments[steps]:,.0f} on"
+    return text
 
 
 def _schedule(settings: Settings, updates: int) -> Rate:

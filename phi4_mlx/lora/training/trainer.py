@@ -10,9 +10,11 @@ numbers, to the bit, on the same machine.
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
 import mlx.core as mx
@@ -23,17 +25,18 @@ from phi4_mlx.adapters.layers import current_adapter
 from phi4_mlx.errors import RequestError
 from phi4_mlx.fingerprint import base_fingerprint
 from phi4_mlx.lora.data.batches import Batch, Batches
-from phi4_mlx.lora.progress import Progress, Step, passes
+from phi4_mlx.lora.progress import Progress, Step, Tick, Watch, no_tick, passes, tick_of, unwatched
 from phi4_mlx.lora.saving.checkpoints import FOLDER, no_checkpoint
 from phi4_mlx.lora.saving.run_folder import RunFolder
 from phi4_mlx.lora.saving.snapshot import Snapshot, check_same_run, fixed_settings
 from phi4_mlx.lora.settings import Settings
 from phi4_mlx.lora.training.gradients import mean_gradients
 from phi4_mlx.lora.training.loss import Loss, sft_loss
+from phi4_mlx.lora.training.milestones import milestones
 from phi4_mlx.lora.training.optimizer import make_optimizer
 from phi4_mlx.lora.training.preference import PreferenceLoss, pair_figures
 from phi4_mlx.lora.training.processes import Group, all_sum, any_process, check_same_step
-from phi4_mlx.lora.training.signals import Stop
+from phi4_mlx.lora.training.signals import STEP, VALIDATION, Stop
 from phi4_mlx.models.model import LanguageModel
 
 SPIKE_WINDOW = 50  # steps whose median loss a loss is compared with
@@ -52,6 +55,8 @@ class Trainer:
         validation: batches for validation; None for no validation.
         loss: the loss to minimise.
         group: the processes that train together; None for this one alone.
+        stop: ends the run at a signal.
+        watch: called with the progress of steps and validations.
 
     Raises:
         RequestError: `patience` needs a validation set.
@@ -66,13 +71,15 @@ class Trainer:
         validation: Batches | None = None,
         loss: Loss = sft_loss,
         group: Group | None = None,
+        stop: Stop | None = None,
+        watch: Watch = unwatched,
     ):
         if settings.patience and validation is None:
             raise RequestError(f"--patience {settings.patience} needs a validation set: valid.jsonl beside train.jsonl")
         self.model, self.batches, self.settings, self.folder = model, batches, settings, folder
         self.validation, self.loss = validation, loss
         self.progress = Progress()
-        self.stop = Stop()
+        self.stop, self.watch = stop or Stop(), watch
         self.group = group if group is not None and group.size() > 1 else None
         self.iters = settings.total_iters(batches.steps_per_epoch)
         self.optimizer = make_optimizer(settings, -(-self.iters // settings.grad_accumulation_steps))
@@ -107,7 +114,7 @@ class Trainer:
             RequestError: the loss is not finite or has jumped, and the model is as it was before that step; or, at the
                 end, a file could not be written.
         """
-        with self.stop.listening():
+        with self.stop.listening(), self.stop.during(STEP):
             while not self.finished and not any_process(self.stop.number is not None, self.group):
                 self._between_steps = False
                 before = self.progress.step
@@ -194,7 +201,8 @@ class Trainer:
             self.loss.reset()  # of the pairs of the memory plan's probes
         accumulated = settings.grad_accumulation_steps
         count = min(accumulated - progress.step % accumulated, self.iters - progress.step)
-        loss, tokens, grads = mean_gradients(self.model, self.loss, self.batches, count, self.group)
+        tick = tick_of(self.watch, "step", self.iters, progress.step)
+        loss, tokens, grads = mean_gradients(self.model, self.loss, self.batches, count, self.group, tick)
         squares = [mx.square(grad.astype(mx.float32)).sum() for _, grad in tree_flatten(grads)]
         norm = math.sqrt(sum(squares, start=mx.array(0.0)).item())
         self._check(loss, norm)
@@ -216,24 +224,17 @@ class Trainer:
     def _check(self, loss: float, norm: float) -> None:
         """Stops the run, all saved, before an update that would harm the model."""
         flaw, done = _flaw(loss, norm, self.progress.recent), self.progress.step
-        if not flaw:
-            return
-        if not done:
-            raise RequestError(
-                f"step 1: {flaw}; nothing was learned, and there is nothing to resume: look at the model with "
-                "`generate`, and at the data with --dry-run"
-            )
-        self.save()  # with the position behind this batch: the next one may be better
-        raise RequestError(
-            f"step {done + 1}: {flaw}; stopped with the model of step {done}; --resume continues behind that batch, "
-            f"--resume-adapter-file {self.folder.path} with a lower --learning-rate and another --adapter-path starts "
-            "again from there"
-        )
+        if flaw and done:
+            self.save()  # with the position behind this batch: the next one may be better
+        if flaw:
+            raise _ended_by(flaw, done, self.folder.path)
 
     def _validated(self, step: Step, validation: Batches) -> Step:
         """The step with its loss on the validation set: the same batches each time, in the same order."""
         count = None if self.settings.val_batches < 0 else self.settings.val_batches
-        loss = evaluate(self.model, validation.fixed(count), self.loss, self.group)
+        with self.stop.during(VALIDATION):
+            tick = tick_of(self.watch, "validation", validation.number(count))
+            loss = evaluate(self.model, validation.fixed(count), self.loss, self.group, tick)
         accuracy, _ = pair_figures(self.loss, self.group)
         progress = self.progress
         if loss < progress.best_loss:
@@ -250,6 +251,20 @@ def _of_tree(tree: str, found: Snapshot) -> list[tuple[str, mx.array]]:
     ]
 
 
+def _ended_by(flaw: str, done: int, folder: Path) -> RequestError:
+    """The error of a run that a flaw has ended, after `done` steps."""
+    if not done:
+        return RequestError(
+            f"step 1: {flaw}; nothing was learned, and there is nothing to resume: look at the model with `generate`, "
+            "and at the data with --dry-run"
+        )
+    return RequestError(
+        f"step {done + 1}: {flaw}; stopped with the model of step {done}; --resume continues behind that batch, "
+        f"--resume-adapter-file {shlex.quote(str(folder))} with a lower --learning-rate and another --adapter-path "
+        "starts again from there"
+    )
+
+
 def _flaw(loss: float, norm: float, recent: Sequence[float]) -> str:
     """The reason why a step must not be made; empty for a good one."""
     if not math.isfinite(loss) or not math.isfinite(norm):
@@ -263,7 +278,9 @@ def _flaw(loss: float, norm: float, recent: Sequence[float]) -> str:
     return ""
 
 
-def evaluate(model: LanguageModel, batches: Iterable[Batch], loss: Loss, group: Group | None = None) -> float:
+def evaluate(
+    model: LanguageModel, batches: Iterable[Batch], loss: Loss, group: Group | None = None, tick: Tick = no_tick
+) -> float:
     """Mean loss over the targets of some batches.
 
     Args:
@@ -271,15 +288,17 @@ def evaluate(model: LanguageModel, batches: Iterable[Batch], loss: Loss, group: 
         batches: the batches of this process.
         loss: the loss of a batch.
         group: the processes that share the batches; None for this one alone.
+        tick: called with the progress.
 
     Returns:
         The mean loss in nats; 0 without targets.
     """
     model.eval()
     total, count = mx.array(0.0), mx.array(0)
-    for batch in batches:
-        mean, n = loss(model, batch)
+    for done, batch in enumerate(batches):
+        with milestones(model) as passed:
+            mean, n = loss(model, batch)
         total, count = total + mean * n, count + n
-        mx.eval(total, count)
+        passed.evaluate([total, count], {}, tick, done)
     targets = int(all_sum(count, group).item())
     return float(all_sum(total, group).item()) / max(targets, 1)

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.server.apis.wire import WireError
-from phi4_mlx.server.limits import DEPTH_LIMIT, NAME_CHARS_LIMIT, SHOWN_CHARS
+from phi4_mlx.server.limits import BRACKETS_LIMIT, DEPTH_LIMIT, NAME_CHARS_LIMIT, SHOWN_CHARS
 
 D = TypeVar("D")
 
@@ -214,6 +214,26 @@ class Fields:
         if value not in known:
             self.refuse(name, f"must be one of {', '.join(known)}, not {shown(value)}")
         return str(value)
+
+
+def parse_json(data: bytes) -> Any:
+    """Parses a body as JSON.
+
+    Raises:
+        WireError: it is not JSON, or has too many brackets.
+    """
+
+    def refuse_constant(name: str) -> None:
+        raise ValueError(f"{name} is not a JSON number")
+
+    if (brackets := data.count(b"[") + data.count(b"{")) > BRACKETS_LIMIT:
+        raise WireError(400, f"the body contains {brackets:,} opening brackets; the limit is {BRACKETS_LIMIT:,}")
+    try:
+        return json.loads(data, parse_constant=refuse_constant)
+    except RecursionError:
+        raise WireError(400, "the body is nested too deeply") from None
+    except ValueError as error:
+        raise WireError(400, f"the body is not JSON: {error!s:.200}") from None
 
 
 def read_body(body: Any) -> Fields:

@@ -91,7 +91,6 @@ def parse(body: Any, vocabulary: int) -> Ask:
             "tool_choice": fields.get("tool_choice") or "auto",
             "tools": [{"type": "function", "strict": False, **tool["function"]} for tool in tools],
             "top_p": sampling.top_p,
-            "truncation": "disabled",
         },
         ignored=fields.ignored.paths(),  # last, when all else is read
     )
@@ -276,6 +275,7 @@ class ResponseAnswer(EventAnswer):
             "incomplete_details": None,
             "model": self.ask.model,
             **self.ask.repeated,
+            "truncation": "auto" if self.ask.dropped else "disabled",
             "output": list(self.blocks),
             "usage": None,
         }

@@ -84,6 +84,7 @@ class Ask:
         echo: True to repeat the prompt before its answer.
         repeated: fields of the request that the answer repeats.
         ignored: paths of the fields and parts that have no effect on the answer.
+        dropped: number of the oldest turns that the service left out, because the context has no room for them.
     """
 
     model: str
@@ -104,6 +105,7 @@ class Ask:
     echo: bool = False
     repeated: Mapping[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    dropped: int = 0
 
 
 @dataclass(frozen=True)

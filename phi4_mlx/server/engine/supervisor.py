@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-import logging
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.server.engine import engine, process
 from phi4_mlx.server.engine.process import EngineProcess
 from phi4_mlx.server.engine.protocol import Beat, Cancel, Event, Failure, Finish, Job, Pong, Ready, Report
+from phi4_mlx.server.log import LOG
 
 PING_S = 30.0  # an engine answers between two chunks of a prefill, which take long on a slow machine
 SILENT_S = 5.0  # without a beat, after which an engine counts as frozen
@@ -25,8 +25,6 @@ PAUSES_S = (0.0, 0.5, 1.0, 1.5, 2.0)  # before each start of an engine after a f
 RESTART_S = 40.0  # of failed starts, after which an engine that once was ready is given up
 LATE_S = 4.0  # beyond a job's own limit, after which it ends without the engine
 EVENTS_LIMIT = 1024  # that wait for a client that does not read
-
-logger = logging.getLogger("phi4_mlx.server")
 
 
 class Full(Exception):
@@ -199,7 +197,7 @@ class Supervisor:
                 self.state = "frozen"
                 running.fail_pings()
             if hang is not None:
-                logger.warning("%s; it is killed", hang)
+                LOG.warning("%s; it is killed", hang)
                 running.kill()
 
     def _receive(self, source: EngineProcess, report: Report) -> None:
@@ -263,7 +261,7 @@ class Supervisor:
         if was_ready:
             self.state = "restarting"
         self.restarts += 1
-        logger.warning("%s; it is started again", reason)
+        LOG.warning("%s; it is started again", reason)
         asyncio.get_running_loop().call_later(pause_s, self._launch)
 
     def _give_up(self, reason: str) -> None:

@@ -95,6 +95,8 @@ def test_a_seed_gives_the_same_adapter_and_another_seed_another(tiny_model: Call
     ("options", "message"),
     [
         ({"rank": 0}, "rank 0.*at least 1"),
+        ({"rank": 97}, "rank 97 is out of range; no matrix to adapt has a rank above 96"),
+        ({"rank": 10**9}, "rank 1,000,000,000 is out of range"),
         ({"scale": 0.0}, r"scale 0\.0.*above 0"),
         ({"scale": float("nan")}, "scale nan"),
         ({"dropout": 1.0}, r"dropout 1\.0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 from phi4_mlx.chat import transcript
 from phi4_mlx.chat.__main__ import HungUp, take_turn, talk
 from phi4_mlx.chat.commands import COMMANDS, Leave, is_command, obey
+from phi4_mlx.chat.conversation import Usage
 from phi4_mlx.chat.session import Chat, rescued_file
+from phi4_mlx.checkpoint import load
 from phi4_mlx.errors import RequestError
 from phi4_mlx.terminal.options import SAMPLING
 from tests.char_tokenizer import CharTokenizer
@@ -38,7 +41,9 @@ def test_help_lists_every_command(chat: Chat) -> None:
 
 def test_an_unknown_command_costs_a_line(chat: Chat, script: Script) -> None:
     take_turn(chat, type_lines("/hlep"))
-    assert shown(chat) == "/hlep is not a command; /help lists them; a space before the slash makes it a message\n\n"
+    assert shown(chat) == "/hlep is not a command; did you mean /help?\n\n"
+    take_turn(chat, type_lines("/xyzzy"))
+    assert "/xyzzy is not a command; /help lists them; a space before the slash makes it a message\n" in shown(chat)
     assert questions(chat) == []
 
 
@@ -128,6 +133,34 @@ def test_save_and_load(chat: Chat, script: Script, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("typed", "file"),
+    [
+        ("my talk", "my talk.json"), ('"my talk"', "my talk.json"), ("'my talk.json'", "my talk.json"),
+        (r"my\ talk", "my talk.json"), ("it's mine", "it's mine.json"), ("v1.2", "v1.2"), ("~/talk", "home/talk.json"),
+        ("'~/a talk'", "home/a talk.json"), ("  talk  ", "talk.json"), ("notes.txt", "notes.txt"),
+        (".talk", ".talk.json"), ("日本 語", "日本 語.json"),
+    ],
+)  # fmt: skip
+def test_a_file_is_named_as_it_is_typed(typed: str, file: str, chat: Chat, script: Script, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    chat.answer("one")
+    obey(chat, f"/save {typed}")
+    assert (tmp_path / file).is_file()
+    assert str(tmp_path / file) in shown(chat)
+    chat.conversation.turns.clear()
+    obey(chat, f"/load {typed}")
+    assert questions(chat) == ["one"]
+
+
+def test_conversations_of_two_names_have_two_prompt_caches(new_chat: Callable[..., Chat], tmp_path: Path) -> None:
+    chat = new_chat(max_tokens=4)
+    for name in ("v1.2", "v1.3"):
+        chat.answer(name)
+        obey(chat, f"/save {name}")
+        assert (tmp_path / f"{name}.cache.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
     ("typed", "complaint"),
     [
         ("/ reset", "is not a command"),
@@ -136,13 +169,22 @@ def test_save_and_load(chat: Chat, script: Script, tmp_path: Path) -> None:
         ("/save no/such/folder/x", "No such file or directory"),
         ("/save a\0b", "null"),
         ("/load", "needs the name of a file"),
-        ("/load nothing", "No such file or directory"),
-        ("/load broken.json", "is not JSON"),
+        ("/load nothing", "nothing does not exist"),
+        ("/load brokn.json", "brokn.json does not exist; did you mean broken.json?"),
+        ("/load brokn", "brokn does not exist; did you mean broken.json?"),
+        ("/load broken.json", "is not a saved conversation: it is not JSON"),
+        ("/load talk.cache.safetensors", "is not a saved conversation"),
         ("/set temp nan", "temp: 'nan' is not a number from 0 to 100"),
         ("/set max-tokens 0", "max-tokens: '0' is not a whole number from 1 to"),
         ("/set seed -1", "seed: '-1' is not a whole number from 0 to"),
         ("/set top-p 1.5", "top-p: '1.5' is not a number from 0 to 1"),
-        ("/set temp", "/set temp needs a value"),
+        ("/set temp 0.5 0.6", "temp: '0.5 0.6' is not a number"),
+        ("/save folder", "'folder' is not the name of a file; give one"),
+        ("/save folder/", "'folder/' is not the name of a file"),
+        ("/save .", "'.' is not the name of a file"),
+        ("/save ~", "is not the name of a file"),
+        ('/save ""', "'' is not the name of a file"),
+        ("/load folder", "'folder' is not the name of a file"),
         ("/set colour blue", "'colour' cannot be set; these can: temp, top-p"),
         ("/model no-such-folder", "neither a folder nor a Hub id"),
     ],
@@ -151,6 +193,9 @@ def test_a_mistake_costs_a_line_and_nothing_else(
     typed: str, complaint: str, chat: Chat, script: Script, tmp_path: Path
 ) -> None:
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "talk.cache.safetensors").write_bytes(b"\0\xff")
     chat.answer("one")
     settings, shown_before = dict(chat.settings), shown(chat)
     assert shown_before
@@ -174,6 +219,10 @@ def test_set_shows_and_changes_and_goes_back(chat: Chat, script: Script) -> None
     obey(chat, "/set")
     listed = shown(chat)
     assert all(name in listed for name in SAMPLING)
+    obey(chat, "/set temp")
+    assert re.fullmatch(r"temp +0\.5 .*\n\n", shown(chat))
+    obey(chat, "/set seed -")
+    assert "seed is not set" in shown(chat)
 
 
 def test_stats_show_the_counts_of_an_answer(chat: Chat, script: Script) -> None:
@@ -185,7 +234,34 @@ def test_stats_show_the_counts_of_an_answer(chat: Chat, script: Script) -> None:
     obey(chat, "/stats")
     text = shown(chat)
     assert "in 1 turn\n" in text and "from the cache" in text and "tokens/s" in text and "RoPE table" in text
-    assert "4,097 tokens were run again" in text
+    assert "4,097 tokens run again" in text
+
+
+def test_a_crossing_names_the_table_that_is_now_in_use(chat: Chat) -> None:
+    model, tokenizer = load("demo")  # its boundary is at 256 tokens
+    chat.conversation.switch(model, tokenizer)
+    chat.set("max-tokens", 4)
+    for question in ("hi", "The code of the blue door is 4711. " * 20):
+        chat.answer(question)
+    assert "now needs the RoPE table for long texts: " in shown(chat)
+    obey(chat, "/undo")
+    chat.answer("hi")
+    assert "now needs the RoPE table for short texts: " in shown(chat)
+    chat.answer("hi")
+    assert "RoPE table" not in shown(chat)
+
+
+def test_no_amount_of_one_has_a_plural(chat: Chat, script: Script, tmp_path: Path) -> None:
+    script.replies = ["x"]
+    chat.answer("one")
+    chat.conversation.usage = Usage(1, 0, 1, 2.0, 2.0, 1, 0.000_001)
+    obey(chat, "/stats")
+    obey(chat, "/save one")
+    obey(chat, "/undo 1")
+    obey(chat, "/load one")
+    text = shown(chat)
+    assert "1 token:" in text and "1 token at" in text and "1.00 KB at the peak" in text and "1 turn from" in text
+    assert not re.search(r"\b1 \w+s\b|\b0\.00? [MG]B", text)
 
 
 def test_another_model_continues_the_conversation(
@@ -266,7 +342,7 @@ def test_a_closed_terminal_or_a_crash_keeps_the_conversation(
     ending: type[BaseException], chat: Chat, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Editor:
-        def __init__(self, words: list[str], colour: bool) -> None:
+        def __init__(self, words: list[str], paths: dict[str, Any], colour: bool) -> None:
             self.read = type_lines("one", ending)
 
     monkeypatch.setattr("phi4_mlx.terminal.line_editor.LineEditor", Editor)

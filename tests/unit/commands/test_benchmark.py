@@ -72,8 +72,8 @@ def report(share: float | None) -> dict[str, Any]:
 def test_the_table() -> None:
     head, sizes, _, *columns, first, second = benchmark.table(report(0.625)).splitlines()
     assert head == "some/model on Apple M2 Max (400 GB/s), mlx 1.0"
-    assert sizes == "2.158 GB of weights, 131,072 bytes of keys and values a token"
-    assert first == second and first.split() == ["2,048", "2,100.0", "0.975", "95.2", "62.5", "3.500"]
+    assert sizes == "2.16 GB of weights, 131 KB of keys and values a token"
+    assert first == second and first.split() == ["2,048", "2,100.0", "0.975", "95.2", "62.5", "3.50", "GB"]
     assert len({len(line) for line in (*columns, first)}) == 1
 
 

@@ -338,7 +338,7 @@ def test_too_little_room_is_reported_before_any_weight_is_written(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     monkeypatch.setattr(package, "write_shard", lambda *_: pytest.fail("wrote"))
-    with pytest.raises(RequestError, match=r"0\.00 GB free"):
+    with pytest.raises(RequestError, match=r"1\.00 KB free"):
         convert(source, tmp_path / "out")
     assert left_beside(tmp_path / "out") == []
 

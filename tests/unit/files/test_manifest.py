@@ -57,7 +57,7 @@ def _list_a_path(folder: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda f: (f / MANIFEST_FILE).unlink(), "cannot be verified"),
     "one bit": (lambda f: _flip(f / "model.safetensors"), "model.safetensors does not match its SHA-256"),
-    "cut": (lambda f: os.truncate(f / "model.safetensors", 5), "has 5 bytes, not 3,000,000"),
+    "cut": (lambda f: os.truncate(f / "model.safetensors", 5), "has a size of 5, not 3,000,000 bytes"),
     "missing": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     "one more": (lambda f: (f / "model-2.safetensors").write_bytes(b""), "is not in manifest.json"),
     "a link out of it": (_outside, "outside the folder"),

@@ -203,7 +203,6 @@ ALLOWED = {
     ("phi4_mlx.terminal.command", "open"): "/dev/null",
     ("phi4_mlx.lora.saving.run_lock", "os.open"): "locks",
     ("phi4_mlx.grammar.worker", "read_text"): "the system's count of this process's memory",
-    ("phi4_mlx.server.app", "read_text"): "the page beside the module",
 }
 READERS = {"read_text", "read_bytes", "mx.load", "np.load", "os.open", "io.open", "os.fdopen", "from_file", "mmap.mmap"}
 

@@ -110,5 +110,5 @@ def test_a_context_that_does_not_fit_is_refused_with_the_longest_that_does() -> 
         limit_bytes=8 * 10**9,
     )  # fmt: skip
     check_context(plan, plan.most_tokens)
-    with pytest.raises(RequestError, match=rf"100,000 tokens need 15.* 8.0 GB: {plan.most_tokens:,} tokens; --kv"):
+    with pytest.raises(RequestError, match=rf"100,000 tokens takes 15.* 8.00 GB: {plan.most_tokens:,} tokens; --kv"):
         check_context(plan, 100_000)

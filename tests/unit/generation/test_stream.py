@@ -190,7 +190,8 @@ def test_the_last_token_of_the_context_can_be_used(tiny_model: TinyModel) -> Non
     [
         ([], {}, r"the prompt has 0 tokens.* at least 1.*1024"),
         ("", {}, r"the prompt has 0 tokens"),
-        ([1] * 1000, {"max_tokens": 25}, r"1000 prompt tokens and max_tokens 25 come to 1025.*1024"),
+        ([1] * 1000, {"max_tokens": 25}, r"1000 prompt tokens and max_tokens 25 come to 1025.*1024; lower .* to 24"),
+        ([1] * 1024, {"max_tokens": 1}, r"come to 1025.*1024; shorten the prompt, or leave out its oldest turns"),
         ([512], {}, r"token 512 .* vocabulary of 512"),
         ([-1], {}, r"token -1 "),
         ([1], {"max_tokens": 0}, r"max_tokens must be a whole number from 1"),

@@ -167,7 +167,6 @@ thread.join()
         assert (done.returncode, done.stderr) == (0, "") and done.stdout.strip()
 
 
-
 def test_a_model_freed_in_another_thread_leaves_no_trace_behind(tiny_checkpoint: TinyCheckpoint) -> None:
     """MLX finds compiled steps by an address, and only the thread that frees them forgets them."""
     folders = [tiny_checkpoint(f"theta {theta}", rope_theta=theta) for theta in (1e3, 1e4, 1e5)]

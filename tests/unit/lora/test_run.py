@@ -22,6 +22,7 @@ from phi4_mlx.adapters.layers import add_adapter
 from phi4_mlx.errors import CheckpointError, Phi4Error, RequestError
 from phi4_mlx.files import lock
 from phi4_mlx.lora import run as run_module
+from phi4_mlx.lora import settings as settings_module
 from phi4_mlx.lora.run import Finetuned, measure_adapter, preview
 from phi4_mlx.lora.settings import LoraParameters, Settings
 from tests.adapters import save_adapter
@@ -87,9 +88,10 @@ def test_a_run_leaves_all_and_tells_it(given: dict[str, Any], tmp_path: Path) ->
 
 
 def test_the_default_model_is_named_in_the_adapter(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "DEFAULT_MODEL", given.pop("model"))
+    model = given.pop("model")
+    monkeypatch.setattr(settings_module, "DEFAULT_MODEL", model)
     done, _ = run(given, iters=1)
-    assert json.loads((done.adapter_path / "adapter_config.json").read_text())["model"] == run_module.DEFAULT_MODEL
+    assert json.loads((done.adapter_path / "adapter_config.json").read_text())["model"] == model
 
 
 @pytest.mark.slow
@@ -135,7 +137,7 @@ def test_it_resumes_says_that_a_run_had_ended_and_mends_its_adapter(given: dict[
     file.unlink()
     again, told = run(given, resume=True)
     assert again.step == 6 and again.loss is None and file.read_bytes() == kept
-    assert any("has ended: step 6 was its last; leave --resume out and name another" in line for line in told)
+    assert any("has ended: step 6 was its last; its learning rate has fallen" in line for line in told)
     assert len(metrics(done.adapter_path)) == 6 and not any("predicted peak" in line for line in told)
 
 
@@ -232,7 +234,7 @@ def test_data_errors_and_a_dry_run_come_before_the_weights(given: dict[str, Any]
 def test_the_library_of_report_to_and_the_folder_come_before_the_model(
     given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "load", lambda *args, **options: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(run_module, "download", lambda *args, **options: pytest.fail("the model was loaded"))
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(RequestError, match="--report-to wandb needs a library"):
         run(given, report_to="wandb")

@@ -14,7 +14,7 @@ import pytest
 from phi4_mlx.errors import RequestError
 from phi4_mlx.lora.__main__ import _parser, _settings
 from phi4_mlx.lora.config_file import read_config_file
-from phi4_mlx.lora.settings import OPTIONS, LoraParameters, Schedule, Settings
+from phi4_mlx.lora.settings import FLAGS, OPTIONS, LoraParameters, Schedule, Settings
 from phi4_mlx.lora.training.optimizer import make_optimizer
 
 BOMB = f"data: {'[&a0 [1], ' + ', '.join(f'&a{n} [*a{n - 1}, *a{n - 1}]' for n in range(1, 40))}]"
@@ -26,7 +26,7 @@ def from_yaml(folder: Path, text: str, *flags: str) -> Settings:
 
 
 def test_each_option_is_a_flag_with_the_same_limits(capsys: pytest.CaptureFixture[str]) -> None:
-    for name, option in OPTIONS.items():
+    for name, option in FLAGS.items():
         flag = f"--{name.replace('_', '-')}"
         if option.kind in (int, float):
             for value in (option.low - 1, option.high * 2, 0 if option.may_be_all else "x", "1_0", "nan"):
@@ -34,10 +34,12 @@ def test_each_option_is_a_flag_with_the_same_limits(capsys: pytest.CaptureFixtur
                     _parser().parse_args([f"{flag}={value}"])
                 assert f"argument {flag}: '{value}' is not {option.limits}" in capsys.readouterr().err
                 with pytest.raises(RequestError, match=re.escape(f"{name} must be {option.limits}, not ")):
-                    Settings(**{name: value})
+                    Settings.from_mapping({name: value}, "here")
             low = -1 if option.may_be_all else option.low
             args = _parser().parse_args([f"{flag}={low}"])
-            assert getattr(Settings(**{name: low}), name) == getattr(args, name) == low
+            settings = Settings.from_mapping({name: low}, "here")
+            place = settings if name in OPTIONS else settings.lora_parameters
+            assert getattr(place, name) == getattr(args, name) == low
         elif option.known:
             with pytest.raises(RequestError, match=f"{name} must be one of .*, not 'magic'"):
                 Settings(**{name: "magic"})
@@ -69,9 +71,16 @@ def test_each_option_is_a_flag_with_the_same_limits(capsys: pytest.CaptureFixtur
         ("lora_parameters: {keys: mlp.down_proj}", "keys must be a list of names of layers"),
         ("lora_parameters: {keys: [1]}", "keys must be a list of names of layers"),
         ("lora_parameters: {alpha: 16}", "write scale, which is alpha / rank"),
-        ("lora_parameters: {ranks: 8}", "lora_parameters: 'ranks' is not known"),
+        ("lora_parameters: {ranks: 8}", "lora_parameters: 'ranks' is not known; did you mean rank?"),
         ("lora_parameters: 8", "lora_parameters must be an object of names and values, not 8"),
-        ("iter: 8", "'iter' is not known"),
+        ("iter: 8", "'iter' is not known; did you mean iters?"),
+        ("lora_parameter: {rank: 8}", "'lora_parameter' is not known; did you mean lora_parameters?"),
+        ("rank: 8\nlora_parameters: {rank: 8}", "rank is given twice, also in lora_parameters; leave one of them out"),
+        ("rank: 0", "rank must be a whole number from 1"),
+        ("scale: 0", "scale must be a number from 1e-06 to 1e+06, not 0"),
+        ("lora_parameters: {scale: -1}", "scale must be a number from 1e-06 to 1e+06, not -1"),
+        ("dropout: 0.1", "dropout is not known here; write it in lora_parameters"),
+        ("xyzzy: 1", "'xyzzy' is not known; known are adapter_path, "),
         ("1: 8", "1 is not known"),
         ("given: [iters]", "'given' is not known"),
         ("train: 'yes'", "train must be true or false, not 'yes'"),
@@ -79,6 +88,7 @@ def test_each_option_is_a_flag_with_the_same_limits(capsys: pytest.CaptureFixtur
         ("optimizer: muon\noptimizer_config: {muon: {betas: [0.9, 0.9]}}", "of muon: 'betas' is not known"),
         ("optimizer: muon\noptimizer_config: {muon: {ns_steps: 0}}", "optimizer_config: ns_steps must be a whole"),
         ("optimizer: sgd\noptimizer_config: {sgd: {nesterov: true}}", "nesterov needs a momentum above 0"),
+        ("task: dop", "task must be one of sft, dpo, orpo, not 'dop'; did you mean dpo?"),
         ("fine_tune_type: [lora]", "fine_tune_type must be one of lora, dora, full, not ['lora']"),
         ("fine_tune_type: {a: 1}", "fine_tune_type must be one of lora, dora, full, not {'a': 1}"),
         ("prompt_feature: question", "prompt_feature is not known here; name the field prompt in the data"),
@@ -173,6 +183,18 @@ def test_flags_win_over_the_file_also_where_the_file_speaks_of_several_optimizer
     assert settings.optimizer_config == {"decay_rate": -0.7} and settings.iters == 7
     assert from_yaml(tmp_path, text, "--optimizer", "adam").optimizer_config == {}
     assert {"iters", "optimizer", "optimizer_config"} == settings.given
+
+
+def test_rank_and_scale_are_options_and_win_over_the_file(tmp_path: Path) -> None:
+    text = "lora_parameters: {rank: 2, scale: 3.0, dropout: 0.1, keys: [mlp.down_proj]}"
+    settings = from_yaml(tmp_path, text, "--rank", "6")
+    assert settings.lora_parameters == LoraParameters(6, 3.0, 0.1, ("mlp.down_proj",))
+    assert settings.named("rank") and settings.named("scale") and settings.named("dropout")
+    assert from_yaml(tmp_path, text, "--rank", "6", "--scale", "4").lora_parameters.scale == 4
+    assert from_yaml(tmp_path, "rank: 6\nscale: null", "--scale", "4").lora_parameters == LoraParameters(6, 4.0)
+    assert from_yaml(tmp_path, "rank: 6", "--rank", "5").lora_parameters == LoraParameters(5)
+    assert Settings.from_mapping({"rank": 5}, "settings").lora_parameters == LoraParameters(5)
+    assert not from_yaml(tmp_path, "", "--scale", "4").named("rank")
 
 
 def test_a_run_has_iters_or_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

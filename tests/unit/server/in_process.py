@@ -16,6 +16,7 @@ from phi4_mlx.server.app import App
 from phi4_mlx.server.engine.engine import Engine, Settings
 from phi4_mlx.server.engine.protocol import Event, Failure, Finish, Job, Pong
 from phi4_mlx.server.guard import Guard
+from phi4_mlx.server.request_log import RequestLog
 from phi4_mlx.server.service import Service
 from tests.conftest import write_tiny_checkpoint
 
@@ -68,7 +69,7 @@ class InProcessServer:
             600.0,
             **options,  # type: ignore[arg-type]
         )
-        self.app = Guard(App(self.service).starlette(), None, ("127.0.0.1",))
+        self.app = RequestLog(Guard(App(self.service).starlette(), None, ("127.0.0.1",)))  # type: ignore[arg-type]
 
     def request(self, method: str, path: str, body: Any = None, **options: Any) -> httpx.Response:
         async def send() -> httpx.Response:

@@ -44,10 +44,10 @@ def test_a_clients_conversation_is_answered(
     body |= {name: 30 for name in ("max_tokens", "max_completion_tokens") if body.get(name) not in (None, -1)}
     if body.get("max_tokens") == -1:
         body["stop"] = ["a", "e", "i", "o"]  # a random model ends seldom
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO, "phi4_mlx.server"):
         answer = server.post(path, body)
     assert answer.status_code == 200, answer.text
-    assert sum("ignored" in record.message for record in caplog.records) == 1  # a line for each request
+    assert sum("ignored=" in record.message for record in caplog.records) == 1  # a line for each request
     ignored = answer.headers["x-phi4-ignored"]
     assert ignored.isascii() and len(ignored) <= 1_010 and "model" in ignored.split(", ")
     if stream:
@@ -227,6 +227,9 @@ def test_models_are_listed_for_both_kinds_of_clients(server: InProcessServer) ->
         assert server.request("GET", path).json()["data"][0]["id"] == "tiny"
     assert server.request("GET", "/v1/models/tiny/").json()["id"] == "tiny"
     assert server.request("GET", "/v1/models/a/b").status_code == 404
+    fitting = {"context_length": server.supervisor.longest, "kind": "instruct"}
+    (listed,) = server.request("GET", "/v1/models").json()["data"]
+    assert listed == server.request("GET", "/v1/models/tiny").json() and fitting.items() <= listed.items()
     listed = server.request("GET", "/v1/models", headers={"anthropic-version": "2023-06-01"}).json()
     assert listed["data"][0]["type"] == "model" and listed["has_more"] is False and listed["first_id"] == "tiny"
 

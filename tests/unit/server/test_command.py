@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from typing import Any
 
@@ -84,3 +85,29 @@ def test_small_writes_are_sent_at_once() -> None:
         return no_delay
 
     assert asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:{port}"),
+        ("0.0.0.0", "all addresses, here http://127.0.0.1:{port}"),  # no browser opens http://0.0.0.0
+        ("::1", "http://[::1]:{port}"),
+        ("::", "all addresses, here http://[::1]:{port}"),
+    ],
+)
+def test_the_address_of_the_page_can_be_opened(host: str, shown: str) -> None:
+    try:
+        listener = command.open_listener(host, 0)
+    except RequestError:
+        pytest.skip(f"this machine has no address {host}")
+    with listener:
+        assert command.page_address(listener) == shown.format(port=listener.getsockname()[1])
+
+
+def test_the_key_is_taken_out_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tools and MCP servers inherit the environment."""
+    monkeypatch.setenv(command.KEY_VARIABLE, "s3cret")
+    assert command.api_key(None) == "s3cret" and command.KEY_VARIABLE not in os.environ
+    monkeypatch.setenv(command.KEY_VARIABLE, "s3cret")
+    assert command.api_key("other") == "other" and command.KEY_VARIABLE not in os.environ

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import hmac
 import json
 from collections.abc import AsyncIterator, Iterable, MutableMapping
@@ -52,10 +51,16 @@ async def ask(
     }
     parts = body if isinstance(body, AsyncIterator) else aiter_of(body)
 
+    ended = False
+
     async def receive() -> MutableMapping[str, Any]:
+        nonlocal ended
+        if ended:  # the client waits for its answer
+            await asyncio.Event().wait()
         try:
             return {"type": "http.request", "body": await anext(parts), "more_body": True}
         except StopAsyncIteration:
+            ended = True
             return {"type": "http.request", "body": b"", "more_body": False}
 
     sent: list[MutableMapping[str, Any]] = []
@@ -108,6 +113,11 @@ def test_only_its_own_names_are_accepted(host: str, port: str, through: bool) ->
 def test_a_request_without_a_host_is_refused() -> None:
     assert status(guarded(), headers={"host": ""}) == 403
     assert status(guarded(hosts=None), headers={"host": "any.example"}) == 200
+
+
+def test_a_refused_host_is_told_each_name_once() -> None:
+    refused = asyncio.run(ask(guarded(hosts=(*LOOPBACK_NAMES, "127.0.0.1")), headers={"host": "evil.example"}))[2]
+    assert refused.count(b"127.0.0.1") == 1
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
@@ -164,21 +174,40 @@ def routes() -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize(("method", "path"), [*routes(), ("GET", "/nowhere"), ("POST", "/health/"), ("DELETE", "/")])
-def test_every_route_but_health_needs_the_key(method: str, path: str) -> None:
+def is_open(method: str, path: str) -> bool:
+    return method in ("GET", "HEAD") and (path in ("/", "/health") or path.startswith("/page/"))
+
+
+CLOSED = [
+    ("GET", "/nowhere"), ("POST", "/health"), ("POST", "/health/"), ("DELETE", "/"), ("POST", "/"), ("POST", "/page/x"),
+    ("GET", "/page"), ("GET", "/pages/x"), ("GET", "//page/x"), ("GET", "/v1/page/x"), ("GET", "/PAGE/x"),
+    ("GET", "//"), ("GET", "/health/"), ("OPTIONS", "/page/x"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path"), [*routes(), *CLOSED])
+def test_every_route_but_health_and_the_page_needs_the_key(method: str, path: str) -> None:
     app = guarded(key="s3cret")
     code, headers, body = asyncio.run(ask(app, method, path))
-    if path == "/health":
+    if is_open(method, path):
         assert code == 200
         return
-    assert code == 401 and headers["www-authenticate"].startswith("Basic" if path == "/" else "Bearer")
+    assert code == 401 and headers["www-authenticate"] == "Bearer" and (method, path) not in OPEN
     error = json.loads(body)
     assert (error["error"]["type"] == "authentication_error") and ("type" in error) == path.startswith("/v1/messages")
     assert not app.app.bodies  # type: ignore[attr-defined]
 
 
-def basic(text: str) -> str:
-    return "Basic " + base64.b64encode(text.encode()).decode()
+OPEN = [("GET", "/"), ("HEAD", "/"), ("GET", "/page/chat.js"), ("HEAD", "/page/chat.css"), ("GET", "/health")]
+
+
+@pytest.mark.parametrize(("method", "path"), OPEN)
+def test_the_page_needs_no_key_but_an_accepted_host_and_origin(method: str, path: str) -> None:
+    """A browser asks for a Basic password before it shows anything; the page itself asks better."""
+    app = guarded(key="s3cret")
+    assert status(app, method=method, path=path) == 200
+    assert status(app, method=method, path=path, headers={"host": "evil.example"}) == 403
+    assert status(app, method=method, path=path, headers={"origin": "https://evil.example"}) == 403
 
 
 @pytest.mark.parametrize(
@@ -187,8 +216,6 @@ def basic(text: str) -> str:
         ({"authorization": "Bearer s3cret"}, True),
         ({"authorization": "bearer  s3cret "}, True),
         ({"x-api-key": "s3cret"}, True),
-        ({"authorization": basic("me:s3cret")}, True),
-        ({"authorization": basic(":s3cret")}, True),
         ({"authorization": "Bearer not", "x-api-key": "s3cret"}, True),
         ({}, False),
         ({"authorization": "s3cret"}, False),
@@ -197,15 +224,12 @@ def basic(text: str) -> str:
         ({"authorization": "Bearer s3cret1"}, False),
         ({"authorization": "Bearer S3CRET"}, False),
         ({"authorization": "Bearer \xff\xfe"}, False),
-        ({"authorization": basic("s3cret")}, False),
-        ({"authorization": basic("me:")}, False),
-        ({"authorization": "Basic ???"}, False),
-        ({"authorization": "Basic \xff"}, False),
-        ({"authorization": "Basic /////w=="}, False),
+        ({"authorization": "Basic bWU6czNjcmV0"}, False),  # me:s3cret
+        ({"authorization": "Basic s3cret"}, False),
         ({"x-api-key": "\xff"}, False),
     ],
 )
-def test_the_key_has_three_forms_and_must_match_exactly(headers: Headers, through: bool) -> None:
+def test_the_key_has_two_forms_and_must_match_exactly(headers: Headers, through: bool) -> None:
     assert status(guarded(key="s3cret"), headers=headers) == (200 if through else 401)
 
 
@@ -213,7 +237,6 @@ def test_a_key_may_hold_any_letters() -> None:
     app = guarded(key="ключ")
     assert status(app, raw=[(b"authorization", b"Bearer " + "ключ".encode())]) == 200
     assert status(app, raw=[(b"x-api-key", "ключ".encode())]) == 200
-    assert status(app, headers={"authorization": basic("me:ключ")}) == 200
 
 
 def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:

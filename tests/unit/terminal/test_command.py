@@ -7,6 +7,8 @@ import contextlib
 import errno
 import io
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 from phi4_mlx.errors import ConfigError, RequestError
 from phi4_mlx.files.regular_file import SMALL_BYTES
 from phi4_mlx.generation.sampling import Sampling
+from phi4_mlx.terminal import command
 from phi4_mlx.terminal.command import Parser, number, read_standard_input, run, standard_input_beside, text, utf8
 from phi4_mlx.terminal.options import SAMPLING, add_decoding_options, check_decoding_options
 from phi4_mlx.terminal.printable import one_line, printable
@@ -54,6 +57,34 @@ def test_an_error_is_one_line_and_an_exit_code(
     out, err = capfd.readouterr()
     assert out == ""
     assert err.startswith(line) and err.count("\n") == 1
+
+
+def test_a_missing_library_names_the_python_that_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def said() -> str:
+        assert run_with(failing(ModuleNotFoundError("No module named 'mlx'", name="mlx"))) == 2
+        return capfd.readouterr().err
+
+    checkout = tmp_path / "it's mine"  # a shell reads the advised commands as they are meant
+    quoted = shlex.quote(str(checkout))
+    checkout.mkdir()
+    monkeypatch.setattr(command, "__file__", str(checkout / "phi4_mlx" / "terminal" / "command.py"))
+    missing = f"phi4-mlx test: mlx is not installed for {sys.executable}; "
+    assert said() == f"{missing}install phi4_mlx again, from its checkout: pip install .\n"
+    (checkout / "Makefile").touch()
+    activate = shlex.quote(f"{checkout}/.venv/bin/activate")
+    assert said() == f"{missing}make -C {quoted} chat, then source {activate}\n"
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    (checkout / ".venv" / "bin" / "activate").touch()
+    assert said() == f"{missing}source {activate}\n"
+
+
+def test_no_message_advises_an_index_that_does_not_have_the_package() -> None:
+    texts = [*(ROOT / "phi4_mlx").rglob("*.py"), *(ROOT / "convert").rglob("*.py"), *ROOT.glob("examples/**/*.*")]
+    for path in [ROOT / "README.md", *texts]:
+        found = re.search(r"pip install\s+['\"]?phi4|phi4-mlx\[", path.read_text(encoding="utf-8", errors="replace"))
+        assert not found, f"{path}: {found and found[0]}"
 
 
 def test_debug_adds_the_traceback(capfd: pytest.CaptureFixture[str]) -> None:

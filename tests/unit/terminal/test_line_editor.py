@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
 
 from phi4_mlx.terminal import line_editor
 
@@ -57,6 +59,39 @@ def test_of_a_long_file_the_end_is_read(folder: Path) -> None:
         file.truncate(2**33)  # 8 GB of NUL
     history(folder).store_string("new")
     assert list(history(folder).load_history_strings()) == ["new"]
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("my talk.json", "my talk.cache", "other.json", ".hidden", "deep folder/one.json", "home/at home.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("typed", "lines"),
+    [
+        ("/l", ["/load "]), ("/s", ["/set ", "/save "]), ("/set ", ["/set temp ", "/set top-p "]), ("/x", []),
+        ("/set t", ["/set temp ", "/set top-p "]), ("l", []), (" /l", []), ("/quit", ["/quit"]), ("/quit ", []),
+        ("/load o", ["/load other.json"]), ("/load my", ["/load my talk.json"]), ("/load my t", ["/load my talk.json"]),
+        ('/load "my t', ['/load "my talk.json"']), ("/load 'de", ["/load 'deep folder/"]), ("/load x", []),
+        (r"/load my\ t", ["/load my talk.json"]), ("/load deep folder/", ["/load deep folder/one.json"]),
+        ("/load ~/", ["/load ~/at home.json"]), ("/load ~", ["/load ~/at home.json"]), ("/load no/such/", []),
+        ("/load .", ["/load .hidden"]), ("/model ", ["/model deep folder/", "/model home/"]), ("/load a\0", []),
+        ("/load {}/o", ["/load {}/other.json"]), ("/load ~nobody/", []), ("hello /load o", []),
+    ],
+)  # fmt: skip
+def test_tab_completes_commands_and_file_names(typed: str, lines: list[str], files: Path) -> None:
+    words = ["/load ", "/set ", "/save ", "/model ", "/quit", "/set temp ", "/set top-p "]
+    paths = {"/load": lambda name: not name.endswith(".cache"), "/model": lambda name: False}
+    completer = line_editor.CommandCompleter(words, paths)
+    document = Document(typed.format(files))
+    found = list(completer.get_completions(document, CompleteEvent()))
+    completed = [document.text[: len(document.text) + each.start_position] + each.text for each in found]
+    assert completed == [line.format(files) for line in lines]
 
 
 def test_a_pipe_or_a_missing_folder_is_an_empty_history(folder: Path) -> None:

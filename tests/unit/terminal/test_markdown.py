@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi4_mlx.terminal.markdown import MarkdownStream, text_width
+from phi4_mlx.terminal.markdown import MarkdownStream
+from phi4_mlx.terminal.style import text_width
 
 WIDTH = 40
 SAMPLE = """# A **title** with `code`
@@ -146,12 +147,12 @@ def test_only_text_that_a_mark_may_style_waits_until_it_closes() -> None:
     written: list[str] = []
     stream = MarkdownStream(written.append, lambda: WIDTH)
     shown = []
-    for text in ("2 * 3 and *a b", " c", "* d ", "\\(x ", "2**3 ", "`e f ", "g` h "):
+    for text in ("2 * 3 and *a b", " c", "* d ", "\\<x ", "2**3 ", "`e f ", "g` h "):
         stream.add(text)
         shown.append(plain("".join(written)))
     assert shown == [
-        "2 * 3 and", "2 * 3 and", "2 * 3 and a b c d", "2 * 3 and a b c d \\(x", "2 * 3 and a b c d \\(x 2**3",
-        "2 * 3 and a b c d \\(x 2**3", "2 * 3 and a b c d \\(x 2**3 e f g h",
+        "2 * 3 and", "2 * 3 and", "2 * 3 and a b c d", "2 * 3 and a b c d \\<x", "2 * 3 and a b c d \\<x 2**3",
+        "2 * 3 and a b c d \\<x 2**3", "2 * 3 and a b c d \\<x 2**3 e f g h",
     ]  # fmt: skip
 
 
@@ -185,9 +186,15 @@ def test_a_line_loses_only_marks_and_a_cell_shows_the_same(text: str) -> None:
 @given(markdown)
 def test_no_line_is_wider_than_the_terminal(text: str) -> None:
     text = re.sub(r"[^\S\n ]|[\x00-\x09\x0b-\x1f\x7f-\x9f]", "", text)
-    in_code_or_table = "`" in text or "|" in text  # printed as they are
+    unwrapped = re.search(r"[`|$]|\\[(\[]", text)  # code, tables and formulas are printed as they are
     for line in plain(render(text)).split("\n"):
-        assert in_code_or_table or text_width(line) <= WIDTH or not line.strip()
+        assert unwrapped or text_width(line) <= WIDTH or not line.strip()
+
+
+@pytest.mark.parametrize("mark", ["", "> ", "- ", "10. "])
+def test_a_word_longer_than_a_row_fills_each_row(mark: str) -> None:
+    *rows, last = plain(render(mark + "x" * 200)).splitlines()
+    assert len(rows) >= 4 and all(text_width(row) == WIDTH for row in rows) and text_width(last) <= WIDTH
 
 
 @given(st.text(alphabet=st.characters(codec="utf-8", exclude_characters="*`\\#|>-+\n\t\r\x1b. )"), max_size=200))

@@ -104,5 +104,5 @@ def test_a_server_that_does_not_start_is_one_line(words: str, complaint: str) ->
 
 def test_without_the_package_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mcp", None)
-    with pytest.raises(RequestError, match=r"pip install 'phi4-mlx\[mcp\]'"), mcp_tools("true"):
+    with pytest.raises(RequestError, match=r"-m pip install 'mcp>=2'"), mcp_tools("true"):
         pass

@@ -287,7 +287,6 @@ def test_the_shared_messages_of_longer_chats_are_the_prompt(tmp_path: Path, toke
     assert any("2 pairs; it is what chosen" in line for line in report.messages())
 
 
-
 def test_only_the_answers_of_a_pair_are_learned(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Earlier turns are not targets; every turn of an answer is."""
     again = [GOOD, USER, {"role": "assistant", "content": "Still no."}]

@@ -367,11 +367,12 @@ def test_checkpointing_may_change_and_so_may_the_length_under_a_constant_rate(
     warnings: list[str] = []
     run = trainer(tiny_model, tmp_path / "cut", warn=warnings.append, iters=10, grad_checkpoint=True, **options)
     assert run.resume() == 6
-    assert len(warnings) == 1 and "grad_checkpoint has changed" in warnings[0]
+    assert len(warnings) == 2 and "grad_checkpoint has changed" in warnings[0]
+    assert warnings[1] == "the run had 6 batches, and has 10 now"
     _, resumed = finish(run)
     assert all(mx.allclose(longer[name], resumed[name], atol=1e-4) for name in longer)
     finish(trainer(tiny_model, tmp_path / "cosine", iters=4))
-    with pytest.raises(RequestError, match="a run with iters 4, here it is 8, and the learning rate of"):
+    with pytest.raises(RequestError, match="of 4 batches, here it is one of 8, and its --lr-schedule cosine falls"):
         trainer(tiny_model, tmp_path / "cosine", iters=8).resume()
 
 
@@ -437,3 +438,9 @@ def test_a_caller_in_trouble_between_two_steps_can_save(tiny_model: Callable[...
         next(steps)
     run.rescue()
     assert names(tmp_path) == ["00000003"]
+
+
+def test_a_run_does_not_end_before_its_checkpoint(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    finish(trainer(tiny_model, tmp_path, iters=6, lr_schedule="constant"))
+    with pytest.raises(RequestError, match="is of step 6, and the run is to end at 4; give a larger --iters"):
+        trainer(tiny_model, tmp_path, iters=4, lr_schedule="constant").resume()

@@ -126,7 +126,7 @@ def test_the_advice_on_pairs_counts_each_answer() -> None:
     plan = Plan(0, Growth(0, 1e6, 0), Growth(0, 2e6, 0), 0)
     sample = Sample([1] * 801, [False] + [True] * 800, "x:1")
     batches = Batches([Pair(sample, sample)] * 2, batch_size=4, max_seq_length=1024)
-    with pytest.raises(RequestError, match=r"3,200 tokens needs 6\.4 GB.*; --batch-size 1 or --max-seq-length 448"):
+    with pytest.raises(RequestError, match=r"3,200 tokens needs 6\.40 GB.*; --batch-size 1 or --max-seq-length 448"):
         check_memory(plan, batches, limit=3600 * 10**6)
 
 
@@ -146,7 +146,7 @@ def test_what_cannot_fit_is_refused_with_a_setting_that_would() -> None:
         check_memory(plan, batches, None if other is None else lambda: other, limit)
 
     check(plan, 4, 1024, small, 6 * 10**9)
-    with pytest.raises(RequestError, match=r"a batch of 8,192 tokens needs 9\.2 GB.* has 6\.0 GB") as caught:
+    with pytest.raises(RequestError, match=r"a batch of 8,192 tokens needs 9\.19 GB.* has 6\.00 GB") as caught:
         check(plan, 4, 2048, small, 6 * 10**9)
     message = str(caught.value)
     assert "--grad-checkpoint" in message and "--batch-size 2" in message and "--max-seq-length 1216" in message

@@ -196,7 +196,7 @@ def test_a_longer_run_says_that_the_last_update_was_short(tiny_model: Callable[.
     finish(trainer(tiny_model, tmp_path, iters=6, **options))
     warnings: list[str] = []
     again = trainer(tiny_model, tmp_path, iters=9, warn=warnings.append, **options)
-    assert again.resume() == 6 and "last update has 2 batches" in warnings[0]
+    assert again.resume() == 6 and "last update has 2 batches" in warnings[1]
     assert [step.step for step in again.run()] == [8, 9]
 
 

@@ -1,0 +1,36 @@
+"""The kind of a served model, which tells a client's page what to offer: read from the package, not from its name."""
+
+from __future__ import annotations
+
+import filecmp
+from pathlib import Path
+from typing import Literal
+
+from phi4_mlx.hub import resolve
+from phi4_mlx.tokens.chat_format import chat_template
+from phi4_mlx.tokens.tokenizer import ChatFormat
+
+ModelKind = Literal["demo", "instruct", "reasoning", "base"]
+
+
+def model_kind(folder: Path, chat_format: ChatFormat, chosen: bool = False) -> ModelKind:
+    """The kind of a package.
+
+    Args:
+        folder: of the package.
+        chat_format: its chat format.
+        chosen: True if a person chose the format, and the package need not name one.
+
+    Returns:
+        "demo" for the embedded package and what is made from it, which share its tokenizer; "reasoning" if its answers
+        begin with the model's thoughts; "base" for a package without a chat template; else "instruct".
+
+    Raises:
+        ConfigError: a file that may contain the chat template is damaged.
+    """
+    own, demo = folder / "tokenizer.json", resolve("demo") / "tokenizer.json"
+    if own.is_file() and filecmp.cmp(own, demo, shallow=False):
+        return "demo"
+    if chat_format.reasons:
+        return "reasoning"
+    return "instruct" if chosen or chat_template(folder) else "base"
