@@ -13,7 +13,7 @@ Source: `modeling_phi4flash.py` of the checkpoint; ArchScale (arXiv 2507.06607);
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -248,6 +248,7 @@ class Decoder(nn.Module):
         segments: mx.array | None = None,
         rows: int | None = None,
         recompute: bool = False,
+        watch: Callable[[nn.Module, mx.array], object] | None = None,
     ) -> mx.array:
         """See `LanguageModel.hidden`. What no later token reads is computed for the wanted rows alone."""
         T, shared = ids.shape[1], len(self.layers) // 2 + 2  # the first `shared` blocks have caches
@@ -269,11 +270,15 @@ class Decoder(nn.Module):
                 x, memory = run(x, layer_cache, samples)
             else:
                 x, keys, values = run(x, layer_cache, mask, rows if i == shared - 1 else None)
+            if watch is not None:
+                watch(layer, x)
         if rows is not None:
             memory = memory[:, -rows:]
         for layer in self.layers[shared:]:
             run = nn.utils.checkpoint(layer) if recompute else layer
             x = run(x, memory) if isinstance(layer, MemoryBlock) else run(x, keys, values, mask)
+            if watch is not None:
+                watch(layer, x)
         return self._normed(x)
 
     def _normed(self, x: mx.array) -> mx.array:
@@ -355,7 +360,9 @@ class Model(LanguageModel):
     ) -> mx.array:
         """See `LanguageModel.hidden`."""
         recompute = self.recompute and self.training
-        return self.model(ids, cache, embeddings=embeddings, segments=segments, rows=rows, recompute=recompute)
+        return self.model(
+            ids, cache, embeddings=embeddings, segments=segments, rows=rows, recompute=recompute, watch=self.watch
+        )
 
     def logits(self, hidden: mx.array) -> mx.array:
         """See `LanguageModel.logits`."""

@@ -194,7 +194,8 @@ class Decoder(nn.Module):
         calls = self._compiled.calls(regime, lambda: self._trace(regime))
         x, *heads = calls[0](ids, offset)
         for layer, cache, call in zip(self.layers, caches, calls[1:], strict=True):
-            x, *heads = call(x, layer.self_attn.attend(*heads, mask, cache), offset)
+            queries, keys, values = heads
+            x, *heads = call(x, layer.self_attn.attend(queries, keys, values, mask, cache), offset)
         return x
 
     def _trace(self, regime: Regime) -> list[Call]:
