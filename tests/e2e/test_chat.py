@@ -96,7 +96,7 @@ def test_without_a_terminal_nothing_is_imported_that_only_a_terminal_needs(model
         (["--max-tokens", "-1"], b"", "--max-tokens: '-1' is not a whole number"),
         (["--chat-format", "nope"], b"", "chat format 'nope' is unknown"),
         (["--nope"], b"", "unrecognized arguments"),
-        ([], b"x" * 2**18, "the context holds 131,072; /reset"),
+        ([], b"x" * 2**18, "the context holds 131,072; shorten the question"),
         (["--tools", __file__], b"x", "--allow-tools runs all calls"),
         (["--mcp", "true", "-p", "x"], b"", "--allow-tools runs all calls"),
         (["--tools", "no.py", "--allow-tools"], b"", "no.py cannot be read: No such file"),

@@ -47,7 +47,7 @@ class ScriptedServer:
             Route("/tools", self._tools),
             Route("/tools/call", self._call, methods=["POST"]),
         ]
-        config = uvicorn.Config(Starlette(routes=routes), port=0, log_level="error", lifespan="off")
+        config = uvicorn.Config(Starlette(routes=routes), port=0, log_config=None, lifespan="off")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()

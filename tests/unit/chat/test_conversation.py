@@ -139,7 +139,7 @@ def test_an_empty_question_is_refused(conversation: Conversation) -> None:
 def test_a_full_context_says_so_and_offers_a_way_out(conversation: Conversation) -> None:
     context = conversation.context
     for length in (context, context + 1):  # no room, less than none; 3 tokens are the frame
-        with pytest.raises(RequestError, match=rf"{length:,} tokens.*holds {context:,}; /reset"):
+        with pytest.raises(RequestError, match=rf"{length:,} tokens.*holds {context:,}; shorten"):
             conversation.ask("x" * (length - 3), DecodeOptions())
     ask(conversation, "x" * (context - 5), max_tokens=50)
     assert conversation.usage.answer_tokens == 2  # the room that was left

@@ -60,7 +60,9 @@ def lines_of(read: int) -> list[str]:
     ],
 )
 def test_levels(level: str, own: list[str], others: list[str]) -> None:
-    logging.getLogger("uvicorn.error").setLevel(logging.NOTSET)  # a server in a test may set it
+    for name in ("uvicorn", "uvicorn.error"):  # as in a new process: a server in a test may have set them
+        logging.getLogger(name).setLevel(logging.NOTSET)
+        logging.getLogger(name).propagate = True
     read, write = os.pipe()
     with logging_to(write, level):
         for name in ("debug", "info", "warning", "error"):
