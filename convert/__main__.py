@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from phi4_mlx.config import QUANTIZATION_MODES
+from phi4_mlx.config.fields import QUANTIZATION_MODES
 from phi4_mlx.files.dtypes import DTYPES, FLOATS
 from phi4_mlx.terminal.advice import command_line
 from phi4_mlx.terminal.amount import size

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from phi4_mlx.checkpoint import check_vocabulary, read_config
-from phi4_mlx.config import Config
+from phi4_mlx.config.fields import Config
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.atomic import whole_or_absent
 from phi4_mlx.files.dtypes import DTYPES, FLOATS

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from phi4_mlx.config import QUANTIZATION_MODES
+from phi4_mlx.config.fields import QUANTIZATION_MODES
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.json_file import JsonObject
 

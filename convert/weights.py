@@ -20,7 +20,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from phi4_mlx.checkpoint import check_tensors, empty_model
-from phi4_mlx.config import Config
+from phi4_mlx.config.fields import Config
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.files.dtypes import DTYPES, FLOATS, mlx_dtype
 from phi4_mlx.files.regular_file import open_regular

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from phi4_mlx.agent import AgentResult, run_tools
     from phi4_mlx.checkpoint import load
-    from phi4_mlx.config import ModelConfig
+    from phi4_mlx.config.text import ModelConfig
     from phi4_mlx.errors import CheckpointError, ConfigError, Phi4Error, RequestError, TokenizerError
     from phi4_mlx.generation.prompt_cache_file import load_prompt_cache, save_prompt_cache
     from phi4_mlx.generation.sampling import make_logits_processors, make_sampler

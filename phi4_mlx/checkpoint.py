@@ -18,16 +18,18 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from phi4_mlx.adapters.layers import load_adapter
-from phi4_mlx.config import MODEL_FOLDER, QUANTIZATION_MODES, Config, ModelConfig
+from phi4_mlx.config.fields import MODEL_FOLDER, QUANTIZATION_MODES, Config
+from phi4_mlx.config.sambay import SambaYConfig
+from phi4_mlx.config.text import ModelConfig
 from phi4_mlx.errors import CheckpointError, ConfigError, RequestError, TokenizerError, message_of
 from phi4_mlx.files.dtypes import FLOATS, name_of
 from phi4_mlx.files.json_file import read_json
 from phi4_mlx.files.manifest import verify_manifest
 from phi4_mlx.files.safetensors import TensorInfo, read_header, weight_files
 from phi4_mlx.hub import resolve
+from phi4_mlx.models import sambay, text
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.shared_stream import shared_stream
-from phi4_mlx.models.text import Model
 from phi4_mlx.terminal.suggestion import suggestion
 from phi4_mlx.tokens.chat_format import CHAT_FORMATS, ChatFormat, recognise
 from phi4_mlx.tokens.tokenizer import Tokenizer, load_tokenizer
@@ -49,7 +51,10 @@ class Kind:
 
 
 # model_type in config.json -> the kind.
-KINDS: dict[str, Kind] = {"phi3": Kind(ModelConfig.from_dict, Model, recognise)}
+KINDS: dict[str, Kind] = {
+    "phi3": Kind(ModelConfig.from_dict, text.Model, recognise),
+    "phi4flash": Kind(SambaYConfig.from_dict, sambay.Model, recognise),
+}
 
 
 def load(

@@ -15,7 +15,7 @@ from hypothesis import settings
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from phi4_mlx.checkpoint import load
-from phi4_mlx.config import ModelConfig
+from phi4_mlx.config.text import ModelConfig
 from phi4_mlx.models.text import Model
 from phi4_mlx.tokens.tokenizer import Tokenizer
 

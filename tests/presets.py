@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from phi4_mlx.config import ModelConfig
+from phi4_mlx.config.text import ModelConfig
 
 _PHI_4_MINI_LONG_FACTOR = (
     1, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649,

@@ -70,6 +70,9 @@ class RecurrentCache:
     def is_trimmable(self) -> bool:
         return False
 
+    def can_trim(self, n: int) -> bool:
+        return False
+
     def trim(self, n: int) -> int:
         if n < self.offset:
             return 0
@@ -93,6 +96,9 @@ class RecurrentCache:
 
     def restore(self, snapshot: tuple[mx.array | None, int]) -> None:
         self.h, self.offset = snapshot
+
+    def kept(self, length: int) -> int:
+        return 1
 
     def join(self, members: Sequence[RecurrentCache], columns: int) -> None:
         self.h, self.offset = mx.concatenate([member.h for member in members]), columns

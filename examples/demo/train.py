@@ -28,7 +28,7 @@ from cpu_math import cross_entropy, fast_cpu_math
 from initialise import initialise
 from mlx.utils import tree_flatten, tree_map
 
-from phi4_mlx.config import ModelConfig
+from phi4_mlx.config.text import ModelConfig
 from phi4_mlx.convert.package import convert
 from phi4_mlx.models.text import Model
 from phi4_mlx.tokens.chat_format import CHAT_FORMATS

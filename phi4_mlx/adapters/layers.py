@@ -53,8 +53,9 @@ def add_adapter(
     keys = model.lora_keys if keys is None else keys
     _check_options(rank, scale, dropout, count, total, kind)
     _check_keys(keys, model.lora_keys)
-    paths = [f"model.layers.{n}.{key}" for n in range(total - count, total) for key in keys]
     linears = _linear_layers(model)
+    wanted = (f"model.layers.{n}.{key}" for n in range(total - count, total) for key in keys)
+    paths = [path for path in wanted if path in linears]  # blocks may differ
     most = max(min(_dimensions(linears[path])) for path in paths)
     if rank > most:
         raise RequestError(f"rank {rank:,} is out of range; no matrix to adapt has a rank above {most:,}")

@@ -255,11 +255,11 @@ def _layout(model: LanguageModel, cache: PromptCache, length: int) -> dict[str, 
     for few in (2, 3):
         probe = model.make_cache(options.regime, options.kv_bits, options.max_kv_size)
         model(mx.zeros((1, few), mx.int32), probe)
-        states.append([array for layer in probe for array in layer.state])
+        states.append([(layer.kept(length), array) for layer in probe for array in layer.state])
     names = [name for layer in _names(cache) for name in layer]
     return {
-        name: (two.dtype, tuple(length if a != b else a for a, b in zip(two.shape, three.shape, strict=True)))
-        for name, two, three in zip(names, *states, strict=True)
+        name: (two.dtype, tuple(kept if a != b else a for a, b in zip(two.shape, three.shape, strict=True)))
+        for name, (kept, two), (_, three) in zip(names, *states, strict=True)
     }
 
 

@@ -14,7 +14,7 @@ from mlx.utils import tree_unflatten
 
 from phi4_mlx.adapters.folder import FULL, Adapter
 from phi4_mlx.checkpoint import share_weights
-from phi4_mlx.config import QUANTIZATION_MODES
+from phi4_mlx.config.fields import QUANTIZATION_MODES
 from phi4_mlx.convert.quantize import Scheme, layout_of
 from phi4_mlx.convert.weights import Parameter
 from phi4_mlx.files.dtypes import mlx_dtype

@@ -17,7 +17,7 @@ import mlx.core as mx
 from phi4_mlx.adapters.folder import Adapter
 from phi4_mlx.adapters.layers import check_fit, put_adapter, read_adapter
 from phi4_mlx.checkpoint import load_model, load_tokenizer_and_format, share_weights
-from phi4_mlx.config import Config
+from phi4_mlx.config.fields import Config
 from phi4_mlx.convert.package import write_package
 from phi4_mlx.convert.quantize import Scheme, layout_of
 from phi4_mlx.convert.weights import Parameter, plan

@@ -29,6 +29,9 @@ class PackedAttention:
 
     Args:
         segments: [B, T], the number of each token's sample; the tokens of a sample are adjacent.
+
+    Attributes:
+        masks: of each part that `split` makes, bool [B, 1, t, t].
     """
 
     def __init__(self, segments: mx.array):
@@ -40,16 +43,20 @@ class PackedAttention:
             begins = [0, *np.flatnonzero(np.diff(np.array(segments[0]))) + 1, T]
             lengths = chunks(np.diff(begins).tolist())
         self._ends = list(accumulate(lengths[:-1]))
-        self._masks = [_block_diagonal(part) for part in mx.split(segments, self._ends, axis=1)]
+        self.masks = [_block_diagonal(part) for part in mx.split(segments, self._ends, axis=1)]
 
     def __call__(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
         """Attention output [B, H, T, Dh], of queries [B, H, T, Dh] over keys and values [B, K, T, Dh]."""
-        heads = (mx.split(each, self._ends, axis=2) for each in (queries, keys, values))
+        heads = (self.split(each, 2) for each in (queries, keys, values))
         parts = [
             mx.fast.scaled_dot_product_attention(*part, scale=scale, mask=mask)
-            for *part, mask in zip(*heads, self._masks, strict=True)
+            for *part, mask in zip(*heads, self.masks, strict=True)
         ]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
+    def split(self, array: mx.array, axis: int) -> list[mx.array]:
+        """Whole samples that are processed together, along the axis of the tokens."""
+        return list(mx.split(array, self._ends, axis=axis))
 
 
 def chunks(lengths: Sequence[int]) -> list[int]:

@@ -15,6 +15,7 @@ from phi4_mlx.errors import RequestError, check_whole
 from phi4_mlx.models.rope import Regime
 
 Mask: TypeAlias = "str | mx.array | None"  # "causal", bool [.., T, S], or None where every query sees every key
+REWIND = 32  # tokens of a pass that can be taken back where a cache keeps the states between them
 Quantized: TypeAlias = "tuple[mx.array, mx.array, mx.array]"  # weights, scales and biases from `mx.quantize`
 
 
@@ -63,7 +64,10 @@ class LayerCache(Protocol):
 
     @property
     def rewindable(self) -> bool:
-        """True if tokens can always be taken back, however many follow."""
+        """True if the tokens of a pass of at most `REWIND` can be taken back after it; speculation needs that."""
+
+    def can_trim(self, n: int) -> bool:
+        """True if the last n tokens can be taken back now."""
 
     def is_trimmable(self) -> bool:
         """True if `trim` can take back some tokens and keep the others."""
@@ -85,6 +89,9 @@ class LayerCache(Protocol):
 
     def restore(self, snapshot: Any) -> None:
         """Goes back to the moment of a snapshot."""
+
+    def kept(self, length: int) -> int:
+        """The number of positions in `state` when `length` tokens have been appended."""
 
     def join(self, members: Sequence[Any], columns: int) -> None:
         """Takes over the rows of `members`, one below the other, right-aligned in `columns` columns."""
@@ -203,6 +210,10 @@ class KVCache:
         """True without a `max_size`: dropped tokens do not come back."""
         return self.max_size is None
 
+    def can_trim(self, n: int) -> bool:
+        """True if the last n tokens can be taken back now."""
+        return self.is_trimmable()
+
     def is_trimmable(self) -> bool:
         """True until the oldest tokens have been dropped."""
         return self._dropped == 0
@@ -235,6 +246,10 @@ class KVCache:
     def compact(self) -> None:
         """Copies the filled part out of larger buffers."""
         self._buffers = [mx.contiguous(array) for array in self.state]
+
+    def kept(self, length: int) -> int:
+        """The number of positions in `state` when `length` tokens have been appended: all, until some are dropped."""
+        return length
 
     def join(self, members: Sequence[KVCache], columns: int) -> None:
         """Takes over the rows of `members`, one below the other, right-aligned in `columns` columns."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, pairwise
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -20,25 +20,21 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from phi4_mlx.models.rope import Regime, Rope
-
 Call = Callable[..., Any]
 
 _MLX_LAYERS = {kind for kind in vars(nn).values() if isinstance(kind, type) and issubclass(kind, nn.Module)}
 
-ALL = ("",)  # prefixes of weight names
-BEFORE, AFTER = ("input_layernorm.", "self_attn.qkv_proj."), ("self_attn.o_proj.", "post_attention_layernorm.", "mlp.")
+ALL = ("",)  # the prefix of every weight name
 
 
 class CompiledSteps:
-    """Single-token steps of a decoder, from the embedding to the last norm; equal to running its blocks one by one."""
+    """The compiled functions of a model's single-token steps, traced again when its weights or modules are replaced."""
 
-    def __init__(self, rope: Rope) -> None:
-        self._rope = rope
-        self._parts: list[Any] = []  # the embedding, the blocks, the norm
+    def __init__(self) -> None:
+        self._parts: list[Any] = []
         self._watched: list[dict[str, Any]] = []
         self._seen: list[Any] = []
-        self._calls: dict[Regime, list[Call]] = {}
+        self._calls: dict[Hashable, list[Call]] = {}
 
     def ready(self, parts: Sequence[Any]) -> bool:
         """True if these modules have the same contents as at the last call; else notes the new ones."""
@@ -48,26 +44,16 @@ class CompiledSteps:
         self._watch(parts)
         return False
 
-    def __call__(self, ids: mx.array, offset: int | mx.array, regime: Regime, mask: Any, caches: Any) -> mx.array:
-        """Hidden states [B, 1, D] after the last norm, of the parts given to `ready`.
-
-        Args:
-            ids: [B, 1].
-            offset: the position of the token; [B] where the rows differ.
-            regime: the RoPE table.
-            mask: of the attention.
-            caches: one a block.
-        """
-        calls = self._calls.get(regime) or self._trace(regime)
-        offset = mx.array(offset)
-        x, *heads = calls[0](ids, offset)
-        for layer, cache, call in zip(self._parts[1:-1], caches, calls[1:], strict=True):
-            x, *heads = call(x, layer.self_attn.attend(*heads, mask, cache), offset)
-        return x
+    def calls(self, key: Hashable, trace: Callable[[], list[Call]]) -> list[Call]:
+        """What `trace` returned for this key since the contents last changed."""
+        found = self._calls.get(key)
+        if found is None:
+            found = self._calls[key] = trace()
+        return found
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies of the model start without traces."""
-        return CompiledSteps, (self._rope,)
+        return CompiledSteps, ()
 
     def _watch(self, parts: Sequence[Any]) -> None:
         """Notes the contents of the parts."""
@@ -82,30 +68,8 @@ class CompiledSteps:
         """All watched contents, then an end marker."""
         return chain(chain.from_iterable(map(dict.values, self._watched)), (self,))
 
-    def _trace(self, regime: Regime) -> list[Call]:
-        def heads(layer: Any, x: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
-            return x, *layer.heads(x, self._rope.at(offset, regime, x.dtype))
 
-        def first(embedding: Any, layer: Any, ids: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
-            return heads(layer, embedding(ids), offset)
-
-        def between(layer: Any, following: Any, x: mx.array, seen: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
-            return heads(following, layer.rest(x, seen), offset)
-
-        def last(layer: Any, norm: Any, x: mx.array, seen: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
-            return (norm(layer.rest(x, seen)),)
-
-        embedding, *layers, norm = self._parts
-        inner = _Traced(between, AFTER, BEFORE)
-        self._calls[regime] = [
-            _Traced(first, ALL, BEFORE).on(embedding, layers[0]),
-            *(inner.on(*pair) for pair in pairwise(layers)),
-            _Traced(last, AFTER, ALL).on(layers[-1], norm),
-        ]
-        return self._calls[regime]
-
-
-class _Traced:
+class Traced:
     """`mx.compile` of a function of modules and arrays; modules that differ only in weights share a trace.
 
     Args:

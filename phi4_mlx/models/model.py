@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from phi4_mlx.config import Config
+from phi4_mlx.config.fields import Config
 from phi4_mlx.errors import RequestError
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.cache import CacheOptions, LayerCache

@@ -105,13 +105,13 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
 
     @property
     def rewindable(self) -> bool:
-        """True if tokens can always be taken back, however many follow; speculation needs that."""
+        """True if the tokens of a short pass can be taken back after it; speculation needs that."""
         return all(layer.rewindable for layer in self)
 
     @property
     def needs_snapshots(self) -> bool:
         """True if tokens are taken back by returning to a snapshot."""
-        return not self.rewindable and all(layer.snapshot() is not None for layer in self)
+        return not self.is_trimmable() and all(layer.snapshot() is not None for layer in self)
 
     def crosses(self, num_tokens: int) -> bool:
         """True if `num_tokens` more tokens would need the other RoPE table."""
@@ -156,9 +156,9 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
         return all(layer.is_trimmable() for layer in self)
 
     def trim(self, n: int) -> int:
-        """Takes back the last n tokens; returns how many it took: 0 unless `is_trimmable`, or all of them."""
+        """Takes back the last n tokens; returns how many it took: n, all of them, or 0 where that is not possible."""
         n = max(0, min(self.offset, n))
-        if n < self.offset and not self.is_trimmable():
+        if n < self.offset and not all(layer.can_trim(n) for layer in self):
             return 0
         taken = [layer.trim(n) for layer in self]
         self._follow_layers()

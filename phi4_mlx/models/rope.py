@@ -13,7 +13,7 @@ from typing import Literal
 
 import mlx.core as mx
 
-from phi4_mlx.config import ModelConfig
+from phi4_mlx.config.text import ModelConfig
 
 Regime = Literal["short", "long"]
 

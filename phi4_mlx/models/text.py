@@ -12,21 +12,25 @@ Source: `modeling_phi3.py` in transformers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from phi4_mlx.config import ModelConfig
+from phi4_mlx.config.text import ModelConfig
 from phi4_mlx.errors import RequestError
 from phi4_mlx.models.attention import BLOCK, PackedAttention, attention
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.cache import CacheOptions, KVCache, LayerCache, Mask, group_size
-from phi4_mlx.models.compiled import CompiledSteps
+from phi4_mlx.models.compiled import ALL, Call, CompiledSteps, Traced
 from phi4_mlx.models.model import ContextCost, LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
-from phi4_mlx.models.rope import PackedRotation, Rope, Rotation, regime_of
+from phi4_mlx.models.rope import PackedRotation, Regime, Rope, Rotation, regime_of
+
+# Prefixes of the weights of a block that work before its attention, and after it.
+BEFORE, AFTER = ("input_layernorm.", "self_attn.qkv_proj."), ("self_attn.o_proj.", "post_attention_layernorm.", "mlp.")
 
 
 class Attention(nn.Module):
@@ -147,7 +151,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config, self.rope.softmax_scale) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self._compiled = CompiledSteps(self.rope)
+        self._compiled = CompiledSteps()
 
     def __call__(
         self,
@@ -172,7 +176,7 @@ class Decoder(nn.Module):
 
         one_step = T == 1 and cache is not None and embeddings is None and not self.training
         if one_step and self._compiled.ready([self.embed_tokens, *self.layers, self.norm]):
-            return self._compiled(ids, position, regime, mask, caches)
+            return self._step(ids, mx.array(position), regime, mask, caches)
         x = self.embed_tokens(ids) if embeddings is None else embeddings
         rotation: Rotation | PackedRotation = self.rope.at(position, regime, x.dtype)
         if segments is not None:
@@ -184,6 +188,35 @@ class Decoder(nn.Module):
             if watch is not None:
                 watch(layer, x)
         return self.norm(x)
+
+    def _step(self, ids: mx.array, offset: mx.array, regime: Regime, mask: Any, caches: Sequence[Any]) -> mx.array:
+        """A single-token step in compiled calls, from one attention to the next; ids [B, 1] -> [B, 1, D]."""
+        calls = self._compiled.calls(regime, lambda: self._trace(regime))
+        x, *heads = calls[0](ids, offset)
+        for layer, cache, call in zip(self.layers, caches, calls[1:], strict=True):
+            queries, keys, values = heads
+            x, *heads = call(x, layer.self_attn.attend(queries, keys, values, mask, cache), offset)
+        return x
+
+    def _trace(self, regime: Regime) -> list[Call]:
+        def heads(layer: Any, x: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
+            return x, *layer.heads(x, self.rope.at(offset, regime, x.dtype))
+
+        def first(embedding: Any, layer: Any, ids: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
+            return heads(layer, embedding(ids), offset)
+
+        def between(layer: Any, following: Any, x: mx.array, seen: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
+            return heads(following, layer.rest(x, seen), offset)
+
+        def last(layer: Any, norm: Any, x: mx.array, seen: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
+            return (norm(layer.rest(x, seen)),)
+
+        inner = Traced(between, AFTER, BEFORE)
+        return [
+            Traced(first, ALL, BEFORE).on(self.embed_tokens, self.layers[0]),
+            *(inner.on(*pair) for pair in pairwise(self.layers)),
+            Traced(last, AFTER, ALL).on(self.layers[-1], self.norm),
+        ]
 
 
 class Model(LanguageModel):

@@ -27,7 +27,7 @@ import json, shutil, sys
 from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from phi4_mlx.config import ModelConfig
+from phi4_mlx.config.text import ModelConfig
 from phi4_mlx.models.text import Model
 folder, tokenizer, layers = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 raw = {

@@ -20,7 +20,7 @@ from harness import alternate, last_line, measure, median_ratio, option_parser
 from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
 
 from phi4_mlx.adapters.layers import add_adapter
-from phi4_mlx.config import ModelConfig
+from phi4_mlx.config.text import ModelConfig
 from phi4_mlx.lora.training.loss import next_token_loss
 from phi4_mlx.models.text import Model
 

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models import phi3
 
 from phi4_mlx.checkpoint import load_model
-from phi4_mlx.config import ModelConfig
+from phi4_mlx.config.text import ModelConfig
 from phi4_mlx.hub import resolve
 from phi4_mlx.models.text import Model
 

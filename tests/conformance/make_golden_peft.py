@@ -24,7 +24,7 @@ import transformers
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from phi4_mlx.adapters.layers import adapter_layers, adapter_parameters, add_adapter
-from phi4_mlx.config import ModelConfig
+from phi4_mlx.config.text import ModelConfig
 from phi4_mlx.lora.export import to_peft
 from phi4_mlx.models.text import Model
 from tests.adapters import save_adapter

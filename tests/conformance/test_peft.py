@@ -14,7 +14,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from phi4_mlx.adapters.layers import adapter_layers, adapter_parameters, add_adapter, load_adapter
-from phi4_mlx.config import ModelConfig
+from phi4_mlx.config.text import ModelConfig
 from phi4_mlx.lora.export import from_peft, to_peft
 from phi4_mlx.models.text import Model
 from tests.adapters import save_adapter

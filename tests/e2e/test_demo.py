@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from phi4_mlx import Model, Tokenizer, load
-from phi4_mlx.config import ModelConfig
+from phi4_mlx.config.text import ModelConfig
 from phi4_mlx.files.manifest import verify_manifest
 from phi4_mlx.hub import resolve
 from tests.conftest import ROOT

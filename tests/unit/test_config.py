@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from mlx.utils import tree_flatten
 
-from phi4_mlx.config import ModelConfig
+from phi4_mlx.config.text import ModelConfig
 from phi4_mlx.errors import ConfigError
 from phi4_mlx.files.json_file import read_json
 from phi4_mlx.models.text import Model

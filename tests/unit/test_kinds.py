@@ -41,10 +41,19 @@ from phi4_mlx.server.engine.prefix_cache import PrefixCache
 from phi4_mlx.server.engine.protocol import Finish, Job, Piece
 from tests.conftest import ROOT, make_tiny_model, write_tiny_checkpoint
 from tests.model_runs import close, decoded
+from tests.tiny_sambay import make_tiny_sambay, write_tiny_sambay
 from tests.toy_model import make_toy_model, register_toy, write_toy_checkpoint
 
-MAKERS: dict[str, Callable[[], LanguageModel]] = {"phi3": make_tiny_model, "toy": make_toy_model}
-WRITERS: dict[str, Callable[[Path], Path]] = {"phi3": write_tiny_checkpoint, "toy": write_toy_checkpoint}
+MAKERS: dict[str, Callable[[], LanguageModel]] = {
+    "phi3": make_tiny_model,
+    "phi4flash": make_tiny_sambay,
+    "toy": make_toy_model,
+}
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "phi3": write_tiny_checkpoint,
+    "phi4flash": write_tiny_sambay,
+    "toy": write_toy_checkpoint,
+}
 PROMPT = [int(token) for token in np.random.default_rng(0).integers(3, 500, 40)]
 
 
@@ -271,7 +280,7 @@ def test_the_memory_plan_equals_the_bytes_of_the_cache_and_its_snapshots(model: 
     plan, cache = plan_context(model), model.make_cache()
     decoded(model, PROMPT, 1, cache=cache)
     taken = sum(layer.nbytes for layer in cache)
-    assert taken + (MAX_SNAPSHOTS * taken if cache.needs_snapshots else 0) == plan.cache_bytes(len(PROMPT))
+    assert taken + MAX_SNAPSHOTS * plan.cost.fixed_bytes == plan.cache_bytes(len(PROMPT))
     assert plan.most_tokens == model.config.max_position_embeddings
 
 

@@ -13,7 +13,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from phi4_mlx.config import QUANTIZATION_MODES
+from phi4_mlx.config.fields import QUANTIZATION_MODES
 from phi4_mlx.convert.package import SHARD_BYTES
 from phi4_mlx.convert.quantize import Scheme, make_recipe, quantization_config
 from phi4_mlx.convert.weights import Parameter, plan, shards

@@ -10,7 +10,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from phi4_mlx.config import QUANTIZATION_MODES, ModelConfig
+from phi4_mlx.config.fields import QUANTIZATION_MODES
+from phi4_mlx.config.text import ModelConfig
 from phi4_mlx.convert import weights
 from phi4_mlx.convert.quantize import make_recipe, quantization_config
 from phi4_mlx.convert.weights import Parameter, Stored, plan, write_shard

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from phi4_mlx.config import ModelConfig
+from phi4_mlx.config.text import ModelConfig
 from phi4_mlx.errors import ConfigError
 from phi4_mlx.files.json_file import read_json
 

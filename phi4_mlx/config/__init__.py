@@ -1,0 +1,1 @@
+"""config.json -> one frozen, complete config a model kind, before any weight exists."""

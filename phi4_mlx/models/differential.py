@@ -1,0 +1,157 @@
+"""Differential attention: the difference of two softmaxes over one set of values, in slices of queries.
+
+Heads come in pairs, even and odd; the keys and values of a pair are stored side by side, so that both softmaxes read
+the values once.
+
+Shapes: B batch, T new tokens, S cached plus new, D hidden, H query heads, K key/value heads, Dh head dim, P = K / 2
+pairs of them, G = H / K queries a key.
+
+Source: Differential Transformer (arXiv 2410.05258), with the pairing of `modeling_phi4flash.py`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from phi4_mlx.config.sambay import SambaYConfig
+from phi4_mlx.models.attention import PackedAttention
+
+SCORES = 2**22  # scores of all heads in one slice of queries
+
+
+def difference(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    weight: mx.array,
+    window: int | None,
+    mask: mx.array | None = None,
+) -> mx.array:
+    """Causal differential attention, (softmax(q1 k1) - weight softmax(q2 k2)) v, in slices of queries.
+
+    Args:
+        queries: [B, 2, P, G, T, Dh], scaled; the last T positions.
+        keys: [B, 2, P, S, Dh].
+        values: [B, P, S, 2 Dh].
+        weight: lambda, a scalar.
+        window: a query sees itself and the window - 1 keys before it; None: all keys before it.
+        mask: keys that a query may see besides, bool [B, 1, 1 or T, S]; None for all.
+
+    Returns:
+        [B, P, G, T, 2 Dh], in the dtype of the values.
+    """
+    B, _, P, G, T, _ = queries.shape
+    S = keys.shape[3]
+    at_once = max(1, SCORES // (2 * B * P * G * min(S, 2 * (window or S))))
+    step = min(at_once, window or T)
+    parts = []
+    for start in range(0, T, step):
+        stop = min(T, start + step)
+        rows, end = stop - start, S - T + stop  # `end`: keys that the last query of the slice sees
+        begin = max(0, end - rows + 1 - window) if window else 0
+        asking = queries[:, :, :, :, start:stop].reshape(B, 2, P, G * rows, -1)
+        scores = asking @ keys[:, :, :, begin:end].swapaxes(-1, -2)
+        allowed = _allowed(window, mask, start, stop, begin, end)
+        if allowed is not None:
+            scores = mx.where(allowed, scores.reshape(B, 2, P, G, rows, -1), -mx.inf).reshape(scores.shape)
+        shares = mx.softmax(scores, axis=-1, precise=True)  # [B, 2, P, G * rows, keys]
+        mixed = (shares[:, 0] - weight * shares[:, 1]).astype(values.dtype) @ values[:, :, begin:end]
+        parts.append(mixed.reshape(B, P, G, rows, -1))
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=3)
+
+
+def _allowed(
+    window: int | None, mask: mx.array | None, start: int, stop: int, begin: int, end: int
+) -> mx.array | None:
+    """The keys begin..end that the queries start..stop may see, broadcastable to [B, 2, P, G, rows, keys]."""
+    rows = stop - start
+    allowed = None
+    if rows > 1:
+        at, key = mx.arange(end - rows, end)[:, None], mx.arange(begin, end)
+        allowed = key <= at if window is None else (key <= at) & (key > at - window)
+    if mask is not None:
+        mask = mask[:, :, start:stop] if mask.shape[2] > 1 else mask
+        mask = mask[:, :, None, None, :, begin:end]
+        allowed = mask if allowed is None else allowed & mask
+    return allowed
+
+
+class InnerAttention(nn.Module):
+    """The weights of the difference of two attentions, and the norm of its heads."""
+
+    traceable = True
+
+    def __init__(self, head_dim: int, layer: int):
+        super().__init__()
+        self.lambda_q1, self.lambda_k1 = mx.zeros((head_dim,)), mx.zeros((head_dim,))
+        self.lambda_q2, self.lambda_k2 = mx.zeros((head_dim,)), mx.zeros((head_dim,))
+        self.subln = nn.RMSNorm(2 * head_dim, eps=1e-5)
+        self._initial = mx.array(0.8 - 0.6 * math.exp(-0.3 * layer))  # an array, so that layers share a trace
+
+    @property
+    def weight(self) -> mx.array:
+        """Lambda, a float32 scalar."""
+        q1, k1, q2, k2 = (
+            each.astype(mx.float32) for each in (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2)
+        )
+        return mx.exp((q1 * k1).sum()) - mx.exp((q2 * k2).sum()) + self._initial
+
+    def normed(self, x: mx.array) -> mx.array:
+        """The norm of the heads' outputs [.., 2 Dh]."""
+        return (self.subln(x) * (1 - self._initial)).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Differential attention: heads in pairs, an even head less an odd one."""
+
+    traceable = True
+
+    def __init__(self, config: SambaYConfig, layer: int, window: int | None, *, cross: bool):
+        super().__init__()
+        self.H, self.K, self.Dh = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.window, self.cross = window, cross
+        width = self.H * self.Dh
+        self.Wqkv = nn.Linear(config.hidden_size, width + (0 if cross else 2 * self.K * self.Dh))
+        self.out_proj = nn.Linear(width, config.hidden_size)
+        self.inner_cross_attn = InnerAttention(self.Dh, layer)
+
+    def heads(self, x: mx.array) -> tuple[mx.array, ...]:
+        """Lambda, queries [B, T, H * Dh], and unless `cross` keys [B, K, T, Dh], even ones first, and values."""
+        width, kv = self.H * self.Dh, self.K * self.Dh
+        weight, projected = self.inner_cross_attn.weight, self.Wqkv(x)
+        if self.cross:
+            return weight, projected
+        queries, keys, values = mx.split(projected, [width, width + kv], axis=-1)
+        B, T, _ = x.shape
+        keys = keys.reshape(B, T, self.K // 2, 2, self.Dh).transpose(0, 3, 2, 1, 4).reshape(B, self.K, T, self.Dh)
+        return weight, queries, keys, values.reshape(B, T, self.K // 2, 2 * self.Dh).swapaxes(1, 2)
+
+    def attend(
+        self,
+        weight: mx.array,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        mask: mx.array | PackedAttention | None,
+    ) -> mx.array:
+        """[B, T, H * Dh] over keys [B, K, S, Dh] and values [B, K / 2, S, 2 Dh] -> [B, P, G, T, 2 Dh]."""
+        B, T, _ = queries.shape
+        P, G = self.K // 2, self.H // self.K
+        queries = queries.reshape(B, T, P, G, 2, self.Dh).transpose(0, 4, 2, 3, 1, 5) * self.Dh**-0.5
+        keys = keys.reshape(B, 2, P, -1, self.Dh)
+        if isinstance(mask, PackedAttention):
+            parts = zip(mask.split(queries, 4), mask.split(keys, 3), mask.split(values, 2), mask.masks, strict=True)
+            return mx.concatenate([difference(q, k, v, weight, self.window, own) for q, k, v, own in parts], axis=3)
+        if self.window is not None and T == 1:
+            keys, values = keys[:, :, :, -self.window :], values[:, :, -self.window :]
+        if mask is not None:
+            mask = mask[..., -keys.shape[3] :]
+        return difference(queries, keys, values, weight, self.window, mask)
+
+    def output(self, mixed: mx.array) -> mx.array:
+        """The output projection, [B, P, G, T, 2 Dh] -> [B, T, D]."""
+        B, _, _, T, _ = mixed.shape
+        return self.out_proj(self.inner_cross_attn.normed(mixed).transpose(0, 3, 1, 2, 4).reshape(B, T, -1))
