@@ -2,7 +2,7 @@
 
 tiktoken merges by the rank of the token that a merge makes; tokenizer.json lists its merges in order. `merges_agree`
 proves that both give the same ids for a vocabulary, as they do for o200k. The proof takes seconds for a vocabulary of
-that size, so models already proven are recognised by their hash.
+that size, so tables already proven are recognised by their contents.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-# SHA-256 of tokenizer.json from '"model": {' to the end, as the `tokenizers` library writes it -> number of ids, from
-# 0, that are bytes or made by merges. The entry is o200k, in Phi-4-mini and its siblings.
-KNOWN_MODELS = {"6dc64037568e0c35e916693e8b558b0b43183e02da12b2268b776ee616742428": 199_998}
+# Proven tables -> number of ids, from 0, that are bytes or made by merges. The entries are o200k, in Phi-4-mini and its
+# siblings: by `_contents`, and by the SHA-256 of Phi-4-mini's file from '"model": {' to the end.
+KNOWN_TABLES = {"8bcd96176fac69034823239ed706a0a460fe333f994f65b706561dbc59c0446a": 199_998}
+KNOWN_FILES = {"6dc64037568e0c35e916693e8b558b0b43183e02da12b2268b776ee616742428": 199_998}
 
 
 def _spelling() -> str:
@@ -48,17 +49,30 @@ def parse(raw: bytes) -> tuple[Any, int | None]:
         raw: the file's bytes.
 
     Returns:
-        The parsed file, and for a known model its number in `KNOWN_MODELS`. The merges of a known model are omitted:
-        they are two thirds of the file, and are not needed.
+        The parsed file, and for a known table its number in `KNOWN_TABLES`. The merges of a known file are omitted:
+        they are two thirds of it, and are not needed.
 
     Raises:
         ValueError: it is not JSON.
     """
     start = max(raw.rfind(b'"model": {'), 0)
-    merged = KNOWN_MODELS.get(hashlib.sha256(memoryview(raw)[start:]).hexdigest())
+    merged = KNOWN_FILES.get(hashlib.sha256(memoryview(raw)[start:]).hexdigest())
     if merged is not None:
-        raw = raw[: raw.index(b'"merges": [', start)] + b'"merges": []}}'
-    return json.loads(raw), merged
+        return json.loads(raw[: raw.index(b'"merges": [', start)] + b'"merges": []}}'), merged
+    spec = json.loads(raw)
+    try:
+        return spec, KNOWN_TABLES.get(_contents(spec["model"]))
+    except (KeyError, TypeError, AttributeError, ValueError):  # not a table, which the checks of a new one will say
+        return spec, None
+
+
+def _contents(model: Mapping[str, Any]) -> str:
+    """SHA-256 of the entries in the order of their ids and of the merges in theirs, however the file writes them."""
+    vocab, merges = model["vocab"], model["merges"]
+    if set(map(type, merges)) == {list} and set(map(len, merges)) == {2}:
+        merges = [*map(" ".join, merges)]
+    parts = [repr(sorted(vocab.values())), repr(len(merges)), *sorted(vocab, key=vocab.__getitem__), *merges]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def pattern(spec: Mapping[str, Any]) -> str | None:

@@ -90,7 +90,7 @@ def test_the_rebuilt_file_has_the_published_hash(o200k: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_merges_of_the_model_with_the_known_hash_agree_with_its_ranks(o200k: Path, ours: Tokenizer) -> None:
+def test_the_merges_of_the_known_file_agree_with_its_ranks(o200k: Path, ours: Tokenizer) -> None:
     """Ranks computed without the merges equal those computed from them."""
     raw = (o200k / "tokenizer.json").read_bytes()
     whole = json.loads(raw)
@@ -99,6 +99,62 @@ def test_the_merges_of_the_model_with_the_known_hash_agree_with_its_ranks(o200k:
     assert byte_bpe.merges_agree(whole)
     assert byte_bpe.ranks(spec, merged) == byte_bpe.ranks(whole)
     assert isinstance(ours, ByteTokenizer) and ours.vocab_size == 200_029
+
+
+def as_strings(spec: dict[str, Any]) -> str:
+    """The older way of writing merges, in which Phi-4-mini-flash-reasoning has them."""
+    merges = [" ".join(pair) for pair in spec["model"]["merges"]]
+    return json.dumps({**spec, "model": {**spec["model"], "merges": merges}}, ensure_ascii=False, indent=2)
+
+
+def in_another_order(spec: dict[str, Any]) -> str:
+    entries = list(spec["model"]["vocab"].items())
+    random.Random(0).shuffle(entries)
+    model = dict(reversed({**spec["model"], "vocab": dict(entries)}.items()))
+    return json.dumps(dict(reversed({**spec, "model": model}.items())), indent=1) + "\n"
+
+
+WRITINGS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "strings": as_strings,
+    "another order": in_another_order,
+    "one line, only ASCII": lambda spec: json.dumps(spec, separators=(",", ":")),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writing", WRITINGS)
+def test_the_known_table_is_recognised_in_any_writing(
+    o200k: Path, ours: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writing: str
+) -> None:
+    spec = json.loads((o200k / "tokenizer.json").read_text(encoding="utf-8"))
+    text = WRITINGS[writing](spec)
+    assert writing != "strings" or len(text.encode()) == 9_731_577  # bytes of the published file
+    (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+    (tmp_path / "generation_config.json").write_bytes((o200k / "generation_config.json").read_bytes())
+    monkeypatch.setattr(byte_bpe, "merges_agree", lambda spec: pytest.fail("checked a table that is known"))
+    assert load_tokenizer(tmp_path, prove=True).fingerprint() == ours.fingerprint()
+
+
+@pytest.mark.slow
+def test_a_table_that_differs_in_one_place_is_not_recognised(o200k: Path) -> None:
+    whole = json.loads((o200k / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab, pairs = whole["model"]["vocab"], whole["model"]["merges"]
+    texts, merges = list(vocab), [*map(" ".join, pairs)]
+
+    def known(vocab: Any, merges: Any) -> bool:
+        raw = json.dumps({**whole, "model": {**whole["model"], "vocab": vocab, "merges": merges}}).encode()
+        return byte_bpe.parse(raw)[1] is not None
+
+    at = next(n for n, (left, _) in enumerate(pairs) if len(left) > 1)
+    (left, right), following = pairs[at], merges[at + 1]
+    assert known(vocab, merges)
+    assert not known(vocab, [*pairs[:at], [left[:-1], left[-1] + right], *pairs[at + 1 :]])
+    assert not known(vocab, [*merges[:at], following, merges[at], *merges[at + 2 :]])
+    assert not known(vocab, [*merges[:at], f"{merges[at]}\n{following}", *merges[at + 2 :]])
+    assert not known(vocab, merges[:-1])
+    assert not known(vocab | {texts[at]: at + 1, texts[at + 1]: at}, merges)
+    assert not known(vocab | {texts[1]: True}, merges)
+    assert not known(vocab | {"more": "1"}, merges)
 
 
 @pytest.mark.slow
