@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from phi4_mlx.adapters.layers import load_adapter
-from phi4_mlx.config.fields import MODEL_FOLDER, QUANTIZATION_MODES, Config
+from phi4_mlx.config.fields import MODEL_FOLDER, QUANTIZATION_MODES, Config, brief
 from phi4_mlx.config.sambay import SambaYConfig
 from phi4_mlx.config.text import ModelConfig
 from phi4_mlx.errors import CheckpointError, ConfigError, RequestError, TokenizerError, message_of
@@ -148,7 +148,7 @@ def read_config(raw: Mapping[str, Any]) -> Config:
     """
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in KINDS:
-        raise ConfigError(f"config.json: model_type {name!r:.100} is not supported; supported are {', '.join(KINDS)}")
+        raise ConfigError(f"config.json: model_type {brief(name)} is not supported; supported are {', '.join(KINDS)}")
     return KINDS[name].config(raw)
 
 

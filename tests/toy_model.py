@@ -36,6 +36,7 @@ class ToyConfig:
     tie_word_embeddings: bool = True
     quantization: Mapping[str, Any] | None = None
     model_type: str = "toy"
+    context_note = ""
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ToyConfig:

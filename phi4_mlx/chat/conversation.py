@@ -238,7 +238,7 @@ class Conversation:
 
     def _too_long(self, length: int) -> str:
         """The message for a question that does not fit."""
-        holds = f"tokens long, and the context holds {self.context:,}"
+        holds = f"tokens long, and the context holds {self.context:,}{self.model.config.context_note}"
         if self.overflow == "oldest":
             return f"without any earlier turn, the prompt is still {length:,} {holds}; shorten the question"
         if not self.turns:

@@ -107,7 +107,7 @@ def _benchmark(args: argparse.Namespace) -> None:
     if longest > context:
         raise RequestError(
             f"--prompt-tokens {max(args.prompt_tokens)} and --generation-tokens {args.generation_tokens} come to "
-            f"{longest}, and the context holds {context}; lower one"
+            f"{longest}, and the context holds {context}{model.config.context_note}; lower one"
         )
     device = str(mx.device_info().get("device_name", "unknown"))
     bandwidth = BANDWIDTHS.get(device) if args.bandwidth is None else args.bandwidth

@@ -64,3 +64,5 @@ def _context(args: argparse.Namespace) -> None:
         print(f"{n:>10,}" + "".join(f"  {cell:>13}" for cell in cells))
     print("at most   " + "".join(f"  {f'{plan.most_tokens:,} ':>13}" for plan in plans.values()))
     print("Weights, cache and activations of a prefill together; ! exceeds what this machine allows.")
+    if note := model.config.context_note:
+        print(f"The context holds {plain.longest:,} tokens{note}.")

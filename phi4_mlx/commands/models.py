@@ -157,9 +157,12 @@ def _why_not(folder: Path) -> str:
 
 
 def _context(folder: Path) -> int | None:
-    """The context of a model of any kind, in tokens; None if its config.json does not say it."""
+    """The context of a model, in tokens; of a kind that cannot be loaded, what its config.json says, or None."""
+    from phi4_mlx.checkpoint import load_config
     from phi4_mlx.files.json_file import read_json
 
+    with contextlib.suppress(Phi4Error):
+        return load_config(folder).max_position_embeddings
     with contextlib.suppress(Phi4Error):
         found = read_json(folder / "config.json").get("max_position_embeddings")
         return found if type(found) is int else None

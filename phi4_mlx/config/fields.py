@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from phi4_mlx.errors import ConfigError
 
-_MAX_COUNT = 2**24  # far above any count of the family, and small enough for MLX's shapes
+MAX_COUNT = 2**24  # far above any count of the family, and small enough for MLX's shapes
 
 _QUANTIZATION_KEYS = {"group_size", "bits", "mode"}
 
@@ -41,6 +41,10 @@ class Config(Protocol):
     @property
     def max_position_embeddings(self) -> int:
         """The context: the most tokens of a prompt and its answer."""
+
+    @property
+    def context_note(self) -> str:
+        """What messages add to the context's length where config.json may claim another one; else ""."""
 
     @property
     def num_hidden_layers(self) -> int:
@@ -91,7 +95,7 @@ def _check_quantization(where: str, settings: Mapping[str, Any]) -> None:
         count(settings, key, 1)
 
 
-def count(raw: Mapping[str, Any], name: str, default: int | None = None, most: int = _MAX_COUNT) -> int:
+def count(raw: Mapping[str, Any], name: str, default: int | None = None, most: int = MAX_COUNT) -> int:
     value = raw.get(name)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
@@ -111,7 +115,10 @@ def brief(value: Any) -> str:
     """A value as errors show it; Python refuses to print a number of thousands of digits."""
     if isinstance(value, int) and abs(value) > 10**40:
         return "a number of more than 40 digits"
-    return f"{value!r:.100}"
+    try:
+        return f"{value!r:.100}"
+    except ValueError:
+        return f"a {type(value).__name__} with a number of thousands of digits"
 
 
 def flag(raw: Mapping[str, Any], name: str) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from phi4_mlx.config.fields import brief, count, flag, number, quantization
+from phi4_mlx.config.fields import MAX_COUNT, brief, count, flag, number, quantization
 from phi4_mlx.errors import ConfigError
 
 # config.json says 262,144, the model card and the tokenizer 65,536: the model was trained for no more.
@@ -49,6 +49,13 @@ class SambaYConfig:
     model_type: str = "phi4flash"
 
     @property
+    def context_note(self) -> str:
+        """See `Config.context_note`."""
+        if self.max_position_embeddings < TRAINED_CONTEXT:
+            return ""
+        return " (this model was trained for no more, even where its config.json says 262,144)"
+
+    @property
     def head_dim(self) -> int:
         """Width of a head."""
         return self.hidden_size // self.num_attention_heads
@@ -67,9 +74,7 @@ class SambaYConfig:
         """
         for name, neutral in _NEUTRAL.items():
             if raw.get(name) not in neutral:
-                raise ConfigError(
-                    f"config.json: {name} = {brief(raw[name])} is not supported; only {neutral[0]!r} is"
-                )
+                raise ConfigError(f"config.json: {name} = {brief(raw[name])} is not supported; only {neutral[0]!r} is")
         if raw.get("hidden_act", "silu") not in ("silu", "swish"):
             raise ConfigError(f"config.json: hidden_act = {brief(raw['hidden_act'])} is not supported; only 'silu' is")
         hidden_size = count(raw, "hidden_size")
@@ -94,7 +99,7 @@ class SambaYConfig:
             sliding_window=_window(raw, layers),
             mamba_d_state=count(raw, "mamba_d_state", 16),
             mamba_d_conv=count(raw, "mamba_d_conv", 4),
-            mamba_expand=count(raw, "mamba_expand", 2),
+            mamba_expand=count(raw, "mamba_expand", 2, most=max(2, MAX_COUNT // hidden_size)),
             mamba_dt_rank=count({"mamba_dt_rank": rank}, "mamba_dt_rank", math.ceil(hidden_size / 16)),
             layer_norm_eps=number(raw, "layer_norm_eps", 1e-5),
             tie_word_embeddings=raw.get("tie_word_embeddings") is None or flag(raw, "tie_word_embeddings"),
@@ -151,7 +156,7 @@ def _window(raw: Mapping[str, Any], layers: int) -> int:
                 f"{layers} alone"
             )
     given = raw.get("sliding_window")
-    if isinstance(given, list):
+    while isinstance(given, list):  # a config class that reads its own list writes a list of lists
         sizes = {i: size for i, size in enumerate(given) if size is not None}
         if len(given) != layers or [*sizes] != [*windowed] or any(size != given[1] for size in sizes.values()):
             raise ConfigError(

@@ -39,6 +39,7 @@ _ROPE_KEYS = {
     "short_factor", "long_factor", "factor", "attention_factor",
 }  # fmt: skip
 
+
 @dataclass(frozen=True)
 class RopeScaling:
     """The two LongRoPE tables: a divisor of the frequency for each rotating pair.
@@ -71,6 +72,11 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     quantization: Mapping[str, Any] | None = field(default=None, hash=False)
     model_type: str = "phi3"
+
+    @property
+    def context_note(self) -> str:
+        """See `Config.context_note`: the context is always config.json's."""
+        return ""
 
     @property
     def rotary_dims(self) -> int:
@@ -134,16 +140,14 @@ class ModelConfig:
 def _parse(raw: Mapping[str, Any]) -> ModelConfig:
     if raw.get("model_type") != "phi3":
         raise ConfigError(
-            f"config.json: model_type {raw.get('model_type')!r} is another architecture; ModelConfig reads only 'phi3' "
-            "(Phi-4-mini, Phi-3.5-mini, Phi-4)"
+            f"config.json: model_type {brief(raw.get('model_type'))} is another architecture; ModelConfig reads only "
+            "'phi3' (Phi-4-mini, Phi-3.5-mini, Phi-4)"
         )
     for name, neutral in _NEUTRAL.items():
         if raw.get(name) not in neutral:
-            raise ConfigError(
-                f"config.json: {name} = {brief(raw[name])} is not supported; only {neutral[0]!r} is"
-            )
+            raise ConfigError(f"config.json: {name} = {brief(raw[name])} is not supported; only {neutral[0]!r} is")
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ConfigError(f"config.json: hidden_act = {raw['hidden_act']!r} is not supported; only 'silu' is")
+        raise ConfigError(f"config.json: hidden_act = {brief(raw['hidden_act'])} is not supported; only 'silu' is")
 
     hidden_size = count(raw, "hidden_size")
     heads = count(raw, "num_attention_heads")
@@ -200,7 +204,7 @@ def _rope_dict(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Both layouts as one dict. The inner dict wins, except for the boundary, as in the reference."""
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
-        raise ConfigError(f"config.json: rope_scaling must be an object, not {given!r}")
+        raise ConfigError(f"config.json: rope_scaling must be an object, not {brief(given)}")
     _check_rope_type(given)
     unknown = sorted(key for key in given if key not in _ROPE_KEYS and given[key] is not None)
     if unknown:
@@ -223,7 +227,7 @@ def _rope_scaling(raw: Mapping[str, Any], rope: Mapping[str, Any], pairs: int) -
     for name in ("short_factor", "long_factor"):
         values = rope.get(name)
         if not isinstance(values, list) or len(values) != pairs:
-            found = amount(len(values), "number") if isinstance(values, list) else repr(values)
+            found = amount(len(values), "number") if isinstance(values, list) else brief(values)
             raise ConfigError(
                 f"config.json: {name} must be a list of {amount(pairs, 'number')}, one a rotating pair, not {found}"
             )
@@ -240,7 +244,7 @@ def _check_rope_type(rope: Mapping[str, Any]) -> None:
     kind = _rope_type(rope)
     # Early Phi-3 configs call LongRoPE "su" or "yarn".
     if kind not in ("default", "longrope", "su", "yarn"):
-        raise ConfigError(f"config.json: rope type {kind!r} is not supported; only 'default' and 'longrope' are")
+        raise ConfigError(f"config.json: rope type {brief(kind)} is not supported; only 'default' and 'longrope' are")
 
 
 def _attention_factor(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> float:

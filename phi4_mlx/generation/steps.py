@@ -148,7 +148,7 @@ def _check_room(prompt: list[int], model: LanguageModel, cached: int, max_tokens
         way_out = f"lower max_tokens to {room}" if room > 0 else "shorten the prompt, or leave out its oldest turns"
         raise RequestError(
             f"{before}{len(prompt)} prompt tokens and max_tokens {max_tokens} come to {total}, and the context holds "
-            f"{context}; {way_out}"
+            f"{context}{model.config.context_note}; {way_out}"
         )
 
 

@@ -211,6 +211,7 @@ class Service:
         if length >= longest:
             message = (  # some clients look for its first words
                 f"prompt is too long: {length} tokens > {longest - 1} maximum; this server holds {longest} with answer"
+                f"{self.supervisor.note}"
             )
             if ask.dropped:
                 message += f"; {amount(ask.dropped, 'oldest turn')} left out already"

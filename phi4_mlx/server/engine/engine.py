@@ -240,7 +240,7 @@ class Engine:
         if len(job.prompt) + job.max_tokens > self.longest:
             raise RequestError(
                 f"{len(job.prompt)} prompt tokens and max_tokens {job.max_tokens} come to more than {self.longest}, "
-                "the limit of this server; shorten the prompt or lower max_tokens"
+                f"the limit of this server{limit_note(self)}; shorten the prompt or lower max_tokens"
             )
         sequence = BatchSequence(
             model,
@@ -350,7 +350,7 @@ def run(connection: Connection, settings: Settings) -> None:
             return pulse.send(Broken(_short(error)))
         except Exception as error:
             return pulse.send(Broken(f"the engine could not load the model: {type(error).__name__}: {_short(error)}"))
-        pulse.send(Ready(engine.longest))
+        pulse.send(Ready(engine.longest, limit_note(engine)))
         while True:
             messages: list[Job | Cancel | Ping] = []
             pulse.turns, pulse.waiting = pulse.turns + 1, not engine.busy
@@ -379,6 +379,12 @@ def check_room(engine: Engine) -> None:
             f"running answers may take {engine.kv_limit_bytes:,} bytes, and one of {least} tokens takes {needed:,}; "
             f"use --kv-cache-bytes {needed} or more, or a smaller model"
         )
+
+
+def limit_note(engine: Engine) -> str:
+    """What messages add to the engine's limit: the note of the context, where that is the limit."""
+    config = engine._models.get(None).config
+    return config.context_note if engine.longest == config.max_position_embeddings else ""
 
 
 def turn(engine: Engine, messages: Iterable[Job | Cancel | Ping]) -> list[Event]:

@@ -138,9 +138,11 @@ class Ready:
 
     Attributes:
         longest: most tokens of a prompt and its answer, limited by the context or the memory.
+        note: as `Config.context_note`, where the context is the limit.
     """
 
     longest: int
+    note: str = ""
 
 
 @dataclass(frozen=True)

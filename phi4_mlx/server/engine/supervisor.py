@@ -83,7 +83,7 @@ class Supervisor:
     Attributes:
         state: "loading", "ready", "frozen" (no sign of life for some seconds), "restarting" or "stopped".
         restarts: number of times that an engine was lost or could not be started.
-        longest: most tokens of a prompt and its answer; 0 until the engine is ready.
+        longest, note: those of `Ready`; 0 and "" until the engine is ready.
     """
 
     def __init__(self, settings: engine.Settings, max_jobs: int) -> None:
@@ -94,7 +94,7 @@ class Supervisor:
         self._watching: asyncio.Task[None] | None = None
         self._failures = _Failures()
         self._started, self._given_up, self._reason = asyncio.Event(), asyncio.Event(), ""
-        self.state, self.restarts, self.longest = "loading", 0, 0
+        self.state, self.restarts, self.longest, self.note = "loading", 0, 0, ""
 
     @property
     def jobs(self) -> int:
@@ -210,7 +210,7 @@ class Supervisor:
         elif isinstance(report, Pong):
             source.pong(report)
         elif isinstance(report, Ready):
-            self.state, self.longest, self._failures = "ready", report.longest, _Failures()
+            self.state, self.longest, self.note, self._failures = "ready", report.longest, report.note, _Failures()
             self._started.set()
         elif isinstance(report, list):
             for event in report:

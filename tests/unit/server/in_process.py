@@ -13,7 +13,7 @@ import httpx
 from phi4_mlx.checkpoint import load
 from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.server.app import App
-from phi4_mlx.server.engine.engine import Engine, Settings
+from phi4_mlx.server.engine.engine import Engine, Settings, limit_note
 from phi4_mlx.server.engine.protocol import Event, Failure, Finish, Job, Pong
 from phi4_mlx.server.guard import Guard
 from phi4_mlx.server.request_log import RequestLog
@@ -32,7 +32,7 @@ class InProcessEngine:
         model, self.tokenizer = load(folder)
         limits: dict[str, Any] = {"kv_limit_bytes": 2**28, "prefix_limit_bytes": 2**24}
         self.engine = Engine(model, self.tokenizer, Settings(str(folder), **(limits | settings)))
-        self.longest = self.engine.longest
+        self.longest, self.note = self.engine.longest, limit_note(self.engine)
         self.vocabulary = model.config.vocab_size
         self._turn: asyncio.Lock | None = None
 
