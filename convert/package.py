@@ -67,7 +67,8 @@ def convert(
         q_group_size: numbers that share a scale; None for the mode's default (64 for affine).
         q_bits: bits per number; None for the mode's default (4 for affine).
         q_mode: "affine" (the default), "mxfp4", "nvfp4" or "mxfp8".
-        dtype: "float16", "bfloat16" or "float32" for the numbers that are not quantised; None keeps each as it is.
+        dtype: "float16", "bfloat16" or "float32" for the numbers that are not quantised, except those that the model
+            keeps in float32; None keeps each as it is.
         dequantize: whether to dequantise a quantised checkpoint.
         revision: a commit, branch or tag of the Hub repository.
         embed_bits: bits per number of the embedding and the head, which are one matrix if tied; None for `q_bits`.

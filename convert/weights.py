@@ -137,7 +137,8 @@ def plan(
         folder: the checkpoint.
         config: its config.
         recipe: the quantisation of each matrix; None leaves the weights as they are.
-        dtype: dtype to cast floating-point numbers to, one of `FLOATS`; None keeps each as it is.
+        dtype: dtype to cast floating-point numbers to, one of `FLOATS`; None keeps each as it is. Parameters that the
+            model keeps in float32 are cast to that.
         dequantize: whether to dequantise the quantised tensors of the checkpoint.
 
     Raises:
@@ -179,7 +180,8 @@ def plan(
         tensors = [name, *parts]
         inputs = tuple(stored[tensor] for tensor in tensors)
         own = inputs[-1].info.dtype  # of the weight, or of affine biases; mxfp4, nvfp4 and mxfp8 end with scales in U8
-        numbers = dtype or (own if own in FLOATS else usual)
+        kept = "F32" if dtype and dense.in_float32(name) else dtype
+        numbers = kept or (own if own in FLOATS else usual)
         outputs = layout_of(name, numbers, tuple(array.shape), target)
         parameters.append(Parameter(path, inputs, outputs, numbers, before, target))
     return parameters

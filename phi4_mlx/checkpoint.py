@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,15 @@ KINDS: dict[str, Kind] = {
     "phi3": Kind(ModelConfig.from_dict, text.Model, recognise),
     "phi4flash": Kind(SambaYConfig.from_dict, sambay.Model, recognise),
 }
+
+# Names that another program gives to the same tensors -> the program.
+_FOREIGN_NAMES = {
+    r"transformer\.|rank\d*\.": "TensorRT-LLM",
+    r"(blk\.\d+|token_embd|output_norm)\.": "llama.cpp",
+    r"(backbone|model\.layers\.\d+\.mixer)\.": "mamba_ssm",
+    r"(model\.)?layers\.\d+\.(mamba\.|self_attn\.|attn\.(A$|attn\.|qkv|lambda_|subln))": "vLLM or SGLang",
+}
+_HUGGING_FACE = "get the folder that is published on Hugging Face"
 
 
 def load(
@@ -147,6 +157,11 @@ def read_config(raw: Mapping[str, Any]) -> Config:
         ConfigError: the kind is unknown, or a field is refused.
     """
     name = raw.get("model_type")
+    if name is None and "architecture" in raw:
+        raise ConfigError(
+            f"config.json has architecture {brief(raw['architecture'])} and no model_type, as those of TensorRT-LLM; "
+            f"{_HUGGING_FACE}"
+        )
     if not isinstance(name, str) or name not in KINDS:
         raise ConfigError(f"config.json: model_type {brief(name)} is not supported; supported are {', '.join(KINDS)}")
     return KINDS[name].config(raw)
@@ -168,9 +183,23 @@ def load_model(folder: Path) -> LanguageModel:
     with _unchanged(folder):
         for path in sorted(set(files.values())):
             weights += [(name, array) for name, array in mx.load(str(path)).items() if name in wanted]
+        _check_finite(folder, weights)
     model.load_weights(weights)
     model.eval()
     return model
+
+
+def _check_finite(folder: Path, weights: Iterable[tuple[str, mx.array]]) -> None:
+    """Refuses NaN and infinity in all but matrices: those give NaN logits, an infinite A_log only wrong ones."""
+    matrix = (".weight", ".scales", ".biases")
+    small = {name: array for name, array in weights if array.ndim != 2 or not name.endswith(matrix)}
+    if not small:
+        return
+    for name, total in zip(small, mx.stack([(0 * array).sum() for array in small.values()]).tolist(), strict=True):
+        if total != 0:
+            raise CheckpointError(
+                f"{folder}: {name} contains NaN or infinity; the checkpoint is damaged, download it again"
+            )
 
 
 @contextlib.contextmanager
@@ -249,11 +278,17 @@ def check_tensors(model: LanguageModel, infos: Mapping[str, TensorInfo]) -> set[
         CheckpointError: a tensor is missing, unexpected, or of another shape or dtype.
     """
     expected = dict(tree_flatten(model.parameters()))
-    if missing := sorted(expected.keys() - infos.keys()):
+    missing = sorted(expected.keys() - infos.keys())
+    extra = sorted(name for name in infos.keys() - expected.keys() if not _derived(name, model.config))
+    if missing and extra:
+        raise CheckpointError(
+            f"{_some(missing)} missing from the checkpoint and {_some(extra)} unexpected: it has the tensors of "
+            f"{_program(extra)}; {_HUGGING_FACE}"
+        )
+    if missing:
         raise CheckpointError(
             f"{_some(missing)} missing from the checkpoint; it is incomplete or of another architecture"
         )
-    extra = sorted(name for name in infos.keys() - expected.keys() if not _derived(name, model.config))
     if extra:
         raise CheckpointError(
             f"{_some(extra)} unexpected: the model that config.json describes does not have them"
@@ -261,7 +296,11 @@ def check_tensors(model: LanguageModel, infos: Mapping[str, TensorInfo]) -> set[
     for name, array in expected.items():
         found = infos[name]
         if found.shape != tuple(array.shape):
-            raise CheckpointError(f"{name} has shape {list(found.shape)}; config.json asks for {list(array.shape)}")
+            permuted = sorted(found.shape) == sorted(array.shape)
+            other = f": the axes are in the order of another program; {_HUGGING_FACE}" if permuted else ""
+            raise CheckpointError(
+                f"{name} has shape {list(found.shape)}; config.json asks for {list(array.shape)}{other}"
+            )
         kinds = FLOATS if mx.issubdtype(array.dtype, mx.floating) else (name_of(array.dtype),)
         if found.dtype not in kinds:
             raise CheckpointError(f"{name} has dtype {found.dtype}; it must be {' or '.join(kinds)}")
@@ -271,6 +310,14 @@ def check_tensors(model: LanguageModel, infos: Mapping[str, TensorInfo]) -> set[
 def _derived(name: str, config: Config) -> bool:
     """True for tensors that some checkpoints carry and the model computes: a tied head, the RoPE frequencies."""
     return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name.startswith("lm_head."))
+
+
+def _program(names: Iterable[str]) -> str:
+    """The program whose names for tensors are among these."""
+    for pattern, program in _FOREIGN_NAMES.items():
+        if any(re.match(pattern, name) for name in names):
+            return program
+    return "another program or architecture"
 
 
 def _some(names: list[str]) -> str:

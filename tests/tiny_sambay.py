@@ -59,12 +59,16 @@ def make_tiny_sambay(seed: int = 0, **overrides: Any) -> Model:
     return model
 
 
-def write_tiny_sambay(folder: Path, seed: int = 0, **overrides: Any) -> Path:
-    """Writes the model as a folder in Hugging Face's layout."""
+def write_tiny_sambay(folder: Path, seed: int = 0, dtype: mx.Dtype = mx.float32, **overrides: Any) -> Path:
+    """Writes the model as a folder in Hugging Face's layout, with A_log and the lambdas in float32."""
     folder.mkdir(parents=True, exist_ok=True)
     model = make_tiny_sambay(seed, **overrides)
     (folder / "config.json").write_text(json.dumps(sambay_config_dict(**overrides)))
     for file in TOKENIZER.glob("*.json"):
         shutil.copy(file, folder)
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    weights = {
+        name: array if model.in_float32(name) else array.astype(dtype)
+        for name, array in tree_flatten(model.parameters())
+    }
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
     return folder

@@ -149,8 +149,9 @@ def weight_files(folder: Path) -> dict[str, Path]:
     listed = _read_index(folder) if os.path.lexists(folder / INDEX_FILE) else None
     if listed is None and not present:
         pickle = " (*.bin files are pickle, which is never read)" if any(folder.glob("*.bin")) else ""
+        ranks = " (rank*.safetensors are TensorRT-LLM's)" if any(folder.glob("rank*.safetensors")) else ""
         raise CheckpointError(
-            f"{folder} holds no model*.safetensors{pickle}; it is not a checkpoint, or an incomplete one"
+            f"{folder} holds no model*.safetensors{pickle}{ranks}; it is not a checkpoint, or an incomplete one"
         )
     if listed is not None and (stray := sorted(present - set(listed.values()))):
         raise CheckpointError(f"{folder / stray[0]} is not in {INDEX_FILE}; remove whichever of the two is stale")

@@ -170,6 +170,10 @@ class LanguageModel(nn.Module, ABC):
         """True if the converter may quantise the module at `path`."""
         return hasattr(module, "to_quantized")
 
+    def in_float32(self, name: str) -> bool:
+        """True if the parameter of that name is written in float32 where the others are cast to another dtype."""
+        return False
+
     @property
     def weights_bytes(self) -> int:
         """Bytes of all weights."""

@@ -388,6 +388,10 @@ class Model(LanguageModel):
         """See `LanguageModel.quantizable`; x_proj and dt_proj are small, and the scan is sensitive to them."""
         return super().quantizable(path, module) and not path.endswith(("x_proj", "dt_proj"))
 
+    def in_float32(self, name: str) -> bool:
+        """See `LanguageModel.in_float32`: these are published so, their exponentials magnify what a cast rounds off."""
+        return name.endswith(".A_log") or ".lambda_" in name
+
     def layer_caches(self, options: CacheOptions) -> list[LayerCache]:
         """See `LanguageModel.layer_caches`."""
         for name in ("kv_bits", "max_kv_size"):
