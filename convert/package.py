@@ -1,7 +1,8 @@
 """Conversion of a checkpoint into a package, written whole or not at all.
 
 A package has config.json, the weights, the tokenizer's files unchanged, generation_config.json with every token that
-ends an answer, and a manifest of hashes. mlx-lm and the Swift loader read it too. No code is copied.
+ends an answer, and a manifest of hashes. mlx-lm and the Swift loader read it too, if they know the kind of model. No
+code is copied.
 """
 
 from __future__ import annotations

@@ -283,7 +283,7 @@ def check_tensors(model: LanguageModel, infos: Mapping[str, TensorInfo]) -> set[
     if missing and extra:
         raise CheckpointError(
             f"{_some(missing)} missing from the checkpoint and {_some(extra)} unexpected: it has the tensors of "
-            f"{_program(extra)}; {_HUGGING_FACE}"
+            f"{_program(extra, expected)}; {_HUGGING_FACE}"
         )
     if missing:
         raise CheckpointError(
@@ -312,10 +312,10 @@ def _derived(name: str, config: Config) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name.startswith("lm_head."))
 
 
-def _program(names: Iterable[str]) -> str:
-    """The program whose names for tensors are among these."""
+def _program(names: Iterable[str], expected: Iterable[str]) -> str:
+    """The program that names tensors like one of `names`, as the model itself does not."""
     for pattern, program in _FOREIGN_NAMES.items():
-        if any(re.match(pattern, name) for name in names):
+        if any(re.match(pattern, name) for name in names) and not any(re.match(pattern, name) for name in expected):
             return program
     return "another program or architecture"
 

@@ -26,6 +26,7 @@ from phi4_mlx.grammar.grammars import json_schema
 from phi4_mlx.lora.export import to_peft
 from tests.adapters import adapted, save_adapter
 from tests.conftest import ROOT, make_tiny_model, write_tiny_checkpoint
+from tests.tiny_sambay import write_tiny_sambay
 
 SECONDS = 60  # for one file: guards against a hang only
 MEMORY_BYTES = 2**30  # that one file may take
@@ -83,6 +84,8 @@ def mutated(draw: random.Random, text: str) -> str:
 def sources(root: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
     """File -> (the folder with it, the function that reads such a folder)."""
     plain = write_tiny_checkpoint(root / "plain", shards=2)
+    layers = ["full_attention", "sliding_attention"] * 2 + ["full_attention"] * 4
+    flash = write_tiny_sambay(root / "flash", mamba_dt_rank="auto", mamba_d_conv=4, mb_per_layer=2, layer_types=layers)
     convert(write_tiny_checkpoint(root / "dense"), root / "package", quantize=True, q_group_size=32)
     model = adapted(make_tiny_model())
     save_adapter(model, root / "adapter", {"model": "owner/name"})
@@ -106,7 +109,7 @@ def sources(root: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
     packages = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
     made: dict[str, tuple[Path, Callable[[Path], object]]] = {f"plain/{name}": (plain, use) for name in packages}
     made |= {f"package/{name}": (root / "package", use) for name in ["config.json", "manifest.json"]}
-    made["plain/model.safetensors.index.json"] = (plain, use)
+    made |= {"plain/model.safetensors.index.json": (plain, use), "flash/config.json": (flash, use)}
     made |= {f"{kind}/adapter_config.json": (root / kind, put_on) for kind in ("adapter", "peft")}
     return made
 
@@ -146,6 +149,6 @@ def test_a_mutated_file_is_read_or_refused(tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from tests.property.test_package_files import attack;" \
            "attack(Path(sys.argv[1]), range(int(sys.argv[2])))"  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), "360"], cwd=ROOT, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", code, str(tmp_path), "396"], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
-    assert (done.stdout, done.returncode) == ("360 files\n", 0), done.stdout + done.stderr[-2000:]
+    assert (done.stdout, done.returncode) == ("396 files\n", 0), done.stdout + done.stderr[-2000:]

@@ -21,6 +21,7 @@ from phi4_mlx.convert.weights import plan
 from phi4_mlx.errors import CheckpointError, ConfigError
 from phi4_mlx.files.manifest import verify_manifest
 from phi4_mlx.files.safetensors import read_header, weight_files
+from tests.conftest import TinyCheckpoint
 from tests.tiny_sambay import make_tiny_sambay, write_tiny_sambay
 from tests.unit.config.test_sambay import CONFIG, PUBLISHED, expected_shapes
 from tests.unit.test_checkpoint import reconfigure, rewrite
@@ -144,6 +145,12 @@ def test_the_tensors_of_another_program_are_named_with_the_program(published: Pa
     with pytest.raises(CheckpointError, match=pattern) as caught:
         load(rename(published, change))
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_has_such_names_itself_names_no_program(tiny_checkpoint: TinyCheckpoint) -> None:
+    folder = rename(tiny_checkpoint(), lambda name: name.replace("self_attn.qkv", "self_attn.q"))
+    with pytest.raises(CheckpointError, match="has the tensors of another program or architecture; get the folder"):
+        load(folder)
 
 
 def test_a_checkpoint_without_an_a_log_is_refused_by_name(published: Path) -> None:
