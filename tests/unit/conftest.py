@@ -9,11 +9,7 @@ from typing import Any
 import pytest
 
 from phi4_mlx.models.model import LanguageModel
-from tests.conftest import make_tiny_model, write_tiny_checkpoint
-from tests.tiny_sambay import make_tiny_sambay, write_tiny_sambay
-
-MAKERS: dict[str, Callable[..., LanguageModel]] = {"phi3": make_tiny_model, "phi4flash": make_tiny_sambay}
-WRITERS: dict[str, Callable[..., Path]] = {"phi3": write_tiny_checkpoint, "phi4flash": write_tiny_sambay}
+from tests.kinds import MAKERS, WRITERS
 
 
 @pytest.fixture(params=MAKERS)
