@@ -68,6 +68,13 @@ class Adapter:
         return sorted({name.rpartition(".")[0] for name in self.tensors}, key=place)
 
     @property
+    def weights(self) -> list[str]:
+        """The model's weights that it changes, by their names without ".weight", in the model's order."""
+        if self.kind != FULL:
+            return self.paths
+        return sorted((name.removesuffix(".weight") for name in self.tensors), key=place)
+
+    @property
     def rank(self) -> int:
         """R, the same for all layers."""
         rank: int = self.tensors[f"{self.paths[0]}.lora_a"].shape[1]

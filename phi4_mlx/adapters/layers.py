@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -40,7 +40,8 @@ def add_adapter(
         rank: R.
         scale: factor of the product a b: alpha / R in PEFT's terms, or alpha / sqrt(R) for rsLoRA (`peft.scale_of`).
         dropout: the probability that training drops an input of `lora_a`, from 0 to below 1.
-        keys: the linear layers of a block to adapt, from the model's `lora_keys`; None for all of those.
+        keys: the linear layers of a block to adapt, by their path in it; None for the model's `lora_keys`. Blocks may
+            differ: a key is for those that have such a layer.
         num_layers: the number of blocks to adapt, counted from the last one; None for all.
         kind: "lora" or "dora".
         seed: seed of the random numbers in `lora_a`.
@@ -50,12 +51,12 @@ def add_adapter(
     """
     total = len(model.layers)
     count = total if num_layers is None else num_layers
-    keys = model.lora_keys if keys is None else keys
     _check_options(rank, scale, dropout, count, total, kind)
-    _check_keys(keys, model.lora_keys)
     linears = _linear_layers(model)
-    wanted = (f"model.layers.{n}.{key}" for n in range(total - count, total) for key in keys)
-    paths = [path for path in wanted if path in linears]  # blocks may differ
+    if keys is not None:
+        _check_keys(keys, model.lora_keys, linears, range(total - count, total))
+    wanted = (f"model.layers.{n}.{key}" for n in range(total - count, total) for key in keys or model.lora_keys)
+    paths = [path for path in wanted if path in linears]
     most = max(min(_dimensions(linears[path])) for path in paths)
     if rank > most:
         raise RequestError(f"rank {rank:,} is out of range; no matrix to adapt has a rank above {most:,}")
@@ -278,7 +279,8 @@ def _check_full(model: nn.Module, adapter: Adapter) -> None:
     own = {name.replace(".linear.", "."): array for name, array in tree_flatten(model.parameters())}
     for name, array in adapter.tensors.items():
         expected = own.get(name)
-        if expected is None or not name.endswith("weight") or not mx.issubdtype(expected.dtype, mx.floating):
+        quantised = name.endswith((".scales", ".biases"))
+        if expected is None or quantised or not mx.issubdtype(expected.dtype, mx.floating):
             raise CheckpointError(f"{adapter.source}: {name} is not a trainable tensor of this model")
         if expected.shape != array.shape:
             raise CheckpointError(
@@ -303,6 +305,14 @@ def _check_options(rank: int, scale: float, dropout: float, num_layers: int, tot
         )
 
 
-def _check_keys(keys: Sequence[str], known: Sequence[str]) -> None:
+def _check_keys(keys: Sequence[str], usual: Sequence[str], linears: Iterable[str], layers: range) -> None:
+    """Refuses keys that no block has, or none of the chosen ones, and keys that come twice."""
+    places = [place(path) for path in linears]
+    known = [*usual, *sorted({key for layer, key in places if layer >= 0} - {*usual})]
     if not keys or not {*keys} <= {*known} or len({*keys}) != len(keys):
-        raise RequestError(f"keys {[*keys]!r:.200} must be one or more of {', '.join(known)}, each once")
+        raise RequestError(f"keys {[*keys]!r:.200} must be linear layers of a block, each once: {', '.join(known)}")
+    for key in keys:
+        if not any((layer, key) in places for layer in layers):
+            raise RequestError(
+                f"keys: num_layers {len(layers)} leaves no layer with {key}; raise num_layers, or leave the key out"
+            )

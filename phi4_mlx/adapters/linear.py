@@ -82,7 +82,7 @@ class LoRALinear(nn.Module):
 
 
 class DoRALinear(LoRALinear):
-    """y = gain * (W x + scale * (x a) b), so that row i of the effective matrix has the norm m[i].
+    """y = gain * (W x + scale * (x a) b), so that row i of the effective matrix has the norm m[i]; a bias is added to y.
 
     As in the paper, the norm in gain = m / norm is a constant to the gradient. It is computed from W a [R, out] and
     a^T a [R, R], without the sum of the matrices and without unpacking a quantised W.
@@ -111,17 +111,22 @@ class DoRALinear(LoRALinear):
         if not self.on:
             return y
         a, b, excess = self.operands(x.dtype)
-        return y + (y * excess + (self._dropped(x) @ a) @ b)
+        return y + (self._without_bias(y) * excess + (self._dropped(x) @ a) @ b)
 
     def _fold(self, dtype: mx.Dtype) -> tuple[mx.array, ...]:
         gain = self.m / mx.stop_gradient(self._norms(dtype))
         # gain - 1, because half precision would round a gain close to 1.
         return self.lora_a.astype(dtype), (gain * self.scale * self.lora_b).astype(dtype), (gain - 1).astype(dtype)
 
+    def _without_bias(self, y: mx.array) -> mx.array:
+        """W x of an output of the linear layer, which may have a bias."""
+        bias = self.linear.get("bias")
+        return y if bias is None else y - bias
+
     def _norms(self, dtype: mx.Dtype) -> mx.array:
         """The norms of the rows of W + scale * (a b)^T, [out]."""
         a, b = self.lora_a.astype(mx.float32), self.scale * self.lora_b.astype(mx.float32)
-        cross = self.linear(a.T.astype(dtype)).astype(mx.float32)  # [R, out]
+        cross = self._without_bias(self.linear(a.T.astype(dtype))).astype(mx.float32)  # [R, out]
         squares = self._row_squares + ((2 * cross + (a.T @ a) @ b) * b).sum(axis=0)
         return mx.sqrt(mx.maximum(squares, 1e-30))  # a row of zeros stays zero
 

@@ -42,9 +42,11 @@ def in_bytes(progress: Callable[[int, int], object], model: LanguageModel) -> Ca
 
 
 def with_adapter(adapter: Adapter, path: str, rows: mx.array, first: int, last: int) -> mx.array:
-    """Rows `first` to `last` of a matrix [out, in] with the adapter on, in fp32."""
+    """Rows `first` to `last` of a matrix [out, in], or elements of a vector, with the adapter on, in fp32."""
     if adapter.kind == FULL:
-        return adapter.tensors[f"{path}.weight"][first:last].astype(mx.float32)
+        whole = adapter.tensors.get(f"{path}.weight", adapter.tensors.get(path))
+        assert whole is not None
+        return whole[first:last].astype(mx.float32)
     a, b, *m = (array.astype(mx.float32) for array in adapter.of(path))
     rows = rows + adapter.scale * (a @ b[:, first:last]).T
     for norms in m:

@@ -83,7 +83,7 @@ def fuse(
     fusion = _Fusion(Path(adapter_path), dequantize, progress)
     target = Path(os.path.expanduser(save_path))
     write_package(target, model, revision, fusion.planned, progress)
-    fused = {path: fusion.parameters[path] for path in fusion.adapter.paths}
+    fused = {path: fusion.parameters[path] for path in fusion.adapter.weights}
     change, error = fusion.measured.relative_rms()
     fused_model = load_model(target)
     return Fused(
@@ -116,7 +116,7 @@ class _Fusion:
         tuned = share_weights(base)
         put_adapter(tuned, self.adapter)
         self._measure(base, tuned, load_tokenizer_and_format(folder, model_type=config.model_type))
-        quantised = {path: plans[path] for path in self.adapter.paths if plans[path].target}
+        quantised = {path: plans[path] for path in self.adapter.weights if plans[path].target}
         arrays: Mapping[str, list[mx.array]] = {}
         if quantised:
             fitting = Fitting(base, tuned, self.adapter, quantised, self.probes, self.progress)
@@ -126,7 +126,7 @@ class _Fusion:
                 before, width = plans[path], self.adapter.of(path)[0].shape[0]
                 outputs = layout_of(f"{path}.weight", before.numbers, (before.rows, width), scheme)
                 plans[path] = replace(before, target=scheme, outputs=outputs)
-        for path in self.adapter.paths:
+        for path in self.adapter.weights:
             plans[path] = FusedParameter(
                 **vars(plans[path]), adapter=self.adapter, measured=self.measured, arrays=arrays
             )

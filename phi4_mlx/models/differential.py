@@ -86,8 +86,7 @@ class InnerAttention(nn.Module):
 
     def __init__(self, head_dim: int, layer: int):
         super().__init__()
-        self.lambda_q1, self.lambda_k1 = mx.zeros((head_dim,)), mx.zeros((head_dim,))
-        self.lambda_q2, self.lambda_k2 = mx.zeros((head_dim,)), mx.zeros((head_dim,))
+        self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = mx.random.normal((4, head_dim), scale=0.1)
         self.subln = nn.RMSNorm(2 * head_dim, eps=1e-5)
         self._initial = mx.array(0.8 - 0.6 * math.exp(-0.3 * layer))  # an array, so that layers share a trace
 

@@ -13,6 +13,7 @@ Source: `modeling_phi4flash.py` of the checkpoint; ArchScale (arXiv 2507.06607);
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,6 +39,8 @@ AFTER = (
     "mlp.",
 )  # fmt: skip
 
+STEPS = 1e-3, 1e-1  # of dt in a new model; Mamba's
+
 
 class Samples:
     """The borders of the samples packed in rows: a sample sees nothing of the others.
@@ -62,7 +65,9 @@ class Conv1d(nn.Module):
 
     def __init__(self, width: int, taps: int):
         super().__init__()
-        self.weight, self.bias = mx.zeros((width, 1, taps)), mx.zeros((width,))
+        bound = taps**-0.5
+        self.weight = mx.random.uniform(-bound, bound, (width, 1, taps))
+        self.bias = mx.random.uniform(-bound, bound, (width,))
 
     def __call__(self, inputs: mx.array, same: mx.array | None) -> mx.array:
         """[B, taps - 1 + T, E] -> [B, T, E]; `same` [B, T, taps] is false where a tap reaches into another sample."""
@@ -73,6 +78,12 @@ class Conv1d(nn.Module):
             product = inputs[:, k : k + T] * self.weight[:, 0, k]
             total = total + (product if same is None else mx.where(same[:, :, k : k + 1], product, 0))
         return total
+
+
+def _step_bias(width: int) -> mx.array:
+    """Initial biases of dt: softplus makes of them step sizes between `STEPS`, evenly spread on a log scale."""
+    dt = mx.exp(mx.random.uniform(*map(math.log, STEPS), (width,)))
+    return dt + mx.log(-mx.expm1(-dt))
 
 
 class Mamba(nn.Module):
@@ -87,6 +98,7 @@ class Mamba(nn.Module):
         self.conv1d = Conv1d(E, config.mamba_d_conv)
         self.x_proj = nn.Linear(E, R + 2 * N, bias=False)
         self.dt_proj = nn.Linear(R, E)
+        self.dt_proj.bias = _step_bias(E)
         self.A_log = mx.broadcast_to(mx.log(mx.arange(1, N + 1, dtype=mx.float32)), (E, N))
         self.D = mx.ones((E,))
         self.out_proj = nn.Linear(E, D, bias=False)

@@ -10,13 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
 from tests.conftest import ROOT
+from tests.kinds import WRITERS
 
 KILLS = int(os.environ.get("KILLS", "3"))
 
@@ -35,7 +35,9 @@ def finish(*words: str) -> tuple[int, str, str]:
 
 
 @pytest.fixture
-def options(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> list[str]:
+def options(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
+    """The words of a run; the fixture's parameter is the kind of model."""
+    model = WRITERS[getattr(request, "param", "phi3")](tmp_path / "tiny")
     draw, lines = random.Random(1), []
     for _ in range(40):
         word = draw.choice(["red", "green", "blue"])
@@ -49,7 +51,7 @@ def options(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> list[str]:
         "learning_rate": 1e-2, "lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.1},
     }  # fmt: skip
     (tmp_path / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
-    return ["--model", str(tiny_checkpoint()), "--data", str(tmp_path / "data"), "-c", str(tmp_path / "config.yaml")]
+    return ["--model", str(model), "--data", str(tmp_path / "data"), "-c", str(tmp_path / "config.yaml")]
 
 
 def losses(folder: Path, name: str = "loss") -> list[float]:
@@ -72,6 +74,7 @@ def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", WRITERS, indirect=True)
 def test_killed_at_random_and_resumed_is_the_unbroken_run(options: list[str], tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     code, _, err = finish(*options, "--adapter-path", str(whole))
@@ -136,7 +139,11 @@ def test_killed_where_a_checkpoint_is_written_it_is_the_unbroken_run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("options", "number", "code"),
+    [("phi3", signal.SIGINT, 130), ("phi3", signal.SIGTERM, 143), ("phi4flash", signal.SIGTERM, 143)],
+    indirect=["options"],
+)
 def test_a_signal_ends_a_run_as_signals_do_with_all_saved(
     options: list[str], tmp_path: Path, number: signal.Signals, code: int
 ) -> None:

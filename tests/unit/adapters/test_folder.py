@@ -20,6 +20,7 @@ from phi4_mlx.adapters.folder import CHECKSUMS_FILE, CONFIG_FILE, TENSORS_FILE, 
 from phi4_mlx.adapters.layers import adapter_layers, adapter_parameters, add_adapter, load_adapter
 from phi4_mlx.errors import CheckpointError, ConfigError, Phi4Error
 from phi4_mlx.files.safetensors import read_header
+from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.text import Model
 from tests.adapters import adapted, save_adapter
 from tests.damage import flipped_bits, some_bytes
@@ -166,6 +167,14 @@ def test_full_fine_tuning_is_saved_in_such_a_folder_too(tiny_model: TinyModel, t
     assert mx.array_equal(theirs(SHORT), tuned(SHORT))
 
 
+def test_whole_weights_of_any_kind_are_loaded_again(any_model: Callable[..., LanguageModel], tmp_path: Path) -> None:
+    """Biases and vectors too, each in its own dtype."""
+    tuned, model = any_model(seed=1).unfreeze(), any_model()
+    save_adapter(tuned, tmp_path, {})
+    load_adapter(model, tmp_path)
+    assert mx.array_equal(model(SHORT), tuned(SHORT))
+
+
 def test_whole_weights_of_another_model_are_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
     save_adapter(tiny_model(num_hidden_layers=3).unfreeze(), tmp_path, {})
     for model in (tiny_model(), adapted(tiny_model())):
@@ -179,10 +188,12 @@ def test_whole_weights_of_another_model_are_refused(tiny_model: TinyModel, tmp_p
     quantised = tiny_model()
     nn.quantize(quantised, group_size=32, bits=4)
     tensors = {"model.layers.0.mlp.down_proj.weight": mx.zeros(quantised.layers[0].mlp.down_proj.weight.shape)}
-    mx.save_safetensors(str(tmp_path / TENSORS_FILE), tensors)
+    scales = {"model.layers.0.mlp.down_proj.scales": mx.zeros(quantised.layers[0].mlp.down_proj.scales.shape)}
     (tmp_path / CHECKSUMS_FILE).unlink()
-    with pytest.raises(CheckpointError, match="is not a trainable tensor"):
-        load_adapter(quantised, tmp_path)
+    for held in (tensors, scales):
+        mx.save_safetensors(str(tmp_path / TENSORS_FILE), held)
+        with pytest.raises(CheckpointError, match="is not a trainable tensor"):
+            load_adapter(quantised, tmp_path)
 
 
 # --- whole or not at all ---

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from phi4_mlx.adapters.folder import PARTS
+from phi4_mlx.adapters.folder import PARTS, place
 from phi4_mlx.adapters.layers import (
     adapter_layers,
     adapter_off,
@@ -21,8 +21,10 @@ from phi4_mlx.adapters.layers import (
     remove_adapter,
 )
 from phi4_mlx.errors import CheckpointError, RequestError
+from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.text import Model
 from tests.adapters import adapted, save_adapter, train_a_little
+from tests.tiny_sambay import make_tiny_sambay
 
 IDS = mx.array([[5, 6, 7, 8]])
 KINDS = ["lora", "dora"]
@@ -30,10 +32,10 @@ KINDS = ["lora", "dora"]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [None, 3, 4, 8])
-def test_a_fresh_adapter_changes_nothing(tiny_model: Callable[..., Model], kind: str, bits: int | None) -> None:
-    model = tiny_model()
+def test_a_fresh_adapter_changes_nothing(any_model: Callable[..., LanguageModel], kind: str, bits: int | None) -> None:
+    model = any_model()
     if bits:
-        nn.quantize(model, group_size=32, bits=bits)
+        nn.quantize(model, group_size=32, bits=bits, class_predicate=model.quantizable)
     before = model(IDS)
     add_adapter(model, kind=kind)
     assert mx.array_equal(model(IDS), before)
@@ -74,6 +76,28 @@ def test_keys_and_the_last_layers_are_chosen(tiny_model: Callable[..., Model]) -
         for key, width in (("self_attn.o_proj", 96), ("mlp.down_proj", 160))
         for part, shape in (("lora_a", (width, 5)), ("lora_b", (5, 96)))
     }
+
+
+def test_blocks_that_differ_are_adapted_where_they_have_the_layer() -> None:
+    model = make_tiny_sambay()
+    usual = {"attn.in_proj", "attn.out_proj", "attn.Wqkv", "mlp.fc1", "mlp.fc2"}
+    for keys, num_layers, first, expected in (
+        (None, None, 0, usual),
+        (None, 1, 7, usual - {"attn.in_proj"}),
+        (["attn.Wqkv", "attn.in_proj"], 3, 5, {"attn.Wqkv", "attn.in_proj"}),
+        (["attn.x_proj", "attn.dt_proj"], None, 0, {"attn.x_proj", "attn.dt_proj"}),
+    ):
+        add_adapter(model, rank=2, keys=keys, num_layers=num_layers)
+        places = [place(path) for path in adapter_layers(model)]
+        assert {key for _, key in places} == expected and min(places)[0] == first
+        assert all(("in_proj" in key) <= (layer % 2 == 0) and ("Wqkv" in key) <= (layer % 2) for layer, key in places)
+        train_a_little(model)
+        assert mx.isfinite(model(IDS)).all()
+    for key in ("attn.conv1d", "attn.A_log", "attn", "self_attn.o_proj"):
+        with pytest.raises(RequestError, match=rf"{key}.* must be linear layers of a block.*fc2, attn.dt_proj, attn.x"):
+            add_adapter(model, keys=[key])
+    with pytest.raises(RequestError, match=r"keys: num_layers 3 leaves no layer with attn\.x_proj; raise num_layers"):
+        add_adapter(model, keys=["attn.Wqkv", "attn.x_proj"], num_layers=3)
 
 
 def test_a_seed_gives_the_same_adapter_and_another_seed_another(tiny_model: Callable[..., Model]) -> None:

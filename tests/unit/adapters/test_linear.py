@@ -57,10 +57,13 @@ def effective(w: mx.array, scale: float, a: mx.array, b: mx.array, *m: mx.array)
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("base", BASES)
-def test_a_layer_is_the_formula_of_its_paper(base: str, kind: str) -> None:
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_is_the_formula_of_its_paper(base: str, kind: str, bias: bool) -> None:
     quantise, dtype, tolerance = BASES[base]
     linear: nn.Module = nn.Linear(96, 160, bias=False)
     linear.weight = normal((160, 96), 1).astype(dtype)
+    if bias:
+        linear.bias = normal((160,), 6).astype(dtype)
     if quantise:
         linear = nn.QuantizedLinear.from_linear(linear, **quantise)
     a, b = 0.2 * normal((96, 4), 2), 0.2 * normal((4, 160), 3)
@@ -68,6 +71,7 @@ def test_a_layer_is_the_formula_of_its_paper(base: str, kind: str) -> None:
     layer = (DoRALinear if m else LoRALinear)(linear, a, b, *m, 3.0)
     x = normal((2, 5, 96), 5).astype(dtype)
     expected = x.astype(mx.float32) @ effective(dense(linear), 3.0, a, b, *m).T
+    expected = expected + linear.bias.astype(mx.float32) if bias else expected
     for training in (True, False):
         y = layer.train(training)(x)
         kept = layer.operands(mx.float32) is layer.operands(mx.float32)

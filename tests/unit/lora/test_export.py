@@ -11,13 +11,16 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from phi4_mlx.adapters.layers import adapter_parameters, add_adapter, load_adapter, read_adapter
-from phi4_mlx.adapters.peft import scale_of
+from phi4_mlx.adapters.layers import adapter_layers, adapter_parameters, add_adapter, load_adapter, read_adapter
+from phi4_mlx.adapters.peft import PEFT_FILE, scale_of
+from phi4_mlx.checkpoint import load_model
 from phi4_mlx.errors import CheckpointError, Phi4Error, RequestError
 from phi4_mlx.files.safetensors import read_header
 from phi4_mlx.lora.export import from_peft, main, to_peft
 from phi4_mlx.models.text import Model
-from tests.adapters import save_adapter
+from tests.adapters import adapted, save_adapter
+from tests.counting_run import same
+from tests.tiny_sambay import write_tiny_sambay
 
 TinyModel = Callable[..., Model]
 
@@ -89,6 +92,36 @@ def test_places_that_differ_from_layer_to_layer_are_named_one_by_one(
     model = tiny_model()
     load_adapter(model, tmp_path / "again")
     assert len(adapter_parameters(model)) == 14
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 3}, {"keys": ["attn.x_proj"]}, {"kind": "dora"}])
+def test_blocks_that_differ_come_back_as_they_were(tmp_path: Path, options: dict[str, Any]) -> None:
+    base = write_tiny_sambay(tmp_path / "hybrid")
+    model = adapted(load_model(base), **options)
+    before, ids = model(mx.array([[5, 6, 7]])), mx.array([[5, 6, 7]])
+    save_adapter(model, tmp_path / "adapter", {})
+    to_peft(tmp_path / "adapter", tmp_path / "peft")
+    names = {name.removesuffix(".lora_A.weight") for name in read_header(tmp_path / "peft" / PEFT_FILE) if "_A" in name}
+    assert names == {f"base_model.model.{path}" for path in adapter_layers(model)}
+    from_peft(tmp_path / "peft", tmp_path / "back", base)
+    for folder in ("peft", "back"):
+        other = load_model(base)
+        load_adapter(other, tmp_path / folder)
+        assert mx.array_equal(other(ids), before)
+    for name in ("adapters.safetensors", "adapter_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
+
+
+def test_an_adapter_of_pefts_names_places_that_some_blocks_lack(tmp_path: Path) -> None:
+    base = write_tiny_sambay(tmp_path / "hybrid")
+    model = adapted(load_model(base))
+    save_adapter(model, tmp_path / "adapter", {})
+    to_peft(tmp_path / "adapter", tmp_path / "peft")
+    assert config(tmp_path / "peft")["target_modules"] == [*adapter_layers(model)]
+    reconfigure(tmp_path / "peft", target_modules=["in_proj", "out_proj", "Wqkv", "fc1", "fc2"])
+    other = load_model(base)
+    load_adapter(other, tmp_path / "peft")
+    assert same(adapter_parameters(other), adapter_parameters(model))
 
 
 def test_rslora_is_a_scale(peft: Path) -> None:

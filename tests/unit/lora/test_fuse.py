@@ -22,6 +22,7 @@ from phi4_mlx.files.safetensors import read_header
 from phi4_mlx.lora import effect
 from phi4_mlx.lora.fuse import fuse
 from tests.adapters import save_adapter
+from tests.tiny_sambay import write_tiny_sambay
 
 Checkpoint = Callable[..., Path]
 IDS = mx.random.randint(0, 512, (1, 90), key=mx.random.key(9))  # crosses the boundary
@@ -82,6 +83,29 @@ def test_a_quantised_base_can_be_fused_to_a_dense_package(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_hybrid_is_fused_block_by_block(tmp_path: Path, kind: str) -> None:
+    convert(write_tiny_sambay(tmp_path / "hybrid"), tmp_path / "base", **FOUR_BITS)
+    adapter = train_adapter(tmp_path / "base", tmp_path / "adapter", kind)
+    fused = fuse(tmp_path / "base", adapter, tmp_path / "out", dequantize=True)
+    assert len(fused.schemes) == 32 and fused.effect.keeps
+    assert difference(tmp_path / "out", tmp_path / "base", adapter) < 1e-3 < difference(tmp_path / "out", tmp_path / "base")
+
+
+def test_weights_in_float32_stay_so_in_a_model_of_bfloat16(tmp_path: Path) -> None:
+    base = write_tiny_sambay(tmp_path / "base")
+    weights = mx.load(str(base / "model.safetensors"))
+    exact = {name: array for name, array in weights.items() if "A_log" in name or "lambda_" in name}
+    half = {name: array.astype(mx.bfloat16) for name, array in weights.items()} | exact
+    mx.save_safetensors(str(base / "model.safetensors"), half)
+    fuse(base, train_adapter(base, tmp_path / "adapter", num_layers=3, keys=["mlp.fc2"]), tmp_path / "out")
+    fused = mx.load(str(tmp_path / "out" / "model.safetensors"))
+    assert {name: array.dtype for name, array in fused.items()} == {name: array.dtype for name, array in half.items()}
+    changed = {name for name in half if not mx.array_equal(half[name], fused[name])}
+    assert changed == {f"model.layers.{n}.mlp.fc2.weight" for n in (5, 6, 7)}
+
+
+@pytest.mark.slow
 def test_a_quantised_base_is_quantised_again_each_layer_as_it_was(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     convert(tiny_checkpoint(dtype=mx.bfloat16), tmp_path / "base", **FOUR_BITS, embed_bits=8)
     adapter = train_adapter(tmp_path / "base", tmp_path / "adapter", size=1.0, keys=["mlp.down_proj"])
@@ -122,8 +146,8 @@ def test_the_loss_that_is_told_is_the_loss_there_is(tiny_checkpoint: Checkpoint,
     assert fused.change == pytest.approx((change / whole) ** 0.5, rel=1e-3)
 
 
-def test_a_full_fine_tuning_becomes_a_package(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    base, tuned = tiny_checkpoint("base"), tiny_checkpoint("tuned", seed=1)
+def test_a_full_fine_tuning_becomes_a_package(any_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base, tuned = any_checkpoint("base"), any_checkpoint("tuned", seed=1)
     model, _ = load(tuned)
     save_adapter(model.unfreeze(), tmp_path / "adapter", {})
     fuse(base, tmp_path / "adapter", tmp_path / "out")

@@ -19,6 +19,7 @@ from phi4_mlx.lora.training.loss import CHUNK_ROWS, Loss, sft_loss
 from phi4_mlx.lora.training.milestones import milestones
 from phi4_mlx.lora.training.preference import PreferenceLoss
 from phi4_mlx.lora.training.trainer import evaluate
+from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.text import Model
 
 Ticks = list[tuple[float, float]]
@@ -61,6 +62,7 @@ def at_once(model: Model, loss: Loss, given: list[Batch]) -> tuple[float, dict[s
     return total.item() / targets.item(), dict(tree_flatten(tree_map(lambda grad: grad / targets, sums)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "task", "count", "recompute", "tied"),
     [("lora", "sft", 1, False, True), ("lora", "sft", 2, True, False), ("dora", "sft", 1, True, True),
@@ -68,9 +70,9 @@ def at_once(model: Model, loss: Loss, given: list[Batch]) -> tuple[float, dict[s
      ("lora", "orpo", 2, False, True)],
 )  # fmt: skip
 def test_the_parts_give_the_numbers_of_one_evaluation_to_the_bit(
-    tiny_model: Callable[..., Model], kind: str, task: str, count: int, recompute: bool, tied: bool
+    any_model: Callable[..., LanguageModel], kind: str, task: str, count: int, recompute: bool, tied: bool
 ) -> None:
-    model = tuned(tiny_model, kind, tie_word_embeddings=tied)
+    model = tuned(any_model, kind, tie_word_embeddings=tied)
     model.recompute = recompute
     loss: Loss = sft_loss if task == "sft" else PreferenceLoss(task)
     given = batches(task != "sft")[:count]

@@ -24,6 +24,7 @@ from phi4_mlx.lora.settings import Settings
 from phi4_mlx.lora.training.loss import next_token_loss
 from phi4_mlx.lora.training.preference import REMEMBERED, PreferenceLoss
 from phi4_mlx.lora.training.trainer import Trainer, evaluate
+from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.text import Model
 
 BETA = 0.4
@@ -108,24 +109,26 @@ def assert_close(ours: dict[str, mx.array], theirs: dict[str, mx.array]) -> None
     assert max(mx.abs(grad).max().item() for grad in theirs.values()) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["dpo", "orpo"])
 @pytest.mark.parametrize(("kind", "recompute"), [("lora", False), ("lora", True), ("dora", False)])
 def test_loss_and_gradients_are_those_of_the_whole_logits(
-    tiny_model: Callable[..., Model], task: str, kind: str, recompute: bool
+    any_model: Callable[..., LanguageModel], task: str, kind: str, recompute: bool
 ) -> None:
-    model, pairs = with_adapter(tiny_model(), kind), some_pairs()
+    model, pairs = with_adapter(any_model(), kind), some_pairs()
     batch = packed(pairs)
     assert batch.segments.max().item() > 2
-    theirs, their_grads = flat_grad(NAIVE[task], model, tiny_model(), pairs)
+    theirs, their_grads = flat_grad(NAIVE[task], model, any_model(), pairs)
     model.recompute = recompute
     (ours, count), our_grads = flat_grad(PreferenceLoss(task, BETA), model, batch)
     assert abs(ours.item() - theirs.item()) < 1e-5 and count.item() == len(pairs)
     assert_close(our_grads, their_grads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["dpo", "orpo"])
-def test_pairs_in_rows_are_the_mean_of_pairs_alone(tiny_model: Callable[..., Model], task: str) -> None:
-    model, pairs, loss = with_adapter(tiny_model()), some_pairs(), PreferenceLoss(task, BETA)
+def test_pairs_in_rows_are_the_mean_of_pairs_alone(any_model: Callable[..., LanguageModel], task: str) -> None:
+    model, pairs, loss = with_adapter(any_model()), some_pairs(), PreferenceLoss(task, BETA)
     (ours, _), our_grads = flat_grad(loss, model, packed(pairs))
     alone = [flat_grad(loss, model, packed([pair])) for pair in pairs]
     assert [count.item() for (_, count), _ in alone] == [1] * len(pairs)
@@ -134,9 +137,9 @@ def test_pairs_in_rows_are_the_mean_of_pairs_alone(tiny_model: Callable[..., Mod
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_dpo_begins_at_ln_2(tiny_model: Callable[..., Model], kind: str) -> None:
+def test_dpo_begins_at_ln_2(any_model: Callable[..., LanguageModel], kind: str) -> None:
     """A fresh adapter changes nothing, and the base has no dropout: the margin is exactly 0."""
-    model, loss = with_adapter(tiny_model(), kind, dropout=0.5, trained=False), PreferenceLoss("dpo", BETA)
+    model, loss = with_adapter(any_model(), kind, dropout=0.5, trained=False), PreferenceLoss("dpo", BETA)
     value, _ = loss(model, packed(some_pairs()))
     assert value.item() == pytest.approx(math.log(2), abs=1e-7)
     assert loss.figures().margin == 0

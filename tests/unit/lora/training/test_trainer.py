@@ -24,12 +24,14 @@ from phi4_mlx.lora.saving.metrics import MetricsLog, read_metrics
 from phi4_mlx.lora.training.gradients import mean_gradients
 from phi4_mlx.lora.training.loss import sft_loss
 from phi4_mlx.lora.training.trainer import Trainer, evaluate
+from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.text import Model
 from tests.counting_run import finish, same, samples, trainer
 
 
-def test_it_learns(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
-    steps = list(trainer(tiny_model, tmp_path, iters=40, batch_size=8).run())
+@pytest.mark.slow
+def test_it_learns(any_model: Callable[..., LanguageModel], tmp_path: Path) -> None:
+    steps = list(trainer(any_model, tmp_path, iters=40, batch_size=8).run())
     assert steps[-1].loss < 0.6 * steps[0].loss
     assert [step.step for step in steps] == list(range(1, 41))
     validated = [step.valid_loss for step in steps if step.valid_loss is not None]
@@ -132,10 +134,10 @@ def test_resuming_a_finished_or_an_unstarted_run(tiny_model: Callable[..., Model
     assert again.resume() == 12 and finish(again)[0] == []
 
 
-def test_accumulation_weighs_each_target_the_same(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+def test_accumulation_weighs_each_target_the_same(any_model: Callable[..., LanguageModel], tmp_path: Path) -> None:
     """Two batches of one sample are one batch of two samples, whatever their lengths."""
-    one = trainer(tiny_model, tmp_path / "a", dropout=0, batch_size=2, iters=1)
-    two = trainer(tiny_model, tmp_path / "b", dropout=0, batch_size=1, grad_accumulation_steps=2, iters=1)
+    one = trainer(any_model, tmp_path / "a", dropout=0, batch_size=2, iters=1)
+    two = trainer(any_model, tmp_path / "b", dropout=0, batch_size=1, grad_accumulation_steps=2, iters=1)
     pair = samples(2)
     batch = next(Batches(pair, batch_size=2))
     rows = list(Batches(pair, batch_size=1).fixed())
@@ -148,12 +150,13 @@ def test_accumulation_weighs_each_target_the_same(tiny_model: Callable[..., Mode
         assert mx.allclose(a, b, rtol=0, atol=1e-5), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_packed_samples_have_the_loss_and_gradients_of_rows_of_their_own(
-    tiny_model: Callable[..., Model], kind: str
+    any_model: Callable[..., LanguageModel], kind: str
 ) -> None:
     """Every target weighs the same, on both sides of the RoPE boundary and in any number of stretches."""
-    model = tiny_model()
+    model = any_model()
     add_adapter(model, rank=4, kind=kind)
     for layer in adapter_layers(model).values():
         layer.lora_b = 0.03 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(1))
