@@ -47,7 +47,8 @@ class RecurrentCache:
         self.offset += inputs.shape[1] - self._before
         self._inputs, self._states = inputs, states
         if len(states) == 1:
-            self._inputs = self._tail(0)
+            tail = self._tail(0)  # copied, because a slice would keep the inputs of a whole chunk in memory
+            self._inputs = mx.contiguous(tail) if inputs.shape[1] > REWIND else tail
 
     def _tail(self, n: int) -> mx.array:
         """The inputs before the last n."""
@@ -86,13 +87,10 @@ class RecurrentCache:
 
     def trim(self, n: int) -> int:
         """Takes back the last n tokens; returns how many it took: n, all of them, or 0 where that is not possible."""
-        if n >= self.offset:
-            n = self.offset
-            self._set([], 0)
-        elif self.can_trim(n):
-            self._set([self._tail(n), self._states[-1 - n]], self.offset - n)
-        else:
-            n = 0
+        n = min(n, self.offset)
+        if n <= 0 or not (n == self.offset or self.can_trim(n)):
+            return 0
+        self._set([] if n == self.offset else [self._tail(n), self._states[-1 - n]], self.offset - n)
         return n
 
     def snapshot(self) -> tuple[list[mx.array], int]:
@@ -168,8 +166,8 @@ class WindowCache:
             buffer[:, :, start:end] = part
         self._filled, self.offset = end, self.offset + T
         fetched = [buffer[:, :, :end] for buffer in self._buffers]
-        if T > self.STEP:  # a buffer for a long prompt is not kept
-            self._buffers = self._window()
+        if T > self.STEP:  # a buffer for a long prompt is not kept, and a slice would keep it in memory
+            self._buffers = [mx.contiguous(array) for array in self._window()]
             self._filled = self._buffers[0].shape[2]
         return fetched[0], fetched[1]
 
@@ -210,13 +208,13 @@ class WindowCache:
 
     def trim(self, n: int) -> int:
         """Takes back the last n tokens; returns how many it took: n, all of them, or 0 where that is not possible."""
-        if n >= self.offset:
-            n = self.offset
+        n = min(n, self.offset)
+        if n <= 0 or not (n == self.offset or self.can_trim(n)):
+            return 0
+        if n == self.offset:
             self._set([], 0)
-        elif self.can_trim(n):
-            self._filled, self.offset = self._filled - n, self.offset - n
         else:
-            n = 0
+            self._filled, self.offset = self._filled - n, self.offset - n
         return n
 
     def snapshot(self) -> tuple[list[mx.array], int]:
