@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -40,6 +41,22 @@ AFTER = (
 )  # fmt: skip
 
 STEPS = 1e-3, 1e-1  # of dt in a new model; Mamba's
+
+
+@partial(mx.compile, shapeless=True)
+def swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    """silu(gate) * x in float32, in the dtype of the gate."""
+    return (nn.silu(gate.astype(mx.float32)) * x.astype(mx.float32)).astype(gate.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """The norm of the float32 residual stream, in the dtype of the weights."""
+
+    traceable = True
+
+    def __call__(self, x: mx.array) -> mx.array:
+        normed = mx.fast.layer_norm(x, None, None, self.eps)
+        return (normed * self.weight + self.bias).astype(self.weight.dtype)
 
 
 class Samples:
@@ -128,17 +145,16 @@ class Mamba(nn.Module):
         u, z = mx.split(self.in_proj(x), 2, axis=-1)  # [B, T, E] each
         inputs = mx.concatenate([tail, u], axis=1)
         wide = nn.silu(self.conv1d(inputs.astype(mx.float32), samples and samples.same))
-        dt, weights, readout = mx.split(self.x_proj(wide.astype(x.dtype)), [-2 * N, -N], axis=-1)  # R, N, N columns
-        dt = nn.softplus(self.dt_proj(dt).astype(mx.float32))
-        weights, readout = weights.astype(mx.float32), readout.astype(mx.float32)
+        dt, weights, readout = mx.split(self.x_proj(wide), [-2 * N, -N], axis=-1)  # R, N, N columns, float32
+        dt = nn.softplus(self.dt_proj(dt.astype(x.dtype)).astype(mx.float32))
         rates = -mx.exp(self.A_log.astype(mx.float32)).T
         if samples is None and T <= REWIND and not self.training:
             y, states = short_scan(wide, dt, rates, weights, readout, state)
         else:
             y, state = selective_scan(wide, dt, rates, weights, readout, state, samples and samples.keep)
             states = [state]
-        y = (y + self.D * wide).astype(x.dtype)
-        return self.out_proj(nn.silu(z) * y), y, inputs, states
+        y = y + self.D * wide
+        return self.out_proj(swiglu(z, y)), y.astype(x.dtype), inputs, states
 
 
 class Memory(nn.Module):
@@ -152,7 +168,7 @@ class Memory(nn.Module):
         self.out_proj = nn.Linear(config.mamba_width, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array, memory: mx.array) -> mx.array:
-        return self.out_proj(nn.silu(self.in_proj(x)) * memory)
+        return self.out_proj(swiglu(self.in_proj(x), memory))
 
 
 class MLP(nn.Module):
@@ -167,7 +183,7 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         gate, up = mx.split(self.fc1(x), 2, axis=-1)  # [B, T, F] each
-        return self.fc2(nn.silu(gate) * up)
+        return self.fc2(swiglu(gate, up))
 
 
 class Block(nn.Module):
@@ -177,19 +193,15 @@ class Block(nn.Module):
 
     def __init__(self, config: SambaYConfig, mixer: nn.Module):
         super().__init__()
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.input_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.attn = mixer
-        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.post_attention_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = MLP(config)
-
-    def normed(self, x: mx.array) -> mx.array:
-        """The input of the mixer, in the dtype of the weights."""
-        return self.input_layernorm(x.astype(self.input_layernorm.weight.dtype))
 
     def rest(self, x: mx.array, mixed: mx.array) -> mx.array:
         """Everything after the mixer, whose output is `mixed` [B, T, D]."""
         x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x.astype(self.post_attention_layernorm.weight.dtype)))
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class MambaBlock(Block):
@@ -199,7 +211,7 @@ class MambaBlock(Block):
         self, x: mx.array, cache: RecurrentCache | None, samples: Samples | None
     ) -> tuple[mx.array, mx.array]:
         """The block's output [B, T, D], and the scan's [B, T, E]."""
-        mixed, memory = self.attn(self.normed(x), cache, samples)
+        mixed, memory = self.attn(self.input_layernorm(x), cache, samples)
         return self.rest(x, mixed), memory
 
 
@@ -210,7 +222,7 @@ class SelfAttentionBlock(Block):
         self, x: mx.array, cache: WindowCache | KVCache | None, mask: Any, rows: int | None
     ) -> tuple[mx.array, mx.array, mx.array]:
         """The output of the last `rows` positions, and all cached keys and values."""
-        weight, queries, keys, values = self.attn.heads(self.normed(x))
+        weight, queries, keys, values = self.attn.heads(self.input_layernorm(x))
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
         if rows is not None:
@@ -222,14 +234,14 @@ class MemoryBlock(Block):
     """A block of the second half that reads the memory."""
 
     def __call__(self, x: mx.array, memory: mx.array) -> mx.array:
-        return self.rest(x, self.attn(self.normed(x), memory))
+        return self.rest(x, self.attn(self.input_layernorm(x), memory))
 
 
 class CrossBlock(Block):
     """A block of the second half that reads the keys and values of the full attention."""
 
     def __call__(self, x: mx.array, keys: mx.array, values: mx.array, mask: Any) -> mx.array:
-        weight, queries = self.attn.heads(self.normed(x))
+        weight, queries = self.attn.heads(self.input_layernorm(x))
         return self.rest(x, self.attn.output(self.attn.attend(weight, queries, keys, values, mask)))
 
 
@@ -248,7 +260,7 @@ class Decoder(nn.Module):
 
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [block(i) for i in range(config.num_hidden_layers)]
-        self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.final_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self._taps, self._compiled = config.mamba_d_conv, CompiledSteps()
 
     def __call__(
@@ -291,10 +303,7 @@ class Decoder(nn.Module):
             x = run(x, memory) if isinstance(layer, MemoryBlock) else run(x, keys, values, mask)
             if watch is not None:
                 watch(layer, x)
-        return self._normed(x)
-
-    def _normed(self, x: mx.array) -> mx.array:
-        return self.final_layernorm(x.astype(self.final_layernorm.weight.dtype))
+        return self.final_layernorm(x)
 
     def _step(self, ids: mx.array, mask: mx.array | None, caches: Sequence[Any]) -> mx.array:
         """A single-token step in compiled calls, from one attention to the next; ids [B, 1] -> [B, 1, D]."""
@@ -316,9 +325,9 @@ class Decoder(nn.Module):
 
     def _trace(self) -> list[Call]:
         def remember(mamba: Any, attention: Any, x: mx.array, tail: mx.array, state: mx.array) -> tuple[mx.array, ...]:
-            mixed, memory, inputs, (state,) = mamba.attn.mix(mamba.normed(x), tail, state)
+            mixed, memory, inputs, (state,) = mamba.attn.mix(mamba.input_layernorm(x), tail, state)
             x = mamba.rest(x, mixed)
-            return x, memory, inputs, state, *attention.attn.heads(attention.normed(x))
+            return x, memory, inputs, state, *attention.attn.heads(attention.input_layernorm(x))
 
         def first(embedding: Any, mamba: Any, attention: Any, ids: mx.array, *before: mx.array) -> tuple[mx.array, ...]:
             return remember(mamba, attention, embedding(ids).astype(mx.float32), *before)
@@ -332,11 +341,10 @@ class Decoder(nn.Module):
             attention: Any, unit: Any, following: Any, x: mx.array, mixed: mx.array, memory: mx.array
         ) -> tuple[mx.array, ...]:
             x = unit(attention.rest(x, attention.attn.output(mixed)), memory)
-            return x, *following.attn.heads(following.normed(x))
+            return x, *following.attn.heads(following.input_layernorm(x))
 
         def last(attention: Any, norm: Any, x: mx.array, mixed: mx.array) -> tuple[mx.array, ...]:
-            x = attention.rest(x, attention.attn.output(mixed))
-            return (norm(x.astype(norm.weight.dtype)),)
+            return (norm(attention.rest(x, attention.attn.output(mixed))),)
 
         remembering, gating = Traced(between, AFTER, ALL, BEFORE), Traced(gated, AFTER, ALL, BEFORE)
         triples = zip(self.layers[1::2], self.layers[2::2], self.layers[3::2], strict=False)
