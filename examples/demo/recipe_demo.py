@@ -1,17 +1,9 @@
-"""Trains the embedded `demo` package from scratch: corpus, tokenizer, model, 4-bit package. The run is seeded.
-
-    python examples/demo/train.py [--output phi4_mlx/demo]
-
-On Linux, set `OPENBLAS_NUM_THREADS=1 LD_PRELOAD=libopenblas.so.0`, which is several times faster (one thread, because
-two streams run at once). MLX needs a C++ compiler to fuse its loops.
-"""
+"""The recipe of `demo`: corpus, tokenizer, and a model like Phi-4-mini; two streams run at once."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,7 +21,6 @@ from initialise import initialise
 from mlx.utils import tree_flatten, tree_map
 
 from phi4_mlx.config.text import ModelConfig
-from phi4_mlx.convert.package import convert
 from phi4_mlx.models.text import Model
 from phi4_mlx.tokens.chat_format import CHAT_FORMATS
 from phi4_mlx.tokens.tokenizer import Tokenizer, load_tokenizer
@@ -198,17 +189,17 @@ THEN = {(30, 480): 3_000_000, (650, 2400): 2_200_000}
 SETTLE = {(30, 480): 1_800_000, (650, 2400): 600_000}
 
 
-def main() -> None:
-    """Writes the unquantised checkpoint and the package."""
-    here = Path(__file__).resolve().parent
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=here.parent.parent / "phi4_mlx" / "demo")
-    parser.add_argument("--unquantised", type=Path, default=here.parent.parent / "build" / "demo-fp32")
-    options = parser.parse_args()
+def make_demo(folder: Path) -> tuple[Model, dict[str, Any]]:
+    """Trains the tokenizer and the model.
+
+    Args:
+        folder: gets the files of the tokenizer.
+
+    Returns:
+        The model and its config.json.
+    """
     mx.random.seed(SEED)
     start = time.perf_counter()
-
-    folder: Path = options.unquantised
     save_tokenizer(train_bpe(corpus_texts(), LEARNED_TOKENS), folder, CONFIG["max_position_embeddings"])
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_format = CHAT_FORMATS["phi4-mini"]
@@ -219,14 +210,4 @@ def main() -> None:
     print(f"{count:,} parameters, {len(plan)} batches, {time.perf_counter() - start:.0f} s so far", flush=True)
     train(model, plan, PEAK_RATE)
     train(model, batches(tokenizer, 3, SETTLE), SETTLING_RATE, packed=True)
-
-    stops = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(CONFIG | stops, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
-    shutil.rmtree(options.output, ignore_errors=True)
-    convert(folder, options.output, quantize=True)
-    print(f"{options.output} after {(time.perf_counter() - start) / 60:.1f} min; now: python examples/demo/evaluate.py")
-
-
-if __name__ == "__main__":
-    main()
+    return model, CONFIG

@@ -1,0 +1,62 @@
+"""Trains an embedded package from scratch: data, tokenizer, model, 4-bit package. The run is seeded.
+
+    python examples/demo/train.py [--package demo-flash] [--output FOLDER]
+
+On Linux, set `OPENBLAS_NUM_THREADS=1 LD_PRELOAD=libopenblas.so.0`, which is several times faster. MLX needs a C++
+compiler to fuse its loops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from recipe_demo import make_demo
+from recipe_flash import make_flash
+
+from phi4_mlx.convert.package import convert
+from phi4_mlx.models.model import LanguageModel
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+Recipe = Callable[[Path], tuple[LanguageModel, dict[str, Any]]]
+"""(folder, which gets the files of the tokenizer) -> (trained model, config.json)"""
+
+# name -> (recipe, numbers that share a scale in the 4-bit package)
+PACKAGES: dict[str, tuple[Recipe, int]] = {"demo": (make_demo, 64), "demo-flash": (make_flash, 32)}
+
+
+def main() -> None:
+    """Writes the unquantised checkpoint and the package."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--package", choices=PACKAGES, default="demo")
+    parser.add_argument("--output", type=Path, help="the package (default: the embedded one)")
+    parser.add_argument("--unquantised", type=Path, help="the checkpoint (default: build/NAME-fp32)")
+    options = parser.parse_args()
+    name: str = options.package
+    output = options.output or ROOT / "phi4_mlx" / name.replace("-", "_")
+    folder = options.unquantised or ROOT / "build" / f"{name}-fp32"
+    start, cpu_start = time.perf_counter(), time.process_time()
+
+    recipe, group_size = PACKAGES[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    model, config = recipe(folder)
+    stops = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | stops, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    shutil.rmtree(output, ignore_errors=True)
+    convert(folder, output, quantize=True, q_group_size=group_size)
+    minutes, cpu_minutes = (time.perf_counter() - start) / 60, (time.process_time() - cpu_start) / 60
+    print(f"{output} after {minutes:.1f} min, {cpu_minutes:.1f} min of CPU time")
+    print(f"now: python examples/demo/evaluate.py --package {name} --beside {folder}")
+
+
+if __name__ == "__main__":
+    main()
