@@ -1,4 +1,4 @@
-"""Model names resolved to folders: the demo, folders, and the Hugging Face Hub with its cache."""
+"""Model names resolved to folders: embedded packages, folders, and the Hugging Face Hub with its cache."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.errors import CheckpointError, message_of
+from phi4_mlx.files.embedded import EMBEDDED
 from phi4_mlx.files.manifest import MANIFEST_FILE
 from phi4_mlx.terminal.suggestion import path_suggestion, suggestion
 
@@ -34,7 +35,7 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
     """Resolves a model name to a folder, downloading a Hub repository unless it is cached.
 
     Args:
-        path_or_hf_repo: "demo", a folder, or a Hub id ("owner/name").
+        path_or_hf_repo: "demo" or another name in `EMBEDDED`, a folder, or a Hub id ("owner/name").
         revision: commit, branch or tag on the Hub; None for the main branch, or the pinned commit of the default model.
 
     Returns:
@@ -44,8 +45,8 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
         CheckpointError: no such folder or Hub repository exists, or the Hub cannot be reached.
     """
     name = str(path_or_hf_repo)
-    if name == "demo":
-        return Path(__file__).parent / "demo"
+    if name in EMBEDDED:
+        return EMBEDDED[name]
     folder = Path(os.path.expanduser(name))  # leaves `~nobody` unchanged, where Path.expanduser raises
     if name and os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
         return folder
@@ -116,7 +117,7 @@ def _unknown(name: str) -> CheckpointError:
 
 def _way_out(name: str) -> str:
     """The end of a message about a model that was not found: the names that may be meant, or the demo."""
-    known = {"demo", DEFAULT_MODEL, *map(_name, _model_folders())}
+    known = {*EMBEDDED, DEFAULT_MODEL, *map(_name, _model_folders())}
     return path_suggestion(name, os.path.isdir, sorted(known - {name})) or "; --model demo needs no download"
 
 
@@ -145,11 +146,11 @@ def _no_bar() -> Any:
 
 @dataclass(frozen=True)
 class CachedModel:
-    """A revision of a model in the Hugging Face cache, or the demo.
+    """A revision of a model in the Hugging Face cache, or an embedded package.
 
     Attributes:
-        name: the Hub id.
-        revision: the commit; "" for the demo, and for a folder of the cache without a whole revision.
+        name: the Hub id, or the name of an embedded package.
+        revision: the commit; "" for an embedded package, and for a folder of the cache without a whole revision.
         refs: branches and tags that point to it.
         folder: of the revision, or else of the model.
         nbytes: of its files.

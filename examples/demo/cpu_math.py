@@ -100,12 +100,49 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, *, scale: flo
     return mx.concatenate(parts, 2)
 
 
+@mx.custom_function
+def softmax(x: mx.array) -> mx.array:
+    """Softmax over the last axis."""
+    e = exp(x - x.max(-1, keepdims=True))
+    return e * (1 / e.sum(-1, keepdims=True))
+
+
+@softmax.vjp
+def _softmax_vjp(_: Any, cotangent: mx.array, out: mx.array) -> mx.array:
+    product = cotangent * out
+    return product - out * product.sum(-1, keepdims=True)
+
+
+@mx.custom_function
+def softplus(x: mx.array) -> mx.array:
+    """log(1 + e^x), with the logarithm as a series in s = y / (2 + y), where y = e^-|x|."""
+    y = exp(-mx.abs(x))
+    s = y / (2 + y)
+    square = s * s
+    return mx.maximum(x, 0) + 2 * s * (1 + square * (1 / 3 + square * (1 / 5 + square * (1 / 7 + square * (1 / 9)))))
+
+
+@softplus.vjp
+def _softplus_vjp(x: Any, cotangent: mx.array, _: mx.array) -> mx.array:
+    return cotangent * sigmoid(x)
+
+
 @contextmanager
 def fast_cpu_math() -> Iterator[None]:
-    """Replaces attention and SiLU in MLX with the versions of this file."""
-    ordinary = mx.fast.scaled_dot_product_attention, nn.silu
-    mx.fast.scaled_dot_product_attention, nn.silu = attention, silu
+    """Replaces functions of MLX with the versions of this file."""
+    versions: list[tuple[Any, str, Any]] = [
+        (mx.fast, "scaled_dot_product_attention", attention),
+        (mx, "exp", exp),
+        (mx, "softmax", lambda x, axis, precise=False: softmax(x)),
+        (mx, "logsumexp", lambda x, axis, keepdims: logsumexp(x)[..., None]),
+        (nn, "silu", silu),
+        (nn, "softplus", softplus),
+    ]
+    ordinary = [getattr(module, name) for module, name, _ in versions]
+    for module, name, version in versions:
+        setattr(module, name, version)
     try:
         yield
     finally:
-        mx.fast.scaled_dot_product_attention, nn.silu = ordinary
+        for (module, name, _), function in zip(versions, ordinary, strict=True):
+            setattr(module, name, function)

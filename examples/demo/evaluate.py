@@ -1,6 +1,8 @@
-"""Exact-match accuracy of a model on held-out prompts of the demo's world.
+"""Accuracy of a model on held-out prompts of the world of an embedded package.
 
-    python examples/demo/evaluate.py [--model demo] [--beside build/demo-fp32] [--count 500] [--mistakes 10]
+    python examples/demo/evaluate.py [--package demo-flash] [--model FOLDER] [--beside FOLDER] [--count 500]
+
+An answer is right if the number in its box is; one without a box must match exactly.
 
 The last line is JSON.
 """
@@ -9,19 +11,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
 import corpus
+import problems
 
 from phi4_mlx import Tokenizer, load
 from phi4_mlx.generation.steps import generate_step
-from phi4_mlx.models.text import Model
+from phi4_mlx.models.model import LanguageModel
 
 SEED = 1
+PACKAGES = {"demo": corpus.prompts, "demo-flash": problems.examination}
 
 
-def reply(model: Model, tokenizer: Tokenizer, prompt: list[int], max_tokens: int = 160) -> list[int]:
+def reply(model: LanguageModel, tokenizer: Tokenizer, prompt: list[int], max_tokens: int = 160) -> list[int]:
     """The greedy answer without its end marker."""
     ids: list[int] = []
     for token, _ in generate_step(prompt, model, max_tokens=max_tokens):
@@ -39,8 +44,14 @@ def question_and_answer(tokenizer: Tokenizer, prompt: corpus.Prompt) -> tuple[li
     return asked, answered[len(asked) : -2]  # without <|end|> and <|assistant|>
 
 
+def boxed(text: str) -> str | None:
+    """The number in the box of an answer."""
+    found = re.search(r"\\boxed\{(-?\d+)\}", text)
+    return found and found[1]
+
+
 def examine(
-    model: Model, tokenizer: Tokenizer, prompts: list[corpus.Prompt], mistakes: int = 0
+    model: LanguageModel, tokenizer: Tokenizer, prompts: list[corpus.Prompt], mistakes: int = 0
 ) -> dict[str, list[int]]:
     """Category -> [right, asked]; prints the first `mistakes` wrong answers."""
     right: Counter[str] = Counter()
@@ -48,8 +59,10 @@ def examine(
     for prompt in prompts:
         question, answer = question_and_answer(tokenizer, prompt)
         given = reply(model, tokenizer, question)
-        right[prompt.category] += given == answer
-        if given != answer and mistakes > 0:
+        wanted = boxed(tokenizer.decode(answer))
+        is_right = given == answer if wanted is None else boxed(tokenizer.decode(given)) == wanted
+        right[prompt.category] += is_right
+        if not is_right and mistakes > 0:
             mistakes -= 1
             print(f"{prompt.category}: {prompt.messages[-1]['content'][-300:]!r}")
             print(f"  right {tokenizer.decode(answer)!r}\n  given {tokenizer.decode(given)!r}")
@@ -64,18 +77,19 @@ def share(result: dict[str, list[int]]) -> float:
 def main() -> None:
     """Prints wrong answers and a Markdown table, then JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
+    parser.add_argument("--package", choices=PACKAGES, default="demo", help="the world to ask about")
+    parser.add_argument("--model", help="the model to ask (default: the package)")
     parser.add_argument("--beside", type=Path, help="a second model, such as the unquantised one, on the same prompts")
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--mistakes", type=int, default=10, help="number of wrong answers to print")
     options = parser.parse_args()
-    prompts = corpus.prompts(options.seed, options.count)
-    names = [options.model] + ([options.beside] if options.beside else [])
+    prompts = PACKAGES[options.package](options.seed, options.count)
+    names = [options.model or options.package] + ([options.beside] if options.beside else [])
     results = {str(name): examine(*load(name), prompts, options.mistakes) for name in names}
     print("| category |" + "".join(f" {name} |" for name in results))
     print("|---|" + "---|" * len(results))
-    for category in corpus.CATEGORIES:
+    for category in dict.fromkeys(prompt.category for prompt in prompts):
         cells = (result.get(category, [0, 0]) for result in results.values())
         print(f"| {category} |" + "".join(f" {right} of {asked} |" for right, asked in cells))
     print("| all |" + "".join(f" {share(result):.1f} % |" for result in results.values()))

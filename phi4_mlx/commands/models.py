@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from phi4_mlx.errors import Phi4Error, RequestError
+from phi4_mlx.files.embedded import EMBEDDED
 from phi4_mlx.terminal.advice import command_line
 from phi4_mlx.terminal.amount import amount, size
 from phi4_mlx.terminal.command import Parser, complain, run, typed, word
@@ -72,11 +73,12 @@ def _models(args: argparse.Namespace) -> None:
 def _list(args: argparse.Namespace) -> None:
     from phi4_mlx.hub import DEFAULT_MODEL, cache_folder
 
-    demo, *cached = listed_models()
+    listed = listed_models()
     if args.json:
-        print(json.dumps({"cache": str(cache_folder()), "models": [_as_json(each) for each in (demo, *cached)]}))
+        print(json.dumps({"cache": str(cache_folder()), "models": [_as_json(each) for each in listed]}))
         return
-    print(f"{table([demo, *cached])}\n")
+    print(f"{table(listed)}\n")
+    cached = listed[len(EMBEDDED) :]
     if cached:
         total = size(sum({each.model.name: each.model.total_bytes for each in cached}.values()))
         print(f"{amount(len(cached), 'revision')} in {cache_folder()}: {total}")
@@ -90,8 +92,8 @@ def _pull(args: argparse.Namespace) -> None:
     from phi4_mlx.files.safetensors import weight_files
     from phi4_mlx.hub import download
 
-    if args.id == "demo":
-        raise RequestError("demo is a part of this package; it needs no download")
+    if args.id in EMBEDDED:
+        raise RequestError(f"{args.id} is a part of this package; it needs no download")
     try:
         load_config(download(args.id, args.revision, ("config.json",)))  # before gigabytes of weights
         folder = download(args.id, args.revision)
@@ -108,8 +110,8 @@ def _remove(args: argparse.Namespace) -> None:
     from phi4_mlx.hub import cached_models, remove_cached
     from phi4_mlx.terminal.screen import Screen
 
-    if args.id == "demo":
-        raise RequestError("demo is a part of this package, not of the cache, and stays")
+    if args.id in EMBEDDED:
+        raise RequestError(f"{args.id} is a part of this package, not of the cache, and stays")
     found = [each for each in cached_models() if each.name == args.id]
     if found and not args.yes:
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
@@ -124,14 +126,15 @@ def _remove(args: argparse.Namespace) -> None:
 
 
 def listed_models() -> list[Listed]:
-    """The embedded model, and those in the cache."""
-    from phi4_mlx.hub import CachedModel, cached_models, resolve
+    """The embedded models, and those in the cache."""
+    from phi4_mlx.hub import CachedModel, cached_models
 
-    folder = resolve("demo")
-    nbytes = sum(path.stat().st_size for path in folder.iterdir())
-    demo = CachedModel("demo", "", (), folder, nbytes, nbytes, 0, False)
+    embedded = []
+    for name, folder in EMBEDDED.items():
+        nbytes = sum(path.stat().st_size for path in folder.iterdir())
+        embedded.append(CachedModel(name, "", (), folder, nbytes, nbytes, 0, False))
     found = []
-    for model in (demo, *cached_models()):
+    for model in (*embedded, *cached_models()):
         with _access_times_kept(model.folder):
             why = _why_not(model.folder)
             if why and model.interrupted:
@@ -201,7 +204,7 @@ def table(models: Sequence[Listed]) -> str:
     """The models as a table for people."""
     lines: list[tuple[str, ...]] = [("id", "size", "revision", "context", "last used", "loads")]
     for model, context, why in models:
-        refs = " ".join([model.revision[:8] or ("embedded" if model.name == "demo" else "none"), *model.refs])
+        refs = " ".join([model.revision[:8] or ("embedded" if model.name in EMBEDDED else "none"), *model.refs])
         used = datetime.fromtimestamp(model.last_used).strftime("%Y-%m-%d") if model.last_used else ""
         loads = f"no: {why}" if why else "yes"
         if len(loads) > _REASON_CHARS:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple, TypedDict
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.files.embedded import EMBEDDED
 from phi4_mlx.terminal.command import Idle, Parser, number, word
 from phi4_mlx.terminal.limits import (
     MAX_TOKENS_LIMIT,
@@ -77,7 +78,7 @@ def add_model_options(parser: Parser) -> None:
     parser.add_argument(
         "--model",
         type=word,
-        help="a folder, a Hugging Face id, or demo for the embedded model "
+        help="a folder, a Hugging Face id, or demo or demo-flash for an embedded model "
         "(default: mlx-community/Phi-4-mini-instruct-4bit)",
     )
     parser.add_argument(
@@ -95,14 +96,15 @@ def add_revision_option(parser: Parser, model: str = "model") -> None:
 
     def is_local(args: argparse.Namespace) -> bool:
         name = getattr(args, model) or ""
-        return name == "demo" or os.path.isdir(os.path.expanduser(name))
+        return name in EMBEDDED or os.path.isdir(os.path.expanduser(name))
 
     parser.add_argument(
         "--revision",
         type=word,
         help="branch, tag or commit of the Hugging Face id (default: main; of the default model, a pinned commit)",
     )
-    parser.idle.append(Idle(("revision",), is_local, "on a folder or demo; it selects a version of a Hugging Face id"))
+    why = "on a folder or an embedded model; it selects a version of a Hugging Face id"
+    parser.idle.append(Idle(("revision",), is_local, why))
 
 
 def load_options(args: argparse.Namespace) -> LoadArguments:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from phi4_mlx.files.embedded import EMBEDDED
 from tests.conftest import ROOT
 
 SOURCES = ("phi4_mlx", "convert", "tests", "examples")
@@ -58,13 +59,14 @@ def test_the_wheel_has_one_top_level_package(installed: Path) -> None:
     assert converter == (ROOT / "convert" / "__init__.py").read_text()  # the real one, not the one for checkouts
 
 
-def test_the_wheel_has_the_embedded_model_byte_for_byte(installed: Path) -> None:
-    source = ROOT / "phi4_mlx" / "demo"
+@pytest.mark.parametrize("source", EMBEDDED.values(), ids=EMBEDDED)
+def test_the_wheel_has_the_embedded_models_byte_for_byte(source: Path, installed: Path) -> None:
+    target = installed / "phi4_mlx" / source.name
     names = {path.name for path in source.iterdir() if path.is_file()}
-    assert names == {path.name for path in (installed / "phi4_mlx" / "demo").iterdir()}
+    assert names == {path.name for path in target.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
     for name in names:
-        assert (installed / "phi4_mlx" / "demo" / name).read_bytes() == (source / name).read_bytes()
+        assert (target / name).read_bytes() == (source / name).read_bytes()
 
 
 @pytest.mark.parametrize("words", [["phi4_mlx.convert"], ["phi4_mlx.chat"], ["phi4_mlx", "generate"]])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +16,9 @@ from phi4_mlx.lora.training.loss import Loss
 from phi4_mlx.lora.training.milestones import milestones
 from phi4_mlx.lora.training.processes import Group, all_sum
 from phi4_mlx.models.model import LanguageModel
+
+Gradients = Callable[[LanguageModel, Loss, Iterator[Batch], int, Group | None, Tick], tuple[float, int, Any]]
+"""The signature of `mean_gradients`, which a caller of the trainer may replace, for example by a compiled one."""
 
 
 def mean_gradients(

@@ -30,7 +30,7 @@ from phi4_mlx.lora.saving.checkpoints import FOLDER, no_checkpoint
 from phi4_mlx.lora.saving.run_folder import RunFolder
 from phi4_mlx.lora.saving.snapshot import Snapshot, check_same_run, fixed_settings
 from phi4_mlx.lora.settings import Settings
-from phi4_mlx.lora.training.gradients import mean_gradients
+from phi4_mlx.lora.training.gradients import Gradients, mean_gradients
 from phi4_mlx.lora.training.loss import Loss, sft_loss
 from phi4_mlx.lora.training.milestones import milestones
 from phi4_mlx.lora.training.optimizer import make_optimizer
@@ -57,6 +57,7 @@ class Trainer:
         group: the processes that train together; None for this one alone.
         stop: ends the run at a signal.
         watch: called with the progress of steps and validations.
+        gradients: the mean loss and gradient of an update's batches.
 
     Raises:
         RequestError: `patience` needs a validation set.
@@ -73,11 +74,12 @@ class Trainer:
         group: Group | None = None,
         stop: Stop | None = None,
         watch: Watch = unwatched,
+        gradients: Gradients = mean_gradients,
     ):
         if settings.patience and validation is None:
             raise RequestError(f"--patience {settings.patience} needs a validation set: valid.jsonl beside train.jsonl")
         self.model, self.batches, self.settings, self.folder = model, batches, settings, folder
-        self.validation, self.loss = validation, loss
+        self.validation, self.loss, self._gradients = validation, loss, gradients
         self.progress = Progress()
         self.stop, self.watch = stop or Stop(), watch
         self.group = group if group is not None and group.size() > 1 else None
@@ -202,7 +204,7 @@ class Trainer:
         accumulated = settings.grad_accumulation_steps
         count = min(accumulated - progress.step % accumulated, self.iters - progress.step)
         tick = tick_of(self.watch, "step", self.iters, progress.step)
-        loss, tokens, grads = mean_gradients(self.model, self.loss, self.batches, count, self.group, tick)
+        loss, tokens, grads = self._gradients(self.model, self.loss, self.batches, count, self.group, tick)
         squares = [mx.square(grad.astype(mx.float32)).sum() for _, grad in tree_flatten(grads)]
         norm = math.sqrt(sum(squares, start=mx.array(0.0)).item())
         self._check(loss, norm)

@@ -18,6 +18,7 @@ import pexpect
 import pytest
 
 from phi4_mlx import cli
+from phi4_mlx.files.embedded import EMBEDDED
 from phi4_mlx.hub import DEFAULT_MODEL, resolve
 from phi4_mlx.terminal.amount import size
 from tests.conftest import ROOT, TinyCheckpoint
@@ -82,12 +83,13 @@ def test_an_empty_cache_is_a_line_that_says_what_to_do(exists: bool, cache: Path
     if not exists:
         cache.rmdir()
     code, out, err = models()
-    header, demo, _, last = out.splitlines()
+    header, demo, flash, _, last = out.splitlines()
     assert (code, err) == (0, "")
     assert header.split() == ["id", "size", "revision", "context", "last", "used", "loads"]
-    assert re.match(r"demo +1\.\d\d MB  embedded +4,096 +yes$", demo)
+    for name, line in (("demo", demo), ("demo-flash", flash)):
+        assert re.match(rf"{name} +1\.\d\d MB  embedded +4,096 +yes$", line)
     assert last.startswith(f"{cache} holds no model; `phi4-mlx models pull {DEFAULT_MODEL}` downloads the default one")
-    assert [*listed(models)] == ["demo"]
+    assert [*listed(models)] == ["demo", "demo-flash"]
     assert models("list") == (code, out, err)
     assert models("list", "--json") == models("--json", "list") == models("--json")
 
@@ -112,7 +114,7 @@ def test_the_list_says_what_is_where_and_what_loads(
     code, out, err = models()
     lines = {line.split()[0]: line for line in out.splitlines() if line}
     assert (code, err) == (0, "")
-    assert [*lines] == ["id", "demo", "owner/damaged", "owner/good", "owner/other", "owner/weightless", "4"]
+    assert [*lines] == ["id", *EMBEDDED, "owner/damaged", "owner/good", "owner/other", "owner/weightless", "4"]
     assert re.search(rf" {COMMIT[:8]} main +1,024  2023-11-1[45]  yes$", lines["owner/good"])
     why = "no: model_type 'llama' is not supported"
     assert re.search(rf" {COMMIT[:8]}  +1,024  2023-11-1[45]  {why}$", lines["owner/other"])
@@ -125,7 +127,7 @@ def test_the_list_says_what_is_where_and_what_loads(
         "id": "owner/good", "revision": COMMIT, "refs": ["main"], "path": str(folder), "bytes": nbytes(folder),
         "context": 1024, "last_used": "2023-11-14T22:13:20+00:00", "loads": True, "why_not": None,
     }  # fmt: skip
-    assert [each["loads"] for each in found.values()] == [True, False, True, False, False]
+    assert [each["loads"] for each in found.values()] == [True, True, False, True, False, False]
     assert found["owner/damaged"]["revision"] is None and found["demo"]["path"] == str(resolve("demo"))
 
 
@@ -152,7 +154,7 @@ def test_a_download_that_was_interrupted_says_how_it_goes_on(
         put(cache, name, source, "c" * 40, ())
         (cache / f"models--{name.replace('/', '--')}" / "blobs" / "abc.incomplete").write_bytes(b"x" * 5000)
     found = json.loads(models("--json")[1])["models"]
-    reasons = {(each["id"], each["revision"][:1]): each["why_not"] for each in found[1:]}
+    reasons = {(each["id"], each["revision"][:1]): each["why_not"] for each in found[len(EMBEDDED) :]}
     pull = "incomplete: `phi4-mlx models pull {}` downloads the rest"
     assert reasons == {
         ("owner/part", "c"): pull.format("owner/part"),
@@ -170,8 +172,8 @@ def test_removing_takes_one_model_and_no_other(cache: Path, models: Models, tiny
     assert models("rm", "owner/old-name", "--yes") == (
         0, f"owner/old-name: removed, {size(nbytes(source))} freed\n", "",
     )  # fmt: skip
-    assert [*listed(models)] == ["demo", "owner/new-name", "single"] and listed(models)["owner/new-name"]["loads"]
-    assert models("rm", "single", "--yes")[0] == 0 and [*listed(models)] == ["demo", "owner/new-name"]
+    assert [*listed(models)] == [*EMBEDDED, "owner/new-name", "single"] and listed(models)["owner/new-name"]["loads"]
+    assert models("rm", "single", "--yes")[0] == 0 and [*listed(models)] == [*EMBEDDED, "owner/new-name"]
     (cache / "models--owner--damaged" / "blobs").mkdir(parents=True)
     (cache / "models--owner--damaged" / "blobs" / "x").write_bytes(b"x" * 1234)
     assert models("rm", "owner/damaged", "--yes")[1] == "owner/damaged: removed, 1.23 KB freed\n"
@@ -186,7 +188,8 @@ def test_removing_takes_one_model_and_no_other(cache: Path, models: Models, tiny
         (["rm", "owner/tny"], "'owner/tny' is not in CACHE; did you mean owner/tiny?"),
         (["rm", "../../x", "--yes"], "'../../x' is not in CACHE"),
         (["rm", "demo", "--yes"], "demo is a part of this package, not of the cache, and stays"),
-        (["pull", "demo"], "demo is a part of this package; it needs no download"),
+        (["rm", "demo-flash"], "demo-flash is a part of this package, not of the cache, and stays"),
+        (["pull", "demo-flash"], "demo-flash is a part of this package; it needs no download"),
         (["pull", "dmeo"], "'dmeo' is neither a folder nor a Hub id like"),
         (["--json", "rm", "owner/tiny"], "--json prints the list, and rm prints none; drop one of the two"),
         (["rm"], "the following arguments are required: ID"),
@@ -203,7 +206,7 @@ def test_mistakes_are_one_line_and_remove_nothing(
     code, out, err = models(*words)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert re.match(rf"phi4-mlx models( rm)?: {re.escape(said.replace('CACHE', str(cache)))}", err), err
-    assert [*listed(models)] == ["demo", "owner/tiny"]
+    assert [*listed(models)] == [*EMBEDDED, "owner/tiny"]
 
 
 def test_a_cache_that_is_a_file_is_one_line(cache: Path, models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from phi4_mlx.terminal import command
 from phi4_mlx.terminal.command import Idle, Parser, idle_options
 
 CUTS = "no effect at --temp 0, which takes the likeliest token"
-LOCAL = "no effect on a folder or demo; it selects a version of a Hugging Face id"
+LOCAL = "no effect on a folder or an embedded model; it selects a version of a Hugging Face id"
 
 
 @pytest.mark.parametrize(
