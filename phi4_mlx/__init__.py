@@ -37,7 +37,7 @@ _HOMES = {
     "ConfigError": "errors",
     "GenerationResponse": "generation.stream",
     "Model": "models.text",
-    "ModelConfig": "config",
+    "ModelConfig": "config.text",
     "Phi4Error": "errors",
     "PromptCache": "models.prompt_cache",
     "RequestError": "errors",
