@@ -22,6 +22,22 @@ QUANTIZATION_MODES = {
 }
 """Mode -> (bits, group sizes) that mlx supports, the default first. Source: `mlx.core.quantize`."""
 
+# Maths that no decoder of the family implements: each field, and the values that leave it unused.
+_UNUSED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "mlp_bias": (False, None),
+    "lm_head_bias": (False, None),
+    "qk_norm": (False, None),
+    "use_qk_norm": (False, None),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "embedding_multiplier": (1, None),
+    "residual_multiplier": (1, None),
+    "logits_scaling": (1, None),
+    "num_local_experts": (0, 1, None),
+    "quantize_activations": (False, None),
+}
+
 
 class Config(Protocol):
     """The fields that every kind of config has."""
@@ -93,6 +109,13 @@ def _check_quantization(where: str, settings: Mapping[str, Any]) -> None:
         )
     for key in ("bits", "group_size"):
         count(settings, key, 1)
+
+
+def check_unused(raw: Mapping[str, Any], own: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuses a field that asks for maths which no decoder implements; `own` adds those of one kind."""
+    for name, unused in {**_UNUSED, **own}.items():
+        if name in raw and raw[name] not in unused:
+            raise ConfigError(f"config.json: {name} = {brief(raw[name])} is not supported; only {unused[0]!r} is")
 
 
 def count(raw: Mapping[str, Any], name: str, default: int | None = None, most: int = MAX_COUNT) -> int:

@@ -12,27 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from phi4_mlx.config.fields import MODEL_FOLDER, brief, count, flag, number, quantization
+from phi4_mlx.config.fields import MODEL_FOLDER, brief, check_unused, count, flag, number, quantization
 from phi4_mlx.errors import ConfigError
 from phi4_mlx.files.json_file import read_json
 from phi4_mlx.terminal.amount import amount
 
-# Maths that the decoder does not implement: each field, and the values that leave it unused.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "lm_head_bias": (False, None),
-    "qk_norm": (False, None),
-    "use_qk_norm": (False, None),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "embedding_multiplier": (1, None),
-    "residual_multiplier": (1, None),
-    "logits_scaling": (1, None),
-    "num_local_experts": (0, 1, None),
-    "rope_traditional": (False, None),
-    "quantize_activations": (False, None),
-}
+# Maths that this decoder does not implement: each field, and the values that leave it unused.
+_UNUSED: dict[str, tuple[Any, ...]] = {"attention_bias": (False, None), "rope_traditional": (False, None)}
 
 _ROPE_KEYS = {
     "type", "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings",
@@ -143,11 +129,7 @@ def _parse(raw: Mapping[str, Any]) -> ModelConfig:
             f"config.json: model_type {brief(raw.get('model_type'))} is another architecture; ModelConfig reads only "
             "'phi3' (Phi-4-mini, Phi-3.5-mini, Phi-4)"
         )
-    for name, neutral in _NEUTRAL.items():
-        if raw.get(name) not in neutral:
-            raise ConfigError(f"config.json: {name} = {brief(raw[name])} is not supported; only {neutral[0]!r} is")
-    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ConfigError(f"config.json: hidden_act = {brief(raw['hidden_act'])} is not supported; only 'silu' is")
+    check_unused(raw, _UNUSED)
 
     hidden_size = count(raw, "hidden_size")
     heads = count(raw, "num_attention_heads")
