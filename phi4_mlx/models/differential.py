@@ -20,6 +20,7 @@ from phi4_mlx.config.sambay import SambaYConfig
 from phi4_mlx.models.attention import PackedAttention
 
 SCORES = 2**22  # scores of all heads in one slice of queries
+TRAINED_ROWS = 64  # queries in a slice in training, whose scores are computed again in backward
 
 
 def difference(
@@ -29,6 +30,8 @@ def difference(
     weight: mx.array,
     window: int | None,
     mask: mx.array | None = None,
+    *,
+    training: bool = False,
 ) -> mx.array:
     """Causal differential attention, (softmax(q1 k1) - weight softmax(q2 k2)) v, in slices of queries.
 
@@ -39,6 +42,7 @@ def difference(
         weight: lambda, a scalar.
         window: a query sees itself and the window - 1 keys before it; None: all keys before it.
         mask: keys that a query may see besides, bool [B, 1, 1 or T, S]; None for all.
+        training: keep no scores for backward, so that its memory is linear in T.
 
     Returns:
         [B, P, G, T, 2 Dh], in the dtype of the values.
@@ -46,21 +50,30 @@ def difference(
     B, _, P, G, T, _ = queries.shape
     S = keys.shape[3]
     at_once = max(1, SCORES // (2 * B * P * G * min(S, 2 * (window or S))))
-    step = min(at_once, window or T)
+    step = min(at_once, window or T, TRAINED_ROWS if training else T)
+    attend = mx.checkpoint(_attend) if training else _attend
     parts = []
     for start in range(0, T, step):
         stop = min(T, start + step)
         rows, end = stop - start, S - T + stop  # `end`: keys that the last query of the slice sees
         begin = max(0, end - rows + 1 - window) if window else 0
-        asking = queries[:, :, :, :, start:stop].reshape(B, 2, P, G * rows, -1)
-        scores = asking @ keys[:, :, :, begin:end].swapaxes(-1, -2)
         allowed = _allowed(window, mask, start, stop, begin, end)
-        if allowed is not None:
-            scores = mx.where(allowed, scores.reshape(B, 2, P, G, rows, -1), -mx.inf).reshape(scores.shape)
-        shares = mx.softmax(scores, axis=-1, precise=True)  # [B, 2, P, G * rows, keys]
-        mixed = (shares[:, 0] - weight * shares[:, 1]).astype(values.dtype) @ values[:, :, begin:end]
-        parts.append(mixed.reshape(B, P, G, rows, -1))
+        some = queries[:, :, :, :, start:stop], keys[:, :, :, begin:end], values[:, :, begin:end]
+        parts.append(attend(*some, weight, allowed))
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=3)
+
+
+def _attend(
+    queries: mx.array, keys: mx.array, values: mx.array, weight: mx.array, allowed: mx.array | None
+) -> mx.array:
+    """One slice of queries over the keys that some of them see."""
+    B, _, P, G, rows, _ = queries.shape
+    scores = queries.reshape(B, 2, P, G * rows, -1) @ keys.swapaxes(-1, -2)
+    if allowed is not None:
+        scores = mx.where(allowed, scores.reshape(B, 2, P, G, rows, -1), -mx.inf).reshape(scores.shape)
+    shares = mx.softmax(scores, axis=-1, precise=True)  # [B, 2, P, G * rows, keys]
+    mixed = (shares[:, 0] - weight * shares[:, 1]).astype(values.dtype) @ values
+    return mixed.reshape(B, P, G, rows, -1)
 
 
 def _allowed(
@@ -143,12 +156,15 @@ class Attention(nn.Module):
         keys = keys.reshape(B, 2, P, -1, self.Dh)
         if isinstance(mask, PackedAttention):
             parts = zip(mask.split(queries, 4), mask.split(keys, 3), mask.split(values, 2), mask.masks, strict=True)
-            return mx.concatenate([difference(q, k, v, weight, self.window, own) for q, k, v, own in parts], axis=3)
+            attended = [
+                difference(q, k, v, weight, self.window, own, training=self.training) for q, k, v, own in parts
+            ]
+            return mx.concatenate(attended, axis=3)
         if self.window is not None and T == 1:
             keys, values = keys[:, :, :, -self.window :], values[:, :, -self.window :]
         if mask is not None:
             mask = mask[..., -keys.shape[3] :]
-        return difference(queries, keys, values, weight, self.window, mask)
+        return difference(queries, keys, values, weight, self.window, mask, training=self.training)
 
     def output(self, mixed: mx.array) -> mx.array:
         """The output projection, [B, P, G, T, 2 Dh] -> [B, T, D]."""
