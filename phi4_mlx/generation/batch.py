@@ -20,6 +20,7 @@ from phi4_mlx.generation.options import LogitsMask
 from phi4_mlx.generation.sampling import Draw, Draws, LogitsProcessor, apply_processors, draw
 from phi4_mlx.generation.steps import chunk_ends, finish_chunk
 from phi4_mlx.models.batch_cache import BatchCache
+from phi4_mlx.models.cache import KVCache
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime
@@ -27,6 +28,7 @@ from phi4_mlx.models.shared_stream import shared_stream
 
 PREFILL_STEP_SIZE = 512  # prompt tokens a step; running answers wait for them
 MAX_PADDING = 4096  # columns that a row may add to rows of another length; one more forward pass costs four times that
+SNAPSHOTS_APART = 32  # tokens; a nearer snapshot saves no more time than its forward pass takes
 FORCED_RUN = 8  # forced tokens from which a prefill is faster than a step each
 
 
@@ -42,6 +44,7 @@ class BatchSequence:
         processors: each (all ids so far [S], logits [1, V]) -> logits [1, V], in turn.
         logits_mask: restricts the answer; see `generate_step`.
         cache: of the first ids; None for none. Taken over, and changed.
+        last_turn: tokens before the last turn, where a prompt with the same beginning may differ; 0 if unknown.
         restarts: times that its rows were lost to a failure of a whole step.
     """
 
@@ -52,6 +55,7 @@ class BatchSequence:
     processors: Sequence[LogitsProcessor] = ()
     logits_mask: LogitsMask | None = None
     cache: PromptCache | None = None
+    last_turn: int = 0
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.ids)
@@ -69,7 +73,7 @@ class BatchSequence:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a cache of all its ids takes, in whole buffers."""
+        """Bytes that a cache of all its ids takes, in whole buffers, and its snapshots."""
         return cache_bytes(self.model.context_cost(), len(self.ids))
 
     @property
@@ -146,7 +150,9 @@ class _Group:
 
     @property
     def nbytes(self) -> int:
-        return (len(self.members) + len(self.arrivals)) * cache_bytes(self.model.context_cost(), self.columns)
+        cost, columns = self.model.context_cost(), self.columns
+        rows = len(self.members) * cache_bytes(cost, columns, snapshots=0)
+        return rows + len(self.arrivals) * cache_bytes(cost, columns)
 
     def padding_with(self, sequence: BatchSequence, cache: PromptCache) -> float:
         """Columns that the sequence would add beyond its own tokens; infinite if it cannot be a row here."""
@@ -238,7 +244,7 @@ class Batch:
             youngest.cache = None
             self.waiting.insert(0, youngest)
         while self.waiting and len(self.active) < self.max_rows:
-            growth = sum(cache_bytes(sequence.model.context_cost(), 0) for sequence in self.active)
+            growth = sum(KVCache.STEP * sequence.model.context_cost().token_bytes for sequence in self.active)
             if self.active and self.nbytes + growth + self.waiting[0].nbytes > self.kv_limit_bytes:
                 break
             self.active.append(self.waiting.pop(0))
@@ -376,6 +382,8 @@ def _run_chunk(sequence: BatchSequence, room: int) -> tuple[int, mx.array | None
         cache.admit(mx.array([sequence.ids]))  # sets the RoPE table of the whole length
     rest, snapshots = len(sequence.ids) - cache.offset, cache.needs_snapshots
     size = chunk_ends(rest, room, 1, snapshots=snapshots)[0]
+    if snapshots and SNAPSHOTS_APART <= sequence.last_turn - cache.offset < size:
+        size = sequence.last_turn - cache.offset
     chunk = mx.array([sequence.ids[cache.offset : cache.offset + size]])
     hidden = model.hidden(chunk, cache, rows=1)
     if size < rest:

@@ -24,9 +24,9 @@ def memory_limit() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def cache_bytes(cost: ContextCost, length: int) -> int:
+def cache_bytes(cost: ContextCost, length: int, snapshots: int = MAX_SNAPSHOTS) -> int:
     """Bytes of the buffers of one sequence that hold `length` tokens and the next one, and of its snapshots."""
-    return buffer_length(length) * cost.token_bytes + (1 + MAX_SNAPSHOTS) * cost.fixed_bytes
+    return buffer_length(length) * cost.token_bytes + (1 + snapshots) * cost.fixed_bytes
 
 
 @dataclass(frozen=True)

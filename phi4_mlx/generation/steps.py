@@ -18,6 +18,7 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import PREFILL_STEP_SIZE
 from phi4_mlx.generation.options import DecodeOptions, LogitsMask, Progress, Proposer
 from phi4_mlx.generation.sampling import Draw, Draws, LogitsProcessor, apply_processors, draw
+from phi4_mlx.models.cache import REWIND
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.shared_stream import shared_stream
@@ -188,6 +189,11 @@ class _Passes:
             progress(total, total)
         return logits
 
+    def take_back(self, n: int) -> None:
+        """Takes the last n tokens, wrong guesses of the latest pass, out of the cache."""
+        taken = self.cache.trim(n)
+        assert taken == n, f"the cache took back {taken} of {n} tokens"
+
     def draw(self, logits: mx.array, row: int | None = None, mask: mx.array | None = None) -> Draws:
         """Tokens for the logits [n, V] of a pass, or for one of its rows."""
         rows = range(logits.shape[0]) if row is None else [row]
@@ -254,7 +260,7 @@ def _guessed_steps(ids: mx.array, max_tokens: int, passes: _Passes, proposer: Pr
         if guesses:
             numbers = draws.numbers()
             certain = numbers[: _shared(numbers, guesses) + 1]
-            passes.cache.trim(len(guesses) + 1 - len(certain))
+            passes.take_back(len(guesses) + 1 - len(certain))
             proposer.took(1 + len(guesses), time.perf_counter() - start)
             ready += zip(certain, draws.logprobs, strict=False)
             newest, left = certain[-1], left - len(certain)
@@ -297,7 +303,7 @@ def _masked_steps(
         numbers = [token for token, _ in certain]
         kept = min(_shared(numbers, guesses), len(numbers) - 1)
         if guesses:
-            passes.cache.trim(len(guesses) - kept)
+            passes.take_back(len(guesses) - kept)
         if proposer is not None:
             if count:
                 proposer.took(len(unread) + len(guesses), time.perf_counter() - start)
@@ -310,8 +316,9 @@ def _masked_steps(
 
 
 def _guesses(proposer: Proposer, cache: PromptCache, most: int, unread: int) -> list[int]:
-    """Guesses of a proposer, cut where the RoPE table would change."""
-    guesses = proposer.guess(most) if most > 0 and proposer.pays() else []
+    """Guesses of a proposer, cut where the cache could not take them back, or the RoPE table would change."""
+    most = min(most, REWIND - unread)
+    guesses = proposer.guess(most)[:most] if most > 0 and proposer.pays() else []
     while guesses and cache.crosses(unread + len(guesses)):
         guesses.pop()
     return guesses

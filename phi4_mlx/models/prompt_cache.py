@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -20,10 +21,22 @@ MAX_SNAPSHOTS = 8  # of one sequence; each takes as many bytes as the recurrent 
 MAX_PIECES = 256  # ids appended before they are joined
 
 
-@dataclass(frozen=True)
-class _Snapshot:
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """The moment of a sequence after its first `length` tokens.
+
+    Attributes:
+        length: tokens.
+        layers: the snapshot of each layer.
+    """
+
     length: int
-    layers: list[Any]  # one a layer
+    layers: list[Any]
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        return sum(int(part.nbytes) for _, part in tree_flatten(self.layers) if isinstance(part, mx.array))
 
 
 class _TokenIds:
@@ -79,7 +92,7 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
         self.options = options or CacheOptions()
         self._boundary = boundary
         self._ids = _TokenIds()
-        self._snapshots: list[_Snapshot] = []
+        self._snapshots: list[Snapshot] = []
         self.regime: Regime = self._regime_with(0)
         self.rerun_tokens = 0
 
@@ -99,9 +112,12 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers, filled or not, and of snapshots."""
-        parts = [part for _, part in tree_flatten([each.layers for each in self._snapshots])]
-        kept = sum(int(part.nbytes) for part in parts if isinstance(part, mx.array))
-        return sum(layer.nbytes for layer in self) + kept
+        return sum(layer.nbytes for layer in self) + sum(each.nbytes for each in self._snapshots)
+
+    @property
+    def snapshots(self) -> Sequence[Snapshot]:
+        """Moments to return to, the earliest first; forks share them."""
+        return self._snapshots
 
     @property
     def rewindable(self) -> bool:
@@ -168,9 +184,22 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
         """Takes a snapshot to return to, where `needs_snapshots`."""
         known = {0, *(each.length for each in self._snapshots)}
         if self.offset not in known and self.needs_snapshots:
-            self._snapshots.append(_Snapshot(self.offset, [layer.snapshot() for layer in self]))
-            if len(self._snapshots) > MAX_SNAPSHOTS:  # keep the first, the last and every second between
-                del self._snapshots[1:-1:2]
+            self._snapshots.append(Snapshot(self.offset, [layer.snapshot() for layer in self]))
+            self.thin(MAX_SNAPSHOTS)
+
+    def thin(self, most: int) -> None:
+        """Keeps at most `most` snapshots: the last, the first, and between them those that save the most tokens."""
+        kept = self._snapshots
+        while len(kept) > most:
+            saved = {n: kept[n].length - kept[n - 1].length for n in range(1, len(kept) - 1)}
+            del kept[min(saved, key=saved.__getitem__, default=0)]
+
+    def adopt(self, other: PromptCache) -> None:
+        """Adds the snapshots of a cache whose tokens are the first of this one's."""
+        known = {each.length for each in self._snapshots}
+        new = [each for each in other._snapshots if each.length not in known]
+        self._snapshots = sorted([*self._snapshots, *new], key=lambda each: each.length)
+        self.thin(MAX_SNAPSHOTS)
 
     def reusable(self, length: int) -> int:
         """The number of the first `length` tokens that can be kept without the rest.

@@ -234,6 +234,46 @@ def test_the_engine_gives_the_answers_of_generate_step(loaded: tuple[LanguageMod
         assert text == tokenizer.decode([t for t in expected if t not in tokenizer.eos_ids])
 
 
+def test_a_second_turn_and_a_second_client_run_their_new_tokens_alone(
+    loaded: tuple[LanguageModel, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = loaded
+    engine, end, ran = Engine(model, tokenizer, Settings("any", None, {}, 32, 10**8, 10**8)), min(tokenizer.eos_ids), 0
+    hidden = type(model).hidden
+
+    def counted(model: Any, ids: mx.array, *others: Any, **options: Any) -> mx.array:
+        nonlocal ran
+        ran += ids.size
+        return hidden(model, ids, *others, **options)
+
+    def ask(prompt: list[int]) -> tuple[str, int, int]:
+        """The answer of 5 tokens, its cached tokens, and the prompt's tokens that were run."""
+        nonlocal ran
+        ran, events = 0, engine.submit(Job(1, tuple(prompt), 5, Sampling(temp=0.0)))
+        while engine.busy:
+            events += engine.step()
+        finish = events[-1]
+        assert isinstance(finish, Finish), finish
+        text = "".join(event.text for event in events if isinstance(event, Piece))
+        return text, finish.cached_tokens, ran - (finish.answer_tokens - 1)
+
+    monkeypatch.setattr(type(model), "hidden", counted)
+    system, question = PROMPT * 10 + [end], [7, 8, 9, 10, end, 5]
+    first = [*system, *question]
+    assert ask(first)[1:] == (0, len(first))
+    second = [*first, *decoded(model, first, 4), end, 20, 21, 22, end, 5]
+    other = [*system, 30, 31, 32, end, 5]
+    for prompt, known in (
+        (second, len(first)),
+        (other, len(system)),
+        (first, len(first) - 1),
+        (second, len(second) - 1),
+    ):
+        text, cached, run = ask(prompt)
+        assert known <= cached == len(prompt) - run
+        assert text == tokenizer.decode([t for t in decoded(model, prompt, 5) if t not in tokenizer.eos_ids])
+
+
 def test_decoding_continues_from_a_prompt_cache_file(loaded: tuple[LanguageModel, Any], tmp_path: Path) -> None:
     model, tokenizer = loaded
     cache = model.make_cache()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
@@ -249,6 +249,7 @@ class Engine:
             job.sampling.sampler(),
             job.sampling.processors(),
             constraint,
+            last_turn=_last_turn(job.prompt, self.tokenizer.eos_ids),
         )
         text = AnswerText(self.tokenizer.streaming_decoder(), list(job.stop))
         return _Answer(job, sequence, text, time.monotonic() + job.timeout_s)
@@ -317,6 +318,12 @@ class Engine:
 
     def _new_batch(self) -> Batch:
         return Batch(self.settings.max_rows, self.kv_limit_bytes, prefixes=self)
+
+
+def _last_turn(prompt: Sequence[int], end_ids: Container[int]) -> int:
+    """Tokens of a prompt before its last turn; 0 if there is no earlier one."""
+    starts = [0, 0, *(n + 1 for n, token in enumerate(prompt) if token in end_ids)]
+    return starts[-2]
 
 
 def _constraint(tokenizer: Tokenizer, vocab_size: int, job: Job) -> LogitsMask:

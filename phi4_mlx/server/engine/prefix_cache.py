@@ -1,4 +1,8 @@
-"""The prefix cache: caches of earlier prompts, reused by prompts with the same prefix, adapter and RoPE table."""
+"""The prefix cache: caches of earlier prompts, reused by prompts with the same prefix, adapter and RoPE table.
+
+An entry with snapshots also serves prompts that part from it, from the latest snapshot before that place on. So a
+conversation has one entry: the newest, with the snapshots of those that it extends.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +26,21 @@ class _Entry:
     cache: PromptCache
 
     @cached_property
-    def nbytes(self) -> int:  # first read after compact(); an entry does not change after that
-        return self.ids.nbytes + self.cache.nbytes
+    def nbytes(self) -> int:  # without snapshots; first read after compact(): an entry does not change after that
+        return self.ids.nbytes + sum(layer.nbytes for layer in self.cache)
 
     def reusable(self, ids: Ids) -> int:
         """Tokens of a prompt that the entry can serve."""
         return self.cache.reusable(_shared(self.ids, ids))
 
-    def covers(self, other: _Entry) -> bool:
-        """True if this entry serves every prompt that `other` serves."""
+    def extends(self, other: _Entry) -> bool:
+        """True if its tokens begin with those of `other`."""
         same = (self.adapter, self.cache.regime) == (other.adapter, other.cache.regime)
-        return same and len(other.ids) <= len(self.ids) and self.reusable(other.ids) == len(other.ids)
+        return same and _shared(self.ids, other.ids) == len(other.ids)
+
+    def lacks(self, other: _Entry) -> int:
+        """Tokens that a prompt must run again if this entry serves it instead of `other`."""
+        return len(other.ids) - self.reusable(other.ids) if self.extends(other) else len(other.ids)
 
 
 class PrefixCache:
@@ -44,6 +52,7 @@ class PrefixCache:
     """
 
     MIN_SHARED = 8  # tokens; a shorter prefix is as fast to compute
+    MAX_LOSS = 0.1  # of the tokens of an entry, which may run again so that a longer entry replaces it
     MAX_ENTRIES = 1024  # each is compared with a prompt, in some microseconds
 
     def __init__(self, limit_bytes: int):
@@ -68,7 +77,9 @@ class PrefixCache:
             return None
         self._entries.remove(best)
         self._entries.append(best)
-        return best.cache.fork(length)
+        cache = best.cache.fork(length)
+        cache.mark()  # the end of an answer; the entry of the next one then covers this one
+        return cache
 
     def put(self, adapter: str | None, cache: PromptCache) -> None:
         """Stores a copy of a cache, in place of the entries that it covers."""
@@ -77,20 +88,28 @@ class PrefixCache:
         if len(ids) < self.MIN_SHARED or needed > self.limit_bytes:
             return
         entry = _Entry(adapter, ids, cache.fork(cache.offset))
-        if any(each.covers(entry) for each in self._entries):
+        if any(each.lacks(entry) <= 1 for each in self._entries):
             return
         entry.cache.compact()  # else slices of a batch would keep all of its rows alive
-        if entry.nbytes > self.limit_bytes:  # with its snapshots
-            return
-        kept = [each for each in self._entries if not entry.covers(each)]
-        used = sum(each.nbytes for each in kept)
-        while used + entry.nbytes > self.limit_bytes or len(kept) >= self.MAX_ENTRIES:
-            used -= kept.pop(0).nbytes
-        self._entries, self.nbytes = [*kept, entry], used + entry.nbytes
+        for each in self._entries:
+            if entry.extends(each):
+                entry.cache.adopt(each.cache)
+        while _nbytes([entry]) > self.limit_bytes and entry.cache.snapshots:
+            entry.cache.thin(len(entry.cache.snapshots) - 1)
+        entries = [*(each for each in self._entries if entry.lacks(each) > self.MAX_LOSS * len(each.ids)), entry]
+        while (used := _nbytes(entries)) > self.limit_bytes or len(entries) > self.MAX_ENTRIES:
+            entries.pop(0)
+        self._entries, self.nbytes = entries, used
 
     def clear(self) -> None:
         """Drops all entries."""
         self._entries, self.nbytes = [], 0
+
+
+def _nbytes(entries: Sequence[_Entry]) -> int:
+    """Bytes of entries; a snapshot that several of them share counts once."""
+    snapshots = {each: each.nbytes for entry in entries for each in entry.cache.snapshots}
+    return sum(entry.nbytes for entry in entries) + sum(snapshots.values())
 
 
 def _shared(a: Ids, b: Ids) -> int:

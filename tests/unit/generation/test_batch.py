@@ -12,15 +12,23 @@ import pytest
 from phi4_mlx.generation import batch as batch_module
 from phi4_mlx.generation.batch import Batch, BatchSequence, Fault, Token
 from phi4_mlx.generation.sampling import make_logits_processors, make_sampler
-from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.models.prompt_cache import MAX_SNAPSHOTS, PromptCache
 from phi4_mlx.models.text import Model
 from tests.conftest import BOUNDARY, make_tiny_model
 from tests.model_runs import close, decoded, filled_cache
+from tests.tiny_sambay import make_tiny_sambay
 
 
 @pytest.fixture(scope="module")
 def model() -> Model:
     return make_tiny_model(seed=3)
+
+
+@pytest.fixture(scope="module", params=[make_tiny_model, make_tiny_sambay], ids=["phi3", "phi4flash"])
+def each_model(request: pytest.FixtureRequest) -> LanguageModel:
+    made: LanguageModel = request.param(seed=3)
+    return made
 
 
 def random_prompts(count: int, seed: int = 0, longest: int = 2 * BOUNDARY) -> list[list[int]]:
@@ -63,9 +71,9 @@ def test_sequences_are_answered_as_alone_also_across_the_boundary(model: Model) 
     assert any(len(s.ids) > BOUNDARY >= s.prompt_tokens for s in sequences)  # some cross the boundary
 
 
-def test_sequences_may_join_and_leave_at_any_step(model: Model) -> None:
+def test_sequences_may_join_and_leave_at_any_step(each_model: LanguageModel) -> None:
     asked = random_prompts(10, seed=1)
-    sequences = [BatchSequence(model, list(prompt), 25) for prompt in asked]
+    sequences = [BatchSequence(each_model, list(prompt), 25) for prompt in asked]
     batch, cut = batch_of(sequences[0]), sequences[3]
 
     def join_and_leave(step: int) -> None:
@@ -76,24 +84,41 @@ def test_sequences_may_join_and_leave_at_any_step(model: Model) -> None:
 
     run(batch, join_and_leave)
     for sequence, prompt in zip(sequences, asked, strict=True):
-        assert answer(sequence) == decoded(model, prompt, 25)[: sequence.drawn]
+        assert answer(sequence) == decoded(each_model, prompt, 25)[: sequence.drawn]
         assert sequence.drawn == 25 or sequence is cut
     assert 0 < cut.drawn < 25
 
 
-def test_each_sequence_has_its_own_sampler_and_processors(model: Model) -> None:
+def test_each_sequence_has_its_own_sampler_and_processors(each_model: LanguageModel) -> None:
     asked = random_prompts(4, seed=2)
     sequences = []
     for n, prompt in enumerate(asked):
         sampler = make_sampler(0.9, top_p=0.9, seed=n) if n % 2 else None
         processors = make_logits_processors(repetition_penalty=1.3) if n > 1 else []
-        sequences.append(BatchSequence(model, list(prompt), 20, sampler, processors))
+        sequences.append(BatchSequence(each_model, list(prompt), 20, sampler, processors))
     run(batch_of(*sequences))
     for n, (sequence, prompt) in enumerate(zip(sequences, asked, strict=True)):
         options: dict[str, Any] = {"sampler": make_sampler(0.9, top_p=0.9, seed=n)} if n % 2 else {}
         if n > 1:
             options["logits_processors"] = make_logits_processors(repetition_penalty=1.3)
-        assert answer(sequence) == decoded(model, prompt, 20, **options)
+        assert answer(sequence) == decoded(each_model, prompt, 20, **options)
+
+
+def test_a_row_counts_its_state_once_and_a_prefill_its_snapshots_too() -> None:
+    model = make_tiny_sambay()
+    cost = model.context_cost()
+    buffers, states = 256 * cost.token_bytes, cost.fixed_bytes
+    row, prefill = buffers + states, buffers + (1 + MAX_SNAPSHOTS) * states
+    sequences = [BatchSequence(model, [n + 3, 4, 5], 30) for n in range(4)]
+    batch, rows = batch_of(*sequences, kv_limit_bytes=2 * row + 3 * buffers + prefill), []
+
+    def observe(step: int) -> None:
+        rows.append(len(batch.active))
+        assert batch.nbytes <= batch.kv_limit_bytes
+
+    assert not run(batch, observe)
+    assert max(rows) == 3  # two rows, with room to grow, and a prefill
+    assert all(answer(each) == decoded(model, each.ids[:3], 30) for each in sequences)
 
 
 @pytest.mark.slow
@@ -132,28 +157,29 @@ class ForcingMask:
         return self.forced.get(self.count, [])
 
 
-@pytest.mark.parametrize("length", [1, 3, 7, 8, 30])
-def test_short_and_long_runs_of_forced_tokens_continue_exactly(model: Model, length: int) -> None:
+@pytest.mark.parametrize("length", [1, 7, 8, 40])
+def test_short_and_long_runs_of_forced_tokens_continue_exactly(each_model: LanguageModel, length: int) -> None:
     prompt, forced = random_prompts(1, seed=5, longest=50)[0], list(range(100, 100 + length))
-    masked = BatchSequence(model, list(prompt), 90, logits_mask=ForcingMask({4: forced, 9: forced}))
-    other = BatchSequence(model, [1, 2, 3], 60)
+    masked = BatchSequence(each_model, list(prompt), 90, logits_mask=ForcingMask({4: forced, 9: forced}))
+    other = BatchSequence(each_model, [1, 2, 3], 60)
     run(batch_of(masked, other))
-    head = decoded(model, prompt, 4)
+    head = decoded(each_model, prompt, 4)
     assert answer(masked)[: 4 + length] == head + forced
-    middle = decoded(model, [*prompt, *head, *forced], 5)
+    middle = decoded(each_model, [*prompt, *head, *forced], 5)
     assert answer(masked)[4 + length : 9 + 2 * length] == middle + forced
-    rest = decoded(model, [*prompt, *head, *forced, *middle, *forced], 81 - 2 * length)
+    rest = decoded(each_model, [*prompt, *head, *forced, *middle, *forced], 81 - 2 * length)
     assert answer(masked)[9 + 2 * length :] == rest
-    assert answer(other) == decoded(model, [1, 2, 3], 60)
+    assert answer(other) == decoded(each_model, [1, 2, 3], 60)
 
 
-def test_a_step_may_run_forced_tokens_only(model: Model) -> None:
-    sequences = [BatchSequence(model, [n, 2, 3], 12, logits_mask=ForcingMask({3: [100, 101, 102]})) for n in range(2)]
+def test_a_step_may_run_forced_tokens_only(each_model: LanguageModel) -> None:
+    masks = [ForcingMask({3: [100, 101, 102]}) for _ in range(2)]
+    sequences = [BatchSequence(each_model, [n, 2, 3], 12, logits_mask=mask) for n, mask in enumerate(masks)]
     assert not run(batch_of(*sequences))
     for n, sequence in enumerate(sequences):
         assert sequence.restarts == 0
-        head = decoded(model, [n, 2, 3], 3)
-        assert answer(sequence) == [*head, 100, 101, 102, *decoded(model, [n, 2, 3, *head, 100, 101, 102], 6)]
+        head = decoded(each_model, [n, 2, 3], 3)
+        assert answer(sequence) == [*head, 100, 101, 102, *decoded(each_model, [n, 2, 3, *head, 100, 101, 102], 6)]
 
 
 class RefusingMask(ForcingMask):
@@ -208,16 +234,16 @@ def test_a_prompt_that_several_sequences_share_is_prefilled_once(model: Model, c
     assert all(answer(sequence) == decoded(model, prompt, 8) for sequence in sequences)
 
 
-def test_an_exception_of_one_sequence_ends_that_sequence_only(model: Model) -> None:
+def test_an_exception_of_one_sequence_ends_that_sequence_only(each_model: LanguageModel) -> None:
     def broken(logprobs: mx.array) -> mx.array:
         raise ValueError("broken sampler")
 
     asked = random_prompts(3, seed=6)
-    good, bad, other = (BatchSequence(model, list(prompt), 12) for prompt in asked)
+    good, bad, other = (BatchSequence(each_model, list(prompt), 12) for prompt in asked)
     bad.sampler = broken
     (fault,) = run(batch_of(good, bad, other))
     assert fault.sequence is bad and str(fault.error) == "broken sampler"
-    assert answer(good) == decoded(model, asked[0], 12) and answer(other) == decoded(model, asked[2], 12)
+    assert answer(good) == decoded(each_model, asked[0], 12) and answer(other) == decoded(each_model, asked[2], 12)
 
 
 @pytest.mark.parametrize(("times", "faults"), [(1, 0), (2, 3)])
@@ -243,9 +269,9 @@ def test_sequences_whose_step_failed_restart_once(
             assert answer(sequence) == decoded(model, prompt, 12)
 
 
-def test_ending_a_sequence_returns_the_cache_of_its_ids(model: Model) -> None:
+def test_ending_a_sequence_returns_the_cache_of_its_ids(each_model: LanguageModel) -> None:
     asked = random_prompts(3, seed=8, longest=40)
-    sequences = [BatchSequence(model, list(prompt), 50) for prompt in asked]
+    sequences = [BatchSequence(each_model, list(prompt), 50) for prompt in asked]
     batch = batch_of(*sequences)
     for _ in range(6):
         batch.step()
@@ -253,8 +279,8 @@ def test_ending_a_sequence_returns_the_cache_of_its_ids(model: Model) -> None:
         cache = batch.end(sequence)
         assert cache is not None and cache.ids[0].tolist() == sequence.ids[: cache.offset]
         assert cache.offset == len(sequence.ids) - 1
-        whole = model(mx.array([sequence.ids]))[:, -1]
-        assert close(model(mx.array([sequence.ids[-1:]]), cache)[:, -1], whole, 2e-4)
+        whole = each_model(mx.array([sequence.ids]))[:, -1]
+        assert close(each_model(mx.array([sequence.ids[-1:]]), cache)[:, -1], whole, 2e-4)
     assert not batch.active
 
 
@@ -278,6 +304,42 @@ def test_sequences_of_very_different_length_are_not_padded_to_one_length(
     run(batch)
     for sequence in sequences:
         assert answer(sequence)[:8] == decoded(model, [3] * sequence.prompt_tokens, 8)
+
+
+WINDOW = 16  # of the tiny SambaY model
+LENGTHS = [1, 2, 7, WINDOW - 1, WINDOW, WINDOW + 1, 31, 32, 33, 2 * WINDOW + 1, 3 * WINDOW, 80, 5, 64, 47, 100]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "chunk"), [(0, 16), (1, 512), (2, 1)])
+def test_rows_of_any_length_join_and_leave_in_any_order(seed: int, chunk: int) -> None:
+    """16 sequences around the window; some are sampled, some leave early, and one fails."""
+    model, draw = make_tiny_sambay(seed=3), random.Random(seed)
+    prompts = [[draw.randrange(3, 500) for _ in range(length)] for length in draw.sample(LENGTHS, len(LENGTHS))]
+
+    def sampler(n: int) -> Any:
+        return make_sampler(0.9, top_p=0.9, seed=n) if n % 3 == 0 else None
+
+    sequences = [BatchSequence(model, list(each), draw.randint(1, 45), sampler(n)) for n, each in enumerate(prompts)]
+    leaving = {draw.randint(1, 60): sequence for sequence in sequences[:4]}
+    sequences[4].processors = [lambda ids, logits: logits if len(ids) < 50 else logits[5]]  # out of range
+    joining, batch = list(sequences), Batch(max_rows=draw.choice([5, 16]), prefill_step_size=chunk)
+
+    def join_and_leave(step: int) -> None:
+        for _ in range(draw.randint(0, 2)):
+            if joining:
+                batch.add(joining.pop())
+        if step in leaving:
+            batch.end(leaving[step])
+
+    while joining:
+        run(batch, join_and_leave)
+        join_and_leave(0)
+    run(batch)
+    for n, (sequence, prompt) in enumerate(zip(sequences, prompts, strict=True)):
+        expected = decoded(model, prompt, sequence.max_tokens, sampler=sampler(n))
+        assert answer(sequence) == expected[: sequence.drawn]
+        assert sequence.drawn == sequence.max_tokens or sequence in sequences[:5]
 
 
 def test_a_batch_cache_masks_the_columns_before_each_sequence(model: Model) -> None:

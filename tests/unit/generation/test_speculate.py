@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import tracemalloc
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -19,15 +19,18 @@ from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.generation.stream import stream_generate
 from phi4_mlx.grammar.constraint import Constraint
 from phi4_mlx.grammar.grammars import json_schema
-from tests.conftest import Demo, TinyModel
+from phi4_mlx.models.cache import REWIND
+from phi4_mlx.models.model import LanguageModel
+from tests.conftest import Demo, TinyModel, make_tiny_model
 from tests.model_runs import decoded, filled_cache
+from tests.tiny_sambay import make_tiny_sambay
 
 
 class Oracle:
-    """A proposer that guesses the next five tokens of a known answer; every `wrong`th guess is false, 0 for none."""
+    """A proposer that guesses the next tokens of a known answer; every `wrong`th guess is false, 0 for none."""
 
-    def __init__(self, answer: Sequence[int], wrong: int = 0):
-        self.answer, self.wrong = list(answer), wrong
+    def __init__(self, answer: Sequence[int], wrong: int = 0, most: int = 5):
+        self.answer, self.wrong, self.most = list(answer), wrong, most
         self.passes = self.at = 0
 
     def begin(self, ids: Sequence[int]) -> None:
@@ -44,7 +47,7 @@ class Oracle:
         return True
 
     def guess(self, most: int) -> list[int]:
-        guesses = self.answer[self.at : self.at + min(most, 5)]
+        guesses = self.answer[self.at : self.at + self.most]
         return [
             (each + 1) % 512 if self.wrong and (self.at + n) % self.wrong == 0 else each
             for n, each in enumerate(guesses)
@@ -71,6 +74,33 @@ def test_true_and_false_guesses_give_the_same_tokens(tiny_model: TinyModel, wron
     assert decoded(model, PROMPT, 60, cache=cache, proposer=oracle) == plain
     assert cache.ids[0].tolist() == [*PROMPT, *plain][: cache.offset] and cache.offset >= len(PROMPT) + 58
     assert oracle.passes <= (12 if wrong == 0 else 60)
+
+
+class ForcingMask:
+    """A grammar that allows any token, and forces the given ones after every third."""
+
+    def __init__(self, forced: list[int]):
+        self.forced, self.count = forced, 0
+
+    def mask(self) -> mx.array | None:
+        return None
+
+    def accept(self, token: int) -> list[int]:
+        self.count += 1
+        return [] if self.count % 3 else self.forced
+
+
+@pytest.mark.parametrize("make", [make_tiny_model, make_tiny_sambay])
+@pytest.mark.parametrize("run", [0, REWIND - 3, REWIND + 8])
+def test_wrong_guesses_after_a_run_of_forced_tokens_are_taken_back(make: Callable[[], LanguageModel], run: int) -> None:
+    """Also where a proposer guesses more tokens than a cache could take back."""
+    model, forced = make(), list(range(100, 100 + run))
+    plain = decoded(model, PROMPT, 60, logits_mask=ForcingMask(forced))
+    for wrong in (0, 2):
+        guessing = Oracle(plain, wrong, most=REWIND + 8)
+        assert decoded(model, PROMPT, 60, logits_mask=ForcingMask(forced), proposer=guessing) == plain
+    if not run:
+        assert decoded(model, PROMPT, 60, proposer=Oracle(plain, 2, most=REWIND + 8)) == plain
 
 
 @pytest.mark.parametrize("boundary", [12, 13, 16, 17, 18, 19, 20, 30])

@@ -8,11 +8,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from phi4_mlx.models.prompt_cache import MAX_SNAPSHOTS, PromptCache
 from phi4_mlx.models.rope import Regime
+from phi4_mlx.models.sambay import Model as SambaY
 from phi4_mlx.models.text import Model
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
 from tests.conftest import BOUNDARY, make_tiny_model
-from tests.model_runs import filled_cache
+from tests.model_runs import decoded, filled_cache
+from tests.tiny_sambay import make_tiny_sambay
 
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 4 + 4  # keys and values: layers, heads, width, fp32; and the id
 
@@ -138,3 +141,75 @@ def test_the_number_of_entries_is_limited(model: Model, monkeypatch: pytest.Monk
     for n in range(5):
         put(prefixes, model, [n] * 10)
     assert len(prefixes) == 3 and [found(prefixes, model, [n] * 10) for n in range(5)] == [0, 0, 9, 9, 9]
+
+
+@pytest.fixture(scope="module")
+def sambay() -> SambaY:
+    return make_tiny_sambay(seed=5)
+
+
+def answered(prefixes: PrefixCache, model: SambaY, prompt: list[int], count: int = 9) -> list[int]:
+    """Stores a prompt, then the prompt with its answer, as the engine does; returns both."""
+    cache = prefixes.find(model, None, prompt) or model.make_cache()
+    answer = decoded(model, prompt[cache.offset :], count, cache=cache, prefill_step_size=64)
+    whole, row = [*prompt, *answer], model.make_cache()
+    row.restore(whole[: cache.offset], [layer.state for layer in cache], cache.regime)  # a row has no snapshots
+    prompt_cache = filled(model, prompt)
+    prefixes.put(None, prompt_cache)
+    prefixes.put(None, row)
+    return whole
+
+
+def filled(model: SambaY, prompt: list[int]) -> PromptCache:
+    cache = model.make_cache()
+    decoded(model, prompt, 1, cache=cache, prefill_step_size=64)
+    return cache
+
+
+def test_a_conversation_has_one_entry_that_serves_its_earlier_turns_too(sambay: SambaY) -> None:
+    prefixes, prompt = PrefixCache(2**24), [n % 500 + 3 for n in range(400)]
+    prompts = []
+    for turn in range(4):
+        prompts.append(prompt)
+        prompt = [*answered(prefixes, sambay, prompt), *range(10 + turn, 40)]
+    assert len(prefixes) <= 2
+    for earlier in prompts:  # asked again, and with another end
+        assert prefixes.find(sambay, None, earlier).offset >= 0.8 * len(earlier)  # type: ignore[union-attr]
+        edited = [*earlier[:-5], 7, 8, 9]
+        found = prefixes.find(sambay, None, edited)
+        assert found is not None and 0.7 * len(edited) <= found.offset <= len(edited) - 3
+        warm = sambay(mx.array([edited[found.offset :]]), found)[:, -1]
+        np.testing.assert_allclose(np.array(warm), np.array(sambay(mx.array([edited]))[:, -1]), atol=1e-4)
+
+
+def test_a_snapshot_that_two_entries_share_counts_once(sambay: SambaY) -> None:
+    prefixes, prompt = PrefixCache(2**24), [n % 500 + 3 for n in range(200)]
+    prefixes.put(None, filled(sambay, prompt))
+    before, fixed = prefixes.nbytes, sambay.context_cost().fixed_bytes
+    branch = prefixes.find(sambay, None, [*prompt[:-1], 9, 9])
+    assert branch is not None and branch.offset == len(prompt) - 1
+    decoded(sambay, [9, 9], 1, cache=branch)
+    prefixes.put(None, branch)
+    length = len(prompt) + 1
+    assert len(prefixes) == 2
+    assert prefixes.nbytes - before <= 2 * fixed + length * (sambay.context_cost().token_bytes + 4)
+
+
+def test_an_entry_too_large_for_the_limit_loses_snapshots_before_it_is_refused(sambay: SambaY) -> None:
+    cost, prompt = sambay.context_cost(), [n % 500 + 3 for n in range(300)]
+    least = len(prompt) * (cost.token_bytes + 4) + cost.fixed_bytes
+    for limit, served in ((least // 2, 0), (least, 0), (least + 3 * cost.fixed_bytes, len(prompt) - 1)):
+        prefixes = PrefixCache(limit)
+        prefixes.put(None, filled(sambay, prompt))
+        found = prefixes.find(sambay, None, prompt)
+        assert (found.offset if found else 0) == served and prefixes.nbytes <= limit
+        assert len(prefixes) == (limit >= least)
+
+
+def test_the_snapshots_that_are_kept_save_the_most_tokens(sambay: SambaY) -> None:
+    cache = sambay.make_cache()
+    for count in [100] * 6 + [3, 97] * 3 + [5]:
+        decoded(sambay, [7] * count, 1, cache=cache)
+    lengths = [each.length for each in cache.snapshots]
+    assert len(lengths) == MAX_SNAPSHOTS and lengths[-1] >= cache.offset - 1
+    assert max(b - a for a, b in zip([0, *lengths], lengths, strict=False)) <= 250
