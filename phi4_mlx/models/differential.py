@@ -145,8 +145,6 @@ class Attention(nn.Module):
         if isinstance(mask, PackedAttention):
             parts = zip(mask.split(queries, 4), mask.split(keys, 3), mask.split(values, 2), mask.masks, strict=True)
             return mx.concatenate([difference(q, k, v, weight, self.window, own) for q, k, v, own in parts], axis=3)
-        if self.window is not None and T == 1:
-            keys, values = keys[:, :, :, -self.window :], values[:, :, -self.window :]
         if mask is not None:
             mask = mask[..., -keys.shape[3] :]
         return difference(queries, keys, values, weight, self.window, mask)
