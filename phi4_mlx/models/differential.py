@@ -160,8 +160,6 @@ class Attention(nn.Module):
                 difference(q, k, v, weight, self.window, own, training=self.training) for q, k, v, own in parts
             ]
             return mx.concatenate(attended, axis=3)
-        if self.window is not None and T == 1:
-            keys, values = keys[:, :, :, -self.window :], values[:, :, -self.window :]
         if mask is not None:
             mask = mask[..., -keys.shape[3] :]
         return difference(queries, keys, values, weight, self.window, mask, training=self.training)

@@ -92,8 +92,8 @@ class Conv1d(nn.Module):
         taps = self.weight.shape[-1]
         T = inputs.shape[1] - (taps - 1)
         total = self.bias
-        for k in range(taps):
-            product = inputs[:, k : k + T] * self.weight[:, 0, k]
+        for k, weight in enumerate(mx.split(self.weight.T, taps)):  # [1, 1, E] each
+            product = inputs[:, k : k + T] * weight
             total = total + (product if same is None else mx.where(same[:, :, k : k + 1], product, 0))
         return total
 

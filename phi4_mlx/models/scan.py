@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-CHUNK = 16  # tokens; longer chunks hold more states at once and save nothing
+CHUNK = 16  # tokens, of all rows of a batch; longer chunks hold more states at once and save nothing
 
 
 def selective_scan(
@@ -42,6 +42,9 @@ def short_scan(
     u: mx.array, dt: mx.array, A: mx.array, B: mx.array, C: mx.array, state: mx.array
 ) -> tuple[mx.array, list[mx.array]]:
     """`selective_scan` of a few tokens in one chunk, with the state after each of them."""
+    if u.shape[1] == 1:  # the recurrence itself; a compiled step makes one kernel of it
+        state = mx.exp(dt * A) * state + (dt * u) * B.swapaxes(1, 2)
+        return C @ state, [state]
     states, _ = _states(u, dt, A, B, state)
     return (C[:, :, None, :] @ mx.stack(states, axis=1)).squeeze(2), states
 
@@ -51,8 +54,9 @@ def _scan(
     u: mx.array, dt: mx.array, A: mx.array, B: mx.array, C: mx.array, state: mx.array, *keep: mx.array
 ) -> tuple[mx.array, mx.array]:
     outputs = []
-    for part in _chunks(u.shape[1]):
-        states, _ = _states(u[:, part], dt[:, part], A, B[:, part], state, *(each[:, part] for each in keep))
+    for part in _chunks(u.shape[1], max(1, CHUNK // len(u))):
+        own_dt = mx.depends(dt[:, part], state)  # the decays of a chunk are made when its turn comes
+        states, _ = _states(u[:, part], own_dt, A, B[:, part], state, *(each[:, part] for each in keep))
         outputs.append((C[:, part, None, :] @ mx.stack(states, axis=1)).squeeze(2))
         state = mx.depends(states[-1], outputs[-1])  # frees the states of this chunk before the next one runs
     return mx.concatenate(outputs, axis=1), state
@@ -65,10 +69,11 @@ def _scan_vjp(
     """The gradients; only the states between chunks are kept, and those within are computed again."""
     u, dt, A, B, C, state, *keep = primals
     dy, carried = cotangents  # carried: the gradient [B, N, E] of the state after the token at hand
-    parts = _chunks(u.shape[1])
+    parts = _chunks(u.shape[1], CHUNK)
     before = [state]
     for part in parts[:-1]:
-        states, _ = _states(u[:, part], dt[:, part], A, B[:, part], before[-1], *(each[:, part] for each in keep))
+        own_dt = mx.depends(dt[:, part], before[-1])
+        states, _ = _states(u[:, part], own_dt, A, B[:, part], before[-1], *(each[:, part] for each in keep))
         before.append(states[-1])
 
     dA = mx.zeros_like(A)
@@ -113,15 +118,14 @@ def _chunk_vjp(
     return (du, ddt, dB, dC), carried, dA
 
 
-def _chunks(T: int) -> list[slice]:
-    return [slice(start, min(start + CHUNK, T)) for start in range(0, T, CHUNK)]
+def _chunks(T: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, T)) for start in range(0, T, size)]
 
 
 def _states(
     u: mx.array, dt: mx.array, A: mx.array, B: mx.array, state: mx.array, *keep: mx.array
 ) -> tuple[list[mx.array], mx.array]:
     """The states after each token of a chunk, [B, N, E] each, and the decays [B, chunk, N, E]."""
-    dt = mx.depends(dt, state)  # the decays of a chunk are made when its turn comes
     decays = mx.exp(dt[:, :, None, :] * A)
     if keep:
         decays = decays * keep[0][:, :, None, None]

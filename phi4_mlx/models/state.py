@@ -151,7 +151,7 @@ class WindowCache:
         self.offset = 0
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Appends keys and values of T tokens; returns the cached ones: those that the new ones see, and maybe more."""
+        """Appends keys and values of T tokens; returns those that the new ones see."""
         T, new = keys.shape[2], [keys, values]
         if not self._buffers or self._filled + T > self._buffers[0].shape[2]:
             room = T if T > self.STEP else self.STEP
@@ -165,7 +165,8 @@ class WindowCache:
         for buffer, part in zip(self._buffers, new, strict=True):
             buffer[:, :, start:end] = part
         self._filled, self.offset = end, self.offset + T
-        fetched = [buffer[:, :, :end] for buffer in self._buffers]
+        first = max(0, start - (self.window - 1))
+        fetched = [buffer[:, :, first:end] for buffer in self._buffers]
         if T > self.STEP:  # a buffer for a long prompt is not kept, and a slice would keep it in memory
             self._buffers = [mx.contiguous(array) for array in self._window()]
             self._filled = self._buffers[0].shape[2]
