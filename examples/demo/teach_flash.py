@@ -1,6 +1,6 @@
 """Teaches `demo-flash` a new kind of problem with a LoRA adapter: "What is twice 347?".
 
-    python examples/demo/teach_flash.py [--folder build/double] [--iters 200] [--count 100]
+    python examples/demo/teach_flash.py [--folder build/double] [--iters 60] [--count 100]
 
 It writes train.jsonl, runs `python -m phi4_mlx.lora`, and asks held-out problems of that kind before and after. The
 last line is JSON.
@@ -28,7 +28,7 @@ def main() -> None:
     root = Path(__file__).resolve().parent.parent.parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=root / "build" / "double")
-    parser.add_argument("--iters", type=int, default=200)
+    parser.add_argument("--iters", type=int, default=60)
     parser.add_argument("--count", type=int, default=100, help="number of held-out problems")
     options = parser.parse_args()
     folder: Path = options.folder
