@@ -10,7 +10,7 @@ import pytest
 
 from phi4_mlx.server.apis.messages import MessageAnswer, error_body, parse
 from phi4_mlx.server.apis.wire import Delta, End, WireError
-from phi4_mlx.tokens.chat_format import check_messages
+from phi4_mlx.tokens.messages import check_messages
 from tests.unit.server.apis.harness import (
     CALLS,
     HI,

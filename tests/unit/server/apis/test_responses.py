@@ -11,7 +11,7 @@ from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.server.apis.responses import ResponseAnswer, parse
 from phi4_mlx.server.apis.wire import Delta, End, WireError
 from phi4_mlx.server.engine.protocol import TokenLogprob
-from phi4_mlx.tokens.chat_format import check_messages
+from phi4_mlx.tokens.messages import check_messages
 from tests.unit.server.apis.harness import (
     CALLS,
     KÖLN,
