@@ -143,7 +143,7 @@ class Round:
     """One answer of the model and the results of its tool calls.
 
     Attributes:
-        text: the answer without its calls.
+        text: the answer without its calls; thoughts are part of it, as the model wrote them.
         ids: the answer's tokens as they were drawn, without the end marker.
         calls: the tool calls in it.
         results: the result of each call, as the model reads it.
@@ -202,6 +202,8 @@ class ToolLoop:
         max_rounds: int = MAX_ROUNDS,
         timeout_s: float | None = None,
         approve: Approval | None = None,
+        longest: int | None = None,
+        thinks: bool = False,
         shorten: Callable[[int], Sequence[int]] | None = None,
     ):
         """Checks the limits; `events` runs the loop.
@@ -213,6 +215,8 @@ class ToolLoop:
             options: for each answer; `max_tokens` is lowered to what the context has room for.
             grammar: restricts the first answer, which then ends within `max_tokens`. The other answers, and all of them
                 by default, are restricted only by the toolbox's schemas.
+            longest: the most tokens of a prompt and its answer; None for what the model's context holds.
+            thinks: True separates the thoughts at the start of each answer that `grammar` does not restrict.
             shorten: called before each round but the first with the tokens of calls and results since the prompt;
                 returns the prompt to use instead. None keeps the prompt.
 
@@ -228,7 +232,8 @@ class ToolLoop:
         self._toolbox, self._cache, self._options = toolbox, cache, options
         self._grammar = grammar
         self._max_rounds, self._timeout_s, self._approve = max_rounds, timeout_s, approve
-        self._shorten = shorten
+        self._longest = longest or model.config.max_position_embeddings
+        self._thinks, self._shorten = thinks, shorten
         self._ends_at = float("inf")
         self.rounds: list[Round] = []
         self.prompt_tokens = 0
@@ -262,12 +267,11 @@ class ToolLoop:
 
     def _all_rounds(self) -> Iterator[AgentEvent]:
         tail: list[int] = []  # calls and results since the prompt
-        context = self._model.config.max_position_embeddings
         while not self.finish_reason:
             if tail and self._shorten is not None:
                 self._prompt = list(self._shorten(len(tail)))
             prompt = [*self._prompt, *tail]
-            room = context - len(prompt)
+            room = self._longest - len(prompt)
             if self.rounds and (room < 1 or time.monotonic() >= self._ends_at):
                 self.finish_reason = "length" if room < 1 else "timeout"
                 return
@@ -288,7 +292,8 @@ class ToolLoop:
         """Generates one answer into `each`."""
         required = self._grammar if len(self.rounds) == 1 else None
         options = replace(self._options, max_tokens=max_tokens)
-        answer = AnswerAssembler(self._toolbox.declarations, ends_at=self._ends_at)
+        thinks = self._thinks and required is None
+        answer = AnswerAssembler(self._toolbox.declarations, ends_at=self._ends_at, thinks=thinks)
         model, tokenizer, cache = self._model, self._tokenizer, self._cache
         grammar = required or self._optional_calls
         if grammar is not None:
@@ -303,7 +308,7 @@ class ToolLoop:
                 yield response
         finally:  # the caller may leave between two tokens
             answer.finish()
-            each.text, each.calls = answer.text, list(answer.calls)
+            each.text, each.calls = answer.reply, list(answer.calls)
         self.error = answer.complaint
         if not each.calls or answer.reason != "stop":  # a cut answer may lack calls, so none is run
             self.finish_reason = answer.reason

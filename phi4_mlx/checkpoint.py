@@ -32,7 +32,7 @@ from phi4_mlx.models import sambay, text
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.shared_stream import shared_stream
 from phi4_mlx.terminal.suggestion import suggestion
-from phi4_mlx.tokens.chat_format import CHAT_FORMATS, ChatFormat, recognise
+from phi4_mlx.tokens.chat_format import CHAT_FORMATS, ChatFormat, recognise, recognise_flash
 from phi4_mlx.tokens.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -54,7 +54,7 @@ class Kind:
 # model_type in config.json -> the kind.
 KINDS: dict[str, Kind] = {
     "phi3": Kind(ModelConfig.from_dict, text.Model, recognise),
-    "phi4flash": Kind(SambaYConfig.from_dict, sambay.Model, recognise),
+    "phi4flash": Kind(SambaYConfig.from_dict, sambay.Model, recognise_flash),
 }
 
 # Names that another program gives to the same tensors -> the program.

@@ -21,6 +21,7 @@ class CharFormat:
     """Role, text, end marker."""
 
     name = "chars"
+    reasons = False
 
     def render(self, tokenizer: Any, messages: Sequence[Any], tools: Any = None) -> list[int]:
         ids = []

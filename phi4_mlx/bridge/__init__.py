@@ -96,14 +96,15 @@ def chat(model: int, messages: Sequence[Mapping[str, Any]], **options: Any) -> B
         messages: in OpenAI's form.
         options: max_tokens (1,024), temp, top_p, min_p, top_k, seed, repetition_penalty, presence_penalty,
             frequency_penalty, stop, timeout_s; schema, a JSON schema that the answer obeys; tools, in OpenAI's form,
-            tool_choice ("auto", "none", "required", or a name), strict (True: calls obey the tools' schemas).
+            tool_choice ("auto", "none", "required", or a name), strict (True: calls obey the tools' schemas). Where the
+            authors of a model advise other defaults, those hold; see `phi4_mlx.terminal.options.ADVISED`.
 
     Returns:
-        A "finish" with "reason" ("stop", "length", "tool_calls", "cancelled", "timeout"), "text", "message" (to append
-        to the messages; its "tool_calls", if any, are to be answered by messages with the role "tool"), "complaint"
-        (why a tool call was left as text, or ""), "loosened" (a list: what of the tools' schemas was not enforced),
-        "complete" (False if the answer was cut or forced to its end), "prompt_tokens", "cached_tokens",
-        "answer_tokens"; or an "error".
+        A "finish" with "reason" ("stop", "length", "tool_calls", "cancelled", "timeout"), "text", "thought" (the
+        thoughts before it, if a reasoning model had any), "message" (to append to the messages, without thoughts; its
+        "tool_calls", if any, are to be answered by messages with the role "tool"), "complaint" (why a tool call
+        was left as text, or ""), "loosened" (a list: what of the tools' schemas was not enforced), "complete" (False if
+        the answer was cut or forced to its end), "prompt_tokens", "cached_tokens", "answer_tokens"; or an "error".
     """
     return _last(_start(model, messages, options))
 
@@ -124,7 +125,9 @@ def start_complete(model: int, prompt: str, **options: Any) -> int:
 
 
 def next_event(stream: int, timeout_s: float = -1.0) -> BridgeEvent:
-    """The next event of a stream: "token" with "text"; "tool_call" with "id", "name" and "arguments"; the last one.
+    """The next event of a stream.
+
+    "thought" and "token" have "text"; "tool_call" has "id", "name" and "arguments"; the last one is as in `chat`.
 
     Args:
         stream: from `start_chat` or `start_complete`; its number ends with its last event.

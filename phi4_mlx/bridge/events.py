@@ -1,6 +1,6 @@
 """Events, the values that the bridge returns: dicts of plain types, as they go into JSON.
 
-"event" names the kind: "token", "tool_call", "wait", or one of `LAST`, which ends a stream.
+"event" names the kind: "thought", "token", "tool_call", "wait", or one of `LAST`, which ends a stream.
 """
 
 from __future__ import annotations

@@ -14,9 +14,11 @@ from phi4_mlx.bridge.events import BridgeEvent
 from phi4_mlx.checkpoint import load
 from phi4_mlx.errors import RequestError, check_number, check_whole
 from phi4_mlx.generation.answer import AnswerAssembler, stream_answer, tool_grammar
+from phi4_mlx.generation.memory import plan_context
 from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.grammar.grammars import Grammar, json_schema
+from phi4_mlx.terminal.options import Settings, sampling_defaults
 from phi4_mlx.tools.declarations import check_tools
 
 TEXT_OPTIONS = (
@@ -43,6 +45,7 @@ class BridgeModel:
         )
         self._cache = self._model.make_cache()
         self.context = self._model.config.max_position_embeddings
+        self._longest = plan_context(self._model).most_tokens  # fit the memory
 
     def use_adapter(self, path: str) -> None:
         """Replaces the adapter; an empty path removes it.
@@ -81,27 +84,34 @@ class BridgeModel:
             cancelled: polled between tokens and between prefill chunks.
 
         Yields:
-            "token" events, a "tool_call" for each call, and a "finish".
+            "thought" and "token" events, a "tool_call" for each call, and a "finish".
 
         Raises:
             Phi4Error: an option or a message is malformed.
         """
-        request = Request.of(options, TEXT_OPTIONS if isinstance(given, str) else CHAT_OPTIONS)
-        answer = request.answer(cancelled)
+        chat_format, is_text = self.tokenizer.chat_format, isinstance(given, str)
+        defaults = sampling_defaults(chat_format.name, MAX_TOKENS)
+        request = Request.of(options, TEXT_OPTIONS if is_text else CHAT_OPTIONS, defaults)
+        answer = request.answer(cancelled, chat_format.reasons and not is_text)
         prompt = self.prompt(given, request.tools)
-        decode_options = request.decode_options(self.context - len(prompt))
+        decode_options = request.decode_options(self._longest - len(prompt))
         grammar, must_end = request.grammar()
         responses = stream_answer(
             self._model, self.tokenizer, prompt, self._cache, decode_options, answer, grammar, must_end
         )
         try:
             for response in responses:
+                if response.thought:
+                    yield {"event": "thought", "text": response.thought}
                 if response.text:
                     yield {"event": "token", "text": response.text}
         except BaseException:  # the layers of the cache may be left at different lengths
             self._cache = self._model.make_cache()
             raise
-        if rest := answer.finish():
+        rest = answer.finish()
+        if thought := answer.new_thought():
+            yield {"event": "thought", "text": thought}
+        if rest:
             yield {"event": "token", "text": rest}
         yield from _last_events(answer, given, () if grammar is None else grammar.loosened)
 
@@ -131,8 +141,13 @@ class Request:
     sampling: Sampling
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], known: Sequence[str]) -> Request:
+    def of(cls, options: Mapping[str, Any], known: Sequence[str], defaults: Settings) -> Request:
         """Checks the options, all but those that `DecodeOptions` and the sampler check; None stands for the default.
+
+        Args:
+            options: by name.
+            known: the names.
+            defaults: of the sampling, from `sampling_defaults`.
 
         Raises:
             RequestError: an option is not in `known`, or is malformed.
@@ -141,15 +156,16 @@ class Request:
             if name not in known:
                 raise RequestError(f"the option {name!r:.100} is not known; known are {', '.join(known)}")
         given = {name: value for name, value in options.items() if value is not None}
+        settings: dict[str, Any] = {name.replace("-", "_"): value for name, value in defaults.items()} | given
         request = cls(
-            max_tokens=given.get("max_tokens", MAX_TOKENS),
+            max_tokens=settings["max_tokens"],
             stop=given.get("stop"),
             schema=given.get("schema"),
             timeout_s=given.get("timeout_s"),
             tools=check_tools(given.get("tools", [])),
             tool_choice=given.get("tool_choice", "auto"),
             strict=given.get("strict", True),
-            sampling=Sampling.of(given),
+            sampling=Sampling.of(settings),
         )
         check_whole("max_tokens", request.max_tokens, 1)
         if request.timeout_s is not None:
@@ -158,10 +174,12 @@ class Request:
             raise RequestError("schema leaves no room for tool calls or a stop string; leave out one of them")
         return request
 
-    def answer(self, cancelled: Callable[[], bool]) -> AnswerAssembler:
-        """A new answer, whose time starts now."""
+    def answer(self, cancelled: Callable[[], bool], thinks: bool) -> AnswerAssembler:
+        """A new answer, whose time starts now; `thinks` if the model does, where no grammar restricts its answer."""
         ends_at = float("inf") if self.timeout_s is None else time.monotonic() + self.timeout_s
-        return AnswerAssembler(self.tools if self.tool_choice != "none" else (), ends_at=ends_at, cancelled=cancelled)
+        tools = self.tools if self.tool_choice != "none" else ()
+        thinks = thinks and self.schema is None and self.tool_choice in ("auto", "none")
+        return AnswerAssembler(tools, ends_at=ends_at, cancelled=cancelled, thinks=thinks)
 
     def decode_options(self, room: int) -> DecodeOptions:
         """The decode options; `max_tokens` is lowered to the `room` in the context, in tokens."""
@@ -183,6 +201,8 @@ class Request:
 def _last_events(answer: AnswerAssembler, given: Given, loosened: Sequence[str]) -> Iterator[BridgeEvent]:
     """The tool calls of a finished answer, and its "finish" event."""
     finish: BridgeEvent = {"event": "finish", "reason": answer.reason, "text": answer.text}
+    if answer.thought:
+        finish["thought"] = answer.thought
     if not isinstance(given, str):
         message: Message = {"role": "assistant", "content": answer.text}
         finish["message"] = message

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from phi4_mlx.chat.commands import COMPLETED_PATHS, COMPLETED_WORDS, Leave, is_command, obey
-from phi4_mlx.chat.session import Chat, load_shown
+from phi4_mlx.chat.session import MAX_TOKENS, Chat, load_shown
 from phi4_mlx.chat.tools import Doorkeeper, add_chat_tool_options, toolbox_of
 from phi4_mlx.errors import Interruption, Phi4Error, RequestError
 from phi4_mlx.files.regular_file import SMALL_BYTES
@@ -30,13 +30,14 @@ from phi4_mlx.terminal.command import (
     word,
 )
 from phi4_mlx.terminal.options import (
-    SAMPLING,
     add_decoding_options,
     add_model_options,
     add_overflow_option,
     add_sampling_options,
     cache_options,
     check_decoding_options,
+    complain_of_cuts,
+    given_sampling,
     load_options,
 )
 from phi4_mlx.terminal.screen import Screen, keys
@@ -72,7 +73,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--schema", type=word, metavar="FILE.json", help="answers are JSON that obeys this JSON schema (default: none)"
     )
-    add_sampling_options(parser, max_tokens=2048)
+    add_sampling_options(parser, MAX_TOKENS)
     add_decoding_options(parser)
     add_overflow_option(parser)
     parser.idle.append(Idle(("context_overflow",), lambda args: args.prompt is not None, "with --prompt: one question"))
@@ -121,11 +122,11 @@ def _open(args: argparse.Namespace, screen: Screen, person: bool, toolbox: Toolb
         cache_options=CacheOptions(**cache_options(args)), overflow=args.context_overflow,
     )  # fmt: skip
     conversation.check_tools()
-    return Chat(
+    chat = Chat(
         screen,
         conversation,
         name,
-        {name: getattr(args, name.replace("-", "_")) for name in SAMPLING},
+        given_sampling(args),
         person=person,
         speculate=args.speculate,
         draft=draft,
@@ -133,6 +134,8 @@ def _open(args: argparse.Namespace, screen: Screen, person: bool, toolbox: Toolb
         approve=None if args.allow_tools else Doorkeeper(screen.ask),
         warn=partial(complain, PROG),
     )
+    complain_of_cuts(PROG, args, chat.settings["temp"])
+    return chat
 
 
 def _answer_lines(chat: Chat) -> None:

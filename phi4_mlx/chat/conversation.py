@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from phi4_mlx.agent import AgentEvent, Approval, Round, ToolLoop
 from phi4_mlx.errors import RequestError
-from phi4_mlx.generation.memory import check_context, plan_context
+from phi4_mlx.generation.memory import ContextPlan, check_context, plan_context
 from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.stream import GenerationResponse
 from phi4_mlx.models.cache import CacheOptions
@@ -41,7 +41,7 @@ class Turn:
 
     Attributes:
         question: the user's text.
-        answer: the reply's text.
+        answer: the reply's text, with the thoughts at its start.
         ids: the reply's tokens as they were drawn, without the end marker.
         rounds: the replies before that one, each with its tool calls and their results.
     """
@@ -110,6 +110,14 @@ class Conversation:
     def context(self) -> int:
         """The longest conversation with this model, in tokens."""
         return self.model.config.max_position_embeddings
+
+    @property
+    def longest(self) -> int:
+        """The longest conversation that this machine's memory has room for, in tokens; at most `context`."""
+        return self._plan().most_tokens
+
+    def _plan(self) -> ContextPlan:
+        return plan_context(self.model, self.cache_options.kv_bits, self.cache_options.max_kv_size)
 
     def switch(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
         """Continues with another model; replies are encoded again with its tokenizer."""
@@ -199,8 +207,9 @@ class Conversation:
 
         Args:
             question: the user's text.
-            options: of the answer, which is shorter than `max_tokens` if the context ends earlier. The progress
-                callback may raise `Interrupted`, which ends the answer; without a drawn token there is no turn.
+            options: of the answer, which is shorter than `max_tokens` if the context or the memory ends earlier. The
+                progress callback may raise `Interrupted`, which ends the answer; without a drawn token there is no
+                turn.
             grammar: the grammar of the first answer, or None.
             approve: as in `run_tools`; may raise `Interrupted` too.
 
@@ -212,14 +221,13 @@ class Conversation:
         """
         if not question.strip():
             raise RequestError("the question is empty; it needs at least one character that is not white space")
-        plan = plan_context(self.model, self.cache_options.kv_bits, self.cache_options.max_kv_size)
+        plan = self._plan()
         turns = [*self.turns, _open_turn(question)]
 
         def fitted(after: int = 0) -> tuple[list[int], int]:
             if self.overflow == "stop":
                 return self._ids(turns), 0
-            limit = min(self.context, plan.most_tokens)
-            return keep_latest(turns, self._ids, self._length, limit, options.max_tokens, after)
+            return keep_latest(turns, self._ids, self._length, plan.most_tokens, options.max_tokens, after)
 
         def shorten(after: int) -> list[int]:
             prompt, self.dropped = fitted(after)
@@ -232,7 +240,8 @@ class Conversation:
         self.dropped = dropped
         loop = ToolLoop(
             self.model, self.tokenizer, prompt, self.toolbox, self.cache, options,
-            grammar=grammar, approve=approve, shorten=None if self.overflow == "stop" else shorten,
+            grammar=grammar, approve=approve, longest=plan.most_tokens,
+            thinks=self.tokenizer.chat_format.reasons, shorten=None if self.overflow == "stop" else shorten,
         )  # fmt: skip
         return self._answer(question, loop)
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from phi4_mlx.chat.notes import end_notes, full_note, settings_line, unanswered_note
 from phi4_mlx.chat.tools import Doorkeeper, shown_call, shown_result
-from phi4_mlx.terminal.amount import amount
-from phi4_mlx.terminal.options import LONG_PREFILL, LoadArguments
+from phi4_mlx.terminal.options import LONG_PREFILL, LoadArguments, Settings, advised, sampling_defaults
 from phi4_mlx.terminal.screen import Screen, StopButton
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from phi4_mlx.grammar.grammars import Grammar
     from phi4_mlx.models.model import LanguageModel
     from phi4_mlx.tokens.tokenizer import Tokenizer
+
+
+MAX_TOKENS = 2048  # of an answer, where the model's authors advise none
 
 
 def load_shown(screen: Screen, name: str, options: LoadArguments) -> tuple[LanguageModel, Tokenizer]:
@@ -50,7 +53,7 @@ class Chat:
         screen: where answers and notes go.
         conversation: with the loaded model.
         model_name: the name that the model was loaded by.
-        settings: the sampling options of `SAMPLING` by name.
+        given: the sampling options of `SAMPLING` that were given, by name; the others have the model's defaults.
         person: True if a person is at the terminal, who may stop an answer and is shown notes.
         speculate: as for `make_proposer`.
         draft: the model that guesses tokens, or None.
@@ -59,8 +62,8 @@ class Chat:
         warn: shows a line beside the answers, which may go to a pipe, where no person is shown notes.
 
     Attributes:
-        settings: change them with `set`.
-        defaults: the settings at the start.
+        settings: the value of each option of `SAMPLING`; change them with `set`.
+        defaults: the settings at the start, and after `switch_model`.
         saved_as: the file that holds this conversation, which /save may therefore replace; or None.
     """
 
@@ -69,7 +72,7 @@ class Chat:
         screen: Screen,
         conversation: Conversation,
         model_name: str,
-        settings: dict[str, int | float | None],
+        given: Settings,
         *,
         person: bool,
         speculate: Mode = "off",
@@ -79,7 +82,9 @@ class Chat:
         warn: Callable[[str], None] | None = None,
     ) -> None:
         self.screen, self.conversation, self.model_name = screen, conversation, model_name
-        self.settings, self.defaults = settings, dict(settings)
+        self._given = {option: value for option, value in given.items() if value is not None}
+        self.defaults = self._defaults()
+        self.settings = {**self.defaults}
         self.grammar, self.approve = grammar, approve
         self.saved_as: Path | None = None
         self._speculate: Mode = speculate
@@ -98,7 +103,14 @@ class Chat:
             Phi4Error: the model cannot be loaded; the current one stays.
         """
         self.conversation.switch(*load_shown(self.screen, name, LoadArguments()))
+        changed = {option: value for option, value in self.settings.items() if value != self.defaults[option]}
+        self.defaults = self._defaults()
+        self.settings = self.defaults | changed
         self.model_name, self._options = name, None
+
+    def _defaults(self) -> Settings:
+        """The settings of the options that were given, and the model's own."""
+        return sampling_defaults(self.conversation.tokenizer.chat_format.name, MAX_TOKENS) | self._given
 
     def set(self, name: str, value: int | float | None) -> None:
         """Changes a sampling option, from the next answer on."""
@@ -106,8 +118,11 @@ class Chat:
         self._options = None
 
     def greet(self) -> None:
-        """Shows the model, its context, and how to get help."""
+        """Shows the model, its context, the settings that its authors advise, and how to get help."""
         self.screen.write(f"{self.model_name}, context {self.conversation.context:,} tokens\n")
+        if names := advised(self.conversation.tokenizer.chat_format.name):
+            shown = settings_line(self.settings, names, self.conversation.longest)
+            self.screen.note(f"{shown}; /set changes them.")
         self.screen.note("/help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves.")
         if rescued_file().exists():
             self.screen.note("A conversation whose terminal was closed was saved: /load brings it back.")
@@ -119,7 +134,7 @@ class Chat:
         Raises:
             RequestError: the question is empty, or the context is full.
         """
-        stop, dropped_before = StopButton(), self.conversation.dropped
+        stop, dropped_before, unanswered = StopButton(), self.conversation.dropped, False
         with stop if self._person else contextlib.nullcontext():
             options = dataclasses.replace(
                 self.decode_options(),
@@ -128,19 +143,23 @@ class Chat:
             events = self.conversation.ask(question, options, grammar=self.grammar, approve=self.approve)
             try:
                 with contextlib.closing(events):
-                    self._show(events, stop)
+                    unanswered = self._show(events, stop)
             except KeyboardInterrupt:
                 if not stop.at_once:
                     raise
             finally:
                 self.screen.status("")
         if self.conversation.dropped and not dropped_before:
-            self._say_full()
+            self._warn(full_note(self.conversation))  # once, although more turns follow
         if self._person:
-            self._explain_end(stop.pressed)
+            for note in end_notes(self.conversation, self.settings["max-tokens"], stop.pressed):
+                self.screen.note(note)
+            self.screen.end_paragraph()
+        elif unanswered:
+            self._warn(unanswered_note(self.conversation))
 
-    def _show(self, events: Iterator[AgentEvent], stop: StopButton) -> None:
-        """Shows an answer and its calls as they arrive, until the person stops it."""
+    def _show(self, events: Iterator[AgentEvent], stop: StopButton) -> bool:
+        """Shows an answer and its calls as they arrive, until the person stops it; True if it has thoughts alone."""
         from phi4_mlx.agent import ToolResult
         from phi4_mlx.generation.stream import GenerationResponse
 
@@ -149,6 +168,7 @@ class Chat:
             for event in events:
                 stop.at_once = not isinstance(event, (GenerationResponse, ToolResult))
                 if isinstance(event, GenerationResponse):
+                    answer.think(event.thought)
                     answer.add(event.text)
                 elif isinstance(event, ToolResult):
                     self.screen.note(f"= {shown_result(event.text)}")
@@ -160,6 +180,7 @@ class Chat:
                     break
         finally:
             answer.finish()
+        return answer.unanswered
 
     def _show_progress(self, done: int, total: int, stopped: bool) -> None:
         from phi4_mlx.chat.conversation import Interrupted
@@ -193,39 +214,6 @@ class Chat:
                 ),
             )
         return self._options
-
-    def _explain_end(self, stopped: bool) -> None:
-        usage = self.conversation.usage
-        if stopped:
-            self.screen.note("stopped")
-        elif usage.finish_reason == "length":
-            self.screen.note(f"cut at {amount(usage.answer_tokens, 'token')}{self._limit()}")
-        elif usage.finish_reason == "max_rounds":
-            self.screen.note("the last calls were not run: the model kept calling tools without an answer")
-        if usage.reprefilled:
-            table = f"the RoPE table for {self.conversation.cache.regime} texts"
-            self.screen.note(f"the conversation now needs {table}: {amount(usage.reprefilled, 'token')} run again")
-        self.screen.end_paragraph()
-
-    def _say_full(self) -> None:
-        """Says that turns are left out; once, although more follow."""
-        conversation = self.conversation
-        self._warn(
-            f"the context of {conversation.context:,} tokens is full: from now on the oldest turns are left out of the "
-            f"prompt, {conversation.dropped:,} of {len(conversation.turns):,} so far"
-        )
-
-    def _limit(self) -> str:
-        """The limit that has cut the last answer, and the way out, for the note."""
-        conversation, max_tokens = self.conversation, self.settings["max-tokens"]
-        usage = conversation.usage
-        assert isinstance(max_tokens, int)
-        if usage.answer_tokens and usage.prompt_tokens + max_tokens <= conversation.context:
-            return "; /set max-tokens N changes the limit"
-        end = f", the end of the context of {conversation.context:,}{conversation.model.config.context_note}"
-        if conversation.overflow == "oldest":
-            return f"{end}; the next question makes room"
-        return f"{end}; /undo and /reset make room; a chat started with --context-overflow oldest goes on"
 
     def rescue(self) -> str:
         """Saves the conversation where the next chat finds it; returns a sentence that says so."""

@@ -1,6 +1,7 @@
 """`python -m phi4_mlx benchmark`: the speed of a model on this machine, and its share of the memory's ceiling.
 
-A decode step reads all weights, keys and values once, so bandwidth divided by those bytes is the ceiling of decode.
+A decode step reads all weights, and the cached keys, values and states of each layer, so bandwidth divided by those
+bytes is the ceiling of decode.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class LengthReport(TypedDict):
     prefill_tokens_per_s: float
     time_to_first_token_s: float
     decode_tokens_per_s: float
-    kv_bytes_per_token: float
+    kv_bytes_per_token: int
+    fixed_bytes: int
     ceiling_tokens_per_s: float | None
     share_of_ceiling: float | None
     peak_bytes: int
@@ -133,19 +135,23 @@ def _length(model: LanguageModel, length: int, args: argparse.Namespace, bandwid
     mx.reset_peak_memory()
     runs = []
     for each in range(1, args.repeats + 1):
-        first_s, decode_s, kv_bytes = measure(model, length, args.generation_tokens, args.kv_bits)
+        first_s, decode_s, cached_bytes = measure(model, length, args.generation_tokens, args.kv_bits)
         runs.append((first_s, decode_s))
         line = f"{amount(length, 'token')}, run {each} of {args.repeats}: first token after {first_s:.2f} s"
         print(f"{line}, the others in {decode_s:.2f} s", file=sys.stderr, flush=True)
     first_s, decode_s = (median(times) for times in zip(*runs, strict=True))
     decode = (args.generation_tokens - 1) / decode_s
-    ceiling = ceiling_tokens_per_s(model.step_bytes + kv_bytes * (length + args.generation_tokens // 2), bandwidth)
+    cost, cached = model.context_cost(args.kv_bits), length + args.generation_tokens - 1
+    fixed_bytes = round((cached_bytes - cost.token_bytes) * cached)
+    kv_bytes = cost.reads * cost.token_bytes * (length + args.generation_tokens // 2)
+    ceiling = ceiling_tokens_per_s(model.step_bytes + fixed_bytes + kv_bytes, bandwidth)
     return {
         "prompt_tokens": length,
         "prefill_tokens_per_s": length / first_s,
         "time_to_first_token_s": first_s,
         "decode_tokens_per_s": decode,
-        "kv_bytes_per_token": kv_bytes,
+        "kv_bytes_per_token": cost.token_bytes,
+        "fixed_bytes": fixed_bytes,
         "ceiling_tokens_per_s": ceiling,
         "share_of_ceiling": None if ceiling is None else decode / ceiling,
         "peak_bytes": mx.get_peak_memory(),
@@ -164,7 +170,7 @@ def measure(
         kv_bits: 4 or 8 for quantised keys and values; None for none.
 
     Returns:
-        (seconds to the first token, seconds from the first to the last, bytes of keys and values per token)
+        (seconds to the first token, seconds from the first to the last, cached bytes per token)
     """
     import random
 
@@ -180,8 +186,8 @@ def measure(
     with wired_memory():
         start = time.perf_counter()
         times = [time.perf_counter() for _ in generate_step(prompt, model, max_tokens=new_tokens, cache=cache)]
-    kv_bytes = sum(part.nbytes for layer in cache for part in layer.state) / cache.offset
-    return times[0] - start, times[-1] - times[0], kv_bytes
+    cached_bytes = sum(part.nbytes for layer in cache for part in layer.state) / cache.offset
+    return times[0] - start, times[-1] - times[0], cached_bytes
 
 
 def ceiling_tokens_per_s(bytes_per_token: float, bandwidth_gb_per_s: float | None) -> float | None:
@@ -193,10 +199,11 @@ def table(report: Report) -> str:
     """The report as a table for people."""
     bandwidth = report["bandwidth_gb_per_s"]
     known = "bandwidth not known: --bandwidth" if bandwidth is None else f"{bandwidth:g} GB/s"
-    kv_bytes = report["lengths"][0]["kv_bytes_per_token"]
+    kv_bytes, fixed_bytes = report["lengths"][0]["kv_bytes_per_token"], report["lengths"][-1].get("fixed_bytes", 0)
+    states = f", {size(fixed_bytes)} of states and windows" if fixed_bytes else ""
     lines = [
         f"{report['model']} on {report['device']} ({known}), mlx {report['mlx']}",
-        f"{size(report['weights_bytes'])} of weights, {size(kv_bytes)} of keys and values a token",
+        f"{size(report['weights_bytes'])} of weights, {size(kv_bytes)} of keys and values a token{states}",
         "",
         f"{'prompt':>9} {'prefill':>11} {'first token':>12} {'decode':>11} {'of ceiling':>11} {'peak':>9}",
         f"{'tokens':>9} {'tokens/s':>11} {'s':>12} {'tokens/s':>11} {'%':>11} {'':>9}",

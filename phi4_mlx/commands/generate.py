@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from phi4_mlx.commands.prompt import prompt_messages, read_prompt, show_progress
@@ -19,10 +18,12 @@ from phi4_mlx.terminal.options import (
     add_sampling_options,
     cache_options,
     check_decoding_options,
+    complain_of_cuts,
+    given_sampling,
     load_options,
+    sampling_defaults,
 )
-from phi4_mlx.terminal.plain import PlainStream
-from phi4_mlx.terminal.printable import printable
+from phi4_mlx.terminal.screen import Screen
 
 if TYPE_CHECKING:
     from phi4_mlx.generation.options import DecodeOptions
@@ -30,7 +31,12 @@ if TYPE_CHECKING:
     from phi4_mlx.grammar.grammars import Grammar
     from phi4_mlx.models.model import LanguageModel
     from phi4_mlx.models.prompt_cache import PromptCache
+    from phi4_mlx.terminal.options import Settings
     from phi4_mlx.tokens.tokenizer import Tokenizer
+
+
+PROG = typed("generate")
+MAX_TOKENS = 256  # of an answer, where the model's authors advise none
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog=typed("generate"), description="Print a model's answer to one prompt.")
+    parser = Parser(prog=PROG, description="Print a model's answer to one prompt.")
     add_model_options(parser)
     parser.add_argument(
         "--prompt", "-p", type=text,
@@ -53,7 +59,7 @@ def _parser() -> Parser:
         action="store_true",
         help="continue the prompt itself, without chat turns around it; control strings in it stay text",
     )
-    add_sampling_options(parser, max_tokens=256)
+    add_sampling_options(parser, MAX_TOKENS)
     add_decoding_options(parser)
     parser.add_argument(
         "--stop",
@@ -99,16 +105,20 @@ def _generate(args: argparse.Namespace) -> None:
     else:
         ids, cache = _after_cached(args.prompt_cache_file, prompt, model, tokenizer)
     plan = plan_context(model, cache.options.kv_bits, cache.options.max_kv_size)
-    check_context(plan, cache.offset + len(ids))
+    length = cache.offset + len(ids)
+    check_context(plan, length)
+    settings, lowered = _settings(args, tokenizer, plan.most_tokens - length)
+    max_tokens = settings["max-tokens"]
+    assert isinstance(max_tokens, int)
     draft = None if args.draft_model is None else load(args.draft_model, lazy=True)[0]
     constraint = None
     if grammar is not None:
         from phi4_mlx.grammar.constraint import Constraint
 
-        constraint = Constraint(grammar, tokenizer, model.config.vocab_size, args.max_tokens)
-    sampling = Sampling.of(vars(args))
+        constraint = Constraint(grammar, tokenizer, model.config.vocab_size, max_tokens)
+    sampling = Sampling.of(settings)
     options = DecodeOptions(
-        max_tokens=args.max_tokens,
+        max_tokens=max_tokens,
         sampler=sampling.sampler(),
         logits_processors=sampling.processors(),
         logits_mask=constraint,
@@ -116,21 +126,51 @@ def _generate(args: argparse.Namespace) -> None:
         proposer=make_proposer(args.speculate, model, draft, seeded=sampling.seeded, rewindable=cache.rewindable),
     )
     cached = cache.offset
-    last = _print_answer(model, tokenizer, ids, cache, options)
+    thinks = tokenizer.chat_format.reasons and grammar is None and not args.ignore_chat_template
+    last, unanswered = _print_answer(model, tokenizer, ids, cache, options, thinks)
     if args.verbose:
         _report(last, cached)
+    if unanswered or (lowered and last.finish_reason == "length"):
+        complain(PROG, _end_note(last, unanswered, lowered))
     if constraint is not None and not constraint.complete:
-        raise RequestError(f"the answer had not ended after --max-tokens {args.max_tokens}; raise --max-tokens")
+        raise RequestError(f"the answer had not ended after --max-tokens {max_tokens}; raise --max-tokens")
     if constraint is not None and constraint.forced:
-        note = f"the answer was brought to its end by --max-tokens {args.max_tokens}; raise it for a whole answer"
-        complain(typed("generate"), note)
+        note = f"the answer was brought to its end by --max-tokens {max_tokens}; raise it for a whole answer"
+        complain(PROG, note)
+
+
+def _settings(args: argparse.Namespace, tokenizer: Tokenizer, room: int) -> tuple[Settings, bool]:
+    """(the value of each sampling option, given or default; True if the longest answer is lowered to the room).
+
+    The room in the context and the memory is in tokens; a longest answer that was given stays.
+    """
+    given = given_sampling(args)
+    settings = sampling_defaults(tokenizer.chat_format.name, MAX_TOKENS) | given
+    complain_of_cuts(PROG, args, settings["temp"])
+    lowered = "max-tokens" not in given and (settings["max-tokens"] or 0) > room
+    return settings | ({"max-tokens": max(room, 1)} if lowered else {}), lowered
+
+
+def _end_note(last: GenerationResponse, unanswered: bool, lowered: bool) -> str:
+    """The line about an answer without more than thoughts, or cut at the end of the context or the memory."""
+    if last.finish_reason != "length":
+        return "the model ended its thoughts without an answer"
+    cut = "the thoughts were cut, before an answer" if unanswered else "the answer was cut"
+    limit = "the context and the memory have room for no more" if lowered else "raise --max-tokens"
+    return f"{cut}, after {amount(last.generation_tokens, 'token')}; {limit}"
 
 
 def _print_answer(
-    model: LanguageModel, tokenizer: Tokenizer, ids: list[int], cache: PromptCache, options: DecodeOptions
-) -> GenerationResponse:
-    """Prints an answer as it is drawn; returns its last event."""
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    cache: PromptCache,
+    options: DecodeOptions,
+    thinks: bool,
+) -> tuple[GenerationResponse, bool]:
+    """Prints an answer as it is drawn; returns its last event, and True if it has thoughts alone."""
     from phi4_mlx.generation.stream import stream
+    from phi4_mlx.generation.thoughts import Part, ThoughtSplitter
 
     begun = False
 
@@ -138,13 +178,18 @@ def _print_answer(
         if not begun:  # a prefill at a RoPE crossing comes in the middle of the answer
             show_progress(done, total)
 
-    show = printable if sys.stdout.isatty() else str
-    answer = PlainStream(partial(print, end="", flush=True))
+    answer, splitter = Screen().plain_answer(), ThoughtSplitter() if thinks else None
     for event in stream(model, tokenizer, ids, cache, replace(options, prompt_progress_callback=progress)):
         begun = True
-        answer.add(show(event.text))
+        part = Part(answer=event.text) if splitter is None else splitter.add(event.text)
+        answer.think(part.thought)
+        answer.add(part.answer)
+    if splitter is not None:
+        rest = splitter.finish()
+        answer.think(rest.thought)
+        answer.add(rest.answer)
     answer.finish()
-    return event
+    return event, answer.unanswered
 
 
 def _grammar(args: argparse.Namespace) -> Grammar:

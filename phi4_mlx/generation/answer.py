@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.stream import GenerationResponse, stream
+from phi4_mlx.generation.thoughts import Part, ThoughtSplitter
 from phi4_mlx.models.shared_stream import shared_stream
 from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.parser import ToolCallParser
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class AnswerAssembler:
-    """Assembles one answer from pieces of text: text apart from tool calls, until it ends or is stopped.
+    """Assembles one answer from pieces of text: thoughts, text and tool calls apart, until it ends or is stopped.
 
     The pieces may come from a model in this process (see `stream_answer`) or from another process.
 
@@ -40,6 +41,7 @@ class AnswerAssembler:
         marked: bool = False,
         ends_at: float = float("inf"),
         cancelled: Callable[[], bool] | None = None,
+        thinks: bool = False,
     ) -> None:
         """Starts an empty answer.
 
@@ -48,19 +50,38 @@ class AnswerAssembler:
             marked: reads JSON without a tool call marker as text.
             ends_at: the deadline, on the clock of `time.monotonic`, in seconds.
             cancelled: polled between pieces and between prefill chunks, True stops the answer; None for nobody.
+            thinks: True separates the thoughts at the start, in which there are no calls.
         """
         self._parser = ToolCallParser(tools, marked)
         self._ends_at, self._cancelled = ends_at, cancelled
         self._finished = False
+        self._splitter = ThoughtSplitter() if thinks else None
         self._pieces: list[str] = []
+        self._thoughts: list[str] = []
+        self._told = 0  # thoughts that `new_thought` has returned
         self._whole = False  # ended by the model itself
         self.reason = ""
         self.prompt_tokens = self.cached_tokens = self.answer_tokens = 0
 
     @property
     def text(self) -> str:
-        """The answer so far, without tool calls; each reading takes time in proportion to it."""
+        """The answer so far, without thoughts and tool calls; each reading takes time in proportion to it."""
         return "".join(self._pieces)
+
+    @property
+    def thought(self) -> str:
+        """The thoughts so far."""
+        return "".join(self._thoughts)
+
+    @property
+    def reply(self) -> str:
+        """The text as the model wrote it so far: thoughts with their tags, and the answer without tool calls."""
+        return self.text if self._splitter is None else self._splitter.head + self.text
+
+    def new_thought(self) -> str:
+        """The thoughts that have come since the last call."""
+        told, self._told = self._told, len(self._thoughts)
+        return "".join(self._thoughts[told:])
 
     @property
     def may_stop(self) -> bool:
@@ -93,7 +114,7 @@ class AnswerAssembler:
         """
         if forced:
             self._parser.cut()
-        final = self._parser.add(text)
+        final = self._parser.add(text if self._splitter is None else self._without_thought(self._splitter.add(text)))
         self._pieces.append(final)
         self.reason = finish_reason or ""
         self._whole = self.reason == "stop" and not by_stop_string
@@ -105,11 +126,18 @@ class AnswerAssembler:
         if self._finished:
             return ""
         self._finished = True
+        last = "" if self._splitter is None else self._parser.add(self._without_thought(self._splitter.finish()))
         if not self._whole:
             self._parser.cut()
-        rest = self._parser.finish()
+        rest = last + self._parser.finish()
         self._pieces.append(rest)
         return rest
+
+    def _without_thought(self, part: Part) -> str:
+        """The answer's text in a part, whose thoughts are kept."""
+        if part.thought:
+            self._thoughts.append(part.thought)
+        return part.answer
 
     def stopped(self) -> bool:
         """True if the answer is cancelled or out of time; `reason` then says which."""
@@ -146,7 +174,7 @@ def stream_answer(
             "length", and a call that is brought to its end is text.
 
     Yields:
-        One response a token, with tool calls removed from its text.
+        One response a token, with thoughts and tool calls removed from its text.
 
     Raises:
         RequestError: as for `generate_step`; or the grammar cannot be compiled.
@@ -178,7 +206,8 @@ def stream_answer(
             text = answer.add(
                 response.text, response.finish_reason, forced=response.forced, by_stop_string=by_stop_string
             )
-            yield replace(response, text=text, finish_reason=answer.reason or None)
+            reason = answer.reason or None
+            yield replace(response, text=text, finish_reason=reason, thought=answer.new_thought())
             if answer.reason:
                 return
 

@@ -39,6 +39,7 @@ class ContextPlan:
         longest: the most tokens of the model's context.
         kept: the most tokens that the cache keeps between two chunks.
         limit_bytes: usable bytes of this machine.
+        shrinkable: True if the model's cache can be quantised or bounded.
     """
 
     weights_bytes: int
@@ -46,6 +47,7 @@ class ContextPlan:
     longest: int
     kept: int
     limit_bytes: int
+    shrinkable: bool = True
 
     def cache_bytes(self, length: int, chunk: int = PREFILL_STEP_SIZE) -> int:
         """Bytes of the buffers for `length` tokens put in by chunks; a bounded cache still holds a whole chunk."""
@@ -85,12 +87,18 @@ def plan_context(model: LanguageModel, kv_bits: int | None = None, max_kv_size: 
         RequestError: as for `make_cache`.
     """
     model.layer_caches(CacheOptions(None, kv_bits, max_kv_size))  # raises for a cache that the model cannot keep
+    try:
+        model.layer_caches(CacheOptions(None, kv_bits=4))
+        shrinkable = True
+    except RequestError:
+        shrinkable = False
     return ContextPlan(
         weights_bytes=model.weights_bytes,
         cost=model.context_cost(kv_bits),
         longest=model.config.max_position_embeddings,
         kept=max_kv_size or model.config.max_position_embeddings,
         limit_bytes=memory_limit(),
+        shrinkable=shrinkable,
     )
 
 
@@ -102,8 +110,8 @@ def check_context(plan: ContextPlan, length: int) -> None:
     """
     needed = plan.peak_bytes(length)
     if needed > plan.limit_bytes:
+        way_out = "--kv-bits 4 makes room for more, --max-kv-size drops the oldest" if plan.shrinkable else "shorten it"
         raise RequestError(
             f"a prompt of {amount(length, 'token')} takes {size(needed)}, and this machine allows "
-            f"{size(plan.limit_bytes)}: {amount(plan.most_tokens, 'token')}; --kv-bits 4 makes room for more, "
-            "--max-kv-size drops the oldest"
+            f"{size(plan.limit_bytes)}: {amount(plan.most_tokens, 'token')}; {way_out}"
         )

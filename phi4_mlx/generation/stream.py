@@ -64,6 +64,7 @@ class GenerationResponse:
         finish_reason: "stop" or "length" at the last token, else None; "length" also for a forced end.
         forced: True from the token on with which a grammar brings the answer to an end within `max_tokens`; the model
             itself would have continued otherwise.
+        thought: text of the model's thoughts, where they are separated from the answer; `stream_generate` does not.
     """
 
     text: str
@@ -77,6 +78,7 @@ class GenerationResponse:
     reprefilled: int = 0
     finish_reason: str | None = None
     forced: bool = False
+    thought: str = ""
 
 
 def stream_generate(

@@ -34,6 +34,7 @@ class ContextCost:
         fixed_bytes: cached whatever the length, such as recurrent states; each snapshot takes as many again.
         activation_bytes: activation memory of each prefilled token.
         score_bytes: attention scores of one (query, key) pair over all heads, where they are materialised; else 0.
+        reads: times that a decode step reads `token_bytes` of each cached token; layers may share keys and values.
     """
 
     token_bytes: int
@@ -41,6 +42,7 @@ class ContextCost:
     fixed_bytes: int
     activation_bytes: int
     score_bytes: int
+    reads: int = 1
 
 
 class LanguageModel(nn.Module, ABC):

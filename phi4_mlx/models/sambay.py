@@ -443,4 +443,5 @@ class Model(LanguageModel):
             fixed_bytes=(half // 2 + 1) * state_bytes + half // 2 * window_bytes,
             activation_bytes=2 * 4 * config.hidden_size + max(mlp, scan),
             score_bytes=4 * 4 * SCORES // SLICE,
+            reads=half // 2,  # by the full attention, and by each cross-attention
         )

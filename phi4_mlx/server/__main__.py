@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ from phi4_mlx.terminal.command import (
     word,
 )
 from phi4_mlx.terminal.limits import MAX_TOKENS_LIMIT
-from phi4_mlx.terminal.options import add_model_options, add_overflow_option, add_tool_options
+from phi4_mlx.terminal.options import add_model_options, add_overflow_option, add_tool_options, advised, advised_text
 
 if TYPE_CHECKING:
     from phi4_mlx.server.engine.engine import Settings
@@ -96,7 +96,7 @@ def _add_limit_options(parser: Parser) -> None:
     parser.add_argument(
         "--max-tokens",
         type=number(int, 1, MAX_TOKENS_LIMIT),
-        help="longest answer where a client sets no limit (default: as long as fits)",
+        help=f"longest answer where a client sets no limit (default: as long as fits{advised_text('max-tokens')})",
     )
     add_overflow_option(parser)
     parser.add_argument(
@@ -338,15 +338,20 @@ def _guard(
     toolbox: Toolbox,
 ) -> Guard:
     """The ASGI application."""
+    from phi4_mlx.server.apis.body import API_SAMPLING
     from phi4_mlx.server.app import App
     from phi4_mlx.server.guard import LOOPBACK_NAMES, Guard, is_loopback
     from phi4_mlx.server.service import Service
     from phi4_mlx.server.tools import ServerTools
 
     models = {served.name: None} | {adapter: adapter for adapter in served.settings.adapters}
+    chat_format = served.tokenizer.chat_format
+    own = advised(chat_format.name)
     service = Service(
-        supervisor, served.tokenizer, models, served.vocabulary, args.timeout, args.max_tokens, grammars, served.kind,
-        args.context_overflow,
+        supervisor, served.tokenizer, models, served.vocabulary, args.timeout,
+        args.max_tokens or int(own.get("max-tokens", 0)) or None, grammars, served.kind, args.context_overflow,
+        replace(API_SAMPLING, temp=own.get("temp", API_SAMPLING.temp), top_p=own.get("top-p", API_SAMPLING.top_p)),
+        chat_format.reasons,
     )  # fmt: skip
     hosts = None if key is not None and not is_loopback(args.host) else (*LOOPBACK_NAMES, args.host.lower())
     return Guard(App(service, ServerTools(toolbox)).starlette(), key, hosts, tuple(args.allowed_origins))

@@ -20,6 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from phi4_mlx.files.json_file import JsonObject
+from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.server.apis import chat as chat_api
 from phi4_mlx.server.apis import completions as completions_api
 from phi4_mlx.server.apis import messages as messages_api
@@ -39,7 +40,7 @@ IGNORED = "x-phi4-ignored"  # a header: what had no effect on the answer
 HEARTBEAT_S = 10.0  # a proxy closes a stream that is silent for too long
 LARGE_BODY = 2**18  # bytes; a larger one is parsed in a thread, because 16 MB take up to two seconds
 
-Parse = Callable[[Any, int], Ask]  # body, vocabulary
+Parse = Callable[[Any, int, Sampling], Ask]  # body, vocabulary, defaults
 Stream = AsyncGenerator[Delta | End | None, None]  # None: nothing came for a while
 MakeAnswer = Callable[[Ask, int, int], Answer]  # request, seconds since 1970, prompt tokens
 
@@ -149,7 +150,7 @@ class App:
 
     async def _parse(self, parse: Parse, data: bytes) -> Ask:
         def read() -> Ask:
-            return parse(parse_json(data), self.service.vocabulary)
+            return parse(parse_json(data), self.service.vocabulary, self.service.sampling)
 
         return self.service.served(await asyncio.to_thread(read) if len(data) > LARGE_BODY else read())
 

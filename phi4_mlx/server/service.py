@@ -11,8 +11,10 @@ from itertools import chain
 
 from phi4_mlx.errors import Phi4Error
 from phi4_mlx.generation.answer import AnswerAssembler
+from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.grammar.apart import Refused
 from phi4_mlx.grammar.order import Order
+from phi4_mlx.server.apis.body import API_SAMPLING
 from phi4_mlx.server.apis.wire import Ask, Call, Delta, End, WireError, new_id
 from phi4_mlx.server.engine.protocol import Failure, Finish, Job, Piece
 from phi4_mlx.server.engine.supervisor import Full, Supervisor
@@ -39,6 +41,8 @@ class Service:
         max_tokens: limit of an answer whose client sets none; None for what the context has room for.
         grammars: makes the grammars of answers.
         kind: of the model and all its adapters.
+        sampling: of an answer, where its client sets none.
+        thinks: True separates the thoughts of the model from its answers.
         overflow: for a conversation that does not fit, "stop" refuses it and "oldest" leaves out its oldest turns.
     """
 
@@ -51,6 +55,8 @@ class Service:
     grammars: GrammarPool = field(default_factory=GrammarPool)
     kind: ModelKind = "instruct"
     overflow: Overflow = "stop"
+    sampling: Sampling = API_SAMPLING
+    thinks: bool = False
 
     def served(self, ask: Ask) -> Ask:
         """The request with the name of the model that answers it.
@@ -163,7 +169,9 @@ class Service:
 
     async def _answer(self, ask: Ask, index: int, job: Job) -> AsyncGenerator[Delta | End, None]:
         tools = ask.tools if _calls_tools(ask) else ()
-        answer = AnswerAssembler(tools, marked=ask.response_format is not None)
+        free = ask.response_format is None and ask.tool_choice in ("auto", "none")
+        thinks = self.thinks and free and bool(ask.messages)
+        answer = AnswerAssembler(tools, marked=ask.response_format is not None, thinks=thinks)
         sent_calls = 0
         try:
             async with contextlib.aclosing(self.supervisor.events(job)) as events:
@@ -175,8 +183,8 @@ class Service:
                     else:
                         by_stop_string = event.stop_string is not None
                         text, logprobs = answer.add("", event.reason, by_stop_string=by_stop_string), ()
-                    if text or logprobs:
-                        yield Delta(index, text, None, logprobs)
+                    if (thought := answer.new_thought()) or text or logprobs:
+                        yield Delta(index, text, None, logprobs, thought)
                     for call in answer.calls[sent_calls:]:
                         yield Delta(index, "", Call(new_id("call_"), call.name, call.arguments))
                     sent_calls = len(answer.calls)

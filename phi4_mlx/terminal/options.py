@@ -12,7 +12,7 @@ from typing import NamedTuple, TypedDict
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.embedded import EMBEDDED
-from phi4_mlx.terminal.command import Idle, Parser, number, word
+from phi4_mlx.terminal.command import Idle, Parser, complain, idle_options, number, word
 from phi4_mlx.terminal.limits import (
     MAX_TOKENS_LIMIT,
     PENALTY_RANGE,
@@ -55,6 +55,32 @@ SAMPLING = {
         "subtracted from a token's logit each time it is among the last 20 (default: none)",
     ),
 }
+
+
+# Chat format -> what the model's authors sample with, in place of the defaults above. Greedy decoding makes a reasoning
+# model repeat itself. Source: ArchScale's eval_reason (flash); Phi-4-mini-reasoning's model card.
+ADVISED: dict[str, dict[str, int | float]] = {
+    "phi4-mini-flash-reasoning": {"temp": 0.6, "top-p": 0.95, "max-tokens": 32_768},
+    "phi4-mini-reasoning": {"temp": 0.8, "top-p": 0.95, "max-tokens": 32_768},
+}
+
+Settings = dict[str, int | float | None]  # the names of `SAMPLING` -> values
+
+
+def _is_greedy(args: argparse.Namespace) -> bool:
+    """True if the answer is greedy whatever is loaded: at --temp 0, or by default with the default model."""
+    return args.temp == 0 or (args.temp is None and args.model is None and args.chat_format is None)
+
+
+def _cuts(args: argparse.Namespace) -> bool:
+    return args.top_p not in (None, 1) or bool(args.min_p or args.top_k)
+
+
+_NO_CUTS = Idle(
+    ("top_p", "min_p", "top_k"),
+    lambda args: _is_greedy(args) and _cuts(args),
+    "at --temp 0, which takes the likeliest token",
+)
 
 
 class LoadArguments(TypedDict, total=False):
@@ -115,13 +141,57 @@ def load_options(args: argparse.Namespace) -> LoadArguments:
 
 
 def add_sampling_options(parser: Parser, max_tokens: int) -> None:
-    """Adds the options of `SAMPLING`; `max_tokens` is the command's own default for `--max-tokens`."""
+    """Adds the options of `SAMPLING`; `max_tokens` is the command's own default for `--max-tokens`.
+
+    An option that is not given is None: its default depends on the model, see `sampling_defaults`.
+    """
     for name, option in SAMPLING.items():
         default = max_tokens if name == "max-tokens" else option.default
-        parser.add_argument(f"--{name}", type=option.parse, default=default, metavar="N", help=option.explanation)
+        shown = "" if default is None else f" (default: {default:g}{advised_text(name)})"
+        parser.add_argument(f"--{name}", type=option.parse, metavar="N", help=f"{option.explanation}{shown}")
     # The seed is not among them: at --temp 0 an answer is repeatable, as it asks.
-    cuts = ("top_p", "min_p", "top_k")
-    parser.idle.append(Idle(cuts, lambda args: args.temp == 0, "at --temp 0, which takes the likeliest token"))
+    parser.idle.append(_NO_CUTS)
+
+
+def sampling_defaults(chat_format: str, max_tokens: int | None) -> Settings:
+    """The default of each option of `SAMPLING` for a model.
+
+    Args:
+        chat_format: the name of the model's.
+        max_tokens: the longest answer where the model's authors advise none.
+    """
+    own = {name: option.default for name, option in SAMPLING.items()}
+    return own | {"max-tokens": max_tokens} | advised(chat_format)
+
+
+def advised(chat_format: str) -> dict[str, int | float]:
+    """What the authors of a model sample with, as far as it differs from `SAMPLING`; empty where none is known."""
+    return ADVISED.get(chat_format, {})
+
+
+def advised_text(name: str) -> str:
+    """The defaults of an option of `SAMPLING` that hold for some models, to follow its own in a help text."""
+    return "".join(f"; {each[name]:g} for {known}" for known, each in ADVISED.items() if name in each)
+
+
+def given_sampling(args: argparse.Namespace) -> Settings:
+    """The options of `add_sampling_options` that were given."""
+    values = {name: getattr(args, name.replace("-", "_")) for name in SAMPLING}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def complain_of_cuts(prog: str, args: argparse.Namespace, temp: object) -> None:
+    """Names options that have no effect at the model's own temperature, where the parser could not know it.
+
+    Args:
+        prog: the command, which begins the line.
+        args: the parsed options.
+        temp: the temperature of the answers.
+    """
+    if temp == 0 and not _is_greedy(args):
+        names = {name.replace("-", "_") for name in given_sampling(args)}
+        for line in idle_options([_NO_CUTS], names, argparse.Namespace(**vars(args) | {"temp": temp})):
+            complain(prog, line)
 
 
 def add_kv_bits_option(parser: Parser) -> None:

@@ -15,6 +15,7 @@ from phi4_mlx.terminal.markdown import MarkdownStream
 from phi4_mlx.terminal.plain import PlainStream
 from phi4_mlx.terminal.printable import one_line, printable
 from phi4_mlx.terminal.style import RESET, terminal_width
+from phi4_mlx.terminal.thoughts import ThoughtStream, write_aside
 
 DIM, RED = "\x1b[2m", "\x1b[31m"
 
@@ -26,23 +27,42 @@ class Answer:
 
     Args:
         stream: writes the text.
+        thoughts: writes the thoughts before it.
         clean: called with each piece before it is written.
+
+    Attributes:
+        unanswered: True if there are thoughts, and no answer after them.
     """
 
-    def __init__(self, stream: MarkdownStream | PlainStream, clean: Callable[[str], str]) -> None:
-        self._stream, self._clean = stream, clean
+    unanswered = False
+
+    def __init__(
+        self, stream: MarkdownStream | PlainStream, thoughts: ThoughtStream, clean: Callable[[str], str]
+    ) -> None:
+        self._stream, self._thoughts, self._clean = stream, thoughts, clean
+
+    def think(self, piece: str) -> None:
+        """Writes the next piece of the thoughts."""
+        self.unanswered = self.unanswered or bool(piece)
+        self._thoughts.add(self._clean(piece))
 
     def add(self, piece: str) -> None:
         """Writes the next piece."""
+        if piece:
+            self._thoughts.end(answered=True)
+            self.unanswered = False
         self._stream.add(self._clean(piece))
 
     def finish(self) -> None:
         """Writes what is still pending, and ends the line."""
+        self._thoughts.end(answered=False)
         self._stream.finish()
 
 
 class Screen:
     """Standard output: a terminal with styles, a plain terminal, or a pipe that receives the text unchanged.
+
+    A pipe receives answers alone; thoughts go to standard error then.
 
     Attributes:
         terminal: True if standard output is a terminal.
@@ -61,8 +81,18 @@ class Screen:
 
     def answer(self) -> Answer:
         """Begins an answer."""
-        stream = MarkdownStream(self.write) if self.colour else PlainStream(self.write)
-        return Answer(stream, printable if self.terminal else str)
+        return self._begin(MarkdownStream(self.write) if self.colour else PlainStream(self.write))
+
+    def plain_answer(self) -> Answer:
+        """Begins an answer that is shown as plain text."""
+        return self._begin(PlainStream(self.write))
+
+    def _begin(self, stream: MarkdownStream | PlainStream) -> Answer:
+        if self.terminal:
+            return Answer(stream, ThoughtStream(self.write, self.colour), printable)
+        aside = sys.stderr is not None and sys.stderr.isatty()
+        thoughts = ThoughtStream(lambda text: write_aside(printable(text) if aside else text), False)
+        return Answer(stream, thoughts, str)
 
     def note(self, text: str) -> None:
         """Writes a line of the program's own, such as a confirmation; only on a terminal."""

@@ -9,7 +9,6 @@ Source: the `chat_template` in each model's tokenizer_config.json.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from phi4_mlx.errors import ConfigError, RequestError, TokenizerError
 from phi4_mlx.files.json_file import JsonObject, read_json
 from phi4_mlx.files.regular_file import read_regular
+from phi4_mlx.tokens.messages import ROLES, check_messages
 from phi4_mlx.tokens.tokenizer import Control, Tokenizer
 from phi4_mlx.tools.declarations import tools_text
 from phi4_mlx.tools.json_text import json_text
@@ -25,8 +25,6 @@ from phi4_mlx.tools.markup import CALLS_CLOSE, CALLS_OPEN, TOOLS_CLOSE, TOOLS_OP
 
 Message = Mapping[str, Any]
 Pieces = Iterator[Control | str]
-
-ROLES = ("system", "user", "assistant", "tool")
 
 
 class ChatFormat:
@@ -211,6 +209,13 @@ class Phi4MiniReasoning(ChatFormat):
         yield from self._close(add_generation_prompt)
 
 
+class Phi4MiniFlashReasoning(ChatFormat):
+    """Phi-4-mini-flash-reasoning: the turns of Phi-4-mini-instruct, and answers that begin with `<think>`."""
+
+    name = "phi4-mini-flash-reasoning"
+    reasons = True
+
+
 class Phi35Mini(ChatFormat):
     """Phi-3.5-mini: a line break after each role and each end."""
 
@@ -284,10 +289,8 @@ class Phi4Reasoning(Phi4):
         yield from self._close(add_generation_prompt)
 
 
-CHAT_FORMATS: dict[str, ChatFormat] = {
-    chat_format.name: chat_format
-    for chat_format in (ChatFormat(), Phi4MiniReasoning(), Phi35Mini(), Phi4(), Phi4Reasoning())
-}
+_ALL = (ChatFormat(), Phi4MiniReasoning(), Phi4MiniFlashReasoning(), Phi35Mini(), Phi4(), Phi4Reasoning())
+CHAT_FORMATS: dict[str, ChatFormat] = {chat_format.name: chat_format for chat_format in _ALL}
 
 # SHA-256 of a chat template -> the format that renders the same ids.
 _KNOWN_TEMPLATES = {
@@ -325,6 +328,20 @@ def recognise(folder: Path, tokenizer: Tokenizer) -> ChatFormat:
     return CHAT_FORMATS[name]
 
 
+def recognise_flash(folder: Path, tokenizer: Tokenizer) -> ChatFormat:
+    """The chat format of a Phi-4-mini-flash-reasoning checkpoint, whose template is that of Phi-4-mini-instruct.
+
+    Args:
+        folder: the checkpoint's.
+        tokenizer: the checkpoint's.
+
+    Raises:
+        TokenizerError, ConfigError: as for `recognise`.
+    """
+    found = recognise(folder, tokenizer)
+    return CHAT_FORMATS[Phi4MiniFlashReasoning.name] if found.name == ChatFormat.name else found
+
+
 def chat_template(folder: Path) -> str:
     """The text of a checkpoint's chat template, or an empty string.
 
@@ -349,56 +366,6 @@ def chat_template(folder: Path) -> str:
     return template if isinstance(template, str) else ""
 
 
-def check_messages(messages: Any) -> list[JsonObject]:
-    """Checks that each message has a role and a text.
-
-    Args:
-        messages: a list or tuple, each as for `ChatFormat.render`.
-
-    Returns:
-        Copies whose "content" is a string and whose "tool_calls" are in the model's own form.
-
-    Raises:
-        RequestError: there is no message, or one is malformed; names it and the reason.
-    """
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise RequestError(f"messages must be a list with at least one message, not {messages!r:.100}")
-    return [_checked_message(index, message) for index, message in enumerate(messages)]
-
-
-def _checked_message(index: int, message: Any) -> JsonObject:
-    if not isinstance(message, Mapping):
-        raise RequestError(f"message {index} must be an object with role and content, not {message!r:.100}")
-    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
-    if role not in ROLES:
-        raise RequestError(f"message {index} has role {role!r:.100}; the roles are {', '.join(ROLES)}")
-    if "content" not in message and not calls:
-        raise RequestError(f"message {index} ({role}) has no content")
-    if isinstance(content, (list, tuple)):
-        content = "".join(_text_part(index, part) for part in content)
-    if content is not None and not isinstance(content, str):
-        raise RequestError(f"message {index} ({role}) must have text as content, not {content!r:.100}")
-    if calls and role != "assistant":
-        raise RequestError(f"message {index} ({role}) has tool_calls; only an assistant message can have them")
-    checked = {**message, "content": content or ""}
-    if calls:
-        try:
-            checked["tool_calls"] = [_flat_call(call) for call in calls]
-            json_text(checked["tool_calls"])
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-            raise RequestError(
-                f"message {index}: tool_calls must be a list of names with JSON arguments, not {calls!r:.100}"
-            ) from None
-    return checked
-
-
-def _text_part(index: int, part: Any) -> str:
-    text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
-    if not isinstance(text, str):
-        raise RequestError(f"message {index} has a part that is not text: {part!r:.100}; this model reads only text")
-    return text
-
-
 def _tools(message: Message, tools: Sequence[Any] = ()) -> Pieces:
     """The given tools, or else those in "tools" of a system message, as in the stock template."""
     text: str | None = tools_text(tools) if tools else None
@@ -412,25 +379,6 @@ def _tools(message: Message, tools: Sequence[Any] = ()) -> Pieces:
 def _tool_calls(message: Message) -> Pieces:
     if message.get("tool_calls"):
         yield from (Control(CALLS_OPEN), json_text(message["tool_calls"]), Control(CALLS_CLOSE))
-
-
-def _flat_call(call: Message) -> JsonObject:
-    """A call in OpenAI's form, or in the model's own, as the model writes it."""
-    function = call.get("function", call)
-    name, arguments = function["name"], function.get("arguments", {})
-    if not isinstance(name, str):
-        raise TypeError
-    return {"name": name, "arguments": _arguments(arguments) if isinstance(arguments, str) else arguments}
-
-
-def _arguments(text: str) -> Any:
-    """Arguments that a model wrote: the value, or the text as it is if that is not JSON, for the model to see."""
-    try:
-        value = json.loads(text or "{}", strict=False)  # a model writes line breaks in strings
-        json_text(value).encode()
-    except (ValueError, RecursionError):  # cut, NaN, half a surrogate pair, thousands of digits
-        return text
-    return value
 
 
 def _refuse_tools(name: str, message: Message, tools: Sequence[Any]) -> None:

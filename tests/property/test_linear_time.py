@@ -138,6 +138,14 @@ def assembler(text: str) -> None:
     answer.finish()
 
 
+def thoughts(text: str) -> None:
+    answer = AnswerAssembler((), thinks=True)
+    for piece in pieces(f"<think>{text}</think>{text}"):
+        answer.add(piece)
+        answer.new_thought()
+    answer.finish()
+
+
 def calls(text: str) -> None:
     with contextlib.suppress(NotACall):
         parse_calls([text], {"f": None}, whole=False)
@@ -188,6 +196,7 @@ READERS: dict[str, Reader] = {
     "parser, streamed": stream_parser,
     "parser, whole": whole_parser,
     "assembler": assembler,
+    "thoughts": thoughts,
     "calls": calls,
     "stop strings": stops("zzz", "<|end|>", "aab", "\n\n\n#"),
     "a long stop string": long_stop,

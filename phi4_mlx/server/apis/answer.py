@@ -66,11 +66,17 @@ class Complete:
     texts: list[str] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
 
     @property
     def text(self) -> str:
         """The text of the answer."""
         return "".join(self.texts)
+
+    @property
+    def thought(self) -> str:
+        """The thoughts before the answer."""
+        return "".join(self.thoughts)
 
 
 class ChunkAnswer(Answer):
@@ -110,6 +116,7 @@ class ChunkAnswer(Answer):
             if isinstance(item, End):
                 answer.end = item
                 continue
+            answer.thoughts.append(item.thought)
             answer.texts.append(item.text)
             answer.calls += [item.call] if item.call else []
             answer.logprobs += item.logprobs
@@ -124,7 +131,7 @@ class EventAnswer(Answer):
     """One answer as a list of blocks, streamed as named events; Anthropic's messages and OpenAI's responses.
 
     Attributes:
-        blocks: texts and tool calls so far.
+        blocks: thoughts, texts and tool calls so far.
         end: the end of the answer.
     """
 
@@ -133,6 +140,7 @@ class EventAnswer(Answer):
         self.blocks: list[JsonObject] = []
         self.end = End()
         self._text: list[str] | None = None  # of the last block, while that is an open text
+        self._thought: list[str] | None = None  # the same of open thoughts
         self._events: list[JsonObject] = []  # not yet sent
 
     @abstractmethod
@@ -150,6 +158,18 @@ class EventAnswer(Answer):
     @abstractmethod
     def close_text(self, text: str) -> None:
         """Completes the last block with its whole text and emits its events."""
+
+    @abstractmethod
+    def open_thought(self) -> None:
+        """Adds an empty block of thoughts and emits its events."""
+
+    @abstractmethod
+    def thought_delta(self, text: str) -> JsonObject:
+        """The event for more thoughts of the last block."""
+
+    @abstractmethod
+    def close_thought(self, text: str) -> None:
+        """Completes the last block with all thoughts and emits its events."""
 
     @abstractmethod
     def add_call(self, call: Call) -> None:
@@ -171,15 +191,22 @@ class EventAnswer(Answer):
         """Adds an item to the blocks and emits its events."""
         if isinstance(item, End):
             self.end = item
-            if not self.blocks:  # clients expect at least one block, even an empty one
+            if not self.blocks or self._thought is not None:  # clients expect at least one text or call
                 self._begin_text()
             self._finish_text()
             return
+        if item.thought:
+            if self._thought is None:
+                self._thought = []
+                self.open_thought()
+            self._thought.append(item.thought)
+            self.emit(self.thought_delta(item.thought))
         if item.text:
             text = self._begin_text() if self._text is None else self._text
             text.append(item.text)
             self.emit(self.text_delta(item.text))
         if item.call:
+            self._finish_thought()
             self._finish_text()
             self.add_call(item.call)
 
@@ -192,9 +219,15 @@ class EventAnswer(Answer):
         return sse(event, event["type"])
 
     def _begin_text(self) -> list[str]:
+        self._finish_thought()
         self._text = []
         self.open_text()
         return self._text
+
+    def _finish_thought(self) -> None:
+        if self._thought is not None:
+            self.close_thought("".join(self._thought))
+            self._thought = None
 
     def _finish_text(self) -> None:
         if self._text is not None:

@@ -29,15 +29,18 @@ LEAST_TOP_P = 1e-6
 TOOL_MODES = ("none", "auto", "required")  # values of tool_choice that do not name a tool
 
 
-def read_sampling(fields: Fields, vocabulary: int) -> Sampling:
+API_SAMPLING = Sampling(temp=1.0)  # OpenAI's defaults
+
+
+def read_sampling(fields: Fields, vocabulary: int, defaults: Sampling = API_SAMPLING) -> Sampling:
     """The sampling settings: OpenAI's fields, and in every API also `top_k`, `min_p` and `repetition_penalty`."""
-    top_p = fields.number("top_p", 1.0, 0, 1)
+    top_p = fields.number("top_p", defaults.top_p, 0, 1)
     if top_p < LEAST_TOP_P:  # the likeliest token alone; a float32 may not hold less
         fields.ignored.add(fields.where("top_p"))
         top_p = LEAST_TOP_P
     seed = fields.integer("seed", None, -(2**63), SEED_LIMIT)
     return Sampling(
-        temp=fields.number("temperature", 1.0, 0, API_TEMPERATURE_LIMIT),
+        temp=fields.number("temperature", defaults.temp, 0, API_TEMPERATURE_LIMIT),
         top_p=top_p,
         min_p=fields.number("min_p", 0.0, 0, 1),
         top_k=max(0, fields.integer("top_k", 0, -1, TOP_K_LIMIT)),  # some clients send -1 to keep all tokens

@@ -10,8 +10,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from phi4_mlx.files.json_file import JsonObject
+from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.server.apis.answer import FINISH_REASONS, ChunkAnswer
 from phi4_mlx.server.apis.body import (
+    API_SAMPLING,
     check_tool_choice,
     demands_format,
     read_max_tokens,
@@ -37,12 +39,13 @@ from phi4_mlx.server.limits import (
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
-def parse(body: Any, vocabulary: int) -> Ask:
+def parse(body: Any, vocabulary: int, defaults: Sampling = API_SAMPLING) -> Ask:
     """Parses a body.
 
     Args:
         body: the result of `json.loads`.
         vocabulary: the number of token ids.
+        defaults: of the sampling settings.
 
     Raises:
         WireError: the body is malformed, exceeds a limit, or no answer to it would be right; names the field.
@@ -63,7 +66,7 @@ def parse(body: Any, vocabulary: int) -> Ask:
         parallel_tool_calls=fields.boolean("parallel_tool_calls", True),
         response_format=read_response_format(fields),
         strict=demands_format(fields),
-        sampling=read_sampling(fields, vocabulary),
+        sampling=read_sampling(fields, vocabulary, defaults),
         max_tokens=max_tokens if max_completion_tokens is None else max_completion_tokens,
         stop=read_stop(fields),
         n=fields.integer("n", 1, 1, ANSWERS_LIMIT),
@@ -146,6 +149,8 @@ class ChatAnswer(ChunkAnswer):
         choices = []
         for index, answer in enumerate(answers):
             message: JsonObject = {"role": "assistant", "content": answer.text, "refusal": None}
+            if answer.thought:
+                message["reasoning_content"] = answer.thought
             if answer.calls:
                 message["content"] = answer.text or None
                 message["tool_calls"] = [tool_call(call.id, call.name, call.text) for call in answer.calls]
@@ -158,11 +163,13 @@ class ChatAnswer(ChunkAnswer):
         return b"".join(self._event(index, {"role": "assistant", "content": ""}) for index in range(self.ask.n))
 
     def chunk(self, item: Delta | End) -> bytes:
-        """A chunk with text, one with a call, or one with the finish reason."""
+        """A chunk with thoughts, one with text, one with a call, or one with the finish reason."""
         if isinstance(item, End):
             self.ends.append(item)
             return self._event(item.index, {}, finish_reason=FINISH_REASONS[item.reason])
         events = b""
+        if item.thought:
+            events += self._event(item.index, {"reasoning_content": item.thought})
         if item.text or (item.logprobs and self.ask.top_logprobs is not None):
             events += self._event(item.index, {"content": item.text}, logprobs=self._logprobs(item.logprobs))
         if item.call:

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from phi4_mlx.files.json_file import JsonObject
+from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.server.apis.answer import FINISH_REASONS, ChunkAnswer
 from phi4_mlx.server.apis.body import (
+    API_SAMPLING,
     demands_format,
     read_max_tokens,
     read_model,
@@ -28,12 +30,13 @@ from phi4_mlx.server.limits import ANSWERS_LIMIT, PROMPTS_LIMIT, TOP_LOGPROBS_LI
 DEFAULT_MAX_TOKENS = 16  # OpenAI's default if max_tokens is absent; null asks for as many as fit
 
 
-def parse(body: Any, vocabulary: int) -> Ask:
+def parse(body: Any, vocabulary: int, defaults: Sampling = API_SAMPLING) -> Ask:
     """Parses a body.
 
     Args:
         body: the result of `json.loads`.
         vocabulary: the number of token ids.
+        defaults: of the sampling settings.
 
     Raises:
         WireError: the body is malformed, exceeds a limit, or asks for something that is not supported; names the field.
@@ -55,7 +58,7 @@ def parse(body: Any, vocabulary: int) -> Ask:
         prompts=prompts,
         response_format=read_response_format(fields),
         strict=demands_format(fields),
-        sampling=read_sampling(fields, vocabulary),
+        sampling=read_sampling(fields, vocabulary, defaults),
         max_tokens=read_max_tokens(fields) if "max_tokens" in fields.values else DEFAULT_MAX_TOKENS,
         stop=read_stop(fields),
         n=n,

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from phi4_mlx.files.json_file import JsonObject
+from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.server.apis.answer import EventAnswer
 from phi4_mlx.server.apis.body import (
+    API_SAMPLING,
     check_tool_choice,
     demands_format,
     read_max_tokens,
@@ -40,12 +42,13 @@ def error_body(error: WireError) -> JsonObject:
     return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
-def parse(body: Any, vocabulary: int) -> Ask:
+def parse(body: Any, vocabulary: int, defaults: Sampling = API_SAMPLING) -> Ask:
     """Parses a body.
 
     Args:
         body: the result of `json.loads`.
         vocabulary: the number of token ids.
+        defaults: of the sampling settings.
 
     Raises:
         WireError: the body is malformed, exceeds a limit, or no answer to it would be right; names the field.
@@ -66,7 +69,7 @@ def parse(body: Any, vocabulary: int) -> Ask:
         parallel_tool_calls=not choice.boolean("disable_parallel_tool_use", False),
         response_format=read_response_format(holder, name),
         strict=demands_format(holder, name),
-        sampling=read_sampling(fields, vocabulary),
+        sampling=read_sampling(fields, vocabulary, defaults),
         max_tokens=read_max_tokens(fields),
         stop=read_stop(fields, "stop_sequences"),
         stream=fields.boolean("stream", False),
@@ -187,6 +190,18 @@ class MessageAnswer(EventAnswer):
     def close_text(self, text: str) -> None:
         """Completes the last block with its whole text and emits its stop."""
         self._close({"type": "text", "text": text})
+
+    def open_thought(self) -> None:
+        """Adds an empty thinking block and emits its start."""
+        self._open({"type": "thinking", "thinking": "", "signature": ""})
+
+    def thought_delta(self, text: str) -> JsonObject:
+        """A delta of the last block."""
+        return self._event("content_block_delta", delta={"type": "thinking_delta", "thinking": text})
+
+    def close_thought(self, text: str) -> None:
+        """Completes the last block with all thoughts and emits its stop."""
+        self._close({"type": "thinking", "thinking": text, "signature": ""})
 
     def add_call(self, call: Call) -> None:
         """Adds a tool_use block and emits its start, one delta and its stop."""

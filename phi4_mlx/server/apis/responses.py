@@ -12,8 +12,10 @@ import json
 from typing import Any
 
 from phi4_mlx.files.json_file import JsonObject
+from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.server.apis.answer import EventAnswer
 from phi4_mlx.server.apis.body import (
+    API_SAMPLING,
     check_tool_choice,
     demands_format,
     read_max_tokens,
@@ -46,12 +48,13 @@ CALLS = {
 LOGPROBS = "message.output_text.logprobs"
 
 
-def parse(body: Any, vocabulary: int) -> Ask:
+def parse(body: Any, vocabulary: int, defaults: Sampling = API_SAMPLING) -> Ask:
     """Parses a body.
 
     Args:
         body: the result of `json.loads`.
         vocabulary: the number of token ids.
+        defaults: of the sampling settings.
 
     Raises:
         WireError: the body is malformed, exceeds a limit, or no answer to it would be right; names the field.
@@ -63,7 +66,7 @@ def parse(body: Any, vocabulary: int) -> Ask:
     tools, others = read_tools(fields)
     choice = check_tool_choice(fields, tools, read_tool_choice(fields), others)
     text = fields.child("text")
-    sampling = read_sampling(fields, vocabulary)
+    sampling = read_sampling(fields, vocabulary, defaults)
     max_tokens = read_max_tokens(fields, "max_output_tokens")
     parallel = fields.boolean("parallel_tool_calls", True)
     return Ask(
@@ -248,6 +251,20 @@ class ResponseAnswer(EventAnswer):
         self.emit({**self._part("response.output_text.done"), "text": text, "logprobs": self._logprobs})
         self.emit({**self._part("response.content_part.done"), "part": part})
         self._close(status=self._status, content=[part])
+
+    def open_thought(self) -> None:
+        """Adds an empty reasoning item and emits its start."""
+        self._open({"id": self.make_id("rs_"), "type": "reasoning", "status": "in_progress", "summary": []})
+
+    def thought_delta(self, text: str) -> JsonObject:
+        """A delta of the last item."""
+        return {**self._part("response.reasoning_text.delta"), "delta": text}
+
+    def close_thought(self, text: str) -> None:
+        """Completes the last item with all thoughts and emits their end and its own."""
+        self._early = []  # of the tokens of the thoughts
+        self.emit({**self._part("response.reasoning_text.done"), "text": text})
+        self._close(status="completed", content=[{"type": "reasoning_text", "text": text}])
 
     def add_call(self, call: Call) -> None:
         """Adds a function_call and emits its start, its arguments and its end."""

@@ -124,12 +124,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Delta:
-    """The next part of an answer: text, or a tool call, or both in this order."""
+    """The next part of an answer: thoughts, text and a tool call, each if there is one, in this order."""
 
     index: int = 0
     text: str = ""
     call: Call | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    thought: str = ""
 
 
 @dataclass(frozen=True)

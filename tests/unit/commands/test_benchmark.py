@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from phi4_mlx.checkpoint import load_model
 from phi4_mlx.commands import benchmark
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.text import Model
+from phi4_mlx.terminal.amount import size
 from tests.conftest import BOUNDARY
+from tests.tiny_sambay import write_tiny_sambay
 
 TinyModel = Callable[..., Model]
 
@@ -43,6 +48,30 @@ def test_quantised_keys_and_values_are_counted_as_they_are_kept(tiny_model: Tiny
     assert packed == model.context_cost(4).token_bytes
     # 6 of 32 bits: 4, and 2 for a scale and a bias of 32 bits each per 32 numbers
     assert packed == model.context_cost().token_bytes * (4 + 2) / 32
+
+
+@pytest.mark.parametrize("layers", [8, 12])
+def test_states_are_fixed_and_shared_keys_are_read_by_each_layer(
+    layers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(write_tiny_sambay(tmp_path / "flash", num_hidden_layers=layers))
+    options = ["--model", folder, "--prompt-tokens", "40", "90", "--generation-tokens", "4", "--repeats", "1"]
+    assert benchmark.main([*options, "--bandwidth", "1", "--json"]) == 0
+    read = json.loads(capsys.readouterr().out)
+    model = load_model(Path(folder))
+    cost, half = model.context_cost(), layers // 2
+    states = (half // 2 + 1) * 128 * 4 * (4 + 3)  # of 128 channels, each 4 states and 3 inputs of float32
+    windows = half // 2 * 15 * cost.token_bytes
+    for row, length in zip(read["lengths"], (40, 90), strict=True):
+        assert row["kv_bytes_per_token"] == cost.token_bytes == 2 * 4 * 8 * 4
+        assert 0 <= row["fixed_bytes"] - states - windows <= 4 * layers  # and the number of tokens in each layer
+        kv_bytes = layers // 4 * cost.token_bytes * (length + 2)  # the full attention and the cross-attentions
+        per_token = model.weights_bytes + row["fixed_bytes"] + kv_bytes
+        assert row["ceiling_tokens_per_s"] == pytest.approx(1e9 / per_token)
+    sizes = f"{size(cost.token_bytes)} of keys and values a token, {size(row['fixed_bytes'])} of states and windows"
+    assert sizes in benchmark.table(read)
+    assert benchmark.main([*options, "--kv-bits", "4"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_step_reads_the_embedding_only_where_it_is_the_head(tiny_model: TinyModel) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,8 +39,8 @@ def pieces(*texts: str, reason: Any = "stop") -> list[Any]:
     return [*(Piece(0, text) for text in texts), Finish(0, reason, None, 7, 5, 3)]
 
 
-def answers(ask: Ask, *events: Any, jobs: int = 1) -> list[Any]:
-    service = Service(Engine(*events), None, {}, 0, 60.0)  # type: ignore[arg-type]
+def answers(ask: Ask, *events: Any, jobs: int = 1, thinks: bool = False) -> list[Any]:
+    service = Service(Engine(*events), None, {}, 0, 60.0, thinks=thinks)  # type: ignore[arg-type]
 
     async def collect() -> list[Any]:
         return [item async for item in service.answers(ask, [Job(0, (1,), 9)] * jobs)]
@@ -141,3 +142,25 @@ def test_a_grammar_that_is_not_made_is_an_error_with_a_status(error: Exception, 
     with pytest.raises(WireError) as raised:
         grammar(calling(), error)
     assert (raised.value.status, raised.value.param) == (status, field)
+
+
+def test_thoughts_are_apart_where_the_model_thinks_and_its_answer_is_free() -> None:
+    events = pieces("<thi", "nk>Let me ", f"see {CALL}.</think>\n", "It is 4.")
+    whole = "".join(event.text for event in events[:-1])
+    asked = Ask("m", messages=[{"role": "user", "content": "2 + 2?"}], tools=[TOOL], tool_choice="auto")
+    *deltas, end = answers(asked, *events, thinks=True)
+    assert "".join(it.thought for it in deltas) == f"Let me see {CALL}." and end.reason == "stop"
+    assert "".join(it.text for it in deltas) == "It is 4." and not any(it.call for it in deltas)
+    for other in (
+        replace(asked, tools=[], response_format=("regex", "x")), replace(asked, messages=[], prompts=["a"], tools=[]),
+    ):  # fmt: skip
+        assert "".join(it.text for it in answers(other, *events, thinks=True)[:-1]) == whole
+    plain = answers(replace(asked, tools=[]), *events)
+    assert "".join(it.text for it in plain[:-1]) == whole
+
+
+def test_thoughts_that_are_cut_are_thoughts() -> None:
+    asked = Ask("m", messages=[{"role": "user", "content": "2 + 2?"}])
+    *deltas, end = answers(asked, *pieces("<think>a", " b </th", reason="length"), thinks=True)
+    assert "".join(it.thought for it in deltas) == "a b </th" and end.reason == "length"
+    assert not any(it.text for it in deltas)

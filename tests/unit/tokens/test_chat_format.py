@@ -11,7 +11,14 @@ import jinja2
 import pytest
 
 from phi4_mlx.errors import ConfigError, RequestError, TokenizerError
-from phi4_mlx.tokens.chat_format import CHAT_FORMATS, Phi4MiniReasoning, Phi4Reasoning, check_messages, recognise
+from phi4_mlx.tokens.chat_format import (
+    CHAT_FORMATS,
+    Phi4MiniReasoning,
+    Phi4Reasoning,
+    recognise,
+    recognise_flash,
+)
+from phi4_mlx.tokens.messages import check_messages
 from phi4_mlx.tokens.tokenizer import Tokenizer, load_tokenizer
 from tests.conftest import DATA
 
@@ -48,8 +55,8 @@ REASONING = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
 )
 TEMPLATES = {
-    "phi4-mini": STOCK, "phi4-mini-reasoning": MINI_REASONING, "phi3.5-mini": PHI_35, "phi4": PHI_4,
-    "phi4-reasoning": REASONING,
+    "phi4-mini": STOCK, "phi4-mini-reasoning": MINI_REASONING, "phi4-mini-flash-reasoning": STOCK,
+    "phi3.5-mini": PHI_35, "phi4": PHI_4, "phi4-reasoning": REASONING,
 }  # fmt: skip
 HELLO = [{"role": "user", "content": "hello"}]
 CHAT = [
@@ -136,7 +143,7 @@ def test_ordinary_chats_are_the_stock_templates(name: str, tokenizer: Tokenizer,
         assert ours == stock_ids(tokenizer, TEMPLATES[name], messages, prompt), messages
 
 
-@pytest.mark.parametrize("mini_name", ["phi4-mini", "phi4-mini-reasoning"])
+@pytest.mark.parametrize("mini_name", ["phi4-mini", "phi4-mini-reasoning", "phi4-mini-flash-reasoning"])
 def test_tool_results_and_a_system_message_with_tools_are_the_stock_templates(mini: Tokenizer, mini_name: str) -> None:
     messages = [{"role": "system", "content": "Use tools.", "tools": FLAT}, *HELLO, {"role": "tool", "content": "21"}]
     assert CHAT_FORMATS[mini_name].render(mini, messages) == stock_ids(mini, TEMPLATES[mini_name], messages)
@@ -371,6 +378,22 @@ def test_recognition_by_tokens(mini: Tokenizer, phi35: Tokenizer, phi4: Tokenize
     assert recognise(tmp_path, phi4).name == "phi4-reasoning"
     with pytest.raises(TokenizerError, match="--chat-format"):
         recognise(tmp_path, Tokenizer([], {}))
+
+
+@pytest.mark.parametrize("template", [STOCK, "", "{{ 'of a fine-tuned model' }}"])
+def test_a_flash_model_with_phi_4_minis_turns_reasons(mini: Tokenizer, tmp_path: Path, template: str) -> None:
+    (tmp_path / "chat_template.jinja").write_text(template)
+    found = recognise_flash(tmp_path, mini)
+    assert (found.name, found.reasons) == ("phi4-mini-flash-reasoning", True)
+    assert recognise(tmp_path, mini).name == "phi4-mini"
+
+
+def test_a_flash_model_with_other_turns_has_their_format(mini: Tokenizer, phi4: Tokenizer, tmp_path: Path) -> None:
+    assert recognise_flash(tmp_path, phi4).name == "phi4"
+    with pytest.raises(TokenizerError, match="--chat-format"):
+        recognise_flash(tmp_path, Tokenizer([], {}))
+    (tmp_path / "chat_template.jinja").write_text(MINI_REASONING)
+    assert recognise_flash(tmp_path, mini).name == "phi4-mini-reasoning"
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{", b"", b"\xff\xfe", None])

@@ -20,6 +20,9 @@ SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "require
 KÖLN = Call("call_1", "weather", {"city": "Köln"})
 ROM = Call("call_2", "weather", {"city": "Rom"})
 TEXT = [Delta(text="Gr"), Delta(), Delta(text="üße"), End(0, "stop", None, 10, 4, 3)]
+THOUGHTS = [
+    Delta(thought="Let me "), Delta(thought="see."), Delta(text="It is 4."), End(0, "stop", None, 10, 4, 3),
+]  # fmt: skip
 CALLS = [Delta(text="So"), Delta(text="."), Delta(call=KÖLN), Delta(text="!"), End(0, "tool_calls", None, 10, 4, 5)]
 
 

@@ -17,7 +17,7 @@ from phi4_mlx.server.apis import completions as completions_api
 from phi4_mlx.server.apis import messages as messages_api
 from phi4_mlx.server.apis import responses as responses_api
 from phi4_mlx.server.apis.wire import Ask, WireError
-from phi4_mlx.tokens.chat_format import check_messages
+from phi4_mlx.tokens.messages import check_messages
 from phi4_mlx.tools.declarations import check_tools, tools_text
 from tests.unit.server.apis.harness import SCHEMA, V
 

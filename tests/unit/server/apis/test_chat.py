@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 
 from phi4_mlx.files.json_file import JsonObject
+from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.server.apis.chat import ChatAnswer, parse
 from phi4_mlx.server.apis.wire import Delta, End, WireError
 from phi4_mlx.server.engine.protocol import TokenLogprob
-from phi4_mlx.tokens.chat_format import check_messages
+from phi4_mlx.tokens.messages import check_messages
 from tests.unit.server.apis.harness import (
     HI,
     KÖLN,
     NOW,
     ROM,
     SCHEMA,
+    THOUGHTS,
     V,
     chunks,
     counted_ids,
@@ -324,3 +326,25 @@ def test_the_client_raises_refusals_and_failures() -> None:
     told = client(LINES, WireError(500, "it broke")).chat.completions.create(model="phi", messages=HI, stream=True)
     with pytest.raises(openai.APIError, match="it broke"):
         list(told)
+
+
+def test_thoughts_are_a_field_beside_the_content() -> None:
+    message = answer().body(THOUGHTS)["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("Let me see.", "It is 4.")
+    assert "reasoning_content" not in answer().body(LINES)["choices"][0]["message"]
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks(stream(answer(stream=True), THOUGHTS))]
+    assert deltas == [
+        {"role": "assistant", "content": ""}, {"reasoning_content": "Let me "}, {"reasoning_content": "see."},
+        {"content": "It is 4."}, {},
+    ]  # fmt: skip
+    told = client(THOUGHTS).chat.completions.create(model="phi", messages=HI).choices[0].message
+    assert (told.reasoning_content, told.content) == ("Let me see.", "It is 4.")
+
+
+def test_the_defaults_of_a_model_hold_for_each_field_that_is_not_sent() -> None:
+    own = Sampling(temp=0.6, top_p=0.95)
+    for more, sampling in (
+        ({}, own), ({"temperature": None, "top_p": None}, own), ({"temperature": 0}, Sampling(temp=0, top_p=0.95)),
+        ({"top_p": 1, "seed": 3}, Sampling(temp=0.6, top_p=1, seed=3)),
+    ):  # fmt: skip
+        assert parse({"messages": HI, **more}, V, own).sampling == sampling

@@ -10,7 +10,7 @@ import pytest
 
 from phi4_mlx.server.apis.messages import MessageAnswer, error_body, parse
 from phi4_mlx.server.apis.wire import Delta, End, WireError
-from phi4_mlx.tokens.chat_format import check_messages
+from phi4_mlx.tokens.messages import check_messages
 from tests.unit.server.apis.harness import (
     CALLS,
     HI,
@@ -18,6 +18,7 @@ from tests.unit.server.apis.harness import (
     NOW,
     SCHEMA,
     TEXT,
+    THOUGHTS,
     V,
     counted_ids,
     named_events,
@@ -276,3 +277,16 @@ def test_the_client_raises_refusals_and_failures() -> None:
     told = client(TEXT, WireError(500, "it broke")).messages.create(model="phi", max_tokens=5, messages=HI, stream=True)
     with pytest.raises(anthropic.APIStatusError, match="it broke"):
         list(told)
+
+
+@pytest.mark.parametrize("items", [THOUGHTS, [THOUGHTS[0], Delta(call=KÖLN), CALLS[-1]], [THOUGHTS[0], THOUGHTS[-1]]])
+def test_thoughts_are_a_block_before_the_text(items: list[Delta | End], known: Callable[[Any], None]) -> None:
+    asked = ask(stream=True)
+    known(named_events(stream(make_answer(asked), items)))
+    whole = make_answer(ask()).body(items)
+    first, *others = whole["content"]
+    thought = "Let me see." if items == THOUGHTS else "Let me "
+    assert first == {"type": "thinking", "thinking": thought, "signature": ""}
+    assert [block["type"] for block in others] == ["tool_use" if items[1] == Delta(call=KÖLN) else "text"]
+    with client(items).messages.stream(model="phi", max_tokens=9, messages=HI) as streamed:
+        assert streamed.get_final_message().content[0].thinking == thought

@@ -11,13 +11,14 @@ from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.server.apis.responses import ResponseAnswer, parse
 from phi4_mlx.server.apis.wire import Delta, End, WireError
 from phi4_mlx.server.engine.protocol import TokenLogprob
-from phi4_mlx.tokens.chat_format import check_messages
+from phi4_mlx.tokens.messages import check_messages
 from tests.unit.server.apis.harness import (
     CALLS,
     KÖLN,
     NOW,
     SCHEMA,
     TEXT,
+    THOUGHTS,
     V,
     counted_ids,
     named_events,
@@ -258,3 +259,15 @@ def test_the_client_reads_a_stream_and_sends_it_back() -> None:
     assert final.output_text == "So." and final.output[1].call_id == "call_1"
     history = [{"role": "user", "content": "hi"}, *final.output, OUTPUT]
     assert client(TEXT).responses.create(model="phi", input=history).output_text == "Grüße"
+
+
+@pytest.mark.parametrize("items", [THOUGHTS, [THOUGHTS[0], Delta(call=KÖLN), CALLS[-1]], [THOUGHTS[0], THOUGHTS[-1]]])
+def test_thoughts_are_an_item_before_the_text(items: list[Delta | End], known: Callable[[Any], None]) -> None:
+    known(events_of(stream(make_answer(ask(stream=True)), items)))
+    first, *others = make_answer(ask()).body(items)["output"]
+    thought = "Let me see." if items == THOUGHTS else "Let me "
+    assert (first["type"], first["summary"]) == ("reasoning", [])
+    assert first["content"] == [{"type": "reasoning_text", "text": thought}]
+    assert [item["type"] for item in others] == ["function_call" if items[1] == Delta(call=KÖLN) else "message"]
+    told = client(items).responses.create(model="phi", input="hi")
+    assert told.output[0].content[0].text == thought

@@ -1,0 +1,72 @@
+"""Notes of a chat about its answers and settings, each a line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from phi4_mlx.terminal.amount import amount
+from phi4_mlx.terminal.options import Settings
+
+if TYPE_CHECKING:
+    from phi4_mlx.chat.conversation import Conversation
+
+
+def settings_line(settings: Settings, names: Iterable[str], longest: int) -> str:
+    """Settings by name; the longest answer is shown no longer than `longest`, the tokens that fit."""
+    shown = {name: settings[name] or 0 for name in names}
+    if shown.get("max-tokens", 0) > longest:
+        shown["max-tokens"] = longest
+    return ", ".join(f"{name} {value:,}" for name, value in shown.items())
+
+
+def end_notes(conversation: Conversation, max_tokens: int | float | None, stopped: bool) -> Iterator[str]:
+    """The notes after an answer: what has ended it, and what was run again.
+
+    Args:
+        conversation: after the answer.
+        max_tokens: the setting.
+        stopped: True if the person has stopped it.
+    """
+    usage = conversation.usage
+    if stopped:
+        yield "stopped"
+    elif usage.finish_reason == "length":
+        yield f"cut at {amount(usage.answer_tokens, 'token')}{_limit(conversation, int(max_tokens or 0))}"
+    elif usage.finish_reason == "max_rounds":
+        yield "the last calls were not run: the model kept calling tools without an answer"
+    if usage.reprefilled:
+        table = f"the RoPE table for {conversation.cache.regime} texts"
+        yield f"the conversation now needs {table}: {amount(usage.reprefilled, 'token')} run again"
+
+
+def full_note(conversation: Conversation) -> str:
+    """The note that turns are left out."""
+    return (
+        f"the context of {conversation.context:,} tokens is full: from now on the oldest turns are left out of the "
+        f"prompt, {conversation.dropped:,} of {len(conversation.turns):,} so far"
+    )
+
+
+def unanswered_note(conversation: Conversation) -> str:
+    """The note that an answer has thoughts alone."""
+    usage = conversation.usage
+    if usage.finish_reason != "length":
+        return "the model ended its thoughts without an answer"
+    more = "the context and the memory have room for no more"
+    if usage.prompt_tokens + usage.answer_tokens < conversation.longest:
+        more = "raise --max-tokens"
+    return f"the thoughts were cut, before an answer, after {amount(usage.answer_tokens, 'token')}; {more}"
+
+
+def _limit(conversation: Conversation, max_tokens: int) -> str:
+    """The limit that has cut the last answer, and the way out."""
+    usage = conversation.usage
+    if usage.answer_tokens and usage.prompt_tokens + max_tokens <= conversation.longest:
+        return "; /set max-tokens N changes the limit"
+    end = f", the end of the context of {conversation.context:,}{conversation.model.config.context_note}"
+    if conversation.longest < conversation.context:
+        end = f", as this machine's memory holds {amount(conversation.longest, 'token')} in all"
+    if conversation.overflow == "oldest":
+        return f"{end}; the next question makes room"
+    return f"{end}; /undo and /reset make room; a chat started with --context-overflow oldest goes on"
