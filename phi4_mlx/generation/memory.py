@@ -11,7 +11,7 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.models.attention import SLICE
 from phi4_mlx.models.cache import CacheOptions, KVCache, buffer_length
 from phi4_mlx.models.model import ContextCost, LanguageModel
-from phi4_mlx.models.prompt_cache import MAX_SNAPSHOTS
+from phi4_mlx.models.snapshot import MAX_SNAPSHOTS
 from phi4_mlx.terminal.amount import amount, size
 
 PREFILL_STEP_SIZE = 2048  # tokens a chunk; the hidden states of one chunk take about 100 MB in Phi-4-mini

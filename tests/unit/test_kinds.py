@@ -35,7 +35,7 @@ from phi4_mlx.lora.saving.run_folder import RunFolder
 from phi4_mlx.lora.settings import Settings as TrainingSettings
 from phi4_mlx.lora.training.trainer import Trainer
 from phi4_mlx.models.model import LanguageModel
-from phi4_mlx.models.prompt_cache import MAX_SNAPSHOTS
+from phi4_mlx.models.snapshot import MAX_SNAPSHOTS
 from phi4_mlx.server.engine.engine import Engine, Settings
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
 from phi4_mlx.server.engine.protocol import Finish, Job, Piece

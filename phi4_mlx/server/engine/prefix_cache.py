@@ -93,9 +93,9 @@ class PrefixCache:
         entry.cache.compact()  # else slices of a batch would keep all of its rows alive
         for each in self._entries:
             if entry.extends(each):
-                entry.cache.adopt(each.cache)
+                entry.cache.snapshots.add(each.cache.snapshots)
         while _nbytes([entry]) > self.limit_bytes and entry.cache.snapshots:
-            entry.cache.thin(len(entry.cache.snapshots) - 1)
+            entry.cache.snapshots.thin(len(entry.cache.snapshots) - 1)
         entries = [*(each for each in self._entries if entry.lacks(each) > self.MAX_LOSS * len(each.ids)), entry]
         while (used := _nbytes(entries)) > self.limit_bytes or len(entries) > self.MAX_ENTRIES:
             entries.pop(0)

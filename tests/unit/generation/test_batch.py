@@ -13,7 +13,8 @@ from phi4_mlx.generation import batch as batch_module
 from phi4_mlx.generation.batch import Batch, BatchSequence, Fault, Token
 from phi4_mlx.generation.sampling import make_logits_processors, make_sampler
 from phi4_mlx.models.model import LanguageModel
-from phi4_mlx.models.prompt_cache import MAX_SNAPSHOTS, PromptCache
+from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.snapshot import MAX_SNAPSHOTS
 from phi4_mlx.models.text import Model
 from tests.conftest import BOUNDARY, make_tiny_model
 from tests.model_runs import close, decoded, filled_cache

@@ -8,9 +8,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from phi4_mlx.models.prompt_cache import MAX_SNAPSHOTS, PromptCache
+from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime
 from phi4_mlx.models.sambay import Model as SambaY
+from phi4_mlx.models.snapshot import MAX_SNAPSHOTS
 from phi4_mlx.models.text import Model
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
 from tests.conftest import BOUNDARY, make_tiny_model
