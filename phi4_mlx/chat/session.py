@@ -222,7 +222,7 @@ class Chat:
         assert isinstance(max_tokens, int)
         if usage.answer_tokens and usage.prompt_tokens + max_tokens <= conversation.context:
             return "; /set max-tokens N changes the limit"
-        end = f", the end of the context of {conversation.context:,}{conversation.model.config.context_note}"
+        end = f", the end of the context of {conversation.context:,}"
         if conversation.overflow == "oldest":
             return f"{end}; the next question makes room"
         return f"{end}; /undo and /reset make room; a chat started with --context-overflow oldest goes on"
