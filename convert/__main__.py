@@ -54,14 +54,20 @@ def _parser() -> Parser:
 
 
 def _work(args: argparse.Namespace) -> None:
+    from phi4_mlx.checkpoint import load_config
+
     from .package import convert  # late: --help and a mistyped option do not load mlx
 
     begin = time.perf_counter()
     options = {key: value for key, value in vars(args).items() if key != "debug"}
     with progress_bar("converting") as progress:
         convert(**options, progress=progress)
-    nbytes = sum(path.stat().st_size for path in Path(os.path.expanduser(args.mlx_path)).glob("*.safetensors"))
+    out = Path(os.path.expanduser(args.mlx_path))
+    nbytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     print(f"{args.mlx_path}: {size(nbytes)} of weights, {time.perf_counter() - begin:.1f} s")
+    config = load_config(out)
+    if config.context_note:
+        print(f"context: {config.max_position_embeddings:,} tokens{config.context_note}")
     print(f"chat with it: {command_line('chat', model=args.mlx_path)}")
 
 

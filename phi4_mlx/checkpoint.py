@@ -59,10 +59,10 @@ KINDS: dict[str, Kind] = {
 
 # Names that another program gives to the same tensors -> the program.
 _FOREIGN_NAMES = {
-    r"transformer\.|rank\d*\.": "TensorRT-LLM",
+    r"transformer\.": "TensorRT-LLM",
     r"(blk\.\d+|token_embd|output_norm)\.": "llama.cpp",
     r"(backbone|model\.layers\.\d+\.mixer)\.": "mamba_ssm",
-    r"(model\.)?layers\.\d+\.(mamba\.|self_attn\.|attn\.(A$|attn\.|qkv|lambda_|subln))": "vLLM or SGLang",
+    r"model\.layers\.\d+\.(mamba|self_attn|mlp\.\w+_proj|attn\.(A$|attn|mamba|qkv|lambda_|subln))": "vLLM or SGLang",
 }
 _HUGGING_FACE = "get the folder that is published on Hugging Face"
 

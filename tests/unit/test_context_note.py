@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from phi4_mlx.chat.conversation import Conversation
-from phi4_mlx.checkpoint import load
+from phi4_mlx.checkpoint import load, load_config
 from phi4_mlx.commands import benchmark, context
-from phi4_mlx.commands.models import _context
+from phi4_mlx.convert import __main__ as convert
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.sampling import Sampling
@@ -38,10 +38,9 @@ def test_the_answer_of_each_door_says_why(folder: Path, capsys: pytest.CaptureFi
     assert REASON in capsys.readouterr().err
     assert context.main(["--model", str(folder)]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("The context holds 65,536 tokens (this model was trai")
-
-
-def test_a_list_of_models_has_the_context_that_a_prompt_gets(folder: Path) -> None:
-    assert _context(folder) == 65_536
+    assert convert.main(["--hf-path", str(folder), "--mlx-path", str(folder.parent / "copy")]) == 0
+    assert "\ncontext: 65,536 tokens (this model was trained" in capsys.readouterr().out
+    assert load_config(folder.parent / "copy") == model.config
 
 
 @pytest.mark.parametrize(("write", "said"), [(write_tiny_sambay, True), (write_tiny_checkpoint, False)])

@@ -23,6 +23,7 @@ from phi4_mlx.hub import DEFAULT_MODEL, resolve
 from phi4_mlx.terminal.amount import size
 from tests.conftest import ROOT, TinyCheckpoint
 from tests.fake_hub import COMMIT, fake_hub
+from tests.tiny_sambay import write_tiny_sambay
 
 OLD = 1_700_000_000  # 2023-11-14
 
@@ -129,6 +130,12 @@ def test_the_list_says_what_is_where_and_what_loads(
     }  # fmt: skip
     assert [each["loads"] for each in found.values()] == [True, True, False, True, False, False]
     assert found["owner/damaged"]["revision"] is None and found["demo"]["path"] == str(resolve("demo"))
+
+
+def test_the_context_is_the_one_that_a_prompt_gets(cache: Path, models: Models, tmp_path: Path) -> None:
+    put(cache, "owner/flash", write_tiny_sambay(tmp_path / "flash", max_position_embeddings=262_144))
+    found = listed(models)["owner/flash"]
+    assert (found["context"], found["loads"]) == (65_536, True)
 
 
 def test_two_revisions_are_two_lines_and_their_files_are_counted_once(
