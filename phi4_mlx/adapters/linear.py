@@ -82,7 +82,7 @@ class LoRALinear(nn.Module):
 
 
 class DoRALinear(LoRALinear):
-    """y = gain * (W x + scale * (x a) b), so that row i of the effective matrix has the norm m[i]; a bias is added to y.
+    """y = gain * (W x + scale * (x a) b), so that row i of the effective matrix has the norm m[i]; then a bias.
 
     As in the paper, the norm in gain = m / norm is a constant to the gradient. It is computed from W a [R, out] and
     a^T a [R, R], without the sum of the matrices and without unpacking a quantised W.

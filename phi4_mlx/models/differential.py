@@ -12,6 +12,8 @@ Source: Differential Transformer (arXiv 2410.05258), with the pairing of `modeli
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,7 +22,13 @@ from phi4_mlx.config.sambay import SambaYConfig
 from phi4_mlx.models.attention import PackedAttention
 
 SCORES = 2**22  # scores of all heads in one slice of queries
-TRAINED_ROWS = 64  # queries in a slice in training, whose scores are computed again in backward
+TRAINED_ROWS = 32  # queries in a slice in training, whose scores are computed again in backward
+
+Slices = list[tuple[int, int]]
+"""The first query of each slice, and the one behind its last."""
+
+Seen = Callable[[int, int], tuple[slice, mx.array | None]]
+"""(start, stop) of a slice -> the keys that it sees, and which of them each query does; None for all."""
 
 
 def difference(
@@ -51,16 +59,50 @@ def difference(
     S = keys.shape[3]
     at_once = max(1, SCORES // (2 * B * P * G * min(S, 2 * (window or S))))
     step = min(at_once, window or T, TRAINED_ROWS if training else T)
-    attend = mx.checkpoint(_attend) if training else _attend
+
+    def seen(start: int, stop: int) -> tuple[slice, mx.array | None]:
+        end = S - T + stop
+        begin = max(0, end - (stop - start) + 1 - window) if window else 0
+        return slice(begin, end), _allowed(window, mask, start, stop, begin, end)
+
+    slices = [(start, min(T, start + step)) for start in range(0, T, step)]
+    if training:
+        return _trained(slices, seen)(queries, keys, values, weight)
+    return _in_slices(slices, seen, queries, keys, values, weight)
+
+
+def _in_slices(
+    slices: Slices, seen: Seen, queries: mx.array, keys: mx.array, values: mx.array, weight: mx.array
+) -> mx.array:
     parts = []
-    for start in range(0, T, step):
-        stop = min(T, start + step)
-        rows, end = stop - start, S - T + stop  # `end`: keys that the last query of the slice sees
-        begin = max(0, end - rows + 1 - window) if window else 0
-        allowed = _allowed(window, mask, start, stop, begin, end)
-        some = queries[:, :, :, :, start:stop], keys[:, :, :, begin:end], values[:, :, begin:end]
-        parts.append(attend(*some, weight, allowed))
+    for start, stop in slices:
+        columns, allowed = seen(start, stop)
+        some = queries[:, :, :, :, start:stop], keys[:, :, :, columns], values[:, :, columns]
+        parts.append(_attend(*some, weight, allowed))
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=3)
+
+
+def _trained(slices: Slices, seen: Seen) -> Callable[..., mx.array]:
+    """`_in_slices` whose gradient computes the scores again, one slice after the other."""
+
+    def backward(primals: list[mx.array], cotangent: mx.array, output: mx.array) -> list[mx.array]:
+        queries, keys, values, weight = primals
+        dqueries: list[mx.array] = []
+        sums = [mx.zeros(each.shape, mx.float32) for each in (keys, values, weight)]
+        for start, stop in slices:
+            columns, allowed = seen(start, stop)
+            some = [queries[:, :, :, :, start:stop], keys[:, :, :, columns], values[:, :, columns], weight]
+            some = mx.depends(some, [*dqueries[-1:], *sums])
+            attend = partial(_attend, allowed=allowed)
+            _, (dq, dk, dv, dw) = mx.vjp(attend, some, [cotangent[:, :, :, start:stop]])
+            dqueries.append(dq)
+            sums = [sums[0].at[:, :, :, columns].add(dk), sums[1].at[:, :, columns].add(dv), sums[2] + dw]
+        rest = [total.astype(each.dtype) for total, each in zip(sums, primals[1:], strict=True)]
+        return [mx.concatenate(dqueries, axis=4), *rest]
+
+    attended: Callable[..., mx.array] = mx.custom_function(partial(_in_slices, slices, seen))
+    attended.vjp(backward)  # type: ignore[attr-defined]
+    return attended
 
 
 def _attend(
