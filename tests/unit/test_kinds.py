@@ -197,7 +197,9 @@ def test_the_prefix_cache_shortens_a_second_prompt(model: LanguageModel) -> None
 def test_speculation_is_exact_where_the_cache_can_be_rewound_and_refused_elsewhere(model: LanguageModel) -> None:
     prompt = PROMPT[:12] * 3
     if model.make_cache().rewindable:
-        assert decoded(model, prompt, 12, proposer=PromptLookup(timed=False)) == decoded(model, prompt, 12)
+        plain = decoded(model, prompt, 60)
+        for step in (16, 2048):
+            assert decoded(model, prompt, 60, proposer=PromptLookup(timed=False), prefill_step_size=step) == plain
         return
     assert make_proposer("lookup", model, rewindable=model.make_cache().rewindable) is None
     with pytest.raises(RequestError, match="cannot; drop the proposer"):
