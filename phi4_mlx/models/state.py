@@ -86,9 +86,12 @@ class RecurrentCache:
         return n < len(self._states)
 
     def trim(self, n: int) -> int:
-        """Takes back the last n tokens; returns how many it took: n, all of them, or 0 where that is not possible."""
+        """Takes back the last n tokens; returns how many it took: n, all of them, or 0 where that is not possible.
+
+        The states between the tokens of the latest pass are forgotten then, also with n = 0.
+        """
         n = min(n, self.offset)
-        if n <= 0 or not (n == self.offset or self.can_trim(n)):
+        if n < 0 or not (n == self.offset or self.can_trim(n)):
             return 0
         self._set([] if n == self.offset else [self._tail(n), self._states[-1 - n]], self.offset - n)
         return n

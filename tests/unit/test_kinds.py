@@ -39,6 +39,7 @@ from phi4_mlx.models.snapshot import MAX_SNAPSHOTS
 from phi4_mlx.server.engine.engine import Engine, Settings
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
 from phi4_mlx.server.engine.protocol import Finish, Job, Piece
+from tests.adapters import adapted, save_adapter
 from tests.conftest import ROOT, make_tiny_model, write_tiny_checkpoint
 from tests.model_runs import close, decoded
 from tests.tiny_sambay import make_tiny_sambay, write_tiny_sambay
@@ -197,7 +198,9 @@ def test_the_prefix_cache_shortens_a_second_prompt(model: LanguageModel) -> None
 def test_speculation_is_exact_where_the_cache_can_be_rewound_and_refused_elsewhere(model: LanguageModel) -> None:
     prompt = PROMPT[:12] * 3
     if model.make_cache().rewindable:
-        assert decoded(model, prompt, 12, proposer=PromptLookup(timed=False)) == decoded(model, prompt, 12)
+        plain = decoded(model, prompt, 60)
+        for step in (16, 2048):
+            assert decoded(model, prompt, 60, proposer=PromptLookup(timed=False), prefill_step_size=step) == plain
         return
     assert make_proposer("lookup", model, rewindable=model.make_cache().rewindable) is None
     with pytest.raises(RequestError, match="cannot; drop the proposer"):
@@ -272,6 +275,23 @@ def test_a_second_turn_and_a_second_client_run_their_new_tokens_alone(
         text, cached, run = ask(prompt)
         assert known <= cached == len(prompt) - run
         assert text == tokenizer.decode([t for t in decoded(model, prompt, 5) if t not in tokenizer.eos_ids])
+
+
+def test_jobs_of_an_adapter_and_of_the_model_share_an_engine(loaded: tuple[LanguageModel, Any], tmp_path: Path) -> None:
+    model, tokenizer = loaded
+    twin = adapted(share_weights(model), scale=8.0)
+    save_adapter(twin, tmp_path / "one", {})
+    engine = Engine(model, tokenizer, Settings("any", None, {"one": str(tmp_path / "one")}, 32, 10**8, 10**8))
+    jobs = [Job(n, tuple(PROMPT[: 20 + n]), 8, Sampling(temp=0.0), adapter=[None, "one"][n % 2]) for n in range(4)]
+    events = [event for job in jobs for event in engine.submit(job)]
+    while engine.busy:
+        events += engine.step()
+    answers, ends = {}, {event.job: event for event in events if isinstance(event, Finish)}
+    for job in jobs:
+        expected = decoded(twin if job.adapter else model, list(job.prompt), ends[job.id].answer_tokens)
+        answers[job.id] = "".join(event.text for event in events if isinstance(event, Piece) and event.job == job.id)
+        assert answers[job.id] == tokenizer.decode([t for t in expected if t not in tokenizer.eos_ids])
+    assert answers[0] != answers[1] or answers[2] != answers[3]
 
 
 def test_decoding_continues_from_a_prompt_cache_file(loaded: tuple[LanguageModel, Any], tmp_path: Path) -> None:

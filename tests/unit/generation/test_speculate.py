@@ -290,6 +290,17 @@ def test_a_draft_model_with_other_weights_gives_the_same_tokens(tiny_model: Tiny
         assert decoded(model, PROMPT, 60, proposer=draft) == plain
 
 
+@pytest.mark.parametrize("make", [make_tiny_model, make_tiny_sambay])
+@pytest.mark.parametrize("draft", [make_tiny_model, make_tiny_sambay])
+def test_a_draft_model_may_be_of_another_kind(
+    make: Callable[..., LanguageModel], draft: Callable[..., LanguageModel]
+) -> None:
+    model = make()
+    plain = decoded(model, PROMPT, 40)
+    for seed in (0, 9):  # the same weights where the kinds are the same, and others
+        assert decoded(model, PROMPT, 40, proposer=DraftModel(draft(seed=seed), timed=False)) == plain
+
+
 def test_a_draft_model_whose_context_is_full_stops_guessing(tiny_model: TinyModel) -> None:
     model = tiny_model()
     plain, draft = decoded(model, PROMPT, 60), DraftModel(tiny_model(max_position_embeddings=30), timed=False)

@@ -125,6 +125,8 @@ class OneSequence(RuleBasedStateMachine):
         self.append(count)
         wrong = data.draw(st.integers(0, count - 1))
         assert self.cache.trim(wrong) == wrong
+        if isinstance(self.cache, RecurrentCache):  # the other states are freed
+            assert self.cache.nbytes == 4 * (TAPS - 1 + 1)
         self.tokens, self.latest = self.tokens[: len(self.tokens) - wrong], 0
 
     @precondition(lambda self: self.tokens)
@@ -136,7 +138,7 @@ class OneSequence(RuleBasedStateMachine):
         assert taken == (0 if n <= 0 else length if n >= length else n if possible else 0)
         assert possible or not 0 < n < self.latest  # all tokens of a short pass but one; the newest is never wrong
         self.tokens = self.tokens[: length - taken]
-        self.latest = 0 if taken else self.latest
+        self.latest = 0 if taken or n == 0 else self.latest
 
     @rule()
     def mark(self) -> None:
