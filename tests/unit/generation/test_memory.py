@@ -119,7 +119,7 @@ def test_a_context_that_does_not_fit_is_refused_with_the_longest_that_does() -> 
 
 
 def test_a_model_whose_cache_cannot_shrink_is_not_advised_to(tiny_model: TinyModel) -> None:
-    for model, way_out in ((tiny_model(), "--kv-bits 4"), (make_tiny_sambay(), "shorten it$")):
+    for model, way_out in ((tiny_model(), "--max-kv-size drops"), (make_tiny_sambay(), "shorten it$")):
         plan = replace(plan_context(model), limit_bytes=model.weights_bytes)
         with pytest.raises(RequestError, match=f"0 tokens; {way_out}"):
             check_context(plan, 100)
