@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 
@@ -15,6 +16,12 @@ from phi4_mlx.models.snapshot import MAX_SNAPSHOTS
 from phi4_mlx.terminal.amount import amount, size
 
 PREFILL_STEP_SIZE = 2048  # tokens a chunk; the hidden states of one chunk take about 100 MB in Phi-4-mini
+
+
+SMALLER = {
+    "--kv-bits 4 makes room for more": CacheOptions(None, kv_bits=4),
+    "--max-kv-size drops the oldest": CacheOptions(None, max_kv_size=512),
+}
 
 
 def memory_limit() -> int:
@@ -39,7 +46,7 @@ class ContextPlan:
         longest: the most tokens of the model's context.
         kept: the most tokens that the cache keeps between two chunks.
         limit_bytes: usable bytes of this machine.
-        shrinkable: True if the model's cache can be quantised or bounded.
+        ways_out: the caches that take less memory and that the model can keep, in words.
     """
 
     weights_bytes: int
@@ -47,7 +54,7 @@ class ContextPlan:
     longest: int
     kept: int
     limit_bytes: int
-    shrinkable: bool = True
+    ways_out: tuple[str, ...] = tuple(SMALLER)
 
     def cache_bytes(self, length: int, chunk: int = PREFILL_STEP_SIZE) -> int:
         """Bytes of the buffers for `length` tokens put in by chunks; a bounded cache still holds a whole chunk."""
@@ -87,18 +94,18 @@ def plan_context(model: LanguageModel, kv_bits: int | None = None, max_kv_size: 
         RequestError: as for `make_cache`.
     """
     model.layer_caches(CacheOptions(None, kv_bits, max_kv_size))  # raises for a cache that the model cannot keep
-    try:
-        model.layer_caches(CacheOptions(None, kv_bits=4))
-        shrinkable = True
-    except RequestError:
-        shrinkable = False
+    ways_out = []
+    for way_out, options in SMALLER.items():
+        with contextlib.suppress(RequestError):
+            model.layer_caches(options)
+            ways_out.append(way_out)
     return ContextPlan(
         weights_bytes=model.weights_bytes,
         cost=model.context_cost(kv_bits),
         longest=model.config.max_position_embeddings,
         kept=max_kv_size or model.config.max_position_embeddings,
         limit_bytes=memory_limit(),
-        shrinkable=shrinkable,
+        ways_out=tuple(ways_out),
     )
 
 
@@ -110,7 +117,7 @@ def check_context(plan: ContextPlan, length: int) -> None:
     """
     needed = plan.peak_bytes(length)
     if needed > plan.limit_bytes:
-        way_out = "--kv-bits 4 makes room for more, --max-kv-size drops the oldest" if plan.shrinkable else "shorten it"
+        way_out = ", ".join(plan.ways_out) or "shorten it"
         raise RequestError(
             f"a prompt of {amount(length, 'token')} takes {size(needed)}, and this machine allows "
             f"{size(plan.limit_bytes)}: {amount(plan.most_tokens, 'token')}; {way_out}"

@@ -8,13 +8,17 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
+from phi4_mlx.config.sambay import SambaYConfig
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import ContextPlan, check_context, memory_limit, plan_context
 from phi4_mlx.models.model import ContextCost
 from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.sambay import Model as SambaYModel
+from phi4_mlx.models.state import WindowCache
 from phi4_mlx.models.text import Model
 from tests.conftest import TinyModel
 from tests.model_runs import peak_memory
+from tests.tiny_sambay import make_tiny_sambay
 
 HEADS = {"hidden_size": 256, "head_dim": 128, "num_attention_heads": 24, "num_key_value_heads": 8}
 FACTORS = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
@@ -112,3 +116,28 @@ def test_a_context_that_does_not_fit_is_refused_with_the_longest_that_does() -> 
     check_context(plan, plan.most_tokens)
     with pytest.raises(RequestError, match=rf"100,000 tokens takes 15.* 8.00 GB: {plan.most_tokens:,} tokens; --kv"):
         check_context(plan, 100_000)
+
+
+def test_a_model_whose_cache_cannot_shrink_is_not_advised_to(tiny_model: TinyModel) -> None:
+    for model, way_out in ((tiny_model(), "--max-kv-size drops"), (make_tiny_sambay(), "shorten it$")):
+        plan = replace(plan_context(model), limit_bytes=model.weights_bytes)
+        with pytest.raises(RequestError, match=f"0 tokens; {way_out}"):
+            check_context(plan, 100)
+
+
+def test_the_context_of_phi_4_mini_flash_reasoning_at_full_size() -> None:
+    """5,120 bytes a token, one layer's keys and values, and 24.2 MB whatever the length; the weights stay lazy."""
+    published = {
+        "model_type": "phi4flash", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32,
+        "num_attention_heads": 40, "num_key_value_heads": 20, "vocab_size": 200_064, "sliding_window": 512,
+        "max_position_embeddings": 262_144, "mb_per_layer": 2, "layer_norm_eps": 1e-5, "tie_word_embeddings": True,
+    }  # fmt: skip
+    model = SambaYModel(SambaYConfig.from_dict(published))
+    model.set_dtype(mx.bfloat16)
+    plan = plan_context(model)
+    assert plan.cost.token_bytes == 2 * 20 * 64 * 2 == 5_120
+    slack = 8 * WindowCache.STEP * 5_120  # of the windows, so that the tokens of a short pass can be taken back
+    assert plan.cost.fixed_bytes - slack == pytest.approx(24.2e6, rel=0.01)
+    grown = plan.cache_bytes(32_768) - plan.cache_bytes(16_384)
+    assert grown <= 1.05 * 5_120 * 16_384
+    assert plan.longest == 65_536 and plan.cache_bytes(65_536) < 0.6e9

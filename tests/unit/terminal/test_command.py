@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import importlib
 import io
 import os
 import re
@@ -23,8 +24,15 @@ from phi4_mlx.files.regular_file import SMALL_BYTES
 from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.terminal import command
 from phi4_mlx.terminal.command import Parser, number, read_standard_input, run, standard_input_beside, text, utf8
-from phi4_mlx.terminal.options import SAMPLING, add_decoding_options, check_decoding_options
+from phi4_mlx.terminal.options import (
+    ADVISED,
+    SAMPLING,
+    add_decoding_options,
+    check_decoding_options,
+    sampling_defaults,
+)
 from phi4_mlx.terminal.printable import one_line, printable
+from phi4_mlx.tokens.chat_format import CHAT_FORMATS
 from tests.conftest import ROOT
 
 
@@ -238,3 +246,19 @@ def test_text_on_standard_input_follows_the_prompt(
     source.close()
     if kind == "pipe" and written is None:
         os.close(writer)
+
+
+def test_the_help_names_the_defaults_of_the_models_that_have_their_own() -> None:
+    for module in ("chat.__main__", "commands.generate", "server.__main__"):
+        parser: Parser = importlib.import_module(f"phi4_mlx.{module}")._parser()
+        shown = " ".join(parser.format_help().split())
+        for name, values in ADVISED.items():
+            for option, value in values.items():
+                assert f"{value:g} for {name}" in shown or (module == "server.__main__" and option != "max-tokens")
+
+
+def test_what_authors_advise_is_for_known_formats_and_allowed_values() -> None:
+    assert ADVISED.keys() <= CHAT_FORMATS.keys() and all(CHAT_FORMATS[name].reasons for name in ADVISED)
+    for name, values in ADVISED.items():
+        assert all(SAMPLING[option].parse(str(value)) == value for option, value in values.items())
+        assert sampling_defaults(name, 5) == sampling_defaults("phi4-mini", 5) | values
