@@ -44,10 +44,12 @@ class RecurrentCache:
             inputs: of the convolution, [B, taps - 1 + T, E].
             states: the state after each token, or after the last one alone; [B, N, E] each.
         """
-        self.offset += inputs.shape[1] - self._before
+        T = inputs.shape[1] - self._before
+        self.offset += T
         self._inputs, self._states = inputs, states
         if len(states) == 1:
-            self._inputs = self._tail(0)
+            tail = self._tail(0)
+            self._inputs = tail if T == 1 else mx.contiguous(tail)  # a slice would keep all inputs alive
 
     def _tail(self, n: int) -> mx.array:
         """The inputs before the last n."""
@@ -170,7 +172,7 @@ class WindowCache:
         first = max(0, start - (self.window - 1))
         fetched = [buffer[:, :, first:end] for buffer in self._buffers]
         if T > self.STEP:  # a buffer for a long prompt is not kept
-            self._buffers = self._window()
+            self._buffers = [mx.contiguous(array) for array in self._window()]
             self._filled = self._buffers[0].shape[2]
         return fetched[0], fetched[1]
 
