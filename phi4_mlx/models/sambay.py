@@ -158,7 +158,7 @@ class Mamba(nn.Module):
         return self.out_proj(swiglu(z, y)), y.astype(x.dtype), inputs, states
 
 
-class Memory(nn.Module):
+class GatedMemory(nn.Module):
     """A gated memory unit: each token gates the memory that a Mamba layer made of it."""
 
     traceable = True
@@ -255,7 +255,7 @@ class Decoder(nn.Module):
 
         def block(i: int) -> Block:
             if i % 2 == 0:
-                return MambaBlock(config, Mamba(config)) if i <= half else MemoryBlock(config, Memory(config))
+                return MambaBlock(config, Mamba(config)) if i <= half else MemoryBlock(config, GatedMemory(config))
             window, cross = config.sliding_window if i < half else None, i > half + 1
             return (CrossBlock if cross else SelfAttentionBlock)(config, Attention(config, i, window, cross=cross))
 

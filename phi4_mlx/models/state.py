@@ -44,11 +44,12 @@ class RecurrentCache:
             inputs: of the convolution, [B, taps - 1 + T, E].
             states: the state after each token, or after the last one alone; [B, N, E] each.
         """
-        self.offset += inputs.shape[1] - self._before
+        T = inputs.shape[1] - self._before
+        self.offset += T
         self._inputs, self._states = inputs, states
         if len(states) == 1:
-            tail = self._tail(0)  # copied, because a slice would keep the inputs of a whole chunk in memory
-            self._inputs = mx.contiguous(tail) if inputs.shape[1] > REWIND else tail
+            tail = self._tail(0)
+            self._inputs = tail if T == 1 else mx.contiguous(tail)  # a slice would keep all inputs alive
 
     def _tail(self, n: int) -> mx.array:
         """The inputs before the last n."""

@@ -123,6 +123,15 @@ def test_a_fork_of_a_short_prefix_takes_memory_for_that_prefix_only(model: Langu
     assert sum(layer.nbytes for layer in fork) <= max(0.2 * expected.nbytes, model.context_cost().fixed_bytes)
 
 
+def test_a_cache_with_its_snapshots_keeps_no_memory_beyond_its_own(model: LanguageModel) -> None:
+    prompt = PROMPT * 20
+    decoded(model, prompt, 2, prefill_step_size=128)  # traces
+    gc.collect()
+    before, cache = mx.get_active_memory(), model.make_cache()
+    decoded(model, prompt, 1, cache=cache, prefill_step_size=128)
+    assert mx.get_active_memory() - before <= 1.1 * cache.nbytes + 65_536
+
+
 def test_forced_tokens_keep_the_snapshots_of_the_prompt(model: LanguageModel) -> None:
     class ForcingMask:
         def mask(self) -> None:

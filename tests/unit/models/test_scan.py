@@ -73,9 +73,9 @@ def test_a_short_scan_gives_the_state_after_each_token() -> None:
         assert close(states[t], sequential(u[:, upto], dt[:, upto], A, B[:, upto], C[:, upto], state)[1], 1e-5)
 
 
-def peak_beside_inputs(T: int, gradient: bool) -> int:
+def peak_beside_inputs(T: int, gradient: bool, B: int = 1) -> int:
     """Bytes at the peak of a scan, or of its gradient, beyond those of its inputs."""
-    given = inputs(1, T, 512, 16)
+    given = inputs(B, T, 512, 16)
     mx.eval(given)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -93,3 +93,10 @@ def test_memory_beyond_the_outputs_does_not_grow_with_the_length(gradient: bool)
     arrays = 6 if gradient else 3  # [T, E] at the peak
     for T in (256, 2048):
         assert peak_beside_inputs(T, gradient) <= arrays * T * row + 24 * CHUNK * 16 * row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("B", [4, 16])
+def test_memory_beyond_the_outputs_does_not_grow_with_the_batch(B: int) -> None:
+    row = 512 * 4
+    assert peak_beside_inputs(256, False, B) <= 3 * B * 256 * row + 24 * CHUNK * 16 * row
