@@ -54,7 +54,8 @@ class Samples:
         T = segments.shape[1]
         earlier = mx.pad(segments, [(0, 0), (taps - 1, 0)], constant_values=-1)
         self.same = mx.stack([earlier[:, k : k + T] == segments for k in range(taps)], axis=-1)  # [B, T, taps]
-        self.keep = self.same[:, :, -2].astype(mx.float32)  # 0 at the first token of a sample
+        before = mx.pad(segments[:, :-1], [(0, 0), (1, 0)], constant_values=-1)
+        self.keep = (before == segments).astype(mx.float32)  # 0 at the first token of a sample
         self.attention = PackedAttention(segments)
 
 
