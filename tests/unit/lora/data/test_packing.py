@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 
 from phi4_mlx.models.text import Model
+from tests.tiny_sambay import make_tiny_sambay
 
 BOUNDARY = 64  # of the tiny models
 
@@ -43,6 +44,17 @@ def test_a_packed_row_is_its_samples_side_by_side(
         alone = model.hidden(sample[None])
         found = packed[:, at : at + sample.size]
         assert mx.allclose(found, alone, rtol=0, atol=1e-4), f"the sample at {at}"
+        at += sample.size
+
+
+@pytest.mark.parametrize("config", [{}, {"sliding_window": 1}, {"mamba_d_conv": 1}, {"mamba_d_conv": 3}])
+def test_the_states_of_a_hybrid_begin_anew_in_each_sample(config: dict[str, Any]) -> None:
+    """Lengths of one token, of a chunk of the scan, and longer than the window."""
+    model = make_tiny_sambay(**config)
+    samples, ids, segments = pack([1, 16, 40, 1, 33], padding=4, seed=3)
+    packed, at = model.hidden(ids, segments=segments), 0
+    for sample in samples:
+        assert mx.allclose(packed[:, at : at + sample.size], model.hidden(sample[None]), rtol=0, atol=1e-4), at
         at += sample.size
 
 

@@ -36,7 +36,7 @@ WIDE = {"hidden_size": 192, "num_attention_heads": 12, "num_key_value_heads": 4}
         ("phi3", {"vocab_size": 50_000}, False, 2, 640),
         ("phi3", {"vocab_size": 50_000, "num_hidden_layers": 8}, True, 8, 300),
         ("phi3", WIDE, False, 1, 1024),
-        ("phi4flash", {"sliding_window": 64}, True, 2, 1024),
+        ("phi4flash", {}, True, 4, 512),
         ("phi4flash", {"sliding_window": 64, "mamba_d_state": 16}, False, 1, 1024),
     ],
 )
