@@ -39,6 +39,13 @@ class Snapshot:
         return sum(int(part.nbytes) for _, part in tree_flatten(self.layers) if isinstance(part, mx.array))
 
 
+def thin(snapshots: list[Snapshot], most: int) -> None:
+    """Keeps at most `most` snapshots: the last, the first, and between them those that save the most tokens."""
+    while len(snapshots) > most:
+        saved = {n: snapshots[n].length - snapshots[n - 1].length for n in range(1, len(snapshots) - 1)}
+        del snapshots[min(saved, key=saved.__getitem__, default=0)]
+
+
 class _TokenIds:
     """The ids of the cached tokens, [B, S], appended in pieces and joined when read."""
 
@@ -79,20 +86,16 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
     Attributes:
         regime: the RoPE table of everything cached.
         options: as given.
+        snapshots: moments to return to, the earliest first.
         rerun_tokens: tokens that crossings made the model run again, so far.
     """
 
-    def __init__(
-        self,
-        layers: Iterable[LayerCache],
-        boundary: int | None,
-        options: CacheOptions | None = None,
-    ):
+    def __init__(self, layers: Iterable[LayerCache], boundary: int | None, options: CacheOptions | None = None):
         super().__init__(layers)
         self.options = options or CacheOptions()
         self._boundary = boundary
         self._ids = _TokenIds()
-        self._snapshots: list[Snapshot] = []
+        self.snapshots: list[Snapshot] = []
         self.regime: Regime = self._regime_with(0)
         self.rerun_tokens = 0
 
@@ -112,12 +115,7 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers, filled or not, and of snapshots."""
-        return sum(layer.nbytes for layer in self) + sum(each.nbytes for each in self._snapshots)
-
-    @property
-    def snapshots(self) -> Sequence[Snapshot]:
-        """Moments to return to, the earliest first; forks share them."""
-        return self._snapshots
+        return sum(layer.nbytes for layer in self) + sum(each.nbytes for each in self.snapshots)
 
     @property
     def rewindable(self) -> bool:
@@ -182,24 +180,16 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
 
     def mark(self) -> None:
         """Takes a snapshot to return to, where `needs_snapshots`."""
-        known = {0, *(each.length for each in self._snapshots)}
+        known = {0, *(each.length for each in self.snapshots)}
         if self.offset not in known and self.needs_snapshots:
-            self._snapshots.append(Snapshot(self.offset, [layer.snapshot() for layer in self]))
-            self.thin(MAX_SNAPSHOTS)
-
-    def thin(self, most: int) -> None:
-        """Keeps at most `most` snapshots: the last, the first, and between them those that save the most tokens."""
-        kept = self._snapshots
-        while len(kept) > most:
-            saved = {n: kept[n].length - kept[n - 1].length for n in range(1, len(kept) - 1)}
-            del kept[min(saved, key=saved.__getitem__, default=0)]
+            self.snapshots.append(Snapshot(self.offset, [layer.snapshot() for layer in self]))
+            thin(self.snapshots, MAX_SNAPSHOTS)
 
     def adopt(self, other: PromptCache) -> None:
         """Adds the snapshots of a cache whose tokens are the first of this one's."""
-        known = {each.length for each in self._snapshots}
-        new = [each for each in other._snapshots if each.length not in known]
-        self._snapshots = sorted([*self._snapshots, *new], key=lambda each: each.length)
-        self.thin(MAX_SNAPSHOTS)
+        both = {each.length: each for each in [*other.snapshots, *self.snapshots]}
+        self.snapshots = sorted(both.values(), key=lambda each: each.length)
+        thin(self.snapshots, MAX_SNAPSHOTS)
 
     def reusable(self, length: int) -> int:
         """The number of the first `length` tokens that can be kept without the rest.
@@ -208,7 +198,7 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
         """
         if length >= self.offset or self.is_trimmable():
             return min(length, self.offset)
-        return max((each.length for each in self._snapshots if each.length <= length), default=0)
+        return max((each.length for each in self.snapshots if each.length <= length), default=0)
 
     def truncate(self, length: int) -> None:
         """Keeps the first `length` tokens, which must be `reusable`."""
@@ -217,7 +207,7 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
         if length == 0 or self.is_trimmable():
             self.trim(self.offset - length)
         else:
-            found = next(each for each in self._snapshots if each.length == length)
+            found = next(each for each in self.snapshots if each.length == length)
             for layer, snapshot in zip(self, found.layers, strict=True):
                 layer.restore(snapshot)
         self._follow_layers()
@@ -249,7 +239,7 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
         start = length if self.is_trimmable() else self.offset
         twin = PromptCache([layer.fork(start) for layer in self], self._boundary, self.options)
         twin._ids.append(self.ids[:, :start])
-        twin._snapshots, twin.regime = [*self._snapshots], self.regime
+        twin.snapshots, twin.regime = [*self.snapshots], self.regime
         twin.truncate(length)
         return twin
 
@@ -269,7 +259,7 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
         """
         for layer, state in zip(self, states, strict=True):
             layer.state = state
-        self._ids, self._snapshots, self.regime = _TokenIds(), [], regime
+        self._ids, self.snapshots, self.regime = _TokenIds(), [], regime
         self.record(mx.array([list(ids)], mx.int32))
 
     def _regime_with(self, num_tokens: int) -> Regime:
@@ -279,4 +269,4 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
         """Drops ids and snapshots past the layers' length; mlx-lm's tools trim layers one by one."""
         if self._ids.count > self.offset:
             self._ids.truncate(self.offset)
-            self._snapshots = [each for each in self._snapshots if each.length <= self.offset]
+            self.snapshots = [each for each in self.snapshots if each.length <= self.offset]

@@ -44,11 +44,12 @@ class RecurrentCache:
             inputs: of the convolution, [B, taps - 1 + T, E].
             states: the state after each token, or after the last one alone; [B, N, E] each.
         """
-        self.offset += inputs.shape[1] - self._before
+        T = inputs.shape[1] - self._before
+        self.offset += T
         self._inputs, self._states = inputs, states
         if len(states) == 1:
-            tail = self._tail(0)  # copied, because a slice would keep the inputs of a whole chunk in memory
-            self._inputs = mx.contiguous(tail) if inputs.shape[1] > REWIND else tail
+            tail = self._tail(0)
+            self._inputs = tail if T == 1 else mx.contiguous(tail)  # a slice would keep all inputs alive
 
     def _tail(self, n: int) -> mx.array:
         """The inputs before the last n."""
@@ -154,7 +155,7 @@ class WindowCache:
         self.offset = 0
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Appends keys and values of T tokens; returns the cached ones: those that the new ones see, and maybe more."""
+        """Appends keys and values of T tokens; returns those that the new ones see."""
         T, new = keys.shape[2], [keys, values]
         if not self._buffers or self._filled + T > self._buffers[0].shape[2]:
             room = T if T > self.STEP else self.STEP
@@ -168,8 +169,9 @@ class WindowCache:
         for buffer, part in zip(self._buffers, new, strict=True):
             buffer[:, :, start:end] = part
         self._filled, self.offset = end, self.offset + T
-        fetched = [buffer[:, :, :end] for buffer in self._buffers]
-        if T > self.STEP:  # a buffer for a long prompt is not kept, and a slice would keep it in memory
+        first = max(0, start - (self.window - 1))
+        fetched = [buffer[:, :, first:end] for buffer in self._buffers]
+        if T > self.STEP:  # a buffer for a long prompt is not kept
             self._buffers = [mx.contiguous(array) for array in self._window()]
             self._filled = self._buffers[0].shape[2]
         return fetched[0], fetched[1]

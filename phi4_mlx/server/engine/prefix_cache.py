@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phi4_mlx.models.model import LanguageModel
-from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.prompt_cache import PromptCache, thin
 
 Ids = NDArray[np.int32]  # [S]
 
@@ -95,7 +95,7 @@ class PrefixCache:
             if entry.extends(each):
                 entry.cache.adopt(each.cache)
         while _nbytes([entry]) > self.limit_bytes and entry.cache.snapshots:
-            entry.cache.thin(len(entry.cache.snapshots) - 1)
+            thin(entry.cache.snapshots, len(entry.cache.snapshots) - 1)
         entries = [*(each for each in self._entries if entry.lacks(each) > self.MAX_LOSS * len(each.ids)), entry]
         while (used := _nbytes(entries)) > self.limit_bytes or len(entries) > self.MAX_ENTRIES:
             entries.pop(0)
