@@ -120,9 +120,9 @@ class Conversation:
         return plan_context(self.model, self.cache_options.kv_bits, self.cache_options.max_kv_size)
 
     def switch(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
-        """Continues with another model; replies are encoded again with its tokenizer."""
+        """Continues with another model, unless it refuses `cache_options`; replies are encoded with its tokenizer."""
+        self.cache, self.dropped = model.make_cache(**vars(self.cache_options)), 0
         self.model, self.tokenizer = model, tokenizer
-        self.forget_cache()
         self.turns = [
             Turn(
                 turn.question,

@@ -18,6 +18,9 @@ function choose(id) {
   chosen.tell(models.find((it) => it.id === id));
 }
 
+/** True if the model that answers is a reasoning model, whose server knows the sampling that its authors advise. */
+export const isReasoning = () => models.find(({ id }) => id === options.model)?.kind === "reasoning";
+
 /** Reads the models and shows them. */
 export async function loadModels() {
   try {

@@ -1,5 +1,6 @@
 /** A reply of the model: the request for it, and reading it as it comes. */
 import { eventsOf, request } from "./api.js";
+import { isReasoning } from "./models.js";
 import { tools } from "./server_tools.js";
 import { options, sampling } from "./settings/options.js";
 import { splitThought } from "./thought.js";
@@ -20,6 +21,7 @@ export function bodyOf(messages, temperature) {
   return {
     model: options.model,
     messages: [...system, ...sent],
+    ...(!isReasoning() && { temperature: 0 }), // what the user has not set: the likeliest tokens, or the server's choice
     ...sampling(),
     ...(temperature !== undefined && { temperature, seed: undefined }),
     ...(options.tools && tools.length && { tools }),

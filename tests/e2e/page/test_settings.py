@@ -96,3 +96,20 @@ def test_a_starter_with_a_tool_needs_it_and_switches_it_on(page: Any, server: Sc
     page.locator("#starters button", has_text="Calculate").click()
     answered(page)
     assert server.bodies[0]["tools"] == server.tools
+
+
+@pytest.mark.parametrize(("kind", "sent"), [("instruct", 0), ("reasoning", None)])
+def test_a_reasoning_model_is_sampled_as_its_server_knows(
+    kind: str, sent: int | None, page: Any, server: ScriptedServer
+) -> None:
+    server.kind = kind
+    page.reload()
+    page.wait_for_selector("#model-name:text(\"scripted\")", state="attached")
+    ask(page, "One")
+    answered(page)
+    page.click("#open-settings")
+    page.fill("#temperature", "0")
+    page.keyboard.press("Escape")
+    ask(page, "Two")
+    answered(page, 2)
+    assert [body.get("temperature") for body in server.bodies] == [sent, 0]

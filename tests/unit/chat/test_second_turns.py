@@ -14,8 +14,10 @@ from phi4_mlx.chat.commands import obey
 from phi4_mlx.chat.conversation import Conversation
 from phi4_mlx.chat.session import Chat
 from phi4_mlx.checkpoint import load
+from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.steps import generate_step
+from phi4_mlx.models.cache import CacheOptions
 from phi4_mlx.models.model import LanguageModel
 from tests.conftest import write_tiny_checkpoint
 from tests.model_runs import close
@@ -140,6 +142,21 @@ def test_rolling_turns_are_answered_as_by_a_new_conversation(chat: Chat, ran: li
     for _ in other.ask(conversation.turns[-1].question, DecodeOptions(max_tokens=ANSWER)):
         pass
     assert other.turns[-1].ids == conversation.turns[-1].ids
+
+
+def test_a_model_that_refuses_the_cache_does_not_take_over(
+    tmp_path: Path, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flash, before = load(write_tiny_sambay(tmp_path / "flash")), tiny_model(hidden_size=192)
+    conversation = Conversation(before, flash[1], cache_options=CacheOptions(None, 4))
+    chat = Chat(Recorder(), conversation, "tiny", {"temp": 0}, person=True)
+    monkeypatch.setattr("phi4_mlx.chat.session.load_shown", lambda *_: flash)
+    with pytest.raises(RequestError, match=r"kv_bits has no use for this model: .* leave out --kv-bits"):
+        obey(chat, "/model flash")
+    assert chat.conversation.model is before and chat.model_name == "tiny"
+    chat.set("max-tokens", 3)
+    chat.answer("hello")
+    assert len(chat.conversation.turns[0].ids) <= 3
 
 
 @pytest.mark.parametrize("length", [64, 65, 300])

@@ -3,7 +3,7 @@ import { Signal } from "../signal.js";
 import { keep, recall } from "../storage/local.js";
 
 const DEFAULTS = {
-  system: "", temperature: "0", topP: "", seed: "", maxTokens: "", theme: "", model: "", tools: false,
+  system: "", temperature: "", topP: "", seed: "", maxTokens: "", theme: "", model: "", tools: false,
 };
 
 /** Texts of fields as the user has entered them; "" leaves the choice to the server. */
