@@ -15,8 +15,8 @@
 
 All models have 32 layers (memory: 8), the published proportions, random float32 weights and 512 tokens of vocabulary,
 so that the head weighs nothing. The first three are `--width` wide. decode compares both models at an eighth of their
-widths, with half of their heads, over random caches. Times are CPU seconds of the process; a figure is the median of the
-ratios of pairs. The last line is JSON.
+widths, with half of their heads, over random caches. Times are CPU seconds of the process; a figure is the median of
+the ratios of pairs. The last line is JSON.
 """
 
 from __future__ import annotations
