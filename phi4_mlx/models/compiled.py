@@ -45,7 +45,7 @@ class CompiledSteps:
         return False
 
     def calls(self, key: Hashable, trace: Callable[[], list[Call]]) -> list[Call]:
-        """What `trace` returned for this key since the contents last changed."""
+        """The result of `trace` for this key, kept until the contents change."""
         found = self._calls.get(key)
         if found is None:
             found = self._calls[key] = trace()

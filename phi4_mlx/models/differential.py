@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,11 +25,14 @@ from phi4_mlx.models.attention import PackedAttention
 SCORES = 2**22  # scores of all heads in one slice of queries
 TRAINED_ROWS = 32  # queries in a slice in training, whose scores are computed again in backward
 
+Mask: TypeAlias = "mx.array | PackedAttention | None"
+"""The keys that a query may see, bool [B, 1, 1 or T, S]; or the samples packed in the rows; None for all keys."""
+
 Slices = list[tuple[int, int]]
-"""The first query of each slice, and the one behind its last."""
+"""(start, stop) of each slice of queries."""
 
 Seen = Callable[[int, int], tuple[slice, mx.array | None]]
-"""(start, stop) of a slice -> the keys that it sees, and which of them each query does; None for all."""
+"""(start, stop) of a slice -> the range of keys that it sees, and the mask of each query in it; None for no mask."""
 
 
 def difference(
@@ -49,14 +53,15 @@ def difference(
         values: [B, P, S, 2 Dh].
         weight: lambda, a scalar.
         window: a query sees itself and the window - 1 keys before it; None: all keys before it.
-        mask: keys that a query may see besides, bool [B, 1, 1 or T, S]; None for all.
-        training: keep no scores for backward, so that its memory is linear in T.
+        mask: False where a query must not see a key, in addition to the above; bool [B, 1, 1 or T, S].
+        training: True to compute scores again in backward, so that its memory is linear in T.
 
     Returns:
         [B, P, G, T, 2 Dh], in the dtype of the values.
     """
     B, _, P, G, T, _ = queries.shape
     S = keys.shape[3]
+    # A slice of at most `window` queries sees less than two windows of keys.
     at_once = max(1, SCORES // (2 * B * P * G * min(S, 2 * (window or S))))
     step = min(at_once, window or T, TRAINED_ROWS if training else T)
 
@@ -83,7 +88,7 @@ def _in_slices(
 
 
 def _trained(slices: Slices, seen: Seen) -> Callable[..., mx.array]:
-    """`_in_slices` whose gradient computes the scores again, one slice after the other."""
+    """`_in_slices`, with a gradient that computes the scores again, one slice after the other."""
 
     def backward(primals: list[mx.array], cotangent: mx.array, output: mx.array) -> list[mx.array]:
         queries, keys, values, weight = primals
@@ -92,7 +97,7 @@ def _trained(slices: Slices, seen: Seen) -> Callable[..., mx.array]:
         for start, stop in slices:
             columns, allowed = seen(start, stop)
             some = [queries[:, :, :, :, start:stop], keys[:, :, :, columns], values[:, :, columns], weight]
-            some = mx.depends(some, [*dqueries[-1:], *sums])
+            some = mx.depends(some, [*dqueries[-1:], *sums])  # frees the scores of one slice before the next
             attend = partial(_attend, allowed=allowed)
             _, (dq, dk, dv, dw) = mx.vjp(attend, some, [cotangent[:, :, :, start:stop]])
             dqueries.append(dq)
@@ -113,15 +118,15 @@ def _attend(
     scores = queries.reshape(B, 2, P, G * rows, -1) @ keys.swapaxes(-1, -2)
     if allowed is not None:
         scores = mx.where(allowed, scores.reshape(B, 2, P, G, rows, -1), -mx.inf).reshape(scores.shape)
-    shares = mx.softmax(scores, axis=-1, precise=True)  # [B, 2, P, G * rows, keys]
-    mixed = (shares[:, 0] - weight * shares[:, 1]).astype(values.dtype) @ values
+    probs = mx.softmax(scores, axis=-1, precise=True)  # [B, 2, P, G * rows, keys]
+    mixed = (probs[:, 0] - weight * probs[:, 1]).astype(values.dtype) @ values
     return mixed.reshape(B, P, G, rows, -1)
 
 
 def _allowed(
     window: int | None, mask: mx.array | None, start: int, stop: int, begin: int, end: int
 ) -> mx.array | None:
-    """The keys begin..end that the queries start..stop may see, broadcastable to [B, 2, P, G, rows, keys]."""
+    """The mask of the queries start..stop over the keys begin..end, broadcastable to [B, 2, P, G, rows, keys]."""
     rows = stop - start
     allowed = None
     if rows > 1:
@@ -135,7 +140,7 @@ def _allowed(
 
 
 class InnerAttention(nn.Module):
-    """The weights of the difference of two attentions, and the norm of its heads."""
+    """The parameters of lambda, and the norm of the heads' outputs."""
 
     traceable = True
 
@@ -173,7 +178,12 @@ class Attention(nn.Module):
         self.inner_cross_attn = InnerAttention(self.Dh, layer)
 
     def heads(self, x: mx.array) -> tuple[mx.array, ...]:
-        """Lambda, queries [B, T, H * Dh], and unless `cross` keys [B, K, T, Dh], even ones first, and values."""
+        """Projections of x [B, T, D].
+
+        Returns:
+            Lambda; queries [B, T, H * Dh]; and unless `cross`, keys [B, K, T, Dh], even heads first, and values
+            [B, K / 2, T, 2 Dh].
+        """
         width, kv = self.H * self.Dh, self.K * self.Dh
         weight, projected = self.inner_cross_attn.weight, self.Wqkv(x)
         if self.cross:
@@ -189,9 +199,9 @@ class Attention(nn.Module):
         queries: mx.array,
         keys: mx.array,
         values: mx.array,
-        mask: mx.array | PackedAttention | None,
+        mask: Mask,
     ) -> mx.array:
-        """[B, T, H * Dh] over keys [B, K, S, Dh] and values [B, K / 2, S, 2 Dh] -> [B, P, G, T, 2 Dh]."""
+        """Queries [B, T, H * Dh], keys [B, K, S, Dh] and values [B, K / 2, S, 2 Dh] -> [B, P, G, T, 2 Dh]."""
         B, T, _ = queries.shape
         P, G = self.K // 2, self.H // self.K
         queries = queries.reshape(B, T, P, G, 2, self.Dh).transpose(0, 4, 2, 3, 1, 5) * self.Dh**-0.5

@@ -57,7 +57,7 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
     Attributes:
         regime: the RoPE table of everything cached.
         options: as given.
-        snapshots: the moments to return to; forks share them.
+        snapshots: those that `truncate` can return to; forks share them.
         rerun_tokens: tokens that crossings made the model run again, so far.
     """
 

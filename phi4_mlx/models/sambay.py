@@ -27,20 +27,21 @@ from phi4_mlx.models.attention import SLICE, PackedAttention
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.cache import REWIND, CacheOptions, KVCache, LayerCache
 from phi4_mlx.models.compiled import ALL, Call, CompiledSteps, Traced
-from phi4_mlx.models.differential import SCORES, Attention
+from phi4_mlx.models.differential import SCORES, Attention, Mask
 from phi4_mlx.models.model import ContextCost, LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.scan import selective_scan, short_scan
 from phi4_mlx.models.state import RecurrentCache, WindowCache
 
-# Prefixes of the weights of a block that work before its attention, and after it.
+# Prefixes of a block's weights that are used before its attention, and after it.
 BEFORE = ("input_layernorm.", "attn.Wqkv.", "attn.inner_cross_attn.lambda_", "attn.inner_cross_attn._initial")
 AFTER = (
     "attn.inner_cross_attn.subln.", "attn.inner_cross_attn._initial", "attn.out_proj.", "post_attention_layernorm.",
     "mlp.",
 )  # fmt: skip
 
-STEPS = 1e-3, 1e-1  # of dt in a new model; Mamba's
+STEPS = 1e-3, 1e-1  # the range of dt in a new model, as in Mamba
+Arrays = tuple[mx.array, ...]
 
 
 @partial(mx.compile, shapeless=True)
@@ -60,11 +61,11 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Samples:
-    """The borders of the samples packed in rows: a sample sees nothing of the others.
+    """The borders of the samples packed in rows, so that no sample sees another.
 
     Args:
         segments: [B, T], the number of each token's sample.
-        taps: of the convolution.
+        taps: taps of the convolution.
     """
 
     def __init__(self, segments: mx.array, taps: int):
@@ -99,9 +100,9 @@ class Conv1d(nn.Module):
 
 
 def _step_bias(width: int) -> mx.array:
-    """Initial biases of dt: softplus makes of them step sizes between `STEPS`, evenly spread on a log scale."""
+    """Initial biases of dt, so that softplus gives step sizes within `STEPS`, uniform on a log scale."""
     dt = mx.exp(mx.random.uniform(*map(math.log, STEPS), (width,)))
-    return dt + mx.log(-mx.expm1(-dt))
+    return dt + mx.log(-mx.expm1(-dt))  # the inverse of softplus
 
 
 class Mamba(nn.Module):
@@ -124,7 +125,7 @@ class Mamba(nn.Module):
     def __call__(
         self, x: mx.array, cache: RecurrentCache | None, samples: Samples | None
     ) -> tuple[mx.array, mx.array]:
-        """The output [B, T, D], and the scan's output before the gate [B, T, E]; the cache is appended to."""
+        """The output [B, T, D] and the scan's output before the gate [B, T, E]; updates the cache."""
         tail, state = self.before(cache, x)
         mixed, y, inputs, states = self.mix(x, tail, state, samples)
         if cache is not None:
@@ -132,7 +133,7 @@ class Mamba(nn.Module):
         return mixed, y
 
     def before(self, cache: RecurrentCache | None, x: mx.array) -> list[mx.array]:
-        """The inputs of the convolution before the new tokens, and the state: those cached, or zeros."""
+        """The convolution's inputs before x [B, taps - 1, E] and the state [B, N, E]: cached ones, or zeros."""
         if cache is not None and cache.offset:
             return cache.arrays
         (E, N), B = self.A_log.shape, len(x)
@@ -141,25 +142,25 @@ class Mamba(nn.Module):
     def mix(
         self, x: mx.array, tail: mx.array, state: mx.array, samples: Samples | None = None
     ) -> tuple[mx.array, mx.array, mx.array, list[mx.array]]:
-        """The output, the scan's output, and what `RecurrentCache.update` takes."""
+        """The output [B, T, D], the scan's output [B, T, E], and the arguments of `RecurrentCache.update`."""
         N, T = self.A_log.shape[1], x.shape[1]
         u, z = mx.split(self.in_proj(x), 2, axis=-1)  # [B, T, E] each
         inputs = mx.concatenate([tail, u], axis=1)
-        wide = nn.silu(self.conv1d(inputs.astype(mx.float32), samples and samples.same))
-        dt, weights, readout = mx.split(self.x_proj(wide), [-2 * N, -N], axis=-1)  # R, N, N columns, float32
+        convolved = nn.silu(self.conv1d(inputs.astype(mx.float32), samples and samples.same))
+        dt, weights, readout = mx.split(self.x_proj(convolved), [-2 * N, -N], axis=-1)  # R, N, N columns
         dt = nn.softplus(self.dt_proj(dt.astype(x.dtype)).astype(mx.float32))
         rates = -mx.exp(self.A_log.astype(mx.float32)).T
         if samples is None and T <= REWIND and not self.training:
-            y, states = short_scan(wide, dt, rates, weights, readout, state)
+            y, states = short_scan(convolved, dt, rates, weights, readout, state)
         else:
-            y, state = selective_scan(wide, dt, rates, weights, readout, state, samples and samples.keep)
+            y, state = selective_scan(convolved, dt, rates, weights, readout, state, samples and samples.keep)
             states = [state]
-        y = y + self.D * wide
+        y = y + self.D * convolved
         return self.out_proj(swiglu(z, y)), y.astype(x.dtype), inputs, states
 
 
 class GatedMemory(nn.Module):
-    """A gated memory unit: each token gates the memory that a Mamba layer made of it."""
+    """A gated memory unit: each token gates its own row of the memory, a Mamba layer's scan output."""
 
     traceable = True
 
@@ -188,7 +189,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """What every block has around its mixer; the residual stream is float32, as the reference keeps it."""
+    """A mixer and an MLP with their norms; the residual stream is float32, as in the reference."""
 
     traceable = True
 
@@ -220,9 +221,9 @@ class SelfAttentionBlock(Block):
     """A block of the first half, or the one whose keys and values the second reads."""
 
     def __call__(
-        self, x: mx.array, cache: WindowCache | KVCache | None, mask: Any, rows: int | None
+        self, x: mx.array, cache: WindowCache | KVCache | None, mask: Mask, rows: int | None
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """The output of the last `rows` positions, and all cached keys and values."""
+        """The output of the last `rows` positions (None: all), and the keys and values that were attended to."""
         weight, queries, keys, values = self.attn.heads(self.input_layernorm(x))
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
@@ -241,7 +242,7 @@ class MemoryBlock(Block):
 class CrossBlock(Block):
     """A block of the second half that reads the keys and values of the full attention."""
 
-    def __call__(self, x: mx.array, keys: mx.array, values: mx.array, mask: Any) -> mx.array:
+    def __call__(self, x: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array:
         weight, queries = self.attn.heads(self.input_layernorm(x))
         return self.rest(x, self.attn.output(self.attn.attend(weight, queries, keys, values, mask)))
 
@@ -262,6 +263,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [block(i) for i in range(config.num_hidden_layers)]
         self.final_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.num_cached = half + 2  # the blocks from here on have no cache
         self._taps, self._compiled = config.mamba_d_conv, CompiledSteps()
 
     def __call__(
@@ -275,10 +277,10 @@ class Decoder(nn.Module):
         recompute: bool = False,
         watch: Callable[[nn.Module, mx.array], object] | None = None,
     ) -> mx.array:
-        """See `LanguageModel.hidden`. What no later token reads is computed for the wanted rows alone."""
-        T, shared = ids.shape[1], len(self.layers) // 2 + 2  # the first `shared` blocks have caches
-        caches: Sequence[Any] = [None] * shared
-        mask: mx.array | PackedAttention | None = None
+        """See `LanguageModel.hidden`. Results that no later token reads are computed for the wanted rows alone."""
+        T = ids.shape[1]
+        caches: Sequence[Any] = [None] * self.num_cached
+        mask: Mask = None
         if cache is not None:
             cache.record(ids)
             caches, mask = cache, cache.make_mask(T) if isinstance(cache, BatchCache) else None
@@ -294,12 +296,12 @@ class Decoder(nn.Module):
             if isinstance(layer, MambaBlock):
                 x, memory = run(x, layer_cache, samples)
             else:
-                x, keys, values = run(x, layer_cache, mask, rows if i == shared - 1 else None)
+                x, keys, values = run(x, layer_cache, mask, rows if i == self.num_cached - 1 else None)
             if watch is not None:
                 watch(layer, x)
         if rows is not None:
             memory = memory[:, -rows:]
-        for layer in self.layers[shared:]:
+        for layer in self.layers[self.num_cached :]:
             run = nn.utils.checkpoint(layer) if recompute else layer
             x = run(x, memory) if isinstance(layer, MemoryBlock) else run(x, keys, values, mask)
             if watch is not None:
@@ -308,43 +310,43 @@ class Decoder(nn.Module):
 
     def _step(self, ids: mx.array, mask: mx.array | None, caches: Sequence[Any]) -> mx.array:
         """A single-token step in compiled calls, from one attention to the next; ids [B, 1] -> [B, 1, D]."""
-        shared = len(self.layers) // 2 + 2
         calls = self._compiled.calls(None, self._trace)
         x, memory, inputs, state, *heads = calls[0](ids, *caches[0].arrays)
         caches[0].update(inputs, [state])
-        for i in range(1, shared, 2):
+        for i in range(1, self.num_cached, 2):
             weight, queries, *new = heads
             keys, values = caches[i].update_and_fetch(*new)
             mixed = self.layers[i].attn.attend(weight, queries, keys, values, mask)
-            if i + 1 < shared:
+            if i + 1 < self.num_cached:
                 x, memory, inputs, state, *heads = calls[i // 2 + 1](x, mixed, *caches[i + 1].arrays)
                 caches[i + 1].update(inputs, [state])
-        for layer, call in zip(self.layers[shared + 1 :: 2], calls[shared // 2 :], strict=False):
+        for layer, call in zip(self.layers[self.num_cached + 1 :: 2], calls[self.num_cached // 2 :], strict=False):
             x, *heads = call(x, mixed, memory)
             mixed = layer.attn.attend(*heads, keys, values, mask)
         return calls[-1](x, mixed)[0]
 
     def _trace(self) -> list[Call]:
-        def remember(mamba: Any, attention: Any, x: mx.array, tail: mx.array, state: mx.array) -> tuple[mx.array, ...]:
+        """The calls of a step: up to the first attention, between each two, and after the last."""
+        def remember(mamba: MambaBlock, attention: Block, x: mx.array, tail: mx.array, state: mx.array) -> Arrays:
             mixed, memory, inputs, (state,) = mamba.attn.mix(mamba.input_layernorm(x), tail, state)
             x = mamba.rest(x, mixed)
             return x, memory, inputs, state, *attention.attn.heads(attention.input_layernorm(x))
 
-        def first(embedding: Any, mamba: Any, attention: Any, ids: mx.array, *before: mx.array) -> tuple[mx.array, ...]:
-            return remember(mamba, attention, embedding(ids).astype(mx.float32), *before)
+        def first(embed: nn.Embedding, mamba: MambaBlock, attention: Block, ids: mx.array, *before: mx.array) -> Arrays:
+            return remember(mamba, attention, embed(ids).astype(mx.float32), *before)
 
         def between(
-            attention: Any, mamba: Any, following: Any, x: mx.array, mixed: mx.array, *before: mx.array
-        ) -> tuple[mx.array, ...]:
+            attention: Block, mamba: MambaBlock, following: Block, x: mx.array, mixed: mx.array, *before: mx.array
+        ) -> Arrays:
             return remember(mamba, following, attention.rest(x, attention.attn.output(mixed)), *before)
 
         def gated(
-            attention: Any, unit: Any, following: Any, x: mx.array, mixed: mx.array, memory: mx.array
-        ) -> tuple[mx.array, ...]:
+            attention: Block, unit: MemoryBlock, following: Block, x: mx.array, mixed: mx.array, memory: mx.array
+        ) -> Arrays:
             x = unit(attention.rest(x, attention.attn.output(mixed)), memory)
             return x, *following.attn.heads(following.input_layernorm(x))
 
-        def last(attention: Any, norm: Any, x: mx.array, mixed: mx.array) -> tuple[mx.array, ...]:
+        def last(attention: Block, norm: LayerNorm, x: mx.array, mixed: mx.array) -> Arrays:
             return (norm(attention.rest(x, attention.attn.output(mixed))),)
 
         remembering, gating = Traced(between, AFTER, ALL, BEFORE), Traced(gated, AFTER, ALL, BEFORE)
@@ -410,7 +412,7 @@ class Model(LanguageModel):
         return super().quantizable(path, module) and not path.endswith(("x_proj", "dt_proj"))
 
     def in_float32(self, name: str) -> bool:
-        """See `LanguageModel.in_float32`: these are published so, their exponentials magnify what a cast rounds off."""
+        """See `LanguageModel.in_float32`: published so, because an exponential magnifies rounding errors."""
         return name.endswith(".A_log") or ".lambda_" in name
 
     def layer_caches(self, options: CacheOptions) -> list[LayerCache]:
@@ -422,7 +424,7 @@ class Model(LanguageModel):
                     f"leave out --{name.replace('_', '-')}"
                 )
         caches: list[LayerCache] = []
-        for layer in self.model.layers[: len(self.model.layers) // 2 + 2]:
+        for layer in self.model.layers[: self.model.num_cached]:
             if isinstance(layer, MambaBlock):
                 caches.append(RecurrentCache(self.config.mamba_d_conv))
             else:
@@ -442,6 +444,6 @@ class Model(LanguageModel):
             layer_bytes=token_bytes,
             fixed_bytes=(half // 2 + 1) * state_bytes + half // 2 * window_bytes,
             activation_bytes=2 * 4 * config.hidden_size + max(mlp, scan),
-            score_bytes=4 * 4 * SCORES // SLICE,
+            score_bytes=4 * 4 * SCORES // SLICE,  # a slice: four float32 arrays of `SCORES`
             reads=half // 2,  # by the full attention, and by each cross-attention
         )

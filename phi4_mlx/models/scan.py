@@ -2,8 +2,8 @@
 
     h[t] = exp(dt[t] A) h[t-1] + dt[t] u[t] B[t]        y[t] = C[t] . h[t]
 
-The scan runs in chunks of 16 tokens: one exponential, one outer product and one product with C a chunk, and between
-them a multiplication and an addition a token. Every state keeps float32, because a rounded state forgets.
+The scan runs in chunks of 16 tokens: one exponential, one outer product and one product with C per chunk, and one
+multiplication and one addition per token. States are float32, because rounding errors would add up over the tokens.
 
 Shapes: B batch, T tokens, E inner width, N state size.
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-CHUNK = 16  # tokens, of all rows of a batch; longer chunks hold more states at once and save nothing
+CHUNK = 16  # tokens; longer chunks hold more states at once and save nothing
 
 
 def selective_scan(
@@ -41,7 +41,7 @@ def selective_scan(
 def short_scan(
     u: mx.array, dt: mx.array, A: mx.array, B: mx.array, C: mx.array, state: mx.array
 ) -> tuple[mx.array, list[mx.array]]:
-    """`selective_scan` of a few tokens in one chunk, with the state after each of them."""
+    """`selective_scan` of a few tokens in one chunk; returns the outputs, and the state after each token."""
     if u.shape[1] == 1:  # the recurrence itself; a compiled step makes one kernel of it
         state = mx.exp(dt * A) * state + (dt * u) * B.swapaxes(1, 2)
         return C @ state, [state]
@@ -54,8 +54,8 @@ def _scan(
     u: mx.array, dt: mx.array, A: mx.array, B: mx.array, C: mx.array, state: mx.array, *keep: mx.array
 ) -> tuple[mx.array, mx.array]:
     outputs = []
-    for part in _chunks(u.shape[1], max(1, CHUNK // len(u))):
-        own_dt = mx.depends(dt[:, part], state)  # the decays of a chunk are made when its turn comes
+    for part in _chunks(u.shape[1], max(1, CHUNK // len(u))):  # a chunk of all rows has about CHUNK tokens
+        own_dt = mx.depends(dt[:, part], state)  # computes the decays of a chunk only when its turn comes
         states, _ = _states(u[:, part], own_dt, A, B[:, part], state, *(each[:, part] for each in keep))
         outputs.append((C[:, part, None, :] @ mx.stack(states, axis=1)).squeeze(2))
         state = mx.depends(states[-1], outputs[-1])  # frees the states of this chunk before the next one runs
@@ -66,9 +66,9 @@ def _scan(
 def _scan_vjp(
     primals: tuple[mx.array, ...], cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]
 ) -> tuple[mx.array, ...]:
-    """The gradients; only the states between chunks are kept, and those within are computed again."""
+    """The gradients; only the states between chunks are kept, those within a chunk are computed again."""
     u, dt, A, B, C, state, *keep = primals
-    dy, carried = cotangents  # carried: the gradient [B, N, E] of the state after the token at hand
+    dy, carried = cotangents  # carried: the gradient [B, N, E] of the state after the current token
     parts = _chunks(u.shape[1], CHUNK)
     before = [state]
     for part in parts[:-1]:
@@ -100,7 +100,7 @@ def _chunk_vjp(
     *keep: mx.array,
 ) -> tuple[tuple[mx.array, ...], mx.array, mx.array]:
     """The gradients of (u, dt, B, C) in a chunk, of the state before it, and of A."""
-    dt, C = mx.depends([dt, C], [carried])  # this chunk's arrays are made when its turn comes
+    dt, C = mx.depends([dt, C], [carried])  # computes this chunk's arrays only when its turn comes
     states, decays = _states(u, dt, A, B, state, *keep)
     from_outputs = C[..., None] * dy[:, :, None, :]  # [B, chunk, N, E]
     gradients = []
@@ -108,7 +108,7 @@ def _chunk_vjp(
         gradient = from_outputs[:, t] + carried
         gradients.append(gradient)
         carried = gradient * decays[:, t]
-    g = mx.stack(gradients[::-1], axis=1)  # of the states
+    g = mx.stack(gradients[::-1], axis=1)  # the gradients of the states
     exponents = g * mx.stack([state, *states[:-1]], axis=1) * decays  # of dt * A
     dinputs = (B[:, :, None, :] @ g).squeeze(2)  # of dt * u
     du, ddt = dinputs * dt, dinputs * u + (exponents * A).sum(axis=2)

@@ -1,4 +1,4 @@
-"""Snapshots of one sequence: the moments that a cache can return to where its tokens cannot be trimmed."""
+"""Snapshots of one sequence, to which a cache returns where tokens cannot be trimmed from it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-MAX_SNAPSHOTS = 8  # of one sequence; each takes as many bytes as the recurrent states of all layers
+MAX_SNAPSHOTS = 8  # of one sequence; each has the recurrent states and the windows of all layers
 
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """The moment of a sequence after its first `length` tokens.
+    """The caches of all layers after the first `length` tokens of a sequence.
 
     Attributes:
         length: tokens.
@@ -32,42 +32,42 @@ class Snapshot:
 
 
 class Snapshots:
-    """At most `MAX_SNAPSHOTS` moments of one sequence, the earliest first.
+    """At most `MAX_SNAPSHOTS` snapshots of one sequence, the shortest first.
 
     Args:
-        moments: those to begin with.
+        snapshots: the first ones, in that order.
     """
 
-    def __init__(self, moments: Iterable[Snapshot] = ()):
-        self._moments = [*moments]
+    def __init__(self, snapshots: Iterable[Snapshot] = ()):
+        self._snapshots = [*snapshots]
 
     def __iter__(self) -> Iterator[Snapshot]:
-        return iter(self._moments)
+        return iter(self._snapshots)
 
     def __len__(self) -> int:
-        return len(self._moments)
+        return len(self._snapshots)
 
-    def add(self, moments: Iterable[Snapshot]) -> None:
-        """Adds moments of the same sequence, where there is none of that length yet."""
-        by_length = {each.length: each for each in [*moments, *self._moments]}
-        self._moments = [by_length[length] for length in sorted(by_length)]
+    def add(self, snapshots: Iterable[Snapshot]) -> None:
+        """Adds snapshots of the same sequence; of one length, the first is kept."""
+        by_length = {each.length: each for each in [*snapshots, *self._snapshots]}
+        self._snapshots = [by_length[length] for length in sorted(by_length)]
         self.thin(MAX_SNAPSHOTS)
 
     def thin(self, most: int) -> None:
-        """Keeps at most `most`: the last, the first, and between them those that save the most tokens."""
-        kept = self._moments
+        """Keeps at most `most`: the last, the first, and of the others those furthest behind the one before."""
+        kept = self._snapshots
         while len(kept) > most:
             saved = {n: kept[n].length - kept[n - 1].length for n in range(1, len(kept) - 1)}
             del kept[min(saved, key=saved.__getitem__, default=0)]
 
     def latest(self, length: int) -> int:
-        """The length of the latest moment within the first `length` tokens; 0 without one."""
-        return max((each.length for each in self._moments if each.length <= length), default=0)
+        """The length of the longest snapshot of at most `length` tokens; 0 if there is none."""
+        return max((each.length for each in self._snapshots if each.length <= length), default=0)
 
     def at(self, length: int) -> Snapshot:
-        """The moment of that length, which must be there."""
-        return next(each for each in self._moments if each.length == length)
+        """The snapshot of that length, which must exist."""
+        return next(each for each in self._snapshots if each.length == length)
 
     def drop_after(self, length: int) -> None:
-        """Drops the moments past the first `length` tokens."""
-        self._moments = [each for each in self._moments if each.length <= length]
+        """Drops the snapshots of more than `length` tokens."""
+        self._snapshots = [each for each in self._snapshots if each.length <= length]

@@ -20,7 +20,7 @@ class RecurrentCache:
     After a pass of at most `REWIND` tokens it also has the state after each of them, so that some can be taken back.
 
     Args:
-        taps: of the convolution.
+        taps: taps of the convolution.
     """
 
     rewindable = True
@@ -38,10 +38,10 @@ class RecurrentCache:
         return [] if self._inputs is None else [self._tail(0), self._states[-1]]
 
     def update(self, inputs: mx.array, states: list[mx.array]) -> None:
-        """Takes the results of a pass of T tokens.
+        """Stores the results of a pass of T tokens.
 
         Args:
-            inputs: of the convolution, [B, taps - 1 + T, E].
+            inputs: the convolution's, [B, taps - 1 + T, E].
             states: the state after each token, or after the last one alone; [B, N, E] each.
         """
         T = inputs.shape[1] - self._before
@@ -89,7 +89,7 @@ class RecurrentCache:
     def trim(self, n: int) -> int:
         """Takes back the last n tokens; returns how many it took: n, all of them, or 0 where that is not possible.
 
-        The states between the tokens of the latest pass are forgotten then, also with n = 0.
+        Drops the states between the tokens of the latest pass, also for n = 0.
         """
         n = min(n, self.offset)
         if n < 0 or not (n == self.offset or self.can_trim(n)):
@@ -98,11 +98,11 @@ class RecurrentCache:
         return n
 
     def snapshot(self) -> tuple[list[mx.array], int]:
-        """The arrays of this moment, which later tokens do not change."""
+        """The arrays and their number of tokens; later tokens do not change them."""
         return self.arrays, self.offset
 
     def restore(self, snapshot: tuple[list[mx.array], int]) -> None:
-        """Goes back to the moment of a snapshot."""
+        """Returns to a snapshot."""
         self._set(*snapshot)
 
     def fork(self, length: int) -> RecurrentCache:
@@ -113,11 +113,11 @@ class RecurrentCache:
         return twin
 
     def compact(self) -> None:
-        """Copies the arrays out of larger buffers, and forgets the states between the tokens of the latest pass."""
+        """Copies the arrays out of larger buffers; drops the states between the tokens of the latest pass."""
         self._set([mx.contiguous(array) for array in self.arrays], self.offset)
 
     def kept(self, length: int) -> int:
-        """The number of positions in `state` when `length` tokens have been appended: 1: a state has no positions."""
+        """1: a recurrent state has the same size after any number of tokens."""
         return 1
 
     def join(self, members: Sequence[RecurrentCache], columns: int) -> None:
@@ -137,8 +137,8 @@ class RecurrentCache:
 class WindowCache:
     """Keys [B, K, S, Dh] and values of a layer whose queries see a window.
 
-    Kept are the last `window` - 1 tokens and, in a buffer that is written to its end before it moves on, up to `STEP`
-    older ones, so that the tokens of a short pass can be taken back.
+    It keeps the last `window` - 1 tokens, and in a buffer that is filled before it moves on, up to `STEP` older ones,
+    so that the tokens of a short pass can be taken back.
 
     Args:
         window: tokens that a query sees, its own included.
@@ -223,11 +223,11 @@ class WindowCache:
         return n
 
     def snapshot(self) -> tuple[list[mx.array], int]:
-        """The window of this moment, which later tokens do not change."""
+        """The window and its number of tokens; later tokens do not change it."""
         return self._window(), self.offset
 
     def restore(self, snapshot: tuple[list[mx.array], int]) -> None:
-        """Goes back to the moment of a snapshot."""
+        """Returns to a snapshot."""
         self._set(*snapshot)
 
     def fork(self, length: int) -> WindowCache:
@@ -242,7 +242,7 @@ class WindowCache:
         self._set([mx.contiguous(array) for array in self._window()], self.offset)
 
     def kept(self, length: int) -> int:
-        """The number of positions in `state` when `length` tokens have been appended: those of the window."""
+        """The number of positions in `state` when `length` tokens have been appended: at most the window's."""
         return min(length, self.window - 1)
 
     def join(self, members: Sequence[WindowCache], columns: int) -> None:
