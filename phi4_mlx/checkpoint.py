@@ -190,7 +190,7 @@ def load_model(folder: Path) -> LanguageModel:
 
 
 def _check_finite(folder: Path, weights: Iterable[tuple[str, mx.array]]) -> None:
-    """Refuses NaN and infinity in all but matrices: those give NaN logits, an infinite A_log only wrong ones."""
+    """Refuses NaN and infinity outside the matrices, which are large and whose NaN shows in the logits."""
     matrix = (".weight", ".scales", ".biases")
     small = {name: array for name, array in weights if array.ndim != 2 or not name.endswith(matrix)}
     if not small:
@@ -313,7 +313,7 @@ def _derived(name: str, config: Config) -> bool:
 
 
 def _program(names: Iterable[str], expected: Iterable[str]) -> str:
-    """The program that names tensors like one of `names`, as the model itself does not."""
+    """The program whose naming pattern matches some of `names`, and none of the model's own."""
     for pattern, program in _FOREIGN_NAMES.items():
         if any(re.match(pattern, name) for name in names) and not any(re.match(pattern, name) for name in expected):
             return program

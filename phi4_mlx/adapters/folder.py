@@ -69,7 +69,7 @@ class Adapter:
 
     @property
     def weights(self) -> list[str]:
-        """The model's weights that it changes, by their names without ".weight", in the model's order."""
+        """Names of the model's weights that it changes, without ".weight", in the model's order."""
         if self.kind != FULL:
             return self.paths
         return sorted((name.removesuffix(".weight") for name in self.tensors), key=place)

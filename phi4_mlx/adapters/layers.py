@@ -40,8 +40,8 @@ def add_adapter(
         rank: R.
         scale: factor of the product a b: alpha / R in PEFT's terms, or alpha / sqrt(R) for rsLoRA (`peft.scale_of`).
         dropout: the probability that training drops an input of `lora_a`, from 0 to below 1.
-        keys: the linear layers of a block to adapt, by their path in it; None for the model's `lora_keys`. Blocks may
-            differ: a key is for those that have such a layer.
+        keys: the linear layers to adapt, by their path in a block; None for the model's `lora_keys`. A block without
+            such a layer is skipped.
         num_layers: the number of blocks to adapt, counted from the last one; None for all.
         kind: "lora" or "dora".
         seed: seed of the random numbers in `lora_a`.
@@ -306,7 +306,7 @@ def _check_options(rank: int, scale: float, dropout: float, num_layers: int, tot
 
 
 def _check_keys(keys: Sequence[str], usual: Sequence[str], linears: Iterable[str], layers: range) -> None:
-    """Refuses keys that no block has, or none of the chosen ones, and keys that come twice."""
+    """Refuses a key that is repeated, that no block has, or that none of the blocks to adapt has."""
     places = [place(path) for path in linears]
     known = [*usual, *sorted({key for layer, key in places if layer >= 0} - {*usual})]
     if not keys or not {*keys} <= {*known} or len({*keys}) != len(keys):

@@ -119,7 +119,7 @@ class DoRALinear(LoRALinear):
         return self.lora_a.astype(dtype), (gain * self.scale * self.lora_b).astype(dtype), (gain - 1).astype(dtype)
 
     def _without_bias(self, y: mx.array) -> mx.array:
-        """W x of an output of the linear layer, which may have a bias."""
+        """W x, from an output of the linear layer, which may have a bias."""
         bias = self.linear.get("bias")
         return y if bias is None else y - bias
 

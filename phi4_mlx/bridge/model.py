@@ -45,7 +45,7 @@ class BridgeModel:
         )
         self._cache = self._model.make_cache()
         self.context = self._model.config.max_position_embeddings
-        self._longest = plan_context(self._model).most_tokens  # fit the memory
+        self._longest = plan_context(self._model).most_tokens  # within the context and the memory
 
     def use_adapter(self, path: str) -> None:
         """Replaces the adapter; an empty path removes it.
@@ -175,7 +175,7 @@ class Request:
         return request
 
     def answer(self, cancelled: Callable[[], bool], thinks: bool) -> AnswerAssembler:
-        """A new answer, whose time starts now; `thinks` if the model does, where no grammar restricts its answer."""
+        """A new answer, whose time starts now; thoughts are separated if `thinks`, and no grammar is in force."""
         ends_at = float("inf") if self.timeout_s is None else time.monotonic() + self.timeout_s
         tools = self.tools if self.tool_choice != "none" else ()
         thinks = thinks and self.schema is None and self.tool_choice in ("auto", "none")

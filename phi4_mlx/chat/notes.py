@@ -1,4 +1,4 @@
-"""Notes of a chat about its answers and settings, each a line."""
+"""One-line notes of a chat about its answers and settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def settings_line(settings: Settings, names: Iterable[str], longest: int) -> str:
-    """Settings by name; the longest answer is shown no longer than `longest`, the tokens that fit."""
+    """The settings of these names in one line; max-tokens is shown as at most `longest`, the tokens that fit."""
     shown = {name: settings[name] or 0 for name in names}
     if shown.get("max-tokens", 0) > longest:
         shown["max-tokens"] = longest
@@ -21,11 +21,11 @@ def settings_line(settings: Settings, names: Iterable[str], longest: int) -> str
 
 
 def end_notes(conversation: Conversation, max_tokens: int | float | None, stopped: bool) -> Iterator[str]:
-    """The notes after an answer: what has ended it, and what was run again.
+    """The notes after an answer: the reason of its end, and the number of tokens that were run again.
 
     Args:
         conversation: after the answer.
-        max_tokens: the setting.
+        max_tokens: the setting of that name, in tokens; None for none.
         stopped: True if the person has stopped it.
     """
     usage = conversation.usage
@@ -41,7 +41,7 @@ def end_notes(conversation: Conversation, max_tokens: int | float | None, stoppe
 
 
 def full_note(conversation: Conversation) -> str:
-    """The note that turns are left out."""
+    """The note that the oldest turns are left out of the prompt."""
     return (
         f"the context of {conversation.context:,} tokens is full: from now on the oldest turns are left out of the "
         f"prompt, {conversation.dropped:,} of {len(conversation.turns):,} so far"
@@ -49,7 +49,7 @@ def full_note(conversation: Conversation) -> str:
 
 
 def unanswered_note(conversation: Conversation) -> str:
-    """The note that an answer has thoughts alone."""
+    """The note that an answer has only thoughts."""
     usage = conversation.usage
     if usage.finish_reason != "length":
         return "the model ended its thoughts without an answer"

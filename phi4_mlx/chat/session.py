@@ -159,7 +159,7 @@ class Chat:
             self._warn(unanswered_note(self.conversation))
 
     def _show(self, events: Iterator[AgentEvent], stop: StopButton) -> bool:
-        """Shows an answer and its calls as they arrive, until the person stops it; True if it has thoughts alone."""
+        """Shows an answer and its calls as they arrive, until the person stops it; True if it has only thoughts."""
         from phi4_mlx.agent import ToolResult
         from phi4_mlx.generation.stream import GenerationResponse
 

@@ -140,10 +140,7 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _settings(args: argparse.Namespace, tokenizer: Tokenizer, room: int) -> tuple[Settings, bool]:
-    """(the value of each sampling option, given or default; True if the longest answer is lowered to the room).
-
-    The room in the context and the memory is in tokens; a longest answer that was given stays.
-    """
+    """The sampling options, given or default, and True if the default max-tokens was lowered to `room` tokens."""
     given = given_sampling(args)
     settings = sampling_defaults(tokenizer.chat_format.name, MAX_TOKENS) | given
     complain_of_cuts(PROG, args, settings["temp"])
@@ -152,7 +149,7 @@ def _settings(args: argparse.Namespace, tokenizer: Tokenizer, room: int) -> tupl
 
 
 def _end_note(last: GenerationResponse, unanswered: bool, lowered: bool) -> str:
-    """The line about an answer without more than thoughts, or cut at the end of the context or the memory."""
+    """The line about an answer that has only thoughts, or is cut at the end of the context or the memory."""
     if last.finish_reason != "length":
         return "the model ended its thoughts without an answer"
     cut = "the thoughts were cut, before an answer" if unanswered else "the answer was cut"
@@ -168,7 +165,7 @@ def _print_answer(
     options: DecodeOptions,
     thinks: bool,
 ) -> tuple[GenerationResponse, bool]:
-    """Prints an answer as it is drawn; returns its last event, and True if it has thoughts alone."""
+    """Prints an answer as it is drawn; returns its last event, and True if it has only thoughts."""
     from phi4_mlx.generation.stream import stream
     from phi4_mlx.generation.thoughts import Part, ThoughtSplitter
 

@@ -60,7 +60,7 @@ class Config(Protocol):
 
     @property
     def context_note(self) -> str:
-        """What messages add to the context's length where config.json may claim another one; else ""."""
+        """Text that follows the context's length in messages, if config.json may claim another one; else ""."""
 
     @property
     def num_hidden_layers(self) -> int:

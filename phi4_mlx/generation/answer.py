@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class AnswerAssembler:
-    """Assembles one answer from pieces of text: thoughts, text and tool calls apart, until it ends or is stopped.
+    """Assembles one answer from pieces of text, and separates its thoughts, text and tool calls.
 
     The pieces may come from a model in this process (see `stream_answer`) or from another process.
 
@@ -50,7 +50,7 @@ class AnswerAssembler:
             marked: reads JSON without a tool call marker as text.
             ends_at: the deadline, on the clock of `time.monotonic`, in seconds.
             cancelled: polled between pieces and between prefill chunks, True stops the answer; None for nobody.
-            thinks: True separates the thoughts at the start, in which there are no calls.
+            thinks: True separates the thoughts at the start; text in them is never a call.
         """
         self._parser = ToolCallParser(tools, marked)
         self._ends_at, self._cancelled = ends_at, cancelled
@@ -58,7 +58,7 @@ class AnswerAssembler:
         self._splitter = ThoughtSplitter() if thinks else None
         self._pieces: list[str] = []
         self._thoughts: list[str] = []
-        self._told = 0  # thoughts that `new_thought` has returned
+        self._returned = 0  # pieces of thoughts that `new_thought` has returned
         self._whole = False  # ended by the model itself
         self.reason = ""
         self.prompt_tokens = self.cached_tokens = self.answer_tokens = 0
@@ -80,8 +80,8 @@ class AnswerAssembler:
 
     def new_thought(self) -> str:
         """The thoughts that have come since the last call."""
-        told, self._told = self._told, len(self._thoughts)
-        return "".join(self._thoughts[told:])
+        start, self._returned = self._returned, len(self._thoughts)
+        return "".join(self._thoughts[start:])
 
     @property
     def may_stop(self) -> bool:
@@ -134,7 +134,7 @@ class AnswerAssembler:
         return rest
 
     def _without_thought(self, part: Part) -> str:
-        """The answer's text in a part, whose thoughts are kept."""
+        """Stores the thoughts of a part; returns its text of the answer."""
         if part.thought:
             self._thoughts.append(part.thought)
         return part.answer

@@ -28,7 +28,7 @@ from phi4_mlx.models.shared_stream import shared_stream
 
 PREFILL_STEP_SIZE = 512  # prompt tokens a step; running answers wait for them
 MAX_PADDING = 4096  # columns that a row may add to rows of another length; one more forward pass costs four times that
-SNAPSHOTS_APART = 32  # tokens; a nearer snapshot saves no more time than its forward pass takes
+SNAPSHOTS_APART = 32  # tokens; a nearer snapshot saves less time than the additional forward pass takes
 FORCED_RUN = 8  # forced tokens from which a prefill is faster than a step each
 
 
@@ -44,7 +44,7 @@ class BatchSequence:
         processors: each (all ids so far [S], logits [1, V]) -> logits [1, V], in turn.
         logits_mask: restricts the answer; see `generate_step`.
         cache: of the first ids; None for none. Taken over, and changed.
-        last_turn: tokens before the last turn, where a prompt with the same beginning may differ; 0 if unknown.
+        last_turn: tokens before the last turn, where a snapshot lets other prompts branch off; 0 if unknown.
         restarts: times that its rows were lost to a failure of a whole step.
     """
 

@@ -17,7 +17,7 @@ from phi4_mlx.terminal.amount import amount, size
 
 PREFILL_STEP_SIZE = 2048  # tokens a chunk; the hidden states of one chunk take about 100 MB in Phi-4-mini
 
-
+# Caches that take less memory, as messages offer them -> their options.
 SMALLER = {
     "--kv-bits 4 makes room for more": CacheOptions(None, kv_bits=4),
     "--max-kv-size drops the oldest": CacheOptions(None, max_kv_size=512),
@@ -46,7 +46,7 @@ class ContextPlan:
         longest: the most tokens of the model's context.
         kept: the most tokens that the cache keeps between two chunks.
         limit_bytes: usable bytes of this machine.
-        ways_out: the caches that take less memory and that the model can keep, in words.
+        ways_out: those of `SMALLER` that the model supports, in words.
     """
 
     weights_bytes: int

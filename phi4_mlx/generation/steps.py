@@ -190,7 +190,7 @@ class _Passes:
         return logits
 
     def take_back(self, n: int) -> None:
-        """Takes the last n tokens, wrong guesses of the latest pass, out of the cache."""
+        """Removes the last n tokens, wrong guesses of the latest pass, from the cache."""
         taken = self.cache.trim(n)
         assert taken == n, f"the cache took back {taken} of {n} tokens"
 

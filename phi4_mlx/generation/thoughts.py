@@ -1,4 +1,4 @@
-"""The thoughts that a reasoning model writes before its answer: `<think>...</think>`, separated while they come."""
+"""The thoughts that a reasoning model writes before its answer, `<think>...</think>`, separated as they stream."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ OPEN, CLOSE = "<think>", "</think>"
 
 
 class Part(NamedTuple):
-    """The next text of the thoughts, and of the answer after them."""
+    """The next piece of the thoughts, and the next piece of the answer after them."""
 
     thought: str = ""
     answer: str = ""
 
 
 class _State(enum.Enum):
-    START = enum.auto()  # white space, or a beginning of the tag
+    START = enum.auto()  # only white space and a beginning of the tag so far
     THOUGHT = enum.auto()
     AFTER = enum.auto()  # white space between the thoughts and the answer
     ANSWER = enum.auto()
@@ -26,14 +26,14 @@ class ThoughtSplitter:
     """Separates the thoughts at the start of an answer; the result does not depend on how the text is cut into pieces.
 
     An answer that begins with anything but `<think>` has no thoughts, and tags further on are text. White space around
-    the thoughts is dropped. Thoughts that are never closed are thoughts to the end. Withheld is what may be a tag.
+    the thoughts is dropped. Thoughts that are never closed last to the end. Text that may be part of a tag is withheld.
     """
 
     def __init__(self) -> None:
         self._state = _State.START
         self._before: list[str] = []  # everything before the answer
         self._space: list[str] = []  # white space that may be dropped
-        self._tail = ""  # the beginning of a tag
+        self._tail = ""  # withheld: the beginning of a tag
         self._begun = False  # thoughts have been returned
 
     @property
@@ -47,22 +47,18 @@ class ThoughtSplitter:
             return Part(answer=text)
         self._before.append(text)
         part = self._read(text)
-        if part.answer:  # it begins
-            self._leave(part.answer)
+        if part.answer:  # its first piece was appended with the text before it
+            head = self.head
+            self._before = [head[: len(head) - len(part.answer)]]
         return part
 
     def finish(self) -> Part:
-        """Ends the answer; returns what was withheld."""
+        """Ends the answer; returns the text that was withheld."""
         state, self._state = self._state, _State.ANSWER
         if state is _State.START:
             whole, self._before = self.head, []
             return Part(answer=whole)
         return Part(thought=self._shown(self._tail) if state is _State.THOUGHT else "")
-
-    def _leave(self, answer: str) -> None:
-        """Keeps the text before the answer alone."""
-        head = self.head
-        self._before = [head[: len(head) - len(answer)]]
 
     def _read(self, text: str) -> Part:
         if self._state is _State.START:
@@ -101,7 +97,7 @@ class ThoughtSplitter:
 
 
 def _before_tag(text: str) -> tuple[str, str]:
-    """(the text that is no beginning of the closing tag, the beginning of one at its end)."""
+    """Splits off the beginning of a closing tag at the end of a text; returns both parts."""
     for length in range(min(len(text), len(CLOSE) - 1), 0, -1):
         if CLOSE.startswith(text[-length:]):
             return text[:-length], text[-length:]

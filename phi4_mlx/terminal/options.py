@@ -57,8 +57,8 @@ SAMPLING = {
 }
 
 
-# Chat format -> what the model's authors sample with, in place of the defaults above. Greedy decoding makes a reasoning
-# model repeat itself. Source: ArchScale's eval_reason (flash); Phi-4-mini-reasoning's model card.
+# Chat format -> the sampling that the model's authors advise, in place of the defaults above. Greedy decoding makes a
+# reasoning model repeat itself. Source: ArchScale's eval_reason (flash); Phi-4-mini-reasoning's model card.
 ADVISED: dict[str, dict[str, int | float]] = {
     "phi4-mini-flash-reasoning": {"temp": 0.6, "top-p": 0.95, "max-tokens": 32_768},
     "phi4-mini-reasoning": {"temp": 0.8, "top-p": 0.95, "max-tokens": 32_768},
@@ -73,6 +73,7 @@ def _is_greedy(args: argparse.Namespace) -> bool:
 
 
 def _cuts(args: argparse.Namespace) -> bool:
+    """True if an option removes unlikely tokens from the draw."""
     return args.top_p not in (None, 1) or bool(args.min_p or args.top_k)
 
 
@@ -157,20 +158,20 @@ def sampling_defaults(chat_format: str, max_tokens: int | None) -> Settings:
     """The default of each option of `SAMPLING` for a model.
 
     Args:
-        chat_format: the name of the model's.
-        max_tokens: the longest answer where the model's authors advise none.
+        chat_format: the name of the model's chat format.
+        max_tokens: the longest answer, in tokens, where the model's authors advise none; None for no limit.
     """
     own = {name: option.default for name, option in SAMPLING.items()}
     return own | {"max-tokens": max_tokens} | advised(chat_format)
 
 
 def advised(chat_format: str) -> dict[str, int | float]:
-    """What the authors of a model sample with, as far as it differs from `SAMPLING`; empty where none is known."""
+    """The settings of `SAMPLING` that the authors of a model advise; empty for most models."""
     return ADVISED.get(chat_format, {})
 
 
 def advised_text(name: str) -> str:
-    """The defaults of an option of `SAMPLING` that hold for some models, to follow its own in a help text."""
+    """The advised values of an option of `SAMPLING`, to follow its default in a help text."""
     return "".join(f"; {each[name]:g} for {known}" for known, each in ADVISED.items() if name in each)
 
 
@@ -181,10 +182,10 @@ def given_sampling(args: argparse.Namespace) -> Settings:
 
 
 def complain_of_cuts(prog: str, args: argparse.Namespace, temp: object) -> None:
-    """Names options that have no effect at the model's own temperature, where the parser could not know it.
+    """Warns of options without effect at a model's default temperature, which the parser did not know.
 
     Args:
-        prog: the command, which begins the line.
+        prog: the command, which starts the line.
         args: the parsed options.
         temp: the temperature of the answers.
     """

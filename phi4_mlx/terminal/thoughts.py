@@ -10,7 +10,7 @@ from phi4_mlx.terminal.style import styled
 
 
 class ThoughtStream:
-    """Writes thoughts as they come, between two lines that name them and the answer after them.
+    """Writes thoughts as they stream, between a heading of their own and one of the answer.
 
     Args:
         write: called with text.
@@ -28,7 +28,7 @@ class ThoughtStream:
             self._last = text
 
     def end(self, answered: bool) -> None:
-        """Ends the last line of the thoughts; names the answer if one follows."""
+        """Ends the last line of the thoughts; writes the heading of the answer if one follows."""
         if self._last:
             line = "" if self._last.endswith("\n") else "\n"
             self._write(line)

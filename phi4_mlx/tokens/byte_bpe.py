@@ -62,7 +62,7 @@ def parse(raw: bytes) -> tuple[Any, int | None]:
     spec = json.loads(raw)
     try:
         return spec, KNOWN_TABLES.get(_contents(spec["model"]))
-    except (KeyError, TypeError, AttributeError, ValueError):  # not a table, which the checks of a new one will say
+    except (KeyError, TypeError, AttributeError, ValueError):  # malformed: the checks that follow report it
         return spec, None
 
 

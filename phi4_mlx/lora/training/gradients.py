@@ -18,7 +18,7 @@ from phi4_mlx.lora.training.processes import Group, all_sum
 from phi4_mlx.models.model import LanguageModel
 
 Gradients = Callable[[LanguageModel, Loss, Iterator[Batch], int, Group | None, Tick], tuple[float, int, Any]]
-"""The signature of `mean_gradients`, which a caller of the trainer may replace, for example by a compiled one."""
+"""The signature of `mean_gradients`, so that a trainer can be given another one, such as a compiled one."""
 
 
 def mean_gradients(

@@ -389,7 +389,7 @@ def check_room(engine: Engine) -> None:
 
 
 def limit_note(engine: Engine) -> str:
-    """What messages add to the engine's limit: the note of the context, where that is the limit."""
+    """The text that follows the engine's limit in messages: the note of the context, if that is the limit."""
     config = engine._models.get(None).config
     return config.context_note if engine.longest == config.max_position_embeddings else ""
 

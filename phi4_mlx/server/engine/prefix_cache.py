@@ -1,6 +1,6 @@
 """The prefix cache: caches of earlier prompts, reused by prompts with the same prefix, adapter and RoPE table.
 
-An entry with snapshots also serves prompts that part from it, from the latest snapshot before that place on. So a
+An entry with snapshots also serves a prompt that diverges from it, up to the last snapshot before they differ. So a
 conversation has one entry: the newest, with the snapshots of those that it extends.
 """
 
@@ -39,7 +39,7 @@ class _Entry:
         return same and _shared(self.ids, other.ids) == len(other.ids)
 
     def lacks(self, other: _Entry) -> int:
-        """Tokens that a prompt must run again if this entry serves it instead of `other`."""
+        """Tokens of `other` that must be prefilled again if this entry replaces it."""
         return len(other.ids) - self.reusable(other.ids) if self.extends(other) else len(other.ids)
 
 
@@ -52,7 +52,7 @@ class PrefixCache:
     """
 
     MIN_SHARED = 8  # tokens; a shorter prefix is as fast to compute
-    MAX_LOSS = 0.1  # of the tokens of an entry, which may run again so that a longer entry replaces it
+    MAX_LOSS = 0.1  # share of an entry's tokens that may be prefilled again if a longer entry replaces it
     MAX_ENTRIES = 1024  # each is compared with a prompt, in some microseconds
 
     def __init__(self, limit_bytes: int):
@@ -78,7 +78,7 @@ class PrefixCache:
         self._entries.remove(best)
         self._entries.append(best)
         cache = best.cache.fork(length)
-        cache.mark()  # the end of an answer; the entry of the next one then covers this one
+        cache.mark()  # a snapshot here lets the next entry of the conversation replace this one
         return cache
 
     def put(self, adapter: str | None, cache: PromptCache) -> None:
