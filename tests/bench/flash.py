@@ -1,10 +1,10 @@
-"""Phi-4-mini-flash-reasoning: what its architecture promises, in ratios of CPU time and in bytes.
+"""Costs of Phi-4-mini-flash-reasoning: ratios of CPU time, and bytes.
 
     python tests/bench/flash.py [--only NAME ...] [--width 128] [--runs 3]
 
 - first_token: the first token after 4,096 tokens, beside the logits of all of them. Bar: 0.60.
 - growth: a prefill of 4,096 tokens beside one of 2,048. Bar: 2.15.
-- second_turn: 24 tokens behind 4,096 cached ones, beside a prefill of all. The same token must follow. Bar: 0.1.
+- second_turn: 24 tokens after 4,096 cached ones, beside a prefill of all. The same token must follow. Bar: 0.1.
 - decode: a step beside one of Phi-4-mini with 512, 4,096 and 16,384 cached tokens. Bars: 1.2, 0.75, 0.55.
 - compiled: a compiled decode step beside the plain one, at width 64; equal to the bit. Bar: 0.75.
 - scan: a Mamba layer beside mlx-lm's, 2,048 tokens, the same weights. Bar: 0.8.
@@ -14,9 +14,9 @@
   beside Phi-4-mini's, from the published shapes.
 
 All models have 32 layers (memory: 8), the published proportions, random float32 weights and 512 tokens of vocabulary,
-so that the head weighs nothing. The first three are `--width` wide. decode compares both models at an eighth of their
-widths, with half of their heads, over random caches. Times are CPU seconds of the process; a figure is the median of
-the ratios of pairs. The last line is JSON.
+so that the head costs next to nothing. The first three parts use `--width`. decode compares both models at an eighth of
+their widths, with half of their heads, over random caches. Times are CPU seconds of the process; a figure is the median
+of the ratios of pairs. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ Figures = dict[str, float]
 
 
 def flash(width: int, head_dim: int, **overrides: Any) -> Model:
-    """A random model of the published proportions; `head_dim` gives an even number of key heads."""
+    """A random model of the published proportions; `width / head_dim` must be a multiple of 4."""
     heads = width // head_dim
     shapes = {
         "hidden_size": width,
@@ -125,7 +125,7 @@ def ratio(ours: Callable[[], object], theirs: Callable[[], object], runs: int) -
 
 
 def first(model: Model, ids: list[int], cache: PromptCache | None = None) -> int:
-    """The first token."""
+    """The first token of the answer to a prompt."""
     return next(iter(generate_step(ids, model, max_tokens=1, cache=cache)))[0]
 
 
@@ -163,7 +163,7 @@ def second_turn(width: int, runs: int) -> Figures:
 
 
 def random_cache(model: LanguageModel, tokens: int) -> PromptCache:
-    """A cache as after `tokens` tokens, with random contents."""
+    """A cache of `tokens` tokens with random contents."""
     small = model.make_cache("long")
     mx.eval(model.hidden(mx.ones((1, 2), mx.int32), small))
 
@@ -198,7 +198,7 @@ def decode(width: int, runs: int) -> Figures:
 
 def compiled(width: int, runs: int) -> Figures:
     model, token = flash(64, 8), mx.array([[3]])
-    one, other = random_cache(model, 100), None
+    one = random_cache(model, 100)
     for _ in range(3):
         mx.eval(model(token, one))
     other = one.fork(one.offset)

@@ -39,22 +39,14 @@ from phi4_mlx.models.snapshot import MAX_SNAPSHOTS
 from phi4_mlx.server.engine.engine import Engine, Settings
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
 from phi4_mlx.server.engine.protocol import Finish, Job, Piece
+from tests import kinds
 from tests.adapters import adapted, save_adapter
-from tests.conftest import ROOT, make_tiny_model, write_tiny_checkpoint
+from tests.conftest import ROOT
 from tests.model_runs import close, decoded
-from tests.tiny_sambay import make_tiny_sambay, write_tiny_sambay
 from tests.toy_model import make_toy_model, register_toy, write_toy_checkpoint
 
-MAKERS: dict[str, Callable[[], LanguageModel]] = {
-    "phi3": make_tiny_model,
-    "phi4flash": make_tiny_sambay,
-    "toy": make_toy_model,
-}
-WRITERS: dict[str, Callable[[Path], Path]] = {
-    "phi3": write_tiny_checkpoint,
-    "phi4flash": write_tiny_sambay,
-    "toy": write_toy_checkpoint,
-}
+MAKERS: dict[str, Callable[..., LanguageModel]] = kinds.MAKERS | {"toy": make_toy_model}
+WRITERS: dict[str, Callable[..., Path]] = kinds.WRITERS | {"toy": write_toy_checkpoint}
 PROMPT = [int(token) for token in np.random.default_rng(0).integers(3, 500, 40)]
 
 

@@ -19,14 +19,13 @@ from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.models.cache import CacheOptions
 from phi4_mlx.models.model import LanguageModel
-from tests.conftest import write_tiny_checkpoint
+from tests.kinds import WRITERS
 from tests.model_runs import close
 from tests.tiny_sambay import write_tiny_sambay
 from tests.unit.chat.scripted import Recorder
 
 pytestmark = pytest.mark.slow
 
-WRITERS: dict[str, Callable[[Path], Path]] = {"phi3": write_tiny_checkpoint, "phi4flash": write_tiny_sambay}
 LONG = "The quick brown fox jumps over the lazy dog. " * 24  # some 300 tokens, many windows of 16
 ANSWER = 12  # tokens
 

@@ -61,12 +61,12 @@ def test_a_pipe_receives_the_answer_alone(
     reasoning: Chat, script: Script, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told: list[str] = []
-    reasoning.screen, reasoning._person, reasoning._warn = Screen(), False, told.append
+    piped = Chat(Screen(), reasoning.conversation, "demo", {"max-tokens": 100}, person=False, warn=told.append)
     script.replies = [REPLY, "<think>cut"]
-    reasoning.answer("2 + 2?")
+    piped.answer("2 + 2?")
     assert capsys.readouterr() == ("It is **4**.\n", "--- thinking ---\nTwo *and* two.\n--- answer ---\n")
     script.finish_reason = "length"
-    reasoning.answer("2 + 2?")
+    piped.answer("2 + 2?")
     assert capsys.readouterr() == ("", "--- thinking ---\ncut\n") and told == [
         "the thoughts were cut, before an answer, after 10 tokens; raise --max-tokens"
     ]

@@ -17,6 +17,7 @@ from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.snapshot import MAX_SNAPSHOTS
 from phi4_mlx.models.text import Model
 from tests.conftest import BOUNDARY, make_tiny_model
+from tests.kinds import MAKERS
 from tests.model_runs import close, decoded, filled_cache
 from tests.tiny_sambay import make_tiny_sambay
 
@@ -26,10 +27,9 @@ def model() -> Model:
     return make_tiny_model(seed=3)
 
 
-@pytest.fixture(scope="module", params=[make_tiny_model, make_tiny_sambay], ids=["phi3", "phi4flash"])
+@pytest.fixture(scope="module", params=MAKERS)
 def each_model(request: pytest.FixtureRequest) -> LanguageModel:
-    made: LanguageModel = request.param(seed=3)
-    return made
+    return MAKERS[request.param](seed=3)
 
 
 def random_prompts(count: int, seed: int = 0, longest: int = 2 * BOUNDARY) -> list[list[int]]:

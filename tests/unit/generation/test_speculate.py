@@ -21,9 +21,9 @@ from phi4_mlx.grammar.constraint import Constraint
 from phi4_mlx.grammar.grammars import json_schema
 from phi4_mlx.models.cache import REWIND
 from phi4_mlx.models.model import LanguageModel
-from tests.conftest import Demo, TinyModel, make_tiny_model
+from tests.conftest import Demo, TinyModel
+from tests.kinds import MAKERS
 from tests.model_runs import decoded, filled_cache
-from tests.tiny_sambay import make_tiny_sambay
 
 
 class Oracle:
@@ -90,7 +90,7 @@ class ForcingMask:
         return [] if self.count % 3 else self.forced
 
 
-@pytest.mark.parametrize("make", [make_tiny_model, make_tiny_sambay])
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 @pytest.mark.parametrize("run", [0, REWIND - 3, REWIND + 8])
 def test_wrong_guesses_after_a_run_of_forced_tokens_are_taken_back(make: Callable[[], LanguageModel], run: int) -> None:
     """Also where a proposer guesses more tokens than a cache could take back."""
@@ -290,8 +290,8 @@ def test_a_draft_model_with_other_weights_gives_the_same_tokens(tiny_model: Tiny
         assert decoded(model, PROMPT, 60, proposer=draft) == plain
 
 
-@pytest.mark.parametrize("make", [make_tiny_model, make_tiny_sambay])
-@pytest.mark.parametrize("draft", [make_tiny_model, make_tiny_sambay])
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("draft", MAKERS.values(), ids=MAKERS)
 def test_a_draft_model_may_be_of_another_kind(
     make: Callable[..., LanguageModel], draft: Callable[..., LanguageModel]
 ) -> None:
