@@ -7,14 +7,67 @@ Shapes: B batch, S cached tokens, E inner width of a state-space layer, N state 
 
 from __future__ import annotations
 
+import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TypeVar
 
 import mlx.core as mx
 
 from phi4_mlx.models.cache import REWIND, Mask
 
+Cache = TypeVar("Cache", bound="SnapshotCache")
 
-class RecurrentCache:
+
+class SnapshotCache(ABC):
+    """A cache that can take back the tokens of the latest short pass; to go back further, it restores a snapshot."""
+
+    rewindable = True
+    offset: int
+
+    @property
+    @abstractmethod
+    def arrays(self) -> list[mx.array]:
+        """The arrays that later tokens need; empty before the first token."""
+
+    @abstractmethod
+    def _set(self, arrays: Sequence[mx.array], offset: int) -> None:
+        """Replaces everything cached by `arrays`, of `offset` tokens."""
+
+    @property
+    def state(self) -> Sequence[mx.array]:
+        """The arrays, and the number of tokens; empty before the first one."""
+        return [*self.arrays, mx.array([self.offset])] if self.offset else []
+
+    @state.setter
+    def state(self, state: Sequence[mx.array]) -> None:
+        self._set(state[:-1], int(state[-1].item()) if len(state) else 0)
+
+    def is_trimmable(self) -> bool:
+        """False: what earlier passes left is gone."""
+        return False
+
+    def snapshot(self) -> tuple[list[mx.array], int]:
+        """The arrays and the number of tokens; later tokens do not change them."""
+        return self.arrays, self.offset
+
+    def restore(self, snapshot: tuple[list[mx.array], int]) -> None:
+        """Returns to a snapshot."""
+        self._set(*snapshot)
+
+    def fork(self: Cache, length: int) -> Cache:
+        """Another cache over the same arrays; `length` must be all of it."""
+        assert length == self.offset
+        twin = copy.copy(self)
+        twin.restore(self.snapshot())
+        return twin
+
+    def compact(self) -> None:
+        """Copies the arrays out of larger buffers, and drops what only the latest pass could take back."""
+        self._set([mx.contiguous(array) for array in self.arrays], self.offset)
+
+
+class RecurrentCache(SnapshotCache):
     """The state of a Mamba layer: the last inputs of its convolution [B, taps - 1, E], and h [B, N, E] in float32.
 
     After a pass of at most `REWIND` tokens it also has the state after each of them, so that some can be taken back.
@@ -23,7 +76,6 @@ class RecurrentCache:
         taps: taps of the convolution.
     """
 
-    rewindable = True
     state_names = ("conv", "state", "length")
 
     def __init__(self, taps: int) -> None:
@@ -57,15 +109,6 @@ class RecurrentCache:
         end = self._inputs.shape[1] - n
         return self._inputs[:, end - self._before : end]
 
-    @property
-    def state(self) -> Sequence[mx.array]:
-        """The arrays, and the number of tokens; empty before the first one."""
-        return [*self.arrays, mx.array([self.offset])] if self.offset else []
-
-    @state.setter
-    def state(self, state: Sequence[mx.array]) -> None:
-        self._set(state[:-1], int(state[-1].item()) if len(state) else 0)
-
     def _set(self, arrays: Sequence[mx.array], offset: int) -> None:
         self._inputs, self._states = (arrays[0], [arrays[1]]) if len(arrays) else (None, [])
         self.offset = offset
@@ -77,10 +120,6 @@ class RecurrentCache:
 
     def make_mask(self, N: int) -> None:
         """None: a recurrence masks nothing."""
-
-    def is_trimmable(self) -> bool:
-        """False: the states of earlier passes are gone."""
-        return False
 
     def can_trim(self, n: int) -> bool:
         """True if the last n tokens are in the latest pass, and its states are kept."""
@@ -96,25 +135,6 @@ class RecurrentCache:
             return 0
         self._set([] if n == self.offset else [self._tail(n), self._states[-1 - n]], self.offset - n)
         return n
-
-    def snapshot(self) -> tuple[list[mx.array], int]:
-        """The arrays and their number of tokens; later tokens do not change them."""
-        return self.arrays, self.offset
-
-    def restore(self, snapshot: tuple[list[mx.array], int]) -> None:
-        """Returns to a snapshot."""
-        self._set(*snapshot)
-
-    def fork(self, length: int) -> RecurrentCache:
-        """Another cache over the same arrays; `length` must be all of it."""
-        assert length == self.offset
-        twin = RecurrentCache(self._before + 1)
-        twin.restore(self.snapshot())
-        return twin
-
-    def compact(self) -> None:
-        """Copies the arrays out of larger buffers; drops the states between the tokens of the latest pass."""
-        self._set([mx.contiguous(array) for array in self.arrays], self.offset)
 
     def kept(self, length: int) -> int:
         """1: a recurrent state has the same size after any number of tokens."""
@@ -134,7 +154,7 @@ class RecurrentCache:
         return [*(array[number : number + 1] for array in self.arrays), mx.array([self.offset - start])]
 
 
-class WindowCache:
+class WindowCache(SnapshotCache):
     """Keys [B, K, S, Dh] and values of a layer whose queries see a window.
 
     It keeps the last `window` - 1 tokens, and in a buffer that is filled before it moves on, up to `STEP` older ones,
@@ -145,7 +165,6 @@ class WindowCache:
     """
 
     STEP = REWIND
-    rewindable = True
     state_names = ("keys", "values", "length")
 
     def __init__(self, window: int) -> None:
@@ -159,7 +178,7 @@ class WindowCache:
         T, new = keys.shape[2], [keys, values]
         if not self._buffers or self._filled + T > self._buffers[0].shape[2]:
             room = T if T > self.STEP else self.STEP
-            kept = self._window()
+            kept = self.arrays
             self._filled = kept[0].shape[2] if kept else 0
             self._buffers = [
                 mx.concatenate([*kept[i : i + 1], mx.zeros((*each.shape[:2], room, each.shape[3]), each.dtype)], axis=2)
@@ -172,23 +191,15 @@ class WindowCache:
         first = max(0, start - (self.window - 1))
         fetched = [buffer[:, :, first:end] for buffer in self._buffers]
         if T > self.STEP:  # a buffer for a long prompt is not kept, and a slice would keep it in memory
-            self._buffers = [mx.contiguous(array) for array in self._window()]
+            self._buffers = [mx.contiguous(array) for array in self.arrays]
             self._filled = self._buffers[0].shape[2]
         return fetched[0], fetched[1]
 
-    def _window(self) -> list[mx.array]:
-        """The last `window` - 1 tokens."""
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Keys and values of the last `window` - 1 tokens; empty before the first token."""
         start = max(0, self._filled - (self.window - 1))
         return [buffer[:, :, start : self._filled] for buffer in self._buffers]
-
-    @property
-    def state(self) -> Sequence[mx.array]:
-        """Keys and values of the window, and the number of tokens; empty before the first one."""
-        return [*self._window(), mx.array([self.offset])] if self.offset else []
-
-    @state.setter
-    def state(self, state: Sequence[mx.array]) -> None:
-        self._set(state[:-1], int(state[-1].item()) if len(state) else 0)
 
     def _set(self, arrays: Sequence[mx.array], offset: int) -> None:
         self._buffers, self.offset = [*arrays], offset
@@ -202,10 +213,6 @@ class WindowCache:
     def make_mask(self, N: int) -> Mask:
         """Causal; the layer itself cuts the window."""
         return None if N == 1 else "causal"
-
-    def is_trimmable(self) -> bool:
-        """False: a window that has moved on does not come back."""
-        return False
 
     def can_trim(self, n: int) -> bool:
         """True if the window before the last n tokens is still whole."""
@@ -222,46 +229,27 @@ class WindowCache:
             self._filled, self.offset = self._filled - n, self.offset - n
         return n
 
-    def snapshot(self) -> tuple[list[mx.array], int]:
-        """The window and its number of tokens; later tokens do not change it."""
-        return self._window(), self.offset
-
-    def restore(self, snapshot: tuple[list[mx.array], int]) -> None:
-        """Returns to a snapshot."""
-        self._set(*snapshot)
-
-    def fork(self, length: int) -> WindowCache:
-        """Another cache over the same arrays; `length` must be all of it."""
-        assert length == self.offset
-        twin = WindowCache(self.window)
-        twin.restore(self.snapshot())
-        return twin
-
-    def compact(self) -> None:
-        """Copies the window out of larger buffers."""
-        self._set([mx.contiguous(array) for array in self._window()], self.offset)
-
     def kept(self, length: int) -> int:
         """The number of positions in `state` when `length` tokens have been appended: at most the window's."""
         return min(length, self.window - 1)
 
     def join(self, members: Sequence[WindowCache], columns: int) -> None:
         """Takes over the rows of `members`, one below the other, right-aligned."""
-        windows = [member._window() for member in members]
+        windows = [member.arrays for member in members]
         widest = max(keys.shape[2] for keys, _ in windows)
         rows = zip(*windows, strict=True)
         self._set([mx.concatenate([_padded(each, widest) for each in arrays]) for arrays in rows], columns)
 
     def keep(self, rows: Sequence[int], start: int) -> None:
         """Keeps these rows, in this order, from column `start` on."""
-        index, window = mx.array(rows), self._window()
+        index, window = mx.array(rows), self.arrays
         cut = self._cut(start)
         self._set([each[index, :, cut:] for each in window] if rows else [], self.offset - start if rows else 0)
 
     def row(self, number: int, start: int) -> Sequence[mx.array]:
         """The `state` of one row, from column `start` on."""
         cut = self._cut(start)
-        rows = [array[number : number + 1, :, cut:] for array in self._window()]
+        rows = [array[number : number + 1, :, cut:] for array in self.arrays]
         return [*rows, mx.array([self.offset - start])]
 
     def _cut(self, start: int) -> int:
