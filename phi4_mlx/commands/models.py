@@ -160,7 +160,7 @@ def _why_not(folder: Path) -> str:
 
 
 def _context(folder: Path) -> int | None:
-    """The context of a model, in tokens; of a kind that cannot be loaded, what its config.json says, or None."""
+    """The context of a model, in tokens; for an unsupported kind, the number in its config.json, or None."""
     from phi4_mlx.checkpoint import load_config
     from phi4_mlx.files.json_file import read_json
 

@@ -41,7 +41,7 @@ class Service:
         max_tokens: limit of an answer whose client sets none; None for what the context has room for.
         grammars: makes the grammars of answers.
         kind: of the model and all its adapters.
-        sampling: of an answer, where its client sets none.
+        sampling: the defaults of temperature and top_p.
         thinks: True separates the thoughts of the model from its answers.
         overflow: for a conversation that does not fit, "stop" refuses it and "oldest" leaves out its oldest turns.
     """

@@ -31,7 +31,7 @@ class Answer:
         clean: called with each piece before it is written.
 
     Attributes:
-        unanswered: True if there are thoughts, and no answer after them.
+        unanswered: True if there are thoughts, but no answer after them so far.
     """
 
     unanswered = False
@@ -62,7 +62,7 @@ class Answer:
 class Screen:
     """Standard output: a terminal with styles, a plain terminal, or a pipe that receives the text unchanged.
 
-    A pipe receives answers alone; thoughts go to standard error then.
+    A pipe receives only answers; their thoughts go to standard error.
 
     Attributes:
         terminal: True if standard output is a terminal.

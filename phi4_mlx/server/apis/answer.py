@@ -140,7 +140,7 @@ class EventAnswer(Answer):
         self.blocks: list[JsonObject] = []
         self.end = End()
         self._text: list[str] | None = None  # of the last block, while that is an open text
-        self._thought: list[str] | None = None  # the same of open thoughts
+        self._thought: list[str] | None = None  # of the last block, while that is an open block of thoughts
         self._events: list[JsonObject] = []  # not yet sent
 
     @abstractmethod

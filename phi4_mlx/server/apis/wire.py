@@ -124,7 +124,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Delta:
-    """The next part of an answer: thoughts, text and a tool call, each if there is one, in this order."""
+    """The next part of an answer: any of thoughts, text and a tool call, in this order."""
 
     index: int = 0
     text: str = ""

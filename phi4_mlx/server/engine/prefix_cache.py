@@ -34,7 +34,7 @@ class _Entry:
         return self.cache.reusable(_shared(self.ids, ids))
 
     def extends(self, other: _Entry) -> bool:
-        """True if its tokens begin with those of `other`."""
+        """True if the tokens of this entry begin with those of `other`, under the same adapter and RoPE table."""
         same = (self.adapter, self.cache.regime) == (other.adapter, other.cache.regime)
         return same and _shared(self.ids, other.ids) == len(other.ids)
 
@@ -82,7 +82,7 @@ class PrefixCache:
         return cache
 
     def put(self, adapter: str | None, cache: PromptCache) -> None:
-        """Stores a copy of a cache, in place of the entries that it covers."""
+        """Stores a copy of a cache, in place of the entries that it extends at a loss of at most `MAX_LOSS`."""
         ids = np.array(cache.ids[0], np.int32)
         needed = ids.nbytes + sum(array.nbytes for layer in cache for array in layer.state)
         if len(ids) < self.MIN_SHARED or needed > self.limit_bytes:

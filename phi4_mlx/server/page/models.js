@@ -18,7 +18,7 @@ function choose(id) {
   chosen.tell(models.find((it) => it.id === id));
 }
 
-/** True if the model that answers is a reasoning model, whose server knows the sampling that its authors advise. */
+/** True if the chosen model is a reasoning model; the server then defaults to its authors' sampling settings. */
 export const isReasoning = () => models.find(({ id }) => id === options.model)?.kind === "reasoning";
 
 /** Reads the models and shows them. */

@@ -21,7 +21,7 @@ export function bodyOf(messages, temperature) {
   return {
     model: options.model,
     messages: [...system, ...sent],
-    ...(!isReasoning() && { temperature: 0 }), // what the user has not set: the likeliest tokens, or the server's choice
+    ...(!isReasoning() && { temperature: 0 }), // unless the user sets one; a reasoning model has the server's
     ...sampling(),
     ...(temperature !== undefined && { temperature, seed: undefined }),
     ...(options.tools && tools.length && { tools }),

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import mlx.core as mx
 import pytest
 
 from phi4_mlx import bridge
 from phi4_mlx.bridge import model as bridge_model
 from phi4_mlx.generation import answer
-from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.sampling import Sampling
-from phi4_mlx.generation.stream import GenerationResponse
 from tests.tiny_sambay import write_tiny_sambay
+from tests.unit.scripted_stream import ScriptedStream
 
 ASK = [{"role": "user", "content": "What is 2 + 2? " * 10}]
 REPLY = "<think>\nTwo and two.\n</think>\n\nIt is 4."
@@ -33,23 +31,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     assert bridge.unload(loaded["model"])["event"] == "finish"
 
 
-class Script:
-    """Stands in for `stream`: a reply, character by character, and its finish reason."""
-
-    def __init__(self, reply: str, reason: str = "stop") -> None:
-        self.reply, self.reason = reply, reason
-        self.options = DecodeOptions()
-
-    def __call__(
-        self, model: Any, tokenizer: Any, ids: Any, cache: Any, options: DecodeOptions
-    ) -> Iterator[GenerationResponse]:
-        self.options = options
-        token = min(tokenizer.eos_ids)
-        for number, char in enumerate(self.reply, 1):
-            reason = self.reason if number == len(self.reply) else None
-            yield GenerationResponse(char, token, mx.zeros(1), len(ids), 1.0, number, 1.0, 0.1, 0, reason)
-
-
 def joined(events: list[dict[str, Any]], kind: str) -> str:
     return "".join(event["text"] for event in events if event["event"] == kind)
 
@@ -61,7 +42,7 @@ def joined(events: list[dict[str, Any]], kind: str) -> str:
 def test_thoughts_are_events_and_no_part_of_the_message(
     reply: str, thought: str, text: str, model: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answer, "stream", Script(reply, "length"))
+    monkeypatch.setattr(answer, "stream", ScriptedStream(reply, "length"))
     *events, finish = bridge.chat_events(model, ASK)
     assert (joined(events, "thought"), joined(events, "token")) == (thought, text)
     assert (finish.get("thought", ""), finish["text"], finish["message"]["content"]) == (thought, text, text)
@@ -71,12 +52,12 @@ def test_thoughts_are_events_and_no_part_of_the_message(
 
 
 def test_a_call_follows_thoughts(model: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answer, "stream", Script(f"<think>{CALL}?</think>{CALL}"))
+    monkeypatch.setattr(answer, "stream", ScriptedStream(f"<think>{CALL}?</think>{CALL}"))
     *events, finish = bridge.chat_events(model, ASK, tools=[ADD])
     assert [event["name"] for event in events if event["event"] == "tool_call"] == ["add"]
     assert finish["thought"] == f"{CALL}?" and finish["text"] == "" and finish["reason"] == "tool_calls"
     result = {"role": "tool", "tool_call_id": finish["message"]["tool_calls"][0]["id"], "content": "4"}
-    monkeypatch.setattr(answer, "stream", Script(REPLY))
+    monkeypatch.setattr(answer, "stream", ScriptedStream(REPLY))
     assert bridge.chat(model, [*ASK, finish["message"], result], tools=[ADD])["text"] == "It is 4."
 
 
@@ -98,7 +79,7 @@ def test_the_authors_sampling_is_the_default(
             return super().sampler()
 
     monkeypatch.setattr(bridge_model, "Sampling", Noted)
-    monkeypatch.setattr(answer, "stream", script := Script(REPLY))
+    monkeypatch.setattr(answer, "stream", script := ScriptedStream(REPLY))
     finish = bridge.chat(model, ASK, **options)
     assert (drawn[0].temp, drawn[0].top_p) == (temp, top_p)
     assert script.options.max_tokens == (most or 1_024 - finish["prompt_tokens"])  # what the context has room for

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import pytest
 
 from phi4_mlx.commands import generate
 from phi4_mlx.generation import memory, sampling
 from phi4_mlx.generation import stream as stream_module
 from phi4_mlx.generation.memory import ContextPlan, plan_context
-from phi4_mlx.generation.options import DecodeOptions
-from phi4_mlx.generation.stream import GenerationResponse
 from tests.conftest import write_tiny_checkpoint
 from tests.tiny_sambay import write_tiny_sambay
+from tests.unit.scripted_stream import ScriptedStream
 
 THOUGHT = "--- thinking ---\nTwo.\n"
 
@@ -27,12 +24,11 @@ def flash(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_tiny_sambay(tmp_path_factory.mktemp("generate") / "flash"))
 
 
-class Script:
-    """Stands in for `stream`: the text of each answer, its finish reason, and what it was asked with."""
+class Script(ScriptedStream):
+    """A scripted answer that also records the temperature and top-p of each sampler."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.text, self.reason = "<think>Two.</think>\n\n4.", "stop"
-        self.options, self.prompt_tokens = DecodeOptions(), 0
+        super().__init__("<think>Two.</think>\n\n4.")
         self.drawn: list[tuple[float, float]] = []
         make = sampling.make_sampler
 
@@ -42,14 +38,6 @@ class Script:
 
         monkeypatch.setattr(stream_module, "stream", self)
         monkeypatch.setattr(sampling, "make_sampler", noted)
-
-    def __call__(
-        self, model: Any, tokenizer: Any, ids: list[int], cache: Any, options: DecodeOptions
-    ) -> Iterator[GenerationResponse]:
-        self.options, self.prompt_tokens = options, len(ids)
-        for number, char in enumerate(self.text, 1):
-            reason = self.reason if number == len(self.text) else None
-            yield GenerationResponse(char, 5, mx.zeros(1), len(ids), 1.0, number, 1.0, 0.1, 0, reason)
 
 
 @pytest.fixture
