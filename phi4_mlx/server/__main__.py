@@ -346,12 +346,11 @@ def _guard(
 
     models = {served.name: None} | {adapter: adapter for adapter in served.settings.adapters}
     chat_format = served.tokenizer.chat_format
-    own = advised(chat_format.name)
+    own = {"temp": API_SAMPLING.temp, "top-p": API_SAMPLING.top_p, "max-tokens": 0} | advised(chat_format.name)
     service = Service(
         supervisor, served.tokenizer, models, served.vocabulary, args.timeout,
-        args.max_tokens or int(own.get("max-tokens", 0)) or None, grammars, served.kind, args.context_overflow,
-        replace(API_SAMPLING, temp=own.get("temp", API_SAMPLING.temp), top_p=own.get("top-p", API_SAMPLING.top_p)),
-        chat_format.reasons,
+        args.max_tokens or int(own["max-tokens"]) or None, grammars, served.kind, args.context_overflow,
+        sampling=replace(API_SAMPLING, temp=own["temp"], top_p=own["top-p"]), thinks=chat_format.reasons,
     )  # fmt: skip
     hosts = None if key is not None and not is_loopback(args.host) else (*LOOPBACK_NAMES, args.host.lower())
     return Guard(App(service, ServerTools(toolbox)).starlette(), key, hosts, tuple(args.allowed_origins))
