@@ -438,7 +438,7 @@ class Model(LanguageModel):
         token_bytes = 2 * config.num_key_value_heads * config.head_dim * itemsize  # one layer's keys and values
         state_bytes = E * (4 * config.mamba_d_state + itemsize * (config.mamba_d_conv - 1))
         window_bytes = (config.sliding_window - 1 + WindowCache.STEP) * token_bytes
-        mlp, scan = 3 * itemsize * config.intermediate_size, (6 * itemsize + 6 * 4) * E
+        mlp, scan = 3 * itemsize * config.intermediate_size, (6 * itemsize + 6 * 4) * E  # arrays alive at once
         return ContextCost(
             token_bytes=token_bytes,
             layer_bytes=token_bytes,
