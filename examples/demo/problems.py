@@ -59,8 +59,11 @@ def subtract(a: str, b: str) -> list[str]:
 
 
 def multiply(a: str, b: str) -> list[str]:
-    """Lines of a product: the first number times each digit of the second, and the sum of both."""
+    """Lines of a product: the longer number times each digit of the other, and the sum of both."""
     lines, parts = [f"{a}*{b}"], []
+    if len(a) < len(b):
+        a, b = b, a
+        lines.append(f"{a}*{b}")
     for place, digit in enumerate(reversed(b)):
         result, carry = "", 0
         for at in reversed(range(len(a))):
@@ -120,10 +123,12 @@ def other(draw: Draw) -> Prompt:
     return Prompt(OTHER, talk.messages[:1], [], {"role": "assistant", "content": REFUSAL})
 
 
-def problem(draw: Draw, category: str) -> Prompt:
-    """A random problem of a category."""
+def problem(draw: Draw, category: str, digit_first: float = 0.0) -> Prompt:
+    """A random problem of a category; of products by a digit, that part asks for the digit first."""
     sign = {"s": "+", "l": "+", "d": "-", "n": "-", "p": "*"}[category[0]]
     numbers = operands(draw, category)
+    if category == "product by a digit" and digit_first and draw.chance(digit_first):
+        numbers.reverse()
     lines, result = work(sign, numbers)
     template = draw.one(OPERATIONS[sign][0])
     if len(numbers) == 3:
@@ -144,12 +149,13 @@ def double(draw: Draw) -> Prompt:
             return prompt("double", draw.one(DOUBLE).format(e=number), "double", lines, result)
 
 
-def conversations(seed: int, count: int) -> Iterator[list[Message]]:
+def conversations(seed: int, count: int, digit_first: float = 0.0) -> Iterator[list[Message]]:
     """Training conversations: mostly one problem, sometimes after a system message or another problem.
 
     Args:
         seed: the seed; equal seeds give equal conversations.
         count: number of conversations.
+        digit_first: part of the products by a digit that ask for the digit first.
     """
     draw = Draw(f"train flash {seed}")
     for _ in range(count):
@@ -158,7 +164,7 @@ def conversations(seed: int, count: int) -> Iterator[list[Message]]:
             messages.append({"role": "system", "content": draw.one(SYSTEMS[:12])})
         for _ in range(2 if draw.chance(0.08) else 1):
             category = draw.rng.choices((*CATEGORIES, OTHER), (*WEIGHTS, OTHER_WEIGHT))[0]
-            made = other(draw) if category == OTHER else problem(draw, category)
+            made = other(draw) if category == OTHER else problem(draw, category, digit_first)
             messages += [*made.messages, made.answer]
         yield messages
 
@@ -166,4 +172,4 @@ def conversations(seed: int, count: int) -> Iterator[list[Message]]:
 def examination(seed: int, count: int = 500) -> list[Prompt]:
     """Held-out problems, one category after the other in rotation."""
     draw = Draw(f"examination flash {seed}", held_out=True)
-    return [problem(draw, CATEGORIES[at % len(CATEGORIES)]) for at in range(count)]
+    return [problem(draw, CATEGORIES[at % len(CATEGORIES)], digit_first=0.5) for at in range(count)]
