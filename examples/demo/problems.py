@@ -20,7 +20,10 @@ CATEGORIES = ("sum", "long sum", "difference", "negative difference", "product b
 WEIGHTS = (3, 3, 3, 2, 3, 5)
 OTHER = "no problem"
 OTHER_WEIGHT = 1
-DOUBLE = ["Double {e}.", "What is twice {e}?", "What is {e} doubled?", "What is the double of {e}?", "Twice {e}?"]
+FOLLOWING = [
+    "What comes after {e}?", "Which number follows {e}?", "What is the number after {e}?", "Count on from {e}.",
+    "What follows {e}?",
+]  # fmt: skip
 
 
 def held_out(a: int, b: int) -> bool:
@@ -140,13 +143,13 @@ def problem(draw: Draw, category: str, digit_first: float = 0.0) -> Prompt:
     return prompt(category, question, name, lines, result)
 
 
-def double(draw: Draw) -> Prompt:
+def following(draw: Draw) -> Prompt:
     """A problem of a new kind, which training never shows: its working is a known one, its question is not."""
     while True:
-        number = 10 + int(draw.rng.random() * 990)
-        if held_out(number, number) == draw.held_out:
-            lines, result = work("+", [number, number])
-            return prompt("double", draw.one(DOUBLE).format(e=number), "double", lines, result)
+        number = int(draw.rng.random() * 1000)
+        if held_out(number, 1) == draw.held_out:
+            question = draw.one(FOLLOWING).format(e=number)
+            return prompt("following", question, "number", add([str(number), "1"]), number + 1)
 
 
 def conversations(seed: int, count: int, digit_first: float = 0.0) -> Iterator[list[Message]]:
