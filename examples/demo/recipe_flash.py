@@ -80,17 +80,10 @@ def make_flash(folder: Path) -> tuple[LanguageModel, dict[str, Any]]:
 
 
 def initial(path: str, weight: mx.array) -> mx.array:
-    """An initial weight, where MLX's own or zeros would not do.
-
-    Source: Mamba's reference for the biases of dt, with larger steps, because the texts are short.
-    """
-    if path.endswith("conv1d.weight"):
-        return mx.random.uniform(-0.5, 0.5, weight.shape)
+    """An initial weight: steps larger than Mamba's, because the texts are short, and no biases of attention."""
     if path.endswith("dt_proj.bias"):
         step = mx.exp(mx.random.uniform(math.log(0.01), math.log(0.5), weight.shape))
         return step + mx.log(-mx.expm1(-step))  # the inverse of softplus
-    if "lambda_" in path:
-        return 0.1 * mx.random.normal(weight.shape)
     return mx.zeros_like(weight) if path.endswith(("Wqkv.bias", "out_proj.bias")) else weight
 
 
