@@ -19,7 +19,7 @@ function choose(id) {
 }
 
 /** True if the model that answers is a reasoning model, whose server knows the sampling that its authors advise. */
-export const isReasoning = () => models.find(({ id }) => id === options.model)?.kind === "reasoning";
+export const isReasoning = () => models.find(({ id }) => id === options.model)?.kind?.endsWith("reasoning");
 
 /** Reads the models and shows them. */
 export async function loadModels() {
