@@ -23,7 +23,7 @@ def model_kind(folder: Path, chat_format: ChatFormat, chosen: bool = False) -> M
 
     Returns:
         "reasoning" if its answers begin with the model's thoughts; "base" for a package without a chat template; else
-        "instruct". Embedded packages and what is made from them, which share a tokenizer, are "demo-reasoning" or "demo".
+        "instruct". Embedded packages and what is made of them, which share a tokenizer, are "demo-reasoning" or "demo".
 
     Raises:
         ConfigError: a file that may contain the chat template is damaged.
