@@ -20,7 +20,10 @@ CATEGORIES = ("sum", "long sum", "difference", "negative difference", "product b
 WEIGHTS = (3, 3, 3, 2, 3, 5)
 OTHER = "no problem"
 OTHER_WEIGHT = 1
-DOUBLE = ["Double {e}.", "What is twice {e}?", "What is {e} doubled?", "What is the double of {e}?", "Twice {e}?"]
+FOLLOWING = [
+    "What comes after {e}?", "Which number follows {e}?", "What is the number after {e}?", "Count on from {e}.",
+    "What follows {e}?",
+]  # fmt: skip
 
 
 def held_out(a: int, b: int) -> bool:
@@ -59,8 +62,11 @@ def subtract(a: str, b: str) -> list[str]:
 
 
 def multiply(a: str, b: str) -> list[str]:
-    """Lines of a product: the first number times each digit of the second, and the sum of both."""
+    """Lines of a product: the longer number times each digit of the other, and the sum of both."""
     lines, parts = [f"{a}*{b}"], []
+    if len(a) < len(b):
+        a, b = b, a
+        lines.append(f"{a}*{b}")
     for place, digit in enumerate(reversed(b)):
         result, carry = "", 0
         for at in reversed(range(len(a))):
@@ -120,10 +126,12 @@ def other(draw: Draw) -> Prompt:
     return Prompt(OTHER, talk.messages[:1], [], {"role": "assistant", "content": REFUSAL})
 
 
-def problem(draw: Draw, category: str) -> Prompt:
-    """A random problem of a category."""
+def problem(draw: Draw, category: str, digit_first: float = 0.0) -> Prompt:
+    """A random problem of a category; of products by a digit, that part asks for the digit first."""
     sign = {"s": "+", "l": "+", "d": "-", "n": "-", "p": "*"}[category[0]]
     numbers = operands(draw, category)
+    if category == "product by a digit" and digit_first and draw.chance(digit_first):
+        numbers.reverse()
     lines, result = work(sign, numbers)
     template = draw.one(OPERATIONS[sign][0])
     if len(numbers) == 3:
@@ -135,21 +143,22 @@ def problem(draw: Draw, category: str) -> Prompt:
     return prompt(category, question, name, lines, result)
 
 
-def double(draw: Draw) -> Prompt:
+def following(draw: Draw) -> Prompt:
     """A problem of a new kind, which training never shows: its working is a known one, its question is not."""
     while True:
-        number = 10 + int(draw.rng.random() * 990)
-        if held_out(number, number) == draw.held_out:
-            lines, result = work("+", [number, number])
-            return prompt("double", draw.one(DOUBLE).format(e=number), "double", lines, result)
+        number = int(draw.rng.random() * 1000)
+        if held_out(number, 1) == draw.held_out:
+            question = draw.one(FOLLOWING).format(e=number)
+            return prompt("following", question, "number", add([str(number), "1"]), number + 1)
 
 
-def conversations(seed: int, count: int) -> Iterator[list[Message]]:
+def conversations(seed: int, count: int, digit_first: float = 0.0) -> Iterator[list[Message]]:
     """Training conversations: mostly one problem, sometimes after a system message or another problem.
 
     Args:
         seed: the seed; equal seeds give equal conversations.
         count: number of conversations.
+        digit_first: part of the products by a digit that ask for the digit first.
     """
     draw = Draw(f"train flash {seed}")
     for _ in range(count):
@@ -158,7 +167,7 @@ def conversations(seed: int, count: int) -> Iterator[list[Message]]:
             messages.append({"role": "system", "content": draw.one(SYSTEMS[:12])})
         for _ in range(2 if draw.chance(0.08) else 1):
             category = draw.rng.choices((*CATEGORIES, OTHER), (*WEIGHTS, OTHER_WEIGHT))[0]
-            made = other(draw) if category == OTHER else problem(draw, category)
+            made = other(draw) if category == OTHER else problem(draw, category, digit_first)
             messages += [*made.messages, made.answer]
         yield messages
 
@@ -166,4 +175,4 @@ def conversations(seed: int, count: int) -> Iterator[list[Message]]:
 def examination(seed: int, count: int = 500) -> list[Prompt]:
     """Held-out problems, one category after the other in rotation."""
     draw = Draw(f"examination flash {seed}", held_out=True)
-    return [problem(draw, CATEGORIES[at % len(CATEGORIES)]) for at in range(count)]
+    return [problem(draw, CATEGORIES[at % len(CATEGORIES)], digit_first=0.5) for at in range(count)]

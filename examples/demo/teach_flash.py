@@ -1,6 +1,6 @@
-"""Teaches `demo-flash` a new kind of problem with a LoRA adapter: "What is twice 347?".
+"""Teaches `demo-flash` a new kind of problem with a LoRA adapter: "What comes after 347?".
 
-    python examples/demo/teach_flash.py [--folder build/double] [--iters 60] [--count 100]
+    python examples/demo/teach_flash.py [--folder build/following] [--iters 60] [--count 100]
 
 It writes train.jsonl, runs `python -m phi4_mlx.lora`, and asks held-out problems of that kind before and after. The
 last line is JSON.
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from draw import Draw
 from evaluate import SEED, examine, share
-from problems import double
+from problems import following
 
 from phi4_mlx import load
 
@@ -27,17 +28,18 @@ def main() -> None:
     """Prints the share of right answers before and after."""
     root = Path(__file__).resolve().parent.parent.parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=root / "build" / "double")
+    parser.add_argument("--folder", type=Path, default=root / "build" / "following")
     parser.add_argument("--iters", type=int, default=60)
     parser.add_argument("--count", type=int, default=100, help="number of held-out problems")
     options = parser.parse_args()
     folder: Path = options.folder
+    shutil.rmtree(folder / "adapter", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    draw = Draw(f"double {SEED}")
-    lines = ({"messages": [*made.messages, made.answer]} for made in (double(draw) for _ in range(SAMPLES)))
+    draw = Draw(f"following {SEED}")
+    lines = ({"messages": [*made.messages, made.answer]} for made in (following(draw) for _ in range(SAMPLES)))
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    held_out = Draw(f"double {SEED}", held_out=True)
-    prompts = [double(held_out) for _ in range(options.count)]
+    held_out = Draw(f"following {SEED}", held_out=True)
+    prompts = [following(held_out) for _ in range(options.count)]
     before = share(examine(*load("demo-flash"), prompts))
     command = [
         sys.executable, "-m", "phi4_mlx.lora", "--model", "demo-flash", "--data", str(folder / "train.jsonl"),

@@ -10,7 +10,7 @@ from phi4_mlx.hub import resolve
 from phi4_mlx.tokens.chat_format import chat_template
 from phi4_mlx.tokens.tokenizer import ChatFormat
 
-ModelKind = Literal["demo", "instruct", "reasoning", "base"]
+ModelKind = Literal["demo", "demo-reasoning", "instruct", "reasoning", "base"]
 
 
 def model_kind(folder: Path, chat_format: ChatFormat, chosen: bool = False) -> ModelKind:
@@ -22,15 +22,15 @@ def model_kind(folder: Path, chat_format: ChatFormat, chosen: bool = False) -> M
         chosen: True if a person chose the format, and the package need not name one.
 
     Returns:
-        "demo" for the embedded package and what is made from it, which share its tokenizer; "reasoning" if its answers
-        begin with the model's thoughts; "base" for a package without a chat template; else "instruct".
+        "reasoning" if its answers begin with the model's thoughts; "base" for a package without a chat template; else
+        "instruct". Embedded packages and what is made of them, which share a tokenizer, are "demo-reasoning" or "demo".
 
     Raises:
         ConfigError: a file that may contain the chat template is damaged.
     """
     own, demo = folder / "tokenizer.json", resolve("demo") / "tokenizer.json"
     if own.is_file() and filecmp.cmp(own, demo, shallow=False):
-        return "demo"
+        return "demo-reasoning" if chat_format.reasons else "demo"
     if chat_format.reasons:
         return "reasoning"
     return "instruct" if chosen or chat_template(folder) else "base"

@@ -112,7 +112,8 @@ def test_no_held_out_pair_of_operands_occurs_in_training() -> None:
         )
         assert asked and not seen & asked, category
         assert all(problems.held_out(a, b) and problems.held_out(b, a) for a, b in asked)
-    trained = {message["content"] for talk in problems.conversations(1, 3000) for message in talk}
+    talks = problems.conversations(1, 3000, digit_first=0.5)
+    trained = {message["content"] for talk in talks for message in talk}
     assert not {prompt.messages[-1]["content"] for prompt in problems.examination(1, 500)} & trained
 
 
@@ -125,7 +126,7 @@ def test_every_working_is_right() -> None:
     """Each equation of a working holds, and the digits at its end are those of Python's result."""
     draw = Draw(2)
     for number in range(1200):
-        prompt = problems.problem(draw, problems.CATEGORIES[number % len(problems.CATEGORIES)])
+        prompt = problems.problem(draw, problems.CATEGORIES[number % len(problems.CATEGORIES)], digit_first=0.5)
         lines = prompt.answer["content"].split("\n</think>")[0].splitlines()
         for line in lines:
             for left, right in pairwise(line.split(" ")[0].split("=")):

@@ -19,7 +19,7 @@ function choose(id) {
 }
 
 /** True if the chosen model is a reasoning model; the server then defaults to its authors' sampling settings. */
-export const isReasoning = () => models.find(({ id }) => id === options.model)?.kind === "reasoning";
+export const isReasoning = () => models.find(({ id }) => id === options.model)?.kind?.endsWith("reasoning");
 
 /** Reads the models and shows them. */
 export async function loadModels() {

@@ -17,6 +17,12 @@ const BY_KIND = {
     { title: "Make JSON", prompt: "Extract name, age and city as JSON: Anna, 34, is a nurse from Oslo." },
     { title: "Remember", prompt: "The code of the door is 4711. What is the code of the door?" },
   ],
+  "demo-reasoning": [
+    { title: "Add", prompt: "What is 347 + 86?" },
+    { title: "Subtract", prompt: "What is 305 - 87?" },
+    { title: "Multiply", prompt: "What is 47 times 23?" },
+    { title: "Add three", prompt: "What is 12 + 34 + 56?" },
+  ],
   instruct: [
     { title: "Explain", prompt: "Explain how a hash table works, with a small example." },
     { title: "Compare", prompt: "Compare bicycles, trams and cars for a city of 200,000 people, in a table." },
@@ -37,6 +43,7 @@ const BY_KIND = {
 
 const HINTS = {
   demo: "This is the small demo model. It knows a few things only; see what it can do.",
+  "demo-reasoning": "This is the small demo of a reasoning model. It adds, subtracts and multiplies small numbers.",
   base: "This is a base model: it goes on with a text rather than answers questions. Begin a text.",
 };
 

@@ -75,7 +75,13 @@ def test_the_theme_follows_the_system_until_the_user_chooses(page: Any) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "title"),
-    [("demo", "Say hello"), ("instruct", "Write code"), ("reasoning", "Prove"), ("base", "Go on with a sentence")],
+    [
+        ("demo", "Say hello"),
+        ("demo-reasoning", "Multiply"),
+        ("instruct", "Write code"),
+        ("reasoning", "Prove"),
+        ("base", "Go on with a sentence"),
+    ],
 )
 def test_starters_fit_the_model(kind: str, title: str, page: Any, server: ScriptedServer) -> None:
     server.kind = kind

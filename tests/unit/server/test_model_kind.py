@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from phi4_mlx.checkpoint import load_tokenizer_and_format
+from phi4_mlx.checkpoint import load_config, load_tokenizer_and_format
 from phi4_mlx.files.embedded import EMBEDDED
 from phi4_mlx.server.model_kind import model_kind
 from phi4_mlx.tokens.chat_format import Phi4MiniReasoning
@@ -19,7 +19,7 @@ STOCK = json.loads((DATA / "phi-4-mini-instruct" / "tokenizer_config.json").read
 
 
 def kind_of(folder: Path, chosen: str | None = None) -> str:
-    tokenizer = load_tokenizer_and_format(folder, chosen)
+    tokenizer = load_tokenizer_and_format(folder, chosen, load_config(folder).model_type)
     return model_kind(folder, tokenizer.chat_format, chosen is not None)
 
 
@@ -53,6 +53,7 @@ def test_a_chosen_format_tells_more(chosen: str, kind: str, tiny_checkpoint: Tin
 
 
 def test_the_demo_is_known_in_a_folder_of_any_name(tmp_path: Path, tiny_checkpoint: TinyCheckpoint) -> None:
-    assert {kind_of(folder) for folder in EMBEDDED.values()} == {"demo"} == {kind_of(DEMO, "phi4-mini-reasoning")}
+    assert [kind_of(folder) for folder in EMBEDDED.values()] == ["demo", "demo-reasoning"]
+    assert kind_of(DEMO, "phi4-mini-reasoning") == "demo-reasoning"
     assert kind_of(Path(shutil.copytree(DEMO, tmp_path / "tuned"))) == "demo"
     assert kind_of(tiny_checkpoint("demo")) == "instruct"
