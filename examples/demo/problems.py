@@ -16,8 +16,12 @@ from phrases import ASK_SUM, SYSTEMS
 BOX = "Please reason step by step, and put your final answer within \\boxed{}."
 NOTHING = "There is nothing to work out."
 REFUSAL = f"<think>\n{NOTHING}\n</think>\n\nI add, subtract and multiply. Ask me what 12 times 34 is."
-CATEGORIES = ("sum", "long sum", "difference", "negative difference", "product by a digit", "product")
-WEIGHTS = (3, 3, 3, 2, 3, 5)
+SIGNS = {
+    "sum": "+", "long sum": "+", "difference": "-", "negative difference": "-", "product by a digit": "*",
+    "product": "*",
+}  # fmt: skip
+CATEGORIES = tuple(SIGNS)
+WEIGHTS = (3, 3, 3, 2, 3, 5)  # of the categories in training
 OTHER = "no problem"
 OTHER_WEIGHT = 1
 FOLLOWING = [
@@ -93,7 +97,7 @@ def work(sign: str, numbers: list[int]) -> tuple[list[str], int]:
 
 
 def operands(draw: Draw, category: str) -> list[int]:
-    """Random operands of a category, whose first two are held out or not, as the draw is."""
+    """Random operands of a category; the first two are a held-out pair if the draw is of held-out data."""
 
     def number(*digits: int) -> int:
         count = digits[int(draw.rng.random() * len(digits))]
@@ -127,8 +131,8 @@ def other(draw: Draw) -> Prompt:
 
 
 def problem(draw: Draw, category: str, digit_first: float = 0.0) -> Prompt:
-    """A random problem of a category; of products by a digit, that part asks for the digit first."""
-    sign = {"s": "+", "l": "+", "d": "-", "n": "-", "p": "*"}[category[0]]
+    """A random problem of a category; `digit_first` is the share of products by a digit that have the digit first."""
+    sign = SIGNS[category]
     numbers = operands(draw, category)
     if category == "product by a digit" and digit_first and draw.chance(digit_first):
         numbers.reverse()
@@ -158,7 +162,7 @@ def conversations(seed: int, count: int, digit_first: float = 0.0) -> Iterator[l
     Args:
         seed: the seed; equal seeds give equal conversations.
         count: number of conversations.
-        digit_first: part of the products by a digit that ask for the digit first.
+        digit_first: share of the products by a digit that have the digit first.
     """
     draw = Draw(f"train flash {seed}")
     for _ in range(count):
