@@ -420,7 +420,7 @@ class Model(LanguageModel):
         for name in ("kv_bits", "max_kv_size"):
             if getattr(options, name) is not None:
                 raise RequestError(
-                    f"{name} has no use for this model: only one of its layers keeps keys and values of all tokens; "
+                    f"{name} does not apply to this model: only one of its layers keeps keys and values of all tokens; "
                     f"leave out --{name.replace('_', '-')}"
                 )
         caches: list[LayerCache] = []

@@ -150,7 +150,7 @@ def test_a_model_that_refuses_the_cache_does_not_take_over(
     conversation = Conversation(before, flash[1], cache_options=CacheOptions(None, 4))
     chat = Chat(Recorder(), conversation, "tiny", {"temp": 0}, person=True)
     monkeypatch.setattr("phi4_mlx.chat.session.load_shown", lambda *_: flash)
-    with pytest.raises(RequestError, match=r"kv_bits has no use for this model: .* leave out --kv-bits"):
+    with pytest.raises(RequestError, match=r"kv_bits does not apply to this model: .* leave out --kv-bits"):
         obey(chat, "/model flash")
     assert chat.conversation.model is before and chat.model_name == "tiny"
     chat.set("max-tokens", 3)
