@@ -156,23 +156,36 @@ def following(draw: Draw) -> Prompt:
             return prompt("following", question, "number", add([str(number), "1"]), number + 1)
 
 
-def conversations(seed: int, count: int, digit_first: float = 0.0) -> Iterator[list[Message]]:
-    """Training conversations: mostly one problem, sometimes after a system message or another problem.
+def conversations(
+    seed: int, count: int, digit_first: float = 0.0, history: float = 0.0
+) -> Iterator[list[Message]]:
+    """Training conversations: mostly one problem, sometimes after a system message or other problems.
 
     Args:
         seed: the seed; equal seeds give equal conversations.
         count: number of conversations.
         digit_first: share of the products by a digit that have the digit first.
+        history: share of the conversations that begin with one or two problems as clients send them back: answered
+            without thoughts, or stopped before a word.
     """
     draw = Draw(f"train flash {seed}")
+
+    def turn() -> list[Message]:
+        category = draw.rng.choices((*CATEGORIES, OTHER), (*WEIGHTS, OTHER_WEIGHT))[0]
+        made = other(draw) if category == OTHER else problem(draw, category, digit_first)
+        return [*made.messages, made.answer]
+
     for _ in range(count):
         messages: list[Message] = []
         if draw.chance(0.15):
             messages.append({"role": "system", "content": draw.one(SYSTEMS[:12])})
+        if history and draw.chance(history):
+            for _ in range(2 if draw.chance(0.3) else 1):
+                question, answer = turn()
+                sent_back = "" if draw.chance(0.15) else answer["content"].partition("</think>\n\n")[2]
+                messages += [question, answer | {"content": sent_back}]
         for _ in range(2 if draw.chance(0.08) else 1):
-            category = draw.rng.choices((*CATEGORIES, OTHER), (*WEIGHTS, OTHER_WEIGHT))[0]
-            made = other(draw) if category == OTHER else problem(draw, category, digit_first)
-            messages += [*made.messages, made.answer]
+            messages += turn()
         yield messages
 
 

@@ -57,7 +57,8 @@ def make_flash(folder: Path) -> tuple[LanguageModel, dict[str, Any]]:
     """Trains the model.
 
     The last part computes the loss with weights rounded to 4 bits, so that quantisation does not cost accuracy, and
-    adds products such as 3 times 12, which are learned in no time once 12 times 3 is known.
+    adds products such as 3 times 12, which are learned in no time once 12 times 3 is known, and earlier turns without
+    thoughts.
 
     Args:
         folder: gets the files of the tokenizer.
@@ -73,7 +74,7 @@ def make_flash(folder: Path) -> tuple[LanguageModel, dict[str, Any]]:
     model.update(tree_map_with_path(initial, model.parameters()))
     mx.eval(model.parameters())
     first = samples(tokenizer, problems.conversations(1, CONVERSATIONS))
-    last = samples(tokenizer, problems.conversations(2, SETTLING_CONVERSATIONS, digit_first=0.5))
+    last = samples(tokenizer, problems.conversations(2, SETTLING_CONVERSATIONS, digit_first=0.5, history=0.35))
     run(model, first, PEAK_RATE, answer_loss, folder / "run")
     run(model, last, SETTLING_RATE, rounded_loss(model), folder / "settling")
     return model, CONFIG.to_dict()
@@ -88,11 +89,17 @@ def initial(path: str, weight: mx.array) -> mx.array:
 
 
 def samples(tokenizer: Tokenizer, conversations: Iterable[list[problems.Message]]) -> list[Sample]:
-    """Conversations as samples whose targets are the assistant's words."""
+    """Conversations as samples whose targets are the assistant's words, but for answers that lost their thoughts."""
     made = []
     for number, messages in enumerate(conversations):
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=False)[:-1]
-        made.append(Sample(ids, tokenizer.chat_format.own_words(tokenizer, ids), f"conversation {number}"))
+        targets = tokenizer.chat_format.own_words(tokenizer, ids)
+        answers = [at for at, each in enumerate(messages) if each["role"] == "assistant"]
+        lost = [at for at in answers if "<think>" not in messages[at]["content"]]
+        if lost:
+            start = len(tokenizer.apply_chat_template(messages[: lost[-1] + 1], add_generation_prompt=False)) - 1
+            targets = [False] * start + list(targets[start:])
+        made.append(Sample(ids, targets, f"conversation {number}"))
     return made
 
 
