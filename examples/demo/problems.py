@@ -156,6 +156,11 @@ def following(draw: Draw) -> Prompt:
             return prompt("following", question, "number", add([str(number), "1"]), number + 1)
 
 
+def sent_back(answer: Message) -> Message:
+    """An answer as clients send it back with the next question: without its thoughts."""
+    return answer | {"content": answer["content"].partition("</think>\n\n")[2]}
+
+
 def conversations(
     seed: int, count: int, digit_first: float = 0.0, history: float = 0.0
 ) -> Iterator[list[Message]]:
@@ -182,8 +187,7 @@ def conversations(
         if history and draw.chance(history):
             for _ in range(2 if draw.chance(0.3) else 1):
                 question, answer = turn()
-                sent_back = "" if draw.chance(0.15) else answer["content"].partition("</think>\n\n")[2]
-                messages += [question, answer | {"content": sent_back}]
+                messages += [question, answer | {"content": ""} if draw.chance(0.15) else sent_back(answer)]
         for _ in range(2 if draw.chance(0.08) else 1):
             messages += turn()
         yield messages

@@ -221,13 +221,12 @@ class Conversation:
         """
         if not question.strip():
             raise RequestError("the question is empty; it needs at least one character that is not white space")
-        plan = self._plan()
         turns = [*self.turns, _open_turn(question)]
 
         def fitted(after: int = 0) -> tuple[list[int], int]:
             if self.overflow == "stop":
                 return self._ids(turns), 0
-            return keep_latest(turns, self._ids, self._length, plan.most_tokens, options.max_tokens, after)
+            return keep_latest(turns, self._ids, self._length, self.longest, options.max_tokens, after)
 
         def shorten(after: int) -> list[int]:
             prompt, self.dropped = fitted(after)
@@ -236,11 +235,11 @@ class Conversation:
         prompt, dropped = fitted()
         if len(prompt) >= self.context:
             raise RequestError(self._too_long(len(prompt)))
-        check_context(plan, len(prompt))
+        check_context(self._plan(), len(prompt))
         self.dropped = dropped
         loop = ToolLoop(
             self.model, self.tokenizer, prompt, self.toolbox, self.cache, options,
-            grammar=grammar, approve=approve, longest=plan.most_tokens,
+            grammar=grammar, approve=approve, longest=self.longest,
             thinks=self.tokenizer.chat_format.reasons, shorten=None if self.overflow == "stop" else shorten,
         )  # fmt: skip
         return self._answer(question, loop)

@@ -127,7 +127,7 @@ def test_a_stream_says_it_too(server: InProcessServer, path: str) -> None:
 class SmallConversation(Conversation):
     """A conversation with the server's room."""
 
-    context = CONTEXT
+    context = longest = CONTEXT
 
 
 def test_all_apis_keep_the_same_turns_as_the_chat(server: InProcessServer) -> None:
