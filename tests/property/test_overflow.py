@@ -173,7 +173,7 @@ def test_the_server_reads_what_a_new_conversation_of_the_kept_turns_would(
 
     ask = Ask("m", messages=[*system, *chain.from_iterable(turns)], tools=tools, max_tokens=max_tokens)
     ask = replace(ask, tool_choice="auto" if tools else "none")
-    service = Service(SimpleNamespace(longest=context), tokenizer, {}, 0, 60.0, overflow="oldest")  # type: ignore[arg-type]
+    service = Service(SimpleNamespace(longest=context, note=""), tokenizer, {}, 0, 60.0, overflow="oldest")  # type: ignore[arg-type]
     if lengths[expected] >= context:
         with pytest.raises(WireError, match=f"prompt is too long: {lengths[-1]} tokens > {context - 1} maximum"):
             asyncio.run(service.prompts(ask))
