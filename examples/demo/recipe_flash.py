@@ -6,7 +6,6 @@ step in small operations that a compiler fuses.
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -29,7 +28,7 @@ from phi4_mlx.lora.training.signals import Stop
 from phi4_mlx.lora.training.trainable import make_trainable
 from phi4_mlx.lora.training.trainer import Trainer
 from phi4_mlx.models.model import LanguageModel
-from phi4_mlx.models.sambay import Model
+from phi4_mlx.models.sambay import Model, step_bias
 from phi4_mlx.tokens.tokenizer import Tokenizer
 
 SEED = 4
@@ -83,8 +82,7 @@ def make_flash(folder: Path) -> tuple[LanguageModel, dict[str, Any]]:
 def initial(path: str, weight: mx.array) -> mx.array:
     """An initial weight: steps larger than Mamba's, because the texts are short, and no biases of attention."""
     if path.endswith("dt_proj.bias"):
-        step = mx.exp(mx.random.uniform(math.log(0.01), math.log(0.5), weight.shape))
-        return step + mx.log(-mx.expm1(-step))  # the inverse of softplus
+        return step_bias(weight.size, steps=(0.01, 0.5))
     return mx.zeros_like(weight) if path.endswith(("Wqkv.bias", "out_proj.bias")) else weight
 
 

@@ -1,7 +1,8 @@
 """The contract of a model: everything that the rest of the package may ask of one.
 
-A new model is one file that subclasses `LanguageModel`, a config, a chat format, and a line in
-`phi4_mlx.checkpoint.KINDS`. Generation, batching, serving, training and conversion then work with it unchanged.
+A new model is one file that subclasses `LanguageModel`, or `CausalLM` if it is a decoder with a head; a config, a chat
+format, and a line in `phi4_mlx.checkpoint.KINDS`. Generation, batching, serving, training and conversion then work with
+it unchanged.
 
 Shapes: B batch, T new tokens, S cached plus new, D hidden, V vocabulary.
 """

@@ -26,9 +26,10 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.models.attention import SLICE, PackedAttention
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.cache import REWIND, CacheOptions, KVCache, LayerCache
+from phi4_mlx.models.causal_lm import CausalLM
 from phi4_mlx.models.compiled import ALL, Call, CompiledSteps, Traced
 from phi4_mlx.models.differential import SCORES, Attention, Mask
-from phi4_mlx.models.model import ContextCost, LanguageModel
+from phi4_mlx.models.model import ContextCost
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.scan import selective_scan, short_scan
 from phi4_mlx.models.state import RecurrentCache, WindowCache
@@ -99,9 +100,9 @@ class Conv1d(nn.Module):
         return total
 
 
-def _step_bias(width: int) -> mx.array:
-    """Initial biases of dt, so that softplus gives step sizes within `STEPS`, uniform on a log scale."""
-    dt = mx.exp(mx.random.uniform(*map(math.log, STEPS), (width,)))
+def step_bias(width: int, steps: tuple[float, float] = STEPS) -> mx.array:
+    """Initial biases of dt [width], so that softplus gives step sizes within `steps`, uniform on a log scale."""
+    dt = mx.exp(mx.random.uniform(*map(math.log, steps), (width,)))
     return dt + mx.log(-mx.expm1(-dt))  # the inverse of softplus
 
 
@@ -117,7 +118,7 @@ class Mamba(nn.Module):
         self.conv1d = Conv1d(E, config.mamba_d_conv)
         self.x_proj = nn.Linear(E, R + 2 * N, bias=False)
         self.dt_proj = nn.Linear(R, E)
-        self.dt_proj.bias = _step_bias(E)
+        self.dt_proj.bias = step_bias(E)
         self.A_log = mx.broadcast_to(mx.log(mx.arange(1, N + 1, dtype=mx.float32)), (E, N))
         self.D = mx.ones((E,))
         self.out_proj = nn.Linear(E, D, bias=False)
@@ -358,49 +359,15 @@ class Decoder(nn.Module):
         ]
 
 
-class Model(LanguageModel):
+class Model(CausalLM):
     """A SambaY decoder with its head."""
 
     config: SambaYConfig
+    model: Decoder
     lora_keys = ("attn.in_proj", "attn.out_proj", "attn.Wqkv", "mlp.fc1", "mlp.fc2")
 
     def __init__(self, config: SambaYConfig):
-        super().__init__()
-        self.config = config
-        self.model = Decoder(config)
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.recompute = False
-
-    def hidden(
-        self,
-        ids: mx.array,
-        cache: PromptCache | BatchCache | None = None,
-        *,
-        embeddings: mx.array | None = None,
-        segments: mx.array | None = None,
-        rows: int | None = None,
-    ) -> mx.array:
-        """See `LanguageModel.hidden`."""
-        recompute = self.recompute and self.training
-        return self.model(
-            ids, cache, embeddings=embeddings, segments=segments, rows=rows, recompute=recompute, watch=self.watch
-        )
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        """See `LanguageModel.logits`."""
-        head = self.model.embed_tokens.as_linear if self.config.tie_word_embeddings else self.lm_head
-        return head(hidden)
-
-    @property
-    def head(self) -> nn.Module:
-        """See `LanguageModel.head`."""
-        return self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        """The blocks; mlx-lm's name."""
-        return list(self.model.layers)
+        super().__init__(config, Decoder(config))
 
     @property
     def dtype(self) -> mx.Dtype:

@@ -17,15 +17,15 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from phi4_mlx.config.text import ModelConfig
 from phi4_mlx.errors import RequestError
 from phi4_mlx.models.attention import BLOCK, PackedAttention, attention
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.cache import CacheOptions, KVCache, LayerCache, Mask, group_size
+from phi4_mlx.models.causal_lm import CausalLM
 from phi4_mlx.models.compiled import ALL, Call, CompiledSteps, Traced
-from phi4_mlx.models.model import ContextCost, LanguageModel
+from phi4_mlx.models.model import ContextCost
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import PackedRotation, Regime, Rope, Rotation, regime_of
 
@@ -219,61 +219,21 @@ class Decoder(nn.Module):
         ]
 
 
-class Model(LanguageModel):
+class Model(CausalLM):
     """A phi3 decoder with its head."""
 
     config: ModelConfig
+    model: Decoder
     lora_keys = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 
     def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
-        self.model = Decoder(config)
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        super().__init__(config, Decoder(config))
         self.boundary = self.model.rope.boundary
-        self.recompute = False
-
-    def hidden(
-        self,
-        ids: mx.array,
-        cache: PromptCache | BatchCache | None = None,
-        *,
-        embeddings: mx.array | None = None,
-        segments: mx.array | None = None,
-        rows: int | None = None,
-    ) -> mx.array:
-        """See `LanguageModel.hidden`."""
-        recompute = self.recompute and self.training
-        return self.model(
-            ids, cache, embeddings=embeddings, segments=segments, rows=rows, recompute=recompute, watch=self.watch
-        )
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        """See `LanguageModel.logits`."""
-        head = self.model.embed_tokens.as_linear if self.config.tie_word_embeddings else self.lm_head
-        return head(hidden)
-
-    @property
-    def head(self) -> nn.Module:
-        """See `LanguageModel.head`."""
-        return self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        """The blocks; mlx-lm's name."""
-        return list(self.model.layers)
 
     @property
     def dtype(self) -> mx.Dtype:
         """See `LanguageModel.dtype`."""
         return self.model.norm.weight.dtype
-
-    @property
-    def step_bytes(self) -> int:
-        """See `LanguageModel.step_bytes`; an embedding that is not the head is only looked up."""
-        looked_up = [] if self.config.tie_word_embeddings else tree_flatten(self.model.embed_tokens.parameters())
-        return self.weights_bytes - sum(int(array.nbytes) for _, array in looked_up)
 
     def layer_caches(self, options: CacheOptions) -> list[LayerCache]:
         """See `LanguageModel.layer_caches`."""

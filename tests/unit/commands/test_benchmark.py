@@ -15,6 +15,7 @@ from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.text import Model
 from phi4_mlx.terminal.amount import size
 from tests.conftest import BOUNDARY
+from tests.kinds import MAKERS
 from tests.tiny_sambay import write_tiny_sambay
 
 TinyModel = Callable[..., Model]
@@ -74,8 +75,9 @@ def test_states_are_fixed_and_shared_keys_are_read_by_each_layer(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_step_reads_the_embedding_only_where_it_is_the_head(tiny_model: TinyModel) -> None:
-    tied, apart = tiny_model(), tiny_model(tie_word_embeddings=False)
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_step_reads_the_embedding_only_where_it_is_the_head(kind: str) -> None:
+    tied, apart = (MAKERS[kind](tie_word_embeddings=tie) for tie in (True, False))
     assert tied.step_bytes == apart.step_bytes
 
 

@@ -1,0 +1,72 @@
+"""The part of the contract that decoders with one head share: a decoder `model`, and `lm_head` unless it is tied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from phi4_mlx.config.fields import Config
+from phi4_mlx.models.batch_cache import BatchCache
+from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.models.prompt_cache import PromptCache
+
+
+class CausalLM(LanguageModel):
+    """A decoder with its head. Attribute names are those of the family's checkpoints.
+
+    Args:
+        config: the model's shapes.
+        decoder: everything below the head, with `embed_tokens` and `layers`; called as `hidden` calls it.
+    """
+
+    model: Any
+
+    def __init__(self, config: Config, decoder: nn.Module):
+        super().__init__()
+        self.config = config
+        self.model = decoder
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.recompute = False
+
+    def hidden(
+        self,
+        ids: mx.array,
+        cache: PromptCache | BatchCache | None = None,
+        *,
+        embeddings: mx.array | None = None,
+        segments: mx.array | None = None,
+        rows: int | None = None,
+    ) -> mx.array:
+        """See `LanguageModel.hidden`."""
+        recompute = self.recompute and self.training
+        found: mx.array = self.model(
+            ids, cache, embeddings=embeddings, segments=segments, rows=rows, recompute=recompute, watch=self.watch
+        )
+        return found
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """See `LanguageModel.logits`."""
+        head = self.model.embed_tokens.as_linear if self.config.tie_word_embeddings else self.lm_head
+        logits: mx.array = head(hidden)
+        return logits
+
+    @property
+    def head(self) -> nn.Module:
+        """See `LanguageModel.head`."""
+        head: nn.Module = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return head
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The blocks; mlx-lm's name."""
+        return list(self.model.layers)
+
+    @property
+    def step_bytes(self) -> int:
+        """See `LanguageModel.step_bytes`; an embedding that is not the head is only looked up."""
+        looked_up = [] if self.config.tie_word_embeddings else tree_flatten(self.model.embed_tokens.parameters())
+        return self.weights_bytes - sum(int(array.nbytes) for _, array in looked_up)
