@@ -34,6 +34,14 @@ class SnapshotCache(ABC):
     def _set(self, arrays: Sequence[mx.array], offset: int) -> None:
         """Replaces everything cached by `arrays`, of `offset` tokens."""
 
+    @abstractmethod
+    def can_trim(self, n: int) -> bool:
+        """True if the last n tokens can be taken back now."""
+
+    @abstractmethod
+    def _take_back(self, n: int) -> None:
+        """Takes back the last n tokens, which `can_trim`."""
+
     @property
     def state(self) -> Sequence[mx.array]:
         """The arrays, and the number of tokens; empty before the first one."""
@@ -46,6 +54,20 @@ class SnapshotCache(ABC):
     def is_trimmable(self) -> bool:
         """False: what earlier passes left is gone."""
         return False
+
+    def trim(self, n: int) -> int:
+        """Takes back the last n tokens; returns how many it took: n, all of them, or 0 where that is not possible.
+
+        Drops what only the latest pass could take back, also for n = 0.
+        """
+        n = min(n, self.offset)
+        if n < 0 or not (n == self.offset or self.can_trim(n)):
+            return 0
+        if n == self.offset:
+            self._set([], 0)
+        else:
+            self._take_back(n)
+        return n
 
     def snapshot(self) -> tuple[list[mx.array], int]:
         """The arrays and the number of tokens; later tokens do not change them."""
@@ -125,16 +147,8 @@ class RecurrentCache(SnapshotCache):
         """True if the last n tokens are in the latest pass, and its states are kept."""
         return n < len(self._states)
 
-    def trim(self, n: int) -> int:
-        """Takes back the last n tokens; returns how many it took: n, all of them, or 0 where that is not possible.
-
-        Drops the states between the tokens of the latest pass, also for n = 0.
-        """
-        n = min(n, self.offset)
-        if n < 0 or not (n == self.offset or self.can_trim(n)):
-            return 0
-        self._set([] if n == self.offset else [self._tail(n), self._states[-1 - n]], self.offset - n)
-        return n
+    def _take_back(self, n: int) -> None:
+        self._set([self._tail(n), self._states[-1 - n]], self.offset - n)
 
     def kept(self, length: int) -> int:
         """1: a recurrent state has the same size after any number of tokens."""
@@ -218,16 +232,8 @@ class WindowCache(SnapshotCache):
         """True if the window before the last n tokens is still whole."""
         return n <= self._filled and (self._filled == self.offset or self._filled - n >= self.window - 1)
 
-    def trim(self, n: int) -> int:
-        """Takes back the last n tokens; returns how many it took: n, all of them, or 0 where that is not possible."""
-        n = min(n, self.offset)
-        if n <= 0 or not (n == self.offset or self.can_trim(n)):
-            return 0
-        if n == self.offset:
-            self._set([], 0)
-        else:
-            self._filled, self.offset = self._filled - n, self.offset - n
-        return n
+    def _take_back(self, n: int) -> None:
+        self._filled, self.offset = self._filled - n, self.offset - n
 
     def kept(self, length: int) -> int:
         """The number of positions in `state` when `length` tokens have been appended: at most the window's."""
