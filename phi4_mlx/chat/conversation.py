@@ -112,11 +112,8 @@ class Conversation:
         return self.model.config.max_position_embeddings
 
     @property
-    def longest(self) -> int:
-        """The longest conversation that this machine's memory has room for, in tokens; at most `context`."""
-        return self._plan().most_tokens
-
-    def _plan(self) -> ContextPlan:
+    def plan(self) -> ContextPlan:
+        """The memory plan of a conversation, with the most tokens that this machine has room for."""
         return plan_context(self.model, self.cache_options.kv_bits, self.cache_options.max_kv_size)
 
     def switch(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
@@ -221,12 +218,13 @@ class Conversation:
         """
         if not question.strip():
             raise RequestError("the question is empty; it needs at least one character that is not white space")
+        plan = self.plan
         turns = [*self.turns, _open_turn(question)]
 
         def fitted(after: int = 0) -> tuple[list[int], int]:
             if self.overflow == "stop":
                 return self._ids(turns), 0
-            return keep_latest(turns, self._ids, self._length, self.longest, options.max_tokens, after)
+            return keep_latest(turns, self._ids, self._length, plan.most_tokens, options.max_tokens, after)
 
         def shorten(after: int) -> list[int]:
             prompt, self.dropped = fitted(after)
@@ -235,11 +233,11 @@ class Conversation:
         prompt, dropped = fitted()
         if len(prompt) >= self.context:
             raise RequestError(self._too_long(len(prompt)))
-        check_context(self._plan(), len(prompt))
+        check_context(plan, len(prompt))
         self.dropped = dropped
         loop = ToolLoop(
             self.model, self.tokenizer, prompt, self.toolbox, self.cache, options,
-            grammar=grammar, approve=approve, longest=self.longest,
+            grammar=grammar, approve=approve, longest=plan.most_tokens,
             thinks=self.tokenizer.chat_format.reasons, shorten=None if self.overflow == "stop" else shorten,
         )  # fmt: skip
         return self._answer(question, loop)

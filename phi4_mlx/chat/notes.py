@@ -54,19 +54,19 @@ def unanswered_note(conversation: Conversation) -> str:
     if usage.finish_reason != "length":
         return "the model ended its thoughts without an answer"
     more = "the context and the memory have room for no more"
-    if usage.prompt_tokens + usage.answer_tokens < conversation.longest:
+    if usage.prompt_tokens + usage.answer_tokens < conversation.plan.most_tokens:
         more = "raise --max-tokens"
     return f"the thoughts were cut, before an answer, after {amount(usage.answer_tokens, 'token')}; {more}"
 
 
 def _limit(conversation: Conversation, max_tokens: int) -> str:
     """The limit that has cut the last answer, and the way out."""
-    usage = conversation.usage
-    if usage.answer_tokens and usage.prompt_tokens + max_tokens <= conversation.longest:
+    usage, longest = conversation.usage, conversation.plan.most_tokens
+    if usage.answer_tokens and usage.prompt_tokens + max_tokens <= longest:
         return "; /set max-tokens N changes the limit"
     end = f", the end of the context of {conversation.context:,}{conversation.model.config.context_note}"
-    if conversation.longest < conversation.context:
-        end = f", as this machine's memory holds {amount(conversation.longest, 'token')} in all"
+    if longest < conversation.context:
+        end = f", as this machine's memory holds {amount(longest, 'token')} in all"
     if conversation.overflow == "oldest":
         return f"{end}; the next question makes room"
     return f"{end}; /undo and /reset make room; a chat started with --context-overflow oldest goes on"

@@ -121,7 +121,7 @@ class Chat:
         """Shows the model, its context, the settings that its authors advise, and how to get help."""
         self.screen.write(f"{self.model_name}, context {self.conversation.context:,} tokens\n")
         if names := advised(self.conversation.tokenizer.chat_format.name):
-            shown = settings_line(self.settings, names, self.conversation.longest)
+            shown = settings_line(self.settings, names, self.conversation.plan.most_tokens)
             self.screen.note(f"{shown}; /set changes them.")
         self.screen.note("/help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves.")
         if rescued_file().exists():

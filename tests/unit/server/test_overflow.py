@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from phi4_mlx.chat.conversation import Conversation, Turn
+from phi4_mlx.generation.memory import ContextPlan
 from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.tokens.overflow import split_turns
 from tests.unit.server.in_process import InProcessServer, events_of
@@ -127,7 +129,11 @@ def test_a_stream_says_it_too(server: InProcessServer, path: str) -> None:
 class SmallConversation(Conversation):
     """A conversation with the server's room."""
 
-    context = longest = CONTEXT
+    context = CONTEXT
+
+    @property
+    def plan(self) -> ContextPlan:
+        return replace(super().plan, longest=CONTEXT)
 
 
 def test_all_apis_keep_the_same_turns_as_the_chat(server: InProcessServer) -> None:
