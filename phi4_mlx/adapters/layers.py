@@ -307,7 +307,7 @@ def _check_options(rank: int, scale: float, dropout: float, num_layers: int, tot
 
 def _check_keys(keys: Sequence[str], usual: Sequence[str], linears: Iterable[str], layers: range) -> None:
     """Refuses a key that is repeated, that no block has, or that none of the blocks to adapt has."""
-    places = [place(path) for path in linears]
+    places = {place(path) for path in linears}
     known = [*usual, *sorted({key for layer, key in places if layer >= 0} - {*usual})]
     if not keys or not {*keys} <= {*known} or len({*keys}) != len(keys):
         raise RequestError(f"keys {[*keys]!r:.200} must be linear layers of a block, each once: {', '.join(known)}")

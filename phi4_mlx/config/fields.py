@@ -79,6 +79,11 @@ class Config(Protocol):
 
 
 def quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The quantisation in a config.json, checked; None for none.
+
+    Raises:
+        ConfigError: a mode, a width or a method is not supported.
+    """
     found = raw.get("quantization") or raw.get("quantization_config")
     if found is None:
         return None
@@ -119,6 +124,7 @@ def check_unused(raw: Mapping[str, Any], own: Mapping[str, tuple[Any, ...]]) -> 
 
 
 def count(raw: Mapping[str, Any], name: str, default: int | None = None, most: int = MAX_COUNT) -> int:
+    """A field that must be a whole number from 1 to `most`; ConfigError names it. Null stands for the default."""
     value = raw.get(name)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
@@ -127,6 +133,7 @@ def count(raw: Mapping[str, Any], name: str, default: int | None = None, most: i
 
 
 def number(raw: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    """A field that must be a number above 0; ConfigError names it. Null stands for the default."""
     value = raw.get(name)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
@@ -145,6 +152,7 @@ def brief(value: Any) -> str:
 
 
 def flag(raw: Mapping[str, Any], name: str) -> bool:
+    """A field that must be true or false; ConfigError names it. Null and absence are false."""
     value = raw.get(name)
     if value not in (True, False, None) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
         raise ConfigError(f"config.json: {name} must be true or false, not {brief(value)}")
