@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from phi4_mlx.terminal.amount import amount
 from phi4_mlx.terminal.options import Settings
+from phi4_mlx.terminal.thoughts import end_note
 
 if TYPE_CHECKING:
     from phi4_mlx.chat.conversation import Conversation
@@ -51,12 +52,8 @@ def full_note(conversation: Conversation) -> str:
 def unanswered_note(conversation: Conversation) -> str:
     """The note that an answer has only thoughts."""
     usage = conversation.usage
-    if usage.finish_reason != "length":
-        return "the model ended its thoughts without an answer"
-    more = "the context and the memory have room for no more"
-    if usage.prompt_tokens + usage.answer_tokens < conversation.plan.most_tokens:
-        more = "raise --max-tokens"
-    return f"the thoughts were cut, before an answer, after {amount(usage.answer_tokens, 'token')}; {more}"
+    full = usage.prompt_tokens + usage.answer_tokens >= conversation.plan.most_tokens
+    return end_note(usage.answer_tokens, cut=usage.finish_reason == "length", unanswered=True, full=full)
 
 
 def _limit(conversation: Conversation, max_tokens: int) -> str:

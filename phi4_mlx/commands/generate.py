@@ -24,6 +24,7 @@ from phi4_mlx.terminal.options import (
     sampling_defaults,
 )
 from phi4_mlx.terminal.screen import Screen
+from phi4_mlx.terminal.thoughts import end_note
 
 if TYPE_CHECKING:
     from phi4_mlx.generation.options import DecodeOptions
@@ -130,8 +131,9 @@ def _generate(args: argparse.Namespace) -> None:
     last, unanswered = _print_answer(model, tokenizer, ids, cache, options, thinks)
     if args.verbose:
         _report(last, cached)
-    if unanswered or (lowered and last.finish_reason == "length"):
-        complain(PROG, _end_note(last, unanswered, lowered))
+    cut = last.finish_reason == "length"
+    if unanswered or (lowered and cut):
+        complain(PROG, end_note(last.generation_tokens, cut=cut, unanswered=unanswered, full=lowered))
     if constraint is not None and not constraint.complete:
         raise RequestError(f"the answer had not ended after --max-tokens {max_tokens}; raise --max-tokens")
     if constraint is not None and constraint.forced:
@@ -146,15 +148,6 @@ def _settings(args: argparse.Namespace, tokenizer: Tokenizer, room: int) -> tupl
     complain_of_cuts(PROG, args, settings["temp"])
     lowered = "max-tokens" not in given and (settings["max-tokens"] or 0) > room
     return settings | ({"max-tokens": max(room, 1)} if lowered else {}), lowered
-
-
-def _end_note(last: GenerationResponse, unanswered: bool, lowered: bool) -> str:
-    """The line about an answer that has only thoughts, or is cut at the end of the context or the memory."""
-    if last.finish_reason != "length":
-        return "the model ended its thoughts without an answer"
-    cut = "the thoughts were cut, before an answer" if unanswered else "the answer was cut"
-    limit = "the context and the memory have room for no more" if lowered else "raise --max-tokens"
-    return f"{cut}, after {amount(last.generation_tokens, 'token')}; {limit}"
 
 
 def _print_answer(

@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable
 
+from phi4_mlx.terminal.amount import amount
 from phi4_mlx.terminal.style import styled
 
 
@@ -39,6 +40,22 @@ class ThoughtStream:
 
     def _show(self, text: str) -> None:
         self._write(styled(text, "dim") if self._dim else text)
+
+
+def end_note(answer_tokens: int, *, cut: bool, unanswered: bool, full: bool) -> str:
+    """The line about an answer that has only thoughts, or is cut.
+
+    Args:
+        answer_tokens: drawn tokens, thoughts included.
+        cut: True if a limit has ended the answer, not the model.
+        unanswered: True if it has only thoughts.
+        full: True if the limit is that of the context or the memory, not --max-tokens.
+    """
+    if not cut:
+        return "the model ended its thoughts without an answer"
+    part = "the thoughts were cut, before an answer" if unanswered else "the answer was cut"
+    limit = "the context and the memory have room for no more" if full else "raise --max-tokens"
+    return f"{part}, after {amount(answer_tokens, 'token')}; {limit}"
 
 
 def write_aside(text: str) -> None:
