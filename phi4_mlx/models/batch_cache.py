@@ -17,11 +17,15 @@ class BatchCache(list[LayerCache]):
     Args:
         layers: an empty `LayerCache` for each layer.
         regime: the RoPE table of all rows.
+
+    Attributes:
+        adapters: the name of each row's adapter; None for the base alone.
     """
 
     def __init__(self, layers: Iterable[LayerCache], regime: Regime):
         super().__init__(layers)
         self.regime: Regime = regime
+        self.adapters: list[str | None] = []
         self._padding: list[int] = []  # columns before each row starts
 
     @property
@@ -56,6 +60,7 @@ class BatchCache(list[LayerCache]):
         for number, layer in enumerate(self):
             layer.join([member[number] for member in members], columns)
         self._padding = [columns - length for length in lengths]
+        self.adapters += [cache.adapter for cache in caches]
 
     def copy_row(self, number: int, ids: list[int], cache: PromptCache) -> PromptCache:
         """Copies a row into a cache of its own.
@@ -67,11 +72,13 @@ class BatchCache(list[LayerCache]):
         """
         start = self._padding[number]
         cache.restore(ids[: self.columns - start], [layer.row(number, start) for layer in self], self.regime)
+        cache.adapter = self.adapters[number]
         return cache
 
     def keep(self, rows: list[int]) -> None:
         """Keeps these rows alone, in this order."""
         padding = [self._padding[row] for row in rows]
+        self.adapters = [self.adapters[row] for row in rows]
         unused = min(padding, default=0)
         self._padding = [each - unused for each in padding]
         for layer in self:

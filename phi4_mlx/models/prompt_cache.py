@@ -59,6 +59,7 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
         options: as given.
         snapshots: those that `truncate` can return to; forks share them.
         rerun_tokens: tokens that crossings made the model run again, so far.
+        adapter: the name of the adapter under which everything cached was computed; None for the base alone.
     """
 
     def __init__(
@@ -74,6 +75,12 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
         self.snapshots = Snapshots()
         self.regime: Regime = self._regime_with(0)
         self.rerun_tokens = 0
+        self.adapter: str | None = None
+
+    @property
+    def adapters(self) -> list[str | None]:
+        """The adapter of all rows."""
+        return [self.adapter]
 
     @property
     def offset(self) -> int:
@@ -206,7 +213,7 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
         start = length if self.is_trimmable() else self.offset
         twin = PromptCache([layer.fork(start) for layer in self], self._boundary, self.options)
         twin._ids.append(self.ids[:, :start])
-        twin.snapshots, twin.regime = Snapshots(self.snapshots), self.regime
+        twin.snapshots, twin.regime, twin.adapter = Snapshots(self.snapshots), self.regime, self.adapter
         twin.truncate(length)
         return twin
 
