@@ -123,7 +123,9 @@ def _attend(
     return mixed.reshape(B, P, G, rows, -1)
 
 
-def _allowed(window: int | None, mask: mx.array | None, start: int, stop: int, begin: int, end: int) -> mx.array | None:
+def _allowed(
+    window: int | None, mask: mx.array | None, start: int, stop: int, begin: int, end: int
+) -> mx.array | None:
     """The mask of the queries start..stop over the keys begin..end, broadcastable to [B, 2, P, G, rows, keys]."""
     rows = stop - start
     allowed = None
@@ -206,7 +208,9 @@ class Attention(nn.Module):
         keys = keys.reshape(B, 2, P, -1, self.Dh)
         if isinstance(mask, PackedAttention):
             parts = zip(mask.split(queries, 4), mask.split(keys, 3), mask.split(values, 2), mask.masks, strict=True)
-            attended = [difference(q, k, v, weight, self.window, own, training=self.training) for q, k, v, own in parts]
+            attended = [
+                difference(q, k, v, weight, self.window, own, training=self.training) for q, k, v, own in parts
+            ]
             return mx.concatenate(attended, axis=3)
         if mask is not None:
             mask = mask[..., -keys.shape[3] :]
