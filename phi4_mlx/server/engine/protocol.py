@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from phi4_mlx.generation.sampling import Sampling
+
+if TYPE_CHECKING:
+    from phi4_mlx.tokens.prompt import Prompt
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Job:
 
     Attributes:
         id: identifies the job in events.
-        prompt: token ids, at least one.
+        prompt: token ids, at least one, with the pictures and sounds among them; pickled with the job.
         max_tokens: the longest answer, in tokens.
         sampling: the sampling settings.
         stop: strings that end the answer; the text does not include them.
@@ -30,7 +33,7 @@ class Job:
     """
 
     id: int
-    prompt: tuple[int, ...]
+    prompt: Prompt
     max_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
