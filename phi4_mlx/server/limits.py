@@ -23,7 +23,6 @@ MEDIA_BODY_BYTES = 48 * 2**20  # a photo of 12 MB is 16 MB in base64, and each t
 MEDIA_THREADS = 2  # that decode
 MEDIA_BYTES = 2**30  # of all decoded media, until their requests are answered
 KEPT_MEDIA_BYTES = 2**27  # of decoded media that are kept for the next turn
-PICTURES_LIMIT = 64  # in one request; the model's own limit
 
 # A body as JSON
 BRACKETS_LIMIT = 500_000  # lists and objects; Python builds more too slowly, and holds the GIL meanwhile

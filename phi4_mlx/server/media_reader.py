@@ -8,17 +8,19 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from phi4_mlx.errors import Phi4Error
 from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.server.apis.media_part import Attachment
 from phi4_mlx.server.apis.wire import WireError
-from phi4_mlx.server.limits import KEPT_MEDIA_BYTES, MEDIA_THREADS, PICTURES_LIMIT
+from phi4_mlx.server.limits import KEPT_MEDIA_BYTES, MEDIA_THREADS
+from phi4_mlx.tokens.messages import MAX_IMAGES
 
 if TYPE_CHECKING:
-    from phi4_mlx.tokens.prompt import Medium
-    from phi4_mlx.tokens.tokenizer import MediaSettings
+    from phi4_mlx.tokens.media.audio import Audio
+    from phi4_mlx.tokens.media.image import Image
+    from phi4_mlx.tokens.prompt import MediaSettings
 
 
 class MediaReader:
@@ -31,7 +33,7 @@ class MediaReader:
     def __init__(self, settings: MediaSettings) -> None:
         self.settings = settings
         self._threads = ThreadPoolExecutor(MEDIA_THREADS, thread_name_prefix="media")
-        self._kept: OrderedDict[bytes, Medium] = OrderedDict()
+        self._kept: OrderedDict[bytes, Image | Audio] = OrderedDict()
         self._kept_bytes = 0
         self._lock = threading.Lock()
 
@@ -50,10 +52,10 @@ class MediaReader:
         """
         found = [part[part["type"]] for part in _parts(messages) if part["type"] != "text"]
         pictures = [each for each in found if each.kind == "image"]
-        if len(pictures) > PICTURES_LIMIT:
-            where = pictures[PICTURES_LIMIT].path
-            raise WireError(400, f"{where}: there are {len(pictures)} pictures; the limit is {PICTURES_LIMIT}", where)
-        read: dict[int, Medium] = {}  # by the attachment's id
+        if len(pictures) > MAX_IMAGES:
+            where = pictures[MAX_IMAGES].path
+            raise WireError(400, f"{where}: there are {len(pictures)} pictures; the limit is {MAX_IMAGES}", where)
+        read: dict[int, Image | Audio] = {}  # by the attachment's id
         tokens = 0
         for each in found:
             medium = await asyncio.get_running_loop().run_in_executor(self._threads, self._read, each)
@@ -65,7 +67,7 @@ class MediaReader:
             read[id(each)] = medium
         return [_with_media(message, read) for message in messages]
 
-    def _read(self, given: Attachment) -> Medium:
+    def _read(self, given: Attachment) -> Image | Audio:
         """A thread: decodes an attachment, or finds it among the latest."""
         key = hashlib.sha256(f"{given.kind} {given.max_crops} {given.data}".encode()).digest()
         with self._lock:
@@ -81,7 +83,7 @@ class MediaReader:
                 self._kept_bytes -= _size(self._kept.popitem(last=False)[1])
         return medium
 
-    def _decoded(self, given: Attachment) -> Medium:
+    def _decoded(self, given: Attachment) -> Image | Audio:
         from phi4_mlx.tokens.media.audio import read_audio
         from phi4_mlx.tokens.media.image import read_image
 
@@ -104,7 +106,7 @@ def has_media(messages: Sequence[JsonObject]) -> bool:
     return any(part["type"] != "text" for part in _parts(messages))
 
 
-def _with_media(message: JsonObject, read: dict[int, Medium]) -> JsonObject:
+def _with_media(message: JsonObject, read: dict[int, Image | Audio]) -> JsonObject:
     if not isinstance(message["content"], list):
         return message
     parts: list[JsonObject] = []
@@ -114,6 +116,6 @@ def _with_media(message: JsonObject, read: dict[int, Medium]) -> JsonObject:
     return {**message, "content": parts}
 
 
-def _size(medium: Any) -> int:
+def _size(medium: Image | Audio) -> int:
     """Bytes of a decoded medium."""
     return int((medium.padded if medium.kind == "image" else medium.features).nbytes)

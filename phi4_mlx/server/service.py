@@ -8,7 +8,6 @@ import re
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import TYPE_CHECKING
 
 from phi4_mlx.errors import Phi4Error
 from phi4_mlx.generation.answer import AnswerAssembler
@@ -24,10 +23,8 @@ from phi4_mlx.server.media_reader import MediaReader, has_media
 from phi4_mlx.server.model_kind import ModelKind
 from phi4_mlx.terminal.amount import amount
 from phi4_mlx.tokens.overflow import Overflow, keep_latest, split_turns
+from phi4_mlx.tokens.prompt import Prompt
 from phi4_mlx.tokens.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from phi4_mlx.tokens.prompt import Prompt
 
 UNREAD_ITEMS = 16  # of a client's answers; beyond them the supervisor's own limit counts
 _FOLDERS = re.compile(r"(?<![\w./:])/(?:[^\s/'\",;:]+/)+")  # of an absolute path; which is not for clients to see
@@ -224,7 +221,7 @@ class Service:
         """(the request as it is answered, its prompts); with `roll`, without the turns that do not fit."""
         tokenizer, tools = self.tokenizer, ask.tools if _calls_tools(ask) else None
         if not ask.messages:
-            return ask, [tokenizer.encode(each) if isinstance(each, str) else each for each in ask.prompts]
+            return ask, [Prompt(tokenizer.encode(each) if isinstance(each, str) else each) for each in ask.prompts]
         if not roll:
             return ask, [tokenizer.apply_chat_template(ask.messages, tools)]
         head, turns = split_turns(ask.messages)

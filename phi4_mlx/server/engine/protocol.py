@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from phi4_mlx.generation.sampling import Sampling
-
-if TYPE_CHECKING:
-    from phi4_mlx.tokens.prompt import Prompt
+from phi4_mlx.tokens.prompt import Prompt
 
 
 @dataclass(frozen=True)
