@@ -9,6 +9,7 @@ import mlx.core as mx
 from phi4_mlx.models.cache import LayerCache
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime
+from phi4_mlx.tokens.prompt import places_of
 
 
 class BatchCache(list[LayerCache]):
@@ -19,7 +20,7 @@ class BatchCache(list[LayerCache]):
         regime: the RoPE table of all rows.
 
     Attributes:
-        adapters: the name of each row's adapter; None for the base alone.
+        adapters: the adapter of each row; None for the base alone.
     """
 
     def __init__(self, layers: Iterable[LayerCache], regime: Regime):
@@ -67,19 +68,20 @@ class BatchCache(list[LayerCache]):
 
         Args:
             number: the row.
-            ids: the ids of its tokens; more may follow.
+            ids: the ids of its tokens; more may follow. A `Prompt` if there are media.
             cache: an empty one.
         """
         start = self._padding[number]
-        cache.restore(ids[: self.columns - start], [layer.row(number, start) for layer in self], self.regime)
-        cache.adapter = self.adapters[number]
+        states = [layer.row(number, start) for layer in self]
+        kept = ids[: self.columns - start]
+        cache.restore(kept, states, self.regime, None if places_of(kept) else self.adapters[number])
         return cache
 
     def keep(self, rows: list[int]) -> None:
         """Keeps these rows alone, in this order."""
         padding = [self._padding[row] for row in rows]
-        self.adapters = [self.adapters[row] for row in rows]
         unused = min(padding, default=0)
         self._padding = [each - unused for each in padding]
+        self.adapters = [self.adapters[row] for row in rows]
         for layer in self:
             layer.keep(rows, unused)
