@@ -124,7 +124,9 @@ class Mamba(nn.Module):
         self.D = mx.ones((E,))
         self.out_proj = nn.Linear(E, D, bias=False)
 
-    def __call__(self, x: mx.array, cache: RecurrentCache | None, samples: Samples | None) -> tuple[mx.array, mx.array]:
+    def __call__(
+        self, x: mx.array, cache: RecurrentCache | None, samples: Samples | None
+    ) -> tuple[mx.array, mx.array]:
         """The output [B, T, D] and the scan's output before the gate [B, T, E]; updates the cache."""
         tail, state = self.before(cache, x)
         mixed, y, inputs, states = self.mix(x, tail, state, samples)
@@ -209,7 +211,9 @@ class Block(nn.Module):
 class MambaBlock(Block):
     """A block of the first half, or the one whose scan output is the memory of the second."""
 
-    def __call__(self, x: mx.array, cache: RecurrentCache | None, samples: Samples | None) -> tuple[mx.array, mx.array]:
+    def __call__(
+        self, x: mx.array, cache: RecurrentCache | None, samples: Samples | None
+    ) -> tuple[mx.array, mx.array]:
         """The block's output [B, T, D], and the scan's [B, T, E]."""
         mixed, memory = self.attn(self.input_layernorm(x), cache, samples)
         return self.rest(x, mixed), memory
