@@ -203,6 +203,10 @@ class LanguageModel(nn.Module, ABC):
         """True if the parameter of that name is written in float32 where the others are cast to another dtype."""
         return False
 
+    def on_demand(self, name: str) -> bool:
+        """True if the parameter of that name is read from the disk at its first use, not when the model is loaded."""
+        return False
+
     @property
     def weights_bytes(self) -> int:
         """Bytes of all weights."""
