@@ -1,0 +1,149 @@
+"""Pictures, pages of PDFs and sounds from files that a person names, with what they cost in tokens."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from phi4_mlx.errors import RequestError
+from phi4_mlx.files.manifest import file_sha256
+from phi4_mlx.files.regular_file import open_regular
+
+if TYPE_CHECKING:
+    from phi4_mlx.tokens.media.audio import Audio
+    from phi4_mlx.tokens.media.image import Image
+    from phi4_mlx.tokens.tokenizer import MediaSettings, Tokenizer
+
+Kind = Literal["image", "audio", "pdf"]
+
+MODEL_THAT_READS_MEDIA = "Phi-4-multimodal-instruct"
+SPEECH_S = 40  # seconds; the longest clip that the model was trained to transcribe or translate. Source: its card
+
+# The first bytes of a file -> its kind. A name says nothing about a file's content.
+_SIGNATURES: tuple[tuple[Kind, re.Pattern[bytes]], ...] = (
+    ("pdf", re.compile(rb"%PDF-")),
+    ("image", re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|BM.{4}\0{4}|II\*\0|MM\0\*|RIFF.{4}WEBP", re.DOTALL)),
+    ("image", re.compile(rb".{4}ftyp(?:heic|heix|heif|mif1|msf1|avif)", re.DOTALL)),
+    ("audio", re.compile(rb"RIFF.{4}WAVE|RF64.{4}WAVE|fLaC|OggS|FORM.{4}AIF[FC]|caff\0|\x1aE\xdf\xa3", re.DOTALL)),
+    ("audio", re.compile(rb".{4}ftyp(?:M4A|M4B|mp4|isom)|ID3[\2-\4]|\xff[\xe2-\xe5\xf2-\xf5\xfa-\xfd]", re.DOTALL)),
+)
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """A medium that goes with a question, and the file that it comes from.
+
+    Attributes:
+        path: of the file, absolute.
+        sha256: of the file, in hexadecimal.
+        medium: as the model reads it; None for a file that is gone, or has another content by now.
+        kind: "image" or "audio".
+        page: of a PDF, from 1; None for other files.
+    """
+
+    path: str
+    sha256: str
+    medium: Image | Audio | None
+    kind: Literal["image", "audio"]
+    page: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The file's name, with the page."""
+        return os.path.basename(self.path) + (f", page {self.page}" if self.page else "")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that it takes in a prompt."""
+        return 0 if self.medium is None else self.medium.tokens
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The part of a message that stands for it in a saved conversation."""
+        page = {} if self.page is None else {"page": self.page}
+        return {"type": self.kind, "path": self.path, **page, "sha256": self.sha256}
+
+    def read_again(self, tokenizer: Tokenizer) -> Attachment:
+        """The same medium as another tokenizer's model reads it; its file is read, and may be gone or changed."""
+        try:
+            same = file_sha256(Path(self.path)) == self.sha256
+        except OSError:
+            same = False
+        (medium,) = _read(self.path, self.kind, tokenizer, [self.page]) if same else (None,)
+        return replace(self, medium=medium)
+
+
+def of_record(record: object, tokenizer: Tokenizer) -> Attachment:
+    """The attachment that a part of a message stands for, as `Attachment.record` writes it.
+
+    Args:
+        record: the part.
+        tokenizer: of the model.
+
+    Raises:
+        RequestError: it is anything else, or the file cannot be read as what it is.
+    """
+    if isinstance(record, Mapping):
+        kind, path, digest, page = (record.get(name) for name in ("type", "path", "sha256", "page"))
+        known = kind in ("image", "audio") and isinstance(path, str) and os.path.isabs(path) and isinstance(digest, str)
+        if known and (page is None or (type(page) is int and page > 0)):
+            return Attachment(path, digest, None, kind, page).read_again(tokenizer)
+    raise RequestError(f"{record!r:.100} is not a picture or a sound with a path and its sha256")
+
+
+def kind_of(path: str) -> Kind | None:
+    """The kind of a regular file, by its first bytes; None if it is neither a picture nor sound, or cannot be read."""
+    try:
+        with open_regular(Path(path)) as file:
+            head = file.read(16)
+    except OSError:
+        return None
+    return next((kind for kind, signature in _SIGNATURES if signature.match(head)), None)
+
+
+def attach(path: str, kind: Literal["image", "audio"], tokenizer: Tokenizer, pages: str = "") -> list[Attachment]:
+    """Reads a file of pictures or sound; what it costs is known afterwards, before the model reads it.
+
+    Args:
+        path: the file; its content must be of the kind.
+        kind: "image", also for PDFs, each page of which is a picture, or "audio".
+        tokenizer: of the model.
+        pages: of a PDF: numbers from 1 and ranges, as in "1, 3-5"; all of them by default.
+
+    Returns:
+        The medium, or one for each page.
+
+    Raises:
+        RequestError: the file cannot be read, or is something else.
+    """
+    path = os.path.abspath(path)
+    found = kind_of(path)
+    if found is not None and (found == "audio") != (kind == "audio"):
+        raise RequestError(f"{path} holds {_NOUNS[found]}, not {_NOUNS[kind]}")
+    if pages and found != "pdf":
+        raise RequestError(f"{path} is not a PDF, and only a PDF has pages; leave out {pages!r:.100}")
+    numbers = _page_numbers(path, pages) if found == "pdf" else [None]
+    media = _read(path, kind, tokenizer, numbers)
+    sha256 = file_sha256(Path(path))
+    return [Attachment(path, sha256, medium, kind, number) for medium, number in zip(media, numbers, strict=True)]
+
+
+def check_reads_media(tokenizer: Tokenizer, model_name: str) -> None:
+    """Refuses media for a model that reads only text.
+
+    Args:
+        tokenizer: of the model.
+        model_name: for the message.
+
+    Raises:
+        RequestError: the model reads only text; names the model to use.
+    """
+    if tokenizer.media is None:
+        raise RequestError(
+            f"{model_name} reads only text; {MODEL_THAT_READS_MEDIA} reads pictures and sound, and so does "
+            "demo-multimodal, which is a part of this package"
+        )
