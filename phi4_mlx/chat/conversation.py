@@ -58,7 +58,7 @@ class Turn:
     @property
     def message(self) -> Message:
         """The question as a message for the chat format."""
-        media = [{"type": each.kind, each.kind: each.medium} for each in self.media if each.medium is not None]
+        media = [each.part for each in self.media if each.medium is not None]
         text = {"type": "text", "text": self.question}
         return {"role": "user", "content": [*media, text] if media else self.question}
 
@@ -128,20 +128,18 @@ class Conversation:
         return plan_context(self.model, self.cache_options.kv_bits, self.cache_options.max_kv_size)
 
     def switch(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
-        """Continues with another model, unless it refuses `cache_options`; replies are encoded with its tokenizer."""
+        """Continues with another model, unless it refuses `cache_options` or no media; replies are encoded again."""
         cache = model.make_cache(**vars(self.cache_options))
         turns = [
-            Turn(
-                turn.question,
-                turn.answer,
-                tuple(reply_ids(tokenizer, turn.answer)),
-                tuple(replace(each, ids=reply_ids(tokenizer, each.text, each.calls)) for each in turn.rounds),
-                tuple(each.read_again(tokenizer) for each in turn.media),
+            replace(
+                turn,
+                ids=tuple(reply_ids(tokenizer, turn.answer)),
+                rounds=tuple(replace(each, ids=reply_ids(tokenizer, each.text, each.calls)) for each in turn.rounds),
+                media=tuple(each.read_again(tokenizer) for each in turn.media),
             )
             for turn in self.turns
         ]
-        self.cache, self.dropped = cache, 0
-        self.model, self.tokenizer, self.turns = model, tokenizer, turns
+        self.model, self.tokenizer, self.turns, self.cache, self.dropped = model, tokenizer, turns, cache, 0
 
     def forget_cache(self) -> None:
         """Replaces the cache with an empty one; the next prompt is prefilled whole."""
@@ -209,8 +207,8 @@ class Conversation:
         self,
         question: str,
         options: DecodeOptions,
-        *,
         media: Sequence[Attachment] = (),
+        *,
         grammar: Grammar | None = None,
         approve: Approval | None = None,
     ) -> Generator[AgentEvent, None, None]:

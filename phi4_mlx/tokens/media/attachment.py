@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,19 +12,23 @@ from typing import TYPE_CHECKING, Any, Literal
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.manifest import file_sha256
 from phi4_mlx.files.regular_file import open_regular
+from phi4_mlx.terminal.amount import amount
+from phi4_mlx.tokens.media.audio import Audio, read_audio
+from phi4_mlx.tokens.media.image import Image, read_image
 
 if TYPE_CHECKING:
-    from phi4_mlx.tokens.media.audio import Audio
-    from phi4_mlx.tokens.media.image import Image
-    from phi4_mlx.tokens.tokenizer import MediaSettings, Tokenizer
+    from phi4_mlx.tokens.tokenizer import Tokenizer
 
-Kind = Literal["image", "audio", "pdf"]
+Kind = Literal["image", "audio"]
+FileKind = Literal["image", "audio", "pdf"]
 
 MODEL_THAT_READS_MEDIA = "Phi-4-multimodal-instruct"
 SPEECH_S = 40  # seconds; the longest clip that the model was trained to transcribe or translate. Source: its card
 
+_NOUNS = {"image": "a picture", "audio": "a sound", "pdf": "a PDF"}
+
 # The first bytes of a file -> its kind. A name says nothing about a file's content.
-_SIGNATURES: tuple[tuple[Kind, re.Pattern[bytes]], ...] = (
+_SIGNATURES: tuple[tuple[FileKind, re.Pattern[bytes]], ...] = (
     ("pdf", re.compile(rb"%PDF-")),
     ("image", re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|BM.{4}\0{4}|II\*\0|MM\0\*|RIFF.{4}WEBP", re.DOTALL)),
     ("image", re.compile(rb".{4}ftyp(?:heic|heix|heif|mif1|msf1|avif)", re.DOTALL)),
@@ -48,7 +52,7 @@ class Attachment:
     path: str
     sha256: str
     medium: Image | Audio | None
-    kind: Literal["image", "audio"]
+    kind: Kind
     page: int | None = None
 
     @property
@@ -62,8 +66,21 @@ class Attachment:
         return 0 if self.medium is None else self.medium.tokens
 
     @property
+    def price(self) -> str:
+        """A line with its name and its tokens, of a sound also the duration."""
+        if self.medium is None:
+            return f"{self.name} is gone or has changed since"
+        length = f"{amount(self.medium.seconds, 'second')}, " if isinstance(self.medium, Audio) else ""
+        return f"{self.name}: {length}{amount(self.medium.tokens, 'token')}"
+
+    @property
+    def part(self) -> dict[str, Any]:
+        """The part of a message that the tokenizer reads."""
+        return {"type": self.kind, self.kind: self.medium}
+
+    @property
     def record(self) -> dict[str, Any]:
-        """The part of a message that stands for it in a saved conversation."""
+        """The part of a message that a saved conversation keeps."""
         page = {} if self.page is None else {"page": self.page}
         return {"type": self.kind, "path": self.path, **page, "sha256": self.sha256}
 
@@ -87,15 +104,15 @@ def of_record(record: object, tokenizer: Tokenizer) -> Attachment:
     Raises:
         RequestError: it is anything else, or the file cannot be read as what it is.
     """
-    if isinstance(record, Mapping):
-        kind, path, digest, page = (record.get(name) for name in ("type", "path", "sha256", "page"))
-        known = kind in ("image", "audio") and isinstance(path, str) and os.path.isabs(path) and isinstance(digest, str)
-        if known and (page is None or (type(page) is int and page > 0)):
-            return Attachment(path, digest, None, kind, page).read_again(tokenizer)
+    match record:
+        case {"type": "image" | "audio" as kind, "path": str() as path, "sha256": str() as sha256, **rest}:
+            page = rest.get("page")
+            if os.path.isabs(path) and (page is None or (type(page) is int and page > 0)):
+                return Attachment(path, sha256, None, kind, page).read_again(tokenizer)
     raise RequestError(f"{record!r:.100} is not a picture or a sound with a path and its sha256")
 
 
-def kind_of(path: str) -> Kind | None:
+def kind_of(path: str) -> FileKind | None:
     """The kind of a regular file, by its first bytes; None if it is neither a picture nor sound, or cannot be read."""
     try:
         with open_regular(Path(path)) as file:
@@ -105,7 +122,7 @@ def kind_of(path: str) -> Kind | None:
     return next((kind for kind, signature in _SIGNATURES if signature.match(head)), None)
 
 
-def attach(path: str, kind: Literal["image", "audio"], tokenizer: Tokenizer, pages: str = "") -> list[Attachment]:
+def attach(path: str, kind: Kind, tokenizer: Tokenizer, pages: str = "") -> list[Attachment]:
     """Reads a file of pictures or sound; what it costs is known afterwards, before the model reads it.
 
     Args:
@@ -123,16 +140,16 @@ def attach(path: str, kind: Literal["image", "audio"], tokenizer: Tokenizer, pag
     path = os.path.abspath(path)
     found = kind_of(path)
     if found is not None and (found == "audio") != (kind == "audio"):
-        raise RequestError(f"{path} holds {_NOUNS[found]}, not {_NOUNS[kind]}")
+        raise RequestError(f"{path} is {_NOUNS[found]}, not {_NOUNS[kind]}")
     if pages and found != "pdf":
         raise RequestError(f"{path} is not a PDF, and only a PDF has pages; leave out {pages!r:.100}")
-    numbers = _page_numbers(path, pages) if found == "pdf" else [None]
+    numbers: list[int | None] = _page_numbers(path, pages) if found == "pdf" else [None]
     media = _read(path, kind, tokenizer, numbers)
     sha256 = file_sha256(Path(path))
     return [Attachment(path, sha256, medium, kind, number) for medium, number in zip(media, numbers, strict=True)]
 
 
-def check_reads_media(tokenizer: Tokenizer, model_name: str) -> None:
+def check_reads_media(tokenizer: Tokenizer, model_name: str = "this model") -> None:
     """Refuses media for a model that reads only text.
 
     Args:
@@ -147,3 +164,21 @@ def check_reads_media(tokenizer: Tokenizer, model_name: str) -> None:
             f"{model_name} reads only text; {MODEL_THAT_READS_MEDIA} reads pictures and sound, and so does "
             "demo-multimodal, which is a part of this package"
         )
+
+
+def _read(path: str, kind: str, tokenizer: Tokenizer, pages: Sequence[int | None]) -> list[Image | Audio]:
+    """The media of a file: a sound, a picture, or the pages of a PDF as pictures."""
+    check_reads_media(tokenizer)
+    assert tokenizer.media is not None
+    if kind == "audio":
+        return [read_audio(path)]
+    size, most = tokenizer.media.crop_size, tokenizer.media.max_crops
+    return [read_image(source, crop_size=size, max_crops=most) for source in _pictures(path, pages)]
+
+
+def _page_numbers(path: str, pages: str) -> list[int | None]:
+    raise RequestError(f"{path}: PDFs {pages}")
+
+
+def _pictures(path: str, pages: Sequence[int | None]) -> list[str]:
+    return [path]
