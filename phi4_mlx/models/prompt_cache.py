@@ -1,4 +1,4 @@
-"""The prompt cache of one sequence: the caches of all layers, the ids in them, and their RoPE regime.
+"""The prompt cache of one sequence: the caches of all layers, the ids and media in them, their RoPE table and adapter.
 
 `model.make_cache()` returns one, and the caller passes it to `model(ids, cache)`.
 """
@@ -13,6 +13,7 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.models.cache import CacheOptions, LayerCache, Mask
 from phi4_mlx.models.rope import Regime, regime_of
 from phi4_mlx.models.snapshot import Snapshot, Snapshots
+from phi4_mlx.tokens.prompt import Mode, Place, Prompt, cut, joined, keys_of, moved, places_of
 
 MAX_PIECES = 256  # ids appended before they are joined
 
@@ -44,15 +45,17 @@ class _TokenIds:
 
 
 class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
-    """The caches of all layers, with the ids of the tokens in them and the RoPE regime they were computed under.
+    """The caches of all layers, with the ids and media of the tokens in them, and what they were computed under.
 
     The ids make a crossing of the RoPE boundary exact: `admit` then empties the cache and returns the whole sequence,
-    to be run again under the other table.
+    to be run again under the other table. A change of the adapter, as the first picture of a conversation makes, is
+    such a crossing too.
 
     Args:
         layers: one `LayerCache` a layer, all at the same offset.
         boundary: the longest sequence under the short RoPE table; None for a single regime.
         options: the options that the layers were made with.
+        mode_adapters: the adapters of modes that the model has.
 
     Attributes:
         regime: the RoPE table of everything cached.
@@ -66,14 +69,57 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
         layers: Iterable[LayerCache],
         boundary: int | None,
         options: CacheOptions | None = None,
+        mode_adapters: Iterable[str] = (),
     ):
         super().__init__(layers)
         self.options = options or CacheOptions()
         self._boundary = boundary
         self._ids = _TokenIds()
+        self._places: tuple[Place, ...] = ()  # of media, also of those admitted and not yet run
         self.snapshots = Snapshots()
         self.regime: Regime = self._regime_with(0)
         self.rerun_tokens = 0
+        self._mode_adapters = frozenset(mode_adapters)
+        self._own_adapter: str | None = None
+        self._adapter: str | None = None
+        self._projection: str | None = None  # of the sound cached
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter of everything cached: that of its mode, or the user's; None for the base alone.
+
+        Assign a user's before the first token.
+        """
+        return self._adapter
+
+    @adapter.setter
+    def adapter(self, name: str | None) -> None:
+        self._own_adapter = name
+        if not self.offset:
+            self._adapter = name
+
+    @property
+    def adapters(self) -> list[str | None]:
+        """`adapter`, for all rows."""
+        return [self._adapter]
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """The media cached, by position."""
+        if self._places and self._places[-1].end > self.offset:
+            return tuple(cut(self._places, 0, self.offset))
+        return self._places
+
+    @property
+    def mode(self) -> Mode:
+        """The mode of the media cached."""
+        return Mode.of(place.medium for place in self.places)
+
+    @property
+    def keys(self) -> list[int]:
+        """One number a cached token that tells it from all others; B must be 1. See `phi4_mlx.tokens.prompt.keys_of`."""
+        ids: list[int] = self.ids[0].tolist()
+        return keys_of(ids, self.places)
 
     @property
     def offset(self) -> int:
@@ -107,30 +153,55 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
         """True if `num_tokens` more tokens would need the other RoPE table."""
         return self._regime_with(num_tokens) != self.regime
 
-    def admit(self, ids: mx.array) -> mx.array:
-        """Chooses the RoPE table of a sequence that goes on with `ids`, before they are run in one chunk or several.
+    def admit(self, ids: mx.array, places: Iterable[Place] = ()) -> mx.array:
+        """Chooses RoPE table and adapter of a sequence that goes on with `ids`, before they are run, in chunks or not.
 
         Args:
             ids: all the new tokens, [B, T].
+            places: the media among them, by position in `ids`.
 
         Returns:
             The ids to run: the new ones [B, T], or the whole sequence [B, S + T] after a crossing.
 
         Raises:
-            RequestError: at a crossing, the cache does not know its ids, because this model did not fill it.
+            RequestError: there is a user's adapter and a medium; or, at a crossing, the cache does not know its ids,
+                because this model did not fill it.
         """
         self._follow_layers()
+        known = joined([*self.places, *moved(places, self.offset)]) if self._places or places else ()
         regime = self._regime_with(ids.shape[1])
-        if self.offset > 0 and regime != self.regime:
+        adapter, projection = self._adapter_for(known)
+        crosses = regime != self.regime or adapter != self._adapter or self._projection not in (None, projection)
+        if self.offset > 0 and crosses:
             if self._ids.count < self.offset:
+                reason = f"under the {regime} RoPE table" if regime != self.regime else f"with the adapter {adapter}"
                 raise RequestError(
-                    f"{self.offset} cached tokens must be run again under the {regime} RoPE table, and the cache does "
-                    "not know their ids; make it with model.make_cache()"
+                    f"{self.offset} cached tokens must be run again {reason}, and the cache does not know their ids; "
+                    "make it with model.make_cache()"
                 )
             ids = mx.concatenate([self.ids, ids], axis=1)
             self.rerun_tokens += self.trim(self.offset)
-        self.regime = regime
+        self.regime, self._adapter, self._projection, self._places = regime, adapter, projection, known
         return ids
+
+    def _adapter_for(self, places: Sequence[Place]) -> tuple[str | None, str | None]:
+        """The adapter of a sequence with these media, and the projection of its sound."""
+        if not places:
+            return self._own_adapter, None
+        if self._own_adapter is not None:
+            raise RequestError(
+                f"adapter {self._own_adapter!r:.80} cannot be used for a prompt with {places[0].medium.kind} input, "
+                "which has an adapter of its own; leave one of them out"
+            )
+        mode = Mode.of(place.medium for place in places)
+        has_audio = any(place.medium.kind == "audio" for place in places)
+        return (mode.adapter if mode.adapter in self._mode_adapters else None), (mode.projection if has_audio else None)
+
+    def places_of_next(self, num_tokens: int) -> list[Place]:
+        """The admitted media among the next tokens, by position from the next token on."""
+        if not self._places or self._places[-1].end <= self.offset:
+            return []
+        return moved(cut(self._places, self.offset, self.offset + num_tokens), -self.offset)
 
     def record(self, ids: mx.array) -> None:
         """Appends the ids [B, T] that the model is about to run."""
@@ -186,26 +257,37 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
             ids: the whole new prompt; B must be 1.
 
         Returns:
-            The ids still to prefill: at least the last one, so that there are logits to continue from.
+            The ids still to prefill: at least the last one, so that there are logits to continue from. A `Prompt` of a
+            `Prompt`.
         """
-        return list(ids[self.keep_shared(ids[:-1]) :])
+        rest = ids[self.keep_shared(ids[:-1]) :]
+        return rest if isinstance(rest, Prompt) else list(rest)
 
     def keep_shared(self, ids: Sequence[int]) -> int:
         """Keeps the longest reusable prefix that the cached tokens share with `ids`; returns its length."""
-        shared = 0
-        for old, new in zip(self.ids[0].tolist(), ids, strict=False):
-            if old != new:
-                break
-            shared += 1
+        places, shared = places_of(ids), 0
+        if self._is_valid_for(places):
+            for old, new in zip(self.keys, keys_of(ids, places), strict=False):
+                if old != new:
+                    break
+                shared += 1
         kept = self.reusable(shared)
         self.truncate(kept)
+        self._places = tuple(cut(places, 0, kept))  # the same media, of which a file knows the digests only
         return kept
+
+    def _is_valid_for(self, places: Sequence[Place]) -> bool:
+        """True if what is cached was computed as a prompt with these media needs it."""
+        adapter, projection = self._adapter_for(places)
+        return adapter == self._adapter and self._projection in (None, projection)
 
     def fork(self, length: int) -> PromptCache:
         """Another cache of the first `length` tokens, which must be `reusable`, over the same arrays; B must be 1."""
         start = length if self.is_trimmable() else self.offset
-        twin = PromptCache([layer.fork(start) for layer in self], self._boundary, self.options)
+        twin = PromptCache([layer.fork(start) for layer in self], self._boundary, self.options, self._mode_adapters)
         twin._ids.append(self.ids[:, :start])
+        twin._places, twin._own_adapter = tuple(cut(self._places, 0, start)), self._own_adapter
+        twin._adapter, twin._projection = self._adapter, self._projection
         twin.snapshots, twin.regime = Snapshots(self.snapshots), self.regime
         twin.truncate(length)
         return twin
@@ -216,24 +298,30 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
             layer.compact()
         mx.eval([layer.state for layer in self])
 
-    def restore(self, ids: Sequence[int], states: Iterable[Sequence[mx.array]], regime: Regime) -> None:
+    def restore(
+        self, ids: Sequence[int], states: Iterable[Sequence[mx.array]], regime: Regime, adapter: str | None = None
+    ) -> None:
         """Replaces everything cached by states that were computed elsewhere.
 
         Args:
-            ids: their token ids, [S].
+            ids: their token ids, [S]; a `Prompt` if there are media.
             states: the `state` of each layer.
             regime: the RoPE table they were computed under.
+            adapter: the user's adapter they were computed under.
         """
         for layer, state in zip(self, states, strict=True):
             layer.state = state
         self._ids, self.snapshots, self.regime = _TokenIds(), Snapshots(), regime
+        self._own_adapter, self._places = adapter, places_of(ids)
+        self._adapter, self._projection = self._adapter_for(self._places)
         self.record(mx.array([list(ids)], mx.int32))
 
     def _regime_with(self, num_tokens: int) -> Regime:
         return self.options.regime or regime_of(self.offset + num_tokens, self._boundary)
 
     def _follow_layers(self) -> None:
-        """Drops ids and snapshots past the layers' length; mlx-lm's tools trim layers one by one."""
+        """Drops ids, media and snapshots past the layers' length; mlx-lm's tools trim layers one by one."""
         if self._ids.count > self.offset:
             self._ids.truncate(self.offset)
+            self._places = self.places
             self.snapshots.drop_after(self.offset)

@@ -65,9 +65,7 @@ def _parser() -> Parser:
     )  # fmt: skip
     _add_limit_options(parser)
     add_tool_options(parser, "the chat page may run, each call after a question; API clients do not see them")
-    parser.add_argument(
-        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help=LOG_LEVELS
-    )
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info", help=LOG_LEVELS)
     return parser
 
 

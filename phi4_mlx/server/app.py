@@ -29,7 +29,7 @@ from phi4_mlx.server.apis.answer import Answer
 from phi4_mlx.server.apis.fields import parse_json
 from phi4_mlx.server.apis.wire import Ask, Delta, End, WireError, ignored_header
 from phi4_mlx.server.disconnect import ClientGone, unless_gone
-from phi4_mlx.server.guard import Receive, Scope, Send, refuse
+from phi4_mlx.server.guard import Receive, Scope, Send, refuse, share_of
 from phi4_mlx.server.json_response import JsonResponse
 from phi4_mlx.server.page_files import page_file
 from phi4_mlx.server.request_log import CANCELLED, Entry, entry_of
@@ -40,7 +40,7 @@ IGNORED = "x-phi4-ignored"  # a header: what had no effect on the answer
 HEARTBEAT_S = 10.0  # a proxy closes a stream that is silent for too long
 LARGE_BODY = 2**18  # bytes; a larger one is parsed in a thread, because 16 MB take up to two seconds
 
-Parse = Callable[[Any, int, Sampling], Ask]  # body, vocabulary, defaults
+Parse = Callable[[Any, int, Sampling, bool], Ask]  # body, vocabulary, defaults, takes media
 Stream = AsyncGenerator[Delta | End | None, None]  # None: nothing came for a while
 MakeAnswer = Callable[[Ask, int, int], Answer]  # request, seconds since 1970, prompt tokens
 
@@ -130,7 +130,7 @@ class App:
     async def count_tokens(self, request: Request) -> Response:
         """The length in tokens of a prompt of /v1/messages."""
         ask = await self._parse(messages_api.parse, await request.body())
-        _, (prompt,) = await self.service.prompts(ask, must_fit=False)
+        _, (prompt,) = await self.service.prompts(ask, must_fit=False, hold=share_of(request.scope).hold)
         return JsonResponse({"input_tokens": len(prompt)})
 
     async def embeddings(self, request: Request) -> Response:
@@ -150,7 +150,8 @@ class App:
 
     async def _parse(self, parse: Parse, data: bytes) -> Ask:
         def read() -> Ask:
-            return parse(parse_json(data), self.service.vocabulary, self.service.sampling)
+            service = self.service
+            return parse(parse_json(data), service.vocabulary, service.sampling, service.media is not None)
 
         return self.service.served(await asyncio.to_thread(read) if len(data) > LARGE_BODY else read())
 
@@ -160,7 +161,7 @@ class App:
         async def route(request: Request) -> Response:
             entry = entry_of(request.scope)
             entry.ask = ask = await self._parse(parse, await request.body())
-            ask, prompts = await self.service.prompts(ask)
+            ask, prompts = await self.service.prompts(ask, hold=share_of(request.scope).hold)
             entry.prompt_tokens = sum(map(len, prompts))
             jobs, ignored = await self.service.jobs(ask, prompts)
             items = entry.observed(self.service.answers(ask, jobs))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from phi4_mlx.tokens.media.log_mel import NARROW, WIDE
@@ -21,6 +22,8 @@ _ATTENUATION_DB = 120.0
 _BETA = 0.1102 * (_ATTENUATION_DB - 8.7)
 _HALF = (_ATTENUATION_DB - 8) / (2 * 2.285 * 2 * math.pi * _TRANSITION)  # samples of the lower rate on each side
 _BLOCK_S = 10  # seconds computed at once
+_MOST_PHASES = 50_000  # of 80 MB of taps; only odd rates above 50 kHz need more, and are taken 10 us a second wrong
+_PHASES = 256  # whose taps are computed at once
 
 
 def resampled(blocks: Iterable[Wave], rate: int) -> tuple[int, Iterator[Wave]]:
@@ -42,55 +45,77 @@ def _polyphase(blocks: Iterable[Wave], rate: int) -> Iterator[Wave]:
     """Samples at 16 kHz. Output m stands at input m * down / up, and is a sum of the taps of its phase, m % up."""
     import numpy as np
 
-    common = math.gcd(rate, WIDE)
-    up, down = WIDE // common, rate // common
-    filters = _filters(rate, up, down)  # [up, taps]
-    taps = filters.shape[1]
-    before = taps // 2 - 1  # inputs before the one at or left of the output
-    step = max(rate * _BLOCK_S // down, 1)  # whole periods of `down` inputs and `up` outputs
-    rest = np.zeros(before)
-    waiting: list[Wave] = []
-    held = before
-    total = 0  # inputs
-    for block in blocks:
+    ratio = Fraction(rate, WIDE).limit_denominator(max(_MOST_PHASES * WIDE // max(rate, WIDE), 1))
+    filters = _filters(rate, ratio)
+    around = filters.shape[1] - 1
+    # Whole periods of the phases, so many that the windows of one phase do not overlap: BLAS then takes them as rows.
+    periods_together = -(-around // ratio.numerator) + 1
+    up, down = ratio.denominator * periods_together, ratio.numerator * periods_together
+    size = max(rate * _BLOCK_S // down, 1) * down + around  # inputs computed at once
+    rest, total, done = np.zeros(0), 0, 0
+    for block in _extended(blocks, around // 2):
         total += len(block)
-        held += len(block)
-        waiting.append(block)
-        if held >= step * down + taps:
-            rest = np.concatenate([rest, *waiting])
-            periods = (len(rest) - taps) // down
-            yield _outputs(rest, filters, down, periods)
-            rest = rest[periods * down :]
-            waiting, held = [], len(rest)
-    rest = np.concatenate([rest, *waiting])
-    done = (total + before - len(rest)) // down * up
-    left = -(-total * up // down) - done
+        rest = np.concatenate([rest, block])
+        if len(rest) >= size:
+            periods = (len(rest) - around) // down
+            yield _outputs(rest, filters, up, down, periods)
+            rest, done = rest[periods * down :], done + periods * up
+    left = -((around - total) * up // down) - done
     periods = -(-left // up)
-    rest = np.concatenate([rest, np.zeros(max(periods * down + taps - len(rest), 0))])
-    yield _outputs(rest, filters, down, periods)[:left]
+    missing = periods * down + around - len(rest)
+    yield _outputs(np.concatenate([rest, np.zeros(max(missing, 0))]), filters, up, down, periods)[:left]
 
 
-def _outputs(inputs: Wave, filters: NDArray[np.float64], down: int, periods: int) -> Wave:
+def _extended(blocks: Iterable[Wave], half: int) -> Iterator[Wave]:
+    """The samples, with `half` more before and after, mirrored at the first and the last one.
+
+    Zeros there would make a step, which rings in the first and the last frames.
+    """
+    import numpy as np
+
+    recent, begun = np.zeros(0), False
+    for block in blocks:
+        recent = np.concatenate([recent, block])
+        if begun:
+            yield block
+        elif len(recent) > half:
+            begun = True
+            yield 2 * recent[0] - recent[half:0:-1]
+            yield recent
+        if begun:
+            recent = recent[-half - 1 :]
+    if begun:
+        yield 2 * recent[-1] - recent[-2::-1]
+    elif len(recent):
+        yield np.pad(recent, half, "reflect", reflect_type="odd")
+
+
+def _outputs(inputs: Wave, filters: NDArray[np.float64], up: int, down: int, periods: int) -> Wave:
     """The outputs [periods * up] of whole periods."""
     import numpy as np
 
-    up, taps = filters.shape
-    windows = np.lib.stride_tricks.sliding_window_view(inputs, taps)
     outputs = np.empty((periods, up))
-    for phase in range(up):
-        first = phase * down // up
-        outputs[:, phase] = windows[first : first + periods * down : down][:periods] @ filters[phase]
+    if periods:
+        windows = np.lib.stride_tricks.sliding_window_view(inputs, filters.shape[1])
+        for number in range(up):
+            first = number * down // up
+            rows = windows[first : first + (periods - 1) * down + 1 : down]
+            outputs[:, number] = rows @ filters[number % len(filters)]
     return outputs.reshape(-1)
 
 
-def _filters(rate: int, up: int, down: int) -> NDArray[np.float64]:
-    """The taps [up, taps] of every phase; the input at or left of the output has tap `taps // 2 - 1`."""
+def _filters(rate: int, ratio: Fraction) -> NDArray[np.float64]:
+    """The taps [phases, 2 * half + 1] of every phase; the middle one is of the input at or left of the output."""
     import numpy as np
 
     cutoff = min(WIDE / rate, 1.0)  # of the input's Nyquist frequency
     half = math.ceil(_HALF / cutoff)
-    offset = np.arange(-half + 1, half + 1) - (np.arange(up) * down % up / up)[:, None]  # inputs, from the output
-    window = np.i0(_BETA * np.sqrt(np.maximum(1 - np.square(offset / half), 0))) / np.i0(_BETA)
-    filters = np.sinc(cutoff * offset) * window
-    gain: NDArray[np.float64] = filters / filters.sum(axis=1, keepdims=True)
-    return gain
+    phases, inputs = ratio.denominator, ratio.numerator
+    offset = np.arange(phases) * inputs % phases / phases  # inputs between the middle tap and the output
+    filters = np.empty((phases, 2 * half + 1))
+    for start in range(0, phases, _PHASES):
+        distance = np.arange(-half, half + 1) - offset[start : start + _PHASES, None]
+        inside = np.maximum(1 - np.square(distance / half), 0)
+        taps = np.sinc(cutoff * distance) * np.i0(_BETA * np.sqrt(inside)) * (inside > 0)
+        filters[start : start + _PHASES] = taps / taps.sum(axis=1, keepdims=True)
+    return filters
