@@ -7,11 +7,20 @@ from typing import TYPE_CHECKING, Literal
 from phi4_mlx.terminal.advice import command_line
 from phi4_mlx.terminal.amount import amount
 from phi4_mlx.terminal.typed_paths import find_paths
-from phi4_mlx.tokens.media.attachment import SPEECH_S, attach, check_reads_media, kind_of
+from phi4_mlx.tokens.media.media_file import SPEECH_S, check_reads_media, kind_of, media_of_file
 from phi4_mlx.tokens.media.audio import Audio
 
 if TYPE_CHECKING:
     from phi4_mlx.chat.session import Chat
+
+
+def check_takes_media(chat: Chat) -> None:
+    """Refuses media for a model that reads only text.
+
+    Raises:
+        RequestError: the model does; names one to use.
+    """
+    check_reads_media(chat.conversation.tokenizer, chat.model_name)
 
 
 def attach_file(chat: Chat, path: str, kind: Literal["image", "audio"], pages: str = "") -> None:
@@ -26,10 +35,10 @@ def attach_file(chat: Chat, path: str, kind: Literal["image", "audio"], pages: s
     Raises:
         RequestError: the model reads only text, or the file cannot be read.
     """
-    check_reads_media(chat.conversation.tokenizer, chat.model_name)
+    check_takes_media(chat)
     chat.screen.status(f"reading {path} ...")
     try:
-        found = attach(path, kind, chat.conversation.tokenizer, pages)
+        found = media_of_file(path, kind, chat.conversation.tokenizer, pages)
     finally:
         chat.screen.status("")
     chat.pending += found

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from phi4_mlx.chat.attachments import attach_file, show_pending
+from phi4_mlx.chat.attachments import attach_file, check_takes_media, show_pending
 from phi4_mlx.chat.session import Chat, rescued_file
 from phi4_mlx.chat.tools import shown_tool
 from phi4_mlx.errors import Phi4Error, RequestError
@@ -329,10 +329,26 @@ def _attach(chat: Chat, rest: str, kind: Literal["image", "audio"], pages: str =
     """Attaches a file to the next question; without a name, lists what is attached."""
     if not rest:
         return show_pending(chat)
+    check_takes_media(chat)
     path = _named(rest.strip())
     if not os.path.exists(path):
         raise RequestError(f"{path} does not exist{path_suggestion(path, os.path.isfile)}")
     attach_file(chat, path, kind, pages.strip())
+
+
+def _record(chat: Chat, rest: str) -> None:
+    from phi4_mlx.chat.microphone import record
+    from phi4_mlx.terminal.line_editor import state_folder
+
+    check_takes_media(chat)  # before anything is said
+    chat.screen.note("recording; Enter ends it, Ctrl-C drops it")
+    try:
+        path = record(
+            state_folder() / "recordings", lambda seconds: chat.screen.status(f"{amount(int(seconds), 'second')} ...")
+        )
+    finally:
+        chat.screen.status("")
+    attach_file(chat, str(path), "audio")
 
 
 def _drop(chat: Chat, rest: str) -> None:
@@ -372,6 +388,7 @@ COMMANDS = {
     "load": Command("[FILE]", "load a saved conversation; without a name, the one of a closed terminal", _load),
     "image": Command("[FILE [PAGES]]", "ask about a picture or the pages of a PDF with the next question", _image),
     "audio": Command("[FILE]", "ask about a sound with the next question", _audio),
+    "record": Command("", "record a sound with the microphone, for the next question", _record),
     "drop": Command("[N]", "take back what is attached to the next question, or number N of it", _drop),
     "set": Command("[NAME VALUE]", "show or set temp, top-p, max-tokens and others; - restores one", _set),
     "stats": Command("", "show tokens, speeds and memory", _stats),

@@ -18,7 +18,7 @@ from phi4_mlx.generation.memory import ContextPlan, check_context, plan_context
 from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.stream import GenerationResponse
 from phi4_mlx.models.cache import CacheOptions
-from phi4_mlx.tokens.media.attachment import Attachment
+from phi4_mlx.tokens.media.media_file import MediaFile
 from phi4_mlx.tokens.overflow import Overflow, keep_latest
 from phi4_mlx.tokens.prompt import Prompt
 from phi4_mlx.tokens.tokenizer import Control
@@ -53,7 +53,7 @@ class Turn:
     answer: str
     ids: tuple[int, ...]
     rounds: tuple[Round, ...] = ()
-    media: tuple[Attachment, ...] = ()
+    media: tuple[MediaFile, ...] = ()
 
     @property
     def message(self) -> Message:
@@ -207,7 +207,7 @@ class Conversation:
         self,
         question: str,
         options: DecodeOptions,
-        media: Sequence[Attachment] = (),
+        media: Sequence[MediaFile] = (),
         *,
         grammar: Grammar | None = None,
         approve: Approval | None = None,
@@ -291,7 +291,7 @@ class Conversation:
                 self.turns.append(_answered(asked, loop.rounds))
 
 
-def _open_turn(question: str, media: Sequence[Attachment] = ()) -> Turn:
+def _open_turn(question: str, media: Sequence[MediaFile] = ()) -> Turn:
     """A question without an answer."""
     return Turn(question, "", (), media=tuple(media))
 

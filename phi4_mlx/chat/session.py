@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from phi4_mlx.generation.speculate import Mode
     from phi4_mlx.grammar.grammars import Grammar
     from phi4_mlx.models.model import LanguageModel
-    from phi4_mlx.tokens.media.attachment import Attachment
+    from phi4_mlx.tokens.media.media_file import MediaFile
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
 
@@ -88,7 +88,7 @@ class Chat:
         self.defaults = self._defaults()
         self.settings = {**self.defaults}
         self.grammar, self.approve = grammar, approve
-        self.pending: list[Attachment] = []
+        self.pending: list[MediaFile] = []
         self.saved_as: Path | None = None
         self._speculate: Mode = speculate
         self._draft = draft
@@ -134,7 +134,7 @@ class Chat:
             self.screen.note("A conversation whose terminal was closed was saved: /load brings it back.")
         self.screen.end_paragraph()
 
-    def answer(self, question: str, media: Sequence[Attachment] | None = None) -> None:
+    def answer(self, question: str, media: Sequence[MediaFile] | None = None) -> None:
         """Asks the model and shows the answer. A person's Ctrl-C stops it; the part shown so far stays a turn.
 
         Args:

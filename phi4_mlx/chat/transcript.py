@@ -19,7 +19,7 @@ from phi4_mlx.chat.conversation import Turn, reply_ids
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.atomic import replacing
 from phi4_mlx.files.user_file import read_file
-from phi4_mlx.tokens.media.attachment import Attachment, of_record
+from phi4_mlx.tokens.media.media_file import MediaFile, of_record
 from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.json_text import json_text
 
@@ -102,7 +102,7 @@ def from_messages(messages: object, tokenizer: Tokenizer) -> tuple[str | None, l
 
     Args:
         messages: an optional system message, then user and assistant alternate, each {"role": str, "content": str}. The
-            content of a user's may be a list of parts: media as `Attachment.record` writes them, then a text. An
+            content of a user's may be a list of parts: media as `MediaFile.record` writes them, then a text. An
             assistant message with "tool_calls" is followed by a tool message for each call, and by another assistant
             message.
         tokenizer: encodes the replies as plain text, and says how its model reads media.
@@ -128,7 +128,7 @@ def from_messages(messages: object, tokenizer: Tokenizer) -> tuple[str | None, l
     return system, turns
 
 
-def _media(number: int, message: object, tokenizer: Tokenizer) -> tuple[tuple[Attachment, ...], tuple[int, Any]]:
+def _media(number: int, message: object, tokenizer: Tokenizer) -> tuple[tuple[MediaFile, ...], tuple[int, Any]]:
     """The media of a message, and (number, the message with its text alone)."""
     content = message.get("content") if isinstance(message, dict) else None
     if not isinstance(message, dict) or not isinstance(content, list) or not content:

@@ -57,10 +57,10 @@ def read_media(args: argparse.Namespace, tokenizer: Tokenizer) -> list[Medium]:
     """
     if not has_media(args):
         return []
-    from phi4_mlx.tokens.media.attachment import attach
+    from phi4_mlx.tokens.media.media_file import media_of_file
 
-    found = [each for path in args.image for each in attach(path, "image", tokenizer)]
-    found += [each for path in args.audio for each in attach(path, "audio", tokenizer)]
+    found = [each for path in args.image for each in media_of_file(path, "image", tokenizer)]
+    found += [each for path in args.audio for each in media_of_file(path, "audio", tokenizer)]
     for each in found:
         if sys.stderr.isatty():
             print(each.price, file=sys.stderr)

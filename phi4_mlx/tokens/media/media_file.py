@@ -23,7 +23,7 @@ Kind = Literal["image", "audio"]
 FileKind = Literal["image", "audio", "pdf"]
 
 MODEL_THAT_READS_MEDIA = "Phi-4-multimodal-instruct"
-SPEECH_S = 40  # seconds; the longest clip that the model was trained to transcribe or translate. Source: its card
+SPEECH_S = 40  # seconds; the longest clips that the model was trained to transcribe or translate. Source: its card
 
 _NOUNS = {"image": "a picture", "audio": "a sound", "pdf": "a PDF"}
 
@@ -38,7 +38,7 @@ _SIGNATURES: tuple[tuple[FileKind, re.Pattern[bytes]], ...] = (
 
 
 @dataclass(frozen=True)
-class Attachment:
+class MediaFile:
     """A medium that goes with a question, and the file that it comes from.
 
     Attributes:
@@ -84,7 +84,7 @@ class Attachment:
         page = {} if self.page is None else {"page": self.page}
         return {"type": self.kind, "path": self.path, **page, "sha256": self.sha256}
 
-    def read_again(self, tokenizer: Tokenizer) -> Attachment:
+    def read_again(self, tokenizer: Tokenizer) -> MediaFile:
         """The same medium as another tokenizer's model reads it; its file is read, and may be gone or changed."""
         try:
             same = file_sha256(Path(self.path)) == self.sha256
@@ -94,8 +94,8 @@ class Attachment:
         return replace(self, medium=medium)
 
 
-def of_record(record: object, tokenizer: Tokenizer) -> Attachment:
-    """The attachment that a part of a message stands for, as `Attachment.record` writes it.
+def of_record(record: object, tokenizer: Tokenizer) -> MediaFile:
+    """The attachment that a part of a message stands for, as `MediaFile.record` writes it.
 
     Args:
         record: the part.
@@ -108,7 +108,7 @@ def of_record(record: object, tokenizer: Tokenizer) -> Attachment:
         case {"type": "image" | "audio" as kind, "path": str() as path, "sha256": str() as sha256, **rest}:
             page = rest.get("page")
             if os.path.isabs(path) and (page is None or (type(page) is int and page > 0)):
-                return Attachment(path, sha256, None, kind, page).read_again(tokenizer)
+                return MediaFile(path, sha256, None, kind, page).read_again(tokenizer)
     raise RequestError(f"{record!r:.100} is not a picture or a sound with a path and its sha256")
 
 
@@ -122,7 +122,7 @@ def kind_of(path: str) -> FileKind | None:
     return next((kind for kind, signature in _SIGNATURES if signature.match(head)), None)
 
 
-def attach(path: str, kind: Kind, tokenizer: Tokenizer, pages: str = "") -> list[Attachment]:
+def media_of_file(path: str, kind: Kind, tokenizer: Tokenizer, pages: str = "") -> list[MediaFile]:
     """Reads a file of pictures or sound; what it costs is known afterwards, before the model reads it.
 
     Args:
@@ -146,7 +146,7 @@ def attach(path: str, kind: Kind, tokenizer: Tokenizer, pages: str = "") -> list
     numbers: list[int | None] = _page_numbers(path, pages) if found == "pdf" else [None]
     media = _read(path, kind, tokenizer, numbers)
     sha256 = file_sha256(Path(path))
-    return [Attachment(path, sha256, medium, kind, number) for medium, number in zip(media, numbers, strict=True)]
+    return [MediaFile(path, sha256, medium, kind, number) for medium, number in zip(media, numbers, strict=True)]
 
 
 def check_reads_media(tokenizer: Tokenizer, model_name: str = "this model") -> None:
