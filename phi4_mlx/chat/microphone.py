@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import sys
 import time
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.tokens.media.audio import LONGEST_S
@@ -33,7 +33,7 @@ def record(folder: Path, show: Callable[[float], object]) -> Path:
         KeyboardInterrupt: Ctrl-C; nothing is written.
     """
     blocks: list[bytes] = []
-    with _opened(lambda data, *_: blocks.append(bytes(data))):
+    with _microphone(lambda data, *_: blocks.append(bytes(data))):
         while (seconds := sum(map(len, blocks)) / (2 * RATE)) < LONGEST_S:
             show(seconds)
             if select.select([sys.stdin], [], [], _POLL_S)[0]:
@@ -52,15 +52,21 @@ def record(folder: Path, show: Callable[[float], object]) -> Path:
     return path
 
 
-def _opened(callback: Callable[..., object]) -> Any:
-    """The stream of the default microphone, which calls `callback` with each block of 16-bit samples."""
+@contextlib.contextmanager
+def _microphone(callback: Callable[..., object]) -> Iterator[None]:
+    """Records from the default microphone; `callback` gets each block of 16-bit samples, in a thread of its own."""
     try:
         import sounddevice
     except ModuleNotFoundError:
         raise RequestError("/record needs the package sounddevice: pip install 'sounddevice>=0.5'") from None
-    except OSError as error:  # without the library that it binds
-        raise RequestError(f"sounddevice cannot be used: {error}; it needs PortAudio") from None
+    except OSError as error:  # the library that it binds is missing
+        raise RequestError(f"sounddevice cannot be used: {error}") from None
     try:
-        return sounddevice.RawInputStream(samplerate=RATE, channels=1, dtype="int16", callback=callback)
+        stream = sounddevice.RawInputStream(samplerate=RATE, channels=1, dtype="int16", callback=callback)
+        stream.start()
     except (sounddevice.PortAudioError, ValueError) as error:
         raise RequestError(f"there is no microphone that can be recorded from: {error}") from None
+    try:
+        yield
+    finally:
+        stream.close()
