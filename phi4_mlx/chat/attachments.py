@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 from phi4_mlx.terminal.advice import command_line
 from phi4_mlx.terminal.amount import amount
 from phi4_mlx.terminal.typed_paths import find_paths
-from phi4_mlx.tokens.media.media_file import SPEECH_S, check_reads_media, kind_of, media_of_file
 from phi4_mlx.tokens.media.audio import Audio
+from phi4_mlx.tokens.media.media_file import SPEECH_S, check_reads_media, kind_of, media_of_file
 
 if TYPE_CHECKING:
     from phi4_mlx.chat.session import Chat

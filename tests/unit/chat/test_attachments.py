@@ -185,9 +185,9 @@ def test_a_file_that_is_gone_or_changed_is_named(chat: Chat, script: Script, red
     ],
 )
 def test_a_part_of_another_form_is_refused(chat: Chat, part: object) -> None:
-    messages = [{"role": "user", "content": [part, {"type": "text", "text": "x"}]}, {"role": "assistant", "content": ""}]
-    Path("one.json").write_text(json.dumps({"messages": messages}))
-    with pytest.raises(RequestError, match="message 0: .* is not a picture or a sound with a path and its sha256"):
+    question = {"role": "user", "content": [part, {"type": "text", "text": "x"}]}
+    Path("one.json").write_text(json.dumps({"messages": [question, {"role": "assistant", "content": ""}]}))
+    with pytest.raises(RequestError, match=r"message 0: .* is not a picture or a sound with a path and its sha256"):
         obey(chat, "/load one")
 
 
