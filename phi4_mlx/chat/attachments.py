@@ -30,20 +30,24 @@ def attach_file(chat: Chat, path: str, kind: Literal["image", "audio"], pages: s
         chat: the chat.
         path: the file.
         kind: "image", also for a PDF, or "audio".
-        pages: of a PDF, as for `attach`.
+        pages: of a PDF, as for `media_of_file`.
 
     Raises:
         RequestError: the model reads only text, or the file cannot be read.
     """
     check_takes_media(chat)
-    chat.screen.status(f"reading {path} ...")
+
+    def tell(price: str) -> None:
+        chat.screen.status("")
+        chat.screen.note(f"{price}; goes with the next question")
+        chat.screen.status(f"reading {path} ...")
+
     try:
-        found = media_of_file(path, kind, chat.conversation.tokenizer, pages)
+        found = media_of_file(path, kind, chat.conversation.tokenizer, tell, pages)
     finally:
         chat.screen.status("")
     chat.pending += found
     for each in found:
-        chat.screen.note(f"{each.price}; goes with the next question")
         if isinstance(each.medium, Audio) and each.medium.seconds > SPEECH_S:
             transcribe = command_line("transcribe", path)
             chat.screen.note(f"the model transcribes at most {SPEECH_S} s at once; `{transcribe}` takes any length")

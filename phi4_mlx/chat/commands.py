@@ -316,9 +316,9 @@ def _model(chat: Chat, rest: str) -> None:
 
 
 def _image(chat: Chat, rest: str) -> None:
-    named = _named(rest)
-    pages = "" if os.path.exists(named) else (_PAGES.search(rest) or [""])[0]
-    _attach(chat, rest.removesuffix(pages), "image", pages)
+    found = None if os.path.exists(_named(rest)) else _PAGES.search(rest)
+    pages = found.group() if found else ""
+    _attach(chat, rest.removesuffix(pages), "image", pages.strip())
 
 
 def _audio(chat: Chat, rest: str) -> None:
@@ -327,13 +327,10 @@ def _audio(chat: Chat, rest: str) -> None:
 
 def _attach(chat: Chat, rest: str, kind: Literal["image", "audio"], pages: str = "") -> None:
     """Attaches a file to the next question; without a name, lists what is attached."""
-    if not rest:
-        return show_pending(chat)
-    check_takes_media(chat)
-    path = _named(rest.strip())
-    if not os.path.exists(path):
-        raise RequestError(f"{path} does not exist{path_suggestion(path, os.path.isfile)}")
-    attach_file(chat, path, kind, pages.strip())
+    if rest:
+        attach_file(chat, _named(rest), kind, pages)
+    else:
+        show_pending(chat)
 
 
 def _record(chat: Chat, rest: str) -> None:

@@ -59,11 +59,13 @@ def read_media(args: argparse.Namespace, tokenizer: Tokenizer) -> list[Medium]:
         return []
     from phi4_mlx.tokens.media.media_file import media_of_file
 
-    found = [each for path in args.image for each in media_of_file(path, "image", tokenizer)]
-    found += [each for path in args.audio for each in media_of_file(path, "audio", tokenizer)]
-    for each in found:
+
+    def tell(price: str) -> None:
         if sys.stderr.isatty():
-            print(each.price, file=sys.stderr)
+            print(price, file=sys.stderr)
+
+    found = [each for path in args.image for each in media_of_file(path, "image", tokenizer, tell)]
+    found += [each for path in args.audio for each in media_of_file(path, "audio", tokenizer, tell)]
     return [each.medium for each in found if each.medium is not None]
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,8 +13,13 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.files.manifest import file_sha256
 from phi4_mlx.files.regular_file import open_regular
 from phi4_mlx.terminal.amount import amount
-from phi4_mlx.tokens.media.audio import Audio, read_audio
-from phi4_mlx.tokens.media.image import Image, read_image
+from phi4_mlx.terminal.suggestion import path_suggestion
+from phi4_mlx.tokens.media.audio import LONGEST_S, Audio, audio_tokens, read_audio
+from phi4_mlx.tokens.media.image import Image, image_tokens, read_image
+from phi4_mlx.tokens.media.picture_file import PictureSource, picture_size
+from phi4_mlx.tokens.media.picture_header import MeteredFile, UnreadablePicture, picture_format
+from phi4_mlx.tokens.media.sound_file import open_sound
+from phi4_mlx.tokens.media.sound_header import kind_of as sound_kind
 
 if TYPE_CHECKING:
     from phi4_mlx.tokens.tokenizer import Tokenizer
@@ -26,15 +31,6 @@ MODEL_THAT_READS_MEDIA = "Phi-4-multimodal-instruct"
 SPEECH_S = 40  # seconds; the longest clips that the model was trained to transcribe or translate. Source: its card
 
 _NOUNS = {"image": "a picture", "audio": "a sound", "pdf": "a PDF"}
-
-# The first bytes of a file -> its kind. A name says nothing about a file's content.
-_SIGNATURES: tuple[tuple[FileKind, re.Pattern[bytes]], ...] = (
-    ("pdf", re.compile(rb"%PDF-")),
-    ("image", re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|BM.{4}\0{4}|II\*\0|MM\0\*|RIFF.{4}WEBP", re.DOTALL)),
-    ("image", re.compile(rb".{4}ftyp(?:heic|heix|heif|mif1|msf1|avif)", re.DOTALL)),
-    ("audio", re.compile(rb"RIFF.{4}WAVE|RF64.{4}WAVE|fLaC|OggS|FORM.{4}AIF[FC]|caff\0|\x1aE\xdf\xa3", re.DOTALL)),
-    ("audio", re.compile(rb".{4}ftyp(?:M4A|M4B|mp4|isom)|ID3[\2-\4]|\xff[\xe2-\xe5\xf2-\xf5\xfa-\xfd]", re.DOTALL)),
-)
 
 
 @dataclass(frozen=True)
@@ -70,8 +66,8 @@ class MediaFile:
         """A line with its name and its tokens, of a sound also the duration."""
         if self.medium is None:
             return f"{self.name} is gone or has changed since"
-        length = f"{amount(self.medium.seconds, 'second')}, " if isinstance(self.medium, Audio) else ""
-        return f"{self.name}: {length}{amount(self.medium.tokens, 'token')}"
+        seconds = self.medium.seconds if isinstance(self.medium, Audio) else None
+        return f"{self.name}: {_cost(self.tokens, seconds)}"
 
     @property
     def part(self) -> dict[str, Any]:
@@ -90,8 +86,7 @@ class MediaFile:
             same = file_sha256(Path(self.path)) == self.sha256
         except OSError:
             same = False
-        (medium,) = _read(self.path, self.kind, tokenizer, [self.page]) if same else (None,)
-        return replace(self, medium=medium)
+        return replace(self, medium=_read(self, tokenizer) if same else None)
 
 
 def of_record(record: object, tokenizer: Tokenizer) -> MediaFile:
@@ -116,19 +111,28 @@ def kind_of(path: str) -> FileKind | None:
     """The kind of a regular file, by its first bytes; None if it is neither a picture nor sound, or cannot be read."""
     try:
         with open_regular(Path(path)) as file:
-            head = file.read(16)
-    except OSError:
+            if file.read(5) == b"%PDF-":
+                return "pdf"
+            with contextlib.suppress(UnreadablePicture):
+                picture_format(MeteredFile(file))
+                return "image"
+            file.seek(0)
+            sound_kind(file, path)
+            return "audio"
+    except (OSError, RequestError):
         return None
-    return next((kind for kind, signature in _SIGNATURES if signature.match(head)), None)
 
 
-def media_of_file(path: str, kind: Kind, tokenizer: Tokenizer, pages: str = "") -> list[MediaFile]:
-    """Reads a file of pictures or sound; what it costs is known afterwards, before the model reads it.
+def media_of_file(
+    path: str, kind: Kind, tokenizer: Tokenizer, tell: Callable[[str], object], pages: str = ""
+) -> list[MediaFile]:
+    """Reads a file of pictures or sound.
 
     Args:
         path: the file; its content must be of the kind.
         kind: "image", also for PDFs, each page of which is a picture, or "audio".
         tokenizer: of the model.
+        tell: called with a line for each medium, what it costs in tokens, before it is decoded.
         pages: of a PDF: numbers from 1 and ranges, as in "1, 3-5"; all of them by default.
 
     Returns:
@@ -137,16 +141,25 @@ def media_of_file(path: str, kind: Kind, tokenizer: Tokenizer, pages: str = "") 
     Raises:
         RequestError: the file cannot be read, or is something else.
     """
-    path = os.path.abspath(path)
+    check_reads_media(tokenizer)
+    path = os.path.abspath(os.path.expanduser(path))
     found = kind_of(path)
     if found is not None and (found == "audio") != (kind == "audio"):
         raise RequestError(f"{path} is {_NOUNS[found]}, not {_NOUNS[kind]}")
     if pages and found != "pdf":
         raise RequestError(f"{path} is not a PDF, and only a PDF has pages; leave out {pages!r:.100}")
-    numbers: list[int | None] = _page_numbers(path, pages) if found == "pdf" else [None]
-    media = _read(path, kind, tokenizer, numbers)
-    sha256 = file_sha256(Path(path))
-    return [MediaFile(path, sha256, medium, kind, number) for medium, number in zip(media, numbers, strict=True)]
+    try:
+        sha256 = file_sha256(Path(path))
+    except OSError as error:
+        near = path_suggestion(path, os.path.isfile) if isinstance(error, FileNotFoundError) else ""
+        raise RequestError(f"{path} cannot be read: {error.strerror}{near}") from None
+    file = MediaFile(path, sha256, None, kind)
+    files = [file]
+    if found == "pdf":
+        from phi4_mlx.tokens.media.pdf import pdf_pages
+
+        files = [replace(file, page=page) for page in pdf_pages(path, pages)]
+    return [replace(each, medium=_read(each, tokenizer, tell)) for each in files]
 
 
 def check_reads_media(tokenizer: Tokenizer, model_name: str = "this model") -> None:
@@ -166,19 +179,25 @@ def check_reads_media(tokenizer: Tokenizer, model_name: str = "this model") -> N
         )
 
 
-def _read(path: str, kind: str, tokenizer: Tokenizer, pages: Sequence[int | None]) -> list[Image | Audio]:
-    """The media of a file: a sound, a picture, or the pages of a PDF as pictures."""
+def _read(file: MediaFile, tokenizer: Tokenizer, tell: Callable[[str], object] = lambda line: None) -> Image | Audio:
+    """The medium of a file; `tell` is called with what it costs, before it is decoded."""
     check_reads_media(tokenizer)
     assert tokenizer.media is not None
-    if kind == "audio":
-        return [read_audio(path)]
-    size, most = tokenizer.media.crop_size, tokenizer.media.max_crops
-    return [read_image(source, crop_size=size, max_crops=most) for source in _pictures(path, pages)]
+    if file.kind == "audio":
+        with open_sound(file.path, LONGEST_S) as sound:
+            if sound.seconds is not None:
+                tell(f"{file.name}: {_cost(audio_tokens(sound.seconds), sound.seconds)}")
+        return read_audio(file.path)
+    source: PictureSource = file.path
+    if file.page is not None:
+        from phi4_mlx.tokens.media.pdf import pdf_page
+
+        source = pdf_page(file.path, file.page)
+    crop, most = tokenizer.media.crop_size, tokenizer.media.max_crops
+    tell(f"{file.name}: {_cost(image_tokens(*picture_size(source), crop_size=crop, max_crops=most))}")
+    return read_image(source, crop_size=crop, max_crops=most)
 
 
-def _page_numbers(path: str, pages: str) -> list[int | None]:
-    raise RequestError(f"{path}: PDFs {pages}")
-
-
-def _pictures(path: str, pages: Sequence[int | None]) -> list[str]:
-    return [path]
+def _cost(tokens: int, seconds: float | None = None) -> str:
+    length = "" if seconds is None else f"{amount(seconds, 'second')}, "
+    return f"{length}{amount(tokens, 'token')}"

@@ -210,9 +210,10 @@ def test_a_text_model_refuses_media_in_one_line(
         ("/image {beep}", "beep.wav is a sound, not a picture"),
         ("/audio {red}", "red one.png is a picture, not a sound"),
         ("/image {red} 2", "is not a PDF, and only a PDF has pages; leave out '2'"),
-        ("/image none.png", "none.png does not exist"),
-        ("/image re one.png", "re one.png does not exist; did you mean red one.png?"),
-        ("/audio .", "cannot be read"),
+        ("/image none.png", "none.png cannot be read: No such file or directory"),
+        ("/image re one.png", "red one.png?"),
+        ("/audio .", "cannot be read: it is a folder, not a regular file"),
+        ("/audio /dev/zero", "cannot be read: it is a device, not a regular file"),
     ],
 )
 def test_a_wrong_file_costs_a_line(chat: Chat, red: Path, beep: Path, line: str, message: str) -> None:
