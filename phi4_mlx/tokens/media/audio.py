@@ -47,7 +47,7 @@ class Audio:
         """SHA-256 of the features, in hexadecimal."""
         import numpy as np
 
-        return hashlib.sha256(np.ascontiguousarray(self.features, "<f4")).hexdigest()
+        return hashlib.sha256(np.ascontiguousarray(self.features, "<f4").data).hexdigest()
 
 
 def read_audio(source: Source | Audio) -> Audio:

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.regular_file import open_regular
-from phi4_mlx.tokens.media.log_mel import NARROW
-from phi4_mlx.tokens.media.sound_header import Kind, check_whole_file, kind_of
+from phi4_mlx.tokens.media.sound_header import MOST_CHANNELS, READ, Kind, check_sound_format, check_whole_file, kind_of
 from phi4_mlx.tokens.media.sound_reader import SoundReader, without_decoder_notes
 
 if TYPE_CHECKING:
@@ -27,12 +26,10 @@ if TYPE_CHECKING:
 
 Source = str | os.PathLike[str] | bytes | tuple[Any, Any]
 
-HIGHEST_RATE = 768_000  # Hz; the highest that recorders have
-MOST_CHANNELS = 64
 _BLOCK = 2**16  # frames decoded at once
 _CONVERTER = "afconvert"  # part of macOS
 _CONVERTER_S = 600.0
-_FORMATS = "WAV, FLAC, MP3, Ogg, AIFF and CAF are read, and m4a on macOS"
+_MP3_FRAME = 1152  # samples; a whole MP3 may lack that many of those its header states
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ def open_sound(source: Source, longest_s: float | None = None) -> Iterator[Sound
     with file:
         kind = kind_of(file, name)
         if kind is Kind.MPEG4:
-            with _converted(file, name) as wave_file, _decoder(wave_file, Kind.CHUNKS, name) as sound:
+            with _converted(file, name) as wave_file, _decoder(wave_file, Kind.CAF, name) as sound:
                 yield _limited(sound, longest_s)
         else:
             with _decoder(file, kind, name) as sound:
@@ -121,7 +118,7 @@ def _decoder(file: BinaryIO, kind: Kind, name: str) -> Iterator[Sound]:
     notes = without_decoder_notes if kind is Kind.MP3 else contextlib.nullcontext
     file.seek(0)
 
-    class Decoder(soundfile.SoundFile):  # type: ignore[misc]
+    class Decoder(soundfile.SoundFile):
         def seekable(self) -> bool:
             """False: after each block soundfile would seek to where it is, which fails in some files."""
             return False
@@ -130,7 +127,7 @@ def _decoder(file: BinaryIO, kind: Kind, name: str) -> Iterator[Sound]:
         with notes():
             decoder = Decoder(SoundReader(file, overlay))
     except soundfile.SoundFileError as error:
-        raise RequestError(f"{name} cannot be decoded: {_reason(error)}; {_FORMATS}") from None
+        raise RequestError(f"{name} cannot be decoded as {kind.value}: {_reason(error)}; {READ}") from None
     with decoder:
         rate, channels, frames = decoder.samplerate, decoder.channels, decoder.frames
         check_sound_format(name, rate, channels)
@@ -150,7 +147,7 @@ def _decoder(file: BinaryIO, kind: Kind, name: str) -> Iterator[Sound]:
                     break
                 count += len(block)
                 yield _mean(block, name)
-            if stated is not None and stated - count > kind.tolerance:
+            if stated is not None and stated - count > (_MP3_FRAME if kind is Kind.MP3 else 0):
                 raise RequestError(
                     f"{name} is damaged or cut: only {count:,} of {stated:,} samples can be decoded; make or copy it "
                     "again"
@@ -161,23 +158,10 @@ def _decoder(file: BinaryIO, kind: Kind, name: str) -> Iterator[Sound]:
 
 def _reason(error: Exception) -> str:
     """The reason of libsndfile, without its prefix."""
-    text = getattr(error, "error_string", str(error))
+    text = str(getattr(error, "error_string", error))
+    if "does not exist" in text:  # its words for what its MP3 decoder refuses
+        return "its content is damaged"
     return text.removeprefix("Error : ").removeprefix("Internal error : ").rstrip(".") or "unknown error"
-
-
-def check_sound_format(name: str, rate: int, channels: int) -> None:
-    """Checks that a sample rate and a number of channels are those of sound that the model can read.
-
-    Raises:
-        RequestError: one is out of range.
-    """
-    if not NARROW <= rate <= HIGHEST_RATE:
-        raise RequestError(
-            f"{name} has a sample rate of {rate:,} Hz; it must be from {NARROW:,} to {HIGHEST_RATE:,} Hz; record or "
-            "convert it at 16,000 Hz"
-        )
-    if not 1 <= channels <= MOST_CHANNELS:
-        raise RequestError(f"{name} has {channels:,} channels; it must have 1 to {MOST_CHANNELS}")
 
 
 def _mean(block: NDArray[np.float64], name: str) -> Wave:
@@ -210,7 +194,9 @@ def _from_array(source: tuple[Any, ...]) -> Sound:
         raise RequestError(f"samples must be floats from -1 to 1, or uint8, int16 or int32, not {wave.dtype}")
     channels = wave.shape[1] if wave.ndim == 2 else 1
     if channels > MOST_CHANNELS:
-        raise RequestError(f"samples must have the shape [n] or [n, channels], up to {MOST_CHANNELS}, not {list(wave.shape)}")
+        raise RequestError(
+            f"samples must have the shape [n] or [n, channels], up to {MOST_CHANNELS}, not {list(wave.shape)}"
+        )
     check_sound_format(name, int(rate), channels)
     zero, scale = scales.get(wave.dtype.str[1:], (0, 1))
     columns = wave.reshape(len(wave), channels)

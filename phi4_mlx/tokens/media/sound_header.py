@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import os
 import struct
+import zlib
 from collections.abc import Iterator
 from enum import Enum
 from typing import BinaryIO, NamedTuple
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.tokens.media.log_mel import NARROW
+
+HIGHEST_RATE = 768_000  # Hz; the highest that recorders have
+MOST_CHANNELS = 64
 
 
 class Kind(Enum):
-    """Kinds of sound files that need different care.
+    """Kinds of sound files that need different care."""
 
-    Attributes:
-        tolerance: samples that a whole file may lack of those its header states: MP3 counts in frames of 1,152.
-    """
-
-    CHUNKS = "WAV, AIFF or CAF"
-    OGG = "Ogg"
+    WAVE = "WAV"
+    AIFF = "AIFF"
+    CAF = "CAF"
     FLAC = "FLAC"
+    OGG = "Ogg"
     MP3 = "MP3"
-    MPEG4 = "MPEG-4"
-    OTHER = "AU or W64"
+    MPEG4 = "MPEG-4 or AAC"
 
-    @property
-    def tolerance(self) -> int:
-        return 1152 if self is Kind.MP3 else 0
+
+READ = "WAV, FLAC, MP3, Ogg, AIFF and CAF are read, and m4a on macOS"
 
 
 class Overlay(NamedTuple):
@@ -37,12 +38,17 @@ class Overlay(NamedTuple):
     data: bytes
 
 
-_MAGIC = {b"fLaC": Kind.FLAC, b"OggS": Kind.OGG, b"ID3": Kind.MP3, b"caff": Kind.CHUNKS, b".snd": Kind.OTHER}
-_FORMS = {b"RIFFWAVE", b"RIFXWAVE", b"FORMAIFF", b"FORMAIFC"}
+_MAGIC = {
+    b"RIFF": Kind.WAVE, b"RIFX": Kind.WAVE, b"RF64": Kind.WAVE, b"FORM": Kind.AIFF, b"caff": Kind.CAF,
+    b"fLaC": Kind.FLAC, b"OggS": Kind.OGG, b"ID3": Kind.MP3,
+}  # fmt: skip
+_FORMS = {Kind.WAVE: (b"WAVE",), Kind.AIFF: (b"AIFF", b"AIFC")}
 _UNKNOWN = 0x7FFFF000  # sizes from here on are the ones of writers that could not go back: SoX, FFmpeg and others
+_KILOBITS = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
+_LOW_KILOBITS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
+_SEARCHED = 8192  # bytes that may come before the first frame
 _MOST_CHUNKS = 1000  # walked through; the sound comes early
-_PAGE = 65_307  # the most bytes of an Ogg page
-_ENTIRELY_OTHER = {
+_NOT_READ = {
     b"\x1aE\xdf\xa3": "WebM or Matroska", b"0&\xb2u": "Windows Media", b"#!AMR": "AMR", b"MThd": "MIDI",
     b"%PDF": "PDF", b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture",
     b"PK\x03\x04": "a ZIP archive",
@@ -58,23 +64,19 @@ def kind_of(file: BinaryIO, name: str) -> Kind:
     head = file.read(16)
     if not head:
         raise RequestError(f"{name} is empty")
-    if head[:4] + head[8:12] in _FORMS:
-        return Kind.CHUNKS
-    if head[:4] == b"RF64" or head[:4] == b"riff":
-        return Kind.OTHER
+    for magic, kind in _MAGIC.items():
+        if head.startswith(magic) and head[8:12] in _FORMS.get(kind, (head[8:12],)):
+            return kind
     if head[4:8] == b"ftyp":
         return Kind.MPEG4
-    for magic, kind in _MAGIC.items():
-        if head.startswith(magic):
-            return kind
-    if head[0] == 0xFF and len(head) > 2 and head[1] & 0xE0 == 0xE0 and head[2] & 0xF0 != 0xF0:
-        if head[1] & 0xF6 == 0xF0:  # ADTS: no layer
+    if len(head) > 2 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[2] & 0xF0 != 0xF0:
+        if head[1] & 0xF6 == 0xF0:  # a frame of AAC has no layer
             return Kind.MPEG4
         if head[1] & 0x06:
             return Kind.MP3
-    found = next((what for magic, what in _ENTIRELY_OTHER.items() if head.startswith(magic)), "")
-    is_found = f"is {found}, which is not read" if found else "is not sound that can be read"
-    raise RequestError(f"{name} {is_found}; convert it to WAV, FLAC, MP3, Ogg, AIFF or CAF")
+    found = next((what for magic, what in _NOT_READ.items() if head.startswith(magic)), "")
+    is_found = f"is {found}, which is not read as sound" if found else "is not sound that can be read"
+    raise RequestError(f"{name} {is_found}; {READ}")
 
 
 def check_whole_file(file: BinaryIO, kind: Kind, name: str) -> Overlay | None:
@@ -86,78 +88,135 @@ def check_whole_file(file: BinaryIO, kind: Kind, name: str) -> Overlay | None:
         The length of the sound as it is, where the header does not know it; None where the header is right.
 
     Raises:
-        RequestError: bytes are missing.
+        RequestError: bytes are missing, or the header has a rate or a number of channels that is not read.
     """
     length = file.seek(0, os.SEEK_END)
-    if kind is Kind.OGG:
-        _check_last_page(file, length, name)
-        return None
-    if kind is not Kind.CHUNKS:
-        return None
     file.seek(0)
-    head = file.read(12)
-    for chunk in _chunks(file, head, length):
-        if chunk.name == b"fmt ":
-            _check_wave_format(file, head, name)
-        if chunk.name not in (b"data", b"SSND"):
+    if kind is Kind.OGG:
+        _check_pages(file, name)
+    if kind is Kind.MP3:
+        _check_first_frames(file, name)
+    return _check_chunks(file, kind, length, name) if kind in (Kind.WAVE, Kind.AIFF, Kind.CAF) else None
+
+
+def _check_chunks(file: BinaryIO, kind: Kind, length: int, name: str) -> Overlay | None:
+    order = "<" if file.read(4) in (b"RIFF", b"RF64") else ">"
+    large = 0  # the size of the sound in a file over 4 GB, which comes first
+    for chunk, start, size in _chunks(file, kind, order):
+        if chunk == b"ds64":
+            large = struct.unpack("<Q", file.read(16)[8:].ljust(8, b"\0"))[0]
+        if chunk == b"fmt " and len(fields := file.read(8)) == 8:
+            channels, rate = struct.unpack(order + "2xHI", fields)
+            check_sound_format(name, rate, channels)
+        if chunk not in (b"data", b"SSND"):
             continue
-        there = length - chunk.start
-        unknown = chunk.size >= _UNKNOWN or chunk.size < 0
-        if chunk.size == 0 and head[:3] == b"RIF":  # a size of the whole that ends before the sound was never set
-            unknown = struct.unpack(_order(head) + "I", head[4:8])[0] + 8 <= chunk.start
-        if unknown and there != chunk.size:
-            layout = ">q" if head[:4] == b"caff" else _order(head) + "I"
-            return Overlay(chunk.start - struct.calcsize(layout), struct.pack(layout, min(there, 2**32 - 16)))
-        if chunk.size - there > 1:  # a byte of padding is often missing
+        there = length - start
+        unknown = size == -1 if kind is Kind.CAF else size >= _UNKNOWN
+        if size == 0 and kind is Kind.WAVE:  # no chunk follows, so it is sound
+            unknown = not (following := file.read(4)).isascii() or not following.decode().isprintable()
+        if large and size == 2**32 - 1:
+            size, unknown = large, False
+        if unknown and there != size:
+            layout = ">q" if kind is Kind.CAF else order + "I"
+            return Overlay(start - struct.calcsize(layout), struct.pack(layout, min(there, 2**32 - 16)))
+        if size - there > 1:  # a byte of padding is often missing
             raise RequestError(
-                f"{name} is cut: its header states {chunk.size:,} bytes of sound, and {there:,} are there; copy it again"
+                f"{name} is cut: {size:,} bytes of sound are announced, and {there:,} follow; copy it again"
             )
         return None
     raise RequestError(f"{name} has no samples")
 
 
-class _Chunk(NamedTuple):
-    name: bytes
-    start: int  # of its content
-    size: int
-
-
-def _order(head: bytes) -> str:
-    return "<" if head[:4] == b"RIFF" else ">"
-
-
-def _chunks(file: BinaryIO, head: bytes, length: int) -> Iterator[_Chunk]:
-    """The chunks of a WAV, AIFF or CAF file; the file stands at the content of each."""
-    caf = head[:4] == b"caff"
-    layout = ">4sq" if caf else _order(head) + "4sI"
+def _chunks(file: BinaryIO, kind: Kind, order: str) -> Iterator[tuple[bytes, int, int]]:
+    """(name, start of the content, size) of each chunk; the file stands at its content."""
+    caf = kind is Kind.CAF
+    layout = ">4sq" if caf else order + "4sI"
     position = 8 if caf else 12
     for _ in range(_MOST_CHUNKS):
         file.seek(position)
         header = file.read(struct.calcsize(layout))
         if len(header) < struct.calcsize(layout):
             return
-        chunk = _Chunk(*struct.unpack(layout, header)[:1], position + len(header), struct.unpack(layout, header)[1])
-        yield chunk
-        if chunk.size < 0 or chunk.size > length:
+        chunk, size = struct.unpack(layout, header)
+        start = position + len(header)
+        yield chunk, start, size
+        if not 0 <= size < 2**62:
             return
-        position = chunk.start + chunk.size + (0 if caf else chunk.size % 2)
+        position = start + size + (0 if caf else size % 2)
 
 
-def _check_wave_format(file: BinaryIO, head: bytes, name: str) -> None:
-    """Refuses channels and rates that libsndfile refuses in words of its own."""
-    from phi4_mlx.tokens.media.sound_file import check_sound_format
+def _check_pages(file: BinaryIO, name: str) -> None:
+    """Checks that every page of an Ogg file is whole and matches its checksum: the decoder skips those that do not.
 
-    fields = file.read(8)
-    if len(fields) == 8:
-        _, channels, rate = struct.unpack(_order(head) + "HHI", fields)
-        check_sound_format(name, rate, channels)
+    Source: RFC 3533, section 6.
+    """
+    position, last = 0, False
+    while header := file.read(27):
+        if not header.startswith(b"OggS"):
+            if last:
+                return  # tags of other programs
+            raise RequestError(f"{name} is damaged after {position:,} bytes; copy it again")
+        lengths = file.read(header[26]) if len(header) == 27 else b""
+        content = file.read(sum(lengths))
+        if len(header) < 27 or len(lengths) < header[26] or len(content) < sum(lengths):
+            raise RequestError(f"{name} is cut: its last page, after {position:,} bytes, is not whole; copy it again")
+        page = header[:22] + bytes(4) + header[26:] + lengths + content
+        if _ogg_checksum(page) != struct.unpack("<I", header[22:26])[0]:
+            raise RequestError(f"{name} is damaged after {position:,} bytes: a checksum is wrong; copy it again")
+        last = bool(header[5] & 4)
+        position += len(page)
 
 
-def _check_last_page(file: BinaryIO, length: int, name: str) -> None:
-    """Checks that the last page of an Ogg file is whole."""
-    file.seek(max(length - 2 * _PAGE, 0))
-    tail = file.read()
-    page = tail[max(tail.rfind(b"OggS"), 0) :]
-    segments = page[26] if len(page) > 26 else 0
-    if len(page) < 27 or len(page) < 27 + segments + sum(page[27 : 27 + segments]):
-        raise RequestError(f"{name} is cut: its last page is not whole; copy it again")
+def _check_first_frames(file: BinaryIO, name: str) -> None:
+    """Checks that two frames of MP3 follow each other: in anything else the decoder searches all of it, byte by byte.
+
+    Source: ISO/IEC 11172-3, section 2.4.1.3, and 13818-3.
+    """
+    tag = file.read(10)
+    size = sum((byte & 127) << shift for byte, shift in zip(tag[6:10], (21, 14, 7, 0), strict=False))
+    file.seek(10 + size if tag.startswith(b"ID3") else 0)
+    start = file.read(_SEARCHED)
+    if start.startswith(b"fLaC"):
+        return
+    for position in range(len(start) - 3):
+        length = _frame_length(start[position : position + 4])
+        following = start[position + length :] if length else b""
+        if length and (len(following) < 4 or (_frame_length(following) and following[1] == start[position + 1])):
+            return
+    raise RequestError(f"{name} is not sound that can be read: no MP3 follows its first bytes; {READ}")
+
+
+def _frame_length(header: bytes) -> int:
+    """Bytes of an MPEG frame of layer III; 0 for bytes that do not begin one."""
+    version, layer = header[1] >> 3 & 3, header[1] >> 1 & 3
+    bitrate, rate = header[2] >> 4, header[2] >> 2 & 3
+    if header[0] != 0xFF or header[1] < 0xE0 or version == 1 or layer != 1 or bitrate in (0, 15) or rate == 3:
+        return 0
+    first = version == 3  # MPEG 1; the others are MPEG 2 and 2.5, at half and a quarter of its rates
+    kilobits = (_KILOBITS if first else _LOW_KILOBITS)[bitrate - 1]
+    hertz = (44100, 48000, 32000)[rate] >> (0 if first else 1 if version == 2 else 2)
+    return (144 if first else 72) * 1000 * kilobits // hertz + (header[2] >> 1 & 1)
+
+
+_MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+
+def _ogg_checksum(page: bytes) -> int:
+    """CRC-32 with the highest bit first and no inversion, by that of zlib, which has the lowest first."""
+    mirrored = zlib.crc32(page.translate(_MIRRORED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return int.from_bytes(mirrored.to_bytes(4, "little").translate(_MIRRORED), "big")
+
+
+def check_sound_format(name: str, rate: int, channels: int) -> None:
+    """Checks that a sample rate and a number of channels are those of sound that the model can read.
+
+    Raises:
+        RequestError: one is out of range.
+    """
+    if not NARROW <= rate <= HIGHEST_RATE:
+        raise RequestError(
+            f"{name} has a sample rate of {rate:,} Hz; it must be from {NARROW:,} to {HIGHEST_RATE:,} Hz; record or "
+            "convert it at 16,000 Hz"
+        )
+    if not 1 <= channels <= MOST_CHANNELS:
+        raise RequestError(f"{name} has {channels:,} channels; it must have 1 to {MOST_CHANNELS}")
