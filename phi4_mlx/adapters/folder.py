@@ -85,6 +85,11 @@ class Adapter:
         return sorted((name.removesuffix(".weight") for name in self.tensors), key=place)
 
     @property
+    def mixes(self) -> bool:
+        """True if it can be one of several in a forward pass: it changes linear layers of blocks only, by products."""
+        return self.kind != FULL and all(place(path)[0] >= 0 for path in self.paths)
+
+    @property
     def rank(self) -> int:
         """R, the same for all layers."""
         return self.shape(self.paths[0])[1]

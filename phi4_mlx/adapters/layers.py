@@ -149,10 +149,10 @@ def check_fit(model: nn.Module, adapter: Adapter) -> None:
                 f"{adapter.source}: {path} is not a linear layer of this model, which has layers 0 to {total - 1}; "
                 "the adapter is for another model"
             )
-        (width, out), (own_width, rank, own_out) = _dimensions(linears[path]), adapter.shape(path)
-        if (own_width, own_out) != (width, out):
+        (width, out), (rows, rank, columns) = _dimensions(linears[path]), adapter.shape(path)
+        if (rows, columns) != (width, out):
             raise CheckpointError(
-                f"{adapter.source}: {path} has lora_a {[own_width, rank]} and lora_b {[rank, own_out]}; the layer needs "
+                f"{adapter.source}: {path} has lora_a {[rows, rank]} and lora_b {[rank, columns]}; the layer needs "
                 f"[{width}, R] and [R, {out}]; the adapter is for another model"
             )
         if adapter.keys is not None and key not in adapter.keys and path not in adapter.keys:

@@ -212,7 +212,7 @@ class Model(text.Model):
     ) -> PromptCache:
         """See `LanguageModel.make_cache`."""
         cache = super().make_cache(regime, kv_bits, max_kv_size)
-        cache.mode_adapters = frozenset(getattr(self, 'adapters', ()) and self.adapters.names)
+        cache.mode_adapters = frozenset(self.adapters.names)
         return cache
 
     def on_demand(self, name: str) -> bool:
