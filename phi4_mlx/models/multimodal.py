@@ -24,6 +24,7 @@ from phi4_mlx.models import text
 from phi4_mlx.models.audio import AudioEmbedding
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.cache import CacheOptions, LayerCache
+from phi4_mlx.models.multimodal_names import EXTEND
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime
 from phi4_mlx.models.vision import ImageEmbedding
@@ -213,6 +214,10 @@ class Model(text.Model):
         cache = super().make_cache(regime, kv_bits, max_kv_size)
         cache.mode_adapters = frozenset(self.adapters.names)
         return cache
+
+    def on_demand(self, name: str) -> bool:
+        """See `LanguageModel.on_demand`: the towers, which text does not need."""
+        return name.startswith(EXTEND)
 
     @property
     def step_bytes(self) -> int:
