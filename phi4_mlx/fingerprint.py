@@ -42,6 +42,7 @@ def adapter_fingerprint(model: LanguageModel) -> str:
 
 def named_fingerprint(model: LanguageModel, name: str) -> str:
     """The fingerprint of one of the adapters that a model has by name, from its tensors."""
+    assert model.adapters is not None
     return _fingerprint({}, model.adapters.arrays(name))
 
 

@@ -103,7 +103,7 @@ class NamedAdapters:
 
     def arrays(self, name: str) -> dict[str, mx.array]:
         """The arrays of an adapter by layer path and name, read at the first call."""
-        found = {}
+        found: dict[str, mx.array] = {}
         for path, product in self._read(name).items():
             found |= {f"{path}.{part}": array for part, array in product.arrays.items()}
             if product.excess is not None:
