@@ -33,6 +33,8 @@ MOST_SCALE = 1e30  # of an adapter's scale and alpha; far beyond use, and far fr
 FULL = "full"
 PARTS = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}
 """fine_tune_type -> the tensors of each adapted layer."""
+QUANTIZED_PARTS = ("lora_a", "lora_a_scales", "lora_a_biases", "lora_b", "lora_b_scales", "lora_b_biases")
+"""The tensors of each layer of a quantised LoRA, whose matrices have the rank first: [R, in] and [R, out]."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Adapter:
         keys: the places within a layer, or whole paths, that its config claims; None if it does not say.
         only_layers: the layers it is for, where they are not the last ones.
         base_model: the name of the model it was trained on, where it is known.
+        scheme: group size and bits of matrices in `QUANTIZED_PARTS`; None for dense ones.
     """
 
     kind: str
@@ -61,6 +64,12 @@ class Adapter:
     keys: tuple[str, ...] | None = None
     only_layers: tuple[int, ...] | None = None
     base_model: str | None = None
+    scheme: tuple[int, int] | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The tensors of each layer."""
+        return PARTS[self.kind] if self.scheme is None else QUANTIZED_PARTS
 
     @property
     def paths(self) -> list[str]:
@@ -77,12 +86,19 @@ class Adapter:
     @property
     def rank(self) -> int:
         """R, the same for all layers."""
-        rank: int = self.tensors[f"{self.paths[0]}.lora_a"].shape[1]
-        return rank
+        return self.shape(self.paths[0])[1]
+
+    def shape(self, path: str) -> tuple[int, int, int]:
+        """(in, R, out) of a layer."""
+        a, b = self.tensors[f"{path}.lora_a"], self.tensors[f"{path}.lora_b"]
+        if self.scheme is None:
+            return *a.shape, b.shape[1]
+        width, out = (32 * array.shape[1] // self.scheme[1] for array in (a, b))
+        return width, a.shape[0], out
 
     def of(self, path: str) -> tuple[mx.array, ...]:
-        """The tensors of one layer: a [in, R], b [R, out], and m [out] for DoRA."""
-        return tuple(self.tensors[f"{path}.{part}"] for part in PARTS[self.kind])
+        """The tensors of one layer in the order of `parts`: a [in, R], b [R, out], and m [out] for DoRA, if dense."""
+        return tuple(self.tensors[f"{path}.{part}"] for part in self.parts)
 
 
 def place(path: str) -> tuple[int, str]:

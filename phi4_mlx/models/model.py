@@ -23,6 +23,7 @@ from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.cache import CacheOptions, LayerCache
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime, regime_of
+from phi4_mlx.tokens.prompt import Medium, Place, places_of
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,9 @@ class LanguageModel(nn.Module, ABC):
     def context_cost(self, kv_bits: int | None = None) -> ContextCost:
         """Bytes that a context takes, with keys and values in `kv_bits` (None: unquantised)."""
 
-    def __call__(self, ids: mx.array, cache: Sequence[LayerCache] | None = None) -> mx.array:
+    def __call__(
+        self, ids: mx.array, cache: Sequence[LayerCache] | None = None, media: Sequence[Medium] = ()
+    ) -> mx.array:
         """Logits of the next token at each position, exact at every length.
 
         Where the new tokens take a cached sequence past the RoPE boundary, the whole sequence runs again under the
@@ -130,19 +133,42 @@ class LanguageModel(nn.Module, ABC):
         Args:
             ids: token ids [B, T], any integer dtype, each below the vocabulary size.
             cache: from `make_cache`, or a list of mlx-lm's `KVCache`; it is appended to.
+            media: those whose slots are among the ids, in order; B must be 1.
 
         Returns:
             Logits [B, T, V], in `dtype`.
 
         Raises:
-            RequestError: a list of foreign caches would cross the RoPE boundary.
+            RequestError: a list of foreign caches would cross the RoPE boundary; the media do not fit the ids, or the
+                model reads only text.
         """
         T = ids.shape[1]
         if cache is not None and not isinstance(cache, (PromptCache, BatchCache)):
             cache = PromptCache(cache, self.boundary)
+        places = self.locate(ids, media, cache) if not isinstance(cache, BatchCache) else ()
+        if places and cache is None:
+            cache = self.make_cache()
         if isinstance(cache, PromptCache):
-            ids = cache.admit(ids)
+            ids = cache.admit(ids, places)
         return self.logits(self.hidden(ids, cache)[:, -T:])
+
+    def locate(self, ids: mx.array, media: Sequence[Medium], cache: PromptCache | None) -> Sequence[Place]:
+        """Finds the slots of media.
+
+        Args:
+            ids: token ids [B, T].
+            media: in order.
+            cache: of the tokens before them, which may end within a medium.
+
+        Returns:
+            The places of the media in `ids`.
+
+        Raises:
+            RequestError: the ids have more or fewer slots, or the model reads only text.
+        """
+        if media:
+            raise RequestError(f"{len(media)} media are given, and this model reads only text")
+        return ()
 
     def make_cache(
         self, regime: Regime | None = None, kv_bits: int | None = None, max_kv_size: int | None = None
@@ -187,12 +213,27 @@ class LanguageModel(nn.Module, ABC):
         """Bytes of the weights that a decode step reads."""
         return self.weights_bytes
 
+    @property
+    def slot_ids(self) -> frozenset[int]:
+        """The ids of slots of media; empty if the model reads only text."""
+        return frozenset()
+
     def check_ids(self, ids: Sequence[int]) -> None:
-        """Raises RequestError unless there are ids and all of them are in the vocabulary; MLX would read past it."""
+        """Raises RequestError unless there are ids, all of them in the vocabulary, and only media that the model reads.
+
+        Args:
+            ids: [T]; a `Prompt` if there are media.
+        """
         V = self.config.vocab_size
         if not ids:
             context = self.config.max_position_embeddings
             raise RequestError(f"the prompt has 0 tokens; it needs at least 1, and the context holds {context}")
-        if not (min(ids) >= 0 and max(ids) < V):
+        if not (min(ids) >= 0 and max(ids) < V):  # MLX would read past it
             outside = next(token for token in ids if not 0 <= token < V)
             raise RequestError(f"token {outside} of the prompt is outside the model's vocabulary of {V}")
+        self.check_media(ids)
+
+    def check_media(self, ids: Sequence[int]) -> None:
+        """Raises RequestError if ids have media that the model cannot read, or slots without media."""
+        if places := places_of(ids):
+            raise RequestError(f"the prompt has {places[0].medium.kind} input, and this model reads only text")
