@@ -101,7 +101,7 @@ def _pull(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         complain(typed("models pull"), "stopped; complete files are kept, and the same command downloads the others")
         raise
-    total = size(sum(path.stat().st_size for path in folder.iterdir()))
+    total = size(_nbytes(folder))
     chat = command_line("chat", model=args.id, revision=args.revision)
     print(f"{args.id}: {total} in {folder}; chat with it: {chat}")
 
@@ -131,7 +131,7 @@ def listed_models() -> list[Listed]:
 
     embedded = []
     for name, folder in EMBEDDED.items():
-        nbytes = sum(path.stat().st_size for path in folder.iterdir())
+        nbytes = _nbytes(folder)
         embedded.append(CachedModel(name, "", (), folder, nbytes, nbytes, 0, False))
     found = []
     for model in (*embedded, *cached_models()):
@@ -143,6 +143,11 @@ def listed_models() -> list[Listed]:
                 why = f"damaged: `{command_line('models', 'rm', model.name)}` removes it"
             found.append(Listed(model, _context(model.folder), why))
     return found
+
+
+def _nbytes(folder: Path) -> int:
+    """Bytes of the files of a model; adapters of its own are in folders in it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _why_not(folder: Path) -> str:
@@ -175,7 +180,7 @@ def _context(folder: Path) -> int | None:
 @contextlib.contextmanager
 def _access_times_kept(folder: Path) -> Iterator[None]:
     """Restores the times at which the files of a folder were last read: to list a model is not to use it."""
-    before = {path: path.stat() for path in folder.glob("*") if path.is_file()}
+    before = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
     try:
         yield
     finally:
