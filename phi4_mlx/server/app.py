@@ -116,7 +116,10 @@ class App:
         names = list(self.service.models)
         if "anthropic-version" in request.headers:
             since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.created))
-            data = [{"type": "model", "id": name, "display_name": name, "created_at": since} for name in names]
+            head = {"type": "model", "created_at": since}
+            data = [
+                {**head, "id": name, "display_name": name, "capabilities": self._capabilities(name)} for name in names
+            ]
             return JsonResponse({"data": data, "has_more": False, "first_id": names[0], "last_id": names[-1]})
         return JsonResponse({"object": "list", "data": [self._model_json(name) for name in names]})
 
@@ -139,9 +142,23 @@ class App:
         return self._refusal(request, error, {"x-should-retry": "false"})  # clients retry any other 5xx
 
     def _model_json(self, name: str) -> JsonObject:
-        """A model in OpenAI's form, with its context length and kind for the page."""
-        fitting = {"context_length": self.service.supervisor.longest, "kind": self.service.kind}
+        """A model in OpenAI's form; what it takes as OpenRouter says it; its context length and kind for the page."""
+        inputs = self._inputs(name)
+        fitting: JsonObject = {"context_length": self.service.supervisor.longest, "kind": self.service.kind}
+        fitting["architecture"] = {"input_modalities": inputs, "output_modalities": ["text"]}
+        if self.service.media is not None and "image" in inputs:
+            settings = self.service.media.settings
+            fitting["media"] = {"crop_size": settings.crop_size, "max_crops": settings.max_crops}
         return {"id": name, "object": "model", "created": self.created, "owned_by": "phi4_mlx", **fitting}
+
+    def _capabilities(self, name: str) -> JsonObject:
+        """What a model takes, in Anthropic's form."""
+        return {"image_input": {"supported": "image" in self._inputs(name)}}
+
+    def _inputs(self, name: str) -> list[str]:
+        """The kinds of parts that a model takes; an adapter of the user's takes text alone."""
+        takes_media = self.service.media is not None and self.service.models[name] is None
+        return ["text", "image", "audio"] if takes_media else ["text"]
 
     def _completion(self, ask: Ask, created: int, prompt_tokens: int) -> Answer:
         decode = self.service.tokenizer.decode

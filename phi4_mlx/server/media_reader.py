@@ -118,4 +118,4 @@ def _with_media(message: JsonObject, read: dict[int, Image | Audio]) -> JsonObje
 
 def _size(medium: Image | Audio) -> int:
     """Bytes of a decoded medium."""
-    return int((medium.padded if medium.kind == "image" else medium.features).nbytes)
+    return medium.padded.nbytes if medium.kind == "image" else medium.features.nbytes
