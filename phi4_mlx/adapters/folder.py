@@ -359,6 +359,8 @@ def _config(adapter: Adapter, total_layers: int) -> JsonObject:
             "keys": sorted({key for _, key in places}),
         },
     }
+    if adapter.scheme is not None:
+        config["quantization"] = {"group_size": adapter.scheme[0], "bits": adapter.scheme[1]}
     if len(layers) != num_layers:
         config["layers_to_transform"] = layers
     return config

@@ -2,11 +2,6 @@
 
 The base's blocks are not touched: a `Selection` has copies of them, over the same arrays, with the adapters in use on
 their linear layers.
-
-An 8-bit adapter folder is as mlx-lm's, with `"quantization": {"group_size": 64, "bits": 8}` in adapter_config.json
-(32 where 64 does not divide a width) and the rank first in its matrices, for each layer: `<path>.lora_a` uint32
-[R, in * bits / 32] with `<path>.lora_a_scales` and `<path>.lora_a_biases` [R, in / group size], and `<path>.lora_b`
-[R, out * bits / 32] with `<path>.lora_b_scales` and `<path>.lora_b_biases` [R, out / group size].
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ class CausalLM(LanguageModel):
     """
 
     model: Any
+    adapters: NamedAdapters
 
     def __init__(self, config: Config, decoder: nn.Module):
         super().__init__()
