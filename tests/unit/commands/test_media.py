@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import wave
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import PIL.Image
 import pytest
@@ -14,7 +14,7 @@ import pytest
 from phi4_mlx.checkpoint import load
 from phi4_mlx.commands import cache_prompt, context, generate, models
 from phi4_mlx.generation.stream import generate as answer
-from tests.adapters import save_adapter
+from tests.adapters import adapted, save_adapter
 from tests.conftest import write_tiny_checkpoint
 from tests.tiny_multimodal import write_tiny_multimodal
 
@@ -105,10 +105,38 @@ def test_a_text_model_names_those_that_read_media(out: pytest.CaptureFixture[str
 
 def test_an_adapter_of_the_user_is_for_text(out: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     model, _ = load("model")
-    adapter = save_adapter(model, tmp_path / "mine")
-    options = ["--model", "model", "--adapter-path", str(adapter), *MAX]
+    save_adapter(adapted(model), tmp_path / "mine", {})
+    options = ["--model", "model", "--adapter-path", str(tmp_path / "mine"), *MAX]
     assert generate.main([*options, "--prompt", "x"]) == 0
     out.readouterr()
     assert generate.main([*options, "--prompt", "x", "--image", "red.png"]) == 2
     error = out.readouterr().err
     assert "cannot be used together with" in error and error.count("\n") == 1
+
+
+def test_the_memory_plan_names_towers_and_adapters(out: pytest.CaptureFixture[str]) -> None:
+    assert context.main(["--model", "model", "--json"]) == 0
+    plan = json.loads(out.readouterr().out)
+    parts = plan["parts_bytes"]
+    assert [*parts] == ["decoder", "towers for media", "vision adapter", "speech adapter"]
+    assert sum(parts.values()) == plan["weights_bytes"]
+    for name in ("vision", "speech"):
+        (weights,) = Path(f"model/{name}-lora").glob("*.safetensors")
+        assert 0 < weights.stat().st_size - parts[f"{name} adapter"] < 4096
+    assert context.main(["--model", "model"]) == 0
+    assert "towers for media, " in out.readouterr().out
+
+
+def test_the_list_says_what_a_model_reads(
+    out: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(models.EMBEDDED, "media", tmp_path / "media")
+    shutil.copytree("model", tmp_path / "media")
+    assert models.main(["--json"]) == 0
+    found = {each["id"]: each for each in json.loads(out.readouterr().out)["models"]}
+    assert (found["media"]["loads"], found["media"]["reads_media"]) == (True, True)
+    assert not found["demo"]["reads_media"]
+    sizes = [path.stat().st_size for path in (tmp_path / "media").rglob("*") if path.is_file()]
+    assert found["media"]["bytes"] == sum(sizes)
+    assert models.main([]) == 0
+    assert "yes; reads pictures and sound" in out.readouterr().out
