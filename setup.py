@@ -44,6 +44,7 @@ setup(
     extras_require={
         "plots": ["matplotlib>=3.8"],
         "mcp": ["mcp>=2"],
+        "record": ["sounddevice>=0.5"],
         "dev": [
             "matplotlib>=3.8",
             "pytest>=8",

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from phi4_mlx.adapters.named import NamedAdapters
 from phi4_mlx.config.fields import Config
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.model import LanguageModel
@@ -31,6 +32,7 @@ class CausalLM(LanguageModel):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.recompute = False
+        self.adapters = NamedAdapters(decoder.layers)
 
     def hidden(
         self,
@@ -43,9 +45,11 @@ class CausalLM(LanguageModel):
     ) -> mx.array:
         """See `LanguageModel.hidden`."""
         recompute = self.recompute and self.training
+        adapted = None if cache is None else self.adapters.select(cache.adapters)
         found: mx.array = self.model(
-            ids, cache, embeddings=embeddings, segments=segments, rows=rows, recompute=recompute, watch=self.watch
-        )
+            ids, cache, embeddings=embeddings, segments=segments, rows=rows, recompute=recompute, watch=self.watch,
+            adapted=adapted,
+        )  # fmt: skip
         return found
 
     def logits(self, hidden: mx.array) -> mx.array:

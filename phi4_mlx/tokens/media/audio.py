@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.tokens.media.log_mel import log_mel, window_of
+from phi4_mlx.tokens.media.log_mel import WIDE, log_mel, window_of
 from phi4_mlx.tokens.media.resample import resampled
 from phi4_mlx.tokens.media.sound_file import Source, open_sound
 
@@ -47,7 +47,7 @@ class Audio:
         """SHA-256 of the features, in hexadecimal."""
         import numpy as np
 
-        return hashlib.sha256(np.ascontiguousarray(self.features, "<f4")).hexdigest()
+        return hashlib.sha256(np.ascontiguousarray(self.features, "<f4").data).hexdigest()
 
 
 def read_audio(source: Source | Audio) -> Audio:
@@ -68,6 +68,12 @@ def read_audio(source: Source | Audio) -> Audio:
         rate, blocks = resampled(sound.blocks(), sound.rate)
         audio = audio_of(blocks, rate, sound.name)
     return audio
+
+
+def audio_tokens(seconds: float) -> int:
+    """Tokens that sound takes in a prompt, from its duration alone; at 8 kHz it may be one more."""
+    frames = (round(seconds * WIDE) - window_of(WIDE)) // (WIDE // 100) + 1
+    return -(-max(frames, 0) // TIME_REDUCTION)
 
 
 def audio_of(blocks: Iterable[Wave], rate: int, name: str) -> Audio:
