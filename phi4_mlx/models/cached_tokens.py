@@ -97,8 +97,8 @@ class CachedTokens:
         return first
 
     def name(self, places: Iterable[Place]) -> None:
-        """Takes the media at the same places; those here may be absent ones."""
-        self._places = tuple(cut(places, 0, self.count))
+        """Takes the media of all tokens, those here and those that follow, by position."""
+        self._places = joined(places)
 
     @property
     def ids(self) -> mx.array:

@@ -69,6 +69,11 @@ class AbsentMedium:
     digest: str
 
 
+def absent(medium: Medium) -> AbsentMedium:
+    """The identity of a medium."""
+    return AbsentMedium(medium.kind, medium.tokens, medium.digest)
+
+
 Medium: TypeAlias = "Image | Audio | AbsentMedium"
 
 
