@@ -53,6 +53,7 @@ class _Entry:
 
     source: Callable[[], Adapter] | None
     trained: bool
+    nbytes: int
     products: dict[str, Product] = field(default_factory=dict)  # by path
 
 
@@ -77,16 +78,25 @@ class NamedAdapters:
         """The names, in the order in which they were added."""
         return [*self._entries]
 
-    def add(self, name: str, source: Adapter | Callable[[], Adapter], *, trained: bool = False) -> None:
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """The bytes of each, also of those not read yet."""
+        return {name: entry.nbytes for name, entry in self._entries.items()}
+
+    def add(
+        self, name: str, source: Adapter | Callable[[], Adapter], *, trained: bool = False, nbytes: int = 0
+    ) -> None:
         """Adds an adapter, in place of one of the same name; caches filled under that one are of no more use.
 
         Args:
             name: its name.
             source: the adapter, or a function that reads it, called at its first use.
+            nbytes: of the adapter that the function reads.
             trained: refuse an adapter whose lora_b is zero everywhere, as it stays where names in a file do not match.
         """
         self.remove(name)
-        self._entries[name] = _Entry((lambda: source) if isinstance(source, Adapter) else source, trained)
+        nbytes = source.nbytes if isinstance(source, Adapter) else nbytes
+        self._entries[name] = _Entry((lambda: source) if isinstance(source, Adapter) else source, trained, nbytes)
 
     def remove(self, name: str) -> None:
         """Removes an adapter, if there is one of that name."""

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["image", "audio"]
 
+READS_ONLY_TEXT = "reads only text; Phi-4-multimodal-instruct and the embedded demo-multimodal read pictures and sound"
+
 
 class Mode(str, Enum):
     """The kinds of media in a request, which decide its adapter for all of its tokens.

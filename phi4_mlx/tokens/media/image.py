@@ -76,7 +76,7 @@ class Image:
         import numpy as np
 
         crop, rows, columns = self.crop_size, self.size[0] // self.crop_size, self.size[1] // self.crop_size
-        value = (np.arange(256, dtype=np.float32) / 255 - 0.5) / 0.5  # of each byte
+        value = ((np.arange(256, dtype=np.float32) / 255 - 0.5) / 0.5).astype(np.float32)  # of each byte
         pixels = np.empty((1 + rows * columns, crop, crop, 3), np.float32)
         pixels[0] = resize_bicubic(self.padded, crop, value)
         for index in range(rows * columns):
