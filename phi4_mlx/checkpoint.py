@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx.adapters.layers import load_adapter
 from phi4_mlx.adapters.shipped import add_shipped
-from phi4_mlx.config.fields import MODEL_FOLDER, QUANTIZATION_MODES, Config, brief
+from phi4_mlx.config.fields import MODEL_FOLDER, QUANTIZATION_MODES, Config, brief, count
 from phi4_mlx.config.multimodal import MultimodalConfig
 from phi4_mlx.config.sambay import SambaYConfig
 from phi4_mlx.config.text import ModelConfig
@@ -36,6 +37,7 @@ from phi4_mlx.models.padded import PaddedLinear
 from phi4_mlx.models.shared_stream import shared_stream
 from phi4_mlx.terminal.suggestion import suggestion
 from phi4_mlx.tokens.chat_format import CHAT_FORMATS, ChatFormat, recognise, recognise_flash
+from phi4_mlx.tokens.prompt import MediaSettings
 from phi4_mlx.tokens.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -49,6 +51,7 @@ class Kind:
         chat_format: (folder, tokenizer) -> the chat format of a package.
         native_name: the name of a tensor in a file -> the model's.
         is_unused: (the model's name, config) -> True for a tensor that no computation reads.
+        media: folder -> what the model reads beside text; None for text alone.
     """
 
     config: Callable[[Mapping[str, Any]], Config]
@@ -56,10 +59,25 @@ class Kind:
     chat_format: Callable[[Path, Tokenizer], ChatFormat]
     native_name: Callable[[str], str] = lambda name: name
     is_unused: Callable[[str, Any], bool] = lambda name, config: False
+    media: Callable[[Path], MediaSettings | None] = lambda folder: None
+
+
+def _media_settings(folder: Path) -> MediaSettings:
+    config, preprocessor = load_config(folder), folder / "preprocessor_config.json"
+    assert isinstance(config, MultimodalConfig)
+    given = read_json(preprocessor) if os.path.lexists(preprocessor) else {}
+    max_crops = count(given, "dynamic_hd", MediaSettings.max_crops)
+    vision, audio = config.vision, config.audio
+    return MediaSettings(vision.crop_size, max_crops, vision.image_token_id, audio.audio_token_id)
 
 
 _MULTIMODAL = Kind(
-    MultimodalConfig.from_dict, multimodal.Model, recognise, multimodal_names.native_name, multimodal_names.is_unused
+    MultimodalConfig.from_dict,
+    multimodal.Model,
+    recognise,
+    multimodal_names.native_name,
+    multimodal_names.is_unused,
+    _media_settings,
 )
 
 # model_type in config.json -> the kind.
@@ -142,6 +160,7 @@ def load_tokenizer_and_format(folder: Path, chat_format: str | None = None, mode
         )
     known = CHAT_FORMATS[chat_format] if chat_format else None
     tokenizer.chat_format = known or KINDS[model_type].chat_format(folder, tokenizer)
+    tokenizer.media = KINDS[model_type].media(folder)
     return tokenizer
 
 

@@ -147,7 +147,7 @@ class Model(text.Model):
     ) -> mx.array:
         """See `LanguageModel.hidden`. The cache knows which of the ids are slots of its media."""
         if embeddings is None and isinstance(cache, PromptCache):
-            places = cache.next_places(ids.shape[1])
+            places = cache.tokens.next_places(ids.shape[1])
             if places:
                 embeddings = self._embeddings(ids, places, cache.mode)
         return super().hidden(ids, cache, embeddings=embeddings, segments=segments, rows=rows)
@@ -164,7 +164,7 @@ class Model(text.Model):
 
     def locate(self, ids: mx.array, media: Sequence[Medium], cache: PromptCache | None) -> list[Place]:
         """See `LanguageModel.locate`. Slots of a kind take its media in order; a chunk may end within a medium."""
-        unfinished = cache.unfinished if cache is not None else None
+        unfinished = cache.tokens.unfinished if cache is not None else None
         if not media and unfinished is None:
             return []
         if ids.shape[0] != 1:
