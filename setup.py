@@ -30,7 +30,7 @@ setup(
         'mlx[cpu]>=0.32; sys_platform == "linux"',
         "mlx-lm>=0.31",
         "numpy>=1.26",
-        "Pillow>=11.3",
+        "pillow>=11.3",
         "soundfile>=0.13",
         "tiktoken>=0.9",
         "tokenizers>=0.21",
@@ -47,6 +47,7 @@ setup(
         "plots": ["matplotlib>=3.8"],
         "mcp": ["mcp>=2"],
         "pdf": ["pypdfium2>=4.30"],
+        "record": ["sounddevice>=0.5"],
         "dev": [
             "matplotlib>=3.8",
             "pytest>=8",

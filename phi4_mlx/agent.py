@@ -18,6 +18,7 @@ from phi4_mlx.generation.answer import AnswerAssembler, stream_answer, tool_gram
 from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.stream import GenerationResponse
 from phi4_mlx.terminal.amount import amount
+from phi4_mlx.tokens.prompt import Prompt
 from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.toolbox import Tool, Toolbox, error_text
 
@@ -228,7 +229,7 @@ class ToolLoop:
             raise RequestError(f"timeout_s must be a number of seconds over 0, or None, not {timeout_s!r:.100}")
         if options.logits_mask is not None:
             raise RequestError("logits_mask restricts one answer, and there may be several here; use tool_choice")
-        self._model, self._tokenizer, self._prompt = model, tokenizer, list(prompt)
+        self._model, self._tokenizer, self._prompt = model, tokenizer, Prompt() + prompt
         self._toolbox, self._cache, self._options = toolbox, cache, options
         self._grammar = grammar
         self._max_rounds, self._timeout_s, self._approve = max_rounds, timeout_s, approve
@@ -266,11 +267,11 @@ class ToolLoop:
         return AgentResult(text, conversation, rounds, self.finish_reason, self.error, self.loosened)
 
     def _all_rounds(self) -> Iterator[AgentEvent]:
-        tail: list[int] = []  # calls and results since the prompt
+        tail = Prompt()  # calls and results since the prompt
         while not self.finish_reason:
             if tail and self._shorten is not None:
-                self._prompt = list(self._shorten(len(tail)))
-            prompt = [*self._prompt, *tail]
+                self._prompt = Prompt() + self._shorten(len(tail))
+            prompt = self._prompt + tail
             room = self._longest - len(prompt)
             if self.rounds and (room < 1 or time.monotonic() >= self._ends_at):
                 self.finish_reason = "length" if room < 1 else "timeout"
@@ -288,7 +289,7 @@ class ToolLoop:
         """The grammar of an answer that may call tools; None if it is free."""
         return tool_grammar(self._toolbox.declarations, "auto", self._toolbox.strict)
 
-    def _answer(self, each: Round, prompt: list[int], max_tokens: int) -> Iterator[AgentEvent]:
+    def _answer(self, each: Round, prompt: Prompt, max_tokens: int) -> Iterator[AgentEvent]:
         """Generates one answer into `each`."""
         required = self._grammar if len(self.rounds) == 1 else None
         options = replace(self._options, max_tokens=max_tokens)

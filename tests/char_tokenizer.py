@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from phi4_mlx.tokens.prompt import MediaSettings, Prompt, slots
+
 END, USER, ASSISTANT, SYSTEM = 2, 3, 4, 5
+SLOTS = {"image": 6, "audio": 7}
 FIRST_CHAR = 10
 
 
@@ -18,23 +21,30 @@ class OneCharDecoder:
 
 
 class CharFormat:
-    """Role, text, end marker."""
+    """Role, media and text, end marker."""
 
     name = "chars"
     reasons = False
 
-    def render(self, tokenizer: Any, messages: Sequence[Any], tools: Any = None) -> list[int]:
-        ids = []
+    def render(self, tokenizer: Any, messages: Sequence[Any], tools: Any = None) -> Prompt:
+        ids = Prompt()
         for message in messages:
-            ids += [USER if message["role"] == "user" else SYSTEM, *tokenizer.encode(message["content"]), END]
-        return [*ids, ASSISTANT]
+            ids.append(USER if message["role"] == "user" else SYSTEM)
+            content = message["content"]
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                kind = part["type"]
+                ids += tokenizer.encode(part["text"]) if kind == "text" else slots(part[kind], SLOTS[kind])
+            ids.append(END)
+        return ids + [ASSISTANT]
 
     def append(self, tokenizer: Any, ids: list[int], messages: Sequence[Any]) -> None:
-        ids += [*([] if ids[-1:] == [END] else [END]), *self.render(tokenizer, messages)]
+        ids += [] if ids[-1:] == [END] else [END]
+        ids += self.render(tokenizer, messages)
 
 
 class CharTokenizer:
     chat_format = CharFormat()
+    media: MediaSettings | None = None
     eos_ids = frozenset({END})
 
     def encode(self, text: str) -> list[int]:

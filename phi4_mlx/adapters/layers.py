@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from phi4_mlx.adapters.folder import FULL, PARTS, Adapter, place, read_config, read_folder
 from phi4_mlx.adapters.linear import DoRALinear, LoRALinear
 from phi4_mlx.adapters.peft import is_peft, read_peft
+from phi4_mlx.adapters.quantized import dense
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.terminal.amount import amount
 
@@ -52,7 +53,7 @@ def add_adapter(
     total = len(model.layers)
     count = total if num_layers is None else num_layers
     _check_options(rank, scale, dropout, count, total, kind)
-    linears = _linear_layers(model)
+    linears = linear_layers(model)
     if keys is not None:
         _check_keys(keys, model.lora_keys, linears, range(total - count, total))
     wanted = (f"model.layers.{n}.{key}" for n in range(total - count, total) for key in keys or model.lora_keys)
@@ -86,11 +87,13 @@ def load_adapter(model: nn.Module, path: Path) -> None:
     put_adapter(model, read_adapter(path))
 
 
-def read_adapter(path: Path) -> Adapter:
+def read_adapter(path: Path, lazy: bool = False) -> Adapter:
     """Reads an adapter in mlx-lm's layout or PEFT's.
 
     Args:
         path: a folder, or a tensor file with its config beside it.
+        lazy: leaves the numbers on the disk, as they are stored; `check_finite` reads them. Else quantised matrices
+            become dense.
 
     Raises:
         ConfigError, CheckpointError, RequestError: as `load_adapter`.
@@ -98,8 +101,10 @@ def read_adapter(path: Path) -> Adapter:
     path = Path(os.path.expanduser(path))
     if path.is_file():
         peft = "peft_type" in read_config(path.parent)
-        return read_peft(path.parent, path.name) if peft else read_folder(path.parent, path.name)
-    return read_peft(path) if is_peft(path) else read_folder(path)
+        adapter = read_peft(path.parent, path.name, lazy) if peft else read_folder(path.parent, path.name, lazy)
+    else:
+        adapter = read_peft(path, lazy=lazy) if is_peft(path) else read_folder(path, lazy=lazy)
+    return adapter if lazy else dense(adapter)
 
 
 def put_adapter(model: nn.Module, adapter: Adapter) -> None:
@@ -117,11 +122,8 @@ def put_adapter(model: nn.Module, adapter: Adapter) -> None:
         remove_adapter(model)
         model.load_weights(list(adapter.tensors.items()), strict=False)
         return
-    linears = _linear_layers(model)
-    layers = {
-        path: _layer(adapter.kind, linears[path], adapter.of(path), adapter.scale, adapter.dropout)
-        for path in adapter.paths
-    }
+    linears = linear_layers(model)
+    layers = {path: layer_of(linears[path], adapter, path) for path in adapter.paths}
     _install(model, layers)
 
 
@@ -138,7 +140,7 @@ def check_fit(model: nn.Module, adapter: Adapter) -> None:
     if adapter.kind == FULL:
         _check_full(model, adapter)
         return
-    linears, total = _linear_layers(model), len(model.layers)
+    linears, total = linear_layers(model), len(model.layers)
     embeddings = {path for path, module in model.named_modules() if hasattr(module, "as_linear")}
     for path in adapter.paths:
         _, key = place(path)
@@ -151,10 +153,10 @@ def check_fit(model: nn.Module, adapter: Adapter) -> None:
                 f"{adapter.source}: {path} is not a linear layer of this model, which has layers 0 to {total - 1}; "
                 "the adapter is for another model"
             )
-        (width, out), (a, b, *_) = _dimensions(linears[path]), adapter.of(path)
-        if (a.shape[0], b.shape[1]) != (width, out):
+        (width, out), (rows, rank, columns) = _dimensions(linears[path]), adapter.shape(path)
+        if (rows, columns) != (width, out):
             raise CheckpointError(
-                f"{adapter.source}: {path} has lora_a {list(a.shape)} and lora_b {list(b.shape)}; the layer needs "
+                f"{adapter.source}: {path} has lora_a {[rows, rank]} and lora_b {[rank, columns]}; the layer needs "
                 f"[{width}, R] and [R, {out}]; the adapter is for another model"
             )
         if adapter.keys is not None and key not in adapter.keys and path not in adapter.keys:
@@ -206,7 +208,8 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
     Do not take a gradient through it under checkpointing: backward runs the blocks again, after the context has ended.
     """
-    layers = adapter_layers(model).values()
+    named = getattr(model, "adapters", None)  # adapters by name
+    layers = [*adapter_layers(model).values(), *([] if named is None else [named])]
     before = [layer.on for layer in layers]
     for layer in layers:
         layer.on = False
@@ -241,7 +244,7 @@ def adapter_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return dict(sorted(found.items(), key=lambda item: place(item[0])))
 
 
-def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers of a model's base, by path, adapted or not."""
     adapted = adapter_layers(model)
     found: dict[str, nn.Module] = {path: layer.linear for path, layer in adapted.items()}
@@ -255,6 +258,11 @@ def _dimensions(linear: nn.Module) -> tuple[int, int]:
     """(in, out) of a dense or a quantised linear layer."""
     out, width = linear.weight.shape
     return width * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else width, out
+
+
+def layer_of(linear: nn.Module, adapter: Adapter, path: str) -> LoRALinear:
+    """The adapted layer at `path`."""
+    return _layer(adapter.kind, linear, adapter.of(path), adapter.scale, adapter.dropout)
 
 
 def _layer(kind: str, linear: nn.Module, tensors: tuple[mx.array, ...], scale: float, dropout: float) -> LoRALinear:

@@ -12,6 +12,7 @@ from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from phi4_mlx.chat.attachments import attach_file, attach_typed
 from phi4_mlx.chat.commands import COMPLETED_PATHS, COMPLETED_WORDS, Leave, is_command, obey
 from phi4_mlx.chat.session import MAX_TOKENS, Chat, load_shown
 from phi4_mlx.chat.tools import Doorkeeper, add_chat_tool_options, toolbox_of
@@ -31,6 +32,7 @@ from phi4_mlx.terminal.command import (
 )
 from phi4_mlx.terminal.options import (
     add_decoding_options,
+    add_media_options,
     add_model_options,
     add_overflow_option,
     add_sampling_options,
@@ -69,6 +71,7 @@ def _parser() -> Parser:
         help="answer this prompt and exit; text on standard input follows it, after an empty line; - reads that alone "
         "(default: a conversation)",
     )  # fmt: skip
+    add_media_options(parser, "the first question")
     add_chat_tool_options(parser)
     parser.add_argument(
         "--schema", type=word, metavar="FILE.json", help="answers are JSON that obeys this JSON schema (default: none)"
@@ -84,13 +87,17 @@ def _chat(args: argparse.Namespace) -> None:
     prompt = args.prompt
     if prompt is not None:
         prompt = read_standard_input() if prompt == "-" else standard_input_beside(prompt)
-    if prompt is not None and not prompt.strip():
+    if prompt is not None and not prompt.strip() and not args.image and not args.audio:
         raise RequestError("the prompt is empty; it needs at least one character that is not white space")
     check_decoding_options(args)
     person = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     screen, grammar = Screen(), None if args.schema is None else _grammar(args)
     with toolbox_of(args, person, partial(complain, PROG)) as toolbox:
         chat = _open(args, screen, person, toolbox, grammar)
+        for path in args.image:
+            attach_file(chat, path, "image")
+        for path in args.audio:
+            attach_file(chat, path, "audio")
         if prompt is not None:
             chat.answer(prompt)
         elif person:
@@ -182,14 +189,21 @@ def take_turn(chat: Chat, read: Callable[[], str]) -> None:
         with keys(echo=False):
             if is_command(typed):
                 obey(chat, typed)
-            elif typed.strip():
-                chat.answer(typed)
+            else:
+                _ask(chat, typed)
     except EOFError:
         raise (Leave if sys.stdin.isatty() else HungUp) from None
     except KeyboardInterrupt:
         chat.screen.note("Ctrl-D leaves")
     except Phi4Error as error:
         chat.screen.error(str(error))
+
+
+def _ask(chat: Chat, typed: str) -> None:
+    """Asks the question of a line, with the files whose paths are in it; files alone wait for a question."""
+    question = attach_typed(chat, typed)
+    if question.strip() or (chat.pending and not typed.strip()):  # Enter alone asks about what is attached
+        chat.answer(question)
 
 
 class HungUp(Interruption):

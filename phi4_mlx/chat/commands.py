@@ -10,8 +10,9 @@ import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from phi4_mlx.chat.attachments import attach_file, check_takes_media, show_pending
 from phi4_mlx.chat.session import Chat, rescued_file
 from phi4_mlx.chat.tools import shown_tool
 from phi4_mlx.errors import Phi4Error, RequestError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
 
+_PAGES = re.compile(r"\s\d[\d,\s-]*$")  # of a PDF, after its name
 CACHE_SUFFIX = ".cache.safetensors"
 
 
@@ -92,6 +94,7 @@ def _system(chat: Chat, rest: str) -> None:
 
 def _reset(chat: Chat, rest: str) -> None:
     chat.conversation.turns.clear()
+    chat.pending.clear()
     chat.conversation.forget_cache()
     chat.saved_as = None
     chat.screen.note("a new conversation")
@@ -102,7 +105,7 @@ def _undo(chat: Chat, rest: str) -> None:
     if rest and turns and not (rest.isascii() and rest.isdigit() and len(rest) < 10 and 1 <= int(rest) <= len(turns)):
         raise RequestError(f"/undo takes back 1 to {amount(len(turns), 'turn')}, not {rest!r:.100}")
     for _ in range(int(rest) if rest and turns else 1):
-        chat.screen.note(f"taken back: {_shortened(_take_back(chat).question)}")
+        chat.screen.note(f"taken back: {_asked(_take_back(chat))}")
 
 
 def _retry(chat: Chat, rest: str) -> None:
@@ -112,7 +115,7 @@ def _retry(chat: Chat, rest: str) -> None:
     try:
         if chat.settings["temp"] == 0:
             chat.screen.note("temp is 0: only a change since then can change the answer; /set temp 0.7 lets it vary")
-        chat.answer(before.question)
+        chat.answer(before.question, before.media)
     finally:
         if len(turns) == length:  # stopped before its first token: the old answer stays
             turns.append(before)
@@ -162,7 +165,9 @@ def _load(chat: Chat, rest: str) -> None:
     chat.saved_as = path
     chat.screen.note(f"loaded {amount(len(conversation.turns), 'turn')} from {path}{_load_cache(chat, path)}")
     if conversation.turns:
-        chat.screen.note(f"the last question was: {_shortened(conversation.turns[-1].question)}")
+        chat.screen.note(f"the last question was: {_asked(conversation.turns[-1])}")
+    for lost in (each for turn in conversation.turns for each in turn.media if each.medium is None):
+        chat.screen.note(f"{lost.path} is gone or has changed since; its question is read without it")
 
 
 def _is_conversation(path: str) -> bool:
@@ -310,8 +315,59 @@ def _model(chat: Chat, rest: str) -> None:
     chat.screen.note(f"model: {chat.model_name}")
 
 
+def _image(chat: Chat, rest: str) -> None:
+    found = None if os.path.exists(_named(rest)) else _PAGES.search(rest)
+    pages = found.group() if found else ""
+    _attach(chat, rest.removesuffix(pages), "image", pages.strip())
+
+
+def _audio(chat: Chat, rest: str) -> None:
+    _attach(chat, rest, "audio")
+
+
+def _attach(chat: Chat, rest: str, kind: Literal["image", "audio"], pages: str = "") -> None:
+    """Attaches a file to the next question; without a name, lists what is attached."""
+    if rest:
+        attach_file(chat, _named(rest), kind, pages)
+    else:
+        show_pending(chat)
+
+
+def _record(chat: Chat, rest: str) -> None:
+    from phi4_mlx.chat.microphone import record
+    from phi4_mlx.terminal.line_editor import state_folder
+
+    check_takes_media(chat)  # before anything is said
+    chat.screen.note("recording; Enter ends it, Ctrl-C drops it")
+    try:
+        path = record(
+            state_folder() / "recordings", lambda seconds: chat.screen.status(f"{amount(int(seconds), 'second')} ...")
+        )
+    finally:
+        chat.screen.status("")
+    attach_file(chat, str(path), "audio")
+
+
+def _drop(chat: Chat, rest: str) -> None:
+    count = len(chat.pending)
+    if not count:
+        raise RequestError("nothing is attached to the next question")
+    if not rest:
+        chat.pending.clear()
+    elif rest.isascii() and rest.isdigit() and len(rest) < 10 and 1 <= int(rest) <= count:
+        del chat.pending[int(rest) - 1]
+    else:
+        raise RequestError(f"/drop takes a number from 1 to {count}, or none for all, not {rest!r:.100}")
+    show_pending(chat)
+
+
 def _quit(chat: Chat, rest: str) -> None:
     raise Leave
+
+
+def _asked(turn: Turn) -> str:
+    """A question on one line, after the names of its media."""
+    return _shortened(" ".join([*(f"[{each.name}]" for each in turn.media), turn.question]))
 
 
 def _shortened(text: str) -> str:
@@ -327,6 +383,10 @@ COMMANDS = {
     "retry": Command("", "ask the last question again; the answer varies if temp is above 0", _retry),
     "save": Command("FILE", "save the conversation to a new file or its own, its prompt cache beside it", _save),
     "load": Command("[FILE]", "load a saved conversation; without a name, the one of a closed terminal", _load),
+    "image": Command("[FILE [PAGES]]", "ask about a picture or the pages of a PDF with the next question", _image),
+    "audio": Command("[FILE]", "ask about a sound with the next question", _audio),
+    "record": Command("", "record a sound with the microphone, for the next question", _record),
+    "drop": Command("[N]", "take back what is attached to the next question, or number N of it", _drop),
     "set": Command("[NAME VALUE]", "show or set temp, top-p, max-tokens and others; - restores one", _set),
     "stats": Command("", "show tokens, speeds and memory", _stats),
     "tools": Command("", "list the tools that the model may call", _tools),
@@ -338,6 +398,8 @@ COMPLETED_WORDS = [
     *(f"/set {name} " for name in SAMPLING),
 ]
 COMPLETED_PATHS: dict[str, Callable[[str], bool]] = {
+    "/image": lambda name: True,
+    "/audio": lambda name: True,
     "/save": _is_conversation,
     "/load": _is_conversation,
     "/model": lambda name: False,  # a folder

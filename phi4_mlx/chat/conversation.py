@@ -12,13 +12,15 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from phi4_mlx.agent import AgentEvent, Approval, Round, ToolLoop
+from phi4_mlx.agent import AgentEvent, Approval, Message, Round, ToolLoop
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import ContextPlan, check_context, plan_context
 from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.stream import GenerationResponse
 from phi4_mlx.models.cache import CacheOptions
+from phi4_mlx.tokens.media.media_file import MediaFile
 from phi4_mlx.tokens.overflow import Overflow, keep_latest
+from phi4_mlx.tokens.prompt import Prompt
 from phi4_mlx.tokens.tokenizer import Control
 from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.json_text import json_text
@@ -44,12 +46,21 @@ class Turn:
         answer: the reply's text, with the thoughts at its start.
         ids: the reply's tokens as they were drawn, without the end marker.
         rounds: the replies before that one, each with its tool calls and their results.
+        media: the pictures and sounds before the question's text.
     """
 
     question: str
     answer: str
     ids: tuple[int, ...]
     rounds: tuple[Round, ...] = ()
+    media: tuple[MediaFile, ...] = ()
+
+    @property
+    def message(self) -> Message:
+        """The question as a message for the chat format."""
+        media = [each.part for each in self.media if each.medium is not None]
+        text = {"type": "text", "text": self.question}
+        return {"role": "user", "content": [*media, text] if media else self.question}
 
 
 @dataclass
@@ -117,18 +128,18 @@ class Conversation:
         return plan_context(self.model, self.cache_options.kv_bits, self.cache_options.max_kv_size)
 
     def switch(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
-        """Continues with another model, unless it refuses `cache_options`; replies are encoded with its tokenizer."""
-        self.cache, self.dropped = model.make_cache(**vars(self.cache_options)), 0
-        self.model, self.tokenizer = model, tokenizer
-        self.turns = [
-            Turn(
-                turn.question,
-                turn.answer,
-                tuple(reply_ids(tokenizer, turn.answer)),
-                tuple(replace(each, ids=reply_ids(tokenizer, each.text, each.calls)) for each in turn.rounds),
+        """Continues with another model, unless it refuses `cache_options` or no media; replies are encoded again."""
+        cache = model.make_cache(**vars(self.cache_options))
+        turns = [
+            replace(
+                turn,
+                ids=tuple(reply_ids(tokenizer, turn.answer)),
+                rounds=tuple(replace(each, ids=reply_ids(tokenizer, each.text, each.calls)) for each in turn.rounds),
+                media=tuple(each.read_again(tokenizer) for each in turn.media),
             )
             for turn in self.turns
         ]
+        self.model, self.tokenizer, self.turns, self.cache, self.dropped = model, tokenizer, turns, cache, 0
 
     def forget_cache(self) -> None:
         """Replaces the cache with an empty one; the next prompt is prefilled whole."""
@@ -151,51 +162,52 @@ class Conversation:
         if self.toolbox:
             self.prompt_ids("")
 
-    def ids(self) -> list[int]:
+    def ids(self) -> Prompt:
         """The ids of the turns that are not dropped, as the model read and drew them."""
         return self._ids(self.turns[self.dropped :])
 
-    def prompt_ids(self, question: str) -> list[int]:
+    def prompt_ids(self, question: str) -> Prompt:
         """The ids of all turns, `question`, and the start of an answer."""
         return self._ids([*self.turns, _open_turn(question)])
 
-    def _ids(self, turns: Sequence[Turn]) -> list[int]:
-        ids: list[int] = []
+    def _ids(self, turns: Sequence[Turn]) -> Prompt:
+        ids = Prompt()
         for turn in turns:
-            self._ask(ids, turn.question)
+            self._ask(ids, turn)
             self._reply(ids, turn)
         return ids
 
     def _length(self, turn: Turn) -> int:
         """The tokens of a turn in a prompt."""
-        ids: list[int] = []
-        self._continue(ids, turn.question)
+        ids = Prompt()
+        self._continue(ids, turn)
         self._reply(ids, turn)
         return len(ids)
 
-    def _reply(self, ids: list[int], turn: Turn) -> None:
+    def _reply(self, ids: Prompt, turn: Turn) -> None:
         """Appends the replies of a turn and the results of their calls."""
         for each in turn.rounds:
             ids += each.ids
             self.tokenizer.chat_format.append(self.tokenizer, ids, each.result_messages())
         ids += turn.ids
 
-    def _ask(self, ids: list[int], question: str) -> None:
+    def _ask(self, ids: Prompt, turn: Turn) -> None:
         """Appends a question to the ids of the turns before it; without any, the system prompt comes first."""
         if ids:
-            return self._continue(ids, question)
+            return self._continue(ids, turn)
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        messages = [*system, {"role": "user", "content": question}]
+        messages = [*system, turn.message]
         ids += self.tokenizer.chat_format.render(self.tokenizer, messages, self.toolbox.declarations or None)
 
-    def _continue(self, ids: list[int], question: str) -> None:
+    def _continue(self, ids: Prompt, turn: Turn) -> None:
         """Appends a question; also closes a reply that was cut before its end marker."""
-        self.tokenizer.chat_format.append(self.tokenizer, ids, [{"role": "user", "content": question}])
+        self.tokenizer.chat_format.append(self.tokenizer, ids, [turn.message])
 
     def ask(
         self,
         question: str,
         options: DecodeOptions,
+        media: Sequence[MediaFile] = (),
         *,
         grammar: Grammar | None = None,
         approve: Approval | None = None,
@@ -203,10 +215,11 @@ class Conversation:
         """Yields the answer to a question as it is drawn. It becomes a turn, even if the caller closes it early.
 
         Args:
-            question: the user's text.
+            question: the user's text; with media, it may be empty.
             options: of the answer, which is shorter than `max_tokens` if the context or the memory ends earlier. The
                 progress callback may raise `Interrupted`, which ends the answer; without a drawn token there is no
                 turn.
+            media: the pictures and sounds before the text.
             grammar: the grammar of the first answer, or None.
             approve: as in `run_tools`; may raise `Interrupted` too.
 
@@ -216,10 +229,11 @@ class Conversation:
         Raises:
             RequestError: the question is empty, or the context or the memory has no room for it.
         """
-        if not question.strip():
+        if not question.strip() and not media:
             raise RequestError("the question is empty; it needs at least one character that is not white space")
         plan = self.plan
-        turns = [*self.turns, _open_turn(question)]
+        asked = _open_turn(question, media)
+        turns = [*self.turns, asked]
 
         def fitted(after: int = 0) -> tuple[list[int], int]:
             if self.overflow == "stop":
@@ -240,7 +254,7 @@ class Conversation:
             grammar=grammar, approve=approve, longest=plan.most_tokens,
             thinks=self.tokenizer.chat_format.reasons, shorten=None if self.overflow == "stop" else shorten,
         )  # fmt: skip
-        return self._answer(question, loop)
+        return self._answer(asked, loop)
 
     def _too_long(self, length: int) -> str:
         """The message for a question that does not fit."""
@@ -252,7 +266,7 @@ class Conversation:
         message = f"the conversation would be {length:,} {holds}; /reset begins a new one, /undo takes back a turn"
         return f"{message}; a chat started with --context-overflow oldest leaves out the oldest turns"
 
-    def _answer(self, question: str, loop: ToolLoop) -> Generator[AgentEvent, None, None]:
+    def _answer(self, asked: Turn, loop: ToolLoop) -> Generator[AgentEvent, None, None]:
         self.usage = Usage()
         events = loop.events()
         try:
@@ -274,20 +288,20 @@ class Conversation:
             raise
         finally:
             if any(each.ids for each in loop.rounds) or self.usage.finish_reason:
-                self.turns.append(_turn(question, loop.rounds))
+                self.turns.append(_answered(asked, loop.rounds))
 
 
-def _open_turn(question: str) -> Turn:
+def _open_turn(question: str, media: Sequence[MediaFile] = ()) -> Turn:
     """A question without an answer."""
-    return Turn(question, "", ())
+    return Turn(question, "", (), media=tuple(media))
 
 
-def _turn(question: str, rounds: Sequence[Round]) -> Turn:
-    """The turn of some rounds. The last one is the answer, unless it calls tools."""
+def _answered(asked: Turn, rounds: Sequence[Round]) -> Turn:
+    """A question with its rounds. The last one is the answer, unless it calls tools."""
     *before, last = rounds
     if last.calls:
-        return Turn(question, "", (), tuple(rounds))
-    return Turn(question, last.text, tuple(last.ids), tuple(before))
+        return replace(asked, rounds=tuple(rounds))
+    return replace(asked, answer=last.text, ids=tuple(last.ids), rounds=tuple(before))
 
 
 def reply_ids(tokenizer: Tokenizer, text: str, calls: Sequence[ToolCall] = ()) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from phi4_mlx.generation.speculate import Mode
     from phi4_mlx.grammar.grammars import Grammar
     from phi4_mlx.models.model import LanguageModel
+    from phi4_mlx.tokens.media.media_file import MediaFile
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
 
@@ -64,6 +65,7 @@ class Chat:
     Attributes:
         settings: the value of each option of `SAMPLING`; change them with `set`.
         defaults: the settings at the start, and after `switch_model`.
+        pending: the pictures and sounds that go with the next question.
         saved_as: the file that holds this conversation, which /save may therefore replace; or None.
     """
 
@@ -86,6 +88,7 @@ class Chat:
         self.defaults = self._defaults()
         self.settings = {**self.defaults}
         self.grammar, self.approve = grammar, approve
+        self.pending: list[MediaFile] = []
         self.saved_as: Path | None = None
         self._speculate: Mode = speculate
         self._draft = draft
@@ -102,7 +105,10 @@ class Chat:
         Raises:
             Phi4Error: the model cannot be loaded; the current one stays.
         """
-        self.conversation.switch(*load_shown(self.screen, name, LoadArguments()))
+        model, tokenizer = load_shown(self.screen, name, LoadArguments())
+        pending = [each.read_again(tokenizer) for each in self.pending]
+        self.conversation.switch(model, tokenizer)
+        self.pending = pending
         changed = {option: value for option, value in self.settings.items() if value != self.defaults[option]}
         self.defaults = self._defaults()
         self.settings = self.defaults | changed
@@ -128,19 +134,24 @@ class Chat:
             self.screen.note("A conversation whose terminal was closed was saved: /load brings it back.")
         self.screen.end_paragraph()
 
-    def answer(self, question: str) -> None:
+    def answer(self, question: str, media: Sequence[MediaFile] | None = None) -> None:
         """Asks the model and shows the answer. A person's Ctrl-C stops it; the part shown so far stays a turn.
+
+        Args:
+            question: the text.
+            media: the pictures and sounds before it; None for the pending ones, of which none is left after the turn.
 
         Raises:
             RequestError: the question is empty, or the context is full.
         """
         stop, dropped_before, unanswered = StopButton(), self.conversation.dropped, False
+        attached, turns_before = self.pending if media is None else media, len(self.conversation.turns)
         with stop if self._person else contextlib.nullcontext():
             options = dataclasses.replace(
                 self.decode_options(),
                 prompt_progress_callback=lambda done, total: self._show_progress(done, total, stop.pressed),
             )
-            events = self.conversation.ask(question, options, grammar=self.grammar, approve=self.approve)
+            events = self.conversation.ask(question, options, attached, grammar=self.grammar, approve=self.approve)
             try:
                 with contextlib.closing(events):
                     unanswered = self._show(events, stop)
@@ -149,6 +160,8 @@ class Chat:
                     raise
             finally:
                 self.screen.status("")
+                if media is None and len(self.conversation.turns) > turns_before:
+                    self.pending.clear()
         if self.conversation.dropped and not dropped_before:
             self._warn(full_note(self.conversation))  # once, although more turns follow
         if self._person:

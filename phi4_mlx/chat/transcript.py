@@ -1,10 +1,12 @@
 """A conversation as a file: a JSON object with its messages in OpenAI's form.
 
-A written file is complete or absent; every message that is read is checked.
+Pictures and sounds are named by the paths and the SHA-256 of their files, and read again from there. A written file is
+complete or absent; every message that is read is checked.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections import deque
@@ -17,6 +19,7 @@ from phi4_mlx.chat.conversation import Turn, reply_ids
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.atomic import replacing
 from phi4_mlx.files.user_file import read_file
+from phi4_mlx.tokens.media.media_file import MediaFile, of_record
 from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.json_text import json_text
 
@@ -86,7 +89,8 @@ def to_messages(system: str | None, turns: Sequence[Turn]) -> list[dict[str, Any
     messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
     ids = call_ids()
     for turn in turns:
-        messages.append({"role": "user", "content": turn.question})
+        parts = [*(each.record for each in turn.media), {"type": "text", "text": turn.question}]
+        messages.append({"role": "user", "content": parts if turn.media else turn.question})
         for each in turn.rounds:
             messages += round_messages(each, ids)
         messages.append({"role": "assistant", "content": turn.answer})
@@ -97,13 +101,14 @@ def from_messages(messages: object, tokenizer: Tokenizer) -> tuple[str | None, l
     """The turns of messages from any source; each message is checked.
 
     Args:
-        messages: an optional system message, then user and assistant alternate, each {"role": str, "content": str}. An
+        messages: an optional system message, then user and assistant alternate, each {"role": str, "content": str}. The
+            content of a user's may be a list of parts: media as `MediaFile.record` writes them, then a text. An
             assistant message with "tool_calls" is followed by a tool message for each call, and by another assistant
             message.
-        tokenizer: encodes the replies as plain text.
+        tokenizer: encodes the replies as plain text, and says how its model reads media.
 
     Returns:
-        (system prompt or None, turns)
+        (system prompt or None, turns). The medium of a file that is gone or has changed is None.
 
     Raises:
         RequestError: they are anything else; names the first message that is wrong.
@@ -116,9 +121,25 @@ def from_messages(messages: object, tokenizer: Tokenizer) -> tuple[str | None, l
     if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
         system = _content(*waiting.popleft())
     while waiting:
+        number, message = waiting[0]
+        media, waiting[0] = _media(number, message, tokenizer)
         question = _next(waiting, "user").content
-        turns.append(_turn(question, waiting, tokenizer))
+        turns.append(dataclasses.replace(_turn(question, waiting, tokenizer), media=media))
     return system, turns
+
+
+def _media(number: int, message: object, tokenizer: Tokenizer) -> tuple[tuple[MediaFile, ...], tuple[int, Any]]:
+    """The media of a message, and (number, the message with its text alone)."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(message, dict) or not isinstance(content, list) or not content:
+        return (), (number, message)
+    *parts, last = content
+    text = last.get("text") if isinstance(last, dict) and last.get("type") == "text" else None
+    try:
+        media = tuple(of_record(part, tokenizer) for part in parts)
+    except RequestError as error:
+        raise RequestError(f"message {number}: {error}") from None
+    return media, (number, {**message, "content": text})
 
 
 def _turn(question: str, waiting: Waiting, tokenizer: Tokenizer) -> Turn:

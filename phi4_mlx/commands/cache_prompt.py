@@ -6,16 +6,12 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from phi4_mlx.commands.prompt import prompt_messages, read_prompt, show_progress
+from phi4_mlx.commands.prompt import prompt_messages, read_media, read_prompt, show_progress
 from phi4_mlx.errors import RequestError
 from phi4_mlx.terminal.amount import amount, size
 from phi4_mlx.terminal.command import Parser, run, text, typed, word
-from phi4_mlx.terminal.options import add_kv_bits_option, add_model_options, load_options
-
-if TYPE_CHECKING:
-    from phi4_mlx.tokens.tokenizer import Tokenizer
+from phi4_mlx.terminal.options import add_kv_bits_option, add_media_options, add_model_options, load_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +31,7 @@ def _parser() -> Parser:
         help="the text, which begins the user's turn; text on standard input follows it, after an empty line; - reads "
         "that alone (default: -)",
     )  # fmt: skip
+    add_media_options(parser, "the text")
     parser.add_argument("--system-prompt", type=text, help="instructions to the model, before the text (default: none)")
     add_kv_bits_option(parser)
     parser.add_argument("--prompt-cache-file", type=word, required=True, metavar="FILE", help="the file to write")
@@ -55,7 +52,8 @@ def _cache(args: argparse.Namespace) -> None:
 
     model, tokenizer = load(args.model or DEFAULT_MODEL, **load_options(args), lazy=True)
     cache = model.make_cache(kv_bits=args.kv_bits)
-    ids = _beginning(tokenizer, prompt, args.system_prompt)
+    messages = prompt_messages("", args.system_prompt, prompt, read_media(args, tokenizer))
+    ids = tokenizer.chat_format.render_open(tokenizer, messages)  # all prompts after the text begin with it
     check_context(plan_context(model, args.kv_bits), len(ids))
     next(generate_step(ids, model, max_tokens=1, cache=cache, prompt_progress_callback=show_progress))  # prefills
     metadata = {"text": prompt}
@@ -64,7 +62,3 @@ def _cache(args: argparse.Namespace) -> None:
     nbytes = save_prompt_cache(file, cache, model, tokenizer, metadata)
     print(f"{args.prompt_cache_file}: {amount(cache.offset, 'token')}, {size(nbytes)}")
 
-
-def _beginning(tokenizer: Tokenizer, prompt: str, system_prompt: str | None) -> list[int]:
-    """The ids that all prompts after the text begin with."""
-    return tokenizer.chat_format.render_open(tokenizer, prompt_messages("", system_prompt, prompt))

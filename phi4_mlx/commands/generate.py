@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from phi4_mlx.commands.prompt import prompt_messages, read_prompt, show_progress
+from phi4_mlx.commands.prompt import prompt_messages, read_media, read_prompt, show_progress
 from phi4_mlx.errors import RequestError
 from phi4_mlx.terminal.amount import amount, size
 from phi4_mlx.terminal.command import Idle, Parser, complain, run, text, typed, word
 from phi4_mlx.terminal.options import (
     add_decoding_options,
+    add_media_options,
     add_model_options,
     add_sampling_options,
     cache_options,
@@ -52,6 +53,7 @@ def _parser() -> Parser:
         "--prompt", "-p", type=text,
         help="the prompt; text on standard input follows it, after an empty line; - reads that alone (default: -)",
     )  # fmt: skip
+    add_media_options(parser, "the prompt")
     parser.add_argument(
         "--system-prompt", type=text, help="instructions to the model, before the prompt (default: none)"
     )
@@ -194,16 +196,20 @@ def _check_options(args: argparse.Namespace) -> None:
     check_decoding_options(args)
     if args.ignore_chat_template and args.system_prompt is not None:
         raise RequestError("--system-prompt needs the chat format, and --ignore-chat-template leaves it out; drop one")
-    fixed = {"ignore_chat_template": False, "system_prompt": None, "kv_bits": None, "max_kv_size": None}
+    fixed: dict[str, object] = {
+        "ignore_chat_template": False, "system_prompt": None, "kv_bits": None, "max_kv_size": None, "image": [],
+        "audio": [],
+    }  # fmt: skip
     given = [f"--{name.replace('_', '-')}" for name, default in fixed.items() if getattr(args, name) != default]
     if args.prompt_cache_file is not None and given:
         raise RequestError(f"{given[0]} is fixed by the file of --prompt-cache-file; drop one of the two")
 
 
 def _ids(tokenizer: Tokenizer, prompt: str, args: argparse.Namespace) -> list[int]:
+    media = read_media(args, tokenizer)
     if args.ignore_chat_template:
-        return tokenizer.encode(prompt)
-    return tokenizer.apply_chat_template(prompt_messages(prompt, args.system_prompt))
+        return tokenizer.encode_pieces([*media, prompt])
+    return tokenizer.apply_chat_template(prompt_messages(prompt, args.system_prompt, media=media))
 
 
 def _after_cached(path: str, prompt: str, model: LanguageModel, tokenizer: Tokenizer) -> tuple[list[int], PromptCache]:
@@ -211,7 +217,8 @@ def _after_cached(path: str, prompt: str, model: LanguageModel, tokenizer: Token
     from phi4_mlx.generation.prompt_cache_file import load_prompt_cache
 
     cache, metadata = load_prompt_cache(path, model, tokenizer, return_metadata=True)
-    messages = prompt_messages(prompt, metadata.get("system_prompt"), metadata.get("text"))
+    media = [place.medium for place in cache.places]
+    messages = prompt_messages(prompt, metadata.get("system_prompt"), metadata.get("text"), media)
     whole = tokenizer.apply_chat_template(messages)
     return cache.reuse(whole), cache
 

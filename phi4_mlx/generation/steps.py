@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from operator import index
 
 import mlx.core as mx
@@ -22,6 +22,7 @@ from phi4_mlx.models.cache import REWIND
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.shared_stream import shared_stream
+from phi4_mlx.tokens.prompt import Place, Prompt, places_of
 
 Drawn = tuple[int, mx.array]  # a token, and the log-probabilities [V] it was drawn from
 
@@ -46,7 +47,8 @@ def generate_step(
     """Prefills a prompt and yields tokens; it knows no text and no end marker, so the caller stops it.
 
     Args:
-        prompt_ids: the prompt [S], a list or an array of MLX or NumPy; with a filled cache, the ids after it.
+        prompt_ids: the prompt [S], a list or an array of MLX or NumPy; with a filled cache, the ids after it. A prompt
+            with media is a `Prompt`, as `tokenizer.apply_chat_template` returns.
         model: from `load`.
         max_tokens: the most tokens to draw.
         sampler: log-probabilities [n, V] -> tokens [n]; None takes the likeliest. n is 1, and more only with a
@@ -66,7 +68,8 @@ def generate_step(
         (token, log-probabilities [V]); the latter are computed only when they are read.
 
     Raises:
-        RequestError: the prompt is empty, is not token ids, is outside the vocabulary, or exceeds the context.
+        RequestError: the prompt is empty, is not token ids, is outside the vocabulary, has media that the model cannot
+            read or slots without media, or exceeds the context.
     """
     options = DecodeOptions(
         max_tokens, sampler, logits_processors, logits_mask, None, kv_bits, max_kv_size, proposer, prefill_step_size,
@@ -100,7 +103,7 @@ def decode(
             "a proposer needs a cache that can take back wrong guesses, and this one cannot; drop the proposer, or "
             "max_kv_size if it is set"
         )
-    passes = _Passes(model, cache, options)
+    passes = _Passes(model, cache, options, places_of(prompt))
     ids = mx.array([prompt], mx.int32)  # [1, T]
     if options.logits_mask is not None:
         return _in_turn(_masked_steps(ids, options.max_tokens, passes, options.logits_mask, options.proposer))
@@ -119,19 +122,21 @@ def _in_turn(steps: Iterator[Drawn]) -> Iterator[Drawn]:
         yield drawn
 
 
-def chunk_ends(total: int, step_size: int, rows: int, *, snapshots: bool) -> list[int]:
+def chunk_ends(total: int, step_size: int, rows: int, *, snapshots: bool, also: Iterable[int] = ()) -> list[int]:
     """The end of each chunk of `total` tokens; the last one has at least `rows` positions.
 
     With `snapshots`, a chunk also ends before the last `rows` tokens, so that the same prompt can run again from there.
+    Further ends are in `also`, such as those of pictures, so that reading them shows progress.
     """
-    ends = [*range(step_size, total - rows + 1, step_size), total]
-    if snapshots and total - rows > 0 and total - rows not in ends:
-        ends.insert(-1, total - rows)
-    return ends
+    last = total - rows
+    further = {last, *also} if snapshots else {*also}
+    return sorted({*range(step_size, last + 1, step_size), *(end for end in further if 0 < end <= last), total})
 
 
 def _token_ids(ids: Sequence[int] | mx.array) -> list[int]:
     """Ids from a list, or from an array of MLX or NumPy."""
+    if isinstance(ids, Prompt):
+        return ids
     try:
         return [index(token) for token in (ids.tolist() if hasattr(ids, "tolist") else ids)]
     except TypeError:
@@ -160,6 +165,7 @@ class _Passes:
     model: LanguageModel
     cache: PromptCache
     options: DecodeOptions
+    places: Sequence[Place] = ()  # of the prompt's media, until the first pass
 
     def __post_init__(self) -> None:
         self._processors = list(self.options.logits_processors or ())
@@ -168,7 +174,7 @@ class _Passes:
         """Runs ids [1, T] in chunks, at a RoPE crossing the whole sequence; the logits of the last `rows` positions."""
         T, cache, step_size = ids.shape[1], self.cache, self.options.prefill_step_size
         one_more = T == 1 and cache.offset > 0
-        ids = cache.admit(ids)
+        ids, self.places = cache.admit(ids, self.places), ()
         total = ids.shape[1]
         prefill = not decoding or total > T
         progress = self.options.prompt_progress_callback if prefill and not (one_more and total == T) else None
@@ -177,7 +183,9 @@ class _Passes:
             cache.mark()
         if progress:
             progress(0, total)
-        for start, stop in pairwise([0, *chunk_ends(total, step_size, rows, snapshots=snapshots)]):
+        media_ends = [place.end for place in cache.tokens.next_places(total)] if progress else []
+        ends = chunk_ends(total, step_size, rows, snapshots=snapshots, also=media_ends)
+        for start, stop in pairwise([0, *ends]):
             hidden = self.model.hidden(ids[:, start:stop], cache, rows=rows)
             if stop < total:
                 finish_chunk(cache, snapshots)
@@ -252,7 +260,7 @@ def _guessed_steps(ids: mx.array, max_tokens: int, passes: _Passes, proposer: Pr
             ready, waiting = [(newest, waiting.logprobs[0])], None
             proposer.extend([newest])
         start = time.perf_counter()
-        guesses = _guesses(proposer, passes.cache, left - 1, 1) if newest is not None else []
+        guesses = _guesses(proposer, passes, left - 1, 1) if newest is not None else []
         if newest is not None:
             ids = mx.array([[newest, *guesses]], mx.int32)
         draws = passes.draw(passes.advance(ids, 1 + len(guesses), count > 0))
@@ -290,7 +298,7 @@ def _masked_steps(
     left, count = max_tokens, 0
     while left:
         start = time.perf_counter()
-        guesses = _guesses(proposer, passes.cache, left - 1, len(unread)) if proposer is not None and count else []
+        guesses = _guesses(proposer, passes, left - 1, len(unread)) if proposer is not None and count else []
         logits = passes.advance(mx.array([[*unread, *guesses]], mx.int32), 1 + len(guesses), count > 0)
         mx.async_eval(logits)
         first = passes.draw(logits, 0, logits_mask.mask())  # the host computes the mask while the device runs
@@ -315,11 +323,13 @@ def _masked_steps(
     yield from waiting
 
 
-def _guesses(proposer: Proposer, cache: PromptCache, most: int, unread: int) -> list[int]:
-    """Guesses of a proposer, cut where the cache could not take them back, or the RoPE table would change."""
-    most = min(most, REWIND - unread)
+def _guesses(proposer: Proposer, passes: _Passes, most: int, unread: int) -> list[int]:
+    """Guesses of a proposer, cut at a slot, where the cache could not take them back, or at another RoPE table."""
+    most, slots = min(most, REWIND - unread), passes.model.slot_ids
     guesses = proposer.guess(most)[:most] if most > 0 and proposer.pays() else []
-    while guesses and cache.crosses(unread + len(guesses)):
+    if slots:
+        guesses = [*takewhile(lambda token: token not in slots, guesses)]
+    while guesses and passes.cache.crosses(unread + len(guesses)):
         guesses.pop()
     return guesses
 

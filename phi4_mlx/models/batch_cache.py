@@ -9,6 +9,7 @@ import mlx.core as mx
 from phi4_mlx.models.cache import LayerCache
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime
+from phi4_mlx.tokens.prompt import places_of
 
 
 class BatchCache(list[LayerCache]):
@@ -17,11 +18,15 @@ class BatchCache(list[LayerCache]):
     Args:
         layers: an empty `LayerCache` for each layer.
         regime: the RoPE table of all rows.
+
+    Attributes:
+        adapters: the adapter of each row; None for the base alone.
     """
 
     def __init__(self, layers: Iterable[LayerCache], regime: Regime):
         super().__init__(layers)
         self.regime: Regime = regime
+        self.adapters: list[str | None] = []
         self._padding: list[int] = []  # columns before each row starts
 
     @property
@@ -56,17 +61,20 @@ class BatchCache(list[LayerCache]):
         for number, layer in enumerate(self):
             layer.join([member[number] for member in members], columns)
         self._padding = [columns - length for length in lengths]
+        self.adapters += [cache.adapter for cache in caches]
 
     def copy_row(self, number: int, ids: list[int], cache: PromptCache) -> PromptCache:
         """Copies a row into a cache of its own.
 
         Args:
             number: the row.
-            ids: the ids of its tokens; more may follow.
+            ids: the ids of its tokens; more may follow. A `Prompt` if there are media.
             cache: an empty one.
         """
         start = self._padding[number]
-        cache.restore(ids[: self.columns - start], [layer.row(number, start) for layer in self], self.regime)
+        states = [layer.row(number, start) for layer in self]
+        kept = ids[: self.columns - start]
+        cache.restore(kept, states, self.regime, None if places_of(kept) else self.adapters[number])
         return cache
 
     def keep(self, rows: list[int]) -> None:
@@ -74,5 +82,6 @@ class BatchCache(list[LayerCache]):
         padding = [self._padding[row] for row in rows]
         unused = min(padding, default=0)
         self._padding = [each - unused for each in padding]
+        self.adapters = [self.adapters[row] for row in rows]
         for layer in self:
             layer.keep(rows, unused)

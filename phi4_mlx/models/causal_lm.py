@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from phi4_mlx.adapters.named import NamedAdapters
 from phi4_mlx.config.fields import Config
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.model import LanguageModel
@@ -23,6 +24,7 @@ class CausalLM(LanguageModel):
     """
 
     model: Any
+    adapters: NamedAdapters
 
     def __init__(self, config: Config, decoder: nn.Module):
         super().__init__()
@@ -31,6 +33,7 @@ class CausalLM(LanguageModel):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.recompute = False
+        self.adapters = NamedAdapters(decoder.layers)
 
     def hidden(
         self,
@@ -43,9 +46,11 @@ class CausalLM(LanguageModel):
     ) -> mx.array:
         """See `LanguageModel.hidden`."""
         recompute = self.recompute and self.training
+        adapted = None if cache is None else self.adapters.select(cache.adapters)
         found: mx.array = self.model(
-            ids, cache, embeddings=embeddings, segments=segments, rows=rows, recompute=recompute, watch=self.watch
-        )
+            ids, cache, embeddings=embeddings, segments=segments, rows=rows, recompute=recompute, watch=self.watch,
+            adapted=adapted,
+        )  # fmt: skip
         return found
 
     def logits(self, hidden: mx.array) -> mx.array:
@@ -67,6 +72,9 @@ class CausalLM(LanguageModel):
 
     @property
     def step_bytes(self) -> int:
-        """See `LanguageModel.step_bytes`; an embedding that is not the head is only looked up."""
-        looked_up = [] if self.config.tie_word_embeddings else tree_flatten(self.model.embed_tokens.parameters())
-        return self.weights_bytes - sum(int(array.nbytes) for _, array in looked_up)
+        """See `LanguageModel.step_bytes`; an embedding that is not the head is only looked up, and towers are not read."""
+        embeddings = () if self.config.tie_word_embeddings else ("model.embed_tokens.",)
+        arrays = tree_flatten(self.parameters())
+        return sum(
+            int(array.nbytes) for name, array in arrays if not (name.startswith(embeddings) or self.on_demand(name))
+        )

@@ -2,7 +2,8 @@
 
 Python takes longer to build the graph of a step than a fast chip takes to run it. Apart from the cache, that graph is
 the same for every token and every block, so it is traced once. Weights are inputs of a trace, so that in-place changes
-are seen; adapters and the layers under them are constants. Every step first checks that weights and modules are still
+are seen, and so are adapters by name and the masks of their rows; the one adapter of a whole model is a constant, with
+the layers under it. Every step first checks that weights and modules are still
 the traced ones; a step with new ones, such as those of a gradient, runs uncompiled. Gradients through several
 single-token steps at once need `model.train()`.
 """
@@ -20,6 +21,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from phi4_mlx.adapters.named import Selection
+
 Call = Callable[..., Any]
 
 _MLX_LAYERS = {kind for kind in vars(nn).values() if isinstance(kind, type) and issubclass(kind, nn.Module)}
@@ -35,6 +38,13 @@ class CompiledSteps:
         self._watched: list[dict[str, Any]] = []
         self._seen: list[Any] = []
         self._calls: dict[Hashable, list[Call]] = {}
+        self._under: weakref.WeakKeyDictionary[Selection, CompiledSteps] = weakref.WeakKeyDictionary()
+
+    def of(self, adapted: Selection | None) -> CompiledSteps:
+        """The steps under adapters, kept as long as they are; these ones for None."""
+        if adapted is None:
+            return self
+        return self._under.setdefault(adapted, CompiledSteps())
 
     def ready(self, parts: Sequence[Any]) -> bool:
         """True if these modules have the same contents as at the last call; else notes the new ones."""
@@ -75,10 +85,12 @@ class Traced:
     Args:
         function: (*modules, *arrays) -> arrays.
         used: for each module, the prefixes of the weights that `function` uses.
+        adapted: the adapters on the modules; the masks of their rows are inputs of the trace.
     """
 
-    def __init__(self, function: Call, *used: tuple[str, ...]) -> None:
+    def __init__(self, function: Call, *used: tuple[str, ...], adapted: Selection | None = None) -> None:
         self._function, self._used = function, used
+        self._rows = None if adapted is None else adapted.rows
         self._traces: list[tuple[list[nn.Module], Call]] = []  # each with its own modules
 
     def on(self, *modules: nn.Module) -> Call:
@@ -90,21 +102,24 @@ class Traced:
         call = next((call for twins, call in self._traces if all(map(_interchangeable, twins, modules))), None)
         call = call or self._compile(modules, [[*each] for each in held])
         weights = [[*each.values()] for each in held]
-        return lambda *arrays: call(weights, *arrays)
+        rows = self._rows
+        return lambda *arrays: call(weights, [] if rows is None else rows.given, *arrays)
 
     def _compile(self, modules: Sequence[nn.Module], names: list[list[str]]) -> Call:
         twins = [_twin(module) for module in modules]
 
-        def traced(weights: list[list[mx.array]], *arrays: mx.array) -> Any:
+        def traced(weights: list[list[mx.array]], masks: list[mx.array], *arrays: mx.array) -> Any:
+            if self._rows is not None:
+                self._rows.masks = masks
             for twin, own, given in zip(twins, names, weights, strict=True):
                 twin.update(tree_unflatten([*zip(own, given, strict=True)]))
             return self._function(*twins, *arrays)
 
         compiled: Call = mx.compile(_lasting(traced))
 
-        def call(weights: list[list[mx.array]], *arrays: mx.array) -> Any:
+        def call(weights: list[list[mx.array]], masks: list[mx.array], *arrays: mx.array) -> Any:
             assert traced is not None  # lives as long as this call
-            return compiled(weights, *arrays)
+            return compiled(weights, masks, *arrays)
 
         self._traces.append((twins, call))
         return call

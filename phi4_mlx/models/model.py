@@ -17,12 +17,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from phi4_mlx.adapters.named import NamedAdapters
 from phi4_mlx.config.fields import Config
 from phi4_mlx.errors import RequestError
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.cache import CacheOptions, LayerCache
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime, regime_of
+from phi4_mlx.tokens.prompt import Medium, Place, places_of
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class LanguageModel(nn.Module, ABC):
         boundary: the longest sequence under the short RoPE table; None for a model with a single regime.
         lora_keys: the linear layers within a block that LoRA adapts by default, by their path.
         recompute: in training, keep only each block's input and run the block again in backward.
+        adapters: those that a cache may name, mixed by row; None if the model does not mix.
         watch: called with each block and its output, which is not computed yet; training shows its progress by them.
     """
 
@@ -61,6 +64,7 @@ class LanguageModel(nn.Module, ABC):
     boundary: int | None = None
     lora_keys: tuple[str, ...] = ()
     recompute: bool
+    adapters: NamedAdapters | None = None
     watch: Callable[[nn.Module, mx.array], object] | None = None
 
     @abstractmethod
@@ -118,7 +122,9 @@ class LanguageModel(nn.Module, ABC):
     def context_cost(self, kv_bits: int | None = None) -> ContextCost:
         """Bytes that a context takes, with keys and values in `kv_bits` (None: unquantised)."""
 
-    def __call__(self, ids: mx.array, cache: Sequence[LayerCache] | None = None) -> mx.array:
+    def __call__(
+        self, ids: mx.array, cache: Sequence[LayerCache] | None = None, media: Sequence[Medium] = ()
+    ) -> mx.array:
         """Logits of the next token at each position, exact at every length.
 
         Where the new tokens take a cached sequence past the RoPE boundary, the whole sequence runs again under the
@@ -130,19 +136,42 @@ class LanguageModel(nn.Module, ABC):
         Args:
             ids: token ids [B, T], any integer dtype, each below the vocabulary size.
             cache: from `make_cache`, or a list of mlx-lm's `KVCache`; it is appended to.
+            media: those whose slots are among the ids, in order; B must be 1.
 
         Returns:
             Logits [B, T, V], in `dtype`.
 
         Raises:
-            RequestError: a list of foreign caches would cross the RoPE boundary.
+            RequestError: a list of foreign caches would cross the RoPE boundary; the media do not fit the ids, or the
+                model reads only text.
         """
         T = ids.shape[1]
         if cache is not None and not isinstance(cache, (PromptCache, BatchCache)):
             cache = PromptCache(cache, self.boundary)
+        places = self.locate(ids, media, cache) if not isinstance(cache, BatchCache) else ()
+        if places and cache is None:
+            cache = self.make_cache()
         if isinstance(cache, PromptCache):
-            ids = cache.admit(ids)
+            ids = cache.admit(ids, places)
         return self.logits(self.hidden(ids, cache)[:, -T:])
+
+    def locate(self, ids: mx.array, media: Sequence[Medium], cache: PromptCache | None) -> Sequence[Place]:
+        """Finds the slots of media.
+
+        Args:
+            ids: token ids [B, T].
+            media: in order.
+            cache: of the tokens before them, which may end within a medium.
+
+        Returns:
+            The places of the media in `ids`.
+
+        Raises:
+            RequestError: the ids have more or fewer slots, or the model reads only text.
+        """
+        if media:
+            raise RequestError(f"{len(media)} media are given, and this model reads only text")
+        return ()
 
     def make_cache(
         self, regime: Regime | None = None, kv_bits: int | None = None, max_kv_size: int | None = None
@@ -177,6 +206,10 @@ class LanguageModel(nn.Module, ABC):
         """True if the parameter of that name is written in float32 where the others are cast to another dtype."""
         return False
 
+    def on_demand(self, name: str) -> bool:
+        """True if the parameter of that name is read from the disk at its first use, not when the model is loaded."""
+        return False
+
     @property
     def weights_bytes(self) -> int:
         """Bytes of all weights."""
@@ -187,12 +220,27 @@ class LanguageModel(nn.Module, ABC):
         """Bytes of the weights that a decode step reads."""
         return self.weights_bytes
 
+    @property
+    def slot_ids(self) -> frozenset[int]:
+        """The ids of slots of media; empty if the model reads only text."""
+        return frozenset()
+
     def check_ids(self, ids: Sequence[int]) -> None:
-        """Raises RequestError unless there are ids and all of them are in the vocabulary; MLX would read past it."""
+        """Raises RequestError unless there are ids, all of them in the vocabulary, and only media that the model reads.
+
+        Args:
+            ids: [T]; a `Prompt` if there are media.
+        """
         V = self.config.vocab_size
         if not ids:
             context = self.config.max_position_embeddings
             raise RequestError(f"the prompt has 0 tokens; it needs at least 1, and the context holds {context}")
-        if not (min(ids) >= 0 and max(ids) < V):
+        if not (min(ids) >= 0 and max(ids) < V):  # MLX would read past it
             outside = next(token for token in ids if not 0 <= token < V)
             raise RequestError(f"token {outside} of the prompt is outside the model's vocabulary of {V}")
+        self.check_media(ids)
+
+    def check_media(self, ids: Sequence[int]) -> None:
+        """Raises RequestError if ids have media that the model cannot read, or slots without media."""
+        if places := places_of(ids):
+            raise RequestError(f"the prompt has {places[0].medium.kind} input, and this model reads only text")

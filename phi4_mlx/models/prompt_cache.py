@@ -1,4 +1,4 @@
-"""The prompt cache of one sequence: the caches of all layers, the ids in them, and their RoPE regime.
+"""The prompt cache of one sequence: the caches of all layers, the ids and media in them, their RoPE table and adapter.
 
 `model.make_cache()` returns one, and the caller passes it to `model(ids, cache)`.
 """
@@ -6,48 +6,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 
-from phi4_mlx.errors import RequestError
-from phi4_mlx.models.cache import CacheOptions, LayerCache, Mask
+from phi4_mlx.models.cache import CacheOptions, LayerCache
+from phi4_mlx.models.cached_tokens import CachedTokens, Conditions, check_rerun, conditions_of
+from phi4_mlx.models.layer_caches import LayerCaches
 from phi4_mlx.models.rope import Regime, regime_of
-from phi4_mlx.models.snapshot import Snapshot, Snapshots
-
-MAX_PIECES = 256  # ids appended before they are joined
-
-
-class _TokenIds:
-    """The ids of the cached tokens, [B, S], appended in pieces and joined when read."""
-
-    def __init__(self) -> None:
-        self._pieces: list[mx.array] = []  # [B, t] each
-        self.count = 0
-
-    def append(self, ids: mx.array) -> None:
-        if len(self._pieces) >= MAX_PIECES:
-            mx.async_eval(self.joined())
-        self._pieces.append(ids)
-        self.count += ids.shape[1]
-
-    def joined(self) -> mx.array:
-        if not self._pieces:
-            return mx.zeros((1, 0), mx.int32)
-        if len(self._pieces) > 1:
-            self._pieces = [mx.concatenate(self._pieces, axis=1)]
-        return self._pieces[0]
-
-    def truncate(self, length: int) -> None:
-        if length < self.count:
-            self._pieces, self.count = [self.joined()[:, :length]], length
-            mx.async_eval(self._pieces)  # else a chain of slices grows from trim to trim
+from phi4_mlx.models.snapshot import Snapshots
+from phi4_mlx.tokens.prompt import Mode, Place, Prompt, absent, cut, keys_of, places_of
 
 
-class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
-    """The caches of all layers, with the ids of the tokens in them and the RoPE regime they were computed under.
+class PromptCache(LayerCaches):
+    """The caches of all layers, with the ids and media of the tokens in them, and what they were computed under.
 
     The ids make a crossing of the RoPE boundary exact: `admit` then empties the cache and returns the whole sequence,
-    to be run again under the other table.
+    to be run again under the other table. A change of the adapter, as the first picture of a conversation makes, is
+    such a crossing too.
 
     Args:
         layers: one `LayerCache` a layer, all at the same offset.
@@ -55,129 +31,112 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
         options: the options that the layers were made with.
 
     Attributes:
-        regime: the RoPE table of everything cached.
         options: as given.
-        snapshots: those that `truncate` can return to; forks share them.
+        mode_adapters: the adapters that the model has for media.
         rerun_tokens: tokens that crossings made the model run again, so far.
     """
 
-    def __init__(
-        self,
-        layers: Iterable[LayerCache],
-        boundary: int | None,
-        options: CacheOptions | None = None,
-    ):
+    def __init__(self, layers: Iterable[LayerCache], boundary: int | None, options: CacheOptions | None = None):
         super().__init__(layers)
         self.options = options or CacheOptions()
         self._boundary = boundary
-        self._ids = _TokenIds()
-        self.snapshots = Snapshots()
-        self.regime: Regime = self._regime_with(0)
+        self._cached = CachedTokens()
+        self._conditions = Conditions(self._regime_with(0))
+        self._own_adapter: str | None = None
+        self.mode_adapters: frozenset[str] = frozenset()
         self.rerun_tokens = 0
 
     @property
-    def offset(self) -> int:
-        """Tokens cached."""
-        return self[0].offset
+    def conditions(self) -> Conditions:
+        """What everything cached was computed under."""
+        return self._conditions
 
-    positions = offset  # of the next token; in a batch, one a row
+    @property
+    def regime(self) -> Regime:
+        """The RoPE table of everything cached."""
+        return self._conditions.regime
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter of everything cached: a user's, or that of its media; None for the base alone.
+
+        Assign a user's before the first token.
+        """
+        return self._conditions.adapter
+
+    @adapter.setter
+    def adapter(self, name: str | None) -> None:
+        self._own_adapter = name
+        if not self.offset:
+            self._conditions = replace(self._conditions, adapter=name)
+
+    @property
+    def adapters(self) -> list[str | None]:
+        """`adapter`, for all rows."""
+        return [self._conditions.adapter]
+
+    @property
+    def tokens(self) -> CachedTokens:
+        """The ids and media cached, no more than the layers have, and the media admitted after them."""
+        self._follow_layers()
+        return self._cached
 
     @property
     def ids(self) -> mx.array:
         """The ids of the cached tokens, [B, S]."""
-        self._follow_layers()
-        return self._ids.joined()
+        return self.tokens.ids
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers, filled or not, and of snapshots."""
-        return sum(layer.nbytes for layer in self) + sum(each.nbytes for each in self.snapshots)
+    def places(self) -> tuple[Place, ...]:
+        """The media among the cached tokens."""
+        return self.tokens.places
 
     @property
-    def rewindable(self) -> bool:
-        """True if the tokens of a short pass can be taken back after it; speculation needs that."""
-        return all(layer.rewindable for layer in self)
+    def keys(self) -> list[int]:
+        """One number a cached token that tells it from all others; see `phi4_mlx.tokens.prompt.keys_of`. B must be 1."""
+        return self.tokens.keys
 
     @property
-    def needs_snapshots(self) -> bool:
-        """True if tokens are taken back by returning to a snapshot."""
-        return not self.is_trimmable() and all(layer.snapshot() is not None for layer in self)
+    def mode(self) -> Mode:
+        """The mode of the media admitted."""
+        return self.tokens.mode
 
     def crosses(self, num_tokens: int) -> bool:
         """True if `num_tokens` more tokens would need the other RoPE table."""
         return self._regime_with(num_tokens) != self.regime
 
-    def admit(self, ids: mx.array) -> mx.array:
-        """Chooses the RoPE table of a sequence that goes on with `ids`, before they are run in one chunk or several.
+    def admit(self, ids: mx.array, places: Iterable[Place] = ()) -> mx.array:
+        """Chooses RoPE table and adapter of a sequence that goes on with `ids`, before they are run, in chunks or not.
 
         Args:
             ids: all the new tokens, [B, T].
+            places: the media among them, by position in `ids`.
 
         Returns:
             The ids to run: the new ones [B, T], or the whole sequence [B, S + T] after a crossing.
 
         Raises:
-            RequestError: at a crossing, the cache does not know its ids, because this model did not fill it.
+            RequestError: there are a user's adapter and a medium; or, at a crossing, the cache does not know its ids,
+                because this model did not fill it, or lacks its media, because it comes from a file.
         """
-        self._follow_layers()
-        regime = self._regime_with(ids.shape[1])
-        if self.offset > 0 and regime != self.regime:
-            if self._ids.count < self.offset:
-                raise RequestError(
-                    f"{self.offset} cached tokens must be run again under the {regime} RoPE table, and the cache does "
-                    "not know their ids; make it with model.make_cache()"
-                )
-            ids = mx.concatenate([self.ids, ids], axis=1)
+        tokens = self.tokens
+        tokens.expect(places)
+        needed = self._needed(self._regime_with(ids.shape[1]), tokens.all_places)
+        if self.offset > 0 and not self._conditions.hold_for(needed):
+            check_rerun(tokens, self.offset, needed)
+            ids, places = mx.concatenate([tokens.ids, ids], axis=1), tokens.all_places
             self.rerun_tokens += self.trim(self.offset)
-        self.regime = regime
+            tokens.expect(places)
+        self._conditions = needed
         return ids
+
+    def expect(self, prompt: Sequence[int]) -> None:
+        """Takes the media of a whole prompt, of which the first tokens are cached; `hidden` needs those that follow."""
+        self.tokens.name(places_of(prompt))
 
     def record(self, ids: mx.array) -> None:
         """Appends the ids [B, T] that the model is about to run."""
-        self._follow_layers()
-        self._ids.append(ids)
-
-    def make_mask(self, N: int) -> Mask:
-        """The attention mask of the next N tokens where all layers have the same one; else each layer makes its own."""
-        return self[0].make_mask(N)
-
-    def is_trimmable(self) -> bool:
-        """True if some tokens can be taken back while others stay."""
-        return all(layer.is_trimmable() for layer in self)
-
-    def trim(self, n: int) -> int:
-        """Takes back the last n tokens; returns how many it took: n, all of them, or 0 where that is not possible."""
-        n = max(0, min(self.offset, n))
-        if n < self.offset and not all(layer.can_trim(n) for layer in self):
-            return 0
-        taken = [layer.trim(n) for layer in self]
-        self._follow_layers()
-        return taken[0]
-
-    def mark(self) -> None:
-        """Takes a snapshot to return to, where `needs_snapshots`."""
-        if self.offset and self.needs_snapshots:
-            self.snapshots.add([Snapshot(self.offset, [layer.snapshot() for layer in self])])
-
-    def reusable(self, length: int) -> int:
-        """The number of the first `length` tokens that can be kept without the rest.
-
-        All of them where tokens can be taken back; else those up to the latest snapshot.
-        """
-        if length >= self.offset or self.is_trimmable():
-            return min(length, self.offset)
-        return self.snapshots.latest(length)
-
-    def truncate(self, length: int) -> None:
-        """Keeps the first `length` tokens, which must be `reusable`."""
-        if length == self.offset:
-            return
-        if length == 0 or self.is_trimmable():
-            self.trim(self.offset - length)
-        else:
-            for layer, snapshot in zip(self, self.snapshots.at(length).layers, strict=True):
-                layer.restore(snapshot)
-        self._follow_layers()
+        self.tokens.append(ids)
 
     def reuse(self, ids: Sequence[int]) -> list[int]:
         """Keeps what can be kept of the cached tokens that a new prompt shares, and drops the rest.
@@ -186,54 +145,67 @@ class PromptCache(list[LayerCache]):  # a list, as mlx-lm's tools expect
             ids: the whole new prompt; B must be 1.
 
         Returns:
-            The ids still to prefill: at least the last one, so that there are logits to continue from.
+            The ids still to prefill, of a `Prompt` with media: at least the last one, for logits to continue from.
         """
-        return list(ids[self.keep_shared(ids[:-1]) :])
+        rest = ids[self.keep_shared(ids[:-1]) :]
+        return rest if isinstance(rest, Prompt) else list(rest)
 
     def keep_shared(self, ids: Sequence[int]) -> int:
         """Keeps the longest reusable prefix that the cached tokens share with `ids`; returns its length."""
-        shared = 0
-        for old, new in zip(self.ids[0].tolist(), ids, strict=False):
-            if old != new:
-                break
-            shared += 1
+        places, shared = places_of(ids), 0
+        if self.serves(places, self.regime):
+            for old, new in zip(self.keys, keys_of(ids, places), strict=False):
+                if old != new:
+                    break
+                shared += 1
         kept = self.reusable(shared)
         self.truncate(kept)
+        self._cached.name(cut(places, 0, kept))  # in place of absent ones
         return kept
+
+    def forget_media(self) -> None:
+        """Keeps the identity of media alone, in place of their pixels and features."""
+        self._cached.name([replace(place, medium=absent(place.medium)) for place in self.places])
+
+    def serves(self, places: Sequence[Place], regime: Regime) -> bool:
+        """True if a sequence with these media and this RoPE table can go on from tokens cached here."""
+        return self._conditions.hold_for(self._needed(regime, places))
 
     def fork(self, length: int) -> PromptCache:
         """Another cache of the first `length` tokens, which must be `reusable`, over the same arrays; B must be 1."""
         start = length if self.is_trimmable() else self.offset
         twin = PromptCache([layer.fork(start) for layer in self], self._boundary, self.options)
-        twin._ids.append(self.ids[:, :start])
-        twin.snapshots, twin.regime = Snapshots(self.snapshots), self.regime
+        twin._cached, twin.snapshots = self.tokens.first(start), Snapshots(self.snapshots)
+        twin._conditions, twin._own_adapter = self._conditions, self._own_adapter
+        twin.mode_adapters = self.mode_adapters
         twin.truncate(length)
         return twin
 
-    def compact(self) -> None:
-        """Copies the filled part out of larger buffers, which are then free."""
-        for layer in self:
-            layer.compact()
-        mx.eval([layer.state for layer in self])
-
-    def restore(self, ids: Sequence[int], states: Iterable[Sequence[mx.array]], regime: Regime) -> None:
+    def restore(
+        self, ids: Sequence[int], states: Iterable[Sequence[mx.array]], regime: Regime, adapter: str | None = None
+    ) -> None:
         """Replaces everything cached by states that were computed elsewhere.
 
         Args:
-            ids: their token ids, [S].
+            ids: their token ids, [S]; a `Prompt` if there are media.
             states: the `state` of each layer.
             regime: the RoPE table they were computed under.
+            adapter: the user's adapter they were computed under.
         """
         for layer, state in zip(self, states, strict=True):
             layer.state = state
-        self._ids, self.snapshots, self.regime = _TokenIds(), Snapshots(), regime
-        self.record(mx.array([list(ids)], mx.int32))
+        self._cached, self.snapshots, self._own_adapter = CachedTokens(), Snapshots(), adapter
+        self._cached.append(mx.array([list(ids)], mx.int32))
+        self._cached.name(places_of(ids))
+        self._conditions = self._needed(regime, places_of(ids))
 
     def _regime_with(self, num_tokens: int) -> Regime:
         return self.options.regime or regime_of(self.offset + num_tokens, self._boundary)
 
+    def _needed(self, regime: Regime, places: Sequence[Place]) -> Conditions:
+        return conditions_of(places, regime, self._own_adapter, self.mode_adapters)
+
     def _follow_layers(self) -> None:
-        """Drops ids and snapshots past the layers' length; mlx-lm's tools trim layers one by one."""
-        if self._ids.count > self.offset:
-            self._ids.truncate(self.offset)
-            self.snapshots.drop_after(self.offset)
+        if self._cached.count > self.offset:
+            self._cached.truncate(self.offset)
+            super()._follow_layers()

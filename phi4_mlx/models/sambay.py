@@ -21,6 +21,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from phi4_mlx.adapters.named import Selection
 from phi4_mlx.config.sambay import SambaYConfig
 from phi4_mlx.errors import RequestError
 from phi4_mlx.models.attention import SLICE, PackedAttention
@@ -277,6 +278,7 @@ class Decoder(nn.Module):
         rows: int | None = None,
         recompute: bool = False,
         watch: Callable[[nn.Module, mx.array], object] | None = None,
+        adapted: Selection | None = None,
     ) -> mx.array:
         """See `LanguageModel.hidden`. Results that no later token reads are computed for the wanted rows alone."""
         T = ids.shape[1]
@@ -286,13 +288,16 @@ class Decoder(nn.Module):
             cache.record(ids)
             caches, mask = cache, cache.make_mask(T) if isinstance(cache, BatchCache) else None
         one_step = T == 1 and cache is not None and cache[0].offset and embeddings is None and not self.training
-        if one_step and self._compiled.ready([self.embed_tokens, *self.layers, self.final_layernorm]):
-            return self._step(ids, mask, caches)
+        layers, steps = self._under(adapted), self._compiled.of(adapted)
+        if one_step and steps.ready([self.embed_tokens, *layers, self.final_layernorm]):
+            return self._step(steps.calls(None, lambda: self._trace(adapted)), layers, ids, mask, caches)
+        if adapted is not None:
+            adapted.start()
         samples = None if segments is None else Samples(segments, self._taps)
         mask = mask if samples is None else samples.attention
 
         x = (self.embed_tokens(ids) if embeddings is None else embeddings).astype(mx.float32)
-        for i, (layer, layer_cache) in enumerate(zip(self.layers, caches, strict=False)):
+        for i, (layer, layer_cache) in enumerate(zip(layers, caches, strict=False)):
             run = nn.utils.checkpoint(layer) if recompute else layer
             if isinstance(layer, MambaBlock):
                 x, memory = run(x, layer_cache, samples)
@@ -302,32 +307,38 @@ class Decoder(nn.Module):
                 watch(layer, x)
         if rows is not None:
             memory = memory[:, -rows:]
-        for layer in self.layers[self.num_cached :]:
+        for layer in layers[self.num_cached :]:
             run = nn.utils.checkpoint(layer) if recompute else layer
             x = run(x, memory) if isinstance(layer, MemoryBlock) else run(x, keys, values, mask)
             if watch is not None:
                 watch(layer, x)
         return self.final_layernorm(x)
 
-    def _step(self, ids: mx.array, mask: mx.array | None, caches: Sequence[Any]) -> mx.array:
+    def _under(self, adapted: Selection | None) -> list[Any]:
+        return list(self.layers) if adapted is None else adapted.layers
+
+    def _step(
+        self, calls: list[Call], layers: list[Any], ids: mx.array, mask: mx.array | None, caches: Sequence[Any]
+    ) -> mx.array:
         """A single-token step in compiled calls, from one attention to the next; ids [B, 1] -> [B, 1, D]."""
-        calls = self._compiled.calls(None, self._trace)
         x, memory, inputs, state, *heads = calls[0](ids, *caches[0].arrays)
         caches[0].update(inputs, [state])
         for i in range(1, self.num_cached, 2):
             weight, queries, *new = heads
             keys, values = caches[i].update_and_fetch(*new)
-            mixed = self.layers[i].attn.attend(weight, queries, keys, values, mask)
+            mixed = layers[i].attn.attend(weight, queries, keys, values, mask)
             if i + 1 < self.num_cached:
                 x, memory, inputs, state, *heads = calls[i // 2 + 1](x, mixed, *caches[i + 1].arrays)
                 caches[i + 1].update(inputs, [state])
-        for layer, call in zip(self.layers[self.num_cached + 1 :: 2], calls[self.num_cached // 2 :], strict=False):
+        for layer, call in zip(layers[self.num_cached + 1 :: 2], calls[self.num_cached // 2 :], strict=False):
             x, *heads = call(x, mixed, memory)
             mixed = layer.attn.attend(*heads, keys, values, mask)
         return calls[-1](x, mixed)[0]
 
-    def _trace(self) -> list[Call]:
+    def _trace(self, adapted: Selection | None) -> list[Call]:
         """The calls of a step: up to the first attention, between each two, and after the last."""
+        layers = self._under(adapted)
+
         def remember(mamba: MambaBlock, attention: Block, x: mx.array, tail: mx.array, state: mx.array) -> Arrays:
             mixed, memory, inputs, (state,) = mamba.attn.mix(mamba.input_layernorm(x), tail, state)
             x = mamba.rest(x, mixed)
@@ -350,12 +361,13 @@ class Decoder(nn.Module):
         def last(attention: Block, norm: LayerNorm, x: mx.array, mixed: mx.array) -> Arrays:
             return (norm(attention.rest(x, attention.attn.output(mixed))),)
 
-        remembering, gating = Traced(between, AFTER, ALL, BEFORE), Traced(gated, AFTER, ALL, BEFORE)
-        triples = zip(self.layers[1::2], self.layers[2::2], self.layers[3::2], strict=False)
+        remembering = Traced(between, AFTER, ALL, BEFORE, adapted=adapted)
+        gating = Traced(gated, AFTER, ALL, BEFORE, adapted=adapted)
+        triples = zip(layers[1::2], layers[2::2], layers[3::2], strict=False)
         return [
-            Traced(first, ALL, ALL, BEFORE).on(self.embed_tokens, *self.layers[:2]),
+            Traced(first, ALL, ALL, BEFORE, adapted=adapted).on(self.embed_tokens, *layers[:2]),
             *((remembering if isinstance(triple[1], MambaBlock) else gating).on(*triple) for triple in triples),
-            Traced(last, AFTER, ALL).on(self.layers[-1], self.final_layernorm),
+            Traced(last, AFTER, ALL, adapted=adapted).on(layers[-1], self.final_layernorm),
         ]
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from phi4_mlx.adapters.named import Selection
 from phi4_mlx.config.text import ModelConfig
 from phi4_mlx.errors import RequestError
 from phi4_mlx.models.attention import BLOCK, PackedAttention, attention
@@ -163,6 +164,7 @@ class Decoder(nn.Module):
         rows: int | None = None,
         recompute: bool = False,
         watch: Callable[[nn.Module, mx.array], object] | None = None,
+        adapted: Selection | None = None,
     ) -> mx.array:
         """See `LanguageModel.hidden`. With `rows`, the last block computes only keys and values of the other tokens."""
         T = ids.shape[1]
@@ -174,31 +176,41 @@ class Decoder(nn.Module):
             cache.record(ids)
             caches, position, mask = cache, cache.positions, cache.make_mask(T)
 
+        layers, steps = self._under(adapted), self._compiled.of(adapted)
         one_step = T == 1 and cache is not None and embeddings is None and not self.training
-        if one_step and self._compiled.ready([self.embed_tokens, *self.layers, self.norm]):
-            return self._step(ids, mx.array(position), regime, mask, caches)
+        if one_step and steps.ready([self.embed_tokens, *layers, self.norm]):
+            calls = steps.calls(regime, lambda: self._trace(regime, adapted))
+            return self._step(calls, layers, ids, mx.array(position), mask, caches)
+        if adapted is not None:
+            adapted.start()
         x = self.embed_tokens(ids) if embeddings is None else embeddings
         rotation: Rotation | PackedRotation = self.rope.at(position, regime, x.dtype)
         if segments is not None:
             rotation, mask = self.rope.packed(segments, x.dtype), PackedAttention(segments)
         rows_of_layer = [*[None] * (len(self.layers) - 1), rows]
-        for layer, layer_cache, layer_rows in zip(self.layers, caches, rows_of_layer, strict=True):
+        for layer, layer_cache, layer_rows in zip(layers, caches, rows_of_layer, strict=True):
             run = nn.utils.checkpoint(layer) if recompute else layer
             x = run(x, rotation, mask, layer_cache, layer_rows)
             if watch is not None:
                 watch(layer, x)
         return self.norm(x)
 
-    def _step(self, ids: mx.array, offset: mx.array, regime: Regime, mask: Any, caches: Sequence[Any]) -> mx.array:
+    def _under(self, adapted: Selection | None) -> list[Any]:
+        return list(self.layers) if adapted is None else adapted.layers
+
+    def _step(
+        self, calls: list[Call], layers: list[Any], ids: mx.array, offset: mx.array, mask: Any, caches: Sequence[Any]
+    ) -> mx.array:
         """A single-token step in compiled calls, from one attention to the next; ids [B, 1] -> [B, 1, D]."""
-        calls = self._compiled.calls(regime, lambda: self._trace(regime))
         x, *heads = calls[0](ids, offset)
-        for layer, cache, call in zip(self.layers, caches, calls[1:], strict=True):
+        for layer, cache, call in zip(layers, caches, calls[1:], strict=True):
             queries, keys, values = heads
             x, *heads = call(x, layer.self_attn.attend(queries, keys, values, mask, cache), offset)
         return x
 
-    def _trace(self, regime: Regime) -> list[Call]:
+    def _trace(self, regime: Regime, adapted: Selection | None) -> list[Call]:
+        layers = self._under(adapted)
+
         def heads(layer: Any, x: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
             return x, *layer.heads(x, self.rope.at(offset, regime, x.dtype))
 
@@ -211,11 +223,11 @@ class Decoder(nn.Module):
         def last(layer: Any, norm: Any, x: mx.array, seen: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
             return (norm(layer.rest(x, seen)),)
 
-        inner = Traced(between, AFTER, BEFORE)
+        inner = Traced(between, AFTER, BEFORE, adapted=adapted)
         return [
-            Traced(first, ALL, BEFORE).on(self.embed_tokens, self.layers[0]),
-            *(inner.on(*pair) for pair in pairwise(self.layers)),
-            Traced(last, AFTER, ALL).on(self.layers[-1], self.norm),
+            Traced(first, ALL, BEFORE, adapted=adapted).on(self.embed_tokens, layers[0]),
+            *(inner.on(*pair) for pair in pairwise(layers)),
+            Traced(last, AFTER, ALL, adapted=adapted).on(layers[-1], self.norm),
         ]
 
 

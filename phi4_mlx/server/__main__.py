@@ -65,9 +65,7 @@ def _parser() -> Parser:
     )  # fmt: skip
     _add_limit_options(parser)
     add_tool_options(parser, "the chat page may run, each call after a question; API clients do not see them")
-    parser.add_argument(
-        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help=LOG_LEVELS
-    )
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info", help=LOG_LEVELS)
     return parser
 
 
@@ -314,6 +312,7 @@ def _summary(served: _Served, longest: int, key: str | None, toolbox: Toolbox) -
     tools = ", ".join(names[:SHOWN_TOOLS]) + f" and {len(names) - SHOWN_TOOLS} more" * (len(names) > SHOWN_TOOLS)
     parts = [
         f"{served.name} ({served.kind}), context {longest:,} tokens",
+        *([] if served.tokenizer.media is None else ["reads pictures and sounds"]),
         *([f"adapters: {', '.join(served.settings.adapters)}"] if served.settings.adapters else []),
         "no key is needed" if key is None else "clients must send the key",
         f"tools for the page: {tools}" if tools else "no tools",
@@ -340,20 +339,24 @@ def _guard(
     """The ASGI application."""
     from phi4_mlx.server.apis.body import API_SAMPLING
     from phi4_mlx.server.app import App
-    from phi4_mlx.server.guard import LOOPBACK_NAMES, Guard, is_loopback
+    from phi4_mlx.server.guard import LOOPBACK_NAMES, Bodies, Guard, is_loopback
+    from phi4_mlx.server.limits import BODY_BYTES, MEDIA_BODY_BYTES
+    from phi4_mlx.server.media_reader import MediaReader
     from phi4_mlx.server.service import Service
     from phi4_mlx.server.tools import ServerTools
 
     models = {served.name: None} | {adapter: adapter for adapter in served.settings.adapters}
-    chat_format = served.tokenizer.chat_format
+    chat_format, media = served.tokenizer.chat_format, served.tokenizer.media
     own = {"temp": API_SAMPLING.temp, "top-p": API_SAMPLING.top_p, "max-tokens": 0} | advised(chat_format.name)
     service = Service(
         supervisor, served.tokenizer, models, served.vocabulary, args.timeout,
         args.max_tokens or int(own["max-tokens"]) or None, grammars, served.kind, args.context_overflow,
         sampling=replace(API_SAMPLING, temp=own["temp"], top_p=own["top-p"]), thinks=chat_format.reasons,
+        media=None if media is None else MediaReader(media),
     )  # fmt: skip
     hosts = None if key is not None and not is_loopback(args.host) else (*LOOPBACK_NAMES, args.host.lower())
-    return Guard(App(service, ServerTools(toolbox)).starlette(), key, hosts, tuple(args.allowed_origins))
+    bodies = Bodies(BODY_BYTES if media is None else MEDIA_BODY_BYTES)
+    return Guard(App(service, ServerTools(toolbox)).starlette(), key, hosts, tuple(args.allowed_origins), bodies)
 
 
 def _adapters(folder: str | None) -> dict[str, str]:

@@ -29,7 +29,7 @@ from phi4_mlx.server.apis.answer import Answer
 from phi4_mlx.server.apis.fields import parse_json
 from phi4_mlx.server.apis.wire import Ask, Delta, End, WireError, ignored_header
 from phi4_mlx.server.disconnect import ClientGone, unless_gone
-from phi4_mlx.server.guard import Receive, Scope, Send, refuse
+from phi4_mlx.server.guard import Receive, Scope, Send, refuse, share_of
 from phi4_mlx.server.json_response import JsonResponse
 from phi4_mlx.server.page_files import page_file
 from phi4_mlx.server.request_log import CANCELLED, Entry, entry_of
@@ -40,7 +40,7 @@ IGNORED = "x-phi4-ignored"  # a header: what had no effect on the answer
 HEARTBEAT_S = 10.0  # a proxy closes a stream that is silent for too long
 LARGE_BODY = 2**18  # bytes; a larger one is parsed in a thread, because 16 MB take up to two seconds
 
-Parse = Callable[[Any, int, Sampling], Ask]  # body, vocabulary, defaults
+Parse = Callable[[Any, int, Sampling, bool], Ask]  # body, vocabulary, defaults, takes media
 Stream = AsyncGenerator[Delta | End | None, None]  # None: nothing came for a while
 MakeAnswer = Callable[[Ask, int, int], Answer]  # request, seconds since 1970, prompt tokens
 
@@ -116,7 +116,10 @@ class App:
         names = list(self.service.models)
         if "anthropic-version" in request.headers:
             since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.created))
-            data = [{"type": "model", "id": name, "display_name": name, "created_at": since} for name in names]
+            head = {"type": "model", "created_at": since}
+            data = [
+                {**head, "id": name, "display_name": name, "capabilities": self._capabilities(name)} for name in names
+            ]
             return JsonResponse({"data": data, "has_more": False, "first_id": names[0], "last_id": names[-1]})
         return JsonResponse({"object": "list", "data": [self._model_json(name) for name in names]})
 
@@ -130,7 +133,7 @@ class App:
     async def count_tokens(self, request: Request) -> Response:
         """The length in tokens of a prompt of /v1/messages."""
         ask = await self._parse(messages_api.parse, await request.body())
-        _, (prompt,) = await self.service.prompts(ask, must_fit=False)
+        _, (prompt,) = await self.service.prompts(ask, must_fit=False, hold=share_of(request.scope).hold)
         return JsonResponse({"input_tokens": len(prompt)})
 
     async def embeddings(self, request: Request) -> Response:
@@ -139,9 +142,23 @@ class App:
         return self._refusal(request, error, {"x-should-retry": "false"})  # clients retry any other 5xx
 
     def _model_json(self, name: str) -> JsonObject:
-        """A model in OpenAI's form, with its context length and kind for the page."""
-        fitting = {"context_length": self.service.supervisor.longest, "kind": self.service.kind}
+        """A model in OpenAI's form; what it takes as OpenRouter says it; its context length and kind for the page."""
+        inputs = self._inputs(name)
+        fitting: JsonObject = {"context_length": self.service.supervisor.longest, "kind": self.service.kind}
+        fitting["architecture"] = {"input_modalities": inputs, "output_modalities": ["text"]}
+        if self.service.media is not None and "image" in inputs:
+            settings = self.service.media.settings
+            fitting["media"] = {"crop_size": settings.crop_size, "max_crops": settings.max_crops}
         return {"id": name, "object": "model", "created": self.created, "owned_by": "phi4_mlx", **fitting}
+
+    def _capabilities(self, name: str) -> JsonObject:
+        """What a model takes, in Anthropic's form."""
+        return {"image_input": {"supported": "image" in self._inputs(name)}}
+
+    def _inputs(self, name: str) -> list[str]:
+        """The kinds of parts that a model takes; an adapter of the user's takes text alone."""
+        takes_media = self.service.media is not None and self.service.models[name] is None
+        return ["text", "image", "audio"] if takes_media else ["text"]
 
     def _completion(self, ask: Ask, created: int, prompt_tokens: int) -> Answer:
         decode = self.service.tokenizer.decode
@@ -150,7 +167,8 @@ class App:
 
     async def _parse(self, parse: Parse, data: bytes) -> Ask:
         def read() -> Ask:
-            return parse(parse_json(data), self.service.vocabulary, self.service.sampling)
+            service = self.service
+            return parse(parse_json(data), service.vocabulary, service.sampling, service.media is not None)
 
         return self.service.served(await asyncio.to_thread(read) if len(data) > LARGE_BODY else read())
 
@@ -160,7 +178,7 @@ class App:
         async def route(request: Request) -> Response:
             entry = entry_of(request.scope)
             entry.ask = ask = await self._parse(parse, await request.body())
-            ask, prompts = await self.service.prompts(ask)
+            ask, prompts = await self.service.prompts(ask, hold=share_of(request.scope).hold)
             entry.prompt_tokens = sum(map(len, prompts))
             jobs, ignored = await self.service.jobs(ask, prompts)
             items = entry.observed(self.service.answers(ask, jobs))

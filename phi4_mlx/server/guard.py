@@ -24,9 +24,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from phi4_mlx.server.apis import messages as messages_api
 from phi4_mlx.server.apis.wire import WireError, error_body, json_bytes
 from phi4_mlx.server.limits import (
-    BODIES_BYTES,
+    BODIES,
     BODY_BYTES,
     HEADER_BYTES,
+    MEDIA_BYTES,
     REQUEST_S,
     SMALL_BODY_BYTES,
     SPARE_DESCRIPTORS,
@@ -44,6 +45,7 @@ Headers = Mapping[str, str]  # names in lower case
 
 PAGE_FILES = "/page/"  # the path of the files of the chat page
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+_SHARE = "phi4_mlx.share"  # in the scope of a request
 
 
 def is_loopback(host: str) -> bool:
@@ -54,14 +56,19 @@ def is_loopback(host: str) -> bool:
 
 
 class Share:
-    """The bytes of one body.
+    """The bytes of one request: of its body, and of the pictures and sounds decoded from it.
 
     Args:
         bodies: the room that it takes them from.
     """
 
     def __init__(self, bodies: Bodies) -> None:
-        self._bodies, self.size = bodies, 0
+        self._bodies, self.size, self._held = bodies, 0, 0
+
+    @property
+    def limit(self) -> int:
+        """The most bytes of the body."""
+        return self._bodies.limit
 
     def take(self, size: int) -> None:
         """Counts more bytes of the body.
@@ -72,24 +79,47 @@ class Share:
         before, self.size = self.size, self.size + size
         if self.size > SMALL_BODY_BYTES:
             self._bodies.used += size if before > SMALL_BODY_BYTES else self.size
-            if self.size > BODY_BYTES:
-                raise WireError(413, f"the body is over the limit of {BODY_BYTES} bytes")
-            if self._bodies.used > BODIES_BYTES:
+            limit = self.limit
+            if self.size > limit:
+                raise WireError(413, f"the body is over the limit of {limit} bytes")
+            if self._bodies.used > BODIES * limit:
                 message = (
-                    f"the bodies of all requests are over {BODIES_BYTES} bytes; send the request again in a moment"
+                    f"the bodies of all requests are over {BODIES * limit} bytes; send the request again in a moment"
                 )
                 raise WireError(503, message)
+
+    def hold(self, size: int) -> None:
+        """Counts the bytes of a decoded picture or sound.
+
+        Raises:
+            WireError: those of all requests are too many.
+        """
+        self._held += size
+        self._bodies.held += size
+        if self._bodies.held > MEDIA_BYTES:
+            message = f"the decoded media of all requests are over {MEDIA_BYTES} bytes; send fewer, or smaller ones"
+            raise WireError(503, f"{message}, or send the request again in a moment")
+
+    def free(self) -> None:
+        """Gives all bytes back."""
+        if self.size > SMALL_BODY_BYTES:
+            self._bodies.used -= self.size
+        self._bodies.held -= self._held
 
 
 class Bodies:
     """The room for the bodies of all requests.
 
+    Args:
+        limit: the most bytes of one body.
+
     Attributes:
         used: bytes of the bodies over `SMALL_BODY_BYTES`.
+        held: bytes of decoded pictures and sounds.
     """
 
-    def __init__(self) -> None:
-        self.used = 0
+    def __init__(self, limit: int = BODY_BYTES) -> None:
+        self.limit, self.used, self.held = limit, 0, 0
 
     @contextlib.contextmanager
     def share(self) -> Iterator[Share]:
@@ -98,8 +128,14 @@ class Bodies:
         try:
             yield share
         finally:
-            if share.size > SMALL_BODY_BYTES:
-                self.used -= share.size
+            share.free()
+
+
+def share_of(scope: Scope) -> Share:
+    """The share of a request, which the guard has put into its scope."""
+    share = scope[_SHARE]
+    assert isinstance(share, Share)
+    return share
 
 
 @dataclass(frozen=True)
@@ -126,6 +162,7 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         send = self._with_origin(_in_slices(send), headers.get("origin"))
         with self.bodies.share() as share:
+            scope[_SHARE] = share
             try:
                 _check_size(scope)
                 self._check_sender(scope, headers)
@@ -218,8 +255,8 @@ async def _read_body(scope: Scope, headers: Headers, receive: Receive, share: Sh
     if kind != "application/json":
         raise WireError(415, f"content-type is {kind!r:.100}; it must be application/json")
     with contextlib.suppress(ValueError):
-        if int(headers.get("content-length", "0")) > BODY_BYTES:
-            raise WireError(413, f"the body is {headers['content-length']} bytes; the limit is {BODY_BYTES}")
+        if int(headers.get("content-length", "0")) > share.limit:
+            raise WireError(413, f"the body is {headers['content-length']} bytes; the limit is {share.limit}")
     try:
         return await asyncio.wait_for(_whole(receive, share), REQUEST_S)
     except asyncio.TimeoutError:

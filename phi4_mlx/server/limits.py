@@ -11,12 +11,18 @@ BODY_BYTES = 16 * 2**20
 HEADER_BYTES = 32 * 2**10
 REQUEST_S = 30.0  # seconds to send the headers, and again to send the body
 SMALL_BODY_BYTES = 2**16  # a body up to this size always has room
-BODIES_BYTES = 4 * BODY_BYTES  # of all larger bodies together, until their requests are answered
+BODIES = 4  # as many bodies of the largest size have room together, until their requests are answered
 WRITE_BYTES = 2**16  # written at a time, and buffered by the kernel; 650 KB/s at a round trip of 100 ms
 WRITE_S = 20.0  # in which a client must read what is written, 3 KB a second
 STOPPING_WRITE_S = 2.0  # the same while the server stops
 GRACE_S = 30.0  # for running answers while the server stops
 SPARE_DESCRIPTORS = 64  # that connections leave free; a new engine takes about ten
+
+# Pictures and sounds
+MEDIA_BODY_BYTES = 48 * 2**20  # a photo of 12 MB is 16 MB in base64, and each turn sends those before again
+MEDIA_THREADS = 2  # that decode
+MEDIA_BYTES = 2**30  # of all decoded media, until their requests are answered
+KEPT_MEDIA_BYTES = 2**27  # of decoded media that are kept for the next turn
 
 # A body as JSON
 BRACKETS_LIMIT = 500_000  # lists and objects; Python builds more too slowly, and holds the GIL meanwhile

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -19,9 +19,11 @@ from phi4_mlx.server.apis.wire import Ask, Call, Delta, End, WireError, new_id
 from phi4_mlx.server.engine.protocol import Failure, Finish, Job, Piece
 from phi4_mlx.server.engine.supervisor import Full, Supervisor
 from phi4_mlx.server.grammar_pool import Busy, GrammarPool
+from phi4_mlx.server.media_reader import MediaReader, has_media
 from phi4_mlx.server.model_kind import ModelKind
 from phi4_mlx.terminal.amount import amount
 from phi4_mlx.tokens.overflow import Overflow, keep_latest, split_turns
+from phi4_mlx.tokens.prompt import Prompt
 from phi4_mlx.tokens.tokenizer import Tokenizer
 
 UNREAD_ITEMS = 16  # of a client's answers; beyond them the supervisor's own limit counts
@@ -43,6 +45,7 @@ class Service:
         kind: of the model and all its adapters.
         sampling: the defaults of temperature and top_p.
         thinks: True separates the thoughts of the model from its answers.
+        media: decodes the pictures and sounds of requests; None for a text-only model.
         overflow: for a conversation that does not fit, "stop" refuses it and "oldest" leaves out its oldest turns.
     """
 
@@ -57,6 +60,7 @@ class Service:
     overflow: Overflow = "stop"
     sampling: Sampling = API_SAMPLING
     thinks: bool = False
+    media: MediaReader | None = None
 
     def served(self, ask: Ask) -> Ask:
         """The request with the name of the model that answers it.
@@ -76,13 +80,21 @@ class Service:
         known = ", ".join(self.models)
         raise WireError(404, f"there is no model {ask.model!r:.100}; there are {known}", "model", "model_not_found")
 
-    async def prompts(self, ask: Ask, must_fit: bool = True) -> tuple[Ask, list[list[int]]]:
-        """(the request as it is answered, its prompts as token ids).
+    async def prompts(
+        self, ask: Ask, must_fit: bool = True, hold: Callable[[int], None] = lambda size: None
+    ) -> tuple[Ask, list[Prompt]]:
+        """(the request as it is answered, its prompts as token ids with their media).
+
+        Args:
+            ask: the request.
+            must_fit: refuses a prompt that leaves no room for an answer.
+            hold: counts the bytes of each decoded picture and sound.
 
         Raises:
-            WireError: a prompt is malformed, or leaves no room for an answer and `must_fit` is true.
+            WireError: a prompt or a medium is malformed, or does not fit.
         """
         roll = must_fit and self.overflow == "oldest"
+        ask = await self._with_media(ask, None if roll or not must_fit else self.supervisor.longest, hold)
         try:  # in a thread: encoding a long prompt would block other requests
             ask, prompts = await asyncio.to_thread(self._encode, ask, roll)
         except Phi4Error as error:
@@ -91,7 +103,17 @@ class Service:
             self._check_length(ask, len(prompt))
         return ask, prompts
 
-    async def jobs(self, ask: Ask, prompts: list[list[int]]) -> tuple[list[Job], tuple[str, ...]]:
+    async def _with_media(self, ask: Ask, most_tokens: int | None, hold: Callable[[int], None]) -> Ask:
+        """The request with its media decoded, which a model of the client's own adapter does not take."""
+        if self.media is None or not has_media(ask.messages):
+            return ask
+        if self.models[ask.model] is not None:
+            own = next(iter(self.models))
+            why = f"{ask.model!r:.100} is an adapter, which cannot be used with pictures and sounds; use {own!r:.100}"
+            raise WireError(400, why, "model")
+        return replace(ask, messages=await self.media.read(ask.messages, most_tokens, hold))
+
+    async def jobs(self, ask: Ask, prompts: Sequence[Prompt]) -> tuple[list[Job], tuple[str, ...]]:
         """The engine's jobs for a request, one for each answer; and the paths of what has no effect on the answers.
 
         Raises:
@@ -111,7 +133,7 @@ class Service:
                 sampling = ask.sampling if seed is None else replace(ask.sampling, seed=(seed + n) % 2**64)
                 adapter = self.models[ask.model]
                 jobs.append(
-                    Job(0, tuple(prompt), limit, sampling, ask.stop, ask.top_logprobs, grammar, adapter, self.timeout_s)
+                    Job(0, prompt, limit, sampling, ask.stop, ask.top_logprobs, grammar, adapter, self.timeout_s)
                 )
         return jobs, ignored
 
@@ -195,11 +217,11 @@ class Service:
         except Full:
             raise WireError(429, "the server is full; send the request again in a moment") from None
 
-    def _encode(self, ask: Ask, roll: bool) -> tuple[Ask, list[list[int]]]:
+    def _encode(self, ask: Ask, roll: bool) -> tuple[Ask, list[Prompt]]:
         """(the request as it is answered, its prompts); with `roll`, without the turns that do not fit."""
         tokenizer, tools = self.tokenizer, ask.tools if _calls_tools(ask) else None
         if not ask.messages:
-            return ask, [tokenizer.encode(each) if isinstance(each, str) else each for each in ask.prompts]
+            return ask, [Prompt(tokenizer.encode(each) if isinstance(each, str) else each) for each in ask.prompts]
         if not roll:
             return ask, [tokenizer.apply_chat_template(ask.messages, tools)]
         head, turns = split_turns(ask.messages)

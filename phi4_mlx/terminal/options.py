@@ -226,6 +226,18 @@ def add_decoding_options(parser: Parser) -> None:
     )
 
 
+def add_media_options(parser: Parser, text: str) -> None:
+    """Adds `--image` and `--audio`, whose files come before `text`."""
+    parser.add_argument(
+        "--image", type=word, action="append", default=[], metavar="FILE",
+        help=f"a picture, or a PDF, whose pages are pictures, before {text}; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--audio", type=word, action="append", default=[], metavar="FILE",
+        help=f"a sound before {text}; may be repeated",
+    )  # fmt: skip
+
+
 def add_tool_options(parser: Parser, purpose: str) -> None:
     """Adds `--tools` and `--mcp`; `purpose` completes "a file whose public functions ..."."""
     parser.add_argument(

@@ -12,19 +12,20 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from phi4_mlx.errors import ConfigError, RequestError, TokenizerError
 from phi4_mlx.files.json_file import JsonObject, read_json
 from phi4_mlx.files.regular_file import read_regular
-from phi4_mlx.tokens.messages import ROLES, check_messages
+from phi4_mlx.tokens.messages import ROLES, check_media_count, check_messages
+from phi4_mlx.tokens.prompt import Medium, Prompt, places_of
 from phi4_mlx.tokens.tokenizer import Control, Tokenizer
 from phi4_mlx.tools.declarations import tools_text
 from phi4_mlx.tools.json_text import json_text
 from phi4_mlx.tools.markup import CALLS_CLOSE, CALLS_OPEN, TOOLS_CLOSE, TOOLS_OPEN
 
 Message = Mapping[str, Any]
-Pieces = Iterator[Control | str]
+Pieces: TypeAlias = "Iterator[Control | str | Medium]"
 
 
 class ChatFormat:
@@ -50,12 +51,12 @@ class ChatFormat:
         messages: Sequence[Message],
         tools: Sequence[Any] | None = None,
         add_generation_prompt: bool = True,
-    ) -> list[int]:
+    ) -> Prompt:
         """Renders a conversation.
 
         Args:
             tokenizer: encodes the texts and the control tokens.
-            messages: each with "role" and "content"; an assistant's may have "tool_calls" in OpenAI's form.
+            messages: as for `check_messages`.
             tools: as for `flat_tool`; they go in the first system turn, which is added if there is none.
             add_generation_prompt: ends with the start of the assistant's turn instead of the end of the text.
 
@@ -66,12 +67,12 @@ class ChatFormat:
             RequestError: a message or a tool is malformed, or this format does not support it; names it.
             TokenizerError: the tokenizer lacks a control token of this format.
         """
-        checked = self._checked(messages)
+        checked = self._checked(tokenizer, messages)
         if tools and any(message.get("tools") for message in checked):
             raise RequestError("tools are given twice: as an argument, and in a system message")
         return tokenizer.encode_pieces(self._conversation(tokenizer, checked, tools or (), add_generation_prompt))
 
-    def render_open(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    def render_open(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> Prompt:
         """Renders a conversation up to the text of its last message, which more text may follow.
 
         Args:
@@ -85,7 +86,7 @@ class ChatFormat:
             RequestError: as in `render`.
             TokenizerError: as in `render`.
         """
-        pieces = list(self._conversation(tokenizer, self._checked(messages), (), add_generation_prompt=True))
+        pieces = list(self._conversation(tokenizer, self._checked(tokenizer, messages), (), add_generation_prompt=True))
         ends = [at for at, piece in enumerate(pieces) if isinstance(piece, Control) and piece == self.end]
         return tokenizer.encode_pieces(pieces[: ends[-1]])
 
@@ -96,7 +97,8 @@ class ChatFormat:
 
         Args:
             tokenizer: as in `render`.
-            ids: a prompt and the reply generated for it [T]; the reply is closed here if it lacks its end marker.
+            ids: a prompt and the reply generated for it [T]; the reply is closed here if it lacks its end marker. A
+                `Prompt` if there are media.
             messages: the messages after the reply.
             add_generation_prompt: as in `render`.
 
@@ -104,8 +106,11 @@ class ChatFormat:
             RequestError: as in `render`.
             TokenizerError: as in `render`.
         """
-        new = [*self._turns(self._checked(messages)), *self._close(add_generation_prompt)]
+        new = [*self._turns(self._checked(tokenizer, messages)), *self._close(add_generation_prompt)]
         encoded = tokenizer.encode_pieces([self.end, self.after_end, *new])
+        if encoded.media and not isinstance(ids, Prompt):
+            raise RequestError("messages with media can only be appended to a Prompt, as apply_chat_template returns")
+        check_media_count([place.medium for place in (*places_of(ids), *encoded.places)])
         while ids and ids[-1] in tokenizer.eos_ids:
             ids.pop()
         ids += encoded
@@ -123,7 +128,7 @@ class ChatFormat:
             RequestError: as in `render`.
             TokenizerError: as in `render`.
         """
-        return len(tokenizer.encode_pieces(self._turns(self._checked(messages))))
+        return len(tokenizer.encode_pieces(self._turns(self._checked(tokenizer, messages))))
 
     def own_words(self, tokenizer: Tokenizer, ids: Sequence[int]) -> list[bool]:
         """Marks the ids that the model generates: the assistant's turns, each with its end marker.
@@ -150,8 +155,8 @@ class ChatFormat:
                 at += 1
         return own
 
-    def _checked(self, messages: Any) -> list[JsonObject]:
-        checked = check_messages(messages)
+    def _checked(self, tokenizer: Tokenizer, messages: Any) -> list[JsonObject]:
+        checked = check_messages(messages, tokenizer.media)
         for index, message in enumerate(checked):
             if message["role"] not in self.roles:
                 known = ", ".join(self.roles)
@@ -179,7 +184,7 @@ class ChatFormat:
 
     def _turn(self, message: Message, tools: Sequence[Any] = ()) -> Pieces:
         yield Control(f"<|{message['role']}|>")
-        yield message["content"]
+        yield from _content(message)
         yield from _tools(message, tools)
         yield from _tool_calls(message)
         yield self.end
@@ -201,7 +206,8 @@ class Phi4MiniReasoning(ChatFormat):
         yield from (Control("<|system|>"), self.SYSTEM)
         for message in messages:
             if message["role"] == "system":
-                yield " " + message["content"]
+                yield " "
+                yield from _content(message)
                 yield from _tools(message)
         yield from _tools({}, tools)
         yield self.end
@@ -228,7 +234,8 @@ class Phi35Mini(ChatFormat):
         if message["role"] == "system" and not message["content"]:
             return
         yield Control(f"<|{message['role']}|>")
-        yield "\n" + message["content"]
+        yield "\n"
+        yield from _content(message)
         yield self.end
         yield self.after_end
 
@@ -247,7 +254,7 @@ class Phi4(ChatFormat):
 
     def _turn(self, message: Message, tools: Sequence[Any] = ()) -> Pieces:
         _refuse_tools(self.name, message, tools)
-        yield from (Control("<|im_start|>"), message["role"], Control("<|im_sep|>"), message["content"], self.end)
+        yield from (Control("<|im_start|>"), message["role"], Control("<|im_sep|>"), *_content(message), self.end)
 
     def _close(self, add_generation_prompt: bool) -> Pieces:
         if add_generation_prompt:
@@ -283,7 +290,9 @@ class Phi4Reasoning(Phi4):
         _refuse_tools(self.name, {}, tools)
         yield from (Control("<|im_start|>"), "system", Control("<|im_sep|>"))
         yield from tokenizer.parts(self.SYSTEM)  # <think> in this text is a control token
-        yield from (" " + message["content"] for message in messages if message["role"] == "system")
+        for message in messages:
+            if message["role"] == "system":
+                yield from (" ", *_content(message))
         yield self.end
         yield from self._turns([message for message in messages if message["role"] != "system"])
         yield from self._close(add_generation_prompt)
@@ -364,6 +373,12 @@ def chat_template(folder: Path) -> str:
         named = (each.get("template") for each in template if isinstance(each, dict) and each.get("name") == "default")
         template = next(named, None)
     return template if isinstance(template, str) else ""
+
+
+def _content(message: Message) -> Sequence[str | Medium]:
+    """The content of a checked message, in pieces."""
+    content = message["content"]
+    return [content] if isinstance(content, str) else content
 
 
 def _tools(message: Message, tools: Sequence[Any] = ()) -> Pieces:

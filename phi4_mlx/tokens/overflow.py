@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 Overflow = Literal["stop", "oldest"]
 Message = Mapping[str, Any]
 Turn = TypeVar("Turn")
+Ids = TypeVar("Ids", bound=list[int])
 
 
 def answer_room(context: int, max_tokens: int | None) -> int:
@@ -59,12 +60,12 @@ def split_turns(messages: Sequence[Message]) -> tuple[list[Message], list[list[M
 
 def keep_latest(
     turns: Sequence[Turn],
-    render: Callable[[Sequence[Turn]], list[int]],
+    render: Callable[[Sequence[Turn]], Ids],
     length: Callable[[Turn], int],
     context: int,
     max_tokens: int | None,
     after: int = 0,
-) -> tuple[list[int], int]:
+) -> tuple[Ids, int]:
     """Renders a conversation without the oldest turns that the context has no room for.
 
     Args:

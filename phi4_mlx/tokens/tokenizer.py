@@ -22,6 +22,7 @@ from phi4_mlx.files.manifest import read_manifest
 from phi4_mlx.files.regular_file import TOKENIZER_BYTES, read_regular
 from phi4_mlx.tokens import byte_bpe
 from phi4_mlx.tokens.decoders import FallbackByte, FallbackDecoder, StreamingDecoder
+from phi4_mlx.tokens.prompt import READS_ONLY_TEXT, MediaSettings, Medium, Prompt, slots
 from phi4_mlx.tokens.white_space import WHITE_SPACE, longest_run_exceeds
 
 # Markers that end a turn in this family; config.json often names only one of them.
@@ -54,8 +55,8 @@ class ChatFormat(Protocol):
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Any] | None = None,
         add_generation_prompt: bool = True,
-    ) -> list[int]: ...
-    def render_open(self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]: ...
+    ) -> Prompt: ...
+    def render_open(self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> Prompt: ...
     def append(
         self,
         tokenizer: Tokenizer,
@@ -76,9 +77,11 @@ class Tokenizer:
         vocab_size: one more than the highest id with a text.
         leading_spaces: number of spaces that decoding removes from the start of a text; 1 if encoding adds one.
         chat_format: renders messages; set by `load`.
+        media: what the model reads beside text; None for text alone; set by `load`.
     """
 
     chat_format: ChatFormat
+    media: MediaSettings | None = None
     leading_spaces = 0
 
     def __init__(
@@ -110,8 +113,8 @@ class Tokenizer:
         """
         return self._encode_specials(text) if specials else self._encode_plain(text, at_start=True)
 
-    def encode_pieces(self, pieces: Iterable[Control | str]) -> list[int]:
-        """Encodes a prompt of control tokens and texts to the ids that Hugging Face gives for its whole text.
+    def encode_pieces(self, pieces: Iterable[Control | str | Medium]) -> Prompt:
+        """Encodes a prompt of control tokens, texts and media to the ids that Hugging Face gives for its whole text.
 
         White space beside a control token with lstrip or rstrip is removed; adjacent texts are joined.
 
@@ -119,15 +122,15 @@ class Tokenizer:
             pieces: in the order of the prompt.
 
         Returns:
-            Token ids [T].
+            Token ids [T], with a medium's slots in its place.
 
         Raises:
-            RequestError: as in `encode`.
+            RequestError: as in `encode`; or there is a medium, and the model reads only text.
             TokenizerError: the tokenizer lacks one of the control tokens.
         """
-        ids: list[int] = []
+        ids = Prompt()
         texts: list[str] = []
-        before: Control | None = None
+        before: Control | Medium | None = None
         for piece in [*pieces, None]:
             if isinstance(piece, str) and not isinstance(piece, Control):
                 texts.append(piece)
@@ -138,8 +141,10 @@ class Tokenizer:
             if piece in self._strips_left:
                 text = text.rstrip(WHITE_SPACE)
             ids += self._encode_plain(text, at_start=before is None) if text else []
-            if piece is not None:
+            if isinstance(piece, Control):
                 ids.append(self._control_id(piece))
+            elif piece is not None:
+                ids += slots(piece, self._media_settings(piece).token(piece.kind))
             texts, before = [], piece
         return ids
 
@@ -155,16 +160,22 @@ class Tokenizer:
             )
         return self.control_ids[piece]
 
+    def _media_settings(self, medium: Medium) -> MediaSettings:
+        if self.media is None:
+            raise RequestError(f"the prompt has {medium.kind} input, and this model {READS_ONLY_TEXT}")
+        return self.media
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Any] | None = None,
         add_generation_prompt: bool = True,
-    ) -> list[int]:
+    ) -> Prompt:
         """Encodes a conversation in the model's own chat format.
 
         Args:
-            messages: each {"role": "system" | "user" | "assistant" | "tool", "content": text}.
+            messages: each {"role": "system" | "user" | "assistant" | "tool", "content": text or parts}; see
+                `phi4_mlx.tokens.messages.check_messages`.
             tools: OpenAI tools or flat schemas, shown to the model in the system turn.
             add_generation_prompt: ends with the start of the assistant's turn.
 
@@ -242,7 +253,7 @@ class ByteTokenizer(Tokenizer):
             raise TokenizerError(f"tokenizer.json: tiktoken cannot use its pattern: {error}") from None
 
     def _encode_specials(self, text: str) -> list[int]:
-        return self.encode_pieces(self.parts(text))
+        return [*self.encode_pieces(self.parts(text))]  # a list: a slot in it has no medium
 
 
 class LibraryTokenizer(Tokenizer):

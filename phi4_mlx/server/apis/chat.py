@@ -25,7 +25,7 @@ from phi4_mlx.server.apis.body import (
     read_tools,
     tool_call,
 )
-from phi4_mlx.server.apis.content import read_arguments, read_text, result_text
+from phi4_mlx.server.apis.content import read_arguments, read_content, result_content
 from phi4_mlx.server.apis.fields import Fields, read_body
 from phi4_mlx.server.apis.wire import Ask, Delta, End, in_call_order, logprobs_json
 from phi4_mlx.server.engine.protocol import TokenLogprob
@@ -39,13 +39,14 @@ from phi4_mlx.server.limits import (
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
-def parse(body: Any, vocabulary: int, defaults: Sampling = API_SAMPLING) -> Ask:
+def parse(body: Any, vocabulary: int, defaults: Sampling = API_SAMPLING, media: bool = False) -> Ask:
     """Parses a body.
 
     Args:
         body: the result of `json.loads`.
         vocabulary: the number of token ids.
         defaults: of the sampling settings.
+        media: True if the model takes pictures and sounds.
 
     Raises:
         WireError: the body is malformed, exceeds a limit, or no answer to it would be right; names the field.
@@ -60,7 +61,7 @@ def parse(body: Any, vocabulary: int, defaults: Sampling = API_SAMPLING) -> Ask:
     max_tokens = read_max_tokens(fields)  # the older name
     return Ask(
         model=read_model(fields),
-        messages=_read_messages(fields),
+        messages=_read_messages(fields, media),
         tools=tools,
         tool_choice=check_tool_choice(fields, tools, read_tool_choice(fields, "function"), others),
         parallel_tool_calls=fields.boolean("parallel_tool_calls", True),
@@ -86,14 +87,14 @@ def _top_logprobs(fields: Fields) -> int | None:
     return None
 
 
-def _read_messages(fields: Fields) -> list[JsonObject]:
+def _read_messages(fields: Fields, media: bool) -> list[JsonObject]:
     fields.need("messages")
     given = fields.children("messages", MESSAGES_LIMIT, 1)
     last = max((n for n, each in enumerate(given) if each.get("role") == "assistant"), default=-1)
-    return in_call_order([_message(each, n < last) for n, each in enumerate(given)])
+    return in_call_order([_message(each, n < last, media) for n, each in enumerate(given)])
 
 
-def _message(given: Fields, older: bool) -> JsonObject:
+def _message(given: Fields, older: bool, media: bool) -> JsonObject:
     """A message with only the fields that `check_messages` knows; a client's other fields are ignored."""
     given.need("role")
     role = given.one_of("role", ROLES)
@@ -102,9 +103,10 @@ def _message(given: Fields, older: bool) -> JsonObject:
         return {
             "role": "tool",
             "tool_call_id": call_id if isinstance(call_id, str) else "",
-            "content": result_text(given),
+            "content": result_content(given, media=media),
         }
-    content = read_text(given, placeholders=older or role == "assistant")
+    is_answer = role == "assistant"
+    content = read_content(given, placeholders=older or is_answer, media=media and not is_answer)
     if role == "user" and content is None:
         given.refuse("content", "is missing")
     message: JsonObject = {"role": "system" if role == "developer" else role, "content": content or ""}

@@ -30,13 +30,14 @@ from phi4_mlx.server.limits import ANSWERS_LIMIT, PROMPTS_LIMIT, TOP_LOGPROBS_LI
 DEFAULT_MAX_TOKENS = 16  # OpenAI's default if max_tokens is absent; null asks for as many as fit
 
 
-def parse(body: Any, vocabulary: int, defaults: Sampling = API_SAMPLING) -> Ask:
+def parse(body: Any, vocabulary: int, defaults: Sampling = API_SAMPLING, media: bool = False) -> Ask:
     """Parses a body.
 
     Args:
         body: the result of `json.loads`.
         vocabulary: the number of token ids.
         defaults: of the sampling settings.
+        media: not used; prompts are text or token ids.
 
     Raises:
         WireError: the body is malformed, exceeds a limit, or asks for something that is not supported; names the field.

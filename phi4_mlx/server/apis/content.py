@@ -1,25 +1,34 @@
-"""The content of messages as text: the parts that this model can read, and those of other models and servers.
+"""The content of messages: the parts that this model can read, and those of other models and servers.
 
-A message has all the text of its parts, results of other servers' tools included. Thoughts are left out. A part that is
-not text (an image, a sound, a file) makes every answer wrong where the user asks about it, in the messages after the
-assistant's last one, and is refused there; in older messages and in results of tools a placeholder stands for it.
+A message has all the text of its parts, results of other servers' tools included, and its pictures and sounds if the
+model takes them. Thoughts are left out. A part that cannot be read (a file, or an image for a text-only model) makes
+every answer wrong where the user asks about it, in the messages after the assistant's last one, and is refused there;
+in older messages and in results of tools a placeholder stands for it.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any, TypeAlias, TypeVar
 
+from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.server.apis.fields import Fields, shown
+from phi4_mlx.server.apis.media_part import FORMS, attachment
+from phi4_mlx.server.apis.wire import WireError
 from phi4_mlx.server.limits import NAME_CHARS_LIMIT, PARTS_LIMIT
 
 D = TypeVar("D")
+Content: TypeAlias = str | list[JsonObject]  # a text, or parts of the types text, image and audio
+
+READS_TEXT = "only text"
+READS_MEDIA = "only text, images and audio"
 
 THOUGHTS = ("thinking", "redacted_thinking", "reasoning", "reasoning_text", "summary_text")
 TEXT_PARTS = ("text", "input_text", "output_text")
 MEDIA = (
-    "image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file", "input_file",
-    "container_upload",
+    "image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url", "file",
+    "input_file", "container_upload",
 )  # fmt: skip
 # The fields of a part that contain text or parts with text, in reading order. What is encrypted or an id is not there.
 _TEXTS = (
@@ -27,16 +36,20 @@ _TEXTS = (
 )  # fmt: skip
 
 
-def read_text(
-    fields: Fields, name: str = "content", default: D | None = None, placeholders: bool = False
-) -> str | D | None:
-    """The text of a field that is a string or a list of parts; the parts are joined.
+def read_content(
+    fields: Fields, name: str = "content", default: D | None = None, placeholders: bool = False, media: bool = False
+) -> Content | D | None:
+    """The content of a field that is a string or a list of parts; texts that follow each other are joined.
 
     Args:
         fields: the message, or another object with content.
         name: the field.
         default: the result if the field is absent.
-        placeholders: puts a placeholder for a part that is not text, instead of refusing it.
+        placeholders: puts a placeholder for a part that cannot be read, instead of refusing it.
+        media: True if pictures and sounds can be read.
+
+    Returns:
+        A text; where there are pictures or sounds, parts, as `joined` returns them.
     """
     value = fields.get(name)
     if value is None:
@@ -47,11 +60,46 @@ def read_text(
         fields.refuse(name, f"must be text or a list of parts, not {shown(value)}")
     if all(isinstance(part, str) for part in value[:PARTS_LIMIT]):
         return "".join(fields.items(name, PARTS_LIMIT))
-    return "".join(part_text(part, placeholders) for part in fields.children(name, PARTS_LIMIT))
+    return joined(part_content(part, placeholders, media) for part in fields.children(name, PARTS_LIMIT))
 
 
-def part_text(part: Fields, placeholders: bool = False) -> str:
-    """The text of one part; empty for a thought."""
+def joined(contents: Iterable[Content]) -> Content:
+    """Contents one behind the other: a text, or parts if there is a picture or a sound among them."""
+    parts: list[JsonObject] = []
+    for content in contents:
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if part["type"] == "text" and parts and parts[-1]["type"] == "text":
+                parts[-1] = {"type": "text", "text": parts[-1]["text"] + part["text"]}
+            else:
+                parts.append(part)
+    if len(parts) == 1 and parts[0]["type"] == "text":
+        return str(parts[0]["text"])
+    return [part for part in parts if part.get("text") != ""] or ""
+
+
+def part_content(part: Fields, placeholders: bool = False, media: bool = False) -> Content:
+    """One part: its text, or a list with its picture or sound, whose bytes are an `Attachment`."""
+    kind = part.text("type", "text" if part.has("text") else "")
+    if not media or kind not in FORMS:
+        return part_text(part, placeholders, READS_MEDIA if media else READS_TEXT)
+    try:
+        found = attachment(part, kind)
+    except WireError:
+        if not placeholders:
+            raise
+        part.ignore()
+        return f"[{kind} left out: it cannot be read here]"
+    return [{"type": found.kind, found.kind: found}]
+
+
+def part_text(part: Fields, placeholders: bool = False, reads: str = READS_TEXT) -> str:
+    """The text of one part; empty for a thought.
+
+    Args:
+        part: the part.
+        placeholders: as for `read_content`.
+        reads: the kinds of parts that the model reads, for messages.
+    """
     kind = part.text("type", "text" if part.has("text") else "")
     if kind in TEXT_PARTS:
         return part.text("text", "") if placeholders else part.needed_text("text")
@@ -63,8 +111,8 @@ def part_text(part: Fields, placeholders: bool = False) -> str:
     text = "" if _is_media(kind, part) else plain_text(part.values)
     if not text:
         if not placeholders:
-            part.refuse("type", f"is {shown(kind)}; this model reads only text")
-        text = f"[{kind[:NAME_CHARS_LIMIT] or 'part'} left out: this model reads only text]"
+            part.refuse("type", f"is {shown(kind)}; this model reads {reads}")
+        text = f"[{kind[:NAME_CHARS_LIMIT] or 'part'} left out: this model reads {reads}]"
         part.ignore()
     for name in _TEXTS:
         part.get(name)  # read
@@ -88,15 +136,15 @@ def plain_text(value: Any) -> str:
     return "\n".join(filter(None, (plain_text(value.get(name)) for name in _TEXTS)))
 
 
-def result_text(fields: Fields, name: str = "content") -> str:
-    """The text of a tool's result: a text, parts, or any other JSON as it is."""
+def result_content(fields: Fields, name: str = "content", media: bool = False) -> Content:
+    """A tool's result: a text, parts, or any other JSON as it is."""
     value = fields.get(name)
     if value is None:
         return ""
     if isinstance(value, str) or (isinstance(value, list) and all(map(_is_part, value))):
-        return read_text(fields, name, placeholders=True) or ""
+        return read_content(fields, name, placeholders=True, media=media) or ""
     if _is_part(value):
-        return part_text(fields.child(name), placeholders=True)
+        return part_content(fields.child(name), placeholders=True, media=media)
     return json.dumps(value, ensure_ascii=False)
 
 

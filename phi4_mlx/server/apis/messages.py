@@ -24,7 +24,7 @@ from phi4_mlx.server.apis.body import (
     read_tools,
     tool_call,
 )
-from phi4_mlx.server.apis.content import part_text, read_text, result_text
+from phi4_mlx.server.apis.content import Content, joined, part_content, part_text, read_content, result_content
 from phi4_mlx.server.apis.fields import Fields, read_body
 from phi4_mlx.server.apis.wire import ERROR_TYPES, Ask, Call, WireError, in_call_order, sse
 from phi4_mlx.server.limits import MESSAGES_LIMIT, NAME_CHARS_LIMIT, PARTS_LIMIT
@@ -42,13 +42,14 @@ def error_body(error: WireError) -> JsonObject:
     return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
-def parse(body: Any, vocabulary: int, defaults: Sampling = API_SAMPLING) -> Ask:
+def parse(body: Any, vocabulary: int, defaults: Sampling = API_SAMPLING, media: bool = False) -> Ask:
     """Parses a body.
 
     Args:
         body: the result of `json.loads`.
         vocabulary: the number of token ids.
         defaults: of the sampling settings.
+        media: True if the model takes pictures and sounds.
 
     Raises:
         WireError: the body is malformed, exceeds a limit, or no answer to it would be right; names the field.
@@ -63,7 +64,7 @@ def parse(body: Any, vocabulary: int, defaults: Sampling = API_SAMPLING) -> Ask:
     choice = fields.child("tool_choice")
     return Ask(
         model=read_model(fields),
-        messages=_read_messages(fields),
+        messages=_read_messages(fields, media),
         tools=tools,
         tool_choice=check_tool_choice(fields, tools, _tool_choice(choice), others),
         parallel_tool_calls=not choice.boolean("disable_parallel_tool_use", False),
@@ -84,9 +85,9 @@ def _tool_choice(choice: Fields) -> str:
     return choice.needed_name("name")
 
 
-def _read_messages(fields: Fields) -> list[JsonObject]:
+def _read_messages(fields: Fields, media: bool) -> list[JsonObject]:
     fields.need("messages")
-    system = read_text(fields, "system", placeholders=True)
+    system = read_content(fields, "system", placeholders=True)
     messages: list[JsonObject] = [{"role": "system", "content": system}] if system else []
     all_given = fields.children("messages", MESSAGES_LIMIT, 1)
     last = max((n for n, each in enumerate(all_given) if each.get("role") == "assistant"), default=-1)
@@ -94,11 +95,11 @@ def _read_messages(fields: Fields) -> list[JsonObject]:
         given.need("role")
         role = given.one_of("role", ROLES)
         if role == "system":
-            messages.append({"role": role, "content": read_text(given, placeholders=True) or ""})
+            messages.append({"role": role, "content": read_content(given, placeholders=True) or ""})
             continue
         if role == "user":
             given.need("content")
-        messages += _assistant(given) if role == "assistant" else _user(given, older=n < last)
+        messages += _assistant(given) if role == "assistant" else _user(given, n < last, media)
     if messages[-1]["role"] == "assistant":  # Anthropic's API would continue them
         fields.refuse("messages", "ends with an assistant message; continuing one is not supported here")
     return in_call_order(messages)
@@ -117,33 +118,33 @@ def _assistant(given: Fields) -> Iterator[JsonObject]:
         elif kind in ("server_tool_use", "mcp_tool_use"):
             texts.append(f"\n{block.text('name', '')} {json.dumps(block.get('input'), ensure_ascii=False)}\n")
         elif kind.endswith("_tool_result"):
-            texts.append(f"{result_text(block)}\n")
+            texts.append(f"{result_content(block)}\n")
         else:
             texts.append(part_text(block, placeholders=True))
     message: JsonObject = {"role": "assistant", "content": "".join(texts)}
     yield {**message, "tool_calls": calls} if calls else message
 
 
-def _user(given: Fields, older: bool) -> Iterator[JsonObject]:
-    """A user message for each run of texts and a tool message for each result, in the given order."""
-    texts: list[str] = []
+def _user(given: Fields, older: bool, media: bool) -> Iterator[JsonObject]:
+    """A user message for each run of contents and a tool message for each result, in the given order."""
+    contents: list[Content] = []
     blocks = _blocks(given)
     for block in blocks:
         if not block.text("type", "text").endswith("tool_result"):
-            texts.append(part_text(block, placeholders=older))
+            contents.append(part_content(block, older, media))
             continue
-        if texts:
-            yield {"role": "user", "content": "".join(texts)}
-        texts = []
-        yield _result(block)
-    if texts or not blocks:
-        yield {"role": "user", "content": "".join(texts)}
+        if contents:
+            yield {"role": "user", "content": joined(contents)}
+        contents = []
+        yield _result(block, media)
+    if contents or not blocks:
+        yield {"role": "user", "content": joined(contents)}
 
 
-def _result(block: Fields) -> JsonObject:
-    content = result_text(block)
-    if block.get("is_error") is True:  # the model sees only the text
-        content = f"Error: {content}"
+def _result(block: Fields, media: bool) -> JsonObject:
+    content = result_content(block, media=media)
+    if block.get("is_error") is True:  # the model sees only the content
+        content = joined(["Error: ", content])
     return {"role": "tool", "tool_call_id": block.text("tool_use_id", "", 0, NAME_CHARS_LIMIT), "content": content}
 
 

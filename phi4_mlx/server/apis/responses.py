@@ -27,7 +27,7 @@ from phi4_mlx.server.apis.body import (
     read_tools,
     tool_call,
 )
-from phi4_mlx.server.apis.content import read_arguments, read_text, result_text
+from phi4_mlx.server.apis.content import read_arguments, read_content, result_content
 from phi4_mlx.server.apis.fields import Fields, read_body
 from phi4_mlx.server.apis.wire import Ask, Call, Delta, End, WireError, in_call_order, logprobs_json
 from phi4_mlx.server.limits import (
@@ -48,13 +48,14 @@ CALLS = {
 LOGPROBS = "message.output_text.logprobs"
 
 
-def parse(body: Any, vocabulary: int, defaults: Sampling = API_SAMPLING) -> Ask:
+def parse(body: Any, vocabulary: int, defaults: Sampling = API_SAMPLING, media: bool = False) -> Ask:
     """Parses a body.
 
     Args:
         body: the result of `json.loads`.
         vocabulary: the number of token ids.
         defaults: of the sampling settings.
+        media: True if the model takes pictures and sounds.
 
     Raises:
         WireError: the body is malformed, exceeds a limit, or no answer to it would be right; names the field.
@@ -71,7 +72,7 @@ def parse(body: Any, vocabulary: int, defaults: Sampling = API_SAMPLING) -> Ask:
     parallel = fields.boolean("parallel_tool_calls", True)
     return Ask(
         model=read_model(fields),
-        messages=_read_messages(fields),
+        messages=_read_messages(fields, media),
         tools=tools,
         tool_choice=choice,
         parallel_tool_calls=parallel,
@@ -119,7 +120,7 @@ def _metadata(fields: Fields) -> JsonObject:
     return {}
 
 
-def _read_messages(fields: Fields) -> list[JsonObject]:
+def _read_messages(fields: Fields, media: bool) -> list[JsonObject]:
     fields.need("input")
     instructions = fields.text("instructions", "")
     messages: list[JsonObject] = [{"role": "system", "content": instructions}] if instructions else []
@@ -130,19 +131,20 @@ def _read_messages(fields: Fields) -> list[JsonObject]:
     answers = [each.get("role") == "assistant" or each.get("type") in tuple(CALLS) for each in items]
     last = max((n for n, answer in enumerate(answers) if answer), default=-1)
     for n, item in enumerate(items):
-        _add(messages, item, older=n < last)
+        _add(messages, item, n < last, media)
     if len(messages) == before:
         fields.refuse("input", "contains no message")
     return in_call_order(messages)
 
 
-def _add(messages: list[JsonObject], item: Fields, older: bool) -> None:
+def _add(messages: list[JsonObject], item: Fields, older: bool, media: bool) -> None:
     """Adds an item of the input; a call becomes part of the assistant's turn before it."""
     kind = item.text("type", "message")
     if kind == "message":
         item.need("role")
         role = item.one_of("role", ROLES)
-        content = read_text(item, placeholders=older or role == "assistant")
+        is_answer = role == "assistant"
+        content = read_content(item, placeholders=older or is_answer, media=media and not is_answer)
         if role == "user" and content is None:
             item.refuse("content", "is missing")
         messages.append({"role": "system" if role == "developer" else role, "content": content or ""})
@@ -151,9 +153,9 @@ def _add(messages: list[JsonObject], item: Fields, older: bool) -> None:
             messages.append({"role": "assistant", "content": ""})
         messages[-1].setdefault("tool_calls", []).append(_call(item, kind))
         if item.has("output"):  # mcp_call has its own
-            messages.append(_result(item))
+            messages.append(_result(item, media))
     elif kind.endswith("_call_output"):
-        messages.append(_result(item))
+        messages.append(_result(item, media))
     else:  # thoughts, calls of tools that this server does not run, and references to what it does not store
         item.ignore()
 
@@ -167,8 +169,8 @@ def _call(item: Fields, kind: str) -> JsonObject:
     return tool_call(_call_id(item), name, arguments)
 
 
-def _result(item: Fields) -> JsonObject:
-    return {"role": "tool", "tool_call_id": _call_id(item), "content": result_text(item, "output")}
+def _result(item: Fields, media: bool) -> JsonObject:
+    return {"role": "tool", "tool_call_id": _call_id(item), "content": result_content(item, "output", media)}
 
 
 def _call_id(item: Fields) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from phi4_mlx.generation.sampling import Sampling
+from phi4_mlx.tokens.prompt import Prompt
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Job:
 
     Attributes:
         id: identifies the job in events.
-        prompt: token ids, at least one.
+        prompt: token ids, at least one, with the pictures and sounds among them; pickled with the job.
         max_tokens: the longest answer, in tokens.
         sampling: the sampling settings.
         stop: strings that end the answer; the text does not include them.
@@ -30,7 +31,7 @@ class Job:
     """
 
     id: int
-    prompt: tuple[int, ...]
+    prompt: Prompt
     max_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()

@@ -3,6 +3,7 @@ import { opened, save } from "./conversation.js";
 import { $ } from "./dom.js";
 import { exchangeOf } from "./exchange.js";
 import { toLatest } from "./log.js";
+import { attached, changed as trayChanged, setAttached } from "./media/tray.js";
 
 const DRAFT_MS = 300; // from the last key to the save of the draft
 
@@ -19,29 +20,33 @@ let forget = () => {};
 const isSend = ({ key, shiftKey, isComposing, keyCode }) =>
   key === "Enter" && !shiftKey && !isComposing && keyCode !== 229;
 
+/** @typedef {import("./media/medium.js").Medium} Medium */
+
 /**
  * Asks a question in the conversation on the page.
  * @param {string} text
+ * @param {Medium[]} [media]
  */
-export function ask(text) {
-  if (!text.trim()) return;
+export function ask(text, media = []) {
+  if (!text.trim() && !media.length) return;
   toLatest();
-  exchangeOf(shown).ask(text);
+  exchangeOf(shown).ask(text, media);
 }
 
 /** Sends what is in the field: a new question, or an edited one in the place of the old. */
 function send(event) {
   event.preventDefault();
-  const text = $("input").value;
-  if (!text.trim() || !shown) return;
+  const [text, media] = [$("input").value, attached()];
+  if (isEmpty() || !shown) return;
   if (edited) {
-    exchangeOf(shown).replace(edited, text);
+    exchangeOf(shown).replace(edited, text, media);
     toLatest();
     return endEdit();
   }
   setInput("");
+  setAttached([]);
   keepDraft();
-  ask(text);
+  ask(text, media);
 }
 
 /**
@@ -52,6 +57,7 @@ export function edit(question) {
   keepDraft();
   edited = question;
   $("editing").hidden = false;
+  setAttached(question.media ?? []);
   setInput(question.content);
   $("input").focus();
 }
@@ -59,15 +65,23 @@ export function edit(question) {
 function endEdit() {
   edited = null;
   $("editing").hidden = true;
-  setInput(shown.draft);
+  showKept();
   $("input").focus();
 }
 
+/** Shows the draft of the conversation and its attachments. */
+function showKept(early = "") {
+  setAttached(shown.attached ?? []);
+  setInput([shown.draft, early].filter(Boolean).join("\n\n"));
+}
+
 /**
- * Adds a text to what is in the field.
+ * Adds a text and media to what is in the composer.
  * @param {string} text
+ * @param {Medium[]} [media]
  */
-export function addToDraft(text) {
+export function addToDraft(text, media = []) {
+  setAttached([...attached(), ...media]);
   setInput([$("input").value, text].filter((it) => it.trim()).join("\n\n"));
   keepDraft();
   $("input").focus();
@@ -86,11 +100,13 @@ function fit() {
   drawButtons();
 }
 
-/** While an answer grows there is a button to stop it, and one to send if there is a text. */
+const isEmpty = () => !$("input").value.trim() && !attached().length;
+
+/** While an answer grows there is a button to stop it, and one to send if there is something to send. */
 function drawButtons() {
   if (!shown) return;
   const { busy } = exchangeOf(shown);
-  const empty = !$("input").value.trim();
+  const empty = isEmpty();
   const stopHadFocus = document.activeElement === $("stop");
   $("stop").hidden = !busy;
   $("send").hidden = busy && empty;
@@ -99,12 +115,12 @@ function drawButtons() {
   if (stopHadFocus && !busy) $("input").focus();
 }
 
-/** Keeps what is in the field with its conversation, unless it is an edited question. */
+/** Keeps what is in the composer with its conversation, unless it is an edited question. */
 function keepDraft() {
   clearTimeout(timer);
   const draft = $("input").value;
-  if (edited || !shown || draft === shown.draft) return;
-  shown.draft = draft;
+  if (edited || !shown || (draft === shown.draft && attached() === shown.attached)) return;
+  Object.assign(shown, { draft, attached: attached() });
   save(shown);
 }
 
@@ -116,7 +132,8 @@ function showDraft(conversation) {
   forget = exchangeOf(shown).changed.listen(drawButtons);
   edited = null;
   $("editing").hidden = true;
-  setInput([shown.draft, early].filter(Boolean).join("\n\n"));
+  shown.attached ??= [];
+  showKept(early);
   keepDraft();
 }
 
@@ -135,6 +152,10 @@ export function bindComposer() {
     fit();
     clearTimeout(timer);
     timer = setTimeout(keepDraft, DRAFT_MS);
+  });
+  trayChanged.listen(() => {
+    drawButtons();
+    keepDraft();
   });
   $("stop").addEventListener("click", () => exchangeOf(shown).stop());
   $("cancel-edit").addEventListener("click", endEdit);

@@ -9,6 +9,7 @@
  * @typedef {object} Message a message in the server's form, with more fields for the page
  * @property {"user" | "assistant" | "tool"} role
  * @property {string} content
+ * @property {import("./media/medium.js").Medium[]} [media] of a question: what comes before its text
  * @property {ToolCall[]} [tool_calls] of an answer
  * @property {string} [tool_call_id] of a result
  * @property {boolean} [failed] of a result: the tool reported an error, or the user declined
@@ -19,13 +20,16 @@
  * @property {number} [seconds] from the first to the last piece
  * @property {string} [ignored] what had no effect on the answer
  *
+ * @typedef {string | {text: string, media: import("./media/medium.js").Medium[]}} Question
+ *
  * @typedef {object} Conversation
  * @property {string} id
  * @property {string} title "" until the first question, which names it
  * @property {Message[]} messages
  * @property {number} updated milliseconds since 1970
  * @property {string} draft the text in the composer
- * @property {string[]} queued questions that wait for the answer to end
+ * @property {import("./media/medium.js").Medium[]} [attached] the pictures and sounds in the composer
+ * @property {Question[]} queued questions that wait for the answer to end
  * @property {number} [revision] the number of its saves; set by the store, like `created`
  * @property {number} [created] milliseconds since 1970
  * @property {string[]} allowed tools that run without a question in this conversation
@@ -112,8 +116,8 @@ export function open(conversation) {
  * @param {Conversation} stored
  */
 export function adopt(stored) {
-  const { draft } = current;
-  Object.assign(current, stored, { draft });
+  const { draft, attached } = current;
+  Object.assign(current, stored, { draft, attached });
   keep("sessionStorage", "open", current.id);
   adopted.tell(current);
 }
@@ -129,6 +133,15 @@ export async function openById(id) {
 
 /** Shows the conversation that this tab showed before a reload, or a new one. */
 export const reopen = () => openById(recall("sessionStorage", "open", ""));
+
+/** The text and the media of a question that waits. @param {Question} question */
+export const partsOf = (question) => (typeof question === "string" ? { text: question, media: [] } : question);
+
+/** A question in one line: its text, or the names of its media. @param {Question} question */
+export function labelOf(question) {
+  const { text, media } = partsOf(question);
+  return text.trim() || media.map(({ name }) => name).join(", ");
+}
 
 /** The first line of a question as a title. */
 export function titleOf(text) {
@@ -151,10 +164,10 @@ const keeping = new Map();
  */
 export async function save(conversation = current) {
   if (keeping.has(conversation)) return void keeping.set(conversation, true);
-  const { messages, draft, queued } = conversation;
+  const { messages, draft, queued, attached = [] } = conversation;
   keeping.set(conversation, false);
   try {
-    const isEmpty = !messages.length && !draft.trim() && !queued.length;
+    const isEmpty = !messages.length && !draft.trim() && !queued.length && !attached.length;
     if (isEmpty) await store.discard(conversation);
     else noteOutcome(conversation, await store.save(conversation));
     if (conversation === current) keep("sessionStorage", "open", conversation.id); // it may be a new one

@@ -1,5 +1,5 @@
 /** An exchange: questions, answers and tool calls of one conversation, as they happen. Knows nothing of the page. */
-import { answering, save, titleOf } from "./conversation.js";
+import { answering, labelOf, partsOf, save, titleOf } from "./conversation.js";
 import { bodyOf, receive } from "./reply.js";
 import { runTool } from "./server_tools.js";
 import { Signal } from "./signal.js";
@@ -52,8 +52,8 @@ export class Exchange {
   }
 
   /** Asks a question; while an answer is being generated, the question waits for its end. */
-  async ask(text) {
-    this.conversation.queued.push(text);
+  async ask(text, media = []) {
+    this.conversation.queued.push(media.length ? { text, media } : text);
     this.#note();
     if (!this.busy) await this.askNext();
   }
@@ -63,26 +63,27 @@ export class Exchange {
     const { conversation } = this;
     if (this.busy || !conversation.queued.length) return;
     for (const call of this.pending) this.#giveResult(call, DECLINED, true);
-    const text = conversation.queued.shift();
-    conversation.messages.push({ role: "user", content: text });
-    conversation.title ||= titleOf(text);
+    const question = conversation.queued.shift();
+    const { text, media } = partsOf(question);
+    conversation.messages.push({ role: "user", content: text, ...(media.length && { media }) });
+    conversation.title ||= titleOf(labelOf(question));
     await this.#go();
   }
 
-  /** Takes a waiting question back; returns its text. */
+  /** Takes a waiting question back; returns it. */
   takeBack(index) {
-    const [text] = this.conversation.queued.splice(index, 1);
+    const [question] = this.conversation.queued.splice(index, 1);
     this.#note();
-    return text;
+    return partsOf(question);
   }
 
   /** Replaces a question and everything after it. */
-  async replace(question, text) {
+  async replace(question, text, media = []) {
     await this.stop();
     const { messages, queued } = this.conversation;
     const at = messages.indexOf(question);
     if (at >= 0) messages.length = at;
-    queued.unshift(text);
+    queued.unshift(media.length ? { text, media } : text);
     await this.askNext();
   }
 

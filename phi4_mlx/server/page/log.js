@@ -1,5 +1,5 @@
 /** The log: the turns of the conversation on the page, the questions that wait, and what went wrong. */
-import { adopted, copied, current, fresh, open, opened, save, unsaved } from "./conversation.js";
+import { adopted, copied, current, fresh, labelOf, open, opened, save, unsaved } from "./conversation.js";
 import { $, icon, iconButton, make } from "./dom.js";
 import { exchangeOf } from "./exchange.js";
 import { tell } from "./notice.js";
@@ -45,7 +45,8 @@ export function toLatest() {
 
 /** Begins a new conversation. */
 export function newConversation() {
-  if (current.messages.length || current.queued.length || current.draft) open(fresh());
+  const { messages, queued, draft, attached = [] } = current;
+  if (messages.length || queued.length || draft || attached.length) open(fresh());
   $("input").focus();
 }
 
@@ -97,9 +98,13 @@ function viewOf(message, exchange) {
 
 function drawQueue(exchange) {
   const { busy, conversation: { queued } } = exchange;
-  const items = queued.map((text, i) => {
-    const back = iconButton("close", "Take back", () => composer.takeBack(exchange.takeBack(i)));
-    return make("li", {}, icon("queue"), make("span", {}, text), back);
+  const items = queued.map((question, i) => {
+    const takeBack = () => {
+      const { text, media } = exchange.takeBack(i);
+      composer.takeBack(text, media);
+    };
+    const back = iconButton("close", "Take back", takeBack);
+    return make("li", {}, icon("queue"), make("span", {}, labelOf(question)), back);
   });
   const next = make("button.plain", { type: "button", onclick: () => exchange.askNext() }, "Send now");
   if (!busy && items.length) items[0].lastChild.before(next);

@@ -4,6 +4,7 @@ import { addToDraft, ask, bindComposer, edit } from "./composer.js";
 import { connect, reopen } from "./conversation.js";
 import { $ } from "./dom.js";
 import { bindLog, newConversation } from "./log.js";
+import { bindTray } from "./media/tray.js";
 import { bindModels, chosen, loadModels } from "./models.js";
 import { bindNotice, tell } from "./notice.js";
 import { loaded, loadTools, tools } from "./server_tools.js";
@@ -18,6 +19,10 @@ import { Store } from "./storage/store.js";
 
 // What those import: named here, the browser asks for all of it at once, and only after the style has come.
 import "./exchange.js";
+import "./media/medium.js";
+import "./media/price.js";
+import "./media/recorder.js";
+import "./media/wav.js";
 import "./reply.js";
 import "./sidebar/conversation_list.js";
 import "./sidebar/row_menu.js";
@@ -63,6 +68,7 @@ async function start() {
   bindNotice();
   bindLog({ edit, takeBack: addToDraft });
   bindComposer();
+  bindTray();
   bindSettings(connectServer);
   bindModels();
   bindTheme();

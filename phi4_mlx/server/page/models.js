@@ -8,7 +8,7 @@ import { Signal } from "./signal.js";
 /** The models have been read, or another one has been chosen; the value is the one that answers. @type {Signal} */
 export const chosen = new Signal();
 
-/** @type {{id: string, kind?: string, context_length?: number}[]} */
+/** @type {{id: string, kind?: string, context_length?: number, media?: import("./media/price.js").Settings}[]} */
 let models = [];
 
 const shortName = (id) => id.replace(/\/+$/, "").split("/").at(-1);

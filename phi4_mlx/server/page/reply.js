@@ -1,5 +1,6 @@
 /** A reply of the model: the request for it, and reading it as it comes. */
 import { eventsOf, request } from "./api.js";
+import { contentOf } from "./media/medium.js";
 import { isReasoning } from "./models.js";
 import { tools } from "./server_tools.js";
 import { options, sampling } from "./settings/options.js";
@@ -15,8 +16,8 @@ import { splitThought } from "./thought.js";
  */
 export function bodyOf(messages, temperature) {
   const system = options.system.trim() ? [{ role: "system", content: options.system }] : [];
-  const sent = messages.map(({ role, content, tool_calls, tool_call_id }) => ({
-    role, content, tool_calls, tool_call_id, // JSON omits the undefined ones
+  const sent = messages.map(({ role, content, media, tool_calls, tool_call_id }) => ({
+    role, content: contentOf({ content, media }), tool_calls, tool_call_id, // JSON omits the undefined ones
   }));
   return {
     model: options.model,

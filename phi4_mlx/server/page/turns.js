@@ -1,5 +1,6 @@
 /** The views of one turn: a question, an answer with its reasoning, and its tool calls. */
 import { beforeNextFrame, copy, icon, iconButton, make } from "./dom.js";
+import { mediumView } from "./media/medium.js";
 import { MarkdownView } from "./text/markdown.js";
 
 /** @typedef {import("./conversation.js").Message} Message */
@@ -22,8 +23,11 @@ export class QuestionView {
    */
   constructor(message, edit) {
     const button = iconButton("edit", "Edit and send again", () => edit(message), ".edit");
-    const text = make("div.text", {}, message.content);
-    this.element = make("article.turn.question", { ariaLabel: "You" }, text, button);
+    const { content, media = [] } = message;
+    const parts = [make("div.text", { hidden: !content.trim() }, content)];
+    if (media.length) parts.unshift(make("div.media", {}, ...media.map(mediumView)));
+    const column = media.length ? [make("div.column", {}, ...parts)] : parts;
+    this.element = make("article.turn.question", { ariaLabel: "You" }, ...column, button);
   }
 
   draw() {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union
 
 from phi4_mlx.errors import RequestError, check_whole
 from phi4_mlx.tokens.media.bicubic import resize_bicubic
@@ -46,7 +46,7 @@ class Image:
     crop_size: int = CROP_SIZE
     patch_size: int = PATCH_SIZE
 
-    kind = "image"
+    kind: ClassVar[Literal["image"]] = "image"
 
     def __post_init__(self) -> None:
         self.padded.setflags(write=False)  # the digest names these bytes

@@ -34,6 +34,7 @@ class ScriptedServer:
         tools: the tools of the server, in OpenAI's form.
         headers: of each answer.
         kind: of the model.
+        media: the settings of its pictures; None for a text-only model.
     """
 
     def __init__(self) -> None:
@@ -64,6 +65,7 @@ class ScriptedServer:
         self.tools: list[dict[str, Any]] = []
         self.headers: dict[str, str] = {}
         self.kind = "instruct"
+        self.media: dict[str, int] | None = None
 
     def release(self) -> None:
         """Lets the answers that wait go on."""
@@ -81,6 +83,7 @@ class ScriptedServer:
 
     async def _models(self, request: Request) -> Response:
         model = {"id": "scripted", "object": "model", "context_length": 4096, "kind": self.kind}
+        model |= {"media": self.media} if self.media else {}
         return self._locked(request) or JSONResponse({"object": "list", "data": [model]})
 
     async def _tools(self, request: Request) -> Response:

@@ -40,7 +40,11 @@ class Recorder(Screen):
 
 
 class Script:
-    """Stands in for `stream`: the replies to give, one a question, and what happens on the way."""
+    """Stands in for `stream`: the replies to give, one a question, and what happens on the way.
+
+    Attributes:
+        prompt: the ids of the last question that were not cached.
+    """
 
     def __init__(self) -> None:
         self.replies: list[str] = []
@@ -48,11 +52,12 @@ class Script:
         self.at_token: Callable[[int], None] = lambda number: None
         self.options = DecodeOptions()
         self.prompt_length = 0
+        self.prompt: list[int] = []
 
     def __call__(
         self, model: Any, tokenizer: Any, prompt: list[int], cache: PromptCache, options: DecodeOptions
     ) -> Iterator[GenerationResponse]:
-        self.options = options
+        self.options, self.prompt = options, prompt
         self.progress(0, self.prompt_length or len(prompt))
         reply = self.replies.pop(0) if self.replies else "reply"
         for number, char in enumerate(reply, 1):

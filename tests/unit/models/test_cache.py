@@ -10,7 +10,8 @@ import pytest
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.models.cache import KVCache
-from phi4_mlx.models.prompt_cache import MAX_PIECES, PromptCache
+from phi4_mlx.models.cached_tokens import MAX_PIECES
+from phi4_mlx.models.prompt_cache import PromptCache
 from tests.conftest import BOUNDARY, TinyModel
 from tests.model_runs import close, decoded, filled_cache, greedy_without_cache, random_ids
 
@@ -155,7 +156,7 @@ def test_ids_appended_one_by_one_are_joined_from_time_to_time(tiny_model: TinyMo
     cache, prompt = model.make_cache("long"), random_ids(600)
     for at in range(600):
         model(prompt[:, at : at + 1], cache)
-    assert len(cache._ids._pieces) <= MAX_PIECES
+    assert len(cache.tokens._pieces) <= MAX_PIECES
     assert mx.array_equal(cache.ids, prompt)
 
 

@@ -14,7 +14,7 @@ from starlette.routing import Route
 from phi4_mlx.server import guard as guard_module
 from phi4_mlx.server.app import App
 from phi4_mlx.server.guard import LOOPBACK_NAMES, Guard, is_loopback
-from phi4_mlx.server.limits import BODIES_BYTES, BODY_BYTES, HEADER_BYTES, SMALL_BODY_BYTES, WRITE_BYTES
+from phi4_mlx.server.limits import BODIES, BODY_BYTES, HEADER_BYTES, SMALL_BODY_BYTES, WRITE_BYTES
 
 Headers = dict[str, str]
 
@@ -412,7 +412,7 @@ def test_all_bodies_together_have_a_limit(end: str, monkeypatch: pytest.MonkeyPa
         sending = [asyncio.create_task(unfinished(8)) for _ in range(20)]
         while sum(task.done() for task in sending) < 12:
             await asyncio.sleep(0.01)
-        assert statuses[:12] == [503] * 12 and app.bodies.used == BODIES_BYTES == 8 * 8 * 2**20
+        assert statuses[:12] == [503] * 12 and app.bodies.used == BODIES * BODY_BYTES == 8 * 8 * 2**20
         code, answer, _ = await ask(app, body=Parts(1))
         assert code == 503 and answer["retry-after"] == "2" and answer["connection"] == "close"
         assert (await ask(app, body=Parts(1, size=SMALL_BODY_BYTES)))[0] == 200

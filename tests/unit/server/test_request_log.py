@@ -111,7 +111,7 @@ REFUSED: list[tuple[str, Any, str, str]] = [
     (CHAT, {"messages": SECRET}, "WARNING", "messages must be a list, not '...'"),
     (CHAT, {"messages": [{"role": SECRET}]}, "WARNING", "messages[0].role must be one of"),
     (CHAT, {"messages": [*HI, f"it's {SECRET}"]}, "WARNING", ""),
-    (CHAT, {"messages": [*HI, f"\"it's\" {SECRET} \\"]}, "WARNING", ""),
+    (CHAT, {"messages": [*HI, f'"it\'s" {SECRET} \\']}, "WARNING", ""),
     (CHAT, {"messages": [*HI, SECRET + "\ud800"]}, "WARNING", "unpaired surrogate: '...'"),
     (CHAT, {"messages": [*HI, {"role": "user", "content": [{"type": SECRET * 9}]}]}, "WARNING", ""),
     (CHAT, {"messages": [*HI, {"role": "user", "content": {SECRET: [SECRET * 9]}}]}, "WARNING", ""),

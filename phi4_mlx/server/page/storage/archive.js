@@ -1,15 +1,19 @@
 /** Conversations as files: Markdown to read, JSON to read in again. */
 
+import { isMedium } from "../media/medium.js";
+
 /** @typedef {import("./store.js").Stored} Stored */
 
 const FORMAT = "phi4_mlx conversations";
 const NAMES = { user: "You", assistant: "Answer" };
 
 const isText = (value) => typeof value === "string";
+const areMedia = (value = []) => Array.isArray(value) && value.every(isMedium);
+const isQuestion = (it) => isText(it) || (isText(it?.text) && areMedia(it.media));
 
 function isMessage(it) {
   const calls = it?.tool_calls ?? [];
-  return ["user", "assistant", "tool"].includes(it?.role) && isText(it.content) && isText(it.thought ?? "") &&
+  return ["user", "assistant", "tool"].includes(it?.role) && isText(it.content) && isText(it.thought ?? "") && areMedia(it.media) &&
     Array.isArray(calls) &&
     calls.every((call) => isText(call?.id) && isText(call.function?.name) && isText(call.function.arguments));
 }
@@ -20,10 +24,10 @@ function isMessage(it) {
  * @returns {boolean}
  */
 export function isSound(value) {
-  const { id, title, messages, draft = "", queued = [], allowed = [], updated } = value ?? {};
+  const { id, title, messages, draft = "", queued = [], attached, allowed = [], updated } = value ?? {};
   return [id, title, draft].every(isText) && id !== "" && Number.isFinite(updated) &&
     [messages, queued, allowed].every(Array.isArray) && messages.every(isMessage) &&
-    [...queued, ...allowed].every(isText);
+    queued.every(isQuestion) && allowed.every(isText) && areMedia(attached);
 }
 
 /**
@@ -65,10 +69,11 @@ function fenced(text) {
   return `${fence}\n${text}\n${fence}`;
 }
 
-function messageText({ role, content, tool_calls: calls = [] }) {
+function messageText({ role, content, media = [], tool_calls: calls = [] }) {
   if (role === "tool") return `**Result**\n\n${fenced(content)}`;
   const parts = calls.map((call) => `**Call of ${call.function.name}**\n\n${fenced(call.function.arguments)}`);
-  return [`## ${NAMES[role]}`, content.trim(), ...parts].filter(Boolean).join("\n\n");
+  const names = media.map(({ kind, name }) => `*${kind === "image" ? "Picture" : "Sound"}: ${name}*`);
+  return [`## ${NAMES[role]}`, ...names, content.trim(), ...parts].filter(Boolean).join("\n\n");
 }
 
 /**

@@ -5,7 +5,7 @@
  * @typedef {import("../conversation.js").Conversation} Conversation
  * @typedef {Conversation & {created: number, revision: number}} Stored revision counts the saves
  */
-import { newId, titleOf } from "../conversation.js";
+import { labelOf, newId, titleOf } from "../conversation.js";
 import { Signal } from "../signal.js";
 import { isSound } from "./archive.js";
 import { keep, names, recall } from "./local.js";
@@ -43,9 +43,28 @@ function covers(more, less) {
     const grew = i === last && message.role === "assistant" && !message.finish;
     return grew ? other.content.startsWith(message.content) : sameCalls && other.content === message.content;
   });
-  const asked = more.messages.filter((it) => it.role === "user").map((it) => it.content);
-  return messages && less.queued.every((text) => more.queued.includes(text) || asked.includes(text));
+  const asked = more.messages.filter((it) => it.role === "user");
+  const found = [...more.queued, ...asked.map(({ content, media = [] }) => ({ text: content, media }))].map(labelOf);
+  return messages && less.queued.every((question) => found.includes(labelOf(question)));
 }
+
+const lost = (media) => media?.map((medium) => ({ ...medium, url: "" }));
+
+/** A conversation whose media are only named. */
+const withoutMedia = (conversation) => ({
+  ...conversation,
+  messages: conversation.messages.map((it) => (it.media ? { ...it, media: lost(it.media) } : it)),
+  attached: [],
+});
+
+/** A conversation with the media of a stored one where they are only named. */
+const withMediaOf = (stored, conversation) => ({
+  ...conversation,
+  messages: conversation.messages.map((it, i) => {
+    const named = it.media?.some(({ url }) => !url);
+    return named ? { ...it, media: stored?.messages[i]?.media ?? it.media } : it;
+  }),
+});
 
 const isGrowing = ({ messages }) => messages.at(-1)?.role === "assistant" && !messages.at(-1).finish;
 
@@ -55,7 +74,7 @@ function reconcile(conversation, stored) {
   const change = { created, revision: (stored?.revision ?? 0) + 1 };
   if (!stored || stored.revision === conversation.revision) return ["same", change];
   if (!isGrowing(conversation) && covers(stored, conversation)) {
-    return ["newer", { ...stored, ...change, draft: conversation.draft || stored.draft }];
+    return ["newer", { ...stored, ...change, draft: conversation.draft || stored.draft, attached: conversation.attached }];
   }
   if (covers(conversation, stored)) return ["same", { ...change, title: stored.title || conversation.title }];
   return ["copy", { id: newId(), title: `${conversation.title} (copy)`, created: Date.now(), revision: 1 }];
@@ -237,13 +256,17 @@ export class Store {
 
   /** Keeps what is being saved in the small storage, which a page that is closed can still write to. */
   #rescue() {
-    for (const conversation of this.#saving) keep("localStorage", rescueName(conversation.id), conversation);
+    for (const conversation of this.#saving) {
+      const name = rescueName(conversation.id);
+      if (!keep("localStorage", name, conversation)) keep("localStorage", name, withoutMedia(conversation));
+    }
   }
 
   /** Saves what a closed page has left in the small storage, and the one conversation of an older version. */
   async #takeIn() {
     for (const name of names().filter((it) => it.startsWith("unsaved."))) {
-      const conversation = recall("localStorage", name, null);
+      const found = recall("localStorage", name, null);
+      const conversation = isSound(found) ? withMediaOf(await this.load(found.id), found) : null;
       const done = !isSound(conversation) || (await this.save(conversation).then(() => true, () => false));
       if (done) keep("localStorage", name, undefined); // else at the next start
     }

@@ -18,7 +18,7 @@ from phi4_mlx.server.apis.body import (
     read_stop,
     read_tool,
 )
-from phi4_mlx.server.apis.content import read_arguments, read_text, result_text
+from phi4_mlx.server.apis.content import read_arguments, read_content, result_content
 from phi4_mlx.server.apis.fields import Fields, check_json, read_body, shown
 from phi4_mlx.server.apis.wire import WireError
 from tests.unit.server.apis.harness import V, refused
@@ -222,21 +222,21 @@ def test_model_and_max_tokens() -> None:
 
 def test_text_parts_are_joined() -> None:
     kinds = [{"type": "text", "text": "a"}, {"type": "input_text", "text": "\x00"}, {"type": "output_text", "text": ""}]
-    assert read_text(Fields({"content": kinds})) == "a\x00"
-    assert read_text(Fields({"content": [{"type": "refusal", "refusal": "no"}]})) == "no"
-    assert read_text(Fields({"content": []})) == ""
-    assert read_text(Fields({})) is None
+    assert read_content(Fields({"content": kinds})) == "a\x00"
+    assert read_content(Fields({"content": [{"type": "refusal", "refusal": "no"}]})) == "no"
+    assert read_content(Fields({"content": []})) == ""
+    assert read_content(Fields({})) is None
 
 
 @pytest.mark.parametrize("kind", ["image_url", "input_image", "image", "input_audio", "file", "document", ""])
 def test_parts_that_are_not_text_are_refused(kind: str) -> None:
-    error = refusal(lambda: read_text(Fields({"content": [{"type": "text", "text": ""}, {"type": kind}]})))
+    error = refusal(lambda: read_content(Fields({"content": [{"type": "text", "text": ""}, {"type": kind}]})))
     assert "reads only text" in error.message and error.param == "content[1].type"
 
 
 @pytest.mark.parametrize("bad", [5, True, {}, ["x", 5], [{}], [{"type": "text"}], [{"type": "text", "text": 5}]])
 def test_malformed_content_is_refused(bad: Any) -> None:
-    refusal(lambda: read_text(Fields({"content": bad})))
+    refusal(lambda: read_content(Fields({"content": bad})))
 
 
 def test_arguments_of_earlier_calls() -> None:
@@ -252,7 +252,7 @@ def test_arguments_are_kept_as_they_were_written(written: str) -> None:
 
 def test_an_older_part_that_is_not_text_has_a_placeholder() -> None:
     fields = Fields({"content": [{"type": "text", "text": "see "}, {"type": "image_url", "image_url": {"url": "x"}}]})
-    assert read_text(fields, placeholders=True) == "see [image_url left out: this model reads only text]"
+    assert read_content(fields, placeholders=True) == "see [image_url left out: this model reads only text]"
     assert fields.ignored.paths() == ("content[1]",)
 
 
@@ -269,7 +269,7 @@ def test_an_older_part_that_is_not_text_has_a_placeholder() -> None:
     ],
 )
 def test_parts_with_text_are_read(part: Any, text: str) -> None:
-    assert read_text(Fields({"content": [part]})) == text
+    assert read_content(Fields({"content": [part]})) == text
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_parts_with_text_are_read(part: Any, text: str) -> None:
     ],
 )
 def test_a_result_of_any_shape_is_text(content: Any, text: str) -> None:
-    assert result_text(Fields({"content": content})) == text
+    assert result_content(Fields({"content": content})) == text
 
 
 def test_fields_that_are_not_read_are_named_once() -> None:
