@@ -112,7 +112,12 @@ def _one(
     from phi4_mlx.files.atomic import replacing
     from phi4_mlx.transcription.formats import render
 
-    segments, duration = _segments(job.source, model, tokenizer, progress)
+    try:
+        segments, duration = _segments(job.source, model, tokenizer, progress)
+    except KeyboardInterrupt:
+        if progress is not None and progress.file.exists():
+            complain(PROG, "stopped; the same command goes on from there")
+        raise
     transcript = render(segments, form, duration=duration, language=language)
     if job.output is None:
         sys.stdout.write(transcript)
