@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,24 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from phi4_mlx.adapters.layers import load_adapter
-from phi4_mlx.config.fields import MODEL_FOLDER, QUANTIZATION_MODES, Config, brief
+from phi4_mlx.adapters.shipped import add_shipped
+from phi4_mlx.config.fields import MODEL_FOLDER, QUANTIZATION_MODES, Config, brief, count
+from phi4_mlx.config.multimodal import MultimodalConfig
 from phi4_mlx.config.sambay import SambaYConfig
 from phi4_mlx.config.text import ModelConfig
 from phi4_mlx.errors import CheckpointError, ConfigError, RequestError, TokenizerError, message_of
 from phi4_mlx.files.dtypes import FLOATS, name_of
 from phi4_mlx.files.json_file import read_json
 from phi4_mlx.files.manifest import verify_manifest
-from phi4_mlx.files.safetensors import TensorInfo, read_header, weight_files
+from phi4_mlx.files.safetensors import Stored, TensorInfo, read_header, weight_files
 from phi4_mlx.hub import resolve
-from phi4_mlx.models import sambay, text
+from phi4_mlx.models import multimodal, multimodal_names, sambay, text
 from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.models.padded import PaddedLinear
 from phi4_mlx.models.shared_stream import shared_stream
 from phi4_mlx.terminal.suggestion import suggestion
 from phi4_mlx.tokens.chat_format import CHAT_FORMATS, ChatFormat, recognise, recognise_flash
+from phi4_mlx.tokens.prompt import MediaSettings
 from phi4_mlx.tokens.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -44,17 +49,43 @@ class Kind:
         config: a parsed config.json -> the kind's config; raises ConfigError.
         model: config -> the model, with lazy random weights.
         chat_format: (folder, tokenizer) -> the chat format of a package.
+        native_name: the name of a tensor in a file -> the model's.
+        is_unused: (the model's name, config) -> True for a tensor that no computation reads.
+        media: folder -> what the model reads beside text; None for text alone.
     """
 
     config: Callable[[Mapping[str, Any]], Config]
     model: Callable[[Any], LanguageModel]
     chat_format: Callable[[Path, Tokenizer], ChatFormat]
+    native_name: Callable[[str], str] = lambda name: name
+    is_unused: Callable[[str, Any], bool] = lambda name, config: False
+    media: Callable[[Path], MediaSettings | None] = lambda folder: None
 
+
+def _media_settings(folder: Path) -> MediaSettings:
+    config, preprocessor = load_config(folder), folder / "preprocessor_config.json"
+    assert isinstance(config, MultimodalConfig)
+    given = read_json(preprocessor) if os.path.lexists(preprocessor) else {}
+    max_crops = count(given, "dynamic_hd", MediaSettings.max_crops)
+    vision, audio = config.vision, config.audio
+    return MediaSettings(vision.crop_size, max_crops, vision.image_token_id, audio.audio_token_id)
+
+
+_MULTIMODAL = Kind(
+    MultimodalConfig.from_dict,
+    multimodal.Model,
+    recognise,
+    multimodal_names.native_name,
+    multimodal_names.is_unused,
+    _media_settings,
+)
 
 # model_type in config.json -> the kind.
 KINDS: dict[str, Kind] = {
     "phi3": Kind(ModelConfig.from_dict, text.Model, recognise),
     "phi4flash": Kind(SambaYConfig.from_dict, sambay.Model, recognise_flash),
+    "phi4mm": _MULTIMODAL,
+    "phi4_multimodal": _MULTIMODAL,
 }
 
 # Names that another program gives to the same tensors -> the program.
@@ -106,7 +137,7 @@ def load(
             load_adapter(model, Path(adapter_path))
         if not lazy:
             with _unchanged(folder):
-                mx.eval(model.parameters())
+                mx.eval([array for name, array in tree_flatten(model.parameters()) if not model.on_demand(name)])
     return model, tokenizer
 
 
@@ -129,6 +160,7 @@ def load_tokenizer_and_format(folder: Path, chat_format: str | None = None, mode
         )
     known = CHAT_FORMATS[chat_format] if chat_format else None
     tokenizer.chat_format = known or KINDS[model_type].chat_format(folder, tokenizer)
+    tokenizer.media = KINDS[model_type].media(folder)
     return tokenizer
 
 
@@ -175,18 +207,70 @@ def load_model(folder: Path) -> LanguageModel:
         CheckpointError: weights are missing, damaged, unexpected or of another shape.
     """
     config = load_config(folder)
-    files = weight_files(folder)
-    infos = {name: info for path in sorted(set(files.values())) for name, info in read_header(path).items()}
-    model = empty_model(config, infos)
-    wanted = check_tensors(model, infos)
+    tensors = stored_tensors(folder, config)
+    model = empty_model(config, tensors.infos)
+    tensors = tensors.shaped(model)
+    wanted = check_tensors(model, tensors.infos)
     weights = []
     with _unchanged(folder):
-        for path in sorted(set(files.values())):
-            weights += [(name, array) for name, array in mx.load(str(path)).items() if name in wanted]
-        _check_finite(folder, weights)
+        files = {path: mx.load(str(path)) for path in sorted({stored.path for stored in tensors.model.values()})}
+        for name, stored in tensors.model.items():
+            if name in wanted:
+                weights.append((name, files[stored.path][stored.name].reshape(stored.info.shape)))
+        _check_finite(folder, [each for each in weights if not model.on_demand(each[0])])
     model.load_weights(weights)
     model.eval()
+    if isinstance(config, MultimodalConfig):
+        add_shipped(model, folder, tensors.loras, config.loras)
     return model
+
+
+@dataclass(frozen=True)
+class StoredTensors:
+    """The tensors of a checkpoint, in its files.
+
+    Attributes:
+        model: the model's name -> the tensor, without unused ones.
+        loras: adapter -> name in PEFT's layout without a prefix -> the tensor, of LoRAs beside the matrices.
+    """
+
+    model: dict[str, Stored]
+    loras: dict[str, dict[str, Stored]]
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        """The model's name -> dtype, shape and place."""
+        return {name: stored.info for name, stored in self.model.items()}
+
+    def shaped(self, model: nn.Module) -> StoredTensors:
+        """The same without trailing ones of a shape that the model does not have, as of pointwise convolutions."""
+        found = dict(self.model)
+        for name, array in tree_flatten(model.parameters()):
+            if name in found and set(found[name].info.shape[array.ndim :]) == {1}:
+                info = replace(found[name].info, shape=found[name].info.shape[: array.ndim])
+                found[name] = replace(found[name], info=info)
+        return replace(self, model=found)
+
+
+def stored_tensors(folder: Path, config: Config) -> StoredTensors:
+    """The tensors in a folder's files of weights, from the headers.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or two tensors stand for one of the model's.
+    """
+    kind = KINDS[config.model_type]
+    model: dict[str, Stored] = {}
+    loras: dict[str, dict[str, Stored]] = {}
+    for path in sorted(set(weight_files(folder).values())):
+        for name, info in read_header(path).items():
+            own, stored = kind.native_name(name), Stored(path, name, info)
+            if part := multimodal_names.lora_part(name):
+                loras.setdefault(part[0], {})[part[1]] = stored
+            elif own in model:
+                raise CheckpointError(f"{folder} has both {model[own].name} and {name}, which are one tensor; keep one")
+            elif not kind.is_unused(own, config):
+                model[own] = stored
+    return StoredTensors(model, loras)
 
 
 def _check_finite(folder: Path, weights: Iterable[tuple[str, mx.array]]) -> None:
@@ -245,23 +329,35 @@ def empty_model(config: Config, infos: Mapping[str, TensorInfo]) -> LanguageMode
             f"{min(scaled)} is quantised, but config.json has no 'quantization' that describes it"
         )
 
+    claimed = config.quantization
+
     def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
         quantised = path in scaled and hasattr(module, "to_quantized") and f"{path}.weight" in infos
-        return quantised and _scheme(path, module, infos)
+        return quantised and _scheme(path, module, infos, claimed)
 
     nn.quantize(model, class_predicate=settings)
     return model
 
 
-def _scheme(path: str, module: nn.Module, infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """Mode, bits and group size of a quantised matrix [rows, columns], from its shapes."""
+def _scheme(
+    path: str, module: nn.Module, infos: Mapping[str, TensorInfo], quantization: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Mode, bits and group size of a quantised matrix [rows, columns], from its shapes; what is claimed goes first."""
     rows, columns = module.weight.shape
     weight, scales = infos[f"{path}.weight"], infos[f"{path}.scales"]
-    for mode, (widths, sizes) in QUANTIZATION_MODES.items():
-        for bits, group_size in itertools.product(widths, sizes):
-            shapes = (rows, columns * bits / 32), (rows, columns / group_size)
-            if (weight.shape, scales.shape) == shapes and (scales.dtype in FLOATS) == (mode == "affine"):
-                return {"mode": mode, "bits": bits, "group_size": group_size}
+    claimed = (quantization.get(path), quantization)
+    claims = [{key: each.get(key) for key in ("mode", "bits", "group_size")} for each in claimed if isinstance(each, Mapping)]
+    schemes = [
+        {"mode": mode, "bits": bits, "group_size": group_size}
+        for mode, (widths, sizes) in QUANTIZATION_MODES.items()
+        for bits, group_size in itertools.product(widths, sizes)
+    ]
+    for scheme in sorted(schemes, key=lambda scheme: scheme not in claims):
+        bits, group_size = scheme["bits"], scheme["group_size"]
+        width = columns + (-columns % group_size if isinstance(module, PaddedLinear) else 0)
+        shapes = (rows, width * bits / 32), (rows, width / group_size)
+        if (weight.shape, scales.shape) == shapes and (scales.dtype in FLOATS) == (scheme["mode"] == "affine"):
+            return scheme
     raise CheckpointError(
         f"{path} is quantised in a way that does not fit: weight {weight.dtype} {list(weight.shape)} and scales "
         f"{scales.dtype} {list(scales.shape)} for a matrix {[rows, columns]}; get config and weights from one source"

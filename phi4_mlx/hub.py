@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from phi4_mlx.errors import CheckpointError, message_of
 from phi4_mlx.files.embedded import EMBEDDED
 from phi4_mlx.files.manifest import MANIFEST_FILE
+from phi4_mlx.files.safetensors import TOWERS_FILE
 from phi4_mlx.terminal.suggestion import path_suggestion, suggestion
 
 if TYPE_CHECKING:
@@ -25,9 +26,9 @@ _PINNED = {DEFAULT_MODEL: "ac1c269cb4222a4e136a3d09edad301056c1f36a"}  # the com
 
 # The files that a checkpoint needs and a package passes on. Nothing else is downloaded, in particular no code.
 NEEDED_FILES = (
-    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json",
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", MANIFEST_FILE,
-    "LICENSE",
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", TOWERS_FILE,
+    "vision-lora/adapter*", "speech-lora/adapter*", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", MANIFEST_FILE, "LICENSE",
 )  # fmt: skip
 
 

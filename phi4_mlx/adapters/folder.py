@@ -17,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from phi4_mlx.config.fields import QUANTIZATION_MODES
 from phi4_mlx.errors import CheckpointError
 from phi4_mlx.files.atomic import replacing, sync
 from phi4_mlx.files.checksums import check_checksums, checksums
@@ -72,6 +73,11 @@ class Adapter:
         return PARTS[self.kind] if self.scheme is None else QUANTIZED_PARTS
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(int(array.nbytes) for array in self.tensors.values())
+
+    @property
     def paths(self) -> list[str]:
         """The layers that it adapts, in the model's order."""
         return sorted({name.rpartition(".")[0] for name in self.tensors}, key=place)
@@ -82,6 +88,11 @@ class Adapter:
         if self.kind != FULL:
             return self.paths
         return sorted((name.removesuffix(".weight") for name in self.tensors), key=place)
+
+    @property
+    def mixes(self) -> bool:
+        """True if it can be one of several in a forward pass: it changes linear layers of blocks only, by products."""
+        return self.kind != FULL and all(place(path)[0] >= 0 for path in self.paths)
 
     @property
     def rank(self) -> int:
@@ -107,12 +118,13 @@ def place(path: str) -> tuple[int, str]:
     return (int(found[1]), found[2]) if found else (-1, path)
 
 
-def read_folder(folder: Path, file: str = TENSORS_FILE) -> Adapter:
+def read_folder(folder: Path, file: str = TENSORS_FILE, lazy: bool = False) -> Adapter:
     """Reads an adapter folder in mlx-lm's layout.
 
     Args:
         folder: contains adapter_config.json and the tensors.
         file: the name of the tensors' file; mlx-lm numbers its intermediate ones.
+        lazy: leaves the numbers on the disk; `check_finite` reads them.
 
     Raises:
         ConfigError: adapter_config.json is not a JSON object.
@@ -126,7 +138,7 @@ def read_folder(folder: Path, file: str = TENSORS_FILE) -> Adapter:
     path = folder / file
     kind, parameters = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
     if kind == FULL:
-        return Adapter(FULL, 1.0, 0.0, read_tensors(path), str(path))
+        return Adapter(FULL, 1.0, 0.0, read_tensors(path, lazy), str(path))
     if not isinstance(kind, str) or kind not in PARTS:
         known = ", ".join([*PARTS, FULL])
         raise CheckpointError(f"{folder}: fine_tune_type {kind!r:.40} is not known; known are {known}")
@@ -138,18 +150,34 @@ def read_folder(folder: Path, file: str = TENSORS_FILE) -> Adapter:
         raise CheckpointError(f"{folder / CONFIG_FILE} has rank {rank!r:.40}; it must be a whole number")
     if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
         raise CheckpointError(f"{folder / CONFIG_FILE} has keys {keys!r:.80}; they must be names of layers")
+    scheme = _scheme(folder, config, kind)
     adapter = Adapter(
         kind=kind,
         scale=_number(folder, "scale", parameters.get("scale")),
         dropout=_number(folder, "dropout", parameters.get("dropout", 0.0)),
-        tensors=read_tensors(path),
+        tensors=read_tensors(path, lazy, scheme),
         source=str(path),
         num_layers=num_layers if type(num_layers) is int else None,
         keys=None if keys is None else tuple(keys),
         only_layers=layers_named(folder, config),
         base_model=base if isinstance(base, str) else None,
+        scheme=scheme,
     )
     return checked(adapter, rank)
+
+
+def _scheme(folder: Path, config: JsonObject, kind: str) -> tuple[int, int] | None:
+    """Group size and bits of a quantised adapter; None for a dense one."""
+    found = config.get("quantization")
+    if found is None:
+        return None
+    bits, sizes = QUANTIZATION_MODES["affine"]
+    group_size = found.get("group_size") if isinstance(found, dict) else None
+    if group_size not in sizes or found.get("bits") not in bits or found.get("mode", "affine") != "affine":
+        raise CheckpointError(f"{folder / CONFIG_FILE} has quantization {found!r:.80}; mlx has no such one")
+    if kind != "lora":
+        raise CheckpointError(f"{folder / CONFIG_FILE} has quantization, which {kind} adapters do not take")
+    return group_size, found["bits"]
 
 
 def read_config(folder: Path) -> JsonObject:
@@ -184,8 +212,13 @@ def layers_named(folder: Path, config: JsonObject) -> tuple[int, ...] | None:
     return tuple(layers)
 
 
-def read_tensors(path: Path) -> dict[str, mx.array]:
+def read_tensors(path: Path, lazy: bool = False, scheme: tuple[int, int] | None = None) -> dict[str, mx.array]:
     """Reads the tensors of an adapter file into memory, in the model's order.
+
+    Args:
+        path: the file.
+        lazy: leaves the numbers on the disk; `check_finite` reads them.
+        scheme: of a quantised adapter; None for a dense one.
 
     Raises:
         CheckpointError: the file is missing, damaged or empty, or a tensor has a wrong dtype or contains NaN or inf.
@@ -193,17 +226,24 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
     infos = read_header(path)
     if not infos:
         raise CheckpointError(f"{path} has no tensors, so it is not an adapter; name another file")
+    packed = () if scheme is None else ("U32",)
     for name, info in infos.items():
-        if info.dtype not in FLOATS:
+        if info.dtype not in (*FLOATS, *packed):
             raise CheckpointError(f"{path}: {name} has dtype {info.dtype}; it must be one of {', '.join(FLOATS)}")
     loaded = mx.load(str(path))
     tensors = {name: loaded[name] for name in sorted(infos, key=place)}
+    if not lazy:
+        check_finite(tensors, str(path))
+    return tensors
+
+
+def check_finite(tensors: Mapping[str, mx.array], source: str) -> None:
+    """Reads tensors into memory; raises CheckpointError if one contains NaN or inf."""
     finite = {name: mx.all(mx.isfinite(array)) for name, array in tensors.items()}
     mx.eval(tensors, finite)
     for name in tensors:
         if not finite[name]:
-            raise CheckpointError(f"{path}: {name} contains NaN or inf (training diverged); use an earlier checkpoint")
-    return tensors
+            raise CheckpointError(f"{source}: {name} contains NaN or inf (training diverged); use an earlier checkpoint")
 
 
 def checked(adapter: Adapter, rank: int | Mapping[str, int] | None) -> Adapter:
@@ -219,7 +259,7 @@ def checked(adapter: Adapter, rank: int | Mapping[str, int] | None) -> Adapter:
     Raises:
         CheckpointError: names the first tensor that is missing, left over or of another shape.
     """
-    parts = PARTS[adapter.kind]
+    parts = adapter.parts
     for name in adapter.tensors:
         if name.rpartition(".")[2] not in parts or not name.rpartition(".")[0]:
             raise CheckpointError(
@@ -232,17 +272,35 @@ def checked(adapter: Adapter, rank: int | Mapping[str, int] | None) -> Adapter:
             raise CheckpointError(
                 f"{adapter.source}: {path} lacks {missing[0]}; the file is incomplete, download or export it again"
             )
-        a, b, *m = adapter.of(path)
-        fit = a.ndim == b.ndim == 2 and a.size and a.shape[1] == b.shape[0]
-        if not fit or any(norms.shape != b.shape[1:] for norms in m):
+        if not _fits(adapter, path):
             shapes = ", ".join(f"{part} {list(adapter.tensors[f'{path}.{part}'].shape)}" for part in parts)
             expected = ", ".join(("[in, R]", "[R, out]", "[out]")[: len(parts)])
+            if adapter.scheme is not None:
+                expected = "[R, in] and [R, out] with groups of {} in {} bits".format(*adapter.scheme)
             raise CheckpointError(f"{adapter.source}: {path} has {shapes}; the shapes must be {expected}")
-        rank = a.shape[1] if rank is None else rank
+        found = adapter.shape(path)[1]
+        rank = found if rank is None else rank
         own = rank[path] if isinstance(rank, Mapping) else rank
-        if a.shape[1] != own:
-            raise CheckpointError(f"{adapter.source}: {path} has rank {a.shape[1]}; the adapter's rank is {own!r:.40}")
+        if found != own:
+            raise CheckpointError(f"{adapter.source}: {path} has rank {found}; the adapter's rank is {own!r:.40}")
     return adapter
+
+
+def _fits(adapter: Adapter, path: str) -> bool:
+    """True if the shapes of a layer's tensors agree."""
+    tensors = adapter.of(path)
+    if adapter.scheme is None:
+        a, b, *m = tensors
+        fit = a.ndim == b.ndim == 2 and a.size and a.shape[1] == b.shape[0]
+        return bool(fit) and all(norms.shape == b.shape[1:] for norms in m)
+    group_size, bits = adapter.scheme
+    if any(each.ndim != 2 or not each.size or each.shape[0] != tensors[0].shape[0] for each in tensors):
+        return False
+    for packed, *groups in (tensors[:3], tensors[3:]):
+        numbers = packed.shape[1] * 32
+        if packed.dtype != mx.uint32 or any(each.shape[1] * group_size * bits != numbers for each in groups):
+            return False
+    return True
 
 
 def write_folder(folder: Path, adapter: Adapter, total_layers: int, extra: Mapping[str, object] | None = None) -> None:
@@ -306,6 +364,8 @@ def _config(adapter: Adapter, total_layers: int) -> JsonObject:
             "keys": sorted({key for _, key in places}),
         },
     }
+    if adapter.scheme is not None:
+        config["quantization"] = {"group_size": adapter.scheme[0], "bits": adapter.scheme[1]}
     if len(layers) != num_layers:
         config["layers_to_transform"] = layers
     return config

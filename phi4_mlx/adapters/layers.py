@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from phi4_mlx.adapters.folder import FULL, PARTS, Adapter, place, read_config, read_folder
 from phi4_mlx.adapters.linear import DoRALinear, LoRALinear
 from phi4_mlx.adapters.peft import is_peft, read_peft
+from phi4_mlx.adapters.quantized import dense
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.terminal.amount import amount
 
@@ -86,11 +87,13 @@ def load_adapter(model: nn.Module, path: Path) -> None:
     put_adapter(model, read_adapter(path))
 
 
-def read_adapter(path: Path) -> Adapter:
+def read_adapter(path: Path, lazy: bool = False) -> Adapter:
     """Reads an adapter in mlx-lm's layout or PEFT's.
 
     Args:
         path: a folder, or a tensor file with its config beside it.
+        lazy: leaves the numbers on the disk, as they are stored; `check_finite` reads them. Else quantised matrices
+            become dense.
 
     Raises:
         ConfigError, CheckpointError, RequestError: as `load_adapter`.
@@ -98,8 +101,10 @@ def read_adapter(path: Path) -> Adapter:
     path = Path(os.path.expanduser(path))
     if path.is_file():
         peft = "peft_type" in read_config(path.parent)
-        return read_peft(path.parent, path.name) if peft else read_folder(path.parent, path.name)
-    return read_peft(path) if is_peft(path) else read_folder(path)
+        adapter = read_peft(path.parent, path.name, lazy) if peft else read_folder(path.parent, path.name, lazy)
+    else:
+        adapter = read_peft(path, lazy=lazy) if is_peft(path) else read_folder(path, lazy=lazy)
+    return adapter if lazy else dense(adapter)
 
 
 def put_adapter(model: nn.Module, adapter: Adapter) -> None:
@@ -148,10 +153,10 @@ def check_fit(model: nn.Module, adapter: Adapter) -> None:
                 f"{adapter.source}: {path} is not a linear layer of this model, which has layers 0 to {total - 1}; "
                 "the adapter is for another model"
             )
-        (width, out), (own_width, rank, own_out) = _dimensions(linears[path]), adapter.shape(path)
-        if (own_width, own_out) != (width, out):
+        (width, out), (rows, rank, columns) = _dimensions(linears[path]), adapter.shape(path)
+        if (rows, columns) != (width, out):
             raise CheckpointError(
-                f"{adapter.source}: {path} has lora_a {[own_width, rank]} and lora_b {[rank, own_out]}; the layer needs "
+                f"{adapter.source}: {path} has lora_a {[rows, rank]} and lora_b {[rank, columns]}; the layer needs "
                 f"[{width}, R] and [R, {out}]; the adapter is for another model"
             )
         if adapter.keys is not None and key not in adapter.keys and path not in adapter.keys:

@@ -36,7 +36,7 @@ from phi4_mlx.files.json_file import JsonObject
 PEFT_FILE = "adapter_model.safetensors"
 
 _PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
-_NAME = re.compile(r"base_model\.model\.(.+)\.(?:lora_(?P<matrix>[AB])\.weight|lora_magnitude_vector(?:\.weight)?)")
+_NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.(?:lora_(?P<matrix>[AB])\.weight|lora_magnitude_vector(?:\.weight)?)")
 
 # Fields that do not change the meaning of the tensors, or are read below. Every other field must be empty, so that an
 # unknown one is refused rather than ignored.
@@ -78,12 +78,15 @@ def is_peft(folder: Path) -> bool:
     return any(folder.glob("adapter_model.*"))
 
 
-def read_peft(folder: Path, file: str = PEFT_FILE) -> Adapter:
+def read_peft(folder: Path, file: str = PEFT_FILE, lazy: bool = False) -> Adapter:
     """Reads an adapter folder in PEFT's layout.
+
+    Names may lack PEFT's prefix `base_model.model.`, as those of Phi-4-multimodal's adapters do.
 
     Args:
         folder: contains adapter_config.json and the tensors.
         file: the name of the tensors' file.
+        lazy: leaves the numbers on the disk; `check_finite` reads them.
 
     Raises:
         ConfigError: adapter_config.json is not a JSON object.
@@ -112,7 +115,7 @@ def read_peft(folder: Path, file: str = PEFT_FILE) -> Adapter:
         kind="dora" if config.get("use_dora") else "lora",
         scale=scale_of(alpha, rank, bool(config.get("use_rslora"))),
         dropout=float(dropout),
-        tensors={_our_name(path, name): array.T for name, array in read_tensors(path).items()},
+        tensors={our_name(path, name): array.T for name, array in read_tensors(path, lazy).items()},
         source=str(path),
         only_layers=layers_named(folder, config),
         base_model=base if isinstance(base, str) else None,
@@ -235,7 +238,8 @@ def _is_rank(value: object) -> bool:
     return type(value) is int and 1 <= value <= _MAX_RANK
 
 
-def _our_name(path: Path, name: str) -> str:
+def our_name(path: Path, name: str) -> str:
+    """The name of a tensor of PEFT's layout in ours; CheckpointError names the file of one that is not PEFT's."""
     found = _NAME.fullmatch(name)
     if not found:
         raise CheckpointError(f"{path}: {name} is left over; a layer has only {', '.join(_PARTS.values())}")

@@ -155,6 +155,12 @@ class MultimodalConfig(ModelConfig):
     vision_lora: LoRAConfig | None = None
     speech_lora: LoRAConfig | None = None
 
+    @property
+    def loras(self) -> dict[str, tuple[int, float] | None]:
+        """Name of an adapter -> its rank and alpha; None where config.json does not say."""
+        given = {"vision": self.vision_lora, "speech": self.speech_lora}
+        return {name: (lora.r, lora.lora_alpha) if lora else None for name, lora in given.items()}
+
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> MultimodalConfig:
         """Builds the config from a parsed config.json in either layout.

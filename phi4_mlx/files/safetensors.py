@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 INDEX_FILE = "model.safetensors.index.json"
+TOWERS_FILE = "towers.safetensors"  # of a package's towers for pictures and sound, beside the weights of the decoder
 
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 _MAX_NESTING = 127  # JSON levels, the library's own limit
@@ -51,6 +52,21 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     end: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file.
+
+    Attributes:
+        path: the file.
+        name: its name there.
+        info: its dtype, shape and place; the shape may lack trailing ones of the file's.
+    """
+
+    path: Path
+    name: str
+    info: TensorInfo
 
 
 @dataclass(frozen=True)
@@ -136,7 +152,8 @@ def weight_files(folder: Path) -> dict[str, Path]:
     """Finds the file of every tensor in a model's folder.
 
     Args:
-        folder: holds the files that `model.safetensors.index.json` lists, or else `model*.safetensors`.
+        folder: holds the files that `model.safetensors.index.json` lists, or else `model*.safetensors`; and
+            `towers.safetensors`, if the model has towers in a file of their own.
 
     Returns:
         Tensor name -> its file. Every header has been read and agrees with the index.
@@ -157,12 +174,13 @@ def weight_files(folder: Path) -> dict[str, Path]:
         raise CheckpointError(f"{folder / stray[0]} is not in {INDEX_FILE}; remove whichever of the two is stale")
 
     found: dict[str, Path] = {}
-    for name in sorted(present if listed is None else set(listed.values())):
+    towers = {TOWERS_FILE} if os.path.lexists(folder / TOWERS_FILE) else set()
+    for name in sorted(towers.union(present if listed is None else listed.values())):
         path = file_in(folder, name)
         for tensor in read_header(path):
             if tensor in found:
                 raise CheckpointError(f"{tensor} is in both {found[tensor].name} and {name} of {folder}; keep one")
-            if listed is not None and listed.get(tensor) != name:
+            if listed is not None and listed.get(tensor) != name and name not in towers:
                 raise CheckpointError(
                     f"{path} holds {tensor}, but {INDEX_FILE} does not list it there; get both from one source"
                 )

@@ -1,9 +1,9 @@
 """Continuous batching: a scheduler of many sequences, which join and leave at every step.
 
 A step draws one token for every prefilled sequence and prefills chunks of the others. While its prompt is prefilled, a
-sequence has its own cache; afterwards it is a row of a `BatchCache` of its model and RoPE table. Whatever takes a row
-out of step (a RoPE crossing, a run of forced tokens, lack of memory, a failure) takes it out of the batch cache, and it
-comes back as it first came: by a prefill of the ids that its cache does not hold.
+sequence has its own cache; afterwards it is a row of a `BatchCache` of its model and RoPE table, whatever its adapter.
+Whatever takes a row out of step (a RoPE crossing, a run of forced tokens, lack of memory, a failure) takes it out of
+the batch cache, and it comes back as it first came: by a prefill of the ids that its cache does not hold.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime
 from phi4_mlx.models.shared_stream import shared_stream
+from phi4_mlx.tokens.prompt import places_of
 
 PREFILL_STEP_SIZE = 512  # prompt tokens a step; running answers wait for them
 MAX_PADDING = 4096  # columns that a row may add to rows of another length; one more forward pass costs four times that
@@ -37,14 +38,15 @@ class BatchSequence:
     """A prompt and its answer so far.
 
     Attributes:
-        model: the model that answers; sequences of several models may share a `Batch`.
-        ids: the prompt, and every token drawn since.
+        model: the model that answers; sequences of several models may share a `Batch`, but no forward pass.
+        ids: the prompt, and every token drawn since; a `Prompt` if there are media.
         max_tokens: the most tokens to draw.
         sampler: log-probabilities [1, V] -> token [1]; None takes the likeliest.
         processors: each (all ids so far [S], logits [1, V]) -> logits [1, V], in turn.
         logits_mask: restricts the answer; see `generate_step`.
         cache: of the first ids; None for none. Taken over, and changed.
         last_turn: tokens before the last turn, where a snapshot lets other prompts branch off; 0 if unknown.
+        adapter: the user's adapter of all its tokens, by name; None for that of its media, or for the base alone.
         restarts: times that its rows were lost to a failure of a whole step.
     """
 
@@ -56,6 +58,7 @@ class BatchSequence:
     logits_mask: LogitsMask | None = None
     cache: PromptCache | None = None
     last_turn: int = 0
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.ids)
@@ -92,6 +95,10 @@ class BatchSequence:
         tokens = [token, *forced][: self.max_tokens - self.drawn]
         self.ids += tokens
         return tokens
+
+    def repeats(self, other: BatchSequence) -> bool:
+        """True if a cache of all ids of `other` is one of its own ids."""
+        return (self.model, self.adapter) == (other.model, other.adapter) and self.ids == other.ids
 
     def in_step(self, length: int, regime: Regime) -> bool:
         """True if a cache of that length and regime continues one token at a time."""
@@ -276,9 +283,7 @@ class Batch:
         """Next sequence to prefill. One whose identical prompt is being prefilled waits, to reuse that cache."""
         started = [each for each in self._prefilling if each.cache is not None]
         for sequence in self._prefilling:
-            if sequence.cache is not None or not any(
-                each.model is sequence.model and each.ids == sequence.ids for each in started
-            ):
+            if sequence.cache is not None or not any(sequence.repeats(each) for each in started):
                 return sequence
         raise AssertionError("every sequence waits for another one")
 
@@ -379,7 +384,8 @@ def _run_chunk(sequence: BatchSequence, room: int) -> tuple[int, mx.array | None
     model, cache = sequence.model, sequence.cache
     if cache is None or cache.regime != sequence.regime:  # another RoPE table: nothing cached is of use
         cache = sequence.cache = model.make_cache()
-        cache.admit(mx.array([sequence.ids]))  # sets the RoPE table of the whole length
+        cache.adapter = sequence.adapter
+        cache.admit(mx.array([sequence.ids]), places_of(sequence.ids))  # sets the RoPE table of the whole length
     rest, snapshots = len(sequence.ids) - cache.offset, cache.needs_snapshots
     size = chunk_ends(rest, room, 1, snapshots=snapshots)[0]
     if snapshots and SNAPSHOTS_APART <= sequence.last_turn - cache.offset < size:

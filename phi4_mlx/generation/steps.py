@@ -183,7 +183,7 @@ class _Passes:
             cache.mark()
         if progress:
             progress(0, total)
-        media_ends = [place.end for place in cache.next_places(total)] if progress else []
+        media_ends = [place.end for place in cache.tokens.next_places(total)] if progress else []
         ends = chunk_ends(total, step_size, rows, snapshots=snapshots, also=media_ends)
         for start, stop in pairwise([0, *ends]):
             hidden = self.model.hidden(ids[:, start:stop], cache, rows=rows)

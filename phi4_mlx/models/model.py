@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from phi4_mlx.adapters.named import NamedAdapters
 from phi4_mlx.config.fields import Config
 from phi4_mlx.errors import RequestError
 from phi4_mlx.models.batch_cache import BatchCache
@@ -55,6 +56,7 @@ class LanguageModel(nn.Module, ABC):
         boundary: the longest sequence under the short RoPE table; None for a model with a single regime.
         lora_keys: the linear layers within a block that LoRA adapts by default, by their path.
         recompute: in training, keep only each block's input and run the block again in backward.
+        adapters: those that a cache may name, mixed by row; None if the model does not mix.
         watch: called with each block and its output, which is not computed yet; training shows its progress by them.
     """
 
@@ -62,6 +64,7 @@ class LanguageModel(nn.Module, ABC):
     boundary: int | None = None
     lora_keys: tuple[str, ...] = ()
     recompute: bool
+    adapters: NamedAdapters | None = None
     watch: Callable[[nn.Module, mx.array], object] | None = None
 
     @abstractmethod
@@ -201,6 +204,10 @@ class LanguageModel(nn.Module, ABC):
 
     def in_float32(self, name: str) -> bool:
         """True if the parameter of that name is written in float32 where the others are cast to another dtype."""
+        return False
+
+    def on_demand(self, name: str) -> bool:
+        """True if the parameter of that name is read from the disk at its first use, not when the model is loaded."""
         return False
 
     @property

@@ -24,6 +24,7 @@ from phi4_mlx.models import text
 from phi4_mlx.models.audio import AudioEmbedding
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.cache import CacheOptions, LayerCache
+from phi4_mlx.models.multimodal_names import EXTEND
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime
 from phi4_mlx.models.vision import ImageEmbedding
@@ -146,7 +147,7 @@ class Model(text.Model):
     ) -> mx.array:
         """See `LanguageModel.hidden`. The cache knows which of the ids are slots of its media."""
         if embeddings is None and isinstance(cache, PromptCache):
-            places = cache.next_places(ids.shape[1])
+            places = cache.tokens.next_places(ids.shape[1])
             if places:
                 embeddings = self._embeddings(ids, places, cache.mode)
         return super().hidden(ids, cache, embeddings=embeddings, segments=segments, rows=rows)
@@ -163,7 +164,7 @@ class Model(text.Model):
 
     def locate(self, ids: mx.array, media: Sequence[Medium], cache: PromptCache | None) -> list[Place]:
         """See `LanguageModel.locate`. Slots of a kind take its media in order; a chunk may end within a medium."""
-        unfinished = cache.unfinished if cache is not None else None
+        unfinished = cache.tokens.unfinished if cache is not None else None
         if not media and unfinished is None:
             return []
         if ids.shape[0] != 1:
@@ -213,6 +214,10 @@ class Model(text.Model):
         cache = super().make_cache(regime, kv_bits, max_kv_size)
         cache.mode_adapters = frozenset(self.adapters.names)
         return cache
+
+    def on_demand(self, name: str) -> bool:
+        """See `LanguageModel.on_demand`: the towers, which text does not need."""
+        return name.startswith(EXTEND)
 
     @property
     def step_bytes(self) -> int:

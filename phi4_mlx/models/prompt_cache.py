@@ -10,13 +10,12 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from phi4_mlx.errors import RequestError
 from phi4_mlx.models.cache import CacheOptions, LayerCache
-from phi4_mlx.models.cached_tokens import CachedTokens, Conditions, conditions_of
+from phi4_mlx.models.cached_tokens import CachedTokens, Conditions, check_rerun, conditions_of
 from phi4_mlx.models.layer_caches import LayerCaches
 from phi4_mlx.models.rope import Regime, regime_of
 from phi4_mlx.models.snapshot import Snapshots
-from phi4_mlx.tokens.prompt import Mode, Place, Prompt, cut, keys_of, moved, places_of
+from phi4_mlx.tokens.prompt import Mode, Place, Prompt, absent, cut, keys_of, places_of
 
 
 class PromptCache(LayerCaches):
@@ -37,20 +36,20 @@ class PromptCache(LayerCaches):
         rerun_tokens: tokens that crossings made the model run again, so far.
     """
 
-    def __init__(
-        self,
-        layers: Iterable[LayerCache],
-        boundary: int | None,
-        options: CacheOptions | None = None,
-    ):
+    def __init__(self, layers: Iterable[LayerCache], boundary: int | None, options: CacheOptions | None = None):
         super().__init__(layers)
         self.options = options or CacheOptions()
         self._boundary = boundary
-        self._tokens = CachedTokens()
+        self._cached = CachedTokens()
         self._conditions = Conditions(self._regime_with(0))
         self._own_adapter: str | None = None
         self.mode_adapters: frozenset[str] = frozenset()
         self.rerun_tokens = 0
+
+    @property
+    def conditions(self) -> Conditions:
+        """What everything cached was computed under."""
+        return self._conditions
 
     @property
     def regime(self) -> Regime:
@@ -77,24 +76,30 @@ class PromptCache(LayerCaches):
         return [self._conditions.adapter]
 
     @property
+    def tokens(self) -> CachedTokens:
+        """The ids and media cached, no more than the layers have, and the media admitted after them."""
+        self._follow_layers()
+        return self._cached
+
+    @property
     def ids(self) -> mx.array:
         """The ids of the cached tokens, [B, S]."""
-        return self._known_tokens().ids
+        return self.tokens.ids
 
     @property
     def places(self) -> tuple[Place, ...]:
         """The media among the cached tokens."""
-        return self._known_tokens().places
+        return self.tokens.places
 
     @property
     def keys(self) -> list[int]:
         """One number a cached token that tells it from all others; see `phi4_mlx.tokens.prompt.keys_of`. B must be 1."""
-        return self._known_tokens().keys
+        return self.tokens.keys
 
     @property
     def mode(self) -> Mode:
         """The mode of the media admitted."""
-        return self._tokens.mode
+        return self.tokens.mode
 
     def crosses(self, num_tokens: int) -> bool:
         """True if `num_tokens` more tokens would need the other RoPE table."""
@@ -112,18 +117,13 @@ class PromptCache(LayerCaches):
 
         Raises:
             RequestError: there are a user's adapter and a medium; or, at a crossing, the cache does not know its ids,
-                because this model did not fill it.
+                because this model did not fill it, or lacks its media, because it comes from a file.
         """
-        tokens = self._known_tokens()
+        tokens = self.tokens
         tokens.expect(places)
         needed = self._needed(self._regime_with(ids.shape[1]), tokens.all_places)
         if self.offset > 0 and not self._conditions.hold_for(needed):
-            if tokens.count < self.offset:
-                raise RequestError(
-                    f"{self.offset} cached tokens must be run again under the {needed.regime} RoPE table"
-                    f"{f' with adapter {needed.adapter}' if needed.adapter else ''}, and the cache does not know their "
-                    "ids; make it with model.make_cache()"
-                )
+            check_rerun(tokens, self.offset, needed)
             ids, places = mx.concatenate([tokens.ids, ids], axis=1), tokens.all_places
             self.rerun_tokens += self.trim(self.offset)
             tokens.expect(places)
@@ -131,22 +131,12 @@ class PromptCache(LayerCaches):
         return ids
 
     def expect(self, prompt: Sequence[int]) -> None:
-        """Notes the media of a whole prompt, of which the first tokens are cached; `hidden` needs those that follow."""
-        tokens = self._known_tokens()
-        tokens.expect(moved(cut(places_of(prompt), tokens.count, len(prompt)), -tokens.count))
-
-    @property
-    def unfinished(self) -> Place | None:
-        """The part of a medium that is still missing, if the cached tokens end within one."""
-        return self._known_tokens().unfinished
-
-    def next_places(self, num_tokens: int) -> list[Place]:
-        """The media that are admitted among the next tokens, by position from the next token on."""
-        return self._tokens.next_places(num_tokens)
+        """Takes the media of a whole prompt, of which the first tokens are cached; `hidden` needs those that follow."""
+        self.tokens.name(places_of(prompt))
 
     def record(self, ids: mx.array) -> None:
         """Appends the ids [B, T] that the model is about to run."""
-        self._known_tokens().append(ids)
+        self.tokens.append(ids)
 
     def reuse(self, ids: Sequence[int]) -> list[int]:
         """Keeps what can be kept of the cached tokens that a new prompt shares, and drops the rest.
@@ -155,8 +145,7 @@ class PromptCache(LayerCaches):
             ids: the whole new prompt; B must be 1.
 
         Returns:
-            The ids still to prefill: at least the last one, so that there are logits to continue from. A `Prompt` of a
-            `Prompt`.
+            The ids still to prefill, of a `Prompt` with media: at least the last one, for logits to continue from.
         """
         rest = ids[self.keep_shared(ids[:-1]) :]
         return rest if isinstance(rest, Prompt) else list(rest)
@@ -164,21 +153,29 @@ class PromptCache(LayerCaches):
     def keep_shared(self, ids: Sequence[int]) -> int:
         """Keeps the longest reusable prefix that the cached tokens share with `ids`; returns its length."""
         places, shared = places_of(ids), 0
-        if self._conditions.hold_for(self._needed(self.regime, places)):
+        if self.serves(places, self.regime):
             for old, new in zip(self.keys, keys_of(ids, places), strict=False):
                 if old != new:
                     break
                 shared += 1
         kept = self.reusable(shared)
         self.truncate(kept)
-        self._tokens.name(places)
+        self._cached.name(cut(places, 0, kept))  # in place of absent ones
         return kept
+
+    def forget_media(self) -> None:
+        """Keeps the identity of media alone, in place of their pixels and features."""
+        self._cached.name([replace(place, medium=absent(place.medium)) for place in self.places])
+
+    def serves(self, places: Sequence[Place], regime: Regime) -> bool:
+        """True if a sequence with these media and this RoPE table can go on from tokens cached here."""
+        return self._conditions.hold_for(self._needed(regime, places))
 
     def fork(self, length: int) -> PromptCache:
         """Another cache of the first `length` tokens, which must be `reusable`, over the same arrays; B must be 1."""
         start = length if self.is_trimmable() else self.offset
         twin = PromptCache([layer.fork(start) for layer in self], self._boundary, self.options)
-        twin._tokens, twin.snapshots = self._known_tokens().first(start), Snapshots(self.snapshots)
+        twin._cached, twin.snapshots = self.tokens.first(start), Snapshots(self.snapshots)
         twin._conditions, twin._own_adapter = self._conditions, self._own_adapter
         twin.mode_adapters = self.mode_adapters
         twin.truncate(length)
@@ -197,9 +194,9 @@ class PromptCache(LayerCaches):
         """
         for layer, state in zip(self, states, strict=True):
             layer.state = state
-        self._tokens, self.snapshots, self._own_adapter = CachedTokens(), Snapshots(), adapter
-        self._tokens.append(mx.array([list(ids)], mx.int32))
-        self._tokens.name(places_of(ids))
+        self._cached, self.snapshots, self._own_adapter = CachedTokens(), Snapshots(), adapter
+        self._cached.append(mx.array([list(ids)], mx.int32))
+        self._cached.name(places_of(ids))
         self._conditions = self._needed(regime, places_of(ids))
 
     def _regime_with(self, num_tokens: int) -> Regime:
@@ -208,12 +205,7 @@ class PromptCache(LayerCaches):
     def _needed(self, regime: Regime, places: Sequence[Place]) -> Conditions:
         return conditions_of(places, regime, self._own_adapter, self.mode_adapters)
 
-    def _known_tokens(self) -> CachedTokens:
-        """The tokens cached, no more than the layers have."""
-        self._follow_layers()
-        return self._tokens
-
     def _follow_layers(self) -> None:
-        if self._tokens.count > self.offset:
-            self._tokens.truncate(self.offset)
+        if self._cached.count > self.offset:
+            self._cached.truncate(self.offset)
             super()._follow_layers()

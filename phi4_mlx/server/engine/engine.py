@@ -13,13 +13,11 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Literal
 
 import mlx.core as mx
 
-from phi4_mlx.adapters.layers import load_adapter
-from phi4_mlx.checkpoint import load, share_weights
+from phi4_mlx.checkpoint import load
 from phi4_mlx.errors import CheckpointError, Phi4Error, RequestError, message_of
 from phi4_mlx.generation.batch import Batch, BatchSequence, Fault, Token
 from phi4_mlx.generation.memory import cache_bytes, memory_limit
@@ -27,6 +25,7 @@ from phi4_mlx.generation.options import LogitsMask, is_forced
 from phi4_mlx.generation.stream import AnswerText
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.server.engine.adapters import JobAdapters
 from phi4_mlx.server.engine.compiling import Compiling
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
 from phi4_mlx.server.engine.protocol import (
@@ -44,6 +43,7 @@ from phi4_mlx.server.engine.protocol import (
 )
 from phi4_mlx.server.engine.pulse import Pulse
 from phi4_mlx.terminal.printable import one_line
+from phi4_mlx.tokens.prompt import Prompt, places_of
 from phi4_mlx.tokens.tokenizer import Tokenizer
 
 ACTIVATION_BYTES = 2**29  # activation memory of a forward pass
@@ -90,38 +90,6 @@ class _Answer:
         return is_forced(self.sequence.logits_mask)
 
 
-class _AdaptedModels:
-    """A model for each adapter, all over the weights of one base; `None` names the default."""
-
-    def __init__(self, base: LanguageModel, settings: Settings):
-        self._base, self._folders = base, settings.adapters
-        default = self._load(settings.adapter_path) if settings.adapter_path else base
-        self._models: dict[str | None, LanguageModel] = {None: default}
-
-    def get(self, adapter: str | None) -> LanguageModel:
-        """The model with the adapter of that name, loaded at its first use.
-
-        Raises:
-            RequestError: the name is unknown.
-        """
-        if adapter not in self._models:
-            folder = self._folders.get(str(adapter))
-            if folder is None:
-                raise RequestError(f"adapter {adapter!r} is unknown; known are {', '.join(self._folders)}")
-            try:
-                self._models[adapter] = self._load(folder)
-            except Phi4Error as error:  # clients know its name, not its folder
-                why = str(error).replace(folder, str(adapter))
-                raise RequestError(f"adapter {adapter!r} cannot be used: {why}") from None
-        return self._models[adapter]
-
-    def _load(self, folder: str) -> LanguageModel:
-        twin = share_weights(self._base)
-        load_adapter(twin, Path(folder))
-        mx.eval(twin.parameters())
-        return twin
-
-
 class Engine:
     """One model, its adapters, and the running jobs.
 
@@ -136,7 +104,7 @@ class Engine:
         self.kv_limit_bytes, prefix_limit_bytes = _memory_limits(settings)
         self.prefixes = PrefixCache(prefix_limit_bytes)
         self.prefilled_tokens = self.drawn_tokens = 0
-        self._models = _AdaptedModels(base, settings)
+        self._adapters = JobAdapters(base, settings.adapters, settings.adapter_path)
         self._answers: dict[BatchSequence, _Answer] = {}
         self._compiling = Compiling(partial(_constraint, tokenizer, base.config.vocab_size))
         self._unkept = 0
@@ -150,7 +118,7 @@ class Engine:
     @property
     def longest(self) -> int:
         """The most tokens of a prompt and its answer: the limit of the context, or of memory."""
-        model = self._models.get(None)
+        model = self._adapters.get(None).model
         cost = model.context_cost()
         fixed = cache_bytes(cost, 0)  # with one buffer, which the last token may leave empty
         tokens = (self.kv_limit_bytes - fixed) // max(cost.token_bytes, 1)
@@ -235,7 +203,7 @@ class Engine:
         }
 
     def _answer(self, job: Job, constraint: LogitsMask | None) -> _Answer:
-        model = self._models.get(job.adapter)
+        model, adapter = self._adapters.get(job.adapter)
         model.check_ids(job.prompt)
         if len(job.prompt) + job.max_tokens > self.longest:
             raise RequestError(
@@ -244,12 +212,13 @@ class Engine:
             )
         sequence = BatchSequence(
             model,
-            list(job.prompt),
+            Prompt(job.prompt, places_of(job.prompt)),
             job.max_tokens,
             job.sampling.sampler(),
             job.sampling.processors(),
             constraint,
             last_turn=_last_turn(job.prompt, self.tokenizer.eos_ids),
+            adapter=adapter,
         )
         text = AnswerText(self.tokenizer.streaming_decoder(), list(job.stop))
         return _Answer(job, sequence, text, time.monotonic() + job.timeout_s)
@@ -377,7 +346,7 @@ def check_room(engine: Engine) -> None:
     Raises:
         RequestError: there is not; states the least number of bytes.
     """
-    model = engine._models.get(None)
+    model = engine._adapters.get(None).model
     least = min(LEAST_TOKENS, model.config.max_position_embeddings)
     if engine.longest < least:
         cost = model.context_cost()
@@ -390,7 +359,7 @@ def check_room(engine: Engine) -> None:
 
 def limit_note(engine: Engine) -> str:
     """The text that follows the engine's limit in messages: the note of the context, if that is the limit."""
-    config = engine._models.get(None).config
+    config = engine._adapters.get(None).model.config
     return config.context_note if engine.longest == config.max_position_embeddings else ""
 
 

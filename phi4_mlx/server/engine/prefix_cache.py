@@ -1,5 +1,7 @@
 """The prefix cache: caches of earlier prompts, reused by prompts with the same prefix, adapter and RoPE table.
 
+Prefixes are compared by keys, which tell two media apart where ids do not.
+
 An entry with snapshots also serves a prompt that diverges from it, up to the last snapshot before they differ. So a
 conversation has one entry: the newest, with the snapshots of those that it extends.
 """
@@ -15,32 +17,33 @@ from numpy.typing import NDArray
 
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.tokens.prompt import keys_of, places_of
 
-Ids = NDArray[np.int32]  # [S]
+Keys = NDArray[np.int64]  # [S]
 
 
 @dataclass(frozen=True, eq=False)
 class _Entry:
     adapter: str | None
-    ids: Ids
+    keys: Keys
     cache: PromptCache
 
     @cached_property
     def nbytes(self) -> int:  # without snapshots; first read after compact(): an entry does not change after that
-        return self.ids.nbytes + sum(layer.nbytes for layer in self.cache)
+        return self.keys.nbytes + sum(layer.nbytes for layer in self.cache)
 
-    def reusable(self, ids: Ids) -> int:
+    def reusable(self, keys: Keys) -> int:
         """Tokens of a prompt that the entry can serve."""
-        return self.cache.reusable(_shared(self.ids, ids))
+        return self.cache.reusable(_shared(self.keys, keys))
 
     def extends(self, other: _Entry) -> bool:
         """True if the tokens of this entry begin with those of `other`, under the same adapter and RoPE table."""
-        same = (self.adapter, self.cache.regime) == (other.adapter, other.cache.regime)
-        return same and _shared(self.ids, other.ids) == len(other.ids)
+        same = self.adapter == other.adapter and self.cache.conditions.hold_for(other.cache.conditions)
+        return same and _shared(self.keys, other.keys) == len(other.keys)
 
     def lacks(self, other: _Entry) -> int:
         """Tokens of `other` that must be prefilled again if this entry replaces it."""
-        return len(other.ids) - self.reusable(other.ids) if self.extends(other) else len(other.ids)
+        return len(other.keys) - self.reusable(other.keys) if self.extends(other) else len(other.keys)
 
 
 class PrefixCache:
@@ -67,27 +70,31 @@ class PrefixCache:
 
         Args:
             model: the model that will use the cache.
-            adapter: the adapter on it; entries of others are not used.
-            ids: the whole prompt; its length decides the RoPE table.
+            adapter: the user's adapter on it; entries of others are not used.
+            ids: the whole prompt, a `Prompt` if there are media; its length decides the RoPE table.
         """
-        wanted, key = np.array(ids[:-1], np.int32), (adapter, model.regime(len(ids)))
-        found = [(each.reusable(wanted), each) for each in self._entries if (each.adapter, each.cache.regime) == key]
+        places, regime = places_of(ids), model.regime(len(ids))
+        wanted = np.array(keys_of(ids, places)[:-1], np.int64)
+        fitting = [each for each in self._entries if each.adapter == adapter and each.cache.serves(places, regime)]
+        found = [(each.reusable(wanted), each) for each in fitting]
         length, best = max(found, key=lambda pair: pair[0], default=(0, None))
         if best is None or length < self.MIN_SHARED:
             return None
         self._entries.remove(best)
         self._entries.append(best)
         cache = best.cache.fork(length)
+        cache.expect(ids)  # the entry knows only the identity of its media
         cache.mark()  # a snapshot here lets the next entry of the conversation replace this one
         return cache
 
     def put(self, adapter: str | None, cache: PromptCache) -> None:
         """Stores a copy of a cache, in place of the entries that it extends at a loss of at most `MAX_LOSS`."""
-        ids = np.array(cache.ids[0], np.int32)
-        needed = ids.nbytes + sum(array.nbytes for layer in cache for array in layer.state)
-        if len(ids) < self.MIN_SHARED or needed > self.limit_bytes:
+        keys = np.array(cache.keys, np.int64)
+        needed = keys.nbytes + sum(array.nbytes for layer in cache for array in layer.state)
+        if len(keys) < self.MIN_SHARED or needed > self.limit_bytes:
             return
-        entry = _Entry(adapter, ids, cache.fork(cache.offset))
+        entry = _Entry(adapter, keys, cache.fork(cache.offset))
+        entry.cache.forget_media()
         if any(each.lacks(entry) <= 1 for each in self._entries):
             return
         entry.cache.compact()  # else slices of a batch would keep all of its rows alive
@@ -96,7 +103,7 @@ class PrefixCache:
                 entry.cache.snapshots.add(each.cache.snapshots)
         while _nbytes([entry]) > self.limit_bytes and entry.cache.snapshots:
             entry.cache.snapshots.thin(len(entry.cache.snapshots) - 1)
-        entries = [*(each for each in self._entries if entry.lacks(each) > self.MAX_LOSS * len(each.ids)), entry]
+        entries = [*(each for each in self._entries if entry.lacks(each) > self.MAX_LOSS * len(each.keys)), entry]
         while (used := _nbytes(entries)) > self.limit_bytes or len(entries) > self.MAX_ENTRIES:
             entries.pop(0)
         self._entries, self.nbytes = entries, used
@@ -112,7 +119,7 @@ def _nbytes(entries: Sequence[_Entry]) -> int:
     return sum(entry.nbytes for entry in entries) + sum(snapshots.values())
 
 
-def _shared(a: Ids, b: Ids) -> int:
+def _shared(a: Keys, b: Keys) -> int:
     """The length of the common prefix of two sequences."""
     n = min(len(a), len(b))
     differing = np.flatnonzero(a[:n] != b[:n])

@@ -156,7 +156,7 @@ def test_ids_appended_one_by_one_are_joined_from_time_to_time(tiny_model: TinyMo
     cache, prompt = model.make_cache("long"), random_ids(600)
     for at in range(600):
         model(prompt[:, at : at + 1], cache)
-    assert len(cache._tokens._pieces) <= MAX_PIECES
+    assert len(cache.tokens._pieces) <= MAX_PIECES
     assert mx.array_equal(cache.ids, prompt)
 
 

@@ -18,6 +18,7 @@ from phi4_mlx.grammar import constraint as constraint_module
 from phi4_mlx.grammar.grammars import json_schema
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.text import Decoder, Model
+from phi4_mlx.server.engine import adapters as adapters_module
 from phi4_mlx.server.engine import engine as engine_module
 from phi4_mlx.server.engine.engine import Engine
 from phi4_mlx.server.engine.protocol import Cancel, Failure, Finish, Job
@@ -135,7 +136,7 @@ def break_put(engine: Engine, patch: pytest.MonkeyPatch) -> None:
 
 
 def break_adapter(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine_module, "load_adapter", broken)  # only the bad job names an adapter
+    patch.setattr(adapters_module, "read_adapter", broken)  # only the bad job names an adapter
 
 
 def break_decode(times: int) -> Callable[[Engine, pytest.MonkeyPatch], None]:

@@ -18,7 +18,7 @@ from tests.conftest import BOUNDARY, make_tiny_model
 from tests.model_runs import decoded, filled_cache
 from tests.tiny_sambay import make_tiny_sambay
 
-TOKEN_BYTES = 2 * 2 * 2 * 16 * 4 + 4  # keys and values: layers, heads, width, fp32; and the id
+TOKEN_BYTES = 2 * 2 * 2 * 16 * 4 + 8  # keys and values: layers, heads, width, fp32; and the key
 
 
 @pytest.fixture(scope="module")
