@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from asked import Question
 from hands import Hand, strokes
 
 SIDE = 84
@@ -25,6 +26,7 @@ SHAPES = ("circle", "square", "triangle", "star")
 PLACES = {"left": (15, 42), "right": (69, 42), "top": (42, 15), "bottom": (42, 69), "middle": (42, 42)}
 SMALL, LARGE = (7.0, 8.6), (11.0, 12.8)  # radii; all of one picture that are compared come from both ranges
 TRAINING_HANDS = 2000  # hands from here on are held out
+DESCRIBE = "Describe the picture."
 SHARPNESS = 4  # pictures are drawn this many times larger, then reduced
 
 
@@ -47,7 +49,7 @@ class Thing:
 class Picture:
     """A picture and what it shows: things, or a digit in a colour."""
 
-    pixels: np.ndarray  # uint8 [84, 84, 3]
+    pixels: np.ndarray  # uint8 [height, width, 3]
     things: tuple[Thing, ...]
     digit: int | None = None
     colour: str = ""
@@ -59,25 +61,25 @@ def is_held_out(things: tuple[Thing, ...]) -> bool:
     return zlib.crc32(key.encode()) % 8 == 0
 
 
-def make_picture(rng: random.Random, *, held_out: bool = False, side: int = SIDE) -> Picture:
+def make_picture(rng: random.Random, *, held_out: bool = False, size: tuple[int, int] = (SIDE, SIDE)) -> Picture:
     """Draws a random picture.
 
     Args:
         rng: the source of every choice.
         held_out: draw what training never sees: a held-out combination of shapes, or a held-out hand.
-        side: height and width in pixels.
+        size: (height, width) in pixels.
     """
     if rng.random() < 0.3:
         digit, colour = rng.randrange(10), rng.choice(list(COLOURS))
         hand = Hand(rng.randrange(TRAINING_HANDS) + (TRAINING_HANDS if held_out else 0))
-        return Picture(_paint(rng, (), side, (digit, hand, colour)), (), digit, colour)
+        return Picture(_paint(rng, size, (), (digit, hand, colour)), (), digit, colour)
     while True:
         places = rng.sample(list(PLACES), rng.choice((1, 2, 2, 3, 3, 4)))
         things = tuple(
             Thing(rng.choice(SHAPES), rng.choice(list(COLOURS)), place, rng.random() < 0.5) for place in places
         )
         if is_held_out(things) == held_out:
-            return Picture(_paint(rng, things, side, None), things)
+            return Picture(_paint(rng, size, things), things)
 
 
 def _jitter(rng: random.Random, colour: tuple[int, ...], spread: int) -> tuple[int, ...]:
@@ -85,30 +87,35 @@ def _jitter(rng: random.Random, colour: tuple[int, ...], spread: int) -> tuple[i
 
 
 def _paint(
-    rng: random.Random, things: tuple[Thing, ...], side: int, drawn: tuple[int, Hand, str] | None
+    rng: random.Random, size: tuple[int, int], things: tuple[Thing, ...], drawn: tuple[int, Hand, str] | None = None
 ) -> np.ndarray:
     """Draws onto a plain or noisy grey background, light or dark."""
     from PIL import Image, ImageDraw
 
+    height, width = size
     level = rng.choice((rng.randint(215, 255), rng.randint(0, 45)))
-    scale = SHARPNESS * side / SIDE
-    image = Image.new("RGB", (side * SHARPNESS,) * 2, _jitter(rng, (level,) * 3, 8))
+    scale = SHARPNESS * min(size) / SIDE
+    image = Image.new("RGB", (SHARPNESS * width, SHARPNESS * height), _jitter(rng, (level,) * 3, 8))
     draw = ImageDraw.Draw(image)
     for thing in things:
-        x, y = (scale * (at + rng.uniform(-1.5, 1.5)) for at in PLACES[thing.place])
+        x, y = (
+            SHARPNESS * side / SIDE * (at + rng.uniform(-1.5, 1.5))
+            for at, side in zip(PLACES[thing.place], (width, height), strict=True)
+        )
         radius = scale * rng.uniform(*(LARGE if thing.large else SMALL))
         _shape(draw, thing.shape, x, y, radius, rng.uniform(-0.2, 0.2), _jitter(rng, COLOURS[thing.colour], 14))
     if drawn is not None:
         digit, hand, colour = drawn
-        size, ink = rng.uniform(34, 60), _jitter(rng, COLOURS[colour], 14)
-        left, top = (rng.uniform(10, SIDE - 10 - size * part) for part in (0.7, 1.0))
-        width = max(1, round(scale * hand.width * size / 45))
+        tall = rng.uniform(34, 60)
+        left, top = (rng.uniform(10, SIDE - 10 - tall * part) for part in (0.7, 1.0))
+        pen = max(1, round(scale * hand.width * tall / 45))
+        ink = _jitter(rng, COLOURS[colour], 14)
         for line in strokes(digit, hand, rng):
-            points = [(scale * (left + size * x), scale * (top + size * y)) for x, y in line]
-            draw.line(points, fill=ink, width=width, joint="curve")
+            points = [(scale * (left + tall * x), scale * (top + tall * y)) for x, y in line]
+            draw.line(points, fill=ink, width=pen, joint="curve")
             for x, y in (points[0], points[-1]):
-                draw.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), fill=ink)
-    pixels = np.asarray(image.resize((side, side), Image.Resampling.BOX), np.float32)
+                draw.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), fill=ink)
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.BOX), np.float32)
     noise = rng.choice((0.0, 0.0, rng.uniform(2, 14)))
     if noise:
         pixels = pixels + noise * np.random.default_rng(rng.getrandbits(32)).standard_normal(pixels.shape)
@@ -134,28 +141,44 @@ def at(place: str) -> str:
     return f"{'in' if place == 'middle' else 'on' if place in ('left', 'right') else 'at'} the {place}"
 
 
-def questions(picture: Picture, rng: random.Random) -> list[tuple[str, str, str]]:
-    """(category, question, answer) of every question that has one answer, in random order."""
+def description(picture: Picture) -> str:
+    """All that a picture shows: the things in the order of `PLACES`."""
+    if picture.digit is not None:
+        return f"the digit {picture.digit} in {picture.colour}"
+    things = sorted(picture.things, key=lambda thing: [*PLACES].index(thing.place))
+    return ", ".join(f"{thing.name} {at(thing.place)}" for thing in things)
+
+
+def questions(picture: Picture, rng: random.Random) -> list[Question]:
+    """Every question that has one answer, in random order."""
     if picture.digit is not None:
         found = [
-            ("digit", rng.choice(("What digit is it?", "Which digit is this?", "What digit do you see?")), f"{picture.digit}"),
-            ("colour", rng.choice(("What colour is the digit?", "What colour is it?")), picture.colour),
+            ("digit", rng.choice(("What digit is it?", "Which digit is this?", "digit")), f"{picture.digit}"),
+            ("colour", rng.choice(("What colour is the digit?", "What colour is it?", "colour")), picture.colour),
             ("what", "What is in the picture?", f"the digit {picture.digit}"),
+            ("describe", DESCRIBE, description(picture)),
         ]
         rng.shuffle(found)
-        return found
+        return [Question(*each) for each in found]
     things = picture.things
     shapes, colours = Counter(thing.shape for thing in things), Counter(thing.colour for thing in things)
     kinds = Counter((thing.colour, thing.shape) for thing in things)
     only = things[0].name if len(things) == 1 else f"{len(things)} shapes"
     found = [
-        ("count", rng.choice(("How many shapes are there?", "How many shapes do you see?")), f"{len(things)}"),
+        ("count", rng.choice(("How many shapes are there?", "How many shapes do you see?", "count")), f"{len(things)}"),
         ("what", "What is in the picture?", only),
+        ("describe", DESCRIBE, description(picture)),
     ]
     counted, place = rng.choice(SHAPES), rng.choice(list(PLACES))
     found.append(("count", f"How many {counted}s are there?", f"{shapes[counted]}"))
     there = [thing.name for thing in things if thing.place == place]
     found.append(("what", f"What is {at(place)}?", there[0] if there else "nothing"))
+    if len(things) == 1:
+        found += [
+            ("colour", rng.choice(("What colour is it?", "colour")), things[0].colour),
+            ("shape", rng.choice(("What shape is it?", "shape")), things[0].shape),
+            ("where", rng.choice(("Where is it?", "where")), at(things[0].place)),
+        ]
     for thing in things:
         if shapes[thing.shape] == 1:
             found.append(("colour", f"What colour is the {thing.shape}?", thing.colour))
@@ -169,4 +192,4 @@ def questions(picture: Picture, rng: random.Random) -> list[tuple[str, str, str]
         first, second = rng.sample((large, small), 2)
         found.append(("larger", f"Which is larger, the {first.shape} or the {second.shape}?", f"the {large.shape}"))
     rng.shuffle(found)
-    return found
+    return [Question(*each) for each in found]

@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from asked import Question
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.tokens.media.resample import resampled
 
 RATE = 16_000  # Hz, of every wave here
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-OTHERS = ("yes", "no", "stop", "go", "left", "right", "up", "down", "red", "green", "blue", "yellow", "cat", "dog")
-WORDS = DIGITS + OTHERS
+OTHERS = ("yes", "no", "stop", "go", "left", "right", "up", "down", "red", "green", "blue", "yellow")
+COMMANDS = ("colour", "shape", "digit", "where", "count")  # said about a picture
+WORDS = DIGITS + OTHERS + COMMANDS
 MOST_WORDS = 4
 ACCENTS = ("en-gb", "en-us", "en-gb-scotland", "en-gb-x-rp", "en-029", "en-gb-x-gbclan", "en-us-nyc", "en-gb-x-gbcwmd")
 VOICES = (
@@ -62,7 +64,7 @@ def speak(text: str, voice: str, speed: int, pitch: int) -> np.ndarray:
 
 def spoken(rng: random.Random, *, held_out: bool = False) -> Clip:
     """One to four random words in a random voice, spoken without a break."""
-    words = tuple(rng.choice(DIGITS if rng.random() < 0.5 else OTHERS) for _ in range(rng.choice((1, 1, 2, 3, 4))))
+    words = tuple(rng.choice(DIGITS if rng.random() < 0.4 else WORDS) for _ in range(rng.choice((1, 1, 2, 3, 4))))
     voice = f"{rng.choice(ACCENTS)}+{rng.choice(HELD_OUT_VOICES if held_out else VOICES)}"
     speed = rng.choice(HELD_OUT_SPEEDS if held_out else SPEEDS)
     return Clip(_trimmed(speak(" ".join(words), voice, speed, rng.randint(25, 75))), words)
@@ -93,8 +95,8 @@ def in_a_room(clips: Sequence[Clip], rng: random.Random, samples: int | None = N
     return Clip(wave.round().clip(-32768, 32767).astype(np.int16), tuple(word for clip in clips for word in clip.words))
 
 
-def questions(clip: Clip, rng: random.Random) -> list[tuple[str, str, str]]:
-    """(category, question, answer) of every question that has one answer, in random order."""
+def questions(clip: Clip, rng: random.Random) -> list[Question]:
+    """Every question that has one answer, in random order."""
     words = clip.words
     found = [
         ("transcript", "Transcribe the audio clip into text.", " ".join(words)),
@@ -108,4 +110,4 @@ def questions(clip: Clip, rng: random.Random) -> list[tuple[str, str, str]]:
     else:
         found.append(("word", rng.choice(("What word is said?", "Which word do you hear?")), words[0]))
     rng.shuffle(found)
-    return found
+    return [Question(*each) for each in found]

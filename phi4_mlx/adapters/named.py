@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from operator import is_
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from phi4_mlx.adapters.folder import Adapter, place
@@ -109,6 +110,15 @@ class NamedAdapters:
             RequestError, CheckpointError: as `select`.
         """
         self._selection((name,))
+
+    def arrays(self, name: str) -> dict[str, mx.array]:
+        """The arrays of an adapter by layer path and name, read at the first call."""
+        found: dict[str, mx.array] = {}
+        for path, product in self._read(name).items():
+            found |= {f"{path}.{part}": array for part, array in product.arrays.items()}
+            if product.excess is not None:
+                found[f"{path}.excess"] = product.excess
+        return found
 
     def select(self, rows: Sequence[str | None]) -> Selection | None:
         """Prepares a forward pass.
