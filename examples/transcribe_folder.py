@@ -2,8 +2,8 @@
 
     python examples/transcribe_folder.py recordings [--model FOLDER] [--format srt]
 
-Sound of any length is cut at its pauses, and the parts are answered side by side. A recording that has its transcript is
-skipped, so the script may be stopped and started again. `python -m phi4_mlx transcribe` does the same, and more.
+Sound of any length is cut at its pauses, and the parts are answered side by side. A recording that has its transcript
+is skipped, so the script may be stopped and started again. `python -m phi4_mlx transcribe` does the same, and more.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ def main() -> None:
         try:
             with open_sound(path) as sound:
                 rate, blocks = resampled(sound.blocks(), sound.rate)
-                heard = sorted(answers(model, tokenizer, cut(blocks, rate), TRANSCRIBE), key=lambda each: each.part.start)
+                heard = list(answers(model, tokenizer, cut(blocks, rate), TRANSCRIBE))
         except RequestError as error:
             print(f"{path.name}: {error}")
             continue
+        heard.sort(key=lambda each: each.part.start)
         segments = [Segment(each.part.start, each.part.end, each.text) for each in heard if each.text]
         duration = sound.seconds or (heard[-1].part.end if heard else 0.0)
         transcript.write_text(render(segments, options.format, duration=duration), encoding="utf-8")
