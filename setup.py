@@ -40,6 +40,7 @@ setup(
         "pygments>=2.13",
         "prompt_toolkit>=3.0.40",
         "pyyaml>=6",
+        "python-multipart>=0.0.20",
         "starlette>=0.40",
         "uvicorn>=0.30",
     ],
