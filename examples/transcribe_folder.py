@@ -48,7 +48,7 @@ def main() -> None:
         segments = [Segment(each.part.start, each.part.end, each.text) for each in heard if each.text]
         duration = sound.seconds or (heard[-1].part.end if heard else 0.0)
         transcript.write_text(render(segments, options.format, duration=duration), encoding="utf-8")
-        print(f"{path.name}: {len(segments)} segments in {transcript.name}")
+        print(f"{path.name}: written to {transcript.name}")
 
 
 if __name__ == "__main__":
