@@ -348,12 +348,18 @@ def _record(chat: Chat, rest: str) -> None:
     from phi4_mlx.chat.microphone import record
     from phi4_mlx.terminal.line_editor import state_folder
 
-    check_takes_media(chat)  # before anything is said
-    chat.screen.note("recording; Enter ends it, Ctrl-C drops it")
+    check_takes_media(chat)
+    begun = False
+
+    def show(seconds: float) -> None:
+        nonlocal begun
+        if not begun:
+            chat.screen.note("recording; Enter ends it, Ctrl-C drops it")
+        begun = True
+        chat.screen.status(f"{amount(int(seconds), 'second')} ...")
+
     try:
-        path = record(
-            state_folder() / "recordings", lambda seconds: chat.screen.status(f"{amount(int(seconds), 'second')} ...")
-        )
+        path = record(state_folder() / "recordings", show)
     finally:
         chat.screen.status("")
     attach_file(chat, str(path), "audio")
