@@ -62,9 +62,11 @@ def speak(text: str, voice: str, speed: int, pitch: int) -> np.ndarray:
     return np.concatenate(list(blocks)).round().clip(-32768, 32767).astype(np.int16)
 
 
-def spoken(rng: random.Random, *, held_out: bool = False) -> Clip:
-    """One to four random words in a random voice, spoken without a break."""
-    words = tuple(rng.choice(DIGITS if rng.random() < 0.4 else WORDS) for _ in range(rng.choice((1, 1, 2, 3, 4))))
+def spoken(rng: random.Random, *, words: tuple[str, ...] = (), held_out: bool = False) -> Clip:
+    """Words in a random voice, spoken without a break; one to four random ones by default."""
+    if not words:
+        count = rng.choice((1, 1, 2, 3, MOST_WORDS))
+        words = tuple(rng.choice(DIGITS if rng.random() < 0.4 else WORDS) for _ in range(count))
     voice = f"{rng.choice(ACCENTS)}+{rng.choice(HELD_OUT_VOICES if held_out else VOICES)}"
     speed = rng.choice(HELD_OUT_SPEEDS if held_out else SPEEDS)
     return Clip(_trimmed(speak(" ".join(words), voice, speed, rng.randint(25, 75))), words)
