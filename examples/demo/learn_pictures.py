@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain
 
 import mlx.core as mx
@@ -17,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 import pictures
 from cpu_math import cross_entropy
-from lessons import Lesson, Student, conversation, frozen_decoder, stacked, study
+from lessons import Lesson, Stage, Student, conversation, frozen_decoder, stacked, study
 from mlx.utils import tree_flatten
 from pictures import COLOURS, PLACES, SHAPES, Picture, make_picture
 from tower_math import fast_tower_math
@@ -33,25 +32,6 @@ SLOTS = 25  # rows of a picture: twice three lines of three cells and an end, an
 SHARPNESS, NOTHING = 3.0, 1.0  # factor of the products with embeddings, and the logit of "none of these"
 
 NAMING_STEPS, NAMING_ROWS, NAMING_RATE = 2000, 64, 2e-3
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of the training on conversations.
-
-    Attributes:
-        most: the most shapes in a picture.
-        steps: number of updates.
-        rows: conversations in a batch.
-        width: tokens of a conversation.
-        rate: the highest learning rate.
-    """
-
-    most: int
-    steps: int
-    rows: int
-    width: int
-    rate: float
 
 
 STAGES = (Stage(1, 400, 24, 96, 2e-3), Stage(2, 400, 16, 128, 2e-3), Stage(4, 2400, 16, 128, 2e-3))
