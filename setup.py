@@ -30,6 +30,8 @@ setup(
         'mlx[cpu]>=0.32; sys_platform == "linux"',
         "mlx-lm>=0.31",
         "numpy>=1.26",
+        "pillow>=11.3",
+        "soundfile>=0.13",
         "tiktoken>=0.9",
         "tokenizers>=0.21",
         "llguidance>=1.9",
@@ -44,6 +46,7 @@ setup(
     extras_require={
         "plots": ["matplotlib>=3.8"],
         "mcp": ["mcp>=2"],
+        "pdf": ["pypdfium2>=4.30"],
         "record": ["sounddevice>=0.5"],
         "dev": [
             "matplotlib>=3.8",
@@ -51,6 +54,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "mcp>=2",
+            "pypdfium2>=4.30",
             "jsonschema>=4.20",
             "httpx>=0.27",
             "openai>=3",

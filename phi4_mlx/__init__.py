@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from phi4_mlx.models.prompt_cache import PromptCache
     from phi4_mlx.models.text import Model
     from phi4_mlx.terminal.version import __version__ as __version__
+    from phi4_mlx.tokens.media.audio import read_audio
+    from phi4_mlx.tokens.media.image import image_tokens, read_image
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
 _HOMES = {
@@ -47,10 +49,13 @@ _HOMES = {
     "finetune": "lora.run",
     "generate": "generation.stream",
     "generate_step": "generation.steps",
+    "image_tokens": "tokens.media.image",
     "load": "checkpoint",
     "load_prompt_cache": "generation.prompt_cache_file",
     "make_logits_processors": "generation.sampling",
     "make_sampler": "generation.sampling",
+    "read_audio": "tokens.media.audio",
+    "read_image": "tokens.media.image",
     "run_tools": "agent",
     "save_prompt_cache": "generation.prompt_cache_file",
     "stream_generate": "generation.stream",
@@ -71,10 +76,13 @@ __all__ = [
     "finetune",
     "generate",
     "generate_step",
+    "image_tokens",
     "load",
     "load_prompt_cache",
     "make_logits_processors",
     "make_sampler",
+    "read_audio",
+    "read_image",
     "run_tools",
     "save_prompt_cache",
     "stream_generate",

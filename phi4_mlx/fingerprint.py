@@ -24,10 +24,11 @@ def base_fingerprint(model: LanguageModel) -> str:
     """The fingerprint of a base model, from its config and all its tensors; 32 hexadecimal digits.
 
     Args:
-        model: with or without an adapter; lazy weights are read. Fusing an adapter changes the fingerprint.
+        model: with or without an adapter; lazy weights are read, except those that text never needs. Fusing an adapter
+            changes the fingerprint.
     """
     trained = adapter_parameters(model)
-    parameters = tree_flatten(model.parameters())
+    parameters = [(name, array) for name, array in tree_flatten(model.parameters()) if not model.on_demand(name)]
     base = {name.replace(".linear.", "."): array for name, array in parameters if name not in trained}
     return _fingerprint(model.config.to_dict(), base)
 
@@ -37,6 +38,12 @@ def adapter_fingerprint(model: LanguageModel) -> str:
     on = {path: (layer.kind, layer.scale) for path, layer in adapter_layers(model).items() if layer.on}
     trained = {name: array for name, array in adapter_parameters(model).items() if name.rpartition(".")[0] in on}
     return _fingerprint(on, trained) if on else WITHOUT
+
+
+def named_fingerprint(model: LanguageModel, name: str) -> str:
+    """The fingerprint of one of the adapters that a model has by name, from its tensors."""
+    assert model.adapters is not None
+    return _fingerprint({}, model.adapters.arrays(name))
 
 
 def checksum(header: bytes, arrays: Iterable[mx.array]) -> bytes:

@@ -31,7 +31,7 @@ checkpoint
 fingerprint
 convert
 generation
-agent
+agent transcription
 lora server evaluation
 chat commands bridge
 cli

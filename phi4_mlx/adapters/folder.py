@@ -73,6 +73,11 @@ class Adapter:
         return PARTS[self.kind] if self.scheme is None else QUANTIZED_PARTS
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(int(array.nbytes) for array in self.tensors.values())
+
+    @property
     def paths(self) -> list[str]:
         """The layers that it adapts, in the model's order."""
         return sorted({name.rpartition(".")[0] for name in self.tensors}, key=place)
@@ -359,6 +364,8 @@ def _config(adapter: Adapter, total_layers: int) -> JsonObject:
             "keys": sorted({key for _, key in places}),
         },
     }
+    if adapter.scheme is not None:
+        config["quantization"] = {"group_size": adapter.scheme[0], "bits": adapter.scheme[1]}
     if len(layers) != num_layers:
         config["layers_to_transform"] = layers
     return config

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from phi4_mlx.adapters.folder import FULL, PARTS, Adapter, place, read_config, read_folder
 from phi4_mlx.adapters.linear import DoRALinear, LoRALinear
 from phi4_mlx.adapters.peft import is_peft, read_peft
+from phi4_mlx.adapters.quantized import dense
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.terminal.amount import amount
 
@@ -91,7 +92,8 @@ def read_adapter(path: Path, lazy: bool = False) -> Adapter:
 
     Args:
         path: a folder, or a tensor file with its config beside it.
-        lazy: leaves the numbers on the disk; `check_finite` reads them.
+        lazy: leaves the numbers on the disk, as they are stored; `check_finite` reads them. Else quantised matrices
+            become dense.
 
     Raises:
         ConfigError, CheckpointError, RequestError: as `load_adapter`.
@@ -99,8 +101,10 @@ def read_adapter(path: Path, lazy: bool = False) -> Adapter:
     path = Path(os.path.expanduser(path))
     if path.is_file():
         peft = "peft_type" in read_config(path.parent)
-        return read_peft(path.parent, path.name, lazy) if peft else read_folder(path.parent, path.name, lazy)
-    return read_peft(path, lazy=lazy) if is_peft(path) else read_folder(path, lazy=lazy)
+        adapter = read_peft(path.parent, path.name, lazy) if peft else read_folder(path.parent, path.name, lazy)
+    else:
+        adapter = read_peft(path, lazy=lazy) if is_peft(path) else read_folder(path, lazy=lazy)
+    return adapter if lazy else dense(adapter)
 
 
 def put_adapter(model: nn.Module, adapter: Adapter) -> None:

@@ -2,11 +2,6 @@
 
 The base's blocks are not touched: a `Selection` has copies of them, over the same arrays, with the adapters in use on
 their linear layers.
-
-An 8-bit adapter folder is as mlx-lm's, with `"quantization": {"group_size": 64, "bits": 8}` in adapter_config.json
-(32 where 64 does not divide a width) and the rank first in its matrices, for each layer: `<path>.lora_a` uint32
-[R, in * bits / 32] with `<path>.lora_a_scales` and `<path>.lora_a_biases` [R, in / group size], and `<path>.lora_b`
-[R, out * bits / 32] with `<path>.lora_b_scales` and `<path>.lora_b_biases` [R, out / group size].
 """
 
 from __future__ import annotations
@@ -17,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from operator import is_
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from phi4_mlx.adapters.folder import Adapter, place
@@ -57,6 +53,7 @@ class _Entry:
 
     source: Callable[[], Adapter] | None
     trained: bool
+    nbytes: int
     products: dict[str, Product] = field(default_factory=dict)  # by path
 
 
@@ -81,16 +78,25 @@ class NamedAdapters:
         """The names, in the order in which they were added."""
         return [*self._entries]
 
-    def add(self, name: str, source: Adapter | Callable[[], Adapter], *, trained: bool = False) -> None:
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """The bytes of each, also of those not read yet."""
+        return {name: entry.nbytes for name, entry in self._entries.items()}
+
+    def add(
+        self, name: str, source: Adapter | Callable[[], Adapter], *, trained: bool = False, nbytes: int = 0
+    ) -> None:
         """Adds an adapter, in place of one of the same name; caches filled under that one are of no more use.
 
         Args:
             name: its name.
             source: the adapter, or a function that reads it, called at its first use.
+            nbytes: of the adapter that the function reads.
             trained: refuse an adapter whose lora_b is zero everywhere, as it stays where names in a file do not match.
         """
         self.remove(name)
-        self._entries[name] = _Entry((lambda: source) if isinstance(source, Adapter) else source, trained)
+        nbytes = source.nbytes if isinstance(source, Adapter) else nbytes
+        self._entries[name] = _Entry((lambda: source) if isinstance(source, Adapter) else source, trained, nbytes)
 
     def remove(self, name: str) -> None:
         """Removes an adapter, if there is one of that name."""
@@ -104,6 +110,15 @@ class NamedAdapters:
             RequestError, CheckpointError: as `select`.
         """
         self._selection((name,))
+
+    def arrays(self, name: str) -> dict[str, mx.array]:
+        """The arrays of an adapter by layer path and name, read at the first call."""
+        found: dict[str, mx.array] = {}
+        for path, product in self._read(name).items():
+            found |= {f"{path}.{part}": array for part, array in product.arrays.items()}
+            if product.excess is not None:
+                found[f"{path}.excess"] = product.excess
+        return found
 
     def select(self, rows: Sequence[str | None]) -> Selection | None:
         """Prepares a forward pass.

@@ -57,7 +57,7 @@ def add_shipped(
             continue
         check_fit(model, adapter)
         _check_trained(name, adapter.source, stored)
-        model.adapters.add(name, partial(_read, adapter), trained=True)
+        model.adapters.add(name, partial(_read, adapter), trained=True, nbytes=adapter.nbytes)
 
 
 def _read(adapter: Adapter) -> Adapter:

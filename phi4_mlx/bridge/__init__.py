@@ -78,6 +78,14 @@ def count_tokens(
 ) -> BridgeEvent:
     """Counts the tokens of a text, or of messages as a prompt, without waiting for the requests under way.
 
+    Pictures and sounds in the messages count too, so a message with one alone tells what it costs.
+
+    Args:
+        model: from `load`.
+        text: a plain text, if there are no messages.
+        messages: as for `chat`.
+        tools: as for `chat`.
+
     Returns:
         A "finish" with "tokens"; or an "error".
     """
@@ -93,7 +101,8 @@ def chat(model: int, messages: Sequence[Mapping[str, Any]], **options: Any) -> B
 
     Args:
         model: from `load`.
-        messages: in OpenAI's form.
+        messages: in OpenAI's form. A content is a text or a list of parts: {"type": "text", "text": ...}, or
+            {"type": "image" or "audio"} with the file's "path", its bytes in "base64", or a data: "url".
         options: max_tokens (1,024), temp, top_p, min_p, top_k, seed, repetition_penalty, presence_penalty,
             frequency_penalty, stop, timeout_s; schema, a JSON schema that the answer obeys; tools, in OpenAI's form,
             tool_choice ("auto", "none", "required", or a name), strict (True: calls obey the tools' schemas). Where the

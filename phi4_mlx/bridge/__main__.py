@@ -5,9 +5,9 @@
     {"cancel": 2}                                         ->  {"id": 2, "event": "finish", "reason": "cancelled", ...}
 
 "do" is load, unload, use_adapter, count_tokens, chat, complete or version; the other fields are the arguments of that
-function in `phi4_mlx.bridge`. "model" is by default the model loaded last. Requests run in order; a cancellation takes
-effect at once. A malformed line is answered with an error, whose id is null if the line has none. At the end of the
-input the program finishes all requests and ends.
+function in `phi4_mlx.bridge`; messages may have pictures and sounds, by path or in base64. "model" is by default the
+model loaded last. Requests run in order; a cancellation takes effect at once. A malformed line is answered with an
+error, whose id is null if the line has none. At the end of the input the program finishes all requests and ends.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from phi4_mlx.terminal.command import READER_LEFT, Parser, run, typed, word
 
 ACTIONS = ("load", "unload", "use_adapter", "count_tokens", "chat", "complete", "version")
 GIVEN = {"chat": "messages", "complete": "prompt"}  # the actions that stream an answer, and its input's name
-MAX_LINE = 2**26  # bytes; the longest context is about half a megabyte of text
+MAX_LINE = 2**26  # bytes; the longest context is about half a megabyte of text, and a photo in base64 is up to 16 MB
 
 RequestId = int | str
 

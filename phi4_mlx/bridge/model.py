@@ -69,7 +69,7 @@ class BridgeModel:
         """Ids of a plain text, or of messages and the start of an answer.
 
         Raises:
-            RequestError: a message or a tool is malformed.
+            RequestError: a message or a tool is malformed, or a picture or a sound cannot be read.
         """
         if isinstance(given, str):
             return self.tokenizer.encode(given)

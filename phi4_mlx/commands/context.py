@@ -15,6 +15,7 @@ from phi4_mlx.terminal.options import add_model_options, load_options
 
 if TYPE_CHECKING:
     from phi4_mlx.generation.memory import ContextPlan
+    from phi4_mlx.models.model import LanguageModel
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +47,7 @@ def _context(args: argparse.Namespace) -> None:
     plain = plans[None]
     powers = [2**n for n in range(9, 40) if 2**n < plain.longest]
     lengths = [*powers[-6:], plain.longest]
+    parts = _parts(model)
     if args.json:
         rows = [
             {"tokens": n, "kv_bits": bits, "cache_bytes": plan.cache_bytes(n), "peak_bytes": plan.peak_bytes(n)}
@@ -53,11 +55,14 @@ def _context(args: argparse.Namespace) -> None:
             for bits, plan in plans.items()
         ]
         longest = [{"kv_bits": bits, "tokens": plan.most_tokens} for bits, plan in plans.items()]
-        weights = {"weights_bytes": plain.weights_bytes, "limit_bytes": plain.limit_bytes}
+        weights = {"weights_bytes": plain.weights_bytes, "parts_bytes": parts, "limit_bytes": plain.limit_bytes}
         print(json.dumps({"model": name} | weights | {"longest": longest, "contexts": rows}))
         return
     heads = ["" if bits is None else f"--kv-bits {bits}" for bits in plans]
     print(f"{name}: weights {size(plain.weights_bytes)}; this machine allows {size(plain.limit_bytes)}")
+    if len(parts) > 1:
+        of_these = ", ".join(f"{size(nbytes)} {part}" for part, nbytes in parts.items())
+        print(f"Of these, {of_these}; all but the decoder are read at their first use.")
     print(f"{'tokens':>10}" + "".join(f"  {head:>13}" for head in heads))
     for n in lengths:
         cells = [size(plan.peak_bytes(n)) + (" " if n <= plan.most_tokens else "!") for plan in plans.values()]
@@ -66,3 +71,13 @@ def _context(args: argparse.Namespace) -> None:
     print("Weights, cache and activations of a prefill together; ! exceeds what this machine allows.")
     if note := model.config.context_note:
         print(f"The context holds {plain.longest:,} tokens{note}.")
+
+
+def _parts(model: LanguageModel) -> dict[str, int]:
+    """The bytes of the decoder, and of the towers and adapters that a model brings along."""
+    from mlx.utils import tree_flatten
+
+    towers = sum(int(array.nbytes) for name, array in tree_flatten(model.parameters()) if model.on_demand(name))
+    parts = {"decoder": model.weights_bytes - towers} | ({"towers for media": towers} if towers else {})
+    adapters = {} if model.adapters is None else model.adapters.nbytes
+    return parts | {f"{name} adapter": nbytes for name, nbytes in adapters.items()}

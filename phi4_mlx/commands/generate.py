@@ -196,7 +196,7 @@ def _check_options(args: argparse.Namespace) -> None:
     check_decoding_options(args)
     if args.ignore_chat_template and args.system_prompt is not None:
         raise RequestError("--system-prompt needs the chat format, and --ignore-chat-template leaves it out; drop one")
-    fixed = {
+    fixed: dict[str, object] = {
         "ignore_chat_template": False, "system_prompt": None, "kv_bits": None, "max_kv_size": None, "image": [],
         "audio": [],
     }  # fmt: skip

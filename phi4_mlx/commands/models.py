@@ -33,11 +33,13 @@ class Listed(NamedTuple):
         model: its revision.
         context: its longest context in tokens, if config.json says it.
         why_not: the reason why it cannot be loaded; "" if it can.
+        reads_media: True if it reads pictures and sound.
     """
 
     model: CachedModel
     context: int | None
     why_not: str
+    reads_media: bool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,7 +103,7 @@ def _pull(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         complain(typed("models pull"), "stopped; complete files are kept, and the same command downloads the others")
         raise
-    total = size(sum(path.stat().st_size for path in folder.iterdir()))
+    total = size(_nbytes(folder))
     chat = command_line("chat", model=args.id, revision=args.revision)
     print(f"{args.id}: {total} in {folder}; chat with it: {chat}")
 
@@ -131,32 +133,36 @@ def listed_models() -> list[Listed]:
 
     embedded = []
     for name, folder in EMBEDDED.items():
-        nbytes = sum(path.stat().st_size for path in folder.iterdir())
+        nbytes = _nbytes(folder)
         embedded.append(CachedModel(name, "", (), folder, nbytes, nbytes, 0, False))
     found = []
     for model in (*embedded, *cached_models()):
         with _access_times_kept(model.folder):
-            why = _why_not(model.folder)
+            why, reads_media = _try_to_load(model.folder)
             if why and model.interrupted:
                 why = f"incomplete: `{command_line('models', 'pull', model.name)}` downloads the rest"
             elif why and not model.revision:
                 why = f"damaged: `{command_line('models', 'rm', model.name)}` removes it"
-            found.append(Listed(model, _context(model.folder), why))
+            found.append(Listed(model, _context(model.folder), why, reads_media))
     return found
 
 
-def _why_not(folder: Path) -> str:
-    """The reason why a model cannot be loaded, "" if it can; reads no weights."""
+def _nbytes(folder: Path) -> int:
+    """Bytes of the files of a model; adapters of its own are in folders in it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _try_to_load(folder: Path) -> tuple[str, bool]:
+    """(the reason why a model cannot be loaded or "", True if it reads media); reads no weights."""
     from phi4_mlx.checkpoint import load
 
     try:
-        load(folder, lazy=True)
+        return "", load(folder, lazy=True)[1].media is not None
     except Phi4Error as error:
         reason = str(error).replace(f"{folder}/", "").replace(f"{folder} ", "").removeprefix("config.json: ")
-        return reason.partition("; ")[0]
+        return reason.partition("; ")[0], False
     except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    return ""
+        return f"cannot be read: {error.strerror}", False
 
 
 def _context(folder: Path) -> int | None:
@@ -175,7 +181,7 @@ def _context(folder: Path) -> int | None:
 @contextlib.contextmanager
 def _access_times_kept(folder: Path) -> Iterator[None]:
     """Restores the times at which the files of a folder were last read: to list a model is not to use it."""
-    before = {path: path.stat() for path in folder.glob("*") if path.is_file()}
+    before = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
     try:
         yield
     finally:
@@ -197,16 +203,17 @@ def _as_json(listed: Listed) -> dict[str, object]:
         "last_used": used if model.last_used else None,
         "loads": not listed.why_not,
         "why_not": listed.why_not or None,
+        "reads_media": listed.reads_media,
     }
 
 
 def table(models: Sequence[Listed]) -> str:
     """The models as a table for people."""
     lines: list[tuple[str, ...]] = [("id", "size", "revision", "context", "last used", "loads")]
-    for model, context, why in models:
+    for model, context, why, reads_media in models:
         refs = " ".join([model.revision[:8] or ("embedded" if model.name in EMBEDDED else "none"), *model.refs])
         used = datetime.fromtimestamp(model.last_used).strftime("%Y-%m-%d") if model.last_used else ""
-        loads = f"no: {why}" if why else "yes"
+        loads = f"no: {why}" if why else "yes; reads pictures and sound" if reads_media else "yes"
         if len(loads) > _REASON_CHARS:
             loads = f"{loads[:_REASON_CHARS]} ..."
         lines.append((model.name, size(model.nbytes), refs, "" if context is None else f"{context:,}", used, loads))

@@ -41,7 +41,7 @@ class ContextPlan:
     """The memory of a model with one context.
 
     Attributes:
-        weights_bytes: of the model.
+        weights_bytes: of the model, with the adapters of its own.
         cost: bytes that the context takes.
         longest: the most tokens of the model's context.
         kept: the most tokens that the cache keeps between two chunks.
@@ -100,7 +100,7 @@ def plan_context(model: LanguageModel, kv_bits: int | None = None, max_kv_size: 
             model.layer_caches(options)
             ways_out.append(way_out)
     return ContextPlan(
-        weights_bytes=model.weights_bytes,
+        weights_bytes=model.weights_bytes + (sum(model.adapters.nbytes.values()) if model.adapters else 0),
         cost=model.context_cost(kv_bits),
         longest=model.config.max_position_embeddings,
         kept=max_kv_size or model.config.max_position_embeddings,

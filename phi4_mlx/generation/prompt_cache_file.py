@@ -1,8 +1,9 @@
 """Prompt caches as files, so that a long prefill is computed once.
 
 A safetensors file: the ids, the arrays of each layer, and last the SHA-256 of all that precedes it. Its metadata holds
-the fingerprints of the model, the adapter and the tokenizer, and the RoPE table; a cache that was made with any other
-is refused. Content is checked against the model too, since anybody can compute a checksum.
+the fingerprints of the model, the adapter and the tokenizer, the RoPE table, and kind, place and SHA-256 of each medium;
+a cache that was made with any other is refused. Content is checked against the model too, since anybody can compute a
+checksum. Media themselves are not in it: their keys and values are.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NoReturn, Protocol, overload
+from typing import Any, Literal, NoReturn, Protocol, overload
 
 import mlx.core as mx
 
@@ -21,12 +22,14 @@ from phi4_mlx.files.atomic import replacing
 from phi4_mlx.files.dtypes import name_of
 from phi4_mlx.files.manifest import file_sha256
 from phi4_mlx.files.safetensors import Header, TensorWriter, read_whole_header
-from phi4_mlx.fingerprint import WITHOUT, adapter_fingerprint, base_fingerprint
+from phi4_mlx.fingerprint import WITHOUT, adapter_fingerprint, base_fingerprint, named_fingerprint
+from phi4_mlx.models.cached_tokens import conditions_of
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.terminal.amount import amount
+from phi4_mlx.tokens.prompt import AbsentMedium, Place, Prompt
 
-_FORMAT, _VERSION = "phi4_mlx_prompt_cache", "2"
+_FORMAT, _VERSION, _WITH_MEDIA = "phi4_mlx_prompt_cache", "2", "3"
 _OWN = "phi4_mlx."  # prefix of our own metadata
 _MAKE_ONE = "make one with cache-prompt or save_prompt_cache"
 _CHECKSUM = ("U8", (32,))
@@ -68,8 +71,11 @@ def save_prompt_cache(
     tensors = {"ids": cache.ids[0].astype(mx.int32)}
     for names, layer in zip(_names(cache), cache, strict=True):
         tensors |= zip(names, layer.state, strict=True)
-    own = {**_identity(model, tokenizer), **_shape(cache)}
-    about = {_FORMAT: _VERSION, **(metadata or {}), **{f"{_OWN}{name}": value for name, value in own.items()}}
+    own = {**_identity(model, tokenizer, cache.adapter), **_shape(cache)}
+    if cache.places:
+        own["media"] = json.dumps([_described(place) for place in cache.places])
+    version = _WITH_MEDIA if cache.places else _VERSION
+    about = {_FORMAT: version, **(metadata or {}), **{f"{_OWN}{name}": value for name, value in own.items()}}
     layout = {name: (name_of(array.dtype), array.shape) for name, array in tensors.items()}
     with replacing(path) as partial:
         with TensorWriter(partial, layout | {"checksum": _CHECKSUM}, about) as writer:
@@ -112,17 +118,22 @@ def load_prompt_cache(
     Raises:
         CheckpointError: the file is missing, damaged or not a prompt cache, or it was made with another model, adapter
             or tokenizer, or its content does not fit the model.
+
+    A cache with media continues without them. Where it runs again from its start, as at the RoPE boundary, it needs
+    them: `cache.reuse(prompt)` of a prompt that has them hands them over.
     """
     path = Path(os.path.expanduser(path))
     header = _read_header(path)
     own = {name.removeprefix(_OWN): value for name, value in header.metadata.items() if name.startswith(_OWN)}
     tensors = _read_tensors(path, header)
-    for what, wanted in _identity(model, tokenizer).items():
-        if own.get(what) != wanted:
-            _refuse(path, what, own.get(what) == WITHOUT, wanted == WITHOUT)
     try:
-        cache = _restored(model, own, tensors)
-    except (KeyError, ValueError, RecursionError, RequestError) as error:
+        places = [_place(each) for each in json.loads(own.get("media", "[]"))]
+        adapter = conditions_of(places, "short", None, model.make_cache().mode_adapters).adapter
+        for what, wanted in _identity(model, tokenizer, adapter).items():
+            if own.get(what) != wanted:
+                _refuse(path, what, own.get(what) == WITHOUT, wanted == WITHOUT)
+        cache = _restored(model, own, tensors, places)
+    except (KeyError, ValueError, TypeError, RecursionError, RequestError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{path} is not a prompt cache of this model: {reason:.200}; {_MAKE_ONE}") from None
     if not return_metadata:
@@ -181,11 +192,28 @@ def _shape(cache: PromptCache) -> dict[str, str]:
     }
 
 
-def _identity(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, str]:
-    """The fingerprints that the cached numbers depend on."""
+def _described(place: Place) -> list[Any]:
+    """A run of slots as a JSON value."""
+    medium = place.medium
+    return [place.start, place.skipped, place.count, medium.kind, medium.tokens, medium.digest]
+
+
+def _place(described: Any) -> Place:
+    """The run of slots of a JSON value; TypeError or ValueError if it is none."""
+    start, skipped, count, kind, tokens, digest = described
+    numbers = all(type(each) is int for each in (start, skipped, count, tokens))
+    if not numbers or not (start >= 0 and 0 <= skipped < skipped + count <= tokens) or kind not in ("image", "audio"):
+        raise ValueError(f"{described!r:.100} is not a place of a medium")
+    if len(bytes.fromhex(digest)) != 32:
+        raise ValueError(f"{digest!r:.100} is not a SHA-256")
+    return Place(start, AbsentMedium(kind, tokens, digest), skipped, count)
+
+
+def _identity(model: LanguageModel, tokenizer: Tokenizer, adapter: str | None) -> dict[str, str]:
+    """The fingerprints that the cached numbers depend on; `adapter` is the one in use by its name."""
     return {
         "model": base_fingerprint(model),
-        "adapter": adapter_fingerprint(model),
+        "adapter": adapter_fingerprint(model) if adapter is None else named_fingerprint(model, adapter),
         "tokenizer": tokenizer.fingerprint()[:32],
     }
 
@@ -195,8 +223,9 @@ def _read_header(path: Path) -> Header:
     version = header.metadata.get(_FORMAT)
     if version is None:
         raise CheckpointError(f"{path} is not a prompt cache file; {_MAKE_ONE}")
-    if version != _VERSION:
-        raise CheckpointError(f"{path} has format {version!r:.20}; only {_VERSION} is supported; {_MAKE_ONE}")
+    if version not in (_VERSION, _WITH_MEDIA):
+        supported = f"{_VERSION} and {_WITH_MEDIA} are supported"
+        raise CheckpointError(f"{path} has format {version!r:.20}; only {supported}; {_MAKE_ONE}")
     return header
 
 
@@ -216,7 +245,9 @@ def _read_tensors(path: Path, header: Header) -> dict[str, mx.array]:
     return {name: loaded[name] for name in names[:-1]}
 
 
-def _restored(model: LanguageModel, own: Mapping[str, str], tensors: dict[str, mx.array]) -> PromptCache:
+def _restored(
+    model: LanguageModel, own: Mapping[str, str], tensors: dict[str, mx.array], places: Sequence[Place]
+) -> PromptCache:
     """A cache with the content of a file, checked against a cache that the model fills itself.
 
     Raises:
@@ -227,7 +258,11 @@ def _restored(model: LanguageModel, own: Mapping[str, str], tensors: dict[str, m
     ids = tensors["ids"]
     if ids.dtype != mx.int32 or ids.ndim != 1:
         raise ValueError(f"ids are {ids.dtype} of shape {list(ids.shape)}")
-    model.check_ids(ids.tolist())
+    prompt = Prompt(ids.tolist(), places)
+    model.check_ids(prompt)
+    ends = [0, *(place.end for place in places)]
+    if any(end > start for end, start in zip(ends, [*(place.start for place in places), ids.size], strict=True)):
+        raise ValueError("its media overlap, or reach past its end")
     if regime not in ("short", "long") or (model.regime(ids.size), regime) == ("long", "short"):
         raise ValueError(f"{amount(ids.size, 'token')} cannot be under the RoPE table {regime!r:.20}")
     if regime != (pinned or regime) or ids.size > (max_kv_size or ids.size):
@@ -242,7 +277,7 @@ def _restored(model: LanguageModel, own: Mapping[str, str], tensors: dict[str, m
             raise ValueError(f"{name} is {array.dtype} of shape {list(array.shape)}, not {kind[0]} of {list(kind[1])}")
         if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all():
             raise ValueError(f"{name} contains NaN or inf")
-    cache.restore(ids.tolist(), [[tensors[name] for name in names] for names in _names(cache)], regime)
+    cache.restore(prompt, [[tensors[name] for name in names] for names in _names(cache)], regime)
     if cache.offset != ids.size:
         raise ValueError(f"its layers hold {amount(cache.offset, 'token')}, and it has {amount(ids.size, 'id')}")
     return cache

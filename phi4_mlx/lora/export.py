@@ -30,9 +30,10 @@ def to_peft(adapter_path: str | Path, peft_path: str | Path) -> None:
     """
     from phi4_mlx.adapters.folder import CONFIG_FILE, FULL, read_folder, write_config, write_tensors
     from phi4_mlx.adapters.peft import PEFT_FILE, peft_layout
+    from phi4_mlx.adapters.quantized import dense
     from phi4_mlx.files.atomic import whole_or_absent
 
-    adapter = read_folder(Path(os.path.expanduser(adapter_path)))
+    adapter = dense(read_folder(Path(os.path.expanduser(adapter_path))))
     if adapter.kind == FULL:
         raise RequestError(f"{adapter.source} holds full weights, not an adapter; convert it with `{typed('fuse')}`")
     tensors, config = peft_layout(adapter)

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.models.rope import Regime
-from phi4_mlx.tokens.prompt import Mode, Place, cut, joined, keys_of, moved
+from phi4_mlx.tokens.prompt import AbsentMedium, Mode, Place, cut, joined, keys_of, moved
 
 MAX_PIECES = 256  # ids appended before they are joined
 
@@ -150,3 +150,28 @@ class CachedTokens:
         """One number a token of the first row; see `phi4_mlx.tokens.prompt.keys_of`."""
         ids: list[int] = self.ids[0].tolist()
         return keys_of(ids, self.places)
+
+
+def check_rerun(tokens: CachedTokens, length: int, needed: Conditions) -> None:
+    """Checks that cached tokens can be run again.
+
+    Args:
+        tokens: those that the cache knows.
+        length: tokens that the layers have.
+        needed: the conditions to run them under.
+
+    Raises:
+        RequestError: an id is not known, or a medium is absent.
+    """
+    under = f"under the {needed.regime} RoPE table{f' with adapter {needed.adapter}' if needed.adapter else ''}"
+    if tokens.count < length:
+        raise RequestError(
+            f"{length} cached tokens must be run again {under}, and the cache does not know their ids; make it with "
+            "model.make_cache()"
+        )
+    for place in tokens.places:
+        if isinstance(place.medium, AbsentMedium):
+            raise RequestError(
+                f"{length} cached tokens must be run again {under}, and the prompt cache file has no media, only their "
+                f"keys and values; give the {place.medium.kind} of {place.medium.tokens} tokens again with the prompt"
+            )

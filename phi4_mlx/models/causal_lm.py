@@ -24,6 +24,7 @@ class CausalLM(LanguageModel):
     """
 
     model: Any
+    adapters: NamedAdapters
 
     def __init__(self, config: Config, decoder: nn.Module):
         super().__init__()
@@ -71,6 +72,9 @@ class CausalLM(LanguageModel):
 
     @property
     def step_bytes(self) -> int:
-        """See `LanguageModel.step_bytes`; an embedding that is not the head is only looked up."""
-        looked_up = [] if self.config.tie_word_embeddings else tree_flatten(self.model.embed_tokens.parameters())
-        return self.weights_bytes - sum(int(array.nbytes) for _, array in looked_up)
+        """See `LanguageModel.step_bytes`; an embedding that is not the head is only looked up, and towers are not read."""
+        embeddings = () if self.config.tie_word_embeddings else ("model.embed_tokens.",)
+        arrays = tree_flatten(self.parameters())
+        return sum(
+            int(array.nbytes) for name, array in arrays if not (name.startswith(embeddings) or self.on_demand(name))
+        )

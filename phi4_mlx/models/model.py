@@ -56,7 +56,7 @@ class LanguageModel(nn.Module, ABC):
         boundary: the longest sequence under the short RoPE table; None for a model with a single regime.
         lora_keys: the linear layers within a block that LoRA adapts by default, by their path.
         recompute: in training, keep only each block's input and run the block again in backward.
-        adapters: those that a cache may name, mixed by row.
+        adapters: those that a cache may name, mixed by row; None if the model does not mix.
         watch: called with each block and its output, which is not computed yet; training shows its progress by them.
     """
 
@@ -64,7 +64,7 @@ class LanguageModel(nn.Module, ABC):
     boundary: int | None = None
     lora_keys: tuple[str, ...] = ()
     recompute: bool
-    adapters: NamedAdapters
+    adapters: NamedAdapters | None = None
     watch: Callable[[nn.Module, mx.array], object] | None = None
 
     @abstractmethod

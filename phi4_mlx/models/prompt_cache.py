@@ -10,9 +10,8 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from phi4_mlx.errors import RequestError
 from phi4_mlx.models.cache import CacheOptions, LayerCache
-from phi4_mlx.models.cached_tokens import CachedTokens, Conditions, conditions_of
+from phi4_mlx.models.cached_tokens import CachedTokens, Conditions, check_rerun, conditions_of
 from phi4_mlx.models.layer_caches import LayerCaches
 from phi4_mlx.models.rope import Regime, regime_of
 from phi4_mlx.models.snapshot import Snapshots
@@ -118,18 +117,13 @@ class PromptCache(LayerCaches):
 
         Raises:
             RequestError: there are a user's adapter and a medium; or, at a crossing, the cache does not know its ids,
-                because this model did not fill it.
+                because this model did not fill it, or lacks its media, because it comes from a file.
         """
         tokens = self.tokens
         tokens.expect(places)
         needed = self._needed(self._regime_with(ids.shape[1]), tokens.all_places)
         if self.offset > 0 and not self._conditions.hold_for(needed):
-            if tokens.count < self.offset:
-                raise RequestError(
-                    f"{self.offset} cached tokens must be run again under the {needed.regime} RoPE table"
-                    f"{f' with adapter {needed.adapter}' if needed.adapter else ''}, and the cache does not know their "
-                    "ids; make it with model.make_cache()"
-                )
+            check_rerun(tokens, self.offset, needed)
             ids, places = mx.concatenate([tokens.ids, ids], axis=1), tokens.all_places
             self.rerun_tokens += self.trim(self.offset)
             tokens.expect(places)

@@ -6,17 +6,13 @@ import base64
 import json
 from collections.abc import Iterable, Mapping
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.json_file import JsonObject
-from phi4_mlx.tokens.prompt import MediaSettings, Medium
+from phi4_mlx.tokens.prompt import READS_ONLY_TEXT, AbsentMedium, MediaSettings, Medium
 from phi4_mlx.tools.json_text import json_text
-
-if TYPE_CHECKING:
-    from phi4_mlx.tokens.media.audio import Audio
-    from phi4_mlx.tokens.media.image import Image
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_IMAGES = 64  # of a prompt; the model card's limit
@@ -106,7 +102,7 @@ def _piece(index: int, part: Any, media: MediaSettings | None) -> str | Medium:
     if kind == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     if media is None:
-        raise RequestError(f"message {index} has a part that is not text: {part!r:.100}; this model reads only text")
+        raise RequestError(f"message {index} has a part that is not text: {part!r:.100}; this model {READS_ONLY_TEXT}")
     if kind not in ("image", "audio"):
         raise RequestError(
             f"message {index} has a part that is neither text, image nor audio: {part!r:.100}; a part is an object "
@@ -122,8 +118,10 @@ def _piece(index: int, part: Any, media: MediaSettings | None) -> str | Medium:
         raise RequestError(f"message {index}: {error}") from None
 
 
-def _read(kind: str, name: str, source: Any, media: MediaSettings) -> Image | Audio:
+def _read(kind: str, name: str, source: Any, media: MediaSettings) -> Medium:
     """The medium at a source, given under that name."""
+    if isinstance(source, AbsentMedium) and source.kind == kind:
+        return source
     if name in _SOURCES and not isinstance(source, str) and not (name == "path" and hasattr(source, "__fspath__")):
         raise RequestError(f"the {name} of an {kind} part must be a text, not {source!r:.60}")
     if name == "url":

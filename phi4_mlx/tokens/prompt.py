@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["image", "audio"]
 
+READS_ONLY_TEXT = "reads only text; Phi-4-multimodal-instruct and the embedded demo-multimodal read pictures and sound"
+
 
 class Mode(str, Enum):
     """The kinds of media in a request, which decide its adapter for all of its tokens.
@@ -253,7 +255,7 @@ class Prompt(list[int]):
         if places:
             self._places = joined([*self._places, *moved(places, length)])
 
-    def __iadd__(self, ids: Iterable[int]) -> Prompt:  # type: ignore[override,misc]  # a list's returns Self
+    def __iadd__(self, ids: Iterable[int]) -> Prompt:  # type: ignore[override]  # a list's returns Self
         self.extend(ids)
         return self
 
@@ -271,7 +273,7 @@ class Prompt(list[int]):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    __hash__ = None  # type: ignore[assignment]  # as any list
+    __hash__ = None  # as any list
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Prompt, ([*self], self._places)

@@ -22,7 +22,7 @@ from phi4_mlx.files.manifest import read_manifest
 from phi4_mlx.files.regular_file import TOKENIZER_BYTES, read_regular
 from phi4_mlx.tokens import byte_bpe
 from phi4_mlx.tokens.decoders import FallbackByte, FallbackDecoder, StreamingDecoder
-from phi4_mlx.tokens.prompt import MediaSettings, Medium, Prompt, slots
+from phi4_mlx.tokens.prompt import READS_ONLY_TEXT, MediaSettings, Medium, Prompt, slots
 from phi4_mlx.tokens.white_space import WHITE_SPACE, longest_run_exceeds
 
 # Markers that end a turn in this family; config.json often names only one of them.
@@ -162,7 +162,7 @@ class Tokenizer:
 
     def _media_settings(self, medium: Medium) -> MediaSettings:
         if self.media is None:
-            raise RequestError(f"the prompt has {medium.kind} input, and this model reads only text")
+            raise RequestError(f"the prompt has {medium.kind} input, and this model {READS_ONLY_TEXT}")
         return self.media
 
     def apply_chat_template(

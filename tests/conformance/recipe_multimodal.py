@@ -162,7 +162,7 @@ def tensor(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     if "extensor" in name or len(shape) == 1 or name.endswith((".b1", ".b2")):
         return np.float32(0.5 if "extensor" in name else 0.1) * noise
     fan_in = 4 if "position" in name or "bias_values" in name else int(np.prod(shape[1:]))
-    return noise * np.float32((2.0 if "qkv" in name else 1.0) * fan_in**-0.5)
+    return noise * np.float32(fan_in**-0.5)
 
 
 def weights(raw: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
@@ -175,7 +175,7 @@ def lora(raw: dict[str, Any], name: str, seed: int = 0) -> dict[str, np.ndarray]
     found = {}
     for path, (out, width) in adapted(raw).items():
         for part, shape in (("lora_A", (RANKS[name], width)), ("lora_B", (out, RANKS[name]))):
-            found[f"{path}.{part}.weight"] = np.float32(0.6) * tensor(f"{path}.{part}.{name}", shape, seed)
+            found[f"{path}.{part}.weight"] = np.float32(0.5) * tensor(f"{path}.{part}.{name}", shape, seed)
     return found
 
 

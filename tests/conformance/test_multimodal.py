@@ -12,11 +12,13 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx import load
 from phi4_mlx.config.multimodal import MultimodalConfig
+from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.models.audio import AudioEmbedding
 from phi4_mlx.models.multimodal import Model
 from phi4_mlx.models.vision import ImageEmbedding
 from phi4_mlx.tokens.media.audio import Audio
 from phi4_mlx.tokens.media.image import Image
+from phi4_mlx.tokens.prompt import Place, Prompt
 from tests.conformance import recipe_multimodal as recipe
 from tests.tiny_multimodal import LAYOUTS, write_tiny_multimodal
 
@@ -93,6 +95,13 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return request.param, model
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    model, _ = load(write_tiny_multimodal(tmp_path_factory.mktemp("original")))
+    assert isinstance(model, Model)
+    return model
+
+
 def media(mode: str) -> list[Image | Audio]:
     """The media of the recipe's prompt in a mode."""
     image = Image(*recipe.picture(), recipe.CROP, recipe.PATCH)
@@ -109,3 +118,14 @@ def test_logits_of_each_mode_and_layout_are_the_references(loaded: tuple[str, Mo
         return
     assert difference(logits, f"logits_{mode}") <= 1e-4
     assert (np.array(logits).argmax(-1) == GOLDEN[f"logits_{mode}"].argmax(-1)).all()
+
+
+@pytest.mark.parametrize("step", [1, 5, 96])
+@pytest.mark.parametrize("mode", recipe.MODES)
+def test_greedy_tokens_are_the_references(original: Model, mode: str, step: int) -> None:
+    """A picture is cut by the chunks, and the answer crosses the RoPE boundary where the prompt does not."""
+    ids = recipe.prompt(mode)
+    starts = [ids.index(token) for token in (recipe.IMAGE_TOKEN, recipe.AUDIO_TOKEN) if token in ids]
+    prompt = Prompt(ids, map(Place, starts, media(mode)))
+    steps = generate_step(prompt, original, max_tokens=recipe.GREEDY, prefill_step_size=step)
+    assert [token for token, _ in steps] == GOLDEN[f"greedy_{mode}"].tolist()

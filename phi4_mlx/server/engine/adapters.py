@@ -40,7 +40,7 @@ class JobAdapters:
 
     def __init__(self, base: LanguageModel, folders: dict[str, str], default: str | None):
         self._base, self._folders = base, folders
-        if taken := [name for name in folders if name in base.adapters.names]:
+        if taken := [name for name in folders if base.adapters is not None and name in base.adapters.names]:
             raise RequestError(f"adapter {taken[0]!r} has the name of one of the model's own; choose another name")
         self._known: dict[str | None, Adapted] = {None: Adapted(base, None)}
         if default:
@@ -65,12 +65,12 @@ class JobAdapters:
 
     def _load(self, name: str, folder: str) -> Adapted:
         adapter = read_adapter(Path(folder))
-        if adapter.mixes:
-            self._base.adapters.add(name, adapter)
+        if (bank := self._base.adapters) is not None and adapter.mixes:
+            bank.add(name, adapter)
             try:
-                self._base.adapters.load(name)
+                bank.load(name)
             except BaseException:
-                self._base.adapters.remove(name)
+                bank.remove(name)
                 raise
             return Adapted(self._base, name)
         twin = share_weights(self._base)

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.tokens.media.log_mel import WIDE, log_mel, window_of
@@ -35,7 +35,7 @@ class Audio:
     features: NDArray[np.float32]
     seconds: float
 
-    kind: ClassVar = "audio"
+    kind: ClassVar[Literal["audio"]] = "audio"
 
     @property
     def tokens(self) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def heic_as_png(file: MeteredFile) -> bytes:
     Raises:
         UnreadablePicture: this is not macOS, or its `sips` does not read the picture.
     """
-    if sys.platform != "darwin":
+    if platform.system() != "Darwin":
         raise UnreadablePicture(
             "it is a HEIC picture, which only macOS reads: convert it first, with `heif-convert PICTURE.heic "
             "PICTURE.png` (package libheif-examples) or on the phone"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union
 
 from phi4_mlx.errors import RequestError, check_whole
 from phi4_mlx.tokens.media.bicubic import resize_bicubic
@@ -46,7 +46,7 @@ class Image:
     crop_size: int = CROP_SIZE
     patch_size: int = PATCH_SIZE
 
-    kind = "image"
+    kind: ClassVar[Literal["image"]] = "image"
 
     def __post_init__(self) -> None:
         self.padded.setflags(write=False)  # the digest names these bytes
@@ -76,7 +76,7 @@ class Image:
         import numpy as np
 
         crop, rows, columns = self.crop_size, self.size[0] // self.crop_size, self.size[1] // self.crop_size
-        value = (np.arange(256, dtype=np.float32) / 255 - 0.5) / 0.5  # of each byte
+        value = ((np.arange(256, dtype=np.float32) / 255 - 0.5) / 0.5).astype(np.float32)  # of each byte
         pixels = np.empty((1 + rows * columns, crop, crop, 3), np.float32)
         pixels[0] = resize_bicubic(self.padded, crop, value)
         for index in range(rows * columns):

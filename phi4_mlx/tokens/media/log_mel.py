@@ -17,6 +17,7 @@ BANDS = 80
 
 _FFT = 512  # at 16 kHz: a bin every 31.25 Hz, at 8 kHz too
 _TOP_HZ = 7690
+_TOP_BIN = int(_TOP_HZ * _FFT / WIDE + 0.5)  # bin 246 is below the top, but the original leaves it out
 _PREEMPHASIS = 0.97
 _SCALE = 32768  # samples as 16-bit numbers
 _FRAMES = 512  # computed at once: 2 MB of windows
@@ -62,23 +63,30 @@ def _features(frames: NDArray[np.float64], rate: int) -> NDArray[np.float32]:
     emphasised = (frames - _PREEMPHASIS * before) * _SCALE
     fft = _FFT * rate // WIDE
     spectrum = np.fft.rfft(emphasised * np.hamming(frames.shape[1]), fft)
-    bins = fft // 2 + (rate == WIDE)  # the original drops the last bin of narrow sound
-    power = np.square(spectrum.real[:, :bins]) + np.square(spectrum.imag[:, :bins])
-    return np.log(np.maximum(power @ _bank()[:bins], 1.0)).astype(np.float32)
+    bins = min(fft // 2, _TOP_BIN)  # the original drops the last bin of narrow sound, too
+    power = np.square(spectrum.real[:, 1:bins]) + np.square(spectrum.imag[:, 1:bins])
+    starts, centres, rising = _triangles()
+    within = starts < bins - 1
+    starts, centres = starts[within], centres[within]
+    # A bin between two centres belongs to both triangles. Sums over so few bins are cheaper than a product of matrices.
+    bands = np.zeros((len(frames), BANDS + 2))
+    bands[:, centres + 1] = np.add.reduceat(power * rising[: bins - 1], starts, axis=1)
+    bands[:, centres] += np.add.reduceat(power * (1 - rising[: bins - 1]), starts, axis=1)
+    return np.log(np.maximum(bands[:, 1:-1], 1.0)).astype(np.float32)
 
 
 @cache
-def _bank() -> NDArray[np.float64]:
-    """Weights [257, 80] of the bins in each band: triangles in mel, of height 1."""
+def _triangles() -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Triangles of height 1, linear in mel, over the bins from 1 on.
+
+    Returns:
+        (the first bin above a centre, less 1; that centre; the weight [245] of each bin in the triangle that rises)
+    """
     import numpy as np
 
     def mel(hertz: NDArray[np.float64]) -> NDArray[np.float64]:
         return 1127 * np.log1p(hertz / 700)
 
-    top = mel(np.array(float(_TOP_HZ)))
-    step = top / (BANDS + 1)
-    at = mel(np.arange(_FFT // 2 + 1) * WIDE / _FFT)[:, None]  # [257, 1]
-    bank = np.maximum(1 - np.abs(at - step * np.arange(1, BANDS + 1)) / step, 0)
-    bank[int(_TOP_HZ * _FFT / WIDE + 0.5) :] = 0  # bin 246 lies below the top, but the original leaves it out
-    bank[0] = 0
-    return bank
+    place = mel(np.arange(1, _TOP_BIN) * WIDE / _FFT) / mel(np.array(float(_TOP_HZ))) * (BANDS + 1)
+    centres, starts = np.unique(np.floor(place).astype(np.int64), return_index=True)
+    return starts, centres, place - np.floor(place)

@@ -20,14 +20,13 @@ from phi4_mlx.tokens.media.picture_file import PictureSource, picture_size
 from phi4_mlx.tokens.media.picture_header import MeteredFile, UnreadablePicture, picture_format
 from phi4_mlx.tokens.media.sound_file import open_sound
 from phi4_mlx.tokens.media.sound_header import kind_of as sound_kind
+from phi4_mlx.tokens.prompt import READS_ONLY_TEXT, Kind
 
 if TYPE_CHECKING:
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
-Kind = Literal["image", "audio"]
 FileKind = Literal["image", "audio", "pdf"]
 
-MODEL_THAT_READS_MEDIA = "Phi-4-multimodal-instruct"
 SPEECH_S = 40  # seconds; the longest clips that the model was trained to transcribe or translate. Source: its card
 
 _NOUNS = {"image": "a picture", "audio": "a sound", "pdf": "a PDF"}
@@ -173,10 +172,7 @@ def check_reads_media(tokenizer: Tokenizer, model_name: str = "this model") -> N
         RequestError: the model reads only text; names the model to use.
     """
     if tokenizer.media is None:
-        raise RequestError(
-            f"{model_name} reads only text; {MODEL_THAT_READS_MEDIA} reads pictures and sound, and so does "
-            "demo-multimodal, which is a part of this package"
-        )
+        raise RequestError(f"{model_name} {READS_ONLY_TEXT}")
 
 
 def _read(file: MediaFile, tokenizer: Tokenizer, tell: Callable[[str], object] = lambda line: None) -> Image | Audio:

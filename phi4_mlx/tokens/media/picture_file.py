@@ -18,6 +18,7 @@ from phi4_mlx.terminal.suggestion import path_suggestion
 from phi4_mlx.tokens.media.heic import heic_as_png
 from phi4_mlx.tokens.media.picture_header import (
     MOST_BYTES,
+    TOO_LARGE,
     MeteredFile,
     UnreadablePicture,
     check_header,
@@ -48,26 +49,37 @@ class Picture:
         size: (width, height) in pixels, upright.
     """
 
-    def __init__(self, image: PIL.Image.Image):
-        """Takes a loaded image as it is; the rotation that a camera noted is applied to what is read from it."""
-        self._image, self._turn = image, _orientation(image)
+    def __init__(self, image: PIL.Image.Image, name: str):
+        """Takes a loaded image.
+
+        Args:
+            image: as it is stored, before the rotation that a camera noted.
+            name: what messages call it.
+        """
+        self._image, self._name, self._turn = image, name, _orientation(image)
         self.size = upright_size(image)
 
     def resized(self, width: int, height: int) -> npt.NDArray[np.uint8]:
-        """RGB pixels [height, width, 3] of PIL's bilinear resize."""
+        """RGB pixels [height, width, 3] of PIL's bilinear resize.
+
+        Raises:
+            RequestError: values of 32 bits are out of the range that can be read.
+        """
         import numpy as np
         import PIL.Image
 
-        bilinear = PIL.Image.Resampling.BILINEAR
         across, down = self.size
-        # PIL resizes all rows, then all columns. So the rows can be read in strips: the same pixels, and no second
-        # copy of a large picture for its rotation or its conversion to RGB.
-        narrow = PIL.Image.new("RGB", (width, down))
         step = max(_STRIP_PIXELS // across, 1)
-        for top in range(0, down, step):
-            rows = self._rows(top, min(top + step, down))
-            narrow.paste(rows.resize((width, rows.height), bilinear), (0, top))
-        return np.asarray(narrow.resize((width, height), bilinear))
+        pixels = np.empty((height, width, 3), np.uint8)
+        # One colour at a time, filled in strips: a whole copy for the rotation or for RGB could be 200 MB.
+        for channel in range(3):
+            plane = PIL.Image.new("L", self.size)
+            for top in range(0, down, step):
+                with _refused(self._name):
+                    rows = self._rows(top, min(top + step, down))
+                plane.paste(rows.getchannel(channel), (0, top))
+            pixels[..., channel] = np.asarray(plane.resize((width, height), PIL.Image.Resampling.BILINEAR))
+        return pixels
 
     def _rows(self, top: int, bottom: int) -> PIL.Image.Image:
         """Upright rows in RGB."""
@@ -81,6 +93,7 @@ class Picture:
         turns = [Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE,
                  Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90]  # fmt: skip
         rows = self._image.crop(box)
+        rows.info.pop("transparency", None)  # of a palette or one colour; dropped like all alpha
         return _rgb(rows if self._turn == 1 else rows.transpose(turns[self._turn - 2]))
 
 
@@ -96,15 +109,16 @@ def open_picture(source: PictureSource) -> Picture:
     Raises:
         RequestError: the source cannot be read; names it and the reason.
     """
-    with _refused(source):
+    name = _name(source)
+    with _refused(name):
         if isinstance(source, (str, bytes, os.PathLike)):
             with _opened(source) as image, _DECODER, _quiet():
                 image.load()
-                return Picture(image)
+                return Picture(image, name)
         image = _given(source)
         check_size(*image.size)
         image.load()
-        return Picture(image)
+        return Picture(image, name)
 
 
 def picture_size(source: PictureSource) -> tuple[int, int]:
@@ -116,7 +130,7 @@ def picture_size(source: PictureSource) -> tuple[int, int]:
     Raises:
         RequestError: as for `open_picture`, but damage behind the header is not seen.
     """
-    with _refused(source):
+    with _refused(_name(source)):
         if not isinstance(source, (str, bytes, os.PathLike)):
             return upright_size(_given(source))
         with _opened(source) as image:
@@ -129,10 +143,13 @@ def upright_size(image: PIL.Image.Image) -> tuple[int, int]:
     return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
+def _name(source: Any) -> str:
+    return f"{source!s:.300}" if isinstance(source, (str, os.PathLike)) else "the picture"
+
+
 @contextlib.contextmanager
-def _refused(source: Any) -> Iterator[None]:
+def _refused(name: str) -> Iterator[None]:
     """Turns what decoders raise into one line."""
-    name = f"{source!s:.300}" if isinstance(source, (str, os.PathLike)) else "the picture"
     try:
         yield
     except RequestError:
@@ -140,7 +157,10 @@ def _refused(source: Any) -> Iterator[None]:
     except UnreadablePicture as error:
         raise RequestError(f"{name} cannot be read: {error}") from None
     except Exception as error:  # of any kind: decoders raise what they run into
-        raise RequestError(f"{name} cannot be read: it is damaged or cut off ({message_of(error):.200})") from None
+        if type(error).__name__ == "DecompressionBombError":  # by Pillow, which sees the size first
+            raise RequestError(f"{name} cannot be read: {TOO_LARGE}") from None
+        reason = "" if type(error).__name__ == "UnidentifiedImageError" else f" ({message_of(error):.200})"
+        raise RequestError(f"{name} cannot be read: it is damaged or cut off{reason}") from None
 
 
 @contextlib.contextmanager
@@ -195,6 +215,8 @@ def _orientation(image: PIL.Image.Image) -> int:
     """The EXIF orientation, from 1 to 8; 1 if there is none or it cannot be read."""
     import PIL.Image
 
+    if image.format == "TIFF":  # Pillow turns it as it loads
+        return 1
     try:
         # The base class's: a PNG's own decodes the pixels first.
         value = PIL.Image.Image.getexif(image).get(_ORIENTATION)

@@ -13,17 +13,19 @@ import zlib
 from typing import BinaryIO
 
 MOST_PIXELS = 50_000_000  # the largest photos of phones have 48.8 million; the model sees at most 7.2 million
+TOO_LARGE = f"it is too large: the limit is {MOST_PIXELS:,} pixels in all; make it smaller first"
 MOST_BYTES = 2**28  # of a file: 50 million pixels without compression have 150 MB
 _MOST_DECODING_BYTES = 320_000_000  # while a file is decoded
 _MOST_SCANS = 100  # of a progressive JPEG; encoders write about ten, and each is decoded over the whole picture
 _MOST_ICONS = 100
 _MOST_STRIPS = 100_000  # of a TIFF; each costs Pillow some hundred bytes
 _MOST_TAGS = 4096
+_MOST_SAMPLES = 6  # of a pixel of a TIFF: CMYK with two more
 _MOST_PLAIN_BYTES = 2_000_000  # of a PPM in letters
 _MOST_READS = 20_000  # of a decoder, and one more for each KiB: short records could keep it busy for minutes
 
-# Bytes a pixel at the peak of Pillow's decoders, measured on 24 million pixels with Pillow 13. Progressive JPEGs hold all
-# coefficients, WebP three copies of the canvas; both WebP and AVIF read the whole file too.
+# Bytes a pixel at the peak of Pillow's decoders, measured on 24 million pixels with Pillow 13. Progressive JPEGs hold
+# all coefficients, WebP three copies of the canvas; both WebP and AVIF read the whole file too.
 _DECODING_BYTES = {"JPEG": 4, "progressive JPEG": 10, "PNG": 4, "GIF": 4, "BMP": 4, "PPM": 4, "TIFF": 4, "ICO": 12,
                    "WebP": 16, "AVIF": 10}  # fmt: skip
 
@@ -36,9 +38,14 @@ _OTHERS = [
     (b"%PDF-", "a PDF"), (b"%!PS", "PostScript"), (b"\xc5\xd0\xd3\xc6", "PostScript"), (b"8BPS", "a Photoshop file"),
     (b"<svg", "an SVG"), (b"<?xml", "XML, perhaps an SVG"), (b"<!doctype", "HTML"), (b"<html", "HTML"),
     (b"\0\0\0\x0cjP  ", "JPEG 2000"), (b"\xffO\xffQ", "JPEG 2000"), (b"\xff\n", "JPEG XL"),
-    (b"\0\0\0\x0cJXL ", "JPEG XL"), (b"ID3", "sound"), (b"OggS", "sound"), (b"fLaC", "sound"), (b"PK\3\4", "a ZIP file"),
+    (b"\0\0\0\x0cJXL ", "JPEG XL"), (b"ID3", "sound"), (b"OggS", "sound"), (b"fLaC", "sound"),
+    (b"PK\3\4", "a ZIP file"),
 ]  # fmt: skip
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+_PNG_CHANNELS = {2: 3, 4: 2, 6: 4}
+_ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+_INFLATED_AT_ONCE = 2**20
+_CUT_OFF = "it is cut off: it ends too early"
 _MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd7]")  # of a JPEG: a segment with a length, or the end
 _STRIPS = {273, 279, 324, 325}  # tags of a TIFF: offsets and lengths of strips and tiles
 # Width, height, bits, compression, turn, samples, rows of a strip, width and height of a tile.
@@ -94,7 +101,7 @@ class MeteredFile:
         self.seek(position)
         data = self.read(count)
         if len(data) < count:
-            raise UnreadablePicture("it ends too early")
+            raise UnreadablePicture(_CUT_OFF)
         return data
 
 
@@ -138,7 +145,9 @@ def check_header(file: MeteredFile, kind: str) -> None:
     Raises:
         UnreadablePicture: it is damaged, or decoding it would take too much time or memory.
     """
-    if check := {"PNG": _check_png, "JPEG": _check_jpeg, "ICO": _check_ico, "TIFF": _check_tiff, "PPM": _check_ppm}.get(kind):
+    if check := {"PNG": _check_png, "JPEG": _check_jpeg, "ICO": _check_ico, "TIFF": _check_tiff, "PPM": _check_ppm}.get(
+        kind
+    ):
         check(file)
     file.seek(0)
 
@@ -158,33 +167,56 @@ def check_size(width: int, height: int, kind: str | None = None, more: int = 0) 
     if not (width > 0 and height > 0):
         raise UnreadablePicture(f"it has {width} x {height} pixels")
     if width * height > MOST_PIXELS:
-        raise UnreadablePicture(
-            f"it has {width:,} x {height:,} pixels; the limit is {MOST_PIXELS:,} in all: make it smaller first"
-        )
+        raise UnreadablePicture(f"{TOO_LARGE}; it has {width:,} x {height:,}")
     needed = more + width * height * _DECODING_BYTES[kind] if kind else 0
     if needed > _MOST_DECODING_BYTES:
         raise UnreadablePicture(
-            f"to decode a {kind} of {width:,} x {height:,} pixels takes {needed // 1_000_000:,} MB of memory; the limit is "
-            f"{_MOST_DECODING_BYTES // 1_000_000} MB: make it smaller or save it as PNG"
+            f"to decode a {kind} of {width:,} x {height:,} pixels takes {needed // 1_000_000:,} MB of memory; "
+            f"the limit is {_MOST_DECODING_BYTES // 1_000_000} MB: make it smaller or save it as PNG"
         )
 
 
 def _check_png(file: MeteredFile) -> None:
-    """Checksums of all chunks; Pillow reads those of the pixels over."""
-    position = 8
-    while True:
+    """Checksums of all chunks and the number of pixels: Pillow takes missing ones for black."""
+    header = file.at(8, 25)
+    if header[4:8] != b"IHDR":
+        raise UnreadablePicture("it is damaged: it does not begin with its header")
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header[8:21])
+    check_size(width, height, "PNG")
+    missing = sum(
+        rows * (1 + (columns * depth * _PNG_CHANNELS.get(colour, 1) + 7) // 8)
+        for columns, rows in _png_passes(width, height, bool(interlaced))
+        if columns
+    )
+    inflate, position, name = zlib.decompressobj(), 8, b""
+    while name != b"IEND":
         length, name = struct.unpack(">I4s", file.at(position, 8))
         if length > file.size:
-            raise UnreadablePicture("it ends too early")
+            raise UnreadablePicture(_CUT_OFF)
         data = file.at(position + 8, length + 4)
         if zlib.crc32(data[:length], zlib.crc32(name)) != int.from_bytes(data[length:], "big"):
             raise UnreadablePicture("it is damaged: a checksum is wrong")
-        if name == b"IEND":
-            return
-        if position == 8:
-            width, height = struct.unpack(">II", data[:8]) if name == b"IHDR" and length >= 8 else (0, 0)
-            check_size(width, height, "PNG")
+        if name == b"IDAT":
+            missing -= _inflated(inflate, data[:length], missing)
         position += length + 12
+    if missing > 0:
+        raise UnreadablePicture(_CUT_OFF)
+
+
+def _png_passes(width: int, height: int, interlaced: bool) -> list[tuple[int, int]]:
+    """Columns and rows of each pass."""
+    if not interlaced:
+        return [(width, height)]
+    return [(-(-max(width - x, 0) // dx), -(-max(height - y, 0) // dy)) for x, y, dx, dy in _ADAM7]
+
+
+def _inflated(inflate: zlib._Decompress, data: bytes, most: int) -> int:
+    """The number of bytes that a piece of a stream inflates to, at most about `most`."""
+    count = 0
+    while data and count < most:
+        count += len(inflate.decompress(data, _INFLATED_AT_ONCE))
+        data = inflate.unconsumed_tail
+    return count
 
 
 def _check_jpeg(file: MeteredFile) -> None:
@@ -247,6 +279,8 @@ def _check_tiff(file: MeteredFile) -> None:
             inside = struct.calcsize(order + form) * length <= (8 if big else 4)
             if tag in _TIFF_TAGS:
                 (tags[tag],) = numbers(form, value if inside else numbers(wide, value)[0])
+    if tags.get(277, 1) > _MOST_SAMPLES:
+        raise UnreadablePicture(f"it has {tags[277]:,} samples a pixel; the limit is {_MOST_SAMPLES}")
     width, height = tags.get(256, 0), tags.get(257, 0)
     block = tags.get(322, width) * tags.get(323, min(tags.get(278, height), height))
     samples = max(-(-tags.get(277, 1) * tags.get(258, 1) // 8), 4)

@@ -47,23 +47,22 @@ def _polyphase(blocks: Iterable[Wave], rate: int) -> Iterator[Wave]:
 
     ratio = Fraction(rate, WIDE).limit_denominator(max(_MOST_PHASES * WIDE // max(rate, WIDE), 1))
     filters = _filters(rate, ratio)
-    around = filters.shape[1] - 1
-    # Whole periods of the phases, so many that the windows of one phase do not overlap: BLAS then takes them as rows.
-    periods_together = -(-around // ratio.numerator) + 1
-    up, down = ratio.denominator * periods_together, ratio.numerator * periods_together
-    size = max(rate * _BLOCK_S // down, 1) * down + around  # inputs computed at once
-    rest, total, done = np.zeros(0), 0, 0
+    up, down, around = ratio.denominator, ratio.numerator, filters.shape[1] - 1
+    size = max(rate * _BLOCK_S // down, 1) * down + around  # whole periods of `down` inputs and `up` outputs
+    waiting, held, total, done = [np.zeros(0)], 0, 0, 0
     for block in _extended(blocks, around // 2):
         total += len(block)
-        rest = np.concatenate([rest, block])
-        if len(rest) >= size:
-            periods = (len(rest) - around) // down
-            yield _outputs(rest, filters, up, down, periods)
-            rest, done = rest[periods * down :], done + periods * up
+        held += len(block)
+        waiting.append(block)
+        if held >= size:
+            inputs = np.concatenate(waiting)
+            periods = (held - around) // down
+            yield _outputs(inputs, filters, down, periods)
+            waiting, held, done = [inputs[periods * down :]], held - periods * down, done + periods * up
     left = -((around - total) * up // down) - done
     periods = -(-left // up)
-    missing = periods * down + around - len(rest)
-    yield _outputs(np.concatenate([rest, np.zeros(max(missing, 0))]), filters, up, down, periods)[:left]
+    waiting.append(np.zeros(max(periods * down + around - held, 0)))
+    yield _outputs(np.concatenate(waiting), filters, down, periods)[:left]
 
 
 def _extended(blocks: Iterable[Wave], half: int) -> Iterator[Wave]:
@@ -90,17 +89,19 @@ def _extended(blocks: Iterable[Wave], half: int) -> Iterator[Wave]:
         yield np.pad(recent, half, "reflect", reflect_type="odd")
 
 
-def _outputs(inputs: Wave, filters: NDArray[np.float64], up: int, down: int, periods: int) -> Wave:
+def _outputs(inputs: Wave, filters: NDArray[np.float64], down: int, periods: int) -> Wave:
     """The outputs [periods * up] of whole periods."""
     import numpy as np
 
+    up, taps = filters.shape
     outputs = np.empty((periods, up))
     if periods:
-        windows = np.lib.stride_tricks.sliding_window_view(inputs, filters.shape[1])
-        for number in range(up):
-            first = number * down // up
+        windows = np.lib.stride_tricks.sliding_window_view(inputs, taps)
+        for phase, weights in enumerate(filters):
+            first = phase * down // up
             rows = windows[first : first + (periods - 1) * down + 1 : down]
-            outputs[:, number] = rows @ filters[number % len(filters)]
+            # A product of BLAS would copy rows that overlap, and wait for its threads.
+            outputs[:, phase] = np.einsum("ij,j->i", rows, weights)
     return outputs.reshape(-1)
 
 

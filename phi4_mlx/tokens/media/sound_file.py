@@ -179,14 +179,19 @@ def _from_array(source: tuple[Any, ...]) -> Sound:
     import numpy as np
 
     name = "the sound"
-    if len(source) != 2 or np.ndim(source[0]) == 0:
+    if len(source) != 2 or isinstance(source[0], (int, float)):
         raise RequestError("sound in memory must be (samples, rate in Hz), with the samples first")
+    rate = source[1]
     try:
-        wave, rate = np.asarray(source[0]), source[1]
+        is_whole = not isinstance(rate, (bool, np.bool_)) and int(rate) == rate
+    except (ValueError, TypeError, OverflowError):
+        is_whole = False
+    if not is_whole:
+        raise RequestError(f"the sample rate must be a whole number of Hz, not {rate!r:.60}")
+    try:
+        wave = np.asarray(source[0])
     except (ValueError, TypeError, RuntimeError) as error:
         raise RequestError(f"samples must be numbers [n] or [n, channels]: {error}") from None
-    if isinstance(rate, (bool, np.bool_)) or np.ndim(rate) or not np.isreal(rate) or rate != rate or rate % 1:
-        raise RequestError(f"the sample rate must be a whole number of Hz, not {rate!r:.60}")
     if wave.ndim not in (1, 2):
         raise RequestError(f"samples must have the shape [n] or [n, channels], not {list(wave.shape)}")
     scales = {"u1": (128, 128), "i2": (0, 2**15), "i4": (0, 2**31)}

@@ -200,7 +200,7 @@ def test_a_text_model_refuses_media_in_one_line(
     for line in (f"/image {red}", "/audio x.wav", "/record", f"'{red}' what?", "/load one"):
         shown(chat)
         take_turn(chat, type_lines(line))
-        assert "reads only text; Phi-4-multimodal-instruct reads pictures and sound" in shown(chat).replace("\n", " ")
+        assert "reads only text; Phi-4-multimodal-instruct and the embedded demo-multimodal read" in shown(chat).replace("\n", " ")
     assert len(chat.conversation.turns) == 1
 
 

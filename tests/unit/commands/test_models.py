@@ -127,6 +127,7 @@ def test_the_list_says_what_is_where_and_what_loads(
     assert found["owner/good"] == {
         "id": "owner/good", "revision": COMMIT, "refs": ["main"], "path": str(folder), "bytes": nbytes(folder),
         "context": 1024, "last_used": "2023-11-14T22:13:20+00:00", "loads": True, "why_not": None,
+        "reads_media": False,
     }  # fmt: skip
     assert [each["loads"] for each in found.values()] == [True, True, False, True, False, False]
     assert found["owner/damaged"]["revision"] is None and found["demo"]["path"] == str(resolve("demo"))
