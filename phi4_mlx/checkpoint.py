@@ -303,13 +303,15 @@ def _unchanged(folder: Path) -> Iterator[None]:
 
 
 def share_weights(model: LanguageModel) -> LanguageModel:
-    """Another model over the same arrays; an adapter on one is not on the other."""
+    """Another model over the same arrays, with the same adapters by name; an adapter on one is not on the other."""
     parameters = model.parameters()
     flat = tree_flatten(parameters)
     infos = {name: TensorInfo(name_of(array.dtype), tuple(array.shape), 0, 0) for name, array in flat}
     twin = empty_model(model.config, infos)
     twin.update(parameters)
     twin.eval()
+    if twin.adapters is not None and model.adapters is not None:
+        twin.adapters.share(model.adapters)
     return twin
 
 

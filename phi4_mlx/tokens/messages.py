@@ -97,7 +97,11 @@ def _joined(pieces: list[str | Medium]) -> str | list[str | Medium]:
 
 
 def _piece(index: int, part: Any, media: MediaSettings | None) -> str | Medium:
-    """The text or the medium of a part."""
+    """The text or the medium of a part, which may have been checked before."""
+    if isinstance(part, str):
+        return part
+    if hasattr(part, "digest"):
+        part = {"type": part.kind, part.kind: part}
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
