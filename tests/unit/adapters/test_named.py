@@ -46,7 +46,7 @@ def made(make: Make, kind: str, **options: Any) -> Adapter:
 
 def adapters_of(make: Make) -> dict[str, Adapter]:
     """LoRA, DoRA, another rank and scale, one layer only, and 8 bits."""
-    key = {"phi3": "mlp.down_proj", "phi4flash": "mlp.fc2"}[next(kind for kind in MAKERS if MAKERS[kind] is make)]
+    key = "mlp.fc2" if make is MAKERS["phi4flash"] else "mlp.down_proj"
     return {
         "lora": made(make, "lora", seed=1),
         "dora": made(make, "dora", seed=2),
@@ -159,7 +159,7 @@ def test_they_are_no_parameters_of_the_model_and_are_read_at_first_use() -> None
 def count_calls(patch: pytest.MonkeyPatch, kind: str) -> list[int]:
     """Counts the calls of a block's Python code; a compiled step makes none."""
     calls: list[int] = []
-    owner: Any = text.Attention if kind == "phi3" else differential.Attention
+    owner: Any = differential.Attention if kind == "phi4flash" else text.Attention
     heads = owner.heads
 
     def counting(self: Any, *arguments: Any) -> Any:
@@ -264,7 +264,7 @@ def test_adapters_that_do_not_fit_are_refused_at_their_first_use() -> None:
     assert model.adapters.select(["good"]) is not None
     whole = replace(current_adapter(make_tiny_model(), "somewhere"), kind="full")
     model.adapters.add("whole", whole)
-    with pytest.raises(RequestError, match="somewhere: .*whole weights"):
+    with pytest.raises(RequestError, match=r"somewhere: .*whole weights"):
         model.adapters.load("whole")
     with pytest.raises(RequestError, match="'good' cannot be used together with the one that the model was loaded"):
         adapted(model).adapters.load("good")
