@@ -264,7 +264,7 @@ def test_adapters_that_do_not_fit_are_refused_at_their_first_use() -> None:
     assert model.adapters.select(["good"]) is not None
     whole = replace(current_adapter(make_tiny_model(), "somewhere"), kind="full")
     model.adapters.add("whole", whole)
-    with pytest.raises(RequestError, match="somewhere: .*whole weights"):
+    with pytest.raises(RequestError, match=r"somewhere: .*whole weights"):
         model.adapters.load("whole")
     with pytest.raises(RequestError, match="'good' cannot be used together with the one that the model was loaded"):
         adapted(model).adapters.load("good")
