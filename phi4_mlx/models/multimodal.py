@@ -23,7 +23,6 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.models import text
 from phi4_mlx.models.audio import AudioEmbedding
 from phi4_mlx.models.batch_cache import BatchCache
-from phi4_mlx.models.cache import CacheOptions, LayerCache
 from phi4_mlx.models.multimodal_names import EXTEND
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime
