@@ -19,8 +19,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from phi4_mlx.adapters.folder import Adapter
 from phi4_mlx.adapters.layers import load_adapter
-from phi4_mlx.adapters.shipped import add_shipped
+from phi4_mlx.adapters.shipped import add_shipped, shipped_adapters
 from phi4_mlx.config.fields import MODEL_FOLDER, QUANTIZATION_MODES, Config, brief, count
 from phi4_mlx.config.multimodal import MultimodalConfig
 from phi4_mlx.config.sambay import SambaYConfig
@@ -33,7 +34,7 @@ from phi4_mlx.files.safetensors import Stored, TensorInfo, read_header, weight_f
 from phi4_mlx.hub import resolve
 from phi4_mlx.models import multimodal, multimodal_names, sambay, text
 from phi4_mlx.models.model import LanguageModel
-from phi4_mlx.models.padded import PaddedLinear
+from phi4_mlx.models.padded import PaddedLinear, padded_width
 from phi4_mlx.models.shared_stream import shared_stream
 from phi4_mlx.terminal.suggestion import suggestion
 from phi4_mlx.tokens.chat_format import CHAT_FORMATS, ChatFormat, recognise, recognise_flash
@@ -220,9 +221,14 @@ def load_model(folder: Path) -> LanguageModel:
         _check_finite(folder, [each for each in weights if not model.on_demand(each[0])])
     model.load_weights(weights)
     model.eval()
-    if isinstance(config, MultimodalConfig):
-        add_shipped(model, folder, tensors.loras, config.loras)
+    add_shipped(model, shipped_with(model, folder, tensors))
     return model
+
+
+def shipped_with(model: LanguageModel, folder: Path, tensors: StoredTensors) -> dict[str, Adapter]:
+    """The LoRAs of a checkpoint by name; see `shipped_adapters`."""
+    settings = model.config.loras if isinstance(model.config, MultimodalConfig) else {}
+    return shipped_adapters(model, folder, tensors.loras, settings)
 
 
 @dataclass(frozen=True)
@@ -297,13 +303,15 @@ def _unchanged(folder: Path) -> Iterator[None]:
 
 
 def share_weights(model: LanguageModel) -> LanguageModel:
-    """Another model over the same arrays; an adapter on one is not on the other."""
+    """Another model over the same arrays, with the same adapters by name; an adapter on one is not on the other."""
     parameters = model.parameters()
     flat = tree_flatten(parameters)
     infos = {name: TensorInfo(name_of(array.dtype), tuple(array.shape), 0, 0) for name, array in flat}
     twin = empty_model(model.config, infos)
     twin.update(parameters)
     twin.eval()
+    if twin.adapters is not None and model.adapters is not None:
+        twin.adapters.share(model.adapters)
     return twin
 
 
@@ -354,7 +362,7 @@ def _scheme(
     ]
     for scheme in sorted(schemes, key=lambda scheme: scheme not in claims):
         bits, group_size = scheme["bits"], scheme["group_size"]
-        width = columns + (-columns % group_size if isinstance(module, PaddedLinear) else 0)
+        width = padded_width(columns, group_size) if isinstance(module, PaddedLinear) else columns
         shapes = (rows, width * bits / 32), (rows, width / group_size)
         if (weight.shape, scales.shape) == shapes and (scales.dtype in FLOATS) == (scheme["mode"] == "affine"):
             return scheme

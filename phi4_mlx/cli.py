@@ -12,6 +12,7 @@ from phi4_mlx.terminal.version import __version__
 
 COMMANDS = {
     "generate": ("phi4_mlx.commands.generate", "print the answer to one prompt"),
+    "transcribe": ("phi4_mlx.commands.transcribe", "write down the speech in sound files of any length"),
     "cache-prompt": ("phi4_mlx.commands.cache_prompt", "prefill a long text once, for many runs of generate"),
     "chat": ("phi4_mlx.chat.__main__", "chat with a model in the terminal"),
     "server": ("phi4_mlx.server.__main__", "serve a model over HTTP: OpenAI's and Anthropic's APIs, and a chat page"),

@@ -57,10 +57,10 @@ def attach_typed(chat: Chat, typed: str) -> str:
     """Attaches the files whose paths are in a line; returns the question without them.
 
     A path before the text is taken out of it; a later one is replaced by "image 2" or "audio 1", its number in the
-    question.
+    question. A path in backticks stays text.
 
     Raises:
-        RequestError: a file cannot be read; none is attached.
+        RequestError: the model reads only text, or a file cannot be read; none is attached.
     """
     before = [*chat.pending]
     text, at = "", 0
@@ -69,6 +69,7 @@ def attach_typed(chat: Chat, typed: str) -> str:
             text += typed[at : found.start]
             at = found.end
             kind: Literal["image", "audio"] = "audio" if kind_of(found.path) == "audio" else "image"
+            check_reads_media(chat.conversation.tokenizer, chat.model_name, "; a path in backticks stays text")
             attach_file(chat, found.path, kind)
             if text.strip():
                 text += f"{kind} {sum(each.kind == kind for each in chat.pending)}"

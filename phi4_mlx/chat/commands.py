@@ -20,6 +20,7 @@ from phi4_mlx.files.atomic import sweep
 from phi4_mlx.terminal.amount import amount, size
 from phi4_mlx.terminal.options import SAMPLING
 from phi4_mlx.terminal.suggestion import path_suggestion, suggestion
+from phi4_mlx.terminal.typed_paths import local_path
 
 if TYPE_CHECKING:
     from phi4_mlx.chat.conversation import Turn
@@ -326,23 +327,39 @@ def _audio(chat: Chat, rest: str) -> None:
 
 
 def _attach(chat: Chat, rest: str, kind: Literal["image", "audio"], pages: str = "") -> None:
-    """Attaches a file to the next question; without a name, lists what is attached."""
-    if rest:
-        attach_file(chat, _named(rest), kind, pages)
-    else:
-        show_pending(chat)
+    """Attaches files to the next question; without a name, lists what is attached."""
+    if not rest:
+        return show_pending(chat)
+    for path in _several(rest):
+        attach_file(chat, local_path(path), kind, pages)
+
+
+def _several(rest: str) -> list[str]:
+    """The names of several files as a shell reads them, if all are there; else one name, which may have spaces."""
+    try:
+        words = shlex.split(rest)
+    except ValueError:
+        words = []
+    several = len(words) > 1 and all(os.path.exists(local_path(word)) for word in words)
+    return words if several else [_named(rest)]
 
 
 def _record(chat: Chat, rest: str) -> None:
     from phi4_mlx.chat.microphone import record
     from phi4_mlx.terminal.line_editor import state_folder
 
-    check_takes_media(chat)  # before anything is said
-    chat.screen.note("recording; Enter ends it, Ctrl-C drops it")
+    check_takes_media(chat)
+    begun = False
+
+    def show(seconds: float) -> None:
+        nonlocal begun
+        if not begun:
+            chat.screen.note("recording; Enter ends it, Ctrl-C drops it")
+        begun = True
+        chat.screen.status(f"{amount(int(seconds), 'second')} ...")
+
     try:
-        path = record(
-            state_folder() / "recordings", lambda seconds: chat.screen.status(f"{amount(int(seconds), 'second')} ...")
-        )
+        path = record(state_folder() / "recordings", show)
     finally:
         chat.screen.status("")
     attach_file(chat, str(path), "audio")

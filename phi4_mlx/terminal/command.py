@@ -267,10 +267,16 @@ def _point_at_nothing(descriptor: int) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar, called with (bytes done, total bytes); None where standard error is not a terminal.
+def progress_bar(
+    label: str, of: Callable[[float], str] | None = None
+) -> Iterator[Callable[[float, float], None] | None]:
+    """A progress bar, called with (done, total); None where standard error is not a terminal.
 
     Before the first call, and between two, a spinner and the seconds show that the program runs.
+
+    Args:
+        label: before the bar.
+        of: the text of an amount; None for bytes.
     """
     if not sys.stderr.isatty():
         yield None
@@ -286,10 +292,15 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
         TimeRemainingColumn,
     )
 
-    columns = (SpinnerColumn("line"), TextColumn("{task.description}"), BarColumn(20), DownloadColumn())
+    amounts = DownloadColumn() if of is None else TextColumn("{task.fields[amounts]}")
+    columns = (SpinnerColumn("line"), TextColumn("{task.description}", markup=False), BarColumn(20), amounts)
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task(label, total=None, amounts="")
+
+        def show(done: float, total: float) -> None:
+            bar.update(task, completed=done, total=total, amounts="" if of is None else f"{of(done)} of {of(total)}")
+
+        yield show
 
 
 def number(kind: type[Number], low: Number, high: Number) -> Callable[[str], Number]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any
-from urllib.parse import unquote_to_bytes
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.json_file import JsonObject
+from phi4_mlx.tokens.media.data_url import base64_bytes, url_bytes
 from phi4_mlx.tokens.prompt import READS_ONLY_TEXT, AbsentMedium, MediaSettings, Medium
 from phi4_mlx.tools.json_text import json_text
 
@@ -97,7 +96,11 @@ def _joined(pieces: list[str | Medium]) -> str | list[str | Medium]:
 
 
 def _piece(index: int, part: Any, media: MediaSettings | None) -> str | Medium:
-    """The text or the medium of a part."""
+    """The text or the medium of a part, which may have been checked before."""
+    if isinstance(part, str):
+        return part
+    if hasattr(part, "digest"):
+        part = {"type": part.kind, part.kind: part}
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
@@ -125,9 +128,9 @@ def _read(kind: str, name: str, source: Any, media: MediaSettings) -> Medium:
     if name in _SOURCES and not isinstance(source, str) and not (name == "path" and hasattr(source, "__fspath__")):
         raise RequestError(f"the {name} of an {kind} part must be a text, not {source!r:.60}")
     if name == "url":
-        source = _data_of_url(source)
+        source = url_bytes(source)
     elif name == "base64":
-        source = _data_of_base64(source)
+        source = base64_bytes(source)
     if kind == "image":
         from phi4_mlx.tokens.media.image import read_image
 
@@ -135,20 +138,6 @@ def _read(kind: str, name: str, source: Any, media: MediaSettings) -> Medium:
     from phi4_mlx.tokens.media.audio import read_audio
 
     return read_audio(source)
-
-
-def _data_of_url(url: str) -> bytes:
-    head, comma, data = url.partition(",")
-    if head[:5].lower() != "data:" or not comma:
-        raise RequestError(f"url {url!r:.60} is not a data: URL; others are never fetched, so download the file first")
-    return _data_of_base64(data) if head.lower().endswith(";base64") else unquote_to_bytes(data)
-
-
-def _data_of_base64(text: str) -> bytes:
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except ValueError:
-        raise RequestError(f"{text!r:.60} is not base64") from None
 
 
 def _flat_call(call: Mapping[str, Any]) -> JsonObject:

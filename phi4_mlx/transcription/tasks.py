@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 # The words of the model's card, which has none that name the spoken language: the model recognises it itself.
 TRANSCRIBE = "Transcribe the audio clip into text."
 
+NO_WORD_TIMES = "the model gives no times of words; times of segments come with srt, vtt and verbose_json"
+
 LANGUAGES = {
     "en": "English", "zh": "Chinese", "de": "German", "fr": "French", "it": "Italian", "ja": "Japanese",
     "es": "Spanish", "pt": "Portuguese",

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import mlx.core as mx
-
 from phi4_mlx.adapters.layers import put_adapter, read_adapter
 from phi4_mlx.checkpoint import share_weights
 from phi4_mlx.errors import Phi4Error, RequestError
@@ -50,7 +48,7 @@ class JobAdapters:
         """The model for the adapter of that name, and the adapter's name on that model; `None` is the default.
 
         Raises:
-            RequestError: the name is unknown.
+            RequestError: the name is unknown, or the adapter cannot be used.
         """
         if name not in self._known:
             folder = self._folders.get(str(name))
@@ -75,5 +73,4 @@ class JobAdapters:
             return Adapted(self._base, name)
         twin = share_weights(self._base)
         put_adapter(twin, adapter)
-        mx.eval(twin.parameters())
         return Adapted(twin, None)

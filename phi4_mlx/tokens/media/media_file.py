@@ -161,18 +161,19 @@ def media_of_file(
     return [replace(each, medium=_read(each, tokenizer, tell)) for each in files]
 
 
-def check_reads_media(tokenizer: Tokenizer, model_name: str = "this model") -> None:
+def check_reads_media(tokenizer: Tokenizer, model_name: str = "this model", way_out: str = "") -> None:
     """Refuses media for a model that reads only text.
 
     Args:
         tokenizer: of the model.
         model_name: for the message.
+        way_out: the end of the message.
 
     Raises:
         RequestError: the model reads only text; names the model to use.
     """
     if tokenizer.media is None:
-        raise RequestError(f"{model_name} {READS_ONLY_TEXT}")
+        raise RequestError(f"{model_name} {READS_ONLY_TEXT}{way_out}")
 
 
 def _read(file: MediaFile, tokenizer: Tokenizer, tell: Callable[[str], object] = lambda line: None) -> Image | Audio:

@@ -96,9 +96,17 @@ def test_enter_alone_asks_about_what_is_attached(chat: Chat, script: Script, bee
 
 def test_other_paths_stay_text(chat: Chat, script: Script, tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("no picture")
-    line = f"see {tmp_path}/notes.png, {tmp_path}/none.png and {tmp_path}"
+    save_picture(tmp_path / "red.png")
+    line = f"see {tmp_path}/notes.png, {tmp_path}/none.png, `{tmp_path}/red.png` and {tmp_path}"
     take_turn(chat, type_lines(line))
     assert questions(chat) == [line] and chat.pending == []
+
+
+def test_a_command_takes_several_files(chat: Chat, red: Path, beep: Path, tmp_path: Path) -> None:
+    save_picture(tmp_path / "b.png")
+    for line in (f"/image '{red}' b.png ", f"/image file://{tmp_path}/red%20one.png", r"/image red\ one.png"):
+        obey(chat, line)
+    assert [each.name for each in chat.pending] == ["red one.png", "b.png", "red one.png", "red one.png"]
 
 
 def test_attached_files_are_listed_and_dropped(chat: Chat, red: Path, beep: Path) -> None:
@@ -200,7 +208,8 @@ def test_a_text_model_refuses_media_in_one_line(
     for line in (f"/image {red}", "/audio x.wav", "/record", f"'{red}' what?", "/load one"):
         shown(chat)
         take_turn(chat, type_lines(line))
-        assert "reads only text; Phi-4-multimodal-instruct and the embedded demo-multimodal read" in shown(chat).replace("\n", " ")
+        text = shown(chat).replace("\n", " ")
+        assert "reads only text; Phi-4-multimodal-instruct and the embedded demo-multimodal read" in text
     assert len(chat.conversation.turns) == 1
 
 
