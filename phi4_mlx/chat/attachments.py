@@ -23,14 +23,13 @@ def check_takes_media(chat: Chat) -> None:
     check_reads_media(chat.conversation.tokenizer, chat.model_name)
 
 
-def attach_file(chat: Chat, path: str, kind: Literal["image", "audio"], pages: str = "") -> None:
+def attach_file(chat: Chat, path: str, kind: Literal["image", "audio"]) -> None:
     """Reads a file and attaches its media to the next question, with a note of what they cost.
 
     Args:
         chat: the chat.
-        path: the file.
+        path: the file; that of a PDF may be followed by its pages.
         kind: "image", also for a PDF, or "audio".
-        pages: of a PDF, as for `media_of_file`.
 
     Raises:
         RequestError: the model reads only text, or the file cannot be read.
@@ -43,7 +42,7 @@ def attach_file(chat: Chat, path: str, kind: Literal["image", "audio"], pages: s
         chat.screen.status(f"reading {path} ...")
 
     try:
-        found = media_of_file(path, kind, chat.conversation.tokenizer, tell, pages)
+        found = media_of_file(path, kind, chat.conversation.tokenizer, tell)
     finally:
         chat.screen.status("")
     chat.pending += found
