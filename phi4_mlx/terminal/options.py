@@ -230,7 +230,7 @@ def add_media_options(parser: Parser, text: str) -> None:
     """Adds `--image` and `--audio`, whose files come before `text`."""
     parser.add_argument(
         "--image", type=word, action="append", default=[], metavar="FILE",
-        help=f"a picture before {text}, or a PDF, whose pages are pictures ('scan.pdf 1-3' takes some); may be repeated",
+        help=f"a picture before {text}, or a PDF, whose pages are pictures, as in 'scan.pdf 1-3'; may be repeated",
     )  # fmt: skip
     parser.add_argument(
         "--audio", type=word, action="append", default=[], metavar="FILE",
