@@ -246,7 +246,7 @@ def test_reading_can_be_interrupted(chat: Chat, red: Path, monkeypatch: pytest.M
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("phi4_mlx.chat.attachments.media_of_file", interrupt)
+    monkeypatch.setattr("phi4_mlx.tokens.media.media_file.media_of_file", interrupt)
     take_turn(chat, type_lines(f"/image {red}"))
     assert chat.pending == []
 
