@@ -62,8 +62,9 @@ def layout_of(name: str, dtype: str, shape: Shape, scheme: Scheme | None) -> Lay
 class Recipe:
     """The scheme of each matrix: of the embedding and the head, of the towers and the LoRAs, and of all others.
 
-    Against 16 bits, 8 bits put an error of 0.5 % on a matrix of random numbers and 4 bits one of 9 %. In 8 bits the
-    towers of Phi-4-multimodal take 0.97 GB and its LoRAs 0.88 GB, half of what they take in 16 bits.
+    Of Phi-4-multimodal, the towers take 1.75 GB in 16 bits, 0.94 in 8 and 0.50 in 4, both LoRAs 1.66, 0.88 and 0.47.
+    On random matrices the relative error of a weight is 0.5 % in 8 bits and 9 % in 4, that of a LoRA's product 0.8 and
+    13 %.
 
     Attributes:
         scheme: of the matrices of the decoder.

@@ -29,7 +29,7 @@ Source = str | os.PathLike[str] | bytes | tuple[Any, Any]
 _BLOCK = 2**16  # frames decoded at once
 _CONVERTER = "afconvert"  # part of macOS
 _CONVERTER_S = 600.0
-_MP3_FRAME = 1152  # samples; a whole MP3 may lack that many of those its header states
+_MP3_LOSS = 4 * 1152  # samples; of the first frames of a recorded stream, which build on earlier ones
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,8 @@ def _decoder(file: BinaryIO, kind: Kind, name: str) -> Iterator[Sound]:
     """Decodes a file with libsndfile."""
     import soundfile
 
-    overlay = check_whole_file(file, kind, name)
+    splice = check_whole_file(file, kind, name)
     notes = without_decoder_notes if kind is Kind.MP3 else contextlib.nullcontext
-    file.seek(0)
 
     class Decoder(soundfile.SoundFile):
         def seekable(self) -> bool:
@@ -125,7 +124,7 @@ def _decoder(file: BinaryIO, kind: Kind, name: str) -> Iterator[Sound]:
 
     try:
         with notes():
-            decoder = Decoder(SoundReader(file, overlay))
+            decoder = Decoder(SoundReader(file, splice))
     except soundfile.SoundFileError as error:
         raise RequestError(f"{name} cannot be decoded as {kind.value}: {_reason(error)}; {READ}") from None
     with decoder:
@@ -147,7 +146,7 @@ def _decoder(file: BinaryIO, kind: Kind, name: str) -> Iterator[Sound]:
                     break
                 count += len(block)
                 yield _mean(block, name)
-            if stated is not None and stated - count > (_MP3_FRAME if kind is Kind.MP3 else 0):
+            if stated is not None and stated - count > (_MP3_LOSS if kind is Kind.MP3 else 0):
                 raise RequestError(
                     f"{name} is damaged or cut: only {count:,} of {stated:,} samples can be decoded; make or copy it "
                     "again"

@@ -7,10 +7,12 @@ import struct
 import zlib
 from collections.abc import Iterator
 from enum import Enum
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.tokens.media.log_mel import NARROW
+from phi4_mlx.tokens.media.mp3_frames import with_frame_count
+from phi4_mlx.tokens.media.sound_reader import Splice
 
 HIGHEST_RATE = 768_000  # Hz; the highest that recorders have
 MOST_CHANNELS = 64
@@ -31,22 +33,12 @@ class Kind(Enum):
 READ = "WAV, FLAC, MP3, Ogg, AIFF and CAF are read, and m4a on macOS"
 
 
-class Overlay(NamedTuple):
-    """Bytes of a header that are read in place of those in the file."""
-
-    position: int
-    data: bytes
-
-
 _MAGIC = {
     b"RIFF": Kind.WAVE, b"RIFX": Kind.WAVE, b"RF64": Kind.WAVE, b"FORM": Kind.AIFF, b"caff": Kind.CAF,
     b"fLaC": Kind.FLAC, b"OggS": Kind.OGG, b"ID3": Kind.MP3,
 }  # fmt: skip
 _FORMS = {Kind.WAVE: (b"WAVE",), Kind.AIFF: (b"AIFF", b"AIFC")}
 _UNKNOWN = 0x7FFFF000  # sizes from here on are the ones of writers that could not go back: SoX, FFmpeg and others
-_KILOBITS = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
-_LOW_KILOBITS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
-_SEARCHED = 8192  # bytes that may come before the first frame
 _MOST_CHUNKS = 1000  # walked through; the sound comes early
 _NOT_READ = {
     b"\x1aE\xdf\xa3": "WebM or Matroska", b"0&\xb2u": "Windows Media", b"#!AMR": "AMR", b"MThd": "MIDI",
@@ -79,13 +71,13 @@ def kind_of(file: BinaryIO, name: str) -> Kind:
     raise RequestError(f"{name} {is_found}; {READ}")
 
 
-def check_whole_file(file: BinaryIO, kind: Kind, name: str) -> Overlay | None:
+def check_whole_file(file: BinaryIO, kind: Kind, name: str) -> Splice | None:
     """Checks that a file holds all the bytes of sound that its header states.
 
     libsndfile itself takes what is there and says nothing.
 
     Returns:
-        The length of the sound as it is, where the header does not know it; None where the header is right.
+        The change by which the header states what is there, where it does not know it; None where it is right.
 
     Raises:
         RequestError: bytes are missing, or the header has a rate or a number of channels that is not read.
@@ -95,11 +87,11 @@ def check_whole_file(file: BinaryIO, kind: Kind, name: str) -> Overlay | None:
     if kind is Kind.OGG:
         _check_pages(file, name)
     if kind is Kind.MP3:
-        _check_first_frames(file, name)
+        return with_frame_count(file, name, READ)
     return _check_chunks(file, kind, length, name) if kind in (Kind.WAVE, Kind.AIFF, Kind.CAF) else None
 
 
-def _check_chunks(file: BinaryIO, kind: Kind, length: int, name: str) -> Overlay | None:
+def _check_chunks(file: BinaryIO, kind: Kind, length: int, name: str) -> Splice | None:
     order = "<" if file.read(4) in (b"RIFF", b"RF64") else ">"
     large = 0  # the size of the sound in a file over 4 GB, which comes first
     for chunk, start, size in _chunks(file, kind, order):
@@ -118,7 +110,8 @@ def _check_chunks(file: BinaryIO, kind: Kind, length: int, name: str) -> Overlay
             size, unknown = large, False
         if unknown and there != size:
             layout = ">q" if kind is Kind.CAF else order + "I"
-            return Overlay(start - struct.calcsize(layout), struct.pack(layout, min(there, 2**32 - 16)))
+            width = struct.calcsize(layout)
+            return Splice(start - width, width, struct.pack(layout, there if width == 8 else min(there, 2**32 - 16)))
         if size - there > 1:  # a byte of padding is often missing
             raise RequestError(
                 f"{name} is cut: {size:,} bytes of sound are announced, and {there:,} follow; copy it again"
@@ -165,37 +158,6 @@ def _check_pages(file: BinaryIO, name: str) -> None:
             raise RequestError(f"{name} is damaged after {position:,} bytes: a checksum is wrong; copy it again")
         last = bool(header[5] & 4)
         position += len(page)
-
-
-def _check_first_frames(file: BinaryIO, name: str) -> None:
-    """Checks that two frames of MP3 follow each other: in anything else the decoder searches all of it, byte by byte.
-
-    Source: ISO/IEC 11172-3, section 2.4.1.3, and 13818-3.
-    """
-    tag = file.read(10)
-    size = sum((byte & 127) << shift for byte, shift in zip(tag[6:10], (21, 14, 7, 0), strict=False))
-    file.seek(10 + size if tag.startswith(b"ID3") else 0)
-    start = file.read(_SEARCHED)
-    if start.startswith(b"fLaC"):
-        return
-    for position in range(len(start) - 3):
-        length = _frame_length(start[position : position + 4])
-        following = start[position + length :] if length else b""
-        if length and (len(following) < 4 or (_frame_length(following) and following[1] == start[position + 1])):
-            return
-    raise RequestError(f"{name} is not sound that can be read: no MP3 follows its first bytes; {READ}")
-
-
-def _frame_length(header: bytes) -> int:
-    """Bytes of an MPEG frame of layer III; 0 for bytes that do not begin one."""
-    version, layer = header[1] >> 3 & 3, header[1] >> 1 & 3
-    bitrate, rate = header[2] >> 4, header[2] >> 2 & 3
-    if header[0] != 0xFF or header[1] < 0xE0 or version == 1 or layer != 1 or bitrate in (0, 15) or rate == 3:
-        return 0
-    first = version == 3  # MPEG 1; the others are MPEG 2 and 2.5, at half and a quarter of its rates
-    kilobits = (_KILOBITS if first else _LOW_KILOBITS)[bitrate - 1]
-    hertz = (44100, 48000, 32000)[rate] >> (0 if first else 1 if version == 2 else 2)
-    return (144 if first else 72) * 1000 * kilobits // hertz + (header[2] >> 1 & 1)
 
 
 _MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))

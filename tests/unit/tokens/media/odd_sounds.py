@@ -77,6 +77,11 @@ def with_tag(data: bytes) -> bytes:
     return b"ID3\x04\0\0\0\0\0\x10" + bytes(16) + data
 
 
+def without_count(data: bytes) -> bytes:
+    """An MP3 file without its first frame, which tells the number of the others."""
+    return data[data.index(b"\xff\xf3", 4) :]
+
+
 TAKEN: dict[str, Made] = {
     "8 bits": lambda: encoded("WAV", "PCM_U8"),
     "16 bits, big-endian": lambda: encoded("AIFF"),
@@ -90,6 +95,7 @@ TAKEN: dict[str, Made] = {
     "MP3": lambda: encoded("MP3"),
     "MP3 at 44.1 kHz": lambda: encoded("MP3", rate=44_100),
     "MP3 behind a tag": lambda: with_tag(encoded("MP3")),
+    "MP3 behind a tag and zeros": lambda: with_tag(bytes(500) + encoded("MP3")),
     "MP3 before a tag": lambda: encoded("MP3") + b"TAG" + bytes(125),
     "FLAC behind a tag": lambda: with_tag(encoded("FLAC")),
     "Vorbis": lambda: encoded("OGG", "VORBIS"),
@@ -130,7 +136,8 @@ REFUSED: dict[str, tuple[Made, str]] = {
     "half a CAF": (lambda: half(encoded("CAF")), "is cut"),
     "half an RF64": (lambda: half(encoded("RF64")), "is cut"),
     "half a FLAC": (lambda: half(encoded("FLAC")), "damaged"),
-    "half an MP3": (lambda: half(encoded("MP3")), "damaged or cut"),
+    "half an MP3": (lambda: half(encoded("MP3")), "is cut"),
+    "an MP3 and noise": (lambda: encoded("MP3") + noise(99_999), "damaged"),
     "half a Vorbis": (lambda: half(encoded("OGG")), "is cut"),
     "half an Opus": (lambda: half(encoded("OGG", "OPUS")), "is cut"),
     "noise in a FLAC": (lambda: noisy(encoded("FLAC")), "damaged"),

@@ -13,7 +13,7 @@ import pytest
 from phi4_mlx.errors import RequestError
 from phi4_mlx.tokens.media.audio import LONGEST_S, read_audio
 from phi4_mlx.tokens.media.sound_file import open_sound
-from tests.unit.tokens.media.odd_sounds import RATE, REFUSED, SECONDS, TAKEN, encoded, half, noisy, tone
+from tests.unit.tokens.media.odd_sounds import RATE, REFUSED, SECONDS, TAKEN, encoded, half, noisy, tone, without_count
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +116,25 @@ def test_arrays(wave: object, expected: np.ndarray) -> None:
 def test_what_is_no_sound_is_refused(source: object, words: str) -> None:
     with pytest.raises(RequestError, match=words):
         read_audio(source)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["silence first", "noise first"])
+def test_an_mp3_that_does_not_tell_its_length_is_read_to_its_end(order: int) -> None:
+    """The decoder guesses it from the first frames, which are much shorter or longer than the others here."""
+    import io
+
+    import soundfile
+
+    wave = np.concatenate([np.zeros(RATE * 2), 0.3 * np.random.default_rng(0).normal(size=RATE * 4)])[::order]
+    file = io.BytesIO()
+    with soundfile.SoundFile(file, "w", RATE, 1, format="MP3", bitrate_mode="VARIABLE", compression_level=0.3) as mp3:
+        mp3.write(wave)
+    assert read_audio(without_count(file.getvalue())).seconds == pytest.approx(6, abs=0.15)
+
+
+def test_mp3_files_one_behind_the_other_are_read_to_the_end() -> None:
+    one = encoded("MP3")
+    assert read_audio(one + one).seconds == pytest.approx(2 * SECONDS, abs=0.15)
 
 
 def test_a_limit_holds_where_the_header_does_not_know_the_length() -> None:
