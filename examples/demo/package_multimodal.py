@@ -1,4 +1,4 @@
-"""The package `demo-multimodal`: the files of `demo` as they are, two slots in its tokenizer, towers and LoRAs in 8 bits."""
+"""The package `demo-multimodal`: the weights of `demo`, two slots in its tokenizer, towers and LoRAs in 8 bits."""
 
 from __future__ import annotations
 
