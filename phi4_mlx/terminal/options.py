@@ -105,7 +105,7 @@ def add_model_options(parser: Parser) -> None:
     parser.add_argument(
         "--model",
         type=word,
-        help="a folder, a Hugging Face id, or demo or demo-flash for an embedded model "
+        help="a folder, a Hugging Face id, or demo, demo-flash or demo-multimodal for an embedded model "
         "(default: mlx-community/Phi-4-mini-instruct-4bit)",
     )
     parser.add_argument(
