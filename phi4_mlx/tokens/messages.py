@@ -9,7 +9,6 @@ from typing import Any
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.json_file import JsonObject
-from phi4_mlx.tokens.media.data_url import base64_bytes, url_bytes
 from phi4_mlx.tokens.prompt import READS_ONLY_TEXT, AbsentMedium, MediaSettings, Medium
 from phi4_mlx.tools.json_text import json_text
 
@@ -130,10 +129,10 @@ def _read(kind: str, name: str, source: Any, media: MediaSettings) -> Medium:
         return source
     if name in _SOURCES and not isinstance(source, str) and not (name == "path" and hasattr(source, "__fspath__")):
         raise RequestError(f"the {name} of an {kind} part must be a text, not {source!r:.60}")
-    if name == "url":
-        source = url_bytes(source)
-    elif name == "base64":
-        source = base64_bytes(source)
+    if name in ("url", "base64"):
+        from phi4_mlx.tokens.media.data_url import base64_bytes, url_bytes
+
+        source = url_bytes(source) if name == "url" else base64_bytes(source)
     if kind == "image":
         from phi4_mlx.tokens.media.image import read_image
 
