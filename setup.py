@@ -24,7 +24,10 @@ setup(
         "phi4_mlx.convert",
     ],
     package_dir={"phi4_mlx.convert": "convert"},
-    package_data={"phi4_mlx": ["py.typed", "demo/*", "demo_flash/*"], "phi4_mlx.server": ["page/*", "page/*/*"]},
+    package_data={
+        "phi4_mlx": ["py.typed", "demo/*", "demo_flash/*", "demo_multimodal/*", "demo_multimodal/*/*"],
+        "phi4_mlx.server": ["page/*", "page/*/*"],
+    },
     install_requires=[
         'mlx>=0.32; sys_platform == "darwin"',
         'mlx[cpu]>=0.32; sys_platform == "linux"',
@@ -40,6 +43,7 @@ setup(
         "pygments>=2.13",
         "prompt_toolkit>=3.0.40",
         "pyyaml>=6",
+        "python-multipart>=0.0.20",
         "starlette>=0.40",
         "uvicorn>=0.30",
     ],

@@ -44,6 +44,12 @@ def _parser() -> Parser:
         "--embed-bits", type=number(int, 2, 8), metavar="N",
         help="bits per number of the embedding and the head, one matrix in Phi-4-mini (default: as --q-bits)",
     )  # fmt: skip
+    for name, what in (("tower", "towers for pictures and sound"), ("adapter", "LoRAs of a multimodal model")):
+        add(
+            f"--{name}-bits", type=number(int, 2, 16), metavar="N",
+            help=f"bits per number of the {what} (default: 8, half the size of 16 with an error of 0.5 %%; 16 keeps "
+            "them as they are)",
+        )  # fmt: skip
     add(
         "--dtype", choices=[DTYPES[name].mlx_name for name in FLOATS],
         help="dtype of the numbers that are not quantised (default: unchanged)",
@@ -63,7 +69,7 @@ def _work(args: argparse.Namespace) -> None:
     with progress_bar("converting") as progress:
         convert(**options, progress=progress)
     out = Path(os.path.expanduser(args.mlx_path))
-    nbytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    nbytes = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
     print(f"{args.mlx_path}: {size(nbytes)} of weights, {time.perf_counter() - begin:.1f} s")
     config = load_config(out)
     if config.context_note:

@@ -15,19 +15,21 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from phi4_mlx.adapters.folder import Adapter
 from phi4_mlx.checkpoint import check_vocabulary, read_config
 from phi4_mlx.config.fields import Config
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.atomic import whole_or_absent
 from phi4_mlx.files.dtypes import DTYPES, FLOATS
 from phi4_mlx.files.json_file import JsonObject, read_json
-from phi4_mlx.files.manifest import MANIFEST_FILE
+from phi4_mlx.files.manifest import MANIFEST_FILE, file_sha256
 from phi4_mlx.files.regular_file import TOKENIZER_BYTES
-from phi4_mlx.files.safetensors import INDEX_FILE, bytes_in, file_in
+from phi4_mlx.files.safetensors import INDEX_FILE, TOWERS_FILE, bytes_in, file_in
 from phi4_mlx.hub import resolve
 from phi4_mlx.terminal.amount import size
 from phi4_mlx.tokens.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
+from .loras import lora_bytes, plan_loras, write_loras
 from .quantize import make_recipe, quantization_config
 from .weights import Parameter, plan, shards, write_shard
 
@@ -36,7 +38,8 @@ _FLOATS = {DTYPES[name].mlx_name: name for name in FLOATS}  # "bfloat16" -> "BF1
 # Copied if they exist: the tokenizer's files, and the licence of the weights.
 SMALL_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json", "LICENSE",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json", "preprocessor_config.json",
+    "LICENSE",
 )  # fmt: skip
 
 SHARD_BYTES = 5 * 10**9 - 10**7  # tensor bytes in a file, which stays under 5 GB with its header
@@ -57,6 +60,8 @@ def convert(
     revision: str | None = None,
     *,
     embed_bits: int | None = None,
+    tower_bits: int | None = None,
+    adapter_bits: int | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Converts a checkpoint of the family into a package, written whole or not at all.
@@ -73,6 +78,8 @@ def convert(
         dequantize: whether to dequantise a quantised checkpoint.
         revision: a commit, branch or tag of the Hub repository.
         embed_bits: bits per number of the embedding and the head, which are one matrix if tied; None for `q_bits`.
+        tower_bits: bits per number of the towers for pictures and sound; 16 leaves them dense, None for 8.
+        adapter_bits: likewise for the LoRAs of a multimodal checkpoint.
         progress: called as (bytes done, bytes in all) of the checkpoint.
 
     Raises:
@@ -82,15 +89,35 @@ def convert(
         TokenizerError: the tokenizer's files are missing or damaged, or do not fit the weights.
     """
     if not quantize:
-        _check_not_given(q_bits=q_bits, q_group_size=q_group_size, q_mode=q_mode, embed_bits=embed_bits)
+        _check_not_given(
+            q_bits=q_bits, q_group_size=q_group_size, q_mode=q_mode, embed_bits=embed_bits, tower_bits=tower_bits,
+            adapter_bits=adapter_bits,
+        )  # fmt: skip
     if dtype is not None and dtype not in _FLOATS:
         raise RequestError(f"--dtype {dtype!r} is not known; known are {', '.join(_FLOATS)}")
-    recipe = make_recipe(q_mode or "affine", q_bits, q_group_size, embed_bits) if quantize else None
+    recipe = None
+    if quantize:
+        recipe = make_recipe(q_mode or "affine", q_bits, q_group_size, embed_bits, tower_bits, adapter_bits)
+    kind = _FLOATS[dtype] if dtype else None
+
+    own_bits = {"--tower-bits": tower_bits, "--adapter-bits": adapter_bits}
 
     def planned(folder: Path, config: Config) -> list[Parameter]:
-        return plan(folder, config, recipe, _FLOATS[dtype] if dtype else None, dequantize)
+        parameters = plan(folder, config, recipe, kind, dequantize)
+        _check_towers(folder, parameters, own_bits)
+        return parameters
 
-    write_package(Path(mlx_path), hf_path, revision, planned, progress)
+    def planned_loras(folder: Path, config: Config) -> dict[str, Adapter]:
+        return plan_loras(folder, config, recipe, kind, dequantize)
+
+    write_package(Path(mlx_path), hf_path, revision, planned, progress, planned_loras)
+
+
+def _check_towers(folder: Path, parameters: list[Parameter], own_bits: Mapping[str, int | None]) -> None:
+    """Raises RequestError if an option for towers and LoRAs is given for a model of text alone."""
+    for name, bits in own_bits.items():
+        if bits is not None and not any(parameter.on_demand for parameter in parameters):
+            raise RequestError(f"{name} {bits} is for multimodal models, and {folder} has no towers; leave it out")
 
 
 def _check_not_given(**options: str | int | None) -> None:
@@ -106,6 +133,7 @@ def write_package(
     revision: str | None,
     planned: Callable[[Path, Config], list[Parameter]],
     progress: Progress | None = None,
+    planned_loras: Callable[[Path, Config], dict[str, Adapter]] | None = None,
 ) -> None:
     """Writes a package, whole or not at all.
 
@@ -115,6 +143,7 @@ def write_package(
         revision: a commit, branch or tag of the Hub repository.
         planned: maps the checkpoint's folder and its config to the parameters to write.
         progress: called as (bytes done, bytes in all) of the checkpoint.
+        planned_loras: likewise to the LoRAs to write, by folder; None keeps those of the checkpoint as they are.
 
     Raises:
         Phi4Error: as `convert`, and whatever `planned` raises.
@@ -124,13 +153,16 @@ def write_package(
         raw = read_json(file_in(folder, "config.json"))
         config = read_config(raw)
         parameters = planned(folder, config)
+        loras = planned_loras(folder, config) if planned_loras else plan_loras(folder, config, None, None, False)
         given = {
             name: bytes_in(folder, name, TOKENIZER_BYTES) for name in SMALL_FILES if os.path.lexists(folder / name)
         }
         tokenizer = load_tokenizer(folder, prove=True)
         small = _small_files(folder, raw, config, parameters, given, tokenizer)
-        _check_room(out, parameters, small)
+        _check_room(out, parameters, small, lora_bytes(loras))
         files = _write_weights(out, parameters, progress or (lambda done, total: None))
+        for path in write_loras(out, loras, config.num_hidden_layers):
+            files[path.relative_to(out).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         files |= {name: _entry(data) for name, data in small.items()}
         manifest: JsonObject = {"files": files}
         if isinstance(tokenizer, ByteTokenizer):  # proven to merge as tiktoken does; `load` need not prove it again
@@ -184,15 +216,16 @@ def _correct_tokenizer_config(folder: Path, files: dict[str, bytes]) -> None:
 def _config(config: Config, parameters: list[Parameter]) -> JsonObject:
     """config.json in the layout that all loaders read, with the quantisation."""
     schemes = {parameter.path: parameter.target for parameter in parameters if parameter.target}
-    settings = quantization_config(schemes) if schemes else None
+    main = {parameter.path for parameter in parameters if not parameter.on_demand}
+    settings = quantization_config(schemes, main) if schemes else None
     ((numbers, _),) = Counter(parameter.numbers for parameter in parameters).most_common(1)
     plain = {key: value for key, value in config.to_dict().items() if not key.startswith("quantization")}
     quantization = {"quantization": settings, "quantization_config": settings} if settings else {}
     return plain | quantization | {"torch_dtype": DTYPES[numbers].mlx_name}
 
 
-def _check_room(out: Path, parameters: list[Parameter], small: Mapping[str, bytes]) -> None:
-    needed = sum(parameter.output_bytes for parameter in parameters) + sum(map(len, small.values()))
+def _check_room(out: Path, parameters: list[Parameter], small: Mapping[str, bytes], lora_bytes: int) -> None:
+    needed = sum(parameter.output_bytes for parameter in parameters) + sum(map(len, small.values())) + lora_bytes
     free = shutil.disk_usage(out).free
     if needed > free:
         raise RequestError(
@@ -202,8 +235,16 @@ def _check_room(out: Path, parameters: list[Parameter], small: Mapping[str, byte
 
 
 def _write_weights(out: Path, parameters: list[Parameter], progress: Progress) -> JsonObject:
-    """Writes the weights, with an index if there is more than one file; returns file name -> entry in the manifest."""
-    parts = shards(parameters, SHARD_BYTES)
+    """Writes the weights, with an index if there is more than one file; returns file name -> entry in the manifest.
+
+    Parameters that are read at their first use, which are the towers, have a file of their own outside the index.
+    """
+    main = [parameter for parameter in parameters if not parameter.on_demand]
+    parts = shards(main, SHARD_BYTES)
+    names = [f"model-{number:05}-of-{len(parts):05}.safetensors" for number in range(1, len(parts) + 1)]
+    named = [*zip(names if len(parts) > 1 else ["model.safetensors"], parts, strict=True)]
+    if len(main) < len(parameters):
+        named.append((TOWERS_FILE, [parameter for parameter in parameters if parameter.on_demand]))
     total = sum(parameter.input_bytes for parameter in parameters)
     done = 0
 
@@ -214,13 +255,13 @@ def _write_weights(out: Path, parameters: list[Parameter], progress: Progress) -
 
     files: JsonObject = {}
     weight_map: dict[str, str] = {}
-    for number, part in enumerate(parts, 1):
-        name = "model.safetensors" if len(parts) == 1 else f"model-{number:05}-of-{len(parts):05}.safetensors"
+    for name, part in named:
         sha256 = write_shard(out / name, part, advance)
         files[name] = {"bytes": (out / name).stat().st_size, "sha256": sha256}
-        weight_map |= {tensor: name for parameter in part for tensor in parameter.outputs}
+        if name != TOWERS_FILE:
+            weight_map |= {tensor: name for parameter in part for tensor in parameter.outputs}
     if len(parts) > 1:
-        size = sum(parameter.output_bytes for parameter in parameters)
+        size = sum(parameter.output_bytes for parameter in main)
         index = _json({"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
         (out / INDEX_FILE).write_bytes(index)
         files[INDEX_FILE] = _entry(index)

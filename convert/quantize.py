@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 
 from phi4_mlx.config.fields import QUANTIZATION_MODES
@@ -15,6 +15,9 @@ Layout = dict[str, tuple[str, Shape]]
 """Tensor name -> (dtype in safetensors, such as "BF16", and shape)."""
 
 EMBEDDING_AND_HEAD = ("model.embed_tokens", "lm_head")
+DENSE = 16  # bits that stand for numbers as they are
+DEFAULT_OWN_BITS = 8  # of the towers and the LoRAs
+TOWER_GROUP_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -57,17 +60,39 @@ def layout_of(name: str, dtype: str, shape: Shape, scheme: Scheme | None) -> Lay
 
 @dataclass(frozen=True)
 class Recipe:
-    """The scheme of each matrix: one for the embedding and the head, and one for all others."""
+    """The scheme of each matrix: of the embedding and the head, of the towers and the LoRAs, and of all others.
+
+    Of Phi-4-multimodal, the towers take 1.75 GB in 16 bits, 0.94 in 8 and 0.50 in 4, both LoRAs 1.66, 0.88 and 0.47.
+    On random matrices the relative error of a weight is 0.5 % in 8 bits and 9 % in 4, that of a LoRA's product 0.8 and
+    13 %.
+
+    Attributes:
+        scheme: of the matrices of the decoder.
+        embedding: of the embedding and the head.
+        towers: of the matrices that are read at first use; None leaves them dense.
+        adapter_bits: bits per number of the LoRAs; None leaves them dense.
+    """
 
     scheme: Scheme
     embedding: Scheme
+    towers: Scheme | None
+    adapter_bits: int | None
 
-    def scheme_of(self, path: str) -> Scheme:
-        """The scheme of the layer at `path`."""
+    def scheme_of(self, path: str, on_demand: bool) -> Scheme | None:
+        """The scheme of the layer at `path`; None for dense."""
+        if on_demand:
+            return self.towers
         return self.embedding if path in EMBEDDING_AND_HEAD else self.scheme
 
 
-def make_recipe(mode: str, bits: int | None, group_size: int | None, embed_bits: int | None) -> Recipe:
+def make_recipe(
+    mode: str,
+    bits: int | None,
+    group_size: int | None,
+    embed_bits: int | None,
+    tower_bits: int | None = None,
+    adapter_bits: int | None = None,
+) -> Recipe:
     """Checks a user's choice and fills in the defaults.
 
     Args:
@@ -75,6 +100,8 @@ def make_recipe(mode: str, bits: int | None, group_size: int | None, embed_bits:
         bits: bits per number; None for the mode's default.
         group_size: numbers that share a scale; None for the mode's default.
         embed_bits: bits per number of the embedding and the head; None for `bits`.
+        tower_bits: bits per number of the towers, always affine; 16 for dense, None for 8.
+        adapter_bits: likewise for the LoRAs of a checkpoint.
 
     Raises:
         RequestError: mlx does not support the combination.
@@ -91,14 +118,31 @@ def make_recipe(mode: str, bits: int | None, group_size: int | None, embed_bits:
         if type(value) is not int or value not in allowed:
             known = ", ".join(map(str, sorted(allowed)))
             raise RequestError(f"{option} {value!r} does not go with --q-mode {mode}; it must be one of {known}")
-    return Recipe(Scheme(mode, bits, group_size), Scheme(mode, bits if embed_bits is None else embed_bits, group_size))
+    tower_bits, adapter_bits = (_own_bits(*each) for each in (("tower", tower_bits), ("adapter", adapter_bits)))
+    return Recipe(
+        Scheme(mode, bits, group_size),
+        Scheme(mode, bits if embed_bits is None else embed_bits, group_size),
+        Scheme("affine", tower_bits, TOWER_GROUP_SIZE) if tower_bits else None,
+        adapter_bits,
+    )
 
 
-def quantization_config(schemes: Mapping[str, Scheme]) -> JsonObject:
+def _own_bits(name: str, bits: int | None) -> int | None:
+    """Bits of the towers or of the LoRAs; None for dense."""
+    allowed = (*QUANTIZATION_MODES["affine"][0], DENSE)
+    bits = DEFAULT_OWN_BITS if bits is None else bits
+    if type(bits) is not int or bits not in allowed:
+        raise RequestError(f"--{name}-bits {bits!r} must be one of {', '.join(map(str, sorted(allowed)))}")
+    return None if bits == DENSE else bits
+
+
+def quantization_config(schemes: Mapping[str, Scheme], main: Collection[str]) -> JsonObject:
     """The "quantization" of config.json: the most common scheme, and by path the layers that have another one.
 
     Args:
         schemes: path of each quantised layer -> its scheme; not empty.
+        main: paths among which the most common one is looked for, if any of them is quantised.
     """
-    ((commonest, _),) = Counter(schemes.values()).most_common(1)
+    counted = [scheme for path, scheme in schemes.items() if path in main] or [*schemes.values()]
+    ((commonest, _),) = Counter(counted).most_common(1)
     return asdict(commonest) | {path: asdict(own) for path, own in schemes.items() if own != commonest}

@@ -19,12 +19,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from phi4_mlx.checkpoint import check_tensors, empty_model
+from phi4_mlx.checkpoint import check_tensors, empty_model, stored_tensors
 from phi4_mlx.config.fields import Config
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.files.dtypes import DTYPES, FLOATS, mlx_dtype
 from phi4_mlx.files.regular_file import open_regular
-from phi4_mlx.files.safetensors import TensorInfo, TensorWriter, read_header, tensor_bytes, weight_files
+from phi4_mlx.files.safetensors import Stored, TensorWriter, tensor_bytes
+from phi4_mlx.models.padded import PaddedLinear, pad, padded_width
 
 from .quantize import Layout, Recipe, Scheme, layout_of
 
@@ -35,36 +36,28 @@ _NVFP4_LARGEST_SCALE = 0x7E  # its bits
 _BLOCKS_AHEAD = 8  # read and being computed while one is written
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a file of a checkpoint."""
+def read_rows(stored: Stored, first: int, last: int) -> mx.array:
+    """Reads rows from `first` to before `last`, in the dtype and shape of the tensor.
 
-    path: Path
-    name: str
-    info: TensorInfo
-
-    def rows(self, first: int, last: int) -> mx.array:
-        """Reads rows from `first` to before `last`, in the dtype and shape of the tensor.
-
-        Raises:
-            CheckpointError: they cannot be read, or contain NaN or infinity.
-        """
-        row_bytes = (self.info.end - self.info.start) // self.info.shape[0]
-        count = (last - first) * row_bytes
-        try:
-            with open_regular(self.path) as file:
-                file.seek(self.info.start + first * row_bytes)
-                data = file.read(count)
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from None
-        if len(data) < count:
-            raise CheckpointError(f"{self.path} ended early: it was changed while it was read; convert it again")
-        if not _is_finite(data, self.info.dtype):
-            raise CheckpointError(
-                f"{self.path}: {self.name} contains NaN or infinity; the checkpoint is damaged, download it again"
-            )
-        array = mx.array(memoryview(data)).view(mlx_dtype(self.info.dtype))
-        return array.reshape(last - first, *self.info.shape[1:])
+    Raises:
+        CheckpointError: they cannot be read, or contain NaN or infinity.
+    """
+    row_bytes = (stored.info.end - stored.info.start) // stored.info.shape[0]
+    count = (last - first) * row_bytes
+    try:
+        with open_regular(stored.path) as file:
+            file.seek(stored.info.start + first * row_bytes)
+            data = file.read(count)
+    except OSError as error:
+        raise CheckpointError(f"{stored.path} cannot be read: {error.strerror}") from None
+    if len(data) < count:
+        raise CheckpointError(f"{stored.path} ended early: it was changed while it was read; convert it again")
+    if not _is_finite(data, stored.info.dtype):
+        raise CheckpointError(
+            f"{stored.path}: {stored.name} contains NaN or infinity; the checkpoint is damaged, download it again"
+        )
+    array = mx.array(memoryview(data)).view(mlx_dtype(stored.info.dtype))
+    return array.reshape(last - first, *stored.info.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -78,6 +71,8 @@ class Parameter:
         numbers: dtype of the floating-point outputs and of the numbers that are quantised, one of `FLOATS`.
         packed: the quantisation in the checkpoint; None if it is dense.
         target: the quantisation in the package; None if it is dense.
+        width: numbers of a row; those of a quantised matrix may be padded with zeros.
+        on_demand: as `LanguageModel.on_demand`; such parameters have a file of their own.
     """
 
     path: str
@@ -86,6 +81,8 @@ class Parameter:
     numbers: str
     packed: Scheme | None
     target: Scheme | None
+    width: int
+    on_demand: bool
 
     @property
     def rows(self) -> int:
@@ -109,7 +106,7 @@ class Parameter:
 
     def converted(self, first: int, last: int) -> list[mx.array]:
         """Rows from `first` to before `last` of each output, as bytes, not yet computed."""
-        arrays = [stored.rows(first, last) for stored in self.inputs]
+        arrays = [read_rows(stored, first, last) for stored in self.inputs]
         if self.packed != self.target:
             arrays = self._repacked(arrays)
         return self.as_bytes(arrays)
@@ -122,15 +119,14 @@ class Parameter:
     def _repacked(self, arrays: list[mx.array]) -> list[mx.array]:
         if self.packed:
             weight, scales, *biases = arrays
-            arrays = [mx.dequantize(weight, scales, *biases, **vars(self.packed))]
+            arrays = [mx.contiguous(mx.dequantize(weight, scales, *biases, **vars(self.packed))[:, : self.width])]
         if self.target:
-            arrays = mx.quantize(arrays[0].astype(mlx_dtype(self.numbers)), **vars(self.target))
+            rows = arrays[0].astype(mlx_dtype(self.numbers))
+            arrays = mx.quantize(pad(rows, padded_width(self.width, self.target.group_size)), **vars(self.target))
         return arrays
 
 
-def plan(
-    folder: Path, config: Config, recipe: Recipe | None, dtype: str | None, dequantize: bool
-) -> list[Parameter]:
+def plan(folder: Path, config: Config, recipe: Recipe | None, dtype: str | None, dequantize: bool) -> list[Parameter]:
     """Plans every parameter of the model, from the headers of a checkpoint.
 
     Args:
@@ -145,14 +141,10 @@ def plan(
         CheckpointError: a tensor is missing, damaged, left over or of another shape.
         RequestError: the recipe does not fit the shapes, or the checkpoint is quantised already or not at all.
     """
-    files = weight_files(folder)
-    stored = {
-        name: Stored(path, name, info)
-        for path in sorted(set(files.values()))
-        for name, info in read_header(path).items()
-    }
-    infos = {name: tensor.info for name, tensor in stored.items()}
-    source = empty_model(config, infos)
+    tensors = stored_tensors(folder, config)
+    source = empty_model(config, tensors.infos)
+    tensors = tensors.shaped(source)
+    stored, infos = tensors.model, tensors.infos
     check_tensors(source, infos)
     packed = {
         path: Scheme(module.mode, module.bits, module.group_size)
@@ -172,18 +164,21 @@ def plan(
     for name, array in tree_flatten(dense.parameters()):
         path = name.removesuffix(".weight")
         before = packed.get(path)
+        on_demand = dense.on_demand(name)
         if recipe and path in modules and dense.quantizable(path, modules[path]):
-            target: Scheme | None = recipe.scheme_of(path)
+            target = recipe.scheme_of(path, on_demand)
         else:
             target = None if dequantize else before
         parts = [f"{path}.{part}" for part in ("scales", "biases") if f"{path}.{part}" in stored]
-        tensors = [name, *parts]
-        inputs = tuple(stored[tensor] for tensor in tensors)
+        inputs = tuple(stored[tensor] for tensor in (name, *parts))
         own = inputs[-1].info.dtype  # of the weight, or of affine biases; mxfp4, nvfp4 and mxfp8 end with scales in U8
         kept = "F32" if dtype and dense.in_float32(name) else dtype
         numbers = kept or (own if own in FLOATS else usual)
-        outputs = layout_of(name, numbers, tuple(array.shape), target)
-        parameters.append(Parameter(path, inputs, outputs, numbers, before, target))
+        shape = tuple(array.shape)
+        if target and isinstance(modules[path], PaddedLinear):
+            shape = (shape[0], padded_width(shape[1], target.group_size))
+        outputs = layout_of(name, numbers, shape, target)
+        parameters.append(Parameter(path, inputs, outputs, numbers, before, target, array.shape[-1], on_demand))
     return parameters
 
 
@@ -265,7 +260,7 @@ class _Block(NamedTuple):
         """The largest magnitude in the source; infinity if that is packed, whose numbers are not at hand."""
         if self.parameter.packed:
             return math.inf
-        rows = self.parameter.inputs[0].rows(self.first, self.last).astype(mx.float32)
+        rows = read_rows(self.parameter.inputs[0], self.first, self.last).astype(mx.float32)
         return float(mx.abs(rows).max().item())
 
     def _such_as(self) -> str:

@@ -35,6 +35,8 @@ def main() -> None:
 
     done = described(options.output)
     model, tokenizer = load(options.model)
+    if tokenizer.media is None:
+        parser.error(f"{options.model} reads only text")
     with open(options.output, "a", encoding="utf-8") as output:
         for path in sorted(path for path in options.folder.iterdir() if path.is_file() and path.name not in done):
             line = {"picture": path.name}

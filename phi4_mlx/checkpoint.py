@@ -19,8 +19,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from phi4_mlx.adapters.folder import Adapter
 from phi4_mlx.adapters.layers import load_adapter
-from phi4_mlx.adapters.shipped import add_shipped
+from phi4_mlx.adapters.shipped import add_shipped, shipped_adapters
 from phi4_mlx.config.fields import MODEL_FOLDER, QUANTIZATION_MODES, Config, brief, count
 from phi4_mlx.config.multimodal import MultimodalConfig
 from phi4_mlx.config.sambay import SambaYConfig
@@ -33,7 +34,7 @@ from phi4_mlx.files.safetensors import Stored, TensorInfo, read_header, weight_f
 from phi4_mlx.hub import resolve
 from phi4_mlx.models import multimodal, multimodal_names, sambay, text
 from phi4_mlx.models.model import LanguageModel
-from phi4_mlx.models.padded import PaddedLinear
+from phi4_mlx.models.padded import PaddedLinear, padded_width
 from phi4_mlx.models.shared_stream import shared_stream
 from phi4_mlx.terminal.suggestion import suggestion
 from phi4_mlx.tokens.chat_format import CHAT_FORMATS, ChatFormat, recognise, recognise_flash
@@ -110,7 +111,7 @@ def load(
     """Loads a model and its tokenizer.
 
     Args:
-        path_or_hf_repo: a folder, a Hub id ("owner/name"), or "demo" or "demo-flash", the embedded packages.
+        path_or_hf_repo: a folder, a Hub id ("owner/name"), or the name of an embedded package, such as "demo".
         adapter_path: a folder with a LoRA adapter to put on the model.
         lazy: leaves the weights on disk until they are first used.
         revision: a commit, branch or tag of the Hub repository.
@@ -220,9 +221,14 @@ def load_model(folder: Path) -> LanguageModel:
         _check_finite(folder, [each for each in weights if not model.on_demand(each[0])])
     model.load_weights(weights)
     model.eval()
-    if isinstance(config, MultimodalConfig):
-        add_shipped(model, folder, tensors.loras, config.loras)
+    add_shipped(model, shipped_with(model, folder, tensors))
     return model
+
+
+def shipped_with(model: LanguageModel, folder: Path, tensors: StoredTensors) -> dict[str, Adapter]:
+    """The LoRAs of a checkpoint by name; see `shipped_adapters`."""
+    settings = model.config.loras if isinstance(model.config, MultimodalConfig) else {}
+    return shipped_adapters(model, folder, tensors.loras, settings)
 
 
 @dataclass(frozen=True)
@@ -297,13 +303,15 @@ def _unchanged(folder: Path) -> Iterator[None]:
 
 
 def share_weights(model: LanguageModel) -> LanguageModel:
-    """Another model over the same arrays; an adapter on one is not on the other."""
+    """Another model over the same arrays, with the same adapters by name; an adapter on one is not on the other."""
     parameters = model.parameters()
     flat = tree_flatten(parameters)
     infos = {name: TensorInfo(name_of(array.dtype), tuple(array.shape), 0, 0) for name, array in flat}
     twin = empty_model(model.config, infos)
     twin.update(parameters)
     twin.eval()
+    if twin.adapters is not None and model.adapters is not None:
+        twin.adapters.share(model.adapters)
     return twin
 
 
@@ -325,9 +333,7 @@ def empty_model(config: Config, infos: Mapping[str, TensorInfo]) -> LanguageMode
     if not scaled:
         return model
     if config.quantization is None:
-        raise CheckpointError(
-            f"{min(scaled)} is quantised, but config.json has no 'quantization' that describes it"
-        )
+        raise CheckpointError(f"{min(scaled)} is quantised, but config.json has no 'quantization' that describes it")
 
     claimed = config.quantization
 
@@ -346,15 +352,17 @@ def _scheme(
     rows, columns = module.weight.shape
     weight, scales = infos[f"{path}.weight"], infos[f"{path}.scales"]
     claimed = (quantization.get(path), quantization)
-    claims = [{key: each.get(key) for key in ("mode", "bits", "group_size")} for each in claimed if isinstance(each, Mapping)]
-    schemes = [
+    claims = [
+        {key: each.get(key) for key in ("mode", "bits", "group_size")} for each in claimed if isinstance(each, Mapping)
+    ]
+    schemes: list[dict[str, Any]] = [
         {"mode": mode, "bits": bits, "group_size": group_size}
         for mode, (widths, sizes) in QUANTIZATION_MODES.items()
         for bits, group_size in itertools.product(widths, sizes)
     ]
     for scheme in sorted(schemes, key=lambda scheme: scheme not in claims):
         bits, group_size = scheme["bits"], scheme["group_size"]
-        width = columns + (-columns % group_size if isinstance(module, PaddedLinear) else 0)
+        width = padded_width(columns, group_size) if isinstance(module, PaddedLinear) else columns
         shapes = (rows, width * bits / 32), (rows, width / group_size)
         if (weight.shape, scales.shape) == shapes and (scales.dtype in FLOATS) == (scheme["mode"] == "affine"):
             return scheme
@@ -386,9 +394,7 @@ def check_tensors(model: LanguageModel, infos: Mapping[str, TensorInfo]) -> set[
             f"{_some(missing)} missing from the checkpoint; it is incomplete or of another architecture"
         )
     if extra:
-        raise CheckpointError(
-            f"{_some(extra)} unexpected: the model that config.json describes does not have them"
-        )
+        raise CheckpointError(f"{_some(extra)} unexpected: the model that config.json describes does not have them")
     for name, array in expected.items():
         found = infos[name]
         if found.shape != tuple(array.shape):

@@ -28,7 +28,8 @@ _PINNED = {DEFAULT_MODEL: "ac1c269cb4222a4e136a3d09edad301056c1f36a"}  # the com
 NEEDED_FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", TOWERS_FILE,
     "vision-lora/adapter*", "speech-lora/adapter*", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", MANIFEST_FILE, "LICENSE",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "preprocessor_config.json", MANIFEST_FILE,
+    "LICENSE",
 )  # fmt: skip
 
 

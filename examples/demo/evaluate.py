@@ -4,6 +4,9 @@
 
 An answer is right if the number in its box is; one without a box must match exactly.
 
+`--package demo-multimodal` asks 300 questions about pictures and 200 about sound, some about both, and whether answers
+follow a picture that is swapped for another; `--count 30` asks a tenth.
+
 The last line is JSON.
 """
 
@@ -16,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 import corpus
+import examination
 import problems
 
 from phi4_mlx import Tokenizer, load
@@ -23,6 +27,7 @@ from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.models.model import LanguageModel
 
 SEED = 1
+MULTIMODAL = "demo-multimodal"
 PACKAGES = {"demo": corpus.prompts, "demo-flash": problems.examination}
 
 
@@ -42,6 +47,32 @@ def question_and_answer(tokenizer: Tokenizer, prompt: corpus.Prompt) -> tuple[li
     asked = tokenizer.apply_chat_template(prompt.messages, tools=tools, add_generation_prompt=True)
     answered = tokenizer.apply_chat_template([*prompt.messages, prompt.answer], tools=tools, add_generation_prompt=True)
     return asked, answered[len(asked) : -2]  # without <|end|> and <|assistant|>
+
+
+def examine_media(
+    model: LanguageModel, tokenizer: Tokenizer, count: int, seed: int, mistakes: int
+) -> dict[str, list[int]]:
+    """ "medium: category" -> [right, asked]; prints the first `mistakes` wrong answers of each medium."""
+    pairs = list(examination.swapped(count // 6, seed))
+    media = {
+        "pictures": list(examination.about_pictures(count, seed)),
+        "sound": list(examination.about_sound(count * 2 // 3, seed)),
+        "both": list(examination.about_both(count // 6, seed)),
+        "swapped": [case for pair in pairs for case in pair],
+    }
+    result: dict[str, list[int]] = {}
+    for medium, cases in media.items():
+        left = mistakes
+        for case in cases:
+            prompt = tokenizer.apply_chat_template(case.messages)
+            given = tokenizer.decode(reply(model, tokenizer, prompt, max_tokens=60))
+            row = result.setdefault(f"{medium}: {case.category}", [0, 0])
+            row[0] += given == case.answer
+            row[1] += 1
+            if given != case.answer and left > 0:
+                left -= 1
+                print(f"{medium}: {case.content[-1].get('text', '')} right {case.answer!r}, given {given!r}")
+    return result
 
 
 def boxed(text: str) -> str | None:
@@ -77,21 +108,33 @@ def share(result: dict[str, list[int]]) -> float:
 def main() -> None:
     """Prints wrong answers and a Markdown table, then JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--package", choices=PACKAGES, default="demo", help="the world to ask about")
+    parser.add_argument("--package", choices=[*PACKAGES, MULTIMODAL], default="demo", help="the world to ask about")
     parser.add_argument("--model", help="the model to ask (default: the package)")
     parser.add_argument("--beside", type=Path, help="a second model, such as the unquantised one, on the same prompts")
-    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--count", type=int, help="number of prompts (default: 500; 300 about pictures)")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--mistakes", type=int, default=10, help="number of wrong answers to print")
     options = parser.parse_args()
-    prompts = PACKAGES[options.package](options.seed, options.count)
     names = [options.model or options.package] + ([options.beside] if options.beside else [])
-    results = {str(name): examine(*load(name), prompts, options.mistakes) for name in names}
+    results: dict[str, dict[str, list[int]]] = {}
+    for name in names:
+        model, tokenizer = load(name)
+        if options.package == MULTIMODAL:
+            results[str(name)] = examine_media(model, tokenizer, options.count or 300, options.seed, options.mistakes)
+        else:
+            prompts = PACKAGES[options.package](options.seed, options.count or 500)
+            results[str(name)] = examine(model, tokenizer, prompts, options.mistakes)
     print("| category |" + "".join(f" {name} |" for name in results))
     print("|---|" + "---|" * len(results))
-    for category in dict.fromkeys(prompt.category for prompt in prompts):
+    categories = dict.fromkeys(category for result in results.values() for category in result)
+    for category in categories:
         cells = (result.get(category, [0, 0]) for result in results.values())
         print(f"| {category} |" + "".join(f" {right} of {asked} |" for right, asked in cells))
+    for medium in dict.fromkeys(category.partition(":")[0] for category in categories if ":" in category):
+        parts = (
+            {key: row for key, row in result.items() if key.startswith(f"{medium}:")} for result in results.values()
+        )
+        print(f"| {medium} |" + "".join(f" {share(part):.1f} % |" for part in parts))
     print("| all |" + "".join(f" {share(result):.1f} % |" for result in results.values()))
     print(json.dumps({name: {"percent": round(share(result), 2), **result} for name, result in results.items()}))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -95,9 +96,30 @@ def conversation(
     return ids + [pad] * missing, weights + [0.0] * missing
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training on conversations.
+
+    Attributes:
+        most: the most shapes in a picture, or words in a clip.
+        steps: number of updates.
+        rows: conversations in a batch.
+        width: tokens of a conversation.
+        rate: the highest learning rate.
+    """
+
+    most: int
+    steps: int
+    rows: int
+    width: int
+    rate: float
+
+
 def stacked(rows: Sequence[tuple[list[int], list[float]]]) -> tuple[mx.array, mx.array]:
     """Ids and weights of conversations of one width."""
-    return mx.array(np.array([ids for ids, _ in rows])), mx.array(np.array([weights for _, weights in rows], np.float32))
+    return mx.array(np.array([ids for ids, _ in rows])), mx.array(
+        np.array([weights for _, weights in rows], np.float32)
+    )
 
 
 def study(

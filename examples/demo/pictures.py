@@ -49,7 +49,7 @@ class Thing:
 class Picture:
     """A picture and what it shows: things, or a digit in a colour."""
 
-    pixels: np.ndarray  # uint8 [height, width, 3]
+    pixels: np.ndarray  # uint8 [84, 84, 3]
     things: tuple[Thing, ...]
     digit: int | None = None
     colour: str = ""
@@ -61,61 +61,54 @@ def is_held_out(things: tuple[Thing, ...]) -> bool:
     return zlib.crc32(key.encode()) % 8 == 0
 
 
-def make_picture(rng: random.Random, *, held_out: bool = False, size: tuple[int, int] = (SIDE, SIDE)) -> Picture:
+def make_picture(rng: random.Random, *, held_out: bool = False, most: int = 4, digits: float = 0.3) -> Picture:
     """Draws a random picture.
 
     Args:
         rng: the source of every choice.
         held_out: draw what training never sees: a held-out combination of shapes, or a held-out hand.
-        size: (height, width) in pixels.
+        most: the most shapes, from 1 to 4.
+        digits: share of the pictures that show a digit.
     """
-    if rng.random() < 0.3:
+    if rng.random() < digits:
         digit, colour = rng.randrange(10), rng.choice(list(COLOURS))
         hand = Hand(rng.randrange(TRAINING_HANDS) + (TRAINING_HANDS if held_out else 0))
-        return Picture(_paint(rng, size, (), (digit, hand, colour)), (), digit, colour)
+        return Picture(_paint(rng, (), (digit, hand, colour)), (), digit, colour)
     while True:
-        places = rng.sample(list(PLACES), rng.choice((1, 2, 2, 3, 3, 4)))
+        places = rng.sample(list(PLACES), min(most, rng.choice((1, 2, 2, 3, 3, 4))))
         things = tuple(
             Thing(rng.choice(SHAPES), rng.choice(list(COLOURS)), place, rng.random() < 0.5) for place in places
         )
         if is_held_out(things) == held_out:
-            return Picture(_paint(rng, size, things), things)
+            return Picture(_paint(rng, things), things)
 
 
 def _jitter(rng: random.Random, colour: tuple[int, ...], spread: int) -> tuple[int, ...]:
     return tuple(min(255, max(0, part + rng.randint(-spread, spread))) for part in colour)
 
 
-def _paint(
-    rng: random.Random, size: tuple[int, int], things: tuple[Thing, ...], drawn: tuple[int, Hand, str] | None = None
-) -> np.ndarray:
+def _paint(rng: random.Random, things: tuple[Thing, ...], drawn: tuple[int, Hand, str] | None = None) -> np.ndarray:
     """Draws onto a plain or noisy grey background, light or dark."""
     from PIL import Image, ImageDraw
 
-    height, width = size
-    level = rng.choice((rng.randint(215, 255), rng.randint(0, 45)))
-    scale = SHARPNESS * min(size) / SIDE
-    image = Image.new("RGB", (SHARPNESS * width, SHARPNESS * height), _jitter(rng, (level,) * 3, 8))
+    level, scale = rng.choice((rng.randint(215, 255), rng.randint(0, 45))), SHARPNESS
+    image = Image.new("RGB", (SIDE * scale, SIDE * scale), _jitter(rng, (level,) * 3, 8))
     draw = ImageDraw.Draw(image)
     for thing in things:
-        x, y = (
-            SHARPNESS * side / SIDE * (at + rng.uniform(-1.5, 1.5))
-            for at, side in zip(PLACES[thing.place], (width, height), strict=True)
-        )
+        x, y = (scale * (at + rng.uniform(-1.5, 1.5)) for at in PLACES[thing.place])
         radius = scale * rng.uniform(*(LARGE if thing.large else SMALL))
         _shape(draw, thing.shape, x, y, radius, rng.uniform(-0.2, 0.2), _jitter(rng, COLOURS[thing.colour], 14))
     if drawn is not None:
         digit, hand, colour = drawn
-        tall = rng.uniform(34, 60)
-        left, top = (rng.uniform(10, SIDE - 10 - tall * part) for part in (0.7, 1.0))
+        tall, ink = rng.uniform(46, 62), _jitter(rng, COLOURS[colour], 14)
+        left, top = (SIDE / 2 - tall * part / 2 + rng.uniform(-6, 6) for part in (0.7, 1.0))
         pen = max(1, round(scale * hand.width * tall / 45))
-        ink = _jitter(rng, COLOURS[colour], 14)
         for line in strokes(digit, hand, rng):
             points = [(scale * (left + tall * x), scale * (top + tall * y)) for x, y in line]
             draw.line(points, fill=ink, width=pen, joint="curve")
             for x, y in (points[0], points[-1]):
                 draw.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), fill=ink)
-    pixels = np.asarray(image.resize((width, height), Image.Resampling.BOX), np.float32)
+    pixels = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX), np.float32)
     noise = rng.choice((0.0, 0.0, rng.uniform(2, 14)))
     if noise:
         pixels = pixels + noise * np.random.default_rng(rng.getrandbits(32)).standard_normal(pixels.shape)
@@ -147,6 +140,15 @@ def description(picture: Picture) -> str:
         return f"the digit {picture.digit} in {picture.colour}"
     things = sorted(picture.things, key=lambda thing: [*PLACES].index(thing.place))
     return ", ".join(f"{thing.name} {at(thing.place)}" for thing in things)
+
+
+def simple_questions(picture: Picture, rng: random.Random) -> list[Question]:
+    """What is at each place, in random order; of a digit, which one it is and its colour."""
+    if picture.digit is not None:
+        return questions(picture, rng)
+    there = {thing.place: thing.name for thing in picture.things}
+    places = rng.sample(list(PLACES), len(PLACES))
+    return [Question("what", f"What is {at(place)}?", there.get(place, "nothing")) for place in places]
 
 
 def questions(picture: Picture, rng: random.Random) -> list[Question]:

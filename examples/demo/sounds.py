@@ -1,3 +1,4 @@
+# ruff: noqa: SIM905
 """Sound of the world of `demo-multimodal`: digits and words spoken by espeak-ng in many voices, with noise."""
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 OTHERS = ("yes", "no", "stop", "go", "left", "right", "up", "down", "red", "green", "blue", "yellow")
 COMMANDS = ("colour", "shape", "digit", "where", "count")  # said about a picture
 WORDS = DIGITS + OTHERS + COMMANDS
-MOST_WORDS = 4
+MOST_WORDS = 3
 ACCENTS = ("en-gb", "en-us", "en-gb-scotland", "en-gb-x-rp", "en-029", "en-gb-x-gbclan", "en-us-nyc", "en-gb-x-gbcwmd")
 VOICES = (
     "m1 m2 m3 m4 m5 m6 m7 f1 f2 f3 f4 Alex Andrea Andy Annie Denis Diogo Gene Henrique Hugo Jacky Lee Marco Mario "
@@ -62,9 +63,11 @@ def speak(text: str, voice: str, speed: int, pitch: int) -> np.ndarray:
     return np.concatenate(list(blocks)).round().clip(-32768, 32767).astype(np.int16)
 
 
-def spoken(rng: random.Random, *, held_out: bool = False) -> Clip:
-    """One to four random words in a random voice, spoken without a break."""
-    words = tuple(rng.choice(DIGITS if rng.random() < 0.4 else WORDS) for _ in range(rng.choice((1, 1, 2, 3, 4))))
+def spoken(rng: random.Random, *, words: tuple[str, ...] = (), held_out: bool = False) -> Clip:
+    """Words in a random voice, spoken without a break; one to three random ones by default."""
+    if not words:
+        count = rng.choice((1, 1, 2, MOST_WORDS))
+        words = tuple(rng.choice(DIGITS if rng.random() < 0.4 else WORDS) for _ in range(count))
     voice = f"{rng.choice(ACCENTS)}+{rng.choice(HELD_OUT_VOICES if held_out else VOICES)}"
     speed = rng.choice(HELD_OUT_SPEEDS if held_out else SPEEDS)
     return Clip(_trimmed(speak(" ".join(words), voice, speed, rng.randint(25, 75))), words)
@@ -74,6 +77,13 @@ def _trimmed(wave: np.ndarray) -> np.ndarray:
     """The wave without silence before and after."""
     loud = np.flatnonzero(np.abs(wave) > 200)
     return wave[max(0, loud[0] - 400) : loud[-1] + 800]
+
+
+def another_voice(clip: Clip, rng: random.Random) -> Clip:
+    """The clip played up to a tenth faster or slower, which moves its pitch and timbre too."""
+    count = round(len(clip.wave) * rng.uniform(0.9, 1.1))
+    wave = np.interp(np.linspace(0, len(clip.wave) - 1, count), np.arange(len(clip.wave)), clip.wave)
+    return Clip(wave.astype(np.int16), clip.words)
 
 
 def in_a_room(clips: Sequence[Clip], rng: random.Random, samples: int | None = None) -> Clip:
@@ -91,7 +101,7 @@ def in_a_room(clips: Sequence[Clip], rng: random.Random, samples: int | None = N
     wave = np.concatenate(parts) * rng.uniform(0.25, 1.1)
     if samples is not None:
         wave = np.concatenate([wave, np.zeros(max(0, samples - len(wave)))])[:samples]
-    wave += rng.choice((0.0, rng.uniform(1, 60), rng.uniform(60, 350))) * noise.standard_normal(len(wave))
+    wave += rng.choice((0.0, rng.uniform(1, 30), rng.uniform(30, 150))) * noise.standard_normal(len(wave))
     return Clip(wave.round().clip(-32768, 32767).astype(np.int16), tuple(word for clip in clips for word in clip.words))
 
 

@@ -1,6 +1,6 @@
 """Trains an embedded package from scratch: data, tokenizer, model, 4-bit package. The run is seeded.
 
-    python examples/demo/train.py [--package demo-flash] [--output FOLDER]
+    python examples/demo/train.py [--package demo-flash | demo-multimodal] [--output FOLDER]
 
 On Linux, set `OPENBLAS_NUM_THREADS=1 LD_PRELOAD=libopenblas.so.0`, which is several times faster. MLX needs a C++
 compiler to fuse its loops.
@@ -13,6 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from recipe_demo import make_demo
 from recipe_flash import make_flash
+from recipe_multimodal import make_multimodal
 
 from phi4_mlx.convert.package import convert
 from phi4_mlx.models.model import LanguageModel
@@ -29,8 +31,23 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 Recipe = Callable[[Path], tuple[LanguageModel, dict[str, Any]]]
 """(folder, which gets the files of the tokenizer) -> (trained model, config.json)"""
 
-# name -> (recipe, numbers that share a scale in the 4-bit package)
-PACKAGES: dict[str, tuple[Recipe, int]] = {"demo": (make_demo, 64), "demo-flash": (make_flash, 32)}
+
+def make_text(recipe: Recipe, group_size: int, folder: Path, output: Path) -> None:
+    """Trains a text model and converts it to 4 bits, with `group_size` numbers that share a scale."""
+    model, config = recipe(folder)
+    stops = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | stops, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    shutil.rmtree(output, ignore_errors=True)
+    convert(folder, output, quantize=True, q_group_size=group_size)
+
+
+# name -> a function of (folder of the unquantised weights, folder of the package)
+PACKAGES: dict[str, Callable[[Path, Path], None]] = {
+    "demo": partial(make_text, make_demo, 64),
+    "demo-flash": partial(make_text, make_flash, 32),
+    "demo-multimodal": make_multimodal,
+}
 
 
 def main() -> None:
@@ -45,17 +62,12 @@ def main() -> None:
     folder = options.unquantised or ROOT / "build" / f"{name}-fp32"
     start, cpu_start = time.perf_counter(), time.process_time()
 
-    recipe, group_size = PACKAGES[name]
     folder.mkdir(parents=True, exist_ok=True)
-    model, config = recipe(folder)
-    stops = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | stops, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
-    shutil.rmtree(output, ignore_errors=True)
-    convert(folder, output, quantize=True, q_group_size=group_size)
+    PACKAGES[name](folder, output)
     minutes, cpu_minutes = (time.perf_counter() - start) / 60, (time.process_time() - cpu_start) / 60
     print(f"{output} after {minutes:.1f} min, {cpu_minutes:.1f} min of CPU time")
-    print(f"now: python examples/demo/evaluate.py --package {name} --beside {folder}")
+    beside = "" if name == "demo-multimodal" else f" --beside {folder}"
+    print(f"now: python examples/demo/evaluate.py --package {name}{beside}")
 
 
 if __name__ == "__main__":

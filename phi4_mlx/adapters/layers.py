@@ -121,6 +121,8 @@ def put_adapter(model: nn.Module, adapter: Adapter) -> None:
     if adapter.kind == FULL:
         remove_adapter(model)
         model.load_weights(list(adapter.tensors.items()), strict=False)
+        if (named := getattr(model, "adapters", None)) is not None:
+            named.replaced = True
         return
     linears = linear_layers(model)
     layers = {path: layer_of(linears[path], adapter, path) for path in adapter.paths}

@@ -65,13 +65,14 @@ class NamedAdapters:
 
     Attributes:
         on: False makes every row compute as the base does.
+        replaced: True if weights of the base that they were made for are replaced by fine-tuned ones.
     """
 
     def __init__(self, layers: list[nn.Module]) -> None:
         self._layers = layers
         self._entries: dict[str, _Entry] = {}
         self._ready: dict[tuple[str, ...], Selection] = {}  # the most recently used last
-        self.on = True
+        self.on, self.replaced = True, False
 
     @property
     def names(self) -> list[str]:
@@ -102,6 +103,10 @@ class NamedAdapters:
         """Removes an adapter, if there is one of that name."""
         self._entries.pop(name, None)
         self._ready = {names: found for names, found in self._ready.items() if name not in names}
+
+    def share(self, other: NamedAdapters) -> None:
+        """Adds the adapters of a model over the same weights, which are read once for both."""
+        self._entries |= other._entries
 
     def load(self, name: str) -> None:
         """Reads an adapter now.
@@ -155,7 +160,7 @@ class NamedAdapters:
     def _mix(self, names: Sequence[str]) -> Selection:
         """The blocks under these adapters."""
         blocks = _Blocks(self._layers)
-        if adapter_layers(blocks):
+        if self.replaced or adapter_layers(blocks):
             raise RequestError(
                 f"adapter {names[0]!r:.80} cannot be used together with the one that the model was loaded with; load "
                 "the model without it"
@@ -178,6 +183,11 @@ class NamedAdapters:
         entry = self._entries[name]
         if entry.source is not None:
             adapter, blocks = entry.source(), _Blocks(self._layers)
+            if not adapter.mixes:
+                raise RequestError(
+                    f"{adapter.source}: adapter {name!r:.80} has whole weights, or matrices outside the blocks, which "
+                    "rows cannot share; load the model with it as its only adapter"
+                )
             check_fit(blocks, adapter)
             linears = linear_layers(blocks)
             products = {path: Product.of(linears[path], adapter, path) for path in adapter.paths}

@@ -36,7 +36,7 @@ def quantized(adapter: Adapter, bits: int = 8) -> Adapter:
         raise RequestError(
             f"{adapter.source} has a matrix of width {odd}, and {GROUP_SIZES[-1]} must divide it; keep it in 16 bits"
         )
-    tensors = {}
+    tensors: dict[str, mx.array] = {}
     for path in adapter.paths:
         a, b = adapter.of(path)
         for part, matrix in (("lora_a", a.T), ("lora_b", b)):
@@ -51,7 +51,7 @@ def dense(adapter: Adapter) -> Adapter:
     if adapter.scheme is None:
         return adapter
     size, bits = adapter.scheme
-    tensors = {}
+    tensors: dict[str, mx.array] = {}
     for path in adapter.paths:
         parts = adapter.of(path)
         a, b = (mx.dequantize(*parts[first : first + 3], group_size=size, bits=bits) for first in (0, 3))

@@ -27,36 +27,44 @@ FOLDERS = {"vision": "vision-lora", "speech": "speech-lora"}
 SAMPLE_BYTES = 64  # of each lora_B that is read to tell that one has been trained
 
 
-def add_shipped(
+def shipped_adapters(
     model: nn.Module,
     folder: Path,
     beside: Mapping[str, Mapping[str, Stored]],
     settings: Mapping[str, tuple[int, float] | None],
-) -> None:
-    """Adds the LoRAs of a checkpoint to its model.
+) -> dict[str, Adapter]:
+    """The LoRAs of a checkpoint by name, checked against its model; their numbers are still on the disk.
 
     Args:
-        model: the model, with its adapters by name as `adapters`.
+        model: the model.
         folder: of the checkpoint; its own folders are read where a LoRA is not beside the matrices.
         beside: adapter -> name in PEFT's layout -> tensor, of LoRAs in the files of the weights.
-        settings: adapter -> (rank, alpha) in config.json.
+        settings: adapter -> (rank, alpha) in config.json; its names are those of the LoRAs that the model can have.
 
     Raises:
         CheckpointError: a LoRA is incomplete, does not fit the model, or has never been trained.
         ConfigError, RequestError: as `read_adapter`.
     """
-    for name, place in FOLDERS.items():
+    found = {}
+    for name in settings:
         if name in beside:
             stored: Iterable[Stored] = beside[name].values()
-            adapter = _beside(model, folder, name, beside[name], settings.get(name))
-        elif os.path.isdir(folder / place):
-            adapter = read_adapter(folder / place, lazy=True)
+            adapter = _beside(model, folder, name, beside[name], settings[name])
+        elif os.path.isdir(folder / FOLDERS[name]):
+            adapter = read_adapter(folder / FOLDERS[name], lazy=True)
             path = Path(adapter.source)
             stored = [Stored(path, tensor, info) for tensor, info in read_header(path).items()]
         else:
             continue
         check_fit(model, adapter)
         _check_trained(name, adapter.source, stored)
+        found[name] = adapter
+    return found
+
+
+def add_shipped(model: nn.Module, shipped: Mapping[str, Adapter]) -> None:
+    """Adds the LoRAs of a checkpoint to its model, to be read at their first use."""
+    for name, adapter in shipped.items():
         model.adapters.add(name, partial(_read, adapter), trained=True, nbytes=adapter.nbytes)
 
 

@@ -20,13 +20,13 @@ from phi4_mlx.files.atomic import sweep
 from phi4_mlx.terminal.amount import amount, size
 from phi4_mlx.terminal.options import SAMPLING
 from phi4_mlx.terminal.suggestion import path_suggestion, suggestion
+from phi4_mlx.terminal.typed_paths import local_path
 
 if TYPE_CHECKING:
     from phi4_mlx.chat.conversation import Turn
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
 
-_PAGES = re.compile(r"\s\d[\d,\s-]*$")  # of a PDF, after its name
 CACHE_SUFFIX = ".cache.safetensors"
 
 
@@ -316,33 +316,49 @@ def _model(chat: Chat, rest: str) -> None:
 
 
 def _image(chat: Chat, rest: str) -> None:
-    found = None if os.path.exists(_named(rest)) else _PAGES.search(rest)
-    pages = found.group() if found else ""
-    _attach(chat, rest.removesuffix(pages), "image", pages.strip())
+    _attach(chat, rest, "image")
 
 
 def _audio(chat: Chat, rest: str) -> None:
     _attach(chat, rest, "audio")
 
 
-def _attach(chat: Chat, rest: str, kind: Literal["image", "audio"], pages: str = "") -> None:
-    """Attaches a file to the next question; without a name, lists what is attached."""
-    if rest:
-        attach_file(chat, _named(rest), kind, pages)
-    else:
-        show_pending(chat)
+def _attach(chat: Chat, rest: str, kind: Literal["image", "audio"]) -> None:
+    """Attaches files to the next question; without a name, lists what is attached."""
+    if not rest:
+        return show_pending(chat)
+    for path in _files(rest):
+        attach_file(chat, local_path(path), kind)
+
+
+def _files(rest: str) -> list[str]:
+    """The names of several files as a shell reads them, if all are there; else one name, which pages may follow."""
+    try:
+        words = shlex.split(rest)
+    except ValueError:
+        words = []
+    there = [os.path.exists(local_path(word)) for word in words]
+    if len(words) > 1 and there[0]:
+        return words if all(there) else [" ".join(words)]
+    return [_named(rest)]
 
 
 def _record(chat: Chat, rest: str) -> None:
     from phi4_mlx.chat.microphone import record
     from phi4_mlx.terminal.line_editor import state_folder
 
-    check_takes_media(chat)  # before anything is said
-    chat.screen.note("recording; Enter ends it, Ctrl-C drops it")
+    check_takes_media(chat)
+    begun = False
+
+    def show(seconds: float) -> None:
+        nonlocal begun
+        if not begun:
+            chat.screen.note("recording; Enter ends it, Ctrl-C drops it")
+        begun = True
+        chat.screen.status(f"{amount(int(seconds), 'second')} ...")
+
     try:
-        path = record(
-            state_folder() / "recordings", lambda seconds: chat.screen.status(f"{amount(int(seconds), 'second')} ...")
-        )
+        path = record(state_folder() / "recordings", show)
     finally:
         chat.screen.status("")
     attach_file(chat, str(path), "audio")

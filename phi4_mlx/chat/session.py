@@ -130,6 +130,8 @@ class Chat:
             shown = settings_line(self.settings, names, self.conversation.plan.most_tokens)
             self.screen.note(f"{shown}; /set changes them.")
         self.screen.note("/help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves.")
+        if self.conversation.tokenizer.media is not None:
+            self.screen.note("Drag a picture or a sound into the line, or name one: /image FILE, /audio FILE, /record.")
         if rescued_file().exists():
             self.screen.note("A conversation whose terminal was closed was saved: /load brings it back.")
         self.screen.end_paragraph()

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from phi4_mlx.config.fields import MAX_COUNT, brief, check_unused, count, flag, number
+from phi4_mlx.config.fields import MAX_COUNT, brief, check_unused, count, number
 from phi4_mlx.config.text import ModelConfig
 from phi4_mlx.errors import ConfigError
 
@@ -54,6 +54,12 @@ _UNUSED_AUDIO: dict[str, tuple[Any, ...]] = {
     "causal": (True, None),
     "ext_pw_kernel_size": (1, None),
     "input_layer": ("nemo_conv", None),
+}
+_UNUSED_FRONT_END: dict[str, tuple[Any, ...]] = {
+    "subsampling": ("dw_striding", None),
+    "subsampling_factor": (8, None),
+    "is_causal": (False, None),
+    "activation": ("relu", None),
 }
 
 # Names of `audio_processor` -> those of `audio_config`.
@@ -263,29 +269,15 @@ def _audio_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     given = {**_object(processor, "config"), **_object(raw, "audio_config")}
     own = {_AUDIO_NAMES.get(name, name): value for name, value in given.items()}
     front, bias = _object(own, "nemo_conv_settings"), _object(own, "relative_attention_bias_args")
-    _check_front_end(front, bias)
+    check_unused(front, _UNUSED_FRONT_END)
+    check_unused(bias, {"type": ("t5", None), "t5_bias_symmetric": (False, None)})
     if "conv_channels" in front:
         own = {"nemo_conv_channels": front["conv_channels"], **own}
     if bias:
         own = {"bias_max_distance": bias.get("t5_bias_max_distance"), **own}
-        own = {"bias_symmetric": bias.get("t5_bias_symmetric"), **own}
     if raw.get("model_type") == ORIGINAL and "audio_config" not in raw and own.get("bias_max_distance") is None:
         own["bias_max_distance"] = _ORIGINAL_BIAS_DISTANCE
     return {**{name: value for name, value in layer.items() if name in _UNUSED_AUDIO}, **own}
-
-
-def _check_front_end(front: Mapping[str, Any], bias: Mapping[str, Any]) -> None:
-    """Refuses another front end or another relative bias than the original's."""
-    known: dict[str, tuple[Any, ...]] = {
-        "subsampling": ("dw_striding", None),
-        "subsampling_factor": (8, None),
-        "is_causal": (False, None),
-        "activation": ("relu", None),
-    }
-    check_unused(front, known)
-    check_unused({f"{name} of relative_attention_bias_args": bias.get(name) for name in ("type",)}, {
-        "type of relative_attention_bias_args": ("t5", None),
-    })  # fmt: skip
 
 
 def _audio(raw: Mapping[str, Any]) -> AudioConfig:
@@ -341,8 +333,7 @@ def _lora(raw: Mapping[str, Any], name: str) -> LoRAConfig | None:
     given = _object(raw, name)
     if not given:
         return None
-    if flag(given, "use_rslora") or flag(given, "use_dora"):
-        raise ConfigError(f"config.json: {name} must be a plain LoRA")
+    check_unused(given, {"use_rslora": (False, None), "use_dora": (False, None)})
     alpha = given.get("lora_alpha", given.get("alpha"))
     r = count(given, "r")
     return LoRAConfig(r, number({f"lora_alpha of {name}": alpha}, f"lora_alpha of {name}", 2.0 * r))

@@ -6,4 +6,8 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parent.parent
 
-EMBEDDED = {"demo": _ROOT / "demo", "demo-flash": _ROOT / "demo_flash"}
+EMBEDDED = {
+    "demo": _ROOT / "demo",
+    "demo-flash": _ROOT / "demo_flash",
+    "demo-multimodal": _ROOT / "demo_multimodal",
+}

@@ -47,7 +47,8 @@ def verify_manifest(folder: Path) -> None:
             f"{folder} has no {MANIFEST_FILE}, so it cannot be verified; packages made by phi4_mlx.convert have one"
         )
     files = read_manifest(folder)["files"]
-    present = {path.name for path in folder.iterdir() if path.suffix in _READ_BY_LOADERS}
+    paths = [path.relative_to(folder) for pattern in ("*", "*/*") for path in folder.glob(pattern)]
+    present = {path.as_posix() for path in paths if path.suffix in _READ_BY_LOADERS}
     if stray := sorted(present - files.keys() - {MANIFEST_FILE}):
         raise CheckpointError(f"{folder / stray[0]} is not in {MANIFEST_FILE}; remove it, or convert again")
     for name, entry in files.items():

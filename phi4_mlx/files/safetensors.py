@@ -197,11 +197,16 @@ def file_in(folder: Path, name: str) -> Path:
 
     Links from a snapshot of a Hugging Face cache to the cache's blobs are the only ones that may leave the folder.
 
+    Args:
+        folder: the folder.
+        name: of the file; "name/name" for one in a folder of its own.
+
     Raises:
         CheckpointError: the file is missing, is not a regular file, or is outside the folder.
     """
     path = folder / name
-    if not name or Path(name).name != name or "\0" in name:
+    parts = name.split("/")
+    if len(parts) > 2 or any(not part or part == ".." or Path(part).name != part or "\0" in part for part in parts):
         raise CheckpointError(f"{name!r} is not the name of a file in {folder}")
     try:
         home, target = folder.resolve(strict=True), path.resolve(strict=True)

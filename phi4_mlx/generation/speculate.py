@@ -17,6 +17,7 @@ from typing import Literal
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.tokens.prompt import Prompt
 
 Mode = Literal["auto", "off", "lookup"]
 
@@ -213,7 +214,7 @@ class DraftModel:
         n = min(most, max(1, self.pace.length(self._rate.chance, most)), self._room)
         if n < 1:
             return []
-        new = self._cache.reuse(self._ids)
+        new = Prompt(self._cache.reuse(self._ids))  # without media: a guess may be wrong
         self._guesses = [token for token, _ in generate_step(new, self.draft, max_tokens=n, cache=self._cache)]
         self._since = 0
         return [*self._guesses]

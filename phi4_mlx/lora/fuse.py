@@ -20,7 +20,7 @@ from phi4_mlx.checkpoint import load_model, load_tokenizer_and_format, share_wei
 from phi4_mlx.config.fields import Config
 from phi4_mlx.convert.package import write_package
 from phi4_mlx.convert.quantize import Scheme, layout_of
-from phi4_mlx.convert.weights import Parameter, plan
+from phi4_mlx.convert.weights import Parameter, plan, read_rows
 from phi4_mlx.files.dtypes import mlx_dtype
 from phi4_mlx.lora.effect import Effect, Probe, make_probes, measure
 from phi4_mlx.lora.fitting import Fitting, dense, in_bytes, with_adapter
@@ -182,7 +182,7 @@ class FusedParameter(Parameter):
 
     def converted(self, first: int, last: int) -> list[mx.array]:
         """Rows `first` to `last` of each output, as bytes, not yet computed."""
-        base = dense([stored.rows(first, last) for stored in self.inputs], self.packed)
+        base = dense([read_rows(stored, first, last) for stored in self.inputs], self.packed)
         exact = with_adapter(self.adapter, self.path, base, first, last)
         if self.path in self.arrays:
             arrays = [array[first:last] for array in self.arrays[self.path]]

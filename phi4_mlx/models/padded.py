@@ -20,11 +20,11 @@ class PaddedLinear(nn.Linear):
         self, group_size: int | None = None, bits: int | None = None, mode: str = "affine", **options: Any
     ) -> PaddedQuantizedLinear:
         """The quantised layer; its inputs are padded when it is called."""
-        width = self.weight.shape[1]
         padded = nn.Linear(1, 1, bias="bias" in self)
         padded.update(self.parameters())
-        padded.weight = pad(self.weight, width + -width % (group_size or 64))
-        return PaddedQuantizedLinear.from_linear(padded, group_size, bits, mode=mode, **options)
+        padded.weight = pad(self.weight, padded_width(self.weight.shape[1], group_size or 64))
+        layer: PaddedQuantizedLinear = PaddedQuantizedLinear.from_linear(padded, group_size, bits, mode=mode, **options)
+        return layer
 
 
 class PaddedQuantizedLinear(nn.QuantizedLinear):
@@ -33,6 +33,11 @@ class PaddedQuantizedLinear(nn.QuantizedLinear):
     def __call__(self, x: mx.array) -> mx.array:
         y: mx.array = super().__call__(pad(x, self.weight.shape[1] * 32 // self.bits))
         return y
+
+
+def padded_width(width: int, group_size: int) -> int:
+    """The inputs of a quantised `PaddedLinear` of `width` inputs."""
+    return width + -width % group_size
 
 
 def pad(x: mx.array, width: int) -> mx.array:

@@ -93,7 +93,7 @@ class PromptCache(LayerCaches):
 
     @property
     def keys(self) -> list[int]:
-        """One number a cached token that tells it from all others; see `phi4_mlx.tokens.prompt.keys_of`. B must be 1."""
+        """One number a cached token that tells it from all others; see `phi4_mlx.tokens.prompt.keys_of`. B is 1."""
         return self.tokens.keys
 
     @property
@@ -133,6 +133,7 @@ class PromptCache(LayerCaches):
     def expect(self, prompt: Sequence[int]) -> None:
         """Takes the media of a whole prompt, of which the first tokens are cached; `hidden` needs those that follow."""
         self.tokens.name(places_of(prompt))
+        self._conditions = self._needed(self.regime, places_of(prompt))
 
     def record(self, ids: mx.array) -> None:
         """Appends the ids [B, T] that the model is about to run."""

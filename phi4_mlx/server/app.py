@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,21 +26,20 @@ from phi4_mlx.server.apis import messages as messages_api
 from phi4_mlx.server.apis import responses as responses_api
 from phi4_mlx.server.apis.answer import Answer
 from phi4_mlx.server.apis.fields import parse_json
-from phi4_mlx.server.apis.wire import Ask, Delta, End, WireError, ignored_header
+from phi4_mlx.server.apis.wire import IGNORED, Ask, Delta, End, WireError, ignored_header
 from phi4_mlx.server.disconnect import ClientGone, unless_gone
+from phi4_mlx.server.event_stream import EventStream, collected, paced
 from phi4_mlx.server.guard import Receive, Scope, Send, refuse, share_of
 from phi4_mlx.server.json_response import JsonResponse
 from phi4_mlx.server.page_files import page_file
-from phi4_mlx.server.request_log import CANCELLED, Entry, entry_of
+from phi4_mlx.server.request_log import CANCELLED, entry_of
 from phi4_mlx.server.service import Service
+from phi4_mlx.server.speech_routes import SpeechRoutes
 from phi4_mlx.server.tools import ServerTools
 
-IGNORED = "x-phi4-ignored"  # a header: what had no effect on the answer
-HEARTBEAT_S = 10.0  # a proxy closes a stream that is silent for too long
 LARGE_BODY = 2**18  # bytes; a larger one is parsed in a thread, because 16 MB take up to two seconds
 
 Parse = Callable[[Any, int, Sampling, bool], Ask]  # body, vocabulary, defaults, takes media
-Stream = AsyncGenerator[Delta | End | None, None]  # None: nothing came for a while
 MakeAnswer = Callable[[Ask, int, int], Answer]  # request, seconds since 1970, prompt tokens
 
 
@@ -79,6 +77,7 @@ class App:
             Route("/v1/models", self.models),
             Route("/v1/models/{model:path}", self.model),
             *self.tools.routes(),
+            *SpeechRoutes(self.service, self.counts).routes(),
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in answering.items()),
         ]
         handlers: dict[Any, Any] = {WireError: self._refused, HTTPException: self._http_error, Exception: self._broken}
@@ -185,12 +184,12 @@ class App:
             answer = make(ask, int(time.time()), entry.prompt_tokens)
             try:
                 if ask.stream:
-                    paced = _paced(items)
+                    paced_items = paced(items)
                     # Before the status is sent, so that an early failure has its own.
-                    first = await unless_gone(request.receive, anext(paced))
-                    response: Response = EventStream(answer, first, paced)
+                    first = await unless_gone(request.receive, anext(paced_items))
+                    response: Response = EventStream[Delta | End](answer, first, paced_items)
                 else:
-                    response = JsonResponse(answer.body(await unless_gone(request.receive, _collected(items))))
+                    response = JsonResponse(answer.body(await unless_gone(request.receive, collected(items))))
             except ClientGone:
                 entry.cancelled = True
                 response = Response(status_code=CANCELLED)  # never sent
@@ -249,77 +248,5 @@ class Refusal(Response):
         self._more = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends the response."""
-        await refuse(scope, send, self._error, more=self._more)
-
-
-class EventStream(Response):
-    """An answer that is sent while it is generated; it ends when the client disconnects."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, answer: Answer, first: Delta | End | None, rest: Stream) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
-        del self.headers["content-length"]
-        self._answer, self._first, self._rest = answer, first, rest
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends the response."""
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        entry = entry_of(scope)
-        try:
-            await unless_gone(receive, self._send(send, entry))
-        except ClientGone:
-            entry.cancelled = True
-
-    async def _send(self, send: Send, entry: Entry) -> None:
-        async def write(events: bytes, more: bool = True) -> None:
-            if events or not more:
-                await send({"type": "http.response.body", "body": events, "more_body": more})
-
-        answer = self._answer
-        async with contextlib.aclosing(self._rest):
-            try:
-                await write(answer.opening() + self._events(self._first))
-                async for item in self._rest:
-                    await write(self._events(item))
-                end = answer.closing()
-            except Exception as error:
-                entry.error = (
-                    error
-                    if isinstance(error, WireError)
-                    else WireError(500, f"the server could not continue: {type(error).__name__}")
-                )
-                end = answer.failure(entry.error)
-            await write(end, more=False)
-
-    def _events(self, item: Delta | End | None) -> bytes:
-        return self._answer.heartbeat if item is None else self._answer.chunk(item)
-
-
-async def _paced(items: AsyncGenerator[Delta | End, None]) -> Stream:
-    """The items, with None after each `HEARTBEAT_S` seconds without one."""
-    pending: asyncio.Future[Delta | End] | None = None
-    async with contextlib.aclosing(items):
-        try:
-            while True:
-                pending = pending or asyncio.ensure_future(anext(items))
-                await asyncio.wait([pending], timeout=HEARTBEAT_S)
-                if not pending.done():
-                    yield None
-                    continue
-                try:
-                    item = pending.result()
-                except StopAsyncIteration:
-                    return
-                pending = None
-                yield item
-        finally:
-            if pending is not None:
-                pending.cancel()
-                await asyncio.gather(pending, return_exceptions=True)
-
-
-async def _collected(items: AsyncGenerator[Delta | End, None]) -> list[Delta | End]:
-    async with contextlib.aclosing(items):
-        return [item async for item in items]
+        """Sends the response; closes the connection if the body has not been read to its end."""
+        await refuse(scope, send, self._error, not share_of(scope).whole, self._more)

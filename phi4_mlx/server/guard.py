@@ -32,6 +32,9 @@ from phi4_mlx.server.limits import (
     SMALL_BODY_BYTES,
     SPARE_DESCRIPTORS,
     STOPPING_WRITE_S,
+    UPLOAD_BYTES,
+    UPLOAD_S,
+    UPLOADS_LIMIT,
     WRITE_BYTES,
     WRITE_S,
 )
@@ -43,6 +46,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Headers = Mapping[str, str]  # names in lower case
 
+UPLOAD_PATHS = ("/v1/audio/transcriptions", "/v1/audio/translations")
 PAGE_FILES = "/page/"  # the path of the files of the chat page
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _SHARE = "phi4_mlx.share"  # in the scope of a request
@@ -60,10 +64,15 @@ class Share:
 
     Args:
         bodies: the room that it takes them from.
+
+    Attributes:
+        size: bytes of the body so far.
+        whole: True once the body has been read to its end.
     """
 
     def __init__(self, bodies: Bodies) -> None:
-        self._bodies, self.size, self._held = bodies, 0, 0
+        self._bodies, self.size, self._held, self._uploads = bodies, 0, 0, 0
+        self.whole = False
 
     @property
     def limit(self) -> int:
@@ -100,8 +109,20 @@ class Share:
             message = f"the decoded media of all requests are over {MEDIA_BYTES} bytes; send fewer, or smaller ones"
             raise WireError(503, f"{message}, or send the request again in a moment")
 
+    def upload(self) -> None:
+        """Counts a form whose file goes to the disk.
+
+        Raises:
+            WireError: there are too many at a time.
+        """
+        if self._bodies.uploads >= UPLOADS_LIMIT:
+            raise WireError(503, f"{UPLOADS_LIMIT} other files are being transcribed; send the request again later")
+        self._uploads += 1
+        self._bodies.uploads += 1
+
     def free(self) -> None:
-        """Gives all bytes back."""
+        """Gives everything back."""
+        self._bodies.uploads -= self._uploads
         if self.size > SMALL_BODY_BYTES:
             self._bodies.used -= self.size
         self._bodies.held -= self._held
@@ -116,10 +137,11 @@ class Bodies:
     Attributes:
         used: bytes of the bodies over `SMALL_BODY_BYTES`.
         held: bytes of decoded pictures and sounds.
+        uploads: forms whose files are on the disk.
     """
 
     def __init__(self, limit: int = BODY_BYTES) -> None:
-        self.limit, self.used, self.held = limit, 0, 0
+        self.limit, self.used, self.held, self.uploads = limit, 0, 0, 0
 
     @contextlib.contextmanager
     def share(self) -> Iterator[Share]:
@@ -169,7 +191,11 @@ class Guard:
                 if scope["method"] == "OPTIONS" and "origin" in headers:
                     return await _answer(send, 204, b"", _PREFLIGHT)
                 self._check_key(scope, headers)
-                replay = _replay(await _read_body(scope, headers, receive, share), receive)
+                if _is_upload(scope, headers):
+                    replay = _metered(headers, receive, share)
+                else:
+                    replay = _replay(await _read_body(scope, headers, receive, share), receive)
+                    share.whole = True
             except WireError as error:
                 close = error.status in (408, 413, 503) or _is_costly_to_skip(headers)
                 return await refuse(scope, send, error, close)
@@ -276,6 +302,42 @@ async def _whole(receive: Receive, share: Share) -> bytes:
                 return bytes(body)
     finally:
         body.clear()  # the traceback of an exception keeps this frame alive
+
+
+def _is_upload(scope: Scope, headers: Headers) -> bool:
+    """True for a form with a file, which its route reads as it arrives; only after the checks of its sender."""
+    is_form = headers.get("content-type", "").partition(";")[0].strip().lower() == "multipart/form-data"
+    return is_form and scope["method"] == "POST" and scope["path"].rstrip("/").endswith(UPLOAD_PATHS)
+
+
+def _metered(headers: Headers, receive: Receive, share: Share) -> Receive:
+    """A `receive` that refuses a form which is too large or too slow.
+
+    Raises:
+        WireError: the length that the client states is too large.
+    """
+    with contextlib.suppress(ValueError):
+        if int(headers.get("content-length", "0")) > UPLOAD_BYTES:
+            raise WireError(413, f"the form is {headers['content-length']} bytes; the limit is {UPLOAD_BYTES}")
+    ends_at, size = asyncio.get_running_loop().time() + UPLOAD_S, 0
+
+    async def metered() -> Message:
+        nonlocal size
+        if share.whole:
+            return await receive()
+        try:
+            message = await asyncio.wait_for(receive(), max(0.0, ends_at - asyncio.get_running_loop().time()))
+        except asyncio.TimeoutError:
+            raise WireError(408, f"the form did not arrive within {UPLOAD_S:g} s") from None
+        if message["type"] == "http.disconnect":
+            raise WireError(400, "the client disconnected before the end of the body")
+        size += len(message.get("body", b""))
+        if size > UPLOAD_BYTES:
+            raise WireError(413, f"the form is over the limit of {UPLOAD_BYTES} bytes")
+        share.whole = not message.get("more_body")
+        return message
+
+    return metered
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

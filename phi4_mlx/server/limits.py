@@ -24,6 +24,17 @@ MEDIA_THREADS = 2  # that decode
 MEDIA_BYTES = 2**30  # of all decoded media, until their requests are answered
 KEPT_MEDIA_BYTES = 2**27  # of decoded media that are kept for the next turn
 
+# Forms with a sound to transcribe
+UPLOAD_BYTES = 2**29  # of a form, in a temporary file; half an hour of stereo at 44.1 kHz takes 318 MB
+UPLOAD_S = 300.0  # seconds to send a form
+UPLOADS_LIMIT = 4  # at a time
+FORM_FIELDS_LIMIT = 64
+FORM_NAME_CHARS_LIMIT = 256
+FORM_VALUE_BYTES = 2**16  # of a field that is not the file
+LONGEST_SPEECH_S = 6 * 3600.0
+SPEECH_TOKENS = 64  # most tokens of a part's text, and those for each second of it: speech has up to ten
+SPEECH_TOKENS_PER_S = 16
+
 # A body as JSON
 BRACKETS_LIMIT = 500_000  # lists and objects; Python builds more too slowly, and holds the GIL meanwhile
 DEPTH_LIMIT = 200  # levels; arguments and schemas nest, and Python's own stack ends at 1,000

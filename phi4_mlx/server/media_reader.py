@@ -43,14 +43,15 @@ class MediaReader:
         """The messages with their pictures and sounds decoded.
 
         Args:
-            messages: with `Attachment`s, as the APIs' parsers make them.
+            messages: with `Attachment`s, as the APIs' parsers make them, or media that are decoded already.
             most_tokens: the most tokens of all media; None for no limit.
             hold: counts the bytes of a decoded medium; raises WireError if there is no room.
 
         Raises:
             WireError: a part cannot be read, or there are too many; names the part.
         """
-        found = [part[part["type"]] for part in _parts(messages) if part["type"] != "text"]
+        media = [part[part["type"]] for part in _parts(messages) if part["type"] != "text"]
+        found = [each for each in media if isinstance(each, Attachment)]
         pictures = [each for each in found if each.kind == "image"]
         if len(pictures) > MAX_IMAGES:
             where = pictures[MAX_IMAGES].path
@@ -112,10 +113,12 @@ def _with_media(message: JsonObject, read: dict[int, Image | Audio]) -> JsonObje
     parts: list[JsonObject] = []
     for part in message["content"]:
         kind = part["type"]
-        parts.append(part if kind == "text" else {"type": kind, kind: read[id(part[kind])]})
+        parts.append(part if kind == "text" else {"type": kind, kind: read.get(id(part[kind]), part[kind])})
     return {**message, "content": parts}
 
 
 def _size(medium: Image | Audio) -> int:
     """Bytes of a decoded medium."""
-    return medium.padded.nbytes if medium.kind == "image" else medium.features.nbytes
+    from phi4_mlx.tokens.media.image import Image
+
+    return medium.padded.nbytes if isinstance(medium, Image) else medium.features.nbytes

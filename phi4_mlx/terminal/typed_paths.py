@@ -68,9 +68,13 @@ def _readings(word: str) -> Iterator[str]:
             (plain,) = shlex.split(word)
         except ValueError:  # no closing quote, or more words than one
             return
-    for path in dict.fromkeys((plain, word)):
-        if path.startswith("file://"):
-            path = unquote(path.removeprefix("file://").removeprefix("localhost"))
-        path = os.path.expanduser(path)
+    for path in map(local_path, dict.fromkeys((plain, word))):
         if os.path.isabs(path) and "\0" not in path:
             yield path
+
+
+def local_path(written: str) -> str:
+    """A path as it was written: also as a file:// URL, or with ~ for the home folder."""
+    if written.startswith("file://"):
+        written = unquote(written.removeprefix("file://").removeprefix("localhost"))
+    return os.path.expanduser(written)

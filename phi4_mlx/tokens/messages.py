@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any
-from urllib.parse import unquote_to_bytes
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.json_file import JsonObject
@@ -92,12 +90,17 @@ def _joined(pieces: list[str | Medium]) -> str | list[str | Medium]:
     """One text if there are no media, else texts and media, with texts in a row as one."""
     content: list[str | Medium] = []
     for is_text, group in groupby(pieces, lambda piece: isinstance(piece, str)):
-        content += ["".join(map(str, group))] if is_text else group
+        run = [*group]
+        content += ["".join(map(str, run))] if is_text else run
     return "".join(map(str, content)) if all(isinstance(piece, str) for piece in content) else content
 
 
 def _piece(index: int, part: Any, media: MediaSettings | None) -> str | Medium:
-    """The text or the medium of a part."""
+    """The text or the medium of a part, which may have been checked before."""
+    if isinstance(part, str):
+        return part
+    if hasattr(part, "digest"):
+        part = {"type": part.kind, part.kind: part}
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
@@ -111,7 +114,9 @@ def _piece(index: int, part: Any, media: MediaSettings | None) -> str | Medium:
     given = [name for name in (kind, *_SOURCES) if part.get(name) is not None]
     if len(given) != 1:
         found = " and ".join(given) or "none"
-        raise RequestError(f"message {index}: a part of type {kind} has one of {kind}, path, url, base64; it has {found}")
+        raise RequestError(
+            f"message {index}: a part of type {kind} has one of {kind}, path, url, base64; it has {found}"
+        )
     try:
         return _read(kind, given[0], part[given[0]], media)
     except RequestError as error:
@@ -124,10 +129,10 @@ def _read(kind: str, name: str, source: Any, media: MediaSettings) -> Medium:
         return source
     if name in _SOURCES and not isinstance(source, str) and not (name == "path" and hasattr(source, "__fspath__")):
         raise RequestError(f"the {name} of an {kind} part must be a text, not {source!r:.60}")
-    if name == "url":
-        source = _data_of_url(source)
-    elif name == "base64":
-        source = _data_of_base64(source)
+    if name in ("url", "base64"):
+        from phi4_mlx.tokens.media.data_url import base64_bytes, url_bytes
+
+        source = url_bytes(source) if name == "url" else base64_bytes(source)
     if kind == "image":
         from phi4_mlx.tokens.media.image import read_image
 
@@ -135,20 +140,6 @@ def _read(kind: str, name: str, source: Any, media: MediaSettings) -> Medium:
     from phi4_mlx.tokens.media.audio import read_audio
 
     return read_audio(source)
-
-
-def _data_of_url(url: str) -> bytes:
-    head, comma, data = url.partition(",")
-    if head[:5].lower() != "data:" or not comma:
-        raise RequestError(f"url {url!r:.60} is not a data: URL; others are never fetched, so download the file first")
-    return _data_of_base64(data) if head.lower().endswith(";base64") else unquote_to_bytes(data)
-
-
-def _data_of_base64(text: str) -> bytes:
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except ValueError:
-        raise RequestError(f"{text!r:.60} is not base64") from None
 
 
 def _flat_call(call: Mapping[str, Any]) -> JsonObject:

@@ -67,7 +67,8 @@ def loaded(kind: str, tmp_path: Path) -> tuple[LanguageModel, Any]:
 
 
 def test_every_registered_kind_is_tested_here() -> None:
-    assert KINDS.keys() <= MAKERS.keys()
+    assert KINDS.keys() <= MAKERS.keys() | kinds.SAME.keys()
+    assert all(KINDS[name] is KINDS[same] for name, same in kinds.SAME.items())
 
 
 def test_chunks_of_any_size_give_the_logits_of_one_pass(model: LanguageModel) -> None:

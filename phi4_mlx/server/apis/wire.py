@@ -18,7 +18,8 @@ from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.server.engine.protocol import TokenLogprob
 
 MESSAGE_CHARS = 2_000  # of an error; a message may quote the client's own text
-IGNORED_CHARS = 1_000  # of the header that names what was ignored
+IGNORED = "x-phi4-ignored"  # a header: what had no effect on the answer
+IGNORED_CHARS = 1_000  # of that header
 _NOT_IN_HEADERS = re.compile(r"[^ -~]")
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import mlx.core as mx
-
 from phi4_mlx.adapters.layers import put_adapter, read_adapter
 from phi4_mlx.checkpoint import share_weights
 from phi4_mlx.errors import Phi4Error, RequestError
@@ -39,7 +37,8 @@ class JobAdapters:
     """
 
     def __init__(self, base: LanguageModel, folders: dict[str, str], default: str | None):
-        self._base, self._folders = base, folders
+        self._folders = folders
+        self._base = base = share_weights(base) if folders or default else base  # its own adapters by name stay its own
         if taken := [name for name in folders if base.adapters is not None and name in base.adapters.names]:
             raise RequestError(f"adapter {taken[0]!r} has the name of one of the model's own; choose another name")
         self._known: dict[str | None, Adapted] = {None: Adapted(base, None)}
@@ -50,7 +49,7 @@ class JobAdapters:
         """The model for the adapter of that name, and the adapter's name on that model; `None` is the default.
 
         Raises:
-            RequestError: the name is unknown.
+            RequestError: the name is unknown, or the adapter cannot be used.
         """
         if name not in self._known:
             folder = self._folders.get(str(name))
@@ -75,5 +74,4 @@ class JobAdapters:
             return Adapted(self._base, name)
         twin = share_weights(self._base)
         put_adapter(twin, adapter)
-        mx.eval(twin.parameters())
         return Adapted(twin, None)

@@ -12,18 +12,15 @@ _A = -0.75  # torch's coefficient of the cubic kernel
 _TAPS = 4
 
 
-def resize_bicubic(
-    picture: npt.NDArray[np.uint8], side: int, value: npt.NDArray[np.float32]
-) -> npt.NDArray[np.float32]:
+def resize_bicubic(picture: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.float32]:
     """Resizes a picture to a square.
 
     Args:
         picture: bytes [H, W, C].
         side: pixels of the square's side.
-        value: what each byte stands for [256]. Only pixels that the kernel touches are looked up.
 
     Returns:
-        The square [side, side, C].
+        The square [side, side, C]; the kernel overshoots, so values may be below 0 and above 255.
 
     Source: torch's `interpolate(mode="bicubic", align_corners=False, antialias=False)`.
     """
@@ -34,7 +31,7 @@ def resize_bicubic(
     for y in range(_TAPS):  # one tap at a time, so that memory stays that of a few squares
         row = np.zeros_like(square)
         for x in range(_TAPS):
-            row += by_column[None, :, x, None] * value[picture[np.ix_(rows[:, y], columns[:, x])]]
+            row += by_column[None, :, x, None] * picture[np.ix_(rows[:, y], columns[:, x])]
         square += by_row[:, y, None, None] * row
     return square
 

@@ -76,12 +76,13 @@ class Image:
         import numpy as np
 
         crop, rows, columns = self.crop_size, self.size[0] // self.crop_size, self.size[1] // self.crop_size
-        value = ((np.arange(256, dtype=np.float32) / 255 - 0.5) / 0.5).astype(np.float32)  # of each byte
         pixels = np.empty((1 + rows * columns, crop, crop, 3), np.float32)
-        pixels[0] = resize_bicubic(self.padded, crop, value)
+        pixels[0] = resize_bicubic(self.padded, crop)
         for index in range(rows * columns):
             y, x = (crop * part for part in divmod(index, columns))
-            pixels[1 + index] = value[self.padded[y : y + crop, x : x + crop]]
+            pixels[1 + index] = self.padded[y : y + crop, x : x + crop]
+        for step, number in ((np.divide, 255), (np.subtract, 0.5), (np.divide, 0.5)):  # rounded as the reference rounds
+            step(pixels, np.float32(number), out=pixels)
         return pixels
 
     @property

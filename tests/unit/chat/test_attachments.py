@@ -96,9 +96,17 @@ def test_enter_alone_asks_about_what_is_attached(chat: Chat, script: Script, bee
 
 def test_other_paths_stay_text(chat: Chat, script: Script, tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("no picture")
-    line = f"see {tmp_path}/notes.png, {tmp_path}/none.png and {tmp_path}"
+    save_picture(tmp_path / "red.png")
+    line = f"see {tmp_path}/notes.png, {tmp_path}/none.png, `{tmp_path}/red.png` and {tmp_path}"
     take_turn(chat, type_lines(line))
     assert questions(chat) == [line] and chat.pending == []
+
+
+def test_a_command_takes_several_files(chat: Chat, red: Path, beep: Path, tmp_path: Path) -> None:
+    save_picture(tmp_path / "b.png")
+    for line in (f"/image '{red}' b.png ", f"/image file://{tmp_path}/red%20one.png", r"/image red\ one.png"):
+        obey(chat, line)
+    assert [each.name for each in chat.pending] == ["red one.png", "b.png", "red one.png", "red one.png"]
 
 
 def test_attached_files_are_listed_and_dropped(chat: Chat, red: Path, beep: Path) -> None:
@@ -200,7 +208,8 @@ def test_a_text_model_refuses_media_in_one_line(
     for line in (f"/image {red}", "/audio x.wav", "/record", f"'{red}' what?", "/load one"):
         shown(chat)
         take_turn(chat, type_lines(line))
-        assert "reads only text; Phi-4-multimodal-instruct and the embedded demo-multimodal read" in shown(chat).replace("\n", " ")
+        text = shown(chat).replace("\n", " ")
+        assert "reads only text; Phi-4-multimodal-instruct and the embedded demo-multimodal read" in text
     assert len(chat.conversation.turns) == 1
 
 
@@ -237,6 +246,42 @@ def test_reading_can_be_interrupted(chat: Chat, red: Path, monkeypatch: pytest.M
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("phi4_mlx.chat.attachments.media_of_file", interrupt)
+    monkeypatch.setattr("phi4_mlx.tokens.media.media_file.media_of_file", interrupt)
     take_turn(chat, type_lines(f"/image {red}"))
     assert chat.pending == []
+
+
+def test_pages_of_a_pdf_are_pictures(chat: Chat, tmp_path: Path) -> None:
+    pytest.importorskip("pypdfium2")
+    import PIL.Image
+
+    pages = [PIL.Image.new("RGB", (40, 30), colour) for colour in ("red", "green", "blue")]
+    pages[0].save(tmp_path / "a scan.pdf", save_all=True, append_images=pages[1:])
+    for line, numbers in (
+        ("/image 'a scan.pdf' 2-3", [2, 3]),
+        ("/image a scan.pdf", [1, 2, 3]),
+        ("/image a scan.pdf 3, 1", [3, 1]),
+        (f"'{tmp_path}/a scan.pdf'", [1, 2, 3]),
+    ):
+        take_turn(chat, type_lines(line))
+        assert [each.page for each in chat.pending] == numbers
+        assert f"a scan.pdf, page {numbers[0]}: " in shown(chat)
+        chat.pending.clear()
+    take_turn(chat, type_lines("/image a scan.pdf 4"))
+    assert "pages 4 do not exist: the PDF has pages 1 to 3" in shown(chat).replace("\n", " ")
+    take_turn(chat, type_lines("/audio a scan.pdf"))
+    assert "is a PDF, not a sound" in shown(chat).replace("\n", " ")
+
+
+def test_a_saved_page_is_read_again(chat: Chat, script: Script, tmp_path: Path) -> None:
+    pytest.importorskip("pypdfium2")
+    import PIL.Image
+
+    PIL.Image.new("RGB", (40, 30), "red").save(tmp_path / "scan.pdf")
+    take_turn(chat, type_lines(f"{tmp_path}/scan.pdf what?"))
+    (before,) = chat.conversation.turns[0].media
+    obey(chat, "/save one")
+    obey(chat, "/load one")
+    (after,) = chat.conversation.turns[0].media
+    assert before.medium and after.medium and after.medium.digest == before.medium.digest
+    assert (after.path, after.page, after.sha256) == (before.path, 1, before.sha256)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import wave
@@ -34,10 +35,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+Output = pytest.CaptureFixture[str]
+
+
 @pytest.fixture
-def out(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> pytest.CaptureFixture[str]:
+def out(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output) -> Output:
+    """What a command prints in the folder, with an empty standard input."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("sys.stdin", open("/dev/null"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
     return capsys
 
 
@@ -60,13 +65,13 @@ def expected(*parts: dict[str, str], text: str = "") -> str:
     ],
 )
 def test_an_answer_is_that_of_python(
-    options: list[str], parts: list[tuple[str, str]], text: str, out: pytest.CaptureFixture[str]
+    options: list[str], parts: list[tuple[str, str]], text: str, out: Output
 ) -> None:
     assert generate.main(["--model", "model", *options, *MAX]) == 0
     assert out.readouterr().out == expected(*({"type": kind, "path": path} for kind, path in parts), text=text) + "\n"
 
 
-def test_a_picture_that_is_cached_need_not_be_there_again(out: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_picture_that_is_cached_need_not_be_there_again(out: Output, tmp_path: Path) -> None:
     file = str(tmp_path / "red.cache")
     cached = ["--model", "model", "--prompt-cache-file", file]
     assert cache_prompt.main([*cached, "--image", "red.png", "--prompt", "one"]) == 0
@@ -89,13 +94,13 @@ def test_a_picture_that_is_cached_need_not_be_there_again(out: pytest.CaptureFix
         (["--prompt", ""], "the prompt is empty"),
     ],
 )
-def test_what_is_wrong_costs_a_line(options: list[str], message: str, out: pytest.CaptureFixture[str]) -> None:
+def test_what_is_wrong_costs_a_line(options: list[str], message: str, out: Output) -> None:
     assert generate.main(["--model", "model", *options]) == 2
     text, error = out.readouterr()
     assert message in error and error.count("\n") == 1 and not text
 
 
-def test_a_text_model_names_those_that_read_media(out: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_text_model_names_those_that_read_media(out: Output, tmp_path: Path) -> None:
     text_model = str(write_tiny_checkpoint(tmp_path / "text"))
     assert generate.main(["--model", text_model, "--image", "red.png", "--prompt", "x"]) == 2
     error = out.readouterr().err
@@ -103,7 +108,7 @@ def test_a_text_model_names_those_that_read_media(out: pytest.CaptureFixture[str
     assert error.count("\n") == 1
 
 
-def test_an_adapter_of_the_user_is_for_text(out: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_an_adapter_of_the_user_is_for_text(out: Output, tmp_path: Path) -> None:
     model, _ = load("model")
     save_adapter(adapted(model), tmp_path / "mine", {})
     options = ["--model", "model", "--adapter-path", str(tmp_path / "mine"), *MAX]
@@ -114,7 +119,7 @@ def test_an_adapter_of_the_user_is_for_text(out: pytest.CaptureFixture[str], tmp
     assert "cannot be used together with" in error and error.count("\n") == 1
 
 
-def test_the_memory_plan_names_towers_and_adapters(out: pytest.CaptureFixture[str]) -> None:
+def test_the_memory_plan_names_towers_and_adapters(out: Output) -> None:
     assert context.main(["--model", "model", "--json"]) == 0
     plan = json.loads(out.readouterr().out)
     parts = plan["parts_bytes"]
@@ -128,7 +133,7 @@ def test_the_memory_plan_names_towers_and_adapters(out: pytest.CaptureFixture[st
 
 
 def test_the_list_says_what_a_model_reads(
-    out: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    out: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(models.EMBEDDED, "media", tmp_path / "media")
     shutil.copytree("model", tmp_path / "media")

@@ -62,13 +62,20 @@ def input_audio(data: bytes | None = None) -> dict[str, Any]:
 
 
 class ScriptedEngine:
-    """Stands in for the supervisor: notes each job, and answers what `reply` makes of it, a word at a time."""
+    """Stands in for the supervisor: notes each job, and answers what `reply` makes of it, a word at a time.
+
+    Attributes:
+        given: the jobs so far.
+        jobs: that run.
+        most: that ran at a time.
+        together: jobs that must have come before the first is answered.
+    """
 
     state, restarts, note = "ready", 0, ""
 
     def __init__(self, reply: Callable[[Job], str] = lambda job: "A red square.") -> None:
         self.reply, self.given, self.jobs, self.most = reply, list[Job](), 0, 0
-        self.longest = LONGEST
+        self.longest, self.together = LONGEST, 0
 
     async def ping(self) -> Pong:
         return Pong(0, {})
@@ -78,6 +85,8 @@ class ScriptedEngine:
         self.jobs += 1
         self.most = max(self.most, self.jobs)
         try:
+            while len(self.given) < self.together:
+                await asyncio.sleep(0.01)
             words = self.reply(job).split(" ")
             for n, word in enumerate(words):
                 await asyncio.sleep(0)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from phi4_mlx.models.multimodal import Model as Multimodal
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime
 from phi4_mlx.models.sambay import Model as SambaY
 from phi4_mlx.models.snapshot import MAX_SNAPSHOTS
 from phi4_mlx.models.text import Model
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
+from phi4_mlx.tokens.prompt import Prompt
 from tests.conftest import BOUNDARY, make_tiny_model
+from tests.media import picture, prompt_of
 from tests.model_runs import decoded, filled_cache
+from tests.tiny_multimodal import make_tiny_multimodal
 from tests.tiny_sambay import make_tiny_sambay
 
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 4 + 8  # keys and values: layers, heads, width, fp32; and the key
@@ -214,3 +220,58 @@ def test_the_snapshots_that_are_kept_save_the_most_tokens(sambay: SambaY) -> Non
     lengths = [each.length for each in cache.snapshots]
     assert len(lengths) == MAX_SNAPSHOTS and lengths[-1] >= cache.offset - 1
     assert max(b - a for a, b in zip([0, *lengths], lengths, strict=False)) <= 250
+
+
+@pytest.fixture(scope="module")
+def multimodal() -> Multimodal:
+    return make_tiny_multimodal()
+
+
+def keep(prefixes: PrefixCache, model: Multimodal, prompt: Prompt) -> None:
+    cache = model.make_cache()
+    decoded(model, prompt, 1, cache=cache)
+    prefixes.put(None, cache)
+
+
+def test_two_pictures_of_one_size_with_the_same_words_are_never_confused(multimodal: Multimodal) -> None:
+    text, prefixes = list(range(10)), PrefixCache(2**20)
+    one, other = (prompt_of(text, picture(seed), [20, 21, 22]) for seed in (0, 1))
+    keep(prefixes, multimodal, one)
+    for prompt, length in ((one, len(one) - 1), (other, 10), (Prompt([*text, 9]), 0)):  # 0: under another adapter
+        cache = prefixes.find(multimodal, None, prompt)
+        assert (cache.offset if cache else 0) == length
+        if cache:
+            rest = cache.reuse(prompt)
+            assert len(rest) == len(prompt) - length
+            assert decoded(multimodal, rest, 6, cache=cache) == decoded(multimodal, prompt, 6)
+
+
+@pytest.mark.parametrize("length", [15, 30, 51, 53])
+def test_a_prefix_may_end_within_a_picture(multimodal: Multimodal, length: int) -> None:
+    prompt, prefixes = prompt_of(list(range(10)), picture(), [20, 21, 22]), PrefixCache(2**20)
+    keep(prefixes, multimodal, prompt[:length])
+    cache = prefixes.find(multimodal, None, prompt)
+    assert cache is not None and cache.offset == length and cache.keys == prompt.keys[:length]
+    hidden = multimodal.hidden(mx.array([prompt[length:]]), cache)  # as a batch runs it: the cache knows the rest
+    expected = multimodal.hidden(mx.array([prompt]), _admitted(multimodal, prompt))
+    np.testing.assert_allclose(np.array(hidden[:, -1]), np.array(expected[:, -1]), atol=1e-4)
+
+
+def _admitted(model: Multimodal, prompt: Prompt) -> PromptCache:
+    cache = model.make_cache()
+    cache.admit(mx.array([prompt]), prompt.places)
+    return cache
+
+
+def test_entries_keep_no_pixels_and_the_prompt_gives_them_back(multimodal: Multimodal) -> None:
+    prompt, prefixes = prompt_of(list(range(10)), picture(), [20, 21]), PrefixCache(2**20)
+    keep(prefixes, multimodal, prompt)
+    pixels = weakref.ref(prompt.media[0])
+    del prompt
+    gc.collect()
+    assert pixels() is None
+    prompt = prompt_of(list(range(10)), picture(), [20, 21])
+    longer = prompt + [7] * 20  # past the RoPE boundary later
+    found = prefixes.find(multimodal, None, longer[:60])
+    assert found is not None and found.places[0].medium is prompt.media[0]
+    assert decoded(multimodal, found.reuse(longer), 4, cache=found) == decoded(multimodal, longer, 4)
