@@ -111,7 +111,7 @@ def load(
     """Loads a model and its tokenizer.
 
     Args:
-        path_or_hf_repo: a folder, a Hub id ("owner/name"), or "demo" or "demo-flash", the embedded packages.
+        path_or_hf_repo: a folder, a Hub id ("owner/name"), or the name of an embedded package, such as "demo".
         adapter_path: a folder with a LoRA adapter to put on the model.
         lazy: leaves the weights on disk until they are first used.
         revision: a commit, branch or tag of the Hub repository.
@@ -333,9 +333,7 @@ def empty_model(config: Config, infos: Mapping[str, TensorInfo]) -> LanguageMode
     if not scaled:
         return model
     if config.quantization is None:
-        raise CheckpointError(
-            f"{min(scaled)} is quantised, but config.json has no 'quantization' that describes it"
-        )
+        raise CheckpointError(f"{min(scaled)} is quantised, but config.json has no 'quantization' that describes it")
 
     claimed = config.quantization
 
@@ -354,8 +352,10 @@ def _scheme(
     rows, columns = module.weight.shape
     weight, scales = infos[f"{path}.weight"], infos[f"{path}.scales"]
     claimed = (quantization.get(path), quantization)
-    claims = [{key: each.get(key) for key in ("mode", "bits", "group_size")} for each in claimed if isinstance(each, Mapping)]
-    schemes = [
+    claims = [
+        {key: each.get(key) for key in ("mode", "bits", "group_size")} for each in claimed if isinstance(each, Mapping)
+    ]
+    schemes: list[dict[str, Any]] = [
         {"mode": mode, "bits": bits, "group_size": group_size}
         for mode, (widths, sizes) in QUANTIZATION_MODES.items()
         for bits, group_size in itertools.product(widths, sizes)
@@ -394,9 +394,7 @@ def check_tensors(model: LanguageModel, infos: Mapping[str, TensorInfo]) -> set[
             f"{_some(missing)} missing from the checkpoint; it is incomplete or of another architecture"
         )
     if extra:
-        raise CheckpointError(
-            f"{_some(extra)} unexpected: the model that config.json describes does not have them"
-        )
+        raise CheckpointError(f"{_some(extra)} unexpected: the model that config.json describes does not have them")
     for name, array in expected.items():
         found = infos[name]
         if found.shape != tuple(array.shape):

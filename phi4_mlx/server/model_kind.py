@@ -23,13 +23,15 @@ def model_kind(folder: Path, chat_format: ChatFormat, chosen: bool = False) -> M
 
     Returns:
         "reasoning" if its answers begin with the model's thoughts; "base" for a package without a chat template; else
-        "instruct". Embedded packages and what is made of them, which share a tokenizer, are "demo-reasoning" or "demo".
+        "instruct". Embedded packages and what is made of them, which share their tokenizers, are "demo-reasoning" or
+        "demo".
 
     Raises:
         ConfigError: a file that may contain the chat template is damaged.
     """
-    own, embedded = folder / "tokenizer.json", [each / "tokenizer.json" for each in EMBEDDED.values()]
-    if own.is_file() and any(filecmp.cmp(own, each, shallow=False) for each in embedded if each.is_file()):
+    own = folder / "tokenizer.json"
+    embedded = (each / "tokenizer.json" for each in EMBEDDED.values())
+    if own.is_file() and any(filecmp.cmp(own, each, shallow=False) for each in embedded):
         return "demo-reasoning" if chat_format.reasons else "demo"
     if chat_format.reasons:
         return "reasoning"
