@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 
 from phi4_mlx.checkpoint import load_config, load_tokenizer_and_format
-from phi4_mlx.server import guard as guard_module
+from phi4_mlx.server import bodies as bodies_module
 from phi4_mlx.server import media_reader
 from phi4_mlx.server.apis.media_part import Attachment
 from phi4_mlx.tokens.media.image import image_tokens
@@ -208,7 +208,7 @@ def test_the_bytes_of_decoded_media_are_free_after_the_request(
 ) -> None:
     assert server.ask(TEXT, image_url()).status_code == 200
     assert server.bodies.held == server.bodies.used == 0
-    monkeypatch.setattr(guard_module, "MEDIA_BYTES", 56 * 56 * 3)
+    monkeypatch.setattr(bodies_module, "MEDIA_BYTES", 56 * 56 * 3)
     response = server.ask(image_url(picture(shade=1)), image_url(picture(shade=2)))
     assert response.status_code == 503 and "send fewer" in response.json()["error"]["message"]
     assert server.bodies.held == 0 and server.ask(image_url()).status_code == 200
