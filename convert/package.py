@@ -100,17 +100,24 @@ def convert(
         recipe = make_recipe(q_mode or "affine", q_bits, q_group_size, embed_bits, tower_bits, adapter_bits)
     kind = _FLOATS[dtype] if dtype else None
 
+    own_bits = {"--tower-bits": tower_bits, "--adapter-bits": adapter_bits}
+
     def planned(folder: Path, config: Config) -> list[Parameter]:
         parameters = plan(folder, config, recipe, kind, dequantize)
-        if (tower_bits or adapter_bits) and not any(parameter.on_demand for parameter in parameters):
-            name, bits = ("--adapter-bits", adapter_bits) if tower_bits is None else ("--tower-bits", tower_bits)
-            raise RequestError(f"{name} {bits} is for multimodal models, and {folder} has no towers; leave it out")
+        _check_towers(folder, parameters, own_bits)
         return parameters
 
     def planned_loras(folder: Path, config: Config) -> dict[str, Adapter]:
         return plan_loras(folder, config, recipe, kind, dequantize)
 
     write_package(Path(mlx_path), hf_path, revision, planned, progress, planned_loras)
+
+
+def _check_towers(folder: Path, parameters: list[Parameter], own_bits: Mapping[str, int | None]) -> None:
+    """Raises RequestError if an option for towers and LoRAs is given for a model of text alone."""
+    for name, bits in own_bits.items():
+        if bits is not None and not any(parameter.on_demand for parameter in parameters):
+            raise RequestError(f"{name} {bits} is for multimodal models, and {folder} has no towers; leave it out")
 
 
 def _check_not_given(**options: str | int | None) -> None:

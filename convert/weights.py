@@ -126,9 +126,7 @@ class Parameter:
         return arrays
 
 
-def plan(
-    folder: Path, config: Config, recipe: Recipe | None, dtype: str | None, dequantize: bool
-) -> list[Parameter]:
+def plan(folder: Path, config: Config, recipe: Recipe | None, dtype: str | None, dequantize: bool) -> list[Parameter]:
     """Plans every parameter of the model, from the headers of a checkpoint.
 
     Args:

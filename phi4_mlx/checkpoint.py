@@ -333,9 +333,7 @@ def empty_model(config: Config, infos: Mapping[str, TensorInfo]) -> LanguageMode
     if not scaled:
         return model
     if config.quantization is None:
-        raise CheckpointError(
-            f"{min(scaled)} is quantised, but config.json has no 'quantization' that describes it"
-        )
+        raise CheckpointError(f"{min(scaled)} is quantised, but config.json has no 'quantization' that describes it")
 
     claimed = config.quantization
 
@@ -354,8 +352,10 @@ def _scheme(
     rows, columns = module.weight.shape
     weight, scales = infos[f"{path}.weight"], infos[f"{path}.scales"]
     claimed = (quantization.get(path), quantization)
-    claims = [{key: each.get(key) for key in ("mode", "bits", "group_size")} for each in claimed if isinstance(each, Mapping)]
-    schemes = [
+    claims = [
+        {key: each.get(key) for key in ("mode", "bits", "group_size")} for each in claimed if isinstance(each, Mapping)
+    ]
+    schemes: list[dict[str, Any]] = [
         {"mode": mode, "bits": bits, "group_size": group_size}
         for mode, (widths, sizes) in QUANTIZATION_MODES.items()
         for bits, group_size in itertools.product(widths, sizes)
@@ -394,9 +394,7 @@ def check_tensors(model: LanguageModel, infos: Mapping[str, TensorInfo]) -> set[
             f"{_some(missing)} missing from the checkpoint; it is incomplete or of another architecture"
         )
     if extra:
-        raise CheckpointError(
-            f"{_some(extra)} unexpected: the model that config.json describes does not have them"
-        )
+        raise CheckpointError(f"{_some(extra)} unexpected: the model that config.json describes does not have them")
     for name, array in expected.items():
         found = infos[name]
         if found.shape != tuple(array.shape):

@@ -73,7 +73,9 @@ def write_published_shapes(folder: Path) -> Path:
     write_tokenizer(folder)
     shapes = published_shapes()
     tensors = {original_name(name): shape for name, shape in shapes.items()}
-    for path, (out, width) in ((name.removesuffix(".weight"), shape) for name, shape in shapes.items() if _adapted(name)):
+    for path, (out, width) in (
+        (name.removesuffix(".weight"), shape) for name, shape in shapes.items() if _adapted(name)
+    ):
         for adapter, rank in RANKS.items():
             tensors[f"{path}.lora_A.{adapter}.weight"] = (rank, width)
             tensors[f"{path}.lora_B.{adapter}.weight"] = (out, rank)

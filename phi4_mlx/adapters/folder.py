@@ -243,7 +243,9 @@ def check_finite(tensors: Mapping[str, mx.array], source: str) -> None:
     mx.eval(tensors, finite)
     for name in tensors:
         if not finite[name]:
-            raise CheckpointError(f"{source}: {name} contains NaN or inf (training diverged); use an earlier checkpoint")
+            raise CheckpointError(
+                f"{source}: {name} contains NaN or inf (training diverged); use an earlier checkpoint"
+            )
 
 
 def checked(adapter: Adapter, rank: int | Mapping[str, int] | None) -> Adapter:

@@ -36,7 +36,9 @@ from phi4_mlx.files.json_file import JsonObject
 PEFT_FILE = "adapter_model.safetensors"
 
 _PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
-_NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.(?:lora_(?P<matrix>[AB])\.weight|lora_magnitude_vector(?:\.weight)?)")
+_NAME = re.compile(
+    r"(?:base_model\.model\.)?(.+)\.(?:lora_(?P<matrix>[AB])\.weight|lora_magnitude_vector(?:\.weight)?)"
+)
 
 # Fields that do not change the meaning of the tensors, or are read below. Every other field must be empty, so that an
 # unknown one is refused rather than ignored.

@@ -34,7 +34,9 @@ class Conditions:
         return same and (None in (self.projection, needed.projection) or self.projection == needed.projection)
 
 
-def conditions_of(places: Sequence[Place], regime: Regime, own: str | None, mode_adapters: frozenset[str]) -> Conditions:
+def conditions_of(
+    places: Sequence[Place], regime: Regime, own: str | None, mode_adapters: frozenset[str]
+) -> Conditions:
     """The conditions of a sequence.
 
     Args:

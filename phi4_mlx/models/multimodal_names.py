@@ -1,7 +1,7 @@
 """Names of tensors in the published checkpoints of Phi-4-multimodal, and those that no computation reads.
 
-The original checkpoint wraps each adapted matrix (`base_layer`), keeps both LoRAs beside it (`lora_A.vision`), and names
-projections by their place in a sequence. Ours are the names of transformers.
+The original checkpoint wraps each adapted matrix (`base_layer`), keeps both LoRAs beside it (`lora_A.vision`), and
+names projections by their place in a sequence. Ours are the names of transformers.
 
 Source: `convert_phi4_multimodal_weights_to_hf.py` in transformers.
 """

@@ -23,7 +23,8 @@ class PaddedLinear(nn.Linear):
         padded = nn.Linear(1, 1, bias="bias" in self)
         padded.update(self.parameters())
         padded.weight = pad(self.weight, padded_width(self.weight.shape[1], group_size or 64))
-        return PaddedQuantizedLinear.from_linear(padded, group_size, bits, mode=mode, **options)
+        layer: PaddedQuantizedLinear = PaddedQuantizedLinear.from_linear(padded, group_size, bits, mode=mode, **options)
+        return layer
 
 
 class PaddedQuantizedLinear(nn.QuantizedLinear):

@@ -2,7 +2,7 @@
 
 A crop is cut into patches; masked patches, which only pad, are seen by no query but have outputs of their own. The
 features are the output of all encoder layers except the last, pooled 2 by 2. The rows of a picture are its crops put
-together, a separator after each line, then a separator and the global view; an MLP projects them to the decoder's width.
+together, a separator after each line, then a separator and the global view; an MLP brings them to the decoder's width.
 
 Shapes: n crops with the global view first, c pixels and g patches of a crop's side, P = g * g, D width of the tower.
 
@@ -176,7 +176,7 @@ class ImageEmbedding(nn.Module):
         for first in range(0, len(seen), CROPS):
             part = mx.array(pixels[first : first + CROPS]).astype(self.dtype)
             x = self.img_processor(part, seen[first : first + CROPS])
-            n, g, half = len(x), self.config.grid, self.config.grid // 2
+            n, half = len(x), self.config.grid // 2
             features.append(x.reshape(n, half, 2, half, 2, -1).mean(axis=(2, 4)).reshape(n, half * half, -1))
             if len(seen) > CROPS:
                 mx.eval(features[-1])
@@ -229,7 +229,8 @@ def position_ids(mask: np.ndarray) -> np.ndarray:
     g = mask.shape[1]
     at = np.arange(g)
     down, across = (
-        np.minimum(at * g // np.maximum(count, 1)[:, None], g - 1) for count in (mask[:, :, 0].sum(1), mask[:, 0].sum(1))
+        np.minimum(at * g // np.maximum(count, 1)[:, None], g - 1)
+        for count in (mask[:, :, 0].sum(1), mask[:, 0].sum(1))
     )
     ids: np.ndarray = np.where(mask, down[:, :, None] * g + across[:, None, :], 0).reshape(len(mask), -1)
     return ids

@@ -73,6 +73,7 @@ class SpeechRoutes:
             with contextlib.closing(upload):
                 async with contextlib.aclosing(transcribed(self.service, speech, path, transcript)) as found:
                     async for text in found:
+                        entry.prompt_tokens = transcript.prompt_tokens
                         yield text
 
         try:
@@ -87,7 +88,6 @@ class SpeechRoutes:
         except ClientGone:
             entry.cancelled = True
             response = Response(status_code=CANCELLED)  # never sent
-        entry.prompt_tokens = transcript.prompt_tokens
         if speech.ask.ignored:
             entry.ignored = response.headers[IGNORED] = ignored_header(speech.ask.ignored)
         return response

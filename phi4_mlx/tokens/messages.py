@@ -90,7 +90,8 @@ def _joined(pieces: list[str | Medium]) -> str | list[str | Medium]:
     """One text if there are no media, else texts and media, with texts in a row as one."""
     content: list[str | Medium] = []
     for is_text, group in groupby(pieces, lambda piece: isinstance(piece, str)):
-        content += ["".join(map(str, group))] if is_text else group
+        run = [*group]
+        content += ["".join(map(str, run))] if is_text else run
     return "".join(map(str, content)) if all(isinstance(piece, str) for piece in content) else content
 
 
@@ -113,7 +114,9 @@ def _piece(index: int, part: Any, media: MediaSettings | None) -> str | Medium:
     given = [name for name in (kind, *_SOURCES) if part.get(name) is not None]
     if len(given) != 1:
         found = " and ".join(given) or "none"
-        raise RequestError(f"message {index}: a part of type {kind} has one of {kind}, path, url, base64; it has {found}")
+        raise RequestError(
+            f"message {index}: a part of type {kind} has one of {kind}, path, url, base64; it has {found}"
+        )
     try:
         return _read(kind, given[0], part[given[0]], media)
     except RequestError as error:

@@ -1,4 +1,4 @@
-"""A tiny Phi-4-multimodal checkpoint, drawn from NumPy's seeded generator instead of stored: config, weights, LoRAs, media.
+"""A tiny Phi-4-multimodal, drawn from NumPy's seeded generator instead of stored: config, weights, LoRAs, media.
 
 Each tensor has a seed of its own, made from its name, so the reference, which has tensors that are never used, and this
 project build the same model. Shapes and names are those of transformers' `Phi4MultimodalForCausalLM`.

@@ -113,7 +113,9 @@ def test_a_package_is_dequantised_and_quantised_again(tmp_path: Path) -> None:
     assert np.abs(logits(tmp_path / "dense") - logits(tmp_path / "package")).max() < 1e-4
     shapes = {name: info.shape for name, info in read_header(tmp_path / "dense" / TOWERS_FILE).items()}
     assert shapes[f"{recipe.EXTEND}image_embed.img_processor.encoder.layers.0.mlp.fc2.weight"] == (32, 48)
-    assert not any("scales" in name for path in (tmp_path / "dense").rglob("*.safetensors") for name in read_header(path))
+    assert not any(
+        "scales" in name for path in (tmp_path / "dense").rglob("*.safetensors") for name in read_header(path)
+    )
     convert(tmp_path / "package", tmp_path / "copy")
     assert weights(tmp_path / "copy") == weights(tmp_path / "package")
     with pytest.raises(RequestError, match="quantised already"):
@@ -124,7 +126,9 @@ def test_a_package_is_dequantised_and_quantised_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_every_file_has_the_dtype_that_is_asked_for(tmp_path: Path, dtype: str) -> None:
     convert(write_tiny_multimodal(tmp_path / "source"), tmp_path / "package", **QUANTIZE, dtype=dtype)
-    found = {info.dtype for path in (tmp_path / "package").rglob("*.safetensors") for info in read_header(path).values()}
+    found = {
+        info.dtype for path in (tmp_path / "package").rglob("*.safetensors") for info in read_header(path).values()
+    }
     assert found == {"U32", {"bfloat16": "BF16", "float16": "F16"}[dtype]}
 
 

@@ -34,7 +34,7 @@ def each_model(request: pytest.FixtureRequest) -> LanguageModel:
 
 def random_prompts(count: int, seed: int = 0, longest: int = 2 * BOUNDARY) -> list[list[int]]:
     draw = random.Random(seed)
-    return [[draw.randrange(512) for _ in range(draw.randint(1, longest))] for _ in range(count)]
+    return [[draw.randrange(510) for _ in range(draw.randint(1, longest))] for _ in range(count)]
 
 
 def batch_of(*sequences: BatchSequence, **options: Any) -> Batch:
