@@ -185,8 +185,7 @@ def _read(file: MediaFile, tokenizer: Tokenizer, tell: Callable[[str], object] =
     assert tokenizer.media is not None
     if file.kind == "audio":
         with open_sound(file.path, LONGEST_S) as sound:
-            if sound.seconds is not None:
-                tell(f"{file.name}: {_cost(audio_tokens(sound.seconds), sound.seconds)}")
+            tell(f"{file.name}: {_cost(audio_tokens(sound.seconds), sound.seconds)}")
         return read_audio(file.path)
     source: PictureSource = file.path
     if file.page is not None:
