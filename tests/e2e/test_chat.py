@@ -19,8 +19,8 @@ import pytest
 
 from phi4_mlx.tokens.tokenizer import load_tokenizer
 from tests.conftest import ROOT
-from tests.tiny_multimodal import write_tiny_multimodal
 from tests.e2e.server_process import hear_hangups
+from tests.tiny_multimodal import write_tiny_multimodal
 
 CHAT = [sys.executable, "-m", "phi4_mlx.chat"]
 Checkpoint = Callable[..., Path]
