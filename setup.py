@@ -24,7 +24,10 @@ setup(
         "phi4_mlx.convert",
     ],
     package_dir={"phi4_mlx.convert": "convert"},
-    package_data={"phi4_mlx": ["py.typed", "demo/*", "demo_flash/*", "demo_multimodal/*", "demo_multimodal/*/*"], "phi4_mlx.server": ["page/*", "page/*/*"]},
+    package_data={
+        "phi4_mlx": ["py.typed", "demo/*", "demo_flash/*", "demo_multimodal/*", "demo_multimodal/*/*"],
+        "phi4_mlx.server": ["page/*", "page/*/*"],
+    },
     install_requires=[
         'mlx>=0.32; sys_platform == "darwin"',
         'mlx[cpu]>=0.32; sys_platform == "linux"',

@@ -111,7 +111,7 @@ def load(
     """Loads a model and its tokenizer.
 
     Args:
-        path_or_hf_repo: a folder, a Hub id ("owner/name"), or "demo" or "demo-flash", the embedded packages.
+        path_or_hf_repo: a folder, a Hub id ("owner/name"), or the name of an embedded package, such as "demo".
         adapter_path: a folder with a LoRA adapter to put on the model.
         lazy: leaves the weights on disk until they are first used.
         revision: a commit, branch or tag of the Hub repository.

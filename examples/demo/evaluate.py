@@ -49,8 +49,10 @@ def question_and_answer(tokenizer: Tokenizer, prompt: corpus.Prompt) -> tuple[li
     return asked, answered[len(asked) : -2]  # without <|end|> and <|assistant|>
 
 
-def examine_media(model: LanguageModel, tokenizer: Tokenizer, count: int, seed: int, mistakes: int) -> dict[str, list[int]]:
-    """"medium: category" -> [right, asked]; prints the first `mistakes` wrong answers of each medium."""
+def examine_media(
+    model: LanguageModel, tokenizer: Tokenizer, count: int, seed: int, mistakes: int
+) -> dict[str, list[int]]:
+    """ "medium: category" -> [right, asked]; prints the first `mistakes` wrong answers of each medium."""
     pairs = list(examination.swapped(count // 6, seed))
     media = {
         "pictures": list(examination.about_pictures(count, seed)),
@@ -129,7 +131,9 @@ def main() -> None:
         cells = (result.get(category, [0, 0]) for result in results.values())
         print(f"| {category} |" + "".join(f" {right} of {asked} |" for right, asked in cells))
     for medium in dict.fromkeys(category.partition(":")[0] for category in categories if ":" in category):
-        parts = ({key: row for key, row in result.items() if key.startswith(f"{medium}:")} for result in results.values())
+        parts = (
+            {key: row for key, row in result.items() if key.startswith(f"{medium}:")} for result in results.values()
+        )
         print(f"| {medium} |" + "".join(f" {share(part):.1f} % |" for part in parts))
     print("| all |" + "".join(f" {share(result):.1f} % |" for result in results.values()))
     print(json.dumps({name: {"percent": round(share(result), 2), **result} for name, result in results.items()}))

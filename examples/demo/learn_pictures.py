@@ -38,7 +38,7 @@ STAGES = (Stage(1, 400, 24, 96, 2e-3), Stage(2, 400, 16, 128, 2e-3), Stage(4, 24
 
 
 def rows_of(tower: ImageEmbedding, pixels: mx.array) -> mx.array:
-    """The rows of pictures that fill one crop, [B, c, c, 3] -> [B, n, D], equal to what the tower gives for each alone."""
+    """The rows of pictures of one crop, [B, c, c, 3] -> [B, n, D], as the tower gives them for each alone."""
     grid = tower.config.grid
     view = pooled(tower.img_processor(pixels, np.ones((len(pixels), grid, grid), bool)))  # of the crop too
     n, height, _, D = view.shape
@@ -76,9 +76,7 @@ def naming_lessons(rng: random.Random) -> Iterator[Lesson]:
                 cells[:, 0], cells[:, 4] = FACTS[0].index(picture.colour), picture.digit
             for thing in picture.things:
                 places = [thing.colour, thing.shape, "larger" if thing.large else "small", thing.place]
-                cells[CELLS[thing.place], :4] = [
-                    words.index(word) for words, word in zip(FACTS, places, strict=False)
-                ]
+                cells[CELLS[thing.place], :4] = [words.index(word) for words, word in zip(FACTS, places, strict=False)]
             for place, cell in CELLS.items():
                 cells[cell, 3] = FACTS[3].index(place)
         yield crops(batch), mx.array(shown)

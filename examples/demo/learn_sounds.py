@@ -41,9 +41,7 @@ def pool(seed: int) -> list[Clip]:
         return list(threads.map(lambda number: spoken(random.Random(f"{seed} {number}")), range(POOL)))
 
 
-def batches(
-    clips: list[Clip], rng: random.Random, count: int, most: int
-) -> Iterator[tuple[np.ndarray, list[Clip]]]:
+def batches(clips: list[Clip], rng: random.Random, count: int, most: int) -> Iterator[tuple[np.ndarray, list[Clip]]]:
     """Features [count, T, 80] and their clips of at most `most` words; half of those of several are joined."""
     by_length = {words: [clip for clip in clips if len(clip.words) == words] for words in range(1, most + 1)}
 
@@ -61,7 +59,9 @@ def batches(
         rng.shuffle(groups)
         for group in groups:
             frames = min(math.ceil(length(group[-1]) / (160 * FRAMES)) * FRAMES, MOST_FRAMES)
-            heard = [in_a_room([another_voice(part, rng) for part in parts], rng, 160 * frames + 240) for parts in group]
+            heard = [
+                in_a_room([another_voice(part, rng) for part in parts], rng, 160 * frames + 240) for parts in group
+            ]
             yield np.stack([features(clip.wave) for clip in heard]), heard
 
 

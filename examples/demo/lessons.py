@@ -117,7 +117,9 @@ class Stage:
 
 def stacked(rows: Sequence[tuple[list[int], list[float]]]) -> tuple[mx.array, mx.array]:
     """Ids and weights of conversations of one width."""
-    return mx.array(np.array([ids for ids, _ in rows])), mx.array(np.array([weights for _, weights in rows], np.float32))
+    return mx.array(np.array([ids for ids, _ in rows])), mx.array(
+        np.array([weights for _, weights in rows], np.float32)
+    )
 
 
 def study(

@@ -1,4 +1,4 @@
-"""The package `demo-multimodal`: the files of `demo` as they are, two slots in its tokenizer, towers and LoRAs in 8 bits."""
+"""The package `demo-multimodal`: the weights of `demo`, two slots in its tokenizer, towers and LoRAs in 8 bits."""
 
 from __future__ import annotations
 
@@ -65,12 +65,18 @@ def write_package(
         _with_slots(raw)
         indent = None if name == "tokenizer.json" else 2
         (output / name).write_text(json.dumps(raw, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
-    for name, content in (("config.json", config()), ("preprocessor_config.json", PREPROCESSOR)):
-        (output / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    tensors = {}
+    tensors: dict[str, mx.array] = {}
     for name, tower in (("image_embed", vision), ("audio_embed", speech)):
         nn.quantize(tower, GROUP_SIZE, BITS)
         tensors |= {f"{EXTEND}{name}.{path}": _half(array) for path, array in tree_flatten(tower.parameters())}
+    raw = config()
+    scheme = {"bits": BITS, "group_size": GROUP_SIZE, "mode": "affine"}
+    for name in tensors:
+        if name.endswith(".scales"):
+            raw["quantization"][name.removesuffix(".scales")] = scheme
+    raw["quantization_config"] = raw["quantization"]
+    for name, content in (("config.json", raw), ("preprocessor_config.json", PREPROCESSOR)):
+        (output / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_tensors(output / "towers.safetensors", tensors)
     for name, lora in loras.items():
         _write_lora(output / f"{name}-lora", lora)

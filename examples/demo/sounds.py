@@ -1,3 +1,4 @@
+# ruff: noqa: SIM905
 """Sound of the world of `demo-multimodal`: digits and words spoken by espeak-ng in many voices, with noise."""
 
 from __future__ import annotations

@@ -7,34 +7,40 @@ from typing import TYPE_CHECKING, Literal
 from phi4_mlx.terminal.advice import command_line
 from phi4_mlx.terminal.amount import amount
 from phi4_mlx.terminal.typed_paths import find_paths
-from phi4_mlx.tokens.media.audio import Audio
-from phi4_mlx.tokens.media.media_file import SPEECH_S, check_reads_media, kind_of, media_of_file
 
 if TYPE_CHECKING:
     from phi4_mlx.chat.session import Chat
 
 
-def check_takes_media(chat: Chat) -> None:
+def check_takes_media(chat: Chat, way_out: str = "") -> None:
     """Refuses media for a model that reads only text.
+
+    Args:
+        chat: the chat.
+        way_out: the end of the message.
 
     Raises:
         RequestError: the model does; names one to use.
     """
-    check_reads_media(chat.conversation.tokenizer, chat.model_name)
+    from phi4_mlx.tokens.media.media_file import check_reads_media
+
+    check_reads_media(chat.conversation.tokenizer, chat.model_name, way_out)
 
 
-def attach_file(chat: Chat, path: str, kind: Literal["image", "audio"], pages: str = "") -> None:
+def attach_file(chat: Chat, path: str, kind: Literal["image", "audio"]) -> None:
     """Reads a file and attaches its media to the next question, with a note of what they cost.
 
     Args:
         chat: the chat.
-        path: the file.
+        path: the file; that of a PDF may be followed by its pages.
         kind: "image", also for a PDF, or "audio".
-        pages: of a PDF, as for `media_of_file`.
 
     Raises:
         RequestError: the model reads only text, or the file cannot be read.
     """
+    from phi4_mlx.tokens.media.audio import Audio
+    from phi4_mlx.tokens.media.media_file import SPEECH_S, media_of_file
+
     check_takes_media(chat)
 
     def tell(price: str) -> None:
@@ -43,7 +49,7 @@ def attach_file(chat: Chat, path: str, kind: Literal["image", "audio"], pages: s
         chat.screen.status(f"reading {path} ...")
 
     try:
-        found = media_of_file(path, kind, chat.conversation.tokenizer, tell, pages)
+        found = media_of_file(path, kind, chat.conversation.tokenizer, tell)
     finally:
         chat.screen.status("")
     chat.pending += found
@@ -65,18 +71,25 @@ def attach_typed(chat: Chat, typed: str) -> str:
     before = [*chat.pending]
     text, at = "", 0
     try:
-        for found in find_paths(typed, lambda path: kind_of(path) is not None):
+        for found in find_paths(typed, lambda path: _kind_of(path) is not None):
+            check_takes_media(chat, "; a path in backticks stays text")
+            kind: Literal["image", "audio"] = "audio" if _kind_of(found.path) == "audio" else "image"
+            attach_file(chat, found.path, kind)
             text += typed[at : found.start]
             at = found.end
-            kind: Literal["image", "audio"] = "audio" if kind_of(found.path) == "audio" else "image"
-            check_reads_media(chat.conversation.tokenizer, chat.model_name, "; a path in backticks stays text")
-            attach_file(chat, found.path, kind)
             if text.strip():
                 text += f"{kind} {sum(each.kind == kind for each in chat.pending)}"
     except BaseException:
         chat.pending[:] = before
         raise
-    return text + typed[at:] if not at else (text + typed[at:]).strip()
+    return (text + typed[at:]).strip() if at else typed
+
+
+def _kind_of(path: str) -> str | None:
+    """As `kind_of`, which a line without paths does not import."""
+    from phi4_mlx.tokens.media.media_file import kind_of
+
+    return kind_of(path)
 
 
 def show_pending(chat: Chat) -> None:

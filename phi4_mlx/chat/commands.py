@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
 
-_PAGES = re.compile(r"\s\d[\d,\s-]*$")  # of a PDF, after its name
 CACHE_SUFFIX = ".cache.safetensors"
 
 
@@ -317,31 +316,31 @@ def _model(chat: Chat, rest: str) -> None:
 
 
 def _image(chat: Chat, rest: str) -> None:
-    found = None if os.path.exists(_named(rest)) else _PAGES.search(rest)
-    pages = found.group() if found else ""
-    _attach(chat, rest.removesuffix(pages), "image", pages.strip())
+    _attach(chat, rest, "image")
 
 
 def _audio(chat: Chat, rest: str) -> None:
     _attach(chat, rest, "audio")
 
 
-def _attach(chat: Chat, rest: str, kind: Literal["image", "audio"], pages: str = "") -> None:
+def _attach(chat: Chat, rest: str, kind: Literal["image", "audio"]) -> None:
     """Attaches files to the next question; without a name, lists what is attached."""
     if not rest:
         return show_pending(chat)
-    for path in _several(rest):
-        attach_file(chat, local_path(path), kind, pages)
+    for path in _files(rest):
+        attach_file(chat, local_path(path), kind)
 
 
-def _several(rest: str) -> list[str]:
-    """The names of several files as a shell reads them, if all are there; else one name, which may have spaces."""
+def _files(rest: str) -> list[str]:
+    """The names of several files as a shell reads them, if all are there; else one name, which pages may follow."""
     try:
         words = shlex.split(rest)
     except ValueError:
         words = []
-    several = len(words) > 1 and all(os.path.exists(local_path(word)) for word in words)
-    return words if several else [_named(rest)]
+    there = [os.path.exists(local_path(word)) for word in words]
+    if len(words) > 1 and there[0]:
+        return words if all(there) else [" ".join(words)]
+    return [_named(rest)]
 
 
 def _record(chat: Chat, rest: str) -> None:

@@ -18,7 +18,6 @@ from phi4_mlx.generation.memory import ContextPlan, check_context, plan_context
 from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.stream import GenerationResponse
 from phi4_mlx.models.cache import CacheOptions
-from phi4_mlx.tokens.media.media_file import MediaFile
 from phi4_mlx.tokens.overflow import Overflow, keep_latest
 from phi4_mlx.tokens.prompt import Prompt
 from phi4_mlx.tokens.tokenizer import Control
@@ -30,6 +29,7 @@ from phi4_mlx.tools.toolbox import Toolbox
 if TYPE_CHECKING:
     from phi4_mlx.grammar.grammars import Grammar
     from phi4_mlx.models.model import LanguageModel
+    from phi4_mlx.tokens.media.media_file import MediaFile
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
 

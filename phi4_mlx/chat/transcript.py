@@ -19,11 +19,11 @@ from phi4_mlx.chat.conversation import Turn, reply_ids
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.atomic import replacing
 from phi4_mlx.files.user_file import read_file
-from phi4_mlx.tokens.media.media_file import MediaFile, of_record
 from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.json_text import json_text
 
 if TYPE_CHECKING:
+    from phi4_mlx.tokens.media.media_file import MediaFile
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
 Waiting = deque[tuple[int, Any]]  # (number, message) pairs, not read yet
@@ -133,6 +133,8 @@ def _media(number: int, message: object, tokenizer: Tokenizer) -> tuple[tuple[Me
     content = message.get("content") if isinstance(message, dict) else None
     if not isinstance(message, dict) or not isinstance(content, list) or not content:
         return (), (number, message)
+    from phi4_mlx.tokens.media.media_file import of_record
+
     *parts, last = content
     text = last.get("text") if isinstance(last, dict) and last.get("type") == "text" else None
     try:

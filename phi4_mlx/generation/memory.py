@@ -66,7 +66,8 @@ class ContextPlan:
         cache = self.cache_bytes(length, chunk)
         growing = buffer_length(self._cached(length, chunk)) * self.cost.layer_bytes
         scores = min(new * length, SLICE) * self.cost.score_bytes
-        return self.weights_bytes + cache + growing + new * self.cost.activation_bytes + scores
+        activations = max(new * self.cost.activation_bytes + scores, self.cost.media_bytes)
+        return self.weights_bytes + cache + growing + activations
 
     def _cached(self, length: int, chunk: int) -> int:
         """Tokens in the cache at the peak."""

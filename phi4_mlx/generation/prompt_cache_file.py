@@ -1,9 +1,9 @@
 """Prompt caches as files, so that a long prefill is computed once.
 
 A safetensors file: the ids, the arrays of each layer, and last the SHA-256 of all that precedes it. Its metadata holds
-the fingerprints of the model, the adapter and the tokenizer, the RoPE table, and kind, place and SHA-256 of each medium;
-a cache that was made with any other is refused. Content is checked against the model too, since anybody can compute a
-checksum. Media themselves are not in it: their keys and values are.
+the fingerprints of the model, the adapter and the tokenizer, and the RoPE table; a cache that was made with any other
+is refused. Content is checked against the model too, since anybody can compute a checksum. Of a medium the file has
+kind, place and SHA-256, and its keys and values among the others.
 """
 
 from __future__ import annotations

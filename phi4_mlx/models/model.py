@@ -37,6 +37,7 @@ class ContextCost:
         fixed_bytes: cached whatever the length, such as recurrent states; each snapshot takes as many again.
         activation_bytes: activation memory of each prefilled token.
         score_bytes: attention scores of one (query, key) pair over all heads, where they are materialised; else 0.
+        media_bytes: activation memory of reading a picture or a clip, before the tokens are prefilled.
         reads: times that a decode step reads `token_bytes` of each cached token; layers may share keys and values.
     """
 
@@ -45,6 +46,7 @@ class ContextCost:
     fixed_bytes: int
     activation_bytes: int
     score_bytes: int
+    media_bytes: int = 0
     reads: int = 1
 
 
@@ -147,6 +149,8 @@ class LanguageModel(nn.Module, ABC):
         """
         T = ids.shape[1]
         if cache is not None and not isinstance(cache, (PromptCache, BatchCache)):
+            if media:
+                raise RequestError("media need a cache that remembers them; make it with model.make_cache()")
             cache = PromptCache(cache, self.boundary)
         places = self.locate(ids, media, cache) if not isinstance(cache, BatchCache) else ()
         if places and cache is None:

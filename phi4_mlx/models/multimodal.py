@@ -12,21 +12,22 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from phi4_mlx.config.multimodal import MultimodalConfig
 from phi4_mlx.errors import RequestError
 from phi4_mlx.models import text
-from phi4_mlx.models.audio import AudioEmbedding
+from phi4_mlx.models.audio import WINDOW, AudioEmbedding
 from phi4_mlx.models.batch_cache import BatchCache
+from phi4_mlx.models.model import ContextCost
 from phi4_mlx.models.multimodal_names import EXTEND
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime
-from phi4_mlx.models.vision import ImageEmbedding
+from phi4_mlx.models.vision import CROPS, ImageEmbedding
 from phi4_mlx.tokens.prompt import AbsentMedium, Kind, Medium, Mode, Place, Prompt, joined, places_of
 
 if TYPE_CHECKING:
@@ -60,6 +61,9 @@ class _RowCache:
         while len(self._rows) > 1 and sum(map(len, self._rows.values())) > MAX_ROWS:
             self._rows.popitem(last=False)
 
+    def clear(self) -> None:
+        self._rows.clear()
+
     def __reduce__(self) -> tuple[object, ...]:
         return _RowCache, ()  # copies of the model start without rows
 
@@ -73,6 +77,11 @@ class Model(text.Model):
         super().__init__(config)
         self.model.embed_tokens_extend = MediaEmbeddings(config)
         self._row_cache = _RowCache()
+
+    def update(self, parameters: Any, strict: bool = True) -> Model:
+        """See `mlx.nn.Module.update`; rows of other weights are dropped."""
+        self._row_cache.clear()
+        return super().update(parameters, strict)  # type: ignore[no-any-return]
 
     @property
     def vision(self) -> ImageEmbedding:
@@ -169,6 +178,10 @@ class Model(text.Model):
         if ids.shape[0] != 1:
             raise RequestError(f"media go with one sequence of ids, not with {ids.shape[0]}; call the model for each")
         numbers: list[int] = ids[0].tolist()
+        if unfinished and media and media[0].digest == unfinished.medium.digest:
+            slots = numbers.count(self._slot_tokens[media[0].kind])
+            others = sum(medium.tokens for medium in media[1:] if medium.kind == media[0].kind)
+            media = media[1:] if slots <= unfinished.count + others else media  # given again for its other slots
         given = [*([unfinished] if unfinished else []), *(Place(0, medium) for medium in media)]
         found: list[Place] = []
         for kind, token in self._slot_tokens.items():
@@ -177,8 +190,8 @@ class Model(text.Model):
             cut = cache is not None and numbers[-1:] == [token]
             if len(at) > len(rows) or (len(at) < len(rows) and not cut and (media or at)):
                 raise RequestError(
-                    f"the ids have {len(at)} {kind} slots and the media take {len(rows)}; encode both as one prompt, as "
-                    "tokenizer.apply_chat_template does"
+                    f"the ids have {len(at)} {kind} slots and the media take {len(rows)}; encode both as one prompt, "
+                    "as tokenizer.apply_chat_template does"
                 )
             found += [
                 Place(position, each.medium, each.skipped + n, 1) for position, (each, n) in zip(at, rows, strict=False)
@@ -218,7 +231,12 @@ class Model(text.Model):
         """See `LanguageModel.on_demand`: the towers, which text does not need."""
         return name.startswith(EXTEND)
 
-    @property
-    def step_bytes(self) -> int:
-        """See `LanguageModel.step_bytes`; no decode step reads the towers."""
-        return super().step_bytes - sum(int(array.nbytes) for _, array in tree_flatten(self._towers.parameters()))
+    def context_cost(self, kv_bits: int | None = None) -> ContextCost:
+        """See `LanguageModel.context_cost`."""
+        vision, audio = self.config.vision, self.config.audio
+        patches = vision.grid**2
+        scores = vision.num_attention_heads * patches if mx.default_device() == mx.Device(mx.cpu) else 0
+        image = CROPS * patches * (6 * vision.hidden_size + 2 * vision.intermediate_size + scores)
+        bands = audio.input_size // 2  # behind the first convolution, the largest arrays of sound
+        sound = 2 * WINDOW * audio.time_reduction // 2 * bands * audio.nemo_conv_channels
+        return replace(super().context_cost(kv_bits), media_bytes=self.dtype.size * max(image, sound))

@@ -93,7 +93,7 @@ class PromptCache(LayerCaches):
 
     @property
     def keys(self) -> list[int]:
-        """One number a cached token that tells it from all others; see `phi4_mlx.tokens.prompt.keys_of`. B must be 1."""
+        """One number a cached token that tells it from all others; see `phi4_mlx.tokens.prompt.keys_of`. B is 1."""
         return self.tokens.keys
 
     @property

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from phi4_mlx.server.grammar_pool import GrammarPool
     from phi4_mlx.server.guard import Guard
     from phi4_mlx.server.model_kind import ModelKind
+    from phi4_mlx.tokens.prompt import MediaSettings
     from phi4_mlx.tokens.tokenizer import Tokenizer
     from phi4_mlx.tools.toolbox import Toolbox
 
@@ -228,6 +229,11 @@ class _Served:
     vocabulary: int
     kind: ModelKind
 
+    @property
+    def media(self) -> MediaSettings | None:
+        """What the model reads beside text; nothing with an adapter that is always on, whose place its media need."""
+        return None if self.settings.adapter_path else self.tokenizer.media
+
 
 def _served(args: argparse.Namespace) -> _Served:
     """Reads everything but the weights."""
@@ -312,7 +318,7 @@ def _summary(served: _Served, longest: int, key: str | None, toolbox: Toolbox) -
     tools = ", ".join(names[:SHOWN_TOOLS]) + f" and {len(names) - SHOWN_TOOLS} more" * (len(names) > SHOWN_TOOLS)
     parts = [
         f"{served.name} ({served.kind}), context {longest:,} tokens",
-        *([] if served.tokenizer.media is None else ["reads pictures and sounds"]),
+        *([] if served.media is None else ["reads pictures and sounds"]),
         *([f"adapters: {', '.join(served.settings.adapters)}"] if served.settings.adapters else []),
         "no key is needed" if key is None else "clients must send the key",
         f"tools for the page: {tools}" if tools else "no tools",
@@ -339,14 +345,15 @@ def _guard(
     """The ASGI application."""
     from phi4_mlx.server.apis.body import API_SAMPLING
     from phi4_mlx.server.app import App
-    from phi4_mlx.server.guard import LOOPBACK_NAMES, Bodies, Guard, is_loopback
+    from phi4_mlx.server.bodies import Bodies
+    from phi4_mlx.server.guard import LOOPBACK_NAMES, Guard, is_loopback
     from phi4_mlx.server.limits import BODY_BYTES, MEDIA_BODY_BYTES
     from phi4_mlx.server.media_reader import MediaReader
     from phi4_mlx.server.service import Service
     from phi4_mlx.server.tools import ServerTools
 
     models = {served.name: None} | {adapter: adapter for adapter in served.settings.adapters}
-    chat_format, media = served.tokenizer.chat_format, served.tokenizer.media
+    chat_format, media = served.tokenizer.chat_format, served.media
     own = {"temp": API_SAMPLING.temp, "top-p": API_SAMPLING.top_p, "max-tokens": 0} | advised(chat_format.name)
     service = Service(
         supervisor, served.tokenizer, models, served.vocabulary, args.timeout,

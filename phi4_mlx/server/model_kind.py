@@ -6,7 +6,7 @@ import filecmp
 from pathlib import Path
 from typing import Literal
 
-from phi4_mlx.hub import resolve
+from phi4_mlx.files.embedded import EMBEDDED
 from phi4_mlx.tokens.chat_format import chat_template
 from phi4_mlx.tokens.tokenizer import ChatFormat
 
@@ -23,13 +23,15 @@ def model_kind(folder: Path, chat_format: ChatFormat, chosen: bool = False) -> M
 
     Returns:
         "reasoning" if its answers begin with the model's thoughts; "base" for a package without a chat template; else
-        "instruct". Embedded packages and what is made of them, which share a tokenizer, are "demo-reasoning" or "demo".
+        "instruct". Embedded packages and what is made of them, which share their tokenizers, are "demo-reasoning" or
+        "demo".
 
     Raises:
         ConfigError: a file that may contain the chat template is damaged.
     """
-    own, demo = folder / "tokenizer.json", resolve("demo") / "tokenizer.json"
-    if own.is_file() and filecmp.cmp(own, demo, shallow=False):
+    own = folder / "tokenizer.json"
+    embedded = (each / "tokenizer.json" for each in EMBEDDED.values())
+    if own.is_file() and any(filecmp.cmp(own, each, shallow=False) for each in embedded):
         return "demo-reasoning" if chat_format.reasons else "demo"
     if chat_format.reasons:
         return "reasoning"

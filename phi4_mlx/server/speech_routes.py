@@ -13,9 +13,10 @@ from starlette.routing import Route
 
 from phi4_mlx.server.apis.transcriptions import Task, Transcript, parse
 from phi4_mlx.server.apis.wire import IGNORED, WireError, ignored_header
+from phi4_mlx.server.bodies import Receive, share_of
 from phi4_mlx.server.disconnect import ClientGone, unless_gone
 from phi4_mlx.server.event_stream import EventStream, collected, paced
-from phi4_mlx.server.guard import UPLOAD_PATHS, Receive, share_of
+from phi4_mlx.server.guard import UPLOAD_PATHS
 from phi4_mlx.server.request_log import CANCELLED, entry_of
 from phi4_mlx.server.service import Service
 from phi4_mlx.server.speech import transcribed
@@ -73,6 +74,7 @@ class SpeechRoutes:
             with contextlib.closing(upload):
                 async with contextlib.aclosing(transcribed(self.service, speech, path, transcript)) as found:
                     async for text in found:
+                        entry.prompt_tokens = transcript.prompt_tokens
                         yield text
 
         try:
@@ -87,7 +89,6 @@ class SpeechRoutes:
         except ClientGone:
             entry.cancelled = True
             response = Response(status_code=CANCELLED)  # never sent
-        entry.prompt_tokens = transcript.prompt_tokens
         if speech.ask.ignored:
             entry.ignored = response.headers[IGNORED] = ignored_header(speech.ask.ignored)
         return response

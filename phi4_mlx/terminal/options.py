@@ -105,7 +105,7 @@ def add_model_options(parser: Parser) -> None:
     parser.add_argument(
         "--model",
         type=word,
-        help="a folder, a Hugging Face id, or demo or demo-flash for an embedded model "
+        help="a folder, a Hugging Face id, or demo, demo-flash or demo-multimodal for an embedded model "
         "(default: mlx-community/Phi-4-mini-instruct-4bit)",
     )
     parser.add_argument(
@@ -230,7 +230,7 @@ def add_media_options(parser: Parser, text: str) -> None:
     """Adds `--image` and `--audio`, whose files come before `text`."""
     parser.add_argument(
         "--image", type=word, action="append", default=[], metavar="FILE",
-        help=f"a picture, or a PDF, whose pages are pictures, before {text}; may be repeated",
+        help=f"a picture before {text}, or a PDF, whose pages are pictures, as in 'scan.pdf 1-3'; may be repeated",
     )  # fmt: skip
     parser.add_argument(
         "--audio", type=word, action="append", default=[], metavar="FILE",

@@ -9,7 +9,6 @@ from typing import Any
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.json_file import JsonObject
-from phi4_mlx.tokens.media.data_url import base64_bytes, url_bytes
 from phi4_mlx.tokens.prompt import READS_ONLY_TEXT, AbsentMedium, MediaSettings, Medium
 from phi4_mlx.tools.json_text import json_text
 
@@ -91,7 +90,8 @@ def _joined(pieces: list[str | Medium]) -> str | list[str | Medium]:
     """One text if there are no media, else texts and media, with texts in a row as one."""
     content: list[str | Medium] = []
     for is_text, group in groupby(pieces, lambda piece: isinstance(piece, str)):
-        content += ["".join(map(str, group))] if is_text else group
+        run = [*group]
+        content += ["".join(map(str, run))] if is_text else run
     return "".join(map(str, content)) if all(isinstance(piece, str) for piece in content) else content
 
 
@@ -114,7 +114,9 @@ def _piece(index: int, part: Any, media: MediaSettings | None) -> str | Medium:
     given = [name for name in (kind, *_SOURCES) if part.get(name) is not None]
     if len(given) != 1:
         found = " and ".join(given) or "none"
-        raise RequestError(f"message {index}: a part of type {kind} has one of {kind}, path, url, base64; it has {found}")
+        raise RequestError(
+            f"message {index}: a part of type {kind} has one of {kind}, path, url, base64; it has {found}"
+        )
     try:
         return _read(kind, given[0], part[given[0]], media)
     except RequestError as error:
@@ -127,10 +129,10 @@ def _read(kind: str, name: str, source: Any, media: MediaSettings) -> Medium:
         return source
     if name in _SOURCES and not isinstance(source, str) and not (name == "path" and hasattr(source, "__fspath__")):
         raise RequestError(f"the {name} of an {kind} part must be a text, not {source!r:.60}")
-    if name == "url":
-        source = url_bytes(source)
-    elif name == "base64":
-        source = base64_bytes(source)
+    if name in ("url", "base64"):
+        from phi4_mlx.tokens.media.data_url import base64_bytes, url_bytes
+
+        source = url_bytes(source) if name == "url" else base64_bytes(source)
     if kind == "image":
         from phi4_mlx.tokens.media.image import read_image
 

@@ -18,7 +18,7 @@ import mlx.core as mx
 from harness import alternate, last_line, median_ratio, option_parser, seconds, timed
 
 from phi4_mlx.checkpoint import load
-from phi4_mlx.generation.batch import Batch, Fault, Sequence
+from phi4_mlx.generation.batch import Batch, BatchSequence, Fault
 from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.models.text import Model
 
@@ -43,7 +43,7 @@ def one_by_one(model: Model, asked: list[Request]) -> list[list[int]]:
 def together(model: Model, asked: list[Request]) -> list[list[int]]:
     """The answers, drawn in one batch."""
     batch = Batch(max_rows=REQUESTS)
-    sequences = [Sequence(model, list(ids), limit) for ids, limit in asked]
+    sequences = [BatchSequence(model, list(ids), limit) for ids, limit in asked]
     for sequence in sequences:
         batch.add(sequence)
     while batch.active or batch.waiting:

@@ -62,8 +62,8 @@ def test_the_wheel_has_one_top_level_package(installed: Path) -> None:
 @pytest.mark.parametrize("source", EMBEDDED.values(), ids=EMBEDDED)
 def test_the_wheel_has_the_embedded_models_byte_for_byte(source: Path, installed: Path) -> None:
     target = installed / "phi4_mlx" / source.name
-    names = {path.name for path in source.iterdir() if path.is_file()}
-    assert names == {path.name for path in target.iterdir()}
+    names = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
+    assert names == {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
     for name in names:
         assert (target / name).read_bytes() == (source / name).read_bytes()

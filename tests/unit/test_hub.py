@@ -30,6 +30,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("dmeo", "demo"), ("deemo", "demo"), ("demi", "demo"), ("dem", "demo"), ("Demo", "demo"), ("demo ", "demo"),
         ("demoflash", "demo-flash"), ("demo_flash", "demo-flash"), ("demo-flsh", "demo-flash"),
+        ("demo-multimodel", "demo-multimodal"),
         ("myphi", "my-phi"), ("My_Phi", "my-phi"), ("./my-pih", "./my-phi"), ("my-phi/bets", "my-phi/best"),
         ("my-ph/best", "my-phi/best"), ("ownr/small-model", "owner/small-model"),
         ("owner/smallmodel", "owner/small-model"),

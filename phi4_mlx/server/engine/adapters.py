@@ -37,7 +37,8 @@ class JobAdapters:
     """
 
     def __init__(self, base: LanguageModel, folders: dict[str, str], default: str | None):
-        self._base, self._folders = base, folders
+        self._folders = folders
+        self._base = base = share_weights(base) if folders or default else base  # its own adapters by name stay its own
         if taken := [name for name in folders if base.adapters is not None and name in base.adapters.names]:
             raise RequestError(f"adapter {taken[0]!r} has the name of one of the model's own; choose another name")
         self._known: dict[str | None, Adapted] = {None: Adapted(base, None)}

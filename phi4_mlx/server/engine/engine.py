@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Literal
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from phi4_mlx.checkpoint import load
 from phi4_mlx.errors import CheckpointError, Phi4Error, RequestError, message_of
@@ -101,7 +102,7 @@ class Engine:
 
     def __init__(self, base: LanguageModel, tokenizer: Tokenizer, settings: Settings):
         self.tokenizer, self.settings = tokenizer, settings
-        self.kv_limit_bytes, prefix_limit_bytes = _memory_limits(settings)
+        self.kv_limit_bytes, prefix_limit_bytes = _memory_limits(base, settings)
         self.prefixes = PrefixCache(prefix_limit_bytes)
         self.prefilled_tokens = self.drawn_tokens = 0
         self._adapters = JobAdapters(base, settings.adapters, settings.adapter_path)
@@ -394,13 +395,16 @@ def _short(error: Exception) -> str:
     return message if len(message) <= MESSAGE_CHARS else message[:MESSAGE_CHARS] + "..."
 
 
-def _memory_limits(settings: Settings) -> tuple[int, int]:
+def _memory_limits(base: LanguageModel, settings: Settings) -> tuple[int, int]:
     """(bytes for keys and values of running jobs, bytes for the prefix cache).
 
     Running jobs get half of the memory beside the weights (as much again may be in use while rows are moved), the
     prefix cache a quarter.
     """
     total = memory_limit() if mx.metal.is_available() else memory_limit() // 2
-    free = max(0, total - mx.get_active_memory() - ACTIVATION_BYTES)
+    unread = sum(int(array.nbytes) for name, array in tree_flatten(base.parameters()) if base.on_demand(name))
+    if base.adapters is not None:
+        unread += sum(base.adapters.nbytes.values())
+    free = max(0, total - mx.get_active_memory() - unread - ACTIVATION_BYTES)
     kv, prefix = settings.kv_limit_bytes, settings.prefix_limit_bytes
     return free // 2 if kv is None else kv, free // 4 if prefix is None else prefix

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ FileKind = Literal["image", "audio", "pdf"]
 
 SPEECH_S = 40  # seconds; the longest clips that the model was trained to transcribe or translate. Source: its card
 
+_WITH_PAGES = re.compile(r"(.*?\S)\s+(\d[\d,\s-]*)", re.DOTALL)
 _NOUNS = {"image": "a picture", "audio": "a sound", "pdf": "a PDF"}
 
 
@@ -83,7 +85,7 @@ class MediaFile:
         """The same medium as another tokenizer's model reads it; its file is read, and may be gone or changed."""
         try:
             same = file_sha256(Path(self.path)) == self.sha256
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a path with a NUL in it
             same = False
         return replace(self, medium=_read(self, tokenizer) if same else None)
 
@@ -122,17 +124,15 @@ def kind_of(path: str) -> FileKind | None:
         return None
 
 
-def media_of_file(
-    path: str, kind: Kind, tokenizer: Tokenizer, tell: Callable[[str], object], pages: str = ""
-) -> list[MediaFile]:
+def media_of_file(named: str, kind: Kind, tokenizer: Tokenizer, tell: Callable[[str], object]) -> list[MediaFile]:
     """Reads a file of pictures or sound.
 
     Args:
-        path: the file; its content must be of the kind.
+        named: the path of the file, whose content must be of the kind. That of a PDF may be followed by its pages, as
+            in "scan.pdf 1, 3-5"; all of them by default.
         kind: "image", also for PDFs, each page of which is a picture, or "audio".
         tokenizer: of the model.
         tell: called with a line for each medium, what it costs in tokens, before it is decoded.
-        pages: of a PDF: numbers from 1 and ranges, as in "1, 3-5"; all of them by default.
 
     Returns:
         The medium, or one for each page.
@@ -141,7 +141,10 @@ def media_of_file(
         RequestError: the file cannot be read, or is something else.
     """
     check_reads_media(tokenizer)
-    path = os.path.abspath(os.path.expanduser(path))
+    path, pages = os.path.abspath(os.path.expanduser(named)), ""
+    with_pages = None if os.path.exists(path) else _WITH_PAGES.fullmatch(path)
+    if with_pages is not None and os.path.exists(with_pages[1]):
+        path, pages = with_pages.groups()
     found = kind_of(path)
     if found is not None and (found == "audio") != (kind == "audio"):
         raise RequestError(f"{path} is {_NOUNS[found]}, not {_NOUNS[kind]}")
@@ -182,8 +185,7 @@ def _read(file: MediaFile, tokenizer: Tokenizer, tell: Callable[[str], object] =
     assert tokenizer.media is not None
     if file.kind == "audio":
         with open_sound(file.path, LONGEST_S) as sound:
-            if sound.seconds is not None:
-                tell(f"{file.name}: {_cost(audio_tokens(sound.seconds), sound.seconds)}")
+            tell(f"{file.name}: {_cost(audio_tokens(sound.seconds), sound.seconds)}")
         return read_audio(file.path)
     source: PictureSource = file.path
     if file.page is not None:

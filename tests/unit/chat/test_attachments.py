@@ -246,6 +246,42 @@ def test_reading_can_be_interrupted(chat: Chat, red: Path, monkeypatch: pytest.M
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("phi4_mlx.chat.attachments.media_of_file", interrupt)
+    monkeypatch.setattr("phi4_mlx.tokens.media.media_file.media_of_file", interrupt)
     take_turn(chat, type_lines(f"/image {red}"))
     assert chat.pending == []
+
+
+def test_pages_of_a_pdf_are_pictures(chat: Chat, tmp_path: Path) -> None:
+    pytest.importorskip("pypdfium2")
+    import PIL.Image
+
+    pages = [PIL.Image.new("RGB", (40, 30), colour) for colour in ("red", "green", "blue")]
+    pages[0].save(tmp_path / "a scan.pdf", save_all=True, append_images=pages[1:])
+    for line, numbers in (
+        ("/image 'a scan.pdf' 2-3", [2, 3]),
+        ("/image a scan.pdf", [1, 2, 3]),
+        ("/image a scan.pdf 3, 1", [3, 1]),
+        (f"'{tmp_path}/a scan.pdf'", [1, 2, 3]),
+    ):
+        take_turn(chat, type_lines(line))
+        assert [each.page for each in chat.pending] == numbers
+        assert f"a scan.pdf, page {numbers[0]}: " in shown(chat)
+        chat.pending.clear()
+    take_turn(chat, type_lines("/image a scan.pdf 4"))
+    assert "pages 4 do not exist: the PDF has pages 1 to 3" in shown(chat).replace("\n", " ")
+    take_turn(chat, type_lines("/audio a scan.pdf"))
+    assert "is a PDF, not a sound" in shown(chat).replace("\n", " ")
+
+
+def test_a_saved_page_is_read_again(chat: Chat, script: Script, tmp_path: Path) -> None:
+    pytest.importorskip("pypdfium2")
+    import PIL.Image
+
+    PIL.Image.new("RGB", (40, 30), "red").save(tmp_path / "scan.pdf")
+    take_turn(chat, type_lines(f"{tmp_path}/scan.pdf what?"))
+    (before,) = chat.conversation.turns[0].media
+    obey(chat, "/save one")
+    obey(chat, "/load one")
+    (after,) = chat.conversation.turns[0].media
+    assert before.medium and after.medium and after.medium.digest == before.medium.digest
+    assert (after.path, after.page, after.sha256) == (before.path, 1, before.sha256)

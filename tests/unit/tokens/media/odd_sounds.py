@@ -167,6 +167,9 @@ REFUSED: dict[str, tuple[Made, str]] = {
     "a FLAC that states 3 hours": (
         lambda: changed(encoded("FLAC"), 22, struct.pack(">I", RATE * 3600 * 3)), "longer than 30 minutes",
     ),
+    "a FLAC that states too much": (lambda: changed(encoded("FLAC"), 22, struct.pack(">I", 3 * RATE)), "only 32,000"),
+    "a FLAC that states too little": (lambda: changed(encoded("FLAC"), 22, struct.pack(">I", RATE)), "more than"),
+    "two Oggs": (lambda: 2 * encoded("OGG"), "several recordings"),
     "m4a": (lambda: b"\0\0\0\x20ftypM4A " + bytes(99), "read on macOS alone.*ffmpeg"),
     "AAC": (lambda: b"\xff\xf1\x50\x80" + bytes(99), "read on macOS alone.*ffmpeg"),
 }  # fmt: skip
