@@ -172,7 +172,8 @@ class NamedAdapters:
             layer, key = place(path)
             parts = [(number, products[path]) for number, products in enumerate(read) if path in products]
             mixed.setdefault(layer, {})[key] = mixed_layer(linears[path], parts, rows)
-        if len(names) > 1:  # joined matrices replace the adapters' own, so that they take memory once
+        if len(names) > 1 and any(product.scheme for products in read for product in products.values()):
+            # joined matrices have replaced the adapters' own, which selections of one still hold
             self._ready = {key: found for key, found in self._ready.items() if len(key) > 1}
         copied: list[nn.Module] = []
         layers = [_with(layer, mixed.get(number, {}), copied) for number, layer in enumerate(self._layers)]

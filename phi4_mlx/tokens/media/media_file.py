@@ -85,7 +85,7 @@ class MediaFile:
         """The same medium as another tokenizer's model reads it; its file is read, and may be gone or changed."""
         try:
             same = file_sha256(Path(self.path)) == self.sha256
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a path with a NUL in it
             same = False
         return replace(self, medium=_read(self, tokenizer) if same else None)
 

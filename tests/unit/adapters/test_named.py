@@ -58,7 +58,7 @@ def adapters_of(make: Make) -> dict[str, Adapter]:
     }
 
 
-@pytest.fixture(params=MAKERS)
+@pytest.fixture(params=[pytest.param(kind, marks=[pytest.mark.slow] * (kind != "phi3")) for kind in MAKERS])
 def make(request: pytest.FixtureRequest) -> Make:
     return MAKERS[request.param]
 
@@ -226,10 +226,11 @@ def test_new_weights_of_the_base_are_seen() -> None:
         assert not close(one[0], other[0]) and not close(one[1], other[1])
 
 
-def test_joined_matrices_take_memory_once() -> None:
+def test_joined_quantised_matrices_take_memory_once() -> None:
     model = make_tiny_model(hidden_size=192, intermediate_size=320)
     for n, name in enumerate("abc"):
         adapter = current_adapter(adapted(make_tiny_model(hidden_size=192, intermediate_size=320), seed=n, rank=64), "")
+        adapter = quantized(adapter)
         model.adapters.add(name, adapter)
         nbytes = sum(array.nbytes for array in adapter.tensors.values())
         del adapter
