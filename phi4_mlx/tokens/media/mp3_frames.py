@@ -43,8 +43,8 @@ def with_frame_count(file: BinaryIO, name: str, advice: str) -> Splice:
     count = max(_count(file, first, length, name) - (place > 0), 0)
     if count < stated - 1:  # some encoders count the header, too
         raise RequestError(
-            f"{name} is cut or damaged: {stated:,} frames are announced, and {count:,} follow; copy it again, or convert "
-            "it to WAV"
+            f"{name} is cut or damaged: {stated:,} frames are announced, and {count:,} follow; copy it again, or "
+            "convert it to WAV"
         )
     if states:
         return Splice(0, first + place + 12, head[: place + 8] + struct.pack(">I", count))
