@@ -42,7 +42,10 @@ def with_frame_count(file: BinaryIO, name: str, advice: str) -> Splice:
     stated = struct.unpack(">I", head[place + 8 : place + 12])[0] if states else 0
     count = max(_count(file, first, length, name) - (place > 0), 0)
     if count < stated - 1:  # some encoders count the header, too
-        raise RequestError(f"{name} is cut: {stated:,} frames are announced, and {count:,} follow; copy it again")
+        raise RequestError(
+            f"{name} is cut or damaged: {stated:,} frames are announced, and {count:,} follow; copy it again, or "
+            "convert it to WAV"
+        )
     if states:
         return Splice(0, first + place + 12, head[: place + 8] + struct.pack(">I", count))
     return Splice(0, first, _stating(head, count))

@@ -137,6 +137,7 @@ REFUSED: dict[str, tuple[Made, str]] = {
     "half an RF64": (lambda: half(encoded("RF64")), "is cut"),
     "half a FLAC": (lambda: half(encoded("FLAC")), "damaged"),
     "half an MP3": (lambda: half(encoded("MP3")), "is cut"),
+    "noise in an MP3": (lambda: noisy(encoded("MP3")), "cut or damaged"),
     "an MP3 and noise": (lambda: encoded("MP3") + noise(99_999), "damaged"),
     "half a Vorbis": (lambda: half(encoded("OGG")), "is cut"),
     "half an Opus": (lambda: half(encoded("OGG", "OPUS")), "is cut"),
