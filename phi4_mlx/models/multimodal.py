@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from phi4_mlx.config.multimodal import MultimodalConfig
-from phi4_mlx.errors import RequestError
+from phi4_mlx.errors import CheckpointError, RequestError, message_of
 from phi4_mlx.models import text
 from phi4_mlx.models.audio import WINDOW, AudioEmbedding
 from phi4_mlx.models.batch_cache import BatchCache
@@ -110,6 +110,7 @@ class Model(text.Model):
 
         Raises:
             RequestError: the picture was read for a model with other crops.
+            CheckpointError: a tower, which is read at its first use, has changed on the disk.
         """
         if isinstance(medium, AbsentMedium):
             raise RequestError(
@@ -118,11 +119,24 @@ class Model(text.Model):
             )
         if medium.kind == "image":
             self._check_crops(medium)
+            self._read(self.vision)
             mask = medium.mask
             rows = self.vision.rows(self.vision(medium.pixels, mask), mask, medium.size)
         else:
+            self._read(self.audio)
             rows = self.audio.rows(self.audio(medium.features), Mode(mode).projection)
         return rows.astype(self.dtype)
+
+    def _read(self, tower: nn.Module) -> None:
+        """Reads a tower from the disk, if it has not been used yet."""
+        if self.training:
+            return
+        try:
+            mx.eval(tower.parameters())
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"the weights of a tower changed on the disk ({message_of(error)}); load the model again"
+            ) from None
 
     def _check_crops(self, image: Image) -> None:
         ours, theirs = self.config.vision, (image.crop_size, image.patch_size)

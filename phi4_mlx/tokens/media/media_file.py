@@ -89,6 +89,10 @@ class MediaFile:
             same = False
         return replace(self, medium=_read(self, tokenizer) if same else None)
 
+    def switched(self, before: Tokenizer, after: Tokenizer) -> MediaFile:
+        """The same medium for another model, read again if that one reads media in another way."""
+        return self if before.media == after.media else self.read_again(after)
+
 
 def of_record(record: object, tokenizer: Tokenizer) -> MediaFile:
     """The attachment that a part of a message stands for, as `MediaFile.record` writes it.

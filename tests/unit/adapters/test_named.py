@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -211,6 +212,20 @@ def test_an_adapter_may_be_replaced_and_removed() -> None:
     model.adapters.remove("one")
     with pytest.raises(RequestError, match="adapter 'one' is unknown; this model has none"):
         model.adapters.select(["one"])
+
+
+def test_a_set_that_is_no_longer_ready_leaves_nothing_behind() -> None:
+    model = make_tiny_model()
+    for seed, name in enumerate("abcdefg"):
+        model.adapters.add(name, made(make_tiny_model, "lora", seed=seed))
+    found = model.adapters.select(["a", "b"])
+    batch_logits(model, prompts(2), ["a", "b"], steps=3)  # with traces
+    left = weakref.ref(found)
+    del found
+    assert left() is not None
+    for name in "cdefg":  # more sets than are kept
+        model.adapters.select(["a", name])
+    assert left() is None
 
 
 def test_new_weights_of_the_base_are_seen() -> None:
