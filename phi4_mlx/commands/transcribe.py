@@ -148,7 +148,7 @@ def _segments(
         heard += part.end - part.start
         if text:
             found.append(Segment(part.start, part.end, text))
-        if show is not None and sound.seconds is not None:
+        if show is not None:
             show(min(heard, sound.seconds), sound.seconds)
 
     def unfinished(parts: Iterable[Part]) -> Iterator[Part]:

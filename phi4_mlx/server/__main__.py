@@ -345,7 +345,8 @@ def _guard(
     """The ASGI application."""
     from phi4_mlx.server.apis.body import API_SAMPLING
     from phi4_mlx.server.app import App
-    from phi4_mlx.server.guard import LOOPBACK_NAMES, Bodies, Guard, is_loopback
+    from phi4_mlx.server.bodies import Bodies
+    from phi4_mlx.server.guard import LOOPBACK_NAMES, Guard, is_loopback
     from phi4_mlx.server.limits import BODY_BYTES, MEDIA_BODY_BYTES
     from phi4_mlx.server.media_reader import MediaReader
     from phi4_mlx.server.service import Service

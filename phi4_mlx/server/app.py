@@ -27,9 +27,10 @@ from phi4_mlx.server.apis import responses as responses_api
 from phi4_mlx.server.apis.answer import Answer
 from phi4_mlx.server.apis.fields import parse_json
 from phi4_mlx.server.apis.wire import IGNORED, Ask, Delta, End, WireError, ignored_header
+from phi4_mlx.server.bodies import Receive, Scope, Send, share_of
 from phi4_mlx.server.disconnect import ClientGone, unless_gone
 from phi4_mlx.server.event_stream import EventStream, collected, paced
-from phi4_mlx.server.guard import Receive, Scope, Send, refuse, share_of
+from phi4_mlx.server.guard import refuse
 from phi4_mlx.server.json_response import JsonResponse
 from phi4_mlx.server.page_files import page_file
 from phi4_mlx.server.request_log import CANCELLED, entry_of

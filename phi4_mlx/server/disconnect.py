@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable
 from typing import TypeVar
 
-from phi4_mlx.server.guard import Receive
+from phi4_mlx.server.bodies import Receive
 
 T = TypeVar("T")
 

@@ -10,8 +10,8 @@ from typing import Generic, Protocol, TypeVar
 from starlette.responses import Response
 
 from phi4_mlx.server.apis.wire import WireError
+from phi4_mlx.server.bodies import Receive, Scope, Send
 from phi4_mlx.server.disconnect import ClientGone, unless_gone
-from phi4_mlx.server.guard import Receive, Scope, Send
 from phi4_mlx.server.request_log import Entry, entry_of
 
 HEARTBEAT_S = 10.0  # a proxy closes a stream that is silent for too long

@@ -13,7 +13,7 @@ import ipaddress
 import math
 import resource
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,33 +23,21 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from phi4_mlx.server.apis import messages as messages_api
 from phi4_mlx.server.apis.wire import WireError, error_body, json_bytes
+from phi4_mlx.server.bodies import SHARE, Bodies, Headers, Message, Receive, Scope, Send, Share, metered, whole_body
 from phi4_mlx.server.limits import (
-    BODIES,
-    BODY_BYTES,
     HEADER_BYTES,
-    MEDIA_BYTES,
     REQUEST_S,
     SMALL_BODY_BYTES,
     SPARE_DESCRIPTORS,
     STOPPING_WRITE_S,
-    UPLOAD_BYTES,
-    UPLOAD_S,
-    UPLOADS_LIMIT,
     WRITE_BYTES,
     WRITE_S,
 )
 from phi4_mlx.server.request_log import entry_of, write_refusal
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Headers = Mapping[str, str]  # names in lower case
-
 UPLOAD_PATHS = ("/v1/audio/transcriptions", "/v1/audio/translations")
 PAGE_FILES = "/page/"  # the path of the files of the chat page
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
-_SHARE = "phi4_mlx.share"  # in the scope of a request
 
 
 def is_loopback(host: str) -> bool:
@@ -57,107 +45,6 @@ def is_loopback(host: str) -> bool:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     return host == "localhost"
-
-
-class Share:
-    """The bytes of one request: of its body, and of the pictures and sounds decoded from it.
-
-    Args:
-        bodies: the room that it takes them from.
-
-    Attributes:
-        size: bytes of the body so far.
-        whole: True once the body has been read to its end.
-    """
-
-    def __init__(self, bodies: Bodies) -> None:
-        self._bodies, self.size, self._held, self._uploads = bodies, 0, 0, 0
-        self.whole = False
-
-    @property
-    def limit(self) -> int:
-        """The most bytes of the body."""
-        return self._bodies.limit
-
-    def take(self, size: int) -> None:
-        """Counts more bytes of the body.
-
-        Raises:
-            WireError: the body is too large, or the larger bodies of all requests are.
-        """
-        before, self.size = self.size, self.size + size
-        if self.size > SMALL_BODY_BYTES:
-            self._bodies.used += size if before > SMALL_BODY_BYTES else self.size
-            limit = self.limit
-            if self.size > limit:
-                raise WireError(413, f"the body is over the limit of {limit} bytes")
-            if self._bodies.used > BODIES * limit:
-                message = (
-                    f"the bodies of all requests are over {BODIES * limit} bytes; send the request again in a moment"
-                )
-                raise WireError(503, message)
-
-    def hold(self, size: int) -> None:
-        """Counts the bytes of a decoded picture or sound.
-
-        Raises:
-            WireError: those of all requests are too many.
-        """
-        self._held += size
-        self._bodies.held += size
-        if self._bodies.held > MEDIA_BYTES:
-            message = f"the decoded media of all requests are over {MEDIA_BYTES} bytes; send fewer, or smaller ones"
-            raise WireError(503, f"{message}, or send the request again in a moment")
-
-    def upload(self) -> None:
-        """Counts a form whose file goes to the disk.
-
-        Raises:
-            WireError: there are too many at a time.
-        """
-        if self._bodies.uploads >= UPLOADS_LIMIT:
-            raise WireError(503, f"{UPLOADS_LIMIT} other files are being transcribed; send the request again later")
-        self._uploads += 1
-        self._bodies.uploads += 1
-
-    def free(self) -> None:
-        """Gives everything back."""
-        self._bodies.uploads -= self._uploads
-        if self.size > SMALL_BODY_BYTES:
-            self._bodies.used -= self.size
-        self._bodies.held -= self._held
-
-
-class Bodies:
-    """The room for the bodies of all requests.
-
-    Args:
-        limit: the most bytes of one body.
-
-    Attributes:
-        used: bytes of the bodies over `SMALL_BODY_BYTES`.
-        held: bytes of decoded pictures and sounds.
-        uploads: forms whose files are on the disk.
-    """
-
-    def __init__(self, limit: int = BODY_BYTES) -> None:
-        self.limit, self.used, self.held, self.uploads = limit, 0, 0, 0
-
-    @contextlib.contextmanager
-    def share(self) -> Iterator[Share]:
-        """The share of one request, which is free again at the end."""
-        share = Share(self)
-        try:
-            yield share
-        finally:
-            share.free()
-
-
-def share_of(scope: Scope) -> Share:
-    """The share of a request, which the guard has put into its scope."""
-    share = scope[_SHARE]
-    assert isinstance(share, Share)
-    return share
 
 
 @dataclass(frozen=True)
@@ -184,7 +71,7 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         send = self._with_origin(_in_slices(send), headers.get("origin"))
         with self.bodies.share() as share:
-            scope[_SHARE] = share
+            scope[SHARE] = share
             try:
                 _check_size(scope)
                 self._check_sender(scope, headers)
@@ -192,7 +79,7 @@ class Guard:
                     return await _answer(send, 204, b"", _PREFLIGHT)
                 self._check_key(scope, headers)
                 if _is_upload(scope, headers):
-                    replay = _metered(headers, receive, share)
+                    replay = metered(headers, receive, share)
                 else:
                     replay = _replay(await _read_body(scope, headers, receive, share), receive)
                     share.whole = True
@@ -284,60 +171,15 @@ async def _read_body(scope: Scope, headers: Headers, receive: Receive, share: Sh
         if int(headers.get("content-length", "0")) > share.limit:
             raise WireError(413, f"the body is {headers['content-length']} bytes; the limit is {share.limit}")
     try:
-        return await asyncio.wait_for(_whole(receive, share), REQUEST_S)
+        return await asyncio.wait_for(whole_body(receive, share), REQUEST_S)
     except asyncio.TimeoutError:
         raise WireError(408, f"the body did not arrive within {REQUEST_S:g} s") from None
-
-
-async def _whole(receive: Receive, share: Share) -> bytes:
-    body = bytearray()  # one block, which goes back to the system as a whole
-    try:
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise WireError(400, "the client disconnected before the end of the body")
-            share.take(len(message.get("body", b"")))
-            body += message.get("body", b"")
-            if not message.get("more_body"):
-                return bytes(body)
-    finally:
-        body.clear()  # the traceback of an exception keeps this frame alive
 
 
 def _is_upload(scope: Scope, headers: Headers) -> bool:
     """True for a form with a file, which its route reads as it arrives; only after the checks of its sender."""
     is_form = headers.get("content-type", "").partition(";")[0].strip().lower() == "multipart/form-data"
     return is_form and scope["method"] == "POST" and scope["path"].rstrip("/").endswith(UPLOAD_PATHS)
-
-
-def _metered(headers: Headers, receive: Receive, share: Share) -> Receive:
-    """A `receive` that refuses a form which is too large or too slow.
-
-    Raises:
-        WireError: the length that the client states is too large.
-    """
-    with contextlib.suppress(ValueError):
-        if int(headers.get("content-length", "0")) > UPLOAD_BYTES:
-            raise WireError(413, f"the form is {headers['content-length']} bytes; the limit is {UPLOAD_BYTES}")
-    ends_at, size = asyncio.get_running_loop().time() + UPLOAD_S, 0
-
-    async def metered() -> Message:
-        nonlocal size
-        if share.whole:
-            return await receive()
-        try:
-            message = await asyncio.wait_for(receive(), max(0.0, ends_at - asyncio.get_running_loop().time()))
-        except asyncio.TimeoutError:
-            raise WireError(408, f"the form did not arrive within {UPLOAD_S:g} s") from None
-        if message["type"] == "http.disconnect":
-            raise WireError(400, "the client disconnected before the end of the body")
-        size += len(message.get("body", b""))
-        if size > UPLOAD_BYTES:
-            raise WireError(413, f"the form is over the limit of {UPLOAD_BYTES} bytes")
-        share.whole = not message.get("more_body")
-        return message
-
-    return metered
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

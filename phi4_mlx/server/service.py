@@ -100,7 +100,7 @@ class Service:
         except Phi4Error as error:
             raise WireError(400, str(error)) from None
         for prompt in prompts if must_fit else ():
-            self._check_length(ask, len(prompt))
+            _check_length(ask, len(prompt), self.supervisor, self.overflow)
         return ask, prompts
 
     async def _with_media(self, ask: Ask, most_tokens: int | None, hold: Callable[[int], None]) -> Ask:
@@ -108,9 +108,7 @@ class Service:
         if self.media is None or not has_media(ask.messages):
             return ask
         if self.models[ask.model] is not None:
-            own = next(iter(self.models))
-            why = f"{ask.model!r:.100} is an adapter, which cannot be used with pictures and sounds; use {own!r:.100}"
-            raise WireError(400, why, "model")
+            raise WireError(400, f"{ask.model!r:.100} is an adapter, which takes no pictures and sounds", "model")
         return replace(ask, messages=await self.media.read(ask.messages, most_tokens, hold))
 
     async def jobs(self, ask: Ask, prompts: Sequence[Prompt]) -> tuple[list[Job], tuple[str, ...]]:
@@ -234,21 +232,22 @@ class Service:
         )
         return replace(ask, dropped=dropped), [prompt]
 
-    def _check_length(self, ask: Ask, length: int) -> None:
-        longest = self.supervisor.longest
-        if not length:
-            raise WireError(400, "the prompt has 0 tokens; it needs at least 1", "prompt")
-        if length >= longest:
-            message = (  # some clients look for its first words
-                f"prompt is too long: {length} tokens > {longest - 1} maximum; this server holds {longest} with answer"
-                f"{self.supervisor.note}"
-            )
-            if ask.dropped:
-                message += f"; {amount(ask.dropped, 'oldest turn')} left out already"
-            elif self.overflow == "stop" and len(split_turns(ask.messages)[1]) > 1:
-                message += "; started with --context-overflow oldest, it would leave out the oldest turns"
-            raise WireError(400, message, "messages", "context_length_exceeded")
-
 
 def _calls_tools(ask: Ask) -> bool:
     return bool(ask.tools) and ask.tool_choice != "none"
+
+
+def _check_length(ask: Ask, length: int, supervisor: Supervisor, overflow: Overflow) -> None:
+    longest = supervisor.longest
+    if not length:
+        raise WireError(400, "the prompt has 0 tokens; it needs at least 1", "prompt")
+    if length >= longest:
+        message = (  # some clients look for its first words
+            f"prompt is too long: {length} tokens > {longest - 1} maximum; this server holds {longest} with answer"
+            f"{supervisor.note}"
+        )
+        if ask.dropped:
+            message += f"; {amount(ask.dropped, 'oldest turn')} left out already"
+        elif overflow == "stop" and len(split_turns(ask.messages)[1]) > 1:
+            message += "; started with --context-overflow oldest, it would leave out the oldest turns"
+        raise WireError(400, message, "messages", "context_length_exceeded")

@@ -13,9 +13,10 @@ from starlette.routing import Route
 
 from phi4_mlx.server.apis.transcriptions import Task, Transcript, parse
 from phi4_mlx.server.apis.wire import IGNORED, WireError, ignored_header
+from phi4_mlx.server.bodies import Receive, share_of
 from phi4_mlx.server.disconnect import ClientGone, unless_gone
 from phi4_mlx.server.event_stream import EventStream, collected, paced
-from phi4_mlx.server.guard import UPLOAD_PATHS, Receive, share_of
+from phi4_mlx.server.guard import UPLOAD_PATHS
 from phi4_mlx.server.request_log import CANCELLED, entry_of
 from phi4_mlx.server.service import Service
 from phi4_mlx.server.speech import transcribed

@@ -80,7 +80,7 @@ def joined(contents: Iterable[Content]) -> Content:
 def part_content(part: Fields, placeholders: bool = False, media: bool = False) -> Content:
     """One part: its text, or a list with its picture or sound, whose bytes are an `Attachment`."""
     kind = part.text("type", "text" if part.has("text") else "")
-    if not media or kind not in FORMS:
+    if not media or kind not in FORMS or not _is_media(kind, part):
         return part_text(part, placeholders, READS_MEDIA if media else READS_TEXT)
     try:
         found = attachment(part, kind)

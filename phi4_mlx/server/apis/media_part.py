@@ -1,4 +1,4 @@
-"""Pictures and sounds in a body, in the forms of OpenAI's and Anthropic's APIs and of MCP.
+"""Pictures, sounds and PDF files in a body, in the forms of OpenAI's and Anthropic's APIs and of MCP.
 
 Their bytes must be in the body itself: the server fetches no URL, opens no file and stores none. A part is only taken
 apart here; `MediaReader` decodes it.
@@ -6,22 +6,24 @@ apart here; `MediaReader` decodes it.
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal
 
+from phi4_mlx.errors import RequestError
 from phi4_mlx.server.apis.fields import Fields, shown
 from phi4_mlx.server.apis.wire import WireError
+from phi4_mlx.tokens.media.data_url import base64_bytes
 
+Kind = Literal["image", "audio", "pdf"]
 LOW_DETAIL_CROPS = 1  # of a picture that a client sends with "detail": "low"
 _DATA_URL = "must be a data: URL with base64 (data:image/png;base64,...); this server fetches nothing"
 
 
 @dataclass(frozen=True)
 class Attachment:
-    """A picture or a sound of a body, not yet decoded.
+    """A picture, a sound or a PDF file of a body, not yet decoded.
 
     Attributes:
         kind: its kind.
@@ -30,7 +32,7 @@ class Attachment:
         max_crops: most crops of a picture; None for the model's own limit.
     """
 
-    kind: Literal["image", "audio"]
+    kind: Kind
     data: str
     path: str
     max_crops: int | None = None
@@ -41,18 +43,14 @@ class Attachment:
         Raises:
             WireError: `data` is not base64, or is empty.
         """
-        text = "".join(self.data.split()) if any(map(self.data.__contains__, " \r\n\t")) else self.data
         try:
-            found = base64.b64decode(text, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise WireError(400, f"{self.path} is not base64: {error!s:.100}", self.path) from None
-        if not found:
-            raise WireError(400, f"{self.path} is empty", self.path)
-        return found
+            return base64_bytes(self.data)
+        except RequestError as error:
+            raise WireError(400, f"{self.path}: {error}", self.path) from None
 
 
 def attachment(part: Fields, kind: str) -> Attachment:
-    """The picture or sound of a part.
+    """The picture, sound or PDF file of a part.
 
     Args:
         part: the part.
@@ -85,25 +83,40 @@ def _input_audio(part: Fields) -> Attachment:
     part.need("input_audio")
     holder = part.child("input_audio")
     holder.get("format")
-    return _from_base64("audio", holder)
+    return _from_text("audio", holder)
 
 
-def _source(kind: Literal["image", "audio"]) -> Callable[[Fields], Attachment]:
+def _source(kind: Kind) -> Callable[[Fields], Attachment]:
     """Anthropic's form, with a source, or MCP's, with the base64 in the part itself."""
 
     def read(part: Fields) -> Attachment:
         part.get("mimeType")
         if not part.has("source"):
-            return _from_base64(kind, part)
+            return _from_text(kind, part)
         source = part.child("source")
         source.get("media_type")
         if source.one_of("type", ("base64", "url", "file")) == "base64":
-            return _from_base64(kind, source)
+            return _from_text(kind, source)
         if source.get("type") == "file":
             source.refuse("type", "is 'file', and this server stores none; send the type base64")
         source.refuse("type", "is 'url', and this server fetches nothing; send the type base64")
 
     return read
+
+
+def _file(part: Fields) -> Attachment:
+    """OpenAI's, with the data in the part or in its field "file"; or a document of Anthropic's."""
+    if find_spec("pypdfium2") is None:
+        part.refuse("type", "is a file; this server reads PDF files with pypdfium2, which is not installed")
+    if part.has("source"):
+        return _source("pdf")(part)
+    holder = part.child("file") if part.has("file") else part
+    holder.get("filename")
+    for name in ("file_id", "file_url"):
+        if holder.has(name):
+            holder.refuse(name, "names a file that is not in the request; send it as file_data")
+    holder.need("file_data")
+    return _from_text("pdf", holder, "file_data")
 
 
 FORMS: dict[str, Callable[[Fields], Attachment]] = {
@@ -113,6 +126,9 @@ FORMS: dict[str, Callable[[Fields], Attachment]] = {
     "audio": _source("audio"),
     "input_audio": _input_audio,
     "audio_url": _audio_url,
+    "file": _file,
+    "input_file": _file,
+    "document": _file,
 }
 
 
@@ -121,7 +137,7 @@ def _max_crops(holder: Fields) -> int | None:
     return LOW_DETAIL_CROPS if holder.get("detail") == "low" else None
 
 
-def _from_url(kind: Literal["image", "audio"], holder: Fields, name: str, max_crops: int | None = None) -> Attachment:
+def _from_url(kind: Kind, holder: Fields, name: str, max_crops: int | None = None) -> Attachment:
     holder.need(name)
     url = holder.get(name)
     if not isinstance(url, str):
@@ -133,11 +149,12 @@ def _from_url(kind: Literal["image", "audio"], holder: Fields, name: str, max_cr
     return Attachment(kind, data, holder.where(name), max_crops)
 
 
-def _from_base64(kind: Literal["image", "audio"], holder: Fields) -> Attachment:
-    holder.need("data")
-    data: Any = holder.get("data")
+def _from_text(kind: Kind, holder: Fields, name: str = "data") -> Attachment:
+    """Base64, or a data: URL, which some clients send in its place."""
+    holder.need(name)
+    data: Any = holder.get(name)
     if not isinstance(data, str):
-        holder.refuse("data", f"must be base64 as text, not {shown(data)}")
-    if data[:5].lower() == "data:":  # some clients send a data: URL
-        return _from_url(kind, holder, "data")
-    return Attachment(kind, data, holder.where("data"))
+        holder.refuse(name, f"must be base64 as text, not {shown(data)}")
+    if data[:5].lower() == "data:":
+        return _from_url(kind, holder, name)
+    return Attachment(kind, data, holder.where(name))

@@ -14,8 +14,9 @@ import numpy as np
 import PIL.Image
 
 from phi4_mlx.server.app import App
+from phi4_mlx.server.bodies import Bodies
 from phi4_mlx.server.engine.protocol import Event, Finish, Job, Piece, Pong
-from phi4_mlx.server.guard import Bodies, Guard
+from phi4_mlx.server.guard import Guard
 from phi4_mlx.server.limits import MEDIA_BODY_BYTES
 from phi4_mlx.server.media_reader import MediaReader
 from phi4_mlx.server.request_log import RequestLog

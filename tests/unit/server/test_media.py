@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 
 from phi4_mlx.checkpoint import load_config, load_tokenizer_and_format
-from phi4_mlx.server import guard as guard_module
+from phi4_mlx.server import bodies as bodies_module
 from phi4_mlx.server import media_reader
 from phi4_mlx.server.apis.media_part import Attachment
 from phi4_mlx.tokens.media.image import image_tokens
@@ -134,6 +134,31 @@ def test_a_sound_that_is_none_is_refused_by_its_path(server: MediaServer, data: 
     refusal(server.ask(TEXT, input_audio(data)), path, path)
 
 
+@pytest.mark.parametrize(
+    ("path", "part"),
+    [
+        ("/v1/chat/completions", lambda data: {"type": "file", "file": {"filename": "a.pdf", "file_data": data}}),
+        ("/v1/responses", lambda data: {"type": "input_file", "filename": "a.pdf", "file_data": data}),
+        (
+            "/v1/messages",
+            lambda data: {"type": "document", "source": {"type": "base64", "data": data.partition(",")[2]}},
+        ),
+    ],
+)
+def test_the_pages_of_a_pdf_are_pictures(server: MediaServer, path: str, part: Any) -> None:
+    pytest.importorskip("pypdfium2")
+    file, pages = io.BytesIO(), [PIL.Image.new("RGB", (60, 40), colour) for colour in ("red", "green")]
+    pages[0].save(file, "PDF", save_all=True, append_images=pages[1:])
+    messages = [{"role": "user", "content": [part(f"data:application/pdf;base64,{b64(file.getvalue())}")]}]
+    response = server.post(path, {"max_tokens": 5, "messages": messages, "input": messages})
+    assert response.status_code == 200, response.text
+    first, second = server.engine.given[0].prompt.media
+    assert first.kind == second.kind == "image" and first.digest != second.digest
+    broken = [{"role": "user", "content": [part(f"data:application/pdf;base64,{b64(picture())}")]}]
+    refused = server.post(path, {"max_tokens": 5, "messages": broken, "input": broken})
+    assert refused.status_code == 400 and "/tmp" not in refused.text and "content[0]" in refused.text
+
+
 def test_a_declared_type_does_not_matter(server: MediaServer) -> None:
     """The content decides: clients name PNG what is JPEG."""
     assert server.ask(image_url(picture(kind="JPEG"))).status_code == 200
@@ -183,7 +208,7 @@ def test_the_bytes_of_decoded_media_are_free_after_the_request(
 ) -> None:
     assert server.ask(TEXT, image_url()).status_code == 200
     assert server.bodies.held == server.bodies.used == 0
-    monkeypatch.setattr(guard_module, "MEDIA_BYTES", 56 * 56 * 3)
+    monkeypatch.setattr(bodies_module, "MEDIA_BYTES", 56 * 56 * 3)
     response = server.ask(image_url(picture(shade=1)), image_url(picture(shade=2)))
     assert response.status_code == 503 and "send fewer" in response.json()["error"]["message"]
     assert server.bodies.held == 0 and server.ask(image_url()).status_code == 200

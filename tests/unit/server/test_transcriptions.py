@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from phi4_mlx.checkpoint import load_config, load_tokenizer_and_format
-from phi4_mlx.server import guard as guard_module
+from phi4_mlx.server import bodies as bodies_module
 from phi4_mlx.server import speech as speech_module
 from phi4_mlx.server.engine.protocol import Job
 from phi4_mlx.server.upload import Upload
@@ -249,7 +249,7 @@ def test_the_sender_is_checked_before_the_body_is_read(folder: Path) -> None:
 
 
 def test_a_form_that_is_too_large_is_refused(server: MediaServer, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard_module, "UPLOAD_BYTES", 100_000)
+    monkeypatch.setattr(bodies_module, "UPLOAD_BYTES", 100_000)
 
     async def body() -> AsyncIterator[bytes]:
         yield part("file", b"", '; filename="a"')[:-2]
@@ -263,7 +263,7 @@ def test_a_form_that_is_too_large_is_refused(server: MediaServer, files: Path, m
 
 
 def test_a_form_that_does_not_arrive_is_refused(server: MediaServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard_module, "UPLOAD_S", 0.05)
+    monkeypatch.setattr(bodies_module, "UPLOAD_S", 0.05)
 
     async def body() -> AsyncIterator[bytes]:
         yield part("model", b"tiny")
@@ -274,7 +274,7 @@ def test_a_form_that_does_not_arrive_is_refused(server: MediaServer, monkeypatch
 
 
 def test_uploads_at_a_time_are_limited(server: MediaServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard_module, "UPLOADS_LIMIT", 0)
+    monkeypatch.setattr(bodies_module, "UPLOADS_LIMIT", 0)
     assert post(server, clip()).status_code == 503
 
 

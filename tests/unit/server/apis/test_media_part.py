@@ -104,6 +104,11 @@ def test_a_medium_needs_no_text(parse: Callable[..., Any]) -> None:
         (response, input_image(WEB), "image_url", "data: URL"),
         (response, {"type": "input_image", "file_id": "file-1"}, "file_id", "stored"),
         (response, {"type": "input_image"}, "image_url", "is missing"),
+        (chat_message, {"type": "file", "file": {"file_id": "f"}}, "file.file_id", "not in the request"),
+        (chat_message, {"type": "file", "file": {"filename": "a.pdf"}}, "file.file_data", "is missing"),
+        (response, {"type": "input_file", "file_url": WEB}, "file_url", "not in the request"),
+        (response, {"type": "input_file"}, "file_data", "is missing"),
+        (anthropic, {"type": "document", "source": {"type": "url", "url": WEB}}, "source.type", "fetches nothing"),
         (anthropic, source(kind="url", url=WEB), "source.type", "fetches nothing"),
         (anthropic, source(kind="file", file_id="f"), "source.type", "stores none"),
         (anthropic, source(kind="magic"), "source.type", "must be one of"),
@@ -124,7 +129,7 @@ def test_a_medium_whose_bytes_are_not_in_the_body_is_refused(
     assert error.param == f"{where}.{param}"
 
 
-@pytest.mark.parametrize("kind", ["video_url", "file", "input_file", "hologram", ""])
+@pytest.mark.parametrize("kind", ["video_url", "container_upload", "hologram", ""])
 def test_a_part_of_another_type_is_refused(kind: str) -> None:
     with pytest.raises(WireError, match="this model reads only text, images and audio") as caught:
         chat_message(TEXT, {"type": kind})
@@ -136,6 +141,11 @@ def test_a_part_of_another_type_is_refused(kind: str) -> None:
 def test_a_text_only_model_refuses_media(parse: Callable[..., Any], part: Any) -> None:
     with pytest.raises(WireError, match=r"this model reads only text$"):
         parse(TEXT, part, media=False)
+
+
+def test_a_document_of_text_is_text() -> None:
+    document = {"type": "document", "title": "A", "source": {"type": "text", "data": "B"}}
+    assert anthropic(document).messages == [{"role": "user", "content": "A\nB"}]
 
 
 def test_older_turns_keep_their_media_and_have_a_placeholder_for_what_cannot_be_read() -> None:

@@ -56,16 +56,16 @@ def test_the_rotation_of_a_camera_is_applied(kind: str, orientation: int) -> Non
     assert np.array_equal(picture.resized(*upright.size), upright)
 
 
-@pytest.mark.parametrize("orientation", [1, 2, 5, 6])
-@pytest.mark.parametrize("size", [(1500, 1100), (3, 400), (400, 3), (1, 1)])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(150, 110), (3, 400), (400, 3)])
 def test_strips_are_resized_as_the_whole(
     monkeypatch: pytest.MonkeyPatch, orientation: int, size: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(picture_file, "_STRIP_PIXELS", 7000)
+    monkeypatch.setattr(picture_file, "_STRIP_PIXELS", 700)
     image = noise(size)
     image.getexif()[0x0112] = orientation
     whole = ImageOps.exif_transpose(image)
-    for width, height in ((448, 307), (896, 448), (10, 1344), whole.size):
+    for width, height in ((448, 307), (10, 134), whole.size):
         expected = whole.resize((width, height), PIL.Image.Resampling.BILINEAR)
         assert np.array_equal(open_picture(image).resized(width, height), expected)
 
