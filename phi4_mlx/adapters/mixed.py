@@ -50,11 +50,12 @@ class Rows:
 
     def set(self, adapters: Sequence[int]) -> None:
         """Makes the masks of rows under the adapters of these numbers; -1 for none."""
-        import numpy as np  # late: a text chat starts without it
+        self.given = []
+        if len({*adapters}) > 1:
+            import numpy as np  # not for text alone, where it would take part of the start
 
-        own = np.array(adapters)[:, None, None]
-        several = len({*adapters}) > 1
-        self.given = [mx.array(own == np.repeat(*np.array(columns).T)) for columns in self.layouts if several]
+            own = np.array(adapters)[:, None, None]
+            self.given = [mx.array(own == np.repeat(*np.array(columns).T)) for columns in self.layouts]
 
 
 @dataclass(eq=False)
