@@ -13,6 +13,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from phi4_mlx.adapters.folder import Adapter
@@ -107,10 +108,8 @@ def convert(
         _check_towers(folder, parameters, own_bits)
         return parameters
 
-    def planned_loras(folder: Path, config: Config) -> dict[str, Adapter]:
-        return plan_loras(folder, config, recipe, kind, dequantize)
-
-    write_package(Path(mlx_path), hf_path, revision, planned, progress, planned_loras)
+    loras = partial(plan_loras, recipe=recipe, dtype=kind, dequantize=dequantize)
+    write_package(Path(mlx_path), hf_path, revision, planned, progress, loras)
 
 
 def _check_towers(folder: Path, parameters: list[Parameter], own_bits: Mapping[str, int | None]) -> None:

@@ -78,7 +78,7 @@ class Recipe:
     towers: Scheme | None
     adapter_bits: int | None
 
-    def scheme_of(self, path: str, on_demand: bool) -> Scheme | None:
+    def scheme_of(self, path: str, on_demand: bool = False) -> Scheme | None:
         """The scheme of the layer at `path`; None for dense."""
         if on_demand:
             return self.towers
@@ -136,7 +136,7 @@ def _own_bits(name: str, bits: int | None) -> int | None:
     return None if bits == DENSE else bits
 
 
-def quantization_config(schemes: Mapping[str, Scheme], main: Collection[str]) -> JsonObject:
+def quantization_config(schemes: Mapping[str, Scheme], main: Collection[str] = ()) -> JsonObject:
     """The "quantization" of config.json: the most common scheme, and by path the layers that have another one.
 
     Args:

@@ -35,7 +35,8 @@ class CharFormat:
                 kind = part["type"]
                 ids += tokenizer.encode(part["text"]) if kind == "text" else slots(part[kind], SLOTS[kind])
             ids.append(END)
-        return ids + [ASSISTANT]
+        ids.append(ASSISTANT)
+        return ids
 
     def append(self, tokenizer: Any, ids: list[int], messages: Sequence[Any]) -> None:
         ids += [] if ids[-1:] == [END] else [END]

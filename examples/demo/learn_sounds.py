@@ -31,7 +31,7 @@ MOST_FRAMES = 384
 MEAN, DEVIATION = 8.0, 4.0  # of log-mel features
 SHARPNESS, BLANK = 3.0, 1.0  # factor of the products with embeddings, and the logit of the blank
 
-HEARING_STEPS, HEARING_ROWS, HEARING_RATE = 2500, 32, 2e-3
+HEARING_STEPS, HEARING_ROWS, HEARING_RATE = 4000, 32, 2e-3
 STAGES = (Stage(1, 300, 24, 64, 2e-3), Stage(2, 500, 24, 64, 2e-3), Stage(3, 1500, 24, 64, 2e-3))
 
 
@@ -62,7 +62,18 @@ def batches(clips: list[Clip], rng: random.Random, count: int, most: int) -> Ite
             heard = [
                 in_a_room([another_voice(part, rng) for part in parts], rng, 160 * frames + 240) for parts in group
             ]
-            yield np.stack([features(clip.wave) for clip in heard]), heard
+            yield np.stack([_with_gaps(features(clip.wave), rng) for clip in heard]), heard
+
+
+def _with_gaps(x: np.ndarray, rng: random.Random) -> np.ndarray:
+    """Features with a tilt of the bands, and a few bands and frames without sound."""
+    frames, bands = x.shape
+    tilt = np.linspace(-1, 1, bands, dtype=np.float32) * rng.uniform(-1.5, 1.5)
+    x = np.maximum(x + tilt, 0)
+    low, first = rng.randrange(bands), rng.randrange(frames)
+    x[:, low : low + rng.randint(0, 10)] = 0
+    x[first : first + rng.randint(0, 6)] = 0
+    return x
 
 
 def features(wave: np.ndarray) -> np.ndarray:

@@ -16,7 +16,6 @@ from itertools import accumulate, pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from phi4_mlx.adapters.folder import Adapter
 from phi4_mlx.adapters.layers import layer_of
@@ -51,9 +50,12 @@ class Rows:
 
     def set(self, adapters: Sequence[int]) -> None:
         """Makes the masks of rows under the adapters of these numbers; -1 for none."""
-        own = np.array(adapters)[:, None, None]
-        several = len({*adapters}) > 1
-        self.given = [mx.array(own == np.repeat(*np.array(columns).T)) for columns in self.layouts if several]
+        self.given = []
+        if len({*adapters}) > 1:
+            import numpy as np  # not for text alone, where it would take part of the start
+
+            own = np.array(adapters)[:, None, None]
+            self.given = [mx.array(own == np.repeat(*np.array(columns).T)) for columns in self.layouts]
 
 
 @dataclass(eq=False)
@@ -61,8 +63,8 @@ class Product:
     """One adapter's (x a) b on one layer.
 
     Attributes:
-        arrays: "a" [R, in] and "b" [R, out] with the scale in it; if they are quantised, also "a_scales", "a_biases",
-            "b_scales" and "b_biases".
+        arrays: "a" [in, R] and "b" [R, out] with the scale in it; if they are quantised, "a" is [R, in], and there are
+            "a_scales", "a_biases", "b_scales" and "b_biases".
         scheme: of quantised matrices; None for dense ones.
         excess: DoRA's gain - 1, [1, out]; None for LoRA.
     """
@@ -78,7 +80,7 @@ class Product:
         excess = None
         if adapter.scheme is None:
             a, b, *excesses = layer_of(linear, adapter, path).operands(dtype)
-            arrays = {"a": mx.contiguous(a.T), "b": b}
+            arrays = {"a": mx.contiguous(a), "b": b}  # of PEFT, a is a transposed view
             excess = excesses[0][None] if excesses else None
         else:
             given = {name: adapter.tensors[f"{path}.lora_{name}"] for name in ("a", "b")}
@@ -89,6 +91,11 @@ class Product:
             arrays = given
         mx.eval(arrays, excess)
         return cls(arrays, adapter.scheme, excess)
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return len(self.arrays["b"])
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -124,13 +131,13 @@ class LowRank(nn.Module):
 
     def __call__(self, x: mx.array, rows: Rows) -> mx.array:
         """[B, T, in] -> [B, T, out]."""
-        low, mask = self._times(x, "a", True), rows.mask(self.mask)
-        return self._times(low if mask is None else mx.where(mask, low, 0), "b", False)
+        low, mask = self._times(x, "a", transpose=True), rows.mask(self.mask)
+        return self._times(low if mask is None else mx.where(mask, low, 0), "b", transpose=False)
 
     def _times(self, x: mx.array, name: str, transpose: bool) -> mx.array:
         matrix: mx.array = self[name]
         if not self.bits:
-            return x @ (matrix.T if transpose else matrix)
+            return x @ matrix
         scales, biases = self[f"{name}_scales"], self[f"{name}_biases"]
         return mx.quantized_matmul(x, matrix, scales, biases, transpose, group_size=self.group_size, bits=self.bits)
 
@@ -189,7 +196,8 @@ class MixedLinear(nn.Module):
 def mixed_layer(linear: nn.Module, parts: Sequence[tuple[int, Product]], rows: Rows) -> MixedLinear:
     """A layer under the adapters of these numbers, one or more.
 
-    Matrices of a kind are joined; the adapters' own become parts of the joined ones, so that they take memory once.
+    Matrices of a kind are joined. The quantised ones of an adapter become parts of the joined ones, so that they take
+    memory once; columns of a dense one would not be in a row in memory.
     """
     kinds: dict[object, list[tuple[int, Product]]] = {}
     for number, product in parts:
@@ -206,12 +214,16 @@ def mixed_layer(linear: nn.Module, parts: Sequence[tuple[int, Product]], rows: R
 
 def _joined(group: Sequence[tuple[int, Product]], rows: Rows) -> LowRank:
     products = [product for _, product in group]
-    columns = tuple((number, len(product.arrays["a"])) for number, product in group)
-    arrays = products[0].arrays
+    columns = tuple((number, product.rank) for number, product in group)
+    arrays, scheme = products[0].arrays, products[0].scheme
     if len(products) > 1:
-        arrays = {name: mx.concatenate([product.arrays[name] for product in products]) for name in arrays}
-        starts = accumulate((ranks for _, ranks in columns), initial=0)
-        for product, (start, end) in zip(products, pairwise(starts), strict=True):
-            product.arrays = {name: array[start:end] for name, array in arrays.items()}
+        arrays = {
+            name: mx.concatenate([product.arrays[name] for product in products], axis=int(name == "a" and not scheme))
+            for name in arrays
+        }
+        if scheme is not None:
+            starts = accumulate((ranks for _, ranks in columns), initial=0)
+            for product, (start, end) in zip(products, pairwise(starts), strict=True):
+                product.arrays = {name: array[start:end] for name, array in arrays.items()}
         mx.eval(arrays, [product.arrays for product in products])
-    return LowRank(arrays, products[0].scheme, rows.number(columns))
+    return LowRank(arrays, scheme, rows.number(columns))

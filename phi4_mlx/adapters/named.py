@@ -51,7 +51,7 @@ class Selection:
 class _Entry:
     """A named adapter: its source, then what was read from it."""
 
-    source: Callable[[], Adapter] | None
+    source: Adapter | Callable[[], Adapter] | None  # None once it has been read
     trained: bool
     nbytes: int
     products: dict[str, Product] = field(default_factory=dict)  # by path
@@ -97,7 +97,7 @@ class NamedAdapters:
         """
         self.remove(name)
         nbytes = source.nbytes if isinstance(source, Adapter) else nbytes
-        self._entries[name] = _Entry((lambda: source) if isinstance(source, Adapter) else source, trained, nbytes)
+        self._entries[name] = _Entry(source, trained, nbytes)
 
     def remove(self, name: str) -> None:
         """Removes an adapter, if there is one of that name."""
@@ -172,7 +172,8 @@ class NamedAdapters:
             layer, key = place(path)
             parts = [(number, products[path]) for number, products in enumerate(read) if path in products]
             mixed.setdefault(layer, {})[key] = mixed_layer(linears[path], parts, rows)
-        if len(names) > 1:  # joined matrices replace the adapters' own, so that they take memory once
+        if len(names) > 1 and any(product.scheme for products in read for product in products.values()):
+            # joined matrices have replaced the adapters' own, which selections of one still hold
             self._ready = {key: found for key, found in self._ready.items() if len(key) > 1}
         copied: list[nn.Module] = []
         layers = [_with(layer, mixed.get(number, {}), copied) for number, layer in enumerate(self._layers)]
@@ -182,7 +183,8 @@ class NamedAdapters:
         """The products of an adapter, read at the first call."""
         entry = self._entries[name]
         if entry.source is not None:
-            adapter, blocks = entry.source(), _Blocks(self._layers)
+            adapter = entry.source if isinstance(entry.source, Adapter) else entry.source()
+            blocks = _Blocks(self._layers)
             if not adapter.mixes:
                 raise RequestError(
                     f"{adapter.source}: adapter {name!r:.80} has whole weights, or matrices outside the blocks, which "

@@ -98,3 +98,10 @@ def show_pending(chat: Chat) -> None:
         chat.screen.write(f"{number}  {each.price}\n")
     whole = sum(each.tokens for each in chat.pending)
     chat.screen.note(f"{amount(whole, 'token')} go with the next question" if chat.pending else "nothing is attached")
+
+
+def show_lost(chat: Chat) -> None:
+    """Names the files that are gone or have changed since they were attached."""
+    media = [each for turn in chat.conversation.turns for each in turn.media] + chat.pending
+    for lost in (each for each in media if each.medium is None):
+        chat.screen.note(f"{lost.path} is gone or has changed since; its question is read without it")

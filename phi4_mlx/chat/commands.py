@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from phi4_mlx.chat.attachments import attach_file, check_takes_media, show_pending
+from phi4_mlx.chat.attachments import attach_file, check_takes_media, show_lost, show_pending
 from phi4_mlx.chat.session import Chat, rescued_file
 from phi4_mlx.chat.tools import shown_tool
 from phi4_mlx.errors import Phi4Error, RequestError
@@ -166,8 +166,7 @@ def _load(chat: Chat, rest: str) -> None:
     chat.screen.note(f"loaded {amount(len(conversation.turns), 'turn')} from {path}{_load_cache(chat, path)}")
     if conversation.turns:
         chat.screen.note(f"the last question was: {_asked(conversation.turns[-1])}")
-    for lost in (each for turn in conversation.turns for each in turn.media if each.medium is None):
-        chat.screen.note(f"{lost.path} is gone or has changed since; its question is read without it")
+    show_lost(chat)
 
 
 def _is_conversation(path: str) -> bool:
@@ -312,6 +311,7 @@ def _stats(chat: Chat, rest: str) -> None:
 def _model(chat: Chat, rest: str) -> None:
     if rest:
         chat.switch_model(_named(rest))
+        show_lost(chat)
     chat.screen.note(f"model: {chat.model_name}")
 
 

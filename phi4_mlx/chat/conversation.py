@@ -135,7 +135,7 @@ class Conversation:
                 turn,
                 ids=tuple(reply_ids(tokenizer, turn.answer)),
                 rounds=tuple(replace(each, ids=reply_ids(tokenizer, each.text, each.calls)) for each in turn.rounds),
-                media=tuple(each.read_again(tokenizer) for each in turn.media),
+                media=tuple(each.switched(self.tokenizer, tokenizer) for each in turn.media),
             )
             for turn in self.turns
         ]

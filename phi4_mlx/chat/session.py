@@ -106,7 +106,7 @@ class Chat:
             Phi4Error: the model cannot be loaded; the current one stays.
         """
         model, tokenizer = load_shown(self.screen, name, LoadArguments())
-        pending = [each.read_again(tokenizer) for each in self.pending]
+        pending = [each.switched(self.conversation.tokenizer, tokenizer) for each in self.pending]
         self.conversation.switch(model, tokenizer)
         self.pending = pending
         changed = {option: value for option, value in self.settings.items() if value != self.defaults[option]}

@@ -82,7 +82,8 @@ class CachedTokens:
 
     def expect(self, places: Iterable[Place]) -> None:
         """Notes the media of the tokens that follow, by position among them."""
-        self._places = joined([*self.places, *moved(places, self.count)])
+        new = moved(places, self.count)
+        self._places = joined([*self.places, *new]) if new else self.places
 
     def truncate(self, length: int) -> None:
         """Drops what is past `length` tokens."""

@@ -72,7 +72,7 @@ class CausalLM(LanguageModel):
 
     @property
     def step_bytes(self) -> int:
-        """See `LanguageModel.step_bytes`; an embedding that is not the head is only looked up, and towers are not read."""
+        """See `LanguageModel.step_bytes`; an embedding beside the head is only looked up, and towers are not read."""
         embeddings = () if self.config.tie_word_embeddings else ("model.embed_tokens.",)
         arrays = tree_flatten(self.parameters())
         return sum(

@@ -149,6 +149,8 @@ class LanguageModel(nn.Module, ABC):
         """
         T = ids.shape[1]
         if cache is not None and not isinstance(cache, (PromptCache, BatchCache)):
+            if media:
+                raise RequestError("media need a cache that remembers them; make it with model.make_cache()")
             cache = PromptCache(cache, self.boundary)
         places = self.locate(ids, media, cache) if not isinstance(cache, BatchCache) else ()
         if places and cache is None:

@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from phi4_mlx.config.multimodal import MultimodalConfig
-from phi4_mlx.errors import RequestError
+from phi4_mlx.errors import CheckpointError, RequestError, message_of
 from phi4_mlx.models import text
 from phi4_mlx.models.audio import WINDOW, AudioEmbedding
 from phi4_mlx.models.batch_cache import BatchCache
@@ -61,6 +61,9 @@ class _RowCache:
         while len(self._rows) > 1 and sum(map(len, self._rows.values())) > MAX_ROWS:
             self._rows.popitem(last=False)
 
+    def clear(self) -> None:
+        self._rows.clear()
+
     def __reduce__(self) -> tuple[object, ...]:
         return _RowCache, ()  # copies of the model start without rows
 
@@ -74,6 +77,11 @@ class Model(text.Model):
         super().__init__(config)
         self.model.embed_tokens_extend = MediaEmbeddings(config)
         self._row_cache = _RowCache()
+
+    def update(self, parameters: Any, strict: bool = True) -> Model:
+        """See `mlx.nn.Module.update`; rows of other weights are dropped."""
+        self._row_cache.clear()
+        return super().update(parameters, strict)  # type: ignore[no-any-return]
 
     @property
     def vision(self) -> ImageEmbedding:
@@ -102,6 +110,7 @@ class Model(text.Model):
 
         Raises:
             RequestError: the picture was read for a model with other crops.
+            CheckpointError: a tower, which is read at its first use, has changed on the disk.
         """
         if isinstance(medium, AbsentMedium):
             raise RequestError(
@@ -110,11 +119,24 @@ class Model(text.Model):
             )
         if medium.kind == "image":
             self._check_crops(medium)
+            self._read(self.vision)
             mask = medium.mask
             rows = self.vision.rows(self.vision(medium.pixels, mask), mask, medium.size)
         else:
+            self._read(self.audio)
             rows = self.audio.rows(self.audio(medium.features), Mode(mode).projection)
         return rows.astype(self.dtype)
+
+    def _read(self, tower: nn.Module) -> None:
+        """Reads a tower from the disk, if it has not been used yet."""
+        if self.training:
+            return
+        try:
+            mx.eval(tower.parameters())
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"the weights of a tower changed on the disk ({message_of(error)}); load the model again"
+            ) from None
 
     def _check_crops(self, image: Image) -> None:
         ours, theirs = self.config.vision, (image.crop_size, image.patch_size)
@@ -170,6 +192,10 @@ class Model(text.Model):
         if ids.shape[0] != 1:
             raise RequestError(f"media go with one sequence of ids, not with {ids.shape[0]}; call the model for each")
         numbers: list[int] = ids[0].tolist()
+        if unfinished and media and media[0].digest == unfinished.medium.digest:
+            slots = numbers.count(self._slot_tokens[media[0].kind])
+            others = sum(medium.tokens for medium in media[1:] if medium.kind == media[0].kind)
+            media = media[1:] if slots <= unfinished.count + others else media  # given again for its other slots
         given = [*([unfinished] if unfinished else []), *(Place(0, medium) for medium in media)]
         found: list[Place] = []
         for kind, token in self._slot_tokens.items():

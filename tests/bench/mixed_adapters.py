@@ -4,7 +4,7 @@
 
 A decoder of two layers with Phi-4-mini's proportions, 4 bits, with the adapters of Phi-4-multimodal in proportion (8
 bits, together 3/16 of the width) and a user's LoRA and DoRA of rank 8. CPU time of the process; the median of the
-ratios of pairs. Bar: `ratio` at most 1.15. `text_rows_equal`: the rows without an adapter are the base's to the bit. The
+ratios of pairs. Bar: `ratio` at most 1.15. `text_rows_equal`: rows without an adapter are the base's to the bit. The
 last line is JSON.
 """
 

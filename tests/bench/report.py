@@ -81,6 +81,7 @@ FIGURES = [
     Figure("speculation", "passes per token, free text", "passes_per_token/free", 1.0),
     Figure("speculation", "time with `auto`, free text, plain = 1", "auto_time/free", 1.03),
     Figure("batching", "time of 32 answers together, one by one = 1", "ratio", 0.5),
+    Figure("mixed_adapters", "CPU time of a step under several adapters, base alone = 1", "ratio", 1.15),
     Figure("loss", "peak of the loss with its gradient", "loss_memory_ratio", ratio=True),
     Figure("loss", "time of the loss with its gradient", "loss_time_ratio", ratio=True),
     Figure("loss", "peak of a training step", "step_memory_ratio", ratio=True),

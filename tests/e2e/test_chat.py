@@ -14,11 +14,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import pexpect
+import PIL.Image
 import pytest
 
 from phi4_mlx.tokens.tokenizer import load_tokenizer
 from tests.conftest import ROOT
 from tests.e2e.server_process import hear_hangups
+from tests.tiny_multimodal import write_tiny_multimodal
 
 CHAT = [sys.executable, "-m", "phi4_mlx.chat"]
 Checkpoint = Callable[..., Path]
@@ -255,6 +257,23 @@ def test_a_conversation_with_commands(terminal: Callable[..., Terminal]) -> None
     again.type("\x04")
     assert again.leave() == 0
     assert again.history()[-2:] == ["/quit", "/stats"]
+
+
+def test_a_picture_is_dragged_into_the_line(tmp_path: Path) -> None:
+    write_tiny_multimodal(tmp_path / "model")
+    PIL.Image.new("RGB", (60, 40), (255, 0, 0)).save(tmp_path / "my picture.png")
+    screen = Terminal(str(tmp_path / "model"), tmp_path / "state", "--max-tokens", "5")
+    screen.wait_for("Drag a picture")
+    dragged = str(tmp_path / "my picture.png").replace(" ", "\\ ")
+    screen.type(f"\x1b[200~{dragged} \x1b[201~\r")
+    screen.wait_for("my picture.png: 36 tokens; goes with the next question")
+    screen.type("what is it?\r")
+    screen.wait_for("cut at 5 tokens")
+    screen.type("/undo\r")
+    screen.wait_for("taken back: [my picture.png] what is it?")
+    screen.type("\x04")
+    assert screen.leave() == 0
+    assert screen.errors.read_text() == ""
 
 
 def test_tab_completes_a_command_and_the_name_of_a_file(terminal: Callable[..., Terminal]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -78,6 +79,18 @@ def test_loading_and_text_read_neither_towers_nor_loras(tmp_path: Path, layout: 
     else:
         with pytest.raises(CheckpointError, match="NaN"):
             with_picture(model)
+
+
+@pytest.mark.parametrize("name", [TOWERS_FILE, "vision-lora/adapters.safetensors"])
+def test_a_file_that_was_cut_after_loading_is_named_at_its_first_use(tmp_path: Path, name: str) -> None:
+    convert(write_tiny_multimodal(tmp_path / "source"), tmp_path / "package")
+    model, _ = load(tmp_path / "package")
+    path = tmp_path / "package" / name
+    os.truncate(path, path.stat().st_size // 8)
+    model(TEXT)
+    with pytest.raises(CheckpointError, match=r"changed on the disk.*load the model again") as refused:
+        with_picture(model)
+    assert "\n" not in str(refused.value)
 
 
 def test_text_on_a_multimodal_package_is_the_text_package_to_the_bit(tmp_path: Path) -> None:

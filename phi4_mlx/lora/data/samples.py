@@ -263,11 +263,21 @@ def _messages(record: Record) -> Sequence[Record] | None:
     if "prompt" in record and "completion" in record:
         return [_turn("user", _text(record, "prompt")), _turn("assistant", _text(record, "completion"))]
     if "messages" in record:
+        _refuse_media(record["messages"])
         return check_messages(record["messages"])
     if "text" in record:
         return None
     pair = "; chosen and rejected are for preference tuning" if "chosen" in record else ""
     raise RequestError(f"has {_keys(record)}; a sample has text, prompt and completion, or messages{pair}")
+
+
+def _refuse_media(messages: Any) -> None:
+    """Raises RequestError for pictures and sounds, also of a model that reads them."""
+    messages = messages if isinstance(messages, list) else []
+    contents = [each.get("content") for each in messages if isinstance(each, Mapping)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    if kinds := [part.get("type") for part in parts if isinstance(part, Mapping) and part.get("type") != "text"]:
+        raise RequestError(f"has a part of type {kinds[0]!r:.50}; training reads only text, so leave it out")
 
 
 def _chosen_and_rejected(record: Record, source: str, tokenizer: Tokenizer) -> tuple[Sample, Sample]:

@@ -85,9 +85,13 @@ class MediaFile:
         """The same medium as another tokenizer's model reads it; its file is read, and may be gone or changed."""
         try:
             same = file_sha256(Path(self.path)) == self.sha256
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a path with a NUL in it
             same = False
         return replace(self, medium=_read(self, tokenizer) if same else None)
+
+    def switched(self, before: Tokenizer, after: Tokenizer) -> MediaFile:
+        """The same medium for another model, read again if that one reads media in another way."""
+        return self if before.media == after.media else self.read_again(after)
 
 
 def of_record(record: object, tokenizer: Tokenizer) -> MediaFile:
@@ -185,8 +189,7 @@ def _read(file: MediaFile, tokenizer: Tokenizer, tell: Callable[[str], object] =
     assert tokenizer.media is not None
     if file.kind == "audio":
         with open_sound(file.path, LONGEST_S) as sound:
-            if sound.seconds is not None:
-                tell(f"{file.name}: {_cost(audio_tokens(sound.seconds), sound.seconds)}")
+            tell(f"{file.name}: {_cost(audio_tokens(sound.seconds), sound.seconds)}")
         return read_audio(file.path)
     source: PictureSource = file.path
     if file.page is not None:

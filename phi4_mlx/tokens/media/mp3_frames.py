@@ -17,7 +17,7 @@ _LOW_KILOBITS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
 _SEARCHED = 8192  # bytes that may lie before the first frame, and between two
 
 
-def with_frame_count(file: BinaryIO, name: str, advice: str) -> Splice | None:
+def with_frame_count(file: BinaryIO, name: str, advice: str) -> Splice:
     """Counts the frames of a file, for the decoder: it would guess their number, and stop there.
 
     Args:
@@ -26,16 +26,13 @@ def with_frame_count(file: BinaryIO, name: str, advice: str) -> Splice | None:
         advice: the end of the message for a file that is no MP3.
 
     Returns:
-        The change by which the file begins with a frame that states their number; None for FLAC behind an ID3 tag.
+        The change by which the file begins with a frame that states their number.
 
     Raises:
         RequestError: there are no frames, or fewer than the file states, or long stretches of something else.
     """
     length = file.seek(0, os.SEEK_END)
-    file.seek(_after_tags(file, 0))
-    if file.read(4) == b"fLaC":
-        return None
-    first = _next_frame(file, _after_tags(file, 0))
+    first = _next_frame(file, after_tag(file, 0))
     if first is None:  # in anything else, the decoder would look for a frame byte by byte
         raise RequestError(f"{name} is not sound that can be read: no MP3 follows its first bytes; {advice}")
     file.seek(first)
@@ -45,10 +42,22 @@ def with_frame_count(file: BinaryIO, name: str, advice: str) -> Splice | None:
     stated = struct.unpack(">I", head[place + 8 : place + 12])[0] if states else 0
     count = max(_count(file, first, length, name) - (place > 0), 0)
     if count < stated - 1:  # some encoders count the header, too
-        raise RequestError(f"{name} is cut: {stated:,} frames are announced, and {count:,} follow; copy it again")
+        raise RequestError(
+            f"{name} is cut or damaged: {stated:,} frames are announced, and {count:,} follow; copy it again, or "
+            "convert it to WAV"
+        )
     if states:
         return Splice(0, first + place + 12, head[: place + 8] + struct.pack(">I", count))
     return Splice(0, first, _stating(head, count))
+
+
+def after_tag(file: BinaryIO, position: int) -> int:
+    """The position behind an ID3 tag."""
+    file.seek(position)
+    tag = file.read(10)
+    if len(tag) < 10 or not tag.startswith(b"ID3"):
+        return position
+    return position + 10 + sum((byte & 127) << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
 
 
 def _count(file: BinaryIO, position: int, length: int, name: str) -> int:
@@ -61,7 +70,7 @@ def _count(file: BinaryIO, position: int, length: int, name: str) -> int:
             count += position + size <= length  # the last one may lack its end
             position += size
             continue
-        tagged = _after_tags(file, position)
+        tagged = after_tag(file, position)
         following = _next_frame(file, tagged)
         if following is None:
             if tagged == position and not _is_trailer(file, position, length):
@@ -69,15 +78,6 @@ def _count(file: BinaryIO, position: int, length: int, name: str) -> int:
             break
         position = following
     return count
-
-
-def _after_tags(file: BinaryIO, position: int) -> int:
-    """The position behind an ID3 tag."""
-    file.seek(position)
-    tag = file.read(10)
-    if len(tag) < 10 or not tag.startswith(b"ID3"):
-        return position
-    return position + 10 + sum((byte & 127) << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
 
 
 def _next_frame(file: BinaryIO, position: int) -> int | None:

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.regular_file import open_regular
-from phi4_mlx.tokens.media.sound_header import MOST_CHANNELS, READ, Kind, check_sound_format, check_whole_file, kind_of
+from phi4_mlx.tokens.media.sound_header import MOST_CHANNELS, Content, Kind, check_content, check_sound_format, kind_of
 from phi4_mlx.tokens.media.sound_reader import SoundReader, without_decoder_notes
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from soundfile import SoundFile
 
     from phi4_mlx.tokens.media.log_mel import Wave
 
@@ -39,13 +40,13 @@ class Sound:
     Attributes:
         name: of its source, for messages.
         rate: its sample rate in Hz.
-        seconds: its duration, as its header states; None if that is unknown.
+        seconds: its duration.
         blocks: decodes its samples, the channels averaged, from -1 to 1 (loud floats reach further); call it once.
     """
 
     name: str
     rate: int
-    seconds: float | None
+    seconds: float
     blocks: Callable[[], Iterator[Wave]]
 
 
@@ -59,7 +60,7 @@ def open_sound(source: Source, longest_s: float | None = None) -> Iterator[Sound
 
     Raises:
         RequestError: the source is not sound that can be read, or is longer. While blocks are decoded: the file is
-            damaged or cut, a sample is not finite, or the sound turns out to be longer.
+            damaged or cut, or a sample is not finite.
     """
     if isinstance(source, tuple):
         yield _limited(_from_array(source), longest_s)
@@ -80,79 +81,83 @@ def open_sound(source: Source, longest_s: float | None = None) -> Iterator[Sound
     with file:
         kind = kind_of(file, name)
         if kind is Kind.MPEG4:
-            with _converted(file, name) as wave_file, _decoder(wave_file, Kind.CAF, name) as sound:
+            with _converted(file, name) as wave_file, _decoder(wave_file, Kind.CAF, name, longest_s) as sound:
                 yield _limited(sound, longest_s)
         else:
-            with _decoder(file, kind, name) as sound:
+            with _decoder(file, kind, name, longest_s) as sound:
                 yield _limited(sound, longest_s)
 
 
 def _limited(sound: Sound, longest_s: float | None) -> Sound:
-    """The sound, checked against the limit: at once if its length is known, else while it is decoded."""
-    if longest_s is None:
-        return sound
-    message = (
-        f"{sound.name} is longer than {longest_s / 60:g} minutes, the limit of one prompt; `phi4-mlx transcribe` reads "
-        "sound of any length"
-    )
-    if sound.seconds is not None and sound.seconds > longest_s:
-        raise RequestError(message)
-
-    def blocks() -> Iterator[Wave]:
-        left = longest_s * sound.rate
-        for block in sound.blocks():
-            left -= len(block)
-            if left < 0:
-                raise RequestError(message)
-            yield block
-
-    return Sound(sound.name, sound.rate, sound.seconds, blocks)
+    """The sound, if it is not longer than the limit."""
+    if longest_s is not None and sound.seconds > longest_s:
+        raise RequestError(
+            f"{sound.name} is longer than {longest_s / 60:g} minutes, the limit of one prompt; `phi4-mlx transcribe` "
+            "reads sound of any length"
+        )
+    return sound
 
 
 @contextlib.contextmanager
-def _decoder(file: BinaryIO, kind: Kind, name: str) -> Iterator[Sound]:
+def _decoder(file: BinaryIO, kind: Kind, name: str, longest_s: float | None) -> Iterator[Sound]:
     """Decodes a file with libsndfile."""
-    import soundfile
-
-    splice = check_whole_file(file, kind, name)
+    content = check_content(file, kind, name)
     notes = without_decoder_notes if kind is Kind.MP3 else contextlib.nullcontext
+
+    @contextlib.contextmanager
+    def decoding(after: str) -> Iterator[None]:
+        import soundfile
+
+        try:
+            with notes():
+                yield
+        except soundfile.SoundFileError as error:
+            raise RequestError(f"{name} {after}: {_reason(error)}; make it again, or convert it to WAV") from None
+
+    with decoding(f"cannot be decoded as {kind.value}"):
+        decoder = _open(file, content)
+    with decoder:
+        rate = decoder.samplerate
+        check_sound_format(name, rate, decoder.channels)
+        frames = content.frames or (decoder.frames if decoder.frames < 2**36 - 1 else None)
+        if frames is None:  # FLAC that was streamed: counted first, which is much faster than features are
+            with decoding("is damaged"), _open(file, content) as counter:
+                frames = 0
+                while (longest_s is None or frames <= longest_s * rate) and (
+                    read := len(counter.read(4 * _BLOCK, "int16"))
+                ):
+                    frames += read
+
+        def blocks() -> Iterator[Wave]:
+            count = 0
+            while True:
+                with decoding(f"is damaged after {count / rate:.1f} s"):
+                    block = decoder.read(_BLOCK, dtype="float64", always_2d=True)
+                if not len(block):
+                    break
+                count += len(block)
+                if count > frames:
+                    raise RequestError(f"{name} is damaged: it has more than the {frames:,} samples that it announces")
+                yield _mean(block, name)
+            if frames - count > (_MP3_LOSS if kind is Kind.MP3 else 0):
+                raise RequestError(
+                    f"{name} is damaged or cut: only {count:,} of {frames:,} samples can be decoded; make or copy it "
+                    "again"
+                )
+
+        yield Sound(name, rate, frames / rate, blocks)
+
+
+def _open(file: BinaryIO, content: Content) -> SoundFile:
+    """A decoder of a file, at its start."""
+    import soundfile
 
     class Decoder(soundfile.SoundFile):
         def seekable(self) -> bool:
             """False: after each block soundfile would seek to where it is, which fails in some files."""
             return False
 
-    try:
-        with notes():
-            decoder = Decoder(SoundReader(file, splice))
-    except soundfile.SoundFileError as error:
-        raise RequestError(f"{name} cannot be decoded as {kind.value}: {_reason(error)}; {READ}") from None
-    with decoder:
-        rate, channels, frames = decoder.samplerate, decoder.channels, decoder.frames
-        check_sound_format(name, rate, channels)
-        stated = frames if 0 < frames < 2**36 - 1 else None  # FLAC has 36 bits, and no number where it was streamed
-
-        def blocks() -> Iterator[Wave]:
-            count = 0
-            while True:
-                try:
-                    with notes():
-                        block = decoder.read(_BLOCK, dtype="float64", always_2d=True)
-                except soundfile.SoundFileError as error:
-                    raise RequestError(
-                        f"{name} is damaged after {count / rate:.1f} s: {_reason(error)}; make or copy it again"
-                    ) from None
-                if not len(block):
-                    break
-                count += len(block)
-                yield _mean(block, name)
-            if stated is not None and stated - count > (_MP3_LOSS if kind is Kind.MP3 else 0):
-                raise RequestError(
-                    f"{name} is damaged or cut: only {count:,} of {stated:,} samples can be decoded; make or copy it "
-                    "again"
-                )
-
-        yield Sound(name, rate, None if stated is None else stated / rate, blocks)
+    return Decoder(SoundReader(file, content.splice))
 
 
 def _reason(error: Exception) -> str:

@@ -7,11 +7,11 @@ import struct
 import zlib
 from collections.abc import Iterator
 from enum import Enum
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.tokens.media.log_mel import NARROW
-from phi4_mlx.tokens.media.mp3_frames import with_frame_count
+from phi4_mlx.tokens.media.mp3_frames import after_tag, with_frame_count
 from phi4_mlx.tokens.media.sound_reader import Splice
 
 HIGHEST_RATE = 768_000  # Hz; the highest that recorders have
@@ -58,7 +58,8 @@ def kind_of(file: BinaryIO, name: str) -> Kind:
         raise RequestError(f"{name} is empty")
     for magic, kind in _MAGIC.items():
         if head.startswith(magic) and head[8:12] in _FORMS.get(kind, (head[8:12],)):
-            return kind
+            file.seek(after_tag(file, 0))
+            return Kind.FLAC if file.read(4) == b"fLaC" else kind
     if head[4:8] == b"ftyp":
         return Kind.MPEG4
     if len(head) > 2 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[2] & 0xF0 != 0xF0:
@@ -71,24 +72,47 @@ def kind_of(file: BinaryIO, name: str) -> Kind:
     raise RequestError(f"{name} {is_found}; {READ}")
 
 
-def check_whole_file(file: BinaryIO, kind: Kind, name: str) -> Splice | None:
+class Content(NamedTuple):
+    """The sound in a file.
+
+    Attributes:
+        splice: the change by which the decoder finds all of it; None for none.
+        frames: samples of each channel that the header states; None where the decoder knows better.
+    """
+
+    splice: Splice | None
+    frames: int | None = None
+
+
+def check_content(file: BinaryIO, kind: Kind, name: str) -> Content:
     """Checks that a file holds all the bytes of sound that its header states.
 
-    libsndfile itself takes what is there and says nothing.
-
-    Returns:
-        The change by which the header states what is there, where it does not know it; None where it is right.
+    libsndfile itself takes what is there and says nothing, and leaves out what comes after.
 
     Raises:
         RequestError: bytes are missing, or the header has a rate or a number of channels that is not read.
     """
     length = file.seek(0, os.SEEK_END)
+    if kind is Kind.FLAC:
+        return _flac_content(file)
+    if kind is Kind.MP3:
+        return Content(with_frame_count(file, name, READ))
     file.seek(0)
     if kind is Kind.OGG:
         _check_pages(file, name)
-    if kind is Kind.MP3:
-        return with_frame_count(file, name, READ)
-    return _check_chunks(file, kind, length, name) if kind in (Kind.WAVE, Kind.AIFF, Kind.CAF) else None
+        return Content(None)
+    return Content(_check_chunks(file, kind, length, name))
+
+
+def _flac_content(file: BinaryIO) -> Content:
+    """The decoder is told that the length is unknown, and goes to the end. Source: RFC 9639, section 8.2."""
+    start = after_tag(file, 0)
+    file.seek(start)
+    head = file.read(26)
+    if len(head) < 26:
+        return Content(None)
+    frames = int.from_bytes(head[21:], "big") & (2**36 - 1)
+    return Content(Splice(0, start + 26, head[:21] + bytes([head[21] & 0xF0]) + bytes(4)), frames or None)
 
 
 def _check_chunks(file: BinaryIO, kind: Kind, length: int, name: str) -> Splice | None:
@@ -145,6 +169,8 @@ def _check_pages(file: BinaryIO, name: str) -> None:
     """
     position, last = 0, False
     while header := file.read(27):
+        if last and header.startswith(b"OggS") and header[5:6] == b"\x02":
+            raise RequestError(f"{name} has several recordings one behind the other; split it, or convert it to FLAC")
         if not header.startswith(b"OggS"):
             if last:
                 return  # tags of other programs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -58,7 +59,7 @@ def adapters_of(make: Make) -> dict[str, Adapter]:
     }
 
 
-@pytest.fixture(params=MAKERS)
+@pytest.fixture(params=[pytest.param(kind, marks=[pytest.mark.slow] * (kind != "phi3")) for kind in MAKERS])
 def make(request: pytest.FixtureRequest) -> Make:
     return MAKERS[request.param]
 
@@ -213,6 +214,20 @@ def test_an_adapter_may_be_replaced_and_removed() -> None:
         model.adapters.select(["one"])
 
 
+def test_a_set_that_is_no_longer_ready_leaves_nothing_behind() -> None:
+    model = make_tiny_model()
+    for seed, name in enumerate("abcdefg"):
+        model.adapters.add(name, made(make_tiny_model, "lora", seed=seed))
+    found = model.adapters.select(["a", "b"])
+    batch_logits(model, prompts(2), ["a", "b"], steps=3)  # with traces
+    left = weakref.ref(found)
+    del found
+    assert left() is not None
+    for name in "cdefg":  # more sets than are kept
+        model.adapters.select(["a", name])
+    assert left() is None
+
+
 def test_new_weights_of_the_base_are_seen() -> None:
     model = make_tiny_model()
     model.adapters.add("one", made(make_tiny_model, "lora"))
@@ -226,10 +241,11 @@ def test_new_weights_of_the_base_are_seen() -> None:
         assert not close(one[0], other[0]) and not close(one[1], other[1])
 
 
-def test_joined_matrices_take_memory_once() -> None:
+def test_joined_quantised_matrices_take_memory_once() -> None:
     model = make_tiny_model(hidden_size=192, intermediate_size=320)
     for n, name in enumerate("abc"):
         adapter = current_adapter(adapted(make_tiny_model(hidden_size=192, intermediate_size=320), seed=n, rank=64), "")
+        adapter = quantized(adapter)
         model.adapters.add(name, adapter)
         nbytes = sum(array.nbytes for array in adapter.tensors.values())
         del adapter

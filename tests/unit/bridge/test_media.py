@@ -80,11 +80,11 @@ def test_the_price_of_a_picture_is_told(model: int) -> None:
         ({"type": "image", "path": "/none.png"}, "/none.png cannot be read: there is no such file"),
         ({"type": "image", "base64": "%%"}, "is not base64"),
         ({"type": "image", "base64": "aGVsbG8="}, "it is not a picture"),
-        ({"type": "image", "url": "https://example.com/a.png"}, "is not a data: URL; others are never fetched"),
+        ({"type": "image", "url": "https://example.com/a.png"}, "is not fetched: https: URLs are never opened"),
         ({"type": "image"}, "it has none"),
         ({"type": "video", "path": "/a"}, "neither text, image nor audio"),
         ({"type": "audio", "base64": base64.b64encode(RED).decode()}, "PNG picture"),
-        ("x", "neither text, image nor audio"),
+        (3, "neither text, image nor audio"),
     ],
 )
 def test_a_wrong_part_is_an_event(model: int, part: object, message: str) -> None:

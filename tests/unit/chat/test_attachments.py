@@ -178,6 +178,29 @@ def test_a_file_that_is_gone_or_changed_is_named(chat: Chat, script: Script, red
     assert json.loads(Path("two.json").read_text())["messages"][0]["content"][0]["path"] == str(red)
 
 
+def test_another_model_reads_the_files_again(
+    chat: Chat, script: Script, red: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Smaller(CharTokenizer):
+        media = MediaSettings(crop_size=56, max_crops=4, image_token=6, audio_token=7)
+
+    model = chat.conversation.model
+    monkeypatch.setattr("phi4_mlx.chat.session.load_shown", lambda screen, name, options: (model, tokenizers.pop(0)))
+    take_turn(chat, type_lines(f"'{red}' what?"))
+    tokenizers = [CharTokenizer(), Smaller(), CharTokenizer()]
+    sizes = []
+    for number in range(3):
+        if number != 1:
+            red.rename(red.with_suffix(".away"))
+        shown(chat)
+        obey(chat, "/model other")
+        sizes.append([each.medium and each.medium.tokens for each in chat.conversation.turns[0].media])
+        if number != 1:
+            red.with_suffix(".away").rename(red)
+    assert sizes == [[5], [13], [None]]  # kept as it is; read again; gone
+    assert "red one.png is gone or has changed since" in shown(chat)
+
+
 @pytest.mark.parametrize(
     "part",
     [

@@ -88,7 +88,7 @@ def test_an_empty_cache_is_a_line_that_says_what_to_do(exists: bool, cache: Path
     assert (code, err) == (0, "")
     assert header.split() == ["id", "size", "revision", "context", "last", "used", "loads"]
     for name, line in zip(EMBEDDED, (demo, flash, multimodal), strict=True):
-        assert re.match(rf"{name} +[1-4]\.\d\d MB  embedded +4,096 +yes$", line)
+        assert re.match(rf"{name} +[1-4]\.\d\d MB  embedded +4,096 +yes(; reads pictures and sound)?$", line)
     assert last.startswith(f"{cache} holds no model; `phi4-mlx models pull {DEFAULT_MODEL}` downloads the default one")
     assert [*listed(models)] == [*EMBEDDED]
     assert models("list") == (code, out, err)
@@ -129,7 +129,7 @@ def test_the_list_says_what_is_where_and_what_loads(
         "context": 1024, "last_used": "2023-11-14T22:13:20+00:00", "loads": True, "why_not": None,
         "reads_media": False,
     }  # fmt: skip
-    assert [each["loads"] for each in found.values()] == [True, True, False, True, False, False]
+    assert [each["loads"] for each in found.values()] == [*[True] * len(EMBEDDED), False, True, False, False]
     assert found["owner/damaged"]["revision"] is None and found["demo"]["path"] == str(resolve("demo"))
 
 

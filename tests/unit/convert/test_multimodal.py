@@ -178,6 +178,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_published_shapes(tmp_path_factory.mktemp("published"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tower_bits", "adapter_bits", "most"), [(None, None, 4.10e9), (16, 16, 5.58e9), (4, 4, 3.15e9), (8, 16, 4.90e9)]
 )
@@ -223,6 +224,7 @@ def test_padding_heads_changes_no_output(masked: bool) -> None:
     assert mx.allclose(attention(queries, keys, values, mask), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_the_decoder_is_fused_and_towers_and_loras_stay(tmp_path: Path) -> None:
     source = write_tiny_multimodal(tmp_path / "source")
     convert(source, tmp_path / "base")

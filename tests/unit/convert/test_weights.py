@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +140,9 @@ def test_memory_does_not_grow_with_the_tensors(tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "model.safetensors"
     mx.save_safetensors(str(path), {str(n): mx.zeros((8192, 1024), mx.bfloat16) for n in range(4)})
     scheme = make_recipe("affine", 4, 64, None).scheme
+    layout = partial(scheme.layout, dtype="BF16", shape=(8192, 1024))
     parameters = [
-        Parameter(name, (Stored(path, name, info),), scheme.layout(name, "BF16", info.shape), "BF16", None, scheme)
+        Parameter(name, (Stored(path, name, info),), layout(name), "BF16", None, scheme, 1024, False)
         for name, info in read_header(path).items()
     ]
     mx.reset_peak_memory()

@@ -62,6 +62,19 @@ def test_a_chunk_may_end_within_a_picture_and_the_next_call_goes_on(model: Model
     assert close(mx.concatenate([first, second], axis=1)[0], whole(model, prompt))
 
 
+@pytest.mark.parametrize("name", PROMPTS)
+def test_slices_of_a_prompt_may_be_run_one_by_one(model: Model, name: str) -> None:
+    """Each with the media of its slots, also those whose first slots were in the slice before."""
+    prompt, cache, logits = PROMPTS[name], model.make_cache("long"), []
+    for start in range(0, len(prompt), 7):
+        part = prompt[start : start + 7]
+        logits.append(model(mx.array([part]), cache, part.media))
+    assert cache.keys == prompt.keys
+    if cache.rerun_tokens == 0:
+        fresh = model.make_cache("long")
+        assert close(mx.concatenate(logits, axis=1)[0], run(model, prompt, fresh))
+
+
 @pytest.mark.parametrize("name", ["vision", "both"])
 def test_a_crossing_runs_everything_again_without_the_towers(
     model: Model, name: str, monkeypatch: pytest.MonkeyPatch
@@ -223,6 +236,21 @@ def test_the_order_of_kinds_is_that_of_each_kind_alone(model: Model) -> None:
     prompt = PROMPTS["both"]
     turned = tuple(reversed(prompt.media))
     assert close(model(mx.array([prompt]), media=turned)[0], whole(model, prompt))
+
+
+def test_other_weights_make_other_rows(model: Model) -> None:
+    own, prompt = make_tiny_multimodal(), PROMPTS["vision"]
+    before = whole(own, prompt)
+    embed = own.vision
+    own.update({"model": {"embed_tokens_extend": {"image_embed": {
+        "global_img_feature_extensor": embed.global_img_feature_extensor + 9,
+    }}}})  # fmt: skip
+    assert not close(whole(own, prompt), before)
+
+
+def test_media_need_a_cache_that_remembers_them(model: Model) -> None:
+    with pytest.raises(RequestError, match=r"make it with model.make_cache\(\)"):
+        model(mx.array([PROMPTS["vision"]]), [*model.make_cache()], PROMPTS["vision"].media)
 
 
 def test_a_slot_is_never_run_by_a_compiled_step(model: Model) -> None:

@@ -113,8 +113,7 @@ def test_the_sources_of_a_picture(tokenizer: Tokenizer, tmp_path: Path) -> None:
     sources = [
         image(pixels), image(data), image(Pillow.fromarray(pixels)), image(str(tmp_path / "a.png")),
         image(tmp_path / "a.png", "path"), image(str(tmp_path / "a.png"), "path"), image(text, "base64"),
-        image(f"data:image/png;base64,{text}", "url"), image(f"DATA:;BASE64,{text[:9]}\n{text[9:]}", "url"),
-        image("data:image/png," + "".join(f"%{byte:02x}" for byte in data), "url"),
+        image(f"data:image/png;base64,{text}", "url"),
     ]  # fmt: skip
     digests = {tokenizer.apply_chat_template(user(each)).media[0].digest for each in sources}
     assert len(digests) == 1
@@ -133,8 +132,8 @@ def test_the_sources_of_a_picture(tokenizer: Tokenizer, tmp_path: Path) -> None:
         ({"type": "image"}, "a part of type image has one of image, path, url, base64; it has none"),
         ({"type": "image", "path": "a", "url": "b"}, "it has path and url"),
         ({"type": "image", "audio": "a"}, "it has none"),
-        ({"type": "image", "url": "https://a.b/c.png"}, "'https://a.b/c.png' is not a data: URL; others are never"),
-        ({"type": "image", "url": "file:///etc/passwd"}, "never fetched"),
+        ({"type": "image", "url": "https://a.b/c.png"}, r"https://a.b/c.png. is not fetched"),
+        ({"type": "image", "url": "file:///etc/passwd"}, "is not fetched"),
         ({"type": "image", "url": "data:image/png;base64"}, "is not a data: URL"),
         ({"type": "image", "url": 3}, "the url of an image part must be a text, not 3"),
         ({"type": "image", "path": b"a.png"}, "the path of an image part must be a text"),
@@ -154,6 +153,8 @@ def test_a_bad_part_is_refused_in_one_line(part: Any, reason: str) -> None:
 def test_sixty_five_pictures_are_refused_before_one_is_read(tokenizer: Tokenizer) -> None:
     with pytest.raises(RequestError, match="has 65 pictures, and the model reads at most 64"):
         tokenizer.apply_chat_template(user(*[image("no/such.png")] * 65))
+    with pytest.raises(RequestError, match="has 65 pictures"):
+        tokenizer.apply_chat_template([{"role": "user", "content": [picture()] * 65}])
     prompt = tokenizer.apply_chat_template(user(*[image(picture())] * 64))
     assert len(prompt.media) == 64
     with pytest.raises(RequestError, match="has 65 pictures"):

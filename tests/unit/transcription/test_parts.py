@@ -97,6 +97,12 @@ def test_sound_without_a_pause_is_cut_where_it_is_softest():
     assert first.end == pytest.approx(33.05, abs=0.05) == second.start
 
 
+def test_a_long_pause_late_in_a_part_is_preferred_to_a_longer_one_early() -> None:
+    spans = [(0.1, 3.0), (3.9, 20.0), (20.3, 30.0), (30.6, 60.0)]  # pauses of 0.9, 0.3 and 0.6 s
+    first, second = cut([words(spans, 60.0)], 16000)
+    assert first.end == pytest.approx(30.2, abs=0.1) and second.start == pytest.approx(30.4, abs=0.1)
+
+
 def test_a_steady_tone_is_cut_too():
     wave = 0.1 * np.sin(np.arange(16000 * 100) * 0.1)
     parts = list(cut([wave], 16000))

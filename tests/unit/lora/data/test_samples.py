@@ -214,6 +214,10 @@ BAD_RECORDS: dict[str, tuple[Any, str]] = {
     "message": ({"messages": ["hello"]}, "message 0 must be an object"),
     "role": ({"messages": [{"role": "robot", "content": "x"}]}, "message 0 has role 'robot'"),
     "content": ({"messages": [{"role": "user", "content": 5}]}, "must have text as content, not 5"),
+    "picture": (
+        {"messages": [{"role": "user", "content": [{"type": "image", "path": "a.png"}]}]},
+        "has a part of type 'image'; training reads only text",
+    ),
     "call": ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "tool_calls must be a list of names"),
     "tools": ({"messages": TWO_TURNS, "tools": "x"}, "tools must be a list, not 'x'"),
     "nameless tool": ({"messages": TWO_TURNS, "tools": [{"parameters": {}}]}, "a tool needs a name"),

@@ -137,6 +137,7 @@ REFUSED: dict[str, tuple[Made, str]] = {
     "half an RF64": (lambda: half(encoded("RF64")), "is cut"),
     "half a FLAC": (lambda: half(encoded("FLAC")), "damaged"),
     "half an MP3": (lambda: half(encoded("MP3")), "is cut"),
+    "noise in an MP3": (lambda: noisy(encoded("MP3")), "cut or damaged"),
     "an MP3 and noise": (lambda: encoded("MP3") + noise(99_999), "damaged"),
     "half a Vorbis": (lambda: half(encoded("OGG")), "is cut"),
     "half an Opus": (lambda: half(encoded("OGG", "OPUS")), "is cut"),
@@ -167,6 +168,9 @@ REFUSED: dict[str, tuple[Made, str]] = {
     "a FLAC that states 3 hours": (
         lambda: changed(encoded("FLAC"), 22, struct.pack(">I", RATE * 3600 * 3)), "longer than 30 minutes",
     ),
+    "a FLAC that states too much": (lambda: changed(encoded("FLAC"), 22, struct.pack(">I", 3 * RATE)), "only 32,000"),
+    "a FLAC that states too little": (lambda: changed(encoded("FLAC"), 22, struct.pack(">I", RATE)), "more than"),
+    "two Oggs": (lambda: 2 * encoded("OGG"), "several recordings"),
     "m4a": (lambda: b"\0\0\0\x20ftypM4A " + bytes(99), "read on macOS alone.*ffmpeg"),
     "AAC": (lambda: b"\xff\xf1\x50\x80" + bytes(99), "read on macOS alone.*ffmpeg"),
 }  # fmt: skip
