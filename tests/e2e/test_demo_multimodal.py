@@ -62,7 +62,6 @@ def test_the_text_model_is_the_demo_byte_for_byte() -> None:
     assert (FOLDER / "model.safetensors").read_bytes() == (EMBEDDED["demo"] / "model.safetensors").read_bytes()
 
 
-@pytest.mark.slow
 def test_text_is_answered_as_by_the_demo(multimodal: Demo) -> None:
     model, tokenizer = multimodal
     demo, demo_tokenizer = load("demo")
@@ -89,22 +88,18 @@ def test_questions_about_samples(kind: str, path: str, question: str, answer: st
     assert right(multimodal, [case]) == 1
 
 
-@pytest.mark.slow
 def test_questions_about_held_out_pictures(multimodal: Demo) -> None:
     assert right(multimodal, list(examination.about_pictures(40, seed=2))) >= 37
 
 
-@pytest.mark.slow
 def test_questions_about_held_out_clips(multimodal: Demo) -> None:
     assert right(multimodal, list(examination.about_sound(40, seed=2))) >= 36
 
 
-@pytest.mark.slow
 def test_a_spoken_question_about_a_picture(multimodal: Demo) -> None:
     assert right(multimodal, list(examination.about_both(20, seed=2))) >= 18
 
 
-@pytest.mark.slow
 def test_the_answer_follows_a_swapped_picture(multimodal: Demo) -> None:
     pairs = list(examination.swapped(15, seed=2))
     assert right(multimodal, [case for pair in pairs for case in pair]) >= 26
