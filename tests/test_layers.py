@@ -165,3 +165,13 @@ def test_importing_the_package_brings_in_only_the_standard_library() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "", f"import phi4_mlx brought in {done.stdout.strip()}"
+
+
+def test_text_needs_no_package_for_media() -> None:
+    code = (
+        "import sys, mlx.core, mlx.nn; before = set(sys.modules); import phi4_mlx.checkpoint, phi4_mlx.generation;"
+        "print(*sorted({'numpy', 'PIL', 'soundfile', 'pypdfium2'} & (set(sys.modules) - before)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "", f"text brings in {done.stdout.strip()}"

@@ -16,7 +16,6 @@ from itertools import accumulate, pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from phi4_mlx.adapters.folder import Adapter
 from phi4_mlx.adapters.layers import layer_of
@@ -51,9 +50,12 @@ class Rows:
 
     def set(self, adapters: Sequence[int]) -> None:
         """Makes the masks of rows under the adapters of these numbers; -1 for none."""
-        own = np.array(adapters)[:, None, None]
-        several = len({*adapters}) > 1
-        self.given = [mx.array(own == np.repeat(*np.array(columns).T)) for columns in self.layouts if several]
+        self.given = []
+        if len({*adapters}) > 1:
+            import numpy as np  # not for text alone, where it would take part of the start
+
+            own = np.array(adapters)[:, None, None]
+            self.given = [mx.array(own == np.repeat(*np.array(columns).T)) for columns in self.layouts]
 
 
 @dataclass(eq=False)

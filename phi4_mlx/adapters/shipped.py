@@ -73,7 +73,9 @@ def _read(adapter: Adapter) -> Adapter:
     try:
         check_finite(adapter.tensors, adapter.source)
     except RuntimeError as error:
-        raise CheckpointError(f"{adapter.source} changed on the disk ({message_of(error)}); load the model again") from None
+        raise CheckpointError(
+            f"{adapter.source} changed on the disk ({message_of(error)}); load the model again"
+        ) from None
     return adapter
 
 

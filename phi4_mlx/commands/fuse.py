@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(typed("fuse"), "Merge an adapter into its base model, and write the result as a package.")
     add = parser.add_argument
-    add("--model", type=word, required=True, help="the base: a folder, a Hugging Face id or an embedded model such as demo")
+    add("--model", type=word, required=True, help="the base: a folder, a Hugging Face id or an embedded model")
     add(
         "--adapter-path", type=word, default="adapters", metavar="FOLDER",
         help="the adapter, saved by training or by PEFT",

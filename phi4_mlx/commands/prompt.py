@@ -57,8 +57,10 @@ def read_media(args: argparse.Namespace, tokenizer: Tokenizer) -> list[Medium]:
     """
     if not has_media(args):
         return []
-    from phi4_mlx.tokens.media.media_file import media_of_file
+    from phi4_mlx.hub import DEFAULT_MODEL
+    from phi4_mlx.tokens.media.media_file import check_reads_media, media_of_file
 
+    check_reads_media(tokenizer, args.model or DEFAULT_MODEL)
 
     def tell(price: str) -> None:
         if sys.stderr.isatty():

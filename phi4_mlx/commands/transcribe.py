@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from phi4_mlx.errors import RequestError
 from phi4_mlx.terminal.amount import amount
 from phi4_mlx.terminal.command import Parser, complain, progress_bar, run, typed, word
-from phi4_mlx.terminal.options import add_model_options, load_options
+from phi4_mlx.terminal.options import add_revision_option
 from phi4_mlx.terminal.printable import one_line
 from phi4_mlx.transcription.formats import FORMATS
 
@@ -40,7 +40,11 @@ def _parser() -> Parser:
         "most 40 s, which the model hears side by side; times are those of the parts. Silence has no text.",
     )
     parser.add_argument("files", nargs="+", type=word, metavar="FILE", help="sound: WAV, FLAC, MP3, Ogg, AIFF or CAF")
-    add_model_options(parser)
+    parser.add_argument(
+        "--model", type=word, required=True, help="a model that hears: a folder, a Hugging Face id, or demo-multimodal"
+    )
+    add_revision_option(parser)
+    parser.add_argument("--verify", action="store_true", help="check every file against the hashes of the package")
     parser.add_argument("--format", choices=FORMATS, default="text", help="of the transcript")
     parser.add_argument(
         "--language",
@@ -75,17 +79,15 @@ def _transcribe(args: argparse.Namespace) -> None:
     language = None if args.language is None else language_name(args.language)
     jobs = _jobs(args.files, args.output, args.format)
     _check_sounds(args.files)  # before the model is loaded, so that a mistake costs no wait
-    if args.model is None:
-        raise RequestError("there is no default model that hears; name one with --model, such as demo-multimodal")
 
     from phi4_mlx.checkpoint import load
     from phi4_mlx.hub import resolve
     from phi4_mlx.tokens.media.media_file import check_reads_media
     from phi4_mlx.transcription.progress import Progress, model_identity
 
-    model, tokenizer = load(args.model, **load_options(args), lazy=True)
+    model, tokenizer = load(args.model, lazy=True, revision=args.revision, verify=args.verify)
     check_reads_media(tokenizer, args.model)
-    identity = model_identity(resolve(args.model, args.revision), args.adapter_path, args.chat_format)
+    identity = model_identity(resolve(args.model, args.revision))
     failed = 0
     for job in jobs:
         try:
@@ -123,6 +125,7 @@ def _one(
         sys.stdout.write(transcript)
         sys.stdout.flush()
         return
+    job.output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(job.output) as path:
         path.write_text(transcript, encoding="utf-8")
     if progress is not None:
@@ -196,19 +199,23 @@ def _jobs(files: Sequence[str], output: str | None, form: str) -> list[_Job]:
     if len(files) == 1 and not place.is_dir():
         if not place.parent.is_dir() or (place.exists() and not place.is_file()):
             raise RequestError(f"{place} cannot be written; name a file in a folder that exists, or a folder")
-        return [_Job(files[0], place)]
-    if place.exists() and not place.is_dir():
+        jobs = [_Job(files[0], place)]
+    elif place.exists() and not place.is_dir():
         raise RequestError(f"--output {output} is not a folder, and there are {len(files)} files; name a folder")
-    place.mkdir(parents=True, exist_ok=True)
-    jobs = [_Job(file, place / (Path(file).stem + ENDINGS[form])) for file in files]
-    taken: dict[Path | None, str] = {}
-    for job in jobs:
-        if job.output in taken:
+    else:
+        jobs = [_Job(file, place / (Path(file).stem + ENDINGS[form])) for file in files]
+    taken: dict[str, str] = {os.path.realpath(file): "" for file in files}
+    for source, target in jobs:
+        real = os.path.realpath(str(target))
+        if other := taken.get(real):
             raise RequestError(
-                f"the transcripts of {taken[job.output]} and {job.source} would both be {job.output}; transcribe them "
-                "into two folders"
+                f"the transcripts of {other} and {source} would both be {target}; transcribe them into two folders"
             )
-        taken[job.output] = job.source
+        if real in taken:
+            raise RequestError(
+                f"the transcript of {source} would overwrite {target}, a file to transcribe; name another"
+            )
+        taken[real] = source
     return jobs
 
 

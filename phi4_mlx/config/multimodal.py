@@ -217,6 +217,7 @@ def _vision_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     own = {**_object(raw, "img_processor"), **_object(raw, "vision_config")}
     if "crop_size" in layer and own.get("image_size") is None:
         own = {"crop_size": layer["crop_size"], **own}
+    own = {"image_token_id": raw.get("image_token_id"), **own}  # some tools write the ids beside the text's fields
     return {**{name: value for name, value in layer.items() if name in _UNUSED_VISION}, **own}
 
 
@@ -277,6 +278,7 @@ def _audio_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
         own = {"bias_max_distance": bias.get("t5_bias_max_distance"), **own}
     if raw.get("model_type") == ORIGINAL and "audio_config" not in raw and own.get("bias_max_distance") is None:
         own["bias_max_distance"] = _ORIGINAL_BIAS_DISTANCE
+    own = {"audio_token_id": raw.get("audio_token_id"), **own}
     return {**{name: value for name, value in layer.items() if name in _UNUSED_AUDIO}, **own}
 
 

@@ -72,6 +72,8 @@ def save_prompt_cache(
     for names, layer in zip(_names(cache), cache, strict=True):
         tensors |= zip(names, layer.state, strict=True)
     own = {**_identity(model, tokenizer, cache.adapter), **_shape(cache)}
+    if cache.adapter and not cache.places:
+        own["named_adapter"] = cache.adapter
     if cache.places:
         own["media"] = json.dumps([_described(place) for place in cache.places])
     version = _WITH_MEDIA if cache.places else _VERSION
@@ -128,7 +130,8 @@ def load_prompt_cache(
     tensors = _read_tensors(path, header)
     try:
         places = [_place(each) for each in json.loads(own.get("media", "[]"))]
-        adapter = conditions_of(places, "short", None, model.make_cache().mode_adapters).adapter
+        named = own.get("named_adapter")
+        adapter = conditions_of(places, "short", named, model.make_cache().mode_adapters).adapter
         for what, wanted in _identity(model, tokenizer, adapter).items():
             if own.get(what) != wanted:
                 _refuse(path, what, own.get(what) == WITHOUT, wanted == WITHOUT)
@@ -277,7 +280,8 @@ def _restored(
             raise ValueError(f"{name} is {array.dtype} of shape {list(array.shape)}, not {kind[0]} of {list(kind[1])}")
         if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all():
             raise ValueError(f"{name} contains NaN or inf")
-    cache.restore(prompt, [[tensors[name] for name in names] for names in _names(cache)], regime)
+    states = [[tensors[name] for name in names] for names in _names(cache)]
+    cache.restore(prompt, states, regime, own.get("named_adapter"))
     if cache.offset != ids.size:
         raise ValueError(f"its layers hold {amount(cache.offset, 'token')}, and it has {amount(ids.size, 'id')}")
     return cache

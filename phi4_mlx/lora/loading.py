@@ -93,8 +93,8 @@ def read_data(
 
 
 def read_weights(model: LanguageModel, view: View) -> None:
-    """Reads the weights of a lazy model, a few at a time."""
-    arrays = [array for _, array in tree_flatten(model.parameters())]
+    """Reads the weights of a lazy model, a few at a time; not those that text does not need."""
+    arrays = [array for name, array in tree_flatten(model.parameters()) if not model.on_demand(name)]
     total, done = sum(array.nbytes for array in arrays), 0
     for first in range(0, len(arrays), WEIGHTS_AT_ONCE):
         some = arrays[first : first + WEIGHTS_AT_ONCE]

@@ -196,7 +196,7 @@ class Settings:
     """
 
     model: str | None = _option(
-        None, str, "a folder, a Hugging Face id or an embedded model such as demo (default: mlx-community/Phi-4-mini-instruct-4bit)"
+        None, str, "a folder, a Hugging Face id or an embedded model (default: mlx-community/Phi-4-mini-instruct-4bit)"
     )
     data: str = _option(
         "data", str, "a folder with train.jsonl, optionally valid.jsonl and test.jsonl; one file; or a Hugging Face id"

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from phi4_mlx.tokens.media.image import Image
     from phi4_mlx.tokens.prompt import MediaSettings
 
+PDF = b"%PDF-"  # within the first kilobyte of such a file
+
 
 class MediaReader:
     """Decodes attachments.
@@ -114,7 +116,10 @@ def _pages(given: Attachment, file: IO[bytes]) -> list[int]:
     """A thread: writes a PDF file; returns the numbers of its pages."""
     from phi4_mlx.tokens.media.pdf import pdf_pages
 
-    file.write(given.decoded())
+    data = given.decoded()
+    if PDF not in data[:1024]:  # before a process is started for it
+        raise WireError(400, f"{given.path} is not a PDF file", given.path)
+    file.write(data)
     file.flush()
     with _named(given, file.name):
         return pdf_pages(file.name)

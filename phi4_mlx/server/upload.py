@@ -77,6 +77,8 @@ class Upload:
                 await asyncio.to_thread(self._parser.write, data)  # writes to the disk
         except MultipartParseError as error:
             raise WireError(400, f"the body is not a form: {error!s:.200}") from None
+        except OSError as error:
+            raise WireError(507, f"the file cannot be kept on the server's disk: {error.strerror}", FILE) from None
         if not self._whole:
             raise WireError(400, "the body ends before the form does")
         if self._file is not None:

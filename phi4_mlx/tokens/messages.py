@@ -50,7 +50,8 @@ def check_media_count(media: Iterable[Medium]) -> None:
 def _check_image_parts(messages: Iterable[Any]) -> None:
     contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
     parts = [part for content in contents if isinstance(content, (list, tuple)) for part in content]
-    _check_image_count(sum(isinstance(part, Mapping) and part.get("type") == "image" for part in parts))
+    kinds = [part.get("type") if isinstance(part, Mapping) else getattr(part, "kind", None) for part in parts]
+    _check_image_count(kinds.count("image"))
 
 
 def _check_image_count(count: int) -> None:

@@ -55,6 +55,7 @@ class Progress:
             OSError: the file cannot be written.
         """
         self._texts[_key(part)] = text
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.file) as path:
             path.write_text(json.dumps({**self._about, "texts": self._texts}, ensure_ascii=False), encoding="utf-8")
 
@@ -63,15 +64,14 @@ class Progress:
         self.file.unlink(missing_ok=True)
 
 
-def model_identity(folder: Path, *more: str | None) -> str:
+def model_identity(folder: Path) -> str:
     """What tells a model's files from others: names, sizes and times of change.
 
     Args:
         folder: of the model.
-        more: what else decides the answers, such as an adapter.
     """
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.[sj]*"))]
-    return hashlib.sha256(repr((files, more)).encode()).hexdigest()
+    return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
 def _key(part: Part) -> str:

@@ -88,7 +88,7 @@ def test_a_file_that_was_cut_after_loading_is_named_at_its_first_use(tmp_path: P
     path = tmp_path / "package" / name
     os.truncate(path, path.stat().st_size // 8)
     model(TEXT)
-    with pytest.raises(CheckpointError, match="changed on the disk.*load the model again") as refused:
+    with pytest.raises(CheckpointError, match=r"changed on the disk.*load the model again") as refused:
         with_picture(model)
     assert "\n" not in str(refused.value)
 

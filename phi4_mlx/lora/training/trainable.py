@@ -73,6 +73,9 @@ def _unfreeze(model: LanguageModel, settings: Settings, adapter: Adapter | None)
         return
     if settings.num_layers == -1:
         model.unfreeze()
+        for path, module in model.named_modules():
+            if model.on_demand(f"{path}."):  # towers, which text does not reach
+                module.freeze(recurse=False)
     else:
         for layer in model.layers[-settings.num_layers :]:
             layer.unfreeze()

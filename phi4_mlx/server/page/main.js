@@ -50,14 +50,14 @@ function connectServer() {
 
 /** Shows the starters each time the model or the tools have been read. */
 function bindStarters() {
-  let kind = "";
+  let shown = null;
   const begin = (prompt, withTools) => {
     if (withTools) setOptions({ tools: true });
     ask(prompt);
   };
-  const show = () => { if (kind) showStarters(kind, tools, begin); };
+  const show = () => { if (shown) showStarters(shown, tools, begin); };
   chosen.listen((model) => {
-    kind = model?.kind ?? "instruct";
+    shown = { kind: "instruct", ...model };
     show();
   });
   loaded.listen(show);

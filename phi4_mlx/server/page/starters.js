@@ -47,17 +47,22 @@ const HINTS = {
   base: "This is a base model: it goes on with a text rather than answers questions. Begin a text.",
 };
 
+const MEDIA_HINTS = {
+  demo: "It also sees coloured shapes and digits in a small picture, and hears spoken digits and words: add one below.",
+};
+
 /**
  * Shows the starters of a model.
- * @param {string} kind of the model
+ * @param {{kind: string, media?: object}} model
  * @param {object[]} tools of the server, in OpenAI's form
  * @param {(prompt: string, withTools: boolean) => void} ask
  */
-export function showStarters(kind, tools, ask) {
+export function showStarters({ kind, media }, tools, ask) {
   const has = (pattern) => tools.some((it) => pattern.test(`${it.function.name} ${it.function.description ?? ""}`));
   const fitting = (BY_KIND[kind] ?? BY_KIND.instruct).filter(({ tool }) => !tool || has(tool));
-  $("hint").textContent = HINTS[kind] ?? "";
-  $("hint").hidden = !HINTS[kind];
+  const hints = [HINTS[kind], media && MEDIA_HINTS[kind]].filter(Boolean);
+  $("hint").textContent = hints.join(" ");
+  $("hint").hidden = !hints.length;
   $("starters").replaceChildren(...fitting.slice(0, 4).map(({ title, prompt, tool }) => {
     const onclick = () => ask(prompt, Boolean(tool));
     return make("button", { type: "button", onclick }, make("b", {}, title), make("span", {}, prompt));

@@ -244,22 +244,35 @@ def _given(source: Any) -> PIL.Image.Image:
 
 
 def _bytes_of(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Brightness of 8 bits: of 16 bits the upper ones, as Pillow takes them; floats from 0 to 1 rounded."""
+    """Brightness of 8 bits: integers to 255, or to 65,535 in uint16; floats from 0 to 1, rounded."""
     import numpy as np
 
-    kind = f"{array.dtype.kind}{array.dtype.itemsize}"  # of either byte order
-    if kind == "u1":
+    if array.dtype == np.uint8:
         return array
-    if kind == "u2":
-        return (array >> 8).astype(np.uint8)
-    if kind == "b1":
+    if array.dtype.kind not in "biuf":
+        raise UnreadablePicture(f"its values are {array.dtype}; they must be integers, or floats from 0 to 1")
+    low, high = array.min(), array.max()
+    if array.dtype.kind == "f":
+        if not 0 <= low <= high <= 1:  # false for NaN too
+            raise UnreadablePicture(f"its values are from {low:g} to {high:g}; floats must be from 0 to 1")
+        return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+    if array.dtype.kind == "b":
         return array.astype(np.uint8) * 255
-    if array.dtype.kind != "f":
-        raise UnreadablePicture(f"its values are {array.dtype}; they must be uint8, uint16, or floats from 0 to 1")
-    low, high = float(array.min()), float(array.max())
-    if not 0 <= low <= high <= 1:  # false for NaN too
-        raise UnreadablePicture(f"its values are from {low:g} to {high:g}; floats must be from 0 to 1")
-    return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+    if array.dtype.itemsize == 2 and array.dtype.kind == "u" and high > 255:
+        return _upper_bits(array)
+    if low < 0 or high > 255:
+        raise UnreadablePicture(
+            f"its values are from {low} to {high}; {array.dtype} must be from 0 to 255, and uint16 holds brightness of "
+            "16 bits"
+        )
+    return array.astype(np.uint8)
+
+
+def _upper_bits(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Brightness of 16 bits in 8, as Pillow takes it from colours."""
+    import numpy as np
+
+    return (array >> 8).astype(np.uint8)
 
 
 def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -269,12 +282,10 @@ def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 
     if image.mode.startswith(("I", "F")):  # convert() would clip them to 255
         array = np.asarray(image)
-        if image.mode == "I":
-            low, high = int(array.min()), int(array.max())
-            if not 0 <= low <= high < 2**16:
-                raise UnreadablePicture(f"its values are from {low} to {high}; whole numbers of 16 bits are read")
-            array = array.astype(np.uint16)
-        image = PIL.Image.fromarray(_bytes_of(array))
+        low, high = array.min(), array.max()
+        if image.mode == "I" and not 0 <= low <= high < 2**16:
+            raise UnreadablePicture(f"its values are from {low} to {high}; whole numbers of 16 bits are read")
+        image = PIL.Image.fromarray(_bytes_of(array) if image.mode == "F" else _upper_bits(array))
     if image.mode in ("La", "RGBa"):  # colours multiplied by alpha
         image = image.convert(image.mode.upper())
     return image.convert("RGB")

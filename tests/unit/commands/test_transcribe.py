@@ -133,7 +133,7 @@ def test_what_was_done_for_something_else_is_not_used(tmp_path, sound, model, he
     output = tmp_path / "talk.txt"
     wave = np.zeros(round(LONGEST_S * RATE))
     digest = "0" * 64 if change == "the sound" else file_sha256(sound)
-    identity = "other" if change == "the model" else model_identity(Path(model), None, None)
+    identity = "other" if change == "the model" else model_identity(Path(model))
     progress = Progress(output, digest, identity, TRANSCRIBE)
     assert transcribe(sound, "--model", model, "--output", output) == 0
     count = len(heard)
@@ -171,6 +171,7 @@ def test_a_real_model_answers_each_part(tmp_path, model, capsys) -> None:
         (["{sound}", "--model", "{model}", "--output", "{here}/none/talk.txt"], "folder that exists"),
         (["{sound}", "{sound}", "--model", "{model}", "--output", "{here}/new"], "would both be"),
         (["{sound}", "{sound}", "--model", "{model}", "--output", "{here}/notes.txt"], "not a folder"),
+        (["{sound}", "--model", "{model}", "--output", "{sound}"], "would overwrite"),
         (["--model", "{model}"], "FILE"),
     ],
 )

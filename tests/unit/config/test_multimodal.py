@@ -125,3 +125,8 @@ def test_maths_that_is_not_done_is_refused_by_the_name_of_its_field(path: str, v
     with pytest.raises(ConfigError, match=name) as refused:
         MultimodalConfig.from_dict(changed(NATIVE, path, value))
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
+
+
+def test_the_ids_of_slots_may_stand_beside_the_fields_of_the_text() -> None:
+    config = MultimodalConfig.from_dict(published_config() | {"image_token_id": 90, "audio_token_id": 91})
+    assert (config.vision.image_token_id, config.audio.audio_token_id) == (90, 91)

@@ -191,6 +191,19 @@ def test_a_file_with_media_is_refused_by_another_adapter_of_the_mode(model: Mode
         load_prompt_cache(tmp_path / "kept", other, TOKENIZER)
 
 
+def test_a_file_under_an_adapter_by_name_goes_on_under_it(model: Model, tmp_path: Path) -> None:
+    cache, prompt = model.make_cache(), [*TEXT, 7, 8]
+    model.adapters.add("mine", _other_adapter(model))
+    cache.adapter = "mine"
+    expected = decoded(model, prompt, 8, cache=cache)
+    save_prompt_cache(tmp_path / "kept", cache, model, TOKENIZER)
+    loaded = load_prompt_cache(tmp_path / "kept", model, TOKENIZER)
+    assert loaded.adapter == "mine" and decoded(model, loaded.reuse(prompt), 8, cache=loaded) == expected
+    model.adapters.remove("mine")
+    with pytest.raises(CheckpointError, match=r"is not a prompt cache of this model: .*'mine'"):
+        load_prompt_cache(tmp_path / "kept", model, TOKENIZER)
+
+
 def _other_adapter(model: Model) -> Any:
     from phi4_mlx.adapters.folder import Adapter
 

@@ -238,8 +238,8 @@ def test_other_files_are_refused(tiny_model: TinyModel, tiny_checkpoint: TinyChe
             load_prompt_cache(path, model, TOKENIZER)
     save_prompt_cache(path, filled(model), model, TOKENIZER)
     old = b'"phi4_mlx_prompt_cache":"2"'
-    path.write_bytes(path.read_bytes().replace(old, old.replace(b"2", b"3")))
-    with pytest.raises(CheckpointError, match="has format '3'; only 2 is supported"):
+    path.write_bytes(path.read_bytes().replace(old, old.replace(b"2", b"4")))
+    with pytest.raises(CheckpointError, match="has format '4'; only 2 and 3 are supported"):
         load_prompt_cache(path, model, TOKENIZER)
 
 

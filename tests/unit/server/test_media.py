@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import pickle
+import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from phi4_mlx.server import media_reader
 from phi4_mlx.server.apis.media_part import Attachment
 from phi4_mlx.tokens.media.image import image_tokens
 from tests.conftest import write_tiny_checkpoint
+from tests.e2e.test_server_bodies import check_answer, spoiled
 from tests.unit.server.in_process import events_of
 from tests.unit.server.media_server import SETTINGS, MediaServer, b64, clip, image_url, input_audio, picture
 
@@ -225,3 +230,34 @@ def test_a_photo_of_12_megabytes_has_room_and_49_have_not(server: MediaServer) -
     response = server.ask(huge)
     assert response.status_code == 413 and "limit" in response.json()["error"]["message"]
     assert server.bodies.used == 0
+
+
+SPOILT = int(os.environ.get("BODIES", "120"))
+
+
+@pytest.mark.slow
+def test_any_body_with_media_is_answered_or_refused(server: MediaServer) -> None:
+    draw, source = random.Random(5), {"type": "base64", "media_type": "image/png", "data": b64(picture())}
+    pdf = {"type": "file", "file": {"filename": "a.pdf", "file_data": f"data:application/pdf;base64,{b64(clip())}"}}
+    url = image_url()["image_url"]["url"]
+    parts = [image_url(detail="low"), input_audio(), pdf, {"type": "input_image", "image_url": url, "detail": "auto"},
+             {"type": "image", "source": source}, {"type": "image", "data": b64(picture()), "mimeType": "image/png"},
+             {"type": "document", "title": "A", "source": {"type": "text", "data": "B"}}, TEXT]  # fmt: skip
+    statuses = Counter[int]()
+    for _ in range(SPOILT):
+        path = draw.choice(["/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"])
+        result = {"type": "tool_result", "tool_use_id": "1", "content": draw.sample(parts, 2)}
+        output = {"type": "function_call_output", "call_id": "1", "output": draw.sample(parts, 2)}
+        turns = [{"role": "user", "content": draw.sample(parts, 2)}, {"role": "assistant", "content": "ok"},
+                 {"role": "user", "content": [*draw.sample(parts[:5], 1), TEXT]}]  # fmt: skip
+        turns.insert(2, {"role": "user", "content": [result]} if "messages" in path else output)
+        body: Any = {"messages": turns, "input": turns, "max_tokens": 4, "stream": draw.random() < 0.3}
+        for _ in range(draw.choice([0, 1, 1, 2])):
+            body["messages" if "messages" in path else "input"] = body["messages"] = spoiled(draw, turns)
+        data = json.dumps(body).encode("utf-8", "surrogatepass")
+        answer = server.request("POST", path, content=data, headers={"content-type": "application/json"})
+        assert answer.status_code in (200, 400), (path, body, answer.text)
+        check_answer(answer)
+        statuses[answer.status_code] += 1
+    assert min(statuses[200], statuses[400]) > SPOILT / 10, statuses
+    assert server.bodies.held == server.engine.jobs == 0

@@ -153,6 +153,8 @@ def test_a_bad_part_is_refused_in_one_line(part: Any, reason: str) -> None:
 def test_sixty_five_pictures_are_refused_before_one_is_read(tokenizer: Tokenizer) -> None:
     with pytest.raises(RequestError, match="has 65 pictures, and the model reads at most 64"):
         tokenizer.apply_chat_template(user(*[image("no/such.png")] * 65))
+    with pytest.raises(RequestError, match="has 65 pictures"):
+        tokenizer.apply_chat_template([{"role": "user", "content": [picture()] * 65}])
     prompt = tokenizer.apply_chat_template(user(*[image(picture())] * 64))
     assert len(prompt.media) == 64
     with pytest.raises(RequestError, match="has 65 pictures"):

@@ -88,6 +88,7 @@ def signal(rate: int, alias: float | None) -> np.ndarray:
     return wave * np.sin(np.pi * time / 2) ** 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rate", "alias"),
     [
