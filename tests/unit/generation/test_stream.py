@@ -21,7 +21,7 @@ from phi4_mlx.grammar.constraint import Constraint
 from phi4_mlx.grammar.grammars import json_schema, tool_calls
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.text import Model
-from phi4_mlx.tokens.prompt import Place
+from phi4_mlx.tokens import prompt
 from phi4_mlx.tokens.tokenizer import Tokenizer
 from tests.conftest import BOUNDARY, CONTEXT, TinyCheckpoint, TinyModel
 from tests.model_runs import close, decoded, greedy_without_cache, random_ids
@@ -280,7 +280,7 @@ def record_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     passes: list[int] = []
     admit = PromptCache.admit
 
-    def recording(cache: PromptCache, ids: mx.array, places: Iterable[Place] = ()) -> mx.array:
+    def recording(cache: PromptCache, ids: mx.array, places: Iterable[prompt.Place] = ()) -> mx.array:
         passes.append(ids.shape[1])
         return admit(cache, ids, places)
 
