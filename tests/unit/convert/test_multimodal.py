@@ -90,10 +90,8 @@ def test_the_defaults_are_4_bits_for_the_base_and_8_for_towers_and_loras(tmp_pat
     assert isinstance(model.vision.img_processor.encoder.layers[0].mlp.fc2, PaddedQuantizedLinear)
 
 
-@pytest.mark.parametrize(("tower_bits", "adapter_bits"), [(16, 16), (4, 8), (8, 4), (16, None), (None, 16)])
-def test_towers_and_loras_have_bits_of_their_own(
-    tmp_path: Path, tower_bits: int | None, adapter_bits: int | None
-) -> None:
+@pytest.mark.parametrize(("tower_bits", "adapter_bits"), [(16, 4), (4, 16)])
+def test_towers_and_loras_have_bits_of_their_own(tmp_path: Path, tower_bits: int, adapter_bits: int) -> None:
     source = write_tiny_multimodal(tmp_path / "source")
     convert(source, tmp_path / "package", **QUANTIZE, tower_bits=tower_bits, adapter_bits=adapter_bits)
     convert(source, tmp_path / "dense")
@@ -180,7 +178,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("tower_bits", "adapter_bits", "most"), [(None, None, 4.10e9), (16, 16, 5.58e9), (4, 4, 3.15e9), (8, 16, 4.90e9)]
+    ("tower_bits", "adapter_bits", "most"), [(None, None, 4.10e9), (16, 16, 5.58e9), (4, 4, 3.15e9)]
 )
 def test_a_package_of_the_published_shapes_fits(
     published: Path, tower_bits: int | None, adapter_bits: int | None, most: float
