@@ -74,7 +74,7 @@ def read_audio(source: Source | Audio) -> Audio:
 
 
 def audio_tokens(seconds: float) -> int:
-    """Tokens that sound takes in a prompt, from its duration alone; at 8 kHz it may be one more."""
+    """Tokens that sound takes in a prompt, from its duration in seconds alone."""
     frames = (round(seconds * WIDE) - window_of(WIDE)) // (WIDE // 100) + 1
     return -(-max(frames, 0) // TIME_REDUCTION)
 

@@ -37,6 +37,7 @@ def four_bits(make: Make) -> Any:
     return model
 
 
+DECODERS = ["phi3", pytest.param("phi4flash", marks=pytest.mark.slow)]  # phi4mm has that of phi3
 BASES = {"dense": plain, "4 bits": four_bits}
 
 
@@ -59,7 +60,7 @@ def adapters_of(make: Make) -> dict[str, Adapter]:
     }
 
 
-@pytest.fixture(params=[pytest.param(kind, marks=[pytest.mark.slow] * (kind != "phi3")) for kind in MAKERS])
+@pytest.fixture(params=DECODERS)
 def make(request: pytest.FixtureRequest) -> Make:
     return MAKERS[request.param]
 
@@ -185,7 +186,7 @@ def count_calls(patch: pytest.MonkeyPatch, kind: str) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind", DECODERS)
 def test_a_step_is_traced_once_for_a_set_of_adapters_whatever_the_rows(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
