@@ -198,7 +198,8 @@ class NamedAdapters:
                 )
             check_fit(blocks, adapter)
             linears = linear_layers(blocks)
-            products = {path: Product.of(linears[path], adapter, path) for path in adapter.paths}
+            dtype = self._layers[0].input_layernorm.weight.dtype
+            products = {path: Product.of(linears[path], adapter, path, dtype) for path in adapter.paths}
             if entry.trained and all(product.is_zero for product in products.values()):
                 raise CheckpointError(
                     f"{adapter.source}: lora_b is zero in all {len(products)} layers of adapter {name!r}, so it "

@@ -23,7 +23,7 @@ TIME_REDUCTION = 8  # frames a token: the encoder halves the time three times
 LONGEST_S = 30 * 60  # of one prompt, by the model's card; speech tasks are at their best up to 40 s
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Audio:
     """Sound, ready for the model.
 
@@ -36,6 +36,9 @@ class Audio:
     seconds: float
 
     kind: ClassVar[Literal["audio"]] = "audio"
+
+    def __repr__(self) -> str:
+        return f"<sound of {self.seconds:g} s, {self.tokens} tokens>"
 
     @property
     def tokens(self) -> int:

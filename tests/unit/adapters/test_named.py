@@ -95,6 +95,20 @@ def prompts(count: int) -> list[mx.array]:
     return [random_ids(5 + n % 3, seed=n) for n in range(count)]
 
 
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "mxfp8"])
+@pytest.mark.parametrize("name", ["lora", "dora", "8 bits"])
+def test_an_adapter_by_name_is_the_adapter_put_on_a_base_of_any_quantisation(mode: str, name: str) -> None:
+    named, put = (make_tiny_model(seed=3) for _ in range(2))
+    for model in (named, put):
+        nn.quantize(model, 32, mode=mode, class_predicate=model.quantizable)
+    adapter = adapters_of(MAKERS["phi3"])[name]
+    named.adapters.add(name, adapter)
+    put_adapter(put, dense(adapter))
+    cache = named.make_cache()
+    cache.adapter = name
+    assert close(named(random_ids(7), cache), put(random_ids(7)))
+
+
 def test_rows_under_different_adapters_are_each_as_under_its_own(make: Make, base: LanguageModel) -> None:
     given = adapters_of(make)
     names: list[str | None] = [None, *given, None, "lora"]

@@ -68,6 +68,10 @@ def test_features_do_not_depend_on_blocks(size: int) -> None:
     np.testing.assert_allclose(blocks, np.concatenate(list(log_mel([wave], 16_000))), atol=2e-6)
 
 
+def test_messages_show_a_clip_in_a_few_words() -> None:
+    assert repr(read_audio((np.zeros(16_000, np.float32), 16_000))) == "<sound of 1 s, 13 tokens>"
+
+
 def test_the_digest_is_of_the_features_and_survives_pickling() -> None:
     wave = np.random.default_rng(0).normal(size=4000)
     audio = read_audio((wave, 16_000))
