@@ -57,7 +57,7 @@ def _converted(adapter: Adapter, recipe: Recipe | None, dtype: str | None, dequa
 
 def lora_bytes(loras: Mapping[str, Adapter]) -> int:
     """Bytes of the tensors."""
-    return sum(int(array.nbytes) for adapter in loras.values() for array in adapter.tensors.values())
+    return sum(adapter.nbytes for adapter in loras.values())
 
 
 def write_loras(out: Path, loras: Mapping[str, Adapter], num_layers: int) -> list[Path]:

@@ -101,11 +101,9 @@ def convert(
         recipe = make_recipe(q_mode or "affine", q_bits, q_group_size, embed_bits, tower_bits, adapter_bits)
     kind = _FLOATS[dtype] if dtype else None
 
-    own_bits = {"--tower-bits": tower_bits, "--adapter-bits": adapter_bits}
-
     def planned(folder: Path, config: Config) -> list[Parameter]:
         parameters = plan(folder, config, recipe, kind, dequantize)
-        _check_towers(folder, parameters, own_bits)
+        _check_towers(folder, parameters, {"--tower-bits": tower_bits, "--adapter-bits": adapter_bits})
         return parameters
 
     loras = partial(plan_loras, recipe=recipe, dtype=kind, dequantize=dequantize)

@@ -51,6 +51,7 @@ class Kind:
         model: config -> the model, with lazy random weights.
         chat_format: (folder, tokenizer) -> the chat format of a package.
         native_name: the name of a tensor in a file -> the model's.
+        lora_part: the name of a tensor in a file -> (adapter, name in PEFT's layout) of a LoRA's; None for any other.
         is_unused: (the model's name, config) -> True for a tensor that no computation reads.
         media: folder -> what the model reads beside text; None for text alone.
     """
@@ -59,6 +60,7 @@ class Kind:
     model: Callable[[Any], LanguageModel]
     chat_format: Callable[[Path, Tokenizer], ChatFormat]
     native_name: Callable[[str], str] = lambda name: name
+    lora_part: Callable[[str], tuple[str, str] | None] = lambda name: None
     is_unused: Callable[[str, Any], bool] = lambda name, config: False
     media: Callable[[Path], MediaSettings | None] = lambda folder: None
 
@@ -77,6 +79,7 @@ _MULTIMODAL = Kind(
     multimodal.Model,
     recognise,
     multimodal_names.native_name,
+    multimodal_names.lora_part,
     multimodal_names.is_unused,
     _media_settings,
 )
@@ -270,7 +273,7 @@ def stored_tensors(folder: Path, config: Config) -> StoredTensors:
     for path in sorted(set(weight_files(folder).values())):
         for name, info in read_header(path).items():
             own, stored = kind.native_name(name), Stored(path, name, info)
-            if part := multimodal_names.lora_part(name):
+            if part := kind.lora_part(name):
                 loras.setdefault(part[0], {})[part[1]] = stored
             elif own in model:
                 raise CheckpointError(f"{folder} has both {model[own].name} and {name}, which are one tensor; keep one")

@@ -65,7 +65,7 @@ def examine_media(
         left = mistakes
         for case in cases:
             prompt = tokenizer.apply_chat_template(case.messages)
-            given = tokenizer.decode(reply(model, tokenizer, prompt, max_tokens=60))
+            given = tokenizer.decode(reply(model, tokenizer, prompt))
             row = result.setdefault(f"{medium}: {case.category}", [0, 0])
             row[0] += given == case.answer
             row[1] += 1

@@ -25,14 +25,14 @@ from phi4_mlx.config.multimodal import AudioConfig
 from phi4_mlx.models.audio import AudioEmbedding
 from phi4_mlx.tokens.media.log_mel import log_mel
 
-POOL = 7000  # clips spoken in all; training joins some, and adds pauses and noise
+POOL = 10_000  # clips spoken in all; training joins some, and adds pauses and noise
 FRAMES = 32  # clips of a batch have one length, a multiple of this
 MOST_FRAMES = 384
 MEAN, DEVIATION = 8.0, 4.0  # of log-mel features
 SHARPNESS, BLANK = 3.0, 1.0  # factor of the products with embeddings, and the logit of the blank
 
-HEARING_STEPS, HEARING_ROWS, HEARING_RATE = 4000, 32, 2e-3
-STAGES = (Stage(1, 300, 24, 64, 2e-3), Stage(2, 500, 24, 64, 2e-3), Stage(3, 1500, 24, 64, 2e-3))
+HEARING_STEPS, HEARING_ROWS, HEARING_RATE = 4500, 32, 2e-3
+STAGES = (Stage(1, 300, 24, 64, 2e-3), Stage(2, 300, 24, 64, 2e-3), Stage(3, 1000, 24, 64, 2e-3))
 
 
 def pool(seed: int) -> list[Clip]:

@@ -34,8 +34,8 @@ def frozen_decoder(seed: int) -> tuple[Model, Tokenizer]:
     for path, module in model.named_modules():
         if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
             weight = mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
-            dense = nn.Module()
-            dense = nn.Embedding(*weight.shape) if isinstance(module, nn.QuantizedEmbedding) else _linear(weight)
+            is_table = isinstance(module, nn.QuantizedEmbedding)
+            dense = nn.Embedding(*weight.shape) if is_table else nn.Linear(*weight.T.shape, bias=False)
             dense.weight = weight
             _replace(model, path, dense)
     add_adapter(model, rank=RANK, scale=SCALE, seed=seed)
@@ -43,11 +43,7 @@ def frozen_decoder(seed: int) -> tuple[Model, Tokenizer]:
     return model, tokenizer
 
 
-def _linear(weight: mx.array) -> nn.Linear:
-    return nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+def _replace(model: Any, path: str, module: nn.Module) -> None:
     *parents, name = path.split(".")
     for parent in parents:
         model = model[int(parent)] if isinstance(model, list) else model[parent]

@@ -68,7 +68,7 @@ def write_package(
     tensors: dict[str, mx.array] = {}
     for name, tower in (("image_embed", vision), ("audio_embed", speech)):
         nn.quantize(tower, GROUP_SIZE, BITS)
-        tensors |= {f"{EXTEND}{name}.{path}": _half(array) for path, array in tree_flatten(tower.parameters())}
+        tensors |= {f"{EXTEND}{name}.{path}": array for path, array in tree_flatten(tower.parameters())}
     raw = config()
     scheme = {"bits": BITS, "group_size": GROUP_SIZE, "mode": "affine"}
     for name in tensors:
@@ -93,11 +93,6 @@ def _with_slots(raw: dict[str, Any]) -> None:
             raw["added_tokens_decoder"][str(token)] = {"content": content, **flags}
 
 
-def _half(array: mx.array) -> mx.array:
-    """Numbers that are not packed, in 16 bits."""
-    return array if array.dtype == mx.uint32 else array.astype(mx.float16)
-
-
 def _write_lora(folder: Path, lora: Mapping[str, mx.array]) -> None:
     """A folder of a LoRA in 8 bits, the rank first in its matrices."""
     tensors = {}
@@ -105,7 +100,7 @@ def _write_lora(folder: Path, lora: Mapping[str, mx.array]) -> None:
         rank_first = array.T if path.endswith("lora_a") else array
         packed, *groups = mx.quantize(rank_first, GROUP_SIZE, BITS)
         tensors[path] = packed
-        tensors |= {f"{path}_{name}": _half(group) for name, group in zip(("scales", "biases"), groups, strict=True)}
+        tensors |= {f"{path}_{name}": group for name, group in zip(("scales", "biases"), groups, strict=True)}
     adapter = Adapter("lora", SCALE, 0.0, tensors, str(folder))
     adapter = replace(adapter, scheme=(GROUP_SIZE, BITS))
     layers = 1 + max(int(path.split(".")[2]) for path in lora)

@@ -20,13 +20,13 @@ OTHERS = ("yes", "no", "stop", "go", "left", "right", "up", "down", "red", "gree
 COMMANDS = ("colour", "shape", "digit", "where", "count")  # said about a picture
 WORDS = DIGITS + OTHERS + COMMANDS
 MOST_WORDS = 3
-ACCENTS = ("en-gb", "en-us", "en-gb-scotland", "en-gb-x-rp", "en-029", "en-gb-x-gbclan", "en-us-nyc", "en-gb-x-gbcwmd")
+ACCENTS = "en-gb en-us en-gb-scotland en-gb-x-rp en-029 en-gb-x-gbclan en-us-nyc en-gb-x-gbcwmd".split()
 VOICES = (
     "m1 m2 m3 m4 m5 m6 m7 f1 f2 f3 f4 Alex Andrea Andy Annie Denis Diogo Gene Henrique Hugo Jacky Lee Marco Mario "
-    "Michael Mike Nguyen adam anika antonio aunty belinda benjamin boris caleb ed edward iven john linda max michel "
-    "miguel norbert pablo paul pedro quincy rob robert sandro steph travis steph2 steph3 iven2 iven3 iven4 Gene2 Tweaky "
-    "announcer fast grandma grandpa gustave kaukovalta klatt klatt2 klatt3 klatt4 klatt5 marcelo croak robosoft robosoft2 "
-    "robosoft5 RicishayMax RicishayMax2 UniRobot"
+    "Michael Mike Nguyen adam anika antonio aunty belinda benjamin boris caleb ed edward iven john linda max "
+    "michel miguel norbert pablo paul pedro quincy rob robert sandro steph travis steph2 steph3 iven2 iven3 iven4 "
+    "Gene2 Tweaky announcer fast grandma grandpa gustave kaukovalta klatt klatt2 klatt3 klatt4 klatt5 marcelo "
+    "croak robosoft robosoft2 robosoft5 RicishayMax RicishayMax2 UniRobot"
 ).split()
 HELD_OUT_VOICES = ("m8", "f5", "Alicia", "david", "shelby", "victor")
 SPEEDS, HELD_OUT_SPEEDS = (*range(115, 146), *range(156, 196)), tuple(range(146, 156))  # words a minute

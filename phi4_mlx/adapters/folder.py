@@ -300,7 +300,8 @@ def _fits(adapter: Adapter, path: str) -> bool:
         return False
     for packed, *groups in (tensors[:3], tensors[3:]):
         numbers = packed.shape[1] * 32
-        if packed.dtype != mx.uint32 or any(each.shape[1] * group_size * bits != numbers for each in groups):
+        fit = all(each.dtype != mx.uint32 and each.shape[1] * group_size * bits == numbers for each in groups)
+        if packed.dtype != mx.uint32 or not fit:
             return False
     return True
 

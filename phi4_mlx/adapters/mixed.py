@@ -74,9 +74,8 @@ class Product:
     excess: mx.array | None
 
     @classmethod
-    def of(cls, linear: nn.Module, adapter: Adapter, path: str) -> Product:
-        """The product of an adapter's layer, computed from its tensors in the dtype of a linear layer."""
-        dtype = linear["scales" if "scales" in linear else "weight"].dtype
+    def of(cls, linear: nn.Module, adapter: Adapter, path: str, dtype: mx.Dtype) -> Product:
+        """The product of an adapter's layer, computed from its tensors in the dtype of the hidden states."""
         excess = None
         if adapter.scheme is None:
             a, b, *excesses = layer_of(linear, adapter, path).operands(dtype)

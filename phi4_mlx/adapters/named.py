@@ -92,8 +92,8 @@ class NamedAdapters:
         Args:
             name: its name.
             source: the adapter, or a function that reads it, called at its first use.
-            nbytes: of the adapter that the function reads.
             trained: refuse an adapter whose lora_b is zero everywhere, as it stays where names in a file do not match.
+            nbytes: of the adapter that the function reads.
         """
         self.remove(name)
         nbytes = source.nbytes if isinstance(source, Adapter) else nbytes
@@ -140,13 +140,19 @@ class NamedAdapters:
         """
         if not self.on or not any(row is not None for row in rows):
             return None
-        if unknown := [row for row in rows if row is not None and row not in self._entries]:
-            known = ", ".join(self._entries) or "none"
-            raise RequestError(f"adapter {unknown[0]!r:.80} is unknown; this model has {known}")
+        for row in rows:
+            if row is not None:
+                self._entry(row)
         names = tuple(name for name in self._entries if name in rows)
         found = self._selection(names)
         found.rows.set([-1 if row is None else names.index(row) for row in rows])
         return found
+
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
+            known = ", ".join(self._entries) or "none"
+            raise RequestError(f"adapter {name!r:.80} is unknown; this model has {known}")
+        return self._entries[name]
 
     def _selection(self, names: tuple[str, ...]) -> Selection:
         found = self._ready.pop(names, None)
@@ -181,7 +187,7 @@ class NamedAdapters:
 
     def _read(self, name: str) -> dict[str, Product]:
         """The products of an adapter, read at the first call."""
-        entry = self._entries[name]
+        entry = self._entry(name)
         if entry.source is not None:
             adapter = entry.source if isinstance(entry.source, Adapter) else entry.source()
             blocks = _Blocks(self._layers)
@@ -192,7 +198,8 @@ class NamedAdapters:
                 )
             check_fit(blocks, adapter)
             linears = linear_layers(blocks)
-            products = {path: Product.of(linears[path], adapter, path) for path in adapter.paths}
+            dtype = self._layers[0].input_layernorm.weight.dtype
+            products = {path: Product.of(linears[path], adapter, path, dtype) for path in adapter.paths}
             if entry.trained and all(product.is_zero for product in products.values()):
                 raise CheckpointError(
                     f"{adapter.source}: lora_b is zero in all {len(products)} layers of adapter {name!r}, so it "

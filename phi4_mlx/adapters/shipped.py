@@ -42,7 +42,8 @@ def shipped_adapters(
         settings: adapter -> (rank, alpha) in config.json; its names are those of the LoRAs that the model can have.
 
     Raises:
-        CheckpointError: a LoRA is incomplete, does not fit the model, or has never been trained.
+        CheckpointError: a LoRA is missing beside another or against config.json, is incomplete, does not fit the model,
+            or has never been trained.
         ConfigError, RequestError: as `read_adapter`.
     """
     found = {}
@@ -56,9 +57,16 @@ def shipped_adapters(
             stored = [Stored(path, tensor, info) for tensor, info in read_header(path).items()]
         else:
             continue
+        _check_complete(model, adapter)
         check_fit(model, adapter)
         _check_trained(name, adapter.source, stored)
         found[name] = adapter
+    for name in settings.keys() - found.keys():
+        if found or settings[name] is not None:
+            raise CheckpointError(
+                f"{folder} has no {name} LoRA, neither beside the matrices nor in a folder {FOLDERS[name]}; the "
+                "checkpoint is incomplete, download it again"
+            )
     return found
 
 
@@ -92,12 +100,16 @@ def _beside(
     files = {path: mx.load(str(path)) for path in {each.path for each in stored.values()}}
     tensors = {our_name(each.path, tensor): files[each.path][each.name].T for tensor, each in stored.items()}
     adapter = checked(Adapter("lora", alpha / rank, 0.0, tensors, f"{folder} ({name})"), rank)
+    return replace(adapter, num_layers=len(model.layers))
+
+
+def _check_complete(model: nn.Module, adapter: Adapter) -> None:
+    """Refuses a LoRA that lacks layers: those of a checkpoint adapt all matrices of all blocks."""
     expected = {f"model.layers.{n}.{key}" for n in range(len(model.layers)) for key in model.lora_keys}
     if missing := sorted(expected - {*adapter.paths}):
         raise CheckpointError(
             f"{adapter.source}: {missing[0]} has no lora_A and lora_B; the checkpoint is incomplete, download it again"
         )
-    return replace(adapter, num_layers=len(model.layers))
 
 
 def _check_trained(name: str, source: str, stored: Iterable[Stored]) -> None:
@@ -107,7 +119,7 @@ def _check_trained(name: str, source: str, stored: Iterable[Stored]) -> None:
         try:
             with open_regular(each.path) as file:
                 file.seek(each.info.start)
-                if any(file.read(min(SAMPLE_BYTES, each.info.end - each.info.start))):
+                if file.read(min(SAMPLE_BYTES, each.info.end - each.info.start)).strip(b"\0\x80"):  # the sign of -0
                     return
         except OSError as error:
             raise CheckpointError(f"{each.path} cannot be read: {error.strerror}") from None

@@ -179,10 +179,12 @@ class MultimodalConfig(ModelConfig):
         given = {} if original else {name: value for name, value in _TEXT_DEFAULTS.items() if raw.get(name) is None}
         text = ModelConfig.from_dict({**raw, **given, "model_type": "phi3"})
         found = {each.name: getattr(text, each.name) for each in fields(text)}
+        vision, audio = _vision(_vision_fields(raw)), _audio(_audio_fields(raw))
+        _check_slots(vision.image_token_id, audio.audio_token_id, text.vocab_size)
         return cls(
             **{**found, "model_type": raw["model_type"]},
-            vision=_vision(_vision_fields(raw)),
-            audio=_audio(_audio_fields(raw)),
+            vision=vision,
+            audio=audio,
             vision_lora=_lora(raw, "vision_lora"),
             speech_lora=_lora(raw, "speech_lora"),
         )
@@ -199,6 +201,14 @@ class MultimodalConfig(ModelConfig):
             "audio_config": asdict(self.audio),
             **{name: asdict(lora) for name, lora in loras.items() if lora},
         }
+
+
+def _check_slots(image: int, audio: int, vocab_size: int) -> None:
+    if image == audio or max(image, audio) >= vocab_size:
+        raise ConfigError(
+            f"config.json: image_token_id {image} and audio_token_id {audio} must be two different ids below vocab_size "
+            f"{vocab_size}"
+        )
 
 
 def _object(raw: Mapping[str, Any], name: str) -> dict[str, Any]:

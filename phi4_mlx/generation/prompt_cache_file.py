@@ -107,6 +107,9 @@ def load_prompt_cache(
 ) -> PromptCache | tuple[PromptCache, dict[str, str]]:
     """Reads a prompt cache, which continues exactly as the saved one would.
 
+    A cache with media continues without them. Where it runs again from its start, as at the RoPE boundary, it needs
+    them: `cache.reuse(prompt)` of a prompt that has them hands them over.
+
     Args:
         path: a file of `save_prompt_cache`.
         model: the model that filled it, with the same adapter; lazy weights are read for their hash.
@@ -120,9 +123,6 @@ def load_prompt_cache(
     Raises:
         CheckpointError: the file is missing, damaged or not a prompt cache, or it was made with another model, adapter
             or tokenizer, or its content does not fit the model.
-
-    A cache with media continues without them. Where it runs again from its start, as at the RoPE boundary, it needs
-    them: `cache.reuse(prompt)` of a prompt that has them hands them over.
     """
     path = Path(os.path.expanduser(path))
     header = _read_header(path)

@@ -120,11 +120,6 @@ class CachedTokens:
         return self._places
 
     @property
-    def known_places(self) -> tuple[Place, ...]:
-        """The media of the tokens here, and of those still to be appended."""
-        return self._places
-
-    @property
     def all_places(self) -> tuple[Place, ...]:
         """The media of the tokens here, and of those expected."""
         return self._places

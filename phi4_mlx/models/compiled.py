@@ -3,9 +3,8 @@
 Python takes longer to build the graph of a step than a fast chip takes to run it. Apart from the cache, that graph is
 the same for every token and every block, so it is traced once. Weights are inputs of a trace, so that in-place changes
 are seen, and so are adapters by name and the masks of their rows; the one adapter of a whole model is a constant, with
-the layers under it. Every step first checks that weights and modules are still
-the traced ones; a step with new ones, such as those of a gradient, runs uncompiled. Gradients through several
-single-token steps at once need `model.train()`.
+the layers under it. Every step first checks that weights and modules are still the traced ones; a step with new ones,
+such as those of a gradient, runs uncompiled. Gradients through several single-token steps at once need `model.train()`.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.cache import CacheOptions, LayerCache
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime, regime_of
-from phi4_mlx.tokens.prompt import Medium, Place, places_of
+from phi4_mlx.tokens.prompt import READS_ONLY_TEXT, Medium, Place, places_of
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class LanguageModel(nn.Module, ABC):
             RequestError: the ids have more or fewer slots, or the model reads only text.
         """
         if media:
-            raise RequestError(f"{len(media)} media are given, and this model reads only text")
+            raise RequestError(f"{len(media)} media are given, and this model {READS_ONLY_TEXT}")
         return ()
 
     def make_cache(
@@ -247,4 +247,4 @@ class LanguageModel(nn.Module, ABC):
     def check_media(self, ids: Sequence[int]) -> None:
         """Raises RequestError if ids have media that the model cannot read, or slots without media."""
         if places := places_of(ids):
-            raise RequestError(f"the prompt has {places[0].medium.kind} input, and this model reads only text")
+            raise RequestError(f"the prompt has {places[0].medium.kind} input, and this model {READS_ONLY_TEXT}")

@@ -154,7 +154,11 @@ class Model(text.Model):
         rows = self._row_cache.get(key)
         if rows is None:
             rows = self.encode(medium, mode)
-            mx.eval(rows)
+            if not mx.isfinite(rows).all():
+                raise CheckpointError(
+                    f"the {medium.kind} tower computed NaN or infinity instead of rows; its weights are damaged, "
+                    "download the checkpoint again"
+                )
             self._row_cache.put(key, rows)
         return rows
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias, overload
 
 if TYPE_CHECKING:
@@ -178,11 +179,27 @@ def keys_of(ids: Sequence[int], places: Iterable[Place]) -> list[int]:
     return keys
 
 
+_END_ONLY = "a prompt with media changes at its end only; take slices and add them"
+
+
+def _without_media(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of lists that raises ValueError where a prompt has media."""
+
+    @wraps(method)
+    def checked(self: Prompt, *arguments: Any, **options: Any) -> Any:
+        if self.places:
+            raise ValueError(_END_ONLY)
+        return method(self, *arguments, **options)
+
+    return checked
+
+
 class Prompt(list[int]):
     """Token ids that know their media; a list like any other, to which ids may be appended.
 
     Slices, `prompt + ids`, and ids appended or removed at the end keep the places of media right; `ids + prompt` is a
-    plain list, which has lost them. Two prompts are equal if their ids and media are.
+    plain list, which has lost them. Other changes of a prompt with media raise ValueError. Two prompts are equal if
+    their ids and media are.
 
     Args:
         ids: [T].
@@ -228,11 +245,19 @@ class Prompt(list[int]):
 
     def __delitem__(self, index: SupportsIndex | slice) -> None:
         if self._places:
-            start, end, _ = (index if isinstance(index, slice) else slice(index, None)).indices(len(self))
-            if end < len(self) or (not isinstance(index, slice) and start != len(self) - 1):
-                raise ValueError("ids are removed from a prompt with media at its end only; take a slice and add to it")
+            start, end, step = (index if isinstance(index, slice) else slice(index, None)).indices(len(self))
+            if step != 1 or end < len(self) or (not isinstance(index, slice) and start != len(self) - 1):
+                raise ValueError(_END_ONLY)
         super().__delitem__(index)
         self._places = tuple(cut(self._places, 0, len(self)))
+
+    # Media would not follow these changes.
+    __setitem__ = _without_media(list.__setitem__)
+    __imul__ = _without_media(list.__imul__)
+    insert = _without_media(list.insert)
+    remove = _without_media(list.remove)
+    reverse = _without_media(list.reverse)
+    sort = _without_media(list.sort)
 
     def pop(self, index: SupportsIndex = -1) -> int:
         """Removes an id and returns it; from a prompt with media, the last one."""

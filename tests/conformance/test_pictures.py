@@ -45,8 +45,8 @@ def test_tokens_of_known_sizes(width: int, height: int, tokens: int) -> None:
 
 
 @pytest.mark.parametrize(("width", "height", "crop", "most"), [
-    (448, 448, 448, 36), (960, 686, 448, 36), (449, 449, 448, 36), (1320, 550, 448, 36), (30, 20, 448, 36),
-    (700, 3000, 448, 36), (50, 40, 56, 36), (100, 130, 56, 4), (300, 17, 56, 36), (1000, 1000, 112, 9),
+    (960, 686, 448, 36), (1320, 550, 448, 36), (30, 20, 448, 36), (700, 3000, 448, 36), (50, 40, 56, 36),
+    (100, 130, 56, 4), (300, 17, 56, 36), (1000, 1000, 112, 9),
 ])  # fmt: skip
 def test_crops_and_masks_are_equal(width: int, height: int, crop: int, most: int) -> None:
     rng = np.random.default_rng(width)

@@ -138,6 +138,7 @@ def test_tensors_that_can_be_derived_from_others_are_ignored(
         ({"model__norm__weight": None}, r"model\.norm\.weight is missing"),
         ({"model__layers__0__mlp__down_proj__bias": mx.zeros(96)}, r"down_proj\.bias is unexpected"),
         ({"a": mx.zeros(1), "b": mx.zeros(1)}, r"2 tensors \(a, b\) are unexpected"),
+        ({"model__layers__0__mlp__down_proj__lora_A__vision__weight": mx.zeros(4)}, r"lora_A.* is unexpected"),
         ({"model__norm__weight": mx.zeros(95)}, r"model\.norm\.weight has shape \[95\].*\[96\]"),
         ({"model__norm__weight": mx.zeros(96, mx.int32)}, r"model\.norm\.weight has dtype I32"),
         ({"model__norm__scales": mx.zeros(96)}, r"quantised, but config.json has no 'quantization'"),

@@ -44,7 +44,7 @@ function send(event) {
     return endEdit();
   }
   setInput("");
-  setAttached([]);
+  if (media.length) setAttached([]);
   keepDraft();
   ask(text, media);
 }

@@ -23,7 +23,7 @@ TIME_REDUCTION = 8  # frames a token: the encoder halves the time three times
 LONGEST_S = 30 * 60  # of one prompt, by the model's card; speech tasks are at their best up to 40 s
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Audio:
     """Sound, ready for the model.
 
@@ -36,6 +36,9 @@ class Audio:
     seconds: float
 
     kind: ClassVar[Literal["audio"]] = "audio"
+
+    def __repr__(self) -> str:
+        return f"<sound of {self.seconds:g} s, {self.tokens} tokens>"
 
     @property
     def tokens(self) -> int:
@@ -71,7 +74,7 @@ def read_audio(source: Source | Audio) -> Audio:
 
 
 def audio_tokens(seconds: float) -> int:
-    """Tokens that sound takes in a prompt, from its duration alone; at 8 kHz it may be one more."""
+    """Tokens that sound takes in a prompt, from its duration in seconds alone."""
     frames = (round(seconds * WIDE) - window_of(WIDE)) // (WIDE // 100) + 1
     return -(-max(frames, 0) // TIME_REDUCTION)
 

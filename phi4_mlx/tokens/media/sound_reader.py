@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 _ONE_AT_A_TIME = threading.Lock()
-_NOTES = re.compile(rb"\[src/libmpg123/|\[.*libmpg123|Note: |Warning: Xing|Warning: |^$")
+_NOTES = re.compile(rb"\[.*libmpg123|Note: |Warning: |$")
 
 
 class Splice(NamedTuple):

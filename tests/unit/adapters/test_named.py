@@ -37,6 +37,7 @@ def four_bits(make: Make) -> Any:
     return model
 
 
+DECODERS = ["phi3", pytest.param("phi4flash", marks=pytest.mark.slow)]  # phi4mm has that of phi3
 BASES = {"dense": plain, "4 bits": four_bits}
 
 
@@ -59,7 +60,7 @@ def adapters_of(make: Make) -> dict[str, Adapter]:
     }
 
 
-@pytest.fixture(params=[pytest.param(kind, marks=[pytest.mark.slow] * (kind != "phi3")) for kind in MAKERS])
+@pytest.fixture(params=DECODERS)
 def make(request: pytest.FixtureRequest) -> Make:
     return MAKERS[request.param]
 
@@ -92,6 +93,20 @@ def batch_logits(model: LanguageModel, prompts: list[mx.array], names: list[str 
 
 def prompts(count: int) -> list[mx.array]:
     return [random_ids(5 + n % 3, seed=n) for n in range(count)]
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "mxfp8"])
+@pytest.mark.parametrize("name", ["lora", "dora", "8 bits"])
+def test_an_adapter_by_name_is_the_adapter_put_on_a_base_of_any_quantisation(mode: str, name: str) -> None:
+    named, put = (make_tiny_model(seed=3) for _ in range(2))
+    for model in (named, put):
+        nn.quantize(model, 32, mode=mode, class_predicate=model.quantizable)
+    adapter = adapters_of(MAKERS["phi3"])[name]
+    named.adapters.add(name, adapter)
+    put_adapter(put, dense(adapter))
+    cache = named.make_cache()
+    cache.adapter = name
+    assert close(named(random_ids(7), cache), put(random_ids(7)))
 
 
 def test_rows_under_different_adapters_are_each_as_under_its_own(make: Make, base: LanguageModel) -> None:
@@ -171,7 +186,7 @@ def count_calls(patch: pytest.MonkeyPatch, kind: str) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind", DECODERS)
 def test_a_step_is_traced_once_for_a_set_of_adapters_whatever_the_rows(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,6 +86,8 @@ def test_a_config_survives_a_round_trip(raw: dict[str, Any]) -> None:
         ("vision_config.feature_layer", 4),
         ("vision_config.feature_layer", "last"),
         ("vision_config.image_token_id", -1),
+        ("vision_config.image_token_id", 511),
+        ("vision_config.image_token_id", 512),
         ("audio_config.activation", "relu"),
         ("audio_config.conv_activation", "relu"),
         ("audio_config.conv_glu_type", "sigmoid"),

@@ -90,10 +90,8 @@ def test_the_defaults_are_4_bits_for_the_base_and_8_for_towers_and_loras(tmp_pat
     assert isinstance(model.vision.img_processor.encoder.layers[0].mlp.fc2, PaddedQuantizedLinear)
 
 
-@pytest.mark.parametrize(("tower_bits", "adapter_bits"), [(16, 16), (4, 8), (8, 4), (16, None), (None, 16)])
-def test_towers_and_loras_have_bits_of_their_own(
-    tmp_path: Path, tower_bits: int | None, adapter_bits: int | None
-) -> None:
+@pytest.mark.parametrize(("tower_bits", "adapter_bits"), [(16, 4), (4, 16)])
+def test_towers_and_loras_have_bits_of_their_own(tmp_path: Path, tower_bits: int, adapter_bits: int) -> None:
     source = write_tiny_multimodal(tmp_path / "source")
     convert(source, tmp_path / "package", **QUANTIZE, tower_bits=tower_bits, adapter_bits=adapter_bits)
     convert(source, tmp_path / "dense")
@@ -106,11 +104,13 @@ def test_towers_and_loras_have_bits_of_their_own(
 
 
 def test_a_package_is_dequantised_and_quantised_again(tmp_path: Path) -> None:
-    """The same bits again give the same numbers, padding and all."""
+    """Dequantised numbers are those that the package stands for, without the padding; the same bits hold them again."""
     convert(write_tiny_multimodal(tmp_path / "source"), tmp_path / "package", **QUANTIZE)
     convert(tmp_path / "package", tmp_path / "dense", dequantize=True)
-    convert(tmp_path / "package", tmp_path / "other", **QUANTIZE, dequantize=True, tower_bits=4, adapter_bits=16)
-    assert np.abs(logits(tmp_path / "dense") - logits(tmp_path / "package")).max() < 1e-4
+    convert(tmp_path / "package", tmp_path / "again", **QUANTIZE, dequantize=True)
+    expected = logits(tmp_path / "package")
+    for name, error in (("dense", 1e-5), ("again", 0.02)):
+        assert relative_error(logits(tmp_path / name), expected) < error
     shapes = {name: info.shape for name, info in read_header(tmp_path / "dense" / TOWERS_FILE).items()}
     assert shapes[f"{recipe.EXTEND}image_embed.img_processor.encoder.layers.0.mlp.fc2.weight"] == (32, 48)
     assert not any(
@@ -119,8 +119,7 @@ def test_a_package_is_dequantised_and_quantised_again(tmp_path: Path) -> None:
     convert(tmp_path / "package", tmp_path / "copy")
     assert weights(tmp_path / "copy") == weights(tmp_path / "package")
     with pytest.raises(RequestError, match="quantised already"):
-        convert(tmp_path / "package", tmp_path / "again", **QUANTIZE)
-    load(tmp_path / "other", verify=True)
+        convert(tmp_path / "package", tmp_path / "twice", **QUANTIZE)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -180,7 +179,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("tower_bits", "adapter_bits", "most"), [(None, None, 4.10e9), (16, 16, 5.58e9), (4, 4, 3.15e9), (8, 16, 4.90e9)]
+    ("tower_bits", "adapter_bits", "most"), [(None, None, 4.10e9), (16, 16, 5.58e9), (4, 4, 3.15e9)]
 )
 def test_a_package_of_the_published_shapes_fits(
     published: Path, tower_bits: int | None, adapter_bits: int | None, most: float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from phi4_mlx.grammar.constraint import Constraint
 from phi4_mlx.grammar.grammars import json_schema, tool_calls
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.text import Model
+from phi4_mlx.tokens import prompt
 from phi4_mlx.tokens.tokenizer import Tokenizer
 from tests.conftest import BOUNDARY, CONTEXT, TinyCheckpoint, TinyModel
 from tests.model_runs import close, decoded, greedy_without_cache, random_ids
@@ -279,9 +280,9 @@ def record_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     passes: list[int] = []
     admit = PromptCache.admit
 
-    def recording(cache: PromptCache, ids: mx.array) -> mx.array:
+    def recording(cache: PromptCache, ids: mx.array, places: Iterable[prompt.Place] = ()) -> mx.array:
         passes.append(ids.shape[1])
-        return admit(cache, ids)
+        return admit(cache, ids, places)
 
     monkeypatch.setattr(PromptCache, "admit", recording)
     return passes

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
+from collections.abc import Callable
 
 import pytest
 
@@ -57,13 +59,32 @@ def test_ids_are_taken_from_the_end_and_appended() -> None:
     prompt += PROMPT
     prompt += [3]
     assert type(prompt) is Prompt and prompt.keys == [*PROMPT.keys, 3]
-    with pytest.raises(ValueError, match="at its end only"):
-        del prompt[0]
     prompt.clear()
     assert prompt == [] and not prompt.places
     plain = [1]
     plain += PROMPT  # a plain list has lost the media
     assert type(plain) is list and type([1, *PROMPT]) is list
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda prompt: prompt.insert(0, 9),
+        lambda prompt: prompt.remove(1),
+        lambda prompt: prompt.pop(0),
+        lambda prompt: prompt.reverse(),
+        lambda prompt: prompt.sort(),
+        lambda prompt: operator.imul(prompt, 2),
+        lambda prompt: operator.setitem(prompt, slice(0, 1), [8, 9]),
+        lambda prompt: operator.delitem(prompt, slice(None, None, 2)),
+    ],
+)
+def test_a_change_that_media_would_not_follow_is_refused(change: Callable[[Prompt], object]) -> None:
+    prompt = PROMPT.copy()
+    with pytest.raises(ValueError, match="at its end only"):
+        change(prompt)
+    assert prompt == PROMPT
+    change(Prompt([1, 2, 3]))
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,10 @@ def test_features_do_not_depend_on_blocks(size: int) -> None:
     np.testing.assert_allclose(blocks, np.concatenate(list(log_mel([wave], 16_000))), atol=2e-6)
 
 
+def test_messages_show_a_clip_in_a_few_words() -> None:
+    assert repr(read_audio((np.zeros(16_000, np.float32), 16_000))) == "<sound of 1 s, 13 tokens>"
+
+
 def test_the_digest_is_of_the_features_and_survives_pickling() -> None:
     wave = np.random.default_rng(0).normal(size=4000)
     audio = read_audio((wave, 16_000))
@@ -102,9 +106,9 @@ def test_sound_of_any_rate_has_the_features_of_16_khz(rate: int, alias: float | 
     assert np.abs(read_audio((signal(rate, alias), rate)).features - native).max() <= 0.05
 
 
-@pytest.mark.parametrize("size", [7, 1000, 50_000])
+@pytest.mark.parametrize("size", [7, 50_000])
 def test_resampling_does_not_depend_on_blocks(size: int) -> None:
-    wave = np.random.default_rng(0).normal(size=2000 if size == 7 else 600_000)
+    wave = np.random.default_rng(0).normal(size=2000 if size == 7 else 250_000)  # more than is computed at once
     for rate in (22_050, 48_000):
         whole = np.concatenate(list(resampled([wave], rate)[1]))
         parts = np.concatenate(list(resampled(blocks_of(wave, size), rate)[1]))
@@ -113,7 +117,7 @@ def test_resampling_does_not_depend_on_blocks(size: int) -> None:
 
 
 @pytest.mark.parametrize("samples", [1, 2, 100, 1000])
-@pytest.mark.parametrize("rate", [8_001, 11_025, 44_100, 768_000])
+@pytest.mark.parametrize("rate", [8_820, 44_100, 768_000])
 def test_short_sounds_are_resampled_too(samples: int, rate: int) -> None:
     wave = np.full(samples, 0.25)
     (out,) = resampled([wave], rate)[1]
@@ -125,7 +129,7 @@ def test_short_sounds_are_resampled_too(samples: int, rate: int) -> None:
 def test_memory_grows_by_the_features_alone(rate: int) -> None:
     block = np.random.default_rng(0).normal(size=rate)
     peaks, features = [], []
-    for seconds in (30, 120):
+    for seconds in (20, 60):
         tracemalloc.start()
         new_rate, blocks = resampled((block for _ in range(seconds)), rate)
         audio = audio_of(blocks, new_rate, "the sound")
