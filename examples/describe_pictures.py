@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=200, help="longest description")
     options = parser.parse_args()
 
+    if not options.folder.is_dir():
+        parser.error(f"{options.folder} is not a folder")
     done = described(options.output)
     model, tokenizer = load(options.model)
     if tokenizer.media is None:

@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("--format", choices=FORMATS, default="srt", help="of the transcripts")
     options = parser.parse_args()
 
+    if not options.folder.is_dir():
+        parser.error(f"{options.folder} is not a folder")
     model, tokenizer = load(options.model)
     if tokenizer.media is None:
         parser.error(f"{options.model} reads only text")

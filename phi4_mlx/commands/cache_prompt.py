@@ -61,4 +61,3 @@ def _cache(args: argparse.Namespace) -> None:
         metadata["system_prompt"] = args.system_prompt
     nbytes = save_prompt_cache(file, cache, model, tokenizer, metadata)
     print(f"{args.prompt_cache_file}: {amount(cache.offset, 'token')}, {size(nbytes)}")
-

@@ -32,8 +32,6 @@ FORM_FIELDS_LIMIT = 64
 FORM_NAME_CHARS_LIMIT = 256
 FORM_VALUE_BYTES = 2**16  # of a field that is not the file
 LONGEST_SPEECH_S = 6 * 3600.0
-SPEECH_TOKENS = 64  # most tokens of a part's text, and those for each second of it: speech has up to ten
-SPEECH_TOKENS_PER_S = 16
 
 # A body as JSON
 BRACKETS_LIMIT = 500_000  # lists and objects; Python builds more too slowly, and holds the GIL meanwhile

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from phi4_mlx.errors import Phi4Error
 from phi4_mlx.server.apis.transcriptions import SpeechAsk, Transcript
 from phi4_mlx.server.apis.wire import Delta, End, WireError
-from phi4_mlx.server.limits import LONGEST_SPEECH_S, SPEECH_TOKENS, SPEECH_TOKENS_PER_S
+from phi4_mlx.server.limits import LONGEST_SPEECH_S
 from phi4_mlx.transcription.formats import Segment
-from phi4_mlx.transcription.tasks import speech_messages
+from phi4_mlx.transcription.tasks import most_tokens, speech_messages
 
 if TYPE_CHECKING:
     from phi4_mlx.server.service import Service
@@ -99,8 +99,7 @@ async def _next(parts: Generator[Part, None, None], path: str) -> Part | None:
 async def _started(service: Service, speech: SpeechAsk, part: Part) -> _Running:
     """Gives a part to the engine."""
     audio = await asyncio.to_thread(part.audio)
-    limit = SPEECH_TOKENS + round(SPEECH_TOKENS_PER_S * audio.seconds)
-    ask = replace(speech.ask, messages=speech_messages(audio, speech.words), max_tokens=limit)
+    ask = replace(speech.ask, messages=speech_messages(audio, speech.words), max_tokens=most_tokens(audio.seconds))
     ask, prompts = await service.prompts(ask)
     jobs, _ = await service.jobs(ask, prompts)
     running = _Running(part, audio.tokens)

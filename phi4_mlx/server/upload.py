@@ -20,7 +20,6 @@ class Upload:
 
     Attributes:
         fields: (name, text) of each field, in order.
-        file_name: the client's name of the file; "" if it gives none.
     """
 
     def __init__(self, content_type: str) -> None:
@@ -40,7 +39,6 @@ class Upload:
         if not 1 <= len(boundary) <= FORM_NAME_CHARS_LIMIT:
             raise WireError(400, "the form has no boundary in its content type")
         self.fields: list[tuple[str, str]] = []
-        self.file_name = ""
         self._file: IO[bytes] | None = None
         self._whole = False
         self._header, self._value, self._disposition = b"", b"", ""
@@ -113,7 +111,6 @@ class Upload:
             raise WireError(400, f"{self._name!r:.80} must be text; only {FILE} is a file", self._name)
         if self._file is not None:
             raise WireError(400, "the form has a second file; send one a request", FILE)
-        self.file_name = params["filename"]
         self._file = tempfile.NamedTemporaryFile(prefix="phi4_mlx-")  # noqa: SIM115
 
     def _add_data(self, data: bytes, start: int, end: int) -> None:

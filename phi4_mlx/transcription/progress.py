@@ -28,7 +28,7 @@ class Progress:
         Args:
             output: the file of the transcript.
             sound: SHA-256 of the sound's file.
-            model: what tells the model from others, see `model_identity`.
+            model: of the model, see `model_identity`.
             task: the words of the task.
         """
         self.file = output.with_name(f".{output.name}.unfinished")
@@ -65,12 +65,13 @@ class Progress:
 
 
 def model_identity(folder: Path) -> str:
-    """What tells a model's files from others: names, sizes and times of change.
+    """A digest that another model's files do not have: of their names, sizes and times of change.
 
     Args:
         folder: of the model.
     """
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.[sj]*"))]
+    found = [(path.relative_to(folder), path.stat()) for path in sorted(folder.rglob("*.[sj]*"))]
+    files = [(str(name), stat.st_size, stat.st_mtime_ns) for name, stat in found]
     return hashlib.sha256(repr(files).encode()).hexdigest()
 
 

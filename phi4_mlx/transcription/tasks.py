@@ -40,6 +40,11 @@ def language_name(given: str) -> str:
     raise RequestError(f"{given!r:.60} is not a language of speech that the model knows; it knows {known}")
 
 
+def most_tokens(seconds: float) -> int:
+    """The most tokens of the text of speech; fast speech has ten a second, and more are a loop of the model."""
+    return 64 + round(16 * seconds)
+
+
 def speech_messages(audio: Audio, task: str) -> list[JsonObject]:
     """The conversation that asks for a speech task: the sound, then the words of the task."""
     return [{"role": "user", "content": [{"type": "audio", "audio": audio}, {"type": "text", "text": task}]}]

@@ -11,13 +11,10 @@ from phi4_mlx.generation.batch import Batch, BatchSequence, Fault
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.tokens.tokenizer import Tokenizer
 from phi4_mlx.transcription.parts import Part
-from phi4_mlx.transcription.tasks import speech_messages
+from phi4_mlx.transcription.tasks import most_tokens, speech_messages
 
 ROWS = 8  # parts side by side: a step takes little longer than one of a single part
 KV_BYTES = 2**29  # of all their caches; eight parts of 40 s of Phi-4-multimodal need a little more
-
-_TOKENS_PER_S = 20  # fast speech has 4 words a second; more tokens are a loop of the model
-_LEAST_TOKENS = 64
 
 
 class Answer(NamedTuple):
@@ -55,8 +52,7 @@ def answers(
     while True:
         while len(running) < rows and (part := next(waiting, None)) is not None:
             prompt = tokenizer.apply_chat_template(speech_messages(part.audio(), task))
-            most = max(round((part.end - part.start) * _TOKENS_PER_S), _LEAST_TOKENS)
-            sequence = BatchSequence(model, prompt, most)
+            sequence = BatchSequence(model, prompt, most_tokens(part.end - part.start))
             running[sequence] = part, []
             batch.add(sequence)
         if not running:

@@ -18,7 +18,7 @@ from phi4_mlx.tokens.media.data_url import base64_bytes
 
 Kind = Literal["image", "audio", "pdf"]
 LOW_DETAIL_CROPS = 1  # of a picture that a client sends with "detail": "low"
-_DATA_URL = "must be a data: URL with base64 (data:image/png;base64,...); this server fetches nothing"
+_DATA_URL = "must be a data: URL with base64 (data:image/png;base64,...)"
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _from_url(kind: Kind, holder: Fields, name: str, max_crops: int | None = Non
     head, comma, data = url.partition(",")
     scheme, _, params = head[:1_000].partition(":")
     if scheme.lower() != "data" or not comma or params.lower().rpartition(";")[2].strip() != "base64":
-        holder.refuse(name, f"{_DATA_URL}, and got {shown(url)}")
+        holder.refuse(name, f"{_DATA_URL}, not {shown(url)}; this server fetches nothing")
     return Attachment(kind, data, holder.where(name), max_crops)
 
 

@@ -90,8 +90,16 @@ class MediaFile:
         return replace(self, medium=_read(self, tokenizer) if same else None)
 
     def switched(self, before: Tokenizer, after: Tokenizer) -> MediaFile:
-        """The same medium for another model, read again if that one reads media in another way."""
-        return self if before.media == after.media else self.read_again(after)
+        """The same medium for another model, read again if that one reads media in another way.
+
+        Raises:
+            RequestError: that one reads only text.
+        """
+        if before.media == after.media:
+            return self
+        if self.medium is not None:
+            check_reads_media(after, "that model", "; /reset drops those of this conversation")
+        return self.read_again(after)
 
 
 def of_record(record: object, tokenizer: Tokenizer) -> MediaFile:

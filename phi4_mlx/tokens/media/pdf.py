@@ -81,7 +81,7 @@ def _numbers(pages: str, count: int) -> list[int]:
         first = int(match[1] or 1)
         last = int(match[3] or count) if match[2] else first
         if not 1 <= first <= last <= count:
-            raise RequestError(f"pages {part.strip()} do not exist: the PDF has pages 1 to {count}")
+            raise RequestError(f"{part.strip()!r:.100} is not in the PDF, whose pages are 1 to {count}")
         found += range(first, last + 1)
     return found
 

@@ -236,6 +236,17 @@ def test_a_text_model_refuses_media_in_one_line(
     assert len(chat.conversation.turns) == 1
 
 
+def test_a_conversation_with_media_does_not_go_on_with_a_text_model(chat: Chat, script: Script, red: Path) -> None:
+    take_turn(chat, type_lines(f"'{red}' what?"))
+    take_turn(chat, type_lines("/model demo"))
+    text = shown(chat).replace("\n", " ")
+    assert "that model reads only text;" in text and "/reset drops those of this conversation" in text
+    assert chat.conversation.tokenizer.media is not None and len(chat.conversation.turns) == 1
+    obey(chat, "/reset")
+    obey(chat, "/model demo")
+    assert chat.conversation.tokenizer.media is None
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -291,7 +302,7 @@ def test_pages_of_a_pdf_are_pictures(chat: Chat, tmp_path: Path) -> None:
         assert f"a scan.pdf, page {numbers[0]}: " in shown(chat)
         chat.pending.clear()
     take_turn(chat, type_lines("/image a scan.pdf 4"))
-    assert "pages 4 do not exist: the PDF has pages 1 to 3" in shown(chat).replace("\n", " ")
+    assert "'4' is not in the PDF, whose pages are 1 to 3" in shown(chat).replace("\n", " ")
     take_turn(chat, type_lines("/audio a scan.pdf"))
     assert "is a PDF, not a sound" in shown(chat).replace("\n", " ")
 

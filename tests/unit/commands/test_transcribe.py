@@ -146,6 +146,18 @@ def test_what_was_done_for_something_else_is_not_used(tmp_path, sound, model, he
     assert len(heard) == count and "wrong" not in output.read_text()
 
 
+def test_a_model_with_another_adapter_is_another_model(tmp_path) -> None:
+    from phi4_mlx.transcription.progress import model_identity
+
+    weights = tmp_path / "speech-lora" / "adapters.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"one")
+    before = model_identity(tmp_path)
+    assert model_identity(tmp_path) == before
+    weights.write_bytes(b"another")
+    assert model_identity(tmp_path) != before
+
+
 def test_silence_has_no_text_and_asks_no_model(tmp_path, model, heard, capsys) -> None:
     soundfile.write(tmp_path / "silence.wav", np.zeros(RATE * 60), RATE)
     assert transcribe(tmp_path / "silence.wav", "--model", model, "--format", "json") == 0

@@ -90,12 +90,16 @@ def test_each_api_answers_about_a_picture(server: MediaServer, path: str, stream
     assert "square" in response.text
 
 
-def test_older_turns_keep_their_pictures_and_are_decoded_once(
-    server: MediaServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    decoded: list[str] = []
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths of the media that are decoded."""
+    paths: list[str] = []
     real = Attachment.decoded
-    monkeypatch.setattr(Attachment, "decoded", lambda it: (decoded.append(it.path), real(it))[1])
+    monkeypatch.setattr(Attachment, "decoded", lambda it: (paths.append(it.path), real(it))[1])
+    return paths
+
+
+def test_older_turns_keep_their_pictures_and_are_decoded_once(server: MediaServer, decoded: list[str]) -> None:
     question = {"role": "user", "content": [image_url(), TEXT]}
     assert server.post("/v1/chat/completions", {"messages": [question]}).status_code == 200
     more = [question, {"role": "assistant", "content": "A square."}, {"role": "user", "content": "Its colour?"}]
@@ -105,13 +109,14 @@ def test_older_turns_keep_their_pictures_and_are_decoded_once(
     assert len(decoded) == 1
 
 
-def test_the_latest_media_are_kept_within_a_limit(server: MediaServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_latest_media_are_kept_within_a_limit(
+    server: MediaServer, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     size = 56 * 56 * 3
     monkeypatch.setattr(media_reader, "KEPT_MEDIA_BYTES", 2 * size)
-    for shade in range(5):
+    for shade, so_far in ((1, 1), (2, 2), (1, 2), (3, 3), (1, 3), (2, 4)):  # the third replaces the second
         assert server.ask(image_url(picture(shade=shade))).status_code == 200
-    reader = server.service.media
-    assert reader is not None and len(reader._kept) == 2 and reader._kept_bytes == 2 * size
+        assert len(decoded) == so_far
 
 
 def refusal(response: Any, word: str, param: str | None = None) -> None:
@@ -259,5 +264,5 @@ def test_any_body_with_media_is_answered_or_refused(server: MediaServer) -> None
         assert answer.status_code in (200, 400), (path, body, answer.text)
         check_answer(answer)
         statuses[answer.status_code] += 1
-    assert min(statuses[200], statuses[400]) > SPOILT / 10, statuses
+    assert min(statuses[200], statuses[400]) > SPOILT / 20, statuses
     assert server.bodies.held == server.engine.jobs == 0

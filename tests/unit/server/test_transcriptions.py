@@ -298,7 +298,7 @@ def test_a_form_arrives_in_any_pieces(files: Path) -> None:
                 yield whole[start : start + size]
 
         asyncio.run(upload.read(pieces()))
-        assert upload.fields == [("model", "tïny")] and upload.file_name == "a b.wav"
+        assert upload.fields == [("model", "tïny")]
         assert upload.path is not None and Path(upload.path).read_bytes() == data
         upload.close()
     assert list(files.iterdir()) == []

@@ -11,7 +11,7 @@ import pytest
 from phi4_mlx.checkpoint import load
 from phi4_mlx.generation.stream import generate
 from phi4_mlx.transcription.parts import Part
-from phi4_mlx.transcription.tasks import TRANSCRIBE, speech_messages
+from phi4_mlx.transcription.tasks import TRANSCRIBE, most_tokens, speech_messages
 from phi4_mlx.transcription.transcriber import answers
 from tests.tiny_multimodal import write_tiny_multimodal
 
@@ -35,7 +35,7 @@ def test_answers_side_by_side_are_those_of_each_part_alone(tiny) -> None:
     assert set(found) == set(parts)
     for each in parts:
         prompt = tokenizer.apply_chat_template(speech_messages(each.audio(), TRANSCRIBE))
-        alone = generate(model, tokenizer, prompt, max_tokens=64)
+        alone = generate(model, tokenizer, prompt, max_tokens=most_tokens(each.end - each.start))
         assert found[each].text == alone.strip()
     assert len({answer.text for answer in found.values()}) == len(parts)
 
