@@ -92,7 +92,7 @@ def _limited(sound: Sound, longest_s: float | None) -> Sound:
     """The sound, if it is not longer than the limit."""
     if longest_s is not None and sound.seconds > longest_s:
         raise RequestError(
-            f"{sound.name} is longer than {longest_s / 60:g} minutes, the limit of one prompt; `phi4-mlx transcribe` "
+            f"{sound.name} is longer than {longest_s / 60:g} minutes, the limit here; `phi4-mlx transcribe` "
             "reads sound of any length"
         )
     return sound
