@@ -57,9 +57,9 @@ def read_audio(source: Source | Audio) -> Audio:
     """Reads sound: resampled to 16 kHz, channels averaged; 8 kHz stays 8 kHz, as the model was trained on it.
 
     Args:
-        source: a file's path or its bytes (WAV, FLAC, MP3, Ogg, AIFF, CAF; m4a on macOS); or (samples, rate in Hz),
-            with samples [n] or [n, channels], floats from -1 to 1 or integers; or an `Audio`, which is returned as it
-            is.
+        source: a file's path, its bytes or a data: URL (WAV, FLAC, MP3, Ogg, AIFF, CAF; m4a on macOS); or (samples,
+            rate in Hz), with samples [n] or [n, channels], floats from -1 to 1 or integers; or an `Audio`, which is
+            returned as it is.
 
     Raises:
         RequestError: the source cannot be read or is damaged; the sound is longer than 30 minutes, shorter than 25 ms,

@@ -11,6 +11,7 @@ from phi4_mlx.tokens.media.picture_header import MOST_BYTES
 
 _DATA_URL = re.compile(r"data:[^,]{0,1000}?(;base64)?,", re.IGNORECASE)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_URL = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 def base64_bytes(text: str) -> bytes:
@@ -34,6 +35,11 @@ def base64_bytes(text: str) -> bytes:
     if not data:
         raise RequestError("the base64 text is empty")
     return data
+
+
+def is_url(text: str) -> bool:
+    """True for a URL rather than a path."""
+    return _URL.match(text) is not None
 
 
 def url_bytes(url: str) -> bytes:

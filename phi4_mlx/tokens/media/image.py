@@ -112,8 +112,9 @@ def read_image(source: ImageSource, *, crop_size: int = CROP_SIZE, max_crops: in
     The rotation that a camera noted (EXIF) is applied; transparency is dropped, not blended.
 
     Args:
-        source: the path of a picture file, its bytes, a PIL image, an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]
-            (integers to 255, uint16 to 65,535, or floats from 0 to 1), or an `Image`, which is returned as it is.
+        source: the path of a picture file, its bytes, a data: URL, a PIL image, an array [H, W], [H, W, 1], [H, W, 3]
+            or [H, W, 4] (integers to 255, uint16 to 65,535, or floats from 0 to 1), or an `Image`, which is returned
+            as it is.
         crop_size: side of a crop in pixels, a multiple of 28; the model's config names it.
         max_crops: the most crops; fewer cost fewer tokens and show less detail.
 

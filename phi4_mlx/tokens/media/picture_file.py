@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Union, cast
 from phi4_mlx.errors import RequestError, message_of
 from phi4_mlx.files.regular_file import open_regular
 from phi4_mlx.terminal.suggestion import path_suggestion
+from phi4_mlx.tokens.media.data_url import is_url, url_bytes
 from phi4_mlx.tokens.media.heic import heic_as_png
 from phi4_mlx.tokens.media.picture_header import (
     MOST_BYTES,
@@ -101,7 +102,7 @@ def open_picture(source: PictureSource) -> Picture:
     """Decodes a picture.
 
     Args:
-        source: the path of a file, its bytes, a PIL image, or an array as for `read_image`.
+        source: the path of a file or a data: URL, its bytes, a PIL image, or an array as for `read_image`.
 
     Returns:
         The picture: the first one of an animation or of several pages.
@@ -168,6 +169,8 @@ def _opened(source: str | bytes | os.PathLike[str]) -> Iterator[PIL.Image.Image]
     """A picture file whose header is checked and whose pixels are not read yet."""
     import PIL.Image
 
+    if isinstance(source, str) and is_url(source):
+        source = url_bytes(source)
     with io.BytesIO(source) if isinstance(source, bytes) else _open_file(Path(source)) as file:
         metered = MeteredFile(file)
         kind = picture_format(metered)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.regular_file import open_regular
+from phi4_mlx.tokens.media.data_url import is_url, url_bytes
 from phi4_mlx.tokens.media.sound_header import MOST_CHANNELS, Content, Kind, check_content, check_sound_format, kind_of
 from phi4_mlx.tokens.media.sound_reader import SoundReader, without_decoder_notes
 
@@ -65,6 +66,8 @@ def open_sound(source: Source, longest_s: float | None = None) -> Iterator[Sound
     if isinstance(source, tuple):
         yield _limited(_from_array(source), longest_s)
         return
+    if isinstance(source, str) and is_url(source):
+        source = url_bytes(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
         name = "the sound"
         file: BinaryIO = io.BytesIO(source)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 
 import pytest
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.tokens.media.audio import read_audio
 from phi4_mlx.tokens.media.data_url import url_bytes
+from phi4_mlx.tokens.media.image import read_image
 
 TEXT = base64.b64encode(bytes(range(256))).decode()
 
@@ -49,3 +52,11 @@ def test_any_other_url_is_refused_in_one_line(url: str, words: str) -> None:
     with pytest.raises(RequestError, match=words) as refusal:
         url_bytes(url)
     assert len(str(refusal.value)) < 400
+
+
+@pytest.mark.parametrize("read", [read_image, read_audio])
+def test_a_url_in_place_of_a_path_is_read_if_it_holds_its_data_and_never_fetched(read: Callable[[str], object]) -> None:
+    with pytest.raises(RequestError, match=r"'https://example.com/a.png' is not fetched: https: URLs are never opened"):
+        read("https://example.com/a.png")
+    with pytest.raises(RequestError, match="is not base64"):
+        read("data:image/png;base64,!")
