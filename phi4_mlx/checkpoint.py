@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 from phi4_mlx.adapters.folder import Adapter
 from phi4_mlx.adapters.layers import load_adapter
 from phi4_mlx.adapters.shipped import add_shipped, shipped_adapters
-from phi4_mlx.config.fields import MODEL_FOLDER, QUANTIZATION_MODES, Config, brief, count
+from phi4_mlx.config.fields import MODEL_FOLDER, QUANTIZATION_MODES, Config, brief
 from phi4_mlx.config.multimodal import MultimodalConfig
 from phi4_mlx.config.sambay import SambaYConfig
 from phi4_mlx.config.text import ModelConfig
@@ -66,11 +66,16 @@ class Kind:
 
 
 def _media_settings(folder: Path) -> MediaSettings:
+    from phi4_mlx.tokens.media.image import MAX_CROPS, MOST_CROPS  # not for text alone
+
     config, preprocessor = load_config(folder), folder / "preprocessor_config.json"
     assert isinstance(config, MultimodalConfig)
-    given = read_json(preprocessor) if os.path.lexists(preprocessor) else {}
-    max_crops = count(given, "dynamic_hd", MediaSettings.max_crops)
-    vision, audio = config.vision, config.audio
+    given = read_json(preprocessor).get("dynamic_hd") if os.path.lexists(preprocessor) else None
+    max_crops, vision, audio = MAX_CROPS if given is None else given, config.vision, config.audio
+    if type(max_crops) is not int or not 1 <= max_crops <= MOST_CROPS:
+        raise ConfigError(
+            f"{preprocessor}: dynamic_hd must be a whole number from 1 to {MOST_CROPS}, not {brief(max_crops)}"
+        )
     return MediaSettings(vision.crop_size, max_crops, vision.image_token_id, audio.audio_token_id)
 
 

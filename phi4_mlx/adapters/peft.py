@@ -117,7 +117,7 @@ def read_peft(folder: Path, file: str = PEFT_FILE, lazy: bool = False) -> Adapte
         kind="dora" if config.get("use_dora") else "lora",
         scale=scale_of(alpha, rank, bool(config.get("use_rslora"))),
         dropout=float(dropout),
-        tensors={our_name(path, name): array.T for name, array in read_tensors(path, lazy).items()},
+        tensors=_our_tensors(path, read_tensors(path, lazy)),
         source=str(path),
         only_layers=layers_named(folder, config),
         base_model=base if isinstance(base, str) else None,
@@ -238,6 +238,17 @@ def _with_one_rank_and_scale(adapter: Adapter, scales: Mapping[str, float]) -> A
 
 def _is_rank(value: object) -> bool:
     return type(value) is int and 1 <= value <= _MAX_RANK
+
+
+def _our_tensors(path: Path, given: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """The tensors of a file under our names, transposed."""
+    tensors: dict[str, mx.array] = {}
+    for name, array in given.items():
+        own = our_name(path, name)
+        if own in tensors:
+            raise CheckpointError(f"{path} has {name} twice, with PEFT's prefix and without; keep one")
+        tensors[own] = array.T
+    return tensors
 
 
 def our_name(path: Path, name: str) -> str:

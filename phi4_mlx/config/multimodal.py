@@ -206,8 +206,8 @@ class MultimodalConfig(ModelConfig):
 def _check_slots(image: int, audio: int, vocab_size: int) -> None:
     if image == audio or max(image, audio) >= vocab_size:
         raise ConfigError(
-            f"config.json: image_token_id {image} and audio_token_id {audio} must be two different ids below vocab_size "
-            f"{vocab_size}"
+            f"config.json: image_token_id {image} and audio_token_id {audio} must be two different ids below "
+            f"vocab_size {vocab_size}"
         )
 
 

@@ -48,7 +48,7 @@ class PromptCache(LayerCaches):
 
     @property
     def conditions(self) -> Conditions:
-        """What everything cached was computed under."""
+        """The conditions that everything cached was computed under."""
         return self._conditions
 
     @property

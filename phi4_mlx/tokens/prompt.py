@@ -91,10 +91,10 @@ class MediaSettings:
         audio_token: the id of a clip's slots.
     """
 
-    crop_size: int = 448
-    max_crops: int = 36
-    image_token: int = 200010
-    audio_token: int = 200011
+    crop_size: int
+    max_crops: int
+    image_token: int
+    audio_token: int
 
     def token(self, kind: Kind) -> int:
         """The id of the slots of a kind."""

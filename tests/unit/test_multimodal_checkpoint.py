@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from phi4_mlx import load
 from phi4_mlx.checkpoint import share_weights
 from phi4_mlx.convert.package import convert
-from phi4_mlx.errors import CheckpointError
+from phi4_mlx.errors import CheckpointError, ConfigError
 from phi4_mlx.files.safetensors import TOWERS_FILE, read_header
 from phi4_mlx.fingerprint import base_fingerprint
 from phi4_mlx.hub import NEEDED_FILES
@@ -208,6 +208,23 @@ def test_loras_beside_the_matrices_need_their_scale(tmp_path: Path) -> None:
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**raw, "vision_lora": None}))
     with pytest.raises(CheckpointError, match="no vision_lora"):
+        load(folder)
+
+
+def test_a_lora_with_one_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
+    folder = write_tiny_multimodal(tmp_path, layout="native")
+    name = LORA.format("A").replace(".vision", "")
+    path = folder / "vision-lora" / "adapter_model.safetensors"
+    rewritten(path, lambda each: each.update({name: mx.ones((4, 160))}))
+    with pytest.raises(CheckpointError, match="twice, with PEFT's prefix and without"):
+        load(folder)
+
+
+@pytest.mark.parametrize("value", [0, 257, "36", 2.0, True])
+def test_crops_out_of_range_are_refused_by_the_name_of_their_file(tmp_path: Path, value: Any) -> None:
+    folder = write_tiny_multimodal(tmp_path)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"dynamic_hd": value}))
+    with pytest.raises(ConfigError, match=r"preprocessor_config.json: dynamic_hd must be .* from 1 to 256"):
         load(folder)
 
 

@@ -26,7 +26,7 @@ MAX_CROPS = 36  # `dynamic_hd` of the published preprocessor_config.json
 PATCH_SIZE = 14  # pixels of a patch's side
 _POOLED = 2  # patches of a side that the pooling makes one
 _LEAST_SIDE = 10  # pixels; the reference refuses a picture that has fewer after the resize
-_MOST_CROPS = 256  # far above any published model's limit; bounds the search for a grid
+MOST_CROPS = 256  # far above any published model's limit; bounds the search for a grid
 _WHITE = 255
 
 
@@ -156,7 +156,7 @@ def image_tokens(width: int, height: int, *, crop_size: int = CROP_SIZE, max_cro
 
 def _check_grid(crop_size: int, max_crops: int) -> None:
     check_whole("crop_size", crop_size, _POOLED * PATCH_SIZE, 2**12)
-    check_whole("max_crops", max_crops, 1, _MOST_CROPS)
+    check_whole("max_crops", max_crops, 1, MOST_CROPS)
     if crop_size % (_POOLED * PATCH_SIZE):
         raise RequestError(f"crop_size must be a multiple of {_POOLED * PATCH_SIZE}, not {crop_size}")
 

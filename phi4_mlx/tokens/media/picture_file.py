@@ -258,7 +258,7 @@ def _bytes_of(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
         return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
     if array.dtype.kind == "b":
         return array.astype(np.uint8) * 255
-    if array.dtype.itemsize == 2 and array.dtype.kind == "u" and high > 255:
+    if array.dtype.itemsize == 2 and array.dtype.kind == "u":
         return _upper_bits(array)
     if low < 0 or high > 255:
         raise UnreadablePicture(
