@@ -231,7 +231,7 @@ class _Served:
 
     @property
     def media(self) -> MediaSettings | None:
-        """What the model reads beside text; nothing with an adapter that is always on, whose place its media need."""
+        """The settings of media; None with an adapter that is always on, whose place the model's own ones need."""
         return None if self.settings.adapter_path else self.tokenizer.media
 
 

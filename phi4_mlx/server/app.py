@@ -152,7 +152,7 @@ class App:
         return {"id": name, "object": "model", "created": self.created, "owned_by": "phi4_mlx", **fitting}
 
     def _capabilities(self, name: str) -> JsonObject:
-        """What a model takes, in Anthropic's form."""
+        """The capabilities of a model, in Anthropic's form."""
         return {"image_input": {"supported": "image" in self._inputs(name)}}
 
     def _inputs(self, name: str) -> list[str]:

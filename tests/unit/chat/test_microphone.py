@@ -50,7 +50,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 @pytest.fixture
 def keyboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[IO[str]]:
-    """What the person types."""
+    """A file for the keys that the person presses."""
     reading, writing = os.pipe()
     with os.fdopen(reading) as stdin, os.fdopen(writing, "w") as typed:
         monkeypatch.setattr(sys, "stdin", stdin)

@@ -40,7 +40,7 @@ Output = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def out(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output) -> Output:
-    """What a command prints in the folder, with an empty standard input."""
+    """The output of commands that run in the folder, with an empty standard input."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
     return capsys

@@ -5,7 +5,7 @@ const RATE = 16_000; // Hz, the model's
 const LONGEST_S = 300;
 const WORKLET = new URL("./recorder_worklet.js", import.meta.url).href;
 
-/** Why the page cannot record; "" if it can. A browser gives the microphone to secure pages alone. */
+/** The reason why the page cannot record; "" if it can. A browser gives the microphone to secure pages alone. */
 export const obstacle = () => {
   if (!window.isSecureContext) return "A browser gives the microphone only to this machine's own pages and to https.";
   return navigator.mediaDevices?.getUserMedia && window.AudioWorkletNode ? "" : "This browser cannot record.";

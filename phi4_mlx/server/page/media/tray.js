@@ -14,7 +14,7 @@ import { obstacle, Recording } from "./recorder.js";
 const CHARS = 44_000_000;
 const PICTURES = 64; // the model's limit
 
-/** What is in the tray has changed. @type {Signal} */
+/** Tells that the tray has changed. @type {Signal} */
 export const changed = new Signal();
 
 /** @type {Medium[]} */
@@ -25,7 +25,7 @@ let settings = null;
 let recording = null;
 let reading = Promise.resolve(); // the files before
 
-/** What is in the tray. @returns {Medium[]} */
+/** The media in the tray. @returns {Medium[]} */
 export const attached = () => media;
 
 /** Puts other media into the tray. @param {Medium[]} other */
