@@ -83,7 +83,8 @@ def shapes(raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         }
     vision = {f"{EXTEND}image_embed.{name}": shape for name, shape in _vision(raw["vision_config"], D).items()}
     audio = {f"{EXTEND}audio_embed.{name}": shape for name, shape in _audio(raw["audio_config"], D).items()}
-    return found | vision | audio
+    head = {} if raw["tie_word_embeddings"] else {"lm_head.weight": (raw["vocab_size"], D)}
+    return found | vision | audio | head
 
 
 def _linear(name: str, out: int, width: int, *ones: int) -> dict[str, tuple[int, ...]]:

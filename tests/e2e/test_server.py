@@ -200,7 +200,11 @@ def test_mistakes_are_the_clients_exceptions(
 
 def test_models_health_metrics_and_the_page(server: Server, client: openai.OpenAI) -> None:
     assert [it.id for it in client.models.list()] == ["demo"] and client.models.retrieve("demo").id == "demo"
-    assert (client.models.retrieve("demo").model_extra or {}) == {"context_length": 4096, "kind": "demo"}
+    assert (client.models.retrieve("demo").model_extra or {}) == {
+        "context_length": 4096,
+        "kind": "demo",
+        "architecture": {"input_modalities": ["text"], "output_modalities": ["text"]},
+    }
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
     health = server.get("/health")

@@ -110,7 +110,7 @@ def test_arrays(wave: object, expected: np.ndarray) -> None:
         ((np.array([0.0] * 999 + [np.nan]), RATE), "NaN"),
         (17, "not int"),
         (None, "not NoneType"),
-        ("https://example.com/a.wav", "cannot be read"),
+        ("https://example.com/a.wav", "is not fetched"),
     ],
 )
 def test_what_is_no_sound_is_refused(source: object, words: str) -> None:
