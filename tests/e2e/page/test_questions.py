@@ -105,6 +105,7 @@ def test_a_reload_during_an_answer_keeps_what_had_come(page: Any, server: Script
 
 
 def test_a_draft_survives_a_reload(page: Any, server: ScriptedServer) -> None:
+    page.wait_for_function("sessionStorage.length")  # a conversation is open
     page.fill("#input", "not sent yet")
     page.reload()
     until(lambda: page.input_value("#input") == "not sent yet")
