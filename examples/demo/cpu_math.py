@@ -7,7 +7,7 @@ training uses them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -138,6 +138,13 @@ def fast_cpu_math() -> Iterator[None]:
         (nn, "silu", silu),
         (nn, "softplus", softplus),
     ]
+    with replaced(versions):
+        yield
+
+
+@contextmanager
+def replaced(versions: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Replaces functions of modules: (module, name, version) each."""
     ordinary = [getattr(module, name) for module, name, _ in versions]
     for module, name, version in versions:
         setattr(module, name, version)

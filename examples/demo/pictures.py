@@ -143,7 +143,7 @@ def description(picture: Picture) -> str:
 
 
 def simple_questions(picture: Picture, rng: random.Random) -> list[Question]:
-    """What is at each place, in random order; of a digit, which one it is and its colour."""
+    """Questions about the shape at each place, in random order; about a digit, its value and its colour."""
     if picture.digit is not None:
         return questions(picture, rng)
     there = {thing.place: thing.name for thing in picture.things}

@@ -71,12 +71,5 @@ def fast_tower_math() -> Iterator[None]:
         (nn, "gelu", gelu),
         (mx.fast, "scaled_dot_product_attention", attention),
     ]
-    with cpu_math.fast_cpu_math():
-        ordinary = [getattr(module, name) for module, name, _ in versions]
-        for module, name, version in versions:
-            setattr(module, name, version)
-        try:
-            yield
-        finally:
-            for (module, name, _), function in zip(versions, ordinary, strict=True):
-                setattr(module, name, function)
+    with cpu_math.fast_cpu_math(), cpu_math.replaced(versions):
+        yield

@@ -67,7 +67,7 @@ def needed_later(name: str) -> bool:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_loading_and_text_read_neither_towers_nor_loras(tmp_path: Path, layout: str) -> None:
-    """What is destroyed on the disk after `load` is not missed by text, and is by a picture."""
+    """Text does not miss towers and LoRAs that are destroyed on the disk after `load`; a picture does."""
     folder = write_tiny_multimodal(tmp_path / "tiny", layout=layout)
     text = load(write_tiny_multimodal(tmp_path / "twin", layout=layout))[0](TEXT)
     model, _ = load(folder)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from phi4_mlx.errors import RequestError
 from phi4_mlx.tokens.media.log_mel import WIDE, log_mel, window_of
 from phi4_mlx.tokens.media.resample import resampled
-from phi4_mlx.tokens.media.sound_file import Source, open_sound
+from phi4_mlx.tokens.media.sound_file import Sound, Source, open_sound
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,9 +68,18 @@ def read_audio(source: Source | Audio) -> Audio:
     if isinstance(source, Audio):
         return source
     with open_sound(source, LONGEST_S) as sound:
-        rate, blocks = resampled(sound.blocks(), sound.rate)
-        audio = audio_of(blocks, rate, sound.name)
+        audio = heard(sound)
     return audio
+
+
+def heard(sound: Sound) -> Audio:
+    """The `Audio` of an open sound.
+
+    Raises:
+        RequestError: as for `read_audio`.
+    """
+    rate, blocks = resampled(sound.blocks(), sound.rate)
+    return audio_of(blocks, rate, sound.name)
 
 
 def audio_tokens(seconds: float) -> int:

@@ -15,7 +15,7 @@ from phi4_mlx.files.manifest import file_sha256
 from phi4_mlx.files.regular_file import open_regular
 from phi4_mlx.terminal.amount import amount
 from phi4_mlx.terminal.suggestion import path_suggestion
-from phi4_mlx.tokens.media.audio import LONGEST_S, Audio, audio_tokens, read_audio
+from phi4_mlx.tokens.media.audio import LONGEST_S, Audio, audio_tokens, heard
 from phi4_mlx.tokens.media.image import Image, image_tokens, read_image
 from phi4_mlx.tokens.media.picture_file import PictureSource, picture_size
 from phi4_mlx.tokens.media.picture_header import MeteredFile, UnreadablePicture, picture_format
@@ -198,7 +198,8 @@ def _read(file: MediaFile, tokenizer: Tokenizer, tell: Callable[[str], object] =
     if file.kind == "audio":
         with open_sound(file.path, LONGEST_S) as sound:
             tell(f"{file.name}: {_cost(audio_tokens(sound.seconds), sound.seconds)}")
-        return read_audio(file.path)
+            audio = heard(sound)
+        return audio
     source: PictureSource = file.path
     if file.page is not None:
         from phi4_mlx.tokens.media.pdf import pdf_page
