@@ -23,7 +23,6 @@ from phi4_mlx.adapters.folder import Adapter
 from phi4_mlx.adapters.layers import load_adapter
 from phi4_mlx.adapters.shipped import add_shipped, shipped_adapters
 from phi4_mlx.config.fields import MODEL_FOLDER, QUANTIZATION_MODES, Config, brief
-from phi4_mlx.config.multimodal import MultimodalConfig
 from phi4_mlx.config.sambay import SambaYConfig
 from phi4_mlx.config.text import ModelConfig
 from phi4_mlx.errors import CheckpointError, ConfigError, RequestError, TokenizerError, message_of
@@ -32,7 +31,7 @@ from phi4_mlx.files.json_file import read_json
 from phi4_mlx.files.manifest import verify_manifest
 from phi4_mlx.files.safetensors import Stored, TensorInfo, read_header, weight_files
 from phi4_mlx.hub import resolve
-from phi4_mlx.models import multimodal, multimodal_names, sambay, text
+from phi4_mlx.models import multimodal_names, sambay, text
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.padded import PaddedLinear, padded_width
 from phi4_mlx.models.shared_stream import shared_stream
@@ -54,6 +53,7 @@ class Kind:
         lora_part: the name of a tensor in a file -> (adapter, name in PEFT's layout) of a LoRA's; None for any other.
         is_unused: (the model's name, config) -> True for a tensor that no computation reads.
         media: folder -> what the model reads beside text; None for text alone.
+        loras: config -> (rank, alpha) of each LoRA that a checkpoint can bring along; see `shipped_adapters`.
     """
 
     config: Callable[[Mapping[str, Any]], Config]
@@ -63,10 +63,24 @@ class Kind:
     lora_part: Callable[[str], tuple[str, str] | None] = lambda name: None
     is_unused: Callable[[str, Any], bool] = lambda name, config: False
     media: Callable[[Path], MediaSettings | None] = lambda folder: None
+    loras: Callable[[Any], Mapping[str, tuple[int, float] | None]] = lambda config: {}
+
+
+def _multimodal_config(raw: Mapping[str, Any]) -> Config:
+    from phi4_mlx.config.multimodal import MultimodalConfig  # with the towers, a tenth of the start of a text model
+
+    return MultimodalConfig.from_dict(raw)
+
+
+def _multimodal_model(config: Any) -> LanguageModel:
+    from phi4_mlx.models.multimodal import Model
+
+    return Model(config)
 
 
 def _media_settings(folder: Path) -> MediaSettings:
-    from phi4_mlx.tokens.media.image import MAX_CROPS, MOST_CROPS  # not for text alone
+    from phi4_mlx.config.multimodal import MultimodalConfig
+    from phi4_mlx.tokens.media.image import MAX_CROPS, MOST_CROPS
 
     config, preprocessor = load_config(folder), folder / "preprocessor_config.json"
     assert isinstance(config, MultimodalConfig)
@@ -80,13 +94,14 @@ def _media_settings(folder: Path) -> MediaSettings:
 
 
 _MULTIMODAL = Kind(
-    MultimodalConfig.from_dict,
-    multimodal.Model,
+    _multimodal_config,
+    _multimodal_model,
     recognise,
     multimodal_names.native_name,
     multimodal_names.lora_part,
     multimodal_names.is_unused,
     _media_settings,
+    lambda config: config.loras,
 )
 
 # model_type in config.json -> the kind.
@@ -235,8 +250,7 @@ def load_model(folder: Path) -> LanguageModel:
 
 def shipped_with(model: LanguageModel, folder: Path, tensors: StoredTensors) -> dict[str, Adapter]:
     """The LoRAs of a checkpoint by name; see `shipped_adapters`."""
-    settings = model.config.loras if isinstance(model.config, MultimodalConfig) else {}
-    return shipped_adapters(model, folder, tensors.loras, settings)
+    return shipped_adapters(model, folder, tensors.loras, KINDS[model.config.model_type].loras(model.config))
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ Source: `convert_phi4_multimodal_weights_to_hf.py` in transformers.
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-from phi4_mlx.config.multimodal import MultimodalConfig
+if TYPE_CHECKING:
+    from phi4_mlx.config.multimodal import MultimodalConfig
 
 EXTEND = "model.embed_tokens_extend."  # prefix of the towers
 
