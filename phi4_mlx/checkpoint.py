@@ -6,11 +6,10 @@ checked from the headers before any weight is read.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,10 @@ from phi4_mlx.adapters.shipped import add_shipped, shipped_adapters
 from phi4_mlx.config.fields import MODEL_FOLDER, QUANTIZATION_MODES, Config, brief
 from phi4_mlx.config.sambay import SambaYConfig
 from phi4_mlx.config.text import ModelConfig
-from phi4_mlx.errors import CheckpointError, ConfigError, RequestError, TokenizerError, message_of
+from phi4_mlx.errors import CheckpointError, ConfigError, RequestError, TokenizerError
 from phi4_mlx.files.dtypes import FLOATS, name_of
 from phi4_mlx.files.json_file import read_json
+from phi4_mlx.files.lazy_arrays import unchanged
 from phi4_mlx.files.manifest import verify_manifest
 from phi4_mlx.files.safetensors import Stored, TensorInfo, read_header, weight_files
 from phi4_mlx.hub import resolve
@@ -160,7 +160,7 @@ def load(
         if adapter_path is not None:
             load_adapter(model, Path(adapter_path))
         if not lazy:
-            with _unchanged(folder):
+            with unchanged(f"the weights of {folder}"):
                 mx.eval([array for name, array in tree_flatten(model.parameters()) if not model.on_demand(name)])
     return model, tokenizer
 
@@ -236,7 +236,7 @@ def load_model(folder: Path) -> LanguageModel:
     tensors = tensors.shaped(model)
     wanted = check_tensors(model, tensors.infos)
     weights = []
-    with _unchanged(folder):
+    with unchanged(f"the weights of {folder}"):
         files = {path: mx.load(str(path)) for path in sorted({stored.path for stored in tensors.model.values()})}
         for name, stored in tensors.model.items():
             if name in wanted:
@@ -312,16 +312,6 @@ def _check_finite(folder: Path, weights: Iterable[tuple[str, mx.array]]) -> None
             raise CheckpointError(
                 f"{folder}: {name} contains NaN or infinity; the checkpoint is damaged, download it again"
             )
-
-
-@contextlib.contextmanager
-def _unchanged(folder: Path) -> Iterator[None]:
-    """Reports that MLX cannot read what the headers promised."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = message_of(error)
-        raise CheckpointError(f"the weights of {folder} changed while they were read ({reason}); try again") from None
 
 
 def share_weights(model: LanguageModel) -> LanguageModel:

@@ -17,7 +17,8 @@ import mlx.nn as nn
 from phi4_mlx.adapters.folder import Adapter, check_finite, checked
 from phi4_mlx.adapters.layers import check_fit, read_adapter
 from phi4_mlx.adapters.peft import our_name
-from phi4_mlx.errors import CheckpointError, message_of
+from phi4_mlx.errors import CheckpointError
+from phi4_mlx.files.lazy_arrays import unchanged
 from phi4_mlx.files.regular_file import open_regular
 from phi4_mlx.files.safetensors import Stored, read_header
 
@@ -78,12 +79,8 @@ def add_shipped(model: nn.Module, shipped: Mapping[str, Adapter]) -> None:
 
 def _read(adapter: Adapter) -> Adapter:
     """The same adapter, its numbers read and checked."""
-    try:
+    with unchanged(f"the weights of {adapter.source}"):
         check_finite(adapter.tensors, adapter.source)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{adapter.source} changed on the disk ({message_of(error)}); load the model again"
-        ) from None
     return adapter
 
 

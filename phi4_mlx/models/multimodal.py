@@ -19,7 +19,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from phi4_mlx.config.multimodal import MultimodalConfig
-from phi4_mlx.errors import CheckpointError, RequestError, message_of
+from phi4_mlx.errors import CheckpointError, RequestError
+from phi4_mlx.files.lazy_arrays import unchanged
 from phi4_mlx.models import text
 from phi4_mlx.models.audio import WINDOW, AudioEmbedding
 from phi4_mlx.models.batch_cache import BatchCache
@@ -129,14 +130,9 @@ class Model(text.Model):
 
     def _read(self, tower: nn.Module) -> None:
         """Reads a tower from the disk, if it has not been used yet."""
-        if self.training:
-            return
-        try:
-            mx.eval(tower.parameters())
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"the weights of a tower changed on the disk ({message_of(error)}); load the model again"
-            ) from None
+        if not self.training:
+            with unchanged("the weights of a tower"):
+                mx.eval(tower.parameters())
 
     def _check_crops(self, image: Image) -> None:
         ours, theirs = self.config.vision, (image.crop_size, image.patch_size)

@@ -170,7 +170,7 @@ def test_weights_that_shrink_while_they_are_read_are_reported(
         evaluate(*arrays)
 
     monkeypatch.setattr(checkpoint.mx, "eval", late)
-    with pytest.raises(CheckpointError, match="changed while they were read"):
+    with pytest.raises(CheckpointError, match="changed on the disk"):
         load(source)
 
 
