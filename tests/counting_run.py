@@ -10,10 +10,10 @@ from typing import Any
 import mlx.core as mx
 
 from phi4_mlx.adapters.layers import adapter_parameters, add_adapter
-from phi4_mlx.lora.data.batches import Batches
-from phi4_mlx.lora.data.samples import Sample
+from phi4_mlx.data.samples import Sample
 from phi4_mlx.lora.saving.run_folder import RunFolder
 from phi4_mlx.lora.settings import Settings
+from phi4_mlx.lora.training.batches import Batches
 from phi4_mlx.lora.training.trainer import Trainer
 from phi4_mlx.models.text import Model
 

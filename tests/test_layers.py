@@ -24,6 +24,7 @@ config
 hub
 tools
 tokens
+data
 adapters
 models
 grammar

@@ -18,11 +18,11 @@ from mlx.utils import tree_map_with_path
 
 from phi4_mlx.checkpoint import load_tokenizer_and_format
 from phi4_mlx.config.sambay import SambaYConfig
+from phi4_mlx.data.samples import Sample
 from phi4_mlx.hub import resolve
-from phi4_mlx.lora.data.batches import Batch, Batches
-from phi4_mlx.lora.data.samples import Sample
 from phi4_mlx.lora.saving.run_folder import RunFolder
 from phi4_mlx.lora.settings import Schedule, Settings
+from phi4_mlx.lora.training.batches import Batch, Batches
 from phi4_mlx.lora.training.loss import Loss
 from phi4_mlx.lora.training.signals import Stop
 from phi4_mlx.lora.training.trainable import make_trainable

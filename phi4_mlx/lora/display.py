@@ -8,7 +8,7 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
-from phi4_mlx.lora.data.samples import Sample
+from phi4_mlx.data.samples import Sample
 from phi4_mlx.lora.saving.metrics import CURVE_FILE, MetricsLog
 from phi4_mlx.lora.view import View
 from phi4_mlx.terminal.amount import amount

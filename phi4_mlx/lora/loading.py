@@ -10,10 +10,10 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from phi4_mlx.data.jsonl import find_split
+from phi4_mlx.data.samples import Pair, Sample, load_pairs, load_samples
 from phi4_mlx.errors import RequestError
 from phi4_mlx.hub import resolve
-from phi4_mlx.lora.data.jsonl import find_split
-from phi4_mlx.lora.data.samples import Pair, Sample, load_pairs, load_samples
 from phi4_mlx.lora.settings import Settings
 from phi4_mlx.lora.view import Tell, View
 from phi4_mlx.models.model import LanguageModel

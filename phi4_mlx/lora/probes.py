@@ -14,8 +14,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from phi4_mlx.adapters.folder import read_config
+from phi4_mlx.data.samples import Sample, load_pairs, load_samples
 from phi4_mlx.errors import Phi4Error
-from phi4_mlx.lora.data.samples import Sample, load_pairs, load_samples
 from phi4_mlx.lora.effect import log_probs
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.tokens.tokenizer import Tokenizer

@@ -17,10 +17,9 @@ from phi4_mlx.adapters.folder import CONFIG_FILE, TENSORS_FILE
 from phi4_mlx.adapters.layers import load_adapter
 from phi4_mlx.adapters.peft import is_peft
 from phi4_mlx.checkpoint import load
+from phi4_mlx.data.samples import Pair
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import memory_limit
-from phi4_mlx.lora.data.batches import Batches
-from phi4_mlx.lora.data.samples import Pair
 from phi4_mlx.lora.display import report_end, show
 from phi4_mlx.lora.loading import Samples, download, read_data, read_weights
 from phi4_mlx.lora.program import Program
@@ -30,6 +29,7 @@ from phi4_mlx.lora.saving.metrics import MetricsLog, check_reporter, reporter
 from phi4_mlx.lora.saving.run_folder import BEST, RunFolder
 from phi4_mlx.lora.saving.run_lock import locked
 from phi4_mlx.lora.settings import Settings
+from phi4_mlx.lora.training.batches import Batches
 from phi4_mlx.lora.training.loss import Loss, sft_loss
 from phi4_mlx.lora.training.memory_plan import MEASUREMENTS, Plan, check_memory, make_plan
 from phi4_mlx.lora.training.optimizer import rate_text

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 import mlx.core as mx
 from harness import last_line, option_parser, timed
 
-from phi4_mlx.lora.data.batches import Batches
-from phi4_mlx.lora.data.samples import Sample
+from phi4_mlx.data.samples import Sample
+from phi4_mlx.lora.training.batches import Batches
 
 SAMPLES, LIMIT, BATCH_SIZE = 4000, 2048, 4
 MEDIAN, SIGMA = 150, 1.0  # of the log-normal distribution, in tokens and in nats

@@ -18,10 +18,10 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx import Model, Tokenizer, load
 from phi4_mlx.checkpoint import load_config
+from phi4_mlx.data.samples import Sample
 from phi4_mlx.files.embedded import EMBEDDED
 from phi4_mlx.files.manifest import verify_manifest
-from phi4_mlx.lora.data.batches import Batches
-from phi4_mlx.lora.data.samples import Sample
+from phi4_mlx.lora.training.batches import Batches
 from phi4_mlx.lora.training.gradients import mean_gradients
 from phi4_mlx.lora.training.loss import sft_loss
 from tests.conftest import ROOT

@@ -9,8 +9,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi4_mlx.lora.data.batches import Batch, Batches, rounded
-from phi4_mlx.lora.data.samples import Pair, Sample
+from phi4_mlx.data.samples import Pair, Sample
+from phi4_mlx.lora.training.batches import Batch, Batches, rounded
 
 LENGTH = 40
 

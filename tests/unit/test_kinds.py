@@ -21,6 +21,7 @@ from phi4_mlx.adapters.layers import adapter_off, adapter_parameters, add_adapte
 from phi4_mlx.chat.conversation import Conversation
 from phi4_mlx.checkpoint import KINDS, load, load_model, share_weights
 from phi4_mlx.convert.package import convert
+from phi4_mlx.data.samples import Sample
 from phi4_mlx.errors import RequestError
 from phi4_mlx.fingerprint import base_fingerprint
 from phi4_mlx.generation.batch import Batch, BatchSequence, Fault
@@ -29,10 +30,9 @@ from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.prompt_cache_file import load_prompt_cache, save_prompt_cache
 from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.generation.speculate import PromptLookup, make_proposer
-from phi4_mlx.lora.data.batches import Batches
-from phi4_mlx.lora.data.samples import Sample
 from phi4_mlx.lora.saving.run_folder import RunFolder
 from phi4_mlx.lora.settings import Settings as TrainingSettings
+from phi4_mlx.lora.training.batches import Batches
 from phi4_mlx.lora.training.trainer import Trainer
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.snapshot import MAX_SNAPSHOTS

@@ -10,8 +10,8 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from phi4_mlx.adapters.layers import draw_dropout
-from phi4_mlx.lora.data.batches import Batch
 from phi4_mlx.lora.progress import Tick, no_tick
+from phi4_mlx.lora.training.batches import Batch
 from phi4_mlx.lora.training.loss import Loss
 from phi4_mlx.lora.training.milestones import milestones
 from phi4_mlx.lora.training.processes import Group, all_sum

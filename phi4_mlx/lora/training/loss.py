@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from phi4_mlx.lora.data.batches import Batch
+from phi4_mlx.lora.training.batches import Batch
 from phi4_mlx.models.model import LanguageModel
 
 Loss = Callable[[LanguageModel, Batch], tuple[mx.array, mx.array]]

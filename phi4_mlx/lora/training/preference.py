@@ -20,8 +20,8 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx.adapters.layers import adapter_off, adapter_parameters
 from phi4_mlx.errors import RequestError
-from phi4_mlx.lora.data.batches import Batch
 from phi4_mlx.lora.settings import OPTIONS
+from phi4_mlx.lora.training.batches import Batch
 from phi4_mlx.lora.training.loss import Loss, token_losses
 from phi4_mlx.lora.training.processes import Group, all_sum
 from phi4_mlx.models.model import LanguageModel

@@ -24,12 +24,12 @@ from phi4_mlx.adapters.folder import Adapter
 from phi4_mlx.adapters.layers import current_adapter
 from phi4_mlx.errors import RequestError
 from phi4_mlx.fingerprint import base_fingerprint
-from phi4_mlx.lora.data.batches import Batch, Batches
 from phi4_mlx.lora.progress import Progress, Step, Tick, Watch, no_tick, passes, tick_of, unwatched
 from phi4_mlx.lora.saving.checkpoints import FOLDER, no_checkpoint
 from phi4_mlx.lora.saving.run_folder import RunFolder
 from phi4_mlx.lora.saving.snapshot import Snapshot, check_same_run, fixed_settings
 from phi4_mlx.lora.settings import Settings
+from phi4_mlx.lora.training.batches import Batch, Batches
 from phi4_mlx.lora.training.gradients import Gradients, mean_gradients
 from phi4_mlx.lora.training.loss import Loss, sft_loss
 from phi4_mlx.lora.training.milestones import milestones

@@ -18,12 +18,12 @@ import pytest
 from phi4_mlx import checkpoint, load
 from phi4_mlx.adapters.layers import read_adapter
 from phi4_mlx.convert.package import convert
+from phi4_mlx.data.jsonl import read_lines
 from phi4_mlx.errors import CheckpointError, Phi4Error, RequestError
 from phi4_mlx.files.regular_file import SMALL_BYTES, TOKENIZER_BYTES, read_regular
 from phi4_mlx.files.user_file import read_file
 from phi4_mlx.grammar.grammars import schema_grammar
 from phi4_mlx.lora.config_file import read_config_file
-from phi4_mlx.lora.data.jsonl import read_lines
 from phi4_mlx.tools.python_file import tool_functions
 from tests.adapters import adapted, save_adapter
 from tests.conftest import ROOT, TinyCheckpoint, TinyModel

@@ -16,10 +16,10 @@ import pytest
 
 from phi4_mlx.errors import CheckpointError, Phi4Error, RequestError
 from phi4_mlx.files import checksums
-from phi4_mlx.lora.data.batches import Batch, Batches
 from phi4_mlx.lora.saving import checkpoints, run_folder
 from phi4_mlx.lora.saving.checkpoints import keep_newest, newest_checkpoint, save_checkpoint
 from phi4_mlx.lora.saving.metrics import MetricsLog, read_metrics
+from phi4_mlx.lora.training.batches import Batch, Batches
 from phi4_mlx.lora.training.loss import sft_loss
 from phi4_mlx.lora.training.trainer import Trainer
 from phi4_mlx.models.text import Model

@@ -13,11 +13,11 @@ import mlx.nn as nn
 import pytest
 
 from phi4_mlx.adapters.layers import add_adapter
+from phi4_mlx.data.samples import Pair, Sample
 from phi4_mlx.errors import RequestError
-from phi4_mlx.lora.data.batches import Batch, Batches
-from phi4_mlx.lora.data.samples import Pair, Sample
 from phi4_mlx.lora.saving.run_folder import RunFolder
 from phi4_mlx.lora.settings import Settings
+from phi4_mlx.lora.training.batches import Batch, Batches
 from phi4_mlx.lora.training.loss import sft_loss
 from phi4_mlx.lora.training.memory_plan import Growth, Plan, check_memory, make_plan
 from phi4_mlx.lora.training.trainer import Trainer

@@ -12,8 +12,8 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from phi4_mlx.adapters.layers import adapter_layers, add_adapter
-from phi4_mlx.lora.data.batches import Batch, Batches
-from phi4_mlx.lora.data.samples import Pair, Sample
+from phi4_mlx.data.samples import Pair, Sample
+from phi4_mlx.lora.training.batches import Batch, Batches
 from phi4_mlx.lora.training.gradients import mean_gradients
 from phi4_mlx.lora.training.loss import CHUNK_ROWS, Loss, sft_loss
 from phi4_mlx.lora.training.milestones import milestones

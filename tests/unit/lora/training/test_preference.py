@@ -16,11 +16,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from phi4_mlx.adapters.layers import adapter_layers, add_adapter
+from phi4_mlx.data.samples import Pair, Sample
 from phi4_mlx.errors import RequestError
-from phi4_mlx.lora.data.batches import Batch, Batches
-from phi4_mlx.lora.data.samples import Pair, Sample
 from phi4_mlx.lora.saving.run_folder import RunFolder
 from phi4_mlx.lora.settings import Settings
+from phi4_mlx.lora.training.batches import Batch, Batches
 from phi4_mlx.lora.training.loss import next_token_loss
 from phi4_mlx.lora.training.preference import REMEMBERED, PreferenceLoss
 from phi4_mlx.lora.training.trainer import Trainer, evaluate

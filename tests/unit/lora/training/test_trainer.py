@@ -15,12 +15,12 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from phi4_mlx.adapters.layers import adapter_layers, adapter_parameters, add_adapter
+from phi4_mlx.data.samples import Sample
 from phi4_mlx.errors import CheckpointError, RequestError
-from phi4_mlx.lora.data.batches import Batch, Batches
-from phi4_mlx.lora.data.samples import Sample
 from phi4_mlx.lora.progress import Step
 from phi4_mlx.lora.saving import checkpoints, run_folder
 from phi4_mlx.lora.saving.metrics import MetricsLog, read_metrics
+from phi4_mlx.lora.training.batches import Batch, Batches
 from phi4_mlx.lora.training.gradients import mean_gradients
 from phi4_mlx.lora.training.loss import sft_loss
 from phi4_mlx.lora.training.trainer import Trainer, evaluate

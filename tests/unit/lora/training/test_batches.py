@@ -12,9 +12,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from phi4_mlx.data.samples import Pair, Sample
 from phi4_mlx.errors import RequestError
-from phi4_mlx.lora.data.batches import Batch, Batches
-from phi4_mlx.lora.data.samples import Pair, Sample
+from phi4_mlx.lora.training.batches import Batch, Batches
 from phi4_mlx.models.text import Model
 
 BOUNDARY = 64  # of the tiny models

@@ -13,10 +13,10 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
+from phi4_mlx.data.parquet import patterns, shards
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.regular_file import open_regular
 from phi4_mlx.hub import why_not_downloaded
-from phi4_mlx.lora.data.parquet import patterns, shards
 from phi4_mlx.terminal.amount import amount
 from phi4_mlx.terminal.suggestion import path_suggestion
 

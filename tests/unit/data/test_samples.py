@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from phi4_mlx.data.samples import Pair, Report, Sample, load_pairs, load_samples
 from phi4_mlx.errors import RequestError, TokenizerError
-from phi4_mlx.lora.data.samples import Pair, Report, Sample, load_pairs, load_samples
 from phi4_mlx.lora.display import show
 from phi4_mlx.tokens.chat_format import CHAT_FORMATS
 from phi4_mlx.tokens.tokenizer import Tokenizer, load_tokenizer

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from phi4_mlx.data import jsonl
+from phi4_mlx.data.jsonl import find_split, read_lines
 from phi4_mlx.errors import RequestError
-from phi4_mlx.lora.data import jsonl
-from phi4_mlx.lora.data.jsonl import find_split, read_lines
 
 
 def written(folder: Path, *lines: bytes, end: bytes = b"\n") -> Path:

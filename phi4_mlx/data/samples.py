@@ -21,9 +21,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from phi4_mlx.data.jsonl import find_split, read_lines
+from phi4_mlx.data.parquet import is_parquet, read_rows
 from phi4_mlx.errors import RequestError
-from phi4_mlx.lora.data.jsonl import find_split, read_lines
-from phi4_mlx.lora.data.parquet import is_parquet, read_rows
 from phi4_mlx.terminal.amount import amount
 from phi4_mlx.tokens.messages import check_messages
 from phi4_mlx.tokens.tokenizer import Control, Tokenizer

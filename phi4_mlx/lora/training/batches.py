@@ -17,8 +17,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from phi4_mlx.data.samples import Pair, Sample
 from phi4_mlx.errors import RequestError
-from phi4_mlx.lora.data.samples import Pair, Sample
 from phi4_mlx.models.attention import chunks
 
 WIDTHS = 32  # row widths between a power of two and the next: with few shapes, freed buffers are reused

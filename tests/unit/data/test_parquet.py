@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from phi4_mlx import load
+from phi4_mlx.data import parquet
+from phi4_mlx.data.jsonl import find_split
+from phi4_mlx.data.parquet import read_rows, shards
+from phi4_mlx.data.samples import load_samples
 from phi4_mlx.errors import RequestError
-from phi4_mlx.lora.data import parquet
-from phi4_mlx.lora.data.jsonl import find_split
-from phi4_mlx.lora.data.parquet import read_rows, shards
-from phi4_mlx.lora.data.samples import load_samples
 
 CHAT = [
     {"role": "user", "content": "hi", "tool_calls": None},

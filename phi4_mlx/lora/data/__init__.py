@@ -1,1 +1,0 @@
-"""Training data: files to samples, samples to batches."""
