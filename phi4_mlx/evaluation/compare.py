@@ -14,7 +14,6 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -124,18 +123,13 @@ def compare(
         _check_room(Path(work), places * columns.place_bytes)
         one, two = (_Recording(Path(work) / each, str(name), columns) for each, name in (("a", a), ("b", b)))
         if not columns.all_tokens:
-            with _loaded(folders[0]) as model:
-                _record(model, samples, one, None, advance)
-        with _loaded(folders[1]) as model:
-            _record(model, samples, two, (one, two), advance)
-        with _loaded(folders[0]) as model:
-            _record(model, samples, one, (one, two), advance)
+            _record(folders[0], samples, one, None, advance)
+        _record(folders[1], samples, two, (one, two), advance)
+        _record(folders[0], samples, one, (one, two), advance)
         return _result(one, two, samples)
 
 
-def _shared_samples(
-    names: tuple[str, str], folders: tuple[Path, Path], data: str | Path
-) -> tuple[list[Sample], int]:
+def _shared_samples(names: tuple[str, str], folders: tuple[Path, Path], data: str | Path) -> tuple[list[Sample], int]:
     """The samples as both models encode them, and the size of their vocabulary; the models are not loaded."""
     configs = [load_config(folder) for folder in folders]
     sizes = [config.vocab_size for config in configs]
@@ -178,22 +172,9 @@ def _check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise RequestError(
-            f"{folder.parent} has {size(free)} free and the distributions need {size(needed)}; make room, set TMPDIR to "
-            "a folder on another disk, or compare on less data"
+            f"{folder.parent} has {size(free)} free and the distributions need {size(needed)}; make room, set TMPDIR "
+            "to a folder on another disk, or compare on less data"
         )
-
-
-@contextmanager
-def _loaded(folder: Path) -> Iterator[LanguageModel]:
-    """A model in memory, and no longer than the block."""
-    model: LanguageModel | None = load(folder)[0]
-    assert model is not None
-    try:
-        yield model
-    finally:
-        del model
-        gc.collect()
-        mx.clear_cache()
 
 
 class _Recording:
@@ -216,20 +197,19 @@ class _Recording:
 
 
 def _record(
-    model: LanguageModel,
+    folder: Path,
     samples: Sequence[Sample],
     own: _Recording,
     both: tuple[_Recording, _Recording] | None,
     advance: Callable[[int], object],
 ) -> None:
-    """One pass of a model: its likeliest tokens if they are not known yet, and with `both` its log-probabilities."""
-    columns, place = own.columns, 0
-    find = not columns.all_tokens and (both is None or own is both[1])
+    """One pass of a model, which is freed after it: its likeliest tokens without `both`, else log-probabilities."""
+    model, columns, place = load(folder)[0], own.columns, 0
     own.weights_bytes = model.weights_bytes
     for sample in samples:
         for start, log_probs in _log_probs(model, sample, own.name):
             count = log_probs.shape[0]
-            if find:
+            if not columns.all_tokens and (both is None or own is both[1]):
                 top = mx.argpartition(-log_probs, columns.likeliest - 1, axis=-1)[:, : columns.likeliest]
                 own.likeliest.append(np.array(top))
             if both is not None:
@@ -240,6 +220,9 @@ def _record(
                 own.best += log_probs.argmax(axis=-1).tolist()
             place += count
             advance(count)
+    del model
+    gc.collect()
+    mx.clear_cache()
 
 
 def _take(log_probs: mx.array, columns: Columns, ids: Array) -> Array:
@@ -274,7 +257,7 @@ def _log_probs(model: LanguageModel, sample: Sample, name: str) -> Iterator[tupl
 def _result(a: _Recording, b: _Recording, samples: Sequence[Sample]) -> Comparison:
     """The figures, from sums over each sample."""
     lengths = [len(sample.ids) - 1 for sample in samples]
-    ends = np.cumsum(lengths)
+    ends = np.cumsum(lengths, dtype=np.int64)
     sums = np.stack([_divergences(a, b, end - n, end) for end, n in zip(ends, lengths, strict=True)])  # [samples, 6]
     draws = np.random.default_rng(0).multinomial(len(samples), [1 / len(samples)] * len(samples), RESAMPLES)
     tokens = np.array(lengths, float)
@@ -287,7 +270,7 @@ def _result(a: _Recording, b: _Recording, samples: Sequence[Sample]) -> Comparis
         return Figure(value, float(low), float(high))
 
     def summed(values: Sequence[float]) -> Array:
-        return np.add.reduceat(np.array(values, float), ends - lengths)
+        return np.add.reduceat(np.array(values, float), ends - np.array(lengths))
 
     def side(own: _Recording, kl: int) -> Side:
         outside, mass = (float(sums[:, each].sum() / tokens.sum()) for each in (kl + 1, kl + 2))
