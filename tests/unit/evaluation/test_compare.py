@@ -170,6 +170,17 @@ def test_intervals_contain_the_value_and_narrow_with_more_samples(
     assert many.high - many.low < 0.7 * (few.high - few.low)
 
 
+def test_cut_and_left_out_samples_are_told(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    folder = tiny_checkpoint(max_position_embeddings=BOUNDARY + 16)
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": "1 " * 100}) + '\n{"text": ""}\n{"text": "1 2 3"}\n')
+    found = compare(folder, folder, tmp_path / "data.jsonl")
+    assert found.notes == (
+        f"cut at the context of {BOUNDARY + 16} tokens: 1 sample",
+        "left out, with no token to predict: 1 sample, the first data.jsonl:2",
+    )
+    assert found.samples == 2
+
+
 def test_different_vocabularies_are_refused(tiny_checkpoint: TinyCheckpoint, data: Path) -> None:
     one, two = tiny_checkpoint(), tiny_checkpoint("b", vocab_size=640)
     with pytest.raises(RequestError, match=r"vocabulary of 512 .* of 640"):
