@@ -43,13 +43,13 @@ class Wish:
     def check(self, recipe: Recipe) -> None:
         """Raises RequestError if the options contradict each other."""
         if recipe.scheme.mode != "affine":
-            raise RequestError(f"--q-calibration is for --q-mode affine, not {recipe.scheme.mode}; leave one of them out")
+            raise RequestError(f"--q-calibration needs --q-mode affine, not {recipe.scheme.mode}; leave one out")
         if self.bits_per_weight is None:
             return
         if self.bits is not None:
             raise RequestError(
-                f"--q-bits {self.bits} asks for the same bits in every matrix, and --q-bpw {self.bits_per_weight:g} for "
-                "mixed ones; leave one of them out"
+                f"--q-bits {self.bits} asks for the same bits in every matrix, and --q-bpw {self.bits_per_weight:g} "
+                "for mixed ones; leave one of them out"
             )
         if not LEAST_BPW <= self.bits_per_weight <= MOST_BPW:
             raise RequestError(

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
-
-Blocks = Callable[[], Iterable[mx.array]]
-"""The rows of a head from the first, in blocks [rows, D]."""
 
 
 class Reference:
@@ -15,18 +12,18 @@ class Reference:
 
     Args:
         hidden: inputs of the head, fp32 [N, D].
-        head: its rows.
+        head: its rows from the first, in blocks [rows, D].
     """
 
-    def __init__(self, hidden: mx.array, head: Blocks):
+    def __init__(self, hidden: mx.array, head: Sequence[mx.array]):
         self._hidden, self._head = hidden, head
         self._normaliser = mx.full((len(hidden),), -mx.inf)
-        for rows in head():
+        for rows in head:
             block = mx.logsumexp(hidden @ rows.astype(mx.float32).T, axis=-1)
             self._normaliser = mx.logaddexp(self._normaliser, block)
             mx.eval(self._normaliser)
 
-    def divergence(self, hidden: mx.array, head: Blocks | None = None) -> float:
+    def divergence(self, hidden: mx.array, head: Iterable[mx.array] | None = None) -> float:
         """Mean over the tokens of the KL divergence of other distributions from these, in nats.
 
         Args:
@@ -35,10 +32,11 @@ class Reference:
         """
         normaliser = mx.full((len(hidden),), -mx.inf)
         gap = mx.zeros((len(hidden),))
-        for own, other in zip(self._head(), (head or self._head)(), strict=True):
+        for own, other in zip(self._head, head or self._head, strict=True):
             logits = self._hidden @ own.astype(mx.float32).T
             changed = hidden @ other.astype(mx.float32).T
             gap = gap + (mx.exp(logits - self._normaliser[:, None]) * (logits - changed)).sum(axis=-1)
             normaliser = mx.logaddexp(normaliser, mx.logsumexp(changed, axis=-1))
             mx.eval(gap, normaliser)
-        return max(0.0, (gap - self._normaliser + normaliser).mean().item())
+        found: float = (gap - self._normaliser + normaliser).mean().item()
+        return max(0.0, found)  # rounding can take it below
