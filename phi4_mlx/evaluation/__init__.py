@@ -1,0 +1,1 @@
+"""Scores of models: standard tasks through lm-eval, own tasks, and comparisons of two packages."""
