@@ -28,6 +28,7 @@ class Options:
         data: a file or folder of data, in place of the task's own.
         lengths: prompt lengths of the long-context task, in tokens.
         languages: language codes; empty for all that the task has.
+        categories: kinds of question; empty for all that the task has.
         confirm_run_unsafe_code: True to let a task run code that the model wrote.
         folder: the folder for pictures and exports; None writes none.
         progress: called while a task runs.
@@ -46,6 +47,7 @@ class Options:
     data: Path | None = None
     lengths: tuple[int, ...] = ()
     languages: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
     confirm_run_unsafe_code: bool = False
     folder: Path | None = None
     progress: Progress | None = None
