@@ -31,6 +31,7 @@ from phi4_mlx.hub import resolve
 from phi4_mlx.terminal.amount import size
 from phi4_mlx.tokens.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
+from .calibrated import Wish, calibrated
 from .card import CARD_FILE, model_card, read_origin
 from .loras import lora_bytes, plan_loras, write_loras
 from .quantize import make_recipe, quantization_config
@@ -66,7 +67,10 @@ def convert(
     embed_bits: int | None = None,
     tower_bits: int | None = None,
     adapter_bits: int | None = None,
+    q_calibration: str | Path | None = None,
+    q_bpw: float | None = None,
     progress: Progress | None = None,
+    tell: Callable[[str], object] = lambda line: None,
 ) -> None:
     """Converts a checkpoint of the family into a package, written whole or not at all.
 
@@ -84,7 +88,12 @@ def convert(
         embed_bits: bits per number of the embedding and the head, which are one matrix if tied; None for `q_bits`.
         tower_bits: bits per number of the towers for pictures and sound; 16 leaves them dense, None for 8.
         adapter_bits: likewise for the LoRAs of a multimodal checkpoint.
-        progress: called as (bytes done, bytes in all) of the checkpoint.
+        q_calibration: texts in a format of training, on which the matrices are rounded and their bits chosen, or
+            "default"; None rounds to nearest. With `q_bits`, all matrices have those.
+        q_bpw: bits per number of all quantised matrices together, scales and biases included; None for as many as plain
+            4-bit matrices take.
+        progress: called as (bytes done, bytes in all) of the checkpoint; first with other amounts, for a calibration.
+        tell: called with a line for the user.
 
     Raises:
         RequestError: the target exists or cannot be written, or the options contradict each other.
@@ -95,22 +104,35 @@ def convert(
     if not quantize:
         _check_not_given(
             q_bits=q_bits, q_group_size=q_group_size, q_mode=q_mode, embed_bits=embed_bits, tower_bits=tower_bits,
-            adapter_bits=adapter_bits,
+            adapter_bits=adapter_bits, q_calibration=q_calibration, q_bpw=q_bpw,
         )  # fmt: skip
     if dtype is not None and dtype not in _FLOATS:
         raise RequestError(f"--dtype {dtype!r} is not known; known are {', '.join(_FLOATS)}")
     recipe = None
     if quantize:
         recipe = make_recipe(q_mode or "affine", q_bits, q_group_size, embed_bits, tower_bits, adapter_bits)
+    wish = None
+    if recipe and q_calibration is not None:
+        wish = Wish(q_calibration, q_bits, q_bpw, embed_bits)
+        wish.check(recipe)
+    elif q_bpw is not None:
+        raise RequestError(f"--q-bpw {q_bpw:g} chooses bits by calibration; add --q-calibration default or a file")
     kind = _FLOATS[dtype] if dtype else None
+    target = Path(os.path.abspath(os.path.expanduser(mlx_path)))
+    work = target.with_name(f".{target.name}.calibration")
 
     def planned(folder: Path, config: Config) -> list[Parameter]:
         parameters = plan(folder, config, recipe, kind, dequantize)
         _check_towers(folder, parameters, {"--tower-bits": tower_bits, "--adapter-bits": adapter_bits})
+        if recipe and wish:
+            shown = progress or (lambda done, total: None)
+            parameters, _ = calibrated(folder, config, parameters, recipe, wish, work, shown, tell)
         return parameters
 
     loras = partial(plan_loras, recipe=recipe, dtype=kind, dequantize=dequantize)
-    write_package(Path(mlx_path), hf_path, revision, planned, progress, loras)
+    write_package(target, hf_path, revision, planned, progress, loras)
+    if wish:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _check_towers(folder: Path, parameters: list[Parameter], own_bits: Mapping[str, int | None]) -> None:
@@ -120,7 +142,7 @@ def _check_towers(folder: Path, parameters: list[Parameter], own_bits: Mapping[s
             raise RequestError(f"{name} {bits} is for multimodal models, and {folder} has no towers; leave it out")
 
 
-def _check_not_given(**options: str | int | None) -> None:
+def _check_not_given(**options: str | Path | float | None) -> None:
     """Raises RequestError if an option of quantisation is given."""
     for name, value in options.items():
         if value is not None:
