@@ -29,6 +29,7 @@ class Options:
         lengths: prompt lengths of the long-context task, in tokens.
         languages: language codes; empty for all that the task has.
         confirm_run_unsafe_code: True to let a task run code that the model wrote.
+        judge: a local model that judges answers which have no right one.
         folder: the folder for pictures and exports; None writes none.
         progress: called while a task runs.
     """
@@ -47,5 +48,6 @@ class Options:
     lengths: tuple[int, ...] = ()
     languages: tuple[str, ...] = ()
     confirm_run_unsafe_code: bool = False
+    judge: str | None = None
     folder: Path | None = None
     progress: Progress | None = None
