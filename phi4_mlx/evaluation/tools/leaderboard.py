@@ -118,8 +118,9 @@ class Leaderboard:
     def _case(self, category: str, line: JsonObject, truth: Mapping[str, Any]) -> Case:
         (hinted,) = self._with_hints([copy.deepcopy(line)])
         tools = [{"type": "function", "function": self._declared(function)} for function in hinted["function"]]
-        name = line["id"]
-        return Case(name, category, line["question"][0], line["function"], tools, truth.get(name, []))
+        functions, name = line["function"], line["id"]
+        right = [_with_required(call, functions) for call in truth.get(name, [])]
+        return Case(name, category, line["question"][0], functions, tools, right)
 
     def _declared(self, function: JsonObject) -> JsonObject:
         return {**function, "parameters": self.json_schema(function["parameters"])}
@@ -148,6 +149,18 @@ class Leaderboard:
         if verdict["valid"]:
             return None
         return f"{verdict['error_type']}: {' '.join(str(verdict['error']).split())[:500]}"
+
+
+def _with_required(call: dict[str, dict[str, list[Any]]], functions: list[JsonObject]) -> dict[str, dict[str, list[Any]]]:
+    """A right call without the permission to leave out a required argument, by which the checker takes "" as right."""
+    required = {name for each in functions if each["name"] in call for name in each["parameters"]["required"]}
+    return {
+        function: {
+            name: [value for value in values if value != "" or name not in required] or values
+            for name, values in arguments.items()
+        }
+        for function, arguments in call.items()
+    }
 
 
 @contextmanager
