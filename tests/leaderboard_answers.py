@@ -57,7 +57,8 @@ def source(value: Any, kind: str, items: Any, language: str) -> Any:
     if isinstance(value, list):
         item = (items or {}).get("type", "any")
         # The checker keeps the quotes of strings in an Array, and has no right answer with them.
-        parts = [each if kind == "Array" and isinstance(each, str) else _literal(each, item, language) for each in value]
+        bare = str if kind == "Array" else ()
+        parts = [each if isinstance(each, bare) else _literal(each, item, language) for each in value]
         opener, closer = COLLECTIONS[kind]
         return f"{opener}{', '.join(parts)}{closer}"
     if isinstance(value, dict):

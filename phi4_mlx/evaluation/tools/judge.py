@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from phi4_mlx.evaluation.tools.leaderboard import LANGUAGES, Case, Leaderboard
 from phi4_mlx.tools.calls import ToolCall
 
-# Values in Java or JavaScript that are not checked: the checker's patterns take exponential time in arrays, or the fifth
-# power of a run of spaces, where they do not match. The longest right value has 152 characters.
+# Values in Java or JavaScript that are not checked: the checker's patterns take exponential time in arrays, or the
+# fifth power of a run of spaces, where they do not match. The longest right value has 152 characters.
 _MAX_CHARS = 400
 _MAX_ARRAYS = 12
 _ARRAYS = re.compile(r"\]\s*,\s*\[")

@@ -60,7 +60,8 @@ def types(schema: Any) -> Iterator[str]:
 
 
 def test_every_declaration_is_taken_with_the_types_of_json(cases: dict[str, list[Case]]) -> None:
-    declared = [tool["function"]["parameters"] for each in cases.values() for c in each for tool in check_tools(c.tools)]
+    tools = [tool for each in cases.values() for case in each for tool in check_tools(case.tools)]
+    declared = [tool["function"]["parameters"] for tool in tools]
     assert len(declared) == 8726
     found = {kind for schema in declared for kind in types(schema)}
     assert found == {"object", "array", "string", "integer", "number", "boolean"}
