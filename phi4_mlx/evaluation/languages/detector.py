@@ -35,7 +35,7 @@ _SINGLE = {"Arabic": "ar", "Hebrew": "he", "Thai": "th", "Hangul": "ko", "kana":
 _NO_PROSE = re.compile(
     r"```.*?(?:```|\Z)|`[^`\n]+`|https?://\S+|\S+@\S+\.\w+|\\\[.*?\\\]|\\\(.*?\\\)|\$\$.*?\$\$|<[a-z/][^<>\n]*>", re.S
 )
-_SENTENCE = re.compile(r"(?<=[.!?…])[\s\"'”»)]+|[\n。！？؟।]+")
+SENTENCE = re.compile(r"(?<=[.!?…])[\s\"'”»)]+|[\n。！？؟।]+")
 _WORD = re.compile(r"[^\W\d_]+")
 _MARGIN = 0.45  # of the best language over the second, in words that only the best one has
 _COVERED = 0.1  # of the words of a text must speak for a language; fewer are another language, or none
@@ -77,7 +77,7 @@ def language_shares(text: str) -> dict[str, float]:
     main = {script: _closest(script, words) for script, words in whole.items()}
     main["Han"] = "ja" if "kana" in whole else "zh"
     letters: Counter[str] = Counter()
-    for sentence in _SENTENCE.split(text):
+    for sentence in SENTENCE.split(text):
         found = _by_script(sentence)
         for script, words in found.items():
             count = sum(map(len, words))

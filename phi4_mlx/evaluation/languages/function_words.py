@@ -90,8 +90,8 @@ LATIN_WORDS = {
         kjøpe åpen åpner åpent språk kake kjøtt hvit grønn høy høyt vakker nytt forskjellige viktig alltid aldri igjen
         kanskje neste siste ganger slik innen utenfor innenfor hit dit lyset trenger lite liten mulighet muligheter
         frihet sikkerhet helse rettigheter rettighet rett arbeidet likesom skjer skjedde virkelig deilig fordi sein ta
-        sørg prøv velg legg tenk snakk minst dessuten slikt steke gjerne vennlig bør hverandre hvilken hvilket hvilke
-        mennesket eget viser vise begynner begynn la be ber takk sekken grønnsaker
+        sørg prøv velg legg tenk snakk minst dessuten slikt steke gjerne vennlig bør hvilken hvilket hvilke mennesket
+        eget viser vise begynner begynn la be ber takk sekken grønnsaker
     """,
     "pl": """
         w i z na do nie że się jest są był była było być to ten ta te tego tej tym tych który która które którzy jak
