@@ -17,6 +17,7 @@ from phi4_mlx.files.regular_file import open_regular
 from phi4_mlx.files.safetensors import file_in, json_in
 
 MANIFEST_FILE = "manifest.json"
+REPORT_FILE = "quantization.json"  # like the model card, for people alone: not listed, so that it may have times
 
 _READ_BY_LOADERS = (".safetensors", ".json", ".jinja")
 _BLOCK_BYTES = 2**20
@@ -49,7 +50,7 @@ def verify_manifest(folder: Path) -> None:
     files = read_manifest(folder)["files"]
     paths = [path.relative_to(folder) for pattern in ("*", "*/*") for path in folder.glob(pattern)]
     present = {path.as_posix() for path in paths if path.suffix in _READ_BY_LOADERS}
-    if stray := sorted(present - files.keys() - {MANIFEST_FILE}):
+    if stray := sorted(present - files.keys() - {MANIFEST_FILE, REPORT_FILE}):
         raise CheckpointError(f"{folder / stray[0]} is not in {MANIFEST_FILE}; remove it, or convert again")
     for name, entry in files.items():
         path = file_in(folder, name)
