@@ -1,4 +1,4 @@
-"""Faults of an answer that need no knowledge of its content: another language, a mixture, a loop, a copied question."""
+"""Faults of an answer that can be seen without judging its content: its language, a loop, a copied question."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from phi4_mlx.evaluation.languages.detector import SENTENCE, UNKNOWN, language_s
 
 FAULTS = {
     "empty": "has no letters",
+    "short": "has less than half the letters of the question, which asks for more",
     "copy": "repeats the question and adds next to nothing",
     "loop": "repeats itself",
     "language": "is in another language, or in none that is known",
@@ -23,6 +24,7 @@ _UNKNOWN = 0.3  # of the letters may be in no language, as abbreviations in Japa
 _COPIES = 4  # of the same words in a row are a loop
 _LOOP_LETTERS = 40  # the shortest loop; four times "ha" is laughter
 _LONGEST_PERIOD = 2000  # letters
+_SHORT = 0.5  # of the question's letters; the questions ask for a story, a letter, steps
 _OWN_LETTERS = 20  # that an answer must add to the question
 _SIMILAR = 0.8  # difflib's ratio of an answer to its question, from which on it is a copy
 
@@ -51,15 +53,17 @@ def check(answer: str, question: str, language: str) -> Verdict:
     shares = language_shares(answer)
     found = max(shares, key=shares.__getitem__, default=UNKNOWN)
     others = sum(share for code, share in shares.items() if code not in (language, UNKNOWN))
-    words = _letters(answer)
+    words, asked = _letters(answer), _letters(question)
     if not words:
         fault = "empty"
-    elif _is_copy(words, _letters(question)):
+    elif _is_copy(words, asked):
         fault = "copy"
     elif _is_loop(words) or _is_shuffled_loop(answer):
         fault = "loop"
     elif found != language:
         fault = "language"
+    elif len(words) < _SHORT * len(asked):
+        fault = "short"
     elif others > _OTHER or shares.get(UNKNOWN, 0) > _UNKNOWN:
         fault = "mixture"
     else:
