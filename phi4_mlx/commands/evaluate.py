@@ -334,7 +334,7 @@ def _report(args: argparse.Namespace) -> None:
     from phi4_mlx.evaluation.run import read_run
 
     one, other = (read_run(Path(os.path.expanduser(path))) for path in args.report)
-    text = compared(one, other, tuple(args.report))
+    text = compared(one, other)
     print(text)
 
 
