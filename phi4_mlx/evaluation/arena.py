@@ -81,7 +81,9 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     return result if options.judge is None else _judged(result, questions, answers, options)
 
 
-def _judged(result: TaskResult, questions: Sequence[Mapping[str, Any]], answers: Answers, options: Options) -> TaskResult:
+def _judged(
+    result: TaskResult, questions: Sequence[Mapping[str, Any]], answers: Answers, options: Options
+) -> TaskResult:
     """The result with a local judge's verdicts, each pair in both orders."""
     assert options.judge is not None
     baseline = {str(row["question_id"]): _content(row) for row in _rows(BASELINE, options.data)}
@@ -105,7 +107,9 @@ def _judged(result: TaskResult, questions: Sequence[Mapping[str, Any]], answers:
         samples.append({**sample, "score": score, "verdicts": [each[-1] if each else None for each in (own, swapped)]})
     unclear = sum(not verdict for verdict in verdicts)
     metrics = [mean("wins", scores)] if scores else [Metric("wins", float("nan"), None, 0)]
-    groups = {f"judge {options.judge}": [*metrics, Metric("comparisons without a verdict", unclear, None, len(verdicts))]}
+    groups = {
+        f"judge {options.judge}": [*metrics, Metric("comparisons without a verdict", unclear, None, len(verdicts))]
+    }
     return replace(result, samples=samples, groups=groups)
 
 

@@ -67,7 +67,9 @@ def load_comparator(name: str) -> Comparator | Subject:
     except (MemoryError, Phi4Error):
         raise
     except Exception as error:  # mlx-lm has no exceptions of its own
-        raise RequestError(f"{name} cannot be loaded by mlx-lm: {type(error).__name__}: {message_of(error):.300}") from error
+        raise RequestError(
+            f"{name} cannot be loaded by mlx-lm: {type(error).__name__}: {message_of(error):.300}"
+        ) from error
     template = getattr(tokenizer, "chat_template", None) or ""
     header = json.dumps([config, str(template)], sort_keys=True).encode()
     arrays = [array for _, array in sorted(tree_flatten(model.parameters()))]

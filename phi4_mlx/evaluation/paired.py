@@ -63,9 +63,7 @@ def paired_test(first: Sequence[float], second: Sequence[float], seed: int = 0) 
         p_value, test = _mcnemar(wins, losses), "McNemar, exact"
     else:
         p_value, test = _permutation([each for each in differences if each], seed)
-    return Paired(
-        count, math.fsum(first) / count, math.fsum(second) / count, wins, losses, stderr, p_value, test
-    )
+    return Paired(count, math.fsum(first) / count, math.fsum(second) / count, wins, losses, stderr, p_value, test)
 
 
 def _mcnemar(wins: int, losses: int) -> float:

@@ -43,7 +43,9 @@ def compared(one: Run, other: Run) -> str:
         raise RequestError(f"the runs have no scored documents in common{'; ' if notes else ''}{'; '.join(notes)}")
     head = ["task", "metric", "A", "B", "B - A", "A better", "B better", "documents", "p", "test"]
     title = f"A is {one.model} ({one.fingerprint[:8]}), B is {other.model} ({other.fingerprint[:8]})."
-    about = "B - A has one standard error of the paired difference; p is two-sided, and not corrected for several tasks."
+    about = (
+        "B - A has one standard error of the paired difference; p is two-sided, and not corrected for several tasks."
+    )
     listed = "\n".join(f"- {note}" for note in notes)
     return "\n\n".join(each for each in (title, markdown_table(head, rows), about, listed) if each) + "\n"
 
@@ -58,7 +60,9 @@ def _paired(first: TaskResult, second: TaskResult) -> tuple[Paired | None, list[
         notes.append(f"{amount(alone, 'document')} of one run only left out")
     other = [name for name in both if ours[name].get("document") != theirs[name].get("document")]
     if other:
-        notes.append(f"{amount(len(other), 'document')} of other content under the same id left out, such as {other[0]}")
+        notes.append(
+            f"{amount(len(other), 'document')} of other content under the same id left out, such as {other[0]}"
+        )
     kept = [name for name in both if name not in set(other)]
     pairs = [(ours[name].get("score"), theirs[name].get("score")) for name in kept]
     scored = [(float(one), float(two)) for one, two in pairs if one is not None and two is not None]

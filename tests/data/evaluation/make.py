@@ -15,35 +15,15 @@ from typing import Any
 Rows = list[dict[str, Any]]
 
 COLOURS = ["red", "blue", "green", "white", "black", "brown"]
-MMLU = (
-    "abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry "
-    "college_computer_science college_mathematics college_medicine college_physics computer_security "
-    "conceptual_physics econometrics electrical_engineering elementary_mathematics formal_logic global_facts "
-    "high_school_biology high_school_chemistry high_school_computer_science high_school_european_history "
-    "high_school_geography high_school_government_and_politics high_school_macroeconomics high_school_mathematics "
-    "high_school_microeconomics high_school_physics high_school_psychology high_school_statistics "
-    "high_school_us_history high_school_world_history human_aging human_sexuality international_law jurisprudence "
-    "logical_fallacies machine_learning management marketing medical_genetics miscellaneous moral_disputes "
-    "moral_scenarios nutrition philosophy prehistory professional_accounting professional_law professional_medicine "
-    "professional_psychology public_relations security_studies sociology us_foreign_policy virology world_religions"
-).split()
+MMLU = ["abstract_algebra", "anatomy", "astronomy", "business_ethics", "clinical_knowledge", "college_biology", "college_chemistry", "college_computer_science", "college_mathematics", "college_medicine", "college_physics", "computer_security", "conceptual_physics", "econometrics", "electrical_engineering", "elementary_mathematics", "formal_logic", "global_facts", "high_school_biology", "high_school_chemistry", "high_school_computer_science", "high_school_european_history", "high_school_geography", "high_school_government_and_politics", "high_school_macroeconomics", "high_school_mathematics", "high_school_microeconomics", "high_school_physics", "high_school_psychology", "high_school_statistics", "high_school_us_history", "high_school_world_history", "human_aging", "human_sexuality", "international_law", "jurisprudence", "logical_fallacies", "machine_learning", "management", "marketing", "medical_genetics", "miscellaneous", "moral_disputes", "moral_scenarios", "nutrition", "philosophy", "prehistory", "professional_accounting", "professional_law", "professional_medicine", "professional_psychology", "public_relations", "security_studies", "sociology", "us_foreign_policy", "virology", "world_religions"]
 MMLU_PRO = [
     "biology", "business", "chemistry", "computer science", "economics", "engineering", "health", "history", "law",
     "math", "other", "philosophy", "physics", "psychology",
 ]  # fmt: skip
-BBH = (
-    "boolean_expressions causal_judgement date_understanding disambiguation_qa dyck_languages formal_fallacies "
-    "geometric_shapes hyperbaton logical_deduction_five_objects logical_deduction_seven_objects "
-    "logical_deduction_three_objects movie_recommendation multistep_arithmetic_two navigate object_counting "
-    "penguins_in_a_table reasoning_about_colored_objects ruin_names salient_translation_error_detection snarks "
-    "sports_understanding temporal_sequences tracking_shuffled_objects_five_objects "
-    "tracking_shuffled_objects_seven_objects tracking_shuffled_objects_three_objects web_of_lies word_sorting"
-).split()
-MMMLU = "AR_XY BN_BD DE_DE ES_LA FR_FR HI_IN ID_ID IT_IT JA_JP KO_KR PT_BR SW_KE YO_NG ZH_CN".split()
-MATH = (
-    "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
-).split()
-MGSM = "bn de en es fr ja ru sw te th zh".split()
+BBH = ["boolean_expressions", "causal_judgement", "date_understanding", "disambiguation_qa", "dyck_languages", "formal_fallacies", "geometric_shapes", "hyperbaton", "logical_deduction_five_objects", "logical_deduction_seven_objects", "logical_deduction_three_objects", "movie_recommendation", "multistep_arithmetic_two", "navigate", "object_counting", "penguins_in_a_table", "reasoning_about_colored_objects", "ruin_names", "salient_translation_error_detection", "snarks", "sports_understanding", "temporal_sequences", "tracking_shuffled_objects_five_objects", "tracking_shuffled_objects_seven_objects", "tracking_shuffled_objects_three_objects", "web_of_lies", "word_sorting"]
+MMMLU = ["AR_XY", "BN_BD", "DE_DE", "ES_LA", "FR_FR", "HI_IN", "ID_ID", "IT_IT", "JA_JP", "KO_KR", "PT_BR", "SW_KE", "YO_NG", "ZH_CN"]
+MATH = ["algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra", "precalculus"]
+MGSM = ["bn", "de", "en", "es", "fr", "ja", "ru", "sw", "te", "th", "zh"]
 
 
 def write(folder: Path, configs: Sequence[str], splits: Mapping[str, Rows]) -> None:
@@ -65,7 +45,11 @@ def box(number: int) -> tuple[str, list[str], int]:
     colour = COLOURS[number % len(COLOURS)]
     options = [COLOURS[(number + step) % len(COLOURS)] for step in (1, 2, 3)]
     place = number % 4
-    return f"Box {number} is {colour}. Which colour is box {number}?", [*options[:place], colour, *options[place:]], place
+    return (
+        f"Box {number} is {colour}. Which colour is box {number}?",
+        [*options[:place], colour, *options[place:]],
+        place,
+    )
 
 
 def arc(number: int) -> dict[str, Any]:
@@ -126,7 +110,12 @@ def boolq(number: int) -> dict[str, Any]:
 
 def truthfulqa(number: int) -> dict[str, Any]:
     """TruthfulQA's multiple choice."""
-    choices = [f"{number} and {number} is {2 * number}", f"It is {2 * number}", f"It is {2 * number + 1}", "Nobody knows"]
+    choices = [
+        f"{number} and {number} is {2 * number}",
+        f"It is {2 * number}",
+        f"It is {2 * number + 1}",
+        "Nobody knows",
+    ]
     return {
         "question": f"What is {number} and {number}?",
         "mc1_targets": {"choices": choices, "labels": [1, 0, 0, 0]},
@@ -173,7 +162,12 @@ def gsm8k(number: int) -> dict[str, Any]:
 
 def mgsm(number: int) -> dict[str, Any]:
     """MGSM: the answer in words is empty in the test split."""
-    return {"question": gsm8k(number)["question"], "answer": None, "answer_number": 2 * number + 5, "equation_solution": None}
+    return {
+        "question": gsm8k(number)["question"],
+        "answer": None,
+        "answer_number": 2 * number + 5,
+        "equation_solution": None,
+    }
 
 
 def math(number: int) -> dict[str, Any]:
@@ -198,7 +192,12 @@ def bbh(number: int) -> dict[str, Any]:
 def arena(number: int) -> dict[str, Any]:
     """Arena Hard's questions."""
     prompt = f"Write one sentence about {COLOURS[number % 6]} boxes."
-    return {"question_id": f"own{number}", "category": "arena-hard-v0.1", "cluster": "Boxes", "turns": [{"content": prompt}]}
+    return {
+        "question_id": f"own{number}",
+        "category": "arena-hard-v0.1",
+        "cluster": "Boxes",
+        "turns": [{"content": prompt}],
+    }
 
 
 def main(folder: Path) -> None:
@@ -216,11 +215,19 @@ def main(folder: Path) -> None:
     write(folder / "Rowan/hellaswag", ["default"], {"train": rows(hellaswag, train), "validation": rows(hellaswag)})
     write(folder / "baber/piqa", ["default"], {"train": rows(piqa, train), "validation": rows(piqa)})
     write(folder / "lighteval/siqa", ["default"], {"train": rows(social_iqa, train), "validation": rows(social_iqa)})
-    write(folder / "allenai/winogrande", ["winogrande_xl"], {"train": rows(winogrande, train), "validation": rows(winogrande)})
+    write(
+        folder / "allenai/winogrande",
+        ["winogrande_xl"],
+        {"train": rows(winogrande, train), "validation": rows(winogrande)},
+    )
     write(folder / "aps/super_glue", ["boolq"], {"train": rows(boolq, train), "validation": rows(boolq)})
     write(folder / "truthfulqa/truthful_qa", ["multiple_choice"], {"validation": rows(truthfulqa)})
     write(folder / "cais/mmlu", MMLU, {"dev": rows(mmlu, train[:5]), "test": rows(mmlu, range(2))})
-    write(folder / "TIGER-Lab/MMLU-Pro", ["default"], {"validation": rows(mmlu_pro, range(100, 170)), "test": rows(mmlu_pro, range(14))})
+    write(
+        folder / "TIGER-Lab/MMLU-Pro",
+        ["default"],
+        {"validation": rows(mmlu_pro, range(100, 170)), "test": rows(mmlu_pro, range(14))},
+    )
     write(folder / "openai/MMMLU", MMMLU, {"test": rows(mmmlu, range(57 * 6))})
     write(folder / "Idavidrein/gpqa", ["gpqa_main", "gpqa_diamond"], {"train": rows(gpqa)})
     write(folder / "openai/gsm8k", ["main"], {"train": rows(gsm8k, train), "test": rows(gsm8k)})
