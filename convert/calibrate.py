@@ -25,13 +25,13 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.files.dtypes import mlx_dtype
 from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.files.safetensors import Stored
-from phi4_mlx.models.model import Carried
 
 from .batches import Batch, batches, spread
 from .bits import Candidate, choose_bits
 from .blocks import BlockModel, embedded
 from .divergence import Reference
 from .gptq import Solver
+from .joint import joint_divergence
 from .moments import Moments, recording
 from .quantize import Layout, Scheme
 from .weights import Parameter, read_rows
@@ -62,6 +62,7 @@ class Calibration:
         chosen: path -> the candidate within the budget.
         candidates: path -> all that were measured.
         tokens: of the calibration text.
+        kl: KL divergence with all chosen candidates, in nats per token.
         seconds: that it took, over all its runs.
         peak_bytes: peak of MLX's memory.
         work: the folder of the candidates' numbers.
@@ -71,6 +72,7 @@ class Calibration:
     chosen: dict[str, Candidate]
     candidates: dict[str, list[Candidate]]
     tokens: int
+    kl: float
     seconds: float
     peak_bytes: int
     work: WorkFolder
@@ -128,7 +130,8 @@ def calibrate(
     used = sum(map(len, rows))
     state = run.work.state
     chosen = choose_bits(candidates, bits_per_weight)
-    return Calibration(chosen, candidates, used, state["seconds"], state["peak_bytes"], run.work, run.parameters)
+    kl = run.joint({path: each.scheme for path, each in chosen.items()})
+    return Calibration(chosen, candidates, used, kl, state["seconds"], state["peak_bytes"], run.work, run.parameters)
 
 
 class _Run:
@@ -185,6 +188,12 @@ class _Run:
         """The scheme in which a matrix is measured."""
         return min(self.schemes[path], key=lambda scheme: abs(scheme.bits - VARIANT_BITS))
 
+    def joint(self, schemes: Mapping[str, Scheme]) -> float:
+        """KL divergence with these matrices quantised together, in nats per token."""
+        rounded = {path: partial(self._rounded, self.parameters[path], each) for path, each in schemes.items()}
+        own = {each.path: each for each in (self.blocks.embedding, self.blocks.head)}
+        return joint_divergence(self.blocks, self.few.ids, self.few.wanted, lambda path: _dense(own[path]), rounded)
+
     def _embed(self) -> None:
         embedding = self.blocks.embedding
         for number, batch in enumerate(self.texts):
@@ -237,19 +246,19 @@ class _Run:
             self.work.save_candidate(_layout(parameter, scheme), _quantised(parameter, solver, scheme, errors))
             self.errors[path][str(scheme.bits)] = sum(errors) / energy if energy > 0 else 0.0
 
-    def _rounded(self, parameter: Parameter) -> Rows:
-        """The weights of the candidate that is measured, dequantised in float32."""
-        scheme = self._variant(parameter.path)
+    def _rounded(self, parameter: Parameter, scheme: Scheme | None = None) -> Rows:
+        """A candidate's weights, dequantised in float32; by default of the one that is measured."""
+        scheme = scheme or self._variant(parameter.path)
         stored = self.work.candidate(_layout(parameter, scheme))
         for first, last in _ranges(parameter):
             weight, *rest = (read_rows(each, first, last) for each in stored)
             yield first, last, mx.dequantize(weight, *(each.astype(mx.float32) for each in rest), **vars(scheme))
 
     def _head(self) -> None:
-        """Measures all variants, quantises the head, and measures it with the embedding if they are one."""
+        """Measures all variants, then quantises and measures the head, which may be the embedding too."""
         head = self.blocks.head
         kept = [rows for _, _, rows in _dense(head)]
-        reference = Reference(self._hidden(self.few, self.work.load(PLAIN)), kept)
+        reference = Reference(self._hidden(self.few, self.work.load(PLAIN)), lambda: kept)
         for path in self.schemes:
             if path != head.path:
                 self.kl[path] = reference.divergence(self._hidden(self.few, self.work.load(path)))
@@ -259,25 +268,12 @@ class _Run:
         for index, batch in enumerate(self.texts):
             moments.add(self._hidden(batch, self.work.load(f"{TEXT}{index}")))
         self._quantise(head, moments)
-        tied = head is self.blocks.embedding
-        carried = self._with_rounded_embedding() if tied else tuple(self.work.load(PLAIN))
-        weights = (rows for _, _, rows in self._rounded(head))
-        self.kl[head.path] = reference.divergence(self._hidden(self.few, carried), weights)
+        self.kl[head.path] = self.joint({head.path: self._variant(head.path)})
 
     def _hidden(self, batch: Batch, carried: Sequence[mx.array]) -> mx.array:
         """Inputs of the head at the wanted tokens, [N, D]."""
         found = self.model.out_of_blocks(tuple(carried))
         return found.reshape(-1, found.shape[-1])[mx.array(batch.wanted)]
-
-    def _with_rounded_embedding(self) -> Carried:
-        """The few tokens behind all blocks, with the candidate of the embedding that is measured."""
-        embedding = self.blocks.embedding
-        carried = self.model.into_blocks(embedded(self.few.ids, embedding.width, self._rounded(embedding)))
-        for number in range(len(self.blocks.blocks)):
-            with self.blocks.block(number):
-                carried = self.model.through_block(number, carried)
-                mx.eval(carried)
-        return carried
 
 
 def _ranges(parameter: Parameter) -> Iterator[tuple[int, int]]:

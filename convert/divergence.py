@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import mlx.core as mx
+
+Head = Callable[[], Iterable[mx.array]]
+"""The rows of a head from the first, in blocks [rows, D]; called each time that they are needed."""
 
 
 class Reference:
@@ -12,18 +15,18 @@ class Reference:
 
     Args:
         hidden: inputs of the head, fp32 [N, D].
-        head: its rows from the first, in blocks [rows, D].
+        head: its rows.
     """
 
-    def __init__(self, hidden: mx.array, head: Sequence[mx.array]):
+    def __init__(self, hidden: mx.array, head: Head):
         self._hidden, self._head = hidden, head
         self._normaliser = mx.full((len(hidden),), -mx.inf)
-        for rows in head:
+        for rows in head():
             block = mx.logsumexp(hidden @ rows.astype(mx.float32).T, axis=-1)
             self._normaliser = mx.logaddexp(self._normaliser, block)
             mx.eval(self._normaliser)
 
-    def divergence(self, hidden: mx.array, head: Iterable[mx.array] | None = None) -> float:
+    def divergence(self, hidden: mx.array, head: Head | None = None) -> float:
         """Mean over the tokens of the KL divergence of other distributions from these, in nats.
 
         Args:
@@ -32,7 +35,7 @@ class Reference:
         """
         normaliser = mx.full((len(hidden),), -mx.inf)
         gap = mx.zeros((len(hidden),))
-        for own, other in zip(self._head, head or self._head, strict=True):
+        for own, other in zip(self._head(), (head or self._head)(), strict=True):
             logits = self._hidden @ own.astype(mx.float32).T
             changed = hidden @ other.astype(mx.float32).T
             gap = gap + (mx.exp(logits - self._normaliser[:, None]) * (logits - changed)).sum(axis=-1)

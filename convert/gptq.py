@@ -1,9 +1,9 @@
 """GPTQ on MLX's affine grid: columns are rounded in order, and the columns that follow make up for each error.
 
 With the factor U, U^T U = H^-1, the error of a row in the outputs is the sum of (e_j / U_jj)^2 over its columns, where
-e_j is the error of column j against its weights as the columns before have changed them. So 1 / U_jj^2 is how much the
-error of a column counts, and the grid of a group is searched with these weights when its turn comes. (On a demo, KL at 4
-bits was .255 of plain rounding's, and .270 with the second moments themselves.) Rows do not depend on each other.
+e_j is the error of column j against its weights as the columns before have changed them. The grid of a group is
+searched when its turn comes, on those weights, in which columns count by the second moments of their inputs. (1 / U_jj^2
+in their place made KL 2 % smaller at 4 bits and 24 % larger at 3.) Rows do not depend on each other.
 
 Source: GPTQ (arXiv 2210.17323), algorithm 1.
 """
@@ -60,8 +60,8 @@ class Solver:
                 "calibration text drives it out of range"
             )
         added = DAMPING * (mean if mean > 0 else 1.0)
+        self.importance = diagonal + added
         self.factor = _inverse_factor(hessian + mx.diag(mx.broadcast_to(mx.array(added), diagonal.shape)))
-        self.importance = 1 / mx.square(mx.diag(self.factor))
         mx.eval(self.importance, self.factor)
 
     def quantize(self, weight: mx.array, scheme: Scheme, dtype: mx.Dtype) -> Quantized:
