@@ -21,7 +21,6 @@ from phi4_mlx.errors import RequestError
 from .quantize import Scheme
 
 SCALE_BITS = 32  # of a scale and a bias, counted in 16 bits each whatever their dtype
-MAX_STATES = 2**18  # kept between two matrices; never reached by the shapes of the family
 _HALVINGS = 100  # of the interval that holds the multiplier
 
 Floats = npt.NDArray[np.float64]
@@ -108,8 +107,6 @@ def _solve(kls: Sequence[Floats], costs: Sequence[Integers], budget: int) -> lis
         new_sums, new_spent = (sums[:, None] + kl).ravel(), (spent[:, None] + cost).ravel()
         bound = new_sums + multiplier * (new_spent - budget) + rest[number]
         alive = np.flatnonzero((new_spent + cheapest[number] <= budget) & (bound <= incumbent + slack))
-        if len(alive) > MAX_STATES:
-            alive = np.sort(alive[np.argsort(bound[alive], kind="stable")[:MAX_STATES]])
         alive = alive[np.lexsort((new_sums[alive], new_spent[alive]))]
         lowest = np.minimum.accumulate(new_sums[alive])
         alive = alive[np.concatenate([[True], lowest[1:] < lowest[:-1]])]

@@ -2,7 +2,8 @@
 
 A package has config.json, the weights, the tokenizer's files unchanged, generation_config.json with every token that
 ends an answer, and a manifest of hashes. mlx-lm and the Swift loader read it too, if they know the kind of model. No
-code is copied.
+code is copied. The model card, and the report of a calibration, are for people: no loader reads them, and the manifest
+does not list them, so that they may be edited.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from phi4_mlx.terminal.amount import size
 from phi4_mlx.tokens.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 from .calibrated import Wish, calibrated
+from .card import CARD_FILE, model_card, read_origin
 from .loras import lora_bytes, plan_loras, write_loras
 from .quantize import make_recipe, quantization_config
+from .report import Report, write_report
 from .weights import Parameter, plan, shards, write_shard
 
 _FLOATS = {DTYPES[name].mlx_name: name for name in FLOATS}  # "bfloat16" -> "BF16"
@@ -46,7 +49,7 @@ SMALL_FILES = (
 
 SHARD_BYTES = 5 * 10**9 - 10**7  # tensor bytes in a file, which stays under 5 GB with its header
 
-Progress = Callable[[int, int], object]
+Progress = Callable[[float, float], object]
 """Called as (bytes done, bytes in all) of the source."""
 
 
@@ -117,17 +120,19 @@ def convert(
     kind = _FLOATS[dtype] if dtype else None
     target = Path(os.path.abspath(os.path.expanduser(mlx_path)))
     work = target.with_name(f".{target.name}.calibration")
+    reports: list[Report] = []
 
     def planned(folder: Path, config: Config) -> list[Parameter]:
         parameters = plan(folder, config, recipe, kind, dequantize)
         _check_towers(folder, parameters, {"--tower-bits": tower_bits, "--adapter-bits": adapter_bits})
         if recipe and wish:
             shown = progress or (lambda done, total: None)
-            parameters, _ = calibrated(folder, config, parameters, recipe, wish, work, shown, tell)
+            parameters, report = calibrated(folder, config, parameters, recipe, wish, work, shown, tell)
+            reports.append(report)
         return parameters
 
     loras = partial(plan_loras, recipe=recipe, dtype=kind, dequantize=dequantize)
-    write_package(target, hf_path, revision, planned, progress, loras)
+    write_package(target, hf_path, revision, planned, progress, loras, lambda: next(iter(reports), None))
     if wish:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -153,6 +158,8 @@ def write_package(
     planned: Callable[[Path, Config], list[Parameter]],
     progress: Progress | None = None,
     planned_loras: Callable[[Path, Config], dict[str, Adapter]] | None = None,
+    report: Callable[[], Report | None] = lambda: None,
+    tuned: bool = False,
 ) -> None:
     """Writes a package, whole or not at all.
 
@@ -163,6 +170,8 @@ def write_package(
         planned: maps the checkpoint's folder and its config to the parameters to write.
         progress: called as (bytes done, bytes in all) of the checkpoint.
         planned_loras: likewise to the LoRAs to write, by folder; None keeps those of the checkpoint as they are.
+        report: gives the report of the calibration, if there was one, once the weights are written.
+        tuned: whether the weights are a fine-tune of the checkpoint, for the model card.
 
     Raises:
         Phi4Error: as `convert`, and whatever `planned` raises.
@@ -186,7 +195,13 @@ def write_package(
         manifest: JsonObject = {"files": files}
         if isinstance(tokenizer, ByteTokenizer):  # proven to merge as tiktoken does; `load` need not prove it again
             manifest["tokenizer_merges_agree"] = files["tokenizer.json"]["sha256"]
-        for name, data in {MANIFEST_FILE: _json(manifest), **small}.items():
+        calibration = report()
+        drawn = write_report(out, calibration)[1:] if calibration else []
+        sizes = {name: adapter.nbytes for name, adapter in loras.items()}
+        origin = read_origin(hf_path, folder, tuned)
+        card = model_card(origin, config, parameters, sizes, calibration, *(path.name for path in drawn))
+        documents = {MANIFEST_FILE: _json(manifest), CARD_FILE: card.encode()}
+        for name, data in {**documents, **small}.items():  # config.json last: with it the package is complete
             (out / name).write_bytes(data)
 
 

@@ -1,1 +1,1 @@
-"""Scores of models: standard tasks through lm-eval, own tasks, and comparisons of two packages."""
+"""Evaluation of models: scores of texts, answers to questions, and the tasks that are made of them."""
