@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
 
-from phi4_mlx.models.cache import LayerCache
+from phi4_mlx.models.cache import LayerCache, Mask
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime
 from phi4_mlx.tokens.prompt import places_of
@@ -47,11 +47,14 @@ class BatchCache(list[LayerCache]):
     def record(self, ids: mx.array) -> None:
         """Keeps no ids: the sequences have them."""
 
-    def make_mask(self, N: int) -> mx.array | None:
-        """The columns that each row's next token may attend to, bool [B, 1, 1, S]; None where all may."""
+    def make_mask(self, N: int) -> Mask:
+        """The columns that each row's next N tokens may attend to: as for one row, less those before its start."""
+        whole = self[0].make_mask(N)
         if not any(self._padding):
-            return None
-        return mx.arange(self.columns + N) >= mx.array(self._padding)[:, None, None, None]
+            return whole
+        columns = mx.arange(self.columns + N)
+        started = columns >= mx.array(self._padding)[:, None, None, None]  # [B, 1, 1, S]
+        return started if N == 1 else started & (columns <= mx.arange(self.columns, self.columns + N)[:, None])
 
     def join(self, caches: Sequence[PromptCache]) -> None:
         """Appends a row for each cache; its arrays are copied."""

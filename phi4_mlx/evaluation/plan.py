@@ -1,0 +1,74 @@
+"""The order in which sequences are run, so that a beginning that several share is run once.
+
+Sequences form a tree by their tokens. A node runs the tokens that all sequences below it share, in one row; what is
+left of them runs in passes of several rows, and where many share more, in nodes of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from os.path import commonpath
+
+from phi4_mlx.generation.memory import ContextPlan
+
+PASS_COST = 16  # tokens; a pass reads all weights, which takes a Mac about as long as computing so many 4-bit tokens
+
+
+@dataclass(frozen=True)
+class Node:
+    """Sequences with a common beginning.
+
+    Attributes:
+        sequences: the ids of each, sorted, all different.
+        start: tokens that the nodes above have run.
+        stop: tokens at the start that all sequences share.
+    """
+
+    sequences: list[list[int]]
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """Tokens at the start that all sequences share."""
+        return len(commonpath([self.sequences[0], self.sequences[-1]]))
+
+    def split(self) -> tuple[list[list[int]], list[Node]]:
+        """What follows the shared beginning: sequences that run as rows, and nodes, the largest one last."""
+        stop, rows, nodes = self.stop, [], []
+        for _, group in groupby((ids for ids in self.sequences if len(ids) > stop), lambda ids: ids[stop]):
+            below = Node(list(group), stop)
+            if (len(below.sequences) - 1) * (below.stop - stop) <= PASS_COST:
+                rows += below.sequences
+            else:
+                nodes.append(below)
+        return rows, sorted(nodes, key=lambda node: len(node.sequences))
+
+
+def packs(rows: Sequence[list[int]], start: int, most_rows: int, most_tokens: int) -> Iterator[list[list[int]]]:
+    """Rows that run in one pass, padded to the longest.
+
+    Args:
+        rows: the ids of each.
+        start: tokens of each that have been run.
+        most_rows: the most rows of a pass.
+        most_tokens: the most tokens of a pass of several rows, with padding.
+    """
+    pack: list[list[int]] = []
+    for ids in sorted(rows, key=len):
+        new, shortest = len(ids) - start, len(pack[0]) - start if pack else 0
+        padding = sum(len(ids) - len(each) for each in pack)
+        if pack and (
+            len(pack) == most_rows or new * (len(pack) + 1) > most_tokens or padding > max(PASS_COST, shortest)
+        ):
+            yield pack
+            pack = []
+        pack.append(ids)
+    if pack:
+        yield pack
+
+
+def room_for_rows(plan: ContextPlan, length: int) -> int:
+    """Bytes for rows beside the weights and a prefill of `length` tokens; while rows are moved, they take as many again."""
+    return max(0, plan.limit_bytes - plan.peak_bytes(length)) // 2
