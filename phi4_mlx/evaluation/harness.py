@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from phi4_mlx.errors import RequestError
 from phi4_mlx.evaluation.answers import Answers
 from phi4_mlx.evaluation.asking import Answer, Question, ask
+from phi4_mlx.evaluation.plan import shared
 from phi4_mlx.evaluation.scoring import scores
 from phi4_mlx.evaluation.subject import Progress, Subject
 
@@ -33,7 +33,7 @@ _USED = {
 }  # fmt: skip
 
 
-class Harness(TemplateLM):  # type: ignore[misc]  # lm-eval has no type information
+class Harness(TemplateLM):
     """A subject as lm-eval asks it.
 
     Texts are read as Hugging Face reads them: control strings in them are control tokens, so that a rendered chat keeps
@@ -139,8 +139,8 @@ class Harness(TemplateLM):  # type: ignore[misc]  # lm-eval has no type informat
         before, after = self._encode_pair(context, continuation)
         if continuation and not after:  # one token reaches over the border: it belongs to the continuation
             whole = self.tok_encode(context + continuation)
-            shared = len(os.path.commonprefix([before, whole]))
-            before, after = whole[:shared], whole[shared:]
+            border = shared(before, whole)
+            before, after = whole[:border], whole[border:]
         return before, after
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:

@@ -6,7 +6,6 @@ left of them runs in passes of several rows, and where many share more, in nodes
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -32,7 +31,7 @@ class Node:
     @property
     def stop(self) -> int:
         """Tokens at the start that all sequences share."""
-        return len(os.path.commonprefix([self.sequences[0], self.sequences[-1]]))
+        return shared(self.sequences[0], self.sequences[-1])
 
     def split(self) -> tuple[list[list[int]], list[Node]]:
         """What follows the shared beginning: sequences that run as rows, and nodes, the largest one last."""
@@ -44,6 +43,11 @@ class Node:
             else:
                 nodes.append(below)
         return rows, sorted(nodes, key=lambda node: len(node.sequences))
+
+
+def shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens that two sequences have in common at their start."""
+    return next((n for n, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
 
 
 def packs(rows: Sequence[list[int]], start: int, most_rows: int, most_tokens: int) -> Iterator[list[list[int]]]:
@@ -70,5 +74,5 @@ def packs(rows: Sequence[list[int]], start: int, most_rows: int, most_tokens: in
 
 
 def room_for_rows(plan: ContextPlan, length: int) -> int:
-    """Bytes for rows beside the weights and a prefill of `length` tokens; while rows are moved, they take as many again."""
+    """Bytes for rows beside a prefill of `length` tokens: half of what is left, as they are copied while they move."""
     return max(0, plan.limit_bytes - plan.peak_bytes(length)) // 2
