@@ -53,10 +53,11 @@ def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_has_one_top_level_package(installed: Path) -> None:
     assert {path.name for path in installed.iterdir() if path.suffix != ".dist-info"} == {"phi4_mlx"}
-    for name in ("py.typed", "convert/__main__.py", "convert/package.py", "models/text.py"):
+    converter = ("convert/__main__.py", "convert/package.py", "convert/calibration.jsonl")
+    for name in ("py.typed", *converter, "models/text.py"):
         assert (installed / "phi4_mlx" / name).is_file(), name
-    converter = (installed / "phi4_mlx" / "convert" / "__init__.py").read_text()
-    assert converter == (ROOT / "convert" / "__init__.py").read_text()  # the real one, not the one for checkouts
+    init = (installed / "phi4_mlx" / "convert" / "__init__.py").read_text()
+    assert init == (ROOT / "convert" / "__init__.py").read_text()  # the real one, not the one for checkouts
 
 
 @pytest.mark.parametrize("source", EMBEDDED.values(), ids=EMBEDDED)

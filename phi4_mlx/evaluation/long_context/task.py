@@ -1,0 +1,149 @@
+"""The task `long-context`: asks the questions of a run and marks the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from phi4_mlx.errors import RequestError, check_whole
+from phi4_mlx.evaluation.long_context.haystack import SLACK, Haystack
+from phi4_mlx.evaluation.long_context.heat_map import draw_heat_maps
+from phi4_mlx.evaluation.long_context.lengths import check_lengths, default_lengths, table
+from phi4_mlx.evaluation.long_context.mark import mark
+from phi4_mlx.evaluation.long_context.plan import DEPTHS, Place, answer_room, languages, places
+from phi4_mlx.evaluation.options import Options
+from phi4_mlx.evaluation.result import Json, Metric, TaskResult, mean
+from phi4_mlx.terminal.amount import amount
+
+if TYPE_CHECKING:
+    from phi4_mlx.evaluation.answers import Answers
+    from phi4_mlx.evaluation.subject import Subject
+
+NAME = "long-context"
+Sample = dict[str, Json]
+
+
+def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
+    """Asks questions about long texts; a `Run` of `phi4_mlx.evaluation.tasks`.
+
+    Args:
+        subject: the model.
+        answers: those given so far.
+        options: `lengths`, `depths`, `languages`, `limit`, `samples`, `max_tokens`, `seed`, `progress` and `folder` count.
+
+    Returns:
+        The score of `phi4_mlx.evaluation.long_context.mark`, its share of exact answers, and groups by RoPE table, length,
+        depth, kind, language and form of the values. Heat maps are in `options.folder`.
+
+    Raises:
+        RequestError: a language, a length or a depth cannot be asked.
+    """
+    spoken = languages(options.languages)
+    room = options.max_tokens or answer_room(spoken, subject.tokenizer)
+    cut = ""
+    if options.lengths:
+        lengths = check_lengths(subject.model, options.lengths, room)
+    else:
+        lengths, cut = default_lengths(subject.model, room)
+    for depth in options.depths:
+        check_whole("--depths", depth, 0, 100)
+    depths = sorted(set(options.depths or DEPTHS))
+    whole = bool(options.languages or options.depths)
+    chosen = _chosen(places(spoken, lengths, depths, whole, options.seed), options)
+
+    samples, short = _ask(subject, answers, chosen, room, options)
+    if not samples:
+        raise RequestError(
+            f"--lengths {', '.join(map(str, lengths))}: the shortest question does not fit; choose greater lengths"
+        )
+    boundary = subject.model.boundary
+    for sample in samples:
+        sample["table"] = table(sample["length"], room, boundary)
+    notes = [cut, *short]
+    if options.folder:
+        notes.append(draw_heat_maps(samples, boundary, options.folder))
+    settings = {
+        "lengths": lengths, "depths": depths, "languages": [language.code for language in spoken], "seed": options.seed,
+        "limit": options.limit, "max_tokens": room, "slack": SLACK, "rope_boundary": boundary,
+    }  # fmt: skip
+    return TaskResult(
+        NAME, _metrics(samples), settings, samples, "; ".join(note for note in notes if note), _groups(samples)
+    )
+
+
+def _chosen(found: list[Place], options: Options) -> list[Place]:
+    """The places that the options leave, in an order that lets neighbours share their beginnings."""
+    if NAME in options.samples:
+        wrong = [n for n in options.samples[NAME] if not 0 <= n < len(found)]
+        if wrong:
+            raise RequestError(f"--samples {NAME}: {wrong[0]} is not a document; they have numbers from 0 to {len(found) - 1}")
+        found = [found[n] for n in dict.fromkeys(options.samples[NAME])]
+    elif options.limit is not None:
+        found = found[: options.limit]
+    return sorted(found, key=lambda place: (place.language.code, place.length, place.kind, place.depth))
+
+
+def _ask(
+    subject: Subject, answers: Answers, chosen: Sequence[Place], room: int, options: Options
+) -> tuple[list[Sample], list[str]]:
+    """Samples, and notes on questions that their length has no room for. One language and length is in memory at a time."""
+    from phi4_mlx.evaluation.asking import Question, ask
+
+    samples: list[Sample] = []
+    short: dict[str, int] = {}
+    done = 0
+    for language, of_language in groupby(chosen, key=lambda place: place.language):
+        haystack = Haystack(language, subject.tokenizer, options.seed)
+        for _, group in groupby(of_language, key=lambda place: place.length):
+            asked = []
+            for place in (members := list(group)):
+                problem = place.problem(options.seed)
+                prompt = haystack.prompt(problem, place.length)
+                if prompt is None:
+                    name = f"{place.kind} in {place.length:,} tokens"
+                    short[name] = short.get(name, 0) + 1
+                else:
+                    asked.append((place, problem, Question(place.id, [{"role": "user", "content": prompt}], max_tokens=room)))
+            given = ask(subject, [question for *_, question in asked], answers, _shifted(options, done, len(chosen)))
+            for (place, problem, _), answer in zip(asked, given, strict=True):
+                found = mark(problem, answer.content)
+                samples.append({
+                    "id": place.id, "score": found.score, "recall": found.recall, "exact": found.exact,
+                    "kind": place.kind, "language": language.code, "form": place.form, "length": place.length,
+                    "depth": place.depth, "prompt_tokens": answer.prompt_tokens, "truths": [*problem.truths],
+                    "answer": answer.content, "finish_reason": answer.finish_reason,
+                })  # fmt: skip
+            done += len(members)
+    return samples, [f"no room for {name} ({amount(count, 'question')})" for name, count in short.items()]
+
+
+def _shifted(options: Options, done: int, total: int) -> Callable[[int, int], None] | None:
+    """The progress of the whole run, for a part of it that begins at `done`."""
+    tell = options.progress
+    return None if tell is None else lambda part, _: tell(done + part, total)
+
+
+def _metrics(samples: Sequence[Sample]) -> list[Metric]:
+    return [mean(name, [sample[name] for sample in samples]) for name in ("score", "recall", "exact")]
+
+
+def _groups(samples: Sequence[Sample]) -> dict[str, list[Metric]]:
+    """Metrics by table, length, depth, kind, language and form, and by kind and table together."""
+
+    def rows() -> Iterator[tuple[tuple[int, object], str, Sample]]:
+        for sample in samples:
+            yield (0, sample["table"] != "short table"), sample["table"], sample
+            yield (1, sample["length"]), f"{sample['length']:,} tokens", sample
+            yield (2, sample["depth"]), f"depth {sample['depth']} %", sample
+            yield (3, sample["kind"]), sample["kind"], sample
+            yield (4, sample["kind"]), f"{sample['kind']}, {sample['table']}", sample
+            yield (5, sample["language"]), f"language {sample['language']}", sample
+            yield (6, sample["form"]), f"values: {sample['form']}", sample
+
+    order: dict[str, tuple[int, object]] = {}
+    members: dict[str, list[Sample]] = {}
+    for key, name, sample in rows():
+        order[name] = key
+        members.setdefault(name, []).append(sample)
+    return {name: _metrics(members[name]) for name in sorted(members, key=lambda name: (order[name], name))}

@@ -1,0 +1,99 @@
+"""The result of a task: metrics with standard errors, the settings they hold for, and the score of every document."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from phi4_mlx.errors import RequestError
+
+Json = Any
+"""A JSON value: None, bool, int, float, str, list or dict."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure over documents.
+
+    Attributes:
+        name: such as "accuracy".
+        value: usually from 0 to 1.
+        stderr: standard error of `value`, in its unit; None if it is not defined.
+        count: documents it is the mean of.
+    """
+
+    name: str
+    value: float
+    stderr: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a task found.
+
+    Attributes:
+        task: its name.
+        metrics: the first is the main one.
+        settings: what another run must share to be comparable, as JSON values.
+        samples: one a document, each with "id" (unique in the task) and "score" (of the main metric); runs are paired
+            by "id".
+        note: one line for people, such as what differs from a published setting.
+        groups: the same metrics by category, language, length or the like.
+    """
+
+    task: str
+    metrics: list[Metric]
+    settings: dict[str, Json]
+    samples: list[dict[str, Json]]
+    note: str = ""
+    groups: dict[str, list[Metric]] = field(default_factory=dict)
+
+    @property
+    def main(self) -> Metric:
+        """The metric that tables and pictures show."""
+        return self.metrics[0]
+
+    def to_json(self) -> dict[str, Json]:
+        """The result as JSON values."""
+        return {
+            "task": self.task,
+            "metrics": [vars(metric) for metric in self.metrics],
+            "settings": self.settings,
+            "note": self.note,
+            "groups": {name: [vars(metric) for metric in metrics] for name, metrics in self.groups.items()},
+            "samples": self.samples,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Json]) -> TaskResult:
+        """The result that `to_json` described.
+
+        Raises:
+            RequestError: a field is missing or has another type.
+        """
+        try:
+            groups = {name: [Metric(**metric) for metric in metrics] for name, metrics in value["groups"].items()}
+            metrics = [Metric(**metric) for metric in value["metrics"]]
+            samples = [{**sample, "id": sample["id"]} for sample in value["samples"]]
+            return cls(str(value["task"]), metrics, dict(value["settings"]), samples, str(value["note"]), groups)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise RequestError(f"it is not a result of evaluate: {error}") from None
+
+
+def mean(name: str, scores: Sequence[float]) -> Metric:
+    """The mean of independent scores, with its standard error.
+
+    Args:
+        name: of the metric.
+        scores: one a document; at least one.
+
+    Returns:
+        The metric; its standard error is that of a sample (n - 1), None for a single score.
+    """
+    count = len(scores)
+    value = math.fsum(scores) / count
+    spread = math.fsum((score - value) ** 2 for score in scores)
+    return Metric(name, value, math.sqrt(spread / (count - 1) / count) if count > 1 else None, count)
