@@ -35,7 +35,7 @@ class Question:
 
     Attributes:
         name: an id for messages; the answer does not depend on it.
-        prompt: messages, as for the chat template; or text, in which control strings are control tokens.
+        prompt: messages, as for the chat template; text, in which control strings are control tokens; or ids.
         tools: declared to the model, with messages only; their calls are parsed.
         max_tokens: the most tokens to draw.
         stops: strings that end the answer before them, matched while it is drawn, after the thoughts.
@@ -45,7 +45,7 @@ class Question:
     """
 
     name: str
-    prompt: str | Sequence[Mapping[str, Any]]
+    prompt: str | Sequence[Mapping[str, Any]] | Sequence[int]
     tools: Sequence[Any] | None = None
     max_tokens: int = 512
     stops: tuple[str, ...] = ()
@@ -145,10 +145,7 @@ class _Asked:
         check_whole(f"max_tokens of {question.name}", question.max_tokens, 1)
         Sampler(question.temp, question.top_p)
         AnswerText(tokenizer.streaming_decoder(), question.stops)
-        if isinstance(question.prompt, str):
-            ids = tokenizer.encode(question.prompt, specials=True) or [subject.start_id]
-        else:
-            ids = [*tokenizer.apply_chat_template(question.prompt, question.tools)]
+        ids = _ids(tokenizer, question) or [subject.start_id]
         subject.model.check_ids(ids)
         most = longest - min(question.max_tokens, longest // 2)
         kept = ids[max(0, len(ids) - most) :]
@@ -164,6 +161,16 @@ class _Asked:
         question = self.question
         sampler = make_sampler(question.temp, question.top_p, seed=question.seed) if question.temp else None
         return BatchSequence(model, [*self.ids], self.max_tokens, sampler)
+
+
+def _ids(tokenizer: Tokenizer, question: Question) -> list[int]:
+    """The ids of a prompt."""
+    prompt = question.prompt
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt, specials=True)
+    ids = [each for each in prompt if isinstance(each, int)]
+    messages = [each for each in prompt if not isinstance(each, int)]
+    return [*tokenizer.apply_chat_template(messages, question.tools)] if messages else ids
 
 
 def _answer_all(subject: Subject, asked: Sequence[_Asked], answers: Answers, progress: Progress | None) -> None:

@@ -158,7 +158,7 @@ def test_settings_of_a_task_are_honoured(
     monkeypatch.setattr(module, "ask", ask)
     harness = Harness(subject, answers, seed=5)
     assert harness.generate_until(requests(("Hi", settings), ("Hi", settings), ("Ho", settings))) == ["c"] * 3
-    first = Question(asked[0].name, "Hi", seed=5, **{"stops": (), **changes})
+    first = Question(asked[0].name, harness.tok_encode("Hi"), seed=5, **{"stops": (), **changes})
     assert asked[0] == first
     assert [question.seed for question in asked] == [5, 6, 5]  # a repeated question is drawn again
     assert [(request.args[0], answer.reasoning) for request, answer in harness.drawn] == [
@@ -195,6 +195,20 @@ def test_a_chat_is_rendered_as_text_that_encodes_to_its_ids(subject: Subject, an
     assert open_turn == harness.apply_chat_template(messages) + "It"
     assert harness.chat_template(True) == "phi4-mini" and harness.chat_template(False) == ""
     assert harness.tokenizer_name == "a__demo"
+
+
+def test_a_control_string_in_a_message_stays_text(subject: Subject, answers: Answers) -> None:
+    harness, end = Harness(subject, answers), subject.tokenizer.control_ids["<|end|>"]
+    messages = [{"role": "user", "content": "Say <|end|> now"}]
+    ids = subject.tokenizer.apply_chat_template(messages)
+    context = harness.apply_chat_template(messages)
+    assert harness.tok_encode(context) == ids and ids.count(end) == 1
+    more = subject.tokenizer.encode("It is")
+    assert harness.tok_encode(context + "It is") == [*ids, *more]
+    ((found, _),) = harness.loglikelihood(requests((context, "It is")))
+    assert found == pytest.approx(logprob(subject, ids, more), abs=1e-4)
+    harness.generate_until(requests((context, {"max_gen_toks": 1})))
+    assert harness.drawn[0][1].prompt_tokens == len(ids)
 
 
 def test_a_model_without_a_chat_format_is_refused_in_one_line(
