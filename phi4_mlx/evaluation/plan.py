@@ -6,10 +6,12 @@ left of them runs in passes of several rows, and where many share more, in nodes
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from os.path import commonpath
+
+from phi4_mlx.generation.memory import ContextPlan
 
 PASS_COST = 16  # tokens; a pass reads all weights, which takes a Mac about as long as computing so many 4-bit tokens
 
@@ -30,7 +32,7 @@ class Node:
     @property
     def stop(self) -> int:
         """Tokens at the start that all sequences share."""
-        return len(commonpath([self.sequences[0], self.sequences[-1]]))
+        return len(os.path.commonprefix([self.sequences[0], self.sequences[-1]]))
 
     def split(self) -> tuple[list[list[int]], list[Node]]:
         """What follows the shared beginning: sequences that run as rows, and nodes, the largest one last."""
@@ -65,3 +67,8 @@ def packs(rows: Sequence[list[int]], start: int, most_rows: int, most_tokens: in
         pack.append(ids)
     if pack:
         yield pack
+
+
+def room_for_rows(plan: ContextPlan, length: int) -> int:
+    """Bytes for rows beside the weights and a prefill of `length` tokens; while rows are moved, they take as many again."""
+    return max(0, plan.limit_bytes - plan.peak_bytes(length)) // 2
