@@ -102,14 +102,14 @@ def quieten() -> None:
     Raises:
         RequestError: lm-eval is not installed.
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read as tqdm is imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         import datasets
-        import lm_eval  # noqa: F401
+        import lm_eval.api.task
     except ImportError:
         raise RequestError(MISSING) from None
     datasets.disable_progress_bars()
+    lm_eval.api.task.tqdm = lambda documents, **_: documents  # it has no switch of its own
     for library in ("lm_eval", "datasets", "huggingface_hub", "fsspec"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
@@ -220,7 +220,7 @@ def _load_message(name: str, manager: Any, data: Path | None, error: Exception) 
     if "must have valid or test docs" in reason or isinstance(error, NotImplementedError):
         return f"{which} has no test split that the task names; name one in its YAML: test_split, or validation_split"
     if isinstance(error, KeyError) and error.args and error.args[0] in _splits(config):
-        return f"{which} has no split {error.args[0]!r}, which the task needs; a copy with that split goes in --data"
+        return f"{which} has no split {error.args[0]!r}, which its YAML names"
     if isinstance(error, (OSError, DatasetsError)) or "Couldn't find" in reason or "BuilderConfig" in reason:
         offline = " and HF_DATASETS_OFFLINE is set" if _offline() else " and cannot be fetched"
         where = "" if source is None else f": {data or 'DIR'}/{source}"
