@@ -225,7 +225,7 @@ def _samples(given: str | None) -> dict[str, list[int]]:
     )
     if not is_ids:
         raise RequestError(f'--samples must map tasks to lists of ids, as {{"arc_challenge": [0, 3]}}, not {text:.100}')
-    return {name: list(dict.fromkeys(ids)) for name, ids in value.items()}
+    return {name: sorted(set(ids)) for name, ids in value.items()}
 
 
 def _asked(args: argparse.Namespace, options: Options) -> tuple[Suite | None, list[str]]:

@@ -73,7 +73,8 @@ def _evaluate(
         top_p=options.top_p,
         progress=options.progress,
     )
-    samples = {name: list(ids) for name, ids in options.samples.items() if name in task.tasks}
+    # lm-eval asks documents in the order of the data and names them in the order given, so it is given that order.
+    samples = {name: sorted(set(ids)) for name, ids in options.samples.items() if name in task.tasks}
     _check_samples(task, samples)
     try:
         found = evaluator.evaluate(

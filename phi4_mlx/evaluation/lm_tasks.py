@@ -54,11 +54,12 @@ def check_task_names(names: list[str], own: list[str], include_path: Path | None
     Raises:
         RequestError: a name is not known; the nearest ones are named.
     """
+    included = _included(include_path)
     for name in names:
-        if name in own or name in _included(include_path):
+        if name in own or name in included:
             continue
         if name not in known_tasks():
-            near = suggestion(name, [*own, *_included(include_path), *known_tasks()])
+            near = suggestion(name, [*own, *included, *known_tasks()])
             advice = near or f"; own tasks are {', '.join(own)}; `lm_eval ls tasks` lists lm-eval's"
             raise RequestError(f"{name!r:.100} is not a task{advice}{_unread(include_path)}")
 
@@ -124,7 +125,6 @@ def _manager(include_path: Path | None, name: str) -> Any:
     return _whole_manager(include_path)
 
 
-@cache
 def _small_manager(include_path: Path | None, folder: Path | None) -> Any:
     from lm_eval.tasks import TaskManager
 
@@ -148,7 +148,6 @@ def _children(config: Mapping[str, Any]) -> list[str]:
     return [name for name in named if isinstance(name, str)]
 
 
-@cache
 def _included(include_path: Path | None) -> tuple[str, ...]:
     """The names of the tasks in a folder of own YAML.
 
