@@ -225,7 +225,7 @@ def _samples(given: str | None) -> dict[str, list[int]]:
     )
     if not is_ids:
         raise RequestError(f'--samples must map tasks to lists of ids, as {{"arc_challenge": [0, 3]}}, not {text:.100}')
-    return {name: list(dict.fromkeys(ids)) for name, ids in value.items()}
+    return {name: sorted(set(ids)) for name, ids in value.items()}
 
 
 def _asked(args: argparse.Namespace, options: Options) -> tuple[Suite | None, list[str]]:
@@ -298,7 +298,6 @@ def _run(
         for place, job in enumerate(jobs, 1):
             label = f"{place}/{len(jobs)} {job.name}"
             if reason := loaded.missing.get(job.name):
-                run.missing[job.name] = reason
                 complain(PROG, f"{label} is left out: {reason}")
                 continue
             path = answers_path(folder / "answers", file_name(job.name), subject.group)
