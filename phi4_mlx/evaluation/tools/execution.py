@@ -36,7 +36,7 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     """
     check_tool_format(subject)
     loaded = load_questions(options.data, subject.tokenizer)
-    questions = picked("tools", _of_categories(loaded.items, options.categories)[: options.limit], options)
+    questions = picked("tools", _of_categories(loaded.items, options.categories), options)
     max_tokens, temp, top_p = options.max_tokens or MAX_TOKENS, options.temp or 0.0, options.top_p or 1.0
     draws = [temp, top_p, options.seed] if temp else None
     settings = [max_tokens, draws, loaded.functions_sha256]

@@ -120,10 +120,7 @@ def _question(line: JsonObject, number: str, functions: Functions, tokenizer: To
     if not isinstance(name, (str, int)) or not isinstance(category, str):
         raise RequestError('"id" and "category" must be texts')
     tools = _tools(line, functions)
-    try:
-        tokenizer.apply_chat_template(messages, tools=Toolbox(tools).declarations)
-    except (TypeError, AttributeError):
-        raise RequestError('"messages" must be a list of {"role": ..., "content": ...}') from None
+    tokenizer.apply_chat_template(messages, tools=Toolbox(tools).declarations)
     return Question(str(name), category, messages, tools, answer, line)
 
 

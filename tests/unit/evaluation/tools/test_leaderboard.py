@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from phi4_mlx.evaluation.tools.leaderboard import INSTALL, LIVE, NON_LIVE, Case,
 from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.declarations import check_tools
 from phi4_mlx.tools.parser import ToolCallParser
+from tests.conftest import ROOT
 from tests.leaderboard_answers import right_calls, written
 
 AST = [category for category in (*NON_LIVE, *LIVE) if not category.endswith("relevance")]
@@ -205,6 +207,11 @@ def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(RequestError, match="pip install --no-deps bfcl-eval==") as caught:
         Leaderboard()
     assert INSTALL in str(caught.value)
+
+
+def test_the_makefile_installs_the_same_package() -> None:
+    found = re.search(r"^LEADERBOARD = (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert found is not None and f"pip install --no-deps {found[1]}" == INSTALL
 
 
 def test_a_package_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
