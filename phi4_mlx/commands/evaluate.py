@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 PROG = typed("evaluate")
 _count = number(int, 1, 10_000_000)
-_ROW_OPTIONS = ("num_shots", "apply_chat_template", "temp", "top_p", "include_path", "lengths", "languages")
+_ROW_OPTIONS = (
+    "num_shots", "apply_chat_template", "temp", "top_p", "include_path", "lengths", "languages", "categories",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,6 +108,13 @@ def _add_documents(parser: Parser) -> None:
         type=word,
         metavar="CODE",
         help="languages of long-context and languages (default: all)",
+    )
+    parser.add_argument(
+        "--categories",
+        nargs="+",
+        type=word,
+        metavar="NAME",
+        help="kinds of question of bfcl (live, non_live, or such as live_simple) and tools (default: all)",
     )
 
 
@@ -202,6 +211,7 @@ def _options(args: argparse.Namespace) -> Options:
         data=data,
         lengths=tuple(args.lengths or ()),
         languages=tuple(args.languages or ()),
+        categories=tuple(args.categories or ()),
         confirm_run_unsafe_code=args.confirm_run_unsafe_code,
         judge=args.judge,
         folder=Path(os.path.expanduser(args.output_dir)).absolute(),
@@ -277,6 +287,7 @@ def _settings(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
         "samples": _samples(args.samples),
         "lengths": args.lengths,
         "languages": args.languages,
+        "categories": args.categories,
     }
     return {name: getattr(args, name) for name in kept} | own | {"judge": args.judge, "comparators": args.comparator}
 
