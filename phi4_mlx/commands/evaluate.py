@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 PROG = typed("evaluate")
 _count = number(int, 1, 10_000_000)
 _ROW_OPTIONS = (
-    "num_shots", "apply_chat_template", "temp", "top_p", "include_path", "lengths", "languages", "categories",
+    "num_shots", "apply_chat_template", "temp", "top_p", "include_path", "lengths", "languages",
 )  # fmt: skip
+_LM_OPTIONS = ("num_shots", "apply_chat_template", "repeats", "include_path")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +75,22 @@ def _parser() -> Parser:
     )  # fmt: skip
     why = "with --suite, whose rows have their own"
     parser.idle.append(Idle(_ROW_OPTIONS, lambda args: args.suite is not None, why))
+    parser.idle.append(Idle(_LM_OPTIONS, _only_own, "on the package's own tasks"))
+    without = "without the task bfcl or tools"
+    parser.idle.append(Idle(("categories",), lambda args: not {"bfcl", "tools"} & _named(args), without))
     return parser
+
+
+def _named(args: argparse.Namespace) -> set[str]:
+    """The names after --tasks."""
+    return {name for given in args.tasks or () for name in given.split(",") if name}
+
+
+def _only_own(args: argparse.Namespace) -> bool:
+    """True if every task is one of the package's own."""
+    from phi4_mlx.evaluation.tasks import OWN
+
+    return bool(_named(args)) and _named(args) <= OWN.keys()
 
 
 def _add_documents(parser: Parser) -> None:

@@ -46,7 +46,8 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     limit = None if "bfcl" in options.samples else options.limit
     cases = [case for category in categories for case in board.cases(category)[:limit]]
     cases = picked("bfcl", cases, replace(options, limit=None))
-    max_tokens, temp, top_p = options.max_tokens or MAX_TOKENS, options.temp or 0.0, options.top_p or 1.0
+    max_tokens, temp = options.max_tokens or MAX_TOKENS, options.temp or 0.0
+    top_p = 1.0 if options.top_p is None else options.top_p
     questions = [
         Question(case.name, case.messages, case.tools or None, max_tokens, temp=temp, top_p=top_p, seed=options.seed)
         for case in cases

@@ -110,17 +110,24 @@ class Leaderboard:
         Raises:
             RequestError: a file is missing or damaged.
         """
-        truth: dict[str, Any] = {}
-        if not category.endswith("relevance"):
-            right = self._folder / "possible_answer" / f"BFCL_v4_{category}.json"
-            truth = dict(read_lines(right, lambda line, _: (line["id"], line["ground_truth"])))
-        return read_lines(self._folder / f"BFCL_v4_{category}.json", lambda line, _: self._case(category, line, truth))
+        truth: dict[str, list[Truth]] | None = None
+        try:
+            if not category.endswith("relevance"):
+                right = self._folder / "possible_answer" / f"BFCL_v4_{category}.json"
+                truth = dict(read_lines(right, lambda line, _: (line["id"], line["ground_truth"])))
+            asked = self._folder / f"BFCL_v4_{category}.json"
+            return read_lines(asked, lambda line, _: self._case(category, line, truth))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise RequestError(
+                f"the data of bfcl-eval {self.version} on {category} is not as expected "
+                f"({type(error).__name__}: {message_of(error)}): {INSTALL}"
+            ) from None
 
-    def _case(self, category: str, line: JsonObject, truth: Mapping[str, Any]) -> Case:
+    def _case(self, category: str, line: JsonObject, truth: Mapping[str, list[Truth]] | None) -> Case:
         (hinted,) = self._with_hints([copy.deepcopy(line)])
         tools = [{"type": "function", "function": self._declared(function)} for function in hinted["function"]]
         functions, name = line["function"], line["id"]
-        right = [_with_required(call, functions) for call in truth.get(name, [])]
+        right = [] if truth is None else [_with_required(call, functions) for call in truth[name]]
         return Case(name, category, line["question"][0], functions, tools, right)
 
     def _declared(self, function: JsonObject) -> JsonObject:

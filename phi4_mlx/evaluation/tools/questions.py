@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,7 @@ def load_questions(data: Path | None, tokenizer: Tokenizer) -> Questions:
         raise RequestError(f"the task tools needs --data: a folder with {QUESTIONS}, and {FUNCTIONS} for its tools")
     data = data.expanduser()
     path = data / QUESTIONS if data.is_dir() else data
-    if not path.exists():
+    if not os.path.exists(path):
         near = path_suggestion(str(data), lambda name: (Path(name) / QUESTIONS).exists() or name.endswith(".jsonl"))
         raise RequestError(f"{path} does not exist{near}")
     file = path.with_name(FUNCTIONS)

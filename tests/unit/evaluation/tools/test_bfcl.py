@@ -95,7 +95,7 @@ def test_documents_are_picked_by_index(demo: Subject, answers: Answers, asked: l
     with pytest.raises(RequestError, match="bfcl has no document 200; they are numbered 0 to 199"):
         bfcl.run(demo, answers, Options(categories=("parallel",), samples={"bfcl": [200]}))
     with pytest.raises(RequestError, match="bfcl is asked no document"):
-        bfcl.run(demo, answers, Options(samples={"bfcl": []}))
+        bfcl.run(demo, answers, Options(categories=("parallel",), samples={"bfcl": []}))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from phi4_mlx import run_tools
+from phi4_mlx.agent import AgentResult
 from phi4_mlx.errors import RequestError
 from phi4_mlx.evaluation.answers import Answers
 from phi4_mlx.evaluation.options import Options
@@ -90,6 +91,24 @@ def test_no_question_is_asked_twice(demo: Subject, answers: Answers, monkeypatch
     monkeypatch.setattr(execution, "run_tools", None)
     assert execution.run(demo, answers, options) == first
     assert answers.path.read_bytes() == before
+
+
+def test_a_run_that_was_stopped_goes_on(demo: Subject, answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def run(model: Any, tokenizer: Any, messages: list[Any], tools: Any, **options: Any) -> AgentResult:
+        asked.append(messages)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return AgentResult(f"answer {len(asked)}", list(messages), 1, "stop")
+
+    monkeypatch.setattr(execution, "run_tools", run)
+    with pytest.raises(KeyboardInterrupt):
+        execution.run(demo, answers, Options(data=DATA))
+    assert len(answers) == 2
+    result = execution.run(demo, answers, Options(data=DATA))
+    assert len(asked) == 13 and asked[2] == asked[3]  # the one that was stopped is asked again, and no other
+    assert [sample["text"] for sample in result.samples[:3]] == ["answer 1", "answer 2", "answer 4"]
 
 
 def test_other_functions_are_other_questions(demo: Subject, answers: Answers, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -212,6 +213,16 @@ def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_makefile_installs_the_same_package() -> None:
     found = re.search(r"^LEADERBOARD = (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert found is not None and f"pip install --no-deps {found[1]}" == INSTALL
+
+
+@pytest.mark.parametrize("line", ['{"id": "simple_java_0"}', '{"id": "simple_java_0", "question": [], "function": []}'])
+def test_damaged_data_is_named(line: str, board: Leaderboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "possible_answer").mkdir()
+    for folder in (tmp_path, tmp_path / "possible_answer"):
+        (folder / "BFCL_v4_simple_java.json").write_text(line)
+    monkeypatch.setitem(vars(board), "_folder", tmp_path)
+    with pytest.raises(RequestError, match=r"the data of bfcl-eval 2026.* on simple_java is not as expected"):
+        board.cases("simple_java")
 
 
 def test_a_package_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
