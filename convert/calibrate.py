@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -28,6 +29,7 @@ from .bits import Candidate, choose_bits
 from .blocks import BlockModel, embedded
 from .divergence import Reference
 from .gptq import Solver
+from .joint import joint_divergence
 from .moments import Moments, recording
 from .quantize import Layout, Scheme
 from .weights import Parameter, read_rows
@@ -58,6 +60,7 @@ class Calibration:
         chosen: path -> the candidate within the budget.
         candidates: path -> all that were measured.
         tokens: of the calibration text.
+        kl: KL divergence with all chosen candidates, in nats per token.
         seconds: that it took, over all its runs.
         peak_bytes: peak of MLX's memory.
         work: the folder of the candidates' numbers.
@@ -67,6 +70,7 @@ class Calibration:
     chosen: dict[str, Candidate]
     candidates: dict[str, list[Candidate]]
     tokens: int
+    kl: float
     seconds: float
     peak_bytes: int
     work: WorkFolder
@@ -169,7 +173,8 @@ def calibrate(
     used = sum(map(len, rows))
     state = run.work.state
     chosen = choose_bits(candidates, bits_per_weight)
-    return Calibration(chosen, candidates, used, state["seconds"], state["peak_bytes"], run.work, run.parameters)
+    kl = run.joint(chosen)
+    return Calibration(chosen, candidates, used, kl, state["seconds"], state["peak_bytes"], run.work, run.parameters)
 
 
 class _Run:
@@ -224,6 +229,12 @@ class _Run:
                 error, kl = self.measured[path][str(scheme.bits)]
                 found.setdefault(path, []).append(Candidate(path, scheme, numbers, kl, error))
         return found
+
+    def joint(self, chosen: Mapping[str, Candidate]) -> float:
+        """KL divergence with all chosen candidates, in nats per token."""
+        rounded = {path: partial(self._rounded, self.parameters[path], each.scheme) for path, each in chosen.items()}
+        own = {each.path: each for each in (self.blocks.embedding, self.blocks.head)}
+        return joint_divergence(self.blocks, self.few.ids, self.few.wanted, lambda path: _dense(own[path]), rounded)
 
     def _embed(self) -> None:
         embedding = self.blocks.embedding
@@ -313,7 +324,9 @@ class _Run:
         if head is self.blocks.embedding:
             carried = self._with_rounded_embedding(schemes)
         for scheme in schemes:
-            changed = reference.divergence(hidden(carried[scheme]), lambda: (w for _, _, w in self._rounded(head, scheme)))
+            changed = reference.divergence(
+                hidden(carried[scheme]), lambda: (w for _, _, w in self._rounded(head, scheme))
+            )
             self.measured[head.path][str(scheme.bits)][1] = changed
 
     def _with_rounded_embedding(self, schemes: Sequence[Scheme]) -> dict[Scheme, tuple[mx.array, ...]]:

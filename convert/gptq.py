@@ -109,9 +109,7 @@ def quantize_rows(
 
 
 def _inverse_factor(hessian: mx.array) -> mx.array:
-    """The upper triangular U with U^T U = hessian^-1; with the order of both axes reversed, its inverse is Cholesky's.
-
-    """
+    """The upper triangular U with U^T U = hessian^-1; with the order of both axes reversed, its inverse is Cholesky's."""
     with mx.stream(mx.cpu):  # MLX has no triangular solver on a GPU
         lower = mx.linalg.cholesky(mx.contiguous(hessian[::-1, ::-1]))
         return mx.contiguous(mx.linalg.tri_inv(lower)[::-1, ::-1])

@@ -19,7 +19,6 @@ from phi4_mlx.terminal.limits import MAX_TOKENS_LIMIT, SEED_LIMIT, TEMPERATURE_L
 from phi4_mlx.terminal.options import add_model_options, load_options
 
 if TYPE_CHECKING:
-    from phi4_mlx.evaluation.comparator import Comparator
     from phi4_mlx.evaluation.options import Options
     from phi4_mlx.evaluation.result import TaskResult
     from phi4_mlx.evaluation.run import Job, Loaded, Run
@@ -311,13 +310,13 @@ def _settings(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 def _run(
     jobs: Sequence[Job],
     loaded: Loaded,
-    subject: Subject | Comparator,
+    subject: Subject,
     folder: Path,
     settings: dict[str, Any],
 ) -> Run:
     """Runs jobs on a model, with `results.json` after each."""
     from phi4_mlx.evaluation.answers import Answers
-    from phi4_mlx.evaluation.run import Run, file_name, not_for, open_run, run_job, versions
+    from phi4_mlx.evaluation.run import Run, file_name, open_run, run_job, versions
     from phi4_mlx.evaluation.sharing import answers_path
 
     run = open_run(folder, Run(subject.name, subject.fingerprint, settings, versions(), {}, dict(loaded.missing)))
@@ -325,7 +324,7 @@ def _run(
     try:
         for place, job in enumerate(jobs, 1):
             label = f"{place}/{len(jobs)} {job.name}"
-            if reason := loaded.missing.get(job.name) or not_for(job, subject):
+            if reason := loaded.missing.get(job.name):
                 run.missing[job.name] = reason
                 complain(PROG, f"{label} is left out: {reason}")
                 continue

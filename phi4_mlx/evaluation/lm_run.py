@@ -16,14 +16,13 @@ from phi4_mlx.evaluation.result import Json, Metric, TaskResult, mean
 if TYPE_CHECKING:
     from phi4_mlx.evaluation.answers import Answers
     from phi4_mlx.evaluation.asking import Answer
-    from phi4_mlx.evaluation.comparator import Comparator
     from phi4_mlx.evaluation.subject import Subject
 
 BOOTSTRAPS = 1000  # for metrics that are not a mean; lm-eval's own 100,000 take minutes
 
 
 def run_lm_task(
-    task: LmTask, subject: Subject | Comparator, answers: Answers, options: Options, metric: str | None = None
+    task: LmTask, subject: Subject, answers: Answers, options: Options, metric: str | None = None
 ) -> TaskResult:
     """Runs a task.
 
@@ -58,12 +57,12 @@ def run_lm_task(
 
 
 def _evaluate(
-    task: LmTask, subject: Subject | Comparator, answers: Answers, options: Options, chat: bool, metric: str | None
+    task: LmTask, subject: Subject, answers: Answers, options: Options, chat: bool, metric: str | None
 ) -> TaskResult:
     """One pass over the documents."""
     from lm_eval import evaluator
 
-    lm = _lm(subject, answers, options, chat)
+    lm = _lm(subject, answers, options)
     samples = {name: list(ids) for name, ids in options.samples.items() if name in task.tasks}
     _check_samples(task, samples)
     try:
@@ -90,13 +89,10 @@ def _evaluate(
     return _result(task, found, metric, written)
 
 
-def _lm(subject: Subject | Comparator, answers: Answers, options: Options, chat: bool) -> Any:
+def _lm(subject: Subject, answers: Answers, options: Options) -> Any:
     """The model as lm-eval asks it."""
-    from phi4_mlx.evaluation.comparator import Comparator, comparator_lm
     from phi4_mlx.evaluation.harness import Harness
 
-    if isinstance(subject, Comparator):
-        return comparator_lm(subject, answers, options, chat)
     return Harness(
         subject,
         answers,

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from os.path import commonpath
 
+from phi4_mlx.generation.memory import ContextPlan
+
 PASS_COST = 16  # tokens; a pass reads all weights, which takes a Mac about as long as computing so many 4-bit tokens
 
 
@@ -65,3 +67,8 @@ def packs(rows: Sequence[list[int]], start: int, most_rows: int, most_tokens: in
         pack.append(ids)
     if pack:
         yield pack
+
+
+def room_for_rows(plan: ContextPlan, length: int) -> int:
+    """Bytes for rows beside the weights and a prefill of `length` tokens; while rows are moved, they take as many again."""
+    return max(0, plan.limit_bytes - plan.peak_bytes(length)) // 2

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
 from phi4_mlx.errors import CheckpointError
 from phi4_mlx.evaluation.answers import Answers, key_of
-from phi4_mlx.evaluation.plan import Node, packs
+from phi4_mlx.evaluation.plan import Node, packs, room_for_rows
 from phi4_mlx.evaluation.rolling import windows
 from phi4_mlx.evaluation.sharing import share_out
 from phi4_mlx.evaluation.subject import Progress, Subject
@@ -172,7 +172,7 @@ class _Scoring:
 
     def run(self) -> None:
         """Scores everything that has not been answered."""
-        check_context(self._plan, max(map(len, self._targets), default=1))
+        check_context(replace(self._plan, ways_out=("leave it out",)), max(map(len, self._targets), default=1))
         self._put()
         for regime in ("short", "long"):
             sequences = sorted(list(ids) for ids in self._targets if self._model.regime(len(ids)) == regime)
@@ -268,8 +268,6 @@ class _Scoring:
             self._progress(self._total - len(self._open), self._total)
 
     def _most_rows(self, length: int) -> int:
-        """Rows of `length` tokens that fit the memory beside two caches of one row."""
-        plan = self._plan
-        free = plan.limit_bytes // 2 - plan.peak_bytes(length) - plan.cache_bytes(length) - 3 * 4 * LOGITS
-        row = 2 * cache_bytes(plan.cost, length, snapshots=0)  # a layer's old buffers stand beside its new ones
-        return max(1, min(MAX_ROWS, free // row))
+        """Rows of `length` tokens that fit the memory beside the caches of two single ones, and logits."""
+        free = room_for_rows(self._plan, length) - self._plan.cache_bytes(length) - 2 * 4 * LOGITS
+        return max(1, min(MAX_ROWS, free // cache_bytes(self._plan.cost, length, snapshots=0)))

@@ -195,9 +195,9 @@ def test_rows_of_a_pass_are_as_many_as_fit_the_memory(
     plan = plan_context(model)
     draw = random.Random(9)
     requests = [(ids(draw, 20), ids(draw, 10)) for _ in range(8)]
-    three_rows = 3 * 2 * cache_bytes(model.context_cost(), 29, snapshots=0)
-    needed = plan.peak_bytes(29) + plan.cache_bytes(29) + 3 * 4 * scoring.LOGITS + three_rows
-    monkeypatch.setattr(memory, "memory_limit", lambda: 2 * needed)
+    three_rows = 3 * cache_bytes(model.context_cost(), 29, snapshots=0)
+    beside = plan.cache_bytes(29) + 2 * 4 * scoring.LOGITS
+    monkeypatch.setattr(memory, "memory_limit", lambda: plan.peak_bytes(29) + 2 * (beside + three_rows))
     with Answers(tmp_path / "answers") as answers, passes(model) as shapes:
         check(subjects["phi3"], requests, answers)
     assert [rows for rows, _ in shapes if rows > 1] == [3, 3, 2]
