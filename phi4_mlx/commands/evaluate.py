@@ -30,7 +30,7 @@ _count = number(int, 1, 10_000_000)
 _ROW_OPTIONS = (
     "num_shots", "apply_chat_template", "temp", "top_p", "include_path", "lengths", "languages",
 )  # fmt: skip
-_LM_OPTIONS = ("num_shots", "apply_chat_template", "repeats", "include_path")
+_LM_OPTIONS = ("num_shots", "apply_chat_template", "include_path")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,11 +72,12 @@ def _parser() -> Parser:
         "--output-dir", type=word, default="evaluation", metavar="FOLDER",
         help="folder for results.json, results.md, pictures and every answer",
     )  # fmt: skip
-    why = "with --suite, whose rows have their own"
-    parser.idle.append(Idle(_ROW_OPTIONS, lambda args: args.suite is not None, why))
-    parser.idle.append(Idle(_LM_OPTIONS, _only_own, "on the package's own tasks"))
-    without = "without the task bfcl or tools"
-    parser.idle.append(Idle(("categories",), lambda args: not {"bfcl", "tools"} & _named(args), without))
+    parser.idle += [
+        Idle(_ROW_OPTIONS, lambda args: args.suite is not None, "with --suite, whose rows have their own"),
+        Idle(_LM_OPTIONS, _only_own, "on the package's own tasks"),
+        Idle(("repeats",), lambda args: _only_own(args) and "languages" not in _named(args), "on these tasks"),
+        Idle(("categories",), lambda args: not {"bfcl", "tools"} & _named(args), "without the task bfcl or tools"),
+    ]
     return parser
 
 
