@@ -10,10 +10,11 @@ Source: https://github.com/ShishirPatil/gorilla/tree/main/berkeley-function-call
 from __future__ import annotations
 
 import copy
+import io
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module, metadata
@@ -151,7 +152,8 @@ class Leaderboard:
         """The checker's objection to calls that answer a case with a `truth`, or None."""
         language = self._languages(LANGUAGES.get(case.category, "python"))
         try:
-            verdict = self._check(case.functions, calls, case.truth, language, case.category, "")
+            with redirect_stdout(io.StringIO()):  # it prints what it cannot convert
+                verdict = self._check(case.functions, calls, case.truth, language, case.category, "")
         except Exception as error:  # the checker trips over values of shapes that no right answer has
             return f"a value has a shape that no right answer has ({type(error).__name__}: {message_of(error)})"
         if verdict["valid"]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -213,3 +216,12 @@ def test_a_model_without_a_tool_format_is_refused(demo: Subject, answers: Answer
     tokenizer.chat_format = Phi35Mini()
     with pytest.raises(RequestError, match=r"demo cannot be evaluated on tools: the chat format phi3.5-mini does not"):
         execution.run(replace(demo, tokenizer=tokenizer), answers, Options(data=DATA))
+
+
+@pytest.mark.slow
+def test_the_fixture_is_what_its_recipe_writes(tmp_path: Path) -> None:
+    command = [sys.executable, "tests/bench/tools.py", "--write", str(tmp_path), "--count", "12"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120)
+    assert done.returncode == 0
+    for name in ("questions.jsonl", "functions.py"):
+        assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
