@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 PROG = typed("evaluate")
 _count = number(int, 1, 10_000_000)
-_ROW_OPTIONS = ("num_shots", "apply_chat_template", "temp", "top_p", "include_path", "lengths", "languages")
+_ROW_OPTIONS = (
+    "num_shots", "apply_chat_template", "temp", "top_p", "include_path", "lengths", "languages",
+)  # fmt: skip
+_LM_OPTIONS = ("num_shots", "apply_chat_template", "include_path")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,9 +72,25 @@ def _parser() -> Parser:
         "--output-dir", type=word, default="evaluation", metavar="FOLDER",
         help="folder for results.json, results.md, pictures and every answer",
     )  # fmt: skip
-    why = "with --suite, whose rows have their own"
-    parser.idle.append(Idle(_ROW_OPTIONS, lambda args: args.suite is not None, why))
+    parser.idle += [
+        Idle(_ROW_OPTIONS, lambda args: args.suite is not None, "with --suite, whose rows have their own"),
+        Idle(_LM_OPTIONS, _only_own, "on the package's own tasks"),
+        Idle(("repeats",), lambda args: _only_own(args) and "languages" not in _named(args), "on these tasks"),
+        Idle(("categories",), lambda args: not {"bfcl", "tools"} & _named(args), "without the task bfcl or tools"),
+    ]
     return parser
+
+
+def _named(args: argparse.Namespace) -> set[str]:
+    """The names after --tasks."""
+    return {name for given in args.tasks or () for name in given.split(",") if name}
+
+
+def _only_own(args: argparse.Namespace) -> bool:
+    """True if every task is one of the package's own."""
+    from phi4_mlx.evaluation.tasks import OWN
+
+    return bool(_named(args)) and _named(args) <= OWN.keys()
 
 
 def _add_documents(parser: Parser) -> None:
@@ -105,6 +124,13 @@ def _add_documents(parser: Parser) -> None:
         type=word,
         metavar="CODE",
         help="languages of long-context and languages (default: all)",
+    )
+    parser.add_argument(
+        "--categories",
+        nargs="+",
+        type=word,
+        metavar="NAME",
+        help="kinds of question of bfcl (live, non_live, or such as live_simple) and tools (default: all)",
     )
 
 
@@ -201,6 +227,7 @@ def _options(args: argparse.Namespace) -> Options:
         data=data,
         lengths=tuple(args.lengths or ()),
         languages=tuple(args.languages or ()),
+        categories=tuple(args.categories or ()),
         confirm_run_unsafe_code=args.confirm_run_unsafe_code,
         judge=args.judge,
         folder=Path(os.path.expanduser(args.output_dir)).absolute(),
@@ -276,6 +303,7 @@ def _settings(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
         "samples": _samples(args.samples),
         "lengths": args.lengths,
         "languages": args.languages,
+        "categories": args.categories,
     }
     return {name: getattr(args, name) for name in kept} | own | {"judge": args.judge, "comparators": args.comparator}
 
