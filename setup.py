@@ -27,6 +27,7 @@ setup(
     package_data={
         "phi4_mlx": ["py.typed", "demo/*", "demo_flash/*", "demo_multimodal/*", "demo_multimodal/*/*"],
         "phi4_mlx.convert": ["calibration.jsonl"],
+        "phi4_mlx.evaluation.languages": ["*.json"],
         "phi4_mlx.evaluation.long_context": ["languages/*.json"],
         "phi4_mlx.server": ["page/*", "page/*/*"],
     },

@@ -1,7 +1,7 @@
-"""The manifest of a package: the size and SHA-256 of every file, written by the converter and checked on request.
+"""The manifest of a package: size and SHA-256 of every file but those for people, written by the converter.
 
 `manifest.json` is an object. Its "files" maps a file's name to "bytes" and "sha256"; other entries are facts that the
-converter has established about the package.
+converter has established about the package. The model card and the report of a calibration are not listed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from phi4_mlx.files.regular_file import open_regular
 from phi4_mlx.files.safetensors import file_in, json_in
 
 MANIFEST_FILE = "manifest.json"
+REPORT_FILE = "quantization.json"  # of a calibration; it has times, so two equal packages may differ in it
 
 _READ_BY_LOADERS = (".safetensors", ".json", ".jinja")
 _BLOCK_BYTES = 2**20
@@ -49,7 +50,7 @@ def verify_manifest(folder: Path) -> None:
     files = read_manifest(folder)["files"]
     paths = [path.relative_to(folder) for pattern in ("*", "*/*") for path in folder.glob(pattern)]
     present = {path.as_posix() for path in paths if path.suffix in _READ_BY_LOADERS}
-    if stray := sorted(present - files.keys() - {MANIFEST_FILE}):
+    if stray := sorted(present - files.keys() - {MANIFEST_FILE, REPORT_FILE}):
         raise CheckpointError(f"{folder / stray[0]} is not in {MANIFEST_FILE}; remove it, or convert again")
     for name, entry in files.items():
         path = file_in(folder, name)

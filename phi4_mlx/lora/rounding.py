@@ -13,25 +13,13 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from phi4_mlx.convert.packing import packed, unpacked
 from phi4_mlx.convert.quantize import Scheme
 
 SWEEPS = 3  # passes over the groups of a row
 STEPS = 8  # numbers of a group that may move in one pass
 DAMPING = 0.01  # weight of inputs that no calibration token has, relative to the mean input
 ADAPTER_WEIGHT = 0.3  # weight of the directions that `lora_a` reads, relative to the mean input
-
-
-def unpacked(weight: mx.array, bits: int) -> mx.array:
-    """The codes of a packed matrix: uint32 [rows, words] -> uint32 [rows, in]; MLX packs them as one stream of bits."""
-    one_bit = (weight[..., None] >> mx.arange(32, dtype=mx.uint32)) & 1
-    return (one_bit.reshape(len(weight), -1, bits) << mx.arange(bits, dtype=mx.uint32)).sum(axis=-1)
-
-
-def packed(codes: mx.array, bits: int) -> mx.array:
-    """The inverse of `unpacked`."""
-    one_bit = (codes[..., None].astype(mx.uint32) >> mx.arange(bits, dtype=mx.uint32)) & 1
-    words = one_bit.reshape(len(codes), -1, 32) << mx.arange(32, dtype=mx.uint32)
-    return words.sum(axis=-1).astype(mx.uint32)
 
 
 def metric(inputs: mx.array, lora_a: mx.array) -> mx.array:

@@ -1,4 +1,4 @@
-"""Rounding for the outputs of a layer: the codes as MLX packs them, and a small change that survives."""
+"""Rounding for the outputs of a layer: a small change survives, and no move makes the error larger."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from phi4_mlx.convert.quantize import Scheme
-from phi4_mlx.lora.rounding import metric, packed, rounded, unpacked
+from phi4_mlx.lora.rounding import metric, rounded
 
 ROWS, WIDTH, RANK = 48, 128, 2
 
@@ -21,16 +21,6 @@ def dequantized(arrays: list[mx.array], scheme: Scheme) -> mx.array:
 
 def output_error(error: mx.array, inputs: mx.array) -> float:
     return mx.square(inputs @ error.T).sum().item()
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
-def test_codes_are_those_that_mlx_packs(bits: int) -> None:
-    scheme = Scheme("affine", bits, 32)
-    weight, scales, biases = mx.quantize(random(ROWS, WIDTH, seed=0), **vars(scheme))
-    codes = unpacked(weight, bits)
-    values = codes.reshape(ROWS, -1, 32) * scales[..., None] + biases[..., None]
-    assert mx.abs(values.reshape(ROWS, WIDTH) - dequantized([weight, scales, biases], scheme)).max() < 1e-6
-    assert codes.max() == 2**bits - 1 and mx.array_equal(packed(codes, bits), weight)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])

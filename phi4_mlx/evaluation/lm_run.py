@@ -1,0 +1,240 @@
+"""One task of lm-eval, run on a model: its documents asked, its metrics as a `TaskResult`."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from phi4_mlx.errors import Phi4Error, RequestError, message_of
+from phi4_mlx.evaluation.lm_tasks import LmTask
+from phi4_mlx.evaluation.options import Options
+from phi4_mlx.evaluation.result import Json, Metric, TaskResult, mean
+
+if TYPE_CHECKING:
+    from phi4_mlx.evaluation.answers import Answers
+    from phi4_mlx.evaluation.asking import Answer
+    from phi4_mlx.evaluation.subject import Subject
+
+BOOTSTRAPS = 1000  # for metrics that are not a mean; lm-eval's own 100,000 take minutes
+
+
+def run_lm_task(
+    task: LmTask, subject: Subject, answers: Answers, options: Options, metric: str | None = None
+) -> TaskResult:
+    """Runs a task.
+
+    Args:
+        task: a loaded task; its settings are changed.
+        subject: the model.
+        answers: where its answers are kept.
+        options: of the evaluation.
+        metric: the main metric, such as "acc_norm" or "exact_match,flexible-extract"; None for the task's first.
+
+    Returns:
+        The metrics, the groups of a group, and a sample a document. With `repeats`, scores are means of draws.
+
+    Raises:
+        RequestError: the options do not fit the task, or its code fails.
+    """
+    if task.runs_code and not options.confirm_run_unsafe_code:
+        raise RequestError(
+            f"{task.name} runs code that the model writes; --confirm-run-unsafe-code allows it, best in a container"
+        )
+    for each in task.tasks.values():
+        if options.num_shots is not None:
+            each.set_config("num_fewshot", options.num_shots)
+        elif each.get_config("num_fewshot") is None:
+            each.set_config("num_fewshot", 0)
+        each.set_fewshot_seed(options.seed)
+    chat = task.generates if options.apply_chat_template is None else options.apply_chat_template
+    draws = (options.repeats or 1) if task.generates and options.temp else 1
+    result: TaskResult | None = None
+    for draw in range(draws):
+        found = _evaluate(task, subject, answers, replace(options, seed=options.seed + draw), chat, metric)
+        result = found if result is None else _with_draw(result, found)
+    assert result is not None
+    result = _mean_of_draws(result, draws) if draws > 1 else result
+    return replace(result, settings=_settings(task, options, chat, draws))
+
+
+def _evaluate(
+    task: LmTask, subject: Subject, answers: Answers, options: Options, chat: bool, metric: str | None
+) -> TaskResult:
+    """One pass over the documents."""
+    from lm_eval import evaluator
+
+    from phi4_mlx.evaluation.harness import Harness
+
+    lm = Harness(
+        subject,
+        answers,
+        seed=options.seed,
+        max_tokens=options.max_tokens,
+        temp=options.temp,
+        top_p=options.top_p,
+        progress=options.progress,
+    )
+    samples = {name: list(ids) for name, ids in options.samples.items() if name in task.tasks}
+    _check_samples(task, samples)
+    try:
+        found = evaluator.evaluate(
+            lm,
+            {"tasks": dict(task.tasks), "groups": dict(task.groups)},
+            limit=None if samples else options.limit,
+            samples=samples or None,
+            bootstrap_iters=BOOTSTRAPS,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+            confirm_run_unsafe_code=options.confirm_run_unsafe_code,
+        )
+    except (Phi4Error, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise RequestError(
+            f"{task.name} stopped in lm-eval: {type(error).__name__}: {message_of(error):.300}; --debug shows where"
+        ) from error
+    written = {
+        f"{each.task_name}/{samples[each.task_name][each.doc_id] if each.task_name in samples else each.doc_id}": answer
+        for each, answer in lm.drawn
+    }
+    return _result(task, found, metric, written)
+
+
+def _check_samples(task: LmTask, samples: Mapping[str, Sequence[int]]) -> None:
+    """Refuses ids of documents that a task does not have."""
+    for name, ids in samples.items():
+        count = len(task.tasks[name].eval_docs)
+        wrong = [each for each in ids if not 0 <= each < count]
+        if wrong or not ids:
+            named = f"document {wrong[0]}" if wrong else "no document"
+            raise RequestError(f"--samples asks for {named} of {name}, which has documents 0 to {count - 1:,}")
+
+
+def _result(task: LmTask, found: Mapping[str, Any], metric: str | None, written: Mapping[str, Answer]) -> TaskResult:
+    """lm-eval's results of a task as ours."""
+    counts = {name: len({sample["doc_id"] for sample in found["samples"][name]}) for name in task.tasks}
+    groups = {
+        name: _metrics(values, counts.get(name, sum(counts.values()))) for name, values in found["results"].items()
+    }
+    for name, group in task.groups.items():
+        inside = [each.task_name for each in group.get_all_tasks()]
+        groups[name] = [replace(each, count=sum(counts[leaf] for leaf in inside)) for each in groups[name]]
+    metrics = groups.pop(task.name)
+    if not metrics:
+        raise RequestError(f"{task.name} has no metric; name one in its YAML: metric_list")
+    main = _main_metric(task.name, metrics, metric)
+    samples = [sample for name in task.tasks for sample in _samples(name, found["samples"][name], main.name)]
+    metrics = [main, *(each for each in metrics if each is not main)]
+    if written:
+        samples = [{**sample, **_writing(written[str(sample["id"])])} for sample in samples]
+        metrics += [
+            mean("tokens of an answer", [sample["tokens"] for sample in samples]),
+            mean("cut at the most tokens", [float(sample["finish_reason"] == "length") for sample in samples]),
+        ]
+    return TaskResult(task.name, metrics, {}, samples, "", groups)
+
+
+def _writing(answer: Answer) -> dict[str, Json]:
+    """How an answer was written; its reasoning is kept apart from what is scored."""
+    kept: dict[str, Json] = {"tokens": answer.tokens, "finish_reason": answer.finish_reason}
+    return {**kept, "reasoning": answer.reasoning} if answer.reasoning else kept
+
+
+def _metrics(values: Mapping[str, Any], count: int) -> list[Metric]:
+    """The metrics of a task in lm-eval's results, where a name is "metric,filter"."""
+    found = []
+    for key, value in values.items():
+        name, _, chosen = key.partition(",")
+        if not chosen or name.endswith("_stderr") or isinstance(value, str):
+            continue
+        error = values.get(f"{name}_stderr,{chosen}")
+        stderr = float(error) if isinstance(error, (int, float)) and math.isfinite(error) else None
+        found.append(Metric(name if chosen == "none" else key, float(value), stderr, count))
+    return found
+
+
+def _main_metric(task: str, metrics: Sequence[Metric], wanted: str | None) -> Metric:
+    for each in metrics:
+        if wanted is None or each.name == wanted:
+            return each
+    raise RequestError(f"{task} has no metric {wanted!r}; it has {', '.join(each.name for each in metrics)}")
+
+
+def _samples(task: str, logged: Sequence[Mapping[str, Any]], metric: str) -> list[dict[str, Json]]:
+    """The documents of a task with the score and the answer of each."""
+    name, _, chosen = metric.partition(",")
+    found = []
+    for sample in logged:
+        if sample["filter"] != (chosen or "none"):
+            continue
+        score = sample.get(name)
+        number = float(score) if isinstance(score, (bool, int, float)) or hasattr(score, "__float__") else None
+        answers = [answer for answers in sample["resps"] for answer in answers]
+        found.append(
+            {
+                "id": f"{task}/{sample['doc_id']}",
+                "score": number,
+                "document": sample["doc_hash"][:16],
+                "target": _plain(sample["target"]),
+                "answer": _plain(answers[0] if len(answers) == 1 else answers),
+            }
+        )
+    return found
+
+
+def _plain(value: Any) -> Json:
+    """A value as JSON."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return round(float(value), 6) if isinstance(value, float) or hasattr(value, "__float__") else str(value)
+
+
+def _with_draw(result: TaskResult, other: TaskResult) -> TaskResult:
+    """A result to whose documents another draw's scores and answers are added."""
+    samples = []
+    for sample, drawn in zip(result.samples, other.samples, strict=True):
+        scores = [*sample.get("draws", [sample["score"]]), drawn["score"]]
+        answers = [*sample["answer"], drawn["answer"]] if "draws" in sample else [sample["answer"], drawn["answer"]]
+        samples.append({**sample, "draws": scores, "answer": answers})
+    return replace(result, samples=samples)
+
+
+def _mean_of_draws(result: TaskResult, draws: int) -> TaskResult:
+    """The mean over documents and draws: the standard error is over documents, each with the mean of its draws.
+
+    That covers both the choice of documents and the draws. The error of the draws alone is a metric of its own.
+    """
+    samples = [{**sample, "score": math.fsum(sample["draws"]) / draws} for sample in result.samples]
+    main = mean(f"{result.main.name}, mean of {draws}", [sample["score"] for sample in samples])
+    spread = math.fsum(
+        (score - sample["score"]) ** 2 / (draws - 1) / draws for sample in samples for score in sample["draws"]
+    )
+    alone = Metric("standard error of the draws alone", math.sqrt(spread) / len(samples), None, len(samples))
+    by_task: dict[str, list[float]] = defaultdict(list)
+    for sample in samples:
+        by_task[str(sample["id"]).rpartition("/")[0]].append(sample["score"])
+    groups = {name: [mean(main.name, scores)] for name, scores in by_task.items()} if len(by_task) > 1 else {}
+    return replace(result, metrics=[main, alone], samples=samples, groups=groups)
+
+
+def _settings(task: LmTask, options: Options, chat: bool, draws: int) -> dict[str, Json]:
+    """What another run of the task must share to be comparable."""
+    first = next(iter(task.tasks.values()))
+    settings: dict[str, Json] = {
+        "task": task.name,
+        "version": _plain(first.VERSION),
+        "shots": sorted({each.get_config("num_fewshot") for each in task.tasks.values()}),
+        "seed": options.seed,
+        "chat_template": chat,
+    }
+    if task.generates:
+        own = {name: _plain(value) for name, value in (first.get_config("generation_kwargs") or {}).items()}
+        given = {"max_gen_toks": options.max_tokens, "temperature": options.temp, "top_p": options.top_p}
+        settings["generation"] = own | {name: value for name, value in given.items() if value is not None}
+        settings["draws"] = draws
+    return settings

@@ -1,0 +1,227 @@
+"""Tasks of lm-eval: loaded by name from its own folder or from YAML of the user, with data from the Hub or the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from phi4_mlx.errors import Phi4Error, RequestError, message_of
+from phi4_mlx.evaluation.task_index import MISSING, known_tasks
+from phi4_mlx.terminal.suggestion import suggestion
+
+
+@dataclass(frozen=True)
+class LmTask:
+    """A loaded task of lm-eval, or a group of tasks with a figure of its own.
+
+    Attributes:
+        name: the name it was asked for by.
+        tasks: leaf task -> lm-eval's object.
+        groups: group -> lm-eval's object.
+    """
+
+    name: str
+    tasks: Mapping[str, Any]
+    groups: Mapping[str, Any]
+
+    @property
+    def generates(self) -> bool:
+        """True if the model writes its answers, False if given texts are scored."""
+        return all(task.OUTPUT_TYPE == "generate_until" for task in self.tasks.values())
+
+    @property
+    def runs_code(self) -> bool:
+        """True if the task runs code that the model wrote."""
+        return any(getattr(task, "UNSAFE_CODE", False) for task in self.tasks.values())
+
+
+def check_task_names(names: list[str], own: list[str], include_path: Path | None) -> None:
+    """Checks that tasks exist, before a model is loaded.
+
+    Args:
+        names: the tasks.
+        own: the names that are not lm-eval's.
+        include_path: a folder of own YAML.
+
+    Raises:
+        RequestError: a name is not known; the nearest ones are named.
+    """
+    for name in names:
+        if name in own or name in _included(include_path):
+            continue
+        if name not in known_tasks():
+            near = suggestion(name, [*own, *_included(include_path), *known_tasks()])
+            advice = near or f"; own tasks are {', '.join(own)}; `lm_eval ls tasks` lists lm-eval's"
+            raise RequestError(f"{name!r:.100} is not a task{advice}{_unread(include_path)}")
+
+
+def load_tasks(name: str, include_path: Path | None, data: Path | None) -> list[LmTask]:
+    """Loads a task, a group or the tasks of a tag.
+
+    Args:
+        name: the name, one that `check_task_names` accepts.
+        include_path: a folder of own YAML; its tasks come before lm-eval's of the same name.
+        data: a folder with copies of data sets, each under its Hub id (data/owner/name); None for the Hub's.
+
+    Returns:
+        One task, or one for each part of a tag or of a group that has no figure of its own.
+
+    Raises:
+        RequestError: the task's YAML or its data cannot be used.
+    """
+    quieten()
+    manager = _manager(include_path, name)
+    random.seed(0)  # GPQA, for one, shuffles its choices as it loads; datasets keeps the first order on the disk
+    include = None if include_path is None else include_path.absolute()
+    try:
+        with _working_in(data):
+            loaded = manager.load([name])
+    except (Phi4Error, MemoryError):
+        raise
+    except Exception as error:
+        raise RequestError(_load_message(name, manager, data, error)) from error
+    tasks, groups = loaded["tasks"], loaded.get("groups", {})
+    if not tasks:
+        raise RequestError(f"{name} has no tasks{_unread(include)}")
+    if len(tasks) == 1 or (name in groups and groups[name].has_aggregation):
+        return [LmTask(name, tasks, groups)]
+    return [LmTask(each, {each: task}, {}) for each, task in tasks.items()]
+
+
+@cache
+def quieten() -> None:
+    """Turns off the progress bars and warnings of lm-eval and datasets, which would tear our own line.
+
+    Raises:
+        RequestError: lm-eval is not installed.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read as tqdm is imported
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        import datasets
+        import lm_eval  # noqa: F401
+    except ImportError:
+        raise RequestError(MISSING) from None
+    datasets.disable_progress_bars()
+    for library in ("lm_eval", "datasets", "huggingface_hub", "fsspec"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def _manager(include_path: Path | None, name: str) -> Any:
+    """An index of tasks that has the name, and as few others as can be: lm-eval's own takes seconds."""
+    if name in _included(include_path):
+        return _small_manager(include_path, None)
+    known = known_tasks()[name]
+    if known.kind == "task" and known.path is not None:
+        return _small_manager(include_path, known.path.parent)
+    return _whole_manager(include_path)
+
+
+@cache
+def _small_manager(include_path: Path | None, folder: Path | None) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    paths = [str(path.absolute()) for path in (folder, include_path) if path is not None]
+    manager = TaskManager(include_path=paths, include_defaults=False)
+    missing = {child for entry in manager.task_index.values() for child in _children(entry.cfg or {})}
+    return manager if missing <= set(manager.all_tasks) else _whole_manager(include_path)
+
+
+@cache
+def _whole_manager(include_path: Path | None) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=None if include_path is None else str(include_path.absolute()))
+
+
+def _children(config: Mapping[str, Any]) -> list[str]:
+    """The names of a group's parts."""
+    parts = config.get("task") if "group" in config else None
+    named = [part if isinstance(part, str) else part.get("task") for part in parts] if isinstance(parts, list) else []
+    return [name for name in named if isinstance(name, str)]
+
+
+@cache
+def _included(include_path: Path | None) -> tuple[str, ...]:
+    """The names of the tasks in a folder of own YAML.
+
+    Raises:
+        RequestError: it is not a folder.
+    """
+    if include_path is None:
+        return ()
+    if not include_path.is_dir():
+        raise RequestError(
+            f"--include-path {include_path} is not a folder; name the folder with the YAML of your tasks"
+        )
+    quieten()
+    from lm_eval.tasks import TaskManager
+
+    return tuple(TaskManager(include_path=str(include_path.absolute()), include_defaults=False).all_tasks)
+
+
+def _unread(include_path: Path | None) -> str:
+    """The end of a message: files of own YAML that cannot be read, which lm-eval leaves out in silence."""
+    if include_path is None:
+        return ""
+    import yaml
+
+    for path in sorted(include_path.glob("**/*.yaml")):
+        try:
+            yaml.compose(path.read_bytes())
+        except (yaml.YAMLError, OSError, ValueError) as error:
+            return f"; {path} cannot be read: {message_of(error):.200}"
+    return ""
+
+
+@contextlib.contextmanager
+def _working_in(folder: Path | None) -> Iterator[None]:
+    """Makes a folder the working one: datasets takes a folder named like a data set before the Hub's."""
+    before = os.getcwd()
+    if folder is not None:
+        os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _load_message(name: str, manager: Any, data: Path | None, error: Exception) -> str:
+    """One line that says why a task cannot be loaded: its data set, a split of it, or its YAML."""
+    from datasets.exceptions import DatasetsError
+
+    entry = manager.task_index.get(name)
+    config: Mapping[str, Any] = (entry.cfg if entry else None) or {}
+    source = config.get("dataset_path")
+    which = f"{name}: the data set" if source is None else f"{name}: the data set {source}"
+    if config.get("dataset_name"):
+        which += f" ({config['dataset_name']})"
+    reason = message_of(error)
+    if isinstance(error, ModuleNotFoundError):
+        return f"{name} needs the package {error.name}; install it: pip install {error.name}"
+    if "must have valid or test docs" in reason or isinstance(error, NotImplementedError):
+        return f"{which} has no test split that the task names; name one in its YAML: test_split, or validation_split"
+    if isinstance(error, KeyError) and error.args and error.args[0] in _splits(config):
+        return f"{which} has no split {error.args[0]!r}, which the task needs; a copy with that split goes in --data"
+    if isinstance(error, (OSError, DatasetsError)) or "Couldn't find" in reason or "BuilderConfig" in reason:
+        offline = " and HF_DATASETS_OFFLINE is set" if _offline() else " and cannot be fetched"
+        where = "" if source is None else f": {data or 'DIR'}/{source}"
+        return f"{which} is not on this disk{offline}; --data DIR takes a folder of copies{where} ({reason:.200})"
+    return f"{name} cannot be loaded: {type(error).__name__}: {reason:.300}"
+
+
+def _splits(config: Mapping[str, Any]) -> list[Any]:
+    return [config.get(f"{kind}_split") for kind in ("training", "validation", "test", "fewshot")]
+
+
+def _offline() -> bool:
+    import datasets
+
+    return bool(datasets.config.HF_HUB_OFFLINE)
