@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import random
 from collections.abc import Sequence
-from typing import Any
 
 from phi4_mlx.evaluation.long_context.language import Language
 from phi4_mlx.evaluation.long_context.problem import Insert, Problem
