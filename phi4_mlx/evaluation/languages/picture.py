@@ -42,7 +42,15 @@ def draw(samples: Sequence[Mapping[str, Any]], tokens: Mapping[str, Count], fold
     left.set(xlim=(0, 1), xlabel="answers without a fault", title="Answers in the language asked")
     for name, cost in costs.items():
         marker, size = ("o", 7) if name == "own" else ("|", 12)
-        right.plot([cost[code] for code in codes], names, marker, ms=size, mew=2, color=_COLOURS[name], label=name)
+        right.plot(
+            [cost[code] for code in codes],
+            names,
+            marker,
+            ms=size,
+            mew=2,
+            color=_COLOURS[name],
+            label="this model" if name == "own" else name,
+        )
     right.set(xlabel="tokens for the same content, English = 1", title="Price of a language")
     right.set_xlim(left=0)
     right.grid(axis="x", alpha=0.3)
