@@ -44,6 +44,16 @@ def _parser() -> Parser:
         "--embed-bits", type=number(int, 2, 8), metavar="N",
         help="bits per number of the embedding and the head, one matrix in Phi-4-mini (default: as --q-bits)",
     )  # fmt: skip
+    add(
+        "--q-calibration", type=text, metavar="FILE",
+        help="round the matrices for what they do on these texts, in a format of training, or on 'default' ones; without "
+        "--q-bits, each matrix gets the bits that cost least",
+    )  # fmt: skip
+    add(
+        "--q-bpw", type=number(float, 2, 16), metavar="X",
+        help="bits per number that all matrices may take together with their scales (default: as plain 4-bit ones, 4.5 "
+        "in groups of 64)",
+    )  # fmt: skip
     for name, what in (("tower", "towers for pictures and sound"), ("adapter", "LoRAs of a multimodal model")):
         add(
             f"--{name}-bits", type=number(int, 2, 16), metavar="N",

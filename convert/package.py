@@ -2,7 +2,8 @@
 
 A package has config.json, the weights, the tokenizer's files unchanged, generation_config.json with every token that
 ends an answer, and a manifest of hashes. mlx-lm and the Swift loader read it too, if they know the kind of model. No
-code is copied.
+code is copied. The model card, and the report of a calibration, are for people: no loader reads them, and the manifest
+does not list them, so that they may be edited.
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ from phi4_mlx.hub import resolve
 from phi4_mlx.terminal.amount import size
 from phi4_mlx.tokens.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
+from .calibrated import Wish, calibrated
+from .card import CARD_FILE, model_card, read_origin
 from .loras import lora_bytes, plan_loras, write_loras
 from .quantize import make_recipe, quantization_config
+from .report import Report, write_report
 from .weights import Parameter, plan, shards, write_shard
 
 _FLOATS = {DTYPES[name].mlx_name: name for name in FLOATS}  # "bfloat16" -> "BF16"
@@ -63,7 +67,10 @@ def convert(
     embed_bits: int | None = None,
     tower_bits: int | None = None,
     adapter_bits: int | None = None,
+    q_calibration: str | Path | None = None,
+    q_bpw: float | None = None,
     progress: Progress | None = None,
+    tell: Callable[[str], object] = lambda line: None,
 ) -> None:
     """Converts a checkpoint of the family into a package, written whole or not at all.
 
@@ -81,7 +88,12 @@ def convert(
         embed_bits: bits per number of the embedding and the head, which are one matrix if tied; None for `q_bits`.
         tower_bits: bits per number of the towers for pictures and sound; 16 leaves them dense, None for 8.
         adapter_bits: likewise for the LoRAs of a multimodal checkpoint.
-        progress: called as (bytes done, bytes in all) of the checkpoint.
+        q_calibration: texts in a format of training, on which the matrices are rounded and their bits chosen, or
+            "default"; None rounds to nearest. With `q_bits`, all matrices have those.
+        q_bpw: bits per number of all quantised matrices together, scales and biases included; None for as many as plain
+            4-bit matrices take.
+        progress: called as (bytes done, bytes in all) of the checkpoint; first with other amounts, for a calibration.
+        tell: called with a line for the user.
 
     Raises:
         RequestError: the target exists or cannot be written, or the options contradict each other.
@@ -92,22 +104,35 @@ def convert(
     if not quantize:
         _check_not_given(
             q_bits=q_bits, q_group_size=q_group_size, q_mode=q_mode, embed_bits=embed_bits, tower_bits=tower_bits,
-            adapter_bits=adapter_bits,
+            adapter_bits=adapter_bits, q_calibration=q_calibration, q_bpw=q_bpw,
         )  # fmt: skip
     if dtype is not None and dtype not in _FLOATS:
         raise RequestError(f"--dtype {dtype!r} is not known; known are {', '.join(_FLOATS)}")
     recipe = None
     if quantize:
         recipe = make_recipe(q_mode or "affine", q_bits, q_group_size, embed_bits, tower_bits, adapter_bits)
+    wish = None
+    if recipe and q_calibration is not None:
+        wish = Wish(q_calibration, q_bits, q_bpw, embed_bits)
+        wish.check(recipe)
+    elif q_bpw is not None:
+        raise RequestError(f"--q-bpw {q_bpw:g} chooses bits by calibration; add --q-calibration default or a file")
     kind = _FLOATS[dtype] if dtype else None
+    target = Path(os.path.abspath(os.path.expanduser(mlx_path)))
+    work = target.with_name(f".{target.name}.calibration")
 
     def planned(folder: Path, config: Config) -> list[Parameter]:
         parameters = plan(folder, config, recipe, kind, dequantize)
         _check_towers(folder, parameters, {"--tower-bits": tower_bits, "--adapter-bits": adapter_bits})
+        if recipe and wish:
+            shown = progress or (lambda done, total: None)
+            parameters, _ = calibrated(folder, config, parameters, recipe, wish, work, shown, tell)
         return parameters
 
     loras = partial(plan_loras, recipe=recipe, dtype=kind, dequantize=dequantize)
-    write_package(Path(mlx_path), hf_path, revision, planned, progress, loras)
+    write_package(target, hf_path, revision, planned, progress, loras)
+    if wish:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _check_towers(folder: Path, parameters: list[Parameter], own_bits: Mapping[str, int | None]) -> None:
@@ -117,7 +142,7 @@ def _check_towers(folder: Path, parameters: list[Parameter], own_bits: Mapping[s
             raise RequestError(f"{name} {bits} is for multimodal models, and {folder} has no towers; leave it out")
 
 
-def _check_not_given(**options: str | int | None) -> None:
+def _check_not_given(**options: str | Path | float | None) -> None:
     """Raises RequestError if an option of quantisation is given."""
     for name, value in options.items():
         if value is not None:
@@ -131,6 +156,8 @@ def write_package(
     planned: Callable[[Path, Config], list[Parameter]],
     progress: Progress | None = None,
     planned_loras: Callable[[Path, Config], dict[str, Adapter]] | None = None,
+    report: Callable[[], Report | None] = lambda: None,
+    tuned: bool = False,
 ) -> None:
     """Writes a package, whole or not at all.
 
@@ -141,6 +168,8 @@ def write_package(
         planned: maps the checkpoint's folder and its config to the parameters to write.
         progress: called as (bytes done, bytes in all) of the checkpoint.
         planned_loras: likewise to the LoRAs to write, by folder; None keeps those of the checkpoint as they are.
+        report: gives the report of the calibration, if there was one, once the weights are written.
+        tuned: whether the weights are a fine-tune of the checkpoint, for the model card.
 
     Raises:
         Phi4Error: as `convert`, and whatever `planned` raises.
@@ -164,7 +193,13 @@ def write_package(
         manifest: JsonObject = {"files": files}
         if isinstance(tokenizer, ByteTokenizer):  # proven to merge as tiktoken does; `load` need not prove it again
             manifest["tokenizer_merges_agree"] = files["tokenizer.json"]["sha256"]
-        for name, data in {MANIFEST_FILE: _json(manifest), **small}.items():
+        calibration = report()
+        drawn = write_report(out, calibration)[1:] if calibration else []
+        sizes = {name: adapter.nbytes for name, adapter in loras.items()}
+        origin = read_origin(hf_path, folder, tuned)
+        card = model_card(origin, config, parameters, sizes, calibration, *(path.name for path in drawn))
+        documents = {MANIFEST_FILE: _json(manifest), CARD_FILE: card.encode()}
+        for name, data in {**documents, **small}.items():  # config.json last: with it the package is complete
             (out / name).write_bytes(data)
 
 

@@ -106,24 +106,30 @@ class Parameter:
 
     def converted(self, first: int, last: int) -> list[mx.array]:
         """Rows from `first` to before `last` of each output, as bytes, not yet computed."""
-        arrays = [read_rows(stored, first, last) for stored in self.inputs]
-        if self.packed != self.target:
-            arrays = self._repacked(arrays)
-        return self.as_bytes(arrays)
+        if self.packed == self.target:
+            return self.as_bytes(read_rows(stored, first, last) for stored in self.inputs)
+        rows = self.dense(first, last)
+        if self.target is None:
+            return self.as_bytes([rows])
+        padded = pad(rows, padded_width(self.width, self.target.group_size))
+        return self.as_bytes(mx.quantize(padded, **vars(self.target)))
 
     def as_bytes(self, arrays: Iterable[mx.array]) -> list[mx.array]:
         """Rows of each output in its dtype, viewed as bytes."""
         kinds = [mlx_dtype(dtype) for dtype, _ in self.outputs.values()]
         return [array.astype(kind).view(mx.uint8) for array, kind in zip(arrays, kinds, strict=True)]
 
-    def _repacked(self, arrays: list[mx.array]) -> list[mx.array]:
+    def dense(self, first: int, last: int) -> mx.array:
+        """Rows from `first` to before `last`, dequantised, in the dtype of the package."""
+        rows, *rest = (read_rows(stored, first, last) for stored in self.inputs)
         if self.packed:
-            weight, scales, *biases = arrays
-            arrays = [mx.contiguous(mx.dequantize(weight, scales, *biases, **vars(self.packed))[:, : self.width])]
-        if self.target:
-            rows = arrays[0].astype(mlx_dtype(self.numbers))
-            arrays = mx.quantize(pad(rows, padded_width(self.width, self.target.group_size)), **vars(self.target))
-        return arrays
+            rows = mx.contiguous(mx.dequantize(rows, *rest, **vars(self.packed))[:, : self.width])
+        return rows.astype(mlx_dtype(self.numbers))
+
+    @property
+    def name(self) -> str:
+        """Its name in the model."""
+        return next(iter(self.outputs))
 
 
 def plan(folder: Path, config: Config, recipe: Recipe | None, dtype: str | None, dequantize: bool) -> list[Parameter]:

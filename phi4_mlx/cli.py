@@ -26,6 +26,7 @@ COMMANDS = {
         "measure how far two models are apart on your data, such as after quantising",
     ),
     "benchmark": ("phi4_mlx.commands.benchmark", "measure the speed of a model on this machine"),
+    "evaluate": ("phi4_mlx.commands.evaluate", "score a model on tasks, beside published figures and other runs"),
     "fuse": ("phi4_mlx.commands.fuse", "merge an adapter into a model and write the result as a package"),
     "export": ("phi4_mlx.lora.export", "convert an adapter to Hugging Face's PEFT, or from it"),
     "lora.export": ("phi4_mlx.lora.export", "the same as export"),

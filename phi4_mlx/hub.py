@@ -29,7 +29,7 @@ NEEDED_FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", TOWERS_FILE,
     "vision-lora/adapter*", "speech-lora/adapter*", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "preprocessor_config.json", MANIFEST_FILE,
-    "LICENSE",
+    "LICENSE", "README.md",
 )  # fmt: skip
 
 

@@ -60,6 +60,7 @@ class Side:
         kl: the divergence from this model to the other, KL(this || other), in nats a token.
         kl_outside: the part of `kl` that is estimated, from tokens outside the likeliest of both models.
         mass_outside: the estimated probability of those tokens.
+        sample_kl: the divergence of each sample, summed over its tokens, in the data's order.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Side:
     kl: Figure
     kl_outside: float
     mass_outside: float
+    sample_kl: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -273,9 +275,10 @@ def _result(a: _Recording, b: _Recording, samples: Sequence[Sample]) -> Comparis
         return np.add.reduceat(np.array(values, float), ends - np.array(lengths))
 
     def side(own: _Recording, kl: int) -> Side:
-        outside, mass = (float(sums[:, each].sum() / tokens.sum()) for each in (kl + 1, kl + 2))
+        outside, mass = (float(sums[:, part].sum() / tokens.sum()) for part in (kl + 1, kl + 2))
         perplexity = figure(-summed(own.true), np.exp)
-        return Side(own.name, own.weights_bytes, perplexity, figure(sums[:, kl].copy()), outside, mass)
+        each = sums[:, kl].copy()
+        return Side(own.name, own.weights_bytes, perplexity, figure(each), outside, mass, tuple(each.tolist()))
 
     same = summed([one == two for one, two in zip(a.best, b.best, strict=True)])
     return Comparison(side(a, 0), side(b, 3), figure(same), len(samples), int(tokens.sum()))

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.errors import Phi4Error, RequestError, message_of
 from phi4_mlx.evaluation.lm_tasks import LmTask
 from phi4_mlx.evaluation.options import Options
-from phi4_mlx.evaluation.result import Json, Metric, TaskResult
+from phi4_mlx.evaluation.result import Json, Metric, TaskResult, mean
+
+if TYPE_CHECKING:
+    from phi4_mlx.evaluation.answers import Answers
+    from phi4_mlx.evaluation.asking import Answer
+    from phi4_mlx.evaluation.subject import Subject
 
 BOOTSTRAPS = 1000  # for metrics that are not a mean; lm-eval's own 100,000 take minutes
 
 
-def run_lm_task(task: LmTask, lm: Any, options: Options, metric: str | None = None) -> TaskResult:
+def run_lm_task(
+    task: LmTask, subject: Subject, answers: Answers, options: Options, metric: str | None = None
+) -> TaskResult:
     """Runs a task.
 
     Args:
         task: a loaded task; its settings are changed.
-        lm: the model, an `lm_eval.api.model.LM`.
+        subject: the model.
+        answers: where its answers are kept.
         options: of the evaluation.
         metric: the main metric, such as "acc_norm" or "exact_match,flexible-extract"; None for the task's first.
 
@@ -36,34 +43,44 @@ def run_lm_task(task: LmTask, lm: Any, options: Options, metric: str | None = No
         raise RequestError(
             f"{task.name} runs code that the model writes; --confirm-run-unsafe-code allows it, best in a container"
         )
-    chat = task.generates if options.apply_chat_template is None else options.apply_chat_template
-    greedy = not _generation(options).get("temperature")
-    draws = 1 if greedy or not task.generates else options.repeats or 1
-    results = [_evaluate(task, lm, replace(options, seed=options.seed + draw), chat) for draw in range(draws)]
-    result = _result(task, results[0], metric)
-    for other in results[1:]:
-        result = _with_draw(result, _result(task, other, metric))
-    result = _mean_of_draws(result, draws) if draws > 1 else result
-    return replace(result, settings=_settings(task, options, chat, draws))
-
-
-def _evaluate(task: LmTask, lm: Any, options: Options, chat: bool) -> Mapping[str, Any]:
-    """lm-eval's results of one pass over the documents."""
-    from lm_eval import evaluator
-
-    generation = _generation(options)
     for each in task.tasks.values():
         if options.num_shots is not None:
             each.set_config("num_fewshot", options.num_shots)
         elif each.get_config("num_fewshot") is None:
             each.set_config("num_fewshot", 0)
         each.set_fewshot_seed(options.seed)
-        if each.OUTPUT_TYPE == "generate_until":
-            each.set_config("generation_kwargs", {**generation, "seed": options.seed}, update=True)
+    chat = task.generates if options.apply_chat_template is None else options.apply_chat_template
+    draws = (options.repeats or 1) if task.generates and options.temp else 1
+    result: TaskResult | None = None
+    for draw in range(draws):
+        found = _evaluate(task, subject, answers, replace(options, seed=options.seed + draw), chat, metric)
+        result = found if result is None else _with_draw(result, found)
+    assert result is not None
+    result = _mean_of_draws(result, draws) if draws > 1 else result
+    return replace(result, settings=_settings(task, options, chat, draws))
+
+
+def _evaluate(
+    task: LmTask, subject: Subject, answers: Answers, options: Options, chat: bool, metric: str | None
+) -> TaskResult:
+    """One pass over the documents."""
+    from lm_eval import evaluator
+
+    from phi4_mlx.evaluation.harness import Harness
+
+    lm = Harness(
+        subject,
+        answers,
+        seed=options.seed,
+        max_tokens=options.max_tokens,
+        temp=options.temp,
+        top_p=options.top_p,
+        progress=options.progress,
+    )
     samples = {name: list(ids) for name, ids in options.samples.items() if name in task.tasks}
     _check_samples(task, samples)
     try:
-        found: Mapping[str, Any] = evaluator.evaluate(
+        found = evaluator.evaluate(
             lm,
             {"tasks": dict(task.tasks), "groups": dict(task.groups)},
             limit=None if samples else options.limit,
@@ -76,20 +93,14 @@ def _evaluate(task: LmTask, lm: Any, options: Options, chat: bool) -> Mapping[st
     except (Phi4Error, OSError, MemoryError):
         raise
     except Exception as error:
-        logging.getLogger(__name__).debug("lm-eval failed", exc_info=error)
         raise RequestError(
             f"{task.name} stopped in lm-eval: {type(error).__name__}: {message_of(error):.300}; --debug shows where"
         ) from error
-    return found
-
-
-def _generation(options: Options) -> dict[str, Json]:
-    """The options of generation that were given, by lm-eval's names."""
-    given = {"max_gen_toks": options.max_tokens, "temperature": options.temp, "top_p": options.top_p}
-    found: dict[str, Json] = {name: value for name, value in given.items() if value is not None}
-    if options.temp is not None:
-        found["do_sample"] = options.temp > 0
-    return found
+    written = {
+        f"{each.task_name}/{samples[each.task_name][each.doc_id] if each.task_name in samples else each.doc_id}": answer
+        for each, answer in lm.drawn
+    }
+    return _result(task, found, metric, written)
 
 
 def _check_samples(task: LmTask, samples: Mapping[str, Sequence[int]]) -> None:
@@ -102,10 +113,12 @@ def _check_samples(task: LmTask, samples: Mapping[str, Sequence[int]]) -> None:
             raise RequestError(f"--samples asks for {named} of {name}, which has documents 0 to {count - 1:,}")
 
 
-def _result(task: LmTask, found: Mapping[str, Any], metric: str | None) -> TaskResult:
+def _result(task: LmTask, found: Mapping[str, Any], metric: str | None, written: Mapping[str, Answer]) -> TaskResult:
     """lm-eval's results of a task as ours."""
     counts = {name: len({sample["doc_id"] for sample in found["samples"][name]}) for name in task.tasks}
-    groups = {name: _metrics(values, counts.get(name, sum(counts.values()))) for name, values in found["results"].items()}
+    groups = {
+        name: _metrics(values, counts.get(name, sum(counts.values()))) for name, values in found["results"].items()
+    }
     for name, group in task.groups.items():
         inside = [each.task_name for each in group.get_all_tasks()]
         groups[name] = [replace(each, count=sum(counts[leaf] for leaf in inside)) for each in groups[name]]
@@ -113,9 +126,21 @@ def _result(task: LmTask, found: Mapping[str, Any], metric: str | None) -> TaskR
     if not metrics:
         raise RequestError(f"{task.name} has no metric; name one in its YAML: metric_list")
     main = _main_metric(task.name, metrics, metric)
-    metrics = [main, *(each for each in metrics if each is not main)]
     samples = [sample for name in task.tasks for sample in _samples(name, found["samples"][name], main.name)]
+    metrics = [main, *(each for each in metrics if each is not main)]
+    if written:
+        samples = [{**sample, **_writing(written[str(sample["id"])])} for sample in samples]
+        metrics += [
+            mean("tokens of an answer", [sample["tokens"] for sample in samples]),
+            mean("cut at the most tokens", [float(sample["finish_reason"] == "length") for sample in samples]),
+        ]
     return TaskResult(task.name, metrics, {}, samples, "", groups)
+
+
+def _writing(answer: Answer) -> dict[str, Json]:
+    """How an answer was written; its reasoning is kept apart from what is scored."""
+    kept: dict[str, Json] = {"tokens": answer.tokens, "finish_reason": answer.finish_reason}
+    return {**kept, "reasoning": answer.reasoning} if answer.reasoning else kept
 
 
 def _metrics(values: Mapping[str, Any], count: int) -> list[Metric]:
@@ -184,8 +209,6 @@ def _mean_of_draws(result: TaskResult, draws: int) -> TaskResult:
 
     That covers both the choice of documents and the draws. The error of the draws alone is a metric of its own.
     """
-    from phi4_mlx.evaluation.result import mean
-
     samples = [{**sample, "score": math.fsum(sample["draws"]) / draws} for sample in result.samples]
     main = mean(f"{result.main.name}, mean of {draws}", [sample["score"] for sample in samples])
     spread = math.fsum(
@@ -202,16 +225,16 @@ def _mean_of_draws(result: TaskResult, draws: int) -> TaskResult:
 def _settings(task: LmTask, options: Options, chat: bool, draws: int) -> dict[str, Json]:
     """What another run of the task must share to be comparable."""
     first = next(iter(task.tasks.values()))
-    return {
+    settings: dict[str, Json] = {
         "task": task.name,
         "version": _plain(first.VERSION),
         "shots": sorted({each.get_config("num_fewshot") for each in task.tasks.values()}),
-        "chat_template": chat,
-        "generation": {
-            name: _plain(value) for name, value in (first.get_config("generation_kwargs") or {}).items() if name != "seed"
-        }
-        if task.generates
-        else None,
-        "draws": draws,
         "seed": options.seed,
+        "chat_template": chat,
     }
+    if task.generates:
+        own = {name: _plain(value) for name, value in (first.get_config("generation_kwargs") or {}).items()}
+        given = {"max_gen_toks": options.max_tokens, "temperature": options.temp, "top_p": options.top_p}
+        settings["generation"] = own | {name: value for name, value in given.items() if value is not None}
+        settings["draws"] = draws
+    return settings

@@ -62,14 +62,13 @@ def check_task_names(names: list[str], own: list[str], include_path: Path | None
             raise RequestError(f"{name!r:.100} is not a task{advice}{_unread(include_path)}")
 
 
-def load_tasks(name: str, include_path: Path | None, data: Path | None, seed: int) -> list[LmTask]:
+def load_tasks(name: str, include_path: Path | None, data: Path | None) -> list[LmTask]:
     """Loads a task, a group or the tasks of a tag.
 
     Args:
         name: the name, one that `check_task_names` accepts.
         include_path: a folder of own YAML; its tasks come before lm-eval's of the same name.
         data: a folder with copies of data sets, each under its Hub id (data/owner/name); None for the Hub's.
-        seed: for tasks that shuffle their choices as they load.
 
     Returns:
         One task, or one for each part of a tag or of a group that has no figure of its own.
@@ -79,7 +78,7 @@ def load_tasks(name: str, include_path: Path | None, data: Path | None, seed: in
     """
     quieten()
     manager = _manager(include_path, name)
-    random.seed(seed)  # GPQA, for one, shuffles its choices with Python's generator
+    random.seed(0)  # GPQA, for one, shuffles its choices as it loads; datasets keeps the first order on the disk
     include = None if include_path is None else include_path.absolute()
     try:
         with _working_in(data):
@@ -111,7 +110,6 @@ def quieten() -> None:
     except ImportError:
         raise RequestError(MISSING) from None
     datasets.disable_progress_bars()
-    datasets.disable_caching()  # a shuffle of choices must follow this run's seed, not that of an earlier one
     for library in ("lm_eval", "datasets", "huggingface_hub", "fsspec"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
@@ -160,7 +158,9 @@ def _included(include_path: Path | None) -> tuple[str, ...]:
     if include_path is None:
         return ()
     if not include_path.is_dir():
-        raise RequestError(f"--include-path {include_path} is not a folder; name the folder with the YAML of your tasks")
+        raise RequestError(
+            f"--include-path {include_path} is not a folder; name the folder with the YAML of your tasks"
+        )
     quieten()
     from lm_eval.tasks import TaskManager
 

@@ -31,6 +31,7 @@ class Options:
         languages: language codes; empty for all that the task has.
         categories: kinds of question; empty for all that the task has.
         confirm_run_unsafe_code: True to let a task run code that the model wrote.
+        judge: a local model that judges answers which have no right one.
         folder: the folder for pictures and exports; None writes none.
         progress: called while a task runs.
     """
@@ -51,5 +52,6 @@ class Options:
     languages: tuple[str, ...] = ()
     categories: tuple[str, ...] = ()
     confirm_run_unsafe_code: bool = False
+    judge: str | None = None
     folder: Path | None = None
     progress: Progress | None = None

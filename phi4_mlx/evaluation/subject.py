@@ -55,17 +55,25 @@ class Subject:
         return found[0]
 
 
-def load_subject(name: str, adapter_path: str | None = None) -> Subject:
+def load_subject(
+    name: str,
+    adapter_path: str | None = None,
+    *,
+    revision: str | None = None,
+    verify: bool = False,
+    chat_format: str | None = None,
+) -> Subject:
     """Loads a model to evaluate.
 
     Args:
         name: a folder, a Hub id, or the name of an embedded package.
         adapter_path: a folder with a LoRA adapter to put on the model.
+        revision, verify, chat_format: as for `load`.
 
     Raises:
         Phi4Error: as for `load`.
     """
-    model, tokenizer = load(name, adapter_path)
+    model, tokenizer = load(name, adapter_path, revision=revision, verify=verify, chat_format=chat_format)
     label = name if adapter_path is None else f"{name} + {Path(adapter_path).name}"
     with shared_stream():
         parts = base_fingerprint(model), adapter_fingerprint(model)

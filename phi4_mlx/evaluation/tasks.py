@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # Name -> module:function, imported when it runs.
 OWN = {
     "bfcl": "phi4_mlx.evaluation.tools.bfcl:run",
-    "tools": "phi4_mlx.evaluation.tools.calls:run",
+    "tools": "phi4_mlx.evaluation.tools.execution:run",
     "long-context": "phi4_mlx.evaluation.long_context.task:run",
     "languages": "phi4_mlx.evaluation.languages.task:run",
 }

@@ -41,7 +41,9 @@ def boxed(document: Mapping[str, Any], results: Sequence[str]) -> dict[str, int]
     found, right = last_boxed(results[0]), document["answer"]
     if found is None:
         return {"exact_match": 0}
-    return {"exact_match": int(_as_int(found) == _as_int(right) if _as_int(right) is not None else is_equiv(found, right))}
+    return {
+        "exact_match": int(_as_int(found) == _as_int(right) if _as_int(right) is not None else is_equiv(found, right))
+    }
 
 
 def number(document: Mapping[str, Any], results: Sequence[str]) -> dict[str, int]:

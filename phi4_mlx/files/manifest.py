@@ -1,7 +1,7 @@
-"""The manifest of a package: the size and SHA-256 of every file, written by the converter and checked on request.
+"""The manifest of a package: size and SHA-256 of every file but those for people, written by the converter.
 
 `manifest.json` is an object. Its "files" maps a file's name to "bytes" and "sha256"; other entries are facts that the
-converter has established about the package.
+converter has established about the package. The model card and the report of a calibration are not listed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from phi4_mlx.files.regular_file import open_regular
 from phi4_mlx.files.safetensors import file_in, json_in
 
 MANIFEST_FILE = "manifest.json"
-REPORT_FILE = "quantization.json"  # like the model card, for people alone: not listed, so that it may have times
+REPORT_FILE = "quantization.json"  # of a calibration; it has times, so two equal packages may differ in it
 
 _READ_BY_LOADERS = (".safetensors", ".json", ".jinja")
 _BLOCK_BYTES = 2**20

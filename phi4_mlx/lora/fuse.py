@@ -82,7 +82,7 @@ def fuse(
     """
     fusion = _Fusion(Path(adapter_path), dequantize, progress)
     target = Path(os.path.expanduser(save_path))
-    write_package(target, model, revision, fusion.planned, progress)
+    write_package(target, model, revision, fusion.planned, progress, tuned=True)
     fused = {path: fusion.parameters[path] for path in fusion.adapter.weights}
     change, error = fusion.measured.relative_rms()
     fused_model = load_model(target)

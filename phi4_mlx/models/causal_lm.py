@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from phi4_mlx.adapters.named import NamedAdapters
 from phi4_mlx.config.fields import Config
 from phi4_mlx.models.batch_cache import BatchCache
-from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.models.model import Carried, LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 
 
@@ -20,7 +20,8 @@ class CausalLM(LanguageModel):
 
     Args:
         config: the model's shapes.
-        decoder: everything below the head, with `embed_tokens` and `layers`; called as `hidden` calls it.
+        decoder: everything below the head, with `embed_tokens`, `layers` and the three methods that run block by block;
+            called as `hidden` calls it.
     """
 
     model: Any
@@ -69,6 +70,21 @@ class CausalLM(LanguageModel):
     def layers(self) -> list[nn.Module]:
         """The blocks; mlx-lm's name."""
         return list(self.model.layers)
+
+    def into_blocks(self, embeddings: mx.array) -> Carried:
+        """See `LanguageModel.into_blocks`."""
+        carried: Carried = self.model.into_blocks(embeddings)
+        return carried
+
+    def through_block(self, number: int, carried: Carried) -> Carried:
+        """See `LanguageModel.through_block`."""
+        carried = self.model.through_block(number, carried)
+        return carried
+
+    def out_of_blocks(self, carried: Carried) -> mx.array:
+        """See `LanguageModel.out_of_blocks`."""
+        hidden: mx.array = self.model.out_of_blocks(carried)
+        return hidden
 
     @property
     def step_bytes(self) -> int:

@@ -30,7 +30,7 @@ from phi4_mlx.models.cache import REWIND, CacheOptions, KVCache, LayerCache
 from phi4_mlx.models.causal_lm import CausalLM
 from phi4_mlx.models.compiled import ALL, Call, CompiledSteps, Traced
 from phi4_mlx.models.differential import SCORES, Attention, Mask
-from phi4_mlx.models.model import ContextCost
+from phi4_mlx.models.model import Carried, ContextCost
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.scan import selective_scan, short_scan
 from phi4_mlx.models.state import RecurrentCache, WindowCache
@@ -313,6 +313,27 @@ class Decoder(nn.Module):
             if watch is not None:
                 watch(layer, x)
         return self.final_layernorm(x)
+
+    def into_blocks(self, embeddings: mx.array) -> Carried:
+        """See `LanguageModel.into_blocks`."""
+        return (embeddings.astype(mx.float32),)
+
+    def through_block(self, number: int, carried: Carried) -> Carried:
+        """See `LanguageModel.through_block`; the second half shares the memory, the keys and the values."""
+        layer, (x, *shared) = self.layers[number], carried
+        if isinstance(layer, MambaBlock):
+            x, memory = layer(x, None, None)
+            return (x, memory) if number == self.num_cached - 2 else (x,)
+        if isinstance(layer, SelfAttentionBlock):
+            x, *keys_and_values = layer(x, None, None, None)
+            return (x, *shared, *keys_and_values) if number == self.num_cached - 1 else (x,)
+        memory, *keys_and_values = shared
+        x = layer(x, memory) if isinstance(layer, MemoryBlock) else layer(x, *keys_and_values, None)
+        return (x, *shared)
+
+    def out_of_blocks(self, carried: Carried) -> mx.array:
+        """See `LanguageModel.out_of_blocks`."""
+        return self.final_layernorm(carried[0])
 
     def _under(self, adapted: Selection | None) -> list[Any]:
         return list(self.layers) if adapted is None else adapted.layers

@@ -24,7 +24,8 @@ from harness import ROOT, environment, last_line, option_parser
 from report import draw, markdown, rows
 
 HERE = Path(__file__).resolve().parent
-LONGEST = ("speculation", "batching", "tools", "preference", "loss", "teach", "retrieval")  # run last, in this order
+# Run last, in this order.
+LONGEST = ("speculation", "batching", "tools", "preference", "loss", "teach", "retrieval", "calibration")
 TIMEOUT_S = 3600
 
 

@@ -16,7 +16,9 @@ sys.path.insert(0, str(ROOT / "examples" / "demo"))
 import corpus
 import evaluate
 import finetune_lora
+import initialise
 import phrases
+import recipe_demo
 import toolbox
 import words
 from draw import Draw
@@ -33,4 +35,6 @@ def train(folder: Path, lines: Iterable[dict[str, Any]], *options: str) -> tuple
     return adapter, seconds(subprocess.run, command, check=True, cwd=ROOT) / 60
 
 
-__all__ = ["Draw", "corpus", "evaluate", "finetune_lora", "phrases", "toolbox", "train", "words"]
+__all__ = [
+    "Draw", "corpus", "evaluate", "finetune_lora", "initialise", "phrases", "recipe_demo", "toolbox", "train", "words",
+]  # fmt: skip

@@ -1,46 +1,65 @@
 """Tools on the demo: share of right answers when its calls are executed, and of required calls that are valid.
 
     python tests/bench/tools.py [--count 300] [--model demo]
+    python tests/bench/tools.py --write FOLDER [--count 300]
 
-Each held-out question is asked through `run_tools`, with its declared tools as Python functions that compute what the
-training corpus computed. An answer counts if it matches exactly. The same number of answers is then drawn at
-temperature 1 with `tool_choice` set, half to "required" and half to one tool's name, and the calls are checked with
-jsonschema. Bars: 95 % and 100 %. The last line is JSON.
+Each held-out question is asked by `python -m phi4_mlx evaluate --tasks tools`, with its declared tools as Python
+functions that compute what the training corpus computed. An answer counts if it matches exactly. The same number of
+answers is then drawn at temperature 1 with `tool_choice` set, half to "required" and half to one tool's name, and the
+calls are checked with jsonschema. Bars: 95 % and 100 %. The last line is JSON. --write only writes the questions, as
+data for the command.
 """
 
 from __future__ import annotations
 
-import ast
 import json
-import operator
-from collections import Counter
-from collections.abc import Callable
+import shutil
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jsonschema
-from demo_world import Draw, corpus, toolbox, words
-from harness import last_line, option_parser, timed
+from demo_world import Draw, corpus, toolbox
+from harness import ROOT, last_line, option_parser, timed
 
-from phi4_mlx import Tokenizer, load, make_sampler, run_tools
+from phi4_mlx import Tokenizer, make_sampler, run_tools
+from phi4_mlx.evaluation.answers import Answers
+from phi4_mlx.evaluation.options import Options
+from phi4_mlx.evaluation.result import TaskResult
+from phi4_mlx.evaluation.subject import Subject, load_subject
+from phi4_mlx.evaluation.tools import execution
 from phi4_mlx.models.text import Model
 
 SEED = 7
 SKILLS = ("arithmetic", "conversion", "lookup")
-OPERATORS: dict[type, Callable[[float, float], float]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-}
-SIZES = {name: size for dimension in words.DIMENSIONS for names, size in dimension.items() for name in names}
+FUNCTIONS = ROOT / "tests" / "data" / "evaluation" / "tools" / "functions.py"
 
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation that ends with a question, its tools as (declaration, function), and the one right answer."""
+    """A conversation that ends with a question, its tools, the recorded result of its call, and the right answer."""
 
     skill: str
     messages: list[corpus.Message]
-    tools: list[tuple[dict[str, Any], Callable[..., str]]]
+    tools: list[toolbox.Tool]
+    recorded: str
     answer: str
+
+    def line(self, number: int) -> dict[str, Any]:
+        """The question as data for `evaluate`: tools that compute, and a recorded result for the others."""
+        form = ""
+        if self.recorded.startswith("{"):
+            form = f"_{next(iter(json.loads(self.recorded)))}" + ("" if ": " in self.recorded else "_dense")
+        computed = {tool.name: tool.kind + form for tool in self.tools if tool.kind in ("calculate", "convert")}
+        if self.recorded.startswith("error: "):  # every call fails
+            computed = {}
+        results = [{"name": tool.name, "result": self.recorded} for tool in self.tools if tool.name not in computed]
+        declared = [tool.declaration for tool in self.tools]
+        return {
+            "id": f"{self.skill}-{number}", "category": self.skill, "messages": self.messages, "tools": declared,
+            "functions": computed, "results": results, "answer": self.answer,
+        }  # fmt: skip
 
 
 def questions(seed: int, count: int) -> list[Question]:
@@ -53,65 +72,32 @@ def questions(seed: int, count: int) -> list[Question]:
         start = len(talk.messages)
         corpus.add_turn(talk, [skill])
         if talk.messages[-2]["role"] == "tool":  # else no tool for this skill is declared
-            recorded = talk.messages[-2]["content"]
-            tools = [(tool.declaration, function(tool, recorded)) for tool in talk.tools]
-            made.append(Question(skill, talk.messages[: start + 1], tools, talk.messages[-1]["content"]))
+            recorded, answer = (message["content"] for message in talk.messages[-2:])
+            made.append(Question(skill, talk.messages[: start + 1], talk.tools, recorded, answer))
     return made
 
 
-def function(tool: toolbox.Tool, recorded: str) -> Callable[..., str]:
-    """The tool as a function. It fails if the recorded call failed, and formats its result as recorded."""
-
-    def work(**arguments: Any) -> str:
-        if recorded.startswith("error: "):
-            return recorded
-        values = [arguments[name] for name in tool.arguments]
-        if tool.kind in ("weather", "clock"):  # nothing to compute
-            return recorded
-        return in_form(recorded, calculate(*values) if tool.kind == "calculate" else convert(*values))
-
-    return work
+def write(folder: Path, asked: list[Question]) -> None:
+    """Writes questions as data for `python -m phi4_mlx evaluate --tasks tools`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(question.line(number)) + "\n" for number, question in enumerate(asked)]
+    (folder / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
+    if not (folder / FUNCTIONS.name).exists():
+        shutil.copy(FUNCTIONS, folder)
 
 
-def in_form(recorded: str, result: str) -> str:
-    """A result in the format of the recorded one: bare, or in a JSON object."""
-    if not recorded.startswith("{"):
-        return result
-    key = next(iter(json.loads(recorded)))
-    return f'{{"{key}":{" " if ": " in recorded else ""}{result}}}'
-
-
-def calculate(expression: str) -> str:
-    """Evaluates sums, differences, products and quotients of numbers."""
-
-    def value(node: ast.AST) -> float:
-        if isinstance(node, ast.BinOp):
-            return OPERATORS[type(node.op)](value(node.left), value(node.right))
-        if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-            return float(node.value)
-        raise ValueError(f"{expression!r} is not arithmetic")
-
-    return toolbox.shown(value(ast.parse(expression, mode="eval").body))
-
-
-def convert(value: float, source: str, target: str) -> str:
-    """Converts between units."""
-    sizes = (0.0, 0.0) if source in words.TEMPERATURE else (SIZES[source], SIZES[target])
-    return toolbox.shown(toolbox.convert(value, source, target, *sizes))
-
-
-def right_answers(model: Model, tokenizer: Tokenizer, asked: list[Question], mistakes: int) -> Counter[str]:
-    """Counts exact answers by skill; prints the first `mistakes` wrong ones."""
-    right: Counter[str] = Counter()
-    for question in asked:
-        result = run_tools(model, tokenizer, question.messages, question.tools, max_tokens=160)
-        right[question.skill] += result.text == question.answer
-        if result.text != question.answer and mistakes > 0:
-            mistakes -= 1
-            print(f"{question.skill}: {question.messages[-1]['content']!r}")
-            print(f"  right {question.answer!r}\n  given {result.text!r}")
-            print(f"  messages {json.dumps(result.messages[len(question.messages) :])}")
-    return right
+def right_answers(subject: Subject, asked: list[Question], mistakes: int) -> TaskResult:
+    """The task `tools` on the questions; prints the first `mistakes` wrong ones."""
+    with tempfile.TemporaryDirectory() as name:
+        write(Path(name), asked)
+        with Answers(Path(name) / "answers.jsonl") as answers:
+            result = execution.run(subject, answers, Options(data=Path(name)))
+    wrong = [(question, sample) for question, sample in zip(asked, result.samples, strict=True) if not sample["score"]]
+    for question, sample in wrong[:mistakes]:
+        print(f"{question.skill}: {question.messages[-1]['content']!r}")
+        print(f"  right {sample['answer']!r}\n  given {sample['text']!r}")
+        print(f"  messages {json.dumps(sample['messages'])}")
+    return result
 
 
 def valid_calls(model: Model, tokenizer: Tokenizer, asked: list[Question]) -> tuple[int, int]:
@@ -120,10 +106,11 @@ def valid_calls(model: Model, tokenizer: Tokenizer, asked: list[Question]) -> tu
     valid = [0, 0]
     for number, question in enumerate(asked):
         by_name = number % 2
-        schemas = {each["function"]["name"]: each["function"]["parameters"] for each, _ in question.tools}
+        schemas = {tool.name: tool.declaration["function"]["parameters"] for tool in question.tools}
+        tools = [(tool.declaration, print) for tool in question.tools]  # with one round, no call is run
         name = sorted(schemas)[0]
         result = run_tools(
-            model, tokenizer, [{"role": "user", "content": question.answer}], question.tools,
+            model, tokenizer, [{"role": "user", "content": question.answer}], tools,
             tool_choice=name if by_name else "required", max_rounds=1, max_tokens=160, sampler=sampler,
         )  # fmt: skip
         calls = [call["function"] for call in result.messages[1].get("tool_calls", [])]
@@ -142,19 +129,22 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--mistakes", type=int, default=5, help="number of wrong answers to print")
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="write the questions there, and ask none")
     options = parser.parse_args()
-    model, tokenizer = load(options.model)
     asked = questions(SEED, options.count)
-    right, answers_s = timed(right_answers, model, tokenizer, asked, options.mistakes)
-    (required, by_name), calls_s = timed(valid_calls, model, tokenizer, asked)
-    of_skill = Counter(question.skill for question in asked)
-    for skill in SKILLS:
-        print(f"{skill}: {right[skill]} of {of_skill[skill]}")
-    percent = 100 * sum(right.values()) / len(asked)
+    if options.write:
+        return write(options.write, asked)
+    subject = load_subject(options.model)
+    result, answers_s = timed(right_answers, subject, asked, options.mistakes)
+    (required, by_name), calls_s = timed(valid_calls, subject.model, subject.tokenizer, asked)
+    for skill, (metric,) in result.groups.items():
+        print(f"{skill}: {round(metric.value * metric.count)} of {metric.count}")
+    percent = 100 * result.main.value
     halves = (len(asked) + 1) // 2, len(asked) // 2
     last_line(
         "tools",
         right_percent=round(percent, 1),
+        right=round(result.main.value * len(asked)),
         questions=len(asked),
         required_valid=[required, halves[0]],
         by_name_valid=[by_name, halves[1]],

@@ -84,7 +84,7 @@ def test_only_plots_with_results_are_drawn(report: ModuleType, tmp_path: Path) -
 def test_every_figure_names_a_script(report: ModuleType, runner: ModuleType) -> None:
     names = runner.scripts(BENCH)
     assert {figure.bench for figure in report.FIGURES} <= set(names)
-    assert names[-1] == "retrieval" and not {"demo_world", "harness", "peer", "report", "__main__"} & set(names)
+    assert names[-1] == "calibration" and not {"demo_world", "harness", "peer", "report", "__main__"} & set(names)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from phi4_mlx.evaluation.asking import Question, ask
 from phi4_mlx.evaluation.options import Options
 from phi4_mlx.evaluation.result import Metric, TaskResult, mean
 from phi4_mlx.evaluation.subject import Subject
+from phi4_mlx.evaluation.tools.checks import check_tool_format, picked
 from phi4_mlx.evaluation.tools.judge import mistake
-from phi4_mlx.evaluation.tools.leaderboard import LIVE, NON_LIVE, Case, Leaderboard
-from phi4_mlx.terminal.suggestion import nearest
+from phi4_mlx.evaluation.tools.leaderboard import LIVE, NON_LIVE, Leaderboard
+from phi4_mlx.terminal.suggestion import suggestion
 
 MAX_TOKENS = 1024
 CATEGORIES = (*NON_LIVE, *LIVE)
@@ -21,6 +22,7 @@ COLLECTIONS = {"non_live": NON_LIVE, "live": LIVE}
 
 # Aggregates over categories, as the leaderboard forms them. Source: eval_checker/eval_runner_helper.py of bfcl-eval.
 _SIMPLE = ("simple_python", "simple_java", "simple_javascript")
+_OTHERS = ("multiple", "parallel", "parallel_multiple")
 _LIVE_AST = ("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple")
 _IRRELEVANCE = ("irrelevance", "live_irrelevance")
 
@@ -41,8 +43,7 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     board = Leaderboard()
     check_tool_format(subject)
     cases = [case for category in categories for case in board.cases(category)[: options.limit]]
-    if "bfcl" in options.samples:
-        cases = picked("bfcl", cases, options.samples["bfcl"])
+    cases = picked("bfcl", cases, options)
     max_tokens, temp, top_p = options.max_tokens or MAX_TOKENS, options.temp or 0.0, options.top_p or 1.0
     questions = [
         Question(case.name, case.messages, case.tools or None, max_tokens, temp=temp, top_p=top_p, seed=options.seed)
@@ -75,18 +76,18 @@ def aggregates(groups: Mapping[str, Sequence[Metric]]) -> list[Metric]:
         over questions), "irrelevance" (the mean of live and not) and "relevance".
     """
     found = {category: metrics[0] for category, metrics in groups.items()}
-    weights = {
-        "non_live": dict.fromkeys(_SIMPLE, 1 / 12) | dict.fromkeys(("multiple", "parallel", "parallel_multiple"), 1 / 4),
-        "live": {category: found[category].count for category in _LIVE_AST if category in found},
+    counts = {category: found[category].count for category in _LIVE_AST if category in found}
+    weights: dict[str, dict[str, float]] = {
+        "non_live": {**dict.fromkeys(_SIMPLE, 1 / 12), **dict.fromkeys(_OTHERS, 1 / 4)},
+        "live": {category: counts.get(category, 0) for category in _LIVE_AST},
         "irrelevance": dict.fromkeys(_IRRELEVANCE, 1 / 2),
-        "relevance": {"live_relevance": 1.0},
+        "relevance": {"live_relevance": 1},
     }
-    needed = {"live": set(_LIVE_AST)}
-    made = []
-    for name, parts in weights.items():
-        if needed.get(name, parts.keys()) <= found.keys():
-            made.append(_weighted(name, [(found[category], weight) for category, weight in parts.items()]))
-    return made
+    return [
+        _weighted(name, [(found[category], weight) for category, weight in parts.items()])
+        for name, parts in weights.items()
+        if parts.keys() <= found.keys()
+    ]
 
 
 def _weighted(name: str, parts: Sequence[tuple[Metric, float]]) -> Metric:
@@ -108,34 +109,9 @@ def chosen(names: Iterable[str]) -> list[str]:
     wanted: set[str] = set()
     for name in names:
         if name not in CATEGORIES and name not in COLLECTIONS:
-            near = nearest(name, (*COLLECTIONS, *CATEGORIES))
-            meant = f"; did you mean {' or '.join(near)}?" if near else ""
-            known = ", ".join((*COLLECTIONS, *CATEGORIES))
-            raise RequestError(f"bfcl has no category {name!r:.100}{meant} (known: {known})")
+            known = (*COLLECTIONS, *CATEGORIES)
+            raise RequestError(
+                f"bfcl has no category {name!r:.100}{suggestion(name, known) or '; known are ' + ', '.join(known)}"
+            )
         wanted |= {*COLLECTIONS.get(name, (name,))}
     return [category for category in CATEGORIES if not wanted or category in wanted]
-
-
-def check_tool_format(subject: Subject) -> None:
-    """Refuses a model whose chat format cannot declare tools.
-
-    Raises:
-        RequestError: it cannot.
-    """
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
-    try:
-        subject.tokenizer.apply_chat_template([{"role": "user", "content": ""}], tools=[tool])
-    except RequestError as error:
-        raise RequestError(f"{subject.name} cannot be evaluated on tools: {error}") from None
-
-
-def picked(task: str, items: Sequence[Case], indices: Sequence[int]) -> list[Case]:
-    """The documents at the indices of `--samples`.
-
-    Raises:
-        RequestError: an index is not one of a document.
-    """
-    for index in indices:
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(items):
-            raise RequestError(f"{task} has no document {index!r:.100}; they are numbered 0 to {len(items) - 1:,}")
-    return [items[index] for index in indices]

@@ -8,19 +8,24 @@ from collections.abc import Sequence
 from phi4_mlx.evaluation.tools.leaderboard import LANGUAGES, Case, Leaderboard
 from phi4_mlx.tools.calls import ToolCall
 
-# Limits of a value in Java or JavaScript. The checker's patterns take exponential time in the arrays and cubic time in
-# the length of one that does not match; the longest right value has 5 arrays and 172 characters.
+# Values in Java or JavaScript that are not checked: the checker's patterns take exponential time in arrays, or the
+# fifth power of a run of spaces, where they do not match. The longest right value has 152 characters.
+_MAX_CHARS = 400
 _MAX_ARRAYS = 12
-_MAX_CHARS = 1000
-_BETWEEN_ARRAYS = re.compile(r"\]\s*,\s*\[")
+_ARRAYS = re.compile(r"\]\s*,\s*\[")
+_SPACES = re.compile(r"\s{17}")
+# Types whose values the checker searches for an expression, whatever stands around it.
+_COLLECTIONS = ("Array", "ArrayList", "HashMap", "array", "dict")
+_BEGINS = re.compile(r"\bnew\b|^\s*[\[{]")
+_WHOLE = re.compile(r"\s*(new\b|[\[{]).*[)}\]]\s*", re.DOTALL)
 
 
 def mistake(board: Leaderboard, case: Case, calls: Sequence[ToolCall]) -> str | None:
     """The reason why calls do not answer a case, in one line; None if they do.
 
     Without relevance to the tools (`irrelevance`) any call of a declared tool is wrong; `relevance` asks only for one.
-    Else the leaderboard's checker compares names, arguments, types and values. It reads no argument where every one may
-    be left out, so `{}` is right there; where the declaration requires an argument, a call without it is wrong.
+    Else the leaderboard's checker compares names, arguments, types and values. Where it takes every
+    argument as optional, `{}` is right; where the declaration requires an argument, a call without it is wrong.
 
     Args:
         board: the checker.
@@ -33,7 +38,7 @@ def mistake(board: Leaderboard, case: Case, calls: Sequence[ToolCall]) -> str | 
         return "the answer calls no tool"
     if case.category.endswith("relevance"):
         return None
-    wrong = _left_out(case, calls) or _unreadable(case, calls)
+    wrong = _left_out(case, calls) or _malformed(case, calls)
     return wrong or board.mistake(case, [{call.name: call.arguments} for call in calls])
 
 
@@ -48,13 +53,18 @@ def _left_out(case: Case, calls: Sequence[ToolCall]) -> str | None:
     return None
 
 
-def _unreadable(case: Case, calls: Sequence[ToolCall]) -> str | None:
-    """A value that the checker cannot compare in reasonable time."""
-    if case.category in LANGUAGES:
-        for call in calls:
-            for name, value in call.arguments.items():
-                if isinstance(value, str) and (
-                    len(value) > _MAX_CHARS or len(_BETWEEN_ARRAYS.findall(value)) >= _MAX_ARRAYS
-                ):
-                    return f"the value of {name!r} of {call.name} is longer than any right one"
+def _malformed(case: Case, calls: Sequence[ToolCall]) -> str | None:
+    """A value in Java or JavaScript that the checker cannot read in reasonable time, or reads a part of."""
+    if case.category not in LANGUAGES:
+        return None
+    types = {each["name"]: each["parameters"]["properties"] for each in case.functions}
+    for call in calls:
+        for name, value in call.arguments.items():
+            if not isinstance(value, str):
+                continue
+            if len(value) > _MAX_CHARS or len(_ARRAYS.findall(value)) > _MAX_ARRAYS or _SPACES.search(value):
+                return f"the value of {name!r} of {call.name} is longer than any right one"
+            collection = types.get(call.name, {}).get(name, {}).get("type") in _COLLECTIONS
+            if collection and _BEGINS.search(value) and not _WHOLE.fullmatch(value):
+                return f"the value of {name!r} of {call.name} has text around a collection"
     return None

@@ -38,6 +38,8 @@ LANGUAGES = {"simple_java": "java", "simple_javascript": "javascript"}
 
 Calls = list[dict[str, JsonObject]]
 """Calls in the leaderboard's form: [{name: arguments}]."""
+Truth = dict[str, dict[str, list[Any]]]
+"""A right call: {name: {argument: right values}}, in which "" allows to leave an optional argument out."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,7 @@ class Case:
         messages: the conversation up to the answer.
         functions: the declarations as the checker reads them, with the leaderboard's names of types.
         tools: the declarations as the model reads them, in OpenAI's form.
-        truth: each right call as {name: {argument: right values}}, in which "" allows to leave the argument out; empty
-            where only the presence of a call is scored.
+        truth: the right calls; none where only the presence of a call is scored.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Case:
     messages: list[JsonObject]
     functions: list[JsonObject]
     tools: list[JsonObject]
-    truth: list[dict[str, dict[str, list[Any]]]]
+    truth: list[Truth]
 
 
 class Leaderboard:
@@ -118,8 +119,9 @@ class Leaderboard:
     def _case(self, category: str, line: JsonObject, truth: Mapping[str, Any]) -> Case:
         (hinted,) = self._with_hints([copy.deepcopy(line)])
         tools = [{"type": "function", "function": self._declared(function)} for function in hinted["function"]]
-        name = line["id"]
-        return Case(name, category, line["question"][0], line["function"], tools, truth.get(name, []))
+        functions, name = line["function"], line["id"]
+        right = [_with_required(call, functions) for call in truth.get(name, [])]
+        return Case(name, category, line["question"][0], functions, tools, right)
 
     def _declared(self, function: JsonObject) -> JsonObject:
         return {**function, "parameters": self.json_schema(function["parameters"])}
@@ -148,6 +150,18 @@ class Leaderboard:
         if verdict["valid"]:
             return None
         return f"{verdict['error_type']}: {' '.join(str(verdict['error']).split())[:500]}"
+
+
+def _with_required(call: Truth, functions: list[JsonObject]) -> Truth:
+    """A right call without the permission to leave out a required argument, by which the checker takes "" as right."""
+    required = {name for each in functions if each["name"] in call for name in each["parameters"]["required"]}
+    return {
+        function: {
+            name: [value for value in values if value != "" or name not in required] or values
+            for name, values in arguments.items()
+        }
+        for function, arguments in call.items()
+    }
 
 
 @contextmanager

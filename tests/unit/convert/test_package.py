@@ -49,8 +49,9 @@ def test_a_package_has_these_files_and_no_others(source: Path, tmp_path: Path) -
         (source / name).write_text("{}\n")
     convert(source, tmp_path / "out", **FOUR_BITS)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "LICENSE", "added_tokens.json", "config.json", "generation_config.json", "manifest.json", "merges.txt",
-        "model.safetensors", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
+        "LICENSE", "README.md", "added_tokens.json", "config.json", "generation_config.json", "manifest.json",
+        "merges.txt", "model.safetensors", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
+        "vocab.json",
     ]  # fmt: skip
     for name in ("tokenizer.json", "tokenizer_config.json", "LICENSE", "vocab.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()

@@ -60,7 +60,7 @@ def test_the_report_states_every_matrix_the_totals_and_the_calibration(tmp_path:
         assert len(entry["candidates"]) == 5
 
 
-@pytest.mark.parametrize("made", [report(), report(0), report(1), report(3, 3.5, lambda bits: 0.0)])
+@pytest.mark.parametrize("made", [report(0), report(1, 3.5, lambda bits: 0.0)])
 def test_the_picture_is_drawn_the_same_each_time(made: Report, tmp_path: Path) -> None:
     pictures = []
     for name in ("a", "b"):

@@ -74,6 +74,8 @@ def test_figures_are_those_of_all_logits(pair: tuple[Path, Path], data: Path, mo
     assert (found.samples, found.tokens) == (len(LENGTHS), len(true))
     assert found.a.kl.value == pytest.approx(divergence(p, q), rel=1e-4) and found.a.kl.value > 1e-3
     assert found.b.kl.value == pytest.approx(divergence(q, p), rel=1e-4)
+    summed = [len(x) * divergence(x, y) for x, y in zip(one, two, strict=True)]
+    assert found.a.sample_kl == pytest.approx(summed, rel=1e-4)
     assert found.agreement.value == (p.argmax(-1) == q.argmax(-1)).mean()
     for side, each in ((found.a, p), (found.b, q)):
         assert side.perplexity.value == pytest.approx(np.exp(-each[np.arange(len(true)), true].mean()), rel=1e-5)

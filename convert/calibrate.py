@@ -1,0 +1,382 @@
+"""Calibration: every matrix quantised in several schemes, and the cost of each in KL divergence, in one pass.
+
+The calibration text runs through the dense model block by block. The second moments of a matrix's inputs decide how it
+is rounded. Beside the text run variants, which are a few tokens whose hidden states one quantised matrix has changed;
+at the end, their logits tell what that matrix costs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from phi4_mlx.config.fields import Config
+from phi4_mlx.data.samples import Sample
+from phi4_mlx.errors import RequestError
+from phi4_mlx.files.dtypes import mlx_dtype
+from phi4_mlx.files.json_file import JsonObject
+from phi4_mlx.files.safetensors import Stored
+
+from .bits import Candidate, choose_bits
+from .blocks import BlockModel, embedded
+from .divergence import Reference
+from .gptq import Solver
+from .moments import Moments, recording
+from .quantize import Layout, Scheme
+from .weights import Parameter, read_rows
+from .work_folder import WorkFolder
+
+LEAST_TOKENS = 1000
+MOST_TOKENS = 32_768  # of calibration text; in the demo, 5,000 do as well as 50,000
+BATCH_TOKENS = 4096  # that run together
+VARIANT_TOKENS = 512  # whose KL is measured
+VARIANT_LENGTH = 128  # of them in a row
+BLOCK_NUMBERS = 2**24  # of a matrix that are rounded together
+TEXT, PLAIN = "text-", "plain"  # streams of the text, and of the tokens that variants start from
+
+VERSION = 1  # of the recipe; a folder of another one is not gone on with
+
+Rows = Iterator[tuple[int, int, mx.array]]
+"""Blocks of rows of a matrix, as (first, last, rows)."""
+
+Progress = Callable[[float, float], object]
+"""Called as (work done, work in all)."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The result.
+
+    Attributes:
+        chosen: path -> the candidate within the budget.
+        candidates: path -> all that were measured.
+        tokens: of the calibration text.
+        seconds: that it took, over all its runs.
+        peak_bytes: peak of MLX's memory.
+        work: the folder of the candidates' numbers.
+        parameters: path -> the matrix in the checkpoint.
+    """
+
+    chosen: dict[str, Candidate]
+    candidates: dict[str, list[Candidate]]
+    tokens: int
+    seconds: float
+    peak_bytes: int
+    work: WorkFolder
+    parameters: Mapping[str, Parameter]
+
+    def stored(self, path: str) -> tuple[Stored, ...]:
+        """The tensors of the chosen candidate of a matrix."""
+        return self.work.candidate(_layout(self.parameters[path], self.chosen[path].scheme))
+
+    def arrays(self, path: str) -> list[mx.array]:
+        """Packed weight, scales and biases of the chosen candidate of a matrix."""
+        found = [(each, mx.load(str(each.path))) for each in self.stored(path)]
+        return [arrays[each.name] for each, arrays in found]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences that run together, filled up on the right.
+
+    Attributes:
+        ids: [B, T].
+        wanted: positions in the flattened batch of the tokens of the sequences.
+    """
+
+    ids: np.ndarray
+    wanted: np.ndarray
+
+
+def batches(rows: Sequence[Sequence[int]], boundary: int | None) -> list[Batch]:
+    """Puts sequences of similar length, and of one RoPE table, into batches."""
+    found: list[Batch] = []
+    some: list[Sequence[int]] = []
+    ordered = sorted(rows, key=len)
+    for row, following in zip(ordered, [*ordered[1:], None], strict=True):
+        some.append(row)
+        full = following is None or (len(some) + 1) * len(following) > BATCH_TOKENS
+        if full or (boundary is not None and len(row) <= boundary < len(following or ())):
+            ids = np.zeros((len(some), len(row)), np.int64)
+            inside = np.zeros(ids.shape, bool)
+            for number, each in enumerate(some):
+                ids[number, : len(each)], inside[number, : len(each)] = each, True
+            found.append(Batch(ids, np.flatnonzero(inside)))
+            some = []
+    return found
+
+
+def spread(rows: Sequence[Sequence[int]], most: int) -> list[Sequence[int]]:
+    """Rows of at most `most` tokens together, evenly spaced among all."""
+    total = sum(map(len, rows))
+    if total <= most:
+        return list(rows)
+    found, seen, taken = [], 0, 0
+    for row in rows:
+        seen += len(row)
+        if taken + len(row) <= most * seen / total:
+            found.append(row)
+            taken += len(row)
+    return found or [rows[0][:most]]
+
+
+def calibrate(
+    parameters: Sequence[Parameter],
+    config: Config,
+    samples: Sequence[Sample],
+    schemes: Mapping[str, Sequence[Scheme]],
+    bits_per_weight: float,
+    work: Path,
+    progress: Progress = lambda done, total: None,
+    tell: Callable[[str], object] = lambda line: None,
+) -> Calibration:
+    """Quantises matrices and chooses their bits.
+
+    Args:
+        parameters: of the whole model, from the checkpoint.
+        config: of the checkpoint.
+        samples: the calibration text.
+        schemes: path of each matrix to quantise -> the affine schemes to try.
+        bits_per_weight: the budget; see `choose_bits`.
+        work: folder of intermediate results; a run that was killed goes on from it.
+        progress: called as the work proceeds.
+        tell: called with a line for the user.
+
+    Returns:
+        The choice. The caller removes the work folder when it has used it.
+
+    Raises:
+        RequestError: there are too few tokens, the budget is too small, or an input of a matrix is not finite.
+        CheckpointError: the weights or the work folder cannot be read.
+    """
+    tokens = sum(len(sample.ids) for sample in samples)
+    if tokens < LEAST_TOKENS:
+        raise RequestError(
+            f"the calibration data has {tokens:,} tokens, and needs at least {LEAST_TOKENS:,}; add texts, or use "
+            "--q-calibration default"
+        )
+    rows = spread([sample.ids for sample in samples], MOST_TOKENS)
+    run = _Run(parameters, config, rows, schemes, work, progress, tell)
+    run.all_steps()
+    candidates = run.candidates()
+    used = sum(map(len, rows))
+    state = run.work.state
+    chosen = choose_bits(candidates, bits_per_weight)
+    return Calibration(chosen, candidates, used, state["seconds"], state["peak_bytes"], run.work, run.parameters)
+
+
+class _Run:
+    """One calibration; its steps are the embedding, each block, and the head."""
+
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        config: Config,
+        rows: Sequence[Sequence[int]],
+        schemes: Mapping[str, Sequence[Scheme]],
+        work: Path,
+        progress: Progress,
+        tell: Callable[[str], object],
+    ):
+        self.schemes, self._progress = schemes, progress
+        self.parameters = {each.path: each for each in parameters if each.path in schemes}
+        self.work = WorkFolder(work, _settings(parameters, config, rows, schemes), tell)
+        self.blocks = BlockModel(config, parameters)
+        self.model = self.blocks.model
+        self.texts = batches(rows, self.model.boundary)
+        pieces = spread([row[:VARIANT_LENGTH] for row in rows], VARIANT_TOKENS)
+        width = max(map(len, pieces))
+        ids = np.array([[*piece, *[0] * (width - len(piece))] for piece in pieces])
+        inside = np.array([[True] * len(piece) + [False] * (width - len(piece)) for piece in pieces])
+        self.few = Batch(ids, np.flatnonzero(inside))
+        self.measured: dict[str, dict[str, list[float]]] = self.work.state.setdefault("measured", {})
+
+    def all_steps(self) -> None:
+        """Runs the steps that are not done yet."""
+        steps: list[Callable[[], None]] = [self._embed]
+        steps += [lambda number=number: self._block(number) for number in range(len(self.blocks.blocks))]
+        steps.append(self._head)
+        state = self.work.state
+        mx.reset_peak_memory()
+        for number in range(self.work.step, len(steps)):
+            begin = time.perf_counter()
+            self._progress(number, len(steps))
+            self.work.begin()
+            steps[number]()
+            state["seconds"] = state.get("seconds", 0.0) + time.perf_counter() - begin
+            state["peak_bytes"] = max(state.get("peak_bytes", 0), mx.get_peak_memory())
+            self.work.finish(number + 1)
+        self._progress(len(steps), len(steps))
+
+    def candidates(self) -> dict[str, list[Candidate]]:
+        """All that was measured."""
+        found: dict[str, list[Candidate]] = {}
+        for path, schemes in self.schemes.items():
+            numbers = self.parameters[path].rows * self.parameters[path].width
+            for scheme in schemes:
+                error, kl = self.measured[path][str(scheme.bits)]
+                found.setdefault(path, []).append(Candidate(path, scheme, numbers, kl, error))
+        return found
+
+    def _embed(self) -> None:
+        embedding = self.blocks.embedding
+        for number, batch in enumerate(self.texts):
+            self._start(f"{TEXT}{number}", batch, _dense(embedding))
+        self._start(PLAIN, self.few, _dense(embedding))
+        if embedding.path in self.schemes and embedding is not self.blocks.head:
+            moments = Moments(embedding.width)  # lookups: all numbers of a row count the same
+            moments.inputs, moments.tokens = mx.eye(embedding.width), 1
+            for scheme in self._quantise(embedding, moments):
+                self._start(_variant(embedding.path, scheme), self.few, self._rounded(embedding, scheme))
+
+    def _start(self, name: str, batch: Batch, rows: Rows) -> None:
+        self.work.save(name, self.model.into_blocks(embedded(batch.ids, self.blocks.embedding.width, rows)))
+
+    def _block(self, number: int) -> None:
+        """Runs all streams through a block, quantises its matrices, and starts their variants."""
+        prefix = f"{self.blocks.blocks[number]}."
+        matrices = {path: each for path, each in self.parameters.items() if path.startswith(prefix)}
+        with self.blocks.block(number) as block:
+            modules = dict(block.named_modules())
+            layers = {path.removeprefix(prefix): modules[path.removeprefix(prefix)] for path in matrices}
+            with recording(block, layers) as record:
+                for index, batch in enumerate(self.texts):
+                    record.want(mx.array(batch.wanted))
+                    self._through(number, f"{TEXT}{index}")
+            moments = record.moments
+            for name in self.work.streams():
+                if not name.startswith(TEXT):
+                    self._through(number, name)
+            for path, parameter in matrices.items():
+                own = moments.pop(path.removeprefix(prefix))
+                layer = layers[path.removeprefix(prefix)]
+                exact = layer.weight
+                for scheme in self._quantise(parameter, own):
+                    layer.weight = mx.concatenate([rows for _, _, rows in self._rounded(parameter, scheme)])
+                    self._through(number, PLAIN, _variant(path, scheme))
+                layer.weight = exact
+
+    def _through(self, number: int, name: str, into: str | None = None) -> None:
+        carried = self.model.through_block(number, tuple(self.work.load(name)))
+        mx.eval(carried)
+        self.work.save(into or name, carried)
+
+    def _quantise(self, parameter: Parameter, moments: Moments) -> Iterator[Scheme]:
+        """Writes each candidate of a matrix, then yields its scheme; notes the error."""
+        hessian = moments.hessian
+        energy = sum(((rows @ hessian) * rows).sum().item() for _, _, rows in _dense(parameter))
+        solver = Solver(hessian, parameter.path)
+        for scheme in self.schemes[parameter.path]:
+            errors: list[float] = []
+            self.work.save_candidate(_layout(parameter, scheme), _quantised(parameter, solver, scheme, errors))
+            error = sum(errors) / energy if energy > 0 else 0.0
+            self.measured.setdefault(parameter.path, {})[str(scheme.bits)] = [error, 0.0]
+            yield scheme
+
+    def _rounded(self, parameter: Parameter, scheme: Scheme) -> Rows:
+        """A candidate's weights, dequantised in float32."""
+        stored = self.work.candidate(_layout(parameter, scheme))
+        for first, last in _ranges(parameter):
+            weight, *rest = (read_rows(each, first, last) for each in stored)
+            yield first, last, mx.dequantize(weight, *(each.astype(mx.float32) for each in rest), **vars(scheme))
+
+    def _head(self) -> None:
+        """Measures all variants, quantises the head, and measures it with the embedding if they are one."""
+        head, wanted = self.blocks.head, mx.array(self.few.wanted)
+
+        def hidden(carried: Sequence[mx.array]) -> mx.array:
+            found = self.model.out_of_blocks(tuple(carried))
+            return found.reshape(-1, found.shape[-1])[wanted]
+
+        kept = [rows for _, _, rows in _dense(head)]
+        reference = Reference(hidden(self.work.load(PLAIN)), lambda: kept)
+        for path, schemes in self.schemes.items():
+            for scheme in schemes:
+                if path != head.path:
+                    found = reference.divergence(hidden(self.work.load(_variant(path, scheme))))
+                    self.measured[path][str(scheme.bits)][1] = found
+        if head.path not in self.schemes:
+            return
+        moments = Moments(head.width)
+        for index, batch in enumerate(self.texts):
+            found = self.model.out_of_blocks(tuple(self.work.load(f"{TEXT}{index}")))
+            moments.add(found.reshape(-1, head.width)[mx.array(batch.wanted)])
+        schemes = list(self._quantise(head, moments))
+        carried = {scheme: self.work.load(PLAIN) for scheme in schemes}
+        if head is self.blocks.embedding:
+            carried = self._with_rounded_embedding(schemes)
+        for scheme in schemes:
+            changed = reference.divergence(hidden(carried[scheme]), lambda: (w for _, _, w in self._rounded(head, scheme)))
+            self.measured[head.path][str(scheme.bits)][1] = changed
+
+    def _with_rounded_embedding(self, schemes: Sequence[Scheme]) -> dict[Scheme, tuple[mx.array, ...]]:
+        """Runs the few tokens with each candidate of the embedding through all blocks."""
+        embedding = self.blocks.embedding
+        carried = {}
+        for scheme in schemes:
+            rows = embedded(self.few.ids, embedding.width, self._rounded(embedding, scheme))
+            carried[scheme] = self.model.into_blocks(rows)
+        for number in range(len(self.blocks.blocks)):
+            with self.blocks.block(number):
+                for scheme in schemes:
+                    carried[scheme] = self.model.through_block(number, carried[scheme])
+                    mx.eval(carried[scheme])
+        return carried
+
+
+def _ranges(parameter: Parameter) -> Iterator[tuple[int, int]]:
+    step = max(1, BLOCK_NUMBERS // parameter.width)
+    return ((first, min(first + step, parameter.rows)) for first in range(0, parameter.rows, step))
+
+
+def _dense(parameter: Parameter) -> Rows:
+    """The rows of the checkpoint."""
+    return ((first, last, parameter.dense(first, last)) for first, last in _ranges(parameter))
+
+
+def _quantised(parameter: Parameter, solver: Solver, scheme: Scheme, errors: list[float]) -> Iterator[list[mx.array]]:
+    """Blocks of a quantised matrix; the error of each is added to `errors`."""
+    for _, _, rows in _dense(parameter):
+        *arrays, error = solver.quantize(rows, scheme, mlx_dtype(parameter.numbers))
+        mx.eval(arrays)
+        errors.append(error.item())
+        yield arrays
+        mx.clear_cache()
+
+
+def _layout(parameter: Parameter, scheme: Scheme) -> Layout:
+    return scheme.layout(parameter.path, parameter.numbers, (parameter.rows, parameter.width))
+
+
+def _variant(path: str, scheme: Scheme) -> str:
+    return f"{path}-{scheme.bits}"
+
+
+def _settings(
+    parameters: Sequence[Parameter],
+    config: Config,
+    rows: Sequence[Sequence[int]],
+    schemes: Mapping[str, Sequence[Scheme]],
+) -> JsonObject:
+    """Everything that the result depends on."""
+
+    def digest(value: object) -> str:
+        return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+    stored = [each for parameter in parameters for each in parameter.inputs]
+    files = {str(each.path): (each.path.stat().st_size, each.path.stat().st_mtime_ns) for each in stored}
+    tensors = [(each.name, each.info.dtype, each.info.shape, each.info.start) for each in stored]
+    numbers = [parameter.numbers for parameter in parameters]
+    return {
+        "version": (VERSION, mx.__version__, str(mx.default_device())),
+        "checkpoint": digest([config.to_dict(), sorted(files.items()), tensors, numbers]),
+        "calibration data": digest([list(row) for row in rows]),
+        "scheme": digest({path: [asdict(each) for each in some] for path, some in schemes.items()}),
+    }

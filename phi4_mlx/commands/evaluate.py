@@ -1,0 +1,365 @@
+"""`python -m phi4_mlx evaluate`: scores of a model on tasks, beside published figures and other runs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phi4_mlx.errors import RequestError
+from phi4_mlx.terminal.amount import amount
+from phi4_mlx.terminal.command import Idle, Parser, complain, number, progress_bar, run, typed, word
+from phi4_mlx.terminal.limits import MAX_TOKENS_LIMIT, SEED_LIMIT, TEMPERATURE_LIMIT
+from phi4_mlx.terminal.options import add_model_options, load_options
+
+if TYPE_CHECKING:
+    from phi4_mlx.evaluation.options import Options
+    from phi4_mlx.evaluation.run import Job, Run
+    from phi4_mlx.evaluation.subject import Subject
+    from phi4_mlx.evaluation.suite import Suite
+
+PROG = typed("evaluate")
+_count = number(int, 1, 10_000_000)
+_ROW_OPTIONS = ("num_shots", "apply_chat_template", "temp", "top_p", "include_path", "lengths", "languages")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return run(_parser(), _evaluate, argv)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog=PROG,
+        description="Score a model on tasks: lm-eval's by name, your own in YAML, or bfcl, tools, long-context and "
+        "languages. Every answer is kept, so that the same command goes on after a stop. lm-eval's tasks need the "
+        "extra: pip install 'phi4-mlx[eval]'.",
+    )
+    add_model_options(parser)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--tasks", nargs="+", type=word, metavar="TASK", help="tasks, apart or with commas (default: none)"
+    )
+    what.add_argument(
+        "--suite", type=word, metavar="NAME",
+        help="phi-4-mini: the table of the model's article, each row as the nearest public setting (default: none)",
+    )  # fmt: skip
+    what.add_argument(
+        "--report", nargs=2, type=word, metavar=("A", "B"),
+        help="compare two results.json (or their folders) on the documents of both, with a paired test (default: none)",
+    )  # fmt: skip
+    _add_documents(parser)
+    _add_answers(parser)
+    parser.add_argument(
+        "--comparator", type=word, action="append", default=[], metavar="MODEL",
+        help="another model to score in the same way, run by mlx-lm; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--judge", type=word, metavar="MODEL",
+        help="a local model that judges Arena Hard's answers, in a column of its own (default: none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output-dir", type=word, default="evaluation", metavar="FOLDER",
+        help="folder for results.json, results.md, pictures and every answer",
+    )  # fmt: skip
+    why = "with --suite, whose rows have their own"
+    parser.idle.append(Idle(_ROW_OPTIONS, lambda args: args.suite is not None, why))
+    return parser
+
+
+def _add_documents(parser: Parser) -> None:
+    """The options that choose what is asked."""
+    parser.add_argument(
+        "--include-path",
+        type=word,
+        metavar="FOLDER",
+        help="a folder with tasks of your own, as lm-eval's YAML (default: none)",
+    )
+    parser.add_argument(
+        "--data", type=word, metavar="PATH",
+        help="a folder with copies of data sets under their Hugging Face ids, as in PATH/allenai/ai2_arc, or the data of "
+        "the package's own task (default: from Hugging Face)",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=_count, metavar="N", help="documents a task (default: all)")
+    parser.add_argument(
+        "--samples", type=word, metavar="JSON",
+        help='documents by task, as \'{"arc_challenge": [0, 3]}\' or a file with that (default: all)',
+    )  # fmt: skip
+    parser.add_argument(
+        "--lengths",
+        nargs="+",
+        type=_count,
+        metavar="N",
+        help="prompt lengths of long-context, in tokens (default: its own)",
+    )
+    parser.add_argument(
+        "--languages",
+        nargs="+",
+        type=word,
+        metavar="CODE",
+        help="languages of long-context and languages (default: all)",
+    )
+
+
+def _add_answers(parser: Parser) -> None:
+    """The options that decide how it is asked and answered."""
+    parser.add_argument(
+        "--num-shots",
+        type=number(int, 0, 1000),
+        metavar="N",
+        help="solved examples before each question (default: the task's)",
+    )
+    parser.add_argument(
+        "--apply-chat-template", action=argparse.BooleanOptionalAction,
+        help="ask in the model's chat format (default: where the model writes its answer, not where texts are scored)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-tokens",
+        type=number(int, 1, MAX_TOKENS_LIMIT),
+        metavar="N",
+        help="longest answer, in tokens (default: the task's)",
+    )
+    parser.add_argument(
+        "--temp", type=number(float, 0, TEMPERATURE_LIMIT), metavar="N", help="temperature (default: the task's)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=number(float, 0, 1),
+        metavar="N",
+        help="keep the likeliest tokens whose probabilities sum to this (default: the task's)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=number(int, 1, 10_000),
+        metavar="N",
+        help="answers drawn for each question, at a temperature above 0; scores are their mean (default: 1; of a suite, the row's)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=number(int, 0, SEED_LIMIT),
+        default=0,
+        metavar="N",
+        help="for the choice of examples and for sampling",
+    )
+    parser.add_argument(
+        "--confirm-run-unsafe-code", action="store_true", help="let tasks run code that the model writes"
+    )
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    if args.report is not None:
+        _report(args)
+        return
+    if args.tasks is None and args.suite is None:
+        raise RequestError("nothing to evaluate: name --tasks, --suite phi-4-mini, or two results to --report")
+    options = _options(args)
+    suite, names = _asked(args, options)
+    folder = Path(os.path.expanduser(args.output_dir)).absolute()
+    with _warnings_as_lines():
+        subject = _subject(args)
+        jobs = _jobs(suite, names, options, subject)
+        runs = [_run(jobs, subject, folder, _settings(args, names), suite)]
+        del subject
+        for name in args.comparator:
+            runs.append(_compared(name, jobs, folder, _settings(args, names), suite))
+    _write(runs, suite, folder)
+
+
+def _options(args: argparse.Namespace) -> Options:
+    from phi4_mlx.evaluation.options import Options
+
+    data = None if args.data is None else Path(os.path.expanduser(args.data)).absolute()
+    if data is not None and not data.exists():
+        raise RequestError(f"--data {args.data} does not exist; name a folder with copies of data sets")
+    if args.limit is not None and args.samples is not None:
+        raise RequestError("--limit and --samples both choose documents; drop one")
+    include = None if args.include_path is None else Path(os.path.expanduser(args.include_path)).absolute()
+    return Options(
+        limit=args.limit,
+        samples=_samples(args.samples),
+        seed=args.seed,
+        num_shots=args.num_shots,
+        apply_chat_template=args.apply_chat_template,
+        max_tokens=args.max_tokens,
+        temp=args.temp,
+        top_p=args.top_p,
+        repeats=args.repeats,
+        include_path=include,
+        data=data,
+        lengths=tuple(args.lengths or ()),
+        languages=tuple(args.languages or ()),
+        confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+        judge=args.judge,
+        folder=Path(os.path.expanduser(args.output_dir)).absolute(),
+    )
+
+
+def _samples(given: str | None) -> dict[str, list[int]]:
+    """The documents by task, from JSON or a file with it."""
+    if given is None:
+        return {}
+    from phi4_mlx.files.user_file import read_file
+
+    text = (
+        given if given.lstrip().startswith("{") else read_file(Path(os.path.expanduser(given))).decode(errors="replace")
+    )
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f'--samples is not JSON: {error}; write {{"arc_challenge": [0, 3]}}') from None
+    is_ids = isinstance(value, dict) and all(
+        isinstance(ids, list) and all(type(each) is int for each in ids) for ids in value.values()
+    )
+    if not is_ids:
+        raise RequestError(f'--samples must map tasks to lists of ids, as {{"arc_challenge": [0, 3]}}, not {text:.100}')
+    return {name: list(dict.fromkeys(ids)) for name, ids in value.items()}
+
+
+def _asked(args: argparse.Namespace, options: Options) -> tuple[Suite | None, list[str]]:
+    """The suite or the names of tasks, known to exist before a model is loaded."""
+    from phi4_mlx.evaluation.suite import load_suite
+    from phi4_mlx.evaluation.tasks import OWN
+
+    if args.suite is not None:
+        from phi4_mlx.evaluation.task_index import tasks_folder
+
+        tasks_folder()  # lm-eval is installed
+        return load_suite(args.suite), []
+    names = list(dict.fromkeys(name for given in args.tasks for name in given.split(",") if name))
+    if not names:
+        raise RequestError("--tasks names no task")
+    if not set(names) <= OWN.keys():
+        from phi4_mlx.evaluation.lm_tasks import check_task_names
+
+        check_task_names(names, [*OWN], options.include_path)
+    return None, names
+
+
+def _subject(args: argparse.Namespace) -> Subject:
+    from phi4_mlx.evaluation.subject import load_subject
+    from phi4_mlx.hub import DEFAULT_MODEL
+
+    return load_subject(args.model or DEFAULT_MODEL, **load_options(args))
+
+
+def _jobs(suite: Suite | None, names: Sequence[str], options: Options, subject: Subject) -> list[Job]:
+    from phi4_mlx.evaluation.run import Job, suite_jobs
+    from phi4_mlx.terminal.options import advised
+
+    if suite is None:
+        return [Job(name, name, options) for name in names]
+    chat_format = getattr(subject.tokenizer, "chat_format", None)
+    return suite_jobs(suite, options, advised(chat_format.name) if chat_format is not None else {})
+
+
+def _settings(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """The options that results depend on."""
+    kept = ("suite", "limit", "num_shots", "apply_chat_template", "max_tokens", "temp", "top_p", "repeats", "seed")
+    own = {
+        "tasks": list(names),
+        "samples": _samples(args.samples),
+        "lengths": args.lengths,
+        "languages": args.languages,
+    }
+    return {name: getattr(args, name) for name in kept} | own | {"judge": args.judge, "comparators": args.comparator}
+
+
+def _run(jobs: Sequence[Job], subject: Subject, folder: Path, settings: dict[str, Any], suite: Suite | None) -> Run:
+    """Runs jobs on a model, with `results.json` after each."""
+    from phi4_mlx.evaluation.answers import Answers
+    from phi4_mlx.evaluation.run import Run, file_name, load_jobs, open_run, run_job, versions
+    from phi4_mlx.evaluation.sharing import answers_path
+
+    run = open_run(folder, Run(subject.name, subject.fingerprint, settings, versions()))
+    loaded, run.missing = load_jobs(jobs, skip=suite is not None)
+    started, first = time.monotonic(), subject.group is None or subject.group.rank() == 0
+    try:
+        for place, job in enumerate(jobs, 1):
+            if job.name in run.missing:
+                complain(PROG, f"{job.name} is left out: {run.missing[job.name]}")
+                continue
+            label = f"{place}/{len(jobs)} {job.name}"
+            path = answers_path(folder / "answers", file_name(job.name), subject.group)
+            with progress_bar(label, of=_whole) as show, Answers(path) as answers:
+                results = run_job(job, loaded.get(job.name, ()), subject, answers, show or _no_progress)
+            for result in results:
+                run.results[job.name if len(results) == 1 else result.task] = result
+                left = (time.monotonic() - started) / place * (len(jobs) - place)
+                later = f"; about {_duration(left)} left" if place < len(jobs) else ""
+                complain(
+                    PROG,
+                    f"{label}: {result.main.name} {result.main.value:.4g}, {amount(result.main.count, 'document')}{later}",
+                )
+            if first:
+                run.write(folder)
+    except KeyboardInterrupt:
+        complain(PROG, f"stopped; the same command goes on from there, with the answers in {folder}")
+        raise
+    return run
+
+
+def _compared(name: str, jobs: Sequence[Job], folder: Path, settings: dict[str, Any], suite: Suite | None) -> Run:
+    """Runs jobs on a comparator, in a folder of its own."""
+    from phi4_mlx.evaluation.comparator import load_comparator
+    from phi4_mlx.evaluation.run import file_name
+
+    return _run(jobs, load_comparator(name), folder / "comparators" / file_name(name), settings, suite)
+
+
+def _write(runs: Sequence[Run], suite: Suite | None, folder: Path) -> None:
+    """Writes results.md and the pictures, and prints the tables."""
+    from phi4_mlx.evaluation.pictures import NO_PICTURE, draw_run
+    from phi4_mlx.evaluation.tables import run_markdown
+    from phi4_mlx.files.atomic import replacing
+
+    text = run_markdown(runs, suite)
+    with replacing(folder / "results.md") as path:
+        path.write_text(text, encoding="utf-8")
+    print(text)
+    drawn = draw_run(runs, suite, folder)
+    if drawn is None:
+        complain(PROG, NO_PICTURE)
+    complain(PROG, f"results in {folder}")
+
+
+def _report(args: argparse.Namespace) -> None:
+    """Compares two runs."""
+    from phi4_mlx.evaluation.report import compared
+    from phi4_mlx.evaluation.run import read_run
+
+    one, other = (read_run(Path(os.path.expanduser(path))) for path in args.report)
+    text = compared(one, other, tuple(args.report))
+    print(text)
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Prints each warning as one line of the command."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        complain(PROG, f"{message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries
+        warnings.filterwarnings("always", category=UserWarning, module=r"(phi4_mlx|lm_eval)\.")
+        warnings.showwarning = show
+        yield
+
+
+def _whole(done: float) -> str:
+    return f"{int(done):,}"
+
+
+def _no_progress(done: int, total: int) -> None:
+    """Shows nothing, where standard error is no terminal."""
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(int(seconds) // 60, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{int(seconds)} s"
