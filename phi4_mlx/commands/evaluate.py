@@ -19,8 +19,10 @@ from phi4_mlx.terminal.limits import MAX_TOKENS_LIMIT, SEED_LIMIT, TEMPERATURE_L
 from phi4_mlx.terminal.options import add_model_options, load_options
 
 if TYPE_CHECKING:
+    from phi4_mlx.evaluation.comparator import Comparator
     from phi4_mlx.evaluation.options import Options
-    from phi4_mlx.evaluation.run import Job, Run
+    from phi4_mlx.evaluation.result import TaskResult
+    from phi4_mlx.evaluation.run import Job, Loaded, Run
     from phi4_mlx.evaluation.subject import Subject
     from phi4_mlx.evaluation.suite import Suite
 
@@ -156,18 +158,23 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.report is not None:
         _report(args)
         return
+    from phi4_mlx.evaluation.comparator import load_comparator
+    from phi4_mlx.evaluation.run import file_name, load_jobs
+
     if args.tasks is None and args.suite is None:
         raise RequestError("nothing to evaluate: name --tasks, --suite phi-4-mini, or two results to --report")
     options = _options(args)
     suite, names = _asked(args, options)
     folder = Path(os.path.expanduser(args.output_dir)).absolute()
     with _warnings_as_lines():
+        loaded = load_jobs(_jobs(suite, names, options, None), skip=suite is not None)  # before minutes of loading
         subject = _subject(args)
         jobs = _jobs(suite, names, options, subject)
-        runs = [_run(jobs, subject, folder, _settings(args, names), suite)]
+        runs = [_run(jobs, loaded, subject, folder, _settings(args, names))]
         del subject
         for name in args.comparator:
-            runs.append(_compared(name, jobs, folder, _settings(args, names), suite))
+            place = folder / "comparators" / file_name(name)
+            runs.append(_run(jobs, loaded, load_comparator(name), place, _settings(args, names)))
     _write(runs, suite, folder)
 
 
@@ -242,19 +249,22 @@ def _asked(args: argparse.Namespace, options: Options) -> tuple[Suite | None, li
 
 
 def _subject(args: argparse.Namespace) -> Subject:
+    from phi4_mlx.evaluation.sharing import join_group
     from phi4_mlx.evaluation.subject import load_subject
     from phi4_mlx.hub import DEFAULT_MODEL
 
-    return load_subject(args.model or DEFAULT_MODEL, **load_options(args))
+    subject = load_subject(args.model or DEFAULT_MODEL, **load_options(args))
+    subject.group = join_group()
+    return subject
 
 
-def _jobs(suite: Suite | None, names: Sequence[str], options: Options, subject: Subject) -> list[Job]:
+def _jobs(suite: Suite | None, names: Sequence[str], options: Options, subject: Subject | None) -> list[Job]:
     from phi4_mlx.evaluation.run import Job, suite_jobs
     from phi4_mlx.terminal.options import advised
 
     if suite is None:
         return [Job(name, name, options) for name in names]
-    chat_format = getattr(subject.tokenizer, "chat_format", None)
+    chat_format = None if subject is None else getattr(subject.tokenizer, "chat_format", None)
     return suite_jobs(suite, options, advised(chat_format.name) if chat_format is not None else {})
 
 
@@ -270,31 +280,35 @@ def _settings(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     return {name: getattr(args, name) for name in kept} | own | {"judge": args.judge, "comparators": args.comparator}
 
 
-def _run(jobs: Sequence[Job], subject: Subject, folder: Path, settings: dict[str, Any], suite: Suite | None) -> Run:
+def _run(
+    jobs: Sequence[Job],
+    loaded: Loaded,
+    subject: Subject | Comparator,
+    folder: Path,
+    settings: dict[str, Any],
+) -> Run:
     """Runs jobs on a model, with `results.json` after each."""
     from phi4_mlx.evaluation.answers import Answers
-    from phi4_mlx.evaluation.run import Run, file_name, load_jobs, open_run, run_job, versions
+    from phi4_mlx.evaluation.run import Run, file_name, not_for, open_run, run_job, versions
     from phi4_mlx.evaluation.sharing import answers_path
 
-    run = open_run(folder, Run(subject.name, subject.fingerprint, settings, versions()))
-    loaded, run.missing = load_jobs(jobs, skip=suite is not None)
+    run = open_run(folder, Run(subject.name, subject.fingerprint, settings, versions(), {}, dict(loaded.missing)))
     started, first = time.monotonic(), subject.group is None or subject.group.rank() == 0
     try:
         for place, job in enumerate(jobs, 1):
-            if job.name in run.missing:
-                complain(PROG, f"{job.name} is left out: {run.missing[job.name]}")
-                continue
             label = f"{place}/{len(jobs)} {job.name}"
+            if reason := loaded.missing.get(job.name) or not_for(job, subject):
+                run.missing[job.name] = reason
+                complain(PROG, f"{label} is left out: {reason}")
+                continue
             path = answers_path(folder / "answers", file_name(job.name), subject.group)
             with progress_bar(label, of=_whole) as show, Answers(path) as answers:
-                results = run_job(job, loaded.get(job.name, ()), subject, answers, show or _no_progress)
+                results = run_job(job, loaded.tasks.get(job.name, ()), subject, answers, show or _no_progress)
+            left = (time.monotonic() - started) / place * (len(jobs) - place)
             for result in results:
                 run.results[job.name if len(results) == 1 else result.task] = result
-                left = (time.monotonic() - started) / place * (len(jobs) - place)
-                later = f"; about {_duration(left)} left" if place < len(jobs) else ""
                 complain(
-                    PROG,
-                    f"{label}: {result.main.name} {result.main.value:.4g}, {amount(result.main.count, 'document')}{later}",
+                    PROG, f"{label}: {_line(result)}{f'; about {_duration(left)} left' if place < len(jobs) else ''}"
                 )
             if first:
                 run.write(folder)
@@ -304,12 +318,9 @@ def _run(jobs: Sequence[Job], subject: Subject, folder: Path, settings: dict[str
     return run
 
 
-def _compared(name: str, jobs: Sequence[Job], folder: Path, settings: dict[str, Any], suite: Suite | None) -> Run:
-    """Runs jobs on a comparator, in a folder of its own."""
-    from phi4_mlx.evaluation.comparator import load_comparator
-    from phi4_mlx.evaluation.run import file_name
-
-    return _run(jobs, load_comparator(name), folder / "comparators" / file_name(name), settings, suite)
+def _line(result: TaskResult) -> str:
+    main = result.main
+    return f"{main.name} {main.value:.4g}, {amount(main.count, 'document')}"
 
 
 def _write(runs: Sequence[Run], suite: Suite | None, folder: Path) -> None:
@@ -334,7 +345,7 @@ def _report(args: argparse.Namespace) -> None:
     from phi4_mlx.evaluation.run import read_run
 
     one, other = (read_run(Path(os.path.expanduser(path))) for path in args.report)
-    text = compared(one, other, tuple(args.report))
+    text = compared(one, other)
     print(text)
 
 

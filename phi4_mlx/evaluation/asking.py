@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
-
 from phi4_mlx.errors import check_whole
 from phi4_mlx.evaluation.answers import Answers, key_of
 from phi4_mlx.evaluation.sharing import share_out

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from os.path import commonpath
 from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.errors import RequestError
@@ -139,7 +139,7 @@ class Harness(TemplateLM):  # type: ignore[misc]  # lm-eval has no type informat
         before, after = self._encode_pair(context, continuation)
         if continuation and not after:  # one token reaches over the border: it belongs to the continuation
             whole = self.tok_encode(context + continuation)
-            shared = len(os.path.commonprefix([before, whole]))
+            shared = len(commonpath([before, whole]))
             before, after = whole[:shared], whole[shared:]
         return before, after
 

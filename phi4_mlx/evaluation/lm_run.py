@@ -16,13 +16,14 @@ from phi4_mlx.evaluation.result import Json, Metric, TaskResult, mean
 if TYPE_CHECKING:
     from phi4_mlx.evaluation.answers import Answers
     from phi4_mlx.evaluation.asking import Answer
+    from phi4_mlx.evaluation.comparator import Comparator
     from phi4_mlx.evaluation.subject import Subject
 
 BOOTSTRAPS = 1000  # for metrics that are not a mean; lm-eval's own 100,000 take minutes
 
 
 def run_lm_task(
-    task: LmTask, subject: Subject, answers: Answers, options: Options, metric: str | None = None
+    task: LmTask, subject: Subject | Comparator, answers: Answers, options: Options, metric: str | None = None
 ) -> TaskResult:
     """Runs a task.
 
@@ -39,10 +40,6 @@ def run_lm_task(
     Raises:
         RequestError: the options do not fit the task, or its code fails.
     """
-    if task.runs_code and not options.confirm_run_unsafe_code:
-        raise RequestError(
-            f"{task.name} runs code that the model writes; --confirm-run-unsafe-code allows it, best in a container"
-        )
     for each in task.tasks.values():
         if options.num_shots is not None:
             each.set_config("num_fewshot", options.num_shots)
@@ -61,22 +58,12 @@ def run_lm_task(
 
 
 def _evaluate(
-    task: LmTask, subject: Subject, answers: Answers, options: Options, chat: bool, metric: str | None
+    task: LmTask, subject: Subject | Comparator, answers: Answers, options: Options, chat: bool, metric: str | None
 ) -> TaskResult:
     """One pass over the documents."""
     from lm_eval import evaluator
 
-    from phi4_mlx.evaluation.harness import Harness
-
-    lm = Harness(
-        subject,
-        answers,
-        seed=options.seed,
-        max_tokens=options.max_tokens,
-        temp=options.temp,
-        top_p=options.top_p,
-        progress=options.progress,
-    )
+    lm = _lm(subject, answers, options, chat)
     samples = {name: list(ids) for name, ids in options.samples.items() if name in task.tasks}
     _check_samples(task, samples)
     try:
@@ -101,6 +88,24 @@ def _evaluate(
         for each, answer in lm.drawn
     }
     return _result(task, found, metric, written)
+
+
+def _lm(subject: Subject | Comparator, answers: Answers, options: Options, chat: bool) -> Any:
+    """The model as lm-eval asks it."""
+    from phi4_mlx.evaluation.comparator import Comparator, comparator_lm
+    from phi4_mlx.evaluation.harness import Harness
+
+    if isinstance(subject, Comparator):
+        return comparator_lm(subject, answers, options, chat)
+    return Harness(
+        subject,
+        answers,
+        seed=options.seed,
+        max_tokens=options.max_tokens,
+        temp=options.temp,
+        top_p=options.top_p,
+        progress=options.progress,
+    )
 
 
 def _check_samples(task: LmTask, samples: Mapping[str, Sequence[int]]) -> None:

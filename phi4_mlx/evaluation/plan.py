@@ -6,10 +6,10 @@ left of them runs in passes of several rows, and where many share more, in nodes
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from os.path import commonpath
 
 PASS_COST = 16  # tokens; a pass reads all weights, which takes a Mac about as long as computing so many 4-bit tokens
 
@@ -30,7 +30,7 @@ class Node:
     @property
     def stop(self) -> int:
         """Tokens at the start that all sequences share."""
-        return len(os.path.commonprefix([self.sequences[0], self.sequences[-1]]))
+        return len(commonpath([self.sequences[0], self.sequences[-1]]))
 
     def split(self) -> tuple[list[list[int]], list[Node]]:
         """What follows the shared beginning: sequences that run as rows, and nodes, the largest one last."""

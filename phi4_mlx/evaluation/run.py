@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +21,7 @@ from phi4_mlx.files.json_file import read_json
 
 if TYPE_CHECKING:
     from phi4_mlx.evaluation.answers import Answers
+    from phi4_mlx.evaluation.comparator import Comparator
     from phi4_mlx.evaluation.lm_tasks import LmTask
     from phi4_mlx.evaluation.subject import Subject
 
@@ -161,43 +162,64 @@ def versions() -> dict[str, str]:
     return found
 
 
-Show = Callable[[int, str], Progress | None]
-"""Called with a job's place and a name before it runs; gives the function that shows its progress."""
+@dataclass(frozen=True)
+class Loaded:
+    """The tasks of jobs.
+
+    Attributes:
+        tasks: job -> lm-eval's tasks, where it is one of its.
+        missing: job -> why it is left out.
+    """
+
+    tasks: Mapping[str, Sequence[LmTask]]
+    missing: Mapping[str, str]
 
 
-def load_jobs(jobs: Sequence[Job], skip: bool) -> tuple[dict[str, list[LmTask]], dict[str, str]]:
-    """Loads the tasks of jobs that are lm-eval's.
+def load_jobs(jobs: Sequence[Job], skip: bool) -> Loaded:
+    """Loads the tasks of jobs.
 
     Args:
         jobs: the jobs.
         skip: True to leave out a job whose data is not there.
 
-    Returns:
-        (job -> its tasks, job -> why it is left out)
-
     Raises:
-        RequestError: a task cannot be loaded, and `skip` is False or none is left.
+        RequestError: a task cannot be loaded, and `skip` is False or none is left; or it runs code that a model writes.
     """
-    from phi4_mlx.evaluation.lm_tasks import load_tasks
-
-    loaded: dict[str, list[LmTask]] = {}
+    tasks: dict[str, list[LmTask]] = {}
     missing: dict[str, str] = {}
     for job in jobs:
         if job.task in OWN:
             continue
+        from phi4_mlx.evaluation.lm_tasks import load_tasks
+
         try:
-            loaded[job.name] = load_tasks(job.task, job.options.include_path, job.options.data)
+            tasks[job.name] = load_tasks(job.task, job.options.include_path, job.options.data)
         except RequestError as error:
             if not skip:
                 raise
             missing[job.name] = str(error)
-    if jobs and len(missing) == len(jobs):
+            continue
+        unsafe = [task.name for task in tasks[job.name] if task.runs_code]
+        if unsafe and not job.options.confirm_run_unsafe_code:
+            raise RequestError(
+                f"{unsafe[0]} runs code that the model writes; --confirm-run-unsafe-code allows it, best in a container"
+            )
+    if missing and not tasks:
         raise RequestError(next(iter(missing.values())))
-    return loaded, missing
+    return Loaded(tasks, missing)
+
+
+def not_for(job: Job, subject: Subject | Comparator) -> str:
+    """Why a job cannot run on a model; "" if it can."""
+    from phi4_mlx.evaluation.subject import Subject
+
+    if job.task in OWN and not isinstance(subject, Subject):
+        return f"{job.task} runs on the models of this package only"
+    return ""
 
 
 def run_job(
-    job: Job, tasks: Sequence[LmTask], subject: Subject, answers: Answers, progress: Progress | None
+    job: Job, tasks: Sequence[LmTask], subject: Subject | Comparator, answers: Answers, progress: Progress | None
 ) -> list[TaskResult]:
     """Runs a job.
 
@@ -212,9 +234,11 @@ def run_job(
         One result, or one for each part of a tag.
     """
     from phi4_mlx.evaluation.lm_run import run_lm_task
+    from phi4_mlx.evaluation.subject import Subject
 
     options = replace(job.options, progress=progress)
     if job.task in OWN:
+        assert isinstance(subject, Subject)
         results = [own_task(job.task)(subject, answers, options)]
     else:
         results = [run_lm_task(task, subject, answers, options, job.metric) for task in tasks]

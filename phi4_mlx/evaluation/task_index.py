@@ -45,7 +45,7 @@ def known_tasks() -> dict[str, Known]:
             if file.endswith((".py", ".pyc", ".md", ".json", ".txt")):
                 continue
             path = Path(folder, file)
-            keys = {key: value for key, value in _KEY.findall(path.read_bytes())}
+            keys = dict(_KEY.findall(path.read_bytes()))
             for name in _NAME.findall(re.sub(rb"\n[ \t]*-[ \t]*", b" ", keys.get(b"tag", b""))):
                 found.setdefault(name.decode(), Known("tag", None))
             kind = "group" if b"group" in keys and b"class" not in keys else "task"

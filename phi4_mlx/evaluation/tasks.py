@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # Name -> module:function, imported when it runs.
 OWN = {
+    "arena-hard": "phi4_mlx.evaluation.arena:run",
     "bfcl": "phi4_mlx.evaluation.tools.bfcl:run",
     "tools": "phi4_mlx.evaluation.tools.execution:run",
     "long-context": "phi4_mlx.evaluation.long_context.task:run",
