@@ -50,14 +50,15 @@ def test_each_language_has_its_scores(answered: Any, tmp_path: Path, monkeypatch
     result, asked = answered(Options(folder=tmp_path / "new"), wrong)
     assert result.task == "languages" and own_task("languages") is run
     assert len(asked) == 23 * 5 and [*result.groups] == [*LANGUAGES]
-    assert {sample["id"]: sample["fault"] for sample in result.samples if sample["fault"]} == {
+    assert {each["id"]: each["answers"][0]["fault"] for each in result.samples if each["score"] < 1} == {
         "da-1": "language", "fr-2": "empty", "ja-5": "copy", "th-3": "loop",
     }  # fmt: skip
     assert result.main.name == "right" and result.main.value == pytest.approx(111 / 115)
     values = {code: metrics[0].value for code, metrics in result.groups.items()}
     assert {code for code, value in values.items() if value == 0.8} == {"da", "fr", "ja", "th"}
     assert set(values.values()) == {0.8, 1.0}
-    assert next(each for each in result.samples if each["id"] == "da-1")["found"] == "no"
+    danish = next(each for each in result.samples if each["id"] == "da-1")
+    assert danish["answers"][0]["found"] == "no" and danish["in_language"] == 0
     assert all(metrics[2].value == 1 for metrics in result.groups.values())  # tokens a character
     assert result.note == ("empty: 1, copy: 1, loop: 1, language: 1; no picture: pip install 'phi4-mlx[plots]'")
     page = (tmp_path / "new" / "languages.md").read_text(encoding="utf-8")
@@ -90,7 +91,8 @@ def test_sampling_is_repeated_with_other_seeds(answered: Any) -> None:
     result, asked = answered(options)
     assert [(each.name, each.seed) for each in asked] == [(f"sv-{n}", 7 + at) for n in (1, 2) for at in range(3)]
     assert {(each.temp, each.top_p, each.max_tokens) for each in asked} == {(0.8, 0.95, 99)}
-    assert len({sample["id"] for sample in result.samples}) == 6
+    assert [(sample["id"], len(sample["answers"])) for sample in result.samples] == [("sv-1", 3), ("sv-2", 3)]
+    assert result.main.count == 2  # answers to one question are not independent
     result, asked = answered(Options(languages=("sv",), limit=2, repeats=3))
     assert len(asked) == 2 and result.settings["repeats"] == 1  # without sampling, each would be the same
 
@@ -102,8 +104,8 @@ def test_sampling_is_repeated_with_other_seeds(answered: Any) -> None:
         (Options(languages=("jp",)), "'jp' is unknown; known are ar, cs, .*ja"),
         (Options(languages=("",)), "'' is unknown"),
         (Options(samples={"languages": [115]}), "115 is not a document; they have numbers from 0 to 114"),
-        (Options(samples={"languages": [0]}, languages=("zh",)), "no question"),
-        (Options(samples={"languages": []}), "no question"),
+        (Options(samples={"languages": [0]}, languages=("zh",)), "no document"),
+        (Options(samples={"languages": []}), "no document"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(answered: Any, options: Options, words: str) -> None:
