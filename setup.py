@@ -27,6 +27,7 @@ setup(
     package_data={
         "phi4_mlx": ["py.typed", "demo/*", "demo_flash/*", "demo_multimodal/*", "demo_multimodal/*/*"],
         "phi4_mlx.convert": ["calibration.jsonl"],
+        "phi4_mlx.evaluation": ["suites/*/*"],
         "phi4_mlx.evaluation.languages": ["*.json"],
         "phi4_mlx.evaluation.long_context": ["languages/*.json"],
         "phi4_mlx.server": ["page/*", "page/*/*"],
@@ -55,7 +56,9 @@ setup(
         "mcp": ["mcp>=2"],
         "pdf": ["pypdfium2>=4.30"],
         "record": ["sounddevice>=0.5"],
+        "eval": ["lm-eval>=0.4.13"],
         "dev": [
+            "lm-eval>=0.4.13",
             "matplotlib>=3.8",
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -85,8 +85,8 @@ def _add_documents(parser: Parser) -> None:
     )
     parser.add_argument(
         "--data", type=word, metavar="PATH",
-        help="a folder with copies of data sets under their Hugging Face ids, as in PATH/allenai/ai2_arc, or the data of "
-        "the package's own task (default: from Hugging Face)",
+        help="a folder with copies of data sets under their Hugging Face ids, as in PATH/allenai/ai2_arc, or the data "
+        "of the package's own task (default: from Hugging Face)",
     )  # fmt: skip
     parser.add_argument("--limit", type=_count, metavar="N", help="documents a task (default: all)")
     parser.add_argument(
@@ -140,7 +140,8 @@ def _add_answers(parser: Parser) -> None:
         "--repeats",
         type=number(int, 1, 10_000),
         metavar="N",
-        help="answers drawn for each question, at a temperature above 0; scores are their mean (default: 1; of a suite, the row's)",
+        help="answers drawn for each question, at a temperature above 0; scores are their mean (default: 1; of a "
+        "suite, the row's)",
     )
     parser.add_argument(
         "--seed",

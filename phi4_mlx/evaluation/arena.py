@@ -1,4 +1,4 @@
-"""Arena Hard: answers exported for its judges, and the verdicts of a local judge beside, which are no published score."""
+"""Arena Hard: answers exported for its judges, and the verdicts of a local judge in a group of their own."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _LARGEST = 2**28
 _VERDICT = re.compile(r"\[\[(A>>B|A>B|A=B|B>A|B>>A)\]\]")
 _SCORES = {"A>>B": 1.0, "A>B": 1.0, "A=B": 0.5, "B>A": 0.0, "B>>A": 0.0}
 _JUDGE = (
-    "You judge two answers to a question. Weigh whether they are right, helpful, to the point and complete; their order "
-    "and their length do not count. Explain briefly, then end with exactly one of [[A>>B]], [[A>B]], [[A=B]], [[B>A]] "
-    "or [[B>>A]].\n\nQuestion:\n{question}\n\nAnswer A:\n{first}\n\nAnswer B:\n{second}"
+    "You judge two answers to a question. Weigh whether they are right, helpful, to the point and complete; their "
+    "order and their length do not count. Explain briefly, then end with exactly one of [[A>>B]], [[A>B]], [[A=B]], "
+    "[[B>A]] or [[B>>A]].\n\nQuestion:\n{question}\n\nAnswer A:\n{first}\n\nAnswer B:\n{second}"
 )
 
 

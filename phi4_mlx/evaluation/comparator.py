@@ -63,7 +63,7 @@ def load_comparator(name: str) -> Comparator | Subject:
     from phi4_mlx.fingerprint import checksum
 
     try:
-        model, tokenizer = load(str(folder))
+        model, tokenizer = load(str(folder))[:2]
     except (MemoryError, Phi4Error):
         raise
     except Exception as error:  # mlx-lm has no exceptions of its own
@@ -93,7 +93,7 @@ def comparator_lm(comparator: Comparator, answers: Answers, options: Options, ch
         raise RequestError(f"{comparator.name} has no chat format, which this task needs")
     from mlx_lm.evaluate import MLXLM
 
-    class MlxLm(MLXLM):  # type: ignore[misc]  # mlx-lm has no type information
+    class MlxLm(MLXLM):
         """mlx-lm's class, whose every answer is on the disk before the next."""
 
         def __init__(self) -> None:
@@ -111,12 +111,12 @@ def comparator_lm(comparator: Comparator, answers: Answers, options: Options, ch
                 if answers.get(key) is None:
                     by_context[request.args[0]][key] = request
             for done, (context, asked) in enumerate(by_context.items()):
-                if not self._tokenize([context])[0]:
+                if not self.tokenizer.encode(context, add_special_tokens=not chat):
                     raise RequestError(f"{comparator.name}: mlx-lm cannot score a text without a context")
                 found = super().loglikelihood(list(asked.values()))
                 answers.put_all({key: list(score) for key, score in zip(asked, found, strict=True)})
                 _show(options, done + 1, len(by_context))
-            return [(float(score), bool(greedy)) for score, greedy in map(answers.get, keys)]
+            return [(float(score), bool(greedy)) for score, greedy in (_kept(answers, key) for key in keys)]
 
         def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
             """Scores whole texts, one by one."""
@@ -125,7 +125,7 @@ def comparator_lm(comparator: Comparator, answers: Answers, options: Options, ch
                 if answers.get(key) is None:
                     answers.put(key, super().loglikelihood_rolling([request])[0])
                 _show(options, done + 1, len(requests))
-            return [float(answers.get(key)) for key in keys]
+            return [float(_kept(answers, key)) for key in keys]
 
         def generate_until(self, requests: Sequence[Instance]) -> list[str]:
             """Answers questions; a stop string ends the answer, after the thoughts."""
@@ -144,7 +144,7 @@ def comparator_lm(comparator: Comparator, answers: Answers, options: Options, ch
                 part = waiting[start : start + ROWS]
                 answers.put_all(dict(zip(part, self._answers([missing[key] for key in part]), strict=True)))
                 _show(options, start + len(part), len(waiting))
-            found = [Answer(**answers.get(key)) for key in keys]  # type: ignore[arg-type]
+            found = [Answer(**_kept(answers, key)) for key in keys]
             self.drawn += zip(requests, found, strict=True)
             return [answer.content for answer in found]
 
@@ -198,6 +198,13 @@ def _settings(given: Mapping[str, Any], options: Options) -> dict[str, Any]:
         "top_p": (task.get("top_p", 1.0) if options.top_p is None else options.top_p) if temp else 1.0,
         "seed": options.seed if temp else 0,
     }
+
+
+def _kept(answers: Answers, key: str) -> Any:
+    """An answer that is known to be on the disk."""
+    value = answers.get(key)
+    assert value is not None
+    return value
 
 
 def _show(options: Options, done: int, total: int) -> None:

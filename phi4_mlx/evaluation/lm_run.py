@@ -176,7 +176,7 @@ def _samples(task: str, logged: Sequence[Mapping[str, Any]], metric: str) -> lis
         if sample["filter"] != (chosen or "none"):
             continue
         score = sample.get(name)
-        number = float(score) if isinstance(score, (bool, int, float)) or hasattr(score, "__float__") else None
+        number = float(score) if score is not None and hasattr(score, "__float__") else None
         answers = [answer for answers in sample["resps"] for answer in answers]
         found.append(
             {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import random
@@ -79,7 +80,6 @@ def load_tasks(name: str, include_path: Path | None, data: Path | None) -> list[
     quieten()
     manager = _manager(include_path, name)
     random.seed(0)  # GPQA, for one, shuffles its choices as it loads; datasets keeps the first order on the disk
-    include = None if include_path is None else include_path.absolute()
     try:
         with _working_in(data):
             loaded = manager.load([name])
@@ -89,7 +89,7 @@ def load_tasks(name: str, include_path: Path | None, data: Path | None) -> list[
         raise RequestError(_load_message(name, manager, data, error)) from error
     tasks, groups = loaded["tasks"], loaded.get("groups", {})
     if not tasks:
-        raise RequestError(f"{name} has no tasks{_unread(include)}")
+        raise RequestError(f"{name} has no tasks{_unread(include_path)}")
     if len(tasks) == 1 or (name in groups and groups[name].has_aggregation):
         return [LmTask(name, tasks, groups)]
     return [LmTask(each, {each: task}, {}) for each, task in tasks.items()]
@@ -183,14 +183,25 @@ def _unread(include_path: Path | None) -> str:
 
 @contextlib.contextmanager
 def _working_in(folder: Path | None) -> Iterator[None]:
-    """Makes a folder the working one: datasets takes a folder named like a data set before the Hub's."""
-    before = os.getcwd()
-    if folder is not None:
-        os.chdir(folder)
+    """Makes a folder the working one: datasets takes a folder named like a data set before the Hub's.
+
+    Its cache knows such a folder by its name alone, so each state of the files gets a cache of its own.
+    """
+    if folder is None:
+        yield
+        return
+    import datasets
+
+    before, cache = os.getcwd(), datasets.config.HF_DATASETS_CACHE
+    files = sorted((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*"))
+    state = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+    os.chdir(folder)
+    datasets.config.HF_DATASETS_CACHE = Path(cache, "phi4-mlx", state)
     try:
         yield
     finally:
         os.chdir(before)
+        datasets.config.HF_DATASETS_CACHE = cache
 
 
 def _load_message(name: str, manager: Any, data: Path | None, error: Exception) -> str:

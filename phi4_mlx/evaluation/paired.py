@@ -43,8 +43,8 @@ class Paired:
 def paired_test(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Paired:
     """Compares the scores of two runs, document by document.
 
-    Scores that are all 0 or 1 are compared by McNemar's exact test: the documents on which the runs differ are as likely
-    to fall to either. Other scores are compared by a permutation test that flips the signs of differences.
+    Scores that are all 0 or 1 are compared by McNemar's exact test: the documents on which the runs differ are as
+    likely to fall to either. Other scores are compared by a permutation test that flips the signs of differences.
 
     Args:
         first: scores of the first run; at least one.
@@ -89,5 +89,5 @@ def _permutation(differences: Sequence[float], seed: int) -> tuple[float, str]:
         return float((np.abs(signs @ values) >= observed).mean()), "permutation, exact"
     random, extreme = np.random.default_rng(seed), 0
     for _ in range(DRAWS):
-        extreme += abs(values @ (1 - 2 * random.integers(0, 2, len(values)))) >= observed
-    return (int(extreme) + 1) / (DRAWS + 1), f"permutation, {DRAWS:,} draws"
+        extreme += int(abs(values @ (1 - 2 * random.integers(0, 2, len(values)))) >= observed)
+    return (extreme + 1) / (DRAWS + 1), f"permutation, {DRAWS:,} draws"

@@ -46,7 +46,7 @@ def draw_run(runs: Sequence[Run], suite: Suite | None, folder: Path) -> list[Pat
             for column in section.columns
         ]
         title = f"{section.name}: nearest public settings beside published figures"
-        file = "results.png" if section is suite.sections[0] else f"results-{section.name.lower()}.png"
+        file = "results.png" if not drawn else f"results-{section.name.lower()}.png"
         drawn.append(_draw(bars, [f"{row.name}\n{row.setting}" for row in rows], title, folder / file))
     return drawn
 
@@ -67,7 +67,7 @@ def _draw(bars: Bars, rows: Sequence[str], title: str, path: Path) -> Path:
     columns = min(9, len(rows))
     lines = math.ceil(len(rows) / columns)
     figure = Figure(figsize=(max(5, 1.5 * columns), 1 + 2.9 * lines), layout="constrained")
-    colours = colormaps["tab10"].colors
+    colours = colormaps["tab10"]
     width = 0.85 / len(bars)
     for line, axes in enumerate(figure.subplots(lines, 1, squeeze=False)[:, 0]):
         part = rows[line * columns : (line + 1) * columns]
@@ -80,7 +80,7 @@ def _draw(bars: Bars, rows: Sequence[str], title: str, path: Path) -> Path:
                 width,
                 yerr=[each.stderr or 0 for _, each in kept] if any(each.stderr for _, each in kept) else None,
                 label=name if line == 0 else None,
-                color=colours[place % len(colours)],
+                color=colours(place % 10),
                 alpha=0.45 if name.endswith("(published)") else 1,
                 error_kw={"elinewidth": 1, "capsize": 2},
             )

@@ -32,8 +32,8 @@ def compared(one: Run, other: Run) -> str:
         if first.main.name != second.main.name:
             notes.append(f"{name} is left out: its metric is {first.main.name} in A and {second.main.name} in B")
             continue
-        pair, about = _paired(first, second)
-        notes += [f"{name}: {each}" for each in about]
+        pair, left_out = _paired(first, second)
+        notes += [f"{name}: {each}" for each in left_out]
         if pair is not None:
             rows.append([name, first.main.name, *_cells(pair)])
     for run, letter, names in ((one, "A", other.results), (other, "B", one.results)):

@@ -135,7 +135,8 @@ def _shots(result: TaskResult) -> str:
 
 
 def _yes(result: TaskResult) -> str:
-    return {True: "yes", False: "no"}.get(result.settings.get("chat_template"), "")
+    chat = result.settings.get("chat_template")
+    return "" if chat is None else "yes" if chat else "no"
 
 
 def _missing(run: Run) -> str:

@@ -1,7 +1,7 @@
 """Writes small data sets in the formats of the public ones, with questions made up for this: `python make.py FOLDER`.
 
-Each is a folder named like the data set on Hugging Face, whose README.md lists its configs, so that `--data FOLDER` finds
-it. Nothing here is taken from the data sets themselves.
+Each is a folder named like the data set on Hugging Face, whose README.md lists its configs, so that `--data FOLDER`
+finds it. Nothing here is taken from the data sets themselves.
 """
 
 from __future__ import annotations
@@ -15,14 +15,36 @@ from typing import Any
 Rows = list[dict[str, Any]]
 
 COLOURS = ["red", "blue", "green", "white", "black", "brown"]
-MMLU = ["abstract_algebra", "anatomy", "astronomy", "business_ethics", "clinical_knowledge", "college_biology", "college_chemistry", "college_computer_science", "college_mathematics", "college_medicine", "college_physics", "computer_security", "conceptual_physics", "econometrics", "electrical_engineering", "elementary_mathematics", "formal_logic", "global_facts", "high_school_biology", "high_school_chemistry", "high_school_computer_science", "high_school_european_history", "high_school_geography", "high_school_government_and_politics", "high_school_macroeconomics", "high_school_mathematics", "high_school_microeconomics", "high_school_physics", "high_school_psychology", "high_school_statistics", "high_school_us_history", "high_school_world_history", "human_aging", "human_sexuality", "international_law", "jurisprudence", "logical_fallacies", "machine_learning", "management", "marketing", "medical_genetics", "miscellaneous", "moral_disputes", "moral_scenarios", "nutrition", "philosophy", "prehistory", "professional_accounting", "professional_law", "professional_medicine", "professional_psychology", "public_relations", "security_studies", "sociology", "us_foreign_policy", "virology", "world_religions"]
+MMLU = """
+    abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
+    college_computer_science college_mathematics college_medicine college_physics computer_security conceptual_physics
+    econometrics electrical_engineering elementary_mathematics formal_logic global_facts high_school_biology
+    high_school_chemistry high_school_computer_science high_school_european_history high_school_geography
+    high_school_government_and_politics high_school_macroeconomics high_school_mathematics high_school_microeconomics
+    high_school_physics high_school_psychology high_school_statistics high_school_us_history high_school_world_history
+    human_aging human_sexuality international_law jurisprudence logical_fallacies machine_learning management
+    marketing medical_genetics miscellaneous moral_disputes moral_scenarios nutrition philosophy prehistory
+    professional_accounting professional_law professional_medicine professional_psychology public_relations
+    security_studies sociology us_foreign_policy virology world_religions
+""".split()  # noqa: SIM905
 MMLU_PRO = [
     "biology", "business", "chemistry", "computer science", "economics", "engineering", "health", "history", "law",
     "math", "other", "philosophy", "physics", "psychology",
 ]  # fmt: skip
-BBH = ["boolean_expressions", "causal_judgement", "date_understanding", "disambiguation_qa", "dyck_languages", "formal_fallacies", "geometric_shapes", "hyperbaton", "logical_deduction_five_objects", "logical_deduction_seven_objects", "logical_deduction_three_objects", "movie_recommendation", "multistep_arithmetic_two", "navigate", "object_counting", "penguins_in_a_table", "reasoning_about_colored_objects", "ruin_names", "salient_translation_error_detection", "snarks", "sports_understanding", "temporal_sequences", "tracking_shuffled_objects_five_objects", "tracking_shuffled_objects_seven_objects", "tracking_shuffled_objects_three_objects", "web_of_lies", "word_sorting"]
-MMMLU = ["AR_XY", "BN_BD", "DE_DE", "ES_LA", "FR_FR", "HI_IN", "ID_ID", "IT_IT", "JA_JP", "KO_KR", "PT_BR", "SW_KE", "YO_NG", "ZH_CN"]
-MATH = ["algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra", "precalculus"]
+BBH = """
+    boolean_expressions causal_judgement date_understanding disambiguation_qa dyck_languages formal_fallacies
+    geometric_shapes hyperbaton logical_deduction_five_objects logical_deduction_seven_objects
+    logical_deduction_three_objects movie_recommendation multistep_arithmetic_two navigate object_counting
+    penguins_in_a_table reasoning_about_colored_objects ruin_names salient_translation_error_detection snarks
+    sports_understanding temporal_sequences tracking_shuffled_objects_five_objects
+    tracking_shuffled_objects_seven_objects tracking_shuffled_objects_three_objects web_of_lies word_sorting
+""".split()  # noqa: SIM905
+MMMLU = """
+    AR_XY BN_BD DE_DE ES_LA FR_FR HI_IN ID_ID IT_IT JA_JP KO_KR PT_BR SW_KE YO_NG ZH_CN
+""".split()  # noqa: SIM905
+MATH = """
+    algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus
+""".split()  # noqa: SIM905
 MGSM = ["bn", "de", "en", "es", "fr", "ja", "ru", "sw", "te", "th", "zh"]
 
 
