@@ -8,6 +8,7 @@ from typing import Any
 
 from phi4_mlx.evaluation.languages import token_table
 from phi4_mlx.evaluation.languages.chat_check import FAULTS
+from phi4_mlx.files.atomic import replacing
 
 NAME = "languages.md"
 _SHOWN = 80  # characters of an answer
@@ -40,7 +41,8 @@ They say the same in each language. "own" is the tokenizer of this model.
 Words are what white space separates; – where it does not. Characters include white space.
 
 {sources}"""
-    (folder / NAME).write_text(text, encoding="utf-8")
+    with replacing(folder / NAME) as path:
+        path.write_text(text, encoding="utf-8")
 
 
 def _faults(samples: Sequence[Mapping[str, Any]]) -> str:

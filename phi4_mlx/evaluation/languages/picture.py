@@ -8,6 +8,7 @@ from typing import Any
 
 from phi4_mlx.evaluation.languages.texts import LANGUAGES
 from phi4_mlx.evaluation.languages.token_table import Count, price
+from phi4_mlx.files.atomic import replacing
 
 NAME = "languages.png"
 
@@ -55,5 +56,6 @@ def draw(samples: Sequence[Mapping[str, Any]], tokens: Mapping[str, Count], fold
     right.set_xlim(left=0)
     right.grid(axis="x", alpha=0.3)
     right.legend(fontsize=8)
-    figure.savefig(folder / NAME, dpi=120)
+    with replacing(folder / NAME) as path:
+        figure.savefig(path, dpi=120, format="png")
     return ""

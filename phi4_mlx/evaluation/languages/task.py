@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from phi4_mlx.errors import RequestError
 from phi4_mlx.evaluation.languages import token_table
 from phi4_mlx.evaluation.languages.chat_check import FAULTS, check
+from phi4_mlx.evaluation.languages.page import NAME as PAGE
 from phi4_mlx.evaluation.languages.page import write_page
 from phi4_mlx.evaluation.languages.picture import draw
 from phi4_mlx.evaluation.languages.texts import LANGUAGES, Language, chosen
@@ -82,7 +83,7 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     notes = [", ".join(f"{fault}: {faults[fault]}" for fault in FAULTS if faults[fault])]
     if options.folder:
         write_page(samples, tokens, options.folder)
-        notes.append(draw(samples, tokens, options.folder))
+        notes += [f"tokens of each language in {PAGE}", draw(samples, tokens, options.folder)]
     codes = [code for code in LANGUAGES if any(document.language.code == code for document in documents)]
     settings = {
         "languages": codes, "documents": len(documents), "max_tokens": max_tokens, "temp": temp, "top_p": top_p,

@@ -60,7 +60,9 @@ def test_each_language_has_its_scores(answered: Any, tmp_path: Path, monkeypatch
     danish = next(each for each in result.samples if each["id"] == "da-1")
     assert danish["answers"][0]["found"] == "no" and danish["in_language"] == 0
     assert all(metrics[2].value == 1 for metrics in result.groups.values())  # tokens a character
-    assert result.note == ("empty: 1, copy: 1, loop: 1, language: 1; no picture: pip install 'phi4-mlx[plots]'")
+    assert result.note == (
+        "empty: 1, copy: 1, loop: 1, language: 1; tokens of each language in languages.md; no picture: pip install 'phi4-mlx[plots]'"
+    )
     page = (tmp_path / "new" / "languages.md").read_text(encoding="utf-8")
     assert "| da-1 | language | no |" in page and "| Thai | – |" in page
     assert TaskResult.from_json(result.to_json()) == result
@@ -69,7 +71,10 @@ def test_each_language_has_its_scores(answered: Any, tmp_path: Path, monkeypatch
 @pytest.mark.slow
 def test_the_picture_is_drawn(answered: Any, tmp_path: Path) -> None:
     result, _ = answered(Options(folder=tmp_path, languages=("de", "ja")))
-    assert result.note == "" and (tmp_path / "languages.png").stat().st_size > 10_000
+    assert (
+        result.note == "tokens of each language in languages.md"
+        and (tmp_path / "languages.png").stat().st_size > 10_000
+    )
 
 
 def test_a_limit_goes_round_the_languages(answered: Any) -> None:
