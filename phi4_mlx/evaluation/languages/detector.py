@@ -129,8 +129,7 @@ def _shared_script(script: str, whole: Sequence[str], sentences: Sequence[Sequen
         main = max(clear, key=clear.__getitem__)
     letters: Counter[str] = Counter()
     for words in sentences:
-        close = marks.close(words)
-        spoken = [main] if main in close else [code for code in close if clear[code]]
+        spoken = [code for code in marks.close(words) if clear[code]]
         letters[max(spoken, key=lambda code: clear[code], default=main)] += _size(words)
     return letters
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from phi4_mlx.evaluation.languages.chat_check import FAULTS, check
@@ -41,11 +43,6 @@ def test_faults_in_each_language(code: str) -> None:
         ("a" * 200, "loop"),
         ("Bear it in mind. " + "no " * 100, "loop"),
         ("\n".join(f"{n}. Look for a flat that you can afford." for n in range(1, 9)), "loop"),
-        (
-            "You should find a flat. It is near the park. You should ask a friend. " * 2
-            + "It is near the park. You should find a flat. You should ask a friend. " * 4,
-            "loop",
-        ),
         ("Ha ha ha ha! That is a good question, and I would say that you should first look for a flat and a job.", ""),
         (
             "What should I bear in mind when moving to a new city? Give me five tips and explain each in a sentence.",
@@ -57,6 +54,14 @@ def test_faults_in_each_language(code: str) -> None:
 )
 def test_faults_in_english(answer: str, found: str) -> None:
     assert fault(answer, "en") == found
+
+
+def test_a_loop_in_changing_order_is_found() -> None:
+    sentences = ["You should find a flat near the park.", "It is best to ask a friend.", "Do not pay in advance."]
+    draw = random.Random(0)
+    turns = [sentence for _ in range(8) for sentence in draw.sample(sentences, 3)]
+    assert fault(" ".join(turns), "en") == "loop"
+    assert fault(" ".join(turns[:3]) + ANSWERS["en"], "en") == ""
 
 
 def test_a_long_loop_is_found_at_any_period() -> None:

@@ -75,6 +75,12 @@ def test_close_languages_are_told_apart(one: str, two: str) -> None:
         ("```python\nfor each in the_list: print(each)\n```", UNKNOWN),
         ("Siehe https://example.com/the/and/of/to. Das ist die Seite, die ich meine.", "de"),
         ("Saya tidak tahu apa yang harus saya lakukan dengan buku ini karena bahasanya sulit.", UNKNOWN),
+        (
+            "Biblioteca se deschide la ora nouă și rămâne deschisă până seara târziu. Oricine poate împrumuta cărți, "
+            "chiar și cei care abia s-au mutat aici, dacă știu ce să caute.",
+            UNKNOWN,
+        ),
+        ("Hotel Bristol, Grand Plaza, Park Inn, Savoy, Ritz und Adlon, Marriott, Hilton, Sheraton, Kempinski", UNKNOWN),
         ("Ich heiße Łukasz und komme aus Århus, wo ich als Kind gelebt habe.", "de"),
         ("ＴＨＥ ＬＩＢＲＡＲＹ ＩＳ ＯＰＥＮ ＡＮＤ ＴＨＥ ＤＯＯＲ ＩＳ ＮＯＴ", "en"),
         ("営業部　田中様\nお世話になっております。", "ja"),
