@@ -123,7 +123,7 @@ def _add_documents(parser: Parser) -> None:
         nargs="+",
         type=word,
         metavar="CODE",
-        help="languages of long-context and languages (default: all)",
+        help="codes of languages of long-context and languages, apart or with commas (default: all)",
     )
     parser.add_argument(
         "--categories",
@@ -226,8 +226,8 @@ def _options(args: argparse.Namespace) -> Options:
         include_path=include,
         data=data,
         lengths=tuple(args.lengths or ()),
-        languages=tuple(args.languages or ()),
-        categories=tuple(args.categories or ()),
+        languages=tuple(_names(args.languages)),
+        categories=tuple(_names(args.categories)),
         confirm_run_unsafe_code=args.confirm_run_unsafe_code,
         judge=args.judge,
         folder=Path(os.path.expanduser(args.output_dir)).absolute(),
@@ -255,6 +255,11 @@ def _samples(given: str | None) -> dict[str, list[int]]:
     return {name: sorted(set(ids)) for name, ids in value.items()}
 
 
+def _names(given: Sequence[str] | None) -> list[str]:
+    """The names of an option, apart or with commas, each once."""
+    return list(dict.fromkeys(name for part in given or () for name in part.split(",") if name))
+
+
 def _asked(args: argparse.Namespace, options: Options) -> tuple[Suite | None, list[str]]:
     """The suite or the names of tasks, known to exist before a model is loaded."""
     from phi4_mlx.evaluation.suite import load_suite
@@ -265,7 +270,7 @@ def _asked(args: argparse.Namespace, options: Options) -> tuple[Suite | None, li
 
         tasks_folder()  # lm-eval is installed
         return load_suite(args.suite), []
-    names = list(dict.fromkeys(name for given in args.tasks for name in given.split(",") if name))
+    names = _names(args.tasks)
     if not names:
         raise RequestError("--tasks names no task")
     if not set(names) <= OWN.keys():
@@ -302,8 +307,8 @@ def _settings(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
         "tasks": list(names),
         "samples": _samples(args.samples),
         "lengths": args.lengths,
-        "languages": args.languages,
-        "categories": args.categories,
+        "languages": _names(args.languages),
+        "categories": _names(args.categories),
     }
     return {name: getattr(args, name) for name in kept} | own | {"judge": args.judge, "comparators": args.comparator}
 
