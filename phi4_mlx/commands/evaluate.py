@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PROG = typed("evaluate")
 _count = number(int, 1, 10_000_000)
 _ROW_OPTIONS = (
-    "num_shots", "apply_chat_template", "temp", "top_p", "include_path", "lengths", "languages",
+    "num_shots", "apply_chat_template", "temp", "top_p", "include_path", "lengths", "depths", "languages",
 )  # fmt: skip
 _LM_OPTIONS = ("num_shots", "apply_chat_template", "include_path")
 
@@ -117,6 +117,13 @@ def _add_documents(parser: Parser) -> None:
         type=_count,
         metavar="N",
         help="prompt lengths of long-context, in tokens (default: its own)",
+    )
+    parser.add_argument(
+        "--depths",
+        nargs="+",
+        type=number(int, 0, 100),
+        metavar="N",
+        help="depths of what long-context hides, in per cent of the text (default: 0 25 50 75 100)",
     )
     parser.add_argument(
         "--languages",
@@ -226,6 +233,7 @@ def _options(args: argparse.Namespace) -> Options:
         include_path=include,
         data=data,
         lengths=tuple(args.lengths or ()),
+        depths=tuple(args.depths or ()),
         languages=tuple(_names(args.languages)),
         categories=tuple(_names(args.categories)),
         confirm_run_unsafe_code=args.confirm_run_unsafe_code,
@@ -307,6 +315,7 @@ def _settings(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
         "tasks": list(names),
         "samples": _samples(args.samples),
         "lengths": args.lengths,
+        "depths": args.depths,
         "languages": _names(args.languages),
         "categories": _names(args.categories),
     }

@@ -20,6 +20,7 @@ from phi4_mlx.evaluation.subject import Subject
 from phi4_mlx.terminal.amount import amount
 
 NAME = "long-context"
+_TABLES = ("one table", "short table", "both tables", "long table")
 Sample = dict[str, Json]
 
 
@@ -61,7 +62,7 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     for sample in samples:
         sample["table"] = table(sample["length"], room, boundary)
     notes = [cut, *short]
-    if options.folder:
+    if options.folder and (subject.group is None or subject.group.rank() == 0):
         notes.append(draw_heat_maps(samples, boundary, options.folder))
     settings = {
         "lengths": lengths, "depths": depths, "languages": [language.code for language in spoken], "seed": options.seed,
@@ -134,12 +135,13 @@ def _groups(samples: Sequence[Sample]) -> dict[str, list[Metric]]:
 
     def rows() -> Iterator[tuple[tuple[int, object], str, Sample]]:
         for sample in samples:
-            yield (0, sample["table"] != "short table"), sample["table"], sample
+            table = _TABLES.index(sample["table"])
+            yield (0, table), sample["table"], sample
             yield (1, sample["length"]), f"{sample['length']:,} tokens", sample
             yield (2, sample["depth"]), f"depth {sample['depth']} %", sample
             kind = [*KINDS].index(sample["kind"])
             yield (3, kind), sample["kind"], sample
-            yield (4, kind), f"{sample['kind']}, {sample['table']}", sample
+            yield (4, (kind, table)), f"{sample['kind']}, {sample['table']}", sample
             yield (5, sample["language"]), f"language {sample['language']}", sample
             yield (6, sample["form"]), f"values: {sample['form']}", sample
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from phi4_mlx.checkpoint import load_tokenizer_and_format
 from phi4_mlx.evaluation.long_context.haystack import SLACK, Haystack
 from phi4_mlx.evaluation.long_context.language import CODES, DEMO, load_language
 from phi4_mlx.evaluation.long_context.problem import KINDS, Problem
@@ -74,7 +75,24 @@ def test_lengths_are_exact_with_the_published_tokenizer(code: str, published: To
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [*CODES, DEMO])
 def test_lengths_are_close_with_a_tokenizer_of_bytes(code: str, demo: Demo) -> None:
-    check(demo[1], code, 2000, SLACK)
+    check(demo[1], code, 2500, SLACK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", ["zh", "th", "ar", "hu"])
+def test_lengths_are_close_with_sentencepiece(code: str) -> None:
+    check(load_tokenizer_and_format(DATA / "tiny_sentencepiece"), code, 3000, SLACK)
+
+
+@pytest.mark.slow
+def test_no_prompt_is_longer_or_much_shorter_at_any_length(demo: Demo) -> None:
+    for code in ("en", "ja"):
+        problem = problems(code, 0.5)[0]
+        haystack = Haystack(problem.language, demo[1], seed=0)
+        for length in range(50, 700, 7):
+            prompt = haystack.prompt(problem, length)
+            assert prompt is None or length - SLACK <= haystack.tokens(prompt) <= length
+            assert prompt is not None or length < 600
 
 
 def test_prompts_of_any_length_share_their_beginning(demo: Demo) -> None:

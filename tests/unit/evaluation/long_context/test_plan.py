@@ -24,6 +24,8 @@ def test_all_languages_together_fill_the_grid() -> None:
     assert len(found) == len(CODES) * len(KINDS) * len(LENGTHS)
     cells = Counter((place.kind, place.length, place.depth) for place in found)
     assert len(cells) == len(KINDS) * len(LENGTHS) * len(DEPTHS) and min(cells.values()) >= 4
+    by_language = Counter((place.language.code, place.depth) for place in found)
+    assert min(by_language.values()) >= 3 and len(by_language) == len(CODES) * len(DEPTHS)
     forms = Counter((place.kind, place.form) for place in found)
     assert min(forms.values()) >= len(LENGTHS) * len(CODES) // 4
 
