@@ -54,6 +54,12 @@ class BlockModel:
             block.load_weights(unread)
             mx.clear_cache()
 
+    @property
+    def step_bytes(self) -> list[int]:
+        """Bytes in the checkpoint of the embedding, of each block, and of the head."""
+        blocks = (sum(each.input_bytes for each in self._of_block[path]) for path in self.blocks)
+        return [self.embedding.input_bytes, *blocks, self.head.input_bytes]
+
     def _load(self, parameters: Sequence[Parameter]) -> None:
         weights = [(each.name, each.dense(0, each.rows).astype(mx.float32)) for each in parameters]
         self.model.load_weights(weights, strict=False)
