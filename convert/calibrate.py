@@ -42,7 +42,7 @@ MOST_TOKENS = 32_768  # of calibration text; in the demo, 5,000 do as well as 50
 VARIANT_TOKENS = 1024  # whose KL is measured
 VARIANT_LENGTH = 256  # of them in a row
 VARIANT_BITS = 4  # in which KL is measured, or the nearest that is tried
-BLOCK_NUMBERS = 2**24  # of a matrix that are rounded together
+BLOCK_NUMBERS = 2**25  # of a matrix that are rounded together
 TEXT, PLAIN = "text-", "plain"  # streams of the text, and of the tokens that variants start from
 
 VERSION = 1  # of the recipe; a folder of another one is not gone on with

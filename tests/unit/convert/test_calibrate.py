@@ -33,7 +33,7 @@ class Killed(BaseException):
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """1,400 tokens or so, some of them in sequences beyond the RoPE boundary."""
     path = tmp_path_factory.mktemp("texts") / "train.jsonl"
-    lines = [" ".join(WORDS[(3 * n + k * (n % 5 + 1)) % len(WORDS)] for k in range(12 + n % 7)) for n in range(24)]
+    lines = [" ".join(WORDS[(3 * n + k * (n % 5 + 1)) % len(WORDS)] for k in range(15 + n % 7)) for n in range(24)]
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in [*lines, " ".join(WORDS * 3)]))
     return path
 
