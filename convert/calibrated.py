@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,10 +13,11 @@ from phi4_mlx.data.jsonl import find_split
 from phi4_mlx.data.samples import Sample, load_samples
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.manifest import file_sha256
+from phi4_mlx.files.safetensors import header_of
 
 from .bits import SCALE_BITS, Candidate, choose_bits
 from .calibrate import Calibration, Progress, calibrate
-from .quantize import EMBEDDING_AND_HEAD, Recipe, Scheme
+from .quantize import EMBEDDING_AND_HEAD, Layout, Recipe, Scheme
 from .report import Report
 from .weights import Parameter
 
@@ -116,7 +117,11 @@ def calibrated(
     costless = {path: [Candidate(path, each, sizes[path], 0, 0) for each in some] for path, some in schemes.items()}
     choose_bits(costless, budget)  # refuses a budget before the work
     samples = _samples(folder, config, wish.data)
-    calibration = calibrate(parameters, config, samples, schemes, budget, work, progress, tell)
+    plain = _header_bytes(parameters, {})
+    calibration = calibrate(
+        parameters, config, samples, schemes, budget, work, progress, tell,
+        more_bytes=lambda chosen: _header_bytes(parameters, chosen) - plain,
+    )  # fmt: skip
     found = []
     for each in parameters:
         if each.path not in calibration.chosen:
@@ -126,6 +131,17 @@ def calibrated(
         layout = scheme.layout(each.path, each.numbers, (each.rows, each.width))
         found.append(replace(each, inputs=calibration.stored(each.path), outputs=layout, packed=scheme, target=scheme))
     return found, _report(calibration, budget, wish.data)
+
+
+def _header_bytes(parameters: Sequence[Parameter], chosen: Mapping[str, Candidate]) -> int:
+    """Bytes of the header of the decoder's file, which names the shapes."""
+    layout: Layout = {}
+    for each in parameters:
+        if each.path in chosen:
+            layout |= chosen[each.path].scheme.layout(each.path, each.numbers, (each.rows, each.width))
+        elif not each.on_demand:
+            layout |= each.outputs
+    return len(header_of(layout))
 
 
 def _report(calibration: Calibration, budget: float, data: str | Path) -> Report:

@@ -78,7 +78,7 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "another mode": (["--q-mode", "mxfp4"], "affine"),
 }
 BAD_DATA: dict[str, tuple[Callable[[Path], object], str]] = {
-    "absent": (Path.unlink, "does not exist"),
+    "absent": (Path.unlink, "is neither a folder, nor a file"),
     "empty": (lambda path: path.write_bytes(b""), "data.jsonl"),
     "a picture": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256))), "data.jsonl"),
     "another format": (lambda path: path.write_text('{"question": "a", "answer": "b"}\n' * 50), "data.jsonl"),
