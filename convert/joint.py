@@ -33,7 +33,8 @@ def joint_divergence(
     embedding, head, model = blocks.embedding, blocks.head, blocks.model
 
     def started(rows: Rows) -> tuple[mx.array, ...]:
-        return model.into_blocks(embedded(ids, embedding.width, rows))
+        carried: tuple[mx.array, ...] = model.into_blocks(embedded(ids, embedding.width, rows))
+        return carried
 
     def hidden(carried: tuple[mx.array, ...]) -> mx.array:
         found = model.out_of_blocks(carried)

@@ -19,6 +19,7 @@ import mlx.core as mx
 import pytest
 
 from phi4_mlx import load
+from phi4_mlx.convert import calibrate as calibration
 from phi4_mlx.convert.package import convert
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.manifest import REPORT_FILE
@@ -33,10 +34,16 @@ CONVERT = [sys.executable, "-m", "phi4_mlx.convert"]
 WORDS = ["sun", "rises", "over", "a", "small", "town", "where", "people", "bake", "bread", "by", "the", "river"]
 
 
-def texts(path: Path, lines: int = 60) -> Path:
+def texts(path: Path, lines: int = 16) -> Path:
     rng = random.Random(5)
     path.write_text("".join(json.dumps({"text": " ".join(rng.choices(WORDS, k=20))}) + "\n" for _ in range(lines)))
     return path
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the measurement of KL cheap; commands in processes of their own are not affected."""
+    monkeypatch.setattr(calibration, "VARIANT_TOKENS", 256)
 
 
 @pytest.fixture
@@ -83,7 +90,7 @@ BAD_DATA: dict[str, tuple[Callable[[Path], object], str]] = {
     "a picture": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256))), "data.jsonl"),
     "another format": (lambda path: path.write_text('{"question": "a", "answer": "b"}\n' * 50), "data.jsonl"),
     "not JSON Lines": (lambda path: path.write_text("some words\n" * 50), "data.jsonl"),
-    "one bad line": (lambda path: path.write_text(path.read_text() + "{\n"), "data.jsonl:61"),
+    "one bad line": (lambda path: path.write_text(path.read_text() + "{\n"), "data.jsonl:17"),
     "999 tokens or so": (lambda path: texts(path, 10), "at least 1,000"),
     "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "data.jsonl"),
 }
@@ -160,6 +167,29 @@ def test_every_kind_is_calibrated_within_the_bytes_of_plain_four_bits(kind: str,
     assert towers - report["matrices"].keys() <= chosen["quantization"].keys()
     assert (tmp_path / "out" / "README.md").read_text().count("## Calibration") == 1
     assert left_beside(tmp_path / "out") == ["out"]
+
+
+def divergence(folder: Path, base: Path, ids: mx.array, adapter: str | None) -> float:
+    """KL of a package from its base, in nats per token."""
+    logs = []
+    for each in (base, folder):
+        model, _ = load(each)
+        cache = model.make_cache()
+        cache.adapter = adapter
+        logits = model(ids, cache=cache)
+        logs.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+    return (mx.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=-1).mean().item()
+
+
+def test_a_multimodal_model_is_closer_with_its_adapters_off_and_on(data: Path, tmp_path: Path) -> None:
+    source = WRITERS["phi4mm"](tmp_path / "source")
+    convert(source, tmp_path / "plain", quantize=True, q_group_size=32, adapter_bits=16)
+    calibrated(source, tmp_path / "out", data, adapter_bits=16)
+    _, tokenizer = load(source)
+    ids = mx.array([tokenizer.encode("a town where bread rises over the small river by people bake sun " * 6)])
+    for adapter in (None, "vision", "speech"):
+        plain, ours = (divergence(tmp_path / name, source, ids, adapter) for name in ("plain", "out"))
+        assert 0 < ours < plain, (adapter, ours, plain)
 
 
 # --- killed, and on a full disk ---
