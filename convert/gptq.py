@@ -2,8 +2,8 @@
 
 With the factor U, U^T U = H^-1, the error of a row in the outputs is the sum of (e_j / U_jj)^2 over its columns, where
 e_j is the error of column j against its weights as the columns before have changed them. The grid of a group is
-searched when its turn comes, on those weights, in which columns count by the second moments of their inputs. (1 / U_jj^2
-in their place made KL 2 % smaller at 4 bits and 24 % larger at 3.) Rows do not depend on each other.
+searched when its turn comes, on those weights; a column counts in it by the second moment of its input. (1 / U_jj^2
+instead made KL 2 % smaller at 4 bits and 24 % larger at 3.) Rows do not depend on each other.
 
 Source: GPTQ (arXiv 2210.17323), algorithm 1.
 """
