@@ -218,6 +218,7 @@ def test_killed_at_any_step_the_rerun_goes_on_and_writes_the_same_bytes(
 
     whole = killed(0, tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
+    assert "bits per weight, KL 0.0" in whole.stdout and "quantization.png\n" in whole.stdout
     steps, expected, out = int(whole.stdout.split()[-1]), hashes(tmp_path / "whole"), tmp_path / "out"
     rng = random.Random(3)
     for at in sorted(rng.sample(range(1, steps), 3)):
