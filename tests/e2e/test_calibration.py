@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -231,6 +232,15 @@ def test_killed_at_any_step_the_rerun_goes_on_and_writes_the_same_bytes(
         shutil.rmtree(out)
 
 
+def test_too_little_room_is_reported_before_any_work(
+    source: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(RequestError, match=r"1\.00 KB free and the calibration needs \d+ KB for a while"):
+        calibrated(source, tmp_path / "out", data)
+    assert left_beside(tmp_path / "out") == []
+
+
 def test_a_disk_that_fills_up_leaves_the_work_to_go_on_from(
     source: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,6 +264,8 @@ def test_a_disk_that_fills_up_leaves_the_work_to_go_on_from(
         with pytest.raises(RequestError, match="No space left on device") as caught:
             calibrated(source, out, data)
         assert "\n" not in str(caught.value) and not out.exists()
+        if full < total // 2:
+            assert str(caught.value).endswith("it is kept, and the same command goes on from there")
         first, writes = writes, total
         calibrated(source, out, data)
         assert hashes(out) == expected and first + (writes - total) >= total
