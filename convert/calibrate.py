@@ -97,6 +97,7 @@ def calibrate(
     work: Path,
     progress: Progress = lambda done, total: None,
     tell: Callable[[str], object] = lambda line: None,
+    more_bytes: Callable[[Mapping[str, Candidate]], int] = lambda chosen: 0,
 ) -> Calibration:
     """Quantises matrices and chooses their bits.
 
@@ -109,6 +110,7 @@ def calibrate(
         work: folder of intermediate results; a run that was killed goes on from it.
         progress: called as the work proceeds.
         tell: called with a line for the user.
+        more_bytes: see `choose_bits`.
 
     Returns:
         The choice. The caller removes the work folder when it has used it.
@@ -129,7 +131,7 @@ def calibrate(
     candidates = run.candidates()
     used = sum(map(len, rows))
     state = run.work.state
-    chosen = choose_bits(candidates, bits_per_weight)
+    chosen = choose_bits(candidates, bits_per_weight, more_bytes)
     kl = run.joint({path: each.scheme for path, each in chosen.items()})
     return Calibration(chosen, candidates, used, kl, state["seconds"], state["peak_bytes"], run.work, run.parameters)
 
