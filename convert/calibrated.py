@@ -53,8 +53,8 @@ class Wish:
             return
         if self.bits is not None:
             raise RequestError(
-                f"--q-bits {self.bits} asks for the same bits in every matrix, and --q-bpw {self.bits_per_weight:g} for "
-                "mixed ones; leave one of them out"
+                f"--q-bits {self.bits} asks for the same bits in every matrix, and --q-bpw {self.bits_per_weight:g} "
+                "for mixed ones; leave one of them out"
             )
         if not LEAST_BPW <= self.bits_per_weight <= MOST_BPW:
             raise RequestError(

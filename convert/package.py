@@ -49,7 +49,7 @@ SMALL_FILES = (
 
 SHARD_BYTES = 5 * 10**9 - 10**7  # tensor bytes in a file, which stays under 5 GB with its header
 
-Progress = Callable[[int, int], object]
+Progress = Callable[[float, float], object]
 """Called as (bytes done, bytes in all) of the source."""
 
 

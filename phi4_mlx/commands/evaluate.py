@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 PROG = typed("evaluate")
 _count = number(int, 1, 10_000_000)
-_ROW_OPTIONS = ("num_shots", "apply_chat_template", "temp", "top_p", "include_path", "lengths", "languages")
+_ROW_OPTIONS = (
+    "num_shots", "apply_chat_template", "temp", "top_p", "include_path", "lengths", "depths", "languages",
+)  # fmt: skip
+_LM_OPTIONS = ("num_shots", "apply_chat_template", "include_path")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,9 +72,25 @@ def _parser() -> Parser:
         "--output-dir", type=word, default="evaluation", metavar="FOLDER",
         help="folder for results.json, results.md, pictures and every answer",
     )  # fmt: skip
-    why = "with --suite, whose rows have their own"
-    parser.idle.append(Idle(_ROW_OPTIONS, lambda args: args.suite is not None, why))
+    parser.idle += [
+        Idle(_ROW_OPTIONS, lambda args: args.suite is not None, "with --suite, whose rows have their own"),
+        Idle(_LM_OPTIONS, _only_own, "on the package's own tasks"),
+        Idle(("repeats",), lambda args: _only_own(args) and "languages" not in _named(args), "on these tasks"),
+        Idle(("categories",), lambda args: not {"bfcl", "tools"} & _named(args), "without the task bfcl or tools"),
+    ]
     return parser
+
+
+def _named(args: argparse.Namespace) -> set[str]:
+    """The names after --tasks."""
+    return {name for given in args.tasks or () for name in given.split(",") if name}
+
+
+def _only_own(args: argparse.Namespace) -> bool:
+    """True if every task is one of the package's own."""
+    from phi4_mlx.evaluation.tasks import OWN
+
+    return bool(_named(args)) and _named(args) <= OWN.keys()
 
 
 def _add_documents(parser: Parser) -> None:
@@ -100,11 +119,25 @@ def _add_documents(parser: Parser) -> None:
         help="prompt lengths of long-context, in tokens (default: its own)",
     )
     parser.add_argument(
+        "--depths",
+        nargs="+",
+        type=number(int, 0, 100),
+        metavar="N",
+        help="depths of what long-context hides, in per cent of the text (default: 0 25 50 75 100)",
+    )
+    parser.add_argument(
         "--languages",
         nargs="+",
         type=word,
         metavar="CODE",
-        help="languages of long-context and languages (default: all)",
+        help="codes of languages of long-context and languages, apart or with commas (default: all)",
+    )
+    parser.add_argument(
+        "--categories",
+        nargs="+",
+        type=word,
+        metavar="NAME",
+        help="kinds of question of bfcl (live, non_live, or such as live_simple) and tools (default: all)",
     )
 
 
@@ -200,7 +233,9 @@ def _options(args: argparse.Namespace) -> Options:
         include_path=include,
         data=data,
         lengths=tuple(args.lengths or ()),
-        languages=tuple(args.languages or ()),
+        depths=tuple(args.depths or ()),
+        languages=tuple(_names(args.languages)),
+        categories=tuple(_names(args.categories)),
         confirm_run_unsafe_code=args.confirm_run_unsafe_code,
         judge=args.judge,
         folder=Path(os.path.expanduser(args.output_dir)).absolute(),
@@ -228,6 +263,11 @@ def _samples(given: str | None) -> dict[str, list[int]]:
     return {name: sorted(set(ids)) for name, ids in value.items()}
 
 
+def _names(given: Sequence[str] | None) -> list[str]:
+    """The names of an option, apart or with commas, each once."""
+    return list(dict.fromkeys(name for part in given or () for name in part.split(",") if name))
+
+
 def _asked(args: argparse.Namespace, options: Options) -> tuple[Suite | None, list[str]]:
     """The suite or the names of tasks, known to exist before a model is loaded."""
     from phi4_mlx.evaluation.suite import load_suite
@@ -238,7 +278,7 @@ def _asked(args: argparse.Namespace, options: Options) -> tuple[Suite | None, li
 
         tasks_folder()  # lm-eval is installed
         return load_suite(args.suite), []
-    names = list(dict.fromkeys(name for given in args.tasks for name in given.split(",") if name))
+    names = _names(args.tasks)
     if not names:
         raise RequestError("--tasks names no task")
     if not set(names) <= OWN.keys():
@@ -275,7 +315,9 @@ def _settings(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
         "tasks": list(names),
         "samples": _samples(args.samples),
         "lengths": args.lengths,
-        "languages": args.languages,
+        "depths": args.depths,
+        "languages": _names(args.languages),
+        "categories": _names(args.categories),
     }
     return {name: getattr(args, name) for name in kept} | own | {"judge": args.judge, "comparators": args.comparator}
 

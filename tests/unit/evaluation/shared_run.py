@@ -1,6 +1,6 @@
 """One process of a shared evaluation of the demo; prints what it found as JSON.
 
-    mlx.launch -n 2 --backend ring tests/unit/evaluation/shared_run.py FOLDER [fail | differ]
+mlx.launch -n 2 --backend ring tests/unit/evaluation/shared_run.py FOLDER [fail | differ]
 """
 
 from __future__ import annotations
