@@ -17,6 +17,8 @@ from phi4_mlx.errors import Phi4Error, RequestError, message_of
 from phi4_mlx.evaluation.task_index import MISSING, known_tasks
 from phi4_mlx.terminal.suggestion import suggestion
 
+_FORMATS = ("json", "csv", "parquet", "text", "arrow")  # in place of a data set: the YAML names files
+
 
 @dataclass(frozen=True)
 class LmTask:
@@ -79,7 +81,12 @@ def load_tasks(name: str, include_path: Path | None, data: Path | None) -> list[
         RequestError: the task's YAML or its data cannot be used.
     """
     quieten()
+    if data is not None and not data.is_dir():
+        raise RequestError(f"--data {data} is a file; lm-eval's tasks take a folder with copies of data sets")
     manager = _manager(include_path, name)
+    entry = manager.task_index.get(name)
+    if entry is not None and (entry.cfg or {}).get("dataset_path") in _FORMATS:
+        data = None  # its files are named in the YAML, and may be relative to where the user is
     random.seed(0)  # GPQA, for one, shuffles its choices as it loads; datasets keeps the first order on the disk
     try:
         with _working_in(data):
