@@ -31,6 +31,8 @@ _ROW_OPTIONS = (
     "num_shots", "apply_chat_template", "temp", "top_p", "include_path", "lengths", "depths", "languages",
 )  # fmt: skip
 _LM_OPTIONS = ("num_shots", "apply_chat_template", "include_path")
+# Options that only some of the package's own tasks have.
+_OWN_OPTIONS = {"lengths": ("long-context",), "languages": ("long-context", "languages"), "judge": ("arena-hard",)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,6 +93,12 @@ def _only_own(args: argparse.Namespace) -> bool:
     from phi4_mlx.evaluation.tasks import OWN
 
     return bool(_named(args)) and _named(args) <= OWN.keys()
+
+
+def _names_any(args: argparse.Namespace, tasks: Sequence[str]) -> bool:
+    """True if one of the tasks is asked for; a suite may have any."""
+    given = {name for words in args.tasks or () for name in words.split(",")}
+    return args.suite is not None or not given.isdisjoint(tasks)
 
 
 def _add_documents(parser: Parser) -> None:
@@ -200,15 +208,18 @@ def _evaluate(args: argparse.Namespace) -> None:
     suite, names = _asked(args, options)
     folder = Path(os.path.expanduser(args.output_dir)).absolute()
     with _warnings_as_lines():
-        loaded = load_jobs(_jobs(suite, names, options, None), skip=suite is not None)  # before minutes of loading
+        with progress_bar("data of tasks", of=_whole) as show:  # before minutes of loading a model
+            loaded = load_jobs(_jobs(suite, names, options, None), suite is not None, show or _no_progress)
         subject = _subject(args)
-        jobs = _jobs(suite, names, options, subject)
+        group, jobs = subject.group, _jobs(suite, names, options, subject)
         runs = [_run(jobs, loaded, subject, folder, _settings(args, names))]
         del subject
         for name in args.comparator:
-            place = folder / "comparators" / file_name(name)
-            runs.append(_run(jobs, loaded, load_comparator(name), place, _settings(args, names)))
-    _write(runs, suite, folder)
+            comparator, place = load_comparator(name), folder / "comparators" / file_name(name)
+            comparator.group = group
+            runs.append(_run(jobs, loaded, comparator, place, _settings(args, names)))
+    if group is None or group.rank() == 0:
+        _write(runs, suite, folder)
 
 
 def _options(args: argparse.Namespace) -> Options:
