@@ -230,3 +230,13 @@ def test_a_package_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(RequestError, match="the installed bfcl-eval 2026") as caught:
         Leaderboard()
     assert INSTALL in str(caught.value)
+
+
+def test_calls_at_once_have_no_order(board: Leaderboard, cases: dict[str, list[Case]]) -> None:
+    for case in cases["parallel"]:
+        assert mistake(board, case, right_calls(case)[::-1]) is None
+
+
+def test_importing_makes_no_folders(board: Leaderboard) -> None:
+    """The package's own settings would make `result`, `score` and `.file_locks` beside it."""
+    assert "bfcl_eval.constants.eval_config" not in sys.modules
