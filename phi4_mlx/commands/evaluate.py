@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PROG = typed("evaluate")
 _count = number(int, 1, 10_000_000)
 _ROW_OPTIONS = (
-    "num_shots", "apply_chat_template", "temp", "top_p", "include_path", "lengths", "languages",
+    "num_shots", "apply_chat_template", "temp", "top_p", "include_path", "lengths", "depths", "languages",
 )  # fmt: skip
 _LM_OPTIONS = ("num_shots", "apply_chat_template", "include_path")
 
@@ -119,11 +119,18 @@ def _add_documents(parser: Parser) -> None:
         help="prompt lengths of long-context, in tokens (default: its own)",
     )
     parser.add_argument(
+        "--depths",
+        nargs="+",
+        type=number(int, 0, 100),
+        metavar="N",
+        help="depths of what long-context hides, in per cent of the text (default: 0 25 50 75 100)",
+    )
+    parser.add_argument(
         "--languages",
         nargs="+",
         type=word,
         metavar="CODE",
-        help="languages of long-context and languages (default: all)",
+        help="codes of languages of long-context and languages, apart or with commas (default: all)",
     )
     parser.add_argument(
         "--categories",
@@ -226,8 +233,9 @@ def _options(args: argparse.Namespace) -> Options:
         include_path=include,
         data=data,
         lengths=tuple(args.lengths or ()),
-        languages=tuple(args.languages or ()),
-        categories=tuple(args.categories or ()),
+        depths=tuple(args.depths or ()),
+        languages=tuple(_names(args.languages)),
+        categories=tuple(_names(args.categories)),
         confirm_run_unsafe_code=args.confirm_run_unsafe_code,
         judge=args.judge,
         folder=Path(os.path.expanduser(args.output_dir)).absolute(),
@@ -252,7 +260,12 @@ def _samples(given: str | None) -> dict[str, list[int]]:
     )
     if not is_ids:
         raise RequestError(f'--samples must map tasks to lists of ids, as {{"arc_challenge": [0, 3]}}, not {text:.100}')
-    return {name: list(dict.fromkeys(ids)) for name, ids in value.items()}
+    return {name: sorted(set(ids)) for name, ids in value.items()}
+
+
+def _names(given: Sequence[str] | None) -> list[str]:
+    """The names of an option, apart or with commas, each once."""
+    return list(dict.fromkeys(name for part in given or () for name in part.split(",") if name))
 
 
 def _asked(args: argparse.Namespace, options: Options) -> tuple[Suite | None, list[str]]:
@@ -265,7 +278,7 @@ def _asked(args: argparse.Namespace, options: Options) -> tuple[Suite | None, li
 
         tasks_folder()  # lm-eval is installed
         return load_suite(args.suite), []
-    names = list(dict.fromkeys(name for given in args.tasks for name in given.split(",") if name))
+    names = _names(args.tasks)
     if not names:
         raise RequestError("--tasks names no task")
     if not set(names) <= OWN.keys():
@@ -302,8 +315,9 @@ def _settings(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
         "tasks": list(names),
         "samples": _samples(args.samples),
         "lengths": args.lengths,
-        "languages": args.languages,
-        "categories": args.categories,
+        "depths": args.depths,
+        "languages": _names(args.languages),
+        "categories": _names(args.categories),
     }
     return {name: getattr(args, name) for name in kept} | own | {"judge": args.judge, "comparators": args.comparator}
 
@@ -326,7 +340,6 @@ def _run(
         for place, job in enumerate(jobs, 1):
             label = f"{place}/{len(jobs)} {job.name}"
             if reason := loaded.missing.get(job.name):
-                run.missing[job.name] = reason
                 complain(PROG, f"{label} is left out: {reason}")
                 continue
             path = answers_path(folder / "answers", file_name(job.name), subject.group)

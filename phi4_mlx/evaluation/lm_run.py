@@ -62,8 +62,19 @@ def _evaluate(
     """One pass over the documents."""
     from lm_eval import evaluator
 
-    lm = _lm(subject, answers, options)
-    samples = {name: list(ids) for name, ids in options.samples.items() if name in task.tasks}
+    from phi4_mlx.evaluation.harness import Harness
+
+    lm = Harness(
+        subject,
+        answers,
+        seed=options.seed,
+        max_tokens=options.max_tokens,
+        temp=options.temp,
+        top_p=options.top_p,
+        progress=options.progress,
+    )
+    # lm-eval asks documents in the order of the data and names them in the order given, so it is given that order.
+    samples = {name: sorted(set(ids)) for name, ids in options.samples.items() if name in task.tasks}
     _check_samples(task, samples)
     try:
         found = evaluator.evaluate(
@@ -87,21 +98,6 @@ def _evaluate(
         for each, answer in lm.drawn
     }
     return _result(task, found, metric, written)
-
-
-def _lm(subject: Subject, answers: Answers, options: Options) -> Any:
-    """The model as lm-eval asks it."""
-    from phi4_mlx.evaluation.harness import Harness
-
-    return Harness(
-        subject,
-        answers,
-        seed=options.seed,
-        max_tokens=options.max_tokens,
-        temp=options.temp,
-        top_p=options.top_p,
-        progress=options.progress,
-    )
 
 
 def _check_samples(task: LmTask, samples: Mapping[str, Sequence[int]]) -> None:
