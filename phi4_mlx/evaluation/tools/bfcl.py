@@ -55,7 +55,7 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     scores: dict[str, list[float]] = {category: [] for category in categories}
     samples = []
     for case, answer in zip(cases, ask(subject, questions, answers, options.progress), strict=True):
-        wrong = mistake(board, case, answer.calls)
+        wrong = mistake(board, case, answer.calls, answer.content)
         scores[case.category].append(float(wrong is None))
         calls = [{"name": call.name, "arguments": call.arguments} for call in answer.calls]
         samples.append({"id": case.name, "score": scores[case.category][-1], "category": case.category, "calls": calls,

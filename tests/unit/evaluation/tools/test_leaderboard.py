@@ -175,6 +175,8 @@ def test_irrelevance_wants_no_call_and_relevance_one(board: Leaderboard, cases: 
         call = ToolCall(case.functions[0]["name"], {})
         assert (mistake(board, case, [call]) is None) is right
         assert (mistake(board, case, []) is None) is not right
+        undeclared = written([ToolCall("zzqx", {})])  # which the parser leaves in the text
+        assert not parsed(case, undeclared) and mistake(board, case, [], undeclared)
 
 
 @pytest.mark.parametrize(
