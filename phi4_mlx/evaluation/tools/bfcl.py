@@ -28,6 +28,16 @@ _LIVE_AST = ("live_simple", "live_multiple", "live_parallel", "live_parallel_mul
 _IRRELEVANCE = ("irrelevance", "live_irrelevance")
 
 
+def check(options: Options) -> None:
+    """Checks the options and the package before a model is loaded.
+
+    Raises:
+        RequestError: bfcl-eval is missing, or a category is not known.
+    """
+    chosen(options.categories)
+    Leaderboard()
+
+
 def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     """Asks the questions and scores the calls.
 
