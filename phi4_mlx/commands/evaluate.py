@@ -30,6 +30,7 @@ _count = number(int, 1, 10_000_000)
 _ROW_OPTIONS = (
     "num_shots", "apply_chat_template", "temp", "top_p", "include_path", "lengths", "depths", "languages",
 )  # fmt: skip
+_WITH_DATA = {"tools", "arena-hard"}  # the package's own tasks that take --data
 _LM_OPTIONS = ("num_shots", "apply_chat_template", "include_path")
 
 
@@ -75,6 +76,7 @@ def _parser() -> Parser:
     parser.idle += [
         Idle(_ROW_OPTIONS, lambda args: args.suite is not None, "with --suite, whose rows have their own"),
         Idle(_LM_OPTIONS, _only_own, "on the package's own tasks"),
+        Idle(("data",), lambda args: _only_own(args) and not {*_names(args.tasks)} & _WITH_DATA, "on these tasks"),
         Idle(("repeats",), lambda args: _only_own(args) and "languages" not in _names(args.tasks), "on these tasks"),
         Idle(("categories",), lambda args: not {"bfcl", "tools"} & {*_names(args.tasks)}, "without bfcl or tools"),
     ]
