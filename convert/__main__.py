@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from phi4_mlx.config.fields import QUANTIZATION_MODES
@@ -77,7 +79,7 @@ def _work(args: argparse.Namespace) -> None:
     begin = time.perf_counter()
     options = {key: value for key, value in vars(args).items() if key != "debug"}
     with progress_bar("converting") as progress:
-        convert(**options, progress=progress)
+        convert(**options, progress=progress, tell=partial(print, file=sys.stderr, flush=True))
     out = Path(os.path.expanduser(args.mlx_path))
     nbytes = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
     print(f"{args.mlx_path}: {size(nbytes)} of weights, {time.perf_counter() - begin:.1f} s")

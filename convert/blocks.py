@@ -8,10 +8,12 @@ from contextlib import contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import numpy.typing as npt
 from mlx.utils import tree_flatten
 
 from phi4_mlx.checkpoint import empty_model
 from phi4_mlx.config.fields import Config
+from phi4_mlx.models.model import LanguageModel
 
 from .quantize import EMBEDDING_AND_HEAD
 from .weights import Parameter
@@ -28,7 +30,7 @@ class BlockModel:
     """
 
     def __init__(self, config: Config, parameters: Sequence[Parameter]):
-        self.model = empty_model(config, {}).eval()
+        self.model: LanguageModel = empty_model(config, {}).eval()
         paths = {id(module): path for path, module in self.model.named_modules()}
         self.blocks = [paths[id(block)] for block in self.model.layers]
         by_path = {each.path: each for each in parameters if each.path in EMBEDDING_AND_HEAD}
@@ -52,9 +54,11 @@ class BlockModel:
             block.load_weights(unread)
             mx.clear_cache()
 
-    def quantizable(self, number: int) -> list[Parameter]:
-        """The parameters of a block that the recipe quantises."""
-        return [each for each in self._of_block[self.blocks[number]] if each.target]
+    @property
+    def step_bytes(self) -> list[int]:
+        """Bytes in the checkpoint of the embedding, of each block, and of the head."""
+        blocks = (sum(each.input_bytes for each in self._of_block[path]) for path in self.blocks)
+        return [self.embedding.input_bytes, *blocks, self.head.input_bytes]
 
     def _load(self, parameters: Sequence[Parameter]) -> None:
         weights = [(each.name, each.dense(0, each.rows).astype(mx.float32)) for each in parameters]
@@ -62,7 +66,7 @@ class BlockModel:
         mx.eval([array for _, array in weights])
 
 
-def embedded(ids: np.ndarray, width: int, blocks: Iterator[tuple[int, int, mx.array]]) -> mx.array:
+def embedded(ids: npt.NDArray[np.int64], width: int, blocks: Iterator[tuple[int, int, mx.array]]) -> mx.array:
     """The embeddings of ids [B, T], fp32 [B, T, D], from a matrix that is read in blocks of (first, last, rows)."""
     flat = ids.reshape(-1)
     found = np.zeros((len(flat), width), np.float32)

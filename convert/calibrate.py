@@ -50,8 +50,8 @@ VERSION = 1  # of the recipe; a folder of another one is not gone on with
 Rows = Iterator[tuple[int, int, mx.array]]
 """Blocks of rows of a matrix, as (first, last, rows)."""
 
-Progress = Callable[[float, float], object]
-"""Called as (work done, work in all)."""
+Progress = Callable[[int, int], object]
+"""Called as (bytes done, bytes in all) of the checkpoint's weights."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ class _Run:
         self.model = self.blocks.model
         self.texts = batches(rows, self.model.boundary)
         self.few = Batch.of(spread([row[:VARIANT_LENGTH] for row in rows], VARIANT_TOKENS))
+        self._sizes, self._done = self.blocks.step_bytes, 0
         self.errors: dict[str, dict[str, float]] = self.work.state.setdefault("errors", {})
         self.kl: dict[str, float] = self.work.state.setdefault("kl", {})
 
@@ -165,13 +166,18 @@ class _Run:
         mx.reset_peak_memory()
         for number in range(self.work.step, len(steps)):
             begin = time.perf_counter()
-            self._progress(number, len(steps))
+            self._done = sum(self._sizes[:number])
+            self._advance(0)
             self.work.begin()
             steps[number]()
             state["seconds"] = state.get("seconds", 0.0) + time.perf_counter() - begin
             state["peak_bytes"] = max(state.get("peak_bytes", 0), mx.get_peak_memory())
             self.work.finish(number + 1)
-        self._progress(len(steps), len(steps))
+        self._progress(sum(self._sizes), sum(self._sizes))
+
+    def _advance(self, count: int) -> None:
+        self._done += count
+        self._progress(min(self._done, sum(self._sizes)), sum(self._sizes))
 
     def candidates(self) -> dict[str, list[Candidate]]:
         """All that was measured."""
@@ -237,14 +243,16 @@ class _Run:
 
     def _quantise(self, parameter: Parameter, moments: Moments) -> None:
         """Writes all candidates of a matrix, and notes their errors."""
-        hessian, path = moments.hessian, parameter.path
+        hessian, path = moments.take(), parameter.path
         energy = sum(((rows @ hessian) * rows).sum().item() for _, _, rows in _dense(parameter))
         solver = Solver(hessian, path)
+        del hessian
         self.errors[path] = {}
         for scheme in self.schemes[path]:
             errors: list[float] = []
             self.work.save_candidate(_layout(parameter, scheme), _quantised(parameter, solver, scheme, errors))
             self.errors[path][str(scheme.bits)] = sum(errors) / energy if energy > 0 else 0.0
+            self._advance(parameter.input_bytes // len(self.schemes[path]))
 
     def _rounded(self, parameter: Parameter, scheme: Scheme | None = None) -> Rows:
         """A candidate's weights, dequantised in float32; by default of the one that is measured."""
@@ -257,11 +265,7 @@ class _Run:
     def _head(self) -> None:
         """Measures all variants, then quantises and measures the head, which may be the embedding too."""
         head = self.blocks.head
-        kept = [rows for _, _, rows in _dense(head)]
-        reference = Reference(self._hidden(self.few, self.work.load(PLAIN)), lambda: kept)
-        for path in self.schemes:
-            if path != head.path:
-                self.kl[path] = reference.divergence(self._hidden(self.few, self.work.load(path)))
+        self._measure()
         if head.path not in self.schemes:
             return
         moments = Moments(head.width)
@@ -269,6 +273,15 @@ class _Run:
             moments.add(self._hidden(batch, self.work.load(f"{TEXT}{index}")))
         self._quantise(head, moments)
         self.kl[head.path] = self.joint({head.path: self._variant(head.path)})
+
+    def _measure(self) -> None:
+        """Measures all variants, with the head in memory."""
+        head = self.blocks.head
+        kept = [rows for _, _, rows in _dense(head)]
+        reference = Reference(self._hidden(self.few, self.work.load(PLAIN)), lambda: kept)
+        for path in self.schemes:
+            if path != head.path:
+                self.kl[path] = reference.divergence(self._hidden(self.few, self.work.load(path)))
 
     def _hidden(self, batch: Batch, carried: Sequence[mx.array]) -> mx.array:
         """Inputs of the head at the wanted tokens, [N, D]."""

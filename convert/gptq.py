@@ -2,8 +2,8 @@
 
 With the factor U, U^T U = H^-1, the error of a row in the outputs is the sum of (e_j / U_jj)^2 over its columns, where
 e_j is the error of column j against its weights as the columns before have changed them. The grid of a group is
-searched when its turn comes, on those weights, in which columns count by the second moments of their inputs. (1 / U_jj^2
-in their place made KL 2 % smaller at 4 bits and 24 % larger at 3.) Rows do not depend on each other.
+searched when its turn comes, on those weights; a column counts in it by the second moment of its input. (1 / U_jj^2
+instead made KL 2 % smaller at 4 bits and 24 % larger at 3.) Rows do not depend on each other.
 
 Source: GPTQ (arXiv 2210.17323), algorithm 1.
 """
@@ -61,7 +61,7 @@ class Solver:
             )
         added = DAMPING * (mean if mean > 0 else 1.0)
         self.importance = diagonal + added
-        self.factor = _inverse_factor(hessian + mx.diag(mx.broadcast_to(mx.array(added), diagonal.shape)))
+        self.factor = _inverse_factor(hessian, added)
         mx.eval(self.importance, self.factor)
 
     def quantize(self, weight: mx.array, scheme: Scheme, dtype: mx.Dtype) -> Quantized:
@@ -110,10 +110,13 @@ def quantize_rows(
     return Solver(hessian).quantize(weight, scheme, dtype)[:3]
 
 
-def _inverse_factor(hessian: mx.array) -> mx.array:
-    """The upper triangular U with U^T U = hessian^-1: the inverse of Cholesky's factor in reversed order."""
+def _inverse_factor(hessian: mx.array, added: float) -> mx.array:
+    """The upper triangular U with U^T U = (hessian + added I)^-1: Cholesky's factor in reversed order, inverted."""
     with mx.stream(mx.cpu):  # MLX has no triangular solver on a GPU
-        lower = mx.linalg.cholesky(mx.contiguous(hessian[::-1, ::-1]))
+        size = len(hessian)
+        on_diagonal = mx.arange(size)[:, None] == mx.arange(size)
+        lower = mx.linalg.cholesky(mx.where(on_diagonal, hessian + added, hessian)[::-1, ::-1])
+        mx.eval(lower)  # frees what it was made from
         return mx.contiguous(mx.linalg.tri_inv(lower)[::-1, ::-1])
 
 

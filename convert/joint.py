@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 import mlx.core as mx
 import numpy as np
 
+from phi4_mlx.models.model import Carried
+
 from .blocks import BlockModel, embedded
 from .divergence import Reference
 
@@ -32,10 +34,10 @@ def joint_divergence(
     """
     embedding, head, model = blocks.embedding, blocks.head, blocks.model
 
-    def started(rows: Rows) -> tuple[mx.array, ...]:
+    def started(rows: Rows) -> Carried:
         return model.into_blocks(embedded(ids, embedding.width, rows))
 
-    def hidden(carried: tuple[mx.array, ...]) -> mx.array:
+    def hidden(carried: Carried) -> mx.array:
         found = model.out_of_blocks(carried)
         return found.reshape(-1, found.shape[-1])[mx.array(wanted)]
 

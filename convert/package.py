@@ -49,7 +49,7 @@ SMALL_FILES = (
 
 SHARD_BYTES = 5 * 10**9 - 10**7  # tensor bytes in a file, which stays under 5 GB with its header
 
-Progress = Callable[[float, float], object]
+Progress = Callable[[int, int], object]
 """Called as (bytes done, bytes in all) of the source."""
 
 
@@ -92,7 +92,7 @@ def convert(
             "default"; None rounds to nearest. With `q_bits`, all matrices have those.
         q_bpw: bits per number of all quantised matrices together, scales and biases included; None for as many as plain
             4-bit matrices take.
-        progress: called as (bytes done, bytes in all) of the checkpoint; first with other amounts, for a calibration.
+        progress: called as (bytes done, bytes in all) of the checkpoint; first for the calibration, if there is one.
         tell: called with a line for the user.
 
     Raises:

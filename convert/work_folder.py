@@ -47,11 +47,13 @@ class WorkFolder:
             different = sorted(key for key in settings if found.get("settings", {}).get(key) != self._settings[key])
             if found and not different:
                 self.step, self.state = found["step"], found["state"]
-                tell(f"going on with the calibration in {path}, of which {self.step} steps are done")
+                tell(f"the calibration goes on in {path}, where {self.step} steps are done")
                 return
             reason = f"with another {' and another '.join(different)}" if found else "and has no readable progress"
             tell(f"the calibration starts again: {path} was made {reason}")
             shutil.rmtree(path)
+        else:
+            tell(f"calibrating; if this run is stopped, the same command goes on from {path}")
         path.mkdir()
 
     def _read(self) -> JsonObject:
