@@ -78,11 +78,11 @@ def _parser() -> Parser:
     parser.idle += [
         Idle(_ROW_OPTIONS, lambda args: args.suite is not None, "with --suite, whose rows have their own"),
         Idle(_LM_OPTIONS, _only_own, "on the package's own tasks"),
-        Idle(("data",), lambda args: _only_own(args) and not _WITH_DATA & _named(args), "on these tasks"),
-        Idle(("repeats",), lambda args: _only_own(args) and "languages" not in _named(args), "on these tasks"),
-        Idle(("lengths", "depths"), lambda args: "long-context" not in _named(args), "without the task long-context"),
-        Idle(("languages",), lambda args: not {"long-context", "languages"} & _named(args), "without those tasks"),
-        Idle(("categories",), lambda args: not {"bfcl", "tools"} & _named(args), "without the task bfcl or tools"),
+        Idle(("data",), lambda args: _only_own(args) and not _WITH_DATA & {*_names(args.tasks)}, "on these tasks"),
+        Idle(("repeats",), lambda args: _only_own(args) and "languages" not in _names(args.tasks), "on these tasks"),
+        Idle(("lengths", "depths"), lambda args: "long-context" not in _names(args.tasks), "without the task long-context"),
+        Idle(("languages",), lambda args: not {"long-context", "languages"} & {*_names(args.tasks)}, "without those tasks"),
+        Idle(("categories",), lambda args: not {"bfcl", "tools"} & {*_names(args.tasks)}, "without the task bfcl or tools"),
     ]
     return parser
 
