@@ -18,10 +18,10 @@ from phi4_mlx.evaluation.suite import Suite
 from phi4_mlx.evaluation.tasks import OWN, own_task
 from phi4_mlx.files.atomic import replacing
 from phi4_mlx.files.json_file import read_json
+from phi4_mlx.terminal.suggestion import suggestion
 
 if TYPE_CHECKING:
     from phi4_mlx.evaluation.answers import Answers
-    from phi4_mlx.evaluation.comparator import Comparator
     from phi4_mlx.evaluation.lm_tasks import LmTask
     from phi4_mlx.evaluation.subject import Subject
 
@@ -175,19 +175,23 @@ class Loaded:
     missing: Mapping[str, str]
 
 
-def load_jobs(jobs: Sequence[Job], skip: bool) -> Loaded:
+def load_jobs(jobs: Sequence[Job], skip: bool, progress: Progress | None = None) -> Loaded:
     """Loads the tasks of jobs.
 
     Args:
         jobs: the jobs.
         skip: True to leave out a job whose data is not there.
+        progress: called with (jobs done, jobs in all).
 
     Raises:
-        RequestError: a task cannot be loaded, and `skip` is False or none is left; or it runs code that a model writes.
+        RequestError: a task cannot be loaded, and `skip` is False or none is left; it runs code that a model writes; or
+            `samples` names a task that none of the jobs has.
     """
     tasks: dict[str, list[LmTask]] = {}
     missing: dict[str, str] = {}
-    for job in jobs:
+    for done, job in enumerate(jobs):
+        if progress is not None:
+            progress(done, len(jobs))
         if job.task in OWN:
             continue
         from phi4_mlx.evaluation.lm_tasks import load_tasks
@@ -206,20 +210,17 @@ def load_jobs(jobs: Sequence[Job], skip: bool) -> Loaded:
             )
     if missing and not tasks:
         raise RequestError(next(iter(missing.values())))
+    leaves = [name for loaded in tasks.values() for task in loaded for name in task.tasks]
+    known = [*leaves, *(job.task for job in jobs if job.task in OWN)]
+    for name in jobs[0].options.samples if jobs and not missing else ():
+        if name not in known:
+            near = suggestion(name, known) or f"; they are {', '.join(known[:10])}{' ...' if known[10:] else ''}"
+            raise RequestError(f"--samples has documents of {name!r:.100}, which is not among the tasks{near}")
     return Loaded(tasks, missing)
 
 
-def not_for(job: Job, subject: Subject | Comparator) -> str:
-    """Why a job cannot run on a model; "" if it can."""
-    from phi4_mlx.evaluation.subject import Subject
-
-    if job.task in OWN and not isinstance(subject, Subject):
-        return f"{job.task} runs on the models of this package only"
-    return ""
-
-
 def run_job(
-    job: Job, tasks: Sequence[LmTask], subject: Subject | Comparator, answers: Answers, progress: Progress | None
+    job: Job, tasks: Sequence[LmTask], subject: Subject, answers: Answers, progress: Progress | None
 ) -> list[TaskResult]:
     """Runs a job.
 
@@ -234,11 +235,9 @@ def run_job(
         One result, or one for each part of a tag.
     """
     from phi4_mlx.evaluation.lm_run import run_lm_task
-    from phi4_mlx.evaluation.subject import Subject
 
     options = replace(job.options, progress=progress)
     if job.task in OWN:
-        assert isinstance(subject, Subject)
         results = [own_task(job.task)(subject, answers, options)]
     else:
         results = [run_lm_task(task, subject, answers, options, job.metric) for task in tasks]

@@ -19,7 +19,7 @@ FAULTS = {
     "mixture": "is partly in another language",
 }
 
-_OTHER = 0.1  # of the letters may be in other languages, as names and quotations are
+_OTHER = 0.05  # of the letters may be in other languages, as names and quotations are
 _UNKNOWN = 0.3  # of the letters may be in no language, as abbreviations in Japanese are
 _COPIES = 4  # of the same words in a row are a loop
 _LOOP_LETTERS = 40  # the shortest loop; four times "ha" is laughter

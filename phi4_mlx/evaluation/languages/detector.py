@@ -37,9 +37,10 @@ _NO_PROSE = re.compile(
 )
 SENTENCE = re.compile(r"(?<=[.!?…])[\s\"'”»)]+|[\n。！？؟।]+")
 _WORD = re.compile(r"[^\W\d_]+")
-_MARGIN = 0.45  # of the best language over the second, in words that only the best one has
-_COVERED = 0.1  # of the words of a text must speak for a language; fewer are another language, or none
-_FOREIGN = 0.1  # of the words may have letters that the language lacks, as names do; more are another language
+_CLEAR = 0.45  # lead over the second language, in words that only the best one has
+_CLOSE = 1.5  # lead below which a sentence counts for a language that more of the text is in
+_COVERED = 0.1  # of the words must speak for a language; fewer are another language, or none
+_FOREIGN = 0.2  # of the words may have letters that the language lacks, as names do; more are another language
 _HAN_SENTENCE = 10  # Han letters without kana that are not Japanese, even in a text with kana
 
 
@@ -64,7 +65,7 @@ def detect(text: str) -> str:
 def language_shares(text: str) -> dict[str, float]:
     """The share of a text's letters in each language.
 
-    A sentence that gives no language away, such as a title, counts for the language of the whole text in its script.
+    A sentence that could be in several languages counts for the one that most of the text is in.
 
     Args:
         text: of any length.
@@ -74,18 +75,15 @@ def language_shares(text: str) -> dict[str, float]:
     """
     text = unicodedata.normalize("NFKC", prose(text))
     whole = _by_script(text)
-    main = {script: _closest(script, words) for script, words in whole.items()}
-    main["Han"] = "ja" if "kana" in whole else "zh"
+    sentences = [found for part in SENTENCE.split(text) if (found := _by_script(part))]
     letters: Counter[str] = Counter()
-    for sentence in SENTENCE.split(text):
-        found = _by_script(sentence)
-        for script, words in found.items():
-            count = sum(map(len, words))
-            if script == "Han":
-                language = "zh" if count >= _HAN_SENTENCE and "kana" not in found else main["Han"]
-            else:
-                language = _closest(script, words)
-            letters[main[script] if language == UNKNOWN else language] += count
+    for script in whole:
+        if script in _MARKS:
+            letters += _shared_script(script, whole[script], [found[script] for found in sentences if script in found])
+        elif script == "Han":
+            letters += _han(sentences, "kana" in whole)
+        else:
+            letters[_SINGLE.get(script, UNKNOWN)] += _size(whole[script])
     total = sum(letters.values())
     return {language: count / total for language, count in letters.items()}
 
@@ -105,41 +103,79 @@ def _script(letter: str) -> str:
     return _SCRIPTS.get(first, UNKNOWN)
 
 
-def _closest(script: str, words: Sequence[str]) -> str:
-    """The language that words in one script are in; UNKNOWN if none is clear of the others."""
-    if script not in _MARKS:
-        return _SINGLE.get(script, UNKNOWN)
+def _size(words: Sequence[str]) -> int:
+    return sum(map(len, words))
+
+
+def _han(sentences: Sequence[Mapping[str, Sequence[str]]], japanese: bool) -> Counter[str]:
+    """Letters in Han by language; a Japanese text may have short sentences without kana, such as titles."""
+    letters: Counter[str] = Counter()
+    for found in sentences:
+        if size := _size(found.get("Han", ())):
+            own = "kana" in found or (japanese and size < _HAN_SENTENCE)
+            letters["ja" if own else "zh"] += size
+    return letters
+
+
+def _shared_script(script: str, whole: Sequence[str], sentences: Sequence[Sequence[str]]) -> Counter[str]:
+    """Letters by language in a script that several languages share."""
     marks = _MARKS[script]
-    scores = {language: sum(marks.score(language, word) for word in words) for language in marks.words}
-    (second, _), (best, language) = sorted((score, language) for language, score in scores.items())[-2:]
-    clear = best - second >= _MARGIN and marks.covered(language, words) >= _COVERED
-    return language if clear and marks.foreign(language, words) <= _FOREIGN else UNKNOWN
+    clear: Counter[str] = Counter()
+    for words in sentences:
+        clear[marks.closest(words)] += _size(words)
+    del clear[UNKNOWN]
+    main = marks.closest(whole)
+    if main == UNKNOWN and clear.total() > _size(whole) / 2:
+        main = max(clear, key=clear.__getitem__)
+    letters: Counter[str] = Counter()
+    for words in sentences:
+        spoken = [code for code in marks.close(words) if clear[code]]
+        letters[max(spoken, key=lambda code: clear[code], default=main)] += _size(words)
+    return letters
 
 
 class _Marks:
     """The words and letters that tell the languages of a script apart."""
 
     def __init__(self, words: Mapping[str, str], letters: Mapping[str, str], plain: str) -> None:
-        self.words = {language: frozenset(listed.split()) for language, listed in words.items()}
+        self._words = {language: frozenset(listed.split()) for language, listed in words.items()}
         self._letters = {language: frozenset(plain + listed) for language, listed in letters.items()}
         self._plain = frozenset(plain)
-        self._sharing = Counter(word for listed in self.words.values() for word in listed)
+        self._sharing = Counter(word for listed in self._words.values() for word in listed)
 
-    def score(self, language: str, word: str) -> float:
-        """Evidence of a word for a language, from -0.5 to 1.5; 1 for a function word that no other language has."""
-        score = 1 / self._sharing[word] if word in self.words[language] else 0.0
-        if self._plain.issuperset(word):
-            return score
-        spelling = [code for code, known in self._letters.items() if known.issuperset(word)]
-        return score + (0.5 / len(spelling) if language in spelling else -0.5)
+    def closest(self, words: Sequence[str]) -> str:
+        """The language that words are in; UNKNOWN if none is clear of the others."""
+        scores = self._scores(words)
+        (second, _), (best, language) = sorted((score, language) for language, score in scores.items())[-2:]
+        return language if best - second >= _CLEAR and self._possible(language, words) else UNKNOWN
 
-    def covered(self, language: str, words: Sequence[str]) -> float:
-        """The share of words that are function words of a language."""
-        return sum(word in self.words[language] for word in words) / len(words)
+    def close(self, words: Sequence[str]) -> list[str]:
+        """The languages that words may be in, as far as words and letters can tell."""
+        scores = self._scores(words)
+        best = max(scores.values())
+        return [
+            language for language, score in scores.items() if best - score < _CLOSE and self._possible(language, words)
+        ]
 
-    def foreign(self, language: str, words: Sequence[str]) -> float:
-        """The share of words with a letter that a language lacks."""
-        return sum(not self._letters[language].issuperset(word) for word in words) / len(words)
+    def _scores(self, words: Sequence[str]) -> dict[str, float]:
+        """Language -> evidence for it: 1 for a word that no other language has."""
+        scores = dict.fromkeys(self._words, 0.0)
+        for word in words:
+            if word in self._sharing:
+                for language, listed in self._words.items():
+                    if word in listed:
+                        scores[language] += 1 / self._sharing[word]
+            if not self._plain.issuperset(word):
+                spelling = [language for language, known in self._letters.items() if known.issuperset(word)]
+                for language in scores:
+                    scores[language] += 0.5 / len(spelling) if language in spelling else -0.5
+        return scores
+
+    def _possible(self, language: str, words: Sequence[str]) -> bool:
+        """True if enough words are function words of a language, and few have a letter that it lacks."""
+        covered = sum(word in self._words[language] for word in words)
+        foreign = sum(not self._letters[language].issuperset(word) for word in words)
+        return covered >= _COVERED * len(words) and foreign <= _FOREIGN * len(words)
 
 
 _MARKS = {
