@@ -30,7 +30,10 @@ _count = number(int, 1, 10_000_000)
 _ROW_OPTIONS = (
     "num_shots", "apply_chat_template", "temp", "top_p", "include_path", "lengths", "depths", "languages",
 )  # fmt: skip
+_WITH_DATA = {"tools", "arena-hard"}  # the package's own tasks that take --data
 _LM_OPTIONS = ("num_shots", "apply_chat_template", "include_path")
+# Options that only some of the package's own tasks have.
+_OWN_OPTIONS = {"lengths": ("long-context",), "languages": ("long-context", "languages"), "judge": ("arena-hard",)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,22 +78,27 @@ def _parser() -> Parser:
     parser.idle += [
         Idle(_ROW_OPTIONS, lambda args: args.suite is not None, "with --suite, whose rows have their own"),
         Idle(_LM_OPTIONS, _only_own, "on the package's own tasks"),
+        Idle(("data",), lambda args: _only_own(args) and not _WITH_DATA & _named(args), "on these tasks"),
         Idle(("repeats",), lambda args: _only_own(args) and "languages" not in _named(args), "on these tasks"),
+        Idle(("lengths", "depths"), lambda args: "long-context" not in _named(args), "without the task long-context"),
+        Idle(("languages",), lambda args: not {"long-context", "languages"} & _named(args), "without those tasks"),
         Idle(("categories",), lambda args: not {"bfcl", "tools"} & _named(args), "without the task bfcl or tools"),
     ]
     return parser
-
-
-def _named(args: argparse.Namespace) -> set[str]:
-    """The names after --tasks."""
-    return {name for given in args.tasks or () for name in given.split(",") if name}
 
 
 def _only_own(args: argparse.Namespace) -> bool:
     """True if every task is one of the package's own."""
     from phi4_mlx.evaluation.tasks import OWN
 
-    return bool(_named(args)) and _named(args) <= OWN.keys()
+    names = set(_names(args.tasks))
+    return bool(names) and names <= OWN.keys()
+
+
+def _names_any(args: argparse.Namespace, tasks: Sequence[str]) -> bool:
+    """True if one of the tasks is asked for; a suite may have any."""
+    given = {name for words in args.tasks or () for name in words.split(",")}
+    return args.suite is not None or not given.isdisjoint(tasks)
 
 
 def _add_documents(parser: Parser) -> None:
@@ -200,15 +208,18 @@ def _evaluate(args: argparse.Namespace) -> None:
     suite, names = _asked(args, options)
     folder = Path(os.path.expanduser(args.output_dir)).absolute()
     with _warnings_as_lines():
-        loaded = load_jobs(_jobs(suite, names, options, None), skip=suite is not None)  # before minutes of loading
+        with progress_bar("data of tasks", of=_whole) as show:  # before minutes of loading a model
+            loaded = load_jobs(_jobs(suite, names, options, None), suite is not None, show or _no_progress)
         subject = _subject(args)
-        jobs = _jobs(suite, names, options, subject)
+        group, jobs = subject.group, _jobs(suite, names, options, subject)
         runs = [_run(jobs, loaded, subject, folder, _settings(args, names))]
         del subject
         for name in args.comparator:
-            place = folder / "comparators" / file_name(name)
-            runs.append(_run(jobs, loaded, load_comparator(name), place, _settings(args, names)))
-    _write(runs, suite, folder)
+            comparator, place = load_comparator(name), folder / "comparators" / file_name(name)
+            comparator.group = group
+            runs.append(_run(jobs, loaded, comparator, place, _settings(args, names)))
+    if group is None or group.rank() == 0:
+        _write(runs, suite, folder)
 
 
 def _options(args: argparse.Namespace) -> Options:
@@ -271,7 +282,7 @@ def _names(given: Sequence[str] | None) -> list[str]:
 def _asked(args: argparse.Namespace, options: Options) -> tuple[Suite | None, list[str]]:
     """The suite or the names of tasks, known to exist before a model is loaded."""
     from phi4_mlx.evaluation.suite import load_suite
-    from phi4_mlx.evaluation.tasks import OWN
+    from phi4_mlx.evaluation.tasks import OWN, check_own_task
 
     if args.suite is not None:
         from phi4_mlx.evaluation.task_index import tasks_folder
@@ -285,6 +296,9 @@ def _asked(args: argparse.Namespace, options: Options) -> tuple[Suite | None, li
         from phi4_mlx.evaluation.lm_tasks import check_task_names
 
         check_task_names(names, [*OWN], options.include_path)
+    for name in names:
+        if name in OWN:
+            check_own_task(name, options)
     return None, names
 
 

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from phi4_mlx.evaluation.asking import Answer
     from phi4_mlx.evaluation.subject import Subject
 
-BOOTSTRAPS = 1000  # for metrics that are not a mean; lm-eval's own 100,000 take minutes
+BOOTSTRAPS = 200  # for metrics that are not a mean: an error to 5 %; lm-eval's own 100,000 take minutes
+
+# Of the errors by which lm-eval's samplers of examples refuse.
+_TOO_MANY_SHOTS = ("Sample larger than population", "number of fewshot samples requested exceeds")
 
 
 def run_lm_task(
@@ -90,6 +93,8 @@ def _evaluate(
     except (Phi4Error, OSError, MemoryError):
         raise
     except Exception as error:
+        if any(words in message_of(error) for words in _TOO_MANY_SHOTS):
+            raise RequestError(f"{task.name} has fewer solved examples than --num-shots {options.num_shots}") from error
         raise RequestError(
             f"{task.name} stopped in lm-eval: {type(error).__name__}: {message_of(error):.300}; --debug shows where"
         ) from error

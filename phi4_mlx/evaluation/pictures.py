@@ -53,7 +53,7 @@ def draw_run(runs: Sequence[Run], suite: Suite | None, folder: Path) -> list[Pat
 
 def _ours(run: Run, name: str) -> Metric | None:
     result = run.results.get(name)
-    if result is None:
+    if result is None or not math.isfinite(result.main.value):
         return None
     main = result.main
     return Metric(main.name, 100 * main.value, None if main.stderr is None else 100 * main.stderr, main.count)

@@ -29,6 +29,19 @@ class Metric:
     stderr: float | None
     count: int
 
+    def to_json(self) -> dict[str, Json]:
+        """The metric as JSON values; a value that is not finite is null there."""
+        return {**vars(self), "value": self.value if math.isfinite(self.value) else None}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Json]) -> Metric:
+        """The metric that `to_json` described.
+
+        Raises:
+            KeyError, TypeError: it is not one.
+        """
+        return cls(**{**value, "value": math.nan if value["value"] is None else float(value["value"])})
+
 
 @dataclass(frozen=True)
 class TaskResult:
@@ -60,10 +73,10 @@ class TaskResult:
         """The result as JSON values."""
         return {
             "task": self.task,
-            "metrics": [vars(metric) for metric in self.metrics],
+            "metrics": [metric.to_json() for metric in self.metrics],
             "settings": self.settings,
             "note": self.note,
-            "groups": {name: [vars(metric) for metric in metrics] for name, metrics in self.groups.items()},
+            "groups": {name: [metric.to_json() for metric in metrics] for name, metrics in self.groups.items()},
             "samples": self.samples,
         }
 
@@ -75,8 +88,9 @@ class TaskResult:
             RequestError: a field is missing or has another type.
         """
         try:
-            groups = {name: [Metric(**metric) for metric in metrics] for name, metrics in value["groups"].items()}
-            metrics = [Metric(**metric) for metric in value["metrics"]]
+            read = Metric.from_json
+            groups = {name: [read(metric) for metric in metrics] for name, metrics in value["groups"].items()}
+            metrics = [read(metric) for metric in value["metrics"]]
             samples = [{**sample, "id": sample["id"]} for sample in value["samples"]]
             return cls(str(value["task"]), metrics, dict(value["settings"]), samples, str(value["note"]), groups)
         except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -18,6 +18,7 @@ from phi4_mlx.evaluation.suite import Suite
 from phi4_mlx.evaluation.tasks import OWN, own_task
 from phi4_mlx.files.atomic import replacing
 from phi4_mlx.files.json_file import read_json
+from phi4_mlx.terminal.suggestion import suggestion
 
 if TYPE_CHECKING:
     from phi4_mlx.evaluation.answers import Answers
@@ -174,19 +175,23 @@ class Loaded:
     missing: Mapping[str, str]
 
 
-def load_jobs(jobs: Sequence[Job], skip: bool) -> Loaded:
+def load_jobs(jobs: Sequence[Job], skip: bool, progress: Progress | None = None) -> Loaded:
     """Loads the tasks of jobs.
 
     Args:
         jobs: the jobs.
         skip: True to leave out a job whose data is not there.
+        progress: called with (jobs done, jobs in all).
 
     Raises:
-        RequestError: a task cannot be loaded, and `skip` is False or none is left; or it runs code that a model writes.
+        RequestError: a task cannot be loaded, and `skip` is False or none is left; it runs code that a model writes; or
+            `samples` names a task that none of the jobs has.
     """
     tasks: dict[str, list[LmTask]] = {}
     missing: dict[str, str] = {}
-    for job in jobs:
+    for done, job in enumerate(jobs):
+        if progress is not None:
+            progress(done, len(jobs))
         if job.task in OWN:
             continue
         from phi4_mlx.evaluation.lm_tasks import load_tasks
@@ -205,6 +210,12 @@ def load_jobs(jobs: Sequence[Job], skip: bool) -> Loaded:
             )
     if missing and not tasks:
         raise RequestError(next(iter(missing.values())))
+    leaves = [name for loaded in tasks.values() for task in loaded for name in task.tasks]
+    known = [*leaves, *(job.task for job in jobs if job.task in OWN)]
+    for name in jobs[0].options.samples if jobs and not missing else ():
+        if name not in known:
+            near = suggestion(name, known) or f"; they are {', '.join(known[:10])}{' ...' if known[10:] else ''}"
+            raise RequestError(f"--samples has documents of {name!r:.100}, which is not among the tasks{near}")
     return Loaded(tasks, missing)
 
 

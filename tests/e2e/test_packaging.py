@@ -55,6 +55,7 @@ def test_the_wheel_has_one_top_level_package(installed: Path) -> None:
     assert {path.name for path in installed.iterdir() if path.suffix != ".dist-info"} == {"phi4_mlx"}
     converter = ("convert/__main__.py", "convert/package.py", "convert/calibration.jsonl")
     languages = ("evaluation/languages/texts.json", "evaluation/languages/tokens.json")
+    languages += ("evaluation/long_context/languages/th.json",)
     for name in ("py.typed", *converter, *languages, "models/text.py"):
         assert (installed / "phi4_mlx" / name).is_file(), name
     init = (installed / "phi4_mlx" / "convert" / "__init__.py").read_text()

@@ -131,7 +131,8 @@ def test_a_folder_of_other_settings_is_refused(evaluate: Evaluate, tasks: Path, 
         (("--tasks", "even", "--samples", '{"even": [-1]}'), "document -1 of even"),
         (("--tasks", "even", "--samples", '{"even": ['), "is not JSON"),
         (("--tasks", "even", "--samples", '{"even": [true]}'), "must map tasks to lists of ids"),
-        (("--tasks", "even", "--num-shots", "50"), "even stopped in lm-eval"),
+        (("--tasks", "even", "--num-shots", "50"), "even has fewer solved examples than --num-shots 50"),
+        (("--tasks", "even.yaml"), "name the task in that file, and its folder with --include-path"),
         (("--tasks", "even", "--data", "/nowhere"), "--data /nowhere does not exist"),
         (("--tasks", "arc_easy", "--data", "EMPTY"), "the data set allenai/ai2_arc (ARC-Easy) is not on this disk"),
     ],
@@ -161,6 +162,37 @@ def test_a_task_without_a_test_split_is_one_line(evaluate: Evaluate, tasks: Path
     named = YAML.format(name="even", split="test", file=tasks / "test.jsonl").replace("    test:", "    train:")
     (tasks / "even.yaml").write_text(named)
     assert "no split 'test'" in evaluate("--tasks", "even", "--include-path", tasks, code=2)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("metric: acc", "metric: acca", "even has the metric 'acca', which lm-eval does not know; did you mean acc"),
+        ("test.jsonl", "none.jsonl", "even: its data cannot be read: Unable to find"),
+        ("test.jsonl", "empty.jsonl", "even: its data has no documents"),
+        ("test.jsonl", "broken.jsonl", "even: its data cannot be read"),
+        ("{{question}}", "{{nothing.at.all}}", "'nothing' is undefined"),
+        ("output_type: multiple_choice", "output_type: essay", "Got invalid output_type 'essay'"),
+    ],
+)
+def test_a_mistake_in_a_task_is_one_line(
+    evaluate: Evaluate, tasks: Path, before: str, after: str, message: str
+) -> None:
+    (tasks / "empty.jsonl").write_text("")
+    (tasks / "broken.jsonl").write_text('{"question": ')
+    path = tasks / "even.yaml"
+    path.write_text(path.read_text().replace(before, after))
+    assert message in evaluate("--tasks", "even", "--include-path", tasks, code=2)
+
+
+def test_errors_of_metrics_that_are_no_mean_are_bootstrapped_here(
+    evaluate: Evaluate, tasks: Path, tmp_path: Path
+) -> None:
+    path = tasks / "even.yaml"
+    path.write_text(path.read_text() + "  - metric: f1\n  - metric: mcc\n")
+    assert "bootstrapping" not in evaluate("--tasks", "even", "--include-path", tasks)
+    stderr = {metric.name: metric.stderr for metric in results(tmp_path / "out")["even"].metrics}
+    assert stderr["f1"] is not None and stderr["f1"] > 0
 
 
 def test_a_broken_yaml_is_named(evaluate: Evaluate, tasks: Path) -> None:
