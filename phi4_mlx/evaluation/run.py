@@ -89,7 +89,11 @@ def read_run(path: Path) -> Run:
     try:
         value = read_json(file)
         results = {str(name): TaskResult.from_json(each) for name, each in value["results"].items()}
-        return Run(**{**value, "results": results})
+        run = Run(**{**value, "results": results})
+        texts, tables = (run.model, run.fingerprint), (run.settings, run.versions, run.missing)
+        if not all(isinstance(each, str) for each in texts) or not all(isinstance(each, dict) for each in tables):
+            raise TypeError("a field has another type")
+        return run
     except ConfigError as error:
         raise RequestError(str(error)) from None
     except RequestError as error:
