@@ -83,10 +83,27 @@ def _work(args: argparse.Namespace) -> None:
     out = Path(os.path.expanduser(args.mlx_path))
     nbytes = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
     print(f"{args.mlx_path}: {size(nbytes)} of weights, {time.perf_counter() - begin:.1f} s")
+    if args.q_calibration is not None:
+        print(_described(out))
     config = load_config(out)
     if config.context_note:
         print(f"context: {config.max_position_embeddings:,} tokens{config.context_note}")
     print(f"chat with it: {command_line('chat', model=args.mlx_path)}")
+
+
+def _described(out: Path) -> str:
+    """A line on the calibration of a package."""
+    from phi4_mlx.files.json_file import read_json
+    from phi4_mlx.files.manifest import REPORT_FILE
+
+    from .report import PICTURE_FILE
+
+    report = read_json(out / REPORT_FILE)
+    kl = report["kl_nats_per_token"]["measured"]
+    found = f"{report['bits_per_weight']:.2f} bits per weight, KL {kl:.5f} nats per token; more in {REPORT_FILE}"
+    if (out / PICTURE_FILE).exists():
+        return f"{found} and {PICTURE_FILE}"
+    return f"{found}; no picture without matplotlib: {sys.executable} -m pip install 'matplotlib>=3.8'"
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One matrix in one scheme, measured.
+    """One matrix in one scheme.
 
     Attributes:
         path: the path of its layer.
@@ -69,7 +69,7 @@ def choose_bits(
     """Chooses one candidate of each matrix: the least sum of KL whose size is within the budget.
 
     Args:
-        candidates: path -> the schemes that were measured; none is empty.
+        candidates: path -> the schemes that were tried; none is empty.
         bits_per_weight: the budget, as the mean over all numbers, scales and biases included.
         more_bytes: bytes that a choice takes besides, for example in the header of its file; they count too, unless the
             smallest candidates are over the budget because of them.

@@ -42,7 +42,7 @@ MOST_TOKENS = 32_768  # of calibration text; in the demo, 5,000 do as well as 50
 VARIANT_TOKENS = 1024  # whose KL is measured
 VARIANT_LENGTH = 256  # of them in a row
 VARIANT_BITS = 4  # in which KL is measured, or the nearest that is tried
-BLOCK_NUMBERS = 2**24  # of a matrix that are rounded together
+BLOCK_NUMBERS = 2**25  # of a matrix that are rounded together
 TEXT, PLAIN = "text-", "plain"  # streams of the text, and of the tokens that variants start from
 
 VERSION = 1  # of the recipe; a folder of another one is not gone on with
@@ -97,6 +97,7 @@ def calibrate(
     work: Path,
     progress: Progress = lambda done, total: None,
     tell: Callable[[str], object] = lambda line: None,
+    more_bytes: Callable[[Mapping[str, Candidate]], int] = lambda chosen: 0,
 ) -> Calibration:
     """Quantises matrices and chooses their bits.
 
@@ -109,6 +110,7 @@ def calibrate(
         work: folder of intermediate results; a run that was killed goes on from it.
         progress: called as the work proceeds.
         tell: called with a line for the user.
+        more_bytes: see `choose_bits`.
 
     Returns:
         The choice. The caller removes the work folder when it has used it.
@@ -129,7 +131,7 @@ def calibrate(
     candidates = run.candidates()
     used = sum(map(len, rows))
     state = run.work.state
-    chosen = choose_bits(candidates, bits_per_weight)
+    chosen = choose_bits(candidates, bits_per_weight, more_bytes)
     kl = run.joint({path: each.scheme for path, each in chosen.items()})
     return Calibration(chosen, candidates, used, kl, state["seconds"], state["peak_bytes"], run.work, run.parameters)
 

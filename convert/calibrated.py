@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from phi4_mlx.data.jsonl import find_split
 from phi4_mlx.data.samples import Sample, load_samples
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.manifest import file_sha256
+from phi4_mlx.files.safetensors import header_of
+from phi4_mlx.terminal.amount import size
 
 from .bits import SCALE_BITS, Candidate, choose_bits
 from .calibrate import Calibration, Progress, calibrate
-from .quantize import EMBEDDING_AND_HEAD, Recipe, Scheme
+from .quantize import EMBEDDING_AND_HEAD, Layout, Recipe, Scheme
 from .report import Report
 from .weights import Parameter
 
@@ -107,7 +110,7 @@ def calibrated(
         The parameters, whose matrices come from the work folder, and the report.
 
     Raises:
-        RequestError: the data is bad or too short, or the budget too small.
+        RequestError: the data is bad or too short, the budget too small, or the disk full.
         CheckpointError: the weights cannot be read.
     """
     schemes, budget = wish.schemes(parameters, recipe), wish.budget(recipe)
@@ -116,7 +119,18 @@ def calibrated(
     costless = {path: [Candidate(path, each, sizes[path], 0, 0) for each in some] for path, some in schemes.items()}
     choose_bits(costless, budget)  # refuses a budget before the work
     samples = _samples(folder, config, wish.data)
-    calibration = calibrate(parameters, config, samples, schemes, budget, work, progress, tell)
+    plain = _header_bytes(parameters, {})
+    try:
+        _check_room(work, sum(each.nbytes for some in costless.values() for each in some))
+        calibration = calibrate(
+            parameters, config, samples, schemes, budget, work, progress, tell,
+            more_bytes=lambda chosen: _header_bytes(parameters, chosen) - plain,
+        )  # fmt: skip
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise RequestError(
+            f"{work} cannot be written: {reason}; it is kept, and the same command goes on from there"
+        ) from None
     found = []
     for each in parameters:
         if each.path not in calibration.chosen:
@@ -126,6 +140,28 @@ def calibrated(
         layout = scheme.layout(each.path, each.numbers, (each.rows, each.width))
         found.append(replace(each, inputs=calibration.stored(each.path), outputs=layout, packed=scheme, target=scheme))
     return found, _report(calibration, budget, wish.data)
+
+
+def _check_room(work: Path, needed: int) -> None:
+    """Raises RequestError if all candidates together do not fit on the disk; a killed run has some already."""
+    there = sum(path.stat().st_size for path in work.rglob("*.safetensors"))
+    free = shutil.disk_usage(work.parent).free
+    if needed > free + there:
+        raise RequestError(
+            f"{work.parent} has {size(free)} free and the calibration needs {size(needed - there)} for a while; make "
+            "room, or name a folder on another disk"
+        )
+
+
+def _header_bytes(parameters: Sequence[Parameter], chosen: Mapping[str, Candidate]) -> int:
+    """Bytes of the header of the decoder's file, which names the shapes."""
+    layout: Layout = {}
+    for each in parameters:
+        if each.path in chosen:
+            layout |= chosen[each.path].scheme.layout(each.path, each.numbers, (each.rows, each.width))
+        elif not each.on_demand:
+            layout |= each.outputs
+    return len(header_of(layout))
 
 
 def _report(calibration: Calibration, budget: float, data: str | Path) -> Report:

@@ -128,7 +128,7 @@ def _front_matter(origin: Origin, config: Config, parameters: Sequence[Parameter
     main = _main_schemes(parameters)
     tags = [*(own if isinstance(own, list) else [own]), "mlx", "phi4_mlx", config.model_type]
     if main:
-        tags.append(f"{main.most_common(1)[0][0].bits}-bit")
+        tags.append(f"{round(sum(scheme.bits * count for scheme, count in main.items()) / main.total())}-bit")
     media = any(parameter.on_demand for parameter in parameters)
     found = {"pipeline_tag": "image-text-to-text" if media else "text-generation"} | given
     found |= {"library_name": "mlx", "tags": list(dict.fromkeys(tags))}
@@ -188,16 +188,18 @@ def _per_row(parameter: Parameter) -> int:
 
 def _formats(parameters: Collection[Parameter]) -> str:
     """Schemes and dtypes of some parameters, the most numbers first."""
-    counted: Counter[str] = Counter()
+    numbers: Counter[str] = Counter()
+    bits: dict[str, set[int]] = {}
     for each in parameters:
         if each.target:
-            scheme = each.target
-            name = f"{scheme.bits} bits ({scheme.mode}, groups of {scheme.group_size})"
+            name = f"({each.target.mode}, groups of {each.target.group_size})"
+            bits.setdefault(name, set()).add(each.target.bits)
         else:
             ((dtype, _),) = each.outputs.values()
             name = DTYPES[dtype].mlx_name
-        counted[name] += each.rows * _per_row(each)
-    return ", ".join(name for name, _ in counted.most_common())
+        numbers[name] += each.rows * _per_row(each)
+    widths = {name: f"{', '.join(map(str, sorted(found)))} bits " for name, found in bits.items()}
+    return ", ".join(f"{widths.get(name, '')}{name}" for name, _ in numbers.most_common())
 
 
 def _usage(config: Config) -> str:
@@ -236,19 +238,18 @@ def _calibration(report: Report, picture: str) -> str:
     lines = [
         "## Calibration\n",
         f"The bits of each matrix minimise the KL divergence from the unquantised model within "
-        f"{report.bits_per_weight:g} bits per weight, scales included ({report.mean_bits:.2f} used). Measured on "
-        f"{amount(report.tokens, 'token')} of `{visible(report.data).replace('`', '')}`, the package has a KL of "
-        f"{report.kl:.5f} nats per token; the sum over its matrices, each quantised alone, is {report.kl_sum:.5f}. "
-        f"The weights were rounded by GPTQ (arXiv 2210.17323). `{REPORT_FILE}` has every figure.\n",
-        "| matrices | count | bits per number | size | sum of KL |",
+        f"{report.bits_per_weight:g} bits per weight, scales included ({report.mean_bits:.2f} used). The weights were "
+        f"rounded by GPTQ (arXiv 2210.17323) on {amount(report.tokens, 'token')} of "
+        f"`{visible(report.data).replace('`', '')}`. On a part of them, the package has a KL of {report.kl:.5f} nats "
+        f"per token; the sum over its matrices, each quantised alone, is {report.kl_sum:.5f}. `{REPORT_FILE}` has "
+        "every figure.\n",
+        "| matrices | count | of how many bits | size | sum of KL |",
         "|---|---|---|---|---|",
     ]
     for kind in kinds:
         own = [each for path, each in report.chosen.items() if kind_of(path) == kind]
         bits = Counter(each.scheme.bits for each in own)
-        listed = ", ".join(
-            f"{count} x {width}" if len(bits) > 1 else f"{width}" for width, count in sorted(bits.items())
-        )
+        listed = ", ".join(f"{count} of {width}" for width, count in sorted(bits.items()))
         kl = sum(each.kl for each in own)
         lines.append(f"| `{kind}` | {len(own)} | {listed} | {size(sum(each.nbytes for each in own))} | {kl:.5f} |")
     layered = [

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 PICTURE_FILE = "quantization.png"
 
+METHOD = (
+    "GPTQ on a grid searched with weights from the inputs' second moments; bits by the KL of each matrix alone, "
+    "measured in one scheme and taken to be proportional to the squared error of its outputs in the others"
+)
+
 _LAYER = re.compile(r"\.(\d+)\.")  # the first number in a path
 _PANELS = 4  # beside each other, at most
 _SMALLEST_KL = 1e-9  # drawn; rounding in float32 is not far below
@@ -31,7 +36,7 @@ class Report:
 
     Attributes:
         chosen: path -> the scheme of the matrix in the package.
-        candidates: path -> all schemes that were measured.
+        candidates: path -> all schemes that were tried.
         bits_per_weight: the budget, scales and biases included.
         data: the calibration data's name, without its folder.
         data_sha256: SHA-256 of that file, in hexadecimal.
@@ -69,7 +74,7 @@ class Report:
     def to_json(self) -> JsonObject:
         """The content of quantization.json."""
         return {
-            "method": "GPTQ on a grid searched with weights from the inputs' second moments; bits by measured KL",
+            "method": METHOD,
             "budget_bits_per_weight": self.bits_per_weight,
             "bits_per_weight": self.mean_bits,
             "bytes": self.nbytes,
@@ -152,7 +157,7 @@ def _draw(path: Path, report: Report) -> list[Path]:
     if len(layers) > 1:
         figure.colorbar(ScalarMappable(colours, "viridis"), ax=grid, label="layer", aspect=40)
     legend = [
-        Line2D([], [], color="grey", marker=".", linewidth=0.8, label="measured"),
+        Line2D([], [], color="grey", marker=".", linewidth=0.8, label="tried"),
         Line2D([], [], color="none", marker="o", markerfacecolor="grey", markeredgecolor="black", label="chosen"),
     ]
     figure.legend(handles=legend, loc="outside lower center", ncols=2, frameon=False)

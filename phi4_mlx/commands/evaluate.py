@@ -30,6 +30,7 @@ _count = number(int, 1, 10_000_000)
 _ROW_OPTIONS = (
     "num_shots", "apply_chat_template", "temp", "top_p", "include_path", "lengths", "depths", "languages",
 )  # fmt: skip
+_WITH_DATA = {"tools", "arena-hard"}  # the package's own tasks that take --data
 _LM_OPTIONS = ("num_shots", "apply_chat_template", "include_path")
 # Options that only some of the package's own tasks have.
 _OWN_OPTIONS = {"lengths": ("long-context",), "languages": ("long-context", "languages"), "judge": ("arena-hard",)}
@@ -77,22 +78,21 @@ def _parser() -> Parser:
     parser.idle += [
         Idle(_ROW_OPTIONS, lambda args: args.suite is not None, "with --suite, whose rows have their own"),
         Idle(_LM_OPTIONS, _only_own, "on the package's own tasks"),
+        Idle(("data",), lambda args: _only_own(args) and not _WITH_DATA & _named(args), "on these tasks"),
         Idle(("repeats",), lambda args: _only_own(args) and "languages" not in _named(args), "on these tasks"),
+        Idle(("lengths", "depths"), lambda args: "long-context" not in _named(args), "without the task long-context"),
+        Idle(("languages",), lambda args: not {"long-context", "languages"} & _named(args), "without those tasks"),
         Idle(("categories",), lambda args: not {"bfcl", "tools"} & _named(args), "without the task bfcl or tools"),
     ]
     return parser
-
-
-def _named(args: argparse.Namespace) -> set[str]:
-    """The names after --tasks."""
-    return {name for given in args.tasks or () for name in given.split(",") if name}
 
 
 def _only_own(args: argparse.Namespace) -> bool:
     """True if every task is one of the package's own."""
     from phi4_mlx.evaluation.tasks import OWN
 
-    return bool(_named(args)) and _named(args) <= OWN.keys()
+    names = set(_names(args.tasks))
+    return bool(names) and names <= OWN.keys()
 
 
 def _names_any(args: argparse.Namespace, tasks: Sequence[str]) -> bool:
@@ -282,7 +282,7 @@ def _names(given: Sequence[str] | None) -> list[str]:
 def _asked(args: argparse.Namespace, options: Options) -> tuple[Suite | None, list[str]]:
     """The suite or the names of tasks, known to exist before a model is loaded."""
     from phi4_mlx.evaluation.suite import load_suite
-    from phi4_mlx.evaluation.tasks import OWN
+    from phi4_mlx.evaluation.tasks import OWN, check_own_task
 
     if args.suite is not None:
         from phi4_mlx.evaluation.task_index import tasks_folder
@@ -296,6 +296,9 @@ def _asked(args: argparse.Namespace, options: Options) -> tuple[Suite | None, li
         from phi4_mlx.evaluation.lm_tasks import check_task_names
 
         check_task_names(names, [*OWN], options.include_path)
+    for name in names:
+        if name in OWN:
+            check_own_task(name, options)
     return None, names
 
 
@@ -376,11 +379,15 @@ def _line(result: TaskResult) -> str:
 
 
 def _write(runs: Sequence[Run], suite: Suite | None, folder: Path) -> None:
-    """Writes results.md and the pictures, and prints the tables."""
+    """Writes results.md and the pictures, and prints the tables; of several processes, the first one does."""
     from phi4_mlx.evaluation.pictures import NO_PICTURE, draw_run
+    from phi4_mlx.evaluation.sharing import join_group
     from phi4_mlx.evaluation.tables import run_markdown
     from phi4_mlx.files.atomic import replacing
 
+    group = join_group()
+    if group is not None and group.rank():
+        return
     text = run_markdown(runs, suite)
     with replacing(folder / "results.md") as path:
         path.write_text(text, encoding="utf-8")

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx.errors import CheckpointError, Phi4Error, RequestError, message_of
 from phi4_mlx.evaluation.comparator_tokenizer import ComparatorTokenizer
+from phi4_mlx.evaluation.sharing import join_group
 from phi4_mlx.evaluation.subject import Subject, fingerprint
 from phi4_mlx.files.json_file import JsonObject, read_json
 from phi4_mlx.fingerprint import base_fingerprint
@@ -67,9 +68,8 @@ def comparator(inner: nn.Module, tokenizer: ComparatorTokenizer, name: str, conf
     """
     model = MlxLmModel(inner, name, config)
     model.eval()
-    return Subject(
-        model, tokenizer, name, fingerprint(base_fingerprint(model), tokenizer.fingerprint()), tokenizer.start_id
-    )
+    parts = base_fingerprint(model), tokenizer.fingerprint()
+    return Subject(model, tokenizer, name, fingerprint(*parts), tokenizer.start_id, join_group())
 
 
 @dataclass(frozen=True)

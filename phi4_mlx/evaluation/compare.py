@@ -268,30 +268,42 @@ def _log_probs(model: LanguageModel, sample: Sample, name: str) -> Iterator[tupl
 
 def _result(a: _Recording, b: _Recording, samples: Sequence[Sample], notes: tuple[str, ...]) -> Comparison:
     """The figures, from sums over each sample."""
-    lengths = [len(sample.ids) - 1 for sample in samples]
-    ends = np.cumsum(lengths, dtype=np.int64)
+    lengths = np.array([len(sample.ids) - 1 for sample in samples])
+    ends = np.cumsum(lengths)
     sums = np.stack([_divergences(a, b, end - n, end) for end, n in zip(ends, lengths, strict=True)])  # [samples, 6]
-    draws = np.random.default_rng(0).multinomial(len(samples), [1 / len(samples)] * len(samples), RESAMPLES)
-    tokens = np.array(lengths, float)
-
-    def figure(of_samples: Array, shown: Callable[[Array], Array] = lambda means: means) -> Figure:
-        value = float(shown(of_samples.sum() / tokens.sum()))
-        if len(samples) == 1:
-            return Figure(value, None, None)
-        low, high = np.percentile(shown((draws @ of_samples) / (draws @ tokens)), [2.5, 97.5])
-        return Figure(value, float(low), float(high))
 
     def summed(values: Sequence[float]) -> Array:
-        return np.add.reduceat(np.array(values, float), ends - np.array(lengths))
-
-    def side(own: _Recording, kl: int) -> Side:
-        outside, mass = (float(sums[:, part].sum() / tokens.sum()) for part in (kl + 1, kl + 2))
-        perplexity = figure(-summed(own.true), np.exp)
-        each = sums[:, kl].copy()
-        return Side(own.name, own.weights_bytes, perplexity, figure(each), outside, mass, tuple(each.tolist()))
+        return np.add.reduceat(np.array(values, float), ends - lengths)
 
     same = summed([one == two for one, two in zip(a.best, b.best, strict=True)])
-    return Comparison(side(a, 0), side(b, 3), figure(same), len(samples), int(tokens.sum()), notes)
+    tokens = float(lengths.sum())
+    parts = [lengths.astype(float), sums[:, 0].copy(), sums[:, 3].copy(), -summed(a.true), -summed(b.true), same]
+    drawn = _resampled(parts)
+
+    def figure(part: int, shown: Callable[[Array], Array] = lambda means: means) -> Figure:
+        value = float(shown(parts[part].sum() / tokens))
+        if len(samples) == 1:
+            return Figure(value, None, None)
+        low, high = np.percentile(shown(drawn[part] / drawn[0]), [2.5, 97.5])
+        return Figure(value, float(low), float(high))
+
+    def side(own: _Recording, kl: int, part: int) -> Side:
+        outside, mass = (float(sums[:, each].sum() / tokens) for each in (kl + 1, kl + 2))
+        perplexity, sample_kl = figure(part + 2, np.exp), tuple(parts[part].tolist())
+        return Side(own.name, own.weights_bytes, perplexity, figure(part), outside, mass, sample_kl)
+
+    return Comparison(side(a, 0, 1), side(b, 3, 2), figure(5), len(samples), int(tokens), notes)
+
+
+def _resampled(parts: Sequence[Array]) -> list[Array]:
+    """Sums [RESAMPLES] of each array [samples] over samples drawn with replacement, the same draws for all arrays."""
+    count, generator = len(parts[0]), np.random.default_rng(0)
+    at_once = max(1, 2**22 // count)
+    found = []
+    for first in range(0, RESAMPLES, at_once):
+        draws = generator.multinomial(count, np.full(count, 1 / count), min(at_once, RESAMPLES - first))
+        found.append([draws @ part for part in parts])  # one by one: each sum is the same in any company
+    return [np.concatenate(each) for each in zip(*found, strict=True)]
 
 
 def _divergences(a: _Recording, b: _Recording, start: int, stop: int) -> Array:

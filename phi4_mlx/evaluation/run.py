@@ -137,8 +137,7 @@ def open_run(folder: Path, run: Run) -> Run:
     Raises:
         RequestError: the folder has a run of another model or other settings, or cannot be written.
     """
-    if (folder / RESULTS).exists():
-        before = read_run(folder)
+    if (folder / RESULTS).exists() and not _is_bare(folder, before := read_run(folder)):
         if before.fingerprint != run.fingerprint:
             raise RequestError(f"{folder} has results of another model, {before.model}; name another --output-dir")
         for name in {**run.settings, **before.settings}:
@@ -153,6 +152,11 @@ def open_run(folder: Path, run: Run) -> Run:
     except OSError as error:
         raise RequestError(f"{folder} cannot be written: {error.strerror}; name another --output-dir") from None
     return run
+
+
+def _is_bare(folder: Path, run: Run) -> bool:
+    """True if a run stopped before its first answer, so that another may have its folder."""
+    return not run.results and not any(path.stat().st_size for path in (folder / "answers").glob("*.jsonl"))
 
 
 def versions() -> dict[str, str]:

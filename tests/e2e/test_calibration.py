@@ -1,4 +1,4 @@
-"""`convert -q --q-calibration` as users run it: mistyped, on a full disk, killed; and for every kind of model."""
+"""`convert -q --q-calibration` as users run it: mistyped, on a full disk, killed; and what it writes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
 from phi4_mlx import load
+from phi4_mlx.convert import calibrate as calibration
 from phi4_mlx.convert.package import convert
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.manifest import REPORT_FILE
-from phi4_mlx.files.safetensors import TensorWriter
+from phi4_mlx.files.safetensors import TensorWriter, read_header
 from tests.conftest import ROOT
 from tests.kinds import WRITERS
 from tests.packages import left_beside
@@ -33,10 +35,16 @@ CONVERT = [sys.executable, "-m", "phi4_mlx.convert"]
 WORDS = ["sun", "rises", "over", "a", "small", "town", "where", "people", "bake", "bread", "by", "the", "river"]
 
 
-def texts(path: Path, lines: int = 60) -> Path:
+def texts(path: Path, lines: int = 16) -> Path:
     rng = random.Random(5)
     path.write_text("".join(json.dumps({"text": " ".join(rng.choices(WORDS, k=20))}) + "\n" for _ in range(lines)))
     return path
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the measurement of KL cheap; commands in processes of their own are not affected."""
+    monkeypatch.setattr(calibration, "VARIANT_TOKENS", 256)
 
 
 @pytest.fixture
@@ -78,12 +86,12 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "another mode": (["--q-mode", "mxfp4"], "affine"),
 }
 BAD_DATA: dict[str, tuple[Callable[[Path], object], str]] = {
-    "absent": (Path.unlink, "does not exist"),
+    "absent": (Path.unlink, "is neither a folder, nor a file"),
     "empty": (lambda path: path.write_bytes(b""), "data.jsonl"),
     "a picture": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256))), "data.jsonl"),
     "another format": (lambda path: path.write_text('{"question": "a", "answer": "b"}\n' * 50), "data.jsonl"),
     "not JSON Lines": (lambda path: path.write_text("some words\n" * 50), "data.jsonl"),
-    "one bad line": (lambda path: path.write_text(path.read_text() + "{\n"), "data.jsonl:61"),
+    "one bad line": (lambda path: path.write_text(path.read_text() + "{\n"), "data.jsonl:17"),
     "999 tokens or so": (lambda path: texts(path, 10), "at least 1,000"),
     "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "data.jsonl"),
 }
@@ -92,7 +100,7 @@ BAD_DATA: dict[str, tuple[Callable[[Path], object], str]] = {
 def run(source: Path, out: Path, *options: str, **keywords: Any) -> subprocess.CompletedProcess[str]:
     command = [*CONVERT, "--hf-path", str(source), "--mlx-path", str(out), *options]
     return subprocess.run(
-        command, cwd=out.parent, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, **keywords
+        command, cwd=out.parent, env=ENVIRONMENT, capture_output=True, text=True, timeout=400, **keywords
     )
 
 
@@ -119,16 +127,6 @@ def test_bad_data_is_refused_in_one_line(case: str, source: Path, data: Path, tm
     assert left_beside(tmp_path / "out") == []
 
 
-def test_inputs_that_are_not_finite_name_the_matrix(source: Path, data: Path, tmp_path: Path) -> None:
-    weights = dict(mx.load(str(source / "model.safetensors")))
-    weights["model.layers.0.mlp.gate_up_proj.weight"] *= 1e20
-    mx.eval(weights)
-    mx.save_safetensors(str(source / "model.safetensors"), weights)
-    with pytest.raises(RequestError, match=r"model\.layers\.0\.mlp\.down_proj.*NaN or infinity"):
-        calibrated(source, tmp_path / "out", data)
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_quantised_source_is_refused_unless_it_is_dequantised(source: Path, data: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "four", quantize=True, q_group_size=32)
     with pytest.raises(RequestError, match="is quantised already"):
@@ -138,28 +136,52 @@ def test_a_quantised_source_is_refused_unless_it_is_dequantised(source: Path, da
     load(tmp_path / "out", verify=True)
 
 
-# --- every kind ---
+# --- other kinds ---
 
 
-@pytest.mark.parametrize("kind", WRITERS)
-def test_every_kind_is_calibrated_within_the_bytes_of_plain_four_bits(kind: str, data: Path, tmp_path: Path) -> None:
-    source = WRITERS[kind](tmp_path / "source")
+def test_a_hybrid_stays_within_the_bytes_of_plain_four_bits_and_keeps_the_same_tensors(
+    data: Path, tmp_path: Path
+) -> None:
+    source = WRITERS["phi4flash"](tmp_path / "source")
     convert(source, tmp_path / "plain", quantize=True, q_group_size=32)
     calibrated(source, tmp_path / "out", data)
     load(tmp_path / "out", verify=True)
     sizes = [sum(each.stat().st_size for each in (tmp_path / name).glob("*.safetensors")) for name in ("out", "plain")]
     assert sizes[0] <= sizes[1]
-    plain, chosen = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "out"))
+    headers = [read_header(tmp_path / name / "model.safetensors") for name in ("out", "plain")]
+    assert headers[0].keys() == headers[1].keys()  # x_proj and the like stay dense
+    chosen = json.loads((tmp_path / "out" / "config.json").read_text())
     report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
     assert report["bits_per_weight"] <= report["budget_bits_per_weight"] == 5
     assert report["kl_nats_per_token"]["measured"] > 0
     assert len({each["bits"] for each in report["matrices"].values()}) > 1
     bits = {path: chosen["quantization"].get(path, chosen["quantization"])["bits"] for path in report["matrices"]}
     assert bits == {path: each["bits"] for path, each in report["matrices"].items()}
-    towers = {path for path, each in plain["quantization"].items() if isinstance(each, dict)}
-    assert towers - report["matrices"].keys() <= chosen["quantization"].keys()
     assert (tmp_path / "out" / "README.md").read_text().count("## Calibration") == 1
     assert left_beside(tmp_path / "out") == ["out"]
+
+
+def divergence(folder: Path, base: Path, ids: mx.array, adapter: str | None) -> float:
+    """KL of a package from its base, in nats per token."""
+    logs = []
+    for each in (base, folder):
+        model, _ = load(each)
+        cache = model.make_cache()
+        cache.adapter = adapter
+        logits = model(ids, cache=cache)
+        logs.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+    return (mx.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=-1).mean().item()
+
+
+def test_a_multimodal_model_is_closer_with_its_adapters_off_and_on(data: Path, tmp_path: Path) -> None:
+    source = WRITERS["phi4mm"](tmp_path / "source")
+    convert(source, tmp_path / "plain", quantize=True, q_group_size=32, adapter_bits=16)
+    calibrated(source, tmp_path / "out", data, adapter_bits=16)
+    _, tokenizer = load(source)
+    ids = mx.array([tokenizer.encode("a town where bread rises over the small river by people bake sun " * 6)])
+    for adapter in (None, "vision", "speech"):
+        plain, ours = (divergence(tmp_path / name, source, ids, adapter) for name in ("plain", "out"))
+        assert 0 < ours < plain, (adapter, ours, plain)
 
 
 # --- killed, and on a full disk ---
@@ -167,7 +189,7 @@ def test_every_kind_is_calibrated_within_the_bytes_of_plain_four_bits(kind: str,
 KILL_AT = """
 import os, signal, sys
 from phi4_mlx.convert.__main__ import main
-from phi4_mlx.files.safetensors import TensorWriter
+from phi4_mlx.files.safetensors import TensorWriter, read_header
 from pathlib import Path
 steps = 0
 def counted(function):
@@ -193,13 +215,14 @@ def test_killed_at_any_step_the_rerun_goes_on_and_writes_the_same_bytes(
 
     def killed(at: int, out: Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", KILL_AT, str(at), *options, str(out)]
-        return subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
 
     whole = killed(0, tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
+    assert "bits per weight, KL 0.0" in whole.stdout and "quantization.png\n" in whole.stdout
     steps, expected, out = int(whole.stdout.split()[-1]), hashes(tmp_path / "whole"), tmp_path / "out"
     rng = random.Random(3)
-    for at in sorted(rng.sample(range(1, steps), 6)):
+    for at in sorted(rng.sample(range(1, steps), 3)):
         assert killed(at, out).returncode == -signal.SIGKILL
         assert not out.exists()
         done = killed(0, out)
@@ -207,6 +230,15 @@ def test_killed_at_any_step_the_rerun_goes_on_and_writes_the_same_bytes(
         assert hashes(out) == expected, f"killed at {at} of {steps}"
         assert left_beside(out) == ["out"]
         shutil.rmtree(out)
+
+
+def test_too_little_room_is_reported_before_any_work(
+    source: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(RequestError, match=r"1\.00 KB free and the calibration needs \d+ KB for a while"):
+        calibrated(source, tmp_path / "out", data)
+    assert left_beside(tmp_path / "out") == []
 
 
 def test_a_disk_that_fills_up_leaves_the_work_to_go_on_from(
@@ -226,12 +258,14 @@ def test_a_disk_that_fills_up_leaves_the_work_to_go_on_from(
     monkeypatch.setattr(TensorWriter, "append", append)
     calibrated(source, out, data)
     total = writes
-    for full in (1, total // 3, 2 * total // 3, total - 2):
+    for full in (total // 3, total - 2):
         shutil.rmtree(out, ignore_errors=True)
         writes = 0
         with pytest.raises(RequestError, match="No space left on device") as caught:
             calibrated(source, out, data)
         assert "\n" not in str(caught.value) and not out.exists()
+        if full < total // 2:
+            assert str(caught.value).endswith("it is kept, and the same command goes on from there")
         first, writes = writes, total
         calibrated(source, out, data)
         assert hashes(out) == expected and first + (writes - total) >= total

@@ -55,6 +55,7 @@ def test_the_wheel_has_one_top_level_package(installed: Path) -> None:
     assert {path.name for path in installed.iterdir() if path.suffix != ".dist-info"} == {"phi4_mlx"}
     converter = ("convert/__main__.py", "convert/package.py", "convert/calibration.jsonl")
     languages = ("evaluation/languages/texts.json", "evaluation/languages/tokens.json")
+    languages += ("evaluation/long_context/languages/th.json",)
     suite = [f"evaluation/suites/phi-4-mini/{name}" for name in ("suite.yaml", "arc_challenge.yaml", "letters")]
     for name in ("py.typed", *converter, *languages, *suite, "models/text.py"):
         assert (installed / "phi4_mlx" / name).is_file(), name

@@ -30,8 +30,8 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     Args:
         subject: the model.
         answers: those given so far.
-        options: `lengths`, `depths`, `languages`, `limit`, `samples`, `max_tokens`, `seed`, `progress` and `folder`
-            count.
+        options: `lengths`, `depths`, `languages`, `limit`, `samples`, `max_tokens`, `temp`, `top_p`, `seed`, `progress`
+            and `folder` count.
 
     Returns:
         The mean marks of `phi4_mlx.evaluation.long_context.mark`, also by RoPE table, length, depth, kind, language and
@@ -66,7 +66,8 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
         notes.append(draw_heat_maps(samples, boundary, options.folder))
     settings = {
         "lengths": lengths, "depths": depths, "languages": [language.code for language in spoken], "seed": options.seed,
-        "limit": options.limit, "max_tokens": room, "slack": SLACK, "rope_boundary": boundary,
+        "limit": options.limit, "max_tokens": room, "temp": options.temp or 0.0, "top_p": options.top_p,
+        "slack": SLACK, "rope_boundary": boundary,
     }  # fmt: skip
     return TaskResult(
         NAME, _metrics(samples), settings, samples, "; ".join(note for note in notes if note), _groups(samples)
@@ -105,8 +106,7 @@ def _ask(
                     name = f"{place.kind} in {place.length:,} tokens"
                     short[name] = short.get(name, 0) + 1
                 else:
-                    question = Question(place.id, [{"role": "user", "content": prompt}], max_tokens=room)
-                    asked.append((place, problem, question))
+                    asked.append((place, problem, _question(place, prompt, room, options)))
             given = ask(subject, [question for *_, question in asked], answers, _shifted(options, done, len(chosen)))
             for (place, problem, _), answer in zip(asked, given, strict=True):
                 found = mark(problem, answer.content)
@@ -118,6 +118,12 @@ def _ask(
                 })  # fmt: skip
             done += len(members)
     return samples, [f"no room for {name} ({amount(count, 'question')})" for name, count in short.items()]
+
+
+def _question(place: Place, prompt: str, room: int, options: Options) -> Question:
+    top_p = 1.0 if options.top_p is None else options.top_p
+    messages = [{"role": "user", "content": prompt}]
+    return Question(place.id, messages, max_tokens=room, temp=options.temp or 0.0, top_p=top_p, seed=options.seed)
 
 
 def _shifted(options: Options, done: int, total: int) -> Callable[[int, int], None] | None:

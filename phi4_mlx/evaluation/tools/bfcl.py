@@ -28,6 +28,16 @@ _LIVE_AST = ("live_simple", "live_multiple", "live_parallel", "live_parallel_mul
 _IRRELEVANCE = ("irrelevance", "live_irrelevance")
 
 
+def check(options: Options) -> None:
+    """Checks the options and the package before a model is loaded.
+
+    Raises:
+        RequestError: bfcl-eval is missing, or a category is not known.
+    """
+    chosen(options.categories)
+    Leaderboard()
+
+
 def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     """Asks the questions and scores the calls.
 
@@ -55,7 +65,7 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     scores: dict[str, list[float]] = {category: [] for category in categories}
     samples = []
     for case, answer in zip(cases, ask(subject, questions, answers, options.progress), strict=True):
-        wrong = mistake(board, case, answer.calls)
+        wrong = mistake(board, case, answer.calls, answer.content)
         scores[case.category].append(float(wrong is None))
         calls = [{"name": call.name, "arguments": call.arguments} for call in answer.calls]
         samples.append({"id": case.name, "score": scores[case.category][-1], "category": case.category, "calls": calls,

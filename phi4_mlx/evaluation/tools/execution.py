@@ -14,12 +14,21 @@ from phi4_mlx.evaluation.result import TaskResult, mean
 from phi4_mlx.evaluation.sharing import share_out
 from phi4_mlx.evaluation.subject import Subject
 from phi4_mlx.evaluation.tools.checks import check_tool_format, picked
-from phi4_mlx.evaluation.tools.questions import Question, load_questions
+from phi4_mlx.evaluation.tools.questions import Question, find_questions, load_questions
 from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.generation.sampling import make_sampler
 from phi4_mlx.terminal.suggestion import suggestion
 
 MAX_TOKENS = 512  # of each answer
+
+
+def check(options: Options) -> None:
+    """Checks that the data is there before a model is loaded.
+
+    Raises:
+        RequestError: it is not.
+    """
+    find_questions(options.data)
 
 
 def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:

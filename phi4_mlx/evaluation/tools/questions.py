@@ -61,6 +61,22 @@ class Questions:
     functions_sha256: str
 
 
+def find_questions(data: Path | None) -> Path:
+    """The file of questions that `data` stands for.
+
+    Raises:
+        RequestError: there is none.
+    """
+    if data is None:
+        raise RequestError(f"the task tools needs --data: a folder with {QUESTIONS}, and {FUNCTIONS} for its tools")
+    data = data.expanduser()
+    path = data / QUESTIONS if data.is_dir() else data
+    if not os.path.exists(path):
+        near = path_suggestion(str(data), lambda name: (Path(name) / QUESTIONS).exists() or name.endswith(".jsonl"))
+        raise RequestError(f"{path} does not exist{near}")
+    return path
+
+
 def load_questions(data: Path | None, tokenizer: Tokenizer) -> Questions:
     """Reads questions, and runs the Python file with their functions.
 
@@ -82,13 +98,7 @@ def load_questions(data: Path | None, tokenizer: Tokenizer) -> Questions:
     Raises:
         RequestError: a file is missing or a line is malformed; names the file and the line.
     """
-    if data is None:
-        raise RequestError(f"the task tools needs --data: a folder with {QUESTIONS}, and {FUNCTIONS} for its tools")
-    data = data.expanduser()
-    path = data / QUESTIONS if data.is_dir() else data
-    if not os.path.exists(path):
-        near = path_suggestion(str(data), lambda name: (Path(name) / QUESTIONS).exists() or name.endswith(".jsonl"))
-        raise RequestError(f"{path} does not exist{near}")
+    path = find_questions(data)
     file = path.with_name(FUNCTIONS)
     functions: Functions = {}
     digest = ""

@@ -108,6 +108,7 @@ def test_the_same_command_goes_on_without_asking_again(
 
 def test_a_folder_of_other_settings_is_refused(evaluate: Evaluate, tasks: Path, tmp_path: Path) -> None:
     words = ("--tasks", "even", "--include-path", tasks, "--limit", "1")
+    evaluate(*words, "--num-shots", "50", code=2)  # leaves no answer, so the folder is free
     evaluate(*words)
     assert "limit 1, not 2; name another --output-dir" in evaluate(*words[:-1], "2", code=2)
     value = json.loads((tmp_path / "out" / "results.json").read_text())

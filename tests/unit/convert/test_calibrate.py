@@ -33,7 +33,7 @@ class Killed(BaseException):
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """1,400 tokens or so, some of them in sequences beyond the RoPE boundary."""
     path = tmp_path_factory.mktemp("texts") / "train.jsonl"
-    lines = [" ".join(WORDS[(3 * n + k * (n % 5 + 1)) % len(WORDS)] for k in range(12 + n % 7)) for n in range(24)]
+    lines = [" ".join(WORDS[(3 * n + k * (n % 5 + 1)) % len(WORDS)] for k in range(15 + n % 7)) for n in range(24)]
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in [*lines, " ".join(WORDS * 3)]))
     return path
 
@@ -97,7 +97,7 @@ def test_packages_of_every_kind_are_closer_than_plain_ones_of_the_same_bytes(
     convert(source, tmp_path / "plain", quantize=True, q_group_size=GROUP)
     calibrated(source, tmp_path / "mixed", texts)
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("plain", "mixed")]
-    assert sizes[1] <= sizes[0] + 1000  # of the header, whose numbers may have more digits
+    assert sizes[1] <= sizes[0]
     kls = [divergence(tmp_path / name, source, texts) for name in ("plain", "mixed")]
     assert kls[1] < 0.8 * kls[0]
     plain, mixed = (load_model(tmp_path / name) for name in ("plain", "mixed"))

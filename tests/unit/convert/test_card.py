@@ -82,7 +82,7 @@ def test_metadata_come_from_the_source_and_its_place_on_the_hub(source: Path, tm
     }
     assert "[microsoft/Phi-4-mini-instruct](https://huggingface.co/microsoft/Phi-4-mini-instruct)" in card.text
     assert "commit `012345678901`" in card.text
-    assert "4 bits (affine, groups of 32), float32" in card.text
+    assert "| 4 bits (affine, groups of 32), float32 |" in card.text
     assert "--model PATH" in card.text and "mlx_lm.generate" in card.text
     assert "Calibration" not in card.text and str(tmp_path) not in card.content
 
@@ -172,7 +172,7 @@ def test_a_calibrated_package_has_the_table_and_the_picture(source: Path, tmp_pa
     write_package(tmp_path / "out", source, None, lambda *_: parameters, report=lambda: report)
     text = card_of(tmp_path / "out").text
     assert "4,321 tokens of `my data.jsonl`" in text and "0.01234 nats" in text and f"{report.kl_sum:.5f}" in text
-    assert "| `mlp.down_proj` | 2 | 5 |" in text and "| `embed_tokens` | 1 | 4 |" in text
+    assert "| `mlp.down_proj` | 2 | 2 of 5 |" in text and "| `embed_tokens` | 1 | 1 of 4 |" in text
     layers = [line for line in text.splitlines() if line.startswith(("| 0 |", "| 1 |"))]
     assert layers == ["| 0 | 4 | 4 | 4 | 5 |", "| 1 | 4 | 4 | 4 | 5 |"]
     assert "(quantization.png)" in text and (tmp_path / "out" / "quantization.png").is_file()

@@ -181,7 +181,7 @@ def test_a_long_shared_beginning_is_run_once(tmp_path: Path, kind: str, monkeypa
     subject = load_subject(str(WRITERS[kind](tmp_path / kind)))
     draw = random.Random(2)
     shots = "".join(draw.choices("abcdefgh ", k=700))
-    questions = [Question(str(n), f"{shots}{n}{'x' * n}", max_tokens=2) for n in range(6)]
+    questions = [Question(str(n), f"{shots}{n} is another{'x' * n}", max_tokens=2) for n in range(6)]
     lengths = [len(subject.tokenizer.encode(question.prompt, specials=True)) for question in questions]  # type: ignore[arg-type]
     assert min(lengths) > 520  # more than a step prefills
     seen, hidden = [], type(subject.model).hidden

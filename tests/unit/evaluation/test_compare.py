@@ -162,7 +162,7 @@ def test_one_sample_has_no_interval(tiny_checkpoint: TinyCheckpoint, tmp_path: P
 def test_intervals_contain_the_value_and_narrow_with_more_samples(
     tiny_checkpoint: TinyCheckpoint, data: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "more.jsonl").write_text(data.read_text() * 8)
+    (tmp_path / "more.jsonl").write_text(data.read_text() * 4)
     pair = tiny_checkpoint(), tiny_checkpoint("b", seed=2)
     few, many = (compare(*pair, each).a.kl for each in (data, tmp_path / "more.jsonl"))
     assert few.low is not None and few.high is not None and many.low is not None and many.high is not None

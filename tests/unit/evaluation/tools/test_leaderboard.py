@@ -175,6 +175,8 @@ def test_irrelevance_wants_no_call_and_relevance_one(board: Leaderboard, cases: 
         call = ToolCall(case.functions[0]["name"], {})
         assert (mistake(board, case, [call]) is None) is right
         assert (mistake(board, case, []) is None) is not right
+        undeclared = written([ToolCall("zzqx", {})])  # which the parser leaves in the text
+        assert not parsed(case, undeclared) and mistake(board, case, [], undeclared)
 
 
 @pytest.mark.parametrize(
@@ -230,3 +232,14 @@ def test_a_package_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(RequestError, match="the installed bfcl-eval 2026") as caught:
         Leaderboard()
     assert INSTALL in str(caught.value)
+
+
+def test_calls_at_once_have_no_order(board: Leaderboard, cases: dict[str, list[Case]]) -> None:
+    """But where a right value of one call is also one of another: the checker gives a call to the first that fits."""
+    refused = [case.name for case in cases["parallel"] if mistake(board, case, right_calls(case)[::-1])]
+    assert refused == ["parallel_178"]
+
+
+def test_importing_makes_no_folders(board: Leaderboard) -> None:
+    """The package's own settings would make `result`, `score` and `.file_locks` beside it."""
+    assert "bfcl_eval.constants.eval_config" not in sys.modules
