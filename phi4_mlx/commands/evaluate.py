@@ -332,7 +332,7 @@ def _settings(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
         "languages": _names(args.languages),
         "categories": _names(args.categories),
     }
-    return {name: getattr(args, name) for name in kept} | own | {"judge": args.judge, "comparators": args.comparator}
+    return {name: getattr(args, name) for name in kept} | own | {"judge": args.judge}
 
 
 def _run(
