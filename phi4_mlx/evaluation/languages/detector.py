@@ -2,7 +2,8 @@
 
 A script of its own gives the language away (Arabic, Hebrew, Thai, Hangul, kana; Han without kana is Chinese). Languages
 that share the Latin or the Cyrillic script are told apart by function words and letters: each found counts one, divided
-by the languages that have it, and a letter that a language lacks counts against it.
+by the languages that have it, and a letter that a language lacks counts against it. A close relative of one of the 23
+(Slovak, Catalan, Bulgarian, Persian) may pass for it; most other languages are found to be unknown.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _SINGLE = {"Arabic": "ar", "Hebrew": "he", "Thai": "th", "Hangul": "ko", "kana":
 
 # Code, addresses and formulas are the same in any language.
 _NO_PROSE = re.compile(
-    r"```.*?(?:```|\Z)|`[^`\n]+`|https?://\S+|\S+@\S+\.\w+|\\\[.*?\\\]|\\\(.*?\\\)|\$\$.*?\$\$|<[a-z/][^<>\n]*>", re.S
+    r"```.*?(?:```|\Z)|`[^`\n]+`|https?://\S+|[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9.-]+|\\\[.*?\\\]|\\\(.*?\\\)|\$\$.*?\$\$|<[a-z/][^<>\n]*>",
+    re.S,
 )
 SENTENCE = re.compile(r"(?<=[.!?…])[\s\"'”»)]+|[\n。！？؟।]+")
 _WORD = re.compile(r"[^\W\d_]+")
@@ -41,7 +43,8 @@ _CLEAR = 0.45  # lead over the second language, in words that only the best one 
 _CLOSE = 1.5  # lead below which a sentence counts for a language that more of the text is in
 _COVERED = 0.1  # of the words must speak for a language; fewer are another language, or none
 _FOREIGN = 0.2  # of the words may have letters that the language lacks, as names do; more are another language
-_HAN_SENTENCE = 10  # Han letters without kana that are not Japanese, even in a text with kana
+_LACKING = 0.5  # points off for a word with a letter that the language lacks
+_HAN_SENTENCE = 16  # Han letters without kana that are not Japanese, even in a text with kana
 
 
 def prose(text: str) -> str:
@@ -91,7 +94,7 @@ def language_shares(text: str) -> dict[str, float]:
 def _by_script(text: str) -> dict[str, list[str]]:
     """Script -> its words in the text; a word of two scripts, as in Japanese, is cut where they meet."""
     found: dict[str, list[str]] = {}
-    for word in _WORD.findall(text.lower()):
+    for word in _WORD.findall(text.lower().replace("\u0307", "")):  # the dot of a capital I in Turkish
         for script, letters in groupby(word, _script):
             found.setdefault(script, []).append("".join(letters))
     return found
@@ -158,7 +161,7 @@ class _Marks:
         ]
 
     def _scores(self, words: Sequence[str]) -> dict[str, float]:
-        """Language -> evidence for it: 1 for a word that no other language has."""
+        """Language -> points: 1 for a word that no other language has, less for a shared one."""
         scores = dict.fromkeys(self._words, 0.0)
         for word in words:
             if word in self._sharing:
@@ -166,9 +169,8 @@ class _Marks:
                     if word in listed:
                         scores[language] += 1 / self._sharing[word]
             if not self._plain.issuperset(word):
-                spelling = [language for language, known in self._letters.items() if known.issuperset(word)]
-                for language in scores:
-                    scores[language] += 0.5 / len(spelling) if language in spelling else -0.5
+                for language, known in self._letters.items():
+                    scores[language] -= 0 if known.issuperset(word) else _LACKING
         return scores
 
     def _possible(self, language: str, words: Sequence[str]) -> bool:

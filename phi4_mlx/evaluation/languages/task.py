@@ -95,13 +95,8 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
 
 def _documents(options: Options) -> list[Document]:
     """The documents that the options leave: the first question of each language, then the second of each."""
-    most = max(len(language.questions) for language in LANGUAGES.values())
-    found = [
-        Document(language, number)
-        for number in range(1, most + 1)
-        for language in LANGUAGES.values()
-        if number <= len(language.questions)
-    ]
+    questions = min(len(language.questions) for language in LANGUAGES.values())
+    found = [Document(language, number) for number in range(1, questions + 1) for language in LANGUAGES.values()]
     if NAME in options.samples:
         places = list(dict.fromkeys(options.samples[NAME]))
         if wrong := [place for place in places if place not in range(len(found))]:
