@@ -46,8 +46,8 @@ def _parser() -> Parser:
     )  # fmt: skip
     add(
         "--q-calibration", type=text, metavar="FILE",
-        help="round the matrices for what they do on these texts, in a format of training, or on 'default' ones; without "
-        "--q-bits, each matrix gets the bits that cost least",
+        help="round the matrices for what they do on these texts, in a format of training, or on 'default' ones; "
+        "without --q-bits, each matrix gets the bits that cost least",
     )  # fmt: skip
     add(
         "--q-bpw", type=number(float, 2, 16), metavar="X",

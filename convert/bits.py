@@ -10,7 +10,7 @@ Source: the bound is that of M. Fisher, The Lagrangian Relaxation Method for Sol
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,12 +61,18 @@ class Candidate:
         return self.cost_bits // 8
 
 
-def choose_bits(candidates: Mapping[str, Sequence[Candidate]], bits_per_weight: float) -> dict[str, Candidate]:
+def choose_bits(
+    candidates: Mapping[str, Sequence[Candidate]],
+    bits_per_weight: float,
+    more_bytes: Callable[[Mapping[str, Candidate]], int] = lambda chosen: 0,
+) -> dict[str, Candidate]:
     """Chooses one candidate of each matrix: the least sum of KL whose size is within the budget.
 
     Args:
         candidates: path -> the schemes that were measured; none is empty.
         bits_per_weight: the budget, as the mean over all numbers, scales and biases included.
+        more_bytes: bytes that a choice takes besides, for example in the header of its file; they count too, unless the
+            smallest candidates are over the budget because of them.
 
     Returns:
         Path -> its candidate, in the order of `candidates`. Of equal sums the smaller size is taken; the result does
@@ -89,9 +95,14 @@ def choose_bits(candidates: Mapping[str, Sequence[Candidate]], bits_per_weight: 
         )
     kls = [np.array([each.kl for each in options], np.float64) for options in items]
     costs = [np.array([each.cost_bits for each in options], np.int64) for options in items]
-    picks = _solve(kls, costs, budget)
-    chosen = {path: options[pick] for path, options, pick in zip(paths, items, picks, strict=True)}
-    return {path: chosen[path] for path in candidates}
+    limit = budget
+    while True:
+        picks = _solve(kls, costs, limit)
+        chosen = {path: options[pick] for path, options, pick in zip(paths, items, picks, strict=True)}
+        spent = sum(each.cost_bits for each in chosen.values())
+        if spent + 8 * more_bytes(chosen) <= budget or spent == least:
+            return {path: chosen[path] for path in candidates}
+        limit = spent - 1
 
 
 def _solve(kls: Sequence[Floats], costs: Sequence[Integers], budget: int) -> list[int]:

@@ -2,7 +2,9 @@
 
 The calibration text runs through the dense model block by block. The second moments of a matrix's inputs decide how it
 is rounded. Beside the text run variants, which are a few tokens whose hidden states one quantised matrix has changed;
-at the end, their logits tell what that matrix costs.
+at the end, their logits tell what that matrix costs. One variant a matrix is enough: KL grows as the squared error of
+the outputs does (measured from 3 to 8 bits: within a fifth, as much as KL differs from one small set of tokens to
+another), and that error is known in every scheme.
 """
 
 from __future__ import annotations
@@ -12,10 +14,10 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
 from phi4_mlx.config.fields import Config
 from phi4_mlx.data.samples import Sample
@@ -24,10 +26,12 @@ from phi4_mlx.files.dtypes import mlx_dtype
 from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.files.safetensors import Stored
 
+from .batches import Batch, batches, spread
 from .bits import Candidate, choose_bits
 from .blocks import BlockModel, embedded
 from .divergence import Reference
 from .gptq import Solver
+from .joint import joint_divergence
 from .moments import Moments, recording
 from .quantize import Layout, Scheme
 from .weights import Parameter, read_rows
@@ -35,9 +39,9 @@ from .work_folder import WorkFolder
 
 LEAST_TOKENS = 1000
 MOST_TOKENS = 32_768  # of calibration text; in the demo, 5,000 do as well as 50,000
-BATCH_TOKENS = 4096  # that run together
-VARIANT_TOKENS = 512  # whose KL is measured
-VARIANT_LENGTH = 128  # of them in a row
+VARIANT_TOKENS = 1024  # whose KL is measured
+VARIANT_LENGTH = 256  # of them in a row
+VARIANT_BITS = 4  # in which KL is measured, or the nearest that is tried
 BLOCK_NUMBERS = 2**24  # of a matrix that are rounded together
 TEXT, PLAIN = "text-", "plain"  # streams of the text, and of the tokens that variants start from
 
@@ -58,6 +62,7 @@ class Calibration:
         chosen: path -> the candidate within the budget.
         candidates: path -> all that were measured.
         tokens: of the calibration text.
+        kl: KL divergence with all chosen candidates, in nats per token.
         seconds: that it took, over all its runs.
         peak_bytes: peak of MLX's memory.
         work: the folder of the candidates' numbers.
@@ -67,6 +72,7 @@ class Calibration:
     chosen: dict[str, Candidate]
     candidates: dict[str, list[Candidate]]
     tokens: int
+    kl: float
     seconds: float
     peak_bytes: int
     work: WorkFolder
@@ -80,51 +86,6 @@ class Calibration:
         """Packed weight, scales and biases of the chosen candidate of a matrix."""
         found = [(each, mx.load(str(each.path))) for each in self.stored(path)]
         return [arrays[each.name] for each, arrays in found]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Sequences that run together, filled up on the right.
-
-    Attributes:
-        ids: [B, T].
-        wanted: positions in the flattened batch of the tokens of the sequences.
-    """
-
-    ids: np.ndarray
-    wanted: np.ndarray
-
-
-def batches(rows: Sequence[Sequence[int]], boundary: int | None) -> list[Batch]:
-    """Puts sequences of similar length, and of one RoPE table, into batches."""
-    found: list[Batch] = []
-    some: list[Sequence[int]] = []
-    ordered = sorted(rows, key=len)
-    for row, following in zip(ordered, [*ordered[1:], None], strict=True):
-        some.append(row)
-        full = following is None or (len(some) + 1) * len(following) > BATCH_TOKENS
-        if full or (boundary is not None and len(row) <= boundary < len(following or ())):
-            ids = np.zeros((len(some), len(row)), np.int64)
-            inside = np.zeros(ids.shape, bool)
-            for number, each in enumerate(some):
-                ids[number, : len(each)], inside[number, : len(each)] = each, True
-            found.append(Batch(ids, np.flatnonzero(inside)))
-            some = []
-    return found
-
-
-def spread(rows: Sequence[Sequence[int]], most: int) -> list[Sequence[int]]:
-    """Rows of at most `most` tokens together, evenly spaced among all."""
-    total = sum(map(len, rows))
-    if total <= most:
-        return list(rows)
-    found, seen, taken = [], 0, 0
-    for row in rows:
-        seen += len(row)
-        if taken + len(row) <= most * seen / total:
-            found.append(row)
-            taken += len(row)
-    return found or [rows[0][:most]]
 
 
 def calibrate(
@@ -169,7 +130,8 @@ def calibrate(
     used = sum(map(len, rows))
     state = run.work.state
     chosen = choose_bits(candidates, bits_per_weight)
-    return Calibration(chosen, candidates, used, state["seconds"], state["peak_bytes"], run.work, run.parameters)
+    kl = run.joint({path: each.scheme for path, each in chosen.items()})
+    return Calibration(chosen, candidates, used, kl, state["seconds"], state["peak_bytes"], run.work, run.parameters)
 
 
 class _Run:
@@ -191,18 +153,14 @@ class _Run:
         self.blocks = BlockModel(config, parameters)
         self.model = self.blocks.model
         self.texts = batches(rows, self.model.boundary)
-        pieces = spread([row[:VARIANT_LENGTH] for row in rows], VARIANT_TOKENS)
-        width = max(map(len, pieces))
-        ids = np.array([[*piece, *[0] * (width - len(piece))] for piece in pieces])
-        inside = np.array([[True] * len(piece) + [False] * (width - len(piece)) for piece in pieces])
-        self.few = Batch(ids, np.flatnonzero(inside))
-        self.measured: dict[str, dict[str, list[float]]] = self.work.state.setdefault("measured", {})
+        self.few = Batch.of(spread([row[:VARIANT_LENGTH] for row in rows], VARIANT_TOKENS))
+        self.errors: dict[str, dict[str, float]] = self.work.state.setdefault("errors", {})
+        self.kl: dict[str, float] = self.work.state.setdefault("kl", {})
 
     def all_steps(self) -> None:
         """Runs the steps that are not done yet."""
-        steps: list[Callable[[], None]] = [self._embed]
-        steps += [lambda number=number: self._block(number) for number in range(len(self.blocks.blocks))]
-        steps.append(self._head)
+        blocks = (partial(self._block, number) for number in range(len(self.blocks.blocks)))
+        steps: list[Callable[[], None]] = [self._embed, *blocks, self._head]
         state = self.work.state
         mx.reset_peak_memory()
         for number in range(self.work.step, len(steps)):
@@ -219,11 +177,22 @@ class _Run:
         """All that was measured."""
         found: dict[str, list[Candidate]] = {}
         for path, schemes in self.schemes.items():
-            numbers = self.parameters[path].rows * self.parameters[path].width
-            for scheme in schemes:
-                error, kl = self.measured[path][str(scheme.bits)]
-                found.setdefault(path, []).append(Candidate(path, scheme, numbers, kl, error))
+            numbers, errors = self.parameters[path].rows * self.parameters[path].width, self.errors[path]
+            measured = errors[str(self._variant(path).bits)]
+            rate = self.kl[path] / measured if measured > 0 else 0.0
+            own = [(scheme, errors[str(scheme.bits)]) for scheme in schemes]
+            found[path] = [Candidate(path, scheme, numbers, rate * error, error) for scheme, error in own]
         return found
+
+    def _variant(self, path: str) -> Scheme:
+        """The scheme in which a matrix is measured."""
+        return min(self.schemes[path], key=lambda scheme: abs(scheme.bits - VARIANT_BITS))
+
+    def joint(self, schemes: Mapping[str, Scheme]) -> float:
+        """KL divergence with these matrices quantised together, in nats per token."""
+        rounded = {path: partial(self._rounded, self.parameters[path], each) for path, each in schemes.items()}
+        own = {each.path: each for each in (self.blocks.embedding, self.blocks.head)}
+        return joint_divergence(self.blocks, self.few.ids, self.few.wanted, lambda path: _dense(own[path]), rounded)
 
     def _embed(self) -> None:
         embedding = self.blocks.embedding
@@ -233,8 +202,8 @@ class _Run:
         if embedding.path in self.schemes and embedding is not self.blocks.head:
             moments = Moments(embedding.width)  # lookups: all numbers of a row count the same
             moments.inputs, moments.tokens = mx.eye(embedding.width), 1
-            for scheme in self._quantise(embedding, moments):
-                self._start(_variant(embedding.path, scheme), self.few, self._rounded(embedding, scheme))
+            self._quantise(embedding, moments)
+            self._start(embedding.path, self.few, self._rounded(embedding))
 
     def _start(self, name: str, batch: Batch, rows: Rows) -> None:
         self.work.save(name, self.model.into_blocks(embedded(batch.ids, self.blocks.embedding.width, rows)))
@@ -255,12 +224,10 @@ class _Run:
                 if not name.startswith(TEXT):
                     self._through(number, name)
             for path, parameter in matrices.items():
-                own = moments.pop(path.removeprefix(prefix))
                 layer = layers[path.removeprefix(prefix)]
-                exact = layer.weight
-                for scheme in self._quantise(parameter, own):
-                    layer.weight = mx.concatenate([rows for _, _, rows in self._rounded(parameter, scheme)])
-                    self._through(number, PLAIN, _variant(path, scheme))
+                self._quantise(parameter, moments.pop(path.removeprefix(prefix)))
+                exact, layer.weight = layer.weight, mx.concatenate([rows for _, _, rows in self._rounded(parameter)])
+                self._through(number, PLAIN, path)
                 layer.weight = exact
 
     def _through(self, number: int, name: str, into: str | None = None) -> None:
@@ -268,67 +235,45 @@ class _Run:
         mx.eval(carried)
         self.work.save(into or name, carried)
 
-    def _quantise(self, parameter: Parameter, moments: Moments) -> Iterator[Scheme]:
-        """Writes each candidate of a matrix, then yields its scheme; notes the error."""
-        hessian = moments.hessian
+    def _quantise(self, parameter: Parameter, moments: Moments) -> None:
+        """Writes all candidates of a matrix, and notes their errors."""
+        hessian, path = moments.hessian, parameter.path
         energy = sum(((rows @ hessian) * rows).sum().item() for _, _, rows in _dense(parameter))
-        solver = Solver(hessian, parameter.path)
-        for scheme in self.schemes[parameter.path]:
+        solver = Solver(hessian, path)
+        self.errors[path] = {}
+        for scheme in self.schemes[path]:
             errors: list[float] = []
             self.work.save_candidate(_layout(parameter, scheme), _quantised(parameter, solver, scheme, errors))
-            error = sum(errors) / energy if energy > 0 else 0.0
-            self.measured.setdefault(parameter.path, {})[str(scheme.bits)] = [error, 0.0]
-            yield scheme
+            self.errors[path][str(scheme.bits)] = sum(errors) / energy if energy > 0 else 0.0
 
-    def _rounded(self, parameter: Parameter, scheme: Scheme) -> Rows:
-        """A candidate's weights, dequantised in float32."""
+    def _rounded(self, parameter: Parameter, scheme: Scheme | None = None) -> Rows:
+        """A candidate's weights, dequantised in float32; by default of the one that is measured."""
+        scheme = scheme or self._variant(parameter.path)
         stored = self.work.candidate(_layout(parameter, scheme))
         for first, last in _ranges(parameter):
             weight, *rest = (read_rows(each, first, last) for each in stored)
             yield first, last, mx.dequantize(weight, *(each.astype(mx.float32) for each in rest), **vars(scheme))
 
     def _head(self) -> None:
-        """Measures all variants, quantises the head, and measures it with the embedding if they are one."""
-        head, wanted = self.blocks.head, mx.array(self.few.wanted)
-
-        def hidden(carried: Sequence[mx.array]) -> mx.array:
-            found = self.model.out_of_blocks(tuple(carried))
-            return found.reshape(-1, found.shape[-1])[wanted]
-
+        """Measures all variants, then quantises and measures the head, which may be the embedding too."""
+        head = self.blocks.head
         kept = [rows for _, _, rows in _dense(head)]
-        reference = Reference(hidden(self.work.load(PLAIN)), lambda: kept)
-        for path, schemes in self.schemes.items():
-            for scheme in schemes:
-                if path != head.path:
-                    found = reference.divergence(hidden(self.work.load(_variant(path, scheme))))
-                    self.measured[path][str(scheme.bits)][1] = found
+        reference = Reference(self._hidden(self.few, self.work.load(PLAIN)), lambda: kept)
+        for path in self.schemes:
+            if path != head.path:
+                self.kl[path] = reference.divergence(self._hidden(self.few, self.work.load(path)))
         if head.path not in self.schemes:
             return
         moments = Moments(head.width)
         for index, batch in enumerate(self.texts):
-            found = self.model.out_of_blocks(tuple(self.work.load(f"{TEXT}{index}")))
-            moments.add(found.reshape(-1, head.width)[mx.array(batch.wanted)])
-        schemes = list(self._quantise(head, moments))
-        carried = {scheme: self.work.load(PLAIN) for scheme in schemes}
-        if head is self.blocks.embedding:
-            carried = self._with_rounded_embedding(schemes)
-        for scheme in schemes:
-            changed = reference.divergence(hidden(carried[scheme]), lambda: (w for _, _, w in self._rounded(head, scheme)))
-            self.measured[head.path][str(scheme.bits)][1] = changed
+            moments.add(self._hidden(batch, self.work.load(f"{TEXT}{index}")))
+        self._quantise(head, moments)
+        self.kl[head.path] = self.joint({head.path: self._variant(head.path)})
 
-    def _with_rounded_embedding(self, schemes: Sequence[Scheme]) -> dict[Scheme, tuple[mx.array, ...]]:
-        """Runs the few tokens with each candidate of the embedding through all blocks."""
-        embedding = self.blocks.embedding
-        carried = {}
-        for scheme in schemes:
-            rows = embedded(self.few.ids, embedding.width, self._rounded(embedding, scheme))
-            carried[scheme] = self.model.into_blocks(rows)
-        for number in range(len(self.blocks.blocks)):
-            with self.blocks.block(number):
-                for scheme in schemes:
-                    carried[scheme] = self.model.through_block(number, carried[scheme])
-                    mx.eval(carried[scheme])
-        return carried
+    def _hidden(self, batch: Batch, carried: Sequence[mx.array]) -> mx.array:
+        """Inputs of the head at the wanted tokens, [N, D]."""
+        found = self.model.out_of_blocks(tuple(carried))
+        return found.reshape(-1, found.shape[-1])[mx.array(batch.wanted)]
 
 
 def _ranges(parameter: Parameter) -> Iterator[tuple[int, int]]:
@@ -353,10 +298,6 @@ def _quantised(parameter: Parameter, solver: Solver, scheme: Scheme, errors: lis
 
 def _layout(parameter: Parameter, scheme: Scheme) -> Layout:
     return scheme.layout(parameter.path, parameter.numbers, (parameter.rows, parameter.width))
-
-
-def _variant(path: str, scheme: Scheme) -> str:
-    return f"{path}-{scheme.bits}"
 
 
 def _settings(

@@ -9,12 +9,15 @@ from pathlib import Path
 
 from phi4_mlx.checkpoint import check_vocabulary, empty_model, load_tokenizer_and_format
 from phi4_mlx.config.fields import Config
+from phi4_mlx.data.jsonl import find_split
 from phi4_mlx.data.samples import Sample, load_samples
 from phi4_mlx.errors import RequestError
+from phi4_mlx.files.manifest import file_sha256
 
 from .bits import SCALE_BITS, Candidate, choose_bits
 from .calibrate import Calibration, Progress, calibrate
 from .quantize import EMBEDDING_AND_HEAD, Recipe, Scheme
+from .report import Report
 from .weights import Parameter
 
 WIDTHS = (3, 4, 5, 6, 8)  # bits that are tried
@@ -43,13 +46,15 @@ class Wish:
     def check(self, recipe: Recipe) -> None:
         """Raises RequestError if the options contradict each other."""
         if recipe.scheme.mode != "affine":
-            raise RequestError(f"--q-calibration is for --q-mode affine, not {recipe.scheme.mode}; leave one of them out")
+            raise RequestError(
+                f"--q-calibration is for --q-mode affine, not {recipe.scheme.mode}; leave one of them out"
+            )
         if self.bits_per_weight is None:
             return
         if self.bits is not None:
             raise RequestError(
-                f"--q-bits {self.bits} asks for the same bits in every matrix, and --q-bpw {self.bits_per_weight:g} for "
-                "mixed ones; leave one of them out"
+                f"--q-bits {self.bits} asks for the same bits in every matrix, and --q-bpw {self.bits_per_weight:g} "
+                "for mixed ones; leave one of them out"
             )
         if not LEAST_BPW <= self.bits_per_weight <= MOST_BPW:
             raise RequestError(
@@ -64,9 +69,7 @@ class Wish:
             if each.target and not each.on_demand:
                 own = self.embed_bits if each.path in EMBEDDING_AND_HEAD else None
                 fixed = self.bits is not None or own is not None
-                found[each.path] = (
-                    [each.target] if fixed else [replace(each.target, bits=width) for width in WIDTHS]
-                )
+                found[each.path] = [each.target] if fixed else [replace(each.target, bits=width) for width in WIDTHS]
         return found
 
     def budget(self, recipe: Recipe) -> float:
@@ -87,7 +90,7 @@ def calibrated(
     work: Path,
     progress: Progress,
     tell: Callable[[str], object],
-) -> tuple[list[Parameter], Calibration]:
+) -> tuple[list[Parameter], Report]:
     """Calibrates a checkpoint; see `calibrate` for the rest.
 
     Args:
@@ -101,7 +104,7 @@ def calibrated(
         tell: called with a line for the user.
 
     Returns:
-        The parameters, whose matrices come from the work folder, and the calibration.
+        The parameters, whose matrices come from the work folder, and the report.
 
     Raises:
         RequestError: the data is bad or too short, or the budget too small.
@@ -122,7 +125,22 @@ def calibrated(
         scheme = calibration.chosen[each.path].scheme
         layout = scheme.layout(each.path, each.numbers, (each.rows, each.width))
         found.append(replace(each, inputs=calibration.stored(each.path), outputs=layout, packed=scheme, target=scheme))
-    return found, calibration
+    return found, _report(calibration, budget, wish.data)
+
+
+def _report(calibration: Calibration, budget: float, data: str | Path) -> Report:
+    name, path = ("default", DEFAULT_DATA) if data == "default" else (Path(data).name, find_split(data))
+    return Report(
+        chosen=calibration.chosen,
+        candidates=calibration.candidates,
+        bits_per_weight=min(budget, max(each.bits_per_weight for each in calibration.chosen.values())),
+        data=name,
+        data_sha256=file_sha256(path) if path and path.is_file() else "",
+        tokens=calibration.tokens,
+        seconds=calibration.seconds,
+        peak_bytes=calibration.peak_bytes,
+        kl=calibration.kl,
+    )
 
 
 def _samples(folder: Path, config: Config, data: str | Path) -> list[Sample]:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 
 import mlx.core as mx
 
-Blocks = Callable[[], Iterable[mx.array]]
-"""The rows of a head from the first, in blocks [rows, D]."""
+Head = Callable[[], Iterable[mx.array]]
+"""The rows of a head from the first, in blocks [rows, D]; called each time that they are needed."""
 
 
 class Reference:
@@ -18,7 +18,7 @@ class Reference:
         head: its rows.
     """
 
-    def __init__(self, hidden: mx.array, head: Blocks):
+    def __init__(self, hidden: mx.array, head: Head):
         self._hidden, self._head = hidden, head
         self._normaliser = mx.full((len(hidden),), -mx.inf)
         for rows in head():
@@ -26,7 +26,7 @@ class Reference:
             self._normaliser = mx.logaddexp(self._normaliser, block)
             mx.eval(self._normaliser)
 
-    def divergence(self, hidden: mx.array, head: Blocks | None = None) -> float:
+    def divergence(self, hidden: mx.array, head: Head | None = None) -> float:
         """Mean over the tokens of the KL divergence of other distributions from these, in nats.
 
         Args:
@@ -41,4 +41,5 @@ class Reference:
             gap = gap + (mx.exp(logits - self._normaliser[:, None]) * (logits - changed)).sum(axis=-1)
             normaliser = mx.logaddexp(normaliser, mx.logsumexp(changed, axis=-1))
             mx.eval(gap, normaliser)
-        return max(0.0, (gap - self._normaliser + normaliser).mean().item())
+        found: float = (gap - self._normaliser + normaliser).mean().item()
+        return max(0.0, found)  # rounding can take it below

@@ -1,7 +1,9 @@
 """GPTQ on MLX's affine grid: columns are rounded in order, and the columns that follow make up for each error.
 
-The grid of a group is searched when its turn comes, on the weights as the columns before have changed them. Rows do not
-depend on each other. The sum over a row of (error / diagonal)^2, of the factor U below, is its error in the outputs.
+With the factor U, U^T U = H^-1, the error of a row in the outputs is the sum of (e_j / U_jj)^2 over its columns, where
+e_j is the error of column j against its weights as the columns before have changed them. The grid of a group is
+searched when its turn comes, on those weights, in which columns count by the second moments of their inputs. (1 / U_jj^2
+in their place made KL 2 % smaller at 4 bits and 24 % larger at 3.) Rows do not depend on each other.
 
 Source: GPTQ (arXiv 2210.17323), algorithm 1.
 """
@@ -109,9 +111,7 @@ def quantize_rows(
 
 
 def _inverse_factor(hessian: mx.array) -> mx.array:
-    """The upper triangular U with U^T U = hessian^-1; with the order of both axes reversed, its inverse is Cholesky's.
-
-    """
+    """The upper triangular U with U^T U = hessian^-1: the inverse of Cholesky's factor in reversed order."""
     with mx.stream(mx.cpu):  # MLX has no triangular solver on a GPU
         lower = mx.linalg.cholesky(mx.contiguous(hessian[::-1, ::-1]))
         return mx.contiguous(mx.linalg.tri_inv(lower)[::-1, ::-1])

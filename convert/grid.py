@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-STARTS = tuple((low / 20, high / 20) for low in (0, 1, 2, 3) for high in (0, 1, 2, 3))
+STARTS = tuple((low / 16, high / 16) for low in (0, 1, 2) for high in (0, 1, 2))
 """Shares of the weights' range that are cut off below and above."""
 FITS = 2  # least squares after each start
 

@@ -49,7 +49,7 @@ SMALL_FILES = (
 
 SHARD_BYTES = 5 * 10**9 - 10**7  # tensor bytes in a file, which stays under 5 GB with its header
 
-Progress = Callable[[int, int], object]
+Progress = Callable[[float, float], object]
 """Called as (bytes done, bytes in all) of the source."""
 
 
@@ -120,17 +120,19 @@ def convert(
     kind = _FLOATS[dtype] if dtype else None
     target = Path(os.path.abspath(os.path.expanduser(mlx_path)))
     work = target.with_name(f".{target.name}.calibration")
+    reports: list[Report] = []
 
     def planned(folder: Path, config: Config) -> list[Parameter]:
         parameters = plan(folder, config, recipe, kind, dequantize)
         _check_towers(folder, parameters, {"--tower-bits": tower_bits, "--adapter-bits": adapter_bits})
         if recipe and wish:
             shown = progress or (lambda done, total: None)
-            parameters, _ = calibrated(folder, config, parameters, recipe, wish, work, shown, tell)
+            parameters, report = calibrated(folder, config, parameters, recipe, wish, work, shown, tell)
+            reports.append(report)
         return parameters
 
     loras = partial(plan_loras, recipe=recipe, dtype=kind, dequantize=dequantize)
-    write_package(target, hf_path, revision, planned, progress, loras)
+    write_package(target, hf_path, revision, planned, progress, loras, lambda: next(iter(reports), None))
     if wish:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -19,7 +19,6 @@ from phi4_mlx.terminal.limits import MAX_TOKENS_LIMIT, SEED_LIMIT, TEMPERATURE_L
 from phi4_mlx.terminal.options import add_model_options, load_options
 
 if TYPE_CHECKING:
-    from phi4_mlx.evaluation.comparator import Comparator
     from phi4_mlx.evaluation.options import Options
     from phi4_mlx.evaluation.result import TaskResult
     from phi4_mlx.evaluation.run import Job, Loaded, Run
@@ -28,7 +27,10 @@ if TYPE_CHECKING:
 
 PROG = typed("evaluate")
 _count = number(int, 1, 10_000_000)
-_ROW_OPTIONS = ("num_shots", "apply_chat_template", "temp", "top_p", "include_path", "lengths", "languages")
+_ROW_OPTIONS = (
+    "num_shots", "apply_chat_template", "temp", "top_p", "include_path", "lengths", "depths", "languages",
+)  # fmt: skip
+_LM_OPTIONS = ("num_shots", "apply_chat_template", "include_path")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,9 +72,25 @@ def _parser() -> Parser:
         "--output-dir", type=word, default="evaluation", metavar="FOLDER",
         help="folder for results.json, results.md, pictures and every answer",
     )  # fmt: skip
-    why = "with --suite, whose rows have their own"
-    parser.idle.append(Idle(_ROW_OPTIONS, lambda args: args.suite is not None, why))
+    parser.idle += [
+        Idle(_ROW_OPTIONS, lambda args: args.suite is not None, "with --suite, whose rows have their own"),
+        Idle(_LM_OPTIONS, _only_own, "on the package's own tasks"),
+        Idle(("repeats",), lambda args: _only_own(args) and "languages" not in _named(args), "on these tasks"),
+        Idle(("categories",), lambda args: not {"bfcl", "tools"} & _named(args), "without the task bfcl or tools"),
+    ]
     return parser
+
+
+def _named(args: argparse.Namespace) -> set[str]:
+    """The names after --tasks."""
+    return {name for given in args.tasks or () for name in given.split(",") if name}
+
+
+def _only_own(args: argparse.Namespace) -> bool:
+    """True if every task is one of the package's own."""
+    from phi4_mlx.evaluation.tasks import OWN
+
+    return bool(_named(args)) and _named(args) <= OWN.keys()
 
 
 def _add_documents(parser: Parser) -> None:
@@ -101,11 +119,25 @@ def _add_documents(parser: Parser) -> None:
         help="prompt lengths of long-context, in tokens (default: its own)",
     )
     parser.add_argument(
+        "--depths",
+        nargs="+",
+        type=number(int, 0, 100),
+        metavar="N",
+        help="depths of what long-context hides, in per cent of the text (default: 0 25 50 75 100)",
+    )
+    parser.add_argument(
         "--languages",
         nargs="+",
         type=word,
         metavar="CODE",
         help="codes of languages of long-context and languages, apart or with commas (default: all)",
+    )
+    parser.add_argument(
+        "--categories",
+        nargs="+",
+        type=word,
+        metavar="NAME",
+        help="kinds of question of bfcl (live, non_live, or such as live_simple) and tools (default: all)",
     )
 
 
@@ -201,7 +233,9 @@ def _options(args: argparse.Namespace) -> Options:
         include_path=include,
         data=data,
         lengths=tuple(args.lengths or ()),
+        depths=tuple(args.depths or ()),
         languages=tuple(_names(args.languages)),
+        categories=tuple(_names(args.categories)),
         confirm_run_unsafe_code=args.confirm_run_unsafe_code,
         judge=args.judge,
         folder=Path(os.path.expanduser(args.output_dir)).absolute(),
@@ -226,7 +260,7 @@ def _samples(given: str | None) -> dict[str, list[int]]:
     )
     if not is_ids:
         raise RequestError(f'--samples must map tasks to lists of ids, as {{"arc_challenge": [0, 3]}}, not {text:.100}')
-    return {name: list(dict.fromkeys(ids)) for name, ids in value.items()}
+    return {name: sorted(set(ids)) for name, ids in value.items()}
 
 
 def _names(given: Sequence[str] | None) -> list[str]:
@@ -281,7 +315,9 @@ def _settings(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
         "tasks": list(names),
         "samples": _samples(args.samples),
         "lengths": args.lengths,
+        "depths": args.depths,
         "languages": _names(args.languages),
+        "categories": _names(args.categories),
     }
     return {name: getattr(args, name) for name in kept} | own | {"judge": args.judge, "comparators": args.comparator}
 
@@ -289,13 +325,13 @@ def _settings(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 def _run(
     jobs: Sequence[Job],
     loaded: Loaded,
-    subject: Subject | Comparator,
+    subject: Subject,
     folder: Path,
     settings: dict[str, Any],
 ) -> Run:
     """Runs jobs on a model, with `results.json` after each."""
     from phi4_mlx.evaluation.answers import Answers
-    from phi4_mlx.evaluation.run import Run, file_name, not_for, open_run, run_job, versions
+    from phi4_mlx.evaluation.run import Run, file_name, open_run, run_job, versions
     from phi4_mlx.evaluation.sharing import answers_path
 
     run = open_run(folder, Run(subject.name, subject.fingerprint, settings, versions(), {}, dict(loaded.missing)))
@@ -303,8 +339,7 @@ def _run(
     try:
         for place, job in enumerate(jobs, 1):
             label = f"{place}/{len(jobs)} {job.name}"
-            if reason := loaded.missing.get(job.name) or not_for(job, subject):
-                run.missing[job.name] = reason
+            if reason := loaded.missing.get(job.name):
                 complain(PROG, f"{label} is left out: {reason}")
                 continue
             path = answers_path(folder / "answers", file_name(job.name), subject.group)

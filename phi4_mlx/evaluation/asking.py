@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from phi4_mlx.errors import check_whole
 from phi4_mlx.evaluation.answers import Answers, key_of
+from phi4_mlx.evaluation.plan import room_for_rows, shared
 from phi4_mlx.evaluation.sharing import share_out
 from phi4_mlx.evaluation.subject import Progress, Subject
 from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.generation.answer import AnswerAssembler
-from phi4_mlx.generation.batch import Batch, BatchSequence, Fault
+from phi4_mlx.generation.batch import PREFILL_STEP_SIZE, Batch, BatchSequence, Fault
 from phi4_mlx.generation.memory import check_context, plan_context
 from phi4_mlx.generation.sampling import Sampler, make_sampler
 from phi4_mlx.generation.stream import AnswerText
 from phi4_mlx.generation.thoughts import ThoughtSplitter
+from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.terminal.amount import amount
 from phi4_mlx.tokens.tokenizer import Tokenizer
@@ -32,7 +35,7 @@ class Question:
 
     Attributes:
         name: an id for messages; the answer does not depend on it.
-        prompt: messages, as for the chat template; or text, in which control strings are control tokens.
+        prompt: messages, as for the chat template; text, in which control strings are control tokens; or ids.
         tools: declared to the model, with messages only; their calls are parsed.
         max_tokens: the most tokens to draw.
         stops: strings that end the answer before them, matched while it is drawn, after the thoughts.
@@ -42,7 +45,7 @@ class Question:
     """
 
     name: str
-    prompt: str | Sequence[Mapping[str, Any]]
+    prompt: str | Sequence[Mapping[str, Any]] | Sequence[int]
     tools: Sequence[Any] | None = None
     max_tokens: int = 512
     stops: tuple[str, ...] = ()
@@ -96,14 +99,17 @@ def ask(
         CheckpointError: the model computed NaN or infinity.
     """
     asked = [_Asked.of(subject, question) for question in questions]
-    cut = sum(each.cut for each in asked)
-    if cut:
-        longest = subject.model.config.max_position_embeddings
-        warnings.warn(
-            f"{amount(cut, 'prompt')} of {len(asked):,} cut from the left: with its answer, each is longer than the "
-            f"model's context of {longest:,} tokens",
-            stacklevel=2,
-        )
+    longest = subject.model.config.max_position_embeddings
+    for count, what in (
+        (sum(each.cut for each in asked), "cut from the left"),
+        (sum(each.max_tokens < each.question.max_tokens for each in asked), "left with fewer tokens for the answer"),
+    ):
+        if count:
+            warnings.warn(
+                f"{amount(count, 'prompt')} of {len(asked):,} {what}: with its answer, each is longer than the model's "
+                f"context of {longest:,} tokens",
+                stacklevel=2,
+            )
     by_key = {each.key: each for each in asked}
 
     def run(own: Sequence[str]) -> None:
@@ -139,10 +145,7 @@ class _Asked:
         check_whole(f"max_tokens of {question.name}", question.max_tokens, 1)
         Sampler(question.temp, question.top_p)
         AnswerText(tokenizer.streaming_decoder(), question.stops)
-        if isinstance(question.prompt, str):
-            ids = tokenizer.encode(question.prompt, specials=True) or [subject.start_id]
-        else:
-            ids = [*tokenizer.apply_chat_template(question.prompt, question.tools)]
+        ids = _ids(tokenizer, question) or [subject.start_id]
         subject.model.check_ids(ids)
         most = longest - min(question.max_tokens, longest // 2)
         kept = ids[max(0, len(ids) - most) :]
@@ -153,37 +156,61 @@ class _Asked:
             key_of(subject.fingerprint, "answer", ids, settings), question, kept, max_tokens, len(kept) < len(ids)
         )
 
+    def sequence(self, model: LanguageModel) -> BatchSequence:
+        """The question for the batch."""
+        question = self.question
+        sampler = make_sampler(question.temp, question.top_p, seed=question.seed) if question.temp else None
+        return BatchSequence(model, [*self.ids], self.max_tokens, sampler)
+
+
+def _ids(tokenizer: Tokenizer, question: Question) -> list[int]:
+    """The ids of a prompt."""
+    prompt = question.prompt
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt, specials=True)
+    ids = [each for each in prompt if isinstance(each, int)]
+    messages = [each for each in prompt if not isinstance(each, int)]
+    return [*tokenizer.apply_chat_template(messages, question.tools)] if messages else ids
+
 
 def _answer_all(subject: Subject, asked: Sequence[_Asked], answers: Answers, progress: Progress | None) -> None:
-    """Answers what has no answer yet; prompts with the same beginning follow one another."""
-    waiting = sorted((each for each in asked if answers.get(each.key) is None), key=lambda each: each.ids)
-    plan = plan_context(subject.model)
-    check_context(plan, max((len(each.ids) + each.max_tokens for each in waiting), default=1))
-    free = plan.limit_bytes // 2 - plan.weights_bytes
-    batch = Batch(MAX_ROWS, max(0, free // 2), prefixes=_Beginnings())
-    texts: dict[BatchSequence, _Drawing] = {}
-    for each in waiting:
-        question = each.question
-        sampler = make_sampler(question.temp, question.top_p, seed=question.seed) if question.temp else None
-        sequence = BatchSequence(subject.model, [*each.ids], each.max_tokens, sampler)
-        texts[sequence] = _Drawing(subject.tokenizer, each)
-        batch.add(sequence)
-    done = len(asked) - len(waiting)
-    while texts:
+    """Answers what has no answer yet."""
+    model = subject.model
+    queue = deque(sorted((each for each in asked if answers.get(each.key) is None), key=lambda each: each.ids))
+    plan = replace(plan_context(model), ways_out=("leave it out, or lower the most tokens of an answer",))
+    check_context(plan, max((len(each.ids) + each.max_tokens for each in queue), default=1))
+    batch = Batch(MAX_ROWS, room_for_rows(plan, 0), prefixes=_Beginnings())
+    drawings: dict[BatchSequence, _Drawing] = {}
+    unread: dict[BatchSequence, int] = {}  # tokens of a prompt that its predecessor does not share
+    before: list[int] = []
+    while queue or drawings:
         if progress is not None:
-            progress(done, len(asked))
+            progress(len(asked) - len(queue) - len(drawings), len(asked))
+        unread = {
+            sequence: tokens for sequence, tokens in unread.items() if sequence in drawings and not sequence.drawn
+        }
+        # The next prompt starts only when the beginning that it shares is in a cache.
+        while queue and len(drawings) < MAX_ROWS:
+            new = len(queue[0].ids) - shared(before, queue[0].ids)
+            if unread and sum(unread.values()) + new > PREFILL_STEP_SIZE:
+                break
+            each = queue.popleft()
+            sequence = each.sequence(model)
+            if queue:  # models whose caches cannot be trimmed branch off at a snapshot
+                sequence.last_turn = shared(each.ids, queue[0].ids)
+            drawings[sequence], unread[sequence], before = _Drawing(subject.tokenizer, each), new, each.ids
+            batch.add(sequence)
         for event in batch.step():
             if isinstance(event, Fault):
                 raise event.error
-            drawing = texts[event.sequence]
+            drawing = drawings[event.sequence]
             drawing.add(event.token)
             if drawing.finish_reason:
                 batch.end(event.sequence)
                 answers.put(drawing.asked.key, drawing.answer())
-                del texts[event.sequence]
-                done += 1
+                del drawings[event.sequence]
     if progress is not None:
-        progress(done, len(asked))
+        progress(len(asked), len(asked))
 
 
 class _Drawing:
@@ -272,12 +299,7 @@ class _Beginnings:
         latest = self._latest
         if latest is None or latest.regime != sequence.regime:
             return None
-        shared = 0
-        for old, new in zip(latest.keys, sequence.ids[:-1], strict=False):
-            if old != new:
-                break
-            shared += 1
-        length = latest.reusable(shared)
+        length = latest.reusable(shared(latest.keys, sequence.ids[:-1]))
         return latest.fork(length) if length else None
 
     def keep(self, sequence: BatchSequence) -> None:

@@ -54,11 +54,12 @@ def check_task_names(names: list[str], own: list[str], include_path: Path | None
     Raises:
         RequestError: a name is not known; the nearest ones are named.
     """
+    included = _included(include_path)
     for name in names:
-        if name in own or name in _included(include_path):
+        if name in own or name in included:
             continue
         if name not in known_tasks():
-            near = suggestion(name, [*own, *_included(include_path), *known_tasks()])
+            near = suggestion(name, [*own, *included, *known_tasks()])
             advice = near or f"; own tasks are {', '.join(own)}; `lm_eval ls tasks` lists lm-eval's"
             raise RequestError(f"{name!r:.100} is not a task{advice}{_unread(include_path)}")
 
@@ -102,14 +103,14 @@ def quieten() -> None:
     Raises:
         RequestError: lm-eval is not installed.
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read as tqdm is imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         import datasets
-        import lm_eval  # noqa: F401
+        import lm_eval.api.task
     except ImportError:
         raise RequestError(MISSING) from None
     datasets.disable_progress_bars()
+    lm_eval.api.task.tqdm = lambda documents, **_: documents  # it has no switch of its own
     for library in ("lm_eval", "datasets", "huggingface_hub", "fsspec"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
@@ -124,7 +125,6 @@ def _manager(include_path: Path | None, name: str) -> Any:
     return _whole_manager(include_path)
 
 
-@cache
 def _small_manager(include_path: Path | None, folder: Path | None) -> Any:
     from lm_eval.tasks import TaskManager
 
@@ -148,7 +148,6 @@ def _children(config: Mapping[str, Any]) -> list[str]:
     return [name for name in named if isinstance(name, str)]
 
 
-@cache
 def _included(include_path: Path | None) -> tuple[str, ...]:
     """The names of the tasks in a folder of own YAML.
 
@@ -220,7 +219,7 @@ def _load_message(name: str, manager: Any, data: Path | None, error: Exception) 
     if "must have valid or test docs" in reason or isinstance(error, NotImplementedError):
         return f"{which} has no test split that the task names; name one in its YAML: test_split, or validation_split"
     if isinstance(error, KeyError) and error.args and error.args[0] in _splits(config):
-        return f"{which} has no split {error.args[0]!r}, which the task needs; a copy with that split goes in --data"
+        return f"{which} has no split {error.args[0]!r}, which its YAML names"
     if isinstance(error, (OSError, DatasetsError)) or "Couldn't find" in reason or "BuilderConfig" in reason:
         offline = " and HF_DATASETS_OFFLINE is set" if _offline() else " and cannot be fetched"
         where = "" if source is None else f": {data or 'DIR'}/{source}"

@@ -21,7 +21,6 @@ from phi4_mlx.files.json_file import read_json
 
 if TYPE_CHECKING:
     from phi4_mlx.evaluation.answers import Answers
-    from phi4_mlx.evaluation.comparator import Comparator
     from phi4_mlx.evaluation.lm_tasks import LmTask
     from phi4_mlx.evaluation.subject import Subject
 
@@ -209,17 +208,8 @@ def load_jobs(jobs: Sequence[Job], skip: bool) -> Loaded:
     return Loaded(tasks, missing)
 
 
-def not_for(job: Job, subject: Subject | Comparator) -> str:
-    """Why a job cannot run on a model; "" if it can."""
-    from phi4_mlx.evaluation.subject import Subject
-
-    if job.task in OWN and not isinstance(subject, Subject):
-        return f"{job.task} runs on the models of this package only"
-    return ""
-
-
 def run_job(
-    job: Job, tasks: Sequence[LmTask], subject: Subject | Comparator, answers: Answers, progress: Progress | None
+    job: Job, tasks: Sequence[LmTask], subject: Subject, answers: Answers, progress: Progress | None
 ) -> list[TaskResult]:
     """Runs a job.
 
@@ -234,11 +224,9 @@ def run_job(
         One result, or one for each part of a tag.
     """
     from phi4_mlx.evaluation.lm_run import run_lm_task
-    from phi4_mlx.evaluation.subject import Subject
 
     options = replace(job.options, progress=progress)
     if job.task in OWN:
-        assert isinstance(subject, Subject)
         results = [own_task(job.task)(subject, answers, options)]
     else:
         results = [run_lm_task(task, subject, answers, options, job.metric) for task in tasks]

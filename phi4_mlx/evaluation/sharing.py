@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from phi4_mlx.errors import RequestError, message_of
 from phi4_mlx.evaluation.answers import Answers
 
 
@@ -20,7 +23,8 @@ def join_group() -> mx.distributed.Group | None:
 
 def answers_path(folder: Path, task: str, group: mx.distributed.Group | None) -> Path:
     """The file of a task's answers; each process has its own, as several may share a disk."""
-    return folder / (f"{task}.jsonl" if group is None else f"{task}-{group.rank()}.jsonl")
+    rank = 0 if group is None else group.rank()
+    return folder / (f"{task}-{rank}.jsonl" if rank else f"{task}.jsonl")
 
 
 def share_out(
@@ -40,22 +44,43 @@ def share_out(
 
     Returns:
         The answer to each question, the same in every process.
+
+    Raises:
+        RequestError: another process has failed, or has other questions.
     """
     if group is None:
         run(list(sizes))
         return {key: answers.get(key) for key in sizes}
     found = _gathered(group, sizes, answers)
     missing = {key: size for key, size in sizes.items() if key not in found}
-    run(_dealt(missing, group.rank(), group.size()))
+    try:
+        run(_dealt(missing, group.rank(), group.size()))
+    except Exception as error:
+        with contextlib.suppress(RequestError):  # which says what this process says below
+            _gathered(group, missing, answers, message_of(error))  # else the others would wait for ever
+        raise
     return found | _gathered(group, missing, answers)
 
 
-def _gathered(group: mx.distributed.Group, keys: Iterable[str], answers: Answers) -> dict[str, Any]:
-    """The answers that any process has."""
-    own = {n: answers.get(key) for n, key in enumerate(keys) if answers.get(key) is not None}
-    by_number: dict[int, Any] = {}
-    for data in _all_bytes(group, json.dumps([[n, value] for n, value in own.items()]).encode()):
-        by_number |= dict(json.loads(data))
+def _gathered(group: mx.distributed.Group, keys: Iterable[str], answers: Answers, failure: str = "") -> dict[str, Any]:
+    """The answers that any process has.
+
+    Raises:
+        RequestError: a process has failed, or has other questions.
+    """
+    keys = list(keys)
+    own = [[n, value] for n, key in enumerate(keys) if (value := answers.get(key)) is not None]
+    questions = hashlib.sha256("".join(keys).encode()).hexdigest()
+    everyones = [json.loads(data) for data in _all_bytes(group, json.dumps([questions, failure, own]).encode())]
+    for rank, (other, message, _) in enumerate(everyones):
+        if message:
+            raise RequestError(f"process {rank} of {group.size()} has failed: {message}")
+        if other != questions:
+            raise RequestError(
+                f"process {rank} of {group.size()} has other questions than process {group.rank()}; start all with "
+                "the same model, tasks and options"
+            )
+    by_number = {n: value for _, _, some in everyones for n, value in some}
     return {key: by_number[n] for n, key in enumerate(keys) if n in by_number}
 
 

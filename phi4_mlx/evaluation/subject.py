@@ -32,6 +32,7 @@ class Subject:
         tokenizer: of the model.
         name: the name that it was loaded by, for tables.
         fingerprint: of weights, adapter, tokenizer and chat format; answers are kept under it.
+        bos_id: the token that begins a text; None for that of the family.
         group: processes that share the work out among them, each with the same model; None for this one alone.
     """
 
@@ -39,6 +40,7 @@ class Subject:
     tokenizer: Tokenizer
     name: str
     fingerprint: str
+    bos_id: int | None = None
     group: mx.distributed.Group | None = None
 
     @property
@@ -49,6 +51,8 @@ class Subject:
             RequestError: the tokenizer has neither such a token nor one that ends a turn.
         """
         control, ends = self.tokenizer.control_ids, self.tokenizer.eos_ids
+        if self.bos_id is not None:
+            return self.bos_id
         found = [control[text] for text in _STARTS if text in control] or sorted(ends)
         if not found:
             raise RequestError(f"{self.name}: the tokenizer has no token that begins a text, such as {_STARTS[1]}")

@@ -248,6 +248,20 @@ def bytes_in(folder: Path, name: str, most: int = SMALL_BYTES) -> bytes:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
+def header_of(
+    tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """The bytes before the numbers of a file that `TensorWriter` writes; its arguments are the same."""
+    header: JsonObject = {"__metadata__": {"format": "mlx", **(metadata or {})}}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + tensor_bytes(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)  # the numbers begin at a multiple of 8
+    return len(raw).to_bytes(8, "little") + raw
+
+
 class TensorWriter:
     """Writes a safetensors file from beginning to end, piece by piece; its header is known from the start.
 
@@ -269,18 +283,11 @@ class TensorWriter:
             tensors: name -> (dtype, shape), in the order in which they will be written.
             metadata: free text by name, to be stored in the header.
         """
-        header: JsonObject = {"__metadata__": {"format": "mlx", **(metadata or {})}}
-        end = 0
-        for name, (dtype, shape) in tensors.items():
-            start, end = end, end + tensor_bytes(dtype, shape)
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        raw += b" " * (-len(raw) % 8)  # the numbers begin at a multiple of 8
         sizes = ((name, tensor_bytes(*kind)) for name, kind in tensors.items())
         self._due = deque((name, size) for name, size in sizes if size)
         self._digest = hashlib.sha256()
         self._file = path.open("xb", buffering=0)
-        self.header = len(raw).to_bytes(8, "little") + raw
+        self.header = header_of(tensors, metadata)
         self._put(memoryview(self.header))
         self.sha256 = ""
 

@@ -30,7 +30,7 @@ from tests.packages import left_beside
 Checkpoint = Callable[..., Path]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 CONVERT = [sys.executable, "-m", "phi4_mlx.convert"]
-WORDS = "the sun rises over a small town where people bake bread and sell fish by the river in winter".split()
+WORDS = ["sun", "rises", "over", "a", "small", "town", "where", "people", "bake", "bread", "by", "the", "river"]
 
 
 def texts(path: Path, lines: int = 60) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.evaluation.answers import Answers
@@ -42,9 +43,11 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     categories = chosen(options.categories)
     board = Leaderboard()
     check_tool_format(subject)
-    cases = [case for category in categories for case in board.cases(category)[: options.limit]]
-    cases = picked("bfcl", cases, options)
-    max_tokens, temp, top_p = options.max_tokens or MAX_TOKENS, options.temp or 0.0, options.top_p or 1.0
+    limit = None if "bfcl" in options.samples else options.limit
+    cases = [case for category in categories for case in board.cases(category)[:limit]]
+    cases = picked("bfcl", cases, replace(options, limit=None))
+    max_tokens, temp = options.max_tokens or MAX_TOKENS, options.temp or 0.0
+    top_p = 1.0 if options.top_p is None else options.top_p
     questions = [
         Question(case.name, case.messages, case.tools or None, max_tokens, temp=temp, top_p=top_p, seed=options.seed)
         for case in cases
@@ -58,7 +61,7 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
         samples.append({"id": case.name, "score": scores[case.category][-1], "category": case.category, "calls": calls,
                         "mistake": wrong or "", "finish_reason": answer.finish_reason})  # fmt: skip
     groups = {category: [mean("accuracy", values)] for category, values in scores.items() if values}
-    overall = mean("accuracy", [sample["score"] for sample in samples])
+    overall = mean("accuracy", [score for values in scores.values() for score in values])
     settings = {"bfcl_eval": board.version, "categories": [*groups], "documents": len(cases), "max_tokens": max_tokens,
                 "temp": temp, "top_p": top_p, "seed": options.seed if temp else None}  # fmt: skip
     note = "the model's own tool format; multi-turn, agentic and format categories are not part of it"

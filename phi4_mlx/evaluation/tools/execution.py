@@ -36,8 +36,9 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     """
     check_tool_format(subject)
     loaded = load_questions(options.data, subject.tokenizer)
-    questions = picked("tools", _of_categories(loaded.items, options.categories)[: options.limit], options)
-    max_tokens, temp, top_p = options.max_tokens or MAX_TOKENS, options.temp or 0.0, options.top_p or 1.0
+    questions = picked("tools", _of_categories(loaded.items, options.categories), options)
+    max_tokens, temp = options.max_tokens or MAX_TOKENS, options.temp or 0.0
+    top_p = 1.0 if options.top_p is None else options.top_p
     draws = [temp, top_p, options.seed] if temp else None
     settings = [max_tokens, draws, loaded.functions_sha256]
     keys = [key_of(subject.fingerprint, "tools", question.line, settings) for question in questions]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,7 @@ def load_questions(data: Path | None, tokenizer: Tokenizer) -> Questions:
         raise RequestError(f"the task tools needs --data: a folder with {QUESTIONS}, and {FUNCTIONS} for its tools")
     data = data.expanduser()
     path = data / QUESTIONS if data.is_dir() else data
-    if not path.exists():
+    if not os.path.exists(path):
         near = path_suggestion(str(data), lambda name: (Path(name) / QUESTIONS).exists() or name.endswith(".jsonl"))
         raise RequestError(f"{path} does not exist{near}")
     file = path.with_name(FUNCTIONS)
@@ -120,10 +121,7 @@ def _question(line: JsonObject, number: str, functions: Functions, tokenizer: To
     if not isinstance(name, (str, int)) or not isinstance(category, str):
         raise RequestError('"id" and "category" must be texts')
     tools = _tools(line, functions)
-    try:
-        tokenizer.apply_chat_template(messages, tools=Toolbox(tools).declarations)
-    except (TypeError, AttributeError):
-        raise RequestError('"messages" must be a list of {"role": ..., "content": ...}') from None
+    tokenizer.apply_chat_template(messages, tools=Toolbox(tools).declarations)
     return Question(str(name), category, messages, tools, answer, line)
 
 

@@ -101,6 +101,18 @@ def test_a_budget_met_exactly_is_met() -> None:
     assert [each.scheme.bits for each in choose_bits(third, 3.5 + 2 / 3).values()] == [4, 4, 3]
 
 
+def test_bytes_besides_the_matrices_count_too() -> None:
+    measured = candidates({"a": [9, 1, 0.1], "b": [1.5, 1, 0.9]}, {"a": 64, "b": 64})
+    assert [each.scheme.bits for each in choose_bits(measured, 4.5).values()] == [5, 3]
+
+    def longer(chosen: Mapping[str, Candidate]) -> int:
+        return sum(each.scheme.bits > 4 for each in chosen.values())
+
+    assert [each.scheme.bits for each in choose_bits(measured, 4.5, longer).values()] == [4, 3]
+    assert [each.scheme.bits for each in choose_bits(measured, 4.5, lambda chosen: 1000).values()] == [3, 3]
+    assert [each.scheme.bits for each in choose_bits(measured, 4.5, lambda chosen: -9).values()] == [5, 3]
+
+
 def test_a_budget_above_the_largest_takes_the_best() -> None:
     measured = candidates({"a": [5, 4, 3, 2, 1], "b": [5, 4, 3, 2, 1]}, {"a": 64, "b": 128})
     assert {each.scheme.bits for each in choose_bits(measured, 16).values()} == {8}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from phi4_mlx.evaluation.tools.leaderboard import INSTALL, LIVE, NON_LIVE, Case,
 from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.declarations import check_tools
 from phi4_mlx.tools.parser import ToolCallParser
+from tests.conftest import ROOT
 from tests.leaderboard_answers import right_calls, written
 
 AST = [category for category in (*NON_LIVE, *LIVE) if not category.endswith("relevance")]
@@ -205,6 +208,21 @@ def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(RequestError, match="pip install --no-deps bfcl-eval==") as caught:
         Leaderboard()
     assert INSTALL in str(caught.value)
+
+
+def test_the_makefile_installs_the_same_package() -> None:
+    found = re.search(r"^LEADERBOARD = (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert found is not None and f"pip install --no-deps {found[1]}" == INSTALL
+
+
+@pytest.mark.parametrize("line", ['{"id": "simple_java_0"}', '{"id": "simple_java_0", "question": [], "function": []}'])
+def test_damaged_data_is_named(line: str, board: Leaderboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "possible_answer").mkdir()
+    for folder in (tmp_path, tmp_path / "possible_answer"):
+        (folder / "BFCL_v4_simple_java.json").write_text(line)
+    monkeypatch.setitem(vars(board), "_folder", tmp_path)
+    with pytest.raises(RequestError, match=r"the data of bfcl-eval 2026.* on simple_java is not as expected"):
+        board.cases("simple_java")
 
 
 def test_a_package_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
