@@ -34,7 +34,8 @@ _SINGLE = {"Arabic": "ar", "Hebrew": "he", "Thai": "th", "Hangul": "ko", "kana":
 
 # Code, addresses and formulas are the same in any language.
 _NO_PROSE = re.compile(
-    r"```.*?(?:```|\Z)|`[^`\n]+`|https?://\S+|[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9.-]+|\\\[.*?\\\]|\\\(.*?\\\)|\$\$.*?\$\$|<[a-z/][^<>\n]*>",
+    r"```.*?(?:```|\Z)|`[^`\n]+`|https?://\S+|[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9.-]+|"
+    r"\\\[.*?\\\]|\\\(.*?\\\)|\$\$.*?\$\$|<[a-z/][^<>\n]*>",
     re.S,
 )
 SENTENCE = re.compile(r"(?<=[.!?…])[\s\"'”»)]+|[\n。！？؟।]+")
