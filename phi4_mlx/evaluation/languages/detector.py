@@ -42,9 +42,11 @@ SENTENCE = re.compile(r"(?<=[.!?…])[\s\"'”»)]+|[\n。！？؟।]+")
 _WORD = re.compile(r"[^\W\d_]+")
 _CLEAR = 0.45  # lead over the second language, in words that only the best one has
 _CLOSE = 1.5  # lead below which a sentence counts for a language that more of the text is in
+_LISTED = 0.04  # of the words must be listed for a language
 _COVERED = 0.1  # of the words must speak for a language; fewer are another language, or none
 _FOREIGN = 0.2  # of the words may have letters that the language lacks, as names do; more are another language
-_LACKING = 0.5  # points off for a word with a letter that the language lacks
+_LETTER = 0.5  # points for a word with a letter that no other language has, off for one that the language lacks
+_RARE = 3  # languages that have a letter, for words with it to speak for them
 _HAN_SENTENCE = 16  # Han letters without kana that are not Japanese, even in a text with kana
 
 
@@ -133,7 +135,7 @@ def _shared_script(script: str, whole: Sequence[str], sentences: Sequence[Sequen
         main = max(clear, key=clear.__getitem__)
     letters: Counter[str] = Counter()
     for words in sentences:
-        spoken = [code for code in marks.close(words) if clear[code]]
+        spoken = [code for code in marks.close(words, main) if clear[code]]
         letters[max(spoken, key=lambda code: clear[code], default=main)] += _size(words)
     return letters
 
@@ -146,6 +148,7 @@ class _Marks:
         self._letters = {language: frozenset(plain + listed) for language, listed in letters.items()}
         self._plain = frozenset(plain)
         self._sharing = Counter(word for listed in self._words.values() for word in listed)
+        self._spelling = Counter(letter for known in self._letters.values() for letter in known)
 
     def closest(self, words: Sequence[str]) -> str:
         """The language that words are in; UNKNOWN if none is clear of the others."""
@@ -153,13 +156,11 @@ class _Marks:
         (second, _), (best, language) = sorted((score, language) for language, score in scores.items())[-2:]
         return language if best - second >= _CLEAR and self._possible(language, words) else UNKNOWN
 
-    def close(self, words: Sequence[str]) -> list[str]:
-        """The languages that words may be in, as far as words and letters can tell."""
+    def close(self, words: Sequence[str], main: str) -> list[str]:
+        """The languages that words may be in; `main`, that of the text, if nothing speaks against it."""
         scores = self._scores(words)
-        best = max(scores.values())
-        return [
-            language for language, score in scores.items() if best - score < _CLOSE and self._possible(language, words)
-        ]
+        close = [language for language, score in scores.items() if max(scores.values()) - score < _CLOSE]
+        return [language for language in close if language == main or self._possible(language, words)]
 
     def _scores(self, words: Sequence[str]) -> dict[str, float]:
         """Language -> points: 1 for a word that no other language has, less for a shared one."""
@@ -170,15 +171,20 @@ class _Marks:
                     if word in listed:
                         scores[language] += 1 / self._sharing[word]
             if not self._plain.issuperset(word):
+                rarest = min(self._spelling[letter] for letter in word)
                 for language, known in self._letters.items():
-                    scores[language] -= 0 if known.issuperset(word) else _LACKING
+                    scores[language] += _LETTER / rarest if known.issuperset(word) else -_LETTER
         return scores
 
     def _possible(self, language: str, words: Sequence[str]) -> bool:
         """True if enough words are function words of a language, and few have a letter that it lacks."""
-        covered = sum(word in self._words[language] for word in words)
+        rare = {letter for letter in self._letters[language] if self._spelling[letter] <= _RARE}
+        listed = sum(word in self._words[language] for word in words)
+        spelled = sum(word not in self._words[language] and not rare.isdisjoint(word) for word in words)
         foreign = sum(not self._letters[language].issuperset(word) for word in words)
-        return covered >= _COVERED * len(words) and foreign <= _FOREIGN * len(words)
+        if listed < _LISTED * len(words) or listed + spelled < _COVERED * len(words):
+            return False
+        return foreign <= _FOREIGN * len(words)
 
 
 _MARKS = {

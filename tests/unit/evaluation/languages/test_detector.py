@@ -11,6 +11,7 @@ import pytest
 import phi4_mlx.convert
 from phi4_mlx.evaluation.languages.detector import UNKNOWN, detect, language_shares
 from phi4_mlx.evaluation.languages.texts import LANGUAGES
+from phi4_mlx.evaluation.long_context.language import load_language
 
 CALIBRATION = Path(phi4_mlx.convert.__path__[-1]) / "calibration.jsonl"
 
@@ -45,6 +46,14 @@ def test_chats_are_in_their_language_throughout(code: str) -> None:
         if len(text.split()) > 1 or code in ("ja", "th", "zh"):
             assert detect(text) == code, text
             assert language_shares(text)[code] > 0.9, text
+
+
+@pytest.mark.parametrize("code", LANGUAGES)
+def test_texts_by_another_hand_are_in_their_language(code: str) -> None:
+    """The sentences of long-context, which the lists of words were not made for."""
+    sentences = load_language(code).filler
+    for part in (sentences, sentences[:12], sentences[12:]):
+        assert language_shares(" ".join(part)).get(code, 0) > 0.95
 
 
 @pytest.mark.slow
