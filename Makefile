@@ -5,6 +5,9 @@ VENV = .venv
 PY = $(VENV)/bin/python
 CANDIDATES = $(PYTHON) python3 python3.13 python3.12 python3.11 python3.10
 
+# Without its dependencies, whose pins conflict with ours: an extra of setup.py cannot say so.
+LEADERBOARD = bfcl-eval==2026.3.23
+
 # The first Python that is new enough and can create virtual environments.
 FIND_PYTHON = for p in $(CANDIDATES); do \
 	"$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && { echo "$$p"; break; }; done
@@ -40,7 +43,7 @@ try:
     if subprocess.call("$(PY) -c 'import pip' >/dev/null 2>&1", shell=True):
         shutil.rmtree("$(VENV)", ignore_errors=True)
         run(sys.executable, "-m", "venv", "$(VENV)")
-    run("$(PY)", "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", "-e", sys.argv[1])
+    run("$(PY)", "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", *sys.argv[1:])
 except KeyboardInterrupt:
     sys.exit("\nmake: stopped; the next make goes on")
 show("", end="")
@@ -88,10 +91,11 @@ clean:
 $(VENV)/runtime.stamp: setup.py pyproject.toml
 	@python=`$(FIND_PYTHON)`; \
 	if test -z "$$python"; then echo '$(NO_PYTHON)' >&2; exit 1; fi; \
-	"$$python" -c "$$INSTALLER" .
+	"$$python" -c "$$INSTALLER" -e .
 	@touch $@
 	@echo 'Installed. To run the commands of README.md: source $(VENV)/bin/activate' >&2
 
 $(VENV)/dev.stamp: $(VENV)/runtime.stamp
-	@$(PY) -c "$$INSTALLER" '.[dev]'
+	@$(PY) -c "$$INSTALLER" -e '.[dev]'
+	@$(PY) -c "$$INSTALLER" --no-deps $(LEADERBOARD)
 	@touch $@

@@ -56,6 +56,7 @@ setup(
         "mcp": ["mcp>=2"],
         "pdf": ["pypdfium2>=4.30"],
         "record": ["sounddevice>=0.5"],
+        # bfcl-eval, for the task bfcl, is installed without its dependencies, which no extra can say: see the Makefile.
         "eval": ["lm-eval>=0.4.13"],
         "dev": [
             "lm-eval>=0.4.13",

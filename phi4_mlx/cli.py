@@ -21,10 +21,7 @@ COMMANDS = {
     "context": ("phi4_mlx.commands.context", "show the memory that a context takes, and what fits on this machine"),
     "lora": ("phi4_mlx.lora.__main__", "fine-tune a model on your own data"),
     "convert": ("phi4_mlx.convert.__main__", "convert a Hugging Face checkpoint to a package, such as a 4-bit one"),
-    "compare": (
-        "phi4_mlx.commands.compare",
-        "measure how far two models are apart on your data, such as after quantising",
-    ),
+    "compare": ("phi4_mlx.commands.compare", "measure how far a model is from another, such as before quantising"),
     "benchmark": ("phi4_mlx.commands.benchmark", "measure the speed of a model on this machine"),
     "evaluate": ("phi4_mlx.commands.evaluate", "score a model on tasks, beside published figures and other runs"),
     "fuse": ("phi4_mlx.commands.fuse", "merge an adapter into a model and write the result as a package"),

@@ -64,6 +64,7 @@ def table(comparison: Comparison) -> str:
         f"A: {comparison.a.name}",
         f"B: {comparison.b.name}",
         f"{amount(comparison.samples, 'sample')}, {amount(comparison.tokens, 'predicted token')}{intervals}",
+        *comparison.notes,
         "",
         f"{'':16}  {'A':{_COLUMN}}  B",
         *(f"{label:16}  {cells[0]:{_COLUMN}}  {cells[1]}" for label, cells in rows),

@@ -19,7 +19,6 @@ from phi4_mlx.terminal.limits import MAX_TOKENS_LIMIT, SEED_LIMIT, TEMPERATURE_L
 from phi4_mlx.terminal.options import add_model_options, load_options
 
 if TYPE_CHECKING:
-    from phi4_mlx.evaluation.comparator import Comparator
     from phi4_mlx.evaluation.options import Options
     from phi4_mlx.evaluation.result import TaskResult
     from phi4_mlx.evaluation.run import Job, Loaded, Run
@@ -28,7 +27,13 @@ if TYPE_CHECKING:
 
 PROG = typed("evaluate")
 _count = number(int, 1, 10_000_000)
-_ROW_OPTIONS = ("num_shots", "apply_chat_template", "temp", "top_p", "include_path", "lengths", "languages")
+_ROW_OPTIONS = (
+    "num_shots", "apply_chat_template", "temp", "top_p", "include_path", "lengths", "depths", "languages",
+)  # fmt: skip
+_WITH_DATA = {"tools", "arena-hard"}  # the package's own tasks that take --data
+_LM_OPTIONS = ("num_shots", "apply_chat_template", "include_path")
+# Options that only some of the package's own tasks have.
+_OWN_OPTIONS = {"lengths": ("long-context",), "languages": ("long-context", "languages"), "judge": ("arena-hard",)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,9 +75,29 @@ def _parser() -> Parser:
         "--output-dir", type=word, default="evaluation", metavar="FOLDER",
         help="folder for results.json, results.md, pictures and every answer",
     )  # fmt: skip
-    why = "with --suite, whose rows have their own"
-    parser.idle.append(Idle(_ROW_OPTIONS, lambda args: args.suite is not None, why))
+    parser.idle += [
+        Idle(_ROW_OPTIONS, lambda args: args.suite is not None, "with --suite, whose rows have their own"),
+        Idle(_LM_OPTIONS, _only_own, "on the package's own tasks"),
+        Idle(("data",), lambda args: _only_own(args) and not _asks(args, *_WITH_DATA), "on these tasks"),
+        Idle(("repeats",), lambda args: _only_own(args) and not _asks(args, "languages"), "on these tasks"),
+        Idle(("lengths", "depths"), lambda args: not _asks(args, "long-context"), "without the task long-context"),
+        Idle(("languages",), lambda args: not _asks(args, "long-context", "languages"), "without those tasks"),
+        Idle(("categories",), lambda args: not _asks(args, "bfcl", "tools"), "without the task bfcl or tools"),
+    ]
     return parser
+
+
+def _only_own(args: argparse.Namespace) -> bool:
+    """True if every task is one of the package's own."""
+    from phi4_mlx.evaluation.tasks import OWN
+
+    names = set(_names(args.tasks))
+    return bool(names) and names <= OWN.keys()
+
+
+def _asks(args: argparse.Namespace, *tasks: str) -> bool:
+    """True if one of these tasks is asked for; a suite may have any."""
+    return args.suite is not None or not {*tasks}.isdisjoint(_names(args.tasks))
 
 
 def _add_documents(parser: Parser) -> None:
@@ -101,11 +126,25 @@ def _add_documents(parser: Parser) -> None:
         help="prompt lengths of long-context, in tokens (default: its own)",
     )
     parser.add_argument(
+        "--depths",
+        nargs="+",
+        type=number(int, 0, 100),
+        metavar="N",
+        help="depths of what long-context hides, in per cent of the text (default: 0 25 50 75 100)",
+    )
+    parser.add_argument(
         "--languages",
         nargs="+",
         type=word,
         metavar="CODE",
-        help="languages of long-context and languages (default: all)",
+        help="codes of languages of long-context and languages, apart or with commas (default: all)",
+    )
+    parser.add_argument(
+        "--categories",
+        nargs="+",
+        type=word,
+        metavar="NAME",
+        help="kinds of question of bfcl (live, non_live, or such as live_simple) and tools (default: all)",
     )
 
 
@@ -168,15 +207,18 @@ def _evaluate(args: argparse.Namespace) -> None:
     suite, names = _asked(args, options)
     folder = Path(os.path.expanduser(args.output_dir)).absolute()
     with _warnings_as_lines():
-        loaded = load_jobs(_jobs(suite, names, options, None), skip=suite is not None)  # before minutes of loading
+        with progress_bar("data of tasks", of=_whole) as show:  # before minutes of loading a model
+            loaded = load_jobs(_jobs(suite, names, options, None), suite is not None, show or _no_progress)
         subject = _subject(args)
-        jobs = _jobs(suite, names, options, subject)
+        group, jobs = subject.group, _jobs(suite, names, options, subject)
         runs = [_run(jobs, loaded, subject, folder, _settings(args, names))]
         del subject
         for name in args.comparator:
-            place = folder / "comparators" / file_name(name)
-            runs.append(_run(jobs, loaded, load_comparator(name), place, _settings(args, names)))
-    _write(runs, suite, folder)
+            comparator, place = load_comparator(name), folder / "comparators" / file_name(name)
+            comparator.group = group
+            runs.append(_run(jobs, loaded, comparator, place, _settings(args, names)))
+    if group is None or group.rank() == 0:
+        _write(runs, suite, folder)
 
 
 def _options(args: argparse.Namespace) -> Options:
@@ -201,7 +243,9 @@ def _options(args: argparse.Namespace) -> Options:
         include_path=include,
         data=data,
         lengths=tuple(args.lengths or ()),
-        languages=tuple(args.languages or ()),
+        depths=tuple(args.depths or ()),
+        languages=tuple(_names(args.languages)),
+        categories=tuple(_names(args.categories)),
         confirm_run_unsafe_code=args.confirm_run_unsafe_code,
         judge=args.judge,
         folder=Path(os.path.expanduser(args.output_dir)).absolute(),
@@ -226,26 +270,34 @@ def _samples(given: str | None) -> dict[str, list[int]]:
     )
     if not is_ids:
         raise RequestError(f'--samples must map tasks to lists of ids, as {{"arc_challenge": [0, 3]}}, not {text:.100}')
-    return {name: list(dict.fromkeys(ids)) for name, ids in value.items()}
+    return {name: sorted(set(ids)) for name, ids in value.items()}
+
+
+def _names(given: Sequence[str] | None) -> list[str]:
+    """The names of an option, apart or with commas, each once."""
+    return list(dict.fromkeys(name for part in given or () for name in part.split(",") if name))
 
 
 def _asked(args: argparse.Namespace, options: Options) -> tuple[Suite | None, list[str]]:
     """The suite or the names of tasks, known to exist before a model is loaded."""
     from phi4_mlx.evaluation.suite import load_suite
-    from phi4_mlx.evaluation.tasks import OWN
+    from phi4_mlx.evaluation.tasks import OWN, check_own_task
 
     if args.suite is not None:
         from phi4_mlx.evaluation.task_index import tasks_folder
 
         tasks_folder()  # lm-eval is installed
         return load_suite(args.suite), []
-    names = list(dict.fromkeys(name for given in args.tasks for name in given.split(",") if name))
+    names = _names(args.tasks)
     if not names:
         raise RequestError("--tasks names no task")
     if not set(names) <= OWN.keys():
         from phi4_mlx.evaluation.lm_tasks import check_task_names
 
         check_task_names(names, [*OWN], options.include_path)
+    for name in names:
+        if name in OWN:
+            check_own_task(name, options)
     return None, names
 
 
@@ -276,21 +328,23 @@ def _settings(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
         "tasks": list(names),
         "samples": _samples(args.samples),
         "lengths": args.lengths,
-        "languages": args.languages,
+        "depths": args.depths,
+        "languages": _names(args.languages),
+        "categories": _names(args.categories),
     }
-    return {name: getattr(args, name) for name in kept} | own | {"judge": args.judge, "comparators": args.comparator}
+    return {name: getattr(args, name) for name in kept} | own | {"judge": args.judge}
 
 
 def _run(
     jobs: Sequence[Job],
     loaded: Loaded,
-    subject: Subject | Comparator,
+    subject: Subject,
     folder: Path,
     settings: dict[str, Any],
 ) -> Run:
     """Runs jobs on a model, with `results.json` after each."""
     from phi4_mlx.evaluation.answers import Answers
-    from phi4_mlx.evaluation.run import Run, file_name, not_for, open_run, run_job, versions
+    from phi4_mlx.evaluation.run import Run, file_name, open_run, run_job, versions
     from phi4_mlx.evaluation.sharing import answers_path
 
     run = open_run(folder, Run(subject.name, subject.fingerprint, settings, versions(), {}, dict(loaded.missing)))
@@ -298,8 +352,7 @@ def _run(
     try:
         for place, job in enumerate(jobs, 1):
             label = f"{place}/{len(jobs)} {job.name}"
-            if reason := loaded.missing.get(job.name) or not_for(job, subject):
-                run.missing[job.name] = reason
+            if reason := loaded.missing.get(job.name):
                 complain(PROG, f"{label} is left out: {reason}")
                 continue
             path = answers_path(folder / "answers", file_name(job.name), subject.group)
@@ -325,11 +378,15 @@ def _line(result: TaskResult) -> str:
 
 
 def _write(runs: Sequence[Run], suite: Suite | None, folder: Path) -> None:
-    """Writes results.md and the pictures, and prints the tables."""
+    """Writes results.md and the pictures, and prints the tables; of several processes, the first one does."""
     from phi4_mlx.evaluation.pictures import NO_PICTURE, draw_run
+    from phi4_mlx.evaluation.sharing import join_group
     from phi4_mlx.evaluation.tables import run_markdown
     from phi4_mlx.files.atomic import replacing
 
+    group = join_group()
+    if group is not None and group.rank():
+        return
     text = run_markdown(runs, suite)
     with replacing(folder / "results.md") as path:
         path.write_text(text, encoding="utf-8")

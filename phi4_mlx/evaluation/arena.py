@@ -101,7 +101,7 @@ def _judged(
     samples, scores = [], []
     for place, sample in enumerate(result.samples):
         own, swapped = verdicts[2 * place], verdicts[2 * place + 1]
-        kept = [_SCORES[own[-1]]] * bool(own) + [1 - _SCORES[swapped[-1]]] * bool(swapped)
+        kept = [_SCORES[verdict] for verdict in own[-1:]] + [1 - _SCORES[verdict] for verdict in swapped[-1:]]
         score = sum(kept) / len(kept) if kept else None
         scores += [] if score is None else [score]
         samples.append({**sample, "score": score, "verdicts": [each[-1] if each else None for each in (own, swapped)]})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 from phi4_mlx.errors import check_whole
 from phi4_mlx.evaluation.answers import Answers, key_of
-from phi4_mlx.evaluation.plan import room_for_rows
+from phi4_mlx.evaluation.plan import room_for_rows, shared
 from phi4_mlx.evaluation.sharing import share_out
 from phi4_mlx.evaluation.subject import Progress, Subject
 from phi4_mlx.files.json_file import JsonObject
@@ -36,7 +35,7 @@ class Question:
 
     Attributes:
         name: an id for messages; the answer does not depend on it.
-        prompt: messages, as for the chat template; or text, in which control strings are control tokens.
+        prompt: messages, as for the chat template; text, in which control strings are control tokens; or ids.
         tools: declared to the model, with messages only; their calls are parsed.
         max_tokens: the most tokens to draw.
         stops: strings that end the answer before them, matched while it is drawn, after the thoughts.
@@ -46,7 +45,7 @@ class Question:
     """
 
     name: str
-    prompt: str | Sequence[Mapping[str, Any]]
+    prompt: str | Sequence[Mapping[str, Any]] | Sequence[int]
     tools: Sequence[Any] | None = None
     max_tokens: int = 512
     stops: tuple[str, ...] = ()
@@ -146,10 +145,7 @@ class _Asked:
         check_whole(f"max_tokens of {question.name}", question.max_tokens, 1)
         Sampler(question.temp, question.top_p)
         AnswerText(tokenizer.streaming_decoder(), question.stops)
-        if isinstance(question.prompt, str):
-            ids = tokenizer.encode(question.prompt, specials=True) or [subject.start_id]
-        else:
-            ids = [*tokenizer.apply_chat_template(question.prompt, question.tools)]
+        ids = _ids(tokenizer, question) or [subject.start_id]
         subject.model.check_ids(ids)
         most = longest - min(question.max_tokens, longest // 2)
         kept = ids[max(0, len(ids) - most) :]
@@ -167,6 +163,16 @@ class _Asked:
         return BatchSequence(model, [*self.ids], self.max_tokens, sampler)
 
 
+def _ids(tokenizer: Tokenizer, question: Question) -> list[int]:
+    """The ids of a prompt."""
+    prompt = question.prompt
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt, specials=True)
+    ids = [each for each in prompt if isinstance(each, int)]
+    messages = [each for each in prompt if not isinstance(each, int)]
+    return [*tokenizer.apply_chat_template(messages, question.tools)] if messages else ids
+
+
 def _answer_all(subject: Subject, asked: Sequence[_Asked], answers: Answers, progress: Progress | None) -> None:
     """Answers what has no answer yet."""
     model = subject.model
@@ -180,16 +186,18 @@ def _answer_all(subject: Subject, asked: Sequence[_Asked], answers: Answers, pro
     while queue or drawings:
         if progress is not None:
             progress(len(asked) - len(queue) - len(drawings), len(asked))
-        unread = {sequence: tokens for sequence, tokens in unread.items() if sequence in drawings and not sequence.drawn}
+        unread = {
+            sequence: tokens for sequence, tokens in unread.items() if sequence in drawings and not sequence.drawn
+        }
         # The next prompt starts only when the beginning that it shares is in a cache.
         while queue and len(drawings) < MAX_ROWS:
-            new = len(queue[0].ids) - _shared(before, queue[0].ids)
+            new = len(queue[0].ids) - shared(before, queue[0].ids)
             if unread and sum(unread.values()) + new > PREFILL_STEP_SIZE:
                 break
             each = queue.popleft()
             sequence = each.sequence(model)
             if queue:  # models whose caches cannot be trimmed branch off at a snapshot
-                sequence.last_turn = _shared(each.ids, queue[0].ids)
+                sequence.last_turn = shared(each.ids, queue[0].ids)
             drawings[sequence], unread[sequence], before = _Drawing(subject.tokenizer, each), new, each.ids
             batch.add(sequence)
         for event in batch.step():
@@ -291,18 +299,13 @@ class _Beginnings:
         latest = self._latest
         if latest is None or latest.regime != sequence.regime:
             return None
-        length = latest.reusable(_shared(latest.keys, sequence.ids[:-1]))
+        length = latest.reusable(shared(latest.keys, sequence.ids[:-1]))
         return latest.fork(length) if length else None
 
     def keep(self, sequence: BatchSequence) -> None:
         """See `PrefixStore`."""
         assert sequence.cache is not None
         self._latest = sequence.cache.fork(sequence.cache.offset)
-
-
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """Tokens that two sequences have in common at their start."""
-    return len(os.path.commonprefix([a, b]))
 
 
 def _read(value: JsonObject) -> Answer:

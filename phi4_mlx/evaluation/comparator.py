@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx.errors import CheckpointError, Phi4Error, RequestError, message_of
 from phi4_mlx.evaluation.comparator_tokenizer import ComparatorTokenizer
+from phi4_mlx.evaluation.sharing import join_group
 from phi4_mlx.evaluation.subject import Subject, fingerprint
 from phi4_mlx.files.json_file import JsonObject, read_json
 from phi4_mlx.fingerprint import base_fingerprint
@@ -45,7 +46,7 @@ def load_comparator(name: str) -> Subject:
     config = read_json(folder / "config.json")
     with shared_stream():
         try:
-            model, tokenizer = load(str(folder))
+            model, tokenizer = load(str(folder))[:2]
         except Phi4Error:
             raise
         except Exception as error:  # mlx-lm has no class of its own
@@ -67,7 +68,8 @@ def comparator(inner: nn.Module, tokenizer: ComparatorTokenizer, name: str, conf
     """
     model = MlxLmModel(inner, name, config)
     model.eval()
-    return Subject(model, tokenizer, name, fingerprint(base_fingerprint(model), tokenizer.fingerprint()), tokenizer.start_id)
+    parts = base_fingerprint(model), tokenizer.fingerprint()
+    return Subject(model, tokenizer, name, fingerprint(*parts), tokenizer.start_id, join_group())
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ class MlxLmModel(LanguageModel):
     @property
     def head(self) -> nn.Module:
         """See `LanguageModel.head`."""
-        head: nn.Module = self.inner["lm_head"] if "lm_head" in self.inner else self.inner.model.embed_tokens
+        head: nn.Module = self.inner.get("lm_head", self.inner.model.embed_tokens)
         return head
 
     @property
@@ -212,7 +214,7 @@ class MlxLmModel(LanguageModel):
         return [KVCache() for _ in self.layers]
 
     def context_cost(self, kv_bits: int | None = None) -> ContextCost:
-        """See `LanguageModel.context_cost`; activations are those of the widest layer, and scores may be materialised."""
+        """See `LanguageModel.context_cost`; an upper bound, with all scores in memory."""
         arrays = [array for _, array in tree_flatten(self.layers[0].parameters())]
         widest = max(int(array.shape[0]) for array in arrays)
         heads = max(1, self.config.hidden_size // 64)

@@ -30,7 +30,7 @@ class ComparatorTokenizer(Tokenizer):
             self.chat_format = _Template(wrapper)
 
     def encode(self, text: str, specials: bool = False) -> list[int]:
-        """See `Tokenizer.encode`; with `specials` a text begins with the token that begins one, where the model has it."""
+        """See `Tokenizer.encode`; with `specials`, a text begins with the model's start token, if it has one."""
         if not specials:
             ids = self._wrapper.encode(text, add_special_tokens=False, split_special_tokens=True)
         else:

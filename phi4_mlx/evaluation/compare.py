@@ -28,7 +28,7 @@ from phi4_mlx.evaluation.distributions import Array, Columns, Rows
 from phi4_mlx.hub import resolve
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.shared_stream import shared_stream
-from phi4_mlx.terminal.amount import size
+from phi4_mlx.terminal.amount import amount, size
 from phi4_mlx.tokens.tokenizer import Tokenizer
 
 CHUNK = 512  # tokens that run at once; a longer sample runs in chunks with a cache
@@ -82,6 +82,7 @@ class Comparison:
         agreement: the share of tokens at which both have the same likeliest one.
         samples: number of samples.
         tokens: number of tokens that the models predicted: all except the first of each sample.
+        notes: lines about samples that were cut or left out.
     """
 
     a: Side
@@ -89,6 +90,7 @@ class Comparison:
     agreement: Figure
     samples: int
     tokens: int
+    notes: tuple[str, ...]
 
 
 def compare(
@@ -109,7 +111,7 @@ def compare(
         Phi4Error: as `phi4_mlx.checkpoint.load` for either model.
     """
     folders = resolve(a), resolve(b)
-    samples, vocabulary = _shared_samples((str(a), str(b)), folders, data)
+    samples, vocabulary, notes = _shared_samples((str(a), str(b)), folders, data)
     columns = columns or Columns(vocabulary)
     places = sum(len(sample.ids) - 1 for sample in samples)
     passes = 2 if columns.all_tokens else 3
@@ -128,11 +130,13 @@ def compare(
             _record(folders[0], samples, one, None, advance)
         _record(folders[1], samples, two, (one, two), advance)
         _record(folders[0], samples, one, (one, two), advance)
-        return _result(one, two, samples)
+        return _result(one, two, samples, notes)
 
 
-def _shared_samples(names: tuple[str, str], folders: tuple[Path, Path], data: str | Path) -> tuple[list[Sample], int]:
-    """The samples as both models encode them, and the size of their vocabulary; the models are not loaded."""
+def _shared_samples(
+    names: tuple[str, str], folders: tuple[Path, Path], data: str | Path
+) -> tuple[list[Sample], int, tuple[str, ...]]:
+    """The samples as both models encode them, the size of their vocabulary, and notes; the models are not loaded."""
     configs = [load_config(folder) for folder in folders]
     sizes = [config.vocab_size for config in configs]
     if sizes[0] != sizes[1]:
@@ -151,14 +155,20 @@ def _shared_samples(names: tuple[str, str], folders: tuple[Path, Path], data: st
             "different tokens cannot be compared, so choose two models with one tokenizer"
         )
     longest = min(config.max_position_embeddings for config in configs)
-    samples, again = (load_samples(data, each, max_seq_length=longest)[0] for each in (one, two))
+    (samples, report), (again, _) = (load_samples(data, each, max_seq_length=longest) for each in (one, two))
     for sample, same in zip(samples, again, strict=True):
         if sample.ids != same.ids:
             raise RequestError(
                 f"{sample.source} has other tokens in {names[0]} ({one.chat_format.name}) than in {names[1]} "
                 f"({two.chat_format.name}), whose chat formats differ; compare them on plain texts"
             )
-    return samples, sizes[0]
+    notes = []
+    if report.truncated:
+        notes.append(f"cut at the context of {longest:,} tokens: {amount(report.truncated, 'sample')}")
+    if report.skipped:
+        left_out = amount(len(report.skipped), "sample")
+        notes.append(f"left out, with no token to predict: {left_out}, the first {report.skipped[0]}")
+    return samples, sizes[0], tuple(notes)
 
 
 def _other_token(one: Tokenizer, two: Tokenizer, vocabulary: int) -> tuple[int, tuple[bytes, bytes]] | None:
@@ -256,32 +266,44 @@ def _log_probs(model: LanguageModel, sample: Sample, name: str) -> Iterator[tupl
             yield start + row, found
 
 
-def _result(a: _Recording, b: _Recording, samples: Sequence[Sample]) -> Comparison:
+def _result(a: _Recording, b: _Recording, samples: Sequence[Sample], notes: tuple[str, ...]) -> Comparison:
     """The figures, from sums over each sample."""
-    lengths = [len(sample.ids) - 1 for sample in samples]
-    ends = np.cumsum(lengths, dtype=np.int64)
+    lengths = np.array([len(sample.ids) - 1 for sample in samples])
+    ends = np.cumsum(lengths)
     sums = np.stack([_divergences(a, b, end - n, end) for end, n in zip(ends, lengths, strict=True)])  # [samples, 6]
-    draws = np.random.default_rng(0).multinomial(len(samples), [1 / len(samples)] * len(samples), RESAMPLES)
-    tokens = np.array(lengths, float)
-
-    def figure(of_samples: Array, shown: Callable[[Array], Array] = lambda means: means) -> Figure:
-        value = float(shown(of_samples.sum() / tokens.sum()))
-        if len(samples) == 1:
-            return Figure(value, None, None)
-        low, high = np.percentile(shown((draws @ of_samples) / (draws @ tokens)), [2.5, 97.5])
-        return Figure(value, float(low), float(high))
 
     def summed(values: Sequence[float]) -> Array:
-        return np.add.reduceat(np.array(values, float), ends - np.array(lengths))
-
-    def side(own: _Recording, kl: int) -> Side:
-        outside, mass = (float(sums[:, part].sum() / tokens.sum()) for part in (kl + 1, kl + 2))
-        perplexity = figure(-summed(own.true), np.exp)
-        each = sums[:, kl].copy()
-        return Side(own.name, own.weights_bytes, perplexity, figure(each), outside, mass, tuple(each.tolist()))
+        return np.add.reduceat(np.array(values, float), ends - lengths)
 
     same = summed([one == two for one, two in zip(a.best, b.best, strict=True)])
-    return Comparison(side(a, 0), side(b, 3), figure(same), len(samples), int(tokens.sum()))
+    tokens = float(lengths.sum())
+    parts = [lengths.astype(float), sums[:, 0].copy(), sums[:, 3].copy(), -summed(a.true), -summed(b.true), same]
+    drawn = _resampled(parts)
+
+    def figure(part: int, shown: Callable[[Array], Array] = lambda means: means) -> Figure:
+        value = float(shown(parts[part].sum() / tokens))
+        if len(samples) == 1:
+            return Figure(value, None, None)
+        low, high = np.percentile(shown(drawn[part] / drawn[0]), [2.5, 97.5])
+        return Figure(value, float(low), float(high))
+
+    def side(own: _Recording, kl: int, part: int) -> Side:
+        outside, mass = (float(sums[:, each].sum() / tokens) for each in (kl + 1, kl + 2))
+        perplexity, sample_kl = figure(part + 2, np.exp), tuple(parts[part].tolist())
+        return Side(own.name, own.weights_bytes, perplexity, figure(part), outside, mass, sample_kl)
+
+    return Comparison(side(a, 0, 1), side(b, 3, 2), figure(5), len(samples), int(tokens), notes)
+
+
+def _resampled(parts: Sequence[Array]) -> list[Array]:
+    """Sums [RESAMPLES] of each array [samples] over samples drawn with replacement, the same draws for all arrays."""
+    count, generator = len(parts[0]), np.random.default_rng(0)
+    at_once = max(1, 2**22 // count)
+    found = []
+    for first in range(0, RESAMPLES, at_once):
+        draws = generator.multinomial(count, np.full(count, 1 / count), min(at_once, RESAMPLES - first))
+        found.append([draws @ part for part in parts])  # one by one: each sum is the same in any company
+    return [np.concatenate(each) for each in zip(*found, strict=True)]
 
 
 def _divergences(a: _Recording, b: _Recording, start: int, stop: int) -> Array:

@@ -6,12 +6,12 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from os.path import commonpath
 from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.evaluation.answers import Answers
 from phi4_mlx.evaluation.asking import Answer, Question, ask
+from phi4_mlx.evaluation.plan import shared
 from phi4_mlx.evaluation.scoring import scores
 from phi4_mlx.evaluation.subject import Progress, Subject
 
@@ -33,11 +33,11 @@ _USED = {
 }  # fmt: skip
 
 
-class Harness(TemplateLM):  # type: ignore[misc]  # lm-eval has no type information
+class Harness(TemplateLM):
     """A subject as lm-eval asks it.
 
-    Texts are read as Hugging Face reads them: control strings in them are control tokens, so that a rendered chat keeps
-    its turns.
+    Texts are read as Hugging Face reads them: control strings in them are control tokens. Those in the messages of a
+    chat stay text.
 
     Args:
         subject: the model.
@@ -68,6 +68,7 @@ class Harness(TemplateLM):  # type: ignore[misc]  # lm-eval has no type informat
         self._subject, self._answers, self._progress = subject, answers, progress
         self._seed, self._max_tokens, self._temp, self._top_p = seed, max_tokens, temp, top_p
         self._encode = lru_cache(maxsize=64)(lambda text: tuple(subject.tokenizer.encode(text, specials=True)))
+        self._rendered: dict[str, list[int]] = {}
         self.drawn: list[tuple[Instance, Answer]] = []
 
     @property
@@ -101,7 +102,11 @@ class Harness(TemplateLM):  # type: ignore[misc]  # lm-eval has no type informat
         """
         tokenizer = self._subject.tokenizer
         render = self._chat_format.render if add_generation_prompt else self._chat_format.render_open
-        return tokenizer.decode(render(tokenizer, chat_history))
+        ids = render(tokenizer, chat_history)
+        text: str = tokenizer.decode(ids)
+        if self.tok_encode(text) != ids:  # a message has a control string, which must stay text
+            self._rendered[text] = [*ids]
+        return text
 
     @property
     def _chat_format(self) -> Any:
@@ -111,8 +116,9 @@ class Harness(TemplateLM):  # type: ignore[misc]  # lm-eval has no type informat
         return chat_format
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Encodes a text, control strings as control tokens."""
-        return [*self._encode(string)]
+        """Encodes a text, control strings as control tokens, except those in messages that were rendered."""
+        begun = max((text for text in self._rendered if string.startswith(text)), key=len, default="")
+        return [*self._rendered.get(begun, ()), *self._encode(string[len(begun) :])]
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """See `TemplateLM.loglikelihood`."""
@@ -139,8 +145,8 @@ class Harness(TemplateLM):  # type: ignore[misc]  # lm-eval has no type informat
         before, after = self._encode_pair(context, continuation)
         if continuation and not after:  # one token reaches over the border: it belongs to the continuation
             whole = self.tok_encode(context + continuation)
-            shared = len(commonpath([before, whole]))
-            before, after = whole[:shared], whole[shared:]
+            border = shared(before, whole)
+            before, after = whole[:border], whole[border:]
         return before, after
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -171,7 +177,7 @@ class Harness(TemplateLM):  # type: ignore[misc]  # lm-eval has no type informat
         temp = settings.get("temperature", 0.0)
         return Question(
             name=f"{context[-40:]!r}",
-            prompt=context,
+            prompt=self.tok_encode(context),
             max_tokens=self._max_tokens or settings["max_gen_toks"],
             stops=tuple(dict.fromkeys(stop for stop in stops if stop)),
             temp=temp if self._temp is None else self._temp,

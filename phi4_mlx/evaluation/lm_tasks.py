@@ -7,15 +7,18 @@ import hashlib
 import logging
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 from phi4_mlx.errors import Phi4Error, RequestError, message_of
 from phi4_mlx.evaluation.task_index import MISSING, known_tasks
 from phi4_mlx.terminal.suggestion import suggestion
+
+_FORMATS = ("json", "csv", "parquet", "text", "arrow")  # in place of a data set: the YAML names files
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,14 @@ def check_task_names(names: list[str], own: list[str], include_path: Path | None
     Raises:
         RequestError: a name is not known; the nearest ones are named.
     """
+    included = _included(include_path)
     for name in names:
-        if name in own or name in _included(include_path):
+        if name in own or name in included:
             continue
         if name not in known_tasks():
-            near = suggestion(name, [*own, *_included(include_path), *known_tasks()])
+            near = suggestion(name, [*own, *included, *known_tasks()])
+            if name.endswith((".yaml", ".yml")):
+                near = "; name the task in that file, and its folder with --include-path"
             advice = near or f"; own tasks are {', '.join(own)}; `lm_eval ls tasks` lists lm-eval's"
             raise RequestError(f"{name!r:.100} is not a task{advice}{_unread(include_path)}")
 
@@ -78,7 +84,16 @@ def load_tasks(name: str, include_path: Path | None, data: Path | None) -> list[
         RequestError: the task's YAML or its data cannot be used.
     """
     quieten()
+    if data is not None and not data.is_dir():
+        raise RequestError(f"--data {data} is a file; lm-eval's tasks take a folder with copies of data sets")
     manager = _manager(include_path, name)
+    entry = manager.task_index.get(name)
+    config: Mapping[str, Any] = (entry.cfg if entry else None) or {}
+    if config.get("dataset_path") in _FORMATS:
+        data = None  # its files are named in the YAML, and may be relative to where the user is
+    if name in _included(include_path) and (unknown := _unknown_metric(config)):  # lm-eval asks the Hub for it
+        advice = suggestion(unknown, _metrics()) or "; hf_evaluate: true takes it from the library evaluate"
+        raise RequestError(f"{name} has the metric {unknown!r:.100}, which lm-eval does not know{advice}")
     random.seed(0)  # GPQA, for one, shuffles its choices as it loads; datasets keeps the first order on the disk
     try:
         with _working_in(data):
@@ -86,7 +101,7 @@ def load_tasks(name: str, include_path: Path | None, data: Path | None) -> list[
     except (Phi4Error, MemoryError):
         raise
     except Exception as error:
-        raise RequestError(_load_message(name, manager, data, error)) from error
+        raise RequestError(_load_message(name, config, data, error)) from error
     tasks, groups = loaded["tasks"], loaded.get("groups", {})
     if not tasks:
         raise RequestError(f"{name} has no tasks{_unread(include_path)}")
@@ -102,16 +117,24 @@ def quieten() -> None:
     Raises:
         RequestError: lm-eval is not installed.
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read as tqdm is imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         import datasets
-        import lm_eval  # noqa: F401
+        import lm_eval.api.metrics
+        import lm_eval.api.task
     except ImportError:
         raise RequestError(MISSING) from None
     datasets.disable_progress_bars()
-    for library in ("lm_eval", "datasets", "huggingface_hub", "fsspec"):
+    lm_eval.api.task.tqdm = lambda documents, **_: documents  # it has no switch of its own
+    lm_eval.api.metrics.bootstrap_stderr = _bootstrapped  # its own forks this process, with MLX's threads, and prints
+    for library in ("lm_eval", "datasets", "huggingface_hub", "fsspec", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def _bootstrapped(metric: Callable[[Sequence[Any]], float], scores: Sequence[Any], iters: int) -> float:
+    """The standard error of a metric that is not a mean, by resampling."""
+    draw = random.Random(0)
+    return stdev(metric(draw.choices(scores, k=len(scores))) for _ in range(iters))
 
 
 def _manager(include_path: Path | None, name: str) -> Any:
@@ -124,7 +147,6 @@ def _manager(include_path: Path | None, name: str) -> Any:
     return _whole_manager(include_path)
 
 
-@cache
 def _small_manager(include_path: Path | None, folder: Path | None) -> Any:
     from lm_eval.tasks import TaskManager
 
@@ -148,7 +170,6 @@ def _children(config: Mapping[str, Any]) -> list[str]:
     return [name for name in named if isinstance(name, str)]
 
 
-@cache
 def _included(include_path: Path | None) -> tuple[str, ...]:
     """The names of the tasks in a folder of own YAML.
 
@@ -204,14 +225,13 @@ def _working_in(folder: Path | None) -> Iterator[None]:
         datasets.config.HF_DATASETS_CACHE = cache
 
 
-def _load_message(name: str, manager: Any, data: Path | None, error: Exception) -> str:
+def _load_message(name: str, config: Mapping[str, Any], data: Path | None, error: Exception) -> str:
     """One line that says why a task cannot be loaded: its data set, a split of it, or its YAML."""
     from datasets.exceptions import DatasetsError
 
-    entry = manager.task_index.get(name)
-    config: Mapping[str, Any] = (entry.cfg if entry else None) or {}
     source = config.get("dataset_path")
-    which = f"{name}: the data set" if source is None else f"{name}: the data set {source}"
+    local = source in _FORMATS
+    which = f"{name}: {'its data' if local or source is None else f'the data set {source}'}"
     if config.get("dataset_name"):
         which += f" ({config['dataset_name']})"
     reason = message_of(error)
@@ -220,7 +240,11 @@ def _load_message(name: str, manager: Any, data: Path | None, error: Exception) 
     if "must have valid or test docs" in reason or isinstance(error, NotImplementedError):
         return f"{which} has no test split that the task names; name one in its YAML: test_split, or validation_split"
     if isinstance(error, KeyError) and error.args and error.args[0] in _splits(config):
-        return f"{which} has no split {error.args[0]!r}, which the task needs; a copy with that split goes in --data"
+        return f"{which} has no split {error.args[0]!r}, which its YAML names"
+    if isinstance(error, (StopIteration, IndexError)):
+        return f"{which} has no documents"
+    if local and isinstance(error, (OSError, DatasetsError)):
+        return f"{which} cannot be read: {message_of(error.__cause__ or error):.300}"
     if isinstance(error, (OSError, DatasetsError)) or "Couldn't find" in reason or "BuilderConfig" in reason:
         offline = " and HF_DATASETS_OFFLINE is set" if _offline() else " and cannot be fetched"
         where = "" if source is None else f": {data or 'DIR'}/{source}"
@@ -228,8 +252,24 @@ def _load_message(name: str, manager: Any, data: Path | None, error: Exception) 
     return f"{name} cannot be loaded: {type(error).__name__}: {reason:.300}"
 
 
+def _metrics() -> list[str]:
+    from lm_eval.api.registry import METRIC_REGISTRY
+
+    return list(METRIC_REGISTRY)
+
+
+def _unknown_metric(config: Mapping[str, Any]) -> str:
+    """The first metric of a task that lm-eval does not know and the task does not compute itself; "" if none."""
+    listed = [each for each in config.get("metric_list") or () if isinstance(each, dict)]
+    named = [each.get("metric") for each in listed if not each.get("hf_evaluate")]
+    known = _metrics()
+    unknown = [name for name in named if isinstance(name, str) and name not in known and "/" not in name]
+    return unknown[0] if unknown and not config.get("process_results") else ""
+
+
 def _splits(config: Mapping[str, Any]) -> list[Any]:
-    return [config.get(f"{kind}_split") for kind in ("training", "validation", "test", "fewshot")]
+    named = [config.get(f"{kind}_split") for kind in ("training", "validation", "test", "fewshot")]
+    return [split for split in named if split is not None]
 
 
 def _offline() -> bool:

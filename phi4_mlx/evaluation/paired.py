@@ -73,7 +73,7 @@ def _mcnemar(wins: int, losses: int) -> float:
     for each in range(1, min(wins, losses) + 1):
         ways = ways * (differing - each + 1) // each
         tail += ways
-    return min(1.0, 2 * tail / 2**differing)
+    return float(min(1.0, 2 * tail / 2**differing))
 
 
 def _permutation(differences: Sequence[float], seed: int) -> tuple[float, str]:

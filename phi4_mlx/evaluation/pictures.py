@@ -53,7 +53,7 @@ def draw_run(runs: Sequence[Run], suite: Suite | None, folder: Path) -> list[Pat
 
 def _ours(run: Run, name: str) -> Metric | None:
     result = run.results.get(name)
-    if result is None:
+    if result is None or not math.isfinite(result.main.value):
         return None
     main = result.main
     return Metric(main.name, 100 * main.value, None if main.stderr is None else 100 * main.stderr, main.count)
@@ -66,7 +66,8 @@ def _draw(bars: Bars, rows: Sequence[str], title: str, path: Path) -> Path:
 
     columns = min(9, len(rows))
     lines = math.ceil(len(rows) / columns)
-    figure = Figure(figsize=(max(5, 1.5 * columns), 1 + 2.9 * lines), layout="constrained")
+    inches = max(8.0, 1.5 * columns)
+    figure = Figure(figsize=(inches, 1.2 + 2.9 * lines), layout="constrained")
     colours = colormaps["tab10"]
     width = 0.85 / len(bars)
     for line, axes in enumerate(figure.subplots(lines, 1, squeeze=False)[:, 0]):
@@ -85,9 +86,9 @@ def _draw(bars: Bars, rows: Sequence[str], title: str, path: Path) -> Path:
                 error_kw={"elinewidth": 1, "capsize": 2},
             )
         axes.set_xticks([at + 0.425 - width / 2 for at in range(len(part))], part, fontsize=8)
-        axes.set(ylim=(0, 100), xlim=(-0.5, columns - 0.1), ylabel="%")
+        axes.set(ylim=(0, 100), xlim=(-0.2, columns), ylabel="%")
         axes.grid(axis="y", alpha=0.3)
     figure.suptitle(title, fontsize=10)
-    figure.legend(loc="outside lower center", ncols=min(4, len(bars)), fontsize=8)
+    figure.legend(loc="outside lower center", ncols=min(len(bars), int(inches / 3.2)), fontsize=8)
     figure.savefig(path, dpi=120)
     return path

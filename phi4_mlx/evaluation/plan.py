@@ -6,12 +6,13 @@ left of them runs in passes of several rows, and where many share more, in nodes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from os.path import commonpath
 
 from phi4_mlx.generation.memory import ContextPlan
+
+Ids = tuple[int, ...]
 
 PASS_COST = 16  # tokens; a pass reads all weights, which takes a Mac about as long as computing so many 4-bit tokens
 
@@ -26,15 +27,15 @@ class Node:
         stop: tokens at the start that all sequences share.
     """
 
-    sequences: list[list[int]]
+    sequences: list[Ids]
     start: int
 
     @property
     def stop(self) -> int:
         """Tokens at the start that all sequences share."""
-        return len(commonpath([self.sequences[0], self.sequences[-1]]))
+        return shared(self.sequences[0], self.sequences[-1])
 
-    def split(self) -> tuple[list[list[int]], list[Node]]:
+    def split(self) -> tuple[list[Ids], list[Node]]:
         """What follows the shared beginning: sequences that run as rows, and nodes, the largest one last."""
         stop, rows, nodes = self.stop, [], []
         for _, group in groupby((ids for ids in self.sequences if len(ids) > stop), lambda ids: ids[stop]):
@@ -46,21 +47,28 @@ class Node:
         return rows, sorted(nodes, key=lambda node: len(node.sequences))
 
 
-def packs(rows: Sequence[list[int]], start: int, most_rows: int, most_tokens: int) -> Iterator[list[list[int]]]:
+def shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens that two sequences have in common at their start."""
+    return next((n for n, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
+
+
+def packs(rows: Sequence[Ids], start: int, most_rows: Callable[[int], int], most_tokens: int) -> Iterator[list[Ids]]:
     """Rows that run in one pass, padded to the longest.
 
     Args:
         rows: the ids of each.
         start: tokens of each that have been run.
-        most_rows: the most rows of a pass.
+        most_rows: the tokens of the longest row -> the most rows of a pass.
         most_tokens: the most tokens of a pass of several rows, with padding.
     """
-    pack: list[list[int]] = []
+    pack: list[Ids] = []
     for ids in sorted(rows, key=len):
         new, shortest = len(ids) - start, len(pack[0]) - start if pack else 0
         padding = sum(len(ids) - len(each) for each in pack)
         if pack and (
-            len(pack) == most_rows or new * (len(pack) + 1) > most_tokens or padding > max(PASS_COST, shortest)
+            len(pack) >= most_rows(len(ids))
+            or new * (len(pack) + 1) > most_tokens
+            or padding > max(PASS_COST, shortest)
         ):
             yield pack
             pack = []
@@ -70,5 +78,5 @@ def packs(rows: Sequence[list[int]], start: int, most_rows: int, most_tokens: in
 
 
 def room_for_rows(plan: ContextPlan, length: int) -> int:
-    """Bytes for rows beside the weights and a prefill of `length` tokens; while rows are moved, they take as many again."""
+    """Bytes for rows beside a prefill of `length` tokens: half of what is left, as they are copied while they move."""
     return max(0, plan.limit_bytes - plan.peak_bytes(length)) // 2

@@ -29,6 +29,21 @@ class Metric:
     stderr: float | None
     count: int
 
+    def to_json(self) -> dict[str, Json]:
+        """The metric as JSON values; a value that is not finite is null there."""
+        return {**vars(self), "value": self.value if math.isfinite(self.value) else None}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Json]) -> Metric:
+        """The metric that `to_json` described.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not one.
+        """
+        name, number, stderr, count = (value[key] for key in ("name", "value", "stderr", "count"))
+        _check(isinstance(name, str) and is_score(number) and is_score(stderr) and isinstance(count, int), name)
+        return cls(name, math.nan if number is None else float(number), stderr, count)
+
 
 @dataclass(frozen=True)
 class TaskResult:
@@ -60,10 +75,10 @@ class TaskResult:
         """The result as JSON values."""
         return {
             "task": self.task,
-            "metrics": [vars(metric) for metric in self.metrics],
+            "metrics": [metric.to_json() for metric in self.metrics],
             "settings": self.settings,
             "note": self.note,
-            "groups": {name: [vars(metric) for metric in metrics] for name, metrics in self.groups.items()},
+            "groups": {name: [metric.to_json() for metric in metrics] for name, metrics in self.groups.items()},
             "samples": self.samples,
         }
 
@@ -75,12 +90,26 @@ class TaskResult:
             RequestError: a field is missing or has another type.
         """
         try:
-            groups = {name: [Metric(**metric) for metric in metrics] for name, metrics in value["groups"].items()}
-            metrics = [Metric(**metric) for metric in value["metrics"]]
-            samples = [{**sample, "id": sample["id"]} for sample in value["samples"]]
-            return cls(str(value["task"]), metrics, dict(value["settings"]), samples, str(value["note"]), groups)
+            read = Metric.from_json
+            groups = {name: [read(metric) for metric in metrics] for name, metrics in value["groups"].items()}
+            metrics = [read(metric) for metric in value["metrics"]]
+            task, samples, settings, note = (value[key] for key in ("task", "samples", "settings", "note"))
+            _check(bool(metrics) and isinstance(settings, dict) and isinstance(note, str), task)
+            for sample in samples:
+                _check(isinstance(sample["id"], str) and is_score(sample["score"]), sample["id"])
+            return cls(str(task), metrics, settings, list(samples), note, groups)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise RequestError(f"it is not a result of evaluate: {error}") from None
+
+
+def is_score(value: Json) -> bool:
+    """True for a finite number, and for None, which stands for none."""
+    return value is None or (isinstance(value, (int, float)) and math.isfinite(value))
+
+
+def _check(good: bool, where: Json) -> None:
+    if not good:
+        raise ValueError(f"{where!r:.100} has a field of another type")
 
 
 def mean(name: str, scores: Sequence[float]) -> Metric:

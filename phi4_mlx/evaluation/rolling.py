@@ -15,8 +15,8 @@ class Window:
         targets: the tokens that the last positions predict, at most T.
     """
 
-    ids: list[int]
-    targets: list[int]
+    ids: tuple[int, ...]
+    targets: tuple[int, ...]
 
     @property
     def first(self) -> int:
@@ -40,7 +40,7 @@ def windows(context: Sequence[int], continuation: Sequence[int], longest: int) -
 
     Source: `get_rolling_token_windows` in lm-eval.
     """
-    whole = [*context, *continuation]
+    whole = (*context, *continuation)
     found = []
     for start in range(len(context), len(whole), longest):
         end = min(start + longest, len(whole))

@@ -18,10 +18,10 @@ from phi4_mlx.evaluation.suite import Suite
 from phi4_mlx.evaluation.tasks import OWN, own_task
 from phi4_mlx.files.atomic import replacing
 from phi4_mlx.files.json_file import read_json
+from phi4_mlx.terminal.suggestion import suggestion
 
 if TYPE_CHECKING:
     from phi4_mlx.evaluation.answers import Answers
-    from phi4_mlx.evaluation.comparator import Comparator
     from phi4_mlx.evaluation.lm_tasks import LmTask
     from phi4_mlx.evaluation.subject import Subject
 
@@ -89,7 +89,11 @@ def read_run(path: Path) -> Run:
     try:
         value = read_json(file)
         results = {str(name): TaskResult.from_json(each) for name, each in value["results"].items()}
-        return Run(**{**value, "results": results})
+        run = Run(**{**value, "results": results})
+        texts, tables = (run.model, run.fingerprint), (run.settings, run.versions, run.missing)
+        if not all(isinstance(each, str) for each in texts) or not all(isinstance(each, dict) for each in tables):
+            raise TypeError("a field has another type")
+        return run
     except ConfigError as error:
         raise RequestError(str(error)) from None
     except RequestError as error:
@@ -133,8 +137,7 @@ def open_run(folder: Path, run: Run) -> Run:
     Raises:
         RequestError: the folder has a run of another model or other settings, or cannot be written.
     """
-    if (folder / RESULTS).exists():
-        before = read_run(folder)
+    if (folder / RESULTS).exists() and not _is_bare(folder, before := read_run(folder)):
         if before.fingerprint != run.fingerprint:
             raise RequestError(f"{folder} has results of another model, {before.model}; name another --output-dir")
         for name in {**run.settings, **before.settings}:
@@ -149,6 +152,11 @@ def open_run(folder: Path, run: Run) -> Run:
     except OSError as error:
         raise RequestError(f"{folder} cannot be written: {error.strerror}; name another --output-dir") from None
     return run
+
+
+def _is_bare(folder: Path, run: Run) -> bool:
+    """True if a run stopped before its first answer, so that another may have its folder."""
+    return not run.results and not any(path.stat().st_size for path in (folder / "answers").glob("*.jsonl"))
 
 
 def versions() -> dict[str, str]:
@@ -175,19 +183,23 @@ class Loaded:
     missing: Mapping[str, str]
 
 
-def load_jobs(jobs: Sequence[Job], skip: bool) -> Loaded:
+def load_jobs(jobs: Sequence[Job], skip: bool, progress: Progress | None = None) -> Loaded:
     """Loads the tasks of jobs.
 
     Args:
         jobs: the jobs.
         skip: True to leave out a job whose data is not there.
+        progress: called with (jobs done, jobs in all).
 
     Raises:
-        RequestError: a task cannot be loaded, and `skip` is False or none is left; or it runs code that a model writes.
+        RequestError: a task cannot be loaded, and `skip` is False or none is left; it runs code that a model writes; or
+            `samples` names a task that none of the jobs has.
     """
     tasks: dict[str, list[LmTask]] = {}
     missing: dict[str, str] = {}
-    for job in jobs:
+    for done, job in enumerate(jobs):
+        if progress is not None:
+            progress(done, len(jobs))
         if job.task in OWN:
             continue
         from phi4_mlx.evaluation.lm_tasks import load_tasks
@@ -206,20 +218,17 @@ def load_jobs(jobs: Sequence[Job], skip: bool) -> Loaded:
             )
     if missing and not tasks:
         raise RequestError(next(iter(missing.values())))
+    leaves = [name for loaded in tasks.values() for task in loaded for name in task.tasks]
+    known = [*leaves, *(job.task for job in jobs if job.task in OWN)]
+    for name in jobs[0].options.samples if jobs and not missing else ():
+        if name not in known:
+            near = suggestion(name, known) or f"; they are {', '.join(known[:10])}{' ...' if known[10:] else ''}"
+            raise RequestError(f"--samples has documents of {name!r:.100}, which is not among the tasks{near}")
     return Loaded(tasks, missing)
 
 
-def not_for(job: Job, subject: Subject | Comparator) -> str:
-    """Why a job cannot run on a model; "" if it can."""
-    from phi4_mlx.evaluation.subject import Subject
-
-    if job.task in OWN and not isinstance(subject, Subject):
-        return f"{job.task} runs on the models of this package only"
-    return ""
-
-
 def run_job(
-    job: Job, tasks: Sequence[LmTask], subject: Subject | Comparator, answers: Answers, progress: Progress | None
+    job: Job, tasks: Sequence[LmTask], subject: Subject, answers: Answers, progress: Progress | None
 ) -> list[TaskResult]:
     """Runs a job.
 
@@ -234,11 +243,9 @@ def run_job(
         One result, or one for each part of a tag.
     """
     from phi4_mlx.evaluation.lm_run import run_lm_task
-    from phi4_mlx.evaluation.subject import Subject
 
     options = replace(job.options, progress=progress)
     if job.task in OWN:
-        assert isinstance(subject, Subject)
         results = [own_task(job.task)(subject, answers, options)]
     else:
         results = [run_lm_task(task, subject, answers, options, job.metric) for task in tasks]

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from phi4_mlx.errors import CheckpointError
 from phi4_mlx.evaluation.answers import Answers, key_of
-from phi4_mlx.evaluation.plan import Node, packs, room_for_rows
+from phi4_mlx.evaluation.plan import Ids, Node, packs, room_for_rows
 from phi4_mlx.evaluation.rolling import windows
 from phi4_mlx.evaluation.sharing import share_out
 from phi4_mlx.evaluation.subject import Progress, Subject
@@ -131,7 +131,7 @@ class _Target:
 
     request: _Request
     first: int
-    tokens: list[int]
+    tokens: Ids
 
 
 @dataclass(frozen=True)
@@ -157,29 +157,28 @@ class _Scoring:
         self._model, self._answers, self._progress = model, answers, progress
         self._plan = plan_context(model)
         # By the tokens that are run; those of answered requests too, so that a resumed run has the same passes.
-        self._targets: dict[tuple[int, ...], list[_Target]] = {}
-        self._open: list[_Request] = []
+        self._targets: dict[Ids, list[_Target]] = {}
+        empty = []
         for key, (context, continuation) in requests.items():
-            request = _Request(key, len(continuation), len(continuation))
-            answered = answers.get(key) is not None
+            request = None if answers.get(key) is not None else _Request(key, len(continuation), len(continuation))
             for window in windows(context, continuation, model.config.max_position_embeddings):
-                targets = self._targets.setdefault(tuple(window.ids), [])
-                if not answered:
+                targets = self._targets.setdefault(window.ids, [])
+                if request is not None:
                     targets.append(_Target(request, window.first, window.targets))
-            if not answered:
-                self._open.append(request)
-        self._total = len(requests)
+            if request is not None and not continuation:
+                empty.append(request)
+        self._total, self._done = len(requests), sum(answers.get(key) is not None for key in requests)
+        self._put(empty)
 
     def run(self) -> None:
         """Scores everything that has not been answered."""
         check_context(replace(self._plan, ways_out=("leave it out",)), max(map(len, self._targets), default=1))
-        self._put()
         for regime in ("short", "long"):
-            sequences = sorted(list(ids) for ids in self._targets if self._model.regime(len(ids)) == regime)
+            sequences = sorted(ids for ids in self._targets if self._model.regime(len(ids)) == regime)
             if sequences:
                 self._run_tree(sequences, regime)
 
-    def _run_tree(self, sequences: list[list[int]], regime: Regime) -> None:
+    def _run_tree(self, sequences: list[Ids], regime: Regime) -> None:
         """Runs the sequences of one RoPE table."""
         stack = [(Node(sequences, 0), self._model.make_cache(regime))]
         while stack:
@@ -191,18 +190,17 @@ class _Scoring:
             rows, nodes = node.split()
             # The largest is run last, so that the caches held for others are few.
             stack += [(below, cache.fork(stop)) for below in reversed(nodes)]
-            most_rows = self._most_rows(max(map(len, rows), default=0))
-            for pack in packs(rows, stop, most_rows, PREFILL_STEP_SIZE):
+            for pack in packs(rows, stop, self._most_rows, PREFILL_STEP_SIZE):
                 waiting = [ids for ids in pack if self._waits(ids)]
                 if len(waiting) == 1:
                     self._extend(cache.fork(stop), waiting, stop, len(waiting[0]))
                 elif waiting:
                     self._run_rows(cache, waiting, stop)
 
-    def _waits(self, ids: list[int]) -> bool:
-        return any(target.request.left for target in self._targets[tuple(ids)])
+    def _waits(self, ids: Ids) -> bool:
+        return any(target.request.left for target in self._targets[ids])
 
-    def _extend(self, cache: PromptCache, sequences: list[list[int]], start: int, stop: int) -> None:
+    def _extend(self, cache: PromptCache, sequences: list[Ids], start: int, stop: int) -> None:
         """Runs the tokens from start to stop, which all sequences share, in one row."""
         ids = sequences[0]
         for begin in range(start, stop, PREFILL_STEP_SIZE):
@@ -214,7 +212,7 @@ class _Scoring:
                 finish_chunk(cache, False)
                 self._score(hidden, end - rows, wanted)
 
-    def _run_rows(self, cache: PromptCache, sequences: list[list[int]], start: int) -> None:
+    def _run_rows(self, cache: PromptCache, sequences: list[Ids], start: int) -> None:
         """Runs what is left of each sequence as a row of one pass, padded on the right."""
         stop = max(map(len, sequences))
         wanted = [each for row, ids in enumerate(sequences) for each in self._wanted(row, ids, start, stop)]
@@ -224,12 +222,12 @@ class _Scoring:
             if start:
                 batch = self._model.make_batch_cache(cache.regime)
                 batch.join([cache] * len(sequences))
-            padded = mx.array([ids[start:] + [0] * (stop - len(ids)) for ids in sequences])
+            padded = mx.array([[*ids[start:], *[0] * (stop - len(ids))] for ids in sequences])
             self._score(self._model.hidden(padded, batch, rows=stop - begin), begin, wanted)
 
-    def _wanted(self, row: int, ids: list[int], start: int, stop: int) -> Iterator[_Wanted]:
+    def _wanted(self, row: int, ids: Ids, start: int, stop: int) -> Iterator[_Wanted]:
         """The tokens that the positions from start to stop of a sequence predict."""
-        for target in self._targets[tuple(ids)]:
+        for target in self._targets[ids]:
             if target.request.left:
                 for at in range(max(start, target.first), min(stop, target.first + len(target.tokens))):
                     yield _Wanted(row, at, target.tokens[at - target.first], target.request)
@@ -256,16 +254,15 @@ class _Scoring:
                 each.request.take(logprob, best[n] == each.token)
         mx.clear_cache()
         if wanted:
-            self._put()
+            self._put([request for request in {each.request: None for each in wanted} if not request.left])
 
-    def _put(self) -> None:
-        """Writes the scores that are finished."""
-        finished = [request for request in self._open if not request.left]
+    def _put(self, finished: Sequence[_Request]) -> None:
+        """Writes scores."""
         if finished:
             self._answers.put_all({request.key: request.score for request in finished})
-            self._open = [request for request in self._open if request.left]
+        self._done += len(finished)
         if self._progress is not None:
-            self._progress(self._total - len(self._open), self._total)
+            self._progress(self._done, self._total)
 
     def _most_rows(self, length: int) -> int:
         """Rows of `length` tokens that fit the memory beside the caches of two single ones, and logits."""

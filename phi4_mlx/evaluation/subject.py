@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from phi4_mlx.checkpoint import load
 from phi4_mlx.errors import RequestError
+from phi4_mlx.evaluation.sharing import join_group
 from phi4_mlx.fingerprint import adapter_fingerprint, base_fingerprint
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.shared_stream import shared_stream
@@ -67,7 +68,7 @@ def load_subject(
     verify: bool = False,
     chat_format: str | None = None,
 ) -> Subject:
-    """Loads a model to evaluate.
+    """Loads a model to evaluate, in each of the processes that this one was started with.
 
     Args:
         name: a folder, a Hub id, or the name of an embedded package.
@@ -80,8 +81,9 @@ def load_subject(
     model, tokenizer = load(name, adapter_path, revision=revision, verify=verify, chat_format=chat_format)
     label = name if adapter_path is None else f"{name} + {Path(adapter_path).name}"
     with shared_stream():
-        parts = base_fingerprint(model), adapter_fingerprint(model)
-    return Subject(model, tokenizer, label, fingerprint(*parts, tokenizer.fingerprint(), tokenizer.chat_format.name))
+        parts: tuple[str, ...] = base_fingerprint(model), adapter_fingerprint(model)
+    parts += tokenizer.fingerprint(), tokenizer.chat_format.name
+    return Subject(model, tokenizer, label, fingerprint(*parts), group=join_group())
 
 
 def fingerprint(*parts: str) -> str:

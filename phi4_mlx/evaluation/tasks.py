@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,8 +29,23 @@ class Run(Protocol):
         """Asks the model what is not yet in `answers`, and scores it."""
 
 
+Check = Callable[["Options"], object]
+"""A task's function `check`, where it has one; raises RequestError."""
+
+
 def own_task(name: str) -> Run:
     """The function of one of the package's own tasks, by its name in `OWN`."""
     module, _, function = OWN[name].partition(":")
     run: Run = getattr(import_module(module), function)
     return run
+
+
+def check_own_task(name: str, options: Options) -> None:
+    """Has a task check, before a model is loaded, that its package and its data are there.
+
+    Raises:
+        RequestError: one is not, or an option names what the task does not have.
+    """
+    check: Check | None = getattr(import_module(OWN[name].partition(":")[0]), "check", None)
+    if check is not None:
+        check(options)

@@ -73,7 +73,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _as_int(text: str) -> int | None:
-    plain = text.strip().strip("$").replace(",", "").replace("\\!", "")
+    plain = re.sub(r"\\!|\{,\}|,", "", text.strip().strip("$"))
     return int(plain) if re.fullmatch(r"[+-]?\d{1,30}", plain) else None
 
 

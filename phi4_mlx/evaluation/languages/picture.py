@@ -8,6 +8,7 @@ from typing import Any
 
 from phi4_mlx.evaluation.languages.texts import LANGUAGES
 from phi4_mlx.evaluation.languages.token_table import Count, price
+from phi4_mlx.files.atomic import replacing
 
 NAME = "languages.png"
 
@@ -42,10 +43,19 @@ def draw(samples: Sequence[Mapping[str, Any]], tokens: Mapping[str, Count], fold
     left.set(xlim=(0, 1), xlabel="answers without a fault", title="Answers in the language asked")
     for name, cost in costs.items():
         marker, size = ("o", 7) if name == "own" else ("|", 12)
-        right.plot([cost[code] for code in codes], names, marker, ms=size, mew=2, color=_COLOURS[name], label=name)
+        right.plot(
+            [cost[code] for code in codes],
+            names,
+            marker,
+            ms=size,
+            mew=2,
+            color=_COLOURS[name],
+            label="this model" if name == "own" else name,
+        )
     right.set(xlabel="tokens for the same content, English = 1", title="Price of a language")
     right.set_xlim(left=0)
     right.grid(axis="x", alpha=0.3)
     right.legend(fontsize=8)
-    figure.savefig(folder / NAME, dpi=120)
+    with replacing(folder / NAME) as path:
+        figure.savefig(path, dpi=120, format="png")
     return ""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.evaluation.languages import token_table
 from phi4_mlx.evaluation.languages.chat_check import FAULTS, check
+from phi4_mlx.evaluation.languages.page import NAME as PAGE
+from phi4_mlx.evaluation.languages.page import write_page
 from phi4_mlx.evaluation.languages.picture import draw
 from phi4_mlx.evaluation.languages.texts import LANGUAGES, Language, chosen
 from phi4_mlx.evaluation.options import Options
@@ -16,12 +19,30 @@ from phi4_mlx.evaluation.result import Json, Metric, TaskResult, mean
 
 if TYPE_CHECKING:
     from phi4_mlx.evaluation.answers import Answers
+    from phi4_mlx.evaluation.asking import Answer
     from phi4_mlx.evaluation.subject import Subject
 
 NAME = "languages"
 MAX_TOKENS = 256
-TABLES = "languages.md"
-Sample = dict[str, Json]
+THINKING_TOKENS = 4096  # more, for a model that reasons before it answers
+
+
+@dataclass(frozen=True)
+class Document:
+    """A question in a language; `number` counts the questions of that language from 1."""
+
+    language: Language
+    number: int
+
+    @property
+    def id(self) -> str:
+        """Unique in the task, such as "de-2"."""
+        return f"{self.language.code}-{self.number}"
+
+    @property
+    def question(self) -> str:
+        """The user's words."""
+        return self.language.questions[self.number - 1]
 
 
 def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
@@ -31,121 +52,90 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
         subject: the model; its tokenizer is counted too.
         answers: those given so far.
         options: `languages`, `limit`, `samples`, `max_tokens`, `temp`, `top_p`, `seed`, `repeats`, `progress` and
-            `folder` count. A limit leaves as many of each language as it can: documents go round the languages.
+            `folder` count. Documents go round the languages, so that a limit leaves some of each.
 
     Returns:
         The share of answers without a fault ("right"), the share in the language asked ("in_language"), and the tokens
-        a character of the model's tokenizer; the same by language. Tables and a picture are in `options.folder`.
+        a character of the model's tokenizer; the same by language. A page and a picture are in `options.folder`.
 
     Raises:
         RequestError: a language or a document is unknown.
     """
     from phi4_mlx.evaluation.asking import Question, ask
 
-    asked = _documents(options)
+    documents = _documents(options)
     temp = options.temp or 0.0
     top_p = 1.0 if options.top_p is None else options.top_p
-    max_tokens = MAX_TOKENS if options.max_tokens is None else options.max_tokens
+    max_tokens = options.max_tokens or MAX_TOKENS + THINKING_TOKENS * subject.tokenizer.chat_format.reasons
     repeats = (options.repeats or 1) if temp else 1  # without sampling, all answers are the same
-    runs = [(language, at, repeat) for language, at in asked for repeat in range(repeats)]
     questions = [
         Question(
-            f"{language.code}-{at + 1}", [{"role": "user", "content": language.questions[at]}], max_tokens=max_tokens,
+            document.id, [{"role": "user", "content": document.question}], max_tokens=max_tokens,
             temp=temp, top_p=top_p, seed=options.seed + repeat,
         )
-        for language, at, repeat in runs
+        for document in documents
+        for repeat in range(repeats)
     ]  # fmt: skip
     given = ask(subject, questions, answers, options.progress)
-    samples: list[Sample] = []
-    for question, (language, at, repeat), answer in zip(questions, runs, given, strict=True):
-        verdict = check(answer.content, language.questions[at], language.code)
-        samples.append({
-            "id": question.name if repeats == 1 else f"{question.name}-{repeat + 1}", "score": float(not verdict.fault),
-            "language": language.code, "found": verdict.language, "fault": verdict.fault,
-            "question": language.questions[at], "answer": answer.content, "finish_reason": answer.finish_reason,
-        })  # fmt: skip
-    spoken = [language for language in LANGUAGES.values() if any(language is each for each, _ in asked)]
+    samples = [_sample(document, given[at * repeats : (at + 1) * repeats]) for at, document in enumerate(documents)]
+
     tokens = token_table.of_own(lambda text: len(subject.tokenizer.encode(text)))
-    notes = [_faults(samples)]
+    faults = Counter(answer["fault"] for sample in samples for answer in sample["answers"] if answer["fault"])
+    notes = [", ".join(f"{fault}: {faults[fault]}" for fault in FAULTS if faults[fault])]
     if options.folder:
-        notes.append(_write(options.folder, tokens, samples))
+        write_page(samples, tokens, options.folder)
+        notes += [f"tokens of each language in {PAGE}", draw(samples, tokens, options.folder)]
+    codes = [code for code in LANGUAGES if any(document.language.code == code for document in documents)]
     settings = {
-        "languages": [language.code for language in spoken], "documents": len(asked), "limit": options.limit,
-        "max_tokens": max_tokens, "temp": temp, "top_p": top_p, "seed": options.seed, "repeats": repeats,
+        "languages": codes, "documents": len(documents), "max_tokens": max_tokens, "temp": temp, "top_p": top_p,
+        "seed": options.seed, "repeats": repeats,
     }  # fmt: skip
-    groups = {
-        language.code: _metrics([sample for sample in samples if sample["language"] == language.code], tokens)
-        for language in spoken
-    }
+    groups = {code: _metrics([sample for sample in samples if sample["language"] == code], tokens) for code in codes}
     return TaskResult(NAME, _metrics(samples, tokens), settings, samples, "; ".join(filter(None, notes)), groups)
 
 
-def _documents(options: Options) -> list[tuple[Language, int]]:
-    """The questions that the options leave, as language and place: the first of each language, then the second."""
-    every = [
-        (language, at)
-        for at in range(max(len(language.questions) for language in LANGUAGES.values()))
-        for language in LANGUAGES.values()
-        if at < len(language.questions)
-    ]
-    wanted = chosen(options.languages)
+def _documents(options: Options) -> list[Document]:
+    """The documents that the options leave: the first question of each language, then the second of each."""
+    questions = min(len(language.questions) for language in LANGUAGES.values())
+    found = [Document(language, number) for number in range(1, questions + 1) for language in LANGUAGES.values()]
     if NAME in options.samples:
-        numbers = list(dict.fromkeys(options.samples[NAME]))
-        if wrong := [number for number in numbers if number not in range(len(every))]:
+        places = list(dict.fromkeys(options.samples[NAME]))
+        if wrong := [place for place in places if place not in range(len(found))]:
             raise RequestError(
-                f"--samples {NAME}: {wrong[0]!r} is not a document; they have numbers from 0 to {len(every) - 1}"
+                f"--samples {NAME}: {wrong[0]!r} is not a document; they have numbers from 0 to {len(found) - 1}"
             )
-        every = [every[number] for number in numbers]
-    found = [(language, at) for language, at in every if language in wanted]
+        found = [found[place] for place in places]
+    wanted = chosen(options.languages)
+    found = [document for document in found if document.language in wanted]
     if NAME not in options.samples:
         found = found[: options.limit]
     if not found:
-        raise RequestError(f"--limit, --samples and --languages leave {NAME} no question; choose more")
+        raise RequestError(f"--samples, --limit and --languages leave {NAME} no document; choose more")
     return found
 
 
-def _metrics(samples: Sequence[Sample], tokens: dict[str, token_table.Count]) -> list[Metric]:
-    codes = {sample["language"] for sample in samples}
-    characters = sum(tokens[code].characters for code in codes)
-    per_character = sum(tokens[code].tokens["own"] for code in codes) / characters
+def _sample(document: Document, given: Sequence[Answer]) -> dict[str, Json]:
+    """A document with its answers: one, or several that were drawn with different seeds."""
+    code = document.language.code
+    checked = [(answer, check(answer.content, document.question, code)) for answer in given]
+    return {
+        "id": document.id,
+        "score": sum(not verdict.fault for _, verdict in checked) / len(checked),
+        "in_language": sum(verdict.language == code for _, verdict in checked) / len(checked),
+        "language": code,
+        "question": document.question,
+        "answers": [
+            {"content": each.content, "fault": verdict.fault, "found": verdict.language, "finish": each.finish_reason}
+            for each, verdict in checked
+        ],
+    }
+
+
+def _metrics(samples: Sequence[dict[str, Json]], tokens: Mapping[str, token_table.Count]) -> list[Metric]:
+    counted = [tokens[code] for code in {sample["language"] for sample in samples}]
+    characters = sum(count.characters for count in counted)
     return [
         mean("right", [sample["score"] for sample in samples]),
-        mean("in_language", [float(sample["found"] == sample["language"]) for sample in samples]),
-        Metric("tokens_per_character", per_character, None, characters),
+        mean("in_language", [sample["in_language"] for sample in samples]),
+        Metric("tokens_per_character", sum(count.tokens["own"] for count in counted) / characters, None, characters),
     ]
-
-
-def _faults(samples: Sequence[Sample]) -> str:
-    """Numbers of faults by kind, for the note."""
-    counts = {fault: sum(sample["fault"] == fault for sample in samples) for fault in FAULTS}
-    return ", ".join(f"{fault}: {count}" for fault, count in counts.items() if count)
-
-
-def _write(folder: Path, tokens: dict[str, token_table.Count], samples: Sequence[Sample]) -> str:
-    """Writes the tables and the picture; returns a note if the latter could not be drawn."""
-    about, declaration, _ = token_table.read()
-    sources = "".join(f"- {name}: {source}\n" for name, source in about["tokenizers"].items())
-    wrong = [
-        f"| {sample['id']} | {sample['fault']} | {sample['found']} | {_shown(sample['answer'])} |\n"
-        for sample in samples
-        if sample["fault"]
-    ]
-    kinds = "".join(f"- {fault}: {meaning}\n" for fault, meaning in FAULTS.items())
-    table = "| question | fault | language found | answer |\n| --- | --- | --- | --- |\n" + "".join(wrong)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / TABLES).write_text(
-        "# Languages\n\n## Answers with a fault\n\n"
-        + (f"{table}\n{kinds}" if wrong else f"None of {len(samples)}.\n")
-        + "\n## Tokens of this model (own) beside others, on the questions and sentences of this task\n\n"
-        + f"{token_table.markdown(tokens)}\n## Tokens of the {about['declaration']}\n\n"
-        + f"{token_table.markdown(declaration)}\nWords are what white space separates; – where it does not. "
-        + f"Characters include white space.\n\n{sources}",
-        encoding="utf-8",
-    )
-    return draw(samples, tokens, folder)
-
-
-def _shown(answer: str) -> str:
-    """The beginning of an answer, as the cell of a table."""
-    text = " ".join(answer.split()).replace("|", "\\|")
-    return text if len(text) <= 80 else f"{text[:79]}…"

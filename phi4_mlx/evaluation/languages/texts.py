@@ -63,8 +63,6 @@ def chosen(codes: Sequence[str]) -> list[Language]:
         code = by_name.get(given.strip().lower(), given.strip().lower())
         if code not in LANGUAGES:
             near = suggestion(code, [*by_name]) if len(code) > 3 else suggestion(code, [*LANGUAGES])
-            raise RequestError(
-                f"language {given!r:.40} is unknown; known are {', '.join(LANGUAGES)}{near}"
-            )
+            raise RequestError(f"language {given!r:.40} is unknown; known are {', '.join(LANGUAGES)}{near}")
         wanted.add(code)
     return [language for code, language in LANGUAGES.items() if not wanted or code in wanted]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import bisect
 import random
 from collections.abc import Sequence
-from typing import Any
 
 from phi4_mlx.evaluation.long_context.language import Language
 from phi4_mlx.evaluation.long_context.problem import Insert, Problem
 from phi4_mlx.tokens.tokenizer import Tokenizer
 
-SLACK = 8  # tokens that a prompt may stay below its length, where sentences of the right sizes do not exist
+SLACK = 8  # tokens that a prompt may stay below its length, where no sentences add up to it
 _ATTEMPTS = 12  # of filling up: tokens may merge where sentences meet
 
 
@@ -38,8 +37,8 @@ class Haystack:
             length: of the whole prompt under the chat template, in tokens.
 
         Returns:
-            The message, whose prompt has at most `length` tokens, and at least `length - SLACK` if the tokenizer's
-            sentences allow it; None if `length` has no room for the problem and a sentence of filler.
+            The message, whose prompt has from `length - SLACK` to `length` tokens; None if `length` has no room for the
+            problem and filler.
         """
         filled = length - self.tokens(self._message(problem, []))  # tokens of filler
         best: str | None = None
@@ -55,7 +54,7 @@ class Haystack:
             if tokens == length:
                 break
             filled += length - tokens
-        return best
+        return best if most >= length - SLACK else None
 
     def tokens(self, message: str) -> int:
         """Tokens of the prompt of a message, under the chat template."""

@@ -1,4 +1,7 @@
-"""Heat maps of the score by length and depth, a panel for each kind; the RoPE boundary is a line between columns."""
+"""Heat maps of the score by prompt length: against depth, a panel for each kind, and against language.
+
+The RoPE boundary is a line between two columns. The colours (cividis) read the same with any colour vision.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from phi4_mlx.evaluation.long_context.language import load_language
+from phi4_mlx.evaluation.long_context.problem import KINDS
+
 Sample = Mapping[str, Any]
 _ACROSS = 2  # panels side by side
+_LINE = "#d55e00"  # vermilion, with a white margin: visible on every colour of the map
 
 
 def draw_heat_maps(samples: Sequence[Sample], boundary: int | None, folder: Path) -> str:
-    """Draws a picture for each language and, if there are several, one for all together.
+    """Draws length by depth for each language; if there are several, also for all together, and length by language.
 
     Args:
         samples: of the task, at least one.
@@ -23,51 +30,62 @@ def draw_heat_maps(samples: Sequence[Sample], boundary: int | None, folder: Path
         A note if nothing could be drawn, else "".
     """
     try:
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401
     except ImportError:
-        return "no heat maps: pip install 'phi4-mlx[plots]'"
+        return "no heat maps: matplotlib is missing; pip install 'phi4-mlx[plots]'"
     folder.mkdir(parents=True, exist_ok=True)
-    codes = list(dict.fromkeys(sample["language"] for sample in samples))
-    groups = {code: [sample for sample in samples if sample["language"] == code] for code in codes}
+    codes = sorted({sample["language"] for sample in samples})
+    kinds = [kind for kind in KINDS if any(sample["kind"] == kind for sample in samples)]
+    pictures = {code: (load_language(code).name, [s for s in samples if s["language"] == code]) for code in codes}
     if len(codes) > 1:
-        groups = {"all": list(samples), **groups}
-    for code, members in groups.items():
-        title = f"{len(codes)} languages" if code == "all" else f"language: {code}"
-        kinds = list(dict.fromkeys(sample["kind"] for sample in members))
-        lengths = sorted({sample["length"] for sample in members})
-        depths = sorted({sample["depth"] for sample in members})
-        down = math.ceil(len(kinds) / _ACROSS)
-        width = 1.6 + 0.72 * len(lengths)
-        figure = Figure(figsize=(_ACROSS * width + 0.8, 1.1 + down * (1.2 + 0.34 * len(depths))), layout="constrained")
-        figure.suptitle(f"Long context, {title}: mean score by prompt length and depth")
-        panels = figure.subplots(down, _ACROSS, squeeze=False).ravel()
-        for panel, kind in zip(panels, kinds, strict=False):
-            _panel(panel, [sample for sample in members if sample["kind"] == kind], lengths, depths, boundary)
-            panel.set_title(kind, fontsize=10)
-        for panel in panels[len(kinds) :]:
-            panel.set_axis_off()
-        figure.savefig(folder / f"long-context-{code}.png", dpi=120)
+        pictures["all"] = f"{len(codes)} languages", list(samples)
+        _draw(folder / "long-context-languages.png", "by language", {"all kinds": samples}, "language", boundary)
+    for code, (name, own) in pictures.items():
+        panels = {kind: [sample for sample in own if sample["kind"] == kind] for kind in kinds}
+        _draw(folder / f"long-context-{code}.png", name, panels, "depth", boundary)
     return ""
 
 
-def _panel(
-    panel: Any, samples: Sequence[Sample], lengths: Sequence[int], depths: Sequence[int], boundary: int | None
-) -> None:
-    """One kind: a cell for each length and depth with its mean score; cells that were not asked stay white."""
+def _draw(path: Path, title: str, panels: Mapping[str, Sequence[Sample]], row_key: str, boundary: int | None) -> None:
+    """One picture; all its panels have the same rows and columns."""
+    from matplotlib.figure import Figure
+
+    everything = [sample for samples in panels.values() for sample in samples]
+    columns = sorted({sample["length"] for sample in everything})
+    rows = sorted({sample[row_key] for sample in everything})
+    across = min(_ACROSS, len(panels))
+    down = math.ceil(len(panels) / across)
+    width, height = across * max(3.6, 1.2 + 0.62 * len(columns)), 0.9 + down * (1.3 + 0.3 * len(rows))
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(f"Long context, {title}: mean score by prompt length and {row_key}", fontsize=11)
+    axes = figure.subplots(down, across, squeeze=False).ravel()
+    for panel, (name, samples) in zip(axes, panels.items(), strict=False):
+        _cells(panel, samples, columns, rows, row_key)
+        panel.set_title(name, fontsize=10)
+        if boundary is not None and columns[0] <= boundary < columns[-1]:
+            at = sum(length <= boundary for length in columns) - 0.5
+            panel.axvline(at, color="white", linewidth=5)
+            panel.axvline(at, color=_LINE, linewidth=2.5)
+    for panel in axes[len(panels) :]:
+        panel.set_axis_off()
+    if boundary is not None:
+        tables = f"up to {boundary:,} tokens, on the line's left: short RoPE table; on its right: long RoPE table"
+        figure.supxlabel(tables, fontsize=8, color=_LINE)
+    figure.savefig(path, dpi=120)
+
+
+def _cells(panel: Any, samples: Sequence[Sample], columns: Sequence[int], rows: Sequence[Any], row_key: str) -> None:
+    """A cell for each length and row with its mean score; what was not asked stays white."""
     cells: dict[tuple[int, int], list[float]] = {}
     for sample in samples:
-        cells.setdefault((depths.index(sample["depth"]), lengths.index(sample["length"])), []).append(sample["score"])
-    grid = [[math.nan] * len(lengths) for _ in depths]
+        cells.setdefault((rows.index(sample[row_key]), columns.index(sample["length"])), []).append(sample["score"])
+    grid = [[math.nan] * len(columns) for _ in rows]
     for (row, column), scores in cells.items():
         score = grid[row][column] = sum(scores) / len(scores)
-        colour = "black" if score > 0.55 else "white"  # on cividis, which is readable with any colour vision
+        colour = "black" if score > 0.5 else "white"
         panel.text(column, row, f"{score:.2f}", ha="center", va="center", color=colour, fontsize=8)
     panel.imshow(grid, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-    panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45, ha="right", fontsize=8)
-    panel.set_yticks(range(len(depths)), [f"{depth}" for depth in depths], fontsize=8)
+    panel.set_xticks(range(len(columns)), [f"{length:,}" for length in columns], rotation=45, ha="right", fontsize=8)
+    panel.set_yticks(range(len(rows)), [str(row) for row in rows], fontsize=8)
     panel.set_xlabel("prompt, tokens", fontsize=8)
-    panel.set_ylabel("depth, %", fontsize=8)
-    if boundary is not None and lengths[0] <= boundary < lengths[-1]:
-        at = sum(length <= boundary for length in lengths) - 0.5
-        panel.axvline(at, color="#d55e00", linewidth=2.5)
-        panel.text(at, -0.62, f"short | long RoPE table ({boundary:,})", ha="center", fontsize=7, color="#d55e00")
+    panel.set_ylabel("depth, %" if row_key == "depth" else row_key, fontsize=8)

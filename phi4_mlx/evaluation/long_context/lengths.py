@@ -27,7 +27,7 @@ def default_lengths(model: LanguageModel, room: int) -> tuple[list[int], str]:
         room: tokens of an answer, which must fit too.
 
     Returns:
-        (the lengths, a note on those that memory cuts off or "").
+        (the lengths, a note on those that are left out or "").
 
     Raises:
         RequestError: the context or this machine's memory has no room for any.
@@ -41,12 +41,15 @@ def default_lengths(model: LanguageModel, room: int) -> tuple[list[int], str]:
     possible = [length for length in lengths if 0 < length <= plan.longest - room]
     fitting = [length for length in possible if length + room <= plan.most_tokens]
     if not fitting:
-        raise RequestError(
-            f"an answer may take {amount(room, 'token')}, and this model and machine hold "
-            f"{amount(plan.most_tokens, 'token')}: no room for a long prompt; lower --max-tokens"
+        raise _no_room(room, plan.most_tokens)
+    notes = []
+    if cut := [f"{length:,}" for length in possible if length not in fitting]:
+        notes.append(f"not asked, for lack of memory: {', '.join(cut)} tokens")
+    if boundary is not None and boundary <= room:
+        notes.append(
+            f"not asked under the short RoPE table: {boundary:,} tokens hold no prompt beside an answer of {room:,}"
         )
-    cut = [f"{length:,}" for length in possible if length not in fitting]
-    return fitting, f"not asked, for lack of memory: {', '.join(cut)} tokens" if cut else ""
+    return fitting, "; ".join(notes)
 
 
 def check_lengths(model: LanguageModel, lengths: Sequence[int], room: int) -> list[int]:
@@ -65,6 +68,8 @@ def check_lengths(model: LanguageModel, lengths: Sequence[int], room: int) -> li
     """
     plan = plan_context(model)
     most = plan.longest - room
+    if most < 1:
+        raise _no_room(room, plan.longest)
     for length in lengths:
         if not 0 < length <= most:
             raise RequestError(
@@ -73,3 +78,10 @@ def check_lengths(model: LanguageModel, lengths: Sequence[int], room: int) -> li
             )
         check_context(plan, length + room)
     return sorted(set(lengths))
+
+
+def _no_room(room: int, most: int) -> RequestError:
+    return RequestError(
+        f"an answer may take {amount(room, 'token')}, and prompt and answer together {amount(most, 'token')}: lower "
+        "--max-tokens"
+    )

@@ -86,7 +86,7 @@ def places(
 
 
 def answer_room(spoken: Sequence[Language], tokenizer: Tokenizer) -> int:
-    """Tokens that an answer may take, by default: the values twice and some words, and the thoughts of a model that reasons.
+    """Tokens that an answer may take, by default: the values twice and some words, and before them the thoughts.
 
     Args:
         spoken: the languages of a run.

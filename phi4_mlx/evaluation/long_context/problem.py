@@ -6,12 +6,14 @@ import random
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from phi4_mlx.evaluation.long_context.language import Language
 
 Form = Literal["word", "number", "uuid", "name", "count"]
 
+VALUES: tuple[Form, ...] = ("word", "number", "uuid")
 _CONSONANTS = "BCDFGHJKLMNPQRSTVWXZ"  # names of variables: three of them spell no word
 _DISTRACTORS = 4
 _SEVERAL = 3  # values or keys that are asked for at once
@@ -61,8 +63,8 @@ class Kind:
     """A kind of problem.
 
     Attributes:
-        make: (draw, language, form, depth) -> the problem. The first hidden sentence that matters stands at `depth`, the
-            others that matter evenly between it and the end, and distractors anywhere.
+        make: (draw, language, form, depth) -> the problem. The first sentence that matters stands at `depth`, other
+            ones that matter evenly between it and the end, and distractors anywhere.
         texts: the templates that it needs.
         forms: the forms of values that it can have; None for those of the language.
     """
@@ -75,11 +77,8 @@ class Kind:
         """The forms of values in a language, empty if it lacks the texts."""
         if not set(self.texts) <= language.texts.keys():
             return ()
-        own: tuple[Form, ...] = tuple(form for form in ("word", "number", "uuid") if form in language.forms)
-        return own if self.forms is None else tuple(form for form in self.forms if form in own or form not in _VALUES)
-
-
-_VALUES = ("word", "number", "uuid")
+        own = tuple(form for form in VALUES if form in language.forms)
+        return own if self.forms is None else tuple(form for form in self.forms if form in own or form not in VALUES)
 
 
 def spread(count: int, depth: float) -> list[float]:
@@ -153,41 +152,47 @@ def _several_keys(draw: random.Random, language: Language, form: Form, depth: fl
     return Problem("needle-keys", language, form, tuple(inserts), question, truths, wrong)
 
 
-def _chains(draw: random.Random, language: Language, depth: float) -> tuple[list[str], list[str], list[str], list[Insert]]:
-    """Two chains of variables: names of the asked one, of the other, the value of each, and the sentences."""
+@dataclass(frozen=True)
+class _Chains:
+    """Two chains of variables; the first one is asked for."""
+
+    names: tuple[list[str], list[str]]
+    values: list[str]
+    inserts: tuple[Insert, ...]
+
+
+def _chains(draw: random.Random, language: Language, depth: float) -> _Chains:
+    """Chains whose first variable is given a value, and each other one that of the variable before."""
     names = values(draw, language, "name", 2 * _LINKS)
     starts = values(draw, language, "number", 2)
     inserts = []
     for chain, value, first in ((names[:_LINKS], starts[0], depth), (names[_LINKS:], starts[1], draw.random())):
         sentences = [language.texts["set"].format(name=chain[0], value=value)]
-        sentences += [
-            language.texts["copy"].format(name=name, other=other)
-            for other, name in zip(chain, chain[1:], strict=False)
-        ]
+        sentences += [language.texts["copy"].format(name=name, other=other) for other, name in pairwise(chain)]
         inserts += [Insert(text, at) for text, at in zip(sentences, spread(_LINKS, first), strict=True)]
-    return names[:_LINKS], names[_LINKS:], starts, inserts
+    return _Chains((names[:_LINKS], names[_LINKS:]), starts, tuple(inserts))
 
 
 def _chain_value(draw: random.Random, language: Language, form: Form, depth: float) -> Problem:
     """A value that is handed from variable to variable; the last one's value is asked for."""
-    names, _, (value, wrong), inserts = _chains(draw, language, depth)
-    question = language.texts["ask_last"].format(name=names[-1])
-    return Problem("chain-value", language, "number", tuple(inserts), question, (value,), (wrong,))
+    chains = _chains(draw, language, depth)
+    value, wrong = chains.values
+    question = language.texts["ask_last"].format(name=chains.names[0][-1])
+    return Problem("chain-value", language, form, chains.inserts, question, (value,), (wrong,))
 
 
 def _chain_names(draw: random.Random, language: Language, form: Form, depth: float) -> Problem:
     """The same chain; the names of all variables that have its value are asked for."""
-    names, others, (value, _), inserts = _chains(draw, language, depth)
-    question = language.texts["ask_names"].format(value=value)
-    return Problem("chain-names", language, "name", tuple(inserts), question, tuple(names), tuple(others))
+    chains = _chains(draw, language, depth)
+    names, others = map(tuple, chains.names)
+    question = language.texts["ask_names"].format(value=chains.values[0])
+    return Problem("chain-names", language, form, chains.inserts, question, names, others)
 
 
 def _items(draw: random.Random, language: Language, words: Sequence[str], most: int) -> list[Insert]:
     """Each word one to `most` times, anywhere."""
     template = language.texts["item"]
-    return [
-        Insert(template.format(word=word), draw.random()) for word in words for _ in range(draw.randint(1, most))
-    ]
+    return [Insert(template.format(word=word), draw.random()) for word in words for _ in range(draw.randint(1, most))]
 
 
 def _count(draw: random.Random, language: Language, form: Form, depth: float) -> Problem:
@@ -197,7 +202,7 @@ def _count(draw: random.Random, language: Language, form: Form, depth: float) ->
     inserts = [Insert(language.texts["item"].format(word=word), at) for at in spread(times, depth)]
     inserts += _items(draw, language, others, 3)
     question = language.texts["ask_count"].format(word=word)
-    return Problem("count", language, "count", tuple(inserts), question, (str(times),))
+    return Problem("count", language, form, tuple(inserts), question, (str(times),))
 
 
 def _common(draw: random.Random, language: Language, form: Form, depth: float) -> Problem:
@@ -211,7 +216,7 @@ def _common(draw: random.Random, language: Language, form: Form, depth: float) -
     ]
     inserts += _items(draw, language, others, _COMMON_TIMES // 2)
     question = language.texts["ask_common"]
-    return Problem("count-common", language, "word", tuple(inserts), question, tuple(common), tuple(others))
+    return Problem("count-common", language, form, tuple(inserts), question, tuple(common), tuple(others))
 
 
 KINDS = {

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from phi4_mlx.errors import RequestError, check_whole
+from phi4_mlx.evaluation.answers import Answers
+from phi4_mlx.evaluation.asking import Question, ask
 from phi4_mlx.evaluation.long_context.haystack import SLACK, Haystack
 from phi4_mlx.evaluation.long_context.heat_map import draw_heat_maps
 from phi4_mlx.evaluation.long_context.lengths import check_lengths, default_lengths, table
 from phi4_mlx.evaluation.long_context.mark import mark
 from phi4_mlx.evaluation.long_context.plan import DEPTHS, Place, answer_room, languages, places
+from phi4_mlx.evaluation.long_context.problem import KINDS
 from phi4_mlx.evaluation.options import Options
 from phi4_mlx.evaluation.result import Json, Metric, TaskResult, mean
+from phi4_mlx.evaluation.subject import Subject
 from phi4_mlx.terminal.amount import amount
 
-if TYPE_CHECKING:
-    from phi4_mlx.evaluation.answers import Answers
-    from phi4_mlx.evaluation.subject import Subject
-
 NAME = "long-context"
+_TABLES = ("one table", "short table", "both tables", "long table")
 Sample = dict[str, Json]
 
 
@@ -30,11 +30,12 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     Args:
         subject: the model.
         answers: those given so far.
-        options: `lengths`, `depths`, `languages`, `limit`, `samples`, `max_tokens`, `seed`, `progress` and `folder` count.
+        options: `lengths`, `depths`, `languages`, `limit`, `samples`, `max_tokens`, `temp`, `top_p`, `seed`, `progress`
+            and `folder` count.
 
     Returns:
-        The score of `phi4_mlx.evaluation.long_context.mark`, its share of exact answers, and groups by RoPE table, length,
-        depth, kind, language and form of the values. Heat maps are in `options.folder`.
+        The mean marks of `phi4_mlx.evaluation.long_context.mark`, also by RoPE table, length, depth, kind, language and
+        form of the values. Heat maps are in `options.folder`.
 
     Raises:
         RequestError: a language, a length or a depth cannot be asked.
@@ -61,11 +62,12 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     for sample in samples:
         sample["table"] = table(sample["length"], room, boundary)
     notes = [cut, *short]
-    if options.folder:
+    if options.folder and (subject.group is None or subject.group.rank() == 0):
         notes.append(draw_heat_maps(samples, boundary, options.folder))
     settings = {
         "lengths": lengths, "depths": depths, "languages": [language.code for language in spoken], "seed": options.seed,
-        "limit": options.limit, "max_tokens": room, "slack": SLACK, "rope_boundary": boundary,
+        "limit": options.limit, "max_tokens": room, "temp": options.temp or 0.0, "top_p": options.top_p,
+        "slack": SLACK, "rope_boundary": boundary,
     }  # fmt: skip
     return TaskResult(
         NAME, _metrics(samples), settings, samples, "; ".join(note for note in notes if note), _groups(samples)
@@ -77,7 +79,9 @@ def _chosen(found: list[Place], options: Options) -> list[Place]:
     if NAME in options.samples:
         wrong = [n for n in options.samples[NAME] if not 0 <= n < len(found)]
         if wrong:
-            raise RequestError(f"--samples {NAME}: {wrong[0]} is not a document; they have numbers from 0 to {len(found) - 1}")
+            raise RequestError(
+                f"--samples {NAME}: {wrong[0]} is not a document; their numbers are 0 to {len(found) - 1:,}"
+            )
         found = [found[n] for n in dict.fromkeys(options.samples[NAME])]
     elif options.limit is not None:
         found = found[: options.limit]
@@ -87,9 +91,7 @@ def _chosen(found: list[Place], options: Options) -> list[Place]:
 def _ask(
     subject: Subject, answers: Answers, chosen: Sequence[Place], room: int, options: Options
 ) -> tuple[list[Sample], list[str]]:
-    """Samples, and notes on questions that their length has no room for. One language and length is in memory at a time."""
-    from phi4_mlx.evaluation.asking import Question, ask
-
+    """Samples, and notes on questions that do not fit their length; the texts of one length are in memory at a time."""
     samples: list[Sample] = []
     short: dict[str, int] = {}
     done = 0
@@ -104,7 +106,7 @@ def _ask(
                     name = f"{place.kind} in {place.length:,} tokens"
                     short[name] = short.get(name, 0) + 1
                 else:
-                    asked.append((place, problem, Question(place.id, [{"role": "user", "content": prompt}], max_tokens=room)))
+                    asked.append((place, problem, _question(place, prompt, room, options)))
             given = ask(subject, [question for *_, question in asked], answers, _shifted(options, done, len(chosen)))
             for (place, problem, _), answer in zip(asked, given, strict=True):
                 found = mark(problem, answer.content)
@@ -116,6 +118,12 @@ def _ask(
                 })  # fmt: skip
             done += len(members)
     return samples, [f"no room for {name} ({amount(count, 'question')})" for name, count in short.items()]
+
+
+def _question(place: Place, prompt: str, room: int, options: Options) -> Question:
+    top_p = 1.0 if options.top_p is None else options.top_p
+    messages = [{"role": "user", "content": prompt}]
+    return Question(place.id, messages, max_tokens=room, temp=options.temp or 0.0, top_p=top_p, seed=options.seed)
 
 
 def _shifted(options: Options, done: int, total: int) -> Callable[[int, int], None] | None:
@@ -133,11 +141,13 @@ def _groups(samples: Sequence[Sample]) -> dict[str, list[Metric]]:
 
     def rows() -> Iterator[tuple[tuple[int, object], str, Sample]]:
         for sample in samples:
-            yield (0, sample["table"] != "short table"), sample["table"], sample
+            table = _TABLES.index(sample["table"])
+            yield (0, table), sample["table"], sample
             yield (1, sample["length"]), f"{sample['length']:,} tokens", sample
             yield (2, sample["depth"]), f"depth {sample['depth']} %", sample
-            yield (3, sample["kind"]), sample["kind"], sample
-            yield (4, sample["kind"]), f"{sample['kind']}, {sample['table']}", sample
+            kind = [*KINDS].index(sample["kind"])
+            yield (3, kind), sample["kind"], sample
+            yield (4, (kind, table)), f"{sample['kind']}, {sample['table']}", sample
             yield (5, sample["language"]), f"language {sample['language']}", sample
             yield (6, sample["form"]), f"values: {sample['form']}", sample
 

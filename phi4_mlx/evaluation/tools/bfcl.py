@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.evaluation.answers import Answers
@@ -27,6 +28,16 @@ _LIVE_AST = ("live_simple", "live_multiple", "live_parallel", "live_parallel_mul
 _IRRELEVANCE = ("irrelevance", "live_irrelevance")
 
 
+def check(options: Options) -> None:
+    """Checks the options and the package before a model is loaded.
+
+    Raises:
+        RequestError: bfcl-eval is missing, or a category is not known.
+    """
+    chosen(options.categories)
+    Leaderboard()
+
+
 def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     """Asks the questions and scores the calls.
 
@@ -42,9 +53,11 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     categories = chosen(options.categories)
     board = Leaderboard()
     check_tool_format(subject)
-    cases = [case for category in categories for case in board.cases(category)[: options.limit]]
-    cases = picked("bfcl", cases, options)
-    max_tokens, temp, top_p = options.max_tokens or MAX_TOKENS, options.temp or 0.0, options.top_p or 1.0
+    limit = None if "bfcl" in options.samples else options.limit
+    cases = [case for category in categories for case in board.cases(category)[:limit]]
+    cases = picked("bfcl", cases, replace(options, limit=None))
+    max_tokens, temp = options.max_tokens or MAX_TOKENS, options.temp or 0.0
+    top_p = 1.0 if options.top_p is None else options.top_p
     questions = [
         Question(case.name, case.messages, case.tools or None, max_tokens, temp=temp, top_p=top_p, seed=options.seed)
         for case in cases
@@ -52,13 +65,13 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     scores: dict[str, list[float]] = {category: [] for category in categories}
     samples = []
     for case, answer in zip(cases, ask(subject, questions, answers, options.progress), strict=True):
-        wrong = mistake(board, case, answer.calls)
+        wrong = mistake(board, case, answer.calls, answer.content)
         scores[case.category].append(float(wrong is None))
         calls = [{"name": call.name, "arguments": call.arguments} for call in answer.calls]
         samples.append({"id": case.name, "score": scores[case.category][-1], "category": case.category, "calls": calls,
                         "mistake": wrong or "", "finish_reason": answer.finish_reason})  # fmt: skip
     groups = {category: [mean("accuracy", values)] for category, values in scores.items() if values}
-    overall = mean("accuracy", [sample["score"] for sample in samples])
+    overall = mean("accuracy", [score for values in scores.values() for score in values])
     settings = {"bfcl_eval": board.version, "categories": [*groups], "documents": len(cases), "max_tokens": max_tokens,
                 "temp": temp, "top_p": top_p, "seed": options.seed if temp else None}  # fmt: skip
     note = "the model's own tool format; multi-turn, agentic and format categories are not part of it"

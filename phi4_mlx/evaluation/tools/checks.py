@@ -26,14 +26,15 @@ def check_tool_format(subject: Subject) -> None:
 
 
 def picked(task: str, documents: Sequence[Document], options: Options) -> list[Document]:
-    """The documents at the indices that `options.samples` has for the task, or all of them.
+    """The documents at the indices that `options.samples` has for the task, or the first `options.limit`.
 
     Raises:
-        RequestError: an index is not one of a document.
+        RequestError: an index is not one of a document, or no document is left.
     """
-    if task not in options.samples:
-        return list(documents)
-    for index in options.samples[task]:
+    indices = options.samples.get(task, range(len(documents))[: options.limit])
+    for index in indices:
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(documents):
             raise RequestError(f"{task} has no document {index!r:.100}; they are numbered 0 to {len(documents) - 1:,}")
-    return [documents[index] for index in options.samples[task]]
+    if not indices:
+        raise RequestError(f"{task} is asked no document; raise --limit, or name some with --samples")
+    return [documents[index] for index in indices]

@@ -14,12 +14,21 @@ from phi4_mlx.evaluation.result import TaskResult, mean
 from phi4_mlx.evaluation.sharing import share_out
 from phi4_mlx.evaluation.subject import Subject
 from phi4_mlx.evaluation.tools.checks import check_tool_format, picked
-from phi4_mlx.evaluation.tools.questions import Question, load_questions
+from phi4_mlx.evaluation.tools.questions import Question, find_questions, load_questions
 from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.generation.sampling import make_sampler
 from phi4_mlx.terminal.suggestion import suggestion
 
 MAX_TOKENS = 512  # of each answer
+
+
+def check(options: Options) -> None:
+    """Checks that the data is there before a model is loaded.
+
+    Raises:
+        RequestError: it is not.
+    """
+    find_questions(options.data)
 
 
 def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
@@ -36,8 +45,9 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     """
     check_tool_format(subject)
     loaded = load_questions(options.data, subject.tokenizer)
-    questions = picked("tools", _of_categories(loaded.items, options.categories)[: options.limit], options)
-    max_tokens, temp, top_p = options.max_tokens or MAX_TOKENS, options.temp or 0.0, options.top_p or 1.0
+    questions = picked("tools", _of_categories(loaded.items, options.categories), options)
+    max_tokens, temp = options.max_tokens or MAX_TOKENS, options.temp or 0.0
+    top_p = 1.0 if options.top_p is None else options.top_p
     draws = [temp, top_p, options.seed] if temp else None
     settings = [max_tokens, draws, loaded.functions_sha256]
     keys = [key_of(subject.fingerprint, "tools", question.line, settings) for question in questions]

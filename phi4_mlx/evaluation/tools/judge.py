@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from phi4_mlx.evaluation.tools.leaderboard import LANGUAGES, Case, Leaderboard
 from phi4_mlx.tools.calls import ToolCall
+from phi4_mlx.tools.markup import CALLS_OPEN
 
 # Values in Java or JavaScript that are not checked: the checker's patterns take exponential time in arrays, or the
 # fifth power of a run of spaces, where they do not match. The longest right value has 152 characters.
@@ -20,10 +21,11 @@ _BEGINS = re.compile(r"\bnew\b|^\s*[\[{]")
 _WHOLE = re.compile(r"\s*(new\b|[\[{]).*[)}\]]\s*", re.DOTALL)
 
 
-def mistake(board: Leaderboard, case: Case, calls: Sequence[ToolCall]) -> str | None:
+def mistake(board: Leaderboard, case: Case, calls: Sequence[ToolCall], text: str = "") -> str | None:
     """The reason why calls do not answer a case, in one line; None if they do.
 
-    Without relevance to the tools (`irrelevance`) any call of a declared tool is wrong; `relevance` asks only for one.
+    Without relevance to the tools (`irrelevance`) any call is wrong, of a declared tool or of another; `relevance` asks
+    only for one of a declared tool.
     Else the leaderboard's checker compares names, arguments, types and values. Where it takes every
     argument as optional, `{}` is right; where the declaration requires an argument, a call without it is wrong.
 
@@ -31,8 +33,11 @@ def mistake(board: Leaderboard, case: Case, calls: Sequence[ToolCall]) -> str | 
         board: the checker.
         case: the question.
         calls: those of the answer, in order.
+        text: the rest of the answer.
     """
     if case.category.endswith("irrelevance"):
+        if CALLS_OPEN in text:
+            return "a tool that is not declared is called, and no tool fits the question"
         return f"{calls[0].name} is called, and no tool fits the question" if calls else None
     if not calls:
         return "the answer calls no tool"

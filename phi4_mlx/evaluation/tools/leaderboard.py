@@ -10,10 +10,11 @@ Source: https://github.com/ShishirPatil/gorilla/tree/main/berkeley-function-call
 from __future__ import annotations
 
 import copy
+import io
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module, metadata
@@ -110,17 +111,24 @@ class Leaderboard:
         Raises:
             RequestError: a file is missing or damaged.
         """
-        truth: dict[str, Any] = {}
-        if not category.endswith("relevance"):
-            right = self._folder / "possible_answer" / f"BFCL_v4_{category}.json"
-            truth = dict(read_lines(right, lambda line, _: (line["id"], line["ground_truth"])))
-        return read_lines(self._folder / f"BFCL_v4_{category}.json", lambda line, _: self._case(category, line, truth))
+        truth: dict[str, list[Truth]] | None = None
+        try:
+            if not category.endswith("relevance"):
+                right = self._folder / "possible_answer" / f"BFCL_v4_{category}.json"
+                truth = dict(read_lines(right, lambda line, _: (line["id"], line["ground_truth"])))
+            asked = self._folder / f"BFCL_v4_{category}.json"
+            return read_lines(asked, lambda line, _: self._case(category, line, truth))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise RequestError(
+                f"the data of bfcl-eval {self.version} on {category} is not as expected "
+                f"({type(error).__name__}: {message_of(error)}): {INSTALL}"
+            ) from None
 
-    def _case(self, category: str, line: JsonObject, truth: Mapping[str, Any]) -> Case:
+    def _case(self, category: str, line: JsonObject, truth: Mapping[str, list[Truth]] | None) -> Case:
         (hinted,) = self._with_hints([copy.deepcopy(line)])
         tools = [{"type": "function", "function": self._declared(function)} for function in hinted["function"]]
         functions, name = line["function"], line["id"]
-        right = [_with_required(call, functions) for call in truth.get(name, [])]
+        right = [] if truth is None else [_with_required(call, functions) for call in truth[name]]
         return Case(name, category, line["question"][0], functions, tools, right)
 
     def _declared(self, function: JsonObject) -> JsonObject:
@@ -144,7 +152,8 @@ class Leaderboard:
         """The checker's objection to calls that answer a case with a `truth`, or None."""
         language = self._languages(LANGUAGES.get(case.category, "python"))
         try:
-            verdict = self._check(case.functions, calls, case.truth, language, case.category, "")
+            with redirect_stdout(io.StringIO()):  # it prints what it cannot convert
+                verdict = self._check(case.functions, calls, case.truth, language, case.category, "")
         except Exception as error:  # the checker trips over values of shapes that no right answer has
             return f"a value has a shape that no right answer has ({type(error).__name__}: {message_of(error)})"
         if verdict["valid"]:

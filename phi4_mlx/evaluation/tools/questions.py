@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,22 @@ class Questions:
     functions_sha256: str
 
 
+def find_questions(data: Path | None) -> Path:
+    """The file of questions that `data` stands for.
+
+    Raises:
+        RequestError: there is none.
+    """
+    if data is None:
+        raise RequestError(f"the task tools needs --data: a folder with {QUESTIONS}, and {FUNCTIONS} for its tools")
+    data = data.expanduser()
+    path = data / QUESTIONS if data.is_dir() else data
+    if not os.path.exists(path):
+        near = path_suggestion(str(data), lambda name: (Path(name) / QUESTIONS).exists() or name.endswith(".jsonl"))
+        raise RequestError(f"{path} does not exist{near}")
+    return path
+
+
 def load_questions(data: Path | None, tokenizer: Tokenizer) -> Questions:
     """Reads questions, and runs the Python file with their functions.
 
@@ -81,13 +98,7 @@ def load_questions(data: Path | None, tokenizer: Tokenizer) -> Questions:
     Raises:
         RequestError: a file is missing or a line is malformed; names the file and the line.
     """
-    if data is None:
-        raise RequestError(f"the task tools needs --data: a folder with {QUESTIONS}, and {FUNCTIONS} for its tools")
-    data = data.expanduser()
-    path = data / QUESTIONS if data.is_dir() else data
-    if not path.exists():
-        near = path_suggestion(str(data), lambda name: (Path(name) / QUESTIONS).exists() or name.endswith(".jsonl"))
-        raise RequestError(f"{path} does not exist{near}")
+    path = find_questions(data)
     file = path.with_name(FUNCTIONS)
     functions: Functions = {}
     digest = ""
@@ -120,10 +131,7 @@ def _question(line: JsonObject, number: str, functions: Functions, tokenizer: To
     if not isinstance(name, (str, int)) or not isinstance(category, str):
         raise RequestError('"id" and "category" must be texts')
     tools = _tools(line, functions)
-    try:
-        tokenizer.apply_chat_template(messages, tools=Toolbox(tools).declarations)
-    except (TypeError, AttributeError):
-        raise RequestError('"messages" must be a list of {"role": ..., "content": ...}') from None
+    tokenizer.apply_chat_template(messages, tools=Toolbox(tools).declarations)
     return Question(str(name), category, messages, tools, answer, line)
 
 

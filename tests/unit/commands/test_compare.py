@@ -35,7 +35,7 @@ def test_json_and_table_have_the_same_figures(
 def test_estimated_tokens_are_noted_where_they_count(outside: float, noted: bool) -> None:
     figure = Figure(0.1, None, None)
     sides = [Side(name, 10**9, figure, figure, outside, 0.03, (10.0,)) for name in ("one", "two")]
-    shown = table(Comparison(sides[0], sides[1], figure, 1, 100))
+    shown = table(Comparison(sides[0], sides[1], figure, 1, 100, ()))
     assert ("0.02 and 0.02 is estimated" in shown) == noted
     assert "[" not in shown  # one sample has no interval
 

@@ -21,11 +21,6 @@ RECORDS = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitli
 CODES = "ar cs da de en es fi fr he hu it ja ko nl no pl pt ru sv th tr uk zh"
 
 
-@pytest.fixture(scope="module")
-def o200k_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return o200k.write(tmp_path_factory.mktemp("o200k"))
-
-
 def test_it_has_every_language_and_every_kind() -> None:
     assert {record["language"] for record in RECORDS} == set(CODES.split())
     kinds = Counter(record["kind"] for record in RECORDS)
@@ -46,9 +41,9 @@ def test_no_line_occurs_twice() -> None:
 
 
 @pytest.mark.slow
-def test_it_is_long_enough_for_the_published_tokenizer(o200k_folder: Path) -> None:
+def test_it_is_long_enough_for_the_published_tokenizer() -> None:
     """Calibration with 5,000 tokens is as good as with 50,000, so a first half must do; no sample is cut."""
-    samples, report = load_samples(FILE, load_tokenizer_and_format(o200k_folder))
+    samples, report = load_samples(FILE, o200k.tokenizer())
     assert report.samples == len(RECORDS) and not report.truncated and not report.control_text
     assert 8000 < report.tokens < 12000
     assert sum(len(sample.ids) > 500 for sample in samples) >= 3

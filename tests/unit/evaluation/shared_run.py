@@ -1,6 +1,6 @@
 """One process of a shared evaluation of the demo; prints what it found as JSON.
 
-    mlx.launch -n 2 --backend ring tests/unit/evaluation/shared_run.py FOLDER [fail | differ]
+mlx.launch -n 2 --backend ring tests/unit/evaluation/shared_run.py FOLDER [fail | differ]
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.evaluation.answers import Answers
 from phi4_mlx.evaluation.asking import Question, ask
 from phi4_mlx.evaluation.scoring import scores
-from phi4_mlx.evaluation.sharing import answers_path, join_group
+from phi4_mlx.evaluation.sharing import answers_path
 from phi4_mlx.evaluation.subject import load_subject
 
 folder, manner = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else ""
 subject = load_subject("demo")
-subject.group = group = join_group()
+group = subject.group
 rank = group.rank() if group else 0
 requests = [([40 + n, 50, 60], [70 + m]) for n in range(6) for m in range(2)]
 if manner == "differ" and rank:

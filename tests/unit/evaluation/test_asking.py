@@ -12,7 +12,6 @@ import mlx.core as mx
 import pytest
 
 from phi4_mlx.agent import ToolCall
-from phi4_mlx.checkpoint import load
 from phi4_mlx.errors import RequestError
 from phi4_mlx.evaluation.answers import Answers
 from phi4_mlx.evaluation.asking import Question, ask
@@ -21,7 +20,7 @@ from phi4_mlx.generation.sampling import make_sampler
 from phi4_mlx.generation.stream import generate
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.tokens.chat_format import CHAT_FORMATS
-from tests.conftest import TOKENIZER, Demo
+from tests.conftest import Demo
 from tests.kinds import WRITERS
 
 
@@ -29,7 +28,6 @@ from tests.kinds import WRITERS
 def subject(demo: Demo) -> Subject:
     """The demo."""
     return Subject(*demo, "demo", "demo")
-
 
 
 def scripted(subject: Subject, monkeypatch: pytest.MonkeyPatch, text: str) -> Subject:
@@ -75,7 +73,10 @@ def test_answers_in_batch_are_those_asked_alone(tmp_path: Path, kind: str) -> No
         )
         alone = generate(subject.model, subject.tokenizer, ids, max_tokens=question.max_tokens)
         assert (answer.text, answer.prompt_tokens) == (alone, len(ids))
-        assert (answer.finish_reason, answer.tokens) == ("length", question.max_tokens) or answer.finish_reason == "stop"
+        assert (answer.finish_reason, answer.tokens) == (
+            "length",
+            question.max_tokens,
+        ) or answer.finish_reason == "stop"
 
 
 def test_a_sampled_answer_is_repeatable_and_its_own(subject: Subject, tmp_path: Path) -> None:
@@ -101,7 +102,12 @@ def test_a_sampled_answer_is_repeatable_and_its_own(subject: Subject, tmp_path: 
     ],
 )
 def test_a_stop_string_ends_the_answer_while_it_is_drawn(
-    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: tuple[str, ...], content: str, tokens: int | None
+    subject: Subject,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stops: tuple[str, ...],
+    content: str,
+    tokens: int | None,
 ) -> None:
     subject = scripted(subject, monkeypatch, "one two three")
     script = subject.tokenizer.encode("one two three")
@@ -175,7 +181,7 @@ def test_a_long_shared_beginning_is_run_once(tmp_path: Path, kind: str, monkeypa
     subject = load_subject(str(WRITERS[kind](tmp_path / kind)))
     draw = random.Random(2)
     shots = "".join(draw.choices("abcdefgh ", k=700))
-    questions = [Question(str(n), f"{shots}{n}{'x' * n}", max_tokens=2) for n in range(6)]
+    questions = [Question(str(n), f"{shots}{n} is another{'x' * n}", max_tokens=2) for n in range(6)]
     lengths = [len(subject.tokenizer.encode(question.prompt, specials=True)) for question in questions]  # type: ignore[arg-type]
     assert min(lengths) > 520  # more than a step prefills
     seen, hidden = [], type(subject.model).hidden

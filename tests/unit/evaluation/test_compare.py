@@ -102,17 +102,22 @@ def test_tokens_left_out_are_estimated(pair: tuple[Path, Path], data: Path) -> N
     exact = compare(*pair, data)
     some = compare(*pair, data, columns=Columns(512, 16, 64))
     assert some.a.perplexity == exact.a.perplexity and some.agreement == exact.agreement
-    for side, whole in ((some.a, exact.a), (some.b, exact.b)):
+    p, q = (np.concatenate(log_probs(each, data)[0]) for each in pair)
+    likeliest = np.zeros(p.shape, bool)
+    for each in (p, q):
+        np.put_along_axis(likeliest, np.argsort(-each, axis=-1)[:, :16], True, axis=-1)
+    for side, whole, x, y in ((some.a, exact.a, p, q), (some.b, exact.b, q, p)):
+        certain = ((np.exp(x) * (x - y) - np.exp(x) + np.exp(y)) * likeliest).sum(-1).mean()
+        assert side.kl.value - side.kl_outside == pytest.approx(certain, rel=1e-4) and certain < whole.kl.value
         assert side.kl.value == pytest.approx(whole.kl.value, rel=0.1)
-        assert 0 < side.kl_outside < side.kl.value and 0 < side.mass_outside < 1
-        assert side.kl.value - side.kl_outside < whole.kl.value  # the likeliest tokens alone are a lower bound
+        assert side.mass_outside == pytest.approx((np.exp(x) * ~likeliest).sum(-1).mean(), rel=0.1)
 
 
 def test_every_token_stands_for_itself_or_is_represented() -> None:
-    columns = Columns(1000, 8, 100)
+    columns = Columns(1003, 8, 100)
     draw = np.random.default_rng(0)
-    a, b = (np.stack([draw.permutation(1000)[:8] for _ in range(50)]).astype(np.int32) for _ in range(2))
-    total = np.zeros(1000)
+    a, b = (np.stack([draw.permutation(1003)[:8] for _ in range(50)]).astype(np.int32) for _ in range(2))
+    total = np.zeros(1003)
     for start in range(0, 1000, 50):
         ids = columns.ids(start, a, b)
         assert ids.shape == (50, columns.width)
@@ -157,12 +162,23 @@ def test_one_sample_has_no_interval(tiny_checkpoint: TinyCheckpoint, tmp_path: P
 def test_intervals_contain_the_value_and_narrow_with_more_samples(
     tiny_checkpoint: TinyCheckpoint, data: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "more.jsonl").write_text(data.read_text() * 8)
+    (tmp_path / "more.jsonl").write_text(data.read_text() * 4)
     pair = tiny_checkpoint(), tiny_checkpoint("b", seed=2)
     few, many = (compare(*pair, each).a.kl for each in (data, tmp_path / "more.jsonl"))
     assert few.low is not None and few.high is not None and many.low is not None and many.high is not None
     assert few.low < few.value < few.high and many.low < many.value < many.high
     assert many.high - many.low < 0.7 * (few.high - few.low)
+
+
+def test_cut_and_left_out_samples_are_told(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    folder = tiny_checkpoint(max_position_embeddings=BOUNDARY + 16)
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": "1 " * 100}) + '\n{"text": ""}\n{"text": "1 2 3"}\n')
+    found = compare(folder, folder, tmp_path / "data.jsonl")
+    assert found.notes == (
+        f"cut at the context of {BOUNDARY + 16} tokens: 1 sample",
+        "left out, with no token to predict: 1 sample, the first data.jsonl:2",
+    )
+    assert found.samples == 2
 
 
 def test_different_vocabularies_are_refused(tiny_checkpoint: TinyCheckpoint, data: Path) -> None:

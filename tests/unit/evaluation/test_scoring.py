@@ -92,18 +92,24 @@ def choices(draw: random.Random, documents: int, shots: int = 40) -> list[Reques
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-@settings(max_examples=6)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 2**31), most_rows=st.sampled_from([1, 2, 3, 64]), chunk=st.sampled_from([5, 64, 2048]))
 def test_a_score_equals_one_asked_alone(
-    subjects: dict[str, Subject], tmp_path_factory: pytest.TempPathFactory, kind: str, seed: int, most_rows: int, chunk: int
+    subjects: dict[str, Subject],
+    tmp_path_factory: pytest.TempPathFactory,
+    kind: str,
+    seed: int,
+    most_rows: int,
+    chunk: int,
 ) -> None:
     draw = random.Random(seed)
     requests: list[Request] = []
     known = [[], ids(draw, draw.randrange(1, BOUNDARY))]
-    for _ in range(draw.randrange(1, 14)):  # a random tree of beginnings, across the RoPE boundary
+    for _ in range(draw.randrange(1, 8)):  # a random tree of beginnings with choices, across the RoPE boundary
         beginning = draw.choice(known)
         known.append(beginning[: draw.randrange(len(beginning) + 1)] + ids(draw, draw.choice([1, 2, 9, BOUNDARY])))
-        requests.append((draw.choice(known), ids(draw, draw.choice([0, 1, 1, 4, 30]))))
+        context = draw.choice(known)
+        requests += [(context, ids(draw, draw.choice([0, 1, 1, 4, 30]))) for _ in range(draw.randrange(1, 5))]
     with pytest.MonkeyPatch.context() as patched, Answers(tmp_path_factory.mktemp("run") / "answers") as answers:
         patched.setattr(scoring, "MAX_ROWS", most_rows)
         patched.setattr(scoring, "PREFILL_STEP_SIZE", chunk)
@@ -111,7 +117,9 @@ def test_a_score_equals_one_asked_alone(
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_each_sequence_has_the_rope_table_of_its_length(subjects: dict[str, Subject], tmp_path: Path, kind: str) -> None:
+def test_each_sequence_has_the_rope_table_of_its_length(
+    subjects: dict[str, Subject], tmp_path: Path, kind: str
+) -> None:
     draw = random.Random(1)
     context = ids(draw, BOUNDARY - 4)
     requests = [(context, ids(draw, length)) for length in (1, 4, 5, 6, 7, 20)]  # 5: the boundary exactly

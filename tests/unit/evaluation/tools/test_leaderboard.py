@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from phi4_mlx.evaluation.tools.leaderboard import INSTALL, LIVE, NON_LIVE, Case,
 from phi4_mlx.tools.calls import ToolCall
 from phi4_mlx.tools.declarations import check_tools
 from phi4_mlx.tools.parser import ToolCallParser
+from tests.conftest import ROOT
 from tests.leaderboard_answers import right_calls, written
 
 AST = [category for category in (*NON_LIVE, *LIVE) if not category.endswith("relevance")]
@@ -172,6 +175,8 @@ def test_irrelevance_wants_no_call_and_relevance_one(board: Leaderboard, cases: 
         call = ToolCall(case.functions[0]["name"], {})
         assert (mistake(board, case, [call]) is None) is right
         assert (mistake(board, case, []) is None) is not right
+        undeclared = written([ToolCall("zzqx", {})])  # which the parser leaves in the text
+        assert not parsed(case, undeclared) and mistake(board, case, [], undeclared)
 
 
 @pytest.mark.parametrize(
@@ -207,8 +212,34 @@ def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) ->
     assert INSTALL in str(caught.value)
 
 
+def test_the_makefile_installs_the_same_package() -> None:
+    found = re.search(r"^LEADERBOARD = (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert found is not None and f"pip install --no-deps {found[1]}" == INSTALL
+
+
+@pytest.mark.parametrize("line", ['{"id": "simple_java_0"}', '{"id": "simple_java_0", "question": [], "function": []}'])
+def test_damaged_data_is_named(line: str, board: Leaderboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "possible_answer").mkdir()
+    for folder in (tmp_path, tmp_path / "possible_answer"):
+        (folder / "BFCL_v4_simple_java.json").write_text(line)
+    monkeypatch.setitem(vars(board), "_folder", tmp_path)
+    with pytest.raises(RequestError, match=r"the data of bfcl-eval 2026.* on simple_java is not as expected"):
+        board.cases("simple_java")
+
+
 def test_a_package_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bfcl_eval.eval_checker.ast_eval.ast_checker", None)
     with pytest.raises(RequestError, match="the installed bfcl-eval 2026") as caught:
         Leaderboard()
     assert INSTALL in str(caught.value)
+
+
+def test_calls_at_once_have_no_order(board: Leaderboard, cases: dict[str, list[Case]]) -> None:
+    """But where a right value of one call is also one of another: the checker gives a call to the first that fits."""
+    refused = [case.name for case in cases["parallel"] if mistake(board, case, right_calls(case)[::-1])]
+    assert refused == ["parallel_178"]
+
+
+def test_importing_makes_no_folders(board: Leaderboard) -> None:
+    """The package's own settings would make `result`, `score` and `.file_locks` beside it."""
+    assert "bfcl_eval.constants.eval_config" not in sys.modules
