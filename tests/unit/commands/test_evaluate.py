@@ -229,7 +229,9 @@ def test_repeats_are_draws_whose_mean_is_the_score(
     monkeypatch.setattr(harness, "ask", lambda *given: asked.extend(given[1]) or ask(*given))
     folder = Path(harness.__file__).parent / "suites" / "phi-4-mini"
     words = ("--tasks", "phi-4-mini_math500", "--include-path", folder, "--data", copies, "--max-tokens", "3")
-    evaluate(*words, "--temp", "0.8", "--top-p", "0.9", "--repeats", "3", "--samples", '{"phi-4-mini_math500": [3, 1]}')
+    words += ("--num-shots", "1", "--samples", '{"phi-4-mini_math500": [3, 1]}')
+    evaluate(*words, "--temp", "0.8", "--top-p", "0.9", "--repeats", "3")
+    assert len({repr(each.prompt) for each in asked}) == 2  # with the same example in each draw
     assert [(each.seed, each.temp, each.top_p, each.max_tokens) for each in asked] == [
         (seed, 0.8, 0.9, 3) for seed in (0, 0, 1, 1, 2, 2)
     ]
