@@ -92,7 +92,7 @@ def choices(draw: random.Random, documents: int, shots: int = 40) -> list[Reques
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-@settings(max_examples=6)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 2**31), most_rows=st.sampled_from([1, 2, 3, 64]), chunk=st.sampled_from([5, 64, 2048]))
 def test_a_score_equals_one_asked_alone(
     subjects: dict[str, Subject],
