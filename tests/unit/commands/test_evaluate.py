@@ -270,6 +270,15 @@ def test_two_runs_side_by_side(evaluate: Evaluate, tasks: Path, tmp_path: Path) 
     assert "is not JSON" in evaluate("--report", tmp_path / "out", tasks / "even.yaml", code=2)
 
 
+def test_options_without_effect_are_named(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--tasks", "even", "--include-path", str(tasks), "--output-dir", str(tmp_path / "out"), "--judge", "demo"]
+    idle = ["--lengths", "256", "--languages", "de", "--repeats", "3", "--categories", "simple_python"]
+    assert cli.main(["evaluate", "--model", "demo", *words, *idle]) == 0
+    shown = capsys.readouterr().err
+    for option in ("--lengths", "--languages", "--repeats", "--judge", "--categories"):
+        assert f"{option} has no effect" in shown
+
+
 def test_a_comparator_is_asked_the_same_and_has_a_column(evaluate: Evaluate, tasks: Path, tmp_path: Path) -> None:
     words = ("--tasks", "even", "--include-path", tasks)
     evaluate(*words)
