@@ -32,8 +32,6 @@ _ROW_OPTIONS = (
 )  # fmt: skip
 _WITH_DATA = {"tools", "arena-hard"}  # the package's own tasks that take --data
 _LM_OPTIONS = ("num_shots", "apply_chat_template", "include_path")
-# Options that only some of the package's own tasks have.
-_OWN_OPTIONS = {"lengths": ("long-context",), "languages": ("long-context", "languages"), "judge": ("arena-hard",)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,6 +80,8 @@ def _parser() -> Parser:
         Idle(("repeats",), lambda args: _only_own(args) and not _asks(args, "languages"), "on these tasks"),
         Idle(("lengths", "depths"), lambda args: not _asks(args, "long-context"), "without the task long-context"),
         Idle(("languages",), lambda args: not _asks(args, "long-context", "languages"), "without those tasks"),
+        Idle(("judge",), lambda args: not _asks(args, "arena-hard"), "without the task arena-hard"),
+        Idle(("repeats",), _is_greedy, "at a temperature of 0; --temp sets another"),
         Idle(("categories",), lambda args: not _asks(args, "bfcl", "tools"), "without the task bfcl or tools"),
     ]
     return parser
@@ -98,6 +98,11 @@ def _only_own(args: argparse.Namespace) -> bool:
 def _asks(args: argparse.Namespace, *tasks: str) -> bool:
     """True if one of these tasks is asked for; a suite may have any."""
     return args.suite is not None or not {*tasks}.isdisjoint(_names(args.tasks))
+
+
+def _is_greedy(args: argparse.Namespace) -> bool:
+    """True if lm-eval's tasks draw the likeliest tokens; the rows of a suite have temperatures of their own."""
+    return args.suite is None and not args.temp and not _only_own(args)
 
 
 def _add_documents(parser: Parser) -> None:
