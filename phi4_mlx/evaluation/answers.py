@@ -13,6 +13,7 @@ from typing import Any
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.lock import lock
+from phi4_mlx.files.regular_file import open_regular
 
 
 def key_of(fingerprint: str, kind: str, question: object, settings: object = None) -> str:
@@ -130,4 +131,6 @@ class Answers:
 
 
 def _open(path: Path) -> int:
+    if os.path.lexists(path):
+        open_regular(path).close()  # a pipe would block
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from phi4_mlx.generation.memory import ContextPlan
 
@@ -35,16 +35,32 @@ class Node:
         """Tokens at the start that all sequences share."""
         return shared(self.sequences[0], self.sequences[-1])
 
+    @property
+    def saving(self) -> int:
+        """Tokens that are run fewer times in a tree than in rows of their own."""
+        return sum(shared(one, other) - self.start for one, other in pairwise(self.sequences))
+
     def split(self) -> tuple[list[Ids], list[Node]]:
         """What follows the shared beginning: sequences that run as rows, and nodes, the largest one last."""
-        stop, rows, nodes = self.stop, [], []
-        for _, group in groupby((ids for ids in self.sequences if len(ids) > stop), lambda ids: ids[stop]):
-            below = Node(list(group), stop)
-            if (len(below.sequences) - 1) * (below.stop - stop) <= PASS_COST:
-                rows += below.sequences
+        start, rows, nodes = self.stop, [], []
+        waiting = self._branches(start)
+        while waiting:
+            node = waiting.pop()
+            ended, branches = node.sequences[0] if len(node.sequences[0]) == node.stop else None, node._branches(start)
+            if node.saving <= PASS_COST:
+                rows += node.sequences
+            elif (node.stop - start) * (len(branches) - (ended is None)) <= PASS_COST:  # cheaper than a pass of its own
+                rows += [] if ended is None else [ended]
+                waiting += branches
             else:
-                nodes.append(below)
+                nodes.append(node)
         return rows, sorted(nodes, key=lambda node: len(node.sequences))
+
+    def _branches(self, start: int) -> list[Node]:
+        """The sequences by the token after those that all share; of each, `start` tokens have been run."""
+        stop = self.stop
+        longer = (ids for ids in self.sequences if len(ids) > stop)
+        return [Node(list(group), start) for _, group in groupby(longer, lambda ids: ids[stop])]
 
 
 def shared(a: Sequence[int], b: Sequence[int]) -> int:

@@ -57,9 +57,11 @@ def test_one_process_writes(tmp_path: Path) -> None:
     Answers(tmp_path / "answers").close()
 
 
-@pytest.mark.parametrize("path", ["", "file/answers"])
+@pytest.mark.parametrize("path", ["", "file/answers", "pipe", "link"])
 def test_a_path_that_cannot_be_written_is_named(tmp_path: Path, path: str) -> None:
     (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
     with pytest.raises(RequestError, match="cannot be written"):
         Answers(tmp_path / path)
 

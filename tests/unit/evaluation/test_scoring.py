@@ -92,7 +92,7 @@ def choices(draw: random.Random, documents: int, shots: int = 40) -> list[Reques
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-@settings(max_examples=6)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 2**31), most_rows=st.sampled_from([1, 2, 3, 64]), chunk=st.sampled_from([5, 64, 2048]))
 def test_a_score_equals_one_asked_alone(
     subjects: dict[str, Subject],
@@ -155,6 +155,19 @@ def test_shared_beginnings_and_choices_are_run_once(subjects: dict[str, Subject]
         scores(subjects["phi3"], requests, answers)
     assert tokens(shapes) == 30 + 5 * 20
     assert len(shapes) == 2  # the beginning, and one row a document
+
+
+def test_documents_that_begin_alike_by_chance_do_not_lose_their_own_beginnings(
+    subjects: dict[str, Subject], tmp_path: Path
+) -> None:
+    draw = random.Random(8)
+    before, requests = ids(draw, 30), []
+    for _ in range(8):
+        context = [*before, 50, *ids(draw, 20)]
+        requests += [(context, ids(draw, 6)) for _ in range(4)]
+    with Answers(tmp_path / "answers") as answers, passes(subjects["phi3"].model) as shapes:
+        scores(subjects["phi3"], requests, answers)
+    assert tokens(shapes) <= 31 + 8 * (20 + 4 * 6)
 
 
 def test_a_text_without_shared_beginning_is_not_slower_than_alone(subjects: dict[str, Subject], tmp_path: Path) -> None:
