@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx.checkpoint import empty_model
 from phi4_mlx.config.fields import Config
-from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.models.causal_lm import CausalLM
 
 from .quantize import EMBEDDING_AND_HEAD
 from .weights import Parameter
@@ -30,7 +30,9 @@ class BlockModel:
     """
 
     def __init__(self, config: Config, parameters: Sequence[Parameter]):
-        self.model: LanguageModel = empty_model(config, {}).eval()
+        model = empty_model(config, {}).eval()
+        assert isinstance(model, CausalLM)
+        self.model = model
         paths = {id(module): path for path, module in self.model.named_modules()}
         self.blocks = [paths[id(block)] for block in self.model.layers]
         by_path = {each.path: each for each in parameters if each.path in EMBEDDING_AND_HEAD}

@@ -17,6 +17,7 @@ from phi4_mlx.files.manifest import file_sha256
 from phi4_mlx.files.safetensors import header_of
 from phi4_mlx.terminal.amount import size
 
+from .batches import BATCH_TOKENS
 from .bits import SCALE_BITS, Candidate, choose_bits
 from .calibrate import Calibration, Progress, calibrate
 from .quantize import EMBEDDING_AND_HEAD, Layout, Recipe, Scheme
@@ -26,7 +27,7 @@ from .weights import Parameter
 WIDTHS = (3, 4, 5, 6, 8)  # bits that are tried
 LEAST_BPW, MOST_BPW = 2, 16
 DEFAULT_DATA = Path(__file__).with_name("calibration.jsonl")
-LONGEST = 8192  # tokens of a sample
+LONGEST = BATCH_TOKENS  # of a sample
 SCORE_BYTES = 2**29  # of attention scores, where they are materialised
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import mlx.core as mx
 import numpy as np
 
-from phi4_mlx.models.model import Carried
+from phi4_mlx.models.causal_lm import Carried
 
 from .blocks import BlockModel, embedded
 from .divergence import Reference

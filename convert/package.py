@@ -14,6 +14,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from phi4_mlx.tokens.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from .calibrated import Wish, calibrated
 from .card import CARD_FILE, model_card, read_origin
 from .loras import lora_bytes, plan_loras, write_loras
-from .quantize import make_recipe, quantization_config
+from .quantize import Recipe, make_recipe, quantization_config
 from .report import Report, write_report
 from .weights import Parameter, plan, shards, write_shard
 
@@ -101,40 +102,73 @@ def convert(
         CheckpointError: the checkpoint is missing, damaged, incomplete or of another shape.
         TokenizerError: the tokenizer's files are missing or damaged, or do not fit the weights.
     """
-    if not quantize:
-        _check_not_given(
-            q_bits=q_bits, q_group_size=q_group_size, q_mode=q_mode, embed_bits=embed_bits, tower_bits=tower_bits,
-            adapter_bits=adapter_bits, q_calibration=q_calibration, q_bpw=q_bpw,
-        )  # fmt: skip
+    bits = {"q_bits": q_bits, "embed_bits": embed_bits, "tower_bits": tower_bits, "adapter_bits": adapter_bits}
+    recipe, wish = _asked(quantize, q_mode, q_group_size, bits, q_calibration, q_bpw)
+    kind = _kind(dtype)
+    target = Path(os.path.abspath(os.path.expanduser(mlx_path)))
+    plans = _Plans(
+        recipe, wish, kind, dequantize, bits, target.with_name(f".{target.name}.calibration"), progress, tell
+    )
+    loras = partial(plan_loras, recipe=recipe, dtype=kind, dequantize=dequantize)
+    write_package(target, hf_path, revision, plans.parameters, progress, loras, lambda: plans.report)
+    if wish:
+        shutil.rmtree(plans.work, ignore_errors=True)
+
+
+def _kind(dtype: str | None) -> str | None:
+    """The dtype that an option names, one of `FLOATS`; None for none."""
     if dtype is not None and dtype not in _FLOATS:
         raise RequestError(f"--dtype {dtype!r} is not known; known are {', '.join(_FLOATS)}")
-    recipe = None
-    if quantize:
-        recipe = make_recipe(q_mode or "affine", q_bits, q_group_size, embed_bits, tower_bits, adapter_bits)
-    wish = None
-    if recipe and q_calibration is not None:
-        wish = Wish(q_calibration, q_bits, q_bpw, embed_bits)
+    return _FLOATS[dtype] if dtype else None
+
+
+def _asked(
+    quantize: bool,
+    q_mode: str | None,
+    q_group_size: int | None,
+    bits: Mapping[str, int | None],
+    q_calibration: str | Path | None,
+    q_bpw: float | None,
+) -> tuple[Recipe | None, Wish | None]:
+    """The quantisation and the calibration that options ask for; RequestError if they contradict each other."""
+    if not quantize:
+        _check_not_given(**bits, q_group_size=q_group_size, q_mode=q_mode, q_calibration=q_calibration, q_bpw=q_bpw)
+        return None, None
+    own = bits["tower_bits"], bits["adapter_bits"]
+    recipe = make_recipe(q_mode or "affine", bits["q_bits"], q_group_size, bits["embed_bits"], *own)
+    if q_calibration is not None:
+        wish = Wish(q_calibration, bits["q_bits"], q_bpw, bits["embed_bits"])
         wish.check(recipe)
-    elif q_bpw is not None:
+        return recipe, wish
+    if q_bpw is not None:
         raise RequestError(f"--q-bpw {q_bpw:g} chooses bits by calibration; add --q-calibration default or a file")
-    kind = _FLOATS[dtype] if dtype else None
-    target = Path(os.path.abspath(os.path.expanduser(mlx_path)))
-    work = target.with_name(f".{target.name}.calibration")
-    reports: list[Report] = []
+    return recipe, None
 
-    def planned(folder: Path, config: Config) -> list[Parameter]:
-        parameters = plan(folder, config, recipe, kind, dequantize)
-        _check_towers(folder, parameters, {"--tower-bits": tower_bits, "--adapter-bits": adapter_bits})
-        if recipe and wish:
-            shown = progress or (lambda done, total: None)
-            parameters, report = calibrated(folder, config, parameters, recipe, wish, work, shown, tell)
-            reports.append(report)
+
+@dataclass
+class _Plans:
+    """Plans the parameters of a package, after a calibration if one is asked for."""
+
+    recipe: Recipe | None
+    wish: Wish | None
+    dtype: str | None
+    dequantize: bool
+    bits: Mapping[str, int | None]
+    work: Path
+    progress: Progress | None
+    tell: Callable[[str], object]
+    report: Report | None = None
+
+    def parameters(self, folder: Path, config: Config) -> list[Parameter]:
+        parameters = plan(folder, config, self.recipe, self.dtype, self.dequantize)
+        own = {"--tower-bits": self.bits["tower_bits"], "--adapter-bits": self.bits["adapter_bits"]}
+        _check_towers(folder, parameters, own)
+        if self.recipe and self.wish:
+            shown = self.progress or (lambda done, total: None)
+            parameters, self.report = calibrated(
+                folder, config, parameters, self.recipe, self.wish, self.work, shown, self.tell
+            )
         return parameters
-
-    loras = partial(plan_loras, recipe=recipe, dtype=kind, dequantize=dequantize)
-    write_package(target, hf_path, revision, planned, progress, loras, lambda: next(iter(reports), None))
-    if wish:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _check_towers(folder: Path, parameters: list[Parameter], own_bits: Mapping[str, int | None]) -> None:

@@ -132,7 +132,7 @@ def layer_of(path: str) -> int | None:
 
 
 def _draw(path: Path, report: Report) -> list[Path]:
-    """One panel for each kind of matrix; no file without matplotlib."""
+    """One panel for each kind and size of matrix; no file without matplotlib."""
     try:
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import Normalize
@@ -140,7 +140,7 @@ def _draw(path: Path, report: Report) -> list[Path]:
         from matplotlib.lines import Line2D
     except ImportError:
         return []
-    kinds = list(dict.fromkeys(map(kind_of, report.chosen)))
+    kinds = list(dict.fromkeys((kind_of(path), each.numbers) for path, each in report.chosen.items()))
     rows = -(-len(kinds) // _PANELS)
     columns = -(-len(kinds) // rows)
     figure = Figure(figsize=(3.1 * columns + 1.6, 3.1 * rows + 1.1), layout="constrained")
@@ -148,8 +148,8 @@ def _draw(path: Path, report: Report) -> list[Path]:
     layers = [layer for layer in map(layer_of, report.chosen) if layer is not None]
     colours = Normalize(0, max(layers, default=0) or 1)
     panels = grid.ravel()
-    for axes, kind in zip(panels, kinds, strict=False):
-        _draw_kind(axes, kind, report, colours)
+    for axes, (kind, numbers) in zip(panels, kinds, strict=False):
+        _draw_kind(axes, kind, numbers, report, colours)
     for axes in panels[len(kinds) :]:
         axes.set_axis_off()
     for axes in grid[:, 0]:
@@ -168,27 +168,28 @@ def _draw(path: Path, report: Report) -> list[Path]:
     return [path]
 
 
-def _draw_kind(axes: Axes, kind: str, report: Report, colours: Normalize) -> None:
-    """A line through the candidates of each matrix of this kind, and a larger point where it was chosen."""
+def _draw_kind(axes: Axes, kind: str, numbers: int, report: Report, colours: Normalize) -> None:
+    """A line through the candidates of each such matrix, and a larger point where it was chosen."""
     from matplotlib import colormaps
 
+    unit, name = (1e6, "MB") if numbers >= 10**6 else (1e3, "KB")
     widths: dict[float, int] = {}
     for path, chosen in report.chosen.items():
-        if kind_of(path) != kind:
+        if (kind_of(path), chosen.numbers) != (kind, numbers):
             continue
         layer = layer_of(path)
         colour = "grey" if layer is None else colormaps["viridis"](colours(layer))
         options = sorted(report.candidates[path], key=lambda each: each.nbytes)
-        widths |= {each.nbytes / 1e6: each.scheme.bits for each in options}
+        widths |= {each.nbytes / unit: each.scheme.bits for each in options}
         kls = [max(each.kl, _SMALLEST_KL) for each in options]
-        axes.plot([each.nbytes / 1e6 for each in options], kls, color=colour, marker=".", markersize=3, linewidth=0.8)
+        axes.plot([each.nbytes / unit for each in options], kls, color=colour, marker=".", markersize=3, linewidth=0.8)
         axes.plot(
-            chosen.nbytes / 1e6, max(chosen.kl, _SMALLEST_KL), "o", color=colour, markeredgecolor="black",
+            chosen.nbytes / unit, max(chosen.kl, _SMALLEST_KL), "o", color=colour, markeredgecolor="black",
             markeredgewidth=0.7, markersize=6.5, zorder=3,
         )  # fmt: skip
     axes.set_yscale("log")
-    axes.set_title(kind, fontsize=10)
+    axes.set_title(f"{kind}, {numbers / 1e6:.3g} M" if numbers >= 10**6 else f"{kind}, {numbers:,}", fontsize=10)
     axes.set_xticks(list(widths), [f"{nbytes:.3g}\n{bits} bits" for nbytes, bits in widths.items()], fontsize=7)
-    axes.set_xlabel("MB", fontsize=8)
+    axes.set_xlabel(name, fontsize=8)
     axes.tick_params(axis="y", labelsize=8)
     axes.grid(alpha=0.3, which="major")

@@ -32,8 +32,6 @@ _ROW_OPTIONS = (
 )  # fmt: skip
 _WITH_DATA = {"tools", "arena-hard"}  # the package's own tasks that take --data
 _LM_OPTIONS = ("num_shots", "apply_chat_template", "include_path")
-# Options that only some of the package's own tasks have.
-_OWN_OPTIONS = {"lengths": ("long-context",), "languages": ("long-context", "languages"), "judge": ("arena-hard",)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,11 +76,13 @@ def _parser() -> Parser:
     parser.idle += [
         Idle(_ROW_OPTIONS, lambda args: args.suite is not None, "with --suite, whose rows have their own"),
         Idle(_LM_OPTIONS, _only_own, "on the package's own tasks"),
-        Idle(("data",), lambda args: _only_own(args) and not _WITH_DATA & _named(args), "on these tasks"),
-        Idle(("repeats",), lambda args: _only_own(args) and "languages" not in _named(args), "on these tasks"),
-        Idle(("lengths", "depths"), lambda args: "long-context" not in _named(args), "without the task long-context"),
-        Idle(("languages",), lambda args: not {"long-context", "languages"} & _named(args), "without those tasks"),
-        Idle(("categories",), lambda args: not {"bfcl", "tools"} & _named(args), "without the task bfcl or tools"),
+        Idle(("data",), lambda args: _only_own(args) and not _asks(args, *_WITH_DATA), "on these tasks"),
+        Idle(("repeats",), lambda args: _only_own(args) and not _asks(args, "languages"), "on these tasks"),
+        Idle(("lengths", "depths"), lambda args: not _asks(args, "long-context"), "without the task long-context"),
+        Idle(("languages",), lambda args: not _asks(args, "long-context", "languages"), "without those tasks"),
+        Idle(("judge",), lambda args: not _asks(args, "arena-hard"), "without the task arena-hard"),
+        Idle(("repeats",), _is_greedy, "at a temperature of 0; --temp sets another"),
+        Idle(("categories",), lambda args: not _asks(args, "bfcl", "tools"), "without the task bfcl or tools"),
     ]
     return parser
 
@@ -95,10 +95,14 @@ def _only_own(args: argparse.Namespace) -> bool:
     return bool(names) and names <= OWN.keys()
 
 
-def _names_any(args: argparse.Namespace, tasks: Sequence[str]) -> bool:
-    """True if one of the tasks is asked for; a suite may have any."""
-    given = {name for words in args.tasks or () for name in words.split(",")}
-    return args.suite is not None or not given.isdisjoint(tasks)
+def _asks(args: argparse.Namespace, *tasks: str) -> bool:
+    """True if one of these tasks is asked for; a suite may have any."""
+    return args.suite is not None or not {*tasks}.isdisjoint(_names(args.tasks))
+
+
+def _is_greedy(args: argparse.Namespace) -> bool:
+    """True if lm-eval's tasks draw the likeliest tokens; the rows of a suite have temperatures of their own."""
+    return args.suite is None and not args.temp and not _only_own(args)
 
 
 def _add_documents(parser: Parser) -> None:
@@ -333,7 +337,7 @@ def _settings(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
         "languages": _names(args.languages),
         "categories": _names(args.categories),
     }
-    return {name: getattr(args, name) for name in kept} | own | {"judge": args.judge, "comparators": args.comparator}
+    return {name: getattr(args, name) for name in kept} | own | {"judge": args.judge}
 
 
 def _run(

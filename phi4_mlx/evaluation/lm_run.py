@@ -47,11 +47,12 @@ def run_lm_task(
             each.set_config("num_fewshot", options.num_shots)
         elif each.get_config("num_fewshot") is None:
             each.set_config("num_fewshot", 0)
-        each.set_fewshot_seed(options.seed)
     chat = task.generates if options.apply_chat_template is None else options.apply_chat_template
     draws = (options.repeats or 1) if task.generates and options.temp else 1
     result: TaskResult | None = None
     for draw in range(draws):
+        for each in task.tasks.values():
+            each.set_fewshot_seed(options.seed)  # again: each draw has the same examples
         found = _evaluate(task, subject, answers, replace(options, seed=options.seed + draw), chat, metric)
         result = found if result is None else _with_draw(result, found)
     assert result is not None

@@ -41,7 +41,7 @@ def compared(one: Run, other: Run) -> str:
             notes.append(f"only in {letter}: {', '.join(only)}")
     if not rows:
         raise RequestError(f"the runs have no scored documents in common{'; ' if notes else ''}{'; '.join(notes)}")
-    head = ["task", "metric", "A", "B", "B - A", "A better", "B better", "documents", "p", "test"]
+    head = ["task", "metric", "A", "B", "B - A", "A higher", "B higher", "documents", "p", "test"]
     title = f"A is {one.model} ({one.fingerprint[:8]}), B is {other.model} ({other.fingerprint[:8]})."
     about = (
         "B - A has one standard error of the paired difference; p is two-sided, and not corrected for several tasks."

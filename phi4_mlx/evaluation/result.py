@@ -38,9 +38,11 @@ class Metric:
         """The metric that `to_json` described.
 
         Raises:
-            KeyError, TypeError: it is not one.
+            KeyError, TypeError, ValueError: it is not one.
         """
-        return cls(**{**value, "value": math.nan if value["value"] is None else float(value["value"])})
+        name, number, stderr, count = (value[key] for key in ("name", "value", "stderr", "count"))
+        _check(isinstance(name, str) and is_score(number) and is_score(stderr) and isinstance(count, int), name)
+        return cls(name, math.nan if number is None else float(number), stderr, count)
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,23 @@ class TaskResult:
             read = Metric.from_json
             groups = {name: [read(metric) for metric in metrics] for name, metrics in value["groups"].items()}
             metrics = [read(metric) for metric in value["metrics"]]
-            samples = [{**sample, "id": sample["id"]} for sample in value["samples"]]
-            return cls(str(value["task"]), metrics, dict(value["settings"]), samples, str(value["note"]), groups)
+            task, samples, settings, note = (value[key] for key in ("task", "samples", "settings", "note"))
+            _check(bool(metrics) and isinstance(settings, dict) and isinstance(note, str), task)
+            for sample in samples:
+                _check(isinstance(sample["id"], str) and is_score(sample["score"]), sample["id"])
+            return cls(str(task), metrics, settings, list(samples), note, groups)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise RequestError(f"it is not a result of evaluate: {error}") from None
+
+
+def is_score(value: Json) -> bool:
+    """True for a finite number, and for None, which stands for none."""
+    return value is None or (isinstance(value, (int, float)) and math.isfinite(value))
+
+
+def _check(good: bool, where: Json) -> None:
+    if not good:
+        raise ValueError(f"{where!r:.100} has a field of another type")
 
 
 def mean(name: str, scores: Sequence[float]) -> Metric:

@@ -89,7 +89,11 @@ def read_run(path: Path) -> Run:
     try:
         value = read_json(file)
         results = {str(name): TaskResult.from_json(each) for name, each in value["results"].items()}
-        return Run(**{**value, "results": results})
+        run = Run(**{**value, "results": results})
+        texts, tables = (run.model, run.fingerprint), (run.settings, run.versions, run.missing)
+        if not all(isinstance(each, str) for each in texts) or not all(isinstance(each, dict) for each in tables):
+            raise TypeError("a field has another type")
+        return run
     except ConfigError as error:
         raise RequestError(str(error)) from None
     except RequestError as error:
@@ -133,8 +137,7 @@ def open_run(folder: Path, run: Run) -> Run:
     Raises:
         RequestError: the folder has a run of another model or other settings, or cannot be written.
     """
-    if (folder / RESULTS).exists():
-        before = read_run(folder)
+    if (folder / RESULTS).exists() and not _is_bare(folder, before := read_run(folder)):
         if before.fingerprint != run.fingerprint:
             raise RequestError(f"{folder} has results of another model, {before.model}; name another --output-dir")
         for name in {**run.settings, **before.settings}:
@@ -149,6 +152,11 @@ def open_run(folder: Path, run: Run) -> Run:
     except OSError as error:
         raise RequestError(f"{folder} cannot be written: {error.strerror}; name another --output-dir") from None
     return run
+
+
+def _is_bare(folder: Path, run: Run) -> bool:
+    """True if a run stopped before its first answer, so that another may have its folder."""
+    return not run.results and not any(path.stat().st_size for path in (folder / "answers").glob("*.jsonl"))
 
 
 def versions() -> dict[str, str]:

@@ -11,8 +11,11 @@ from mlx.utils import tree_flatten
 from phi4_mlx.adapters.named import NamedAdapters
 from phi4_mlx.config.fields import Config
 from phi4_mlx.models.batch_cache import BatchCache
-from phi4_mlx.models.model import Carried, LanguageModel
+from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
+
+Carried = tuple[mx.array, ...]
+"""What one block passes to the next: hidden states [B, T, D], and results that later blocks share."""
 
 
 class CausalLM(LanguageModel):
@@ -72,17 +75,21 @@ class CausalLM(LanguageModel):
         return list(self.model.layers)
 
     def into_blocks(self, embeddings: mx.array) -> Carried:
-        """See `LanguageModel.into_blocks`."""
+        """The input of the first block, of embeddings [B, T, D] of whole sequences.
+
+        With `through_block` and `out_of_blocks` it computes `hidden` without a cache, so that a model whose weights do
+        not fit in memory runs block by block.
+        """
         carried: Carried = self.model.into_blocks(embeddings)
         return carried
 
     def through_block(self, number: int, carried: Carried) -> Carried:
-        """See `LanguageModel.through_block`."""
+        """The output of a block, counted from 0, and so the input of the next."""
         carried = self.model.through_block(number, carried)
         return carried
 
     def out_of_blocks(self, carried: Carried) -> mx.array:
-        """See `LanguageModel.out_of_blocks`."""
+        """Hidden states after the last norm [B, T, D], of the last block's output."""
         hidden: mx.array = self.model.out_of_blocks(carried)
         return hidden
 

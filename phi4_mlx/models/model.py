@@ -50,10 +50,6 @@ class ContextCost:
     reads: int = 1
 
 
-Carried = tuple[mx.array, ...]
-"""What one block passes to the next: hidden states [B, T, D], and results that later blocks share."""
-
-
 class LanguageModel(nn.Module, ABC):
     """Token ids in, logits out.
 
@@ -110,22 +106,6 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def layers(self) -> list[nn.Module]:
         """The blocks, from the first; mlx-lm's name."""
-
-    @abstractmethod
-    def into_blocks(self, embeddings: mx.array) -> Carried:
-        """The input of the first block, of embeddings [B, T, D] of whole sequences.
-
-        With `through_block` and `out_of_blocks` it computes `hidden` without a cache, so that a model whose weights do
-        not fit in memory runs block by block.
-        """
-
-    @abstractmethod
-    def through_block(self, number: int, carried: Carried) -> Carried:
-        """The output of a block, counted from 0, and so the input of the next."""
-
-    @abstractmethod
-    def out_of_blocks(self, carried: Carried) -> mx.array:
-        """Hidden states after the last norm [B, T, D], of the last block's output."""
 
     @property
     @abstractmethod

@@ -27,10 +27,10 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.models.attention import SLICE, PackedAttention
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.cache import REWIND, CacheOptions, KVCache, LayerCache
-from phi4_mlx.models.causal_lm import CausalLM
+from phi4_mlx.models.causal_lm import Carried, CausalLM
 from phi4_mlx.models.compiled import ALL, Call, CompiledSteps, Traced
 from phi4_mlx.models.differential import SCORES, Attention, Mask
-from phi4_mlx.models.model import Carried, ContextCost
+from phi4_mlx.models.model import ContextCost
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.scan import selective_scan, short_scan
 from phi4_mlx.models.state import RecurrentCache, WindowCache
@@ -315,11 +315,11 @@ class Decoder(nn.Module):
         return self.final_layernorm(x)
 
     def into_blocks(self, embeddings: mx.array) -> Carried:
-        """See `LanguageModel.into_blocks`."""
+        """See `CausalLM.into_blocks`."""
         return (embeddings.astype(mx.float32),)
 
     def through_block(self, number: int, carried: Carried) -> Carried:
-        """See `LanguageModel.through_block`; the second half shares the memory, the keys and the values."""
+        """See `CausalLM.through_block`; the second half shares the memory, the keys and the values."""
         layer, (x, *shared) = self.layers[number], carried
         if isinstance(layer, MambaBlock):
             x, memory = layer(x, None, None)
@@ -332,7 +332,7 @@ class Decoder(nn.Module):
         return (x, *shared)
 
     def out_of_blocks(self, carried: Carried) -> mx.array:
-        """See `LanguageModel.out_of_blocks`."""
+        """See `CausalLM.out_of_blocks`."""
         return self.final_layernorm(carried[0])
 
     def _under(self, adapted: Selection | None) -> list[Any]:

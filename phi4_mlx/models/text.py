@@ -24,9 +24,9 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.models.attention import BLOCK, PackedAttention, attention
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.cache import CacheOptions, KVCache, LayerCache, Mask, group_size
-from phi4_mlx.models.causal_lm import CausalLM
+from phi4_mlx.models.causal_lm import Carried, CausalLM
 from phi4_mlx.models.compiled import ALL, Call, CompiledSteps, Traced
-from phi4_mlx.models.model import Carried, ContextCost
+from phi4_mlx.models.model import ContextCost
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import PackedRotation, Regime, Rope, Rotation, regime_of
 
@@ -196,18 +196,18 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def into_blocks(self, embeddings: mx.array) -> Carried:
-        """See `LanguageModel.into_blocks`."""
+        """See `CausalLM.into_blocks`."""
         return (embeddings,)
 
     def through_block(self, number: int, carried: Carried) -> Carried:
-        """See `LanguageModel.through_block`."""
+        """See `CausalLM.through_block`."""
         (x,) = carried
         T = x.shape[1]
         rotation = self.rope.at(0, regime_of(T, self.rope.boundary), x.dtype)
         return (self.layers[number](x, rotation, None if T == 1 else "causal", None),)
 
     def out_of_blocks(self, carried: Carried) -> mx.array:
-        """See `LanguageModel.out_of_blocks`."""
+        """See `CausalLM.out_of_blocks`."""
         return self.norm(carried[0])
 
     def _under(self, adapted: Selection | None) -> list[Any]:

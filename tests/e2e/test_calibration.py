@@ -20,7 +20,6 @@ import mlx.core as mx
 import pytest
 
 from phi4_mlx import load
-from phi4_mlx.convert import calibrate as calibration
 from phi4_mlx.convert.package import convert
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.manifest import REPORT_FILE
@@ -44,7 +43,7 @@ def texts(path: Path, lines: int = 16) -> Path:
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the measurement of KL cheap; commands in processes of their own are not affected."""
-    monkeypatch.setattr(calibration, "VARIANT_TOKENS", 256)
+    monkeypatch.setattr("phi4_mlx.convert.calibrate.VARIANT_TOKENS", 256)
 
 
 @pytest.fixture
@@ -85,6 +84,13 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "both budgets": (["--q-bpw", "4.5", "--q-bits", "4"], "leave one of them out"),
     "another mode": (["--q-mode", "mxfp4"], "affine"),
 }
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 BAD_DATA: dict[str, tuple[Callable[[Path], object], str]] = {
     "absent": (Path.unlink, "is neither a folder, nor a file"),
     "empty": (lambda path: path.write_bytes(b""), "data.jsonl"),
@@ -93,7 +99,7 @@ BAD_DATA: dict[str, tuple[Callable[[Path], object], str]] = {
     "not JSON Lines": (lambda path: path.write_text("some words\n" * 50), "data.jsonl"),
     "one bad line": (lambda path: path.write_text(path.read_text() + "{\n"), "data.jsonl:17"),
     "999 tokens or so": (lambda path: texts(path, 10), "at least 1,000"),
-    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "data.jsonl"),
+    "a pipe": (_pipe, "data.jsonl"),
 }
 
 
@@ -170,7 +176,7 @@ def divergence(folder: Path, base: Path, ids: mx.array, adapter: str | None) -> 
         cache.adapter = adapter
         logits = model(ids, cache=cache)
         logs.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-    return (mx.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=-1).mean().item()
+    return float((mx.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=-1).mean().item())
 
 
 def test_a_multimodal_model_is_closer_with_its_adapters_off_and_on(data: Path, tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ def test_the_wheel_has_one_top_level_package(installed: Path) -> None:
     converter = ("convert/__main__.py", "convert/package.py", "convert/calibration.jsonl")
     languages = ("evaluation/languages/texts.json", "evaluation/languages/tokens.json")
     languages += ("evaluation/long_context/languages/th.json",)
-    for name in ("py.typed", *converter, *languages, "models/text.py"):
+    suite = [f"evaluation/suites/phi-4-mini/{name}" for name in ("suite.yaml", "arc_challenge.yaml", "letters")]
+    for name in ("py.typed", *converter, *languages, *suite, "models/text.py"):
         assert (installed / "phi4_mlx" / name).is_file(), name
     init = (installed / "phi4_mlx" / "convert" / "__init__.py").read_text()
     assert init == (ROOT / "convert" / "__init__.py").read_text()  # the real one, not the one for checkouts

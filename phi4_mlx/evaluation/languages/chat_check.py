@@ -11,7 +11,7 @@ import numpy as np
 from phi4_mlx.evaluation.languages.detector import SENTENCE, UNKNOWN, language_shares, prose
 
 FAULTS = {
-    "empty": "has no letters",
+    "empty": "has no letters; of a model that reasons: its thoughts took all of --max-tokens",
     "short": "has less than half the letters of the question, which asks for more",
     "copy": "repeats the question and adds next to nothing",
     "loop": "repeats itself",

@@ -2,7 +2,8 @@
 
 A script of its own gives the language away (Arabic, Hebrew, Thai, Hangul, kana; Han without kana is Chinese). Languages
 that share the Latin or the Cyrillic script are told apart by function words and letters: each found counts one, divided
-by the languages that have it, and a letter that a language lacks counts against it.
+by the languages that have it, and a letter that a language lacks counts against it. A close relative of one of the 23
+(Slovak, Catalan, Bulgarian, Persian) may pass for it; most other languages are found to be unknown.
 """
 
 from __future__ import annotations
@@ -33,15 +34,20 @@ _SINGLE = {"Arabic": "ar", "Hebrew": "he", "Thai": "th", "Hangul": "ko", "kana":
 
 # Code, addresses and formulas are the same in any language.
 _NO_PROSE = re.compile(
-    r"```.*?(?:```|\Z)|`[^`\n]+`|https?://\S+|\S+@\S+\.\w+|\\\[.*?\\\]|\\\(.*?\\\)|\$\$.*?\$\$|<[a-z/][^<>\n]*>", re.S
+    r"```.*?(?:```|\Z)|`[^`\n]+`|https?://\S+|[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9.-]+|"
+    r"\\\[.*?\\\]|\\\(.*?\\\)|\$\$.*?\$\$|<[a-z/][^<>\n]*>",
+    re.S,
 )
 SENTENCE = re.compile(r"(?<=[.!?…])[\s\"'”»)]+|[\n。！？؟।]+")
 _WORD = re.compile(r"[^\W\d_]+")
 _CLEAR = 0.45  # lead over the second language, in words that only the best one has
 _CLOSE = 1.5  # lead below which a sentence counts for a language that more of the text is in
+_LISTED = 0.04  # of the words must be listed for a language
 _COVERED = 0.1  # of the words must speak for a language; fewer are another language, or none
 _FOREIGN = 0.2  # of the words may have letters that the language lacks, as names do; more are another language
-_HAN_SENTENCE = 10  # Han letters without kana that are not Japanese, even in a text with kana
+_LETTER = 0.5  # points for a word with a letter that no other language has, off for one that the language lacks
+_RARE = 3  # languages that have a letter, for words with it to speak for them
+_HAN_SENTENCE = 16  # Han letters without kana that are not Japanese, even in a text with kana
 
 
 def prose(text: str) -> str:
@@ -91,7 +97,7 @@ def language_shares(text: str) -> dict[str, float]:
 def _by_script(text: str) -> dict[str, list[str]]:
     """Script -> its words in the text; a word of two scripts, as in Japanese, is cut where they meet."""
     found: dict[str, list[str]] = {}
-    for word in _WORD.findall(text.lower()):
+    for word in _WORD.findall(text.lower().replace("\u0307", "")):  # the dot of a capital I in Turkish
         for script, letters in groupby(word, _script):
             found.setdefault(script, []).append("".join(letters))
     return found
@@ -129,7 +135,7 @@ def _shared_script(script: str, whole: Sequence[str], sentences: Sequence[Sequen
         main = max(clear, key=clear.__getitem__)
     letters: Counter[str] = Counter()
     for words in sentences:
-        spoken = [code for code in marks.close(words) if clear[code]]
+        spoken = [code for code in marks.close(words, main) if clear[code]]
         letters[max(spoken, key=lambda code: clear[code], default=main)] += _size(words)
     return letters
 
@@ -142,6 +148,7 @@ class _Marks:
         self._letters = {language: frozenset(plain + listed) for language, listed in letters.items()}
         self._plain = frozenset(plain)
         self._sharing = Counter(word for listed in self._words.values() for word in listed)
+        self._spelling = Counter(letter for known in self._letters.values() for letter in known)
 
     def closest(self, words: Sequence[str]) -> str:
         """The language that words are in; UNKNOWN if none is clear of the others."""
@@ -149,16 +156,14 @@ class _Marks:
         (second, _), (best, language) = sorted((score, language) for language, score in scores.items())[-2:]
         return language if best - second >= _CLEAR and self._possible(language, words) else UNKNOWN
 
-    def close(self, words: Sequence[str]) -> list[str]:
-        """The languages that words may be in, as far as words and letters can tell."""
+    def close(self, words: Sequence[str], main: str) -> list[str]:
+        """The languages that words may be in; `main`, that of the text, if nothing speaks against it."""
         scores = self._scores(words)
-        best = max(scores.values())
-        return [
-            language for language, score in scores.items() if best - score < _CLOSE and self._possible(language, words)
-        ]
+        close = [language for language, score in scores.items() if max(scores.values()) - score < _CLOSE]
+        return [language for language in close if language == main or self._possible(language, words)]
 
     def _scores(self, words: Sequence[str]) -> dict[str, float]:
-        """Language -> evidence for it: 1 for a word that no other language has."""
+        """Language -> points: 1 for a word that no other language has, less for a shared one."""
         scores = dict.fromkeys(self._words, 0.0)
         for word in words:
             if word in self._sharing:
@@ -166,16 +171,20 @@ class _Marks:
                     if word in listed:
                         scores[language] += 1 / self._sharing[word]
             if not self._plain.issuperset(word):
-                spelling = [language for language, known in self._letters.items() if known.issuperset(word)]
-                for language in scores:
-                    scores[language] += 0.5 / len(spelling) if language in spelling else -0.5
+                rarest = min(self._spelling[letter] for letter in word)
+                for language, known in self._letters.items():
+                    scores[language] += _LETTER / rarest if known.issuperset(word) else -_LETTER
         return scores
 
     def _possible(self, language: str, words: Sequence[str]) -> bool:
         """True if enough words are function words of a language, and few have a letter that it lacks."""
-        covered = sum(word in self._words[language] for word in words)
+        rare = {letter for letter in self._letters[language] if self._spelling[letter] <= _RARE}
+        listed = sum(word in self._words[language] for word in words)
+        spelled = sum(word not in self._words[language] and not rare.isdisjoint(word) for word in words)
         foreign = sum(not self._letters[language].issuperset(word) for word in words)
-        return covered >= _COVERED * len(words) and foreign <= _FOREIGN * len(words)
+        if listed < _LISTED * len(words) or listed + spelled < _COVERED * len(words):
+            return False
+        return foreign <= _FOREIGN * len(words)
 
 
 _MARKS = {

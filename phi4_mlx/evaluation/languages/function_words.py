@@ -51,7 +51,11 @@ LATIN_WORDS = {
         ja on ei se että hän ne he minä sinä me te joka jotka jonka jossa mutta kun niin kuin myös ovat oli olivat ole
         olla olen olet eivät en et emme tai vai sekä jos koska vaikka vain jo vielä nyt sitten tämä tämän nämä tässä
         siitä sen sitä niitä hänen minun sinun mikä mitä miten miksi missä voi voivat voit pitää täytyy kanssa ennen
-        jälkeen aikana ilman kaikki jokainen jokaisella hyvin enemmän kuten mukaan itse eli joten
+        jälkeen aikana ilman kaikki jokainen jokaisella hyvin enemmän kuten mukaan itse eli joten lisäksi esimerkiksi
+        usein aina tulee täältä sinne tänne siellä täällä näin paljon vähän hieman kerran päivä päivän aikaa aika hyvä
+        uusi uuden muista varmista älä ensin lopuksi seuraavaksi yksi kaksi kolme joskus heti kautta ympäri vasten
+        luona päälle alla yli ali pitkin takana edessä vieressä välillä sisällä kotiin kotona tuli sanoi meni otti
+        antoi hei terveisin kiitos vanha pieni iso suuri kuka koko
     """,
     "fr": """
         le les des du et un une est sont était être avec pour dans sur par pas ne ce cette ces cet qui que quoi dont
@@ -118,6 +122,9 @@ LATIN_WORDS = {
         sana beni seni benim senin bizim sizin kendi sonra önce göre karşı doğru üzerinde içinde arasında altında şu
         veya ya hem çünkü eğer ise mi mı mu mü diye böyle şöyle bunu bunun buna biri hiç bile artık lütfen dahil üzere
         herkes yeni sonunda zaman yardım iyi büyük küçük yapılır gerekir edilir eder ederim misin mısın musunuz
+        üzerine üzerinden ardından yanında yerine birkaç pek gün zamanda kişi insan insanlar yer su ilk ikinci son
+        yaşlı güzel olun edin yapın bulunur verir gelir gider dedi eski kenarında hemen belki tek oldukça özellikle
+        örneğin sayesinde
     """,
 }
 
@@ -144,13 +151,20 @@ CYRILLIC_WORDS = {
         и в не на что с он она они как это по но его её их из у за от для о же вы мы я ты так бы был была было были
         быть если когда или только ещё еще уже чтобы который которая которое которые кто где почему очень может можно
         нужно надо все всё всех также потом после до при через между без под над каждый каждое каждого него нее ним
-        мне меня тебе вам нас вас свой свою эти этот эта чем во ко со пожалуйста поэтому потому
+        мне меня тебе вам нас вас свой свою эти этот эта чем во ко со пожалуйста поэтому потому есть один одна два три
+        первый новый большой старый день дня время году лет человек люди людей жизнь дом сначала затем обычно часто
+        всегда никогда иногда здесь там сейчас теперь снова опять хорошо много мало несколько другой другие около
+        вокруг против благодаря например кроме того более менее самый сам себя себе вдруг сказал сделать даже ли ни
+        вот
     """,
     "uk": """
         і й та в у не на що з із зі він вона вони як це по але його її їх їхній за від для про же ви ми я ти так би б
         був була було були бути якщо коли або чи тільки лише ще вже щоб який яка яке які хто де чому дуже може можна
         потрібно треба все всі всіх також потім після до при через між без під над кожен кожна кожне кожного нього неї
-        ним мені мене тобі вам нас вас свій свою ці цей ця ніж тому якого якої будь ласка адже є
+        ним мені мене тобі вам нас вас свій свою ці цей ця ніж тому якого якої будь ласка адже є один одна два три
+        перший новий великий старий день дня час року років людина люди людей життя дім спочатку далі зазвичай часто
+        завжди ніколи іноді тут там зараз тепер знову добре багато мало кілька інший інші біля навколо проти завдяки
+        наприклад крім того більш менш сам себе собі раптом сказав зробити навіть ні ось
     """,
 }
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 NAME = "languages"
 MAX_TOKENS = 256
+THINKING_TOKENS = 4096  # more, for a model that reasons before it answers
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     documents = _documents(options)
     temp = options.temp or 0.0
     top_p = 1.0 if options.top_p is None else options.top_p
-    max_tokens = MAX_TOKENS if options.max_tokens is None else options.max_tokens
+    max_tokens = options.max_tokens or MAX_TOKENS + THINKING_TOKENS * subject.tokenizer.chat_format.reasons
     repeats = (options.repeats or 1) if temp else 1  # without sampling, all answers are the same
     questions = [
         Question(
@@ -95,13 +96,8 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
 
 def _documents(options: Options) -> list[Document]:
     """The documents that the options leave: the first question of each language, then the second of each."""
-    most = max(len(language.questions) for language in LANGUAGES.values())
-    found = [
-        Document(language, number)
-        for number in range(1, most + 1)
-        for language in LANGUAGES.values()
-        if number <= len(language.questions)
-    ]
+    questions = min(len(language.questions) for language in LANGUAGES.values())
+    found = [Document(language, number) for number in range(1, questions + 1) for language in LANGUAGES.values()]
     if NAME in options.samples:
         places = list(dict.fromkeys(options.samples[NAME]))
         if wrong := [place for place in places if place not in range(len(found))]:

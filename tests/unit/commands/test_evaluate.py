@@ -108,6 +108,7 @@ def test_the_same_command_goes_on_without_asking_again(
 
 def test_a_folder_of_other_settings_is_refused(evaluate: Evaluate, tasks: Path, tmp_path: Path) -> None:
     words = ("--tasks", "even", "--include-path", tasks, "--limit", "1")
+    evaluate(*words, "--num-shots", "50", code=2)  # leaves no answer, so the folder is free
     evaluate(*words)
     assert "limit 1, not 2; name another --output-dir" in evaluate(*words[:-1], "2", code=2)
     value = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -228,7 +229,9 @@ def test_repeats_are_draws_whose_mean_is_the_score(
     monkeypatch.setattr(harness, "ask", lambda *given: asked.extend(given[1]) or ask(*given))
     folder = Path(harness.__file__).parent / "suites" / "phi-4-mini"
     words = ("--tasks", "phi-4-mini_math500", "--include-path", folder, "--data", copies, "--max-tokens", "3")
-    evaluate(*words, "--temp", "0.8", "--top-p", "0.9", "--repeats", "3", "--samples", '{"phi-4-mini_math500": [3, 1]}')
+    words += ("--num-shots", "1", "--samples", '{"phi-4-mini_math500": [3, 1]}')
+    evaluate(*words, "--temp", "0.8", "--top-p", "0.9", "--repeats", "3")
+    assert len({repr(each.prompt) for each in asked}) == 2  # with the same example in each draw
     assert [(each.seed, each.temp, each.top_p, each.max_tokens) for each in asked] == [
         (seed, 0.8, 0.9, 3) for seed in (0, 0, 1, 1, 2, 2)
     ]
@@ -265,3 +268,23 @@ def test_two_runs_side_by_side(evaluate: Evaluate, tasks: Path, tmp_path: Path) 
     assert "seed is 0 in A and 3 in B" in shown and "2 documents of one run only left out" in shown
     assert "the same model" in shown
     assert "is not JSON" in evaluate("--report", tmp_path / "out", tasks / "even.yaml", code=2)
+
+
+def test_options_without_effect_are_named(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--tasks", "even", "--include-path", str(tasks), "--output-dir", str(tmp_path / "out"), "--judge", "demo"]
+    idle = ["--lengths", "256", "--languages", "de", "--repeats", "3", "--categories", "simple_python"]
+    assert cli.main(["evaluate", "--model", "demo", *words, *idle]) == 0
+    shown = capsys.readouterr().err
+    for option in ("--lengths", "--languages", "--repeats", "--judge", "--categories"):
+        assert f"{option} has no effect" in shown
+
+
+def test_a_comparator_is_asked_the_same_and_has_a_column(evaluate: Evaluate, tasks: Path, tmp_path: Path) -> None:
+    words = ("--tasks", "even", "--include-path", tasks)
+    evaluate(*words)
+    shown = evaluate(*words, "--comparator", "demo")  # through mlx-lm's code, with its fingerprint
+    (row,) = (line for line in shown.splitlines() if line.startswith("| even"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[2] == cells[3] != ""
+    ours, theirs = results(tmp_path / "out")["even"], results(tmp_path / "out" / "comparators" / "demo")["even"]
+    assert [sample["document"] for sample in ours.samples] == [sample["document"] for sample in theirs.samples]

@@ -120,6 +120,7 @@ def test_bits_given_are_those_of_every_matrix(tmp_path: Path, folder: Path, text
     assert divergence(out, folder, texts) < 0.8 * divergence(tmp_path / "plain", folder, texts)
 
 
+@pytest.mark.slow
 def test_more_bits_are_closer(tmp_path: Path, folder: Path, texts: Path) -> None:
     outs = [calibrated(folder, tmp_path / f"{bpw}", texts, q_bpw=bpw) for bpw in (4.2, 5.5, 16)]
     kls = [divergence(out, folder, texts) for out in outs]
@@ -148,7 +149,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, folder: Path, texts: Path
     return calibrated(folder, tmp_path_factory.mktemp("unbroken") / "out", texts)
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("step", [1, 3])
 def test_a_killed_run_goes_on_to_the_same_bits(
     step: int, tmp_path: Path, folder: Path, texts: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,17 +208,15 @@ def test_a_damaged_candidate_is_refused(tmp_path: Path, folder: Path, texts: Pat
         calibrated(folder, tmp_path / "out", texts)
 
 
-@pytest.mark.parametrize("untied", [False, True])
-def test_memory_does_not_grow_with_the_layers(untied: bool, tmp_path: Path, texts: Path) -> None:
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_layers(tmp_path: Path, texts: Path) -> None:
     peaks = []
-    for layers in (2, 8):
-        source = write_tiny_checkpoint(
-            tmp_path / f"{layers}", num_hidden_layers=layers, tie_word_embeddings=not untied, intermediate_size=512
-        )
+    for layers in (1, 6):
+        source = write_tiny_checkpoint(tmp_path / f"{layers}", num_hidden_layers=layers, intermediate_size=512)
         calibrated(source, tmp_path / f"out-{layers}", texts, q_bits=4)
         peaks.append(json.loads((tmp_path / f"out-{layers}" / "quantization.json").read_text())["peak_bytes"])
         mx.clear_cache()
-    assert peaks[1] < 1.02 * peaks[0] + 64 * 8 * 96 * 4  # the norms' weights are in memory for all layers
+    assert peaks[1] < 1.02 * peaks[0] + 5 * 2 * 96 * 4  # the norms of all layers are in memory
 
 
 @pytest.mark.parametrize(
@@ -260,19 +259,20 @@ def test_long_sequences_run_under_the_long_table(
     tmp_path: Path, folder: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The hidden states of a text beyond the boundary are those of the whole model."""
-    seen: dict[int, mx.array] = {}
+    seen: list[tuple[Any, mx.array]] = []
     original: Callable[..., mx.array] = module._Run._hidden  # type: ignore[attr-defined]
 
     def hidden(self: Any, batch: Any, carried: Any) -> mx.array:
         found = original(self, batch, carried)
-        if batch.ids.shape[1] > BOUNDARY:
-            seen[batch.ids.shape[1]] = found
-            ids.append(mx.array(batch.ids))
+        seen.append((batch, found))
         return found
 
-    ids: list[mx.array] = []
     monkeypatch.setattr(module._Run, "_hidden", hidden)  # type: ignore[attr-defined]
     calibrated(folder, tmp_path / "out", texts, q_bits=4)
-    (found,) = seen.values()
-    expected = load_model(folder).hidden(ids[0]).reshape(-1, found.shape[-1])
-    assert mx.abs(found - expected).max() < 1e-3
+    model = load_model(folder)
+    lengths = set()
+    for batch, found in seen[-2:]:  # those of the text come last
+        rows = model.hidden(mx.array(batch.ids)).reshape(-1, found.shape[-1])[mx.array(batch.wanted)]
+        assert mx.abs(found - rows).max() < 1e-3
+        lengths.add(batch.ids.shape[1] > BOUNDARY)
+    assert lengths == {False, True}

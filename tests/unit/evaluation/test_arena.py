@@ -91,5 +91,5 @@ def test_questions_that_cannot_be_had_are_one_line(
     (data / arena.REPOSITORY / arena.QUESTIONS).write_text("[]\n")
     with pytest.raises(RequestError, match="line 1 is not a row of Arena Hard"):
         run(subject, tmp_path, data=data)
-    with pytest.raises(RequestError, match="has no answer to question own1|not a row"):
+    with pytest.raises(RequestError, match=r"has no answer to question own1|not a row"):
         run(subject, tmp_path, data=data, judge="demo")

@@ -11,6 +11,7 @@ import pytest
 import phi4_mlx.convert
 from phi4_mlx.evaluation.languages.detector import UNKNOWN, detect, language_shares
 from phi4_mlx.evaluation.languages.texts import LANGUAGES
+from phi4_mlx.evaluation.long_context.language import load_language
 
 CALIBRATION = Path(phi4_mlx.convert.__path__[-1]) / "calibration.jsonl"
 
@@ -34,6 +35,7 @@ ANSWERS = {code: max(texts, key=len) for code, texts in CONVERSATIONS.items()}
 @pytest.mark.parametrize("code", LANGUAGES)
 def test_questions_and_sentences_are_in_their_language(code: str) -> None:
     language = LANGUAGES[code]
+    assert len(language.questions) == 5 and len(language.sentences) == 3  # the same content in each language
     found = {text: detect(text) for text in (*language.questions, *language.sentences)}
     assert {text: each for text, each in found.items() if each != code} == {}
 
@@ -44,6 +46,14 @@ def test_chats_are_in_their_language_throughout(code: str) -> None:
         if len(text.split()) > 1 or code in ("ja", "th", "zh"):
             assert detect(text) == code, text
             assert language_shares(text)[code] > 0.9, text
+
+
+@pytest.mark.parametrize("code", LANGUAGES)
+def test_texts_by_another_hand_are_in_their_language(code: str) -> None:
+    """The sentences of long-context, which the lists of words were not made for."""
+    sentences = load_language(code).filler
+    for part in (sentences, sentences[:12], sentences[12:]):
+        assert language_shares(" ".join(part)).get(code, 0) > 0.95
 
 
 @pytest.mark.slow
@@ -84,6 +94,7 @@ def test_close_languages_are_told_apart(one: str, two: str) -> None:
         ("Ich heiße Łukasz und komme aus Århus, wo ich als Kind gelebt habe.", "de"),
         ("ＴＨＥ ＬＩＢＲＡＲＹ ＩＳ ＯＰＥＮ ＡＮＤ ＴＨＥ ＤＯＯＲ ＩＳ ＮＯＴ", "en"),
         ("営業部　田中様\nお世話になっております。", "ja"),
+        ("住居環境・交通利便性・生活費\n引っ越す前に、これらを確かめてください。", "ja"),
         ("USBとSSDのどちらにも対応しています。", "ja"),
         ("圖書館早上九點開門，任何人都可以借書。", "zh"),
     ],
@@ -93,8 +104,14 @@ def test_texts_at_the_edge(text: str, language: str) -> None:
 
 
 def test_a_chinese_sentence_in_a_japanese_text_is_chinese() -> None:
-    shares = language_shares("図書館は九時に開きます。任何人都可以在这里借书和看报。夜遅くまで開いています。")
+    shares = language_shares("図書館は九時に開きます。任何人都可以在这里免费借书和看报。夜遅くまで開いています。")
     assert shares["zh"] > 0.2 and shares["ja"] > 0.5
+
+
+def test_long_texts_without_a_space_take_no_longer_for_it() -> None:
+    """Regular expressions would run in the square of the length."""
+    assert detect("任何人都可以借书" * 5000) == "zh"
+    assert detect("a" * 40_000) == detect("a.b-" * 10_000) == UNKNOWN
 
 
 def test_shares_add_up() -> None:

@@ -23,7 +23,7 @@ from phi4_mlx.evaluation.tasks import own_task
 from tests.unit.evaluation.languages.test_detector import ANSWERS
 
 # A tokenizer that takes a token a character.
-SUBJECT: Any = SimpleNamespace(tokenizer=SimpleNamespace(encode=list))
+SUBJECT: Any = SimpleNamespace(tokenizer=SimpleNamespace(encode=list, chat_format=SimpleNamespace(reasons=False)))
 
 
 @pytest.fixture
@@ -101,6 +101,15 @@ def test_sampling_is_repeated_with_other_seeds(answered: Any) -> None:
     assert result.main.count == 2  # answers to one question are not independent
     result, asked = answered(Options(languages=("sv",), limit=2, repeats=3))
     assert len(asked) == 2 and result.settings["repeats"] == 1  # without sampling, each would be the same
+
+
+@pytest.mark.parametrize(("reasons", "given", "room"), [(False, None, 256), (True, None, 4352), (True, 50, 50)])
+def test_a_model_that_reasons_has_room_for_it(
+    answered: Any, monkeypatch: pytest.MonkeyPatch, reasons: bool, given: int | None, room: int
+) -> None:
+    monkeypatch.setattr(SUBJECT.tokenizer.chat_format, "reasons", reasons)
+    _, asked = answered(Options(limit=1, max_tokens=given))
+    assert asked[0].max_tokens == room
 
 
 @pytest.mark.parametrize(
