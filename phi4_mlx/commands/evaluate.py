@@ -101,8 +101,8 @@ def _asks(args: argparse.Namespace, *tasks: str) -> bool:
 
 
 def _is_greedy(args: argparse.Namespace) -> bool:
-    """True if lm-eval's tasks draw the likeliest tokens; the rows of a suite have temperatures of their own."""
-    return args.suite is None and not args.temp and not _only_own(args)
+    """True if answers have the likeliest tokens; the rows of a suite have temperatures of their own."""
+    return args.suite is None and not args.temp and (not _only_own(args) or _asks(args, "languages"))
 
 
 def _add_documents(parser: Parser) -> None:
@@ -253,7 +253,6 @@ def _options(args: argparse.Namespace) -> Options:
         categories=tuple(_names(args.categories)),
         confirm_run_unsafe_code=args.confirm_run_unsafe_code,
         judge=args.judge,
-        folder=Path(os.path.expanduser(args.output_dir)).absolute(),
     )
 
 
@@ -362,7 +361,7 @@ def _run(
                 continue
             path = answers_path(folder / "answers", file_name(job.name), subject.group)
             with progress_bar(label, of=_whole) as show, Answers(path) as answers:
-                results = run_job(job, loaded.tasks.get(job.name, ()), subject, answers, show or _no_progress)
+                results = run_job(job, loaded.tasks.get(job.name, ()), subject, answers, folder, show or _no_progress)
             left = (time.monotonic() - started) / place * (len(jobs) - place)
             for result in results:
                 run.results[job.name if len(results) == 1 else result.task] = result

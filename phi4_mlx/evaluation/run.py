@@ -228,7 +228,12 @@ def load_jobs(jobs: Sequence[Job], skip: bool, progress: Progress | None = None)
 
 
 def run_job(
-    job: Job, tasks: Sequence[LmTask], subject: Subject, answers: Answers, progress: Progress | None
+    job: Job,
+    tasks: Sequence[LmTask],
+    subject: Subject,
+    answers: Answers,
+    folder: Path,
+    progress: Progress | None,
 ) -> list[TaskResult]:
     """Runs a job.
 
@@ -237,6 +242,7 @@ def run_job(
         tasks: lm-eval's, where it is one of its; see `load_jobs`.
         subject: the model.
         answers: where its answers are kept.
+        folder: for pictures and exports, which the first of several processes writes.
         progress: called while it runs.
 
     Returns:
@@ -244,7 +250,8 @@ def run_job(
     """
     from phi4_mlx.evaluation.lm_run import run_lm_task
 
-    options = replace(job.options, progress=progress)
+    first = subject.group is None or subject.group.rank() == 0
+    options = replace(job.options, progress=progress, folder=folder if first else None)
     if job.task in OWN:
         results = [own_task(job.task)(subject, answers, options)]
     else:
