@@ -13,13 +13,16 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from tests.conftest import ROOT
+from phi4_mlx.checkpoint import load
+from phi4_mlx.convert.package import convert
+from phi4_mlx.evaluation.compare import compare
+from tests.conftest import ROOT, write_tiny_checkpoint
 from tests.tiny_multimodal import write_tiny_multimodal
 
 
 def run(example: str, folder: Path, *options: str) -> str:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / example), "given", "--model", "model", *options],
+        [sys.executable, str(ROOT / "examples" / example), *options, "--model", "model"],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -41,7 +44,7 @@ def test_pictures_are_described_once_each(folder: Path) -> None:
     for name, colour in (("a.png", (255, 0, 0)), ("b.png", (0, 0, 255))):
         PIL.Image.new("RGB", (60, 40), colour).save(folder / "given" / name)
     (folder / "given" / "notes.txt").write_text("no picture")
-    options = ("--output", "lines.jsonl", "--max-tokens", "4")
+    options = ("given", "--output", "lines.jsonl", "--max-tokens", "4")
     assert len(run("describe_pictures.py", folder, *options).splitlines()) >= 3
     written = (folder / "lines.jsonl").read_text()
     lines = [json.loads(line) for line in written.splitlines()]
@@ -60,7 +63,22 @@ def test_recordings_are_transcribed_once_each(folder: Path) -> None:
             file.writeframes((9000 * np.sin(np.arange(16_000) / 20)).astype("<i2").tobytes())
     (folder / "given" / "c.wav").write_bytes(b"RIFF")
     (folder / "given" / "b.srt").write_text("mine")
-    printed = run("transcribe_folder.py", folder).splitlines()
+    printed = run("transcribe_folder.py", folder, "given").splitlines()
     assert printed[0] == "a.wav: written to a.srt" and printed[1].startswith("c.wav: ") and len(printed) == 2
     assert "00:00:00,000 --> 00:00:01,000" in (folder / "given" / "a.srt").read_text()
     assert (folder / "given" / "b.srt").read_text() == "mine"
+
+
+def test_a_package_is_distilled_from_its_original(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "model")
+    convert(tmp_path / "model", tmp_path / "package", quantize=True, q_group_size=32)
+    draw = np.random.default_rng(0)
+    texts = [" ".join(map(str, draw.integers(0, 10, 12))) for _ in range(40)]
+    (tmp_path / "given").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = ["--package", "package", "--save-path", "distilled", "--epochs", "3", "--learning-rate", "1e-3"]
+    run("distil_package.py", tmp_path, "--data", "given", *options)
+    before, after = (
+        compare(tmp_path / "model", tmp_path / name, tmp_path / "given").a.kl.value for name in ("package", "distilled")
+    )
+    assert after < 0.9 * before
+    load(tmp_path / "distilled", verify=True)  # the manifest is that of the new files
