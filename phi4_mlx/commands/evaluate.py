@@ -205,6 +205,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         return
     from phi4_mlx.evaluation.comparator import load_comparator
     from phi4_mlx.evaluation.run import file_name, load_jobs
+    from phi4_mlx.hub import resolve
 
     if args.tasks is None and args.suite is None:
         raise RequestError("nothing to evaluate: name --tasks, --suite phi-4-mini, or two results to --report")
@@ -214,6 +215,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     with _warnings_as_lines():
         with progress_bar("data of tasks", of=_whole) as show:  # before minutes of loading a model
             loaded = load_jobs(_jobs(suite, names, options, None), suite is not None, show or _no_progress)
+        judges = [args.judge] if args.judge and _asks(args, "arena-hard") else []
+        for name in (*args.comparator, *judges):
+            resolve(name)  # a name that is wrong is refused before the first answer
         subject = _subject(args)
         group, jobs = subject.group, _jobs(suite, names, options, subject)
         runs = [_run(jobs, loaded, subject, folder, _settings(args, names))]
@@ -336,7 +340,7 @@ def _settings(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
         "languages": _names(args.languages),
         "categories": _names(args.categories),
     }
-    return {name: getattr(args, name) for name in kept} | own | {"judge": args.judge}
+    return {name: getattr(args, name) for name in kept} | own
 
 
 def _run(

@@ -77,7 +77,6 @@ def _evaluate(
     )
     # lm-eval asks documents in the order of the data and names them in the order given, so it is given that order.
     samples = {name: sorted(set(ids)) for name, ids in options.samples.items() if name in task.tasks}
-    _check_samples(task, samples)
     try:
         found = evaluator.evaluate(
             lm,
@@ -102,16 +101,6 @@ def _evaluate(
         for each, answer in lm.drawn
     }
     return _result(task, found, metric, written)
-
-
-def _check_samples(task: LmTask, samples: Mapping[str, Sequence[int]]) -> None:
-    """Refuses ids of documents that a task does not have."""
-    for name, ids in samples.items():
-        count = len(task.tasks[name].eval_docs)
-        wrong = [each for each in ids if not 0 <= each < count]
-        if wrong or not ids:
-            named = f"document {wrong[0]}" if wrong else "no document"
-            raise RequestError(f"--samples asks for {named} of {name}, which has documents 0 to {count - 1:,}")
 
 
 def _result(task: LmTask, found: Mapping[str, Any], metric: str | None, written: Mapping[str, Answer]) -> TaskResult:

@@ -106,6 +106,32 @@ def test_the_same_command_goes_on_without_asking_again(
     assert evaluate(*words) == shown and len(kept) == 12 - 5
 
 
+def test_a_stopped_run_keeps_the_results_of_the_run_before(
+    evaluate: Evaluate, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--tasks", "even", "--include-path", tasks)
+    evaluate(*words)
+    before = results(tmp_path / "out")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("phi4_mlx.evaluation.lm_run.run_lm_task", stop)
+    assert cli.main(["evaluate", "--model", "demo", "--output-dir", str(tmp_path / "out"), *map(str, words)]) == 130
+    assert results(tmp_path / "out") == before
+
+
+def test_names_and_documents_are_checked_before_the_first_answer(
+    evaluate: Evaluate, tasks: Path, tmp_path: Path
+) -> None:
+    (tasks / "other.yaml").write_text(YAML.format(name="other", split="test", file=tasks / "test.jsonl"))
+    words = ("--tasks", "even", "other", "--include-path", tasks)
+    samples = ("--samples", '{"even": [0], "other": [6]}')
+    assert "document 6 of other, which has documents 0 to 5" in evaluate(*words, *samples, code=2)
+    assert "no-such-model" in evaluate(*words, "--comparator", "no-such-model", code=2)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_of_other_settings_is_refused(evaluate: Evaluate, tasks: Path, tmp_path: Path) -> None:
     words = ("--tasks", "even", "--include-path", tasks, "--limit", "1")
     evaluate(*words, "--num-shots", "50", code=2)  # leaves no answer, so the folder is free
