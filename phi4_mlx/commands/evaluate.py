@@ -101,8 +101,8 @@ def _asks(args: argparse.Namespace, *tasks: str) -> bool:
 
 
 def _is_greedy(args: argparse.Namespace) -> bool:
-    """True if lm-eval's tasks draw the likeliest tokens; the rows of a suite have temperatures of their own."""
-    return args.suite is None and not args.temp and not _only_own(args)
+    """True if answers have the likeliest tokens; the rows of a suite have temperatures of their own."""
+    return args.suite is None and not args.temp and (not _only_own(args) or _asks(args, "languages"))
 
 
 def _add_documents(parser: Parser) -> None:
@@ -205,6 +205,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         return
     from phi4_mlx.evaluation.comparator import load_comparator
     from phi4_mlx.evaluation.run import file_name, load_jobs
+    from phi4_mlx.hub import resolve
 
     if args.tasks is None and args.suite is None:
         raise RequestError("nothing to evaluate: name --tasks, --suite phi-4-mini, or two results to --report")
@@ -214,6 +215,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     with _warnings_as_lines():
         with progress_bar("data of tasks", of=_whole) as show:  # before minutes of loading a model
             loaded = load_jobs(_jobs(suite, names, options, None), suite is not None, show or _no_progress)
+        judges = [args.judge] if args.judge and _asks(args, "arena-hard") else []
+        for name in (*args.comparator, *judges):
+            resolve(name)  # a name that is wrong is refused before the first answer
         subject = _subject(args)
         group, jobs = subject.group, _jobs(suite, names, options, subject)
         runs = [_run(jobs, loaded, subject, folder, _settings(args, names))]
@@ -253,7 +257,6 @@ def _options(args: argparse.Namespace) -> Options:
         categories=tuple(_names(args.categories)),
         confirm_run_unsafe_code=args.confirm_run_unsafe_code,
         judge=args.judge,
-        folder=Path(os.path.expanduser(args.output_dir)).absolute(),
     )
 
 
@@ -337,7 +340,7 @@ def _settings(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
         "languages": _names(args.languages),
         "categories": _names(args.categories),
     }
-    return {name: getattr(args, name) for name in kept} | own | {"judge": args.judge}
+    return {name: getattr(args, name) for name in kept} | own
 
 
 def _run(
@@ -362,7 +365,7 @@ def _run(
                 continue
             path = answers_path(folder / "answers", file_name(job.name), subject.group)
             with progress_bar(label, of=_whole) as show, Answers(path) as answers:
-                results = run_job(job, loaded.tasks.get(job.name, ()), subject, answers, show or _no_progress)
+                results = run_job(job, loaded.tasks.get(job.name, ()), subject, answers, folder, show or _no_progress)
             left = (time.monotonic() - started) / place * (len(jobs) - place)
             for result in results:
                 run.results[job.name if len(results) == 1 else result.task] = result

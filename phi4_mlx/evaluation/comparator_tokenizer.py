@@ -26,8 +26,7 @@ class ComparatorTokenizer(Tokenizer):
         super().__init__(added, {}, wrapper.eos_token_ids)
         self.vocab_size = len(wrapper.get_vocab())
         self.start_id = wrapper.bos_token_id
-        if wrapper.has_chat_template:
-            self.chat_format = _Template(wrapper)
+        self.chat_format = _Template(wrapper)
 
     def encode(self, text: str, specials: bool = False) -> list[int]:
         """See `Tokenizer.encode`; with `specials`, a text begins with the model's start token, if it has one."""
@@ -72,7 +71,7 @@ class _Streaming:
 
 
 class _Template:
-    """A chat template of Hugging Face as a `ChatFormat`, as far as an evaluation uses it."""
+    """A chat template of Hugging Face as a `ChatFormat`, as far as an evaluation uses it; a model may have none."""
 
     name = "template"
 
@@ -107,6 +106,8 @@ class _Template:
         raise RequestError("the chat template of a comparator does not tell turns apart")
 
     def _ids(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Prompt:
+        if not self._wrapper.has_chat_template:
+            raise RequestError("the model has no chat template; --no-apply-chat-template asks in plain text")
         try:
             return Prompt(self._wrapper.apply_chat_template([dict(each) for each in messages], **options))
         except Exception as error:  # a template may raise anything

@@ -112,13 +112,14 @@ class Harness(TemplateLM):
     def _chat_format(self) -> Any:
         chat_format = getattr(self._subject.tokenizer, "chat_format", None)
         if chat_format is None:
-            raise RequestError(f"{self._subject.name} has no chat format; leave out --apply-chat-template")
+            raise RequestError(f"{self._subject.name} has no chat format; --no-apply-chat-template asks in plain text")
         return chat_format
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Encodes a text, control strings as control tokens, except those in messages that were rendered."""
         begun = max((text for text in self._rendered if string.startswith(text)), key=len, default="")
-        return [*self._rendered.get(begun, ()), *self._encode(string[len(begun) :])]
+        added = len(self._encode("")) if begun else 0  # a start token, which some tokenizers put before any text
+        return [*self._rendered.get(begun, ()), *self._encode(string[len(begun) :])[added:]]
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """See `TemplateLM.loglikelihood`."""

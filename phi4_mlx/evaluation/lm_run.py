@@ -49,14 +49,12 @@ def run_lm_task(
             each.set_config("num_fewshot", 0)
     chat = task.generates if options.apply_chat_template is None else options.apply_chat_template
     draws = (options.repeats or 1) if task.generates and options.temp else 1
-    result: TaskResult | None = None
+    results = []
     for draw in range(draws):
         for each in task.tasks.values():
             each.set_fewshot_seed(options.seed)  # again: each draw has the same examples
-        found = _evaluate(task, subject, answers, replace(options, seed=options.seed + draw), chat, metric)
-        result = found if result is None else _with_draw(result, found)
-    assert result is not None
-    result = _mean_of_draws(result, draws) if draws > 1 else result
+        results.append(_evaluate(task, subject, answers, replace(options, seed=options.seed + draw), chat, metric))
+    result = _mean_of_draws(results) if draws > 1 else results[0]
     return replace(result, settings=_settings(task, options, chat, draws))
 
 
@@ -79,7 +77,6 @@ def _evaluate(
     )
     # lm-eval asks documents in the order of the data and names them in the order given, so it is given that order.
     samples = {name: sorted(set(ids)) for name, ids in options.samples.items() if name in task.tasks}
-    _check_samples(task, samples)
     try:
         found = evaluator.evaluate(
             lm,
@@ -106,16 +103,6 @@ def _evaluate(
     return _result(task, found, metric, written)
 
 
-def _check_samples(task: LmTask, samples: Mapping[str, Sequence[int]]) -> None:
-    """Refuses ids of documents that a task does not have."""
-    for name, ids in samples.items():
-        count = len(task.tasks[name].eval_docs)
-        wrong = [each for each in ids if not 0 <= each < count]
-        if wrong or not ids:
-            named = f"document {wrong[0]}" if wrong else "no document"
-            raise RequestError(f"--samples asks for {named} of {name}, which has documents 0 to {count - 1:,}")
-
-
 def _result(task: LmTask, found: Mapping[str, Any], metric: str | None, written: Mapping[str, Answer]) -> TaskResult:
     """lm-eval's results of a task as ours."""
     counts = {name: len({sample["doc_id"] for sample in found["samples"][name]}) for name in task.tasks}
@@ -132,16 +119,18 @@ def _result(task: LmTask, found: Mapping[str, Any], metric: str | None, written:
     samples = [sample for name in task.tasks for sample in _samples(name, found["samples"][name], main.name)]
     metrics = [main, *(each for each in metrics if each is not main)]
     if written:
-        samples = [{**sample, **_writing(written[str(sample["id"])])} for sample in samples]
+        samples = [{**sample, **_writing(written.get(str(sample["id"])))} for sample in samples]
         metrics += [
-            mean("tokens of an answer", [sample["tokens"] for sample in samples]),
-            mean("cut at the most tokens", [float(sample["finish_reason"] == "length") for sample in samples]),
+            mean("tokens of an answer", [answer.tokens for answer in written.values()]),
+            mean("cut at the most tokens", [float(answer.finish_reason == "length") for answer in written.values()]),
         ]
     return TaskResult(task.name, metrics, {}, samples, "", groups)
 
 
-def _writing(answer: Answer) -> dict[str, Json]:
+def _writing(answer: Answer | None) -> dict[str, Json]:
     """How an answer was written; its reasoning is kept apart from what is scored."""
+    if answer is None:  # of a document whose given texts are scored
+        return {}
     kept: dict[str, Json] = {"tokens": answer.tokens, "finish_reason": answer.finish_reason}
     return {**kept, "reasoning": answer.reasoning} if answer.reasoning else kept
 
@@ -197,32 +186,42 @@ def _plain(value: Any) -> Json:
     return round(float(value), 6) if isinstance(value, float) or hasattr(value, "__float__") else str(value)
 
 
-def _with_draw(result: TaskResult, other: TaskResult) -> TaskResult:
-    """A result to whose documents another draw's scores and answers are added."""
-    samples = []
-    for sample, drawn in zip(result.samples, other.samples, strict=True):
-        scores = [*sample.get("draws", [sample["score"]]), drawn["score"]]
-        answers = [*sample["answer"], drawn["answer"]] if "draws" in sample else [sample["answer"], drawn["answer"]]
-        samples.append({**sample, "draws": scores, "answer": answers})
-    return replace(result, samples=samples)
-
-
-def _mean_of_draws(result: TaskResult, draws: int) -> TaskResult:
+def _mean_of_draws(results: Sequence[TaskResult]) -> TaskResult:
     """The mean over documents and draws: the standard error is over documents, each with the mean of its draws.
 
     That covers both the choice of documents and the draws. The error of the draws alone is a metric of its own.
     """
-    samples = [{**sample, "score": math.fsum(sample["draws"]) / draws} for sample in result.samples]
-    main = mean(f"{result.main.name}, mean of {draws}", [sample["score"] for sample in samples])
+    draws, first = len(results), results[0]
+    samples: list[dict[str, Json]] = []
+    for drawn in zip(*(result.samples for result in results), strict=True):
+        scores = [sample["score"] for sample in drawn]
+        score = None if None in scores else math.fsum(scores) / draws
+        answers = [sample["answer"] for sample in drawn]
+        samples.append({**drawn[0], "answer": answers, "draws": scores, "score": score})
+    name = f"{first.main.name}, mean of {draws}"
+    if any(sample["score"] is None for sample in samples):  # a metric of all documents together
+        of_draws = mean(name, [result.main.value for result in results])
+        return replace(
+            first,
+            metrics=[replace(of_draws, stderr=None, count=len(samples)), _alone(of_draws.stderr, samples)],
+            samples=samples,
+            groups={},
+        )
     spread = math.fsum(
         (score - sample["score"]) ** 2 / (draws - 1) / draws for sample in samples for score in sample["draws"]
     )
-    alone = Metric("standard error of the draws alone", math.sqrt(spread) / len(samples), None, len(samples))
     by_task: dict[str, list[float]] = defaultdict(list)
     for sample in samples:
         by_task[str(sample["id"]).rpartition("/")[0]].append(sample["score"])
-    groups = {name: [mean(main.name, scores)] for name, scores in by_task.items()} if len(by_task) > 1 else {}
-    return replace(result, metrics=[main, alone], samples=samples, groups=groups)
+    groups = {task: [mean(name, scores)] for task, scores in by_task.items()} if len(by_task) > 1 else {}
+    main = mean(name, [sample["score"] for sample in samples])
+    return replace(
+        first, metrics=[main, _alone(math.sqrt(spread) / len(samples), samples)], samples=samples, groups=groups
+    )
+
+
+def _alone(error: float | None, samples: Sequence[Mapping[str, Json]]) -> Metric:
+    return Metric("standard error of the draws alone", math.nan if error is None else error, None, len(samples))
 
 
 def _settings(task: LmTask, options: Options, chat: bool, draws: int) -> dict[str, Json]:

@@ -46,6 +46,24 @@ class LmTask:
         return any(getattr(task, "UNSAFE_CODE", False) for task in self.tasks.values())
 
 
+def check_samples(task: LmTask, samples: Mapping[str, Sequence[int]]) -> None:
+    """Checks that a task has the documents that are asked for.
+
+    Args:
+        task: a loaded task.
+        samples: leaf task -> ids of documents; it may have other tasks.
+
+    Raises:
+        RequestError: a document is not there, or none is asked for.
+    """
+    for name in samples.keys() & task.tasks.keys():
+        count = len(task.tasks[name].eval_docs)
+        wrong = [each for each in samples[name] if not 0 <= each < count]
+        if wrong or not samples[name]:
+            named = f"document {wrong[0]}" if wrong else "no document"
+            raise RequestError(f"--samples asks for {named} of {name}, which has documents 0 to {count - 1:,}")
+
+
 def check_task_names(names: list[str], own: list[str], include_path: Path | None) -> None:
     """Checks that tasks exist, before a model is loaded.
 

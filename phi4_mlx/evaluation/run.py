@@ -147,6 +147,8 @@ def open_run(folder: Path, run: Run) -> Run:
                     f"{folder} has results of a run with {name} {_shown(then)}, not {_shown(now)}; name another "
                     "--output-dir, or repeat that run's command"
                 )
+        kept = {name: result for name, result in before.results.items() if name not in run.missing}
+        run = replace(run, results=kept)
     try:
         run.write(folder)
     except OSError as error:
@@ -193,7 +195,7 @@ def load_jobs(jobs: Sequence[Job], skip: bool, progress: Progress | None = None)
 
     Raises:
         RequestError: a task cannot be loaded, and `skip` is False or none is left; it runs code that a model writes; or
-            `samples` names a task that none of the jobs has.
+            `samples` names a task that none of the jobs has, or a document that its task does not have.
     """
     tasks: dict[str, list[LmTask]] = {}
     missing: dict[str, str] = {}
@@ -202,7 +204,7 @@ def load_jobs(jobs: Sequence[Job], skip: bool, progress: Progress | None = None)
             progress(done, len(jobs))
         if job.task in OWN:
             continue
-        from phi4_mlx.evaluation.lm_tasks import load_tasks
+        from phi4_mlx.evaluation.lm_tasks import check_samples, load_tasks
 
         try:
             tasks[job.name] = load_tasks(job.task, job.options.include_path, job.options.data)
@@ -211,6 +213,8 @@ def load_jobs(jobs: Sequence[Job], skip: bool, progress: Progress | None = None)
                 raise
             missing[job.name] = str(error)
             continue
+        for task in tasks[job.name]:
+            check_samples(task, job.options.samples)
         unsafe = [task.name for task in tasks[job.name] if task.runs_code]
         if unsafe and not job.options.confirm_run_unsafe_code:
             raise RequestError(
@@ -228,7 +232,12 @@ def load_jobs(jobs: Sequence[Job], skip: bool, progress: Progress | None = None)
 
 
 def run_job(
-    job: Job, tasks: Sequence[LmTask], subject: Subject, answers: Answers, progress: Progress | None
+    job: Job,
+    tasks: Sequence[LmTask],
+    subject: Subject,
+    answers: Answers,
+    folder: Path,
+    progress: Progress | None,
 ) -> list[TaskResult]:
     """Runs a job.
 
@@ -237,6 +246,7 @@ def run_job(
         tasks: lm-eval's, where it is one of its; see `load_jobs`.
         subject: the model.
         answers: where its answers are kept.
+        folder: for pictures and exports, which the first of several processes writes.
         progress: called while it runs.
 
     Returns:
@@ -244,7 +254,8 @@ def run_job(
     """
     from phi4_mlx.evaluation.lm_run import run_lm_task
 
-    options = replace(job.options, progress=progress)
+    first = subject.group is None or subject.group.rank() == 0
+    options = replace(job.options, progress=progress, folder=folder if first else None)
     if job.task in OWN:
         results = [own_task(job.task)(subject, answers, options)]
     else:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.evaluation.languages import token_table
-from phi4_mlx.evaluation.languages.chat_check import FAULTS, check
+from phi4_mlx.evaluation.languages import chat_check, token_table
 from phi4_mlx.evaluation.languages.page import NAME as PAGE
 from phi4_mlx.evaluation.languages.page import write_page
 from phi4_mlx.evaluation.languages.picture import draw
@@ -43,6 +42,15 @@ class Document:
     def question(self) -> str:
         """The user's words."""
         return self.language.questions[self.number - 1]
+
+
+def check(options: Options) -> None:
+    """Checks the options before a model is loaded.
+
+    Raises:
+        RequestError: a language or a document is unknown.
+    """
+    _documents(options)
 
 
 def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
@@ -81,7 +89,7 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
 
     tokens = token_table.of_own(lambda text: len(subject.tokenizer.encode(text)))
     faults = Counter(answer["fault"] for sample in samples for answer in sample["answers"] if answer["fault"])
-    notes = [", ".join(f"{fault}: {faults[fault]}" for fault in FAULTS if faults[fault])]
+    notes = [", ".join(f"{fault}: {faults[fault]}" for fault in chat_check.FAULTS if faults[fault])]
     if options.folder:
         write_page(samples, tokens, options.folder)
         notes += [f"tokens of each language in {PAGE}", draw(samples, tokens, options.folder)]
@@ -117,7 +125,7 @@ def _documents(options: Options) -> list[Document]:
 def _sample(document: Document, given: Sequence[Answer]) -> dict[str, Json]:
     """A document with its answers: one, or several that were drawn with different seeds."""
     code = document.language.code
-    checked = [(answer, check(answer.content, document.question, code)) for answer in given]
+    checked = [(answer, chat_check.check(answer.content, document.question, code)) for answer in given]
     return {
         "id": document.id,
         "score": sum(not verdict.fault for _, verdict in checked) / len(checked),

@@ -24,6 +24,15 @@ _TABLES = ("one table", "short table", "both tables", "long table")
 Sample = dict[str, Json]
 
 
+def check(options: Options) -> None:
+    """Checks the languages before a model is loaded.
+
+    Raises:
+        RequestError: there is no such language.
+    """
+    languages(options.languages)
+
+
 def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     """Asks questions about long texts; a `Run` of `phi4_mlx.evaluation.tasks`.
 
@@ -62,7 +71,7 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     for sample in samples:
         sample["table"] = table(sample["length"], room, boundary)
     notes = [cut, *short]
-    if options.folder and (subject.group is None or subject.group.rank() == 0):
+    if options.folder:
         notes.append(draw_heat_maps(samples, boundary, options.folder))
     settings = {
         "lengths": lengths, "depths": depths, "languages": [language.code for language in spoken], "seed": options.seed,

@@ -106,6 +106,32 @@ def test_the_same_command_goes_on_without_asking_again(
     assert evaluate(*words) == shown and len(kept) == 12 - 5
 
 
+def test_a_stopped_run_keeps_the_results_of_the_run_before(
+    evaluate: Evaluate, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--tasks", "even", "--include-path", tasks)
+    evaluate(*words)
+    before = results(tmp_path / "out")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("phi4_mlx.evaluation.lm_run.run_lm_task", stop)
+    assert cli.main(["evaluate", "--model", "demo", "--output-dir", str(tmp_path / "out"), *map(str, words)]) == 130
+    assert results(tmp_path / "out") == before
+
+
+def test_names_and_documents_are_checked_before_the_first_answer(
+    evaluate: Evaluate, tasks: Path, tmp_path: Path
+) -> None:
+    (tasks / "other.yaml").write_text(YAML.format(name="other", split="test", file=tasks / "test.jsonl"))
+    words = ("--tasks", "even", "other", "--include-path", tasks)
+    samples = ("--samples", '{"even": [0], "other": [6]}')
+    assert "document 6 of other, which has documents 0 to 5" in evaluate(*words, *samples, code=2)
+    assert "no-such-model" in evaluate(*words, "--comparator", "no-such-model", code=2)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_of_other_settings_is_refused(evaluate: Evaluate, tasks: Path, tmp_path: Path) -> None:
     words = ("--tasks", "even", "--include-path", tasks, "--limit", "1")
     evaluate(*words, "--num-shots", "50", code=2)  # leaves no answer, so the folder is free
@@ -255,6 +281,51 @@ def test_a_changed_copy_of_a_data_set_is_read_again(evaluate: Evaluate, copies: 
     evaluate(*words)
     (after,) = results(tmp_path / "out").values()
     assert before.samples[0]["document"] != after.samples[0]["document"]
+
+
+WRITTEN = """
+task: written
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 3}}
+metric_list: [{{metric: {metric}}}]
+"""
+GROUP = "group: both\ntask: [even, written]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+
+
+@pytest.mark.slow
+def test_a_group_of_scored_and_written_tasks(evaluate: Evaluate, tasks: Path, tmp_path: Path) -> None:
+    (tasks / "written.yaml").write_text(WRITTEN.format(file=tasks / "test.jsonl", metric="exact_match"))
+    (tasks / "both.yaml").write_text(GROUP)
+    evaluate("--tasks", "both", "--include-path", tasks)
+    (result,) = results(tmp_path / "out").values()
+    assert ["tokens" in sample for sample in result.samples] == [False] * 6 + [True] * 6
+    assert {metric.name: metric.count for metric in result.metrics}["tokens of an answer"] == 6
+
+
+def test_repeats_of_a_metric_without_scores_of_documents(evaluate: Evaluate, tasks: Path, tmp_path: Path) -> None:
+    (tasks / "written.yaml").write_text(WRITTEN.format(file=tasks / "test.jsonl", metric="bleu"))
+    evaluate("--tasks", "written", "--include-path", tasks, "--temp", "1", "--repeats", "2")
+    (result,) = results(tmp_path / "out").values()
+    assert result.main.name == "bleu, mean of 2" and result.main.count == 6
+    assert all(sample["score"] is None and len(sample["answer"]) == 2 for sample in result.samples)
+
+
+@pytest.mark.parametrize("task", ["languages", "long-context"])
+def test_a_language_that_is_not_there_is_refused_before_a_model_loads(evaluate: Evaluate, task: str) -> None:
+    assert "'xx'" in evaluate("--tasks", task, "--languages", "xx", "--model", "no-such-model", code=2)
+
+
+@pytest.mark.slow
+def test_pages_of_a_comparator_are_in_its_own_folder(evaluate: Evaluate, tmp_path: Path) -> None:
+    words = ("--tasks", "languages", "--languages", "de", "--limit", "1", "--max-tokens", "2")
+    evaluate(*words, "--comparator", "demo")
+    for folder in (tmp_path / "out", tmp_path / "out" / "comparators" / "demo"):
+        assert (folder / "languages.md").exists()
 
 
 def test_two_runs_side_by_side(evaluate: Evaluate, tasks: Path, tmp_path: Path) -> None:

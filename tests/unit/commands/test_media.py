@@ -64,9 +64,7 @@ def expected(*parts: dict[str, str], text: str = "") -> str:
         ),
     ],
 )
-def test_an_answer_is_that_of_python(
-    options: list[str], parts: list[tuple[str, str]], text: str, out: Output
-) -> None:
+def test_an_answer_is_that_of_python(options: list[str], parts: list[tuple[str, str]], text: str, out: Output) -> None:
     assert generate.main(["--model", "model", *options, *MAX]) == 0
     assert out.readouterr().out == expected(*({"type": kind, "path": path} for kind, path in parts), text=text) + "\n"
 
@@ -132,9 +130,7 @@ def test_the_memory_plan_names_towers_and_adapters(out: Output) -> None:
     assert "towers for media, " in out.readouterr().out
 
 
-def test_the_list_says_what_a_model_reads(
-    out: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_list_says_what_a_model_reads(out: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(models.EMBEDDED, "media", tmp_path / "media")
     shutil.copytree("model", tmp_path / "media")
     assert models.main(["--json"]) == 0

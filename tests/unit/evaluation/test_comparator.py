@@ -124,6 +124,17 @@ def test_a_chat_is_rendered_by_the_models_own_template(tmp_path: Path) -> None:
         tokenizer.apply_chat_template([{"role": "system", "content": "x"}])
 
 
+def test_a_model_without_a_chat_template_is_asked_in_plain_text(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", "llama")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": None}))
+    subject = load_comparator(str(folder))
+    with Answers(tmp_path / "answers") as answers:
+        assert ask(subject, [Question("plain", "abc", max_tokens=2)], answers)[0].tokens == 2
+        with pytest.raises(RequestError, match="no chat template; --no-apply-chat-template"):
+            ask(subject, [Question("chat", [{"role": "user", "content": "abc"}])], answers)
+
+
 def test_plain_text_never_becomes_a_control_token(tmp_path: Path) -> None:
     tokenizer = load_comparator(str(write(tmp_path / "model", "llama"))).tokenizer
     text, number = next(iter(tokenizer.control_ids.items()))

@@ -87,6 +87,15 @@ def test_contexts_are_split_from_continuations_as_lm_eval_does(
     assert found == pytest.approx(logprob(subject, start, whole[len(start) :]), abs=1e-4)
 
 
+def test_a_start_token_stands_at_the_start_alone(subject: Subject, answers: Answers, monkeypatch: Any) -> None:
+    encode, start = subject.tokenizer.encode, subject.start_id
+    harness = Harness(subject, answers)
+    monkeypatch.setattr(subject.tokenizer, "encode", lambda text, **more: [start, *encode(text, **more)])
+    text = harness.apply_chat_template([{"role": "user", "content": "a<|end|>b"}])  # which stays text
+    ids = harness.tok_encode(text)
+    assert start not in ids[1:] and harness.tok_encode(text + " c") == [*ids, *encode(" c")]
+
+
 def test_control_strings_are_control_tokens(subject: Subject, answers: Answers) -> None:
     ids = Harness(subject, answers).tok_encode("<|user|>Hi<|end|>")
     control = subject.tokenizer.control_ids

@@ -77,7 +77,7 @@ def test_a_row_runs_on_small_data_of_its_format(row: Row, subject: Subject, copi
         part = Job(name, name, job.options, job.metric)
         tasks = load_jobs([part], skip=False).tasks.get(name, ())
         with Answers(tmp_path / "answers.jsonl") as answers:
-            (result,) = run_job(part, tasks, subject, answers, None)
+            (result,) = run_job(part, tasks, subject, answers, tmp_path, None)
         assert result.main.count == len(result.samples) >= 1
         assert result.main.name == (job.metric or "answers")
         if "shots" in result.settings:
