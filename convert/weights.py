@@ -150,6 +150,10 @@ class Parameter:
             return math.inf
         return float(mx.abs(read_rows(self.inputs[0], first, last).astype(mx.float32)).max().item())
 
+    def layout(self, scheme: Scheme) -> Layout:
+        """The tensors of a matrix of the decoder in another scheme; see `Scheme.layout`."""
+        return scheme.layout(self.path, self.numbers, (self.rows, self.width))
+
     @property
     def name(self) -> str:
         """Its name in the model."""

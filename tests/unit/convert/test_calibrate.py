@@ -305,8 +305,8 @@ def test_long_sequences_run_under_the_long_table(
     seen: list[tuple[Any, mx.array]] = []
     original: Callable[..., mx.array] = module._Run._hidden  # type: ignore[attr-defined]
 
-    def hidden(self: Any, batch: Any, carried: Any) -> mx.array:
-        found = original(self, batch, carried)
+    def hidden(self: Any, batch: Any, name: str) -> mx.array:
+        found = original(self, batch, name)
         seen.append((batch, found))
         return found
 
