@@ -219,15 +219,15 @@ def _evaluate(args: argparse.Namespace) -> None:
         for name in (*args.comparator, *judges):
             resolve(name)  # a name that is wrong is refused before the first answer
         subject = _subject(args)
-        group, jobs = subject.group, _jobs(suite, names, options, subject)
+        jobs = _jobs(suite, names, options, subject)
         runs = [_run(jobs, loaded, subject, folder, _settings(args, names))]
         del subject
-        for name in args.comparator:
-            comparator, place = load_comparator(name), folder / "comparators" / file_name(name)
-            comparator.group = group
-            runs.append(_run(jobs, loaded, comparator, place, _settings(args, names)))
-    if group is None or group.rank() == 0:
-        _write(runs, suite, folder)
+        try:
+            for name in args.comparator:
+                comparator, place = load_comparator(name), folder / "comparators" / file_name(name)
+                runs.append(_run(jobs, loaded, comparator, place, _settings(args, names)))
+        finally:  # what has been run is shown, whatever became of the others
+            _write(runs, suite, folder)
 
 
 def _options(args: argparse.Namespace) -> Options:
