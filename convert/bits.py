@@ -71,8 +71,8 @@ def choose_bits(
     Args:
         candidates: path -> the schemes that were tried; none is empty.
         bits_per_weight: the budget, as the mean over all numbers, scales and biases included.
-        more_bytes: bytes that a choice takes besides, for example in the header of its file; they count too, unless the
-            smallest candidates are over the budget because of them.
+        more_bytes: bytes that a choice takes besides, for example in the header of its file; they count too, but never
+            exclude the smallest candidates or, within the budget, the largest ones.
 
     Returns:
         Path -> its candidate, in the order of `candidates`. Of equal sums the smaller size is taken; the result does
@@ -85,10 +85,10 @@ def choose_bits(
     numbers = sum(candidates[path][0].numbers for path in paths)
     items = [sorted(candidates[path], key=lambda each: (each.cost_bits, each.kl)) for path in paths]
     budget = math.floor(bits_per_weight * numbers + 0.5 / max(1, numbers))  # 4.7 * numbers may end just below a whole
-    least = sum(options[0].cost_bits for options in items)
+    least, most = (sum(options[end].cost_bits for options in items) for end in (0, -1))
     if least > budget:
         named = math.ceil(least / numbers * 100 - 1e-9) / 100
-        bits = min(options[0].scheme.bits for options in items)
+        bits = " to ".join(map(str, sorted({options[0].scheme.bits for options in items})))
         raise RequestError(
             f"a budget of {bits_per_weight:g} bits per weight is too small: the smallest package, with {bits} bits per "
             f"number and their scales, takes {named:g}; use --q-bpw {named:g} or more"
@@ -100,7 +100,7 @@ def choose_bits(
         picks = _solve(kls, costs, limit)
         chosen = {path: options[pick] for path, options, pick in zip(paths, items, picks, strict=True)}
         spent = sum(each.cost_bits for each in chosen.values())
-        if spent + 8 * more_bytes(chosen) <= budget or spent == least:
+        if spent + 8 * more_bytes(chosen) <= budget or spent in (least, most):
             return {path: chosen[path] for path in candidates}
         limit = spent - 1
 

@@ -63,7 +63,7 @@ class BlockModel:
         return [self.embedding.input_bytes, *blocks, self.head.input_bytes]
 
     def _load(self, parameters: Sequence[Parameter]) -> None:
-        weights = [(each.name, each.dense(0, each.rows).astype(mx.float32)) for each in parameters]
+        weights = [(each.name, each.finite(0, each.rows).astype(mx.float32)) for each in parameters]
         self.model.load_weights(weights, strict=False)
         mx.eval([array for _, array in weights])
 

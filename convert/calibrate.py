@@ -127,9 +127,11 @@ def calibrate(
         )
     rows = spread([sample.ids for sample in samples], MOST_TOKENS)
     run = _Run(parameters, config, rows, schemes, work, progress, tell)
+    used = sum(map(len, rows))
+    if used < tokens:
+        tell(f"{used:,} of {tokens:,} tokens of calibration data are used, in samples from beginning to end of it")
     run.all_steps()
     candidates = run.candidates()
-    used = sum(map(len, rows))
     state = run.work.state
     chosen = choose_bits(candidates, bits_per_weight, more_bytes)
     kl = run.joint({path: each.scheme for path, each in chosen.items()})
@@ -298,7 +300,7 @@ def _ranges(parameter: Parameter) -> Iterator[tuple[int, int]]:
 
 def _dense(parameter: Parameter) -> Rows:
     """The rows of the checkpoint."""
-    return ((first, last, parameter.dense(first, last)) for first, last in _ranges(parameter))
+    return ((first, last, parameter.finite(first, last)) for first, last in _ranges(parameter))
 
 
 def _quantised(parameter: Parameter, solver: Solver, scheme: Scheme, errors: list[float]) -> Iterator[list[mx.array]]:

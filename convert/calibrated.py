@@ -15,7 +15,7 @@ from phi4_mlx.data.samples import Sample, load_samples
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.manifest import file_sha256
 from phi4_mlx.files.safetensors import header_of
-from phi4_mlx.terminal.amount import size
+from phi4_mlx.terminal.amount import amount, size
 
 from .batches import BATCH_TOKENS
 from .bits import SCALE_BITS, Candidate, choose_bits
@@ -119,7 +119,7 @@ def calibrated(
     sizes = {path: by_path[path].rows * by_path[path].width for path in schemes}
     costless = {path: [Candidate(path, each, sizes[path], 0, 0) for each in some] for path, some in schemes.items()}
     choose_bits(costless, budget)  # refuses a budget before the work
-    samples = _samples(folder, config, wish.data)
+    samples = _samples(folder, config, wish.data, tell)
     plain = _header_bytes(parameters, {})
     try:
         _check_room(work, sum(each.nbytes for some in costless.values() for each in some))
@@ -180,12 +180,15 @@ def _report(calibration: Calibration, budget: float, data: str | Path) -> Report
     )
 
 
-def _samples(folder: Path, config: Config, data: str | Path) -> list[Sample]:
+def _samples(folder: Path, config: Config, data: str | Path, tell: Callable[[str], object]) -> list[Sample]:
     tokenizer = load_tokenizer_and_format(folder, None, config.model_type)
     check_vocabulary(folder, tokenizer, config)
     cost = empty_model(config, {}).context_cost()
     longest = min(LONGEST, config.max_position_embeddings)
     if cost.score_bytes:
         longest = max(2, min(longest, math.isqrt(SCORE_BYTES // cost.score_bytes)))
-    samples, _ = load_samples(DEFAULT_DATA if data == "default" else data, tokenizer, max_seq_length=longest)
+    samples, report = load_samples(DEFAULT_DATA if data == "default" else data, tokenizer, max_seq_length=longest)
+    if report.truncated:
+        longest_given = amount(report.longest, "token")
+        tell(f"calibration samples cut at {longest:,} tokens: {report.truncated:,}; the longest had {longest_given}")
     return samples

@@ -115,8 +115,12 @@ def _inverse_factor(hessian: mx.array, added: float) -> mx.array:
     with mx.stream(mx.cpu):  # MLX has no triangular solver on a GPU
         size = len(hessian)
         on_diagonal = mx.arange(size)[:, None] == mx.arange(size)
-        lower = mx.linalg.cholesky(mx.where(on_diagonal, hessian + added, hessian)[::-1, ::-1])
-        mx.eval(lower)  # frees what it was made from
+        while True:
+            lower = mx.linalg.cholesky(mx.where(on_diagonal, hessian + added, hessian)[::-1, ::-1])
+            mx.eval(lower)  # frees what it was made from
+            if mx.diag(lower).min().item() > 0:
+                break
+            added *= 10  # rounding has left the matrix indefinite, which MLX does not report
         return mx.contiguous(mx.linalg.tri_inv(lower)[::-1, ::-1])
 
 

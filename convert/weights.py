@@ -126,6 +126,30 @@ class Parameter:
             rows = mx.contiguous(mx.dequantize(rows, *rest, **vars(self.packed))[:, : self.width])
         return rows.astype(mlx_dtype(self.numbers))
 
+    def finite(self, first: int, last: int) -> mx.array:
+        """As `dense`, but computed; RequestError if a number is too large for the dtype of the package."""
+        rows = self.dense(first, last)
+        if not mx.isfinite(rows).all().item():
+            raise self.too_large(self.name, self.numbers, first, last)
+        return rows
+
+    def too_large(self, name: str, dtype: str, first: int, last: int) -> RequestError:
+        """The refusal of rows that are not finite in a tensor of the package of this name and dtype."""
+        return RequestError(
+            f"{name} has numbers too large for {DTYPES[dtype].mlx_name}{self.such_as(first, last)}; convert with "
+            "--dtype bfloat16 or float32"
+        )
+
+    def such_as(self, first: int, last: int) -> str:
+        """A phrase with the largest magnitude in rows of the source; empty if that is packed."""
+        return "" if self.packed else f", such as {self.largest(first, last):.6g}"
+
+    def largest(self, first: int, last: int) -> float:
+        """The largest magnitude in rows of the source; infinity if that is packed, whose numbers are not at hand."""
+        if self.packed:
+            return math.inf
+        return float(mx.abs(read_rows(self.inputs[0], first, last).astype(mx.float32)).max().item())
+
     @property
     def name(self) -> str:
         """Its name in the model."""
@@ -247,30 +271,17 @@ class _Block(NamedTuple):
         """Refuses numbers that their dtype in the file turned into infinity, or that nvfp4 cut off."""
         for (name, (dtype, _)), array in zip(self.parameter.outputs.items(), self.arrays, strict=True):
             if not _is_finite(memoryview(array), dtype):
-                raise RequestError(
-                    f"{name} has numbers too large for {DTYPES[dtype].mlx_name}{self._such_as()}; convert with --dtype "
-                    "bfloat16 or float32"
-                )
+                raise self.parameter.too_large(name, dtype, self.first, self.last)
         target = self.parameter.target
         if target and target.mode == "nvfp4" and target != self.parameter.packed:
             import numpy as np
 
             largest_scale = np.frombuffer(memoryview(self.arrays[1]), np.uint8).max()
-            if largest_scale >= _NVFP4_LARGEST_SCALE and not self._largest() <= _NVFP4_LARGEST:
+            if largest_scale >= _NVFP4_LARGEST_SCALE and not self.parameter.largest(self.first, self.last) <= _NVFP4_LARGEST:
                 raise RequestError(
                     f"{self.parameter.path} has numbers too large for nvfp4, which ends at {_NVFP4_LARGEST:,}"
-                    f"{self._such_as()}; choose another --q-mode"
+                    f"{self.parameter.such_as(self.first, self.last)}; choose another --q-mode"
                 )
-
-    def _largest(self) -> float:
-        """The largest magnitude in the source; infinity if that is packed, whose numbers are not at hand."""
-        if self.parameter.packed:
-            return math.inf
-        rows = read_rows(self.parameter.inputs[0], self.first, self.last).astype(mx.float32)
-        return float(mx.abs(rows).max().item())
-
-    def _such_as(self) -> str:
-        return "" if self.parameter.packed else f", such as {self._largest():.6g}"
 
 
 def _is_finite(data: bytes | memoryview, dtype: str) -> bool:

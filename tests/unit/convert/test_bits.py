@@ -115,11 +115,12 @@ def test_bytes_besides_the_matrices_count_too() -> None:
 
 def test_a_budget_above_the_largest_takes_the_best() -> None:
     measured = candidates({"a": [5, 4, 3, 2, 1], "b": [5, 4, 3, 2, 1]}, {"a": 64, "b": 128})
-    assert {each.scheme.bits for each in choose_bits(measured, 16).values()} == {8}
+    for bits_per_weight in (16, 8.5):  # the largest take 8.5
+        assert {each.scheme.bits for each in choose_bits(measured, bits_per_weight, len).values()} == {8}
 
 
 def test_a_budget_below_the_smallest_is_refused_with_the_least() -> None:
     measured = candidates({"a": [2, 1], "b": [2, 1]}, {"a": 64, "b": 128}, group_size=32)
-    with pytest.raises(RequestError, match=r"4\.25 bits per weight is too small.*3 bits .*--q-bpw 4\.72 ") as caught:
+    with pytest.raises(RequestError, match=r"4\.25 bits per weight is too small.*3 to 8 bits .*--q-bpw 4\.72 ") as caught:
         choose_bits({**measured, "c": [Candidate("c", Scheme("affine", 8, 32), 32, 0.0, 0.0)]}, 4.25)
     assert "\n" not in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -243,6 +244,33 @@ def test_few_tokens_are_refused(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "few.jsonl").write_text('{"text": "the cat sat"}\n')
     with pytest.raises(RequestError, match=r"has \d+ tokens, and needs at least 1,000"):
         calibrated(folder, tmp_path / "out", tmp_path / "few.jsonl")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"]
+)
+def test_weights_too_large_for_the_dtype_are_refused_by_name(name: str, tmp_path: Path, texts: Path) -> None:
+    source = write_tiny_checkpoint(tmp_path / "source")
+    weights = mx.load(str(source / "model.safetensors"))
+    assert isinstance(weights, dict)
+    weights[name][-1] = 1e5
+    mx.save_safetensors(str(source / "model.safetensors"), weights)
+    with pytest.raises(RequestError, match=rf"^{name} has numbers too large for float16, such as 100000; .*bfloat16"):
+        calibrated(source, tmp_path / "out", texts, dtype="float16")
+
+
+def test_text_that_is_not_used_is_told(
+    tmp_path: Path, folder: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = tmp_path / "long.jsonl"
+    longest.write_text(texts.read_text() + json.dumps({"text": " ".join(WORDS * 100)}) + "\n")
+    monkeypatch.setattr(module, "MOST_TOKENS", 1500)
+    said: list[str] = []
+    with killed_at(0):
+        calibrated(folder, tmp_path / "out", longest, tell=said.append)
+    found = re.search(r"cut at 1,024 tokens: 1; the longest had ([\d,]+) tokens", said[0])
+    assert found and int(found[1].replace(",", "")) > 1024
+    assert re.match(r"[\d,]+ of [\d,]+ tokens of calibration data are used", said[-1])
 
 
 def test_a_model_that_overflows_is_refused_by_name(tmp_path: Path, texts: Path) -> None:

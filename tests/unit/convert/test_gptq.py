@@ -104,6 +104,16 @@ def test_odd_weights_and_inputs() -> None:
         assert mx.abs(found - weight)[3:].max() < 1
 
 
+def test_a_hessian_that_rounding_made_indefinite_is_damped_more() -> None:
+    """As of inputs that are one constant in all channels: float32 sums can leave an eigenvalue below -DAMPING."""
+    weight, hessian = random(ROWS, WIDTH, seed=9), mx.full((WIDTH, WIDTH), 1.05) - 0.05 * mx.eye(WIDTH)
+    ours, theirs = quantize_rows(weight, hessian, SCHEME, mx.float32), mx.quantize(weight, **vars(SCHEME))
+    exact = mx.ones((WIDTH, WIDTH))
+    errors = [output_error(values(each, SCHEME), weight, exact) for each in (ours, theirs)]
+    assert errors[0] < 0.1 * errors[1]
+    assert mx.abs(values(ours, SCHEME) - weight).max() < 1
+
+
 @pytest.mark.parametrize("bad", [mx.nan, mx.inf])
 def test_a_hessian_that_is_not_finite_is_refused_by_name(bad: float) -> None:
     hessian = hessian_of()
