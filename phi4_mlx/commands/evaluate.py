@@ -126,7 +126,7 @@ def _run(
     """Runs jobs on a model, with `results.json` after each."""
     from phi4_mlx.evaluation.answers import Answers
     from phi4_mlx.evaluation.run import Run, file_name, open_run, run_job, versions
-    from phi4_mlx.evaluation.sharing import answers_path
+    from phi4_mlx.evaluation.sharing import answers_path, other_answers
 
     run = open_run(folder, Run(subject.name, subject.fingerprint, settings, versions(), {}, dict(loaded.missing)))
     started, first = time.monotonic(), subject.group is None or subject.group.rank() == 0
@@ -136,8 +136,8 @@ def _run(
             if reason := loaded.missing.get(job.name):
                 complain(PROG, f"{label} is left out: {reason}")
                 continue
-            path = answers_path(folder / "answers", file_name(job.name), subject.group)
-            with progress_bar(label, of=_whole) as show, Answers(path) as answers:
+            path = answers_path(folder / "answers", task := file_name(job.name), subject.group)
+            with progress_bar(label, of=_whole) as show, Answers(path, other_answers(path, task)) as answers:
                 results = run_job(job, loaded.tasks.get(job.name, ()), subject, answers, folder, show or _no_progress)
             left = (time.monotonic() - started) / place * (len(jobs) - place)
             for result in results:
