@@ -58,7 +58,8 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
         for row in questions
     ]
     if options.temp is not None:
-        asked = [replace(each, temp=options.temp, top_p=options.top_p or 1.0, seed=options.seed) for each in asked]
+        top_p = 1.0 if options.top_p is None else options.top_p
+        asked = [replace(each, temp=options.temp, top_p=top_p, seed=options.seed) for each in asked]
     found = ask(subject, asked, answers, options.progress)
     if options.folder is not None:
         name = re.sub(r"[^\w.-]+", "-", subject.name)

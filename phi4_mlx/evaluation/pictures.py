@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,6 +60,12 @@ def _ours(run: Run, name: str) -> Metric | None:
     return Metric(main.name, 100 * main.value, None if main.stderr is None else 100 * main.stderr, main.count)
 
 
+def _label(row: str) -> str:
+    """A row's name in lines as wide as its bars; names of tasks break after underscores."""
+    lines = (line for part in row.splitlines() for line in textwrap.wrap(part.replace("_", "_ "), 18))
+    return "\n".join(lines).replace("_ ", "_")
+
+
 def _draw(bars: Bars, rows: Sequence[str], title: str, path: Path) -> Path:
     """Draws bars in groups, one a row; ours are filled, published ones pale."""
     from matplotlib import colormaps
@@ -85,8 +92,8 @@ def _draw(bars: Bars, rows: Sequence[str], title: str, path: Path) -> Path:
                 alpha=0.45 if name.endswith("(published)") else 1,
                 error_kw={"elinewidth": 1, "capsize": 2},
             )
-        axes.set_xticks([at + 0.425 - width / 2 for at in range(len(part))], part, fontsize=8)
-        axes.set(ylim=(0, 100), xlim=(-0.2, columns), ylabel="%")
+        axes.set_xticks([at + 0.425 - width / 2 for at in range(len(part))], [*map(_label, part)], fontsize=8)
+        axes.set(ylim=(0, 100), xlim=(-width / 2 - 0.15, columns - width / 2), ylabel="%")
         axes.grid(axis="y", alpha=0.3)
     figure.suptitle(title, fontsize=10)
     figure.legend(loc="outside lower center", ncols=min(len(bars), int(inches / 3.2)), fontsize=8)
