@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import mlx.core as mx
+
+from phi4_mlx.errors import RequestError
 
 Head = Callable[[], Iterable[mx.array]]
 """The rows of a head from the first, in blocks [rows, D]; called each time that they are needed."""
@@ -32,6 +35,9 @@ class Reference:
         Args:
             hidden: inputs of the head, fp32 [N, D].
             head: its rows, in blocks as large as the reference's; None for the same.
+
+        Raises:
+            RequestError: the divergence is NaN or infinite.
         """
         normaliser = mx.full((len(hidden),), -mx.inf)
         gap = mx.zeros((len(hidden),))
@@ -42,4 +48,8 @@ class Reference:
             normaliser = mx.logaddexp(normaliser, mx.logsumexp(changed, axis=-1))
             mx.eval(gap, normaliser)
         found: float = (gap - self._normaliser + normaliser).mean().item()
+        if not math.isfinite(found):
+            raise RequestError(
+                "once a matrix is quantised, logits on the calibration text are NaN or infinite; the checkpoint is damaged"
+            )
         return max(0.0, found)  # rounding can take it below

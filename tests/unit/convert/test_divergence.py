@@ -6,6 +6,7 @@ import mlx.core as mx
 import pytest
 
 from phi4_mlx.convert.divergence import Reference
+from phi4_mlx.errors import RequestError
 
 TOKENS, WIDTH, VOCABULARY = 7, 16, 50
 
@@ -33,3 +34,10 @@ def test_blocks_of_a_head_give_the_kl_of_whole_logits(step: int) -> None:
         expected = (mx.exp(exact) * (exact - found)).sum(axis=-1).mean().item()
         assert reference.divergence(changed, theirs) == pytest.approx(expected, rel=1e-4)
     assert reference.divergence(hidden) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("bad", [mx.nan, mx.inf])
+def test_a_divergence_that_is_not_finite_is_not_taken_for_none(bad: float) -> None:
+    hidden, head = random(TOKENS, WIDTH, seed=0), random(VOCABULARY, WIDTH, seed=2)
+    with pytest.raises(RequestError, match="NaN or infinite"):
+        Reference(hidden, lambda: [head]).divergence(mx.where(mx.arange(WIDTH) == 3, bad, hidden))
