@@ -190,7 +190,8 @@ def load_jobs(jobs: Sequence[Job], skip: bool, progress: Progress | None = None)
 
     Args:
         jobs: the jobs.
-        skip: True to leave out a job whose data is not there.
+        skip: True to leave out a job whose data is not there; not where the Hub does not answer, which takes half a
+            minute to find out, each time.
         progress: called with (jobs done, jobs in all).
 
     Raises:
@@ -204,12 +205,12 @@ def load_jobs(jobs: Sequence[Job], skip: bool, progress: Progress | None = None)
             progress(done, len(jobs))
         if job.task in OWN:
             continue
-        from phi4_mlx.evaluation.lm_tasks import check_samples, load_tasks
+        from phi4_mlx.evaluation.lm_tasks import check_samples, load_tasks, unreachable
 
         try:
             tasks[job.name] = load_tasks(job.task, job.options.include_path, job.options.data)
         except RequestError as error:
-            if not skip:
+            if not skip or unreachable(error):
                 raise
             missing[job.name] = str(error)
             continue
@@ -221,7 +222,8 @@ def load_jobs(jobs: Sequence[Job], skip: bool, progress: Progress | None = None)
                 f"{unsafe[0]} runs code that the model writes; --confirm-run-unsafe-code allows it, best in a container"
             )
     if missing and not tasks:
-        raise RequestError(next(iter(missing.values())))
+        others = f"; nor is there data for {', '.join([*missing][1:])}" if missing.keys() - {next(iter(missing))} else ""
+        raise RequestError(f"{next(iter(missing.values()))}{others}")
     leaves = [name for loaded in tasks.values() for task in loaded for name in task.tasks]
     known = [*leaves, *(job.task for job in jobs if job.task in OWN)]
     for name in jobs[0].options.samples if jobs and not missing else ():
