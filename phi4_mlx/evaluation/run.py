@@ -98,7 +98,9 @@ def read_run(path: Path) -> Run:
         raise RequestError(str(error)) from None
     except RequestError as error:
         raise RequestError(f"{file}: {error}") from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise RequestError(f"{file} is not a result of evaluate: it has no {error}") from None
+    except (TypeError, AttributeError) as error:
         raise RequestError(f"{file} is not a result of evaluate: {error}") from None
 
 
@@ -222,8 +224,8 @@ def load_jobs(jobs: Sequence[Job], skip: bool, progress: Progress | None = None)
                 f"{unsafe[0]} runs code that the model writes; --confirm-run-unsafe-code allows it, best in a container"
             )
     if missing and not tasks:
-        others = f"; nor is there data for {', '.join([*missing][1:])}" if missing.keys() - {next(iter(missing))} else ""
-        raise RequestError(f"{next(iter(missing.values()))}{others}")
+        others = ", ".join([*missing][1:])
+        raise RequestError(next(iter(missing.values())) + (f"; nor is there data for {others}" if others else ""))
     leaves = [name for loaded in tasks.values() for task in loaded for name in task.tasks]
     known = [*leaves, *(job.task for job in jobs if job.task in OWN)]
     for name in jobs[0].options.samples if jobs and not missing else ():
