@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from phi4_mlx.agent import run_tools
 from phi4_mlx.errors import RequestError
 from phi4_mlx.evaluation.answers import Answers, key_of
-from phi4_mlx.evaluation.options import Options
+from phi4_mlx.evaluation.options import Options, picked
 from phi4_mlx.evaluation.result import TaskResult, mean
 from phi4_mlx.evaluation.sharing import share_out
 from phi4_mlx.evaluation.subject import Subject
-from phi4_mlx.evaluation.tools.checks import check_tool_format, picked
+from phi4_mlx.evaluation.tools.checks import check_tool_format
 from phi4_mlx.evaluation.tools.questions import Question, find_questions, load_questions
 from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.generation.sampling import make_sampler
