@@ -50,6 +50,6 @@ class Reference:
         found: float = (gap - self._normaliser + normaliser).mean().item()
         if not math.isfinite(found):
             raise RequestError(
-                "once a matrix is quantised, logits on the calibration text are NaN or infinite; the checkpoint is damaged"
+                "a quantised matrix makes logits on the calibration text NaN or infinite; the checkpoint is damaged"
             )
         return max(0.0, found)  # rounding can take it below
