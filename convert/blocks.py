@@ -1,4 +1,4 @@
-"""A model whose weights stay on the disk, but for those of one block."""
+"""A model whose weights stay on the disk, except those of one block."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class BlockModel:
     """A dense model in float32 that is run block by block.
 
     Attributes:
-        model: with the weights outside of its blocks, but for the embedding and the head.
+        model: has the weights outside of its blocks in memory, except the embedding and the head.
         blocks: path of each block, from the first.
         embedding: the parameter of the embedding.
         head: that of the head, which may be the same.

@@ -1,10 +1,10 @@
 """Calibration: every matrix quantised in several schemes, and the cost of each in KL divergence, in one pass.
 
 The calibration text runs through the dense model block by block. The second moments of a matrix's inputs decide how it
-is rounded. Beside the text run variants, which are a few tokens whose hidden states one quantised matrix has changed;
-at the end, their logits tell what that matrix costs. One variant a matrix is enough: KL grows as the squared error of
-the outputs does (measured from 3 to 8 bits: within a fifth, as much as KL differs from one small set of tokens to
-another), and that error is known in every scheme.
+is rounded. Variants run beside the text: the hidden states of a few tokens, as one quantised matrix has changed them.
+At the end, their logits give the KL of that matrix. One variant per matrix is enough: KL is proportional to the squared
+error of the outputs, which is known in every scheme (measured from 3 to 8 bits: within a fifth, which is also how much
+KL differs between small sets of tokens).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ VARIANT_BITS = 4  # in which KL is measured, or the nearest that is tried
 BLOCK_NUMBERS = 2**25  # of a matrix that are rounded together
 TEXT, PLAIN = "text-", "plain"  # streams of the text, and of the tokens that variants start from
 
-VERSION = 1  # of the recipe; a folder of another one is not gone on with
+VERSION = 1  # of the recipe; work that another version has left is not used
 
 Progress = Callable[[int, int], object]
 """Called as (bytes done, bytes in all) of the checkpoint's weights."""
@@ -60,7 +60,7 @@ class Calibration:
         candidates: path -> all that were measured.
         tokens: of the calibration text.
         kl: KL divergence with all chosen candidates, in nats per token.
-        seconds: that it took, over all its runs.
+        seconds: time of all its runs together.
         peak_bytes: peak of MLX's memory.
         work: the folder of the candidates' numbers.
         parameters: path -> the matrix in the checkpoint.

@@ -1,7 +1,7 @@
 """The work folder of a calibration: its candidates and streams, and how far it has come.
 
 A killed run leaves the folder behind, and the same command goes on from it. Each step writes files that the next one
-reads; the step counts once the progress file is replaced, and its files are removed by then at the earliest.
+reads. A step is done once the progress file is replaced; only then are the files removed that it has read.
 """
 
 from __future__ import annotations

@@ -264,10 +264,18 @@ def _load_message(name: str, config: Mapping[str, Any], data: Path | None, error
     if local and isinstance(error, (OSError, DatasetsError)):
         return f"{which} cannot be read: {message_of(error.__cause__ or error):.300}"
     if isinstance(error, (OSError, DatasetsError)) or "Couldn't find" in reason or "BuilderConfig" in reason:
-        offline = " and HF_DATASETS_OFFLINE is set" if _offline() else " and cannot be fetched"
+        offline = " and cannot be fetched"
+        if isinstance(error, ConnectionError):
+            offline = " and HF_DATASETS_OFFLINE is set" if _offline() else ", and the Hub does not answer"
+            offline += "" if _offline() else " (HF_DATASETS_OFFLINE=1 keeps to what is on the disk)"
         where = "" if source is None else f": {data or 'DIR'}/{source}"
         return f"{which} is not on this disk{offline}; --data DIR takes a folder of copies{where} ({reason:.200})"
     return f"{name} cannot be loaded: {type(error).__name__}: {reason:.300}"
+
+
+def unreachable(error: RequestError) -> bool:
+    """True if `load_tasks` failed because the Hub does not answer."""
+    return isinstance(error.__cause__, ConnectionError) and not _offline()
 
 
 def _metrics() -> list[str]:

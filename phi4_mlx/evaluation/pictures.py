@@ -92,8 +92,10 @@ def _draw(bars: Bars, rows: Sequence[str], title: str, path: Path) -> Path:
                 alpha=0.45 if name.endswith("(published)") else 1,
                 error_kw={"elinewidth": 1, "capsize": 2},
             )
-        axes.set_xticks([at + 0.425 - width / 2 for at in range(len(part))], [*map(_label, part)], fontsize=8)
-        axes.set(ylim=(0, 100), xlim=(-width / 2 - 0.15, columns - width / 2), ylabel="%")
+        middle, half = 0.425 - width / 2, max(3, columns) / 2
+        axes.set_xticks([at + middle for at in range(len(part))], [*map(_label, part)], fontsize=8)
+        centre = middle + (columns - 1) / 2
+        axes.set(ylim=(0, 100), xlim=(centre - half, centre + half), ylabel="%")
         axes.grid(axis="y", alpha=0.3)
     figure.suptitle(title, fontsize=10)
     figure.legend(loc="outside lower center", ncols=min(len(bars), int(inches / 3.2)), fontsize=8)

@@ -98,7 +98,9 @@ def read_run(path: Path) -> Run:
         raise RequestError(str(error)) from None
     except RequestError as error:
         raise RequestError(f"{file}: {error}") from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise RequestError(f"{file} is not a result of evaluate: it has no {error}") from None
+    except (TypeError, AttributeError) as error:
         raise RequestError(f"{file} is not a result of evaluate: {error}") from None
 
 
@@ -190,7 +192,8 @@ def load_jobs(jobs: Sequence[Job], skip: bool, progress: Progress | None = None)
 
     Args:
         jobs: the jobs.
-        skip: True to leave out a job whose data is not there.
+        skip: True to leave out a job whose data is not there; not where the Hub does not answer, which takes half a
+            minute to find out, each time.
         progress: called with (jobs done, jobs in all).
 
     Raises:
@@ -204,12 +207,12 @@ def load_jobs(jobs: Sequence[Job], skip: bool, progress: Progress | None = None)
             progress(done, len(jobs))
         if job.task in OWN:
             continue
-        from phi4_mlx.evaluation.lm_tasks import check_samples, load_tasks
+        from phi4_mlx.evaluation.lm_tasks import check_samples, load_tasks, unreachable
 
         try:
             tasks[job.name] = load_tasks(job.task, job.options.include_path, job.options.data)
         except RequestError as error:
-            if not skip:
+            if not skip or unreachable(error):
                 raise
             missing[job.name] = str(error)
             continue
@@ -221,7 +224,8 @@ def load_jobs(jobs: Sequence[Job], skip: bool, progress: Progress | None = None)
                 f"{unsafe[0]} runs code that the model writes; --confirm-run-unsafe-code allows it, best in a container"
             )
     if missing and not tasks:
-        raise RequestError(next(iter(missing.values())))
+        others = ", ".join([*missing][1:])
+        raise RequestError(next(iter(missing.values())) + (f"; nor is there data for {others}" if others else ""))
     leaves = [name for loaded in tasks.values() for task in loaded for name in task.tasks]
     known = [*leaves, *(job.task for job in jobs if job.task in OWN)]
     for name in jobs[0].options.samples if jobs and not missing else ():

@@ -141,7 +141,7 @@ def test_a_folder_of_other_settings_is_refused(evaluate: Evaluate, tasks: Path, 
     (tmp_path / "out" / "results.json").write_text(json.dumps({**value, "fingerprint": "0" * 32}))
     assert "has results of another model, demo" in evaluate(*words, code=2)
     (tmp_path / "out" / "results.json").write_text("{}")
-    assert "is not a result of evaluate" in evaluate(*words, code=2)
+    assert "is not a result of evaluate: it has no 'results'" in evaluate(*words, code=2)
 
 
 @pytest.mark.parametrize(

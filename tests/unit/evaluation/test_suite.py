@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from phi4_mlx.errors import RequestError
 from phi4_mlx.evaluation.answers import Answers
 from phi4_mlx.evaluation.lm_tasks import check_task_names
 from phi4_mlx.evaluation.options import Options
@@ -119,6 +120,31 @@ def test_rows_without_data_are_named_and_have_no_part_in_the_mean() -> None:
     assert found is not None and "GPQA" not in [row.name for row in found[1]]
 
 
+@pytest.mark.parametrize(("offline", "loads", "words"), [
+    (False, 1, ["gsm8k_cot: the data set", "the Hub does not answer", "HF_DATASETS_OFFLINE=1"]),
+    (True, 3, ["gsm8k_cot: the data set", "HF_DATASETS_OFFLINE is set", "nor is there data for second, third"]),
+])  # fmt: skip
+def test_a_hub_that_does_not_answer_is_asked_once(
+    offline: bool, loads: int, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    asked = []
+
+    def load(self: TaskManager, names: list[str]) -> None:
+        asked.append(names)
+        raise ConnectionError("Couldn't reach 'a/b' on the Hub (ConnectTimeout)")
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(TaskManager, "load", load)
+    jobs = [Job(name, "gsm8k_cot", Options()) for name in ("first", "second", "third")]
+    with pytest.raises(RequestError) as raised:
+        load_jobs(jobs, skip=True)
+    assert len(asked) == loads
+    assert all(part in str(raised.value) for part in words)
+
+
 def test_pictures_of_a_suite(tmp_path: Path) -> None:
     from matplotlib.image import imread
 
@@ -128,6 +154,18 @@ def test_pictures_of_a_suite(tmp_path: Path) -> None:
     for path in drawn:
         picture = imread(path)
         assert picture.shape[0] > 300 and picture[..., :3].std() > 0.05
+
+
+def test_a_picture_of_one_task_has_its_bar_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    drawn: list[Axes] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.extend(figure.axes))
+    run = Run("demo", "0", {}, results={"even": TaskResult("even", [mean("acc", [1.0, 0.0])], {}, [])})
+    draw_run([run], None, tmp_path)
+    (bar,), (left, right) = drawn[0].patches, drawn[0].get_xlim()
+    assert abs(bar.get_x() + bar.get_width() / 2 - (left + right) / 2) < 1e-9
 
 
 def test_a_run_survives_its_file(tmp_path: Path) -> None:
