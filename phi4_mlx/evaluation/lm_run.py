@@ -128,7 +128,7 @@ def _result(task: LmTask, found: Mapping[str, Any], metric: str | None, written:
 
 
 def _writing(answer: Answer | None) -> dict[str, Json]:
-    """How an answer was written; its reasoning is kept apart from what is scored."""
+    """The length and the end of an answer; its reasoning is kept apart from what is scored."""
     if answer is None:  # of a document whose given texts are scored
         return {}
     kept: dict[str, Json] = {"tokens": answer.tokens, "finish_reason": answer.finish_reason}
@@ -225,7 +225,7 @@ def _alone(error: float | None, samples: Sequence[Mapping[str, Json]]) -> Metric
 
 
 def _settings(task: LmTask, options: Options, chat: bool, draws: int) -> dict[str, Json]:
-    """What another run of the task must share to be comparable."""
+    """The settings that another run must share to be comparable."""
     first = next(iter(task.tasks.values()))
     settings: dict[str, Json] = {
         "task": task.name,

@@ -41,7 +41,7 @@ class Node:
         return sum(shared(one, other) - self.start for one, other in pairwise(self.sequences))
 
     def split(self) -> tuple[list[Ids], list[Node]]:
-        """What follows the shared beginning: sequences that run as rows, and nodes, the largest one last."""
+        """The parts after the shared beginning: sequences that run as rows, and nodes, the largest one last."""
         start, rows, nodes = self.stop, [], []
         waiting = self._branches(start)
         while waiting:

@@ -81,7 +81,7 @@ def _cells(pair: Paired) -> list[str]:
 
 
 def _about(one: Run, other: Run) -> list[str]:
-    """What differs between the runs as wholes."""
+    """Differences between the runs as wholes."""
     same = ["A and B are the same model"] if one.fingerprint == other.fingerprint else []
     return same + [f"versions: {each}" for each in _differing(one.versions, other.versions)]
 

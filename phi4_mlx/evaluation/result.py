@@ -47,7 +47,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a task found.
+    """The findings of a task.
 
     Attributes:
         task: its name.

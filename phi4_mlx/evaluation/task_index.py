@@ -30,7 +30,7 @@ def tasks_folder() -> Path:
 
 
 class Known(NamedTuple):
-    """What a name of lm-eval stands for: a "task", a "group" or a "tag"; its YAML file, None for a tag."""
+    """The meaning of a name of lm-eval: a "task", a "group" or a "tag"; its YAML file, None for a tag."""
 
     kind: str
     path: Path | None

@@ -31,7 +31,7 @@ _SIMILAR = 0.8  # difflib's ratio of an answer to its question, from which on it
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is wrong with an answer.
+    """The fault and the language of an answer.
 
     Attributes:
         fault: a key of `FAULTS`; "" if nothing is wrong.
