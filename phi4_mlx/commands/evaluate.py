@@ -204,7 +204,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         _report(args)
         return
     from phi4_mlx.evaluation.comparator import load_comparator
-    from phi4_mlx.evaluation.run import file_name, load_jobs
+    from phi4_mlx.evaluation.run import file_name, load_jobs, unwritable
     from phi4_mlx.hub import resolve
 
     if args.tasks is None and args.suite is None:
@@ -227,7 +227,10 @@ def _evaluate(args: argparse.Namespace) -> None:
             comparator.group = group
             runs.append(_run(jobs, loaded, comparator, place, _settings(args, names)))
     if group is None or group.rank() == 0:
-        _write(runs, suite, folder)
+        try:
+            _write(runs, suite, folder)
+        except OSError as error:
+            raise unwritable(folder, error) from None
 
 
 def _options(args: argparse.Namespace) -> Options:
