@@ -161,6 +161,7 @@ def _line(result: TaskResult) -> str:
 def _write(runs: Sequence[Run], suite: Suite | None, folder: Path) -> None:
     """Writes results.md and the pictures, and prints the tables; of several processes, the first one does."""
     from phi4_mlx.evaluation.pictures import NO_PICTURE, draw_run
+    from phi4_mlx.evaluation.run import unwritable
     from phi4_mlx.evaluation.sharing import join_group
     from phi4_mlx.evaluation.tables import run_markdown
     from phi4_mlx.files.atomic import replacing
@@ -169,10 +170,13 @@ def _write(runs: Sequence[Run], suite: Suite | None, folder: Path) -> None:
     if group is not None and group.rank():
         return
     text = run_markdown(runs, suite)
-    with replacing(folder / "results.md") as path:
-        path.write_text(text, encoding="utf-8")
     print(text)
-    drawn = draw_run(runs, suite, folder)
+    try:
+        with replacing(folder / "results.md") as path:
+            path.write_text(text, encoding="utf-8")
+        drawn = draw_run(runs, suite, folder)
+    except OSError as error:
+        raise unwritable(folder, error) from None
     if drawn is None:
         complain(PROG, NO_PICTURE)
     complain(PROG, f"results in {folder}")

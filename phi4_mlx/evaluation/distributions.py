@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from phi4_mlx.errors import RequestError
+
 LIKELIEST = 256  # tokens of each model at a place
 OTHERS = 512  # tokens at a place that stand for all others
 
@@ -108,10 +110,14 @@ class Rows:
         """Appends rows [N, width].
 
         Raises:
-            OSError: the disk is full.
+            RequestError: the disk is full.
         """
-        with self._path.open("ab") as file:
-            file.write(np.ascontiguousarray(rows, self._dtype).tobytes())
+        try:
+            with self._path.open("ab") as file:
+                file.write(np.ascontiguousarray(rows, self._dtype).tobytes())
+        except OSError as error:
+            advice = "make room, or set TMPDIR to a folder on another disk"
+            raise RequestError(f"{self._path} cannot be written: {error.strerror}; {advice}") from None
 
     def read(self, start: int, stop: int) -> Array:
         """The rows from `start` up to `stop`, [stop - start, width]."""

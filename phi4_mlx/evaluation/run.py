@@ -69,11 +69,24 @@ class Run:
     missing: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Writes `results.json`, whole or not at all."""
+        """Writes `results.json`, whole or not at all.
+
+        Raises:
+            RequestError: it cannot be written.
+        """
         results = {name: result.to_json() for name, result in self.results.items()}
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / RESULTS) as path:
-            path.write_text(json.dumps({**vars(self), "results": results}, ensure_ascii=False, indent=1), "utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(folder / RESULTS) as path:
+                path.write_text(json.dumps({**vars(self), "results": results}, ensure_ascii=False, indent=1), "utf-8")
+        except OSError as error:
+            raise unwritable(folder, error) from None
+
+
+def unwritable(folder: Path, error: OSError) -> RequestError:
+    """The error of a folder of results that cannot be written."""
+    advice = "make room and give the same command again, or name another --output-dir"
+    return RequestError(f"{folder} cannot be written: {error.strerror}; {advice}")
 
 
 def read_run(path: Path) -> Run:
@@ -151,10 +164,7 @@ def open_run(folder: Path, run: Run) -> Run:
                 )
         kept = {name: result for name, result in before.results.items() if name not in run.missing}
         run = replace(run, results=kept)
-    try:
-        run.write(folder)
-    except OSError as error:
-        raise RequestError(f"{folder} cannot be written: {error.strerror}; name another --output-dir") from None
+    run.write(folder)
     return run
 
 

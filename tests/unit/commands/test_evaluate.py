@@ -132,6 +132,19 @@ def test_names_and_documents_are_checked_before_the_first_answer(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_disk_that_fills_up_at_the_end_is_told_with_the_way_out(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("phi4_mlx.evaluation.pictures.draw_run", full)
+    words = ["--model", "demo", "--tasks", "even", "--include-path", str(tasks), "--limit", "1"]
+    assert cli.main(["evaluate", *words, "--output-dir", str(tmp_path)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"{tmp_path} cannot be written: No space left on device; make room" in last
+
+
 def test_a_folder_of_other_settings_is_refused(evaluate: Evaluate, tasks: Path, tmp_path: Path) -> None:
     words = ("--tasks", "even", "--include-path", tasks, "--limit", "1")
     evaluate(*words, "--num-shots", "50", code=2)  # leaves no answer, so the folder is free

@@ -21,7 +21,7 @@ from phi4_mlx.data.samples import load_samples
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.evaluation import compare as comparing
 from phi4_mlx.evaluation.compare import Comparison, compare
-from phi4_mlx.evaluation.distributions import Columns
+from phi4_mlx.evaluation.distributions import Columns, Rows
 from tests.conftest import BOUNDARY, TinyCheckpoint
 from tests.kinds import WRITERS
 
@@ -206,6 +206,17 @@ def test_a_model_that_computes_nan_is_refused(tiny_checkpoint: TinyCheckpoint, d
     mx.save_safetensors(str(two / "model.safetensors"), weights)
     with pytest.raises(CheckpointError, match=r"b computes logits that are NaN .* data.jsonl:1;"):
         compare(one, two, data)
+
+
+def test_a_disk_that_fills_up_is_told_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Rows(tmp_path / "rows", np.float32, 3)
+
+    def full(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(RequestError, match="rows cannot be written: No space left on device; make room, or set TMPDIR"):
+        rows.append(np.zeros((2, 3), np.float32))
 
 
 def test_a_full_disk_is_told_before_anything_is_run(
