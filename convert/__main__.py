@@ -48,13 +48,13 @@ def _parser() -> Parser:
     )  # fmt: skip
     add(
         "--q-calibration", type=text, metavar="FILE",
-        help="round the matrices for what they do on these texts, in a format of training, or on 'default' ones; "
-        "without --q-bits, each matrix gets the bits that cost least",
+        help="round the matrices so that their outputs on these texts change least: a file in a format of training, or "
+        "'default' for the texts that come with the package; without --q-bits, choose the bits of each matrix too",
     )  # fmt: skip
     add(
         "--q-bpw", type=number(float, 2, 16), metavar="X",
-        help="bits per number that all matrices may take together with their scales (default: as plain 4-bit ones, 4.5 "
-        "in groups of 64)",
+        help="budget of --q-calibration: bits per number of all matrices together, scales included (default: those of "
+        "plain 4 bits, 4.5 in groups of 64)",
     )  # fmt: skip
     for name, what in (("tower", "towers for pictures and sound"), ("adapter", "LoRAs of a multimodal model")):
         add(

@@ -1,4 +1,4 @@
-"""A model whose weights stay on the disk, but for those of one block."""
+"""A model whose weights stay on the disk, except those of one block."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx.checkpoint import empty_model
 from phi4_mlx.config.fields import Config
-from phi4_mlx.models.causal_lm import CausalLM
+from phi4_mlx.models.causal_lm import Carried, CausalLM
 
+from .batches import Batch
 from .quantize import EMBEDDING_AND_HEAD
 from .weights import Parameter
+
+Rows = Iterator[tuple[int, int, mx.array]]
+"""Blocks of rows of a matrix, as (first, last, rows)."""
 
 
 class BlockModel:
     """A dense model in float32 that is run block by block.
 
     Attributes:
-        model: with the weights outside of its blocks, but for the embedding and the head.
+        model: has the weights outside of its blocks in memory, except the embedding and the head.
         blocks: path of each block, from the first.
         embedding: the parameter of the embedding.
         head: that of the head, which may be the same.
@@ -56,6 +60,15 @@ class BlockModel:
             block.load_weights(unread)
             mx.clear_cache()
 
+    def start(self, batch: Batch, embedding: Rows) -> Carried:
+        """The input of the first block; `embedding` has the rows of the embedding, which may be quantised ones."""
+        return self.model.into_blocks(_embedded(batch.ids, self.embedding.width, embedding))
+
+    def finish(self, batch: Batch, carried: Sequence[mx.array]) -> mx.array:
+        """Inputs of the head at the wanted tokens, [N, D], from the output of the last block."""
+        found = self.model.out_of_blocks(tuple(carried))
+        return found.reshape(-1, found.shape[-1])[mx.array(batch.wanted)]
+
     @property
     def step_bytes(self) -> list[int]:
         """Bytes in the checkpoint of the embedding, of each block, and of the head."""
@@ -68,8 +81,8 @@ class BlockModel:
         mx.eval([array for _, array in weights])
 
 
-def embedded(ids: npt.NDArray[np.int64], width: int, blocks: Iterator[tuple[int, int, mx.array]]) -> mx.array:
-    """The embeddings of ids [B, T], fp32 [B, T, D], from a matrix that is read in blocks of (first, last, rows)."""
+def _embedded(ids: npt.NDArray[np.int64], width: int, blocks: Rows) -> mx.array:
+    """The embeddings of ids [B, T], fp32 [B, T, D]."""
     flat = ids.reshape(-1)
     found = np.zeros((len(flat), width), np.float32)
     for first, last, rows in blocks:

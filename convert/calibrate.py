@@ -1,10 +1,10 @@
 """Calibration: every matrix quantised in several schemes, and the cost of each in KL divergence, in one pass.
 
 The calibration text runs through the dense model block by block. The second moments of a matrix's inputs decide how it
-is rounded. Beside the text run variants, which are a few tokens whose hidden states one quantised matrix has changed;
-at the end, their logits tell what that matrix costs. One variant a matrix is enough: KL grows as the squared error of
-the outputs does (measured from 3 to 8 bits: within a fifth, as much as KL differs from one small set of tokens to
-another), and that error is known in every scheme.
+is rounded. Variants run beside the text: the hidden states of a few tokens, as one quantised matrix has changed them.
+At the end, their logits give the KL of that matrix. One variant per matrix is enough: KL is proportional to the squared
+error of the outputs, which is known in every scheme (measured from 3 to 8 bits: within a fifth, which is also how much
+KL differs between small sets of tokens).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from phi4_mlx.files.safetensors import Stored
 
 from .batches import Batch, batches, spread
 from .bits import Candidate, choose_bits
-from .blocks import BlockModel, embedded
+from .blocks import BlockModel, Rows
 from .divergence import Reference
 from .gptq import Solver
 from .joint import joint_divergence
 from .moments import Moments, recording
-from .quantize import Layout, Scheme
+from .quantize import Scheme
 from .weights import Parameter, read_rows
 from .work_folder import WorkFolder
 
@@ -45,10 +45,7 @@ VARIANT_BITS = 4  # in which KL is measured, or the nearest that is tried
 BLOCK_NUMBERS = 2**25  # of a matrix that are rounded together
 TEXT, PLAIN = "text-", "plain"  # streams of the text, and of the tokens that variants start from
 
-VERSION = 1  # of the recipe; a folder of another one is not gone on with
-
-Rows = Iterator[tuple[int, int, mx.array]]
-"""Blocks of rows of a matrix, as (first, last, rows)."""
+VERSION = 1  # of the recipe; work that another version has left is not used
 
 Progress = Callable[[int, int], object]
 """Called as (bytes done, bytes in all) of the checkpoint's weights."""
@@ -63,7 +60,7 @@ class Calibration:
         candidates: path -> all that were measured.
         tokens: of the calibration text.
         kl: KL divergence with all chosen candidates, in nats per token.
-        seconds: that it took, over all its runs.
+        seconds: time of all its runs together.
         peak_bytes: peak of MLX's memory.
         work: the folder of the candidates' numbers.
         parameters: path -> the matrix in the checkpoint.
@@ -80,12 +77,7 @@ class Calibration:
 
     def stored(self, path: str) -> tuple[Stored, ...]:
         """The tensors of the chosen candidate of a matrix."""
-        return self.work.candidate(_layout(self.parameters[path], self.chosen[path].scheme))
-
-    def arrays(self, path: str) -> list[mx.array]:
-        """Packed weight, scales and biases of the chosen candidate of a matrix."""
-        found = [(each, mx.load(str(each.path))) for each in self.stored(path)]
-        return [arrays[each.name] for each, arrays in found]
+        return self.work.candidate(self.parameters[path].layout(self.chosen[path].scheme))
 
 
 def calibrate(
@@ -202,7 +194,7 @@ class _Run:
         """KL divergence with these matrices quantised together, in nats per token."""
         rounded = {path: partial(self._rounded, self.parameters[path], each) for path, each in schemes.items()}
         own = {each.path: each for each in (self.blocks.embedding, self.blocks.head)}
-        return joint_divergence(self.blocks, self.few.ids, self.few.wanted, lambda path: _dense(own[path]), rounded)
+        return joint_divergence(self.blocks, self.few, lambda path: _dense(own[path]), rounded)
 
     def _embed(self) -> None:
         embedding = self.blocks.embedding
@@ -216,7 +208,7 @@ class _Run:
             self._start(embedding.path, self.few, self._rounded(embedding))
 
     def _start(self, name: str, batch: Batch, rows: Rows) -> None:
-        self.work.save(name, self.model.into_blocks(embedded(batch.ids, self.blocks.embedding.width, rows)))
+        self.work.save(name, self.blocks.start(batch, rows))
 
     def _block(self, number: int) -> None:
         """Runs all streams through a block, quantises its matrices, and starts their variants."""
@@ -254,14 +246,14 @@ class _Run:
         self.errors[path] = {}
         for scheme in self.schemes[path]:
             errors: list[float] = []
-            self.work.save_candidate(_layout(parameter, scheme), _quantised(parameter, solver, scheme, errors))
+            self.work.save_candidate(parameter.layout(scheme), _quantised(parameter, solver, scheme, errors))
             self.errors[path][str(scheme.bits)] = sum(errors) / energy if energy > 0 else 0.0
             self._advance(parameter.input_bytes // len(self.schemes[path]))
 
     def _rounded(self, parameter: Parameter, scheme: Scheme | None = None) -> Rows:
         """A candidate's weights, dequantised in float32; by default of the one that is measured."""
         scheme = scheme or self._variant(parameter.path)
-        stored = self.work.candidate(_layout(parameter, scheme))
+        stored = self.work.candidate(parameter.layout(scheme))
         for first, last in _ranges(parameter):
             weight, *rest = (read_rows(each, first, last) for each in stored)
             yield first, last, mx.dequantize(weight, *(each.astype(mx.float32) for each in rest), **vars(scheme))
@@ -274,7 +266,7 @@ class _Run:
             return
         moments = Moments(head.width)
         for index, batch in enumerate(self.texts):
-            moments.add(self._hidden(batch, self.work.load(f"{TEXT}{index}")))
+            moments.add(self._hidden(batch, f"{TEXT}{index}"))
         self._quantise(head, moments)
         self.kl[head.path] = self.joint({head.path: self._variant(head.path)})
 
@@ -282,15 +274,14 @@ class _Run:
         """Measures all variants, with the head in memory."""
         head = self.blocks.head
         kept = [rows for _, _, rows in _dense(head)]
-        reference = Reference(self._hidden(self.few, self.work.load(PLAIN)), lambda: kept)
+        reference = Reference(self._hidden(self.few, PLAIN), lambda: kept)
         for path in self.schemes:
             if path != head.path:
-                self.kl[path] = reference.divergence(self._hidden(self.few, self.work.load(path)))
+                self.kl[path] = reference.divergence(self._hidden(self.few, path))
 
-    def _hidden(self, batch: Batch, carried: Sequence[mx.array]) -> mx.array:
-        """Inputs of the head at the wanted tokens, [N, D]."""
-        found = self.model.out_of_blocks(tuple(carried))
-        return found.reshape(-1, found.shape[-1])[mx.array(batch.wanted)]
+    def _hidden(self, batch: Batch, name: str) -> mx.array:
+        """Inputs of the head at the wanted tokens of a stream, [N, D]."""
+        return self.blocks.finish(batch, self.work.load(name))
 
 
 def _ranges(parameter: Parameter) -> Iterator[tuple[int, int]]:
@@ -311,10 +302,6 @@ def _quantised(parameter: Parameter, solver: Solver, scheme: Scheme, errors: lis
         errors.append(error.item())
         yield arrays
         mx.clear_cache()
-
-
-def _layout(parameter: Parameter, scheme: Scheme) -> Layout:
-    return scheme.layout(parameter.path, parameter.numbers, (parameter.rows, parameter.width))
 
 
 def _settings(

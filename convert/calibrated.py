@@ -138,8 +138,8 @@ def calibrated(
             found.append(each)
             continue
         scheme = calibration.chosen[each.path].scheme
-        layout = scheme.layout(each.path, each.numbers, (each.rows, each.width))
-        found.append(replace(each, inputs=calibration.stored(each.path), outputs=layout, packed=scheme, target=scheme))
+        inputs, outputs = calibration.stored(each.path), each.layout(scheme)
+        found.append(replace(each, inputs=inputs, outputs=outputs, packed=scheme, target=scheme))
     return found, _report(calibration, budget, wish.data)
 
 
@@ -159,7 +159,7 @@ def _header_bytes(parameters: Sequence[Parameter], chosen: Mapping[str, Candidat
     layout: Layout = {}
     for each in parameters:
         if each.path in chosen:
-            layout |= chosen[each.path].scheme.layout(each.path, each.numbers, (each.rows, each.width))
+            layout |= each.layout(chosen[each.path].scheme)
         elif not each.on_demand:
             layout |= each.outputs
     return len(header_of(layout))

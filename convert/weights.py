@@ -150,6 +150,10 @@ class Parameter:
             return math.inf
         return float(mx.abs(read_rows(self.inputs[0], first, last).astype(mx.float32)).max().item())
 
+    def layout(self, scheme: Scheme) -> Layout:
+        """The tensors of a matrix of the decoder in another scheme; see `Scheme.layout`."""
+        return scheme.layout(self.path, self.numbers, (self.rows, self.width))
+
     @property
     def name(self) -> str:
         """Its name in the model."""
@@ -277,10 +281,11 @@ class _Block(NamedTuple):
             import numpy as np
 
             largest_scale = np.frombuffer(memoryview(self.arrays[1]), np.uint8).max()
-            if largest_scale >= _NVFP4_LARGEST_SCALE and not self.parameter.largest(self.first, self.last) <= _NVFP4_LARGEST:
+            rows = self.first, self.last
+            if largest_scale >= _NVFP4_LARGEST_SCALE and not self.parameter.largest(*rows) <= _NVFP4_LARGEST:
                 raise RequestError(
                     f"{self.parameter.path} has numbers too large for nvfp4, which ends at {_NVFP4_LARGEST:,}"
-                    f"{self.parameter.such_as(self.first, self.last)}; choose another --q-mode"
+                    f"{self.parameter.such_as(*rows)}; choose another --q-mode"
                 )
 
 

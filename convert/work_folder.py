@@ -1,7 +1,7 @@
 """The work folder of a calibration: its candidates and streams, and how far it has come.
 
 A killed run leaves the folder behind, and the same command goes on from it. Each step writes files that the next one
-reads; the step counts once the progress file is replaced, and its files are removed by then at the earliest.
+reads. A step is done once the progress file is replaced; only then are the files removed that it has read.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from phi4_mlx.errors import CheckpointError, ConfigError
+from phi4_mlx.errors import CheckpointError, ConfigError, RequestError
 from phi4_mlx.files.atomic import replacing
 from phi4_mlx.files.dtypes import name_of
 from phi4_mlx.files.json_file import JsonObject, read_json
@@ -37,20 +37,27 @@ class WorkFolder:
         path: may exist; then the run goes on if its settings are the same, and starts again if they are not.
         settings: everything that the result depends on, any JSON.
         tell: called with a line for the user.
+
+    Raises:
+        RequestError: something else has the folder's name.
+        OSError: the folder cannot be written.
     """
 
     def __init__(self, path: Path, settings: JsonObject, tell: Callable[[str], object]):
         self.path, self._settings = path, json.loads(json.dumps(settings))
         self.step, self.state = 0, JsonObject()
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise RequestError(f"{path} is not a folder, and the calibration keeps its work in one there; remove it")
         if path.exists():
             found = self._read()
-            different = sorted(key for key in settings if found.get("settings", {}).get(key) != self._settings[key])
+            made_with = found.get("settings", {})
+            different = sorted(key for key in settings if made_with.get(key) != self._settings[key])
             if found and not different:
                 self.step, self.state = found["step"], found["state"]
                 tell(f"the calibration goes on in {path}, where {self.step} steps are done")
                 return
-            reason = f"with another {' and another '.join(different)}" if found else "and has no readable progress"
-            tell(f"the calibration starts again: {path} was made {reason}")
+            another = f"was made with another {' and another '.join(different)}"
+            tell(f"the calibration starts again: {path} {another if found else 'has no readable progress'}")
             shutil.rmtree(path)
         else:
             tell(f"calibrating; if this run is stopped, the same command goes on from {path}")
@@ -59,9 +66,10 @@ class WorkFolder:
     def _read(self) -> JsonObject:
         try:
             found = read_json(self.path / PROGRESS_FILE)
-            return found if isinstance(found.get("step"), int) and isinstance(found.get("state"), dict) else {}
         except ConfigError:
             return {}
+        kinds = {"step": int, "state": dict, "settings": dict}
+        return found if all(isinstance(found.get(key), kind) for key, kind in kinds.items()) else {}
 
     def finish(self, step: int) -> None:
         """Counts a step, and removes the streams that only it has read."""
@@ -139,7 +147,3 @@ class WorkFolder:
 
     def _streams(self, step: int) -> Path:
         return self.path / f"streams-{step}"
-
-    def remove(self) -> None:
-        """Removes the folder."""
-        shutil.rmtree(self.path, ignore_errors=True)

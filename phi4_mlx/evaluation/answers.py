@@ -6,10 +6,10 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.lock import lock
@@ -34,12 +34,13 @@ class Answers:
 
     Args:
         path: the file; its folder is made. A last line that was not written whole is dropped.
+        others: files of other processes, from which answers are read too.
 
     Raises:
         RequestError: another process has the file open, or it is damaged or cannot be written.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, others: Iterable[Path] = ()) -> None:
         self.path = Path(path)
         self._values: dict[str, Any] = {}
         try:
@@ -52,7 +53,7 @@ class Answers:
         except OSError as error:
             raise RequestError(f"{self.path} cannot be written: {error.strerror}; name another --output-dir") from None
         try:
-            self._read()
+            self._read(others)
         except BaseException:
             self.close()
             raise
@@ -111,23 +112,31 @@ class Answers:
             os.close(self._file)
             self._file = -1
 
-    def _read(self) -> None:
-        """Reads the file, and cuts off a last line that is not whole."""
+    def _read(self, others: Iterable[Path]) -> None:
+        """Reads the files, and cuts off a last line of the own one that is not whole."""
+        for other in others:
+            with open_regular(other) as file:
+                self._take(file, other)
         with open(self._file, "rb", closefd=False) as file:
-            whole = 0
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    entry = json.loads(line)
-                    self._values[entry["key"]] = entry["value"]
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    raise RequestError(
-                        f"{self.path}: line {number} is not an answer; remove that line, or name another --output-dir"
-                    ) from None
-                whole += len(line)
+            whole = self._take(file, self.path)
         os.ftruncate(self._file, whole)
         os.lseek(self._file, 0, os.SEEK_END)
+
+    def _take(self, file: BinaryIO, path: Path) -> int:
+        """Takes the answers of a file; returns the bytes of its whole lines."""
+        whole = 0
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                entry = json.loads(line)
+                self._values[entry["key"]] = entry["value"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise RequestError(
+                    f"{path}: line {number} is not an answer; remove that line, or name another --output-dir"
+                ) from None
+            whole += len(line)
+        return whole
 
 
 def _open(path: Path) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 from phi4_mlx.errors import RequestError, message_of
 from phi4_mlx.evaluation.answers import Answers
 from phi4_mlx.evaluation.asking import Answer, Question, ask
-from phi4_mlx.evaluation.options import Options
+from phi4_mlx.evaluation.options import Options, picked
 from phi4_mlx.evaluation.result import Json, Metric, TaskResult, mean
 from phi4_mlx.evaluation.subject import Subject, load_subject
 from phi4_mlx.files.atomic import replacing
@@ -51,14 +51,15 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     Raises:
         RequestError: the questions, or for a judge the baseline's answers, cannot be had.
     """
-    questions = _chosen(_rows(QUESTIONS, options.data), options)
+    questions = picked("arena-hard", _rows(QUESTIONS, options.data), options)
     length = options.max_tokens or MAX_TOKENS
     asked = [
         Question(str(row["question_id"]), [{"role": "user", "content": _prompt(row)}], max_tokens=length)
         for row in questions
     ]
     if options.temp is not None:
-        asked = [replace(each, temp=options.temp, top_p=options.top_p or 1.0, seed=options.seed) for each in asked]
+        top_p = 1.0 if options.top_p is None else options.top_p
+        asked = [replace(each, temp=options.temp, top_p=top_p, seed=options.seed) for each in asked]
     found = ask(subject, asked, answers, options.progress)
     if options.folder is not None:
         name = re.sub(r"[^\w.-]+", "-", subject.name)
@@ -145,16 +146,6 @@ def _file(name: str, data: Path | None) -> Path:
             f"arena-hard: {name} of {REPOSITORY} is not on this disk and cannot be fetched; --data DIR takes a copy as "
             f"{where} ({type(error).__name__}: {message_of(error):.100})"
         ) from None
-
-
-def _chosen(rows: Sequence[dict[str, Any]], options: Options) -> list[dict[str, Any]]:
-    ids = options.samples.get("arena-hard")
-    if ids is None:
-        return list(rows[: options.limit])
-    wrong = [each for each in ids if not 0 <= each < len(rows)]
-    if wrong:
-        raise RequestError(f"--samples asks for question {wrong[0]} of arena-hard, which has 0 to {len(rows) - 1:,}")
-    return [rows[each] for each in ids]
 
 
 def _prompt(row: Mapping[str, Any]) -> str:

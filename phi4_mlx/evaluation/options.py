@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
+
+from phi4_mlx.errors import RequestError
 
 Progress = Callable[[int, int], None]
 """Called with (done, total), in whatever the task counts: documents, questions, or tokens."""
+
+Document = TypeVar("Document")
 
 
 @dataclass(frozen=True)
@@ -55,3 +60,23 @@ class Options:
     judge: str | None = None
     folder: Path | None = None
     progress: Progress | None = None
+
+
+def picked(task: str, documents: Sequence[Document], options: Options) -> list[Document]:
+    """The documents of one of the package's own tasks that are asked.
+
+    Args:
+        task: its name.
+        documents: all of them.
+        options: `samples` has indices for the task, each of which counts once; else the first `limit` are asked.
+
+    Raises:
+        RequestError: an index is not one of a document, or no document is left.
+    """
+    indices = dict.fromkeys(options.samples.get(task, range(len(documents))[: options.limit]))
+    for index in indices:
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(documents):
+            raise RequestError(f"{task} has no document {index!r:.100}; they are numbered 0 to {len(documents) - 1:,}")
+    if not indices:
+        raise RequestError(f"{task} is asked no document; raise --limit, or name some with --samples")
+    return [documents[index] for index in indices]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,6 +60,12 @@ def _ours(run: Run, name: str) -> Metric | None:
     return Metric(main.name, 100 * main.value, None if main.stderr is None else 100 * main.stderr, main.count)
 
 
+def _label(row: str) -> str:
+    """A row's name in lines as wide as its bars; names of tasks break after underscores."""
+    lines = (line for part in row.splitlines() for line in textwrap.wrap(part.replace("_", "_ "), 18))
+    return "\n".join(lines).replace("_ ", "_")
+
+
 def _draw(bars: Bars, rows: Sequence[str], title: str, path: Path) -> Path:
     """Draws bars in groups, one a row; ours are filled, published ones pale."""
     from matplotlib import colormaps
@@ -86,7 +93,7 @@ def _draw(bars: Bars, rows: Sequence[str], title: str, path: Path) -> Path:
                 error_kw={"elinewidth": 1, "capsize": 2},
             )
         middle, half = 0.425 - width / 2, max(3, columns) / 2
-        axes.set_xticks([at + middle for at in range(len(part))], part, fontsize=8)
+        axes.set_xticks([at + middle for at in range(len(part))], [*map(_label, part)], fontsize=8)
         centre = middle + (columns - 1) / 2
         axes.set(ylim=(0, 100), xlim=(centre - half, centre + half), ylabel="%")
         axes.grid(axis="y", alpha=0.3)

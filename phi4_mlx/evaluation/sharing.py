@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,12 @@ def answers_path(folder: Path, task: str, group: mx.distributed.Group | None) ->
     """The file of a task's answers; each process has its own, as several may share a disk."""
     rank = 0 if group is None else group.rank()
     return folder / (f"{task}-{rank}.jsonl" if rank else f"{task}.jsonl")
+
+
+def other_answers(own: Path, task: str) -> list[Path]:
+    """The files of a task's answers beside a process's own, as of a run by more processes than now."""
+    name = re.compile(rf"{re.escape(task)}(-\d+)?\.jsonl")
+    return sorted(path for path in own.parent.glob("*.jsonl") if name.fullmatch(path.name) and path != own)
 
 
 def share_out(

@@ -109,7 +109,7 @@ def _row(row: Row, section: Section, runs: Sequence[Run], judged: Sequence[str])
     ]
     scores = scores if row.judged else [""] * len(judged)
     count = "" if found[0] is None else f"{found[0].main.count:,}"
-    return [row.name, row.setting, *ours, *scores, count, *(f"{row.published[name]:g}" for name in section.columns)]
+    return [row.name, row.setting, *ours, *scores, count, *(f"{row.published[name]}" for name in section.columns)]
 
 
 def _tasks(runs: Sequence[Run]) -> str:

@@ -14,7 +14,7 @@ from phi4_mlx.evaluation.long_context.lengths import check_lengths, default_leng
 from phi4_mlx.evaluation.long_context.mark import mark
 from phi4_mlx.evaluation.long_context.plan import DEPTHS, Place, answer_room, languages, places
 from phi4_mlx.evaluation.long_context.problem import KINDS
-from phi4_mlx.evaluation.options import Options
+from phi4_mlx.evaluation.options import Options, picked
 from phi4_mlx.evaluation.result import Json, Metric, TaskResult, mean
 from phi4_mlx.evaluation.subject import Subject
 from phi4_mlx.terminal.amount import amount
@@ -60,7 +60,9 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
         check_whole("--depths", depth, 0, 100)
     depths = sorted(set(options.depths or DEPTHS))
     whole = bool(options.languages or options.depths)
-    chosen = _chosen(places(spoken, lengths, depths, whole, options.seed), options)
+    asked = picked(NAME, places(spoken, lengths, depths, whole, options.seed), options)
+    # Neighbours share their beginnings.
+    chosen = sorted(asked, key=lambda place: (place.language.code, place.length, place.kind, place.depth))
 
     samples, short = _ask(subject, answers, chosen, room, options)
     if not samples:
@@ -81,20 +83,6 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     return TaskResult(
         NAME, _metrics(samples), settings, samples, "; ".join(note for note in notes if note), _groups(samples)
     )
-
-
-def _chosen(found: list[Place], options: Options) -> list[Place]:
-    """The places that the options leave, in an order that lets neighbours share their beginnings."""
-    if NAME in options.samples:
-        wrong = [n for n in options.samples[NAME] if not 0 <= n < len(found)]
-        if wrong:
-            raise RequestError(
-                f"--samples {NAME}: {wrong[0]} is not a document; their numbers are 0 to {len(found) - 1:,}"
-            )
-        found = [found[n] for n in dict.fromkeys(options.samples[NAME])]
-    elif options.limit is not None:
-        found = found[: options.limit]
-    return sorted(found, key=lambda place: (place.language.code, place.length, place.kind, place.depth))
 
 
 def _ask(

@@ -9,10 +9,10 @@ from dataclasses import replace
 from phi4_mlx.errors import RequestError
 from phi4_mlx.evaluation.answers import Answers
 from phi4_mlx.evaluation.asking import Question, ask
-from phi4_mlx.evaluation.options import Options
+from phi4_mlx.evaluation.options import Options, picked
 from phi4_mlx.evaluation.result import Metric, TaskResult, mean
 from phi4_mlx.evaluation.subject import Subject
-from phi4_mlx.evaluation.tools.checks import check_tool_format, picked
+from phi4_mlx.evaluation.tools.checks import check_tool_format
 from phi4_mlx.evaluation.tools.judge import mistake
 from phi4_mlx.evaluation.tools.leaderboard import LIVE, NON_LIVE, Leaderboard
 from phi4_mlx.terminal.suggestion import suggestion

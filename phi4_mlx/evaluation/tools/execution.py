@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from phi4_mlx.agent import run_tools
 from phi4_mlx.errors import RequestError
 from phi4_mlx.evaluation.answers import Answers, key_of
-from phi4_mlx.evaluation.options import Options
+from phi4_mlx.evaluation.options import Options, picked
 from phi4_mlx.evaluation.result import TaskResult, mean
 from phi4_mlx.evaluation.sharing import share_out
 from phi4_mlx.evaluation.subject import Subject
-from phi4_mlx.evaluation.tools.checks import check_tool_format, picked
+from phi4_mlx.evaluation.tools.checks import check_tool_format
 from phi4_mlx.evaluation.tools.questions import Question, find_questions, load_questions
 from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.generation.sampling import make_sampler
@@ -50,7 +50,7 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     top_p = 1.0 if options.top_p is None else options.top_p
     draws = [temp, top_p, options.seed] if temp else None
     settings = [max_tokens, draws, loaded.functions_sha256]
-    keys = [key_of(subject.fingerprint, "tools", question.line, settings) for question in questions]
+    keys = [key_of(subject.fingerprint, "tools", _asked(question), settings) for question in questions]
     by_key = dict(zip(keys, questions, strict=True))
 
     def answer(own: Sequence[str]) -> None:
@@ -77,6 +77,11 @@ def run(subject: Subject, answers: Answers, options: Options) -> TaskResult:
     }  # fmt: skip
     accuracy = mean("accuracy", [sample["score"] for sample in samples])
     return TaskResult("tools", [accuracy], described, samples, "", groups)
+
+
+def _asked(question: Question) -> JsonObject:
+    """A question without its right answer and its labels, on which the model's answer does not depend."""
+    return {name: value for name, value in question.line.items() if name not in ("id", "category", "answer")}
 
 
 def _answer(subject: Subject, question: Question, max_tokens: int, draws: list[float] | None) -> JsonObject:

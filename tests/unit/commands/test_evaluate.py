@@ -356,11 +356,18 @@ def test_two_runs_side_by_side(evaluate: Evaluate, tasks: Path, tmp_path: Path) 
 
 def test_options_without_effect_are_named(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--tasks", "even", "--include-path", str(tasks), "--output-dir", str(tmp_path / "out"), "--judge", "demo"]
-    idle = ["--lengths", "256", "--languages", "de", "--repeats", "3", "--categories", "simple_python"]
+    idle = ["--lengths", "256", "--languages", "de", "--categories", "simple_python"]
+    idle += ["--repeats", "3", "--temp", "0", "--max-tokens", "9"]
     assert cli.main(["evaluate", "--model", "demo", *words, *idle]) == 0
     shown = capsys.readouterr().err
-    for option in ("--lengths", "--languages", "--repeats", "--judge", "--categories"):
+    for option in ("--lengths", "--languages", "--repeats", "--judge", "--categories", "--temp", "--max-tokens"):
         assert f"{option} has no effect" in shown
+
+
+def test_a_report_names_the_options_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = cli.main(["evaluate", "--report", str(tmp_path), str(tmp_path), "--limit", "3", "--comparator", "demo"])
+    told = capsys.readouterr().err
+    assert shown == 2 and "--limit and --comparator have no effect with --report" in told
 
 
 def test_a_comparator_is_asked_the_same_and_has_a_column(evaluate: Evaluate, tasks: Path, tmp_path: Path) -> None:

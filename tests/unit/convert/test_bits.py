@@ -121,6 +121,7 @@ def test_a_budget_above_the_largest_takes_the_best() -> None:
 
 def test_a_budget_below_the_smallest_is_refused_with_the_least() -> None:
     measured = candidates({"a": [2, 1], "b": [2, 1]}, {"a": 64, "b": 128}, group_size=32)
-    with pytest.raises(RequestError, match=r"4\.25 bits per weight is too small.*3 to 8 bits .*--q-bpw 4\.72 ") as caught:
+    refusal = r"4\.25 bits per weight is too small.*3 to 8 bits .*--q-bpw 4\.72 "
+    with pytest.raises(RequestError, match=refusal) as caught:
         choose_bits({**measured, "c": [Candidate("c", Scheme("affine", 8, 32), 32, 0.0, 0.0)]}, 4.25)
     assert "\n" not in str(caught.value)

@@ -184,9 +184,7 @@ def test_a_run_killed_within_a_step_runs_that_step_again(
     assert same(tmp_path / "out", unbroken)
 
 
-def test_a_folder_of_another_run_starts_again_and_says_so(
-    tmp_path: Path, folder: Path, texts: Path, unbroken: Path
-) -> None:
+def test_a_folder_of_another_run_starts_again_and_says_so(tmp_path: Path, folder: Path, texts: Path) -> None:
     other = write_tiny_checkpoint(tmp_path / "other", seed=1)
     for options, reason in (({"q_bits": 3}, "scheme"), ({"source": other}, "checkpoint")):
         with killed_at(2):
@@ -195,9 +193,26 @@ def test_a_folder_of_another_run_starts_again_and_says_so(
         with killed_at(1):
             calibrated(folder, tmp_path / "out", texts, tell=said.append)
         assert len(said) == 1 and "starts again" in said[0] and reason in said[0]
-    (tmp_path / ".out.calibration" / "progress.json").write_text("{")
-    calibrated(folder, tmp_path / "out", texts, tell=said.append)
-    assert "starts again" in said[-1] and same(tmp_path / "out", unbroken)
+    for content in ("{", '{"step": 1, "state": {}, "settings": []}'):
+        (tmp_path / ".out.calibration" / "progress.json").write_text(content)
+        with killed_at(0):
+            calibrated(folder, tmp_path / "out", texts, tell=said.append)
+        assert said[-1].startswith("the calibration starts again") and said[-1].endswith("has no readable progress")
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_something_else_in_place_of_the_work_folder_is_kept(
+    link: bool, tmp_path: Path, folder: Path, texts: Path
+) -> None:
+    there = tmp_path / ".out.calibration"
+    if link:
+        (tmp_path / "elsewhere").mkdir()
+        there.symlink_to(tmp_path / "elsewhere")
+    else:
+        there.write_text("mine")
+    with pytest.raises(RequestError, match=r"\.out\.calibration is not a folder.*remove it$"):
+        calibrated(folder, tmp_path / "out", texts)
+    assert there.is_symlink() if link else there.read_text() == "mine"
 
 
 def test_a_damaged_candidate_is_refused(tmp_path: Path, folder: Path, texts: Path) -> None:
@@ -290,8 +305,8 @@ def test_long_sequences_run_under_the_long_table(
     seen: list[tuple[Any, mx.array]] = []
     original: Callable[..., mx.array] = module._Run._hidden  # type: ignore[attr-defined]
 
-    def hidden(self: Any, batch: Any, carried: Any) -> mx.array:
-        found = original(self, batch, carried)
+    def hidden(self: Any, batch: Any, name: str) -> mx.array:
+        found = original(self, batch, name)
         seen.append((batch, found))
         return found
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from phi4_mlx.evaluation.answers import Answers
+from phi4_mlx.evaluation.sharing import other_answers
 from tests.conftest import ROOT
 
 SCRIPT = Path(__file__).with_name("shared_run.py")
@@ -57,3 +59,16 @@ def test_two_processes_share_the_work_and_have_all_results(tmp_path: Path) -> No
 def test_a_process_that_fails_ends_the_others(tmp_path: Path, manner: str, messages: list[str]) -> None:
     for result, message in zip(run(tmp_path, manner), messages, strict=True):
         assert result["error"].startswith(message)
+
+
+def test_fewer_processes_go_on_with_the_answers_of_more(tmp_path: Path) -> None:
+    with Answers(tmp_path / "even-1.jsonl") as answers:
+        answers.put("key", "value")
+    with (tmp_path / "even-1.jsonl").open("a") as file:
+        file.write("torn")
+    for name in ("uneven.jsonl", "even-more.jsonl"):
+        (tmp_path / name).write_text("of another task")
+    own = tmp_path / "even.jsonl"
+    with Answers(own, other_answers(own, "even")) as answers:
+        assert answers.get("key") == "value"
+    assert not own.read_bytes()

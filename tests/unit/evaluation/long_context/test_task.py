@@ -60,7 +60,7 @@ def test_limit_and_samples_choose_questions(subject: Subject, result: TaskResult
         same = task.run(subject, answers, Options(**{**vars(OPTIONS), "samples": {"long-context": [0, 0]}}))
         assert len(answers) == 1 and one.samples == same.samples
         assert one.samples[0] in result.samples and one.metrics[0].stderr is None
-        with pytest.raises(RequestError, match="4 is not a document; their numbers are 0 to 3"):
+        with pytest.raises(RequestError, match="long-context has no document 4; they are numbered 0 to 3"):
             task.run(subject, answers, Options(**{**vars(OPTIONS), "samples": {"long-context": [4]}}))
 
 

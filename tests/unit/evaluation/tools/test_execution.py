@@ -127,6 +127,12 @@ def test_a_wrong_answer_scores_nothing(demo: Subject, answers: Answers, tmp_path
     assert result.main.value == 0 and result.samples[0]["finish_reason"] == "length" and not result.groups
 
 
+def test_a_right_answer_that_is_corrected_asks_nothing_again(demo: Subject, answers: Answers, tmp_path: Path) -> None:
+    for line in ({"answer": "4"}, {"answer": "3", "category": "sums", "id": "one"}):
+        execution.run(demo, answers, Options(data=written(tmp_path, LINE | line)))
+    assert len(answers) == 1
+
+
 def test_recorded_results_hold_for_their_arguments(demo: Subject, tmp_path: Path) -> None:
     recorded = [{"name": "add", "arguments": {"x": 1, "y": 2}, "result": {"sum": 3}}]
     folder = written(tmp_path, {**LINE, "results": recorded})
