@@ -138,6 +138,7 @@ def _draw(path: Path, report: Report) -> list[Path]:
         from matplotlib.colors import Normalize
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         return []
     kinds = list(dict.fromkeys((kind_of(path), each.numbers) for path, each in report.chosen.items()))
@@ -155,7 +156,7 @@ def _draw(path: Path, report: Report) -> list[Path]:
     for axes in grid[:, 0]:
         axes.set_ylabel("KL, nats per token")
     if len(layers) > 1:
-        figure.colorbar(ScalarMappable(colours, "viridis"), ax=grid, label="layer", aspect=40)
+        figure.colorbar(ScalarMappable(colours, "viridis"), ax=grid, label="layer", aspect=40, ticks=MaxNLocator(integer=True))
     legend = [
         Line2D([], [], color="grey", marker=".", linewidth=0.8, label="tried"),
         Line2D([], [], color="none", marker="o", markerfacecolor="grey", markeredgecolor="black", label="chosen"),

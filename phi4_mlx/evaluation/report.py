@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.evaluation.paired import Paired, paired_test
-from phi4_mlx.evaluation.result import Json, TaskResult
+from phi4_mlx.evaluation.result import Json, TaskResult, shown
 from phi4_mlx.evaluation.run import Run
 from phi4_mlx.evaluation.tables import markdown_table
 from phi4_mlx.terminal.amount import amount
@@ -89,7 +89,7 @@ def _about(one: Run, other: Run) -> list[str]:
 def _differing(first: Mapping[str, Json], second: Mapping[str, Json]) -> list[str]:
     """Settings that are not the same."""
     return [
-        f"{name} is {first.get(name)} in A and {second.get(name)} in B"
+        f"{name} is {shown(first.get(name))} in A and {shown(second.get(name))} in B"
         for name in {**first, **second}
         if first.get(name) != second.get(name)
     ]

@@ -126,3 +126,12 @@ def mean(name: str, scores: Sequence[float]) -> Metric:
     value = math.fsum(scores) / count
     spread = math.fsum((score - value) ** 2 for score in scores)
     return Metric(name, value, math.sqrt(spread / (count - 1) / count) if count > 1 else None, count)
+
+
+def shown(value: Json) -> str:
+    """A setting as people read it, at most 100 characters."""
+    if value in (None, {}, []):
+        return "none"
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {shown(each)}" for name, each in value.items())[:100]
+    return (", ".join(map(str, value)) if isinstance(value, list) else f"{value}")[:100]

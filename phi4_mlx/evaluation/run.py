@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from phi4_mlx.errors import ConfigError, RequestError
 from phi4_mlx.evaluation.options import Options, Progress
-from phi4_mlx.evaluation.result import Json, TaskResult
+from phi4_mlx.evaluation.result import Json, TaskResult, shown
 from phi4_mlx.evaluation.suite import Suite
 from phi4_mlx.evaluation.tasks import OWN, own_task
 from phi4_mlx.files.atomic import replacing
@@ -159,7 +159,7 @@ def open_run(folder: Path, run: Run) -> Run:
             now, then = run.settings.get(name), before.settings.get(name)
             if now != then:
                 raise RequestError(
-                    f"{folder} has results of a run with {name} {_shown(then)}, not {_shown(now)}; name another "
+                    f"{folder} has results of a run with {name} {shown(then)}, not {shown(now)}; name another "
                     "--output-dir, or repeat that run's command"
                 )
         kept = {name: result for name, result in before.results.items() if name not in run.missing}
@@ -280,7 +280,3 @@ def run_job(
 def file_name(name: str) -> str:
     """A name as part of a file name."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "task"
-
-
-def _shown(value: Json) -> str:
-    return "none" if value in (None, {}, []) else f"{value}"[:100]

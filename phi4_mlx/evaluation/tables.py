@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from phi4_mlx.evaluation.result import Metric, TaskResult
+from phi4_mlx.evaluation.result import Metric, TaskResult, shown
 from phi4_mlx.evaluation.run import Run
 from phi4_mlx.evaluation.suite import Row, Section, Suite
 
@@ -33,7 +33,7 @@ def run_markdown(runs: Sequence[Run], suite: Suite | None) -> str:
     run = runs[0]
     tasks = "" if suite is None else "".join(_section(section, suite, runs) for section in suite.sections)
     made = ", ".join(f"{name} {number}" for name, number in run.versions.items())
-    given = ", ".join(f"{name} {value}" for name, value in run.settings.items() if value not in (None, {}, []))
+    given = ", ".join(f"{name} {shown(value)}" for name, value in run.settings.items() if value not in (None, {}, []))
     parts = [
         f"# {run.model}",
         f"Fingerprint {run.fingerprint}; {made}.  \nSettings: {given or 'defaults'}.",

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.evaluation.result import Metric, TaskResult, mean
+from phi4_mlx.evaluation.result import Metric, TaskResult, mean, shown
 
 
 def test_mean_has_the_standard_error_of_a_sample() -> None:
@@ -33,3 +33,11 @@ def test_a_damaged_result_is_refused(damage: dict[str, object]) -> None:
     good = TaskResult("arc", [mean("accuracy", [1, 0])], {}, [{"id": "0", "score": 1}]).to_json()
     with pytest.raises(RequestError, match="not a result of evaluate"):
         TaskResult.from_json({**good, **damage})
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [([], "none"), (["arc", "gsm8k"], "arc, gsm8k"), ({"arc": [0, 3]}, "arc: 0, 3"), (0.5, "0.5"), ("x" * 200, "x" * 100)],
+)
+def test_settings_are_shown_without_the_marks_of_a_list(value: object, text: str) -> None:
+    assert shown(value) == text
