@@ -156,7 +156,8 @@ def _draw(path: Path, report: Report) -> list[Path]:
     for axes in grid[:, 0]:
         axes.set_ylabel("KL, nats per token")
     if len(layers) > 1:
-        figure.colorbar(ScalarMappable(colours, "viridis"), ax=grid, label="layer", aspect=40, ticks=MaxNLocator(integer=True))
+        whole = MaxNLocator(integer=True)
+        figure.colorbar(ScalarMappable(colours, "viridis"), ax=grid, label="layer", aspect=40, ticks=whole)
     legend = [
         Line2D([], [], color="grey", marker=".", linewidth=0.8, label="tried"),
         Line2D([], [], color="none", marker="o", markerfacecolor="grey", markeredgecolor="black", label="chosen"),

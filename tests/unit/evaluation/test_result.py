@@ -37,7 +37,7 @@ def test_a_damaged_result_is_refused(damage: dict[str, object]) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [([], "none"), (["arc", "gsm8k"], "arc, gsm8k"), ({"arc": [0, 3]}, "arc: 0, 3"), (0.5, "0.5"), ("x" * 200, "x" * 100)],
+    [([], "none"), (["arc", "gsm8k"], "arc, gsm8k"), ({"arc": [0, 3]}, "arc: 0, 3"), ("x" * 200, 100 * "x")],
 )
 def test_settings_are_shown_without_the_marks_of_a_list(value: object, text: str) -> None:
     assert shown(value) == text
