@@ -49,7 +49,8 @@ def _parser() -> Parser:
     add(
         "--q-calibration", type=text, metavar="FILE",
         help="round the matrices so that their outputs on these texts change least: a file in a format of training, or "
-        "'default' for the texts that come with the package; without --q-bits, choose the bits of each matrix too",
+        "'default' for the texts that come with the package; without --q-bits, choose the bits of each matrix too "
+        "(default: none)",
     )  # fmt: skip
     add(
         "--q-bpw", type=number(float, 2, 16), metavar="X",

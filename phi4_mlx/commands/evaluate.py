@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phi4_mlx.commands.evaluate_options import PROG, asks, names_of, parser, read_options, settings_of
+from phi4_mlx.commands.evaluate_options import PROG, asks, names_of, read_options, settings_of
+from phi4_mlx.commands.evaluate_options import parser as _parser
 from phi4_mlx.errors import RequestError
 from phi4_mlx.terminal.amount import amount
 from phi4_mlx.terminal.command import complain, progress_bar, run
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    return run(parser(), _evaluate, argv)
+    return run(_parser(), _evaluate, argv)
 
 
 def _evaluate(args: argparse.Namespace) -> None:

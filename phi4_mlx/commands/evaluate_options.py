@@ -36,7 +36,7 @@ def parser() -> Parser:
         prog=PROG,
         description="Score a model on tasks: lm-eval's by name, your own in YAML, or bfcl, tools, long-context and "
         "languages. Every answer is kept, so that the same command goes on after a stop. lm-eval's tasks need the "
-        "extra: pip install 'phi4-mlx[eval]'.",
+        "extra: pip install 'lm-eval>=0.4.13'.",
     )
     add_model_options(parser)
     what = parser.add_mutually_exclusive_group()

@@ -194,7 +194,7 @@ class MlxLmModel(LanguageModel):
     @property
     def head(self) -> nn.Module:
         """See `LanguageModel.head`."""
-        head: nn.Module = self.inner.get("lm_head", self.inner.model.embed_tokens)
+        head: nn.Module = self.inner.get("lm_head", self.inner["model"]["embed_tokens"])
         return head
 
     @property

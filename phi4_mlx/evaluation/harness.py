@@ -19,7 +19,7 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError as error:
-    raise RequestError(f"evaluation needs lm-eval ({error}); pip install 'phi4-mlx[eval]'") from None
+    raise RequestError(f"evaluation needs lm-eval ({error}); pip install 'lm-eval>=0.4.13'") from None
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

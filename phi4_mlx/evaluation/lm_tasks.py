@@ -16,6 +16,7 @@ from typing import Any
 
 from phi4_mlx.errors import Phi4Error, RequestError, message_of
 from phi4_mlx.evaluation.task_index import MISSING, known_tasks
+from phi4_mlx.files.regular_file import SMALL_BYTES, read_regular
 from phi4_mlx.terminal.suggestion import suggestion
 
 _FORMATS = ("json", "csv", "parquet", "text", "arrow")  # in place of a data set: the YAML names files
@@ -214,7 +215,7 @@ def _unread(include_path: Path | None) -> str:
 
     for path in sorted(include_path.glob("**/*.yaml")):
         try:
-            yaml.compose(path.read_bytes())
+            yaml.compose(read_regular(path, SMALL_BYTES))
         except (yaml.YAMLError, OSError, ValueError) as error:
             return f"; {path} cannot be read: {message_of(error):.200}"
     return ""

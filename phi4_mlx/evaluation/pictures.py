@@ -11,7 +11,7 @@ from phi4_mlx.evaluation.result import Metric
 from phi4_mlx.evaluation.run import Run
 from phi4_mlx.evaluation.suite import Suite
 
-NO_PICTURE = "pictures need matplotlib; pip install 'phi4-mlx[plots]'"
+NO_PICTURE = "pictures need matplotlib; pip install 'matplotlib>=3.8'"
 Bars = list[tuple[str, list[Metric | None]]]
 """(name of a model, a figure in percent for each row, None where there is none)"""
 

@@ -14,7 +14,7 @@ from phi4_mlx.errors import RequestError
 _KEY = re.compile(rb"^[\"']?(task|group|tag|class)[\"']?[ \t]*:[ \t]*(.*(?:\n[ \t]*-[ \t].*)*)", re.M)
 _NAME = re.compile(rb"[^\s\"'\[\],#]+")
 
-MISSING = "lm-eval is not installed; install it: pip install 'phi4-mlx[eval]'"
+MISSING = "lm-eval is not installed; install it: pip install 'lm-eval>=0.4.13'"
 
 
 def tasks_folder() -> Path:

@@ -30,7 +30,7 @@ def draw(samples: Sequence[Mapping[str, Any]], tokens: Mapping[str, Count], fold
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return "no picture: pip install 'phi4-mlx[plots]'"
+        return "no picture: pip install 'matplotlib>=3.8'"
     scores: dict[str, list[float]] = {}
     for sample in samples:
         scores.setdefault(sample["language"], []).append(sample["score"])

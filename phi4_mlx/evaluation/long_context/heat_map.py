@@ -32,7 +32,7 @@ def draw_heat_maps(samples: Sequence[Sample], boundary: int | None, folder: Path
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        return "no heat maps: matplotlib is missing; pip install 'phi4-mlx[plots]'"
+        return "no heat maps: matplotlib is missing; pip install 'matplotlib>=3.8'"
     folder.mkdir(parents=True, exist_ok=True)
     codes = sorted({sample["language"] for sample in samples})
     kinds = [kind for kind in KINDS if any(sample["kind"] == kind for sample in samples)]

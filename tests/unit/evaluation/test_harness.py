@@ -293,7 +293,7 @@ def test_a_missing_extra_is_one_line() -> None:
         "except RequestError as error:\n    print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert "pip install 'phi4-mlx[eval]'" in done.stdout, done.stderr
+    assert "pip install 'lm-eval>=0.4.13'" in done.stdout, done.stderr
     assert len(done.stdout.splitlines()) == 1
 
 

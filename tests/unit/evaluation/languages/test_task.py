@@ -62,7 +62,7 @@ def test_each_language_has_its_scores(answered: Any, tmp_path: Path, monkeypatch
     assert all(metrics[2].value == 1 for metrics in result.groups.values())  # tokens a character
     assert result.note == (
         "empty: 1, copy: 1, loop: 1, language: 1; tokens of each language in languages.md; "
-        "no picture: pip install 'phi4-mlx[plots]'"
+        "no picture: pip install 'matplotlib>=3.8'"
     )
     page = (tmp_path / "new" / "languages.md").read_text(encoding="utf-8")
     assert "| da-1 | language | no |" in page and "| Thai | – |" in page

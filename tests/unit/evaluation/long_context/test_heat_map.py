@@ -50,5 +50,5 @@ def test_the_boundary_is_a_line_between_its_columns(
 
 def test_without_matplotlib_there_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install 'phi4-mlx[plots]'" in draw_heat_maps(samples("en"), 256, tmp_path)
+    assert "pip install 'matplotlib>=3.8'" in draw_heat_maps(samples("en"), 256, tmp_path)
     assert not [*tmp_path.iterdir()]
