@@ -33,7 +33,7 @@ SCORE_BYTES = 2**29  # of attention scores, where they are materialised
 
 @dataclass(frozen=True)
 class Wish:
-    """What the user asks of a calibration.
+    """A user's wishes for a calibration.
 
     Attributes:
         data: a file or folder in a format of training, or "default".

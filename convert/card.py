@@ -41,7 +41,7 @@ _LONGEST = 300  # characters of a field, and fields of a list
 
 @dataclass(frozen=True)
 class Origin:
-    """What a package was made from.
+    """The source of a package.
 
     Attributes:
         name: of the source, without its folder.

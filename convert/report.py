@@ -32,7 +32,7 @@ _SMALLEST_KL = 1e-9  # drawn; rounding in float32 is not far below
 
 @dataclass(frozen=True)
 class Report:
-    """What a calibration measured and chose.
+    """The measurements and the choice of a calibration.
 
     Attributes:
         chosen: path -> the scheme of the matrix in the package.

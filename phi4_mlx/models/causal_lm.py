@@ -15,7 +15,7 @@ from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 
 Carried = tuple[mx.array, ...]
-"""What one block passes to the next: hidden states [B, T, D], and results that later blocks share."""
+"""The values that one block passes to the next: hidden states [B, T, D], and results that later blocks share."""
 
 
 class CausalLM(LanguageModel):

@@ -1,4 +1,4 @@
-"""What 4 bits cost with and without calibration: KL of packages to the checkpoint they are made of, on held-out text.
+"""The cost of 4 bits with and without calibration: KL of packages to the checkpoint they are made of, on held-out text.
 
     python tests/bench/calibration.py [--folder bench/calibration] [--seeds 1 2 3] [--checkpoint FOLDER ...]
 

@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).with_name("shared_run.py")
 
 
 def run(folder: Path, manner: str = "", processes: int = 2) -> list[dict[str, Any]]:
-    """What each process printed, by rank."""
+    """The output of each process, by rank."""
     launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", str(processes), "--backend", "ring"]
     words = ["--env", f"PYTHONPATH={ROOT}", "--", sys.executable, str(SCRIPT), str(folder), *manner.split()]
     command = [*launch, *words] if processes > 1 else words[3:]

@@ -1,4 +1,4 @@
-"""What each kind hides: its values, where they stand, and how often."""
+"""The hidden sentences of each kind: their values, where they stand, and how often."""
 
 from __future__ import annotations
 

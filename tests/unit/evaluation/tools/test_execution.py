@@ -65,7 +65,7 @@ def written(folder: Path, *lines: Any, functions: str = "") -> Path:
 
 
 def results(folder: Path, subject: Subject, *calls: dict[str, Any]) -> list[str]:
-    """What the first question's tool `add` gives for arguments."""
+    """The result of the first question's tool `add` for arguments."""
     (question,) = load_questions(folder, subject.tokenizer).items
     box = Toolbox(question.tools)
     return [box.run(ToolCall("add", arguments)) for arguments in calls]
