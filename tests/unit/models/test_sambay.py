@@ -82,14 +82,20 @@ def nodes(cache: PromptCache, folder: Path) -> int:
 
 def test_every_later_chunk_does_the_work_of_the_second(tmp_path: Path) -> None:
     model = make_tiny_sambay(max_position_embeddings=4096)
-    cache, found, peaks = model.make_cache(), [], []
-    for chunk in mx.split(random_ids(6 * 128), 6, axis=1):
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        model.hidden(chunk, cache, rows=1)
-        found.append(nodes(cache, tmp_path))
-        finish_chunk(cache, False)
-        peaks.append(mx.get_peak_memory() - before)
+    chunks = mx.split(random_ids(6 * 128), 6, axis=1)
+    runs = []
+    for _ in range(8):  # the least figures count: on a busy machine, MLX frees later
+        cache, found, own = model.make_cache(), [], []
+        for chunk in chunks:
+            mx.synchronize()
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
+            model.hidden(chunk, cache, rows=1)
+            found.append(nodes(cache, tmp_path))
+            finish_chunk(cache, False)
+            own.append(mx.get_peak_memory() - before)
+        runs.append(own)
+    peaks = [min(each) for each in zip(*runs, strict=True)]
     assert max(found[1:]) - min(found[1:]) <= 10  # those of a buffer that grows
     assert max(peaks[2:]) <= peaks[1] + cache[SHARED - 1].nbytes
 

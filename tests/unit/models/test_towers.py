@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import mlx.core as mx
@@ -21,6 +20,7 @@ AUDIO = AudioConfig(
     hidden_size=24, intermediate_size=20, num_blocks=1, num_attention_heads=3, nemo_conv_channels=8, bias_max_distance=9
 )
 D = 32  # of the decoder
+RUNS = 8  # of which the least figures count: on a busy machine, MLX frees later
 
 
 def drawn(tower: Any, seed: int = 0) -> Any:
@@ -72,16 +72,18 @@ def test_sound_takes_memory_for_one_window_and_its_rows(monkeypatch: pytest.Monk
     monkeypatch.setattr(audio, "WINDOW", 50)
     tower = drawn(AudioEmbedding(AUDIO, D))
     peaks = []
-    for windows in (2, 2, 12):  # the first reads the weights
+    for windows in (2, 12):
         x = frames(8 * 50 * windows)
-        mx.eval(x)
-        gc.collect()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        mx.eval(tower(x))
-        peaks.append(mx.get_peak_memory() - before)
+        mx.eval(x, tower(x))  # the first run draws the weights
+        before, after = [], []
+        for _ in range(RUNS):
+            before.append(mx.get_active_memory())
+            mx.reset_peak_memory()
+            mx.eval(tower(x))
+            after.append(mx.get_peak_memory())
+        peaks.append(min(after) - min(before))
     rows = 10 * 50 * AUDIO.hidden_size * 4
-    assert peaks[2] - peaks[1] <= 3 * rows + 8 * 50 * 80 * 4 * 10
+    assert peaks[1] - peaks[0] <= 3 * rows + 8 * 50 * 80 * 4 * 10
 
 
 def test_crops_in_groups_are_all_crops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
