@@ -17,6 +17,8 @@ from phi4_mlx.terminal.amount import size
 from phi4_mlx.terminal.command import Parser, number, progress_bar, run, text, typed
 from phi4_mlx.terminal.options import add_revision_option
 
+from .quantize import LEAST_BPW, MOST_BPW
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
@@ -53,7 +55,7 @@ def _parser() -> Parser:
         "(default: none)",
     )  # fmt: skip
     add(
-        "--q-bpw", type=number(float, 2, 16), metavar="X",
+        "--q-bpw", type=number(float, LEAST_BPW, MOST_BPW), metavar="X",
         help="budget of --q-calibration: bits per number of all matrices together, scales included (default: those of "
         "plain 4 bits, 4.5 in groups of 64)",
     )  # fmt: skip

@@ -3,8 +3,8 @@
 The calibration text runs through the dense model block by block. The second moments of a matrix's inputs decide how it
 is rounded. Variants run beside the text: the hidden states of a few tokens, as one quantised matrix has changed them.
 At the end, their logits give the KL of that matrix. One variant per matrix is enough: KL is proportional to the squared
-error of the outputs, which is known in every scheme (measured from 3 to 8 bits: within a fifth, which is also how much
-KL differs between small sets of tokens).
+error of the outputs, which is known in every scheme. From 3 to 8 bits, that was mostly within a fifth of what was
+measured, which is also how much KL differs between small sets of tokens, and from 0.67 to 1.82 times it at worst.
 """
 
 from __future__ import annotations

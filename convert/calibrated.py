@@ -20,12 +20,11 @@ from phi4_mlx.terminal.amount import amount, size
 from .batches import BATCH_TOKENS
 from .bits import SCALE_BITS, Candidate, choose_bits
 from .calibrate import Calibration, Progress, calibrate
-from .quantize import EMBEDDING_AND_HEAD, Layout, Recipe, Scheme
+from .quantize import EMBEDDING_AND_HEAD, LEAST_BPW, MOST_BPW, Layout, Recipe, Scheme
 from .report import Report
 from .weights import Parameter
 
 WIDTHS = (3, 4, 5, 6, 8)  # bits that are tried
-LEAST_BPW, MOST_BPW = 2, 16
 DEFAULT_DATA = Path(__file__).with_name("calibration.jsonl")
 LONGEST = BATCH_TOKENS  # of a sample
 SCORE_BYTES = 2**29  # of attention scores, where they are materialised

@@ -90,26 +90,6 @@ class Solver:
         return Quantized(packed(mx.concatenate(codes, axis=1), bits), scales, biases, error)
 
 
-def quantize_rows(
-    weight: mx.array, hessian: mx.array, scheme: Scheme, dtype: mx.Dtype
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Rounds rows of one matrix; see `Solver`, which does so for many rows and schemes with one factorisation.
-
-    Args:
-        weight: the rows, any floating dtype, [rows, in].
-        hessian: mean of x x^T over the inputs, fp32 [in, in].
-        scheme: an affine one.
-        dtype: of scales and biases.
-
-    Returns:
-        Packed weight, scales and biases, as `mx.quantize`.
-
-    Raises:
-        RequestError: the Hessian contains NaN or infinity.
-    """
-    return Solver(hessian).quantize(weight, scheme, dtype)[:3]
-
-
 def _inverse_factor(hessian: mx.array, added: float) -> mx.array:
     """The upper triangular U with U^T U = (hessian + added I)^-1: Cholesky's factor in reversed order, inverted."""
     with mx.stream(mx.cpu):  # MLX has no triangular solver on a GPU

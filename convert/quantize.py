@@ -18,6 +18,7 @@ EMBEDDING_AND_HEAD = ("model.embed_tokens", "lm_head")
 DENSE = 16  # bits that stand for numbers as they are
 DEFAULT_OWN_BITS = 8  # of the towers and the LoRAs
 TOWER_GROUP_SIZE = 64
+LEAST_BPW, MOST_BPW = 2, 16  # of a budget in bits per weight
 
 
 @dataclass(frozen=True)

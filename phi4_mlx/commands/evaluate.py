@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from phi4_mlx.commands.evaluate_options import PROG, asks, names_of, read_options, settings_of
 from phi4_mlx.commands.evaluate_options import parser as _parser
 from phi4_mlx.errors import RequestError
-from phi4_mlx.terminal.amount import amount
+from phi4_mlx.terminal.amount import amount, duration
 from phi4_mlx.terminal.command import complain, progress_bar, run
 from phi4_mlx.terminal.options import load_options
 
@@ -98,13 +98,10 @@ def _asked(args: argparse.Namespace, options: Options) -> tuple[Suite | None, li
 
 
 def _subject(args: argparse.Namespace) -> Subject:
-    from phi4_mlx.evaluation.sharing import join_group
     from phi4_mlx.evaluation.subject import load_subject
     from phi4_mlx.hub import DEFAULT_MODEL
 
-    subject = load_subject(args.model or DEFAULT_MODEL, **load_options(args))
-    subject.group = join_group()
-    return subject
+    return load_subject(args.model or DEFAULT_MODEL, **load_options(args))
 
 
 def _jobs(suite: Suite | None, names: Sequence[str], options: Options, subject: Subject | None) -> list[Job]:
@@ -144,7 +141,7 @@ def _run(
             for result in results:
                 run.results[job.name if len(results) == 1 else result.task] = result
                 complain(
-                    PROG, f"{label}: {_line(result)}{f'; about {_duration(left)} left' if place < len(jobs) else ''}"
+                    PROG, f"{label}: {_line(result)}{f'; about {duration(left)} left' if place < len(jobs) else ''}"
                 )
             if first:
                 run.write(folder)
@@ -213,8 +210,3 @@ def _whole(done: float) -> str:
 
 def _no_progress(done: int, total: int) -> None:
     """Shows nothing, where standard error is no terminal."""
-
-
-def _duration(seconds: float) -> str:
-    hours, minutes = divmod(int(seconds) // 60, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{int(seconds)} s"

@@ -17,7 +17,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from phi4_mlx.data.parquet import is_parquet, read_rows
 from phi4_mlx.errors import RequestError
 from phi4_mlx.terminal.amount import amount
 from phi4_mlx.tokens.messages import check_messages
+from phi4_mlx.tokens.prefix import shared_length
 from phi4_mlx.tokens.tokenizer import Control, Tokenizer
 
 END_OF_TEXT = Control("<|endoftext|>")
@@ -296,7 +296,7 @@ def _chosen_and_rejected(record: Record, source: str, tokenizer: Tokenizer) -> t
         if not answer or answer[0]["role"] != "assistant":
             raise RequestError(f"{key} must continue {asked} with a message of the assistant")
         ids = tokenizer.apply_chat_template([*prompt, *answer], tools, add_generation_prompt=False)
-        same = _shared(before, ids)
+        same = shared_length(before, ids)
         own = tokenizer.chat_format.own_words(tokenizer, ids)
         return Sample(ids, [mine and at >= same for at, mine in enumerate(own)], source)
 
@@ -308,14 +308,14 @@ def _with_shared_prompt(record: Record) -> Record:
     chosen, rejected = (_whole(record, key) for key in ("chosen", "rejected"))
     if isinstance(chosen, str) and isinstance(rejected, str):
         lines = [each.splitlines(keepends=True) for each in (chosen, rejected)]
-        count = _shared(*lines)
+        count = shared_length(*lines)
         while count and not all("".join(each[count:]).strip() for each in lines):
             count -= 1
         if prompt := "".join(lines[0][:count]).strip():
             texts = {key: "".join(each[count:]) for key, each in zip(("chosen", "rejected"), lines, strict=True)}
             return {**record, **texts, "messages": [_turn("user", prompt)]}
     elif isinstance(chosen, list) and isinstance(rejected, list):
-        count = _shared(chosen, rejected)
+        count = shared_length(chosen, rejected)
         while count and not all(each[count:] and each[count]["role"] == "assistant" for each in (chosen, rejected)):
             count -= 1
         if count:
@@ -324,11 +324,6 @@ def _with_shared_prompt(record: Record) -> Record:
         "has no prompt, and chosen and rejected do not begin with the same messages or lines; a pair has prompt or "
         "messages, and chosen and rejected"
     )
-
-
-def _shared(one: Sequence[Any], two: Sequence[Any]) -> int:
-    """Number of equal items at the beginning of two sequences."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, two, strict=False)))
 
 
 def _whole(record: Record, key: str) -> str | list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from phi4_mlx.errors import check_whole
 from phi4_mlx.evaluation.answers import Answers, key_of
-from phi4_mlx.evaluation.plan import room_for_rows, shared
+from phi4_mlx.evaluation.plan import room_for_rows
 from phi4_mlx.evaluation.sharing import share_out
 from phi4_mlx.evaluation.subject import Progress, Subject
 from phi4_mlx.files.json_file import JsonObject
@@ -23,6 +23,7 @@ from phi4_mlx.generation.thoughts import ThoughtSplitter
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.terminal.amount import amount
+from phi4_mlx.tokens.prefix import shared_length
 from phi4_mlx.tokens.tokenizer import Tokenizer
 from phi4_mlx.tools.calls import ToolCall
 
@@ -191,13 +192,13 @@ def _answer_all(subject: Subject, asked: Sequence[_Asked], answers: Answers, pro
         }
         # The next prompt starts only when the beginning that it shares is in a cache.
         while queue and len(drawings) < MAX_ROWS:
-            new = len(queue[0].ids) - shared(before, queue[0].ids)
+            new = len(queue[0].ids) - shared_length(before, queue[0].ids)
             if unread and sum(unread.values()) + new > PREFILL_STEP_SIZE:
                 break
             each = queue.popleft()
             sequence = each.sequence(model)
             if queue:  # models whose caches cannot be trimmed branch off at a snapshot
-                sequence.last_turn = shared(each.ids, queue[0].ids)
+                sequence.last_turn = shared_length(each.ids, queue[0].ids)
             drawings[sequence], unread[sequence], before = _Drawing(subject.tokenizer, each), new, each.ids
             batch.add(sequence)
         for event in batch.step():
@@ -299,7 +300,7 @@ class _Beginnings:
         latest = self._latest
         if latest is None or latest.regime != sequence.regime:
             return None
-        length = latest.reusable(shared(latest.keys, sequence.ids[:-1]))
+        length = latest.reusable(shared_length(latest.keys, sequence.ids[:-1]))
         return latest.fork(length) if length else None
 
     def keep(self, sequence: BatchSequence) -> None:

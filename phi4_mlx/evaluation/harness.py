@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from phi4_mlx.errors import RequestError
 from phi4_mlx.evaluation.answers import Answers
 from phi4_mlx.evaluation.asking import Answer, Question, ask
-from phi4_mlx.evaluation.plan import shared
 from phi4_mlx.evaluation.scoring import scores
 from phi4_mlx.evaluation.subject import Progress, Subject
+from phi4_mlx.tokens.prefix import shared_length
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -146,7 +146,7 @@ class Harness(TemplateLM):
         before, after = self._encode_pair(context, continuation)
         if continuation and not after:  # one token reaches over the border: it belongs to the continuation
             whole = self.tok_encode(context + continuation)
-            border = shared(before, whole)
+            border = shared_length(before, whole)
             before, after = whole[:border], whole[border:]
         return before, after
 

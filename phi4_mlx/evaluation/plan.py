@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 from phi4_mlx.generation.memory import ContextPlan
+from phi4_mlx.tokens.prefix import shared_length
 
 Ids = tuple[int, ...]
 
@@ -33,12 +34,12 @@ class Node:
     @property
     def stop(self) -> int:
         """Tokens at the start that all sequences share."""
-        return shared(self.sequences[0], self.sequences[-1])
+        return shared_length(self.sequences[0], self.sequences[-1])
 
     @property
     def saving(self) -> int:
         """Tokens that are run fewer times in a tree than in rows of their own."""
-        return sum(shared(one, other) - self.start for one, other in pairwise(self.sequences))
+        return sum(shared_length(one, other) - self.start for one, other in pairwise(self.sequences))
 
     def split(self) -> tuple[list[Ids], list[Node]]:
         """The parts after the shared beginning: sequences that run as rows, and nodes, the largest one last."""
@@ -61,11 +62,6 @@ class Node:
         stop = self.stop
         longer = (ids for ids in self.sequences if len(ids) > stop)
         return [Node(list(group), start) for _, group in groupby(longer, lambda ids: ids[stop])]
-
-
-def shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """Tokens that two sequences have in common at their start."""
-    return next((n for n, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
 
 
 def packs(rows: Sequence[Ids], start: int, most_rows: Callable[[int], int], most_tokens: int) -> Iterator[list[Ids]]:

@@ -22,6 +22,7 @@ from phi4_mlx.models.cache import REWIND
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.shared_stream import shared_stream
+from phi4_mlx.tokens.prefix import shared_length
 from phi4_mlx.tokens.prompt import Place, Prompt, places_of
 
 Drawn = tuple[int, mx.array]  # a token, and the log-probabilities [V] it was drawn from
@@ -267,7 +268,7 @@ def _guessed_steps(ids: mx.array, max_tokens: int, passes: _Passes, proposer: Pr
         draws.queue()
         if guesses:
             numbers = draws.numbers()
-            certain = numbers[: _shared(numbers, guesses) + 1]
+            certain = numbers[: shared_length(numbers, guesses) + 1]
             passes.take_back(len(guesses) + 1 - len(certain))
             proposer.took(1 + len(guesses), time.perf_counter() - start)
             ready += zip(certain, draws.logprobs, strict=False)
@@ -309,7 +310,7 @@ def _masked_steps(
             drawn = passes.draw(logits, n, logits_mask.mask())
             certain = (certain + _accepted(drawn, logits, n, passes, logits_mask))[:left]
         numbers = [token for token, _ in certain]
-        kept = min(_shared(numbers, guesses), len(numbers) - 1)
+        kept = min(shared_length(numbers, guesses), len(numbers) - 1)
         if guesses:
             passes.take_back(len(guesses) - kept)
         if proposer is not None:
@@ -332,14 +333,6 @@ def _guesses(proposer: Proposer, passes: _Passes, most: int, unread: int) -> lis
     while guesses and passes.cache.crosses(unread + len(guesses)):
         guesses.pop()
     return guesses
-
-
-def _shared(tokens: Sequence[int], guesses: Sequence[int]) -> int:
-    """The number of leading guesses that hold."""
-    n = 0
-    while n < min(len(tokens), len(guesses)) and tokens[n] == guesses[n]:
-        n += 1
-    return n
 
 
 def _accepted(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.lora.pace import Pace
 from phi4_mlx.lora.progress import passes
-from phi4_mlx.terminal.amount import size
+from phi4_mlx.terminal.amount import duration, size
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -225,12 +225,3 @@ def step_line(step: Step, noun: str) -> str:
         f"step {step.step:,}: loss {step.loss:.3f}{ahead}{validated}, {rate:,.{0 if rate >= 10 else 1}f} {noun}/s, "
         f"{size(step.peak_bytes)}"
     )
-
-
-def duration(seconds: float) -> str:
-    """A duration in text, as precise as an estimate can be."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -15,6 +15,7 @@ from phi4_mlx.models.cached_tokens import CachedTokens, Conditions, check_rerun,
 from phi4_mlx.models.layer_caches import LayerCaches
 from phi4_mlx.models.rope import Regime, regime_of
 from phi4_mlx.models.snapshot import Snapshots
+from phi4_mlx.tokens.prefix import shared_length
 from phi4_mlx.tokens.prompt import Mode, Place, Prompt, absent, cut, keys_of, places_of
 
 
@@ -153,13 +154,9 @@ class PromptCache(LayerCaches):
 
     def keep_shared(self, ids: Sequence[int]) -> int:
         """Keeps the longest reusable prefix that the cached tokens share with `ids`; returns its length."""
-        places, shared = places_of(ids), 0
-        if self.serves(places, self.regime):
-            for old, new in zip(self.keys, keys_of(ids, places), strict=False):
-                if old != new:
-                    break
-                shared += 1
-        kept = self.reusable(shared)
+        places = places_of(ids)
+        serves = self.serves(places, self.regime)
+        kept = self.reusable(shared_length(self.keys, keys_of(ids, places)) if serves else 0)
         self.truncate(kept)
         self._cached.name(cut(places, 0, kept))  # in place of absent ones
         return kept

@@ -1,4 +1,4 @@
-"""Amounts as messages show them: a number with its noun, and bytes."""
+"""Amounts as messages show them: a number with its noun, bytes, and durations."""
 
 from __future__ import annotations
 
@@ -22,3 +22,12 @@ def size(nbytes: float) -> str:
         if value >= 0.9995:  # 999.5 and more of the smaller unit
             return f"{value:,.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
     return amount(round(nbytes), "byte")
+
+
+def duration(seconds: float) -> str:
+    """A duration in text, as precise as an estimate can be."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

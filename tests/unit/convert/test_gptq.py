@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from phi4_mlx.convert.gptq import DAMPING, Solver, quantize_rows
+from phi4_mlx.convert.gptq import DAMPING, Solver
 from phi4_mlx.convert.grid import Grid, search
 from phi4_mlx.convert.packing import unpacked
 from phi4_mlx.convert.quantize import Scheme
@@ -69,7 +69,7 @@ def test_it_is_the_algorithm_column_by_column() -> None:
 def test_outputs_are_closer_than_with_rounding_to_nearest(bits: int, dtype: mx.Dtype) -> None:
     scheme, hessian = Scheme("affine", bits, 64), hessian_of()
     weight = random(ROWS, WIDTH, seed=5).astype(dtype)
-    ours = quantize_rows(weight, hessian, scheme, dtype)
+    ours = Solver(hessian).quantize(weight, scheme, dtype)[:3]
     theirs = mx.quantize(weight, **vars(scheme))
     for one, other in zip(ours, theirs, strict=True):
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
@@ -99,7 +99,7 @@ def test_odd_weights_and_inputs() -> None:
     alive = mx.arange(WIDTH) % 3 > 0
     dead = mx.where(alive & alive[:, None], hessian, 0)
     for inputs in (hessian, dead, mx.zeros((WIDTH, WIDTH)), hessian_of(tokens=3)):
-        found = values(quantize_rows(weight, inputs, SCHEME, mx.bfloat16), SCHEME)
+        found = values(Solver(inputs).quantize(weight, SCHEME, mx.bfloat16)[:3], SCHEME)
         assert mx.isfinite(found).all() and mx.array_equal(found[0], mx.zeros(WIDTH))
         assert mx.abs(found - weight)[3:].max() < 1
 
@@ -107,7 +107,7 @@ def test_odd_weights_and_inputs() -> None:
 def test_a_hessian_that_rounding_made_indefinite_is_damped_more() -> None:
     """As of inputs that are one constant in all channels: float32 sums can leave an eigenvalue below -DAMPING."""
     weight, hessian = random(ROWS, WIDTH, seed=9), mx.full((WIDTH, WIDTH), 1.05) - 0.05 * mx.eye(WIDTH)
-    ours, theirs = quantize_rows(weight, hessian, SCHEME, mx.float32), mx.quantize(weight, **vars(SCHEME))
+    ours, theirs = Solver(hessian).quantize(weight, SCHEME, mx.float32)[:3], mx.quantize(weight, **vars(SCHEME))
     exact = mx.ones((WIDTH, WIDTH))
     errors = [output_error(values(each, SCHEME), weight, exact) for each in (ours, theirs)]
     assert errors[0] < 0.1 * errors[1]
