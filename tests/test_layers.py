@@ -29,6 +29,7 @@ adapters
 models
 grammar
 checkpoint
+checkpoint_share
 fingerprint
 ranks
 convert
