@@ -144,13 +144,17 @@ class AnswerBatch:
 
     def _sequence(self, request: AnswerRequest) -> BatchSequence:
         sampling = request.sampling
-        mask: LogitsMask | None = None
-        if request.grammar is not None:
-            from phi4_mlx.grammar.constraint import Constraint
-
-            mask = Constraint(request.grammar, self._tokenizer, self._model.config.vocab_size, request.max_tokens)
         sampler = sampling.sampler() if sampling.temp else None
-        return BatchSequence(self._model, [*request.ids], request.max_tokens, sampler, sampling.processors(), mask)
+        return BatchSequence(
+            self._model, [*request.ids], request.max_tokens, sampler, sampling.processors(), self._mask(request)
+        )
+
+    def _mask(self, request: AnswerRequest) -> LogitsMask | None:
+        if request.grammar is None:
+            return None
+        from phi4_mlx.grammar.constraint import Constraint
+
+        return Constraint(request.grammar, self._tokenizer, self._model.config.vocab_size, request.max_tokens)
 
 
 class _Drawing:
