@@ -127,19 +127,15 @@ class AnswerBatch:
         """Draws a token of each answer; returns the requests that are finished, or cannot be."""
         finished: list[tuple[AnswerRequest, Answer | Exception]] = []
         for event in self._batch.step():
-            drawing = self._drawings[event.sequence]
             if isinstance(event, Fault):
-                finished.append((drawing.request, event.error))
-                del self._drawings[event.sequence]
-                continue
-            if drawing.finish_reason:  # a token that a grammar forced after the last one
-                continue
-            drawing.add(event.token)
+                finished.append((self._drawings.pop(event.sequence).request, event.error))
+            else:
+                self._drawings[event.sequence].add(event.token)
+        for sequence, drawing in [*self._drawings.items()]:
             if drawing.finish_reason:
+                self._batch.end(sequence)
+                del self._drawings[sequence]
                 finished.append((drawing.request, drawing.answer()))
-        for sequence in [each for each, drawing in self._drawings.items() if drawing.finish_reason]:
-            self._batch.end(sequence)
-            del self._drawings[sequence]
         return finished
 
     def _sequence(self, request: AnswerRequest) -> BatchSequence:
@@ -171,7 +167,9 @@ class _Drawing:
         self._tokens = 0
 
     def add(self, token: int) -> None:
-        """Takes the next token, and finds out whether it is the last one."""
+        """Takes the next token, and finds out whether it is the last one; what a grammar forces after it is left."""
+        if self.finish_reason:
+            return
         self._tokens += 1
         ended = token in self._ends
         stopped = False
