@@ -91,7 +91,8 @@ def _line(record: Mapping[str, Any], number: int) -> PromptLine:
     else:
         prompt = record["messages"]
         check_messages([_without_media(message) for message in prompt] if isinstance(prompt, list) else prompt)
-    tools = record.get("tools") or ()
+    tools = record.get("tools")
+    tools = () if tools is None else tools
     if not isinstance(tools, (list, tuple)):
         raise RequestError(f"tools must be a list, not {tools!r:.60}")
     given = record.get("id")
