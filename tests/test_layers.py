@@ -30,6 +30,7 @@ models
 grammar
 checkpoint
 fingerprint
+ranks
 convert
 generation
 agent transcription

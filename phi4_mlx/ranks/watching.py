@@ -1,0 +1,99 @@
+"""A rank's own side of its watcher: starts the process, tells it what this rank does, and leaves when it says so."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from phi4_mlx.ranks.meeting import Met
+
+_CAUSE_S = 8.0  # longer than the watcher needs to see that a rank is gone or silent
+_FAILED = 1
+
+
+class Watching:
+    """The watcher's process, which has the connections for beats from here on."""
+
+    def __init__(self, rank: int, met: Met):
+        self._name = met.names[rank]
+        self._lock = threading.Lock()
+        self._closed = False
+        self._socket, theirs = socket.socketpair()
+        beats = {peer: channel.detach() for peer, channel in met.beats.items()}
+        about = {
+            "rank": rank,
+            "process": os.getpid(),
+            "names": {str(each): name for each, name in met.names.items()},
+            "own": theirs.fileno(),
+            "beats": {str(peer): each.fileno() for peer, each in beats.items()},
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(Path(__file__).with_name("watcher.py")), json.dumps(about)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno(), *(each.fileno() for each in beats.values())],
+        )
+        for each in (theirs, *beats.values()):
+            each.close()
+        threading.Thread(target=self._obey, daemon=True).start()
+
+    def told(self, counter: int, tokens: int) -> None:
+        """The leader has told the followers to run an operation."""
+        self._say({"told": counter, "tokens": tokens})
+
+    def done(self, counter: int) -> None:
+        """This follower has run an operation."""
+        self._say({"done": counter})
+
+    @contextlib.contextmanager
+    def opening(self) -> Iterator[None]:
+        """The time in which the backend opens: it keeps the interpreter's lock, so no thread of this process runs."""
+        self._say({"opening": True})
+        yield
+        self._say({"opening": False})
+
+    def end(self, line: str) -> NoReturn:
+        """Ends the job on all ranks with a line."""
+        self._say({"end": line})
+        time.sleep(_CAUSE_S)
+        os._exit(_FAILED)
+
+    def wait_for_cause(self) -> None:
+        """Gives the watcher time to end this process with the line that names the rank at fault."""
+        time.sleep(_CAUSE_S)
+
+    def close(self) -> None:
+        """An ordinary end: the watcher leaves, and tells the others not to miss this rank."""
+        with self._lock:
+            self._closed = True
+        self._say({"close": True})
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_CAUSE_S)
+        self._socket.close()
+
+    def _say(self, value: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # the watcher is gone: `_obey` sees it too
+            self._socket.sendall(json.dumps(value).encode() + b"\n")
+
+    def _obey(self) -> None:
+        """Leaves when the watcher says that the job has ended, or is gone itself."""
+        said = b""
+        with contextlib.suppress(OSError):
+            while part := self._socket.recv(4096):
+                said += part
+        with self._lock:
+            if self._closed:
+                return
+        if not said:
+            with contextlib.suppress(OSError):
+                os.write(2, f"phi4_mlx: {self._name}: its watcher was killed; the job ends\n".encode())
+        os._exit(_FAILED)
