@@ -15,9 +15,10 @@ from phi4_mlx.evaluation.sharing import share_out
 from phi4_mlx.evaluation.subject import Progress, Subject
 from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.generation.answer import AnswerAssembler
-from phi4_mlx.generation.batch import PREFILL_STEP_SIZE, Batch, BatchSequence, Fault
+from phi4_mlx.generation.batch import PREFILL_STEP_SIZE, Batch
 from phi4_mlx.generation.memory import check_context, plan_context
 from phi4_mlx.generation.sampling import Sampler, make_sampler
+from phi4_mlx.generation.sequence import BatchSequence, Fault
 from phi4_mlx.generation.stream import AnswerText
 from phi4_mlx.generation.thoughts import ThoughtSplitter
 from phi4_mlx.models.model import LanguageModel
