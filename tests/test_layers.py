@@ -31,6 +31,7 @@ grammar
 checkpoint
 fingerprint
 convert
+export
 generation
 agent transcription
 lora server evaluation
