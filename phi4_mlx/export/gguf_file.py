@@ -114,7 +114,7 @@ def write_gguf(
         tensors = [_Tensor(each, _type_of(each, kind)) for each in exact_parameters(folder, config, adapter)]
         check_room(out, sum(tensor.nbytes for tensor in tensors))
         path = out / GGUF_FILE
-        _write(path, _name(model, adapter_path), config, vocabulary, jinja_template(chat_format), tensors, kind, progress)
+        _write(path, _name(model, adapter_path, vocabulary), config, vocabulary, jinja_template(chat_format, vocabulary), tensors, kind, progress)
         boundary = config.original_max_position_embeddings if config.rope_scaling else None
         context = exact_context(boundary) if boundary else None
         text = modelfile(GGUF_FILE, go_template(chat_format), _stops(tokenizer, chat_format), context)
@@ -137,9 +137,12 @@ def _carried(folder: Path, config: Config) -> ModelConfig:
     return config
 
 
-def _name(model: str | Path, adapter_path: str | Path | None) -> str:
+def _name(model: str | Path, adapter_path: str | Path | None, vocabulary: Vocabulary) -> str:
     """The name of the model in the file's metadata."""
     parts = [Path(os.path.abspath(os.path.expanduser(each))).name for each in (model, adapter_path) if each is not None]
+    # llama.cpp removes the white space after control tokens for this word in a name, if the vocabulary has these.
+    if vocabulary.strips_after and {"<unk>", "<s>", "</s>", "<|endoftext|>"} <= {*vocabulary.tokens}:
+        parts.append("phi3")
     return " + ".join(parts)
 
 

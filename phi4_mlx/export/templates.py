@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from phi4_mlx.export.vocabulary import Vocabulary
 from phi4_mlx.tokens.chat_format import CHAT_FORMATS, ChatFormat, Phi4MiniReasoning, Phi4Reasoning
 from phi4_mlx.tools.markup import CALLS_CLOSE, CALLS_OPEN, TOOLS_CLOSE, TOOLS_OPEN
 
@@ -75,13 +76,21 @@ _JINJA_GIVEN = (  # in "tools" of a system message, as in Microsoft's template
 ).replace("OPEN", TOOLS_OPEN).replace("CLOSE", TOOLS_CLOSE)
 
 
-def jinja_template(chat_format: ChatFormat) -> str:
-    """The Jinja template of a chat format, for messages and tools in OpenAI's form."""
+def jinja_template(chat_format: ChatFormat, vocabulary: Vocabulary) -> str:
+    """The Jinja template of a chat format, for messages and tools in OpenAI's form.
+
+    Args:
+        chat_format: the format.
+        vocabulary: its control tokens may remove the white space beside them, which llama.cpp leaves in place.
+    """
     turns = _TURNS[chat_format.name]
-    content = "{{ message.content if message.content else '' }}"
+    after = turns.opening.format("user").rstrip().endswith(tuple(vocabulary.strips_after))
+    before = turns.closing.startswith(tuple(vocabulary.strips_before))
+    strip = {(True, True): ".strip()", (True, False): ".lstrip()", (False, True): ".rstrip()"}.get((after, before), "")
+    content = f"{{{{ (message.content if message.content else ''){strip} }}}}"
     begin, first = "", ""
     if turns.system:
-        given = f"{{{{ ' ' }}}}{content}{_JINJA_GIVEN if turns.tools else ''}"
+        given = f"{{{{ ' ' + (message.content if message.content else '') }}}}{_JINJA_GIVEN if turns.tools else ''}"
         begin = (
             f"{_quoted(turns.opening.format('system') + turns.system)}"
             f"{{% for message in messages %}}{{% if message.role == 'system' %}}{given}{{% endif %}}{{% endfor %}}"

@@ -41,7 +41,8 @@ class Vocabulary:
         scores: of each id, for "llama": the higher one merges first.
         ids: "bos", "eos", "eot", "eom", "unknown" and "padding" -> id, those that exist.
         add_space_prefix: whether a text begins with a space that is not in it.
-        strips: whether white space after control tokens is removed.
+        strips_before: control tokens that remove the white space before them.
+        strips_after: control tokens that remove the white space after them.
     """
 
     model: str
@@ -52,7 +53,8 @@ class Vocabulary:
     scores: list[float]
     ids: Mapping[str, int]
     add_space_prefix: bool
-    strips: bool
+    strips_before: frozenset[str]
+    strips_after: frozenset[str]
 
 
 def read_vocabulary(folder: Path, tokenizer: Tokenizer, end: str, rows: int) -> Vocabulary:
@@ -84,9 +86,9 @@ def read_vocabulary(folder: Path, tokenizer: Tokenizer, end: str, rows: int) -> 
         tokens[token], types[token] = text, CONTROL if added[text].get("special") else USER_DEFINED
     ids = _ids(folder, tokenizer, end)
     merges = byte_bpe.merge_pairs(spec)
-    strips = any(each.get("rstrip") for each in added.values())
+    strips = [frozenset(text for text, each in added.items() if each.get(side)) for side in ("lstrip", "rstrip")]
     if pre is not None:
-        return Vocabulary("gpt2", pre, tokens, types, [*map(" ".join, merges)], [], ids, False, strips)
+        return Vocabulary("gpt2", pre, tokens, types, [*map(" ".join, merges)], [], ids, False, *strips)
     vocab = spec["model"]["vocab"]
     for token in vocab.values():
         if types[token] == NORMAL and len(tokens[token]) == 6 and tokens[token].startswith("<0x"):
@@ -98,9 +100,7 @@ def read_vocabulary(folder: Path, tokenizer: Tokenizer, end: str, rows: int) -> 
     if unknown is not None:
         types[unknown] = UNKNOWN
         ids["unknown"] = unknown
-    return Vocabulary(
-        "llama", "default", tokens, types, [], scores, ids, tokenizer.leading_spaces == 1, strips
-    )
+    return Vocabulary("llama", "default", tokens, types, [], scores, ids, tokenizer.leading_spaces == 1, *strips)
 
 
 def _ids(folder: Path, tokenizer: Tokenizer, end: str) -> dict[str, int]:
