@@ -12,7 +12,6 @@ from phi4_mlx.adapters.folder import FULL, Adapter
 from phi4_mlx.adapters.layers import check_fit
 from phi4_mlx.checkpoint import empty_model, stored_tensors
 from phi4_mlx.config.fields import Config
-from phi4_mlx.files.dtypes import mlx_dtype
 
 from .quantize import Scheme
 from .weights import Parameter, plan, read_rows
@@ -74,8 +73,7 @@ class ExactParameter(Parameter):
 
     def converted(self, first: int, last: int) -> list[mx.array]:
         """Rows from `first` to before `last`, as bytes, not yet computed."""
-        bytes_: list[mx.array] = self.as_bytes([self.exact(first, last).astype(mlx_dtype(self.numbers))])
-        return bytes_
+        return self.as_bytes([self.exact(first, last)])
 
 
 def exact_parameters(folder: Path, config: Config, adapter: Adapter | None) -> list[ExactParameter]:

@@ -1,1 +1,1 @@
-"""Models for other programs: GGUF with a Modelfile for llama.cpp and Ollama, dense folders for transformers and vLLM."""
+"""Models for other programs: GGUF files for llama.cpp and Ollama, dense folders for transformers and vLLM."""

@@ -47,11 +47,12 @@ def write_dense(
         nonlocal boundary
         if not isinstance(config, ModelConfig):
             raise RequestError(
-                f"{folder} is a model of type {config.model_type}, whose tensors transformers and vLLM read under other "
-                "names; --format hf is for Phi-4-mini, Phi-3.5-mini and Phi-4 (phi3); --format mlx keeps it as a package"
+                f"{folder} is a model of type {config.model_type}, which transformers and vLLM read in another layout; "
+                "--format hf is for Phi-4-mini, Phi-3.5-mini and Phi-4 (phi3); --format mlx writes a package"
             )
         boundary = config.original_max_position_embeddings if config.rope_scaling else None
-        return exact_parameters(folder, config, adapter)
+        parameters: list[ExactParameter] = exact_parameters(folder, config, adapter)
+        return parameters
 
     write_package(Path(target), model, revision, planned, progress, tuned=adapter is not None)
     return boundary

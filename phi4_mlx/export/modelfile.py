@@ -26,5 +26,6 @@ def modelfile(gguf: str, template: str, stops: Sequence[str], context: int | Non
     """
     lines = [f"FROM ./{gguf}", f'TEMPLATE """{template}"""', *(f'PARAMETER stop "{stop}"' for stop in stops)]
     if context is not None:
-        lines += ["# A longer context uses the long RoPE table from the first token on.", f"PARAMETER num_ctx {context}"]
+        lines.append("# A longer context uses the long RoPE table from the first token on.")
+        lines.append(f"PARAMETER num_ctx {context}")
     return "\n".join(lines) + "\n"

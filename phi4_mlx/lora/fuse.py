@@ -14,7 +14,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from phi4_mlx.adapters.folder import Adapter
 from phi4_mlx.adapters.layers import check_fit, put_adapter, read_adapter
 from phi4_mlx.checkpoint import load_model, load_tokenizer_and_format, share_weights
 from phi4_mlx.config.fields import Config
