@@ -1,7 +1,7 @@
 """The fast paths that PHI4_MLX_SAFE turns off by name; each has a slow twin with the same results.
 
-A path asks `safe("compiled")` where it chooses, and takes its twin if that is true. `python -m phi4_mlx doctor` compares
-both on this machine, and names the paths to turn off.
+A path asks `safe("compiled")` where it chooses, and takes its twin if that is true. `python -m phi4_mlx doctor`
+compares both on this machine, and names the paths to turn off.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from phi4_mlx.terminal.suggestion import suggestion
 VARIABLE = "PHI4_MLX_SAFE"
 
 FastPath = Literal[
-    "attention", "blocks", "buffers", "chunks", "compiled", "loss", "norms", "padding", "products", "queue", "recompute",
-    "rope", "rows", "scan", "slices", "speculation", "wired",
+    "attention", "blocks", "buffers", "chunks", "compiled", "loss", "norms", "padding", "products", "queue",
+    "recompute", "rope", "rows", "scan", "slices", "speculation", "wired",
 ]  # fmt: skip
 
 TWINS: dict[FastPath, str] = {
