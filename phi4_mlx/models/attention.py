@@ -49,10 +49,8 @@ class PackedAttention:
 
     def __call__(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
         """Attention output [B, H, T, Dh], of queries [B, H, T, Dh] over keys and values [B, K, T, Dh]."""
-        parts = [
-            softmax_attention(*part, scale=scale, mask=mask)
-            for *part, mask in zip(*(self.split(each, 2) for each in (queries, keys, values)), self.masks, strict=True)
-        ]
+        split = (self.split(each, 2) for each in (queries, keys, values))
+        parts = [softmax_attention(q, k, v, scale, mask) for q, k, v, mask in zip(*split, self.masks, strict=True)]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
     def split(self, array: mx.array, axis: int) -> list[mx.array]:
