@@ -10,6 +10,7 @@ from phi4_mlx.generation.sequence import BatchSequence
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.safe import safe
 
 
 @dataclass(eq=False)
@@ -43,6 +44,8 @@ class RowGroup:
     def padding_with(self, sequence: BatchSequence, cache: PromptCache) -> float:
         """Columns that the sequence would add beyond its own tokens; infinite if it cannot be a row here."""
         if sequence.model is not self.model or cache.regime != self.cache.regime:
+            return math.inf
+        if safe("rows") and (self.arrivals or any(self.members)):
             return math.inf
         longer = cache.offset - self.columns
         return longer * (len(self.members) + len(self.arrivals)) if longer > 0 else -longer
