@@ -46,7 +46,7 @@ def load_share(folder: Path, share: Share, group: mx.distributed.Group) -> Langu
     prepare_share(model, share)
     model.load_weights([(name, _read(tensors.model[piece.name], piece)) for name, piece in pieces.items()])
     model.eval()
-    join_ranks(model, share, group)
+    join_ranks(model, config, share, group)
     return model
 
 
