@@ -102,7 +102,7 @@ def _parser() -> Parser:
 def _generate(args: argparse.Namespace) -> None:
     _check_options(args)
     if args.prompts is not None:
-        return answer_file(args, _grammar(args) if args.schema is not None else None, MAX_TOKENS)
+        return answer_file(args, MAX_TOKENS)
     prompt = read_prompt(args)  # before the model is loaded, so that a mistake costs no wait
     grammar = _grammar(args) if args.schema is not None else None
 
@@ -199,14 +199,14 @@ def _print_answer(
 def _grammar(args: argparse.Namespace) -> Grammar:
     from phi4_mlx.grammar.grammars import schema_grammar
 
-    if args.stop:
-        raise RequestError("--stop may end an answer before it obeys the schema; drop --stop or --schema")
     return schema_grammar(args.schema)
 
 
 def _check_options(args: argparse.Namespace) -> None:
     check_file_options(args)
     check_decoding_options(args)
+    if args.schema is not None and args.stop:
+        raise RequestError("--stop may end an answer before it obeys the schema; drop --stop or --schema")
     if args.ignore_chat_template and args.system_prompt is not None:
         raise RequestError("--system-prompt needs the chat format, and --ignore-chat-template leaves it out; drop one")
     fixed: dict[str, object] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from collections.abc import Mapping
 from types import TracebackType
 from typing import NoReturn
@@ -78,6 +79,11 @@ class Ranks:
         """The name of this rank in messages."""
         return self.names[self.launch.rank]
 
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return self.launch.size
+
     def open_backend(self) -> None:
         """Initialises `mx.distributed`."""
         with self._watching.opening():
@@ -88,7 +94,9 @@ class Ranks:
                 f"{self.group.size()}, not of {self.launch.size}"
             )
 
-    def tell(self, command: Mapping[str, JSON], counter: int | None = None, tokens: int = 1) -> None:
+    def tell(
+        self, command: Mapping[str, JSON], counter: int | None = None, tokens: int = 1, *, rank: int | None = None
+    ) -> None:
         """Sends a command to all followers; of the leader.
 
         Args:
@@ -96,11 +104,13 @@ class Ranks:
             counter: of an operation whose end each follower reports by `done`; the watcher ends the job if a follower
                 takes far longer than for any operation before. None for a command without such a report.
             tokens: how many tokens the operation runs, the measure of its length.
+            rank: the only follower that it is for; None for all.
         """
         if counter is not None:
             self._watching.told(counter, tokens)
-        for channel in self._met.commands.values():
-            self._send(channel, {"command": dict(command)})
+        for follower, channel in self._met.commands.items():
+            if rank in (None, follower):
+                self._send(channel, {"command": dict(command)})
 
     def hear(self) -> dict[str, JSON]:
         """Waits for the leader's next command; of a follower.
@@ -136,6 +146,19 @@ class Ranks:
             The values, in the order of ranks from 1.
         """
         return [self._receive(channel)["answer"] for channel in self._met.commands.values()]
+
+    def answer_of(self, rank: int) -> JSON:
+        """Waits for the next `answer` of one follower; of the leader."""
+        return self._receive(self._met.commands[rank])["answer"]
+
+    def ready(self, timeout_s: float | None = 0) -> list[int]:
+        """Waits for the ranks whose next message can be read at once: followers, or the leader of a follower.
+
+        Args:
+            timeout_s: the most seconds to wait; None for no limit.
+        """
+        ranks = {channel.detach(): rank for rank, channel in self._met.commands.items()}
+        return [ranks[each] for each in select.select([*ranks], [], [], timeout_s)[0]]
 
     def end(self, line: str) -> NoReturn:
         """Ends the job on all ranks, each with this line on standard error and an exit code that is not 0.

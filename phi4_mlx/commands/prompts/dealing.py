@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from phi4_mlx.commands.prompts.requests import from_json, to_json
 from phi4_mlx.errors import Phi4Error, RequestError
 from phi4_mlx.generation.answer_batch import Answer, AnswerBatch, AnswerRequest
+from phi4_mlx.grammar.grammars import Grammar
 
 if TYPE_CHECKING:
-    from phi4_mlx.grammar.grammars import Grammar
+    from phi4_mlx.ranks.join import Ranks
 
 PORTION = 16  # requests; a rank asks for more when it has half of them left
 
@@ -24,6 +25,10 @@ Take = Callable[[AnswerRequest, "Answer | Exception"], None]
 
 class Exchange(Protocol):
     """Plain values between the ranks, such as `phi4_mlx.ranks.join.Ranks`."""
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
 
     def ready(self, timeout_s: float | None = 0) -> Sequence[int]:
         """The ranks whose next message can be read without waiting."""
@@ -41,12 +46,46 @@ class Exchange(Protocol):
         """Sends a value to the leader; of a follower."""
 
 
-def lead(ranks: Exchange, size: int, batch: AnswerBatch, requests: Sequence[AnswerRequest], take: Take) -> None:
+def meet(ranks: Ranks, known: Sequence[str], limit_bytes: int, grammar: Grammar | None) -> int:
+    """Meets the followers once all have loaded the model; of the leader.
+
+    Args:
+        ranks: all ranks.
+        known: the `identity` of the leader's model.
+        limit_bytes: usable bytes of the leader's machine.
+        grammar: of all requests.
+
+    Returns:
+        The usable bytes of the smallest machine.
+
+    Raises:
+        RequestError: a follower has another model, tokenizer or adapter.
+    """
+    ranks.tell({"grammar": None if grammar is None else grammar.text})
+    limits = [limit_bytes]
+    for rank, (theirs, limit) in enumerate(ranks.answers(), 1):
+        for what, one, other in zip(("model", "tokenizer", "chat format", "adapter"), known, theirs, strict=True):
+            if one != other:
+                raise RequestError(
+                    f"{ranks.names[rank]} has another {what} under the same name ({other:.8}, not {one:.8}); copy that "
+                    f"of {ranks.names[0]}"
+                )
+        limits.append(limit)
+    return min(limits)
+
+
+def greet(ranks: Ranks, known: Sequence[str], limit_bytes: int) -> Grammar | None:
+    """Tells the leader about a follower's model and machine; returns the grammar of all requests."""
+    ranks.answer([known, limit_bytes])
+    text = ranks.hear()["grammar"]
+    return None if text is None else Grammar(text)
+
+
+def lead(ranks: Exchange | None, batch: AnswerBatch, requests: Sequence[AnswerRequest], take: Take) -> None:
     """Deals requests to all ranks, this one among them, until each has its answer.
 
     Args:
-        ranks: the exchange with the followers.
-        size: the number of ranks.
+        ranks: the exchange with the followers; None for a process on its own.
         batch: of this rank.
         requests: in the order in which they start.
         take: called with each request and its answer.
@@ -58,25 +97,29 @@ def lead(ranks: Exchange, size: int, batch: AnswerBatch, requests: Sequence[Answ
     away: dict[str, AnswerRequest] = {}
 
     def portion() -> list[AnswerRequest]:
-        count = min(PORTION, -(-len(queue) // (2 * size)))
+        count = len(queue) if ranks is None else min(PORTION, -(-len(queue) // (2 * ranks.size)))
         return [queue.popleft() for _ in range(count)]
+
+    def reply(ranks: Exchange, rank: int) -> None:
+        said = ranks.answer_of(rank)
+        dealt = portion() if said["asks"] else []
+        away.update({request.key: request for request in dealt})
+        ranks.tell({"requests": [to_json(request) for request in dealt], "more": bool(queue)}, rank=rank)
+        for key, answer in said["answers"]:
+            take(away.pop(key), RequestError(answer) if isinstance(answer, str) else Answer.from_json(answer))
 
     while queue or own or batch or away:
         if len(own) < PORTION // 2:
             own.extend(portion())
-        for rank in ranks.ready(0 if own or batch else None):
-            said = ranks.answer_of(rank)
-            dealt = portion() if said["asks"] else []
-            away |= {request.key: request for request in dealt}
-            ranks.tell({"requests": [to_json(request) for request in dealt], "more": bool(queue)}, rank=rank)
-            for key, answer in said["answers"]:
-                take(away.pop(key), RequestError(answer) if isinstance(answer, str) else Answer.from_json(answer))
+        if ranks is not None:
+            for rank in ranks.ready(0 if own or batch else None):
+                reply(ranks, rank)
         batch.fill(own)
         for request, answer in batch.step() if batch else ():
             take(request, answer)
 
 
-def follow(ranks: Exchange, batch: AnswerBatch, grammar: Grammar | None) -> None:
+def follow(ranks: Exchange, batch: AnswerBatch, grammar: Grammar | None) -> NoReturn:
     """Answers what the leader deals, until it ends the job.
 
     Args:

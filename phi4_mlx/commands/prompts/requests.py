@@ -117,23 +117,27 @@ def _ids(line: PromptLine, settings: RequestSettings, tokenizer: Tokenizer) -> l
     return tokenizer.apply_chat_template(messages, line.tools or None)
 
 
-def about(
-    args: argparse.Namespace,
-    prompts: PromptFile,
-    settings: RequestSettings,
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-) -> About:
-    """What the answers depend on, by the option that sets it."""
-    grammar = None if settings.grammar is None else hashlib.sha256(settings.grammar.text.encode()).hexdigest()
+def identity(model: LanguageModel, tokenizer: Tokenizer) -> list[str]:
+    """Fingerprints of a model's weights, tokenizer and adapter."""
     with shared_stream():
-        weights, adapter = base_fingerprint(model), adapter_fingerprint(model)
+        return [
+            base_fingerprint(model),
+            tokenizer.fingerprint(),
+            tokenizer.chat_format.name,
+            adapter_fingerprint(model),
+        ]
+
+
+def about(args: argparse.Namespace, prompts: PromptFile, settings: RequestSettings, known: Sequence[str]) -> About:
+    """What the answers depend on, by the option that sets it; `known` is the `identity` of the model."""
+    grammar = None if settings.grammar is None else hashlib.sha256(settings.grammar.text.encode()).hexdigest()
+    weights, vocabulary, chat_format, adapter = known
     found: dict[str, tuple[Any, Any]] = {
-        "--model": ([weights, tokenizer.fingerprint()], args.model or DEFAULT_MODEL),
+        "--model": ([weights, vocabulary], args.model or DEFAULT_MODEL),
         "--adapter-path": (adapter, args.adapter_path),
         "--prompts": (prompts.digest, args.prompts),
         "--schema": (grammar, args.schema),
-        "--chat-format": (tokenizer.chat_format.name,) * 2,
+        "--chat-format": (chat_format,) * 2,
         "--system-prompt": (settings.system_prompt,) * 2,
         "--ignore-chat-template": (not settings.chat, "off" if settings.chat else "on"),
         "--stop": ([*settings.stops], " ".join(map(repr, settings.stops)) or None),

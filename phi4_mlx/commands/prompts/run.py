@@ -6,10 +6,10 @@ import argparse
 import contextlib
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from phi4_mlx.errors import Phi4Error, RequestError
 from phi4_mlx.terminal.amount import amount, duration
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from phi4_mlx.commands.prompts.requests import RequestSettings
     from phi4_mlx.files.json_file import JsonObject
     from phi4_mlx.generation.answer_batch import Answer, AnswerRequest
+    from phi4_mlx.generation.memory import ContextPlan
     from phi4_mlx.grammar.grammars import Grammar
+    from phi4_mlx.models.model import LanguageModel
+    from phi4_mlx.ranks.join import Ranks
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
 PROG = typed("generate")
@@ -52,42 +55,82 @@ def check_file_options(args: argparse.Namespace) -> None:
             raise RequestError(f"--{name.replace('_', '-')} does not work with --prompts; drop one of the two")
 
 
-def answer_file(args: argparse.Namespace, grammar: Grammar | None, max_tokens: int) -> None:
-    """Answers a file of prompts.
+def answer_file(args: argparse.Namespace, max_tokens: int) -> None:
+    """Answers a file of prompts, on one machine or with the other ranks of a launch.
 
     Args:
         args: the options of `generate`.
-        grammar: of `--schema`; None for none.
         max_tokens: the longest answer, in tokens, where neither an option nor the model's authors say.
 
     Raises:
         Phi4Error: the prompts, the model or the files cannot be used.
     """
+    from phi4_mlx.ranks.launch import launched
+
+    launch = launched()
+    if launch is None:
+        return _lead(args, max_tokens, None)
+    from phi4_mlx.ranks.join import join
+
+    with join(launch, _shared_options(args)) as ranks:
+        if launch.rank:
+            _follow(args, ranks)
+        _lead(args, max_tokens, ranks)
+    ranks.close()
+
+
+def _shared_options(args: argparse.Namespace) -> dict[str, str]:
+    """The options that a follower does not learn from its leader."""
+    names = ("model", "adapter_path", "revision", "chat_format", "kv_bits", "prompts")
+    return {f"--{name.replace('_', '-')}": str(getattr(args, name)) for name in names}
+
+
+def _lead(args: argparse.Namespace, max_tokens: int, ranks: Ranks | None) -> None:
     from phi4_mlx.commands.prompts.lines import read_prompts
 
-    path = Path(os.path.expanduser(args.output))
     prompts = read_prompts(Path(os.path.expanduser(args.prompts)))  # before the model is loaded
+    grammar = None
+    if args.schema is not None:
+        from phi4_mlx.grammar.grammars import schema_grammar
 
-    from phi4_mlx.checkpoint import load
+        grammar = schema_grammar(args.schema)
+
+    from phi4_mlx.commands.prompts.dealing import lead, meet
     from phi4_mlx.commands.prompts.output import AnswerFile
-    from phi4_mlx.commands.prompts.requests import about, requests_of
+    from phi4_mlx.commands.prompts.requests import about, identity, requests_of
     from phi4_mlx.generation.answer_batch import AnswerBatch
+
+    model, tokenizer, plan = _load(args)
+    settings = _settings(args, tokenizer, grammar, max_tokens)
+    known = identity(model, tokenizer)
+    whole = plan if ranks is None else replace(plan, limit_bytes=meet(ranks, known, plan.limit_bytes, grammar))
+    requests = requests_of(prompts, settings, tokenizer, whole)
+    with AnswerFile(
+        Path(os.path.expanduser(args.output)), len(requests), about(args, prompts, settings, known)
+    ) as answers:
+        run = PromptRun(prompts, answers)
+        missing = [requests[index] for index in answers.missing()]
+        with run.to_the_end():
+            lead(ranks, AnswerBatch(model, tokenizer, plan), missing, run.take)
+
+
+def _follow(args: argparse.Namespace, ranks: Ranks) -> NoReturn:
+    from phi4_mlx.commands.prompts.dealing import follow, greet
+    from phi4_mlx.commands.prompts.requests import identity
+    from phi4_mlx.generation.answer_batch import AnswerBatch
+
+    model, tokenizer, plan = _load(args)
+    grammar = greet(ranks, identity(model, tokenizer), plan.limit_bytes)
+    follow(ranks, AnswerBatch(model, tokenizer, plan), grammar)
+
+
+def _load(args: argparse.Namespace) -> tuple[LanguageModel, Tokenizer, ContextPlan]:
+    from phi4_mlx.checkpoint import load
     from phi4_mlx.generation.memory import plan_context
     from phi4_mlx.hub import DEFAULT_MODEL
 
     model, tokenizer = load(args.model or DEFAULT_MODEL, **load_options(args))
-    settings = _settings(args, tokenizer, grammar, max_tokens)
-    plan = plan_context(model, args.kv_bits)
-    requests = requests_of(prompts, settings, tokenizer, plan)
-    with AnswerFile(path, len(requests), about(args, prompts, settings, model, tokenizer)) as answers:
-        run = PromptRun(prompts, answers)
-        queue = deque(requests[index] for index in answers.missing())
-        batch = AnswerBatch(model, tokenizer, plan)
-        with run.to_the_end():
-            while queue or batch:
-                batch.fill(queue)
-                for request, answer in batch.step():
-                    run.take(request, answer)
+    return model, tokenizer, plan_context(model, args.kv_bits)
 
 
 def _settings(
