@@ -17,15 +17,17 @@ from phi4_mlx.files.atomic import replacing
 from phi4_mlx.files.dtypes import name_of
 from phi4_mlx.files.safetensors import Header, TensorWriter, read_whole_header
 from phi4_mlx.fingerprint import WITHOUT, adapter_fingerprint, base_fingerprint, named_fingerprint
-from phi4_mlx.models.cache import LayerCache
+from phi4_mlx.models.cache import CacheOptions, LayerCache
 from phi4_mlx.models.cached_tokens import conditions_of
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.rope import Regime
 from phi4_mlx.models.snapshot import MAX_SNAPSHOTS, Snapshot
 from phi4_mlx.terminal.amount import amount
 from phi4_mlx.tokens.prompt import AbsentMedium, Place, Prompt
 
-_FORMAT, _VERSION, _WITH_MEDIA, _WITH_SNAPSHOTS = "phi4_mlx_prompt_cache", "2", "3", "4"
+FORMAT = "phi4_mlx_prompt_cache"  # the metadata that has the version
+VERSIONS = _PLAIN, _WITH_MEDIA, _WITH_SNAPSHOTS = ("2", "3", "4")
 _OWN = "phi4_mlx."  # prefix of our own metadata
 MAKE_ONE = "make one with cache-prompt or save_prompt_cache"
 CHECKSUM = ("U8", (32,))
@@ -61,8 +63,8 @@ class Content:
     @property
     def about(self) -> dict[str, str]:
         """All metadata, as they stand in the header."""
-        version = _WITH_SNAPSHOTS if "snapshots" in self.own else _WITH_MEDIA if "media" in self.own else _VERSION
-        return {_FORMAT: version, **self.metadata, **{f"{_OWN}{name}": value for name, value in self.own.items()}}
+        version = _WITH_SNAPSHOTS if "snapshots" in self.own else _WITH_MEDIA if "media" in self.own else _PLAIN
+        return {FORMAT: version, **self.metadata, **{f"{_OWN}{name}": value for name, value in self.own.items()}}
 
 
 def content_of(cache: PromptCache, fingerprints: Mapping[str, str], metadata: Mapping[str, str]) -> Content:
@@ -76,12 +78,12 @@ def content_of(cache: PromptCache, fingerprints: Mapping[str, str], metadata: Ma
     tensors = {"ids": cache.ids[0].astype(mx.int32)}
     for names, layer in zip(_names(cache), cache, strict=True):
         tensors |= zip(names, layer.state, strict=True)
-    own = {**fingerprints, **_shape(cache)}
+    own = {**fingerprints, **shape(cache.options, cache.regime, len(cache))}
     if cache.adapter and not cache.places:
         own["named_adapter"] = cache.adapter
     if cache.places:
         own["media"] = json.dumps([_described(place) for place in cache.places])
-    if cache.needs_snapshots and cache.snapshots:
+    if cache.needs_snapshots:
         own["snapshots"] = json.dumps([each.length for each in cache.snapshots])
         for each in cache.snapshots:
             twin = cache.fork(each.length)
@@ -158,7 +160,7 @@ def own_metadata(header: Header) -> dict[str, str]:
 
 def caller_metadata(header: Header) -> dict[str, str]:
     """The caller's metadata of a file."""
-    hidden = {"format", _FORMAT}
+    hidden = {"format", FORMAT}
     return {name: value for name, value in header.metadata.items() if name not in hidden and not name.startswith(_OWN)}
 
 
@@ -177,7 +179,7 @@ def snapshots_in(own: Mapping[str, str]) -> list[int]:
     Raises:
         ValueError, RecursionError: their description is damaged.
     """
-    lengths = json.loads(own.get("snapshots", "[]"))
+    lengths: list[int] = json.loads(own.get("snapshots", "[]"))
     whole = isinstance(lengths, list) and all(type(each) is int and each > 0 for each in lengths)
     if not whole or len(lengths) > MAX_SNAPSHOTS or sorted(set(lengths)) != lengths:
         raise ValueError(f"{lengths!r:.100} are not the lengths of at most {MAX_SNAPSHOTS} snapshots")
@@ -197,18 +199,16 @@ def _snapshot_names(cache: PromptCache, length: int) -> list[list[str]]:
     ]
 
 
-def _shape(cache: PromptCache) -> dict[str, str]:
-    """The options that a cache for these arrays is made with, as JSON values."""
-    return {
-        name: json.dumps(value)
-        for name, value in (
-            ("regime", cache.regime),
-            ("pinned", cache.options.regime),
-            ("kv_bits", cache.options.kv_bits),
-            ("max_kv_size", cache.options.max_kv_size),
-            ("num_layers", len(cache)),
-        )
+def shape(options: CacheOptions, regime: Regime, num_layers: int) -> dict[str, str]:
+    """What a cache was made with and computed under, beside the fingerprints, as JSON values."""
+    values = {
+        "regime": regime,
+        "pinned": options.regime,
+        "kv_bits": options.kv_bits,
+        "max_kv_size": options.max_kv_size,
+        "num_layers": num_layers,
     }
+    return {name: json.dumps(value) for name, value in values.items()}
 
 
 def _described(place: Place) -> list[Any]:
@@ -244,11 +244,11 @@ def read_cache_header(path: Path) -> Header:
         CheckpointError: it is missing, damaged, of another format or of another version.
     """
     header = read_whole_header(path, MAKE_ONE, "prompt cache file")
-    version = header.metadata.get(_FORMAT)
+    version = header.metadata.get(FORMAT)
     if version is None:
         raise CheckpointError(f"{path} is not a prompt cache file; {MAKE_ONE}")
-    if version not in (_VERSION, _WITH_MEDIA, _WITH_SNAPSHOTS):
-        supported = f"{_VERSION}, {_WITH_MEDIA} and {_WITH_SNAPSHOTS} are supported"
+    if version not in VERSIONS:
+        supported = f"{', '.join(VERSIONS[:-1])} and {VERSIONS[-1]} are supported"
         raise CheckpointError(f"{path} has format {version!r:.20}; only {supported}; {MAKE_ONE}")
     return header
 

@@ -167,21 +167,22 @@ class StoreFolder:
         finally:
             os.close(descriptor)
 
-    def make_room(self, nbytes: int) -> bool:
+    def make_room(self, nbytes: int) -> list[str] | None:
         """Removes the least recently used files until `nbytes` more fit; call it under the lock.
 
         Returns:
-            False, and nothing is removed, if they would never fit.
+            The names of the removed files; None, and nothing is removed, if they would never fit.
         """
         if nbytes > self.limit_bytes:
-            return False
-        files = self.files()
+            return None
+        files, removed = self.files(), []
         used = sum(file.nbytes for file in files)
         for file in sorted(files, key=lambda file: not file.partial):  # what killed writers have left goes first
             if used + nbytes > self.limit_bytes or file.partial:
                 self.drop(file.name)
+                removed.append(file.name)
                 used -= file.nbytes
-        return True
+        return removed
 
     def drop(self, name: str) -> None:
         """Removes a file, if it is there."""
