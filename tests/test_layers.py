@@ -33,6 +33,7 @@ checkpoint_share
 fingerprint
 ranks
 convert
+export
 generation
 agent transcription
 lora server evaluation

@@ -15,7 +15,7 @@ import mlx.core as mx
 from phi4_mlx.config.fields import Config
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.safetensors import TensorInfo
-from phi4_mlx.models import pipeline
+from phi4_mlx.models import pipeline, tensor_parallel
 from phi4_mlx.models.causal_lm import CausalLM
 from phi4_mlx.models.share import Parallel, Pieces, Share, pieces_bytes
 
@@ -41,7 +41,7 @@ def check_share(config: Config, parallel: Parallel, size: int, infos: Mapping[st
                 f"{size} ranks cannot share {config.num_hidden_layers} blocks; start at most as many ranks as blocks"
             )
         return
-    raise RequestError("tensor parallel is not supported by this model; use --parallel pipeline")
+    tensor_parallel.check_split(config, size, infos)
 
 
 def choose_parallel(config: Config, size: int, backend: str) -> tuple[Parallel, str]:
@@ -57,24 +57,32 @@ def choose_parallel(config: Config, size: int, backend: str) -> tuple[Parallel, 
 
 def share_config(config: Any, share: Share, infos: Mapping[str, TensorInfo]) -> Any:
     """The config of one rank's share, of which its shapes, caches and costs follow."""
+    if share.parallel == "tensor":
+        return tensor_parallel.split_config(config, share)
     return replace(config, num_hidden_layers=len(pipeline.deal_blocks(infos, share.size)[share.rank]))
 
 
-def share_pieces(config: Config, share: Share, infos: Mapping[str, TensorInfo]) -> Pieces:
+def share_pieces(config: Any, share: Share, infos: Mapping[str, TensorInfo]) -> Pieces:
     """The parts of the checkpoint's tensors that one rank holds."""
+    if share.parallel == "tensor":
+        return tensor_parallel.pieces_of(config, infos, share)
     return pipeline.pieces_of(infos, share)
 
 
-def share_plan(config: Config, infos: Mapping[str, TensorInfo], parallel: Parallel, size: int) -> list[int]:
+def share_plan(config: Any, infos: Mapping[str, TensorInfo], parallel: Parallel, size: int) -> list[int]:
     """Bytes of weights that each rank reads and holds."""
     return [pieces_bytes(share_pieces(config, Share(parallel, rank, size), infos), infos) for rank in range(size)]
 
 
 def prepare_share(model: CausalLM, share: Share) -> None:
     """Removes what other ranks hold from a model with the config of a share, before its weights are loaded."""
-    pipeline.without_ends(model, share)
+    if share.parallel == "pipeline":
+        pipeline.without_ends(model, share)
 
 
-def join_ranks(model: CausalLM, share: Share, group: mx.distributed.Group) -> None:
-    """Makes a loaded share run together with those of the other ranks of a group."""
-    pipeline.as_stage(model, share, group)
+def join_ranks(model: CausalLM, config: Any, share: Share, group: mx.distributed.Group) -> None:
+    """Makes a loaded share run together with those of the other ranks of a group; `config` is the whole model's."""
+    if share.parallel == "tensor":
+        tensor_parallel.as_part(model, config, share, group)
+    else:
+        pipeline.as_stage(model, share, group)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
+import select
 from collections.abc import Mapping
 from types import TracebackType
 from typing import NoReturn
 
 import mlx.core as mx
 
-from phi4_mlx.errors import Phi4Error, RequestError, message_of
+from phi4_mlx.errors import RequestError, message_of
 from phi4_mlx.ranks.channel import JSON, Channel
 from phi4_mlx.ranks.launch import Launch
 from phi4_mlx.ranks.meeting import Met, follow, lead, let_go, wait_to_go
@@ -79,6 +79,11 @@ class Ranks:
         """The name of this rank in messages."""
         return self.names[self.launch.rank]
 
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return self.launch.size
+
     def open_backend(self) -> None:
         """Initialises `mx.distributed`."""
         with self._watching.opening():
@@ -89,7 +94,9 @@ class Ranks:
                 f"{self.group.size()}, not of {self.launch.size}"
             )
 
-    def tell(self, command: Mapping[str, JSON], counter: int | None = None, tokens: int = 1) -> None:
+    def tell(
+        self, command: Mapping[str, JSON], counter: int | None = None, tokens: int = 1, *, rank: int | None = None
+    ) -> None:
         """Sends a command to all followers; of the leader.
 
         Args:
@@ -97,11 +104,13 @@ class Ranks:
             counter: of an operation whose end each follower reports by `done`; the watcher ends the job if a follower
                 takes far longer than for any operation before. None for a command without such a report.
             tokens: how many tokens the operation runs, the measure of its length.
+            rank: the only follower that it is for; None for all.
         """
         if counter is not None:
             self._watching.told(counter, tokens)
-        for channel in self._met.commands.values():
-            self._send(channel, {"command": dict(command)})
+        for follower, channel in self._met.commands.items():
+            if rank in (None, follower):
+                self._send(channel, {"command": dict(command)})
 
     def hear(self) -> dict[str, JSON]:
         """Waits for the leader's next command; of a follower.
@@ -138,6 +147,19 @@ class Ranks:
         """
         return [self._receive(channel)["answer"] for channel in self._met.commands.values()]
 
+    def answer_of(self, rank: int) -> JSON:
+        """Waits for the next `answer` of one follower; of the leader."""
+        return self._receive(self._met.commands[rank])["answer"]
+
+    def ready(self, timeout_s: float | None = 0) -> list[int]:
+        """Waits for the ranks whose next message can be read at once: followers, or the leader of a follower.
+
+        Args:
+            timeout_s: the most seconds to wait; None for no limit.
+        """
+        ranks = {channel.detach(): rank for rank, channel in self._met.commands.items()}
+        return [ranks[each] for each in select.select([*ranks], [], [], timeout_s)[0]]
+
     def end(self, line: str) -> NoReturn:
         """Ends the job on all ranks, each with this line on standard error and an exit code that is not 0.
 
@@ -165,7 +187,7 @@ class Ranks:
             return
         if isinstance(error, KeyboardInterrupt):
             self.end(f"{self.name} was interrupted")
-        if not isinstance(error, Phi4Error):
+        if isinstance(error, RuntimeError):  # mlx's, of a collective that has lost a peer
             self._watching.wait_for_cause()
         self.end(f"{self.name}: {message_of(error) or type(error).__name__}")
 

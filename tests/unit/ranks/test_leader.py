@@ -9,8 +9,9 @@ import mlx.core as mx
 import pytest
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.generation.batch import Batch, BatchSequence
+from phi4_mlx.generation.batch import Batch
 from phi4_mlx.generation.sampling import make_sampler
+from phi4_mlx.generation.sequence import BatchSequence
 from phi4_mlx.generation.speculate import PromptLookup
 from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.models.cache import KVCache
