@@ -166,6 +166,12 @@ def open_session(options: ModelOptions, tell: Callable[[str], None] = lambda lin
     session.close()
 
 
+def is_follower() -> bool:
+    """True on every rank but the first of a job; False for a process on its own."""
+    launch = launched()
+    return launch is not None and launch.rank > 0
+
+
 def check_over_ranks(args: argparse.Namespace, *names: str) -> None:
     """Refuses options that do not work over ranks; only rank 0 says so.
 
