@@ -9,10 +9,11 @@ from typing import Any
 
 from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.generation.answer import AnswerAssembler
-from phi4_mlx.generation.batch import PREFILL_STEP_SIZE, Batch, BatchSequence, Fault
+from phi4_mlx.generation.batch import PREFILL_STEP_SIZE, Batch
 from phi4_mlx.generation.memory import ContextPlan, room_for_rows
 from phi4_mlx.generation.options import LogitsMask, is_forced
 from phi4_mlx.generation.sampling import Sampling
+from phi4_mlx.generation.sequence import BatchSequence, Fault
 from phi4_mlx.generation.stream import AnswerText
 from phi4_mlx.generation.thoughts import ThoughtSplitter
 from phi4_mlx.grammar.grammars import Grammar

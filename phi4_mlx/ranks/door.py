@@ -131,7 +131,7 @@ class Door:
         if said["job"] != self._launch.job or not 0 < rank < self._launch.size or purpose not in PURPOSES:
             return (
                 f"a process at {where} says that it is rank {rank} of another job than the leader at {host}:{port}: "
-                "its hosts, backend or channel differ"
+                "the host file or the backend differs"
             )
         with self._lock:
             if (rank, purpose) in self._taken:

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import mlx.core as mx
 
-from phi4_mlx.errors import Phi4Error, RequestError, message_of
+from phi4_mlx.errors import RequestError, message_of
 from phi4_mlx.ranks.channel import JSON, Channel
 from phi4_mlx.ranks.launch import Launch
 from phi4_mlx.ranks.meeting import Met, follow, lead, let_go, wait_to_go
@@ -187,7 +187,7 @@ class Ranks:
             return
         if isinstance(error, KeyboardInterrupt):
             self.end(f"{self.name} was interrupted")
-        if not isinstance(error, Phi4Error):
+        if isinstance(error, RuntimeError):  # mlx's, of a collective that has lost a peer
             self._watching.wait_for_cause()
         self.end(f"{self.name}: {message_of(error) or type(error).__name__}")
 

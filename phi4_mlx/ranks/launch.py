@@ -17,7 +17,7 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.files.regular_file import read_regular
 
 CHANNEL = "PHI4_MLX_CHANNEL"
-"""Variable with the side channel's address, HOST:PORT of rank 0; the same on all ranks."""
+"""Variable with the address of the leader's side channel, HOST:PORT, as this rank reaches it."""
 
 WAIT = "PHI4_MLX_JOIN_S"
 """Variable with the seconds that a rank waits at the start for the others."""
@@ -143,7 +143,7 @@ def _launch(
     channel = (first[0], first[1] - _APART if first[1] > 2 * _APART else first[1] + _APART)
     if CHANNEL in given:
         channel = address(CHANNEL, given[CHANNEL])
-    job = hashlib.sha256(json.dumps([backend, size, channel, shared]).encode()).hexdigest()[:32]
+    job = hashlib.sha256(json.dumps([backend, size, shared]).encode()).hexdigest()[:32]
     return Launch(_whole(given, rank, 0, size - 1), size, backend, channel, hosts, job, _wait(given))
 
 
@@ -184,7 +184,7 @@ def _whole(given: Mapping[str, str], name: str, low: int, high: int) -> int:
 
 
 def _json_file(name: str, path: str) -> object:
-    """The value of the JSON file that a variable names; None for an empty file, which mlx.launch writes for one rank."""
+    """The value of the JSON file that a variable names; None for an empty one, which mlx.launch writes for one rank."""
     try:
         text = read_regular(Path(path), _HOSTFILE_BYTES).decode()
         return json.loads(text) if text.strip() else None

@@ -1,6 +1,6 @@
 """The watcher of one rank: a process of its own, that ends the job on all ranks when one of them fails.
 
-It stands beside the rank, as a thread in it would stop where native code keeps the interpreter's lock, and would freeze
+It stands beside the rank: a thread in it would stop where native code keeps the interpreter's lock, and would freeze
 with it. The leader's watcher is connected to the watcher of each follower. Each sends a beat, and whoever finds a
 failure sends the line that names the rank; the leader's passes it on. Started by file: the standard library is all that
 it may import.
@@ -23,7 +23,10 @@ import subprocess
 import sys
 import time
 from collections import deque
-from typing import Any
+from typing import Any, NoReturn
+
+ALIVE, END = b".", b"!"
+"""What a rank hears from its watcher."""
 
 BEAT_S = 0.5
 SILENT_S = 6.0
@@ -95,10 +98,10 @@ class Link:
         self.closed = False  # after an ordinary end
         self._buffer = b""
 
-    def send(self, value: dict[str, Any]) -> None:
-        """Sends a line; loses it where the connection takes no more."""
+    def send(self, data: bytes) -> None:
+        """Sends some bytes; loses them where the connection takes no more."""
         with contextlib.suppress(OSError):
-            self.socket.send(json.dumps(value).encode() + b"\n")
+            self.socket.send(data)
 
     def receive(self) -> list[dict[str, Any]]:
         """The lines that have come.
@@ -137,15 +140,15 @@ class Watcher:
         self._opening_since: float | None = None
         self._stopped_since: float | None = None
         self._beaten = 0.0
+        self._met = False  # until then, the rank itself sees who comes and who goes
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._own.socket, selectors.EVENT_READ, self._own)
 
     def run(self) -> None:
         """Watches until the job ends."""
-        selector = selectors.DefaultSelector()
-        for link in (self._own, *self._peers.values()):
-            selector.register(link.socket, selectors.EVENT_READ, link)
         looked = time.monotonic()
         while True:
-            ready = [key.data for key, _ in selector.select(BEAT_S / 2)]
+            ready = [key.data for key, _ in self._selector.select(BEAT_S / 2)]
             now = time.monotonic()
             if now - looked > SILENT_S / 2:
                 self._forgive(now - looked)
@@ -153,12 +156,11 @@ class Watcher:
             if self._own in ready:
                 self._hear_own(now)
             for rank, link in self._peers.items():
-                if link in ready and not link.closed:
+                if link in ready:
                     self._hear(rank, link)
-                if link.closed and link.socket in selector.get_map():
-                    selector.unregister(link.socket)
             if now - self._beaten >= BEAT_S:
                 self._beaten = now
+                self._own.send(ALIVE)
                 self._tell_peers({"done": self._own_done})
                 self._check(now)
 
@@ -183,11 +185,19 @@ class Watcher:
                 self._own_done = max(self._own_done, said["done"])
             elif "opening" in said:
                 self._opening_since = now if said["opening"] else None
+                self._meet(now)
             elif "end" in said:
                 self._end(said["end"])
             elif "close" in said:
                 self._tell_peers({"closed": True})
                 os._exit(0)
+
+    def _meet(self, now: float) -> None:
+        """Begins to watch the peers: all ranks are there."""
+        for link in () if self._met else self._peers.values():
+            link.heard = now
+            self._selector.register(link.socket, selectors.EVENT_READ, link)
+        self._met = True
 
     def _hear(self, rank: int, link: Link) -> None:
         try:
@@ -197,20 +207,19 @@ class Watcher:
         for said in lines:
             if "end" in said:
                 self._end(str(said["end"]))
-            elif "closed" in said:
+            if "closed" in said:
                 link.closed = True
-            else:
-                self._done[rank] = said["done"]
+                self._selector.unregister(link.socket)
+                return
+            self._done[rank] = said["done"]
 
     def _check(self, now: float) -> None:
         """Ends the job if a limit is exceeded."""
         own = self._names[self._rank]
         for rank, link in self._peers.items():
-            if not link.closed and now - link.heard > SILENT_S:
-                self._end(
-                    f"{self._names[rank]} has not been heard for {SILENT_S:g} s: it is frozen, or its machine sleeps or "
-                    "is off the network"
-                )
+            if self._met and not link.closed and now - link.heard > SILENT_S:
+                why = "it is frozen, or its machine sleeps or is off the network"
+                self._end(f"{self._names[rank]} has not been heard for {SILENT_S:g} s: {why}")
         if not _is_stopped(self._process):
             self._stopped_since = None
         elif self._stopped_since is None:
@@ -227,14 +236,14 @@ class Watcher:
 
     def _tell_peers(self, value: dict[str, Any]) -> None:
         for link in self._peers.values():
-            link.send(value)
+            link.send(json.dumps(value).encode() + b"\n")
 
-    def _end(self, line: str) -> None:
+    def _end(self, line: str) -> NoReturn:
         """Tells all ranks, prints the line, and ends the rank with this process."""
         self._tell_peers({"end": line})
         with contextlib.suppress(OSError):
             os.write(2, f"phi4_mlx: {line}; the job ends\n".encode())
-        self._own.send({"end": line})
+        self._own.send(END)
         deadline = time.monotonic() + 1.0
         with contextlib.suppress(OSError):  # raised when the rank has left
             while time.monotonic() < deadline:

@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from phi4_mlx.ranks.meeting import Met
+from phi4_mlx.ranks.watcher import END
 
-_CAUSE_S = 8.0  # longer than the watcher needs to see that a rank is gone or silent
+_CAUSE_S = 3.0  # far longer than the watchers need to see that a rank has ended
+_MISSED_S = 3.0
+_MISSED = 3  # in a row, as this process may have slept itself
 _FAILED = 1
 
 
@@ -40,6 +43,7 @@ class Watching:
             [sys.executable, "-I", "-S", str(Path(__file__).with_name("watcher.py")), json.dumps(about)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
+            start_new_session=True,  # what stops this process, Ctrl-Z too, does not stop the watcher
             pass_fds=[theirs.fileno(), *(each.fileno() for each in beats.values())],
         )
         for each in (theirs, *beats.values()):
@@ -65,7 +69,7 @@ class Watching:
         """Ends the job on all ranks with a line."""
         self._say({"end": line})
         time.sleep(_CAUSE_S)
-        os._exit(_FAILED)
+        self._leave(f"{line}; the watcher does not answer")
 
     def wait_for_cause(self) -> None:
         """Gives the watcher time to end this process with the line that names the rank at fault."""
@@ -86,14 +90,26 @@ class Watching:
 
     def _obey(self) -> None:
         """Leaves when the watcher says that the job has ended, or is gone itself."""
-        said = b""
-        with contextlib.suppress(OSError):
-            while part := self._socket.recv(4096):
-                said += part
+        self._socket.settimeout(_MISSED_S)
+        missed = 0
+        while missed < _MISSED:
+            try:
+                said = self._socket.recv(4096)
+                missed = 0
+            except TimeoutError:
+                missed += 1
+                continue
+            except OSError:
+                said = b""
+            if END in said:
+                os._exit(_FAILED)
+            if not said:
+                break
         with self._lock:
-            if self._closed:
-                return
-        if not said:
-            with contextlib.suppress(OSError):
-                os.write(2, f"phi4_mlx: {self._name}: its watcher was killed; the job ends\n".encode())
+            if not self._closed:
+                self._leave(f"{self._name}: its watcher was killed")
+
+    def _leave(self, line: str) -> NoReturn:
+        with contextlib.suppress(OSError):
+            os.write(2, f"phi4_mlx: {line}; the job ends\n".encode())
         os._exit(_FAILED)

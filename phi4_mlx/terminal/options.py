@@ -262,6 +262,21 @@ def add_overflow_option(parser: Parser) -> None:
     )
 
 
+def add_prompt_cache_options(parser: Parser) -> None:
+    """Adds `--prompt-cache-dir` and `--prompt-cache-disk-bytes`."""
+    parser.add_argument(
+        "--prompt-cache-dir", type=word, metavar="DIR",
+        help="folder that keeps the caches of earlier prompts for the next start; only its owner may read it "
+        "(default: none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompt-cache-disk-bytes", type=number(int, 2**20, 2**50), default=10 * 2**30, metavar="N",
+        help="most bytes in that folder; the least recently used goes first",
+    )  # fmt: skip
+    no_folder = "without --prompt-cache-dir, whose files it limits"
+    parser.idle.append(Idle(("prompt_cache_disk_bytes",), lambda args: args.prompt_cache_dir is None, no_folder))
+
+
 def check_decoding_options(args: argparse.Namespace) -> None:
     """Checks that no decoding option cancels another.
 
