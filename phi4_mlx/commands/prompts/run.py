@@ -35,7 +35,7 @@ EVERY_S = 30  # between two lines of progress, where standard error is no termin
 # Options of `generate` that ask for one answer alone -> their values where they are not given.
 _ONE_ANSWER: dict[str, object] = {
     "prompt": None, "image": [], "audio": [], "prompt_cache_file": None, "max_kv_size": None, "draft_model": None,
-    "speculate": "auto", "verbose": False,
+    "speculate": "auto", "verbose": False, "kv_bits": None,
 }  # fmt: skip
 
 
