@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from phi4_mlx.commands.prompt import prompt_messages, read_media, read_prompt, show_progress
+from phi4_mlx.commands.prompts.run import answer_file, check_file_options
 from phi4_mlx.errors import RequestError
 from phi4_mlx.terminal.amount import amount, size
 from phi4_mlx.terminal.command import Idle, Parser, complain, run, text, typed, word
@@ -84,6 +85,15 @@ def _parser() -> Parser:
         metavar="FILE",
         help="a file of cache-prompt: the prompt continues its text, after an empty line (default: none)",
     )
+    parser.add_argument(
+        "--prompts", type=word, metavar="FILE.jsonl",
+        help='answer every line of a file: {"prompt": text}, {"messages": [...]} or a JSON string, with an "id", '
+        '"max_tokens" or "seed" of its own where wanted (default: none)',
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=word, metavar="OUT.jsonl",
+        help="the answers to --prompts, a line each, in their order; a run that was stopped goes on (default: none)",
+    )  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="print counts and speeds to standard error at the end")
     parser.idle.append(Idle(("chat_format",), lambda args: args.ignore_chat_template, "with --ignore-chat-template"))
     return parser
@@ -91,6 +101,8 @@ def _parser() -> Parser:
 
 def _generate(args: argparse.Namespace) -> None:
     _check_options(args)
+    if args.prompts is not None:
+        return answer_file(args, MAX_TOKENS)
     prompt = read_prompt(args)  # before the model is loaded, so that a mistake costs no wait
     grammar = _grammar(args) if args.schema is not None else None
 
@@ -187,13 +199,14 @@ def _print_answer(
 def _grammar(args: argparse.Namespace) -> Grammar:
     from phi4_mlx.grammar.grammars import schema_grammar
 
-    if args.stop:
-        raise RequestError("--stop may end an answer before it obeys the schema; drop --stop or --schema")
     return schema_grammar(args.schema)
 
 
 def _check_options(args: argparse.Namespace) -> None:
+    check_file_options(args)
     check_decoding_options(args)
+    if args.schema is not None and args.stop:
+        raise RequestError("--stop may end an answer before it obeys the schema; drop --stop or --schema")
     if args.ignore_chat_template and args.system_prompt is not None:
         raise RequestError("--system-prompt needs the chat format, and --ignore-chat-template leaves it out; drop one")
     fixed: dict[str, object] = {

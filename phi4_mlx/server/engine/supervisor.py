@@ -14,7 +14,8 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.server.engine import engine, process
+from phi4_mlx.server.engine import process
+from phi4_mlx.server.engine.engine import Settings
 from phi4_mlx.server.engine.process import EngineProcess
 from phi4_mlx.server.engine.protocol import Beat, Cancel, Event, Failure, Finish, Job, Pong, Ready, Report
 from phi4_mlx.server.log import LOG
@@ -86,7 +87,7 @@ class Supervisor:
         longest, note: those of `Ready`; 0 and "" until the engine is ready.
     """
 
-    def __init__(self, settings: engine.Settings, max_jobs: int) -> None:
+    def __init__(self, settings: Settings, max_jobs: int) -> None:
         self._settings, self._max_jobs = settings, max_jobs
         self._clients: dict[int, _Client] = {}
         self._numbers = itertools.count(1)
