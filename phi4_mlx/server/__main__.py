@@ -178,11 +178,13 @@ def _served(args: argparse.Namespace) -> _Served:
     """Reads everything but the weights."""
     from phi4_mlx.checkpoint import load_config, load_tokenizer_and_format
     from phi4_mlx.files.manifest import verify_manifest
+    from phi4_mlx.generation.cache_store.store import store_settings
     from phi4_mlx.hub import DEFAULT_MODEL, resolve
     from phi4_mlx.server.engine.engine import Settings
     from phi4_mlx.server.model_kind import model_kind
 
     adapters = _adapters(args.adapters)
+    store = store_settings(args.prompt_cache_dir, args.prompt_cache_disk_bytes)
     name = DEFAULT_MODEL if args.model is None else args.model
     folder = resolve(name, args.revision)
     if args.verify:
@@ -200,6 +202,7 @@ def _served(args: argparse.Namespace) -> _Served:
         args.kv_cache_bytes,
         args.prompt_cache_bytes,
         args.chat_format,
+        store,
     )
     kind = model_kind(folder, tokenizer.chat_format, args.chat_format is not None)
     return _Served(settings, shown, tokenizer, config.vocab_size, kind)

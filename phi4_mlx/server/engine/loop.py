@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from multiprocessing.connection import Connection
 
 from phi4_mlx.checkpoint import load
 from phi4_mlx.errors import Phi4Error
+from phi4_mlx.generation.memory_pressure import read_memory
 from phi4_mlx.server.engine.answer import short_message
 from phi4_mlx.server.engine.engine import Engine, Settings, check_room, limit_note
-from phi4_mlx.server.engine.protocol import Broken, Cancel, Event, Job, Ping, Pong, Ready
+from phi4_mlx.server.engine.protocol import Broken, Cancel, Event, Job, Leave, Notice, Ping, Pong, Ready
 from phi4_mlx.server.engine.pulse import Pulse
+from phi4_mlx.server.limits import STORING_S
+from phi4_mlx.terminal.printable import one_line
+
+FOLLOW_S = 1.0  # between two looks at the memory that the machine has left
 
 
 def run(connection: Connection, settings: Settings) -> None:
@@ -23,7 +29,8 @@ def run(connection: Connection, settings: Settings) -> None:
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         pulse = Pulse(connection)
         try:
-            engine = Engine(*load(settings.model, chat_format=settings.chat_format), settings)
+            loaded = load(settings.model, chat_format=settings.chat_format)
+            engine = Engine(*loaded, settings, warn=partial(_warn, pulse))
             check_room(engine)
         except Phi4Error as error:
             return pulse.send(Broken(short_message(error)))
@@ -32,17 +39,29 @@ def run(connection: Connection, settings: Settings) -> None:
                 Broken(f"the engine could not load the model: {type(error).__name__}: {short_message(error)}")
             )
         pulse.send(Ready(engine.longest, limit_note(engine)))
+        follow_at_s = 0.0
         while True:
             messages: list[Job | Cancel | Ping] = []
             pulse.turns, pulse.waiting = pulse.turns + 1, not engine.busy
-            while connection.poll(0 if engine.busy or messages else None):
-                messages.append(connection.recv())
+            while connection.poll(0 if engine.busy or messages else FOLLOW_S):
+                message = connection.recv()
+                if isinstance(message, Leave):
+                    return engine.close(STORING_S)
+                messages.append(message)
                 pulse.waiting = False
+            if time.monotonic() >= follow_at_s:
+                engine.prefixes.follow(read_memory())
+                follow_at_s = time.monotonic() + FOLLOW_S
             for message in messages:
                 if isinstance(message, Ping):
                     pulse.send(Pong(message.number, engine.gauges()))
             if events := turn(engine, messages):
                 pulse.send(events)
+
+
+def _warn(pulse: Pulse, line: str) -> None:
+    with contextlib.suppress(OSError):  # the server is gone
+        pulse.send(Notice(one_line(line)))
 
 
 def turn(engine: Engine, messages: Iterable[Job | Cancel | Ping]) -> list[Event]:

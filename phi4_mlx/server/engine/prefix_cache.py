@@ -95,10 +95,7 @@ class PrefixCache:
             return None
         self._entries.remove(best)
         self._entries.append(best)
-        cache = best.cache.fork(length)
-        cache.expect(ids)  # the entry knows only the identity of its media
-        cache.mark()  # a snapshot here lets the next entry of the conversation replace this one
-        return cache
+        return best.cache.prefix_of(ids, length)  # the entry knows only the identity of its media
 
     def _best(self, model: LanguageModel, adapter: str | None, ids: Sequence[int]) -> tuple[int, _Entry | None]:
         """The entry that serves the most tokens of a prompt, and their number."""

@@ -17,7 +17,20 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.server.engine import process
 from phi4_mlx.server.engine.engine import Settings
 from phi4_mlx.server.engine.process import EngineProcess
-from phi4_mlx.server.engine.protocol import Beat, Cancel, Event, Failure, Finish, Job, Pong, Ready, Report
+from phi4_mlx.server.engine.protocol import (
+    Beat,
+    Cancel,
+    Event,
+    Failure,
+    Finish,
+    Job,
+    Leave,
+    Notice,
+    Pong,
+    Ready,
+    Report,
+)
+from phi4_mlx.server.limits import STORING_S
 from phi4_mlx.server.log import LOG
 
 PING_S = 30.0  # an engine answers between two chunks of a prefill, which take long on a slow machine
@@ -128,11 +141,14 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Ends the engine, and fails the jobs that are left."""
-        self.state = "stopped"
+        orderly, self.state = self.state == "ready", "stopped"
         self._fail_all("the server is stopping")
         if self._watching is not None:
             self._watching.cancel()
         if self._engine is not None:
+            if orderly and self._settings.store is not None:
+                self._engine.send(Leave())
+                await asyncio.wait([asyncio.create_task(self._engine.ended())], timeout=STORING_S + 0.5)
             self._engine.kill()
             await self._engine.ended()
 
@@ -210,6 +226,8 @@ class Supervisor:
                 self.state = "ready"
         elif isinstance(report, Pong):
             source.pong(report)
+        elif isinstance(report, Notice):
+            LOG.warning("%s", report.line)
         elif isinstance(report, Ready):
             self.state, self.longest, self.note, self._failures = "ready", report.longest, report.note, _Failures()
             self._started.set()
