@@ -33,7 +33,11 @@ def run(connection: Connection, settings: Settings) -> None:
             with open_session(settings.model_options, partial(complain, typed("server"))) as session:
                 engine = _loaded(session, settings, partial(_warn, pulse))
                 pulse.send(Ready(engine.longest, limit_note(engine)))
-                _answer_all(connection, pulse, engine)
+                try:
+                    _answer_all(connection, pulse, engine)
+                except (EOFError, OSError):
+                    session.fail("rank 0: the process that serves HTTP has ended")
+                    raise
                 engine.close(STORING_S)
         except Phi4Error as error:
             pulse.send(Broken(short_message(error)))
