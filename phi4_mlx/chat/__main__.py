@@ -35,6 +35,7 @@ from phi4_mlx.terminal.options import (
     add_media_options,
     add_model_options,
     add_overflow_option,
+    add_prompt_cache_options,
     add_sampling_options,
     cache_options,
     check_decoding_options,
@@ -79,6 +80,7 @@ def _parser() -> Parser:
     add_sampling_options(parser, MAX_TOKENS)
     add_decoding_options(parser)
     add_overflow_option(parser)
+    add_prompt_cache_options(parser)
     parser.idle.append(Idle(("context_overflow",), lambda args: args.prompt is not None, "with --prompt: one question"))
     return parser
 
@@ -94,16 +96,17 @@ def _chat(args: argparse.Namespace) -> None:
     screen, grammar = Screen(), None if args.schema is None else _grammar(args)
     with toolbox_of(args, person, partial(complain, PROG)) as toolbox:
         chat = _open(args, screen, person, toolbox, grammar)
-        for path in args.image:
-            attach_file(chat, path, "image")
-        for path in args.audio:
-            attach_file(chat, path, "audio")
-        if prompt is not None:
-            chat.answer(prompt)
-        elif person:
-            talk(chat)
-        else:
-            _answer_lines(chat)
+        with contextlib.closing(chat.conversation):
+            for path in args.image:
+                attach_file(chat, path, "image")
+            for path in args.audio:
+                attach_file(chat, path, "audio")
+            if prompt is not None:
+                chat.answer(prompt)
+            elif person:
+                talk(chat)
+            else:
+                _answer_lines(chat)
 
 
 def _grammar(args: argparse.Namespace) -> Grammar:
@@ -121,12 +124,18 @@ def _open(args: argparse.Namespace, screen: Screen, person: bool, toolbox: Toolb
     from phi4_mlx.hub import DEFAULT_MODEL
     from phi4_mlx.models.cache import CacheOptions
 
+    settings = None
+    if args.prompt_cache_dir is not None:
+        from phi4_mlx.generation.cache_store.store import store_settings
+
+        settings = store_settings(args.prompt_cache_dir, args.prompt_cache_disk_bytes)
     name = DEFAULT_MODEL if args.model is None else args.model
     model, tokenizer = load_shown(screen, name, load_options(args))
     draft = None if args.draft_model is None else load(args.draft_model)[0]
     conversation = Conversation(
         model, tokenizer, args.system_prompt, toolbox,
         cache_options=CacheOptions(**cache_options(args)), overflow=args.context_overflow,
+        store=None if settings is None else settings.open(model, tokenizer, partial(complain, PROG)),
     )  # fmt: skip
     conversation.check_tools()
     chat = Chat(

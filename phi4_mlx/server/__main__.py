@@ -184,7 +184,8 @@ def _served(args: argparse.Namespace) -> _Served:
     from phi4_mlx.server.model_kind import model_kind
 
     adapters = _adapters(args.adapters)
-    store = store_settings(args.prompt_cache_dir, args.prompt_cache_disk_bytes)
+    folder_of_store, limit = args.prompt_cache_dir, args.prompt_cache_disk_bytes
+    store = None if folder_of_store is None else store_settings(folder_of_store, limit)
     name = DEFAULT_MODEL if args.model is None else args.model
     folder = resolve(name, args.revision)
     if args.verify:
