@@ -23,7 +23,6 @@ from phi4_mlx.models.snapshot import Snapshot
 from phi4_mlx.models.split_logits import LEAST, SplitLogits
 from phi4_mlx.ranks.digest import RunningDigest, columns
 
-
 Read = list[Any]
 """What is read of hidden states: the name of a model's method, and its further arguments."""
 
