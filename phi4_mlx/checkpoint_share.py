@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
 
 from phi4_mlx.checkpoint import check_tensors, empty_model, load_config, stored_tensors
 from phi4_mlx.files.dtypes import mlx_dtype
-from phi4_mlx.files.safetensors import Stored, TensorInfo
+from phi4_mlx.files.safetensors import Stored
 from phi4_mlx.files.tensor_parts import read_part
 from phi4_mlx.models.causal_lm import CausalLM
 from phi4_mlx.models.model import LanguageModel
-from phi4_mlx.models.share import Piece, Share
 from phi4_mlx.models.sharding import check_share, join_ranks, prepare_share, share_config, share_pieces
+from phi4_mlx.models.share import Piece, Share
 
 
 def load_share(folder: Path, share: Share, group: mx.distributed.Group) -> LanguageModel:

@@ -31,7 +31,9 @@ grammar
 checkpoint
 checkpoint_share
 fingerprint
+ranks
 convert
+export
 generation
 agent transcription
 lora server evaluation

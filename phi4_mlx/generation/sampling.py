@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from phi4_mlx.errors import RequestError, check_number, check_whole
+from phi4_mlx.models.compiled import compiled
 from phi4_mlx.models.split_logits import likeliest
 from phi4_mlx.terminal.limits import PENALTY_RANGE, REPETITION_PENALTY_RANGE, SEED_LIMIT, TEMPERATURE_LIMIT, TOP_K_LIMIT
 
@@ -258,7 +259,7 @@ def _choose_in_nucleus(logits: mx.array, scores: mx.array, top_p: float, tries: 
     return mx.where(mx.any(inside, axis=-1), lucky, mx.argmax(logits, axis=-1))
 
 
-@mx.compile
+@compiled
 def _mass_before(probs: mx.array, own: mx.array, token: mx.array) -> mx.array:
     """Probability mass of all tokens [.., V] likelier than one; equally likely tokens are ordered by id."""
     ids = mx.arange(probs.shape[-1])

@@ -174,7 +174,7 @@ class LanguageModel(nn.Module, ABC):
             cache = self.make_cache()
         if isinstance(cache, PromptCache):
             ids = cache.admit(ids, places)
-        return self.logits(self.hidden(ids, cache)[:, -T:])
+        return self.logits(self.hidden(ids, cache, rows=T))
 
     def locate(self, ids: mx.array, media: Sequence[Medium], cache: PromptCache | None) -> Sequence[Place]:
         """Finds the slots of media.

@@ -142,7 +142,7 @@ class SplitLogits:
 
     @property
     def others(self) -> tuple[mx.array, mx.array]:
-        """The log-sum-exp of all unchanged logits that are not known: at temperature 1 and at the row's, [n, 1] each."""
+        """The log-sum-exp of the unchanged logits that are not known, at temperature 1 and at the row's, [n, 1] each."""
         masses = mx.logsumexp(self.gathered[:, mx.array(self.rows), -2:], axis=0)
         return masses[:, :1], masses[:, 1:]
 

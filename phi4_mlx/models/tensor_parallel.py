@@ -126,7 +126,7 @@ class SplitMLP(text.MLP):
 
 
 class SplitEmbedding(nn.Module):
-    """The rows of an embedding that one rank has; a token of another rank's is zero here, and the ranks are added up."""
+    """One rank's rows of an embedding: tokens of other ranks are zero, and the ranks are added up."""
 
     traceable = True
     _group: mx.distributed.Group

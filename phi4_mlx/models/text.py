@@ -26,9 +26,11 @@ from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.cache import CacheOptions, KVCache, LayerCache, Mask, group_size
 from phi4_mlx.models.causal_lm import Carried, CausalLM
 from phi4_mlx.models.compiled import ALL, Call, CompiledSteps, Traced
+from phi4_mlx.models.fused import RMSNorm, softmax_attention
 from phi4_mlx.models.model import ContextCost
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import PackedRotation, Regime, Rope, Rotation, regime_of
+from phi4_mlx.models.safe import safe
 
 # Prefixes of the weights of a block that work before its attention, and after it.
 BEFORE, AFTER = ("input_layernorm.", "self_attn.qkv_proj."), ("self_attn.o_proj.", "post_attention_layernorm.", "mlp.")
@@ -67,7 +69,7 @@ class Attention(nn.Module):
         if isinstance(mask, PackedAttention):
             return mask(queries, keys, values, self.scale)
         if cache is None:
-            return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=mask)
+            return softmax_attention(queries, keys, values, self.scale, mask)
         keys, values = cache.update_and_fetch(keys, values)  # [B, K, S, Dh], or quantised
         return attention(queries, keys, values, self.scale, mask, getattr(cache, "bits", None))
 
@@ -111,9 +113,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, softmax_scale: float):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, softmax_scale)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def heads(self, x: mx.array, rotation: Rotation | PackedRotation) -> tuple[mx.array, mx.array, mx.array]:
@@ -151,7 +153,7 @@ class Decoder(nn.Module):
         self.rope = Rope(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config, self.rope.softmax_scale) for _ in range(config.num_hidden_layers)]
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self._compiled = CompiledSteps()
 
     def __call__(
@@ -177,7 +179,7 @@ class Decoder(nn.Module):
             caches, position, mask = cache, cache.positions, cache.make_mask(T)
 
         layers, steps = self._under(adapted), self._compiled.of(adapted)
-        one_step = T == 1 and cache is not None and not self.training
+        one_step = T == 1 and cache is not None and not (self.training or safe("compiled"))
         if one_step and steps.ready([self.embed_tokens, *layers, self.norm]):
             embed, given = (self.embed_tokens, ids) if embeddings is None else (nn.Identity(), embeddings)
             calls = steps.calls((regime, type(embed)), lambda: self._trace(embed, regime, adapted))
