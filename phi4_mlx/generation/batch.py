@@ -13,8 +13,8 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from phi4_mlx.generation.draws import Draws, Logits, apply_processors, arrays_of, draw, wanted
 from phi4_mlx.generation.row_group import RowGroup
-from phi4_mlx.generation.sampling import Draws, apply_processors, draw
 from phi4_mlx.generation.sequence import BatchSequence, Fault, Token
 from phi4_mlx.generation.steps import chunk_ends, finish_chunk
 from phi4_mlx.models.cache import KVCache
@@ -166,7 +166,8 @@ class Batch:
                 return
             lengths = group.cache.lengths
             ids = mx.array([[member.ids[length]] for member, length in zip(members, lengths, strict=True)])
-            logits = group.model(ids, group.cache)[:, -1]  # [B, V]
+            hidden = group.model.hidden(ids, group.cache)
+            logits = group.model.candidates(hidden, *wanted([member.sampler for member in members]))  # [B, V]
             # A row that still has a forced token to run draws nothing.
             due = [n for n, member in enumerate(members) if lengths[n] + 1 == len(member.ids)]
             if due:
@@ -175,9 +176,9 @@ class Batch:
         except Exception as error:
             self._restart(group, error, events)
 
-    def _draw(self, sequences: list[BatchSequence], logits: mx.array, events: list[Token | Fault]) -> None:
+    def _draw(self, sequences: list[BatchSequence], logits: Logits, events: list[Token | Fault]) -> None:
         """Draws a token for each sequence from its row of the logits [B, V]; a failure is of one sequence alone."""
-        mx.async_eval(logits)  # the device computes them while the host computes grammar masks
+        mx.async_eval(arrays_of(logits))  # the device computes them while the host computes grammar masks
         greedy = draw(logits, None)
         drawn: list[tuple[int, Draws]] = []
         for n, sequence in enumerate(sequences):
@@ -233,7 +234,7 @@ class Batch:
         self._groups = [group for group in self._groups if group.arrivals or any(group.members)]
 
 
-def _run_chunk(sequence: BatchSequence, room: int) -> tuple[int, mx.array | None]:
+def _run_chunk(sequence: BatchSequence, room: int) -> tuple[int, Logits | None]:
     """Runs up to `room` ids that a sequence's cache lacks; returns their count, and logits [1, V] after the last id."""
     model, cache = sequence.model, sequence.cache
     if cache is None or cache.regime != sequence.regime:  # another RoPE table: nothing cached is of use
@@ -249,12 +250,12 @@ def _run_chunk(sequence: BatchSequence, room: int) -> tuple[int, mx.array | None
     if size < rest:
         finish_chunk(cache, snapshots)
         return size, None
-    return size, model.logits(hidden)[:, 0]
+    return size, model.candidates(hidden, *wanted([sequence.sampler]))
 
 
-def _draw_one(sequence: BatchSequence, logits: mx.array, n: int) -> Draws:
+def _draw_one(sequence: BatchSequence, logits: Logits, n: int) -> Draws:
     """A token for row n of the logits [B, V], as its sequence wants it drawn."""
-    row = logits[n : n + 1]
+    row: Logits = logits[n : n + 1]
     if sequence.processors:
         row = apply_processors(sequence.processors, mx.array(sequence.ids), row)
     return draw(row, sequence.sampler, sequence.logits_mask.mask() if sequence.logits_mask is not None else None)
