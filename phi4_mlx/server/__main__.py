@@ -201,6 +201,7 @@ def _served(args: argparse.Namespace) -> _Served:
 
 def _settings(args: argparse.Namespace) -> Settings:
     """The settings of the engine; a model of the Hub is downloaded."""
+    from phi4_mlx.generation.cache_store.store import store_settings
     from phi4_mlx.hub import DEFAULT_MODEL, resolve
     from phi4_mlx.server.engine.engine import Settings
 
@@ -213,6 +214,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         args.prompt_cache_bytes,
         args.chat_format,
         args.parallel,
+        store_settings(args.prompt_cache_dir, args.prompt_cache_disk_bytes),
     )
 
 

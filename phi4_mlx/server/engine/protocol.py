@@ -114,7 +114,7 @@ class Ping:
 
 @dataclass(frozen=True)
 class Leave:
-    """Ends the engine in order, over ranks that of the others too."""
+    """Ends the engine in order: its store takes what is in its memory, and other ranks end too."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,13 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class Notice:
+    """One line for the log."""
+
+    line: str
+
+
+@dataclass(frozen=True)
 class Broken:
     """The engine cannot start: one line for the person who started the server."""
 
@@ -160,4 +167,4 @@ class Broken:
 
 Event = Piece | Finish | Failure  # about a job
 Command = Job | Cancel | Ping | Leave  # from the server to the engine
-Report = list[Event] | Pong | Beat | Ready | Broken  # from the engine to the server
+Report = list[Event] | Pong | Beat | Ready | Notice | Broken  # from the engine to the server
