@@ -309,6 +309,9 @@ class _Beginnings:
         assert sequence.cache is not None
         self._latest = sequence.cache.fork(sequence.cache.offset)
 
+    def set_aside(self, sequence: BatchSequence) -> None:
+        """See `PrefixStore`; the latest prompt alone is kept."""
+
 
 def _read(value: JsonObject) -> Answer:
     return Answer(**{**value, "calls": tuple(ToolCall(*call) for call in value["calls"])})

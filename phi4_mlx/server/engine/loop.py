@@ -23,7 +23,8 @@ def run(connection: Connection, settings: Settings) -> None:
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         pulse = Pulse(connection)
         try:
-            engine = Engine(*load(settings.model, chat_format=settings.chat_format), settings)
+            draft = None if settings.draft_model is None else load(settings.draft_model)[0]
+            engine = Engine(*load(settings.model, chat_format=settings.chat_format), settings, draft)
             check_room(engine)
         except Phi4Error as error:
             return pulse.send(Broken(short_message(error)))
