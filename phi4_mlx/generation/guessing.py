@@ -46,11 +46,15 @@ class Guessing:
             cache: their rows.
         """
         unread = [member.ids[length:] for member, length in zip(members, cache.lengths, strict=True)]
-        rooms = [self._room(member, cache) for member in members]
-        width = 1 + self._further(members, unread, rooms)
+        chances = self._chances(members, cache)
+        width = 1
+        if any(chances):
+            gains = [[1.0] * (len(ids) - 1) + chance for ids, chance in zip(unread, chances, strict=True)]
+            pace = self._pace(len(members))
+            width += pace.further(gains, min(MAX_GUESSES, MAX_CELLS // len(members) - 1)) if pace.known else 0
         return [
-            [*ids, *self._guesses(member, min(room, width - len(ids)))][:width]
-            for member, ids, room in zip(members, unread, rooms, strict=True)
+            [*ids, *self._guesses(member, min(len(chance), width - len(ids)))][:width]
+            for member, ids, chance in zip(members, unread, chances, strict=True)
         ]
 
     def took(self, forward: RowPass, seconds: float) -> None:
@@ -63,38 +67,25 @@ class Guessing:
     def _pace(self, rows: int) -> Pace:
         return self._paces.setdefault(rows.bit_length(), Pace(self._timed))
 
-    def _room(self, member: BatchSequence, cache: BatchCache) -> int:
-        """The most guesses for a row: none past its last token or past the RoPE boundary."""
-        if member.proposer is None or not cache.rewindable:
-            return 0
-        room = min(MAX_GUESSES, member.max_tokens - member.drawn - 1)
-        boundary = member.model.boundary
-        return room if boundary is None or cache.regime == "long" else min(room, boundary - len(member.ids))
+    def _chances(self, members: Sequence[BatchSequence], cache: BatchCache) -> list[list[float]]:
+        """For each row, the chance of its first guess to hold, of its first two, and so on; empty if it guesses none.
 
-    def _further(self, members: Sequence[BatchSequence], unread: Sequence[list[int]], rooms: Sequence[int]) -> int:
-        """Columns beside the first."""
-        if not any(room > 0 for room in rooms):
-            return 0
-        gains, reading = [], False
-        for member, ids, room in zip(members, unread, rooms, strict=True):
-            chance, reading = self._chance(member, reading) if room > 0 else (0.0, reading)
-            certain = [1.0] * (len(ids) - 1)  # tokens that a grammar has forced
-            gains.append([*certain, *(chance**n for n in range(1, room + 1))] if chance else certain)
-        most = min(MAX_GUESSES, MAX_CELLS // len(members) - 1)
-        pace = self._pace(len(members))
-        return pace.further(gains, most) if pace.known else 0
-
-    def _chance(self, member: BatchSequence, reading: bool) -> tuple[float, bool]:
-        """(chance that a row's next guess holds, True if a draft model has read a prompt before this pass)."""
-        try:
-            assert member.proposer is not None
-            member.inform()
-            if not member.proposer.read(0 if reading else READ_AHEAD):
-                return 0.0, True
-            return member.proposer.chance, reading
-        except Exception:
-            self._give_up(member)
-            return 0.0, reading
+        Of the draft models that have a prompt to read, one reads a part of it.
+        """
+        found, reading = [], False
+        for member in members:
+            chance, room = 0.0, _room(member, cache)
+            if room > 0 and member.proposer is not None:
+                try:
+                    member.inform()
+                    if member.proposer.read(0 if reading else READ_AHEAD):
+                        chance = member.proposer.chance
+                    else:
+                        reading = True
+                except Exception:
+                    self._give_up(member)
+            found.append([chance**n for n in range(1, room + 1)] if chance else [])
+        return found
 
     def _guesses(self, member: BatchSequence, most: int) -> list[int]:
         if member.proposer is None or most <= 0:
@@ -109,3 +100,12 @@ class Guessing:
         """Continues a row without its proposer: an answer does not depend on guesses."""
         member.proposer = None
         self.failures += 1
+
+
+def _room(member: BatchSequence, cache: BatchCache) -> int:
+    """The most guesses for a row: none past its last token or past the RoPE boundary."""
+    if not cache.rewindable:
+        return 0
+    room = min(MAX_GUESSES, member.max_tokens - member.drawn - 1)
+    boundary = member.model.boundary
+    return room if boundary is None or cache.regime == "long" else min(room, boundary - len(member.ids))
