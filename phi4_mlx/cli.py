@@ -19,13 +19,14 @@ COMMANDS = {
     "bridge": ("phi4_mlx.bridge.__main__", "serve another program over standard input and output"),
     "models": ("phi4_mlx.commands.models", "list, download and remove the models in the Hugging Face cache"),
     "context": ("phi4_mlx.commands.context", "show the memory that a context takes, and what fits on this machine"),
+    "plan": ("phi4_mlx.commands.plan", "show what a model over several machines takes: bytes, exchanges and times"),
     "lora": ("phi4_mlx.lora.__main__", "fine-tune a model on your own data"),
     "convert": ("phi4_mlx.convert.__main__", "convert a Hugging Face checkpoint to a package, such as a 4-bit one"),
     "compare": ("phi4_mlx.commands.compare", "measure how far a model is from another, such as before quantising"),
     "benchmark": ("phi4_mlx.commands.benchmark", "measure the speed of a model on this machine"),
     "evaluate": ("phi4_mlx.commands.evaluate", "score a model on tasks, beside published figures and other runs"),
     "fuse": ("phi4_mlx.commands.fuse", "merge an adapter into a model and write the result as a package"),
-    "export": ("phi4_mlx.lora.export", "convert an adapter to Hugging Face's PEFT, or from it"),
+    "export": ("phi4_mlx.lora.export", "write a model or an adapter for Ollama, vLLM, transformers or PEFT"),
     "lora.export": ("phi4_mlx.lora.export", "the same as export"),
 }
 

@@ -12,6 +12,7 @@ from phi4_mlx.generation.sequence import BatchSequence
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.safe import safe
 from phi4_mlx.tokens.prefix import shared_length
 
 
@@ -51,6 +52,8 @@ class RowGroup:
         """Columns that the sequence would add beyond its own tokens; infinite if it cannot be a row here."""
         kinds = (sequence.kv_bits, cache.regime), (self.kv_bits, self.cache.regime)
         if sequence.model is not self.model or kinds[0] != kinds[1]:
+            return math.inf
+        if safe("rows") and (self.arrivals or any(self.members)):
             return math.inf
         longer = cache.offset - self.columns
         return longer * (len(self.members) + len(self.arrivals)) if longer > 0 else -longer

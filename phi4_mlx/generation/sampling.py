@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from phi4_mlx.errors import CheckpointError, RequestError, check_number, check_whole
+from phi4_mlx.models.compiled import compiled
+from phi4_mlx.models.safe import safe
 from phi4_mlx.terminal.limits import PENALTY_RANGE, REPETITION_PENALTY_RANGE, SEED_LIMIT, TEMPERATURE_LIMIT, TOP_K_LIMIT
 
 _MISS = math.log(2**-32)  # log of the accepted probability that no draw of several lies in the nucleus
@@ -40,7 +42,7 @@ class Draws(NamedTuple):
 
     def queue(self) -> None:
         """Starts the computation of the tokens."""
-        mx.async_eval(self.tokens, self.scores)
+        (mx.eval if safe("queue") else mx.async_eval)(self.tokens, self.scores)
 
     def numbers(self) -> list[int]:
         """The tokens as ids, once they are computed.
@@ -269,7 +271,7 @@ def _draw_from_nucleus(
     return mx.where(mx.any(inside, axis=-1), lucky, mx.argmax(logits, axis=-1))
 
 
-@mx.compile
+@compiled
 def _mass_before(probs: mx.array, own: mx.array, token: mx.array) -> mx.array:
     """Probability mass of all tokens [.., V] likelier than one; equally likely tokens are ordered by id."""
     ids = mx.arange(probs.shape[-1])

@@ -20,6 +20,7 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import cache_bytes
 from phi4_mlx.generation.steps import finish_chunk, generate_step
 from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.models.safe import safe
 from phi4_mlx.tokens.prompt import Prompt
 
 Mode = Literal["auto", "off", "lookup"]
@@ -318,7 +319,7 @@ def make_proposer(
         RequestError: the draft model has another vocabulary.
     """
     timed = mode == "auto" and not seeded
-    if mode == "off" or not rewindable or (draft is None and mode == "auto" and seeded):
+    if mode == "off" or safe("speculation") or not rewindable or (draft is None and mode == "auto" and seeded):
         return None
     if draft is None:
         return PromptLookup(timed)

@@ -21,6 +21,7 @@ from phi4_mlx.generation.sampling import Draw, Draws, LogitsProcessor, apply_pro
 from phi4_mlx.models.cache import REWIND
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.safe import safe
 from phi4_mlx.models.shared_stream import shared_stream
 from phi4_mlx.tokens.prefix import shared_length
 from phi4_mlx.tokens.prompt import Place, Prompt, places_of
@@ -129,7 +130,7 @@ def chunk_ends(total: int, step_size: int, rows: int, *, snapshots: bool, also: 
     With `snapshots`, a chunk also ends before the last `rows` tokens, so that the same prompt can run again from there.
     Further ends are in `also`, such as those of pictures, so that reading them shows progress.
     """
-    last = total - rows
+    last, step_size = total - rows, total if safe("chunks") else step_size
     further = {last, *also} if snapshots else {*also}
     return sorted({*range(step_size, last + 1, step_size), *(end for end in further if 0 < end <= last), total})
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from phi4_mlx.terminal.command import Parser, number, word
 from phi4_mlx.terminal.limits import MAX_TOKENS_LIMIT
-from phi4_mlx.terminal.options import add_kv_bits_option, add_overflow_option, add_speculation_options, advised_text
+from phi4_mlx.terminal.options import (
+    add_kv_bits_option,
+    add_overflow_option,
+    add_prompt_cache_options,
+    add_speculation_options,
+    advised_text,
+)
 
 KEY_VARIABLE = "PHI4_MLX_API_KEY"
 LOG_LEVELS = (
@@ -66,6 +72,7 @@ def add_limit_options(parser: Parser) -> None:
         "--prompt-cache-bytes", type=number(int, 0, 2**50), metavar="N",
         help="bytes for earlier prompts (default: a quarter of the memory beside the weights)",
     )  # fmt: skip
+    add_prompt_cache_options(parser)
 
 
 def add_decoding_options(parser: Parser) -> None:

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.batch import Batch
+from phi4_mlx.generation.cache_store.store import StoreSettings
 from phi4_mlx.generation.guessing import Guessing
 from phi4_mlx.generation.memory import cache_bytes, memory_limit
 from phi4_mlx.generation.options import LogitsMask
@@ -27,7 +28,9 @@ from phi4_mlx.generation.stream import AnswerText
 from phi4_mlx.models.cache import CacheOptions
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
-from phi4_mlx.server.engine.adapters import JobAdapters
+from phi4_mlx.models.share import Parallel
+from phi4_mlx.ranks.session import ModelOptions
+from phi4_mlx.server.engine.adapters import DEFAULT, JobAdapters
 from phi4_mlx.server.engine.answer import Answer, compiled_constraint, failure_of, last_turn, token_logprob
 from phi4_mlx.server.engine.compiling import Compiling
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
@@ -38,6 +41,7 @@ from phi4_mlx.server.engine.protocol import (
     Job,
     Piece,
 )
+from phi4_mlx.server.engine.recalling import Recalling
 from phi4_mlx.tokens.prompt import Prompt, places_of
 from phi4_mlx.tokens.tokenizer import Tokenizer
 
@@ -58,6 +62,8 @@ class Settings:
         kv_limit_bytes: the most bytes of keys and values; None for a share of the machine's memory.
         prefix_limit_bytes: likewise for the prefix cache.
         chat_format: overrides the recognised one.
+        parallel: how ranks hold the model; None to choose.
+        store: keeps prompt caches for later; None for none.
         kv_bits: 4 or 8 quantises keys and values; None does not.
         speculate: as for `make_proposer`.
         draft_model: a folder or a Hub id of a model that guesses in place of a lookup; None for none.
@@ -72,10 +78,18 @@ class Settings:
     kv_limit_bytes: int | None = None
     prefix_limit_bytes: int | None = None
     chat_format: str | None = None
+    parallel: Parallel | None = None
+    store: StoreSettings | None = None
     kv_bits: int | None = None
     speculate: Mode = "off"
     draft_model: str | None = None
     max_step_ms: float | None = None
+
+    @property
+    def model_options(self) -> ModelOptions:
+        """The model, with the adapters that jobs may use over ranks, where each rank reads its share at the start."""
+        adapters = self.adapters if self.adapter_path is None else {DEFAULT: self.adapter_path, **self.adapters}
+        return ModelOptions(self.model, self.parallel, adapters=adapters, chat_format=self.chat_format)
 
 
 class Engine:
@@ -86,6 +100,7 @@ class Engine:
         tokenizer: of the model.
         settings: the settings.
         draft: the model that guesses; None for a lookup.
+        warn: called with a line about what the store of caches cannot do.
 
     Attributes:
         prefixes: caches of earlier prompts.
@@ -95,19 +110,26 @@ class Engine:
     """
 
     def __init__(
-        self, base: LanguageModel, tokenizer: Tokenizer, settings: Settings, draft: LanguageModel | None = None
+        self,
+        base: LanguageModel,
+        tokenizer: Tokenizer,
+        settings: Settings,
+        draft: LanguageModel | None = None,
+        warn: Callable[[str], None] = lambda line: None,
     ):
         _check_options(base, settings, draft)
         self.tokenizer, self.settings, self._draft = tokenizer, settings, draft
         self.guessing = Guessing(timed=settings.speculate == "auto")
         self._guesses = settings.speculate != "off" and _rewindable(base)
         self.kv_limit_bytes, prefix_limit_bytes = _memory_limits(base, settings)
-        self.prefixes = PrefixCache(prefix_limit_bytes)
         self.prefilled_tokens = self.drawn_tokens = 0
         self._adapters = JobAdapters(base, settings.adapters, settings.adapter_path)
         self._answers: dict[BatchSequence, Answer] = {}
         self._compiling = Compiling(partial(compiled_constraint, tokenizer, base.config.vocab_size))
         self._unkept = 0
+        store = None if settings.store is None else settings.store.open(self._adapters.get(None).model, tokenizer, warn)
+        self.prefixes = PrefixCache(prefix_limit_bytes, store)
+        self._recalling = Recalling(self.prefixes, self.kv_limit_bytes, CacheOptions(None, settings.kv_bits))
         self.batch = self._new_batch()
 
     @property
@@ -143,7 +165,8 @@ class Engine:
         except Exception as error:
             return [failure_of(job, error)]
         self._answers[answer.sequence] = answer
-        self.batch.add(answer.sequence)
+        if not self._recalling.add(answer):
+            self.batch.add(answer.sequence)
         return []
 
     def cancel(self, job: int) -> None:
@@ -158,11 +181,12 @@ class Engine:
         events: list[Event] = []
         for job, compiled in self._compiling.done(idle=not self._answers):
             events += self._queue(job, compiled)
+        for answer in self._recalling.done(idle=not (self.batch.active or self.batch.waiting)):
+            if answer.sequence in self._answers:  # else its client has left
+                self.batch.add(answer.sequence)
         for event in self.batch.step():
-            answer = self._answers.get(event.sequence)
-            if answer is None:  # ended earlier in this step
-                continue
-            events += self._safely(answer, partial(self._events_of, answer, event))
+            if (answer_of := self._answers.get(event.sequence)) is not None:  # else it has ended in this step
+                events += self._safely(answer_of, partial(self._events_of, answer_of, event))
         now = time.monotonic()
         for answer in [each for each in self._answers.values() if each.ends_at <= now]:
             events += self._safely(answer, partial(self._out_of_time, answer))
@@ -176,6 +200,12 @@ class Engine:
         self.prefixes.clear()
         mx.clear_cache()
         return events
+
+    def close(self, timeout_s: float) -> None:
+        """Ends all jobs, and stores what is in memory."""
+        for answer in list(self._answers.values()):
+            self._end(answer)
+        self.prefixes.close(timeout_s)
 
     def recall(self, sequence: BatchSequence) -> PromptCache | None:
         """The cached prefix of a prompt that is about to be prefilled; called by the batch."""
@@ -212,6 +242,7 @@ class Engine:
             "prefix_cache_limit_bytes": self.prefixes.limit_bytes,
             "prefix_cache_entries": len(self.prefixes),
             "prefix_cache_failures_total": self._unkept,
+            **({} if self.prefixes.store is None else self.prefixes.store.gauges()),
             "active_memory_bytes": mx.get_active_memory(),
             "peak_memory_bytes": mx.get_peak_memory(),
         }
@@ -300,7 +331,7 @@ class Engine:
         """Stores a cache for prompts with the same prefix; a failure only costs their prefill."""
         try:
             if cache is not None and cache.offset:
-                self.prefixes.put(answer.job.adapter, cache)
+                self.prefixes.put(answer.sequence.model, answer.job.adapter, cache)
         except Exception:
             self._unkept += 1
 
