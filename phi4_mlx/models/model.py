@@ -211,9 +211,9 @@ class LanguageModel(nn.Module, ABC):
         options = CacheOptions(regime, kv_bits, max_kv_size)
         return PromptCache(self.layer_caches(options), self.boundary, options)
 
-    def make_batch_cache(self, regime: Regime) -> BatchCache:
-        """An empty cache for rows of several sequences, all under one RoPE table."""
-        return BatchCache(self.layer_caches(CacheOptions(regime)), regime)
+    def make_batch_cache(self, regime: Regime, kv_bits: int | None = None) -> BatchCache:
+        """An empty cache for rows of several sequences, all under one RoPE table and with the same `kv_bits`."""
+        return BatchCache(self.layer_caches(CacheOptions(regime, kv_bits)), regime)
 
     def regime(self, length: int) -> Regime:
         """The RoPE table that a sequence of `length` tokens needs."""
