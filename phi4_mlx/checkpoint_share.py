@@ -6,14 +6,17 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from phi4_mlx.checkpoint import check_tensors, empty_model, load_config, stored_tensors
+from phi4_mlx.adapters.folder import Adapter
+from phi4_mlx.adapters.layers import check_fit, read_adapter
+from phi4_mlx.adapters.shipped import add_shipped
+from phi4_mlx.checkpoint import check_tensors, empty_model, load_config, shipped_with, stored_tensors
 from phi4_mlx.files.dtypes import mlx_dtype
 from phi4_mlx.files.safetensors import Stored
 from phi4_mlx.files.tensor_parts import read_part
 from phi4_mlx.models.causal_lm import CausalLM
 from phi4_mlx.models.model import LanguageModel
-from phi4_mlx.models.sharding import check_share, join_ranks, prepare_share, share_config, share_pieces
-from phi4_mlx.models.share import Piece, Share
+from phi4_mlx.models.sharding import adapter_part, check_share, join_ranks, prepare_share, share_config, share_pieces
+from phi4_mlx.models.share import Holding, Piece, Share
 
 
 def load_share(folder: Path, share: Share, group: mx.distributed.Group) -> LanguageModel:
@@ -46,8 +49,27 @@ def load_share(folder: Path, share: Share, group: mx.distributed.Group) -> Langu
     prepare_share(model, share)
     model.load_weights([(name, _read(tensors.model[piece.name], piece)) for name, piece in pieces.items()])
     model.eval()
-    join_ranks(model, config, share, group)
+    holding = Holding(config, infos, pieces)
+    shipped = shipped_with(whole, folder, tensors)
+    add_shipped(model, {name: adapter_part(adapter, holding) for name, adapter in shipped.items()})
+    join_ranks(model, holding, share, group)
     return model
+
+
+def share_adapter(model: LanguageModel, path: Path) -> Adapter:
+    """The part of an adapter that goes on a rank's share, by `put_adapter` or by name.
+
+    Args:
+        model: from `load_share`.
+        path: as for `read_adapter`.
+
+    Raises:
+        ConfigError, CheckpointError, RequestError: as `load_adapter`, for the whole model.
+    """
+    holding: Holding = model.holding
+    adapter = read_adapter(path)
+    check_fit(empty_model(holding.config, holding.infos), adapter)
+    return adapter_part(adapter, holding)
 
 
 def _read(stored: Stored, piece: Piece) -> mx.array:

@@ -76,7 +76,6 @@ class Stage(CausalLM):
     """
 
     _group: mx.distributed.Group
-    _last_norm: nn.Module
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -105,13 +104,29 @@ class Stage(CausalLM):
         if rank:
             return sent
         x = mx.distributed.recv((B, min(T, rows or T), D), self.dtype, size - 1, group=self._group)
-        return self._last_norm(x)
+        mx.async_eval(x)  # also where the caller drops it: it would be taken for the next one
+        return self.model.norm.applied(x)
+
+
+class Later(nn.Module):
+    """A norm that the decoder passes by, to be applied to what the last rank returns."""
+
+    traceable = True
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x
+
+    def applied(self, x: mx.array) -> mx.array:
+        """The norm of x."""
+        normed: mx.array = super().__call__(x)
+        return normed
 
 
 def as_stage(model: CausalLM, share: Share, group: mx.distributed.Group) -> None:
     """Makes a model with the blocks of one rank, and its weights, one stage of the whole model."""
-    decoder: Any = model.model
-    model._last_norm, decoder.norm = decoder.norm, nn.Identity()
+    if share.rank == 0:
+        norm: Any = model.model.norm
+        norm.__class__ = type(f"Later{type(norm).__name__}", (Later, type(norm)), {})
     model._group = group
     model.__class__ = type(f"{type(model).__name__}Stage", (Stage, type(model)), {})
 
