@@ -9,7 +9,7 @@ import mlx.core as mx
 from phi4_mlx.adapters.folder import Adapter
 from phi4_mlx.adapters.layers import check_fit, read_adapter
 from phi4_mlx.adapters.shipped import add_shipped
-from phi4_mlx.checkpoint import check_tensors, empty_model, load_config, shipped_with, stored_tensors
+from phi4_mlx.checkpoint import check_finite, check_tensors, empty_model, load_config, shipped_with, stored_tensors
 from phi4_mlx.files.dtypes import mlx_dtype
 from phi4_mlx.files.safetensors import Stored
 from phi4_mlx.files.tensor_parts import read_part
@@ -47,7 +47,13 @@ def load_share(folder: Path, share: Share, group: mx.distributed.Group) -> Langu
     )
     assert isinstance(model, CausalLM)
     prepare_share(model, share)
-    model.load_weights([(name, _read(tensors.model[piece.name], piece)) for name, piece in pieces.items()])
+    weights = [
+        (name, _read(tensors.model[piece.name], piece, later=model.on_demand(name))) for name, piece in pieces.items()
+    ]
+    now = [(pieces[name].name, array) for name, array in weights if not model.on_demand(name)]
+    check_finite(folder, now)
+    mx.eval(now)
+    model.load_weights(weights)
     model.eval()
     holding = Holding(config, infos, pieces)
     shipped = shipped_with(whole, folder, tensors)
@@ -72,7 +78,10 @@ def share_adapter(model: LanguageModel, path: Path) -> Adapter:
     return adapter_part(adapter, holding)
 
 
-def _read(stored: Stored, piece: Piece) -> mx.array:
+def _read(stored: Stored, piece: Piece, later: bool) -> mx.array:
+    """A part of a tensor; one that is read at its first use is always whole."""
     info = piece.of(stored.info)
+    if later:
+        return mx.load(str(stored.path))[stored.name].reshape(info.shape)
     found = mx.array(memoryview(read_part(stored, piece.axis, piece.ranges)), mx.uint8)
     return found.view(mlx_dtype(info.dtype)).reshape(info.shape)

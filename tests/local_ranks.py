@@ -42,7 +42,6 @@ def run_ranks(folder: Path, module: str, *arguments: str, size: int = 2, timeout
         for rank in ranks:
             rank.kill()
             rank.wait()
-    print(results[0][1])
     for number, (rank, (_, errors)) in enumerate(zip(ranks, results, strict=True)):
         assert rank.returncode == 0, f"rank {number}: {errors}"
     return [printed for printed, _ in results]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -118,7 +117,6 @@ def main() -> None:
     group = mx.distributed.init(strict=True, backend="ring")
     results = {}
     for name, run in json.loads(plan.read_text()).items():
-        start = time.time()
         model = load_share(Path(run["folder"]), Share(run["parallel"], group.rank(), group.size()), group)
         if group.rank() and run["parallel"] == "pipeline":  # only lengths matter there
             V = model.config.vocab_size
@@ -128,7 +126,6 @@ def main() -> None:
         for adapter, path in run.get("adapters", {}).items():
             model.adapters.add(adapter, partial(share_adapter, model, Path(path)))
         results[name] = {"bytes": model.weights_bytes, **answers(model, run)}
-        print(name, time.time() - start, file=sys.stderr)
         if run.get("exchanges"):
             results[name]["exchanges"] = step_exchanges(model)
     plan.with_name(f"rank-{group.rank()}.json").write_text(json.dumps(results))

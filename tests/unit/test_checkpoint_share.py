@@ -13,14 +13,16 @@ import pytest
 from mlx.utils import tree_flatten
 
 from phi4_mlx.adapters.layers import load_adapter, read_adapter
-from phi4_mlx.checkpoint import load_model, stored_tensors
+from phi4_mlx.checkpoint import load_model
 from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.models.split_logits import LEAST
 from tests.adapters import adapted, save_adapter, train_a_little
 from tests.conftest import write_tiny_checkpoint
 from tests.local_ranks import run_ranks
 from tests.rank_runs import answers
 
 SHAPE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256}
+LAYERS = 2
 RUN: dict[str, Any] = {"tokens": 64, "batch": [None] * 8}
 SAMPLING = [
     {"temp": 1.0, "seed": 3},
@@ -140,3 +142,9 @@ def test_two_ranks_answer_as_one_process_does(folder: Path, runs: dict[str, dict
         except AssertionError as error:
             failures[case] = str(error)[:300]
     assert not failures
+    sums, gathered = found["tensor"][0]["exchanges"], 2 * (2 * LEAST + 2) * 4  # of two ranks
+    assert (sums.pop("all_sum"), sums.pop("all_gather"), sums.pop("all_gather bytes")) == (2 * LAYERS + 1, 1, gathered)
+    assert sums == {"all_sum bytes": (2 * LAYERS + 1) * 4 * SHAPE["hidden_size"]}
+    for rank in found["pipeline"]:
+        width = 4 * SHAPE["hidden_size"]
+        assert rank["exchanges"] == {"send": 1, "send bytes": width, "recv": 1, "recv bytes": width}
