@@ -15,8 +15,9 @@ from phi4_mlx.files.safetensors import Stored
 from phi4_mlx.files.tensor_parts import read_part
 from phi4_mlx.models.causal_lm import CausalLM
 from phi4_mlx.models.model import LanguageModel
-from phi4_mlx.models.sharding import adapter_part, check_share, join_ranks, prepare_share, share_config, share_pieces
+from phi4_mlx.models.pipeline import deal_blocks, keep_blocks
 from phi4_mlx.models.share import Holding, Piece, Share
+from phi4_mlx.models.sharding import adapter_part, check_share, join_ranks, share_config, share_pieces
 
 
 def load_share(folder: Path, share: Share, group: mx.distributed.Group) -> LanguageModel:
@@ -42,11 +43,9 @@ def load_share(folder: Path, share: Share, group: mx.distributed.Group) -> Langu
     infos = {name: info for name, info in tensors.infos.items() if name in wanted}
     check_share(config, share.parallel, share.size, infos)
     pieces = share_pieces(config, share, infos)
-    model = empty_model(
-        share_config(config, share, infos), {name: piece.of(infos[piece.name]) for name, piece in pieces.items()}
-    )
-    assert isinstance(model, CausalLM)
-    prepare_share(model, share)
+    holding = Holding(config, infos, pieces)
+    shipped = shipped_with(whole, folder, tensors)
+    model = _empty_share(whole, holding, share)
     weights = [
         (name, _read(tensors.model[piece.name], piece, later=model.on_demand(name))) for name, piece in pieces.items()
     ]
@@ -55,10 +54,20 @@ def load_share(folder: Path, share: Share, group: mx.distributed.Group) -> Langu
     mx.eval(now)
     model.load_weights(weights)
     model.eval()
-    holding = Holding(config, infos, pieces)
-    shipped = shipped_with(whole, folder, tensors)
     add_shipped(model, {name: adapter_part(adapter, holding) for name, adapter in shipped.items()})
     join_ranks(model, holding, share, group)
+    return model
+
+
+def _empty_share(whole: LanguageModel, holding: Holding, share: Share) -> CausalLM:
+    """The model of a rank's share, with lazy random weights; the whole one, without the blocks of others, or another."""
+    if share.parallel == "pipeline":
+        assert isinstance(whole, CausalLM)
+        keep_blocks(whole, deal_blocks(holding.infos, share.size)[share.rank], share.rank)
+        return whole
+    infos = {name: piece.of(holding.infos[piece.name]) for name, piece in holding.pieces.items()}
+    model = empty_model(share_config(holding.config, share, holding.infos), infos)
+    assert isinstance(model, CausalLM)
     return model
 
 

@@ -17,8 +17,9 @@ from phi4_mlx.adapters.quantized import dense
 from phi4_mlx.config.fields import Config
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.safetensors import TensorInfo
-from phi4_mlx.models import pipeline, tensor_parallel
+from phi4_mlx.models import pipeline, sambay, tensor_parallel
 from phi4_mlx.models.causal_lm import CausalLM
+from phi4_mlx.models.sambay_stage import SambaYStage
 from phi4_mlx.models.share import Holding, Parallel, Piece, Pieces, Share, pieces_bytes
 
 FAST_BACKENDS = ("jaccl", "nccl")
@@ -76,19 +77,14 @@ def share_plan(config: Any, infos: Mapping[str, TensorInfo], parallel: Parallel,
     return [pieces_bytes(share_pieces(config, Share(parallel, rank, size), infos), infos) for rank in range(size)]
 
 
-def prepare_share(model: CausalLM, share: Share) -> None:
-    """Removes what other ranks hold from a model with the config of a share, before its weights are loaded."""
-    if share.parallel == "pipeline":
-        pipeline.without_ends(model, share)
-
-
 def join_ranks(model: CausalLM, holding: Holding, share: Share, group: mx.distributed.Group) -> None:
     """Makes a loaded share run together with those of the other ranks of a group."""
     model.holding = holding
     if share.parallel == "tensor":
         tensor_parallel.as_part(model, holding.config, share, group)
     else:
-        pipeline.as_stage(model, share, group)
+        kind: Any = SambaYStage if isinstance(model, sambay.Model) else pipeline.Stage
+        pipeline.as_stage(model, kind, pipeline.deal_blocks(holding.infos, share.size), share.rank, group)
 
 
 def adapter_part(adapter: Adapter, holding: Holding) -> Adapter:

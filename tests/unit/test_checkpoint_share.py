@@ -20,6 +20,8 @@ from tests.adapters import adapted, save_adapter, train_a_little
 from tests.conftest import write_tiny_checkpoint
 from tests.local_ranks import run_ranks
 from tests.rank_runs import answers
+from tests.tiny_multimodal import write_tiny_multimodal
+from tests.tiny_sambay import write_tiny_sambay
 
 SHAPE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256}
 LAYERS = 2
@@ -104,6 +106,8 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
     four = write_quantized(folder / "four", tiny)
     mixed = write_quantized(folder / "mixed", tiny, mixed=True, bits=3)
     nvfp4 = write_quantized(folder / "nvfp4", tiny, mode="nvfp4", group_size=16)
+    flash = write_tiny_sambay(folder / "flash")
+    multimodal = write_tiny_multimodal(folder / "multimodal")
     lora = write_adapter(folder / "lora", tiny, "lora", 1)
     dora = write_adapter(folder / "dora", tiny, "dora", 2)
     short = {"tokens": 8}
@@ -123,6 +127,8 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
         },
         "pipeline": {**RUN, "folder": str(tiny), "parallel": "pipeline", "exchanges": True},
         "pipeline, 4 bits": {**RUN, "folder": str(four), "parallel": "pipeline"},
+        "pipeline, flash": {**short, "batch": [None] * 3, "folder": str(flash), "parallel": "pipeline"},
+        "pipeline, multimodal": {**short, "folder": str(multimodal), "parallel": "pipeline"},
         "pipeline, untied": {**short, "folder": str(untied), "parallel": "pipeline"},
         "pipeline, LoRA": {**short, "folder": str(four), "parallel": "pipeline", "adapter": str(lora)},
         "pipeline, named adapters": {
