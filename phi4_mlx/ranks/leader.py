@@ -244,11 +244,11 @@ class LedModel(LanguageModel):
         self.leader.note("cache", led.number, kv_bits, max_kv_size)
         return led
 
-    def make_batch_cache(self, regime: Regime) -> BatchCache:
+    def make_batch_cache(self, regime: Regime, kv_bits: int | None = None) -> BatchCache:
         """See `LanguageModel.make_batch_cache`."""
-        led = LedBatchCache(super().make_batch_cache(regime), regime)
+        led = LedBatchCache(super().make_batch_cache(regime, kv_bits), regime)
         led.leader, led.number, led.digests = self.leader, self.leader.number(led), []
-        self.leader.note("batch", led.number, regime)
+        self.leader.note("batch", led.number, regime, kv_bits)
         return led
 
 
@@ -362,6 +362,13 @@ class LedBatchCache(BatchCache):
         self.leader.note("row", self.number, number, cache.number)
         cache.digest = self.digests[number].copy()
         return super().copy_row(number, ids, cache)
+
+    def take_back(self, counts: Sequence[int]) -> None:
+        """See `BatchCache.take_back`."""
+        self.leader.note("take_back", self.number, [*counts])
+        super().take_back(counts)
+        for digest, count in zip(self.digests, counts, strict=True):
+            digest.cut(len(digest) - count)
 
     def keep(self, rows: list[int]) -> None:
         """See `BatchCache.keep`."""

@@ -40,6 +40,11 @@ OPERATION_S = 8.0
 FIRST_OPERATION_S = 180.0
 """Least limit of an operation of a new kind, or with more tokens than all before it: kernels are compiled."""
 
+AFTER_IDLE_S = 60.0
+"""Least limit of an operation after `IDLE_S` without one: the machine may have moved the weights out of memory."""
+
+IDLE_S = 10.0
+
 TIMES_LONGER = 4.0
 """Limit of an operation, as a multiple of the longest so far."""
 
@@ -53,13 +58,15 @@ class Progress:
     def __init__(self) -> None:
         self._running: deque[tuple[int, int, bool]] = deque()  # (counter, tokens, new)
         self._since = 0.0  # when the first of them began
+        self._idle_since = 0.0
+        self._after_idle = False
         self._most_tokens = 0
         self._longest_s = 0.0
 
     def told(self, counter: int, tokens: int, now: float, new: bool = False) -> None:
         """An operation begins, after those before it."""
         if not self._running:
-            self._since = now
+            self._since, self._after_idle = now, now - self._idle_since > IDLE_S
         self._running.append((counter, max(tokens, 1), new))
 
     def done(self, counter: int, now: float) -> None:
@@ -68,7 +75,8 @@ class Progress:
             _, tokens, _ = self._running.popleft()
             self._most_tokens = max(self._most_tokens, tokens)
             self._longest_s = max(self._longest_s, now - self._since)
-            self._since = now
+            self._since = self._idle_since = now
+            self._after_idle = False
 
     def shift(self, seconds: float) -> None:
         """Leaves time out in which this process did not run."""
@@ -78,7 +86,7 @@ class Progress:
         """How long the operation that runs may take."""
         _, tokens, new = self._running[0] if self._running else (0, 0, False)
         if tokens <= self._most_tokens and not new:
-            return max(OPERATION_S, TIMES_LONGER * self._longest_s)
+            return max(AFTER_IDLE_S if self._after_idle else OPERATION_S, TIMES_LONGER * self._longest_s)
         growth = max(1.0, tokens / self._most_tokens) if self._most_tokens else 1.0
         return max(FIRST_OPERATION_S, TIMES_LONGER * self._longest_s * growth)
 
