@@ -74,7 +74,7 @@ class Store:
 
     def keep(self, sequence: BatchSequence) -> None:
         assert sequence.cache is not None
-        self.prefixes.put(None, sequence.cache)
+        self.prefixes.put(sequence.model, None, sequence.cache)
 
 
 def batched(model: LanguageModel) -> list[list[int]]:
