@@ -124,6 +124,11 @@ def test_a_rank_one_step_off_is_refused_and_not_added_up(tmp_path: Path, fault: 
         assert (code, out) == (1, "") and err.count("rank 1 (127.0.0.1) is out of step: ") == err.count(line) == 1
 
 
+def test_a_command_that_all_ranks_would_repeat_is_refused(tmp_path: Path) -> None:
+    (code, out, err), other = RankCommand(tmp_path, "models").wait()
+    assert (code, out, other) == (2, "", (2, "", "")) and "2 ranks would all do the same" in err
+
+
 def test_parallel_needs_ranks() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "phi4_mlx", "chat", "--model", "demo", "--parallel", "tensor"], cwd=ROOT,
