@@ -26,7 +26,7 @@ from phi4_mlx.tools.calls import ToolCall
 MAX_ROWS = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AnswerRequest:
     """A prompt and the settings of its answer.
 
