@@ -16,7 +16,7 @@ from phi4_mlx.commands.prompts.run import PromptRun
 from phi4_mlx.generation import answer_batch
 from phi4_mlx.generation.answer_batch import AnswerBatch
 from phi4_mlx.models.model import LanguageModel
-from tests.conftest import TinyCheckpoint
+from tests.conftest import TinyCheckpoint, write_tiny_checkpoint
 from tests.kinds import WRITERS
 
 Run = Callable[..., list[dict[str, Any]]]
@@ -72,6 +72,20 @@ def test_more_prompts_than_rows_are_answered_as_alone(run: Run, monkeypatch: pyt
     one = run(lines, *options, out="one")
     monkeypatch.setattr(answer_batch, "MAX_ROWS", 3)
     assert run(lines, *options, out="other") == one
+
+
+def test_quantised_keys_and_values_answer_as_alone(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_tiny_checkpoint(tmp_path / "wide", hidden_size=192)  # heads of 32 numbers, as kv_bits needs
+    lines, options = texts(4), ["--model", str(model), "--kv-bits", "4", "--max-tokens", "6"]
+    found = run(lines, *options)
+    for line, answer in zip(lines, found, strict=True):
+        capsys.readouterr()
+        assert generate.main(["-p", line, *options]) == 0
+        assert capsys.readouterr().out == answer["text"] + "\n"
+    run(lines, *options[:2], "--max-tokens", "6", code=2)
+    assert "--kv-bits 4, not none" in capsys.readouterr().err
 
 
 def test_a_stopped_run_goes_on_and_draws_nothing_twice(
@@ -133,7 +147,6 @@ def test_calls_of_tools_are_apart(run: Run) -> None:
         (["--draft-model", "x"], "--draft-model does not work with --prompts"),
         (["--speculate", "lookup"], "--speculate does not work with --prompts"),
         (["--prompt-cache-file", "x"], "--prompt-cache-file does not work with --prompts"),
-        (["--kv-bits", "8"], "--kv-bits does not work with --prompts"),
         (["--verbose"], "--verbose does not work with --prompts"),
         (["--schema", "x", "--stop", "y"], "--stop may end an answer before it obeys the schema"),
     ],
