@@ -217,7 +217,9 @@ class PromptRun:
         """Shows the progress; at the end, or where the run is stopped, one line says what is in the file."""
         answers = self._answers
         if 0 < self._before < answers.total:
-            complain(PROG, f"{answers.path} has {self._before:,} of {amount(answers.total, 'answer')} already")
+            complain(
+                PROG, f"{self._before:,} of {amount(answers.total, 'answer')} are there already, in {answers.path}"
+            )
         try:
             with progress_bar("answers", of=lambda done: f"{int(done):,}") as self._show:
                 self._progress()
@@ -226,8 +228,8 @@ class PromptRun:
             if isinstance(error, (KeyboardInterrupt, Exception)):
                 complain(
                     PROG,
-                    f"stopped with {answers.done:,} of {amount(answers.total, 'answer')} in {answers.path}; the same "
-                    "command goes on from there",
+                    f"stopped; {answers.done:,} of {amount(answers.total, 'answer')} are kept in {answers.path} and "
+                    f"{answers.path.name}.run, and the same command goes on from there",
                 )
             raise
         cut = f"; {self._cut:,} of this run cut by max-tokens" if self._cut else ""

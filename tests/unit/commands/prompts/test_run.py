@@ -108,7 +108,9 @@ def test_a_stopped_run_goes_on_and_draws_nothing_twice(
     capsys.readouterr()
     run(lines, *options, code=130)
     line = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(r"stopped with 2 of 8 answers in .*out\.jsonl; the same command goes on from there$", line)
+    assert re.search(
+        r"stopped; 2 of 8 answers are kept in .*out\.jsonl and out\.jsonl\.run, and the same command goes on", line
+    )
     run(lines, *options, code=130)
     assert run(lines, *options) == whole
     assert sorted(each for each in taken if each != "stopped") == [*"01234567"]
@@ -201,7 +203,7 @@ def test_a_failed_answer_names_its_line_and_keeps_the_others(
     monkeypatch.setattr(AnswerBatch, "step", failing)
     run([{"prompt": "abc", "max_tokens": n + 1} for n in range(4)], code=2)
     err = capsys.readouterr().err.splitlines()
-    assert "stopped with 2 of 4 answers" in err[-2] and err[-1].endswith(f"{tmp_path / 'p.jsonl'}:3: NaN")
+    assert "stopped; 2 of 4 answers are kept" in err[-2] and err[-1].endswith(f"{tmp_path / 'p.jsonl'}:3: NaN")
 
 
 def test_the_same_beginning_is_run_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
