@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import stat
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.server_process import HANG_S, Server, serving
+from tests.e2e.server_process import Server, serving
 from tests.e2e.test_server_snapshots import answer, body
-from tests.e2e.waiting import until
 from tests.tiny_sambay import write_tiny_sambay
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 

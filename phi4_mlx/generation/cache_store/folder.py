@@ -86,7 +86,8 @@ def private_folder(given: str | Path) -> Path:
             _close_to_others(path, given)
         _try_to_write(path)
     except OSError as error:
-        reason = error.strerror or type(error).__name__
+        in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))
+        reason = "a part of its path is a file" if in_the_way else error.strerror or type(error).__name__
         raise RequestError(f"{OPTION} {given} cannot be used: {reason}; name a folder that can be written") from None
     return path
 
