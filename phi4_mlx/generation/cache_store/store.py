@@ -202,7 +202,7 @@ class CacheStore:
         Returns:
             A cache of all tokens of the file.
         """
-        path, own = self._folder.path / read.found.entry.name, own_metadata(read.header)
+        path, own = self._folder.path / read.found.entry.name, own_metadata(read.header.metadata)
         if "named_adapter" in own and adapter is not None:
             own["named_adapter"] = adapter  # the same tensors may have another name by now
         try:
@@ -269,7 +269,7 @@ class CacheStore:
         return {
             "prefix_cache_disk_bytes": self._catalogue.nbytes,
             "prefix_cache_disk_limit_bytes": self._folder.limit_bytes,
-            "prefix_cache_disk_entries": self._catalogue.files,
+            "prefix_cache_disk_entries": len(self._catalogue),
             "prefix_cache_disk_hits_total": self.hits,
             "prefix_cache_disk_failures_total": self._unread + self._writer.failures + self._catalogue.damaged,
         }

@@ -154,11 +154,12 @@ class Writer:
             return
         try:
             with self._folder.locked(self._wait_for_lock):
-                self._refresh()
-                stored = catalogue.matching(entry.match)
-                if any(each.serves(entry) == len(entry) for each in stored):
+                self._touch()
+                files = self._folder.files()
+                catalogue.take(files)
+                if any(each.serves(entry) == len(entry) for each in catalogue.matching(entry.match)):
                     return
-                removed = self._folder.make_room(entry.nbytes)
+                removed = self._folder.make_room(entry.nbytes, files)
                 if removed is None:
                     return
                 catalogue.forget(removed)
@@ -169,7 +170,6 @@ class Writer:
                 catalogue.forget(replaced)
                 for name in replaced:
                     self._folder.drop(name)
-                catalogue.refresh()
         except TimeoutError:
             self.failures += 1
         except (OSError, RequestError) as error:
@@ -183,10 +183,15 @@ class Writer:
         time.sleep(LOCK_S)
         return not self._closed
 
-    def _refresh(self) -> None:
+    def _touch(self) -> None:
+        """Notes the uses of files in the folder."""
         with self._change:
             touched, self._touched = self._touched, set()
         for name in touched:
             self._folder.touch(name)
+
+    def _refresh(self) -> None:
+        """Looks at what other processes have done."""
+        self._touch()
         with contextlib.suppress(OSError):  # the folder is gone: the next write says so
             self._catalogue.refresh()

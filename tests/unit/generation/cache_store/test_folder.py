@@ -305,5 +305,7 @@ def test_the_room_of_a_folder(tmp_path: Path) -> None:
         path = folder.path / f"{name * 32}.promptcache"
         path.write_bytes(bytes(30))
         os.utime(path, ns=(n, n))
-    assert folder.make_room(10) == [] and folder.make_room(101) is None and len(folder.files()) == 3
-    assert folder.make_room(41) == ["a" * 32 + ".promptcache", "b" * 32 + ".promptcache"]
+    names = [file.name for file in folder.files()]
+    assert names == [f"{name * 32}.promptcache" for name in "abc"]
+    assert folder.make_room(10, folder.files()) == [] and folder.make_room(101, folder.files()) is None
+    assert folder.make_room(41, folder.files()) == names[:2] and len(folder.files()) == 1
