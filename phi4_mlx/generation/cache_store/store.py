@@ -68,7 +68,7 @@ class StoreSettings:
     folder: str
     limit_bytes: int
 
-    def open(self, model: LanguageModel, tokenizer: Tokenizer, warn: Callable[[str], None]) -> CacheStore:
+    def make_store(self, model: LanguageModel, tokenizer: Tokenizer, warn: Callable[[str], None]) -> CacheStore:
         """Opens the store; see `CacheStore`.
 
         Raises:

@@ -15,7 +15,7 @@ from phi4_mlx.agent import Round
 from phi4_mlx.chat.commands import obey
 from phi4_mlx.chat.conversation import Turn, reply_ids
 from phi4_mlx.chat.session import Chat
-from phi4_mlx.generation import prompt_cache_file as prompt_file
+from phi4_mlx.generation import prompt_cache_content as prompt_file
 from phi4_mlx.models.cache import CacheOptions
 from phi4_mlx.tools.calls import ToolCall
 from tests.char_tokenizer import CharTokenizer
