@@ -19,6 +19,8 @@ from phi4_mlx.terminal.version import __version__
 MLX = (0, 32, 4)
 """The least version of mlx for ranks: in earlier ones a collective hangs when a peer has died (mlx #4060, #3742)."""
 
+_CLOSING_S = 60.0  # for what the followers still run
+
 
 def join(launch: Launch, about: Mapping[str, str]) -> Ranks:
     """Meets the other ranks, starts the watcher, and opens the backend.
@@ -95,7 +97,13 @@ class Ranks:
             )
 
     def tell(
-        self, command: Mapping[str, JSON], counter: int | None = None, tokens: int = 1, *, rank: int | None = None
+        self,
+        command: Mapping[str, JSON],
+        counter: int | None = None,
+        tokens: int = 1,
+        *,
+        new: bool = False,
+        rank: int | None = None,
     ) -> None:
         """Sends a command to all followers; of the leader.
 
@@ -104,10 +112,11 @@ class Ranks:
             counter: of an operation whose end each follower reports by `done`; the watcher ends the job if a follower
                 takes far longer than for any operation before. None for a command without such a report.
             tokens: how many tokens the operation runs, the measure of its length.
+            new: kernels may have to be compiled for the operation, so that no earlier one says how long it takes.
             rank: the only follower that it is for; None for all.
         """
         if counter is not None:
-            self._watching.told(counter, tokens)
+            self._watching.told(counter, tokens, new)
         for follower, channel in self._met.commands.items():
             if rank in (None, follower):
                 self._send(channel, {"command": dict(command)})
@@ -173,8 +182,8 @@ class Ranks:
         for channel in self._met.commands.values():
             self._send(channel, {"close": True})
         for channel in self._met.commands.values():
-            while "closed" not in self._receive(channel):
-                pass
+            while "closed" not in self._receive(channel, _CLOSING_S):
+                pass  # an answer that nobody awaits
         self._watching.close()
         self._met.close()
 
@@ -197,9 +206,9 @@ class Ranks:
         except OSError as error:
             self._lost(error)
 
-    def _receive(self, channel: Channel) -> dict[str, JSON]:
+    def _receive(self, channel: Channel, timeout_s: float | None = None) -> dict[str, JSON]:
         try:
-            said: dict[str, JSON] = channel.receive()
+            said: dict[str, JSON] = channel.receive(timeout_s)
             return said
         except (OSError, ValueError) as error:
             self._lost(error)

@@ -118,6 +118,16 @@ def add_model_options(parser: Parser) -> None:
     )
 
 
+def add_parallel_option(parser: Parser) -> None:
+    """Adds `--parallel`."""
+    parser.add_argument(
+        "--parallel",
+        choices=("tensor", "pipeline"),
+        help="how the ranks that mlx.launch has started hold the model: tensor splits every matrix, for speed over a "
+        "fast link; pipeline deals out the blocks, for memory over any link (default: chosen, with the reason)",
+    )
+
+
 def add_revision_option(parser: Parser, model: str = "model") -> None:
     """Adds `--revision`, of the name in the option `model`."""
 
@@ -215,6 +225,11 @@ def add_decoding_options(parser: Parser) -> None:
         metavar="N",
         help="cache at most N tokens: the first 4 and the latest; those between are dropped (default: all)",
     )
+    add_speculation_options(parser)
+
+
+def add_speculation_options(parser: Parser) -> None:
+    """Adds `--speculate` and `--draft-model`."""
     parser.add_argument(
         "--speculate",
         choices=("auto", "off", "lookup"),
@@ -283,11 +298,20 @@ def check_decoding_options(args: argparse.Namespace) -> None:
     Raises:
         RequestError: an option would have no effect; names both.
     """
+    check_speculation_options(args)
     guesses = "--draft-model" if args.draft_model is not None else f"--speculate {args.speculate}"
-    if args.draft_model is not None and args.speculate == "off":
-        raise RequestError("--draft-model guesses tokens, and --speculate off forbids it; drop one")
     if args.max_kv_size is not None and guesses in ("--draft-model", "--speculate lookup"):
         raise RequestError(f"{guesses} may have to take tokens back, and --max-kv-size makes that impossible; drop one")
+
+
+def check_speculation_options(args: argparse.Namespace) -> None:
+    """Checks that a draft model may guess.
+
+    Raises:
+        RequestError: it may not; names both options.
+    """
+    if args.draft_model is not None and args.speculate == "off":
+        raise RequestError("--draft-model guesses tokens, and --speculate off forbids it; drop one")
 
 
 def cache_options(args: argparse.Namespace) -> CacheArguments:

@@ -10,13 +10,15 @@ from functools import partial
 from multiprocessing.connection import Connection
 
 from phi4_mlx.checkpoint import load
-from phi4_mlx.errors import Phi4Error
+from phi4_mlx.errors import CheckpointError, Phi4Error
 from phi4_mlx.generation.memory_pressure import read_memory
+from phi4_mlx.ranks.session import Session, open_session
 from phi4_mlx.server.engine.answer import short_message
 from phi4_mlx.server.engine.engine import Engine, Settings, check_room, limit_note
-from phi4_mlx.server.engine.protocol import Broken, Cancel, Event, Job, Leave, Notice, Ping, Pong, Ready
+from phi4_mlx.server.engine.protocol import Broken, Cancel, Command, Event, Job, Leave, Notice, Ping, Pong, Ready
 from phi4_mlx.server.engine.pulse import Pulse
 from phi4_mlx.server.limits import STORING_S
+from phi4_mlx.terminal.command import complain, typed
 from phi4_mlx.terminal.printable import one_line
 
 FOLLOW_S = 1.0  # between two looks at the memory that the machine has left
@@ -29,34 +31,52 @@ def run(connection: Connection, settings: Settings) -> None:
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         pulse = Pulse(connection)
         try:
-            loaded = load(settings.model, chat_format=settings.chat_format)
-            engine = Engine(*loaded, settings, warn=partial(_warn, pulse))
-            check_room(engine)
+            with open_session(settings.model_options, partial(complain, typed("server"))) as session:
+                engine = _loaded(session, settings, partial(_warn, pulse))
+                pulse.send(Ready(engine.longest, limit_note(engine)))
+                try:
+                    _answer_all(connection, pulse, engine)
+                except (EOFError, OSError):
+                    session.fail("rank 0: the process that serves HTTP has ended")
+                    raise
+                engine.close(STORING_S)
         except Phi4Error as error:
-            return pulse.send(Broken(short_message(error)))
-        except Exception as error:
-            return pulse.send(
-                Broken(f"the engine could not load the model: {type(error).__name__}: {short_message(error)}")
-            )
-        pulse.send(Ready(engine.longest, limit_note(engine)))
-        follow_at_s = 0.0
-        while True:
-            messages: list[Job | Cancel | Ping] = []
-            pulse.turns, pulse.waiting = pulse.turns + 1, not engine.busy
-            while connection.poll(0 if engine.busy or messages else FOLLOW_S):
-                message = connection.recv()
-                if isinstance(message, Leave):
-                    return engine.close(STORING_S)
-                messages.append(message)
-                pulse.waiting = False
-            if time.monotonic() >= follow_at_s:
-                engine.prefixes.follow(read_memory())
-                follow_at_s = time.monotonic() + FOLLOW_S
-            for message in messages:
-                if isinstance(message, Ping):
-                    pulse.send(Pong(message.number, engine.gauges()))
-            if events := turn(engine, messages):
-                pulse.send(events)
+            pulse.send(Broken(short_message(error)))
+
+
+def _loaded(session: Session, settings: Settings, warn: Callable[[str], None]) -> Engine:
+    """The engine with its model."""
+    try:
+        draft = None if settings.draft_model is None else load(settings.draft_model)[0]
+        engine = Engine(*session.load(), settings, draft, warn)
+        check_room(engine)
+        return engine
+    except Phi4Error:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {short_message(error)}"
+        raise CheckpointError(f"the engine could not load the model: {why}") from None
+
+
+def _answer_all(connection: Connection, pulse: Pulse, engine: Engine) -> None:
+    """Answers jobs until the server says that this is all."""
+    follow_at_s = 0.0
+    while True:
+        messages: list[Command] = []
+        pulse.turns, pulse.waiting = pulse.turns + 1, not engine.busy
+        while connection.poll(0 if engine.busy or messages else FOLLOW_S):
+            messages.append(connection.recv())
+            pulse.waiting = False
+        if time.monotonic() >= follow_at_s:
+            engine.prefixes.follow(read_memory())
+            follow_at_s = time.monotonic() + FOLLOW_S
+        for message in messages:
+            if isinstance(message, Leave):
+                return
+            if isinstance(message, Ping):
+                pulse.send(Pong(message.number, engine.gauges()))
+        if events := turn(engine, messages):
+            pulse.send(events)
 
 
 def _warn(pulse: Pulse, line: str) -> None:
@@ -64,7 +84,7 @@ def _warn(pulse: Pulse, line: str) -> None:
         pulse.send(Notice(one_line(line)))
 
 
-def turn(engine: Engine, messages: Iterable[Job | Cancel | Ping]) -> list[Event]:
+def turn(engine: Engine, messages: Iterable[Command]) -> list[Event]:
     """Handles the server's messages, then takes a step."""
     events: list[Event] = []
     works: list[Callable[[], list[Event]]] = [partial(_handle, engine, message) for message in messages]
@@ -76,7 +96,7 @@ def turn(engine: Engine, messages: Iterable[Job | Cancel | Ping]) -> list[Event]
     return events
 
 
-def _handle(engine: Engine, message: Job | Cancel | Ping) -> list[Event]:
+def _handle(engine: Engine, message: Command) -> list[Event]:
     if isinstance(message, Job):
         return engine.submit(message)
     if isinstance(message, Cancel):

@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.ranks.launch import launched
 from phi4_mlx.server.engine import process
 from phi4_mlx.server.engine.engine import Settings
 from phi4_mlx.server.engine.process import EngineProcess
@@ -101,7 +102,7 @@ class Supervisor:
     """
 
     def __init__(self, settings: Settings, max_jobs: int) -> None:
-        self._settings, self._max_jobs = settings, max_jobs
+        self._settings, self._max_jobs, self._over_ranks = settings, max_jobs, launched() is not None
         self._clients: dict[int, _Client] = {}
         self._numbers = itertools.count(1)
         self._engine: EngineProcess | None = None
@@ -146,9 +147,9 @@ class Supervisor:
         if self._watching is not None:
             self._watching.cancel()
         if self._engine is not None:
-            if orderly and self._settings.store is not None:
+            if self._over_ranks or (orderly and self._settings.store is not None):
                 self._engine.send(Leave())
-                await asyncio.wait([asyncio.create_task(self._engine.ended())], timeout=STORING_S + 0.5)
+                await self._engine.ended(STORING_S + 0.5)
             self._engine.kill()
             await self._engine.ended()
 
@@ -273,6 +274,8 @@ class Supervisor:
 
     def _failed(self, reason: str) -> None:
         """Starts another engine after a pause, or gives up."""
+        if self._over_ranks:  # the other ranks have ended with it
+            return self._give_up(f"{reason}, and with it the job of all ranks")
         was_ready = self._started.is_set()
         pause_s = self._failures.pause_s(was_ready)
         if pause_s is None:
