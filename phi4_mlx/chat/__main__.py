@@ -149,7 +149,7 @@ def _open(
     conversation = Conversation(
         model, tokenizer, args.system_prompt, toolbox,
         cache_options=CacheOptions(**cache_options(args)), overflow=args.context_overflow,
-        store=None if settings is None else settings.open(model, tokenizer, partial(complain, PROG)),
+        store=None if settings is None else settings.make_store(model, tokenizer, partial(complain, PROG)),
     )  # fmt: skip
     conversation.check_tools()
     chat = Chat(
