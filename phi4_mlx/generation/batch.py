@@ -15,10 +15,11 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from phi4_mlx.generation.draws import Draws, Logits, apply_processors, arrays_of, draw
 from phi4_mlx.generation.guessing import Guessing
 from phi4_mlx.generation.prefill import ChunkPace, run_chunk
 from phi4_mlx.generation.row_group import RowGroup
-from phi4_mlx.generation.sampling import Draw, Draws, apply_processors, draw
+from phi4_mlx.generation.sampling import Draw
 from phi4_mlx.generation.sequence import BatchSequence, Fault, Token
 from phi4_mlx.models.cache import KVCache
 from phi4_mlx.models.prompt_cache import PromptCache
@@ -219,7 +220,7 @@ class Batch:
             greedy: Greedy = {}
             while due := forward.due():
                 rows = [(members[row], row * forward.width + column) for row, column in due]
-                self._draw(rows, forward.logits.reshape(-1, forward.logits.shape[-1]), events, greedy)
+                self._draw(rows, forward.logits, events, greedy)
             forward.finish()
             self.guessing.took(forward, self.guessing.clock() - start)
         except Exception as error:
@@ -228,12 +229,12 @@ class Batch:
     def _draw(
         self,
         due: list[tuple[BatchSequence, int]],
-        logits: mx.array,
+        logits: Logits,
         events: list[Token | Fault],
         greedy: Greedy | None = None,
     ) -> None:
         """Draws a token for each sequence from its row of the logits [n, V]; a failure is of one sequence alone."""
-        mx.async_eval(logits)  # the device computes them while the host computes grammar masks
+        mx.async_eval(arrays_of(logits))  # the device computes them while the host computes grammar masks
         greedy = {} if greedy is None else greedy
         drawn: list[tuple[BatchSequence, int, Draws]] = []
         for sequence, n in due:
@@ -292,7 +293,7 @@ class Batch:
         self._groups = [group for group in self._groups if group.arrivals or any(group.members)]
 
 
-def _draw_one(sequence: BatchSequence, logits: mx.array, n: int, greedy: Greedy) -> Draws:
+def _draw_one(sequence: BatchSequence, logits: Logits, n: int, greedy: Greedy) -> Draws:
     """A token for row n of the logits [n, V], as its sequence wants it drawn.
 
     Args:
@@ -302,7 +303,7 @@ def _draw_one(sequence: BatchSequence, logits: mx.array, n: int, greedy: Greedy)
         if sequence.sampler not in greedy:
             greedy[sequence.sampler] = draw(logits, sequence.sampler)
         return Draws(*(each[n : n + 1] for each in greedy[sequence.sampler]))
-    row = logits[n : n + 1]
+    row: Logits = logits[n : n + 1]
     if sequence.processors:
         row = apply_processors(sequence.processors, mx.array(sequence.ids), row)
     return draw(row, sequence.sampler, sequence.logits_mask.mask() if sequence.logits_mask is not None else None)

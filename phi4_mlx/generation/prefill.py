@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from phi4_mlx.generation.draws import Logits, wanted
 from phi4_mlx.generation.sequence import BatchSequence
 from phi4_mlx.generation.steps import chunk_ends, finish_chunk
 from phi4_mlx.tokens.prompt import places_of
@@ -51,7 +52,7 @@ class ChunkPace:
         return room if left_s >= LEAST_CHUNK * self._token_s else 0
 
 
-def run_chunk(sequence: BatchSequence, room: int) -> tuple[int, mx.array | None]:
+def run_chunk(sequence: BatchSequence, room: int) -> tuple[int, Logits | None]:
     """Runs up to `room` ids that a sequence's cache lacks; returns their count, and logits [1, V] after the last id."""
     model, cache = sequence.model, sequence.cache
     if cache is None or cache.regime != sequence.regime:  # another RoPE table: nothing cached is of use
@@ -67,4 +68,4 @@ def run_chunk(sequence: BatchSequence, room: int) -> tuple[int, mx.array | None]
     if size < rest:
         finish_chunk(cache, snapshots)
         return size, None
-    return size, model.logits(hidden)[:, 0]
+    return size, model.candidates(hidden, *wanted([sequence.sampler]))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from phi4_mlx.generation.draws import Logits, wanted
 from phi4_mlx.generation.memory import cache_bytes
 from phi4_mlx.generation.sequence import BatchSequence
 from phi4_mlx.models.batch_cache import BatchCache
@@ -77,7 +78,9 @@ class RowGroup:
         width, lengths = max(map(len, chunks)), self.cache.lengths
         ids = mx.array([[*chunk, *[0] * (width - len(chunk))] for chunk in chunks], mx.int32)
         known = [len(member.ids) - length for member, length in zip(self.members, lengths, strict=True) if member]
-        return RowPass(self, lengths, chunks, known, self.model(ids, self.cache))
+        samplers = [member and member.sampler for member in self.members for _ in range(width)]
+        logits = self.model.candidates(self.model.hidden(ids, self.cache), *wanted(samplers))
+        return RowPass(self, lengths, chunks, known, width, logits)
 
 
 @dataclass(eq=False)
@@ -89,7 +92,8 @@ class RowPass:
         starts: tokens cached before, by row.
         chunks: the ids that each row has run.
         known: the number of ids that each row lacked before; those of `chunks` past them are guesses.
-        logits: after each of them, [B, T, V].
+        width: T, the ids of each row with those that fill it up.
+        logits: after each of them, [B * T, V].
         guessed: guesses in it.
         held: guesses that were drawn; known once it is finished.
     """
@@ -98,14 +102,10 @@ class RowPass:
     starts: list[int]
     chunks: list[list[int]]
     known: list[int]
-    logits: mx.array
+    width: int
+    logits: Logits
     guessed: int = 0
     held: int = 0
-
-    @property
-    def width(self) -> int:
-        """T."""
-        return int(self.logits.shape[1])
 
     def due(self) -> list[tuple[int, int]]:
         """(row, column) of the logits that the next token of a row is drawn from; rows that have none are left out."""

@@ -106,7 +106,7 @@ class LanguageModel(nn.Module, ABC):
         Args:
             hidden: [..., D], n rows in all.
             count: of each rank, where the head is split over ranks: the likeliest that a draw will probably look at.
-            temps: the temperature of each row; 1 for all if empty.
+            temps: the temperature of each row, or one for all; 1 if empty.
 
         Returns:
             All logits [n, V]; where the head is split, those that were gathered.

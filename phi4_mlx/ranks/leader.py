@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
@@ -30,7 +30,9 @@ Read = list[Any]
 class Tells(Protocol):
     """The leader's end of the side channel; `phi4_mlx.ranks.join.Ranks` in a job."""
 
-    def tell(self, command: Mapping[str, Any], counter: int | None = None, tokens: int = 1) -> None:
+    def tell(
+        self, command: Mapping[str, Any], counter: int | None = None, tokens: int = 1, *, new: bool = False
+    ) -> None:
         """Sends a command to all followers, and expects that they have done it in due time."""
 
     def end(self, line: str) -> NoReturn:
@@ -58,6 +60,7 @@ class Leader:
         self._cache: weakref.ref[LedPromptCache | LedBatchCache] | None = None  # of that pass
         self._read: Read | None = None  # what was last read of its hidden states,
         self._found: mx.array | SplitLogits | None = None  # and the result
+        self._known: Counter[str] = Counter()  # kinds of operations
 
     def note(self, name: str, *values: Any) -> None:
         """Queues a change of a cache; see `Follower`."""
@@ -162,7 +165,15 @@ class Leader:
         while self._changes:
             changes.append(self._changes.popleft())
         self.counter += 1
-        self._ranks.tell({"number": self.counter, "changes": changes, **command}, self.counter, tokens)
+        self._ranks.tell({"number": self.counter, "changes": changes, **command}, self.counter, tokens, new=self._is_new(command))
+
+    def _is_new(self, command: Mapping[str, Any]) -> bool:
+        """True for the first operations of a kind: kernels are compiled, for steps at the second."""
+        ids, (regime, adapters) = command.get("ids"), command.get("under") or ("", [])
+        shape = ids and (len(ids), len(ids[0]) == 1)
+        kind = str((command["read"] and command["read"][0], regime, sorted({*map(str, adapters)}), shape))
+        self._known[kind] += 1
+        return self._known[kind] <= 2
 
 
 def arrays_of(found: mx.array | SplitLogits) -> mx.array:

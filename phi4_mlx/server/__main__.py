@@ -228,7 +228,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         args.prompt_cache_bytes,
         args.chat_format,
         args.parallel,
-        store_settings(args.prompt_cache_dir, args.prompt_cache_disk_bytes),
+        None if args.prompt_cache_dir is None else store_settings(args.prompt_cache_dir, args.prompt_cache_disk_bytes),
         args.kv_bits,
         args.speculate,
         args.draft_model,

@@ -77,13 +77,13 @@ class StoreSettings:
         return CacheStore(StoreFolder(private_folder(self.folder), self.limit_bytes), model, tokenizer, warn)
 
 
-def store_settings(folder: str | None, limit_bytes: int) -> StoreSettings | None:
-    """The settings of a store in a folder that is checked and made private; None for none.
+def store_settings(folder: str, limit_bytes: int) -> StoreSettings:
+    """The settings of a store in a folder that is checked and made private.
 
     Raises:
         RequestError: the folder cannot be used.
     """
-    return None if folder is None else StoreSettings(str(private_folder(folder)), limit_bytes)
+    return StoreSettings(str(private_folder(folder)), limit_bytes)
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,10 @@ class CacheStore:
         self._base: dict[int, tuple[weakref.ref[LanguageModel], dict[str | None, str]]] = {}
         self._unread = self.hits = 0
         self._writer = Writer(folder, self._catalogue, warn, first=partial(self._prepare, model))
+
+    def reopened(self, model: LanguageModel, tokenizer: Tokenizer) -> CacheStore:
+        """A store in the same folder for another model; close this one."""
+        return CacheStore(self._folder, model, tokenizer, self._warn)
 
     def find(
         self,

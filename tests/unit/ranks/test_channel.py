@@ -22,7 +22,7 @@ def pair() -> Iterator[tuple[Channel, socket.socket]]:
     far.close()
 
 
-@pytest.mark.parametrize("value", [None, {"ids": [1, 2, 3], "text": "é\n😀"}, [True, 0.5, -7], "", list(range(200_000))])
+@pytest.mark.parametrize("value", [None, {"ids": [1, 2], "text": "é\n😀"}, [True, 0.5, -7], "", list(range(200_000))])
 def test_a_value_comes_as_it_was_sent(pair: tuple[Channel, socket.socket], value: JSON) -> None:
     sender = threading.Thread(target=pair[0].send, args=(value,))
     sender.start()

@@ -95,7 +95,7 @@ def test_mpi() -> None:
 
 @pytest.mark.parametrize("rank", ["x", "-1", "2", "", "1.0", "١", "99999999999999999999"])
 def test_a_bad_rank_is_named(ring: Callable[..., dict[str, str]], rank: str) -> None:
-    with pytest.raises(RequestError, match="MLX_RANK is '.*', not a whole number from 0 to 1"):
+    with pytest.raises(RequestError, match=r"MLX_RANK is '.*', not a whole number from 0 to 1"):
         launched(ring(rank=rank))
 
 

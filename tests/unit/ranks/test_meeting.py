@@ -161,8 +161,10 @@ def test_another_program_in_the_leaders_place_is_named(launch: Launch, start: St
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_host_without_an_address_is_named(start: Start, rank: int) -> None:
-    assert "no.such.host.invalid" in line(start(rank=rank, channel=("no.such.host.invalid", 7000)))
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "a" * 80, "a..b", "\0"])
+def test_a_host_without_an_address_is_named(start: Start, rank: int, host: str) -> None:
+    assert f"the host of rank 0, {host}, has no address: " in line(start(rank=rank, channel=(host, 7000)))
+    assert f"the host of rank 1, {host}, has no address: " in line(start(rank=rank, hosts=("127.0.0.1", host)))
 
 
 def test_a_leader_that_is_not_this_machine_is_named(start: Start) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from phi4_mlx.ranks import watcher
-from phi4_mlx.ranks.watcher import FIRST_OPERATION_S, OPERATION_S, TIMES_LONGER, Progress
+from phi4_mlx.ranks.watcher import AFTER_IDLE_S, FIRST_OPERATION_S, IDLE_S, OPERATION_S, TIMES_LONGER, Progress
 
 
 def test_an_idle_job_is_never_overdue() -> None:
@@ -35,6 +35,17 @@ def test_the_first_operation_and_a_longer_one_may_take_their_time() -> None:
     progress.done(2, 2)
     progress.told(3, 17, 2)
     assert progress.overdue(2 + FIRST_OPERATION_S) is None
+
+
+def test_an_operation_after_idle_time_may_read_its_weights_again() -> None:
+    progress = Progress()
+    progress.told(1, 1, 0)
+    progress.done(1, 1)
+    progress.told(2, 1, 1 + IDLE_S + 1)
+    progress.told(3, 1, 1 + IDLE_S + 1)
+    assert progress.limit_s() == AFTER_IDLE_S
+    progress.done(2, 1 + IDLE_S + 2)
+    assert progress.limit_s() == OPERATION_S
 
 
 def test_the_limit_grows_with_the_longest_operation() -> None:
