@@ -179,12 +179,17 @@ class Batch:
                     room = self.pace.took(chunk, room) if running else room
 
     def _next_to_prefill(self) -> BatchSequence:
-        """Next sequence to prefill. One whose identical prompt is being prefilled waits, to reuse that cache."""
+        """Next sequence to prefill: by priority, answers that have begun before prompts, then in turn.
+
+        A sequence whose identical prompt is being prefilled waits, so that it can reuse that cache.
+        """
         started = [each for each in self._prefilling if each.cache is not None]
-        for sequence in self._prefilling:
-            if sequence.cache is not None or not any(sequence.repeats(each) for each in started):
-                return sequence
-        raise AssertionError("every sequence waits for another one")
+        ready = [
+            sequence
+            for sequence in self._prefilling
+            if sequence.cache is not None or not any(sequence.repeats(each) for each in started)
+        ]
+        return min(ready, key=lambda each: (each.priority, not each.drawn))
 
     def _place(self, sequence: BatchSequence) -> None:
         """Sends a prefilled sequence to the group that it fits best, or back to prefill."""
