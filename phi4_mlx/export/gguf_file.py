@@ -77,7 +77,7 @@ def write_gguf(
         raise RequestError(f"type {kind!r:.40} is not known; known are {', '.join(TYPES)}")
     if find_spec("gguf") is None:
         raise RequestError(
-            f"the package gguf, which writes GGUF files, is not installed: {sys.executable} -m pip install 'gguf>=0.17'"
+            f"the package gguf, which writes GGUF files, is not installed: {sys.executable} -m pip install 'gguf>=0.19'"
         )
     if Path(target).suffix == ".gguf":
         raise RequestError(f"{target} is the name of a file; name a folder, for {GGUF_FILE} and {MODELFILE} in it")
@@ -107,7 +107,7 @@ def write_gguf(
 
 def _carried(folder: Path, config: Config) -> ModelConfig:
     """The config of a model that llama.cpp's phi3 computes exactly; RequestError for any other."""
-    if not isinstance(config, ModelConfig):
+    if type(config) is not ModelConfig:  # a multimodal one is a subclass
         raise RequestError(
             f"{folder} is a model of type {config.model_type}, which llama.cpp cannot run exactly; GGUF is for "
             "Phi-4-mini, Phi-3.5-mini and Phi-4 (phi3); --format mlx writes a package"
