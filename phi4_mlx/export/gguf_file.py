@@ -39,13 +39,12 @@ class Exported:
 
     Attributes:
         nbytes: of the file.
-        exact_context: tokens to allocate at most for the short RoPE table; None if the model has one table.
-        boundary: tokens up to which the model itself uses the short table; None if it has one.
+        exact_context: tokens to allocate at most for the short RoPE table, 0 if llama.cpp cannot allocate so few; None
+            if the model has one table.
     """
 
     nbytes: int
     exact_context: int | None
-    boundary: int | None
 
 
 def write_gguf(
@@ -102,7 +101,7 @@ def write_gguf(
         context = exact_context(boundary) if boundary else None
         text = modelfile(GGUF_FILE, go_template(chat_format), _stops(tokenizer, chat_format), context)
         (out / MODELFILE).write_text(text, encoding="utf-8")
-        return Exported((out / GGUF_FILE).stat().st_size, context, boundary)
+        return Exported((out / GGUF_FILE).stat().st_size, context)
 
 
 def _carried(folder: Path, config: Config) -> ModelConfig:

@@ -48,7 +48,7 @@ def test_each_tensor_has_its_type_and_its_numbers(
 ) -> None:
     folder = tiny_checkpoint(tie_word_embeddings=tied, **LONG)
     assert write_gguf(folder, tmp_path / "out", kind=kind) == Exported(
-        (tmp_path / "out" / "model.gguf").stat().st_size, 256, 300
+        (tmp_path / "out" / "model.gguf").stat().st_size, 256
     )
     model, found = load_model(folder), tensors(tmp_path / "out")
     assert ("output.weight" in found) is not tied
@@ -102,8 +102,10 @@ def test_the_modelfile_beside_it(tiny_checkpoint: TinyCheckpoint, tmp_path: Path
     lines = (tmp_path / "out" / "Modelfile").read_text().splitlines()
     assert lines[0] == "FROM ./model.gguf" and lines[1].startswith('TEMPLATE """')
     assert 'PARAMETER stop "<|end|>"' in lines and "PARAMETER num_ctx 256" in lines
-    write_gguf(tiny_checkpoint("one-table", rope_scaling=None), tmp_path / "plain")
-    assert "num_ctx" not in (tmp_path / "plain" / "Modelfile").read_text()
+    assert write_gguf(tiny_checkpoint("one-table", rope_scaling=None), tmp_path / "plain").exact_context is None
+    assert write_gguf(tiny_checkpoint("short"), tmp_path / "short").exact_context == 0  # 256 tokens exceed its table
+    for name in ("plain", "short"):
+        assert "num_ctx" not in (tmp_path / name / "Modelfile").read_text()
     assert not [name for name in tensors(tmp_path / "plain") if "rope" in name]
 
 
