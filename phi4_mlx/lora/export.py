@@ -189,8 +189,8 @@ def _gguf(args: argparse.Namespace) -> None:
     if exported.exact_context:
         print(
             f"{why}: with num_ctx {exported.exact_context} or less, as in the {MODELFILE}, answers are exact below "
-            f"{exported.exact_context:,} tokens; longer conversations need a larger one, which uses the long table from "
-            "the first token on"
+            f"{exported.exact_context:,} tokens; longer conversations need a larger one, which uses the long table "
+            "from the first token on"
         )
     else:
         print(f"{why}: no context is small enough for the short table of this model, so answers differ from those here")

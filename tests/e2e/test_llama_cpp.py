@@ -33,8 +33,8 @@ Sources = dict[str, str | Path]  # the fixture `sources`
 
 TEXTS = [
     "", "Hello world", "  leading", "trailing  ", "a\n\n\nb", "\t\ttabs\r\n\r\n", "don't DON'T I'LL he'd we've 's 'T",
-    "1234567890 12 345 ½ ①② Ⅷ", "naïve café ÀÉÎ Ångström Straße", "日本語のテキスト 漢字かな", "한국어 텍스트", "مرحبا שלום",
-    "Привет МИР Ёлка ΑΒΓ αβγ", "😀👍🏽👨‍👩‍👧‍👦🇩🇪", "e\u0301 a\u0308\u0323", "\u00a0nbsp\u2003em\u200bzw",
+    "1234567890 12 345 ½ ①② Ⅷ", "naïve café ÀÉÎ Ångström Straße", "日本語のテキスト 漢字かな", "한국어 텍스트",
+    "Привет МИР Ёлка ΑΒΓ αβγ", "😀👍🏽👨‍👩‍👧‍👦🇩🇪", "مرحبا שלום", "e\u0301 a\u0308\u0323", "\u00a0nbsp\u2003em\u200bzw",
     "camelCaseHTTPServer XMLHttpRequest", "def f(x):\n    return x**2  # sq\n", '{"a": [1, 2.5e-3, null]}',
     "//// path/to/file\n/", "<|user|> <|end|>", "\ufffd\ufeffBOM", "ǅungla ʰʷ ªº", "x" * 300, " " * 200 + "y",
     "\x00\x01", "İstanbul ıi", "!?!?...---===", "\n \n  \n", "word\u2028line\u0085x", "१२३ ٣٤٥٦",

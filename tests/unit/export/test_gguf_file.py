@@ -103,7 +103,7 @@ def test_the_modelfile_beside_it(tiny_checkpoint: TinyCheckpoint, tmp_path: Path
     assert lines[0] == "FROM ./model.gguf" and lines[1].startswith('TEMPLATE """')
     assert 'PARAMETER stop "<|end|>"' in lines and "PARAMETER num_ctx 256" in lines
     assert write_gguf(tiny_checkpoint("one-table", rope_scaling=None), tmp_path / "plain").exact_context is None
-    assert write_gguf(tiny_checkpoint("short"), tmp_path / "short").exact_context == 0  # 256 tokens exceed its table
+    assert write_gguf(tiny_checkpoint("small"), tmp_path / "short").exact_context == 0  # 256 tokens exceed its table
     for name in ("plain", "short"):
         assert "num_ctx" not in (tmp_path / name / "Modelfile").read_text()
     assert not [name for name in tensors(tmp_path / "plain") if "rope" in name]
