@@ -32,8 +32,10 @@ from phi4_mlx.files.manifest import verify_manifest
 from phi4_mlx.files.safetensors import Stored, TensorInfo, read_header, weight_files
 from phi4_mlx.hub import resolve
 from phi4_mlx.models import multimodal_names, sambay, text
+from phi4_mlx.models.dequantized import dequantize_products
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.padded import PaddedLinear, padded_width
+from phi4_mlx.models.safe import safe
 from phi4_mlx.models.shared_stream import shared_stream
 from phi4_mlx.terminal.suggestion import suggestion
 from phi4_mlx.tokens.chat_format import CHAT_FORMATS, ChatFormat, recognise, recognise_flash
@@ -354,6 +356,8 @@ def empty_model(config: Config, infos: Mapping[str, TensorInfo]) -> LanguageMode
         return quantised and _scheme(path, module, infos, claimed)
 
     nn.quantize(model, class_predicate=settings)
+    if safe("products"):
+        dequantize_products(model)
     return model
 
 

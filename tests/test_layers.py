@@ -29,7 +29,9 @@ adapters
 models
 grammar
 checkpoint
+checkpoint_share
 fingerprint
+ranks
 convert
 export
 generation

@@ -28,6 +28,11 @@ def memory_limit() -> int:
     """Usable bytes: Metal's recommended working set, or else the machine's memory."""
     if mx.metal.is_available():
         return int(mx.device_info()["max_recommended_working_set_size"])
+    return machine_bytes()
+
+
+def machine_bytes() -> int:
+    """The machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -123,3 +128,8 @@ def check_context(plan: ContextPlan, length: int) -> None:
             f"a prompt of {amount(length, 'token')} takes {size(needed)}, and this machine allows "
             f"{size(plan.limit_bytes)}: {amount(plan.most_tokens, 'token')}; {way_out}"
         )
+
+
+def room_for_rows(plan: ContextPlan, length: int) -> int:
+    """Bytes for rows beside a prefill of `length` tokens: half of what is left, as they are copied while they move."""
+    return max(0, plan.limit_bytes - plan.peak_bytes(length)) // 2

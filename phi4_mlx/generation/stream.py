@@ -22,6 +22,7 @@ from phi4_mlx.generation.steps import decode, open_cache
 from phi4_mlx.generation.stop_strings import StopStrings
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.safe import safe
 from phi4_mlx.models.shared_stream import shared_stream
 from phi4_mlx.terminal.amount import amount, size
 
@@ -290,7 +291,7 @@ class AnswerText:
 @contextlib.contextmanager
 def wired_memory() -> Iterator[None]:
     """Lets Metal keep the weights wired while tokens are drawn; otherwise large models page on macOS 15."""
-    if not mx.metal.is_available():
+    if safe("wired") or not mx.metal.is_available():
         yield
         return
     before = mx.set_wired_limit(memory_limit())

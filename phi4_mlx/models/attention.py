@@ -16,6 +16,8 @@ from typing import Any
 import mlx.core as mx
 
 from phi4_mlx.models.cache import Mask, Quantized
+from phi4_mlx.models.fused import softmax_attention
+from phi4_mlx.models.safe import safe
 
 SLICE = 2**20  # scores a head in one slice of queries
 BLOCK = 256  # keys; with 24 heads and a chunk of 2,048 tokens, 50 MB of scores
@@ -39,7 +41,7 @@ class PackedAttention:
 
         T = segments.shape[1]
         lengths = [T]
-        if len(segments) == 1:
+        if len(segments) == 1 and not safe("slices"):
             begins = [0, *np.flatnonzero(np.diff(np.array(segments[0]))) + 1, T]
             lengths = chunks(np.diff(begins).tolist())
         self._ends = list(accumulate(lengths[:-1]))
@@ -47,11 +49,8 @@ class PackedAttention:
 
     def __call__(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
         """Attention output [B, H, T, Dh], of queries [B, H, T, Dh] over keys and values [B, K, T, Dh]."""
-        heads = (self.split(each, 2) for each in (queries, keys, values))
-        parts = [
-            mx.fast.scaled_dot_product_attention(*part, scale=scale, mask=mask)
-            for *part, mask in zip(*heads, self.masks, strict=True)
-        ]
+        split = (self.split(each, 2) for each in (queries, keys, values))
+        parts = [softmax_attention(q, k, v, scale, mask) for q, k, v, mask in zip(*split, self.masks, strict=True)]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
     def split(self, array: mx.array, axis: int) -> list[mx.array]:
@@ -97,10 +96,10 @@ def attention(queries: mx.array, keys: Any, values: Any, scale: float, mask: Mas
         [B, H, T, Dh], in the dtype of the queries.
     """
     if bits is not None:
-        return in_blocks(queries, keys, values, scale, mask, bits)
-    if isinstance(mask, str) and mx.default_device() == mx.Device(mx.cpu):
+        return (dequantised if safe("blocks") else in_blocks)(queries, keys, values, scale, mask, bits)
+    if isinstance(mask, str) and not safe("slices") and mx.default_device() == mx.Device(mx.cpu):
         return in_slices(queries, keys, values, scale, max(1, SLICE // keys.shape[2]))
-    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+    return softmax_attention(queries, keys, values, scale, mask)
 
 
 def in_slices(queries: mx.array, keys: mx.array, values: mx.array, scale: float, rows: int) -> mx.array:
@@ -111,9 +110,7 @@ def in_slices(queries: mx.array, keys: mx.array, values: mx.array, scale: float,
         stop = min(T, start + rows)
         seen = S - T + stop
         slices.append(
-            mx.fast.scaled_dot_product_attention(
-                queries[:, :, start:stop], keys[:, :, :seen], values[:, :, :seen], scale=scale, mask="causal"
-            )
+            softmax_attention(queries[:, :, start:stop], keys[:, :, :seen], values[:, :, :seen], scale, "causal")
         )
         queued += seen * (stop - start)
         if queued > QUEUED:
@@ -154,6 +151,15 @@ def in_blocks(
             mx.eval(top, total, out)
             queued = 0
     return (out / total).astype(queries.dtype).reshape(B, H, T, Dh)
+
+
+def dequantised(
+    queries: mx.array, keys: Quantized, values: Quantized, scale: float, mask: Mask, bits: int
+) -> mx.array:
+    """`in_blocks` with keys and values dequantised whole."""
+    size = queries.shape[3] // keys[1].shape[3]
+    k, v = (mx.dequantize(*each, group_size=size, bits=bits).astype(mx.float32) for each in (keys, values))
+    return softmax_attention(queries.astype(mx.float32), k, v, scale, mask).astype(queries.dtype)
 
 
 def _allowed(mask: Mask, T: int, S: int, start: int, stop: int) -> mx.array | None:

@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from phi4_mlx.config.multimodal import AudioConfig
+from phi4_mlx.models.fused import LayerNorm
 from phi4_mlx.models.padded import PaddedLinear, attention
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: AudioConfig):
         super().__init__()
-        self.layer_norm = nn.LayerNorm(config.hidden_size)
+        self.layer_norm = LayerNorm(config.hidden_size)
         self.gate_up_proj = PaddedLinear(config.hidden_size, 2 * config.intermediate_size)
         self.down_proj = PaddedLinear(config.intermediate_size, config.hidden_size)
 
@@ -179,7 +180,7 @@ class Convolution(nn.Module):
 
     def __init__(self, config: AudioConfig):
         super().__init__()
-        self.layer_norm = nn.LayerNorm(config.hidden_size)
+        self.layer_norm = LayerNorm(config.hidden_size)
         self.glu = GatedConv(config)
         self.dw_sep_conv_1d = SeparableConv(config)
         self.ext_pw_conv_1d = PaddedLinear(config.hidden_size, config.hidden_size)
@@ -194,11 +195,11 @@ class ConformerBlock(nn.Module):
     def __init__(self, config: AudioConfig):
         super().__init__()
         self.feed_forward_in = FeedForward(config)
-        self.layer_norm_att = nn.LayerNorm(config.hidden_size)
+        self.layer_norm_att = LayerNorm(config.hidden_size)
         self.self_attn = Attention(config)
         self.conv = Convolution(config)
         self.feed_forward_out = FeedForward(config)
-        self.layer_norm = nn.LayerNorm(config.hidden_size)
+        self.layer_norm = LayerNorm(config.hidden_size)
 
     def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
         x = x + 0.5 * self.feed_forward_in(x)

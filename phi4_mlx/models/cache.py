@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from phi4_mlx.errors import RequestError, check_whole
 from phi4_mlx.models.rope import Regime
+from phi4_mlx.models.safe import safe
 
 Mask: TypeAlias = "str | mx.array | None"  # "causal", bool [.., T, S], or None where every query sees every key
 REWIND = 32  # tokens of a pass that can be taken back where a cache keeps the states between them
@@ -66,6 +67,10 @@ class LayerCache(Protocol):
     def rewindable(self) -> bool:
         """True if the tokens of a pass of at most `REWIND` can be taken back after it; speculation needs that."""
 
+    @property
+    def rewinds_rows(self) -> bool:
+        """True if `state` has a column a token, so that each row of a batch can take back its own number of tokens."""
+
     def can_trim(self, n: int) -> bool:
         """True if the last n tokens can be taken back now."""
 
@@ -116,6 +121,11 @@ def buffer_length(num_tokens: int) -> int:
     return (num_tokens // KVCache.STEP + 1) * KVCache.STEP
 
 
+def appended(old: Sequence[mx.array], new: Sequence[mx.array]) -> list[mx.array]:
+    """Arrays [B, K, S, Dh] with new positions behind the old ones, if there are any, in memory of their own."""
+    return [mx.concatenate([*pair], axis=2) for pair in (zip(old, new, strict=True) if old else zip(new, strict=True))]
+
+
 class KVCache:
     """Keys and values of one layer, [B, K, S, Dh] each, in buffers that grow `STEP` positions at a time.
 
@@ -147,13 +157,22 @@ class KVCache:
             self._drop(self._filled - (self.max_size - self.STEP))
         start, end = self._filled, self._filled + T
         new = [keys, values] if self.bits is None else [*self._quantized(keys), *self._quantized(values)]
+        if safe("buffers"):
+            filled = self._buffers = appended(self.state, new)
+        else:
+            filled = self._written(start, new)
+        self._filled = end
+        return (filled[0], filled[1]) if self.bits is None else (tuple(filled[:3]), tuple(filled[3:]))
+
+    def _written(self, start: int, new: Sequence[mx.array]) -> list[mx.array]:
+        """Writes into the buffers, which grow where they must; returns their filled part."""
+        end, filled = start + new[0].shape[2], []
         if not self._buffers or end > self._buffers[0].shape[2]:
             self._buffers = [self._grown(*pair) for pair in zip(self._buffers or [None] * len(new), new, strict=True)]
-        self._filled, filled = end, []
         for buffer, part in zip(self._buffers, new, strict=True):
             buffer[:, :, start:end] = part
             filled.append(buffer[:, :, :end])
-        return (filled[0], filled[1]) if self.bits is None else (tuple(filled[:3]), tuple(filled[3:]))
+        return filled
 
     def _quantized(self, array: mx.array) -> Sequence[mx.array]:
         return list(mx.quantize(array, group_size=group_size(array.shape[-1]), bits=self.bits))
@@ -209,6 +228,8 @@ class KVCache:
     def rewindable(self) -> bool:
         """True without a `max_size`: dropped tokens do not come back."""
         return self.max_size is None
+
+    rewinds_rows = rewindable
 
     def can_trim(self, n: int) -> bool:
         """True if the last n tokens can be taken back now."""

@@ -13,6 +13,7 @@ from phi4_mlx.config.fields import Config
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.safe import safe
 
 Carried = tuple[mx.array, ...]
 """The values that one block passes to the next: hidden states [B, T, D], and results that later blocks share."""
@@ -49,7 +50,7 @@ class CausalLM(LanguageModel):
         rows: int | None = None,
     ) -> mx.array:
         """See `LanguageModel.hidden`."""
-        recompute = self.recompute and self.training
+        recompute = self.recompute and self.training and not safe("recompute")
         adapted = None if cache is None else self.adapters.select(cache.adapters)
         found: mx.array = self.model(
             ids, cache, embeddings=embeddings, segments=segments, rows=rows, recompute=recompute, watch=self.watch,

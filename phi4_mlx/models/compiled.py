@@ -10,6 +10,7 @@ such as those of a gradient, runs uncompiled. Gradients through several single-t
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import chain
@@ -21,12 +22,24 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from phi4_mlx.adapters.named import Selection
+from phi4_mlx.models.safe import safe
 
 Call = Callable[..., Any]
 
 _MLX_LAYERS = {kind for kind in vars(nn).values() if isinstance(kind, type) and issubclass(kind, nn.Module)}
 
 ALL = ("",)  # the prefix of every weight name
+
+
+def compiled(function: Call, **options: Any) -> Call:
+    """`mx.compile` of a function, unless compiled functions are off when it is called."""
+    fast: Call = mx.compile(function, **options)
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        return function(*arguments) if safe("compiled") else fast(*arguments)
+
+    return call
 
 
 class CompiledSteps:

@@ -21,6 +21,8 @@ import mlx.nn as nn
 
 from phi4_mlx.config.sambay import SambaYConfig
 from phi4_mlx.models.attention import PackedAttention
+from phi4_mlx.models.fused import RMSNorm
+from phi4_mlx.models.safe import safe
 
 SCORES = 2**22  # scores of all heads in one slice of queries
 TRAINED_ROWS = 32  # queries in a slice in training, whose scores are computed again in backward
@@ -63,7 +65,7 @@ def difference(
     S = keys.shape[3]
     # A slice of at most `window` queries sees less than two windows of keys.
     at_once = max(1, SCORES // (2 * B * P * G * min(S, 2 * (window or S))))
-    step = min(at_once, window or T, TRAINED_ROWS if training else T)
+    step = T if safe("slices") else min(at_once, window or T, TRAINED_ROWS if training else T)
 
     def seen(start: int, stop: int) -> tuple[slice, mx.array | None]:
         end = S - T + stop
@@ -71,7 +73,7 @@ def difference(
         return slice(begin, end), _allowed(window, mask, start, stop, begin, end)
 
     slices = [(start, min(T, start + step)) for start in range(0, T, step)]
-    if training:
+    if training and not safe("slices"):
         return _trained(slices, seen)(queries, keys, values, weight)
     return _in_slices(slices, seen, queries, keys, values, weight)
 
@@ -147,7 +149,7 @@ class InnerAttention(nn.Module):
     def __init__(self, head_dim: int, layer: int):
         super().__init__()
         self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = mx.random.normal((4, head_dim), scale=0.1)
-        self.subln = nn.RMSNorm(2 * head_dim, eps=1e-5)
+        self.subln = RMSNorm(2 * head_dim, eps=1e-5)
         self._initial = mx.array(0.8 - 0.6 * math.exp(-0.3 * layer))  # an array, so that layers share a trace
 
     @property

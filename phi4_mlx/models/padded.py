@@ -10,6 +10,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from phi4_mlx.models.fused import softmax_attention
+from phi4_mlx.models.safe import safe
+
 FUSED_WIDTHS = (64, 80, 128)  # head dims of Metal's fused attention over many queries
 
 
@@ -63,8 +66,7 @@ def attention(
     """
     head_dim = queries.shape[-1]
     if width is None:
-        on_cpu = mx.default_device() == mx.Device(mx.cpu)
-        width = head_dim if on_cpu else next((each for each in FUSED_WIDTHS if each >= head_dim), head_dim)
-    heads = (pad(each, width) for each in (queries, keys, values))
-    found = mx.fast.scaled_dot_product_attention(*heads, scale=head_dim**-0.5, mask=mask)
-    return found[..., :head_dim]
+        own = safe("padding") or mx.default_device() == mx.Device(mx.cpu)
+        width = head_dim if own else next((each for each in FUSED_WIDTHS if each >= head_dim), head_dim)
+    queries, keys, values = (pad(each, width) for each in (queries, keys, values))
+    return softmax_attention(queries, keys, values, head_dim**-0.5, mask)[..., :head_dim]

@@ -52,6 +52,10 @@ class PromptCache(LayerCaches):
         """The conditions that everything cached was computed under."""
         return self._conditions
 
+    @conditions.setter
+    def conditions(self, conditions: Conditions) -> None:
+        self._conditions = conditions
+
     @property
     def regime(self) -> Regime:
         """The RoPE table of everything cached."""
@@ -154,12 +158,16 @@ class PromptCache(LayerCaches):
 
     def keep_shared(self, ids: Sequence[int]) -> int:
         """Keeps the longest reusable prefix that the cached tokens share with `ids`; returns its length."""
+        kept = self.shared_with(ids)
+        self.truncate(kept)
+        self._cached.name(cut(places_of(ids), 0, kept))  # in place of absent ones
+        return kept
+
+    def shared_with(self, ids: Sequence[int]) -> int:
+        """The length of the longest reusable prefix that the cached tokens share with `ids`."""
         places = places_of(ids)
         serves = self.serves(places, self.regime)
-        kept = self.reusable(shared_length(self.keys, keys_of(ids, places)) if serves else 0)
-        self.truncate(kept)
-        self._cached.name(cut(places, 0, kept))  # in place of absent ones
-        return kept
+        return self.reusable(shared_length(self.keys, keys_of(ids, places)) if serves else 0)
 
     def forget_media(self) -> None:
         """Keeps the identity of media alone, in place of their pixels and features."""
@@ -172,12 +180,27 @@ class PromptCache(LayerCaches):
     def fork(self, length: int) -> PromptCache:
         """Another cache of the first `length` tokens, which must be `reusable`, over the same arrays; B must be 1."""
         start = length if self.is_trimmable() else self.offset
-        twin = PromptCache([layer.fork(start) for layer in self], self._boundary, self.options)
+        twin = self.branch(start)
         twin._cached, twin.snapshots = self.tokens.first(start), Snapshots(self.snapshots)
         twin._conditions, twin._own_adapter = self._conditions, self._own_adapter
         twin.mode_adapters = self.mode_adapters
         twin.truncate(length)
         return twin
+
+    def prefix_of(self, ids: Sequence[int], length: int) -> PromptCache:
+        """A fork of `length` tokens for a whole prompt that begins with them, which has the media of the rest.
+
+        Where snapshots are needed, the first is taken there, so that a longer cache of the conversation can replace
+        this one.
+        """
+        cache = self.fork(length)
+        cache.expect(ids)
+        cache.mark()
+        return cache
+
+    def branch(self, length: int) -> PromptCache:
+        """An empty record over the layers' arrays of the first `length` tokens, which `fork` completes."""
+        return PromptCache([layer.fork(length) for layer in self], self._boundary, self.options)
 
     def restore(
         self, ids: Sequence[int], states: Iterable[Sequence[mx.array]], regime: Regime, adapter: str | None = None

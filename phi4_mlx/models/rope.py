@@ -14,6 +14,7 @@ from typing import Literal
 import mlx.core as mx
 
 from phi4_mlx.config.text import ModelConfig
+from phi4_mlx.models.fused import rope
 
 Regime = Literal["short", "long"]
 
@@ -34,9 +35,7 @@ class Rotation:
 
     def __call__(self, heads: mx.array, num_queries: int) -> tuple[mx.array, mx.array]:
         """Rotates `heads` [B, H + K, T, Dh], queries before keys, and splits them: [B, H, T, Dh], [B, K, T, Dh]."""
-        heads = mx.fast.rope(
-            heads, self.dims, traditional=False, base=None, scale=1.0, offset=self.offset, freqs=self.periods
-        )
+        heads = rope(heads, self.dims, self.offset, self.periods)
         queries, keys = mx.split(heads, [num_queries], axis=1)
         return (queries if self.query_scale is None else queries * self.query_scale), keys
 
@@ -57,11 +56,9 @@ class PackedRotation:
         # One token a batch row, since `mx.fast.rope` takes one position a row.
         tokens = heads.transpose(0, 2, 1, 3).reshape(B * T, N, 1, Dh)
         rotated = [
-            mx.fast.rope(
-                tokens, self.dims, traditional=False, base=None, scale=1.0, offset=self.positions, freqs=periods
-            ).reshape(B, T, N, Dh).transpose(0, 2, 1, 3)
+            rope(tokens, self.dims, self.positions, periods).reshape(B, T, N, Dh).transpose(0, 2, 1, 3)
             for periods in self.periods
-        ]  # fmt: skip
+        ]
         heads = rotated[0] if len(rotated) == 1 else mx.where(self.long, rotated[1], rotated[0])
         queries, keys = mx.split(heads, [num_queries], axis=1)
         return (queries if self.query_scale is None else queries * self.query_scale), keys

@@ -28,10 +28,12 @@ from phi4_mlx.models.attention import SLICE, PackedAttention
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.cache import REWIND, CacheOptions, KVCache, LayerCache
 from phi4_mlx.models.causal_lm import Carried, CausalLM
-from phi4_mlx.models.compiled import ALL, Call, CompiledSteps, Traced
+from phi4_mlx.models.compiled import ALL, Call, CompiledSteps, Traced, compiled
 from phi4_mlx.models.differential import SCORES, Attention, Mask
+from phi4_mlx.models.fused import layer_norm
 from phi4_mlx.models.model import ContextCost
 from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.safe import safe
 from phi4_mlx.models.scan import selective_scan, short_scan
 from phi4_mlx.models.state import RecurrentCache, WindowCache
 
@@ -46,7 +48,7 @@ STEPS = 1e-3, 1e-1  # the range of dt in a new model, as in Mamba
 Arrays = tuple[mx.array, ...]
 
 
-@partial(mx.compile, shapeless=True)
+@partial(compiled, shapeless=True)
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """silu(gate) * x in float32, in the dtype of the gate."""
     return (nn.silu(gate.astype(mx.float32)) * x.astype(mx.float32)).astype(gate.dtype)
@@ -58,7 +60,7 @@ class LayerNorm(nn.LayerNorm):
     traceable = True
 
     def __call__(self, x: mx.array) -> mx.array:
-        normed = mx.fast.layer_norm(x, None, None, self.eps)
+        normed = layer_norm(x, None, None, self.eps)
         return (normed * self.weight + self.bias).astype(self.weight.dtype)
 
 
@@ -287,7 +289,8 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.record(ids)
             caches, mask = cache, cache.make_mask(T) if isinstance(cache, BatchCache) else None
-        one_step = T == 1 and cache is not None and cache[0].offset and embeddings is None and not self.training
+        one_step = T == 1 and cache is not None and cache[0].offset and embeddings is None
+        one_step = one_step and not (self.training or safe("compiled"))
         layers, steps = self._under(adapted), self._compiled.of(adapted)
         if one_step and steps.ready([self.embed_tokens, *layers, self.final_layernorm]):
             return self._step(steps.calls(None, lambda: self._trace(adapted)), layers, ids, mask, caches)

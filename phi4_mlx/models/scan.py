@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from phi4_mlx.models.safe import safe
+
 CHUNK = 16  # tokens; longer chunks hold more states at once and save nothing
 
 
@@ -34,6 +36,9 @@ def selective_scan(
     Returns:
         The outputs [B, T, E] and the state after the last token [B, N, E], float32.
     """
+    if safe("scan"):
+        outputs, states = _token_by_token(u, dt, A, B, C, state, keep)
+        return outputs, states[-1]
     outputs, state = _scan(u, dt, A, B, C, state, *([] if keep is None else [keep]))
     return outputs, state
 
@@ -42,11 +47,27 @@ def short_scan(
     u: mx.array, dt: mx.array, A: mx.array, B: mx.array, C: mx.array, state: mx.array
 ) -> tuple[mx.array, list[mx.array]]:
     """`selective_scan` of a few tokens in one chunk; returns the outputs, and the state after each token."""
+    if safe("scan"):
+        return _token_by_token(u, dt, A, B, C, state, None)
     if u.shape[1] == 1:  # the recurrence itself; a compiled step makes one kernel of it
         state = mx.exp(dt * A) * state + (dt * u) * B.swapaxes(1, 2)
         return C @ state, [state]
     states, _ = _states(u, dt, A, B, state)
     return (C[:, :, None, :] @ mx.stack(states, axis=1)).squeeze(2), states
+
+
+def _token_by_token(
+    u: mx.array, dt: mx.array, A: mx.array, B: mx.array, C: mx.array, state: mx.array, keep: mx.array | None
+) -> tuple[mx.array, list[mx.array]]:
+    """The outputs, and the state after each token; differentiable, with all states in memory."""
+    outputs, states = [], []
+    for t in range(u.shape[1]):
+        decay = mx.exp(dt[:, t, None, :] * A)
+        decay = decay if keep is None else decay * keep[:, t, None, None]
+        state = decay * state + (dt[:, t] * u[:, t])[:, None, :] * B[:, t, :, None]
+        outputs.append((C[:, t, None, :] @ state)[:, 0])
+        states.append(state)
+    return mx.stack(outputs, axis=1), states
 
 
 @mx.custom_function

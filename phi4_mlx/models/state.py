@@ -14,7 +14,8 @@ from typing import TypeVar
 
 import mlx.core as mx
 
-from phi4_mlx.models.cache import REWIND, Mask
+from phi4_mlx.models.cache import REWIND, Mask, appended
+from phi4_mlx.models.safe import safe
 
 Cache = TypeVar("Cache", bound="SnapshotCache")
 
@@ -23,6 +24,7 @@ class SnapshotCache(ABC):
     """A cache that can take back the tokens of the latest short pass; to go back further, it restores a snapshot."""
 
     rewindable = True
+    rewinds_rows = False  # a state has no columns
     offset: int
 
     @property
@@ -190,6 +192,9 @@ class WindowCache(SnapshotCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Appends keys and values of T tokens; returns those that the new ones see."""
         T, new = keys.shape[2], [keys, values]
+        if safe("buffers"):
+            self._set(appended(self.arrays, new), self.offset + T)
+            return self._buffers[0], self._buffers[1]
         if not self._buffers or self._filled + T > self._buffers[0].shape[2]:
             room = T if T > self.STEP else self.STEP
             kept = self.arrays

@@ -26,9 +26,11 @@ from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.cache import CacheOptions, KVCache, LayerCache, Mask, group_size
 from phi4_mlx.models.causal_lm import Carried, CausalLM
 from phi4_mlx.models.compiled import ALL, Call, CompiledSteps, Traced
+from phi4_mlx.models.fused import RMSNorm, softmax_attention
 from phi4_mlx.models.model import ContextCost
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import PackedRotation, Regime, Rope, Rotation, regime_of
+from phi4_mlx.models.safe import safe
 
 # Prefixes of the weights of a block that work before its attention, and after it.
 BEFORE, AFTER = ("input_layernorm.", "self_attn.qkv_proj."), ("self_attn.o_proj.", "post_attention_layernorm.", "mlp.")
@@ -67,7 +69,7 @@ class Attention(nn.Module):
         if isinstance(mask, PackedAttention):
             return mask(queries, keys, values, self.scale)
         if cache is None:
-            return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=mask)
+            return softmax_attention(queries, keys, values, self.scale, mask)
         keys, values = cache.update_and_fetch(keys, values)  # [B, K, S, Dh], or quantised
         return attention(queries, keys, values, self.scale, mask, getattr(cache, "bits", None))
 
@@ -111,9 +113,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, softmax_scale: float):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, softmax_scale)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def heads(self, x: mx.array, rotation: Rotation | PackedRotation) -> tuple[mx.array, mx.array, mx.array]:
@@ -151,7 +153,7 @@ class Decoder(nn.Module):
         self.rope = Rope(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config, self.rope.softmax_scale) for _ in range(config.num_hidden_layers)]
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self._compiled = CompiledSteps()
 
     def __call__(
@@ -177,10 +179,11 @@ class Decoder(nn.Module):
             caches, position, mask = cache, cache.positions, cache.make_mask(T)
 
         layers, steps = self._under(adapted), self._compiled.of(adapted)
-        one_step = T == 1 and cache is not None and embeddings is None and not self.training
+        one_step = T == 1 and cache is not None and not (self.training or safe("compiled"))
         if one_step and steps.ready([self.embed_tokens, *layers, self.norm]):
-            calls = steps.calls(regime, lambda: self._trace(regime, adapted))
-            return self._step(calls, layers, ids, mx.array(position), mask, caches)
+            embed, given = (self.embed_tokens, ids) if embeddings is None else (nn.Identity(), embeddings)
+            calls = steps.calls((regime, type(embed)), lambda: self._trace(embed, regime, adapted))
+            return self._step(calls, layers, given, mx.array(position), mask, caches)
         if adapted is not None:
             adapted.start()
         x = self.embed_tokens(ids) if embeddings is None else embeddings
@@ -214,23 +217,23 @@ class Decoder(nn.Module):
         return list(self.layers) if adapted is None else adapted.layers
 
     def _step(
-        self, calls: list[Call], layers: list[Any], ids: mx.array, offset: mx.array, mask: Any, caches: Sequence[Any]
+        self, calls: list[Call], layers: list[Any], given: mx.array, offset: mx.array, mask: Any, caches: Sequence[Any]
     ) -> mx.array:
-        """A single-token step in compiled calls, from one attention to the next; ids [B, 1] -> [B, 1, D]."""
-        x, *heads = calls[0](ids, offset)
+        """A step in compiled calls, from one attention to the next; ids [B, 1] or embeddings -> [B, 1, D]."""
+        x, *heads = calls[0](given, offset)
         for layer, cache, call in zip(layers, caches, calls[1:], strict=True):
             queries, keys, values = heads
             x, *heads = call(x, layer.self_attn.attend(queries, keys, values, mask, cache), offset)
         return x
 
-    def _trace(self, regime: Regime, adapted: Selection | None) -> list[Call]:
+    def _trace(self, embed: nn.Module, regime: Regime, adapted: Selection | None) -> list[Call]:
         layers = self._under(adapted)
 
         def heads(layer: Any, x: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
             return x, *layer.heads(x, self.rope.at(offset, regime, x.dtype))
 
-        def first(embedding: Any, layer: Any, ids: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
-            return heads(layer, embedding(ids), offset)
+        def first(embedding: Any, layer: Any, given: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
+            return heads(layer, embedding(given), offset)
 
         def between(layer: Any, following: Any, x: mx.array, seen: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
             return heads(following, layer.rest(x, seen), offset)
@@ -240,7 +243,7 @@ class Decoder(nn.Module):
 
         inner = Traced(between, AFTER, BEFORE, adapted=adapted)
         return [
-            Traced(first, ALL, BEFORE, adapted=adapted).on(self.embed_tokens, layers[0]),
+            Traced(first, ALL, BEFORE, adapted=adapted).on(embed, layers[0]),
             *(inner.on(*pair) for pair in pairwise(layers)),
             Traced(last, AFTER, ALL, adapted=adapted).on(layers[-1], self.norm),
         ]

@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from phi4_mlx.config.multimodal import VisionConfig
+from phi4_mlx.models.fused import LayerNorm
 from phi4_mlx.models.padded import PaddedLinear, attention
 
 if TYPE_CHECKING:
@@ -102,9 +103,9 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.self_attn = Attention(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = MLP(config)
 
     def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:

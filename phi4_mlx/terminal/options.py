@@ -118,6 +118,16 @@ def add_model_options(parser: Parser) -> None:
     )
 
 
+def add_parallel_option(parser: Parser) -> None:
+    """Adds `--parallel`."""
+    parser.add_argument(
+        "--parallel",
+        choices=("tensor", "pipeline"),
+        help="how the ranks that mlx.launch has started hold the model: tensor splits every matrix, for speed over a "
+        "fast link; pipeline deals out the blocks, for memory over any link (default: chosen, with the reason)",
+    )
+
+
 def add_revision_option(parser: Parser, model: str = "model") -> None:
     """Adds `--revision`, of the name in the option `model`."""
 
@@ -215,6 +225,11 @@ def add_decoding_options(parser: Parser) -> None:
         metavar="N",
         help="cache at most N tokens: the first 4 and the latest; those between are dropped (default: all)",
     )
+    add_speculation_options(parser)
+
+
+def add_speculation_options(parser: Parser) -> None:
+    """Adds `--speculate` and `--draft-model`."""
     parser.add_argument(
         "--speculate",
         choices=("auto", "off", "lookup"),
@@ -262,17 +277,41 @@ def add_overflow_option(parser: Parser) -> None:
     )
 
 
+def add_prompt_cache_options(parser: Parser) -> None:
+    """Adds `--prompt-cache-dir` and `--prompt-cache-disk-bytes`."""
+    parser.add_argument(
+        "--prompt-cache-dir", type=word, metavar="DIR",
+        help="folder that keeps the caches of earlier prompts for the next start; only its owner may read it "
+        "(default: none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompt-cache-disk-bytes", type=number(int, 2**20, 2**50), default=10 * 2**30, metavar="N",
+        help="most bytes in that folder; the least recently used goes first",
+    )  # fmt: skip
+    no_folder = "without --prompt-cache-dir, whose files it limits"
+    parser.idle.append(Idle(("prompt_cache_disk_bytes",), lambda args: args.prompt_cache_dir is None, no_folder))
+
+
 def check_decoding_options(args: argparse.Namespace) -> None:
     """Checks that no decoding option cancels another.
 
     Raises:
         RequestError: an option would have no effect; names both.
     """
+    check_speculation_options(args)
     guesses = "--draft-model" if args.draft_model is not None else f"--speculate {args.speculate}"
-    if args.draft_model is not None and args.speculate == "off":
-        raise RequestError("--draft-model guesses tokens, and --speculate off forbids it; drop one")
     if args.max_kv_size is not None and guesses in ("--draft-model", "--speculate lookup"):
         raise RequestError(f"{guesses} may have to take tokens back, and --max-kv-size makes that impossible; drop one")
+
+
+def check_speculation_options(args: argparse.Namespace) -> None:
+    """Checks that a draft model may guess.
+
+    Raises:
+        RequestError: it may not; names both options.
+    """
+    if args.draft_model is not None and args.speculate == "off":
+        raise RequestError("--draft-model guesses tokens, and --speculate off forbids it; drop one")
 
 
 def cache_options(args: argparse.Namespace) -> CacheArguments:

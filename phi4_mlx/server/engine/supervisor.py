@@ -14,9 +14,24 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.server.engine import engine, process
+from phi4_mlx.ranks.launch import launched
+from phi4_mlx.server.engine import process
+from phi4_mlx.server.engine.engine import Settings
 from phi4_mlx.server.engine.process import EngineProcess
-from phi4_mlx.server.engine.protocol import Beat, Cancel, Event, Failure, Finish, Job, Pong, Ready, Report
+from phi4_mlx.server.engine.protocol import (
+    Beat,
+    Cancel,
+    Event,
+    Failure,
+    Finish,
+    Job,
+    Leave,
+    Notice,
+    Pong,
+    Ready,
+    Report,
+)
+from phi4_mlx.server.limits import STORING_S
 from phi4_mlx.server.log import LOG
 
 PING_S = 30.0  # an engine answers between two chunks of a prefill, which take long on a slow machine
@@ -86,8 +101,8 @@ class Supervisor:
         longest, note: those of `Ready`; 0 and "" until the engine is ready.
     """
 
-    def __init__(self, settings: engine.Settings, max_jobs: int) -> None:
-        self._settings, self._max_jobs = settings, max_jobs
+    def __init__(self, settings: Settings, max_jobs: int) -> None:
+        self._settings, self._max_jobs, self._over_ranks = settings, max_jobs, launched() is not None
         self._clients: dict[int, _Client] = {}
         self._numbers = itertools.count(1)
         self._engine: EngineProcess | None = None
@@ -127,11 +142,14 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Ends the engine, and fails the jobs that are left."""
-        self.state = "stopped"
+        orderly, self.state = self.state == "ready", "stopped"
         self._fail_all("the server is stopping")
         if self._watching is not None:
             self._watching.cancel()
         if self._engine is not None:
+            if self._over_ranks or (orderly and self._settings.store is not None):
+                self._engine.send(Leave())
+                await self._engine.ended(STORING_S + 0.5)
             self._engine.kill()
             await self._engine.ended()
 
@@ -209,6 +227,8 @@ class Supervisor:
                 self.state = "ready"
         elif isinstance(report, Pong):
             source.pong(report)
+        elif isinstance(report, Notice):
+            LOG.warning("%s", report.line)
         elif isinstance(report, Ready):
             self.state, self.longest, self.note, self._failures = "ready", report.longest, report.note, _Failures()
             self._started.set()
@@ -254,6 +274,8 @@ class Supervisor:
 
     def _failed(self, reason: str) -> None:
         """Starts another engine after a pause, or gives up."""
+        if self._over_ranks:  # the other ranks have ended with it
+            return self._give_up(f"{reason}, and with it the job of all ranks")
         was_ready = self._started.is_set()
         pause_s = self._failures.pause_s(was_ready)
         if pause_s is None:
