@@ -34,6 +34,7 @@ convert
 generation
 agent transcription
 lora server evaluation
+doctor
 chat commands bridge
 cli
 __main__
