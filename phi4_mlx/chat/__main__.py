@@ -120,7 +120,10 @@ def _open(args: argparse.Namespace, screen: Screen, person: bool, toolbox: Toolb
     from phi4_mlx.checkpoint import load
     from phi4_mlx.hub import DEFAULT_MODEL
     from phi4_mlx.models.cache import CacheOptions
+    from phi4_mlx.models.safe import notice
 
+    if switched_off := notice():
+        complain(PROG, switched_off)
     name = DEFAULT_MODEL if args.model is None else args.model
     model, tokenizer = load_shown(screen, name, load_options(args))
     draft = None if args.draft_model is None else load(args.draft_model)[0]

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from phi4_mlx.checkpoint import load_config, load_model, load_tokenizer_and_format
+from phi4_mlx.checkpoint import load_config, load_model, share_weights
 from phi4_mlx.doctor.check import Check
 from phi4_mlx.doctor.operations import NAMES, random
 from phi4_mlx.doctor.tolerance import PRODUCT, Tolerance, exponentials, rounding, sines, steps
 from phi4_mlx.generation.batch import Batch, BatchSequence, Fault, Token
-from phi4_mlx.generation.speculate import make_proposer
 from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.generation.stream import wired_memory
 from phi4_mlx.hub import resolve
 from phi4_mlx.models.model import LanguageModel
-from phi4_mlx.models.safe import FastPath
+from phi4_mlx.models.safe import FastPath, safe
 from phi4_mlx.models.shared_stream import shared_stream
+from phi4_mlx.tokens.prefix import shared_length
 
 if TYPE_CHECKING:
     from phi4_mlx.models.multimodal import Model as MultimodalModel
 
 CHUNK = 24  # tokens
+BOUNDARY = 48  # of the RoPE tables, in place of the package's own
 OPERATIONS = 6  # in a row in a block, which sum or round
 KERNELS: tuple[FastPath, ...] = ("attention", "norms", "rope", "products")
 HYBRID: tuple[FastPath, ...] = ("scan", "slices", "norms", "products")
@@ -155,17 +156,43 @@ def _steps(subject: Subject, kv_bits: int | None) -> list[mx.array]:
 def _boundary(subject: Subject) -> list[mx.array]:
     """A prompt just below the boundary, and tokens that take it across."""
     model = subject.load()
-    assert model.boundary is not None
-    tokens = ids(model.boundary + 6)
-    sampler = _scripted(tokens[model.boundary - 4 :])
-    drawn = generate_step(tokens[: model.boundary - 4], model, max_tokens=8, sampler=sampler)
+    config: Any = replace(model.config, original_max_position_embeddings=BOUNDARY)  # type: ignore[type-var]
+    near, tokens = share_weights(model, config), ids(BOUNDARY + 6)
+    script = _Script(tokens[BOUNDARY - 4 :])
+    drawn = generate_step(tokens[: BOUNDARY - 4], near, max_tokens=8, sampler=script.sample)
     return [logprobs for _, logprobs in drawn]
 
 
-def _scripted(tokens: Sequence[int]) -> Callable[[mx.array], mx.array]:
-    """A sampler that draws these tokens, so that a rounding error does not lead elsewhere."""
-    script = iter(tokens)
-    return lambda logprobs: mx.array([next(script)] * logprobs.shape[0])
+class _Script:
+    """Draws given tokens, so that a rounding error does not lead elsewhere; guesses two of them, and a wrong one."""
+
+    def __init__(self, tokens: Sequence[int]):
+        self._tokens, self._at, self._guesses = [*tokens], 0, [0]
+
+    def sample(self, logprobs: mx.array) -> mx.array:
+        """The next tokens, of which those after a wrong guess are drawn again later."""
+        drawn = self._tokens[self._at : self._at + logprobs.shape[0]]
+        self._at += shared_length(drawn[:-1], self._guesses) + 1
+        return mx.array(drawn)
+
+    def guess(self, most: int) -> list[int]:
+        """See `Proposer.guess`."""
+        first, second, third = self._tokens[self._at : self._at + 3]
+        self._guesses = [first, second, third + 1]
+        return self._guesses[:most]
+
+    def pays(self) -> bool:
+        """See `Proposer.pays`."""
+        return True
+
+    def begin(self, ids: Sequence[int]) -> None:
+        """See `Proposer.begin`."""
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """See `Proposer.extend`."""
+
+    def took(self, tokens: int, seconds: float) -> None:
+        """See `Proposer.took`."""
 
 
 def _rows(subject: Subject) -> list[mx.array]:
@@ -174,7 +201,7 @@ def _rows(subject: Subject) -> list[mx.array]:
     found: dict[BatchSequence, list[mx.array]] = {}
     for number, length in enumerate((5, 33, 20)):
         tokens = ids(length + 8)[number:]
-        sequence = BatchSequence(model, tokens[:length], 6, sampler=_scripted(tokens[length:] + tokens))
+        sequence = BatchSequence(model, tokens[:length], 6, sampler=_Script(tokens[length:] + tokens).sample)
         found[sequence] = []
         batch.add(sequence)
     while batch.waiting or batch.active:
@@ -189,15 +216,11 @@ def _rows(subject: Subject) -> list[mx.array]:
 
 
 def _guessed(subject: Subject) -> list[mx.array]:
-    """An answer that repeats an earlier one; the model is sure of every token."""
-    model = subject.load()
-    tokenizer = load_tokenizer_and_format(subject.folder, None, model.config.model_type)
-    first = {"role": "user", "content": "hi"}
-    answer = {"role": "assistant", "content": "Hello! I am a demo of phi4_mlx. Ask me what I can do."}
-    prompt = tokenizer.apply_chat_template([first, answer, first], add_generation_prompt=True)
-    proposer = make_proposer("lookup", model)
-    drawn = [*generate_step(prompt, model, max_tokens=12, proposer=proposer)]
-    return [mx.array([token for token, _ in drawn]), *(logprobs for _, logprobs in drawn)]
+    """Tokens of which a pass verifies several; the wrong guesses are taken back."""
+    tokens, script = ids(60), _Script(ids(60)[20:])
+    proposer = None if safe("speculation") else script
+    drawn = generate_step(tokens[:20], subject.load(), max_tokens=16, sampler=script.sample, proposer=proposer)
+    return [logprobs for _, logprobs in drawn]
 
 
 def _wired(subject: Subject) -> list[mx.array]:

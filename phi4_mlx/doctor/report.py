@@ -122,7 +122,7 @@ def speed_lines(speed: Sequence[Speed]) -> Iterator[str]:
         yield f"{row['name']:52} {row['value']:9,.1f} {row['unit']:9} {share}".rstrip()
 
 
-def twin_lines(paths: Sequence[str], twins: Mapping[str, str] = {**TWINS}) -> Iterator[str]:  # noqa: B006
+def twin_lines(paths: Sequence[str], twins: Mapping[str, str] = {**TWINS}) -> Iterator[str]:
     """The slow twins of fast paths, in words."""
     for path in paths:
         yield f"{path}: {twins[path]}"

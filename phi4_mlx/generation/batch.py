@@ -23,6 +23,7 @@ from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.cache import KVCache
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.queued import queue
 from phi4_mlx.models.rope import Regime
 from phi4_mlx.models.safe import safe
 from phi4_mlx.models.shared_stream import shared_stream
@@ -326,7 +327,7 @@ class Batch:
 
     def _draw(self, sequences: list[BatchSequence], logits: mx.array, events: list[Token | Fault]) -> None:
         """Draws a token for each sequence from its row of the logits [B, V]; a failure is of one sequence alone."""
-        mx.async_eval(logits)  # the device computes them while the host computes grammar masks
+        queue(logits)  # the device computes them while the host computes grammar masks
         greedy = draw(logits, None)
         drawn: list[tuple[int, Draws]] = []
         for n, sequence in enumerate(sequences):

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from phi4_mlx.errors import CheckpointError, RequestError, check_number, check_whole
 from phi4_mlx.models.compiled import compiled
-from phi4_mlx.models.safe import safe
+from phi4_mlx.models.queued import queue
 from phi4_mlx.terminal.limits import PENALTY_RANGE, REPETITION_PENALTY_RANGE, SEED_LIMIT, TEMPERATURE_LIMIT, TOP_K_LIMIT
 
 _MISS = math.log(2**-32)  # log of the accepted probability that no draw of several lies in the nucleus
@@ -42,7 +42,7 @@ class Draws(NamedTuple):
 
     def queue(self) -> None:
         """Starts the computation of the tokens."""
-        (mx.eval if safe("queue") else mx.async_eval)(self.tokens, self.scores)
+        queue(self.tokens, self.scores)
 
     def numbers(self) -> list[int]:
         """The tokens as ids, once they are computed.
