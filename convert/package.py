@@ -221,7 +221,8 @@ def write_package(
         }
         tokenizer = load_tokenizer(folder, prove=True)
         small = _small_files(folder, raw, config, parameters, given, tokenizer)
-        _check_room(out, parameters, small, lora_bytes(loras))
+        weights = sum(parameter.output_bytes for parameter in parameters)
+        check_room(out, weights + sum(map(len, small.values())) + lora_bytes(loras))
         files = _write_weights(out, parameters, progress or (lambda done, total: None))
         for path in write_loras(out, loras, config.num_hidden_layers):
             files[path.relative_to(out).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
@@ -292,8 +293,8 @@ def _config(config: Config, parameters: list[Parameter]) -> JsonObject:
     return plain | quantization | {"torch_dtype": DTYPES[numbers].mlx_name}
 
 
-def _check_room(out: Path, parameters: list[Parameter], small: Mapping[str, bytes], lora_bytes: int) -> None:
-    needed = sum(parameter.output_bytes for parameter in parameters) + sum(map(len, small.values())) + lora_bytes
+def check_room(out: Path, needed: int) -> None:
+    """Raises RequestError if the disk of a new folder has less than `needed` bytes free."""
     free = shutil.disk_usage(out).free
     if needed > free:
         raise RequestError(

@@ -26,7 +26,7 @@ COMMANDS = {
     "benchmark": ("phi4_mlx.commands.benchmark", "measure the speed of a model on this machine"),
     "evaluate": ("phi4_mlx.commands.evaluate", "score a model on tasks, beside published figures and other runs"),
     "fuse": ("phi4_mlx.commands.fuse", "merge an adapter into a model and write the result as a package"),
-    "export": ("phi4_mlx.lora.export", "convert an adapter to Hugging Face's PEFT, or from it"),
+    "export": ("phi4_mlx.lora.export", "write a model or an adapter for Ollama, vLLM, transformers or PEFT"),
     "lora.export": ("phi4_mlx.lora.export", "the same as export"),
 }
 

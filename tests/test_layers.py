@@ -29,8 +29,11 @@ adapters
 models
 grammar
 checkpoint
+checkpoint_share
 fingerprint
+ranks
 convert
+export
 generation
 agent transcription
 lora server evaluation

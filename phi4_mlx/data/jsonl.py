@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
@@ -61,13 +61,16 @@ def find_split(path_or_hf_id: str | Path, split: str = "train") -> Path | None:
     return found
 
 
-def read_lines(path: Path, read: Callable[[dict[str, Any], str], Read], lines: int | None = None) -> list[Read]:
+def read_lines(
+    path: Path, read: Callable[[dict[str, Any], str], Read], lines: int | None = None, bare: str | None = None
+) -> list[Read]:
     """Reads the lines of a file. Blank lines at its end are ignored.
 
     Args:
         path: the file.
         read: called with a line's object and its name ("train.jsonl:12"); raises RequestError for a bad line.
         lines: the most lines to read; None for all.
+        bare: the key of a line that is a string in place of an object; None refuses it.
 
     Returns:
         The return values of `read`, in order.
@@ -82,18 +85,31 @@ def read_lines(path: Path, read: Callable[[dict[str, Any], str], Read], lines: i
         with open_regular(path, opened=True) as file:
             for number, line in islice(_numbered(file), lines):
                 try:
-                    made.append(read(_parsed(line), f"{path.name}:{number}"))
+                    made.append(read(_parsed(line, bare), f"{path.name}:{number}"))
                 except RequestError as error:
                     bad.append((number, str(error)))
                 except RecursionError:
                     bad.append((number, "has too many nested brackets"))
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+    refuse_lines(path, bad)
+    if not made:
+        raise RequestError(f"{path} is empty; each line of it must be a {bare or 'sample'}")
+    return made
+
+
+def refuse_lines(path: Path, bad: Sequence[tuple[int, str]]) -> None:
+    """Refuses a file with bad lines.
+
+    Args:
+        path: the file.
+        bad: the number of each bad line and the reason.
+
+    Raises:
+        RequestError: there are any; gives the reason of the first and the numbers of the others.
+    """
     if bad:
         raise RequestError(f"{path}:{bad[0][0]}: {bad[0][1]}{_others([number for number, _ in bad[1:]])}")
-    if not made:
-        raise RequestError(f"{path} is empty; each line of it must be a sample")
-    return made
 
 
 def _numbered(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -116,7 +132,7 @@ def _numbered(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         yield number, line.rstrip(b"\r\n")
 
 
-def _parsed(line: bytes) -> dict[str, Any]:
+def _parsed(line: bytes, bare: str | None) -> dict[str, Any]:
     if not line:
         raise RequestError("the line is empty")
     if len(line) > MAX_LINE_BYTES:
@@ -133,8 +149,10 @@ def _parsed(line: bytes) -> dict[str, Any]:
         raise RequestError(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from None
     except ValueError as error:  # an integer of thousands of digits
         raise RequestError(f"not JSON that can be read: {error}") from None
+    if isinstance(record, str) and bare is not None:
+        return {bare: record}
     if not isinstance(record, dict):
-        raise RequestError(f'holds {record!r:.60}, not an object like {{"text": "..."}}')
+        raise RequestError(f'holds {record!r:.60}, not an object like {{"{bare or "text"}": "..."}}')
     return record
 
 

@@ -38,7 +38,8 @@ def examine(
     except ChildDied as died:
         raise RequestError(f"MLX does not start: {died}") from None
     machine, fits = found["machine"], found["fits"]
-    for line in (*report.machine_lines(machine), "", *report.fit_lines(fits), "", report.check_head(machine["devices"])):
+    head = report.check_head(machine["devices"])
+    for line in (*report.machine_lines(machine), "", *report.fit_lines(fits), "", head):
         tell(line)
     ways_out = {each["name"]: each["ways_out"] for each in named}
     checks = run_checks(order, ways_out, lambda outcome: tell(report.check_line(outcome)), command)

@@ -14,7 +14,8 @@ from phi4_mlx.checkpoint import load_config, load_model, share_weights
 from phi4_mlx.doctor.check import Check
 from phi4_mlx.doctor.operations import NAMES, random
 from phi4_mlx.doctor.tolerance import PRODUCT, Tolerance, exponentials, rounding, sines, steps
-from phi4_mlx.generation.batch import Batch, BatchSequence, Fault, Token
+from phi4_mlx.generation.batch import Batch
+from phi4_mlx.generation.sequence import BatchSequence, Fault, Token
 from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.generation.stream import wired_memory
 from phi4_mlx.hub import resolve
@@ -53,7 +54,8 @@ class Subject:
         if self.dtype is not None:
             model.set_dtype(self.dtype)
         mx.eval([array for name, array in flat(model) if not model.on_demand(name)])
-        return model.eval()
+        model.eval()
+        return model
 
     @property
     def is_hybrid(self) -> bool:
@@ -97,7 +99,10 @@ def model_checks() -> list[Check]:
             for half, dtype in ((Subject("demo", demo.folder, dtype), dtype) for dtype in (mx.float16, mx.bfloat16))
         ),
         *subject_checks(flash, 90),
-        Check("demo-flash: tokens guessed ahead", ("speculation", "queue", "compiled"), partial(_guessed, flash), flash_allowed),
+        Check(
+            "demo-flash: tokens guessed ahead", ("speculation", "queue", "compiled"), partial(_guessed, flash),
+            flash_allowed,
+        ),
         Check("vision tower", ("padding", "attention", "norms", "products"), partial(_vision, media), allowed),
         Check("audio tower", ("padding", "attention", "norms", "products"), partial(_audio, media), allowed),
     ]  # fmt: skip

@@ -6,7 +6,6 @@ import contextlib
 import os
 import platform
 import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypedDict
@@ -148,7 +147,7 @@ def _version(package: str) -> str | None:
 
 
 def _wired_limit_mb() -> int | None:
-    if sys.platform != "darwin":
+    if platform.system() != "Darwin":
         return None
     try:
         done = subprocess.run(["/usr/sbin/sysctl", "-n", WIRED_LIMIT], capture_output=True, text=True, timeout=10)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 from phi4_mlx.models.safe import TWINS, VARIABLE
@@ -122,7 +122,6 @@ def speed_lines(speed: Sequence[Speed]) -> Iterator[str]:
         yield f"{row['name']:52} {row['value']:9,.1f} {row['unit']:9} {share}".rstrip()
 
 
-def twin_lines(paths: Sequence[str], twins: Mapping[str, str] = {**TWINS}) -> Iterator[str]:
+def twin_lines(paths: Sequence[str]) -> Iterator[str]:
     """The slow twins of fast paths, in words."""
-    for path in paths:
-        yield f"{path}: {twins[path]}"
+    yield from (f"{path}: {twin}" for path, twin in TWINS.items() if path in paths)

@@ -44,12 +44,9 @@ def speeds() -> Iterator[Speed]:
     """The measurements, on the last device."""
     device = devices()[-1]
     with device.use():
-        numbers = mx.zeros(COPIED)
-        copied = _seconds(lambda: mx.eval(numbers + 1))
-        yield {"name": "memory, copied", "value": 2 * numbers.nbytes / copied / 1e9, "unit": "GB/s", "share": None}
-        read = numbers.nbytes / _seconds(lambda: mx.eval(numbers.sum())) / 1e9
+        copied, read = _bandwidth()
+        yield {"name": "memory, copied", "value": copied, "unit": "GB/s", "share": None}
         yield {"name": "memory, read", "value": read, "unit": "GB/s", "share": None}
-        del numbers
         dtype = mx.float32 if device.name == "cpu" else mx.bfloat16  # a CPU is ten times slower in 16 bits
         rate = _products(dtype)
         name = f"4-bit product of {GATE_UP[0]:,} x {GATE_UP[1]:,}, {NAMES[dtype]}"
@@ -57,6 +54,13 @@ def speeds() -> Iterator[Speed]:
         for package in ("demo", "demo-flash"):
             rate, nbytes = _decode(package)
             yield {"name": f"{package}, decode", "value": rate, "unit": "tokens/s", "share": rate * nbytes / read / 1e9}
+
+
+def _bandwidth() -> tuple[float, float]:
+    """GB/s of a copy, read and written, and of a sum."""
+    numbers = mx.zeros(COPIED)
+    copied, read = _seconds(lambda: mx.eval(numbers + 1)), _seconds(lambda: mx.eval(numbers.sum()))
+    return 2e-9 * numbers.nbytes / copied, 1e-9 * numbers.nbytes / read
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -82,13 +86,14 @@ def _products(dtype: mx.Dtype) -> float:
         layers.append(layer)
     x = mx.ones((1, 1, width), dtype)
     mx.eval([layer.parameters() for layer in layers], x)
-    nbytes = sum(layers[0][name].nbytes for name in ("weight", "scales", "biases"))
+    nbytes = sum(int(layers[0][name].nbytes) for name in ("weight", "scales", "biases"))
     return MATRICES * nbytes / _seconds(lambda: mx.eval([layer(x) for layer in layers])) / 1e9
 
 
 def _decode(package: str) -> tuple[float, int]:
     """Tokens per second of greedy steps, and the bytes of weights that a step reads."""
-    model = load_model(resolve(package)).eval()
+    model = load_model(resolve(package))
+    model.eval()
     times = []
     for _ in range(RUNS):
         stamps = [time.perf_counter() for _ in generate_step(ids(8), model, max_tokens=TOKENS)]

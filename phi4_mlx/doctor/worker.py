@@ -1,4 +1,4 @@
-"""The child process that computes: `python -m phi4_mlx.doctor.worker`, an order on standard input, a line for each result.
+"""The child process that computes, `python -m phi4_mlx.doctor.worker`: an order comes in, a line a result goes out.
 
 A crash of native code ends this process alone. The last name that it has written is that of the check that died.
 """

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.files.lock import lock
+from phi4_mlx.files.line_file import LineFile
 from phi4_mlx.files.regular_file import open_regular
 
 
@@ -43,17 +42,12 @@ class Answers:
     def __init__(self, path: str | Path, others: Iterable[Path] = ()) -> None:
         self.path = Path(path)
         self._values: dict[str, Any] = {}
+        self._file = LineFile(self.path, "evaluation", "--output-dir")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = lock(self.path, _open)
-        except BlockingIOError:
-            raise RequestError(
-                f"{self.path} is in use by another evaluation; wait until it ends, or name another --output-dir"
-            ) from None
-        except OSError as error:
-            raise RequestError(f"{self.path} cannot be written: {error.strerror}; name another --output-dir") from None
-        try:
-            self._read(others)
+            for other in others:
+                with open_regular(other) as file:
+                    self._take(takewhile(lambda line: line.endswith(b"\n"), file), other)
+            self._take(self._file.lines(), self.path)
         except BaseException:
             self.close()
             raise
@@ -91,43 +85,16 @@ class Answers:
             json.dumps({"key": key, "value": value}, ensure_ascii=False, separators=(",", ":")) + "\n"
             for key, value in answers.items()
         )
-        data = memoryview(lines.encode("utf-8", "backslashreplace"))
-        before = os.fstat(self._file).st_size
-        try:
-            while data:
-                data = data[os.write(self._file, data) :]
-            os.fsync(self._file)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file, before)
-            raise RequestError(
-                f"{self.path} cannot be written: {error.strerror}; the answers before are kept, so make room and "
-                "start again"
-            ) from None
+        self._file.append(lines.encode("utf-8", "backslashreplace"))
         self._values |= answers
 
     def close(self) -> None:
         """Closes the file, so that another process may open it."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        self._file.close()
 
-    def _read(self, others: Iterable[Path]) -> None:
-        """Reads the files, and cuts off a last line of the own one that is not whole."""
-        for other in others:
-            with open_regular(other) as file:
-                self._take(file, other)
-        with open(self._file, "rb", closefd=False) as file:
-            whole = self._take(file, self.path)
-        os.ftruncate(self._file, whole)
-        os.lseek(self._file, 0, os.SEEK_END)
-
-    def _take(self, file: BinaryIO, path: Path) -> int:
-        """Takes the answers of a file; returns the bytes of its whole lines."""
-        whole = 0
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                break
+    def _take(self, lines: Iterable[bytes], path: Path) -> None:
+        """Takes the answers of a file."""
+        for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)
                 self._values[entry["key"]] = entry["value"]
@@ -135,11 +102,3 @@ class Answers:
                 raise RequestError(
                     f"{path}: line {number} is not an answer; remove that line, or name another --output-dir"
                 ) from None
-            whole += len(line)
-        return whole
-
-
-def _open(path: Path) -> int:
-    if os.path.lexists(path):
-        open_regular(path).close()  # a pipe would block
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)

@@ -14,12 +14,13 @@ from typing import Any
 
 from phi4_mlx.errors import RequestError, message_of
 from phi4_mlx.evaluation.answers import Answers
-from phi4_mlx.evaluation.asking import Answer, Question, ask
+from phi4_mlx.evaluation.asking import Question, ask
 from phi4_mlx.evaluation.options import Options, picked
 from phi4_mlx.evaluation.result import Json, Metric, TaskResult, mean
 from phi4_mlx.evaluation.subject import Subject, load_subject
 from phi4_mlx.files.atomic import replacing
 from phi4_mlx.files.user_file import read_file
+from phi4_mlx.generation.answer_batch import Answer
 
 REPOSITORY = "lmarena-ai/arena-hard-auto"
 QUESTIONS = "data/arena-hard-v0.1/question.jsonl"

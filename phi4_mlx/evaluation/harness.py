@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.evaluation.answers import Answers
-from phi4_mlx.evaluation.asking import Answer, Question, ask
+from phi4_mlx.evaluation.asking import Question, ask
 from phi4_mlx.evaluation.scoring import scores
 from phi4_mlx.evaluation.subject import Progress, Subject
+from phi4_mlx.generation.answer_batch import Answer
 from phi4_mlx.tokens.prefix import shared_length
 
 try:

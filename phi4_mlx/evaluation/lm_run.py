@@ -15,8 +15,8 @@ from phi4_mlx.evaluation.result import Json, Metric, TaskResult, mean
 
 if TYPE_CHECKING:
     from phi4_mlx.evaluation.answers import Answers
-    from phi4_mlx.evaluation.asking import Answer
     from phi4_mlx.evaluation.subject import Subject
+    from phi4_mlx.generation.answer_batch import Answer
 
 BOOTSTRAPS = 200  # for metrics that are not a mean: an error to 5 %; lm-eval's own 100,000 take minutes
 

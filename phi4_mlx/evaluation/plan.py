@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
-from phi4_mlx.generation.memory import ContextPlan
 from phi4_mlx.tokens.prefix import shared_length
 
 Ids = tuple[int, ...]
@@ -87,8 +86,3 @@ def packs(rows: Sequence[Ids], start: int, most_rows: Callable[[int], int], most
         pack.append(ids)
     if pack:
         yield pack
-
-
-def room_for_rows(plan: ContextPlan, length: int) -> int:
-    """Bytes for rows beside a prefill of `length` tokens: half of what is left, as they are copied while they move."""
-    return max(0, plan.limit_bytes - plan.peak_bytes(length)) // 2

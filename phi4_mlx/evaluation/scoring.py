@@ -14,11 +14,11 @@ import mlx.core as mx
 
 from phi4_mlx.errors import CheckpointError
 from phi4_mlx.evaluation.answers import Answers, key_of
-from phi4_mlx.evaluation.plan import Ids, Node, packs, room_for_rows
+from phi4_mlx.evaluation.plan import Ids, Node, packs
 from phi4_mlx.evaluation.rolling import windows
 from phi4_mlx.evaluation.sharing import share_out
 from phi4_mlx.evaluation.subject import Progress, Subject
-from phi4_mlx.generation.memory import PREFILL_STEP_SIZE, cache_bytes, check_context, plan_context
+from phi4_mlx.generation.memory import PREFILL_STEP_SIZE, cache_bytes, check_context, plan_context, room_for_rows
 from phi4_mlx.generation.steps import finish_chunk
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.model import LanguageModel

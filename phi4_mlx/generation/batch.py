@@ -9,122 +9,23 @@ the batch cache, and it comes back as it first came: by a prefill of the ids tha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import mlx.core as mx
 
-from phi4_mlx.generation.memory import cache_bytes
-from phi4_mlx.generation.options import LogitsMask
-from phi4_mlx.generation.sampling import Draw, Draws, LogitsProcessor, apply_processors, draw
+from phi4_mlx.generation.row_group import RowGroup
+from phi4_mlx.generation.sampling import Draws, apply_processors, draw
+from phi4_mlx.generation.sequence import BatchSequence, Fault, Token
 from phi4_mlx.generation.steps import chunk_ends, finish_chunk
-from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.cache import KVCache
-from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.queued import queue
-from phi4_mlx.models.rope import Regime
-from phi4_mlx.models.safe import safe
 from phi4_mlx.models.shared_stream import shared_stream
 from phi4_mlx.tokens.prompt import places_of
 
 PREFILL_STEP_SIZE = 512  # prompt tokens a step; running answers wait for them
 MAX_PADDING = 4096  # columns that a row may add to rows of another length; one more forward pass costs four times that
 SNAPSHOTS_APART = 32  # tokens; a nearer snapshot saves less time than the additional forward pass takes
-FORCED_RUN = 8  # forced tokens from which a prefill is faster than a step each
-
-
-@dataclass(eq=False)
-class BatchSequence:
-    """A prompt and its answer so far.
-
-    Attributes:
-        model: the model that answers; sequences of several models may share a `Batch`, but no forward pass.
-        ids: the prompt, and every token drawn since; a `Prompt` if there are media.
-        max_tokens: the most tokens to draw.
-        sampler: log-probabilities [1, V] -> token [1]; None takes the likeliest.
-        processors: each (all ids so far [S], logits [1, V]) -> logits [1, V], in turn.
-        logits_mask: restricts the answer; see `generate_step`.
-        cache: of the first ids; None for none. Taken over, and changed.
-        last_turn: tokens before the last turn, where a snapshot lets other prompts branch off; 0 if unknown.
-        adapter: the user's adapter of all its tokens, by name; None for that of its media, or for the base alone.
-        restarts: times that its rows were lost to a failure of a whole step.
-    """
-
-    model: LanguageModel
-    ids: list[int]
-    max_tokens: int
-    sampler: Draw | None = None
-    processors: Sequence[LogitsProcessor] = ()
-    logits_mask: LogitsMask | None = None
-    cache: PromptCache | None = None
-    last_turn: int = 0
-    adapter: str | None = None
-
-    def __post_init__(self) -> None:
-        self.prompt_tokens = len(self.ids)
-        self.restarts = 0
-
-    @property
-    def drawn(self) -> int:
-        """Tokens drawn so far."""
-        return len(self.ids) - self.prompt_tokens
-
-    @property
-    def regime(self) -> Regime:
-        """The RoPE table that all its ids need."""
-        return self.model.regime(len(self.ids))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that a cache of all its ids takes, in whole buffers, and its snapshots."""
-        return cache_bytes(self.model.context_cost(), len(self.ids))
-
-    @property
-    def is_greedy(self) -> bool:
-        """True if it takes the likeliest token of unchanged logits."""
-        return self.sampler is None and not self.processors and self.logits_mask is None
-
-    def take(self, token: int) -> list[int] | None:
-        """Appends a drawn token; returns it with the tokens that a grammar forces after it.
-
-        None if the grammar wants another token in its place.
-        """
-        forced = self.logits_mask.accept(token) if self.logits_mask is not None else []
-        if forced is None:
-            return None
-        tokens = [token, *forced][: self.max_tokens - self.drawn]
-        self.ids += tokens
-        return tokens
-
-    def repeats(self, other: BatchSequence) -> bool:
-        """True if a cache of all ids of `other` is one of its own ids."""
-        return (self.model, self.adapter) == (other.model, other.adapter) and self.ids == other.ids
-
-    def in_step(self, length: int, regime: Regime) -> bool:
-        """True if a cache of that length and regime continues one token at a time."""
-        return self.regime == regime and len(self.ids) - length < FORCED_RUN
-
-
-@dataclass(frozen=True)
-class Token:
-    """A drawn token and the log-probabilities [V] it was drawn from, computed only when read.
-
-    The latter are None for a token that a grammar forced.
-    """
-
-    sequence: BatchSequence
-    token: int
-    logprobs: mx.array | None
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A sequence that cannot continue, and the reason."""
-
-    sequence: BatchSequence
-    error: Exception
 
 
 class PrefixStore(Protocol):
@@ -135,56 +36,6 @@ class PrefixStore(Protocol):
 
     def keep(self, sequence: BatchSequence) -> None:
         """Called when all ids of a sequence are prefilled; its cache will change afterwards."""
-
-
-@dataclass(eq=False)
-class _Group:
-    """Rows of one model and one RoPE table.
-
-    Attributes:
-        model: the model of all rows.
-        cache: their keys and values.
-        members: the sequence of each row; None where it has left.
-        arrivals: sequences that become rows at the next step, with their caches.
-    """
-
-    model: LanguageModel
-    cache: BatchCache
-    members: list[BatchSequence | None] = field(default_factory=list)
-    arrivals: list[tuple[BatchSequence, PromptCache]] = field(default_factory=list)
-
-    @property
-    def columns(self) -> int:
-        return max([self.cache.columns, *(cache.offset for _, cache in self.arrivals)])
-
-    @property
-    def nbytes(self) -> int:
-        cost, columns = self.model.context_cost(), self.columns
-        rows = len(self.members) * cache_bytes(cost, columns, snapshots=0)
-        return rows + len(self.arrivals) * cache_bytes(cost, columns)
-
-    def padding_with(self, sequence: BatchSequence, cache: PromptCache) -> float:
-        """Columns that the sequence would add beyond its own tokens; infinite if it cannot be a row here."""
-        if sequence.model is not self.model or cache.regime != self.cache.regime:
-            return math.inf
-        if safe("rows") and (self.arrivals or any(self.members)):
-            return math.inf
-        longer = cache.offset - self.columns
-        return longer * (len(self.members) + len(self.arrivals)) if longer > 0 else -longer
-
-    def settle(self) -> list[BatchSequence]:
-        """Drops the rows of sequences that have left and appends the arrivals; returns the members."""
-        kept = [number for number, member in enumerate(self.members) if member is not None]
-        if len(kept) < len(self.members):
-            self.cache.keep(kept)
-        members = [member for member in self.members if member is not None]
-        if self.arrivals:
-            self.cache.join([cache for _, cache in self.arrivals])
-            for sequence, _ in self.arrivals:
-                sequence.cache = None
-                members.append(sequence)
-        self.members, self.arrivals = [*members], []
-        return members
 
 
 class Batch:
@@ -211,7 +62,7 @@ class Batch:
         self.waiting: list[BatchSequence] = []
         self.active: list[BatchSequence] = []
         self._prefilling: list[BatchSequence] = []
-        self._groups: list[_Group] = []
+        self._groups: list[RowGroup] = []
 
     @property
     def nbytes(self) -> int:
@@ -300,11 +151,11 @@ class Batch:
             return
         fitting = [group for group in self._groups if group.padding_with(sequence, cache) <= MAX_PADDING]
         if not fitting:
-            fitting = [_Group(sequence.model, sequence.model.make_batch_cache(cache.regime))]
+            fitting = [RowGroup(sequence.model, sequence.model.make_batch_cache(cache.regime))]
             self._groups += fitting
         min(fitting, key=lambda group: group.padding_with(sequence, cache)).arrivals.append((sequence, cache))
 
-    def _decode(self, group: _Group, events: list[Token | Fault]) -> None:
+    def _decode(self, group: RowGroup, events: list[Token | Fault]) -> None:
         """Draws a token for every row of a group; a row that is out of step leaves it."""
         for member, length in zip(list(group.members), group.cache.lengths, strict=True):
             if member is not None and not member.in_step(length, group.cache.regime):
@@ -355,7 +206,7 @@ class Batch:
         sequence.cache = None
         return Fault(sequence, error)
 
-    def _restart(self, group: _Group, error: Exception, events: list[Token | Fault]) -> None:
+    def _restart(self, group: RowGroup, error: Exception, events: list[Token | Fault]) -> None:
         """Starts the sequences of a lost group again; one that loses its row twice has failed."""
         arrived = [sequence for sequence, _ in group.arrivals]
         lost = [member for member in [*group.members, *arrived] if member is not None]

@@ -123,3 +123,8 @@ def check_context(plan: ContextPlan, length: int) -> None:
             f"a prompt of {amount(length, 'token')} takes {size(needed)}, and this machine allows "
             f"{size(plan.limit_bytes)}: {amount(plan.most_tokens, 'token')}; {way_out}"
         )
+
+
+def room_for_rows(plan: ContextPlan, length: int) -> int:
+    """Bytes for rows beside a prefill of `length` tokens: half of what is left, as they are copied while they move."""
+    return max(0, plan.limit_bytes - plan.peak_bytes(length)) // 2

@@ -12,9 +12,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from phi4_mlx.adapters.folder import FULL, Adapter
+from phi4_mlx.adapters.folder import Adapter
 from phi4_mlx.checkpoint import share_weights
 from phi4_mlx.config.fields import QUANTIZATION_MODES
+from phi4_mlx.convert.exact import dense, with_adapter
 from phi4_mlx.convert.quantize import Scheme, layout_of
 from phi4_mlx.convert.weights import Parameter
 from phi4_mlx.files.dtypes import mlx_dtype
@@ -39,30 +40,6 @@ def in_bytes(progress: Callable[[int, int], object], model: LanguageModel) -> Ca
         progress(done * nbytes, total * nbytes)
 
     return passed
-
-
-def with_adapter(adapter: Adapter, path: str, rows: mx.array, first: int, last: int) -> mx.array:
-    """Rows `first` to `last` of a matrix [out, in], or elements of a vector, with the adapter on, in fp32."""
-    if adapter.kind == FULL:
-        whole = adapter.tensors.get(f"{path}.weight", adapter.tensors.get(path))
-        assert whole is not None
-        return whole[first:last].astype(mx.float32)
-    a, b, *m = (array.astype(mx.float32) for array in adapter.of(path))
-    rows = rows + adapter.scale * (a @ b[:, first:last]).T
-    for norms in m:
-        found = mx.linalg.norm(rows, axis=1)
-        rows = (norms[first:last] / mx.maximum(found, 1e-15))[:, None] * rows
-    return rows
-
-
-def dense(arrays: Sequence[mx.array], scheme: Scheme | None) -> mx.array:
-    """Rows of a matrix in fp32, from the arrays that a file stores."""
-    if scheme is None:
-        return arrays[0].astype(mx.float32)
-    weight, *rest = arrays
-    if scheme.mode == "affine":
-        rest = [array.astype(mx.float32) for array in rest]  # else the product would be rounded to their dtype
-    return mx.dequantize(weight, *rest, **vars(scheme)).astype(mx.float32)
 
 
 def schemes_above(scheme: Scheme, width: int) -> list[Scheme | None]:

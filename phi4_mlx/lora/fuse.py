@@ -14,16 +14,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from phi4_mlx.adapters.folder import Adapter
 from phi4_mlx.adapters.layers import check_fit, put_adapter, read_adapter
 from phi4_mlx.checkpoint import load_model, load_tokenizer_and_format, share_weights
 from phi4_mlx.config.fields import Config
+from phi4_mlx.convert.exact import ExactParameter, dense, with_adapter
 from phi4_mlx.convert.package import write_package
 from phi4_mlx.convert.quantize import Scheme, layout_of
-from phi4_mlx.convert.weights import Parameter, plan, read_rows
+from phi4_mlx.convert.weights import Parameter, plan
 from phi4_mlx.files.dtypes import mlx_dtype
 from phi4_mlx.lora.effect import Effect, Probe, make_probes, measure
-from phi4_mlx.lora.fitting import Fitting, dense, in_bytes, with_adapter
+from phi4_mlx.lora.fitting import Fitting, in_bytes
 from phi4_mlx.lora.probes import found_prompts, own_prompts
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.tokens.tokenizer import Tokenizer
@@ -167,23 +167,21 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class FusedParameter(Parameter):
+class FusedParameter(ExactParameter):
     """A parameter that an adapter changes while it is converted.
 
     Attributes:
-        adapter: the adapter.
         measured: gets every block that is converted.
         arrays: path -> the whole matrix in the target's quantisation, for those that are quantised.
     """
 
-    adapter: Adapter
     measured: Measurement
     arrays: Mapping[str, list[mx.array]]
 
     def converted(self, first: int, last: int) -> list[mx.array]:
         """Rows `first` to `last` of each output, as bytes, not yet computed."""
-        base = dense([read_rows(stored, first, last) for stored in self.inputs], self.packed)
-        exact = with_adapter(self.adapter, self.path, base, first, last)
+        base = self.base(first, last)
+        exact = with_adapter(self.adapter, self.path, base, first, last) if self.adapter else base
         if self.path in self.arrays:
             arrays = [array[first:last] for array in self.arrays[self.path]]
         else:

@@ -72,11 +72,13 @@ class BatchCache(list[LayerCache]):
             ids: the ids of its tokens; more may follow. A `Prompt` if there are media.
             cache: an empty one.
         """
-        start = self._padding[number]
-        states = [layer.row(number, start) for layer in self]
-        kept = ids[: self.columns - start]
-        cache.restore(kept, states, self.regime, None if places_of(kept) else self.adapters[number])
+        kept = ids[: self.lengths[number]]
+        cache.restore(kept, self.row(number), self.regime, None if places_of(kept) else self.adapters[number])
         return cache
+
+    def row(self, number: int) -> list[Sequence[mx.array]]:
+        """The `state` of each layer of a row."""
+        return [layer.row(number, self._padding[number]) for layer in self]
 
     def keep(self, rows: list[int]) -> None:
         """Keeps these rows alone, in this order."""

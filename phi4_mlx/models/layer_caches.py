@@ -66,7 +66,11 @@ class LayerCaches(list[LayerCache]):  # a list, as mlx-lm's tools expect
     def mark(self) -> None:
         """Takes a snapshot to return to, where `needs_snapshots`."""
         if self.offset and self.needs_snapshots:
-            self.snapshots.add([Snapshot(self.offset, [layer.snapshot() for layer in self])])
+            self.snapshots.add([self.snapshot()])
+
+    def snapshot(self) -> Snapshot:
+        """A snapshot of this moment."""
+        return Snapshot(self.offset, [layer.snapshot() for layer in self])
 
     def reusable(self, length: int) -> int:
         """The number of the first `length` tokens that can be kept without the rest.
@@ -84,8 +88,12 @@ class LayerCaches(list[LayerCache]):  # a list, as mlx-lm's tools expect
         if length == 0 or self.is_trimmable():
             self.trim(self.offset - length)
         else:
-            for layer, snapshot in zip(self, self.snapshots.at(length).layers, strict=True):
-                layer.restore(snapshot)
+            self.return_to(self.snapshots.at(length))
+
+    def return_to(self, snapshot: Snapshot) -> None:
+        """Goes back to the moment of a snapshot."""
+        for layer, own in zip(self, snapshot.layers, strict=True):
+            layer.restore(own)
         self._follow_layers()
 
     def compact(self) -> None:

@@ -52,6 +52,10 @@ class PromptCache(LayerCaches):
         """The conditions that everything cached was computed under."""
         return self._conditions
 
+    @conditions.setter
+    def conditions(self, conditions: Conditions) -> None:
+        self._conditions = conditions
+
     @property
     def regime(self) -> Regime:
         """The RoPE table of everything cached."""
@@ -172,12 +176,16 @@ class PromptCache(LayerCaches):
     def fork(self, length: int) -> PromptCache:
         """Another cache of the first `length` tokens, which must be `reusable`, over the same arrays; B must be 1."""
         start = length if self.is_trimmable() else self.offset
-        twin = PromptCache([layer.fork(start) for layer in self], self._boundary, self.options)
+        twin = self.branch(start)
         twin._cached, twin.snapshots = self.tokens.first(start), Snapshots(self.snapshots)
         twin._conditions, twin._own_adapter = self._conditions, self._own_adapter
         twin.mode_adapters = self.mode_adapters
         twin.truncate(length)
         return twin
+
+    def branch(self, length: int) -> PromptCache:
+        """An empty record over the layers' arrays of the first `length` tokens, which `fork` completes."""
+        return PromptCache([layer.fork(length) for layer in self], self._boundary, self.options)
 
     def restore(
         self, ids: Sequence[int], states: Iterable[Sequence[mx.array]], regime: Regime, adapter: str | None = None

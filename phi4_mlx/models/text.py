@@ -179,10 +179,11 @@ class Decoder(nn.Module):
             caches, position, mask = cache, cache.positions, cache.make_mask(T)
 
         layers, steps = self._under(adapted), self._compiled.of(adapted)
-        one_step = T == 1 and cache is not None and embeddings is None and not (self.training or safe("compiled"))
+        one_step = T == 1 and cache is not None and not (self.training or safe("compiled"))
         if one_step and steps.ready([self.embed_tokens, *layers, self.norm]):
-            calls = steps.calls(regime, lambda: self._trace(regime, adapted))
-            return self._step(calls, layers, ids, mx.array(position), mask, caches)
+            embed, given = (self.embed_tokens, ids) if embeddings is None else (nn.Identity(), embeddings)
+            calls = steps.calls((regime, type(embed)), lambda: self._trace(embed, regime, adapted))
+            return self._step(calls, layers, given, mx.array(position), mask, caches)
         if adapted is not None:
             adapted.start()
         x = self.embed_tokens(ids) if embeddings is None else embeddings
@@ -216,23 +217,23 @@ class Decoder(nn.Module):
         return list(self.layers) if adapted is None else adapted.layers
 
     def _step(
-        self, calls: list[Call], layers: list[Any], ids: mx.array, offset: mx.array, mask: Any, caches: Sequence[Any]
+        self, calls: list[Call], layers: list[Any], given: mx.array, offset: mx.array, mask: Any, caches: Sequence[Any]
     ) -> mx.array:
-        """A single-token step in compiled calls, from one attention to the next; ids [B, 1] -> [B, 1, D]."""
-        x, *heads = calls[0](ids, offset)
+        """A step in compiled calls, from one attention to the next; ids [B, 1] or embeddings -> [B, 1, D]."""
+        x, *heads = calls[0](given, offset)
         for layer, cache, call in zip(layers, caches, calls[1:], strict=True):
             queries, keys, values = heads
             x, *heads = call(x, layer.self_attn.attend(queries, keys, values, mask, cache), offset)
         return x
 
-    def _trace(self, regime: Regime, adapted: Selection | None) -> list[Call]:
+    def _trace(self, embed: nn.Module, regime: Regime, adapted: Selection | None) -> list[Call]:
         layers = self._under(adapted)
 
         def heads(layer: Any, x: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
             return x, *layer.heads(x, self.rope.at(offset, regime, x.dtype))
 
-        def first(embedding: Any, layer: Any, ids: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
-            return heads(layer, embedding(ids), offset)
+        def first(embedding: Any, layer: Any, given: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
+            return heads(layer, embedding(given), offset)
 
         def between(layer: Any, following: Any, x: mx.array, seen: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
             return heads(following, layer.rest(x, seen), offset)
@@ -242,7 +243,7 @@ class Decoder(nn.Module):
 
         inner = Traced(between, AFTER, BEFORE, adapted=adapted)
         return [
-            Traced(first, ALL, BEFORE, adapted=adapted).on(self.embed_tokens, layers[0]),
+            Traced(first, ALL, BEFORE, adapted=adapted).on(embed, layers[0]),
             *(inner.on(*pair) for pair in pairwise(layers)),
             Traced(last, AFTER, ALL, adapted=adapted).on(layers[-1], self.norm),
         ]

@@ -17,19 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phi4_mlx.errors import Phi4Error, RequestError
+from phi4_mlx.server.options import KEY_VARIABLE, add_access_options, add_limit_options, add_log_option
 from phi4_mlx.terminal.command import (
     INTERRUPTED,
     OUR_MISTAKE,
     USER_MISTAKE,
     Parser,
     complain,
-    number,
     run,
     typed,
     word,
 )
-from phi4_mlx.terminal.limits import MAX_TOKENS_LIMIT
-from phi4_mlx.terminal.options import add_model_options, add_overflow_option, add_tool_options, advised, advised_text
+from phi4_mlx.terminal.options import add_model_options, add_parallel_option, add_tool_options, advised
 
 if TYPE_CHECKING:
     from phi4_mlx.server.engine.engine import Settings
@@ -42,13 +41,8 @@ if TYPE_CHECKING:
     from phi4_mlx.tools.toolbox import Toolbox
 
 PROG = typed("server")
-KEY_VARIABLE = "PHI4_MLX_API_KEY"
 STANDARD_ERROR = 2
 SHOWN_TOOLS = 20
-LOG_LEVELS = (
-    "info: a line for each request, but for polls and the page's files; warning: for each that fails; error: for each "
-    "that the server fails; no line contains a prompt, an answer or a key"
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,77 +53,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog=PROG, description="Serve a model over HTTP: OpenAI's and Anthropic's APIs, and a chat page.")
     add_model_options(parser)
-    _add_access_options(parser)
+    add_parallel_option(parser)
+    add_access_options(parser)
     parser.add_argument(
         "--adapters", type=word, metavar="FOLDER",
         help="folder of LoRA adapters that clients may name as the model (default: none)",
     )  # fmt: skip
-    _add_limit_options(parser)
+    add_limit_options(parser)
     add_tool_options(parser, "the chat page may run, each call after a question; API clients do not see them")
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info", help=LOG_LEVELS)
+    add_log_option(parser)
     return parser
 
 
-def _add_access_options(parser: Parser) -> None:
-    """The options that say who may send requests."""
-    parser.add_argument("--host", type=word, default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=number(int, 0, 65535), default=8080, help="0 takes a free port")
-    parser.add_argument(
-        "--api-key",
-        type=word,
-        metavar="KEY",
-        help=f"key that clients must send; {KEY_VARIABLE} sets it too, out of sight of `ps` (default: none)",
-    )
-    parser.add_argument(
-        "--allowed-origins",
-        type=word,
-        nargs="+",
-        default=[],
-        metavar="ORIGIN",
-        help="web pages that may send requests; * is any",
-    )
-
-
-def _add_limit_options(parser: Parser) -> None:
-    """The options that limit lengths, numbers, times and bytes."""
-    parser.add_argument(
-        "--max-tokens",
-        type=number(int, 1, MAX_TOKENS_LIMIT),
-        help=f"longest answer where a client sets no limit (default: as long as fits{advised_text('max-tokens')})",
-    )
-    add_overflow_option(parser)
-    parser.add_argument(
-        "--decode-concurrency", type=number(int, 1, 1024), default=32, metavar="N", help="answers generated at a time"
-    )
-    parser.add_argument(
-        "--max-queue",
-        type=number(int, 0, 100_000),
-        default=256,
-        metavar="N",
-        help="requests that may wait",
-    )
-    parser.add_argument(
-        "--timeout",
-        type=number(float, 1.0, 86_400.0),
-        default=600.0,
-        metavar="S",
-        help="seconds for an answer",
-    )
-    parser.add_argument(
-        "--kv-cache-bytes", type=number(int, 2**20, 2**50), metavar="N",
-        help="bytes for running answers (default: half of the memory beside the weights)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--prompt-cache-bytes", type=number(int, 0, 2**50), metavar="N",
-        help="bytes for earlier prompts (default: a quarter of the memory beside the weights)",
-    )  # fmt: skip
-
-
 def _serve(args: argparse.Namespace) -> None:
+    from phi4_mlx.ranks.session import is_follower, open_session
     from phi4_mlx.server.guard import is_loopback
     from phi4_mlx.server.log import logging_to
     from phi4_mlx.server.tools import opened_toolbox
 
+    if is_follower():
+        with open_session(_settings(args).model_options):
+            raise AssertionError("a follower does not come here")
     key = api_key(args.api_key)
     if key is None and not is_loopback(args.host):
         raise RequestError(
@@ -239,16 +183,14 @@ def _served(args: argparse.Namespace) -> _Served:
     """Reads everything but the weights."""
     from phi4_mlx.checkpoint import load_config, load_tokenizer_and_format
     from phi4_mlx.files.manifest import verify_manifest
-    from phi4_mlx.hub import DEFAULT_MODEL, resolve
+    from phi4_mlx.hub import DEFAULT_MODEL
     from phi4_mlx.models.safe import notice
-    from phi4_mlx.server.engine.engine import Settings
     from phi4_mlx.server.model_kind import model_kind
 
     if switched_off := notice():
         complain(PROG, switched_off)
-    adapters = _adapters(args.adapters)
-    name = DEFAULT_MODEL if args.model is None else args.model
-    folder = resolve(name, args.revision)
+    name, settings = DEFAULT_MODEL if args.model is None else args.model, _settings(args)
+    folder, adapters = Path(settings.model), settings.adapters
     if args.verify:
         verify_manifest(folder)
     config = load_config(folder)
@@ -256,17 +198,25 @@ def _served(args: argparse.Namespace) -> _Served:
     shown = Path(name).name if Path(os.path.expanduser(name)).is_dir() else name
     if shown in adapters:
         raise RequestError(f"{args.adapters} has an adapter called {shown}, like the model; rename one of them")
-    settings = Settings(
-        str(folder),
+    kind = model_kind(folder, tokenizer.chat_format, args.chat_format is not None)
+    return _Served(settings, shown, tokenizer, config.vocab_size, kind)
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    """The settings of the engine; a model of the Hub is downloaded."""
+    from phi4_mlx.hub import DEFAULT_MODEL, resolve
+    from phi4_mlx.server.engine.engine import Settings
+
+    return Settings(
+        str(resolve(DEFAULT_MODEL if args.model is None else args.model, args.revision)),
         args.adapter_path,
-        adapters,
+        _adapters(args.adapters),
         args.decode_concurrency,
         args.kv_cache_bytes,
         args.prompt_cache_bytes,
         args.chat_format,
+        args.parallel,
     )
-    kind = model_kind(folder, tokenizer.chat_format, args.chat_format is not None)
-    return _Served(settings, shown, tokenizer, config.vocab_size, kind)
 
 
 async def _run(

@@ -118,6 +118,16 @@ def add_model_options(parser: Parser) -> None:
     )
 
 
+def add_parallel_option(parser: Parser) -> None:
+    """Adds `--parallel`."""
+    parser.add_argument(
+        "--parallel",
+        choices=("tensor", "pipeline"),
+        help="how the ranks that mlx.launch has started hold the model: tensor splits every matrix, for speed over a "
+        "fast link; pipeline deals out the blocks, for memory over any link (default: chosen, with the reason)",
+    )
+
+
 def add_revision_option(parser: Parser, model: str = "model") -> None:
     """Adds `--revision`, of the name in the option `model`."""
 
@@ -260,6 +270,21 @@ def add_overflow_option(parser: Parser) -> None:
         "turns, several at a time, and keeps the system prompt, the tools and room for an answer of --max-tokens, at "
         "most half of the context (a quarter where there is no limit). An answer itself ends where the context does",
     )
+
+
+def add_prompt_cache_options(parser: Parser) -> None:
+    """Adds `--prompt-cache-dir` and `--prompt-cache-disk-bytes`."""
+    parser.add_argument(
+        "--prompt-cache-dir", type=word, metavar="DIR",
+        help="folder that keeps the caches of earlier prompts for the next start; only its owner may read it "
+        "(default: none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompt-cache-disk-bytes", type=number(int, 2**20, 2**50), default=10 * 2**30, metavar="N",
+        help="most bytes in that folder; the least recently used goes first",
+    )  # fmt: skip
+    no_folder = "without --prompt-cache-dir, whose files it limits"
+    parser.idle.append(Idle(("prompt_cache_disk_bytes",), lambda args: args.prompt_cache_dir is None, no_folder))
 
 
 def check_decoding_options(args: argparse.Namespace) -> None:

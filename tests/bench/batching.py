@@ -18,7 +18,8 @@ import mlx.core as mx
 from harness import alternate, last_line, median_ratio, option_parser, seconds, timed
 
 from phi4_mlx.checkpoint import load
-from phi4_mlx.generation.batch import Batch, BatchSequence, Fault
+from phi4_mlx.generation.batch import Batch
+from phi4_mlx.generation.sequence import BatchSequence, Fault
 from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.models.text import Model
 

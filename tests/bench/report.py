@@ -102,6 +102,15 @@ FIGURES = [
     Figure("flash", "a Mamba layer, 2,048 tokens", "figures/scan", 0.8, ratio=True),
     Figure("flash", "memory of the scan of 4,096 tokens", "figures/peak 4096", 64, unit="MiB"),
     Figure("flash", "cached bytes per token, one layer's keys and values = 1", "figures/token_bytes", 1.05),
+    *(
+        Figure("serving", f"tokens per second, {load}", f"{load}/tokens_ratio", bar, "least", ratio=True)
+        for load, bar in (("1 client", 1.0), ("8 clients", 2.0), ("32 clients", 1.0), ("8 clients, shared", 1.0))
+    ),
+    *(
+        Figure("serving", f"time to first token, {load}", f"{load}/first_ratio", 0.6, ratio=True)
+        for load in ("1 client", "8 clients", "32 clients", "8 clients, shared")
+    ),
+    Figure("serving", "connections lost, 32 clients", "32 clients/lost", 0),
     Figure("constrain", "time of a mask, V = 200,064", "mask_ms", 1.0, unit="ms"),
     Figure("calibration", "KL of calibrated 4 bits, plain = 1", "four_bits_ratio", 0.35),
     Figure("calibration", "KL with bits chosen in plain's bytes, plain = 1", "chosen_ratio", 0.25),

@@ -24,11 +24,12 @@ from phi4_mlx.convert.package import convert
 from phi4_mlx.data.samples import Sample
 from phi4_mlx.errors import RequestError
 from phi4_mlx.fingerprint import base_fingerprint
-from phi4_mlx.generation.batch import Batch, BatchSequence, Fault
+from phi4_mlx.generation.batch import Batch
 from phi4_mlx.generation.memory import plan_context
 from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.prompt_cache_file import load_prompt_cache, save_prompt_cache
 from phi4_mlx.generation.sampling import Sampling
+from phi4_mlx.generation.sequence import BatchSequence, Fault
 from phi4_mlx.generation.speculate import PromptLookup, make_proposer
 from phi4_mlx.lora.saving.run_folder import RunFolder
 from phi4_mlx.lora.settings import Settings as TrainingSettings

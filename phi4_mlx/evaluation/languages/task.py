@@ -18,8 +18,8 @@ from phi4_mlx.evaluation.result import Json, Metric, TaskResult, mean
 
 if TYPE_CHECKING:
     from phi4_mlx.evaluation.answers import Answers
-    from phi4_mlx.evaluation.asking import Answer
     from phi4_mlx.evaluation.subject import Subject
+    from phi4_mlx.generation.answer_batch import Answer
 
 NAME = "languages"
 MAX_TOKENS = 256

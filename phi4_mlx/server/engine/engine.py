@@ -6,44 +6,36 @@ catch) is for the supervisor.
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import time
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing.connection import Connection
 from typing import Literal
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from phi4_mlx.checkpoint import load
-from phi4_mlx.errors import CheckpointError, Phi4Error, RequestError, message_of
-from phi4_mlx.generation.batch import Batch, BatchSequence, Fault, Token
+from phi4_mlx.errors import RequestError
+from phi4_mlx.generation.batch import Batch
 from phi4_mlx.generation.memory import cache_bytes, memory_limit
-from phi4_mlx.generation.options import LogitsMask, is_forced
+from phi4_mlx.generation.options import LogitsMask
+from phi4_mlx.generation.sequence import BatchSequence, Fault, Token
 from phi4_mlx.generation.stream import AnswerText
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
-from phi4_mlx.server.engine.adapters import JobAdapters
+from phi4_mlx.models.share import Parallel
+from phi4_mlx.ranks.session import ModelOptions
+from phi4_mlx.server.engine.adapters import DEFAULT, JobAdapters
+from phi4_mlx.server.engine.answer import Answer, compiled_constraint, failure_of, last_turn, token_logprob
 from phi4_mlx.server.engine.compiling import Compiling
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
 from phi4_mlx.server.engine.protocol import (
-    Broken,
-    Cancel,
     Event,
     Failure,
     Finish,
     Job,
     Piece,
-    Ping,
-    Pong,
-    Ready,
-    TokenLogprob,
 )
-from phi4_mlx.server.engine.pulse import Pulse
-from phi4_mlx.terminal.printable import one_line
 from phi4_mlx.tokens.prompt import Prompt, places_of
 from phi4_mlx.tokens.tokenizer import Tokenizer
 
@@ -64,6 +56,7 @@ class Settings:
         kv_limit_bytes: the most bytes of keys and values; None for a share of the machine's memory.
         prefix_limit_bytes: likewise for the prefix cache.
         chat_format: overrides the recognised one.
+        parallel: how ranks hold the model; None to choose.
     """
 
     model: str
@@ -73,22 +66,13 @@ class Settings:
     kv_limit_bytes: int | None = None
     prefix_limit_bytes: int | None = None
     chat_format: str | None = None
-
-
-@dataclass(eq=False)
-class _Answer:
-    """A running job."""
-
-    job: Job
-    sequence: BatchSequence
-    text: AnswerText
-    ends_at: float  # on the monotonic clock
-    cached_tokens: int = 0
-    tokens: int = 0  # sent so far
+    parallel: Parallel | None = None
 
     @property
-    def forced(self) -> bool:
-        return is_forced(self.sequence.logits_mask)
+    def model_options(self) -> ModelOptions:
+        """The model, with the adapters that jobs may use over ranks, where each rank reads its share at the start."""
+        adapters = self.adapters if self.adapter_path is None else {DEFAULT: self.adapter_path, **self.adapters}
+        return ModelOptions(self.model, self.parallel, adapters=adapters, chat_format=self.chat_format)
 
 
 class Engine:
@@ -106,8 +90,8 @@ class Engine:
         self.prefixes = PrefixCache(prefix_limit_bytes)
         self.prefilled_tokens = self.drawn_tokens = 0
         self._adapters = JobAdapters(base, settings.adapters, settings.adapter_path)
-        self._answers: dict[BatchSequence, _Answer] = {}
-        self._compiling = Compiling(partial(_constraint, tokenizer, base.config.vocab_size))
+        self._answers: dict[BatchSequence, Answer] = {}
+        self._compiling = Compiling(partial(compiled_constraint, tokenizer, base.config.vocab_size))
         self._unkept = 0
         self.batch = self._new_batch()
 
@@ -136,7 +120,7 @@ class Engine:
         try:
             answer = self._answer(job, compiled())
         except Exception as error:
-            return [_failure(job, error)]
+            return [failure_of(job, error)]
         self._answers[answer.sequence] = answer
         self.batch.add(answer.sequence)
         return []
@@ -165,7 +149,7 @@ class Engine:
 
     def fail_all(self, error: Exception) -> list[Event]:
         """Resets after a step that failed as a whole: no running job can be trusted."""
-        events: list[Event] = [_failure(answer.job, error) for answer in self._answers.values()]
+        events: list[Event] = [failure_of(answer.job, error) for answer in self._answers.values()]
         self._answers.clear()
         self.batch = self._new_batch()
         self.prefixes.clear()
@@ -203,7 +187,7 @@ class Engine:
             "peak_memory_bytes": mx.get_peak_memory(),
         }
 
-    def _answer(self, job: Job, constraint: LogitsMask | None) -> _Answer:
+    def _answer(self, job: Job, constraint: LogitsMask | None) -> Answer:
         model, adapter = self._adapters.get(job.adapter)
         model.check_ids(job.prompt)
         if len(job.prompt) + job.max_tokens > self.longest:
@@ -218,21 +202,21 @@ class Engine:
             job.sampling.sampler(),
             job.sampling.processors(),
             constraint,
-            last_turn=_last_turn(job.prompt, self.tokenizer.eos_ids),
+            last_turn=last_turn(job.prompt, self.tokenizer.eos_ids),
             adapter=adapter,
         )
         text = AnswerText(self.tokenizer.streaming_decoder(), list(job.stop))
-        return _Answer(job, sequence, text, time.monotonic() + job.timeout_s)
+        return Answer(job, sequence, text, time.monotonic() + job.timeout_s)
 
-    def _events_of(self, answer: _Answer, event: Token | Fault) -> list[Event]:
+    def _events_of(self, answer: Answer, event: Token | Fault) -> list[Event]:
         """The events for the client of a drawn token or a failure."""
         if isinstance(event, Fault):
             self._forget(answer)
-            return [_failure(answer.job, event.error)]
+            return [failure_of(answer.job, event.error)]
         answer.tokens += 1
         self.drawn_tokens += 1
         job = answer.job
-        logprobs = () if job.top_logprobs is None else (_logprob(self.tokenizer, event, job.top_logprobs),)
+        logprobs = () if job.top_logprobs is None else (token_logprob(self.tokenizer, event, job.top_logprobs),)
         if event.token in self.tokenizer.eos_ids:
             return self._finish(answer, "stop")
         text, stopped = answer.text.add(event.token)
@@ -243,7 +227,7 @@ class Engine:
             return [*piece, *self._finish(answer, "length")]
         return piece
 
-    def _finish(self, answer: _Answer, reason: Literal["stop", "length", "timeout"]) -> list[Event]:
+    def _finish(self, answer: Answer, reason: Literal["stop", "length", "timeout"]) -> list[Event]:
         job = answer.job
         rest, forced = answer.text.finish(), answer.forced
         if forced and reason == "stop":
@@ -252,7 +236,7 @@ class Engine:
         finish = Finish(job.id, reason, answer.text.stopped_by, len(job.prompt), answer.cached_tokens, answer.tokens)
         return [Piece(job.id, rest, (), forced), finish] if rest else [finish]
 
-    def _out_of_time(self, answer: _Answer) -> list[Event]:
+    def _out_of_time(self, answer: Answer) -> list[Event]:
         """Cuts an answer at its time limit; one without tokens fails, so that it is not taken for an empty answer."""
         if answer.tokens:
             return self._finish(answer, "timeout")
@@ -260,25 +244,25 @@ class Engine:
         message = f"no token after {answer.job.timeout_s:g} s; the server is busy, or the prompt is long"
         return [Failure(answer.job.id, 504, message)]
 
-    def _safely(self, answer: _Answer, work: Callable[[], list[Event]]) -> list[Event]:
+    def _safely(self, answer: Answer, work: Callable[[], list[Event]]) -> list[Event]:
         """The events of `work` for a job; an exception fails that job."""
         try:
             return work()
         except Exception as error:
             self._forget(answer)
-            return [_failure(answer.job, error)]
+            return [failure_of(answer.job, error)]
 
-    def _end(self, answer: _Answer) -> None:
+    def _end(self, answer: Answer) -> None:
         """Ends a job and keeps its cache."""
         del self._answers[answer.sequence]
         self._put(answer, self.batch.end(answer.sequence))
 
-    def _forget(self, answer: _Answer) -> None:
+    def _forget(self, answer: Answer) -> None:
         """Ends a job and drops its cache."""
         self._answers.pop(answer.sequence, None)
         self.batch.end(answer.sequence)
 
-    def _put(self, answer: _Answer, cache: PromptCache | None) -> None:
+    def _put(self, answer: Answer, cache: PromptCache | None) -> None:
         """Stores a cache for prompts with the same prefix; a failure only costs their prefill."""
         try:
             if cache is not None and cache.offset:
@@ -288,57 +272,6 @@ class Engine:
 
     def _new_batch(self) -> Batch:
         return Batch(self.settings.max_rows, self.kv_limit_bytes, prefixes=self)
-
-
-def _last_turn(prompt: Sequence[int], end_ids: Container[int]) -> int:
-    """Tokens of a prompt before its last turn; 0 if there is no earlier one."""
-    starts = [0, 0, *(n + 1 for n, token in enumerate(prompt) if token in end_ids)]
-    return starts[-2]
-
-
-def _constraint(tokenizer: Tokenizer, vocab_size: int, job: Job) -> LogitsMask:
-    from phi4_mlx.grammar.constraint import Constraint
-    from phi4_mlx.grammar.grammars import Grammar
-
-    return Constraint(Grammar(job.grammar or ""), tokenizer, vocab_size, job.max_tokens)
-
-
-def _logprob(tokenizer: Tokenizer, event: Token, count: int) -> TokenLogprob:
-    """The log-probability of a drawn token, and the `count` likeliest alternatives."""
-    text = tokenizer.token_bytes(event.token)
-    if event.logprobs is None:  # forced by a grammar
-        return TokenLogprob(text, 0.0, ((text, 0.0),) if count else ())
-    likeliest = mx.argpartition(-event.logprobs, max(count - 1, 0))[:count]
-    top = [(tokenizer.token_bytes(token), event.logprobs[token].item()) for token in likeliest.tolist()]
-    top.sort(key=lambda each: -each[1])
-    return TokenLogprob(text, event.logprobs[event.token].item(), tuple(top))
-
-
-def run(connection: Connection, settings: Settings) -> None:
-    """The engine's process: reads jobs from a connection and writes events to it, until the other end closes."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to both processes; the server decides when to end
-        signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        pulse = Pulse(connection)
-        try:
-            engine = Engine(*load(settings.model, chat_format=settings.chat_format), settings)
-            check_room(engine)
-        except Phi4Error as error:
-            return pulse.send(Broken(_short(error)))
-        except Exception as error:
-            return pulse.send(Broken(f"the engine could not load the model: {type(error).__name__}: {_short(error)}"))
-        pulse.send(Ready(engine.longest, limit_note(engine)))
-        while True:
-            messages: list[Job | Cancel | Ping] = []
-            pulse.turns, pulse.waiting = pulse.turns + 1, not engine.busy
-            while connection.poll(0 if engine.busy or messages else None):
-                messages.append(connection.recv())
-                pulse.waiting = False
-            for message in messages:
-                if isinstance(message, Ping):
-                    pulse.send(Pong(message.number, engine.gauges()))
-            if events := turn(engine, messages):
-                pulse.send(events)
 
 
 def check_room(engine: Engine) -> None:
@@ -362,37 +295,6 @@ def limit_note(engine: Engine) -> str:
     """The text that follows the engine's limit in messages: the note of the context, if that is the limit."""
     config = engine._adapters.get(None).model.config
     return config.context_note if engine.longest == config.max_position_embeddings else ""
-
-
-def turn(engine: Engine, messages: Iterable[Job | Cancel | Ping]) -> list[Event]:
-    """Handles the server's messages, then takes a step."""
-    events: list[Event] = []
-    works: list[Callable[[], list[Event]]] = [partial(_handle, engine, message) for message in messages]
-    for work in [*works, engine.step]:
-        try:
-            events += work()
-        except Exception as error:
-            events += engine.fail_all(error)
-    return events
-
-
-def _handle(engine: Engine, message: Job | Cancel | Ping) -> list[Event]:
-    if isinstance(message, Job):
-        return engine.submit(message)
-    if isinstance(message, Cancel):
-        engine.cancel(message.job)
-    return []
-
-
-def _failure(job: Job, error: Exception) -> Failure:
-    if isinstance(error, Phi4Error):
-        return Failure(job.id, 500 if isinstance(error, CheckpointError) else 400, _short(error))
-    return Failure(job.id, 500, f"the engine could not answer: {type(error).__name__}: {_short(error)}")
-
-
-def _short(error: Exception) -> str:
-    message = one_line(message_of(error))
-    return message if len(message) <= MESSAGE_CHARS else message[:MESSAGE_CHARS] + "..."
 
 
 def _memory_limits(base: LanguageModel, settings: Settings) -> tuple[int, int]:

@@ -11,7 +11,8 @@ import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
-from phi4_mlx.server.engine import engine
+from phi4_mlx.server.engine import loop
+from phi4_mlx.server.engine.engine import Settings
 from phi4_mlx.server.engine.protocol import Beat, Command, Ping, Pong, Report
 
 TICK_S = 0.5  # the watch counts ticks: after a sleep of the whole machine, one long interval is one tick
@@ -36,7 +37,7 @@ class EngineProcess:
 
     def __init__(
         self,
-        settings: engine.Settings,
+        settings: Settings,
         on_report: Callable[[EngineProcess, Report], None],
         on_death: Callable[[EngineProcess], None],
     ) -> None:
@@ -51,7 +52,7 @@ class EngineProcess:
         self._connection, theirs = context.Pipe()
         with contextlib.ExitStack() as failed, theirs:
             failed.callback(self._connection.close)
-            self._process = context.Process(target=engine.run, args=(theirs, settings), daemon=True)
+            self._process = context.Process(target=loop.run, args=(theirs, settings), daemon=True)
             self._process.start()
             failed.callback(self._process.kill)
             self._reader = threading.Thread(target=self._read, daemon=True)
@@ -102,9 +103,9 @@ class EngineProcess:
         """Ends the process, even a stopped one."""
         self._process.kill()
 
-    async def ended(self) -> None:
-        """Waits until the process has ended and is reaped."""
-        await asyncio.to_thread(self._reader.join)
+    async def ended(self, timeout_s: float | None = None) -> None:
+        """Waits until the process has ended and is reaped, or the time is over."""
+        await asyncio.to_thread(self._reader.join, timeout_s)
 
     def beat(self, beat: Beat) -> None:
         """Takes a sign of life."""

@@ -12,10 +12,11 @@ import pytest
 from phi4_mlx.errors import RequestError
 from phi4_mlx.evaluation import arena
 from phi4_mlx.evaluation.answers import Answers
-from phi4_mlx.evaluation.asking import Answer, Question
+from phi4_mlx.evaluation.asking import Question
 from phi4_mlx.evaluation.options import Options
 from phi4_mlx.evaluation.result import TaskResult
 from phi4_mlx.evaluation.subject import Subject, load_subject
+from phi4_mlx.generation.answer_batch import Answer
 from tests.data.evaluation import make
 
 

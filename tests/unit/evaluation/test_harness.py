@@ -16,8 +16,9 @@ import pytest
 from phi4_mlx.errors import RequestError
 from phi4_mlx.evaluation import harness as module
 from phi4_mlx.evaluation.answers import Answers
-from phi4_mlx.evaluation.asking import Answer, Question
+from phi4_mlx.evaluation.asking import Question
 from phi4_mlx.evaluation.subject import Subject, load_subject
+from phi4_mlx.generation.answer_batch import Answer
 from tests.conftest import ROOT, Demo, TinyCheckpoint
 
 pytest.importorskip("lm_eval")

@@ -10,8 +10,9 @@ import mlx.core as mx
 import pytest
 
 from phi4_mlx.generation import batch as batch_module
-from phi4_mlx.generation.batch import Batch, BatchSequence, Fault, Token
+from phi4_mlx.generation.batch import Batch
 from phi4_mlx.generation.sampling import make_logits_processors, make_sampler
+from phi4_mlx.generation.sequence import BatchSequence, Fault, Token
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.snapshot import MAX_SNAPSHOTS

@@ -12,7 +12,8 @@ import pytest
 
 from phi4_mlx.adapters.layers import current_adapter
 from phi4_mlx.adapters.quantized import quantized
-from phi4_mlx.generation.batch import Batch, BatchSequence, Fault
+from phi4_mlx.generation.batch import Batch
+from phi4_mlx.generation.sequence import BatchSequence, Fault
 from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.models.multimodal import Model
 from phi4_mlx.models.text import Decoder

@@ -11,8 +11,9 @@ import pytest
 
 from phi4_mlx.commands.generate import main
 from phi4_mlx.errors import CheckpointError
-from phi4_mlx.generation.batch import Batch, BatchSequence, Fault
+from phi4_mlx.generation.batch import Batch
 from phi4_mlx.generation.sampling import make_logits_processors, make_sampler
+from phi4_mlx.generation.sequence import BatchSequence, Fault
 from phi4_mlx.generation.speculate import PromptLookup
 from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.models.text import Model

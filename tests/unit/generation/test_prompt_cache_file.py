@@ -238,8 +238,8 @@ def test_other_files_are_refused(tiny_model: TinyModel, tiny_checkpoint: TinyChe
             load_prompt_cache(path, model, TOKENIZER)
     save_prompt_cache(path, filled(model), model, TOKENIZER)
     old = b'"phi4_mlx_prompt_cache":"2"'
-    path.write_bytes(path.read_bytes().replace(old, old.replace(b"2", b"4")))
-    with pytest.raises(CheckpointError, match="has format '4'; only 2 and 3 are supported"):
+    path.write_bytes(path.read_bytes().replace(old, old.replace(b"2", b"9")))
+    with pytest.raises(CheckpointError, match="has format '9'; only 2, 3 and 4 are supported"):
         load_prompt_cache(path, model, TOKENIZER)
 
 
@@ -342,7 +342,7 @@ def test_a_failed_save_leaves_the_older_file(
     def full(*_: Any) -> bytes:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("phi4_mlx.generation.prompt_cache_file.hashlib.sha256", full)
+    monkeypatch.setattr("phi4_mlx.generation.prompt_cache_content.hashlib.sha256", full)
     with pytest.raises(OSError, match="No space left"):
         save_prompt_cache(path, filled(model, 50), model, TOKENIZER)
     assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]

@@ -24,7 +24,8 @@ from phi4_mlx import (
     save_prompt_cache,
     stream_generate,
 )
-from phi4_mlx.generation.batch import Batch, BatchSequence, Fault
+from phi4_mlx.generation.batch import Batch
+from phi4_mlx.generation.sequence import BatchSequence, Fault
 from phi4_mlx.generation.speculate import PromptLookup
 from phi4_mlx.models.shared_stream import shared_stream
 from tests.conftest import BOUNDARY, ROOT, TinyCheckpoint

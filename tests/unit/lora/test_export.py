@@ -259,7 +259,7 @@ def test_the_command_does_both_ways(adapter: Path, tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "one of the arguments --peft --from-peft is required"),
+        ([], "one of the arguments --peft --from-peft --format is required"),
         (["--peft", "{out}", "--from-peft", "{peft}"], "not allowed with"),
         (["--peft", "{out}", "--model", "m"], "--model m needs --from-peft"),
         (["--adapter-path", "{adapter}", "--peft", "{adapter}"], "already exists"),

@@ -13,12 +13,13 @@ import pytest
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.evaluation.answers import Answers
-from phi4_mlx.evaluation.asking import Answer, Question
+from phi4_mlx.evaluation.asking import Question
 from phi4_mlx.evaluation.options import Options
 from phi4_mlx.evaluation.result import Metric
 from phi4_mlx.evaluation.subject import Subject, load_subject
 from phi4_mlx.evaluation.tools import bfcl
 from phi4_mlx.evaluation.tools.leaderboard import LIVE, NON_LIVE, Leaderboard
+from phi4_mlx.generation.answer_batch import Answer
 from phi4_mlx.tokens.chat_format import Phi35Mini
 from phi4_mlx.tools.calls import ToolCall
 from tests.leaderboard_answers import right_calls

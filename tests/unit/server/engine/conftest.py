@@ -35,7 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     name = f"scripted_engine_{tmp_path.name}".replace("-", "_").replace("[", "_").replace("]", "_")
     (tmp_path / f"{name}.py").write_text(ENGINE)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(supervisor_module.engine, "run", importlib.import_module(name).run)
+    monkeypatch.setattr(process_module.loop, "run", importlib.import_module(name).run)
     monkeypatch.setattr(supervisor_module, "PAUSES_S", (0.0, 0.01, 0.02))
     monkeypatch.setattr(supervisor_module, "RESTART_S", 0.0)
     monkeypatch.setattr(process_module, "TICK_S", 0.05)

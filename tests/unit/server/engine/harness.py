@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.generation.stream import generate
-from phi4_mlx.server.engine.engine import Engine, turn
+from phi4_mlx.server.engine.engine import Engine
+from phi4_mlx.server.engine.loop import turn
 from phi4_mlx.server.engine.protocol import Event, Failure, Finish, Job, Piece
 from phi4_mlx.tokens.tokenizer import Tokenizer
 from tests.conftest import Demo

@@ -19,6 +19,7 @@ from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.generation.stream import generate
 from phi4_mlx.models.text import Decoder
 from phi4_mlx.server.engine import engine as engine_module
+from phi4_mlx.server.engine.loop import turn
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
 from phi4_mlx.server.engine.protocol import Cancel, Failure, Job, Piece
 from tests.adapters import adapted, save_adapter
@@ -136,10 +137,7 @@ def test_a_cancelled_job_sends_no_more_events_and_its_cache_is_kept(
     engine, (first, second, *_) = make_engine(), greedy_jobs(demo[1])
     if moment == "prefilling":
         engine.batch.prefill_step_size = 4
-    if moment == "waiting":
-        events = [*engine.submit(first), *engine.submit(second)]
-    else:
-        events = engine_module.turn(engine, [first, second])
+    events = [*engine.submit(first), *engine.submit(second)] if moment == "waiting" else turn(engine, [first, second])
     assert engine.gauges()["answers_under_way"] == 2
     engine.cancel(first.id)
     assert engine.gauges()["answers_under_way"] == 1  # at once, not after a step
@@ -151,7 +149,7 @@ def test_a_cancelled_job_sends_no_more_events_and_its_cache_is_kept(
 
 
 def test_a_cancel_of_an_unknown_job_is_ignored(make_engine: MakeEngine) -> None:
-    assert engine_module.turn(make_engine(), [Cancel(99)]) == []
+    assert turn(make_engine(), [Cancel(99)]) == []
 
 
 def test_invalid_jobs_are_refused_and_do_not_disturb_others(demo: Demo, make_engine: MakeEngine) -> None:

@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.generation import batch as batch_module
+from phi4_mlx.generation import row_group
 from phi4_mlx.generation.batch import Batch
 from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.grammar import constraint as constraint_module
@@ -19,8 +19,9 @@ from phi4_mlx.grammar.grammars import json_schema
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.text import Decoder, Model
 from phi4_mlx.server.engine import adapters as adapters_module
-from phi4_mlx.server.engine import engine as engine_module
+from phi4_mlx.server.engine import answer as answer_module
 from phi4_mlx.server.engine.engine import Engine
+from phi4_mlx.server.engine.loop import turn
 from phi4_mlx.server.engine.protocol import Cancel, Failure, Finish, Job
 from tests.conftest import Demo
 from tests.unit.server.engine.harness import GREEDY, MakeEngine, alone, greedy_jobs, run, run_to_the_end, text
@@ -119,7 +120,7 @@ def break_decoder(call: str) -> Callable[[Engine, pytest.MonkeyPatch], None]:
 
 
 def break_logprob(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine_module, "TokenLogprob", broken)  # only the bad job asks for log-probabilities
+    patch.setattr(answer_module, "TokenLogprob", broken)  # only the bad job asks for log-probabilities
 
 
 def break_find(engine: Engine, patch: pytest.MonkeyPatch) -> None:
@@ -246,15 +247,15 @@ def test_every_job_gets_its_last_event(
     assert text(run(engine, jobs[0])[1]) == alone(demo, jobs[0])
 
 
-@pytest.mark.parametrize(("place", "name"), [(Batch, "step"), (batch_module, "cache_bytes")], ids=["step", "admission"])
+@pytest.mark.parametrize(("place", "name"), [(Batch, "step"), (row_group, "cache_bytes")], ids=["step", "admission"])
 def test_a_step_that_fails_as_a_whole_fails_the_running_jobs_and_no_later_one(
     demo: Demo, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, place: Any, name: str
 ) -> None:
     engine, jobs = make_engine(), greedy_jobs(demo[1])
-    engine_module.turn(engine, jobs[:2])
+    turn(engine, jobs[:2])
     with monkeypatch.context() as patch:
         patch.setattr(place, name, broken)
-        events = engine_module.turn(engine, [])
+        events = turn(engine, [])
         assert {(event.job, event.status) for event in events if isinstance(event, Failure)} == {(1, 500), (2, 500)}
         assert engine.gauges()["kv_bytes"] == 0 and not engine.busy  # failed jobs leave nothing behind
     assert text(run(engine, jobs[0])[1]) == alone(demo, jobs[0])
@@ -264,10 +265,10 @@ def test_a_cancel_that_fails_fails_the_running_jobs_and_no_later_one(
     demo: Demo, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, jobs = make_engine(), greedy_jobs(demo[1])
-    engine_module.turn(engine, jobs[:2])
+    turn(engine, jobs[:2])
     with monkeypatch.context() as patch:
         patch.setattr(Batch, "end", broken)
-        events = engine_module.turn(engine, [Cancel(1), jobs[2]])
+        events = turn(engine, [Cancel(1), jobs[2]])
         assert {event.job for event in events if isinstance(event, Failure)} == {2}
     events += run_to_the_end(engine)
     assert text([event for event in events if event.job == 3]) == alone(demo, jobs[2])  # submitted in the same turn
@@ -303,7 +304,7 @@ def test_any_exception_is_told_in_one_short_line(
                 raise error
 
             patch.setattr(place, name, failing)
-            (failure,) = engine_module.turn(engine, [job])
+            (failure,) = turn(engine, [job])
         assert isinstance(failure, Failure) and wanted in failure.message and len(failure.message) < 500
         assert failure.message.isprintable()
     assert text(run(engine, job)[1]) == alone(demo, job)

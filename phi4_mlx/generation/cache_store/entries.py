@@ -1,0 +1,128 @@
+"""The entries of a store: what a file's header and ids say of the prompts that its cache can serve."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from phi4_mlx.errors import CheckpointError, RequestError
+from phi4_mlx.files.regular_file import open_regular
+from phi4_mlx.files.safetensors import Header, read_whole_header
+from phi4_mlx.generation.prompt_cache_content import FORMAT, VERSIONS, own_metadata, places_in, snapshots_in
+from phi4_mlx.models.cached_tokens import conditions_of
+from phi4_mlx.tokens.prompt import Place, keys_of
+
+Match = tuple[str | None, ...]
+
+MAX_LOSS = 0.1  # share of an entry's tokens that may be prefilled again if a longer entry replaces it
+_KEY_BYTES = 8
+_MATCHED = ("model", "adapter", "tokenizer", "made_by", "regime", "pinned", "kv_bits", "max_kv_size", "num_layers")
+
+
+@dataclass(frozen=True, eq=False)
+class StoredEntry:
+    """A cache in the store, or on its way there.
+
+    Attributes:
+        name: of the file.
+        nbytes: its size.
+        match: what must be equal for a prompt to be served: fingerprints, versions, RoPE table and cache options.
+        projection: of sound, as in `Conditions`.
+        keys: of all its tokens, as `packed`.
+        snapshots: the lengths that it can be cut to; None for any length.
+    """
+
+    name: str
+    nbytes: int
+    match: Match
+    projection: str | None
+    keys: bytes
+    snapshots: tuple[int, ...] | None
+
+    def __len__(self) -> int:
+        return len(self.keys) // _KEY_BYTES
+
+    def reusable(self, keys: bytes, beyond: int = 0) -> int:
+        """Tokens of a prompt that the entry can serve, if they are more than `beyond`; else 0 or a smaller number."""
+        if not self.keys.startswith(keys[: beyond * _KEY_BYTES]):
+            return 0
+        shared = _shared(self.keys, keys)
+        if self.snapshots is None or shared == len(self):
+            return shared
+        return max((length for length in self.snapshots if length <= shared), default=0)
+
+    def serves(self, other: StoredEntry) -> int:
+        """Tokens of another entry that this one holds too."""
+        fits = self.match == other.match and hold(self.projection, other.projection)
+        return self.reusable(other.keys) if fits else 0
+
+    def replaces(self, other: StoredEntry) -> bool:
+        """True if this entry serves what `other` does, at a loss of at most `MAX_LOSS`."""
+        if len(self) < len(other) or not self.keys.startswith(other.keys):
+            return False
+        return len(other) - self.serves(other) <= MAX_LOSS * len(other)
+
+
+def hold(projection: str | None, needed: str | None) -> bool:
+    """True if tokens with this projection of sound can go on with that one."""
+    return None in (projection, needed) or projection == needed
+
+
+def packed(keys: Iterable[int]) -> bytes:
+    """Keys of tokens, as 64-bit integers."""
+    return array("q", keys).tobytes()
+
+
+def match_of(own: Mapping[str, str]) -> Match:
+    """What must be equal, from our own metadata."""
+    return tuple(own.get(name) for name in _MATCHED)
+
+
+def projection_of(places: Iterable[Place]) -> str | None:
+    """The projection of the sounds among media."""
+    return conditions_of([*places], "short", None, frozenset()).projection
+
+
+def read_entry(path: Path) -> StoredEntry | None:
+    """The entry of a file, of which the header and the ids are read; None if it has another version.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or not a prompt cache.
+    """
+    header = read_whole_header(path, "it is dropped", "prompt cache file")
+    if header.metadata.get(FORMAT) not in VERSIONS:
+        return None
+    own = own_metadata(header)
+    try:
+        places = places_in(own)
+        ids = _read_ids(path, header)
+        snapshots = tuple(snapshots_in(own)) if "snapshots" in own else None
+        keys, projection = packed(keys_of(ids, places)), projection_of(places)
+    except (KeyError, ValueError, TypeError, RecursionError, OverflowError, RequestError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}; it is dropped") from None
+    size = max(info.end for info in header.tensors.values())
+    return StoredEntry(path.name, size, match_of(own), projection, keys, snapshots)
+
+
+def _read_ids(path: Path, header: Header) -> list[int]:
+    info = header.tensors["ids"]
+    if info.dtype != "I32" or len(info.shape) != 1:
+        raise ValueError(f"its ids are {info.dtype} of shape {list(info.shape)}")
+    try:
+        with open_regular(path) as file:
+            file.seek(info.start)
+            data = file.read(info.end - info.start)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    return np.frombuffer(data, "<i4").tolist()  # type: ignore[no-any-return]  # numpy's stub says Any
+
+
+def _shared(a: bytes, b: bytes) -> int:
+    """The number of keys that two sequences begin with alike."""
+    n = min(len(a), len(b)) // _KEY_BYTES
+    differing = np.flatnonzero(np.frombuffer(a, np.int64, n) != np.frombuffer(b, np.int64, n))
+    return int(differing[0]) if len(differing) else n

@@ -1,0 +1,307 @@
+"""The cache store: it finds the caches of earlier prompts in a folder, and has new ones written by a thread.
+
+A step of generation never waits for a write: it hands over arrays that are computed already, and the thread reads their
+memory. What cannot be written or read costs a prefill, and one line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+
+from phi4_mlx.errors import CheckpointError, message_of
+from phi4_mlx.files.dtypes import mlx_dtype
+from phi4_mlx.files.regular_file import read_regular
+from phi4_mlx.files.safetensors import Header, header_of, read_whole_header
+from phi4_mlx.fingerprint import adapter_fingerprint, base_fingerprint, named_fingerprint
+from phi4_mlx.generation.cache_store.catalogue import Catalogue
+from phi4_mlx.generation.cache_store.entries import (
+    MAX_LOSS,
+    Match,
+    StoredEntry,
+    hold,
+    match_of,
+    packed,
+    projection_of,
+)
+from phi4_mlx.generation.cache_store.folder import SUFFIX, StoreFolder
+from phi4_mlx.generation.cache_store.writer import SETTLE_S, Waiting, Writer
+from phi4_mlx.generation.prompt_cache_content import (
+    Tokenizer,
+    cache_of,
+    content_of,
+    memory_of,
+    own_metadata,
+    shape,
+)
+from phi4_mlx.models.cache import CacheOptions
+from phi4_mlx.models.cached_tokens import conditions_of
+from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.shared_stream import shared_stream
+from phi4_mlx.terminal.version import __version__
+from phi4_mlx.tokens.prompt import keys_of, places_of
+
+MIN_TOKENS = 32  # of a stored cache, and that a file must save; fewer are as fast to prefill
+READ_COST = 1 / 16  # of a token read and checked, in tokens prefilled: 128 KB at 1 GB/s, against 2 ms on an M1
+READY_S = 10.0  # that the first look-up waits for the headers of thousands of files
+MADE_BY = f"phi4_mlx {__version__}, mlx {mx.__version__}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A cache in the store that serves a prompt.
+
+    Attributes:
+        entry: its entry.
+        length: tokens of the prompt that it serves.
+    """
+
+    entry: StoredEntry
+    length: int
+
+
+@dataclass(frozen=True)
+class Read:
+    """A file in memory, whose checksum is right.
+
+    Attributes:
+        found: where it was found.
+        header: of the file.
+        data: the whole file.
+    """
+
+    found: Found
+    header: Header
+    data: bytes
+
+
+class CacheStore:
+    """Caches of earlier prompts in a folder.
+
+    Args:
+        folder: the folder.
+        model: whose fingerprint is computed at once, in the thread.
+        tokenizer: of the model.
+        warn: called, also by other threads, with one line about a file that is dropped or a disk that refuses a write.
+
+    Attributes:
+        hits: caches read so far.
+    """
+
+    def __init__(
+        self, folder: StoreFolder, model: LanguageModel, tokenizer: Tokenizer, warn: Callable[[str], None]
+    ) -> None:
+        self._folder, self._warn = folder, warn
+        self._catalogue = Catalogue(folder, warn)
+        self._tokenizer_fingerprint = tokenizer.fingerprint()[:32]
+        self._base: dict[int, tuple[weakref.ref[LanguageModel], dict[str | None, str]]] = {}
+        self._unread = self.hits = 0
+        self._writer = Writer(folder, self._catalogue, warn, first=partial(self._prepare, model))
+
+    def find(
+        self,
+        model: LanguageModel,
+        ids: Sequence[int],
+        adapter: str | None = None,
+        options: CacheOptions | None = None,
+        beyond: int = 0,
+    ) -> Found | None:
+        """The stored cache that saves a prompt the most; None if none saves enough to be read.
+
+        Args:
+            model: the model that will use it.
+            ids: the whole prompt, a `Prompt` if there are media; at least its last token is left to prefill.
+            adapter: the user's adapter, by its name on the model.
+            options: those of the cache; None for the usual ones.
+            beyond: tokens of the prompt that are in memory anyway.
+        """
+        if len(ids) - 1 - beyond < MIN_TOKENS:
+            return None
+        self._writer.ready.wait(READY_S)
+        match, projection = self._wanted(model, ids, adapter, options or CacheOptions())
+        keys, best = packed(keys_of(ids, places_of(ids))[:-1]), None
+        for entry in self._catalogue.matching(match):
+            least = beyond + max(MIN_TOKENS, int(len(entry) * READ_COST))
+            if best is not None:
+                least = max(least, best.length + 1)
+            length = entry.reusable(keys, least) if hold(entry.projection, projection) else 0
+            if length >= least:
+                best = Found(entry, length)
+        return best
+
+    def read(self, found: Found) -> Read | None:
+        """Reads and checks a file; any thread may do it. None if it is gone or damaged."""
+        entry = found.entry
+        path = self._folder.path / entry.name
+        try:
+            header = read_whole_header(path, "it is dropped", "prompt cache file")
+            data = read_regular(path, entry.nbytes)
+        except (CheckpointError, OSError) as error:
+            self._missed(entry, message_of(error), isinstance(error.__context__ or error, OSError))
+            return None
+        checksum = header.tensors.get("checksum")
+        whole = checksum is not None and checksum.end == len(data) and data.startswith(header.raw)
+        view = memoryview(data)
+        if not whole or checksum is None or hashlib.sha256(view[: checksum.start]).digest() != data[checksum.start :]:
+            self._missed(entry, f"{path} is damaged: its checksum is wrong; it is dropped", False)
+            return None
+        self._writer.touch(entry.name)
+        return Read(found, header, data)
+
+    def restore(
+        self, read: Read, model: LanguageModel, ids: Sequence[int], adapter: str | None = None
+    ) -> PromptCache | None:
+        """The cache of a file, for the thread that generates; None if it does not fit the model.
+
+        Args:
+            read: from `read`.
+            model, ids, adapter: those of `find`.
+
+        Returns:
+            A cache of all tokens of the file: `fork` it to `read.found.length`.
+        """
+        path, own = self._folder.path / read.found.entry.name, own_metadata(read.header)
+        if "named_adapter" in own and adapter is not None:
+            own["named_adapter"] = adapter  # the same tensors may have another name by now
+        try:
+            with shared_stream():
+                tensors = _tensors(read)
+                cache = cache_of(path, model, lambda name: self._fingerprints(model, name), own, tensors)
+        except CheckpointError as error:
+            self._missed(read.found.entry, message_of(error), False)
+            return None
+        self.hits += 1
+        return cache
+
+    def load(
+        self, found: Found, model: LanguageModel, ids: Sequence[int], adapter: str | None = None
+    ) -> PromptCache | None:
+        """A cache of the prompt's first `found.length` tokens; None if it cannot be read."""
+        read = self.read(found)
+        cache = None if read is None else self.restore(read, model, ids, adapter)
+        if cache is None:
+            return None
+        with shared_stream():
+            cut = cache.fork(found.length)
+            cut.expect(ids)
+            cut.mark()
+        return cut
+
+    def offer(self, model: LanguageModel, cache: PromptCache, leaving: bool = False) -> None:
+        """Has a cache written soon, unless the store has nearly all of it.
+
+        Args:
+            model: the model that filled it.
+            cache: of one sequence, after `compact`; it must not change any more.
+            leaving: True if it leaves memory: it is written at once, unless the store has all of it.
+        """
+        if cache.offset < MIN_TOKENS or (cache.adapter in cache.mode_adapters and not cache.places):
+            return
+        with shared_stream():
+            fingerprints, keys = self._fingerprints(model, cache.adapter), packed(cache.keys)
+            match = match_of({**fingerprints, **shape(cache.options, cache.regime, len(cache))})
+            name = hashlib.sha256(json.dumps(match).encode() + keys).hexdigest()[:32] + SUFFIX
+            snapshots = tuple(each.length for each in cache.snapshots) if cache.needs_snapshots else None
+            entry = StoredEntry(name, 0, match, projection_of(cache.places), keys, snapshots)
+            if self._has(entry, leaving):
+                return
+            content = content_of(cache, fingerprints, {})
+            layout, about = content.layout, content.about
+            arrays = [mx.contiguous(each).view(mx.uint8) for each in content.tensors.values()]
+            mx.eval(arrays)
+            buffers = [memory_of(each) for each in arrays]
+        size = len(header_of(layout, about)) + sum(each.nbytes for each in buffers) + 32
+        if size > self._folder.limit_bytes:
+            return
+        entry = StoredEntry(name, size, match, entry.projection, keys, snapshots)
+        due_s = 0.0 if leaving else time.monotonic() + SETTLE_S
+        self._writer.add(Waiting(entry, layout, about, buffers, due_s, leaving))
+
+    def flush(self, timeout_s: float) -> bool:
+        """Writes all that was offered; returns False if that takes longer."""
+        return self._writer.flush(timeout_s)
+
+    def close(self, timeout_s: float) -> bool:
+        """As `flush`, and ends the thread."""
+        return self._writer.close(timeout_s)
+
+    def gauges(self) -> dict[str, float]:
+        """Counts and bytes by metric name."""
+        return {
+            "prefix_cache_disk_bytes": self._catalogue.nbytes,
+            "prefix_cache_disk_limit_bytes": self._folder.limit_bytes,
+            "prefix_cache_disk_entries": self._catalogue.files,
+            "prefix_cache_disk_hits_total": self.hits,
+            "prefix_cache_disk_failures_total": self._unread + self._writer.failures + self._catalogue.damaged,
+        }
+
+    def _has(self, entry: StoredEntry, leaving: bool) -> bool:
+        """True if the store has enough of a cache, or soon will."""
+        allowed = MIN_TOKENS if leaving else MAX_LOSS * len(entry)
+        for each in self._catalogue.matching(entry.match):
+            if len(entry) - each.serves(entry) <= allowed:
+                self._writer.touch(each.name)
+                return True
+        for waiting in self._writer.waiting:
+            if len(entry) - waiting.entry.serves(entry) <= (0 if leaving else allowed):
+                if leaving:
+                    self._writer.hasten(waiting.entry)
+                return True
+        return False
+
+    def _wanted(
+        self, model: LanguageModel, ids: Sequence[int], adapter: str | None, options: CacheOptions
+    ) -> tuple[Match, str | None]:
+        """What an entry must match to serve a prompt, and the projection of the prompt's sounds."""
+        empty = model.make_cache(**vars(options))
+        regime = options.regime or model.regime(len(ids))
+        needed = conditions_of(places_of(ids), regime, adapter, empty.mode_adapters)
+        about = {**self._fingerprints(model, needed.adapter), **shape(options, regime, len(empty))}
+        return match_of(about), needed.projection
+
+    def _fingerprints(self, model: LanguageModel, adapter: str | None) -> Mapping[str, str]:
+        """The fingerprints of a model with an adapter; each is computed once."""
+        with shared_stream():
+            reference, known = self._base.get(id(model), (None, {}))
+            if reference is None or reference() is not model:
+                known = {"": base_fingerprint(model)}
+                self._base[id(model)] = weakref.ref(model), known
+            if adapter not in known:
+                known[adapter] = adapter_fingerprint(model) if adapter is None else named_fingerprint(model, adapter)
+            return {
+                "model": known[""],
+                "adapter": known[adapter],
+                "tokenizer": self._tokenizer_fingerprint,
+                "made_by": MADE_BY,
+            }
+
+    def _prepare(self, model: LanguageModel) -> None:
+        """Computes the fingerprint of a model, which reads all its weights."""
+        self._fingerprints(model, None)
+
+    def _missed(self, entry: StoredEntry, reason: str, unreadable: bool) -> None:
+        """Counts a file that could not be used; a damaged one is dropped, with one line."""
+        if unreadable:  # most often another process has dropped it
+            self._unread += 1
+            self._catalogue.forget([entry.name])
+        else:
+            self._catalogue.drop(entry.name, reason)
+
+
+def _tensors(read: Read) -> dict[str, mx.array]:
+    """The arrays of a file, without the checksum."""
+    found = {}
+    for name, info in read.header.tensors.items():
+        if name != "checksum":
+            numbers = np.frombuffer(read.data, np.uint8, info.end - info.start, info.start)
+            found[name] = mx.array(numbers).view(mlx_dtype(info.dtype)).reshape(info.shape)
+    return found

@@ -1,0 +1,109 @@
+"""One sequence of a batch, and what a step of the batch says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from phi4_mlx.generation.memory import cache_bytes
+from phi4_mlx.generation.options import LogitsMask
+from phi4_mlx.generation.sampling import Draw, LogitsProcessor
+from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.rope import Regime
+
+FORCED_RUN = 8  # forced tokens from which a prefill is faster than a step each
+
+
+@dataclass(eq=False)
+class BatchSequence:
+    """A prompt and its answer so far.
+
+    Attributes:
+        model: the model that answers; sequences of several models may share a `Batch`, but no forward pass.
+        ids: the prompt, and every token drawn since; a `Prompt` if there are media.
+        max_tokens: the most tokens to draw.
+        sampler: log-probabilities [1, V] -> token [1]; None takes the likeliest.
+        processors: each (all ids so far [S], logits [1, V]) -> logits [1, V], in turn.
+        logits_mask: restricts the answer; see `generate_step`.
+        cache: of the first ids; None for none. Taken over, and changed.
+        last_turn: tokens before the last turn, where a snapshot lets other prompts branch off; 0 if unknown.
+        adapter: the user's adapter of all its tokens, by name; None for that of its media, or for the base alone.
+        restarts: times that its rows were lost to a failure of a whole step.
+    """
+
+    model: LanguageModel
+    ids: list[int]
+    max_tokens: int
+    sampler: Draw | None = None
+    processors: Sequence[LogitsProcessor] = ()
+    logits_mask: LogitsMask | None = None
+    cache: PromptCache | None = None
+    last_turn: int = 0
+    adapter: str | None = None
+
+    def __post_init__(self) -> None:
+        self.prompt_tokens = len(self.ids)
+        self.restarts = 0
+
+    @property
+    def drawn(self) -> int:
+        """Tokens drawn so far."""
+        return len(self.ids) - self.prompt_tokens
+
+    @property
+    def regime(self) -> Regime:
+        """The RoPE table that all its ids need."""
+        return self.model.regime(len(self.ids))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a cache of all its ids takes, in whole buffers, and its snapshots."""
+        return cache_bytes(self.model.context_cost(), len(self.ids))
+
+    @property
+    def is_greedy(self) -> bool:
+        """True if it takes the likeliest token of unchanged logits."""
+        return self.sampler is None and not self.processors and self.logits_mask is None
+
+    def take(self, token: int) -> list[int] | None:
+        """Appends a drawn token; returns it with the tokens that a grammar forces after it.
+
+        None if the grammar wants another token in its place.
+        """
+        forced = self.logits_mask.accept(token) if self.logits_mask is not None else []
+        if forced is None:
+            return None
+        tokens = [token, *forced][: self.max_tokens - self.drawn]
+        self.ids += tokens
+        return tokens
+
+    def repeats(self, other: BatchSequence) -> bool:
+        """True if a cache of all ids of `other` is one of its own ids."""
+        return (self.model, self.adapter) == (other.model, other.adapter) and self.ids == other.ids
+
+    def in_step(self, length: int, regime: Regime) -> bool:
+        """True if a cache of that length and regime continues one token at a time."""
+        return self.regime == regime and len(self.ids) - length < FORCED_RUN
+
+
+@dataclass(frozen=True)
+class Token:
+    """A drawn token and the log-probabilities [V] it was drawn from, computed only when read.
+
+    The latter are None for a token that a grammar forced.
+    """
+
+    sequence: BatchSequence
+    token: int
+    logprobs: mx.array | None
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A sequence that cannot continue, and the reason."""
+
+    sequence: BatchSequence
+    error: Exception

@@ -1,0 +1,1 @@
+"""Several processes as one job: their launch, the side channel between them, and the watchers that end it."""

@@ -1,0 +1,328 @@
+"""The leader: a model and caches whose operations are told to the followers, which repeat them on their shares.
+
+Only operations that run the model are told at once. Changes of caches wait for the next of those and go with it, so a
+decode step is one message.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn, Protocol
+
+import mlx.core as mx
+
+from phi4_mlx.errors import RequestError
+from phi4_mlx.models.batch_cache import BatchCache
+from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.rope import Regime
+from phi4_mlx.models.snapshot import Snapshot
+from phi4_mlx.ranks.digest import RunningDigest, columns
+
+
+class Tells(Protocol):
+    """The leader's end of the side channel; `phi4_mlx.ranks.join.Ranks` in a job."""
+
+    def tell(self, command: Mapping[str, Any], counter: int | None = None, tokens: int = 1) -> None:
+        """Sends a command to all followers, and expects that they have done it in due time."""
+
+    def end(self, line: str) -> NoReturn:
+        """Ends the job on every rank."""
+
+
+class Leader:
+    """Tells the followers the operations of one model.
+
+    Args:
+        ranks: the side channel.
+        splits_head: followers compute a part of the logits, as in tensor parallel.
+
+    Attributes:
+        counter: operations that ran the model so far.
+    """
+
+    def __init__(self, ranks: Tells, *, splits_head: bool) -> None:
+        self.counter = 0
+        self._ranks, self._splits_head = ranks, splits_head
+        self._changes: deque[list[Any]] = deque()  # of caches, since the last operation
+        self._numbers = itertools.count(1)
+        self._snapshots: weakref.WeakKeyDictionary[Snapshot, int] = weakref.WeakKeyDictionary()
+        self._hidden: mx.array | None = None  # of the last operation
+        self._logits: mx.array | None = None  # of those, once they are computed
+
+    def note(self, name: str, *values: Any) -> None:
+        """Queues a change of a cache; see `Follower`."""
+        self._changes.append([name, *values])
+
+    def number(self, held: object) -> int:
+        """A number for an object that followers keep a twin of, until it is freed here."""
+        number = next(self._numbers)
+        weakref.finalize(held, self.note, "drop", number).atexit = False
+        return number
+
+    def take(self, snapshot: Snapshot) -> int:
+        """Numbers a snapshot."""
+        number = self._snapshots[snapshot] = self.number(snapshot)
+        return number
+
+    def number_of(self, snapshot: Snapshot) -> int:
+        """The number of a snapshot."""
+        return self._snapshots[snapshot]
+
+    def hidden(
+        self,
+        model: LedModel,
+        run: Callable[[], mx.array],
+        ids: mx.array,
+        cache: LedPromptCache | LedBatchCache | None,
+        rows: int | None,
+    ) -> mx.array:
+        """Runs the model on all ranks.
+
+        Args:
+            model: the model.
+            run: the leader's share of the pass.
+            ids: [B, T].
+            cache: appended to; None for none.
+            rows: see `LanguageModel.hidden`.
+
+        Returns:
+            The hidden states, whose computation is queued.
+        """
+        numbers: list[list[int]] = ids.tolist()
+        ends_early = ids.shape[1] == 1 and not any(() if cache is None else cache.adapters)
+        head = self._splits_head and ids.shape[1] == 1  # of a decode step, whose logits are always read
+        command = {
+            "run": self.counter + 1,
+            "cache": None if cache is None else cache.number,
+            "under": None if cache is None else [cache.regime, cache.adapters],
+            "ids": numbers,
+            "rows": rows,
+            "digest": _digests(cache, numbers),
+            "head": head,
+        }
+        # Adapters and media may be refused while a pass is built: it is told when it is. One token alone is told
+        # before, so that all ranks build at the same time.
+        if ends_early:
+            self._tell(command, ids.size)
+            try:
+                hidden = run()
+            except Exception as error:
+                self._ranks.end(f"rank 0 failed in operation {self.counter}: {type(error).__name__}: {error}")
+        else:
+            hidden = run()
+            self._tell(command, ids.size)
+        if cache is not None:
+            cache.follow(numbers)
+        mx.async_eval(hidden)
+        self._hidden, self._logits = hidden, None
+        if head:
+            self._logits = model.own_logits(hidden)
+            mx.async_eval(self._logits)
+        return hidden
+
+    def logits(self, model: LedModel, hidden: mx.array) -> mx.array:
+        """The logits of hidden states [..., D] on all ranks."""
+        if not self._splits_head:
+            return model.own_logits(hidden)
+        if hidden is self._hidden and self._logits is not None:
+            return self._logits
+        known = hidden is self._hidden
+        self._tell({"logits": self.counter + 1, "shape": None if known else [*hidden.shape]})
+        if not known:
+            hidden = model.spread(hidden)
+        logits = model.own_logits(hidden)
+        mx.async_eval(logits)
+        if known:
+            self._logits = logits
+        return logits
+
+    def settle(self) -> None:
+        """Waits until the last operation is computed."""
+        mx.eval([each for each in (self._hidden, self._logits) if each is not None])
+
+    def _tell(self, command: Mapping[str, Any], tokens: int = 1) -> None:
+        """Tells an operation over so many tokens, with the changes of caches before it."""
+        changes = []
+        while self._changes:
+            changes.append(self._changes.popleft())
+        self.counter += 1
+        self._ranks.tell({"changes": changes, **command}, self.counter, tokens)
+
+
+def _digests(cache: LedPromptCache | LedBatchCache | None, ids: Sequence[Sequence[int]]) -> list[list[int]]:
+    """(length, digest) before new ids, of each sequence."""
+    if cache is None:
+        return []
+    return [[len(digest), digest.value] for digest in cache.digests]
+
+
+class LedModel(LanguageModel):
+    """The leader's part of a model; `lead` puts it before the model's own class."""
+
+    leader: Leader
+    spread: Callable[[mx.array], mx.array]
+
+    def hidden(
+        self,
+        ids: mx.array,
+        cache: PromptCache | BatchCache | None = None,
+        *,
+        embeddings: mx.array | None = None,
+        segments: mx.array | None = None,
+        rows: int | None = None,
+    ) -> mx.array:
+        """See `LanguageModel.hidden`."""
+        if embeddings is not None or segments is not None:
+            raise RequestError("a model over ranks reads ids alone, neither embeddings nor packed samples")
+        if not isinstance(cache, LedPromptCache | LedBatchCache | None):
+            raise RequestError("a model over ranks needs a cache of its own; make it with model.make_cache()")
+        inherited = super().hidden  # type: ignore[safe-super]
+
+        def run() -> mx.array:
+            return inherited(ids, cache, rows=rows)
+
+        return self.leader.hidden(self, run, ids, cache, rows)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """See `LanguageModel.logits`."""
+        return self.leader.logits(self, hidden)
+
+    def own_logits(self, hidden: mx.array) -> mx.array:
+        """`logits` as the model computes them, of which the other ranks may have a part."""
+        return super().logits(hidden)  # type: ignore[safe-super]
+
+    def make_cache(
+        self, regime: Regime | None = None, kv_bits: int | None = None, max_kv_size: int | None = None
+    ) -> PromptCache:
+        """See `LanguageModel.make_cache`."""
+        cache = super().make_cache(regime, kv_bits, max_kv_size)
+        led = LedPromptCache.of(cache, self.leader, RunningDigest())
+        self.leader.note("cache", led.number, kv_bits, max_kv_size)
+        return led
+
+    def make_batch_cache(self, regime: Regime) -> BatchCache:
+        """See `LanguageModel.make_batch_cache`."""
+        led = LedBatchCache(super().make_batch_cache(regime), regime)
+        led.leader, led.number, led.digests = self.leader, self.leader.number(led), []
+        self.leader.note("batch", led.number, regime)
+        return led
+
+
+def lead(model: LanguageModel, leader: Leader, spread: Callable[[mx.array], mx.array]) -> LedModel:
+    """Makes a share the leader's: its operations are told.
+
+    Args:
+        model: rank 0's share; changed.
+        leader: tells them.
+        spread: hands hidden states to the other ranks, by a sum with their zeros.
+    """
+    kind = type(model)
+    model.__class__ = type(f"Led{kind.__name__}", (LedModel, kind), {})
+    assert isinstance(model, LedModel)
+    model.leader, model.spread = leader, spread
+    return model
+
+
+class LedPromptCache(PromptCache):
+    """A prompt cache that has a twin on every follower."""
+
+    leader: Leader
+    number: int
+    digest: RunningDigest
+
+    @classmethod
+    def of(cls, cache: PromptCache, leader: Leader, digest: RunningDigest) -> LedPromptCache:
+        """The same cache, whose changes are told from now on."""
+        cache.__class__ = cls
+        assert isinstance(cache, LedPromptCache)
+        cache.leader, cache.number, cache.digest = leader, leader.number(cache), digest
+        return cache
+
+    @property
+    def digests(self) -> list[RunningDigest]:
+        """The digest of its ids."""
+        assert len(self.digest) == self.offset, f"{self.offset} cached tokens, of which {len(self.digest)} were told"
+        return [self.digest]
+
+    def follow(self, ids: Sequence[Sequence[int]]) -> None:
+        """Notes ids [B, T] that the model has run."""
+        self.digest.append(columns(ids))
+
+    def trim(self, n: int) -> int:
+        """See `LayerCaches.trim`."""
+        self.leader.note("trim", self.number, n)
+        taken = super().trim(n)
+        self.digest.cut(self.offset)
+        return taken
+
+    def snapshot(self) -> Snapshot:
+        """See `LayerCaches.snapshot`."""
+        taken = super().snapshot()
+        self.leader.note("snapshot", self.number, self.leader.take(taken))
+        return taken
+
+    def return_to(self, snapshot: Snapshot) -> None:
+        """See `LayerCaches.return_to`."""
+        self.leader.note("return", self.number, self.leader.number_of(snapshot))
+        super().return_to(snapshot)
+        self.digest.cut(self.offset)
+
+    def compact(self) -> None:
+        """See `LayerCaches.compact`."""
+        self.leader.note("compact", self.number)
+        super().compact()
+
+    def branch(self, length: int) -> PromptCache:
+        """See `PromptCache.branch`."""
+        twin = LedPromptCache.of(super().branch(length), self.leader, self.digest.copy(length))
+        self.leader.note("branch", self.number, twin.number, length)
+        return twin
+
+    def restore(
+        self, ids: Sequence[int], states: Iterable[Sequence[mx.array]], regime: Regime, adapter: str | None = None
+    ) -> None:
+        """See `PromptCache.restore`. Only the row of a batch can be restored: the other ranks have it too.
+
+        Raises:
+            RequestError: the states come from elsewhere.
+        """
+        if len(self.digest) != len(ids):
+            raise RequestError("a cache over ranks cannot take states from elsewhere, of which rank 0 has all")
+        super().restore(ids, states, regime, adapter)
+
+
+class LedBatchCache(BatchCache):
+    """A batch cache that has a twin on every follower."""
+
+    leader: Leader
+    number: int
+    digests: list[RunningDigest]
+
+    def follow(self, ids: Sequence[Sequence[int]]) -> None:
+        """Notes ids [B, T] that the model has run."""
+        for digest, row in zip(self.digests, ids, strict=True):
+            digest.append(row)
+
+    def join(self, caches: Sequence[PromptCache]) -> None:
+        """See `BatchCache.join`."""
+        led = [cache for cache in caches if isinstance(cache, LedPromptCache)]
+        self.leader.note("join", self.number, [cache.number for cache in led])
+        super().join(led)
+        self.digests += [cache.digest.copy() for cache in led]
+
+    def copy_row(self, number: int, ids: list[int], cache: PromptCache) -> PromptCache:
+        """See `BatchCache.copy_row`."""
+        assert isinstance(cache, LedPromptCache)
+        self.leader.note("row", self.number, number, cache.number)
+        cache.digest = self.digests[number].copy()
+        return super().copy_row(number, ids, cache)
+
+    def keep(self, rows: list[int]) -> None:
+        """See `BatchCache.keep`."""
+        self.leader.note("keep", self.number, rows)
+        super().keep(rows)
+        self.digests = [self.digests[row] for row in rows]

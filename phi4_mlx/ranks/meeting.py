@@ -1,0 +1,171 @@
+"""The meeting of the ranks on the leader's side channel, before the first collective.
+
+Each follower opens two connections, one for commands and one for the watchers' beats, so that no command delays a beat.
+The leader refuses strangers and ranks of another job, compares what the ranks say about themselves, and then lets all
+of them go, or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+from phi4_mlx.errors import RequestError
+from phi4_mlx.ranks.channel import HELLO_BYTES, JSON, Channel
+from phi4_mlx.ranks.door import HELLO_S, PURPOSES, Door, hello
+from phi4_mlx.ranks.launch import CHANNEL, WAIT, Launch
+
+_RETRY_S = 0.05
+
+
+@dataclass(frozen=True)
+class Met:
+    """The connections of one rank: of the leader to each follower, or of a follower to the leader.
+
+    Attributes:
+        commands: rank -> connection for commands and answers.
+        beats: rank -> connection for the watchers.
+        names: rank -> its name in messages, such as "rank 1 (192.168.0.2)".
+    """
+
+    commands: dict[int, Channel]
+    beats: dict[int, Channel]
+    names: dict[int, str]
+
+    def close(self) -> None:
+        """Closes all connections."""
+        for channel in (*self.commands.values(), *self.beats.values()):
+            channel.close()
+
+
+def lead(launch: Launch, about: Mapping[str, str]) -> Met:
+    """Waits for all followers, and compares what they say about themselves. `let_go` follows.
+
+    Args:
+        launch: of the leader.
+        about: what must be equal on all ranks.
+
+    Raises:
+        RequestError: the address cannot be used, a rank does not come, or one differs; those that came are told.
+    """
+    door = Door(launch)
+    try:
+        guests = door.wait()
+    finally:
+        door.close()
+    ranks = range(1, launch.size)
+    said = {guest.rank: guest.host for guest in guests.values()}
+    names = {rank: _named(launch, rank, said.get(rank)) for rank in range(launch.size)}
+    commands, beats = ({rank: guests[rank, purpose].channel for rank in ranks if (rank, purpose) in guests}
+                       for purpose in PURPOSES)  # fmt: skip
+    met = Met(commands, beats, names)
+    late = [names[rank] for rank in ranks if rank not in commands or rank not in beats]
+    if late:
+        stranger = f"; {door.refused}" if door.refused else ""
+        _refuse(met, f"{' and '.join(late)} did not come within {launch.wait_s:g} s ({WAIT}){stranger}")
+    for rank in ranks:
+        theirs = guests[rank, "commands"].about
+        for key in sorted({*about, *theirs}):
+            ours, other = about.get(key, "none"), theirs.get(key, "none")
+            if ours != other:
+                line = f"{key} is {ours:.200} on {names[0]} but {other:.200} on {names[rank]}; all ranks need the same"
+                _refuse(met, line)
+    return met
+
+
+def let_go(met: Met) -> None:
+    """Tells all followers that every rank is there.
+
+    Raises:
+        RequestError: one has gone.
+    """
+    for rank, channel in met.commands.items():
+        try:
+            channel.send({"welcome": True})
+        except OSError:
+            _refuse(met, f"{met.names[rank]} has gone before all ranks were there")
+
+
+def follow(launch: Launch, about: Mapping[str, str]) -> Met:
+    """Connects a follower to its leader. `wait_to_go` follows.
+
+    Args:
+        launch: of this rank.
+        about: what must be equal on all ranks.
+
+    Raises:
+        RequestError: the leader does not come, or refuses this rank.
+    """
+    deadline = time.monotonic() + launch.wait_s
+    leader, own = _named(launch, 0, None), _named(launch, launch.rank, socket.gethostname())
+    commands, beats = (_knock(launch, hello(launch, each, dict(about)), deadline, leader) for each in PURPOSES)
+    return Met({0: commands}, {0: beats}, {0: leader, launch.rank: own})
+
+
+def wait_to_go(launch: Launch, met: Met) -> None:
+    """Waits until the leader has met all ranks.
+
+    Raises:
+        RequestError: a rank did not come, or differs; or the leader has gone.
+    """
+    try:
+        _check_welcome(met.commands[0].receive(launch.wait_s + 1, HELLO_BYTES))
+    except (OSError, ValueError):
+        raise RequestError(f"{met.names[0]} has gone before all ranks were there") from None
+
+
+def _named(launch: Launch, rank: int, said: str | None) -> str:
+    """The name of a rank in messages: its host as the launch names it, else as the rank itself does."""
+    if rank == 0:
+        return f"rank 0 ({launch.channel[0]})"
+    host = launch.hosts[rank] if rank < len(launch.hosts) else said
+    return f"rank {rank} ({host or 'its host is unknown'})"
+
+
+def _refuse(met: Met, line: str) -> NoReturn:
+    for channel in met.commands.values():
+        with contextlib.suppress(OSError):
+            channel.send({"refused": line})
+    met.close()
+    raise RequestError(line)
+
+
+def _check_welcome(answer: JSON) -> None:
+    """Raises the leader's refusal, or ValueError if it is not a leader's answer."""
+    if isinstance(answer, dict) and isinstance(answer.get("refused"), str):
+        raise RequestError(answer["refused"])
+    if not isinstance(answer, dict) or answer.get("welcome") is not True:
+        raise ValueError("not a leader")
+
+
+def _knock(launch: Launch, first: JSON, deadline: float, leader: str) -> Channel:
+    """A connection that the leader has welcomed; tries again until the deadline, as the leader may start later."""
+    host, port = launch.channel
+    reason = "nobody listens"
+    while time.monotonic() < deadline:
+        channel = None
+        try:
+            left_s = max(deadline - time.monotonic(), 0.1)
+            channel = Channel(socket.create_connection(launch.channel, timeout=min(HELLO_S, left_s)))
+            channel.send(first, HELLO_BYTES)
+            _check_welcome(channel.receive(HELLO_S, HELLO_BYTES))
+            return channel
+        except RequestError:
+            raise
+        except socket.gaierror as error:
+            raise RequestError(f"{leader}: the name {host:.200} has no address: {error.strerror}") from None
+        except ValueError:
+            reason = "another program listens"
+        except OSError as error:
+            reason = error.strerror or str(error) or type(error).__name__
+        if channel is not None:
+            channel.close()
+        time.sleep(_RETRY_S)
+    raise RequestError(
+        f"{leader} does not answer at {host}:{port} within {launch.wait_s:g} s ({WAIT}): {reason}; "
+        f"{CHANNEL}=HOST:PORT on all ranks chooses another address"
+    )
