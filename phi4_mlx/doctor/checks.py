@@ -9,7 +9,7 @@ from phi4_mlx.doctor.forward import Subject, model_checks, subject_checks
 from phi4_mlx.doctor.learning import learning_checks
 from phi4_mlx.doctor.operations import operation_checks
 
-OWN_LENGTH = 40  # tokens of the prompt of a user's model, which a CPU runs too
+OWN_LENGTH = 17  # tokens of the prompt of a user's model, which a slow CPU runs too
 
 
 def all_checks(folder: Path | None = None) -> list[Check]:

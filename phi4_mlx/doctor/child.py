@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SILENT_S = 300.0  # after which a process counts as hung
+SILENT_S = 600.0  # after which a process counts as hung
 
 COMMAND = (sys.executable, "-m", "phi4_mlx.doctor.worker")
 

@@ -53,7 +53,7 @@ def _lora_step(subject: Subject) -> list[mx.array]:
     }
     model.load_weights([*drawn.items()], strict=False)
     model.recompute = True
-    batch = _packed()
+    batch = _packed(ids(sum(LENGTHS) + 1, model))
     (loss, _), gradients = nn.value_and_grad(model, sft_loss)(model, batch)
     flat = [array for _, array in sorted(tree_flatten(gradients))]
     optim.AdamW(1e-3, bias_correction=True).update(model, gradients)
@@ -61,9 +61,8 @@ def _lora_step(subject: Subject) -> list[mx.array]:
     return [loss, *flat, after]
 
 
-def _packed() -> Batch:
+def _packed(row: list[int]) -> Batch:
     """A row of two samples."""
-    row = ids(sum(LENGTHS) + 1)
     segments = np.repeat(np.arange(1, len(LENGTHS) + 1), LENGTHS)[None].astype(np.int32)
     mask = np.ones((1, sum(LENGTHS)), bool)
     mask[0, : LENGTHS[0] // 2] = False
@@ -80,7 +79,7 @@ def _trained_head() -> list[mx.array]:
     }  # fmt: skip
     model: LanguageModel = Model(ModelConfig.from_dict(raw))
     model.head.update({"weight": random(1, V, D)})
-    targets = mx.array([token % V for token in ids(N)])
+    targets = mx.array(ids(N, model))
 
     def loss(weight: mx.array, hidden: mx.array) -> mx.array:
         model.head.update({"weight": weight})

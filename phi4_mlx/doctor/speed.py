@@ -96,6 +96,6 @@ def _decode(package: str) -> tuple[float, int]:
     model.eval()
     times = []
     for _ in range(RUNS):
-        stamps = [time.perf_counter() for _ in generate_step(ids(8), model, max_tokens=TOKENS)]
+        stamps = [time.perf_counter() for _ in generate_step(ids(8, model), model, max_tokens=TOKENS)]
         times.append((TOKENS - 1) / (stamps[-1] - stamps[0]))
     return median(times), model.step_bytes
