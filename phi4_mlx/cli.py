@@ -19,6 +19,7 @@ COMMANDS = {
     "bridge": ("phi4_mlx.bridge.__main__", "serve another program over standard input and output"),
     "models": ("phi4_mlx.commands.models", "list, download and remove the models in the Hugging Face cache"),
     "context": ("phi4_mlx.commands.context", "show the memory that a context takes, and what fits on this machine"),
+    "plan": ("phi4_mlx.commands.plan", "show what a model over several machines takes: bytes, exchanges and times"),
     "doctor": ("phi4_mlx.commands.doctor", "check this machine: memory, and each fast path against its slow twin"),
     "lora": ("phi4_mlx.lora.__main__", "fine-tune a model on your own data"),
     "convert": ("phi4_mlx.convert.__main__", "convert a Hugging Face checkpoint to a package, such as a 4-bit one"),

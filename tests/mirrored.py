@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import mlx.core as mx
@@ -11,12 +11,21 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.snapshot import Snapshot
+from phi4_mlx.models.split_logits import LEAST, SplitLogits
 from phi4_mlx.ranks.follower import Follower, HeldBatch
 from phi4_mlx.ranks.leader import Leader, LedBatchCache, LedModel, LedPromptCache, lead
 
 
 class Ended(Exception):
     """The job has been ended."""
+
+
+class Candidates(LanguageModel):
+    """A model that computes candidates by itself, as one whose head is split."""
+
+    def candidates(self, hidden: mx.array, count: int = LEAST, temps: Sequence[float] = ()) -> mx.array | SplitLogits:
+        logits: mx.array = super().logits(hidden)  # type: ignore[safe-super]
+        return logits.reshape(-1, logits.shape[-1])
 
 
 class Pair:
@@ -35,15 +44,19 @@ class Pair:
     def __init__(self, make: Callable[[], LanguageModel], *, splits_head: bool = False) -> None:
         self.commands: list[dict[str, Any]] = []
         self.leader = Leader(self, splits_head=splits_head)
-        self.model: LedModel = lead(make(), self.leader, lambda hidden: hidden)
-        share = make()
+        whole, share = make(), make()
+        if splits_head:
+            whole.__class__ = type("Split", (Candidates, type(whole)), {})
+        self.model: LedModel = lead(whole, self.leader, lambda hidden: hidden)
         self.follower = Follower(share)
         self._embeddings: list[mx.array | None] = []
         self._hand_over(self.model, share)
 
-    def tell(self, command: Mapping[str, Any], counter: int | None = None, tokens: int = 1) -> None:
+    def tell(
+        self, command: Mapping[str, Any], counter: int | None = None, tokens: int = 1, *, new: bool = False
+    ) -> None:
         """Sends a command as JSON to the follower, which obeys it at once."""
-        assert counter == command.get("run", command.get("logits")) and tokens > 0
+        assert counter == command["number"] and tokens > 0
         self.commands.append(json.loads(json.dumps(command)))
         self.follower.obey(self.commands[-1])
 

@@ -36,6 +36,7 @@ from phi4_mlx.terminal.options import (
     add_model_options,
     add_overflow_option,
     add_parallel_option,
+    add_prompt_cache_options,
     add_sampling_options,
     cache_options,
     check_decoding_options,
@@ -82,6 +83,7 @@ def _parser() -> Parser:
     add_sampling_options(parser, MAX_TOKENS)
     add_decoding_options(parser)
     add_overflow_option(parser)
+    add_prompt_cache_options(parser)
     parser.idle.append(Idle(("context_overflow",), lambda args: args.prompt is not None, "with --prompt: one question"))
     return parser
 
@@ -106,16 +108,17 @@ def _chat_in(session: Session, args: argparse.Namespace) -> None:
     screen, grammar = Screen(), None if args.schema is None else _grammar(args)
     with toolbox_of(args, person, partial(complain, PROG)) as toolbox:
         chat = _open(session, args, screen, person, toolbox, grammar)
-        for path in args.image:
-            attach_file(chat, path, "image")
-        for path in args.audio:
-            attach_file(chat, path, "audio")
-        if prompt is not None:
-            chat.answer(prompt)
-        elif person:
-            talk(chat)
-        else:
-            _answer_lines(chat)
+        with contextlib.closing(chat.conversation):
+            for path in args.image:
+                attach_file(chat, path, "image")
+            for path in args.audio:
+                attach_file(chat, path, "audio")
+            if prompt is not None:
+                chat.answer(prompt)
+            elif person:
+                talk(chat)
+            else:
+                _answer_lines(chat)
 
 
 def _grammar(args: argparse.Namespace) -> Grammar:
@@ -137,12 +140,18 @@ def _open(
 
     if switched_off := notice():
         complain(PROG, switched_off)
+    settings = None
+    if args.prompt_cache_dir is not None:
+        from phi4_mlx.generation.cache_store.store import store_settings
+
+        settings = store_settings(args.prompt_cache_dir, args.prompt_cache_disk_bytes)
     name = session.options.name
     model, tokenizer = load_shown(screen, name, session.load)
     draft = None if args.draft_model is None else load(args.draft_model)[0]
     conversation = Conversation(
         model, tokenizer, args.system_prompt, toolbox,
         cache_options=CacheOptions(**cache_options(args)), overflow=args.context_overflow,
+        store=None if settings is None else settings.open(model, tokenizer, partial(complain, PROG)),
     )  # fmt: skip
     conversation.check_tools()
     chat = Chat(

@@ -251,3 +251,6 @@ class _Beginnings:
         """See `PrefixStore`."""
         assert sequence.cache is not None
         self._latest = sequence.cache.fork(sequence.cache.offset)
+
+    def set_aside(self, sequence: BatchSequence) -> None:
+        """See `PrefixStore`; the latest prompt alone is kept."""

@@ -19,6 +19,7 @@ from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.shared_stream import shared_stream
 from phi4_mlx.models.snapshot import Snapshot
 from phi4_mlx.ranks.digest import RunningDigest, columns
+from phi4_mlx.ranks.leader import arrays_of
 
 CLEAR_EVERY = 256  # operations; frees the buffers of outgrown caches
 
@@ -105,16 +106,15 @@ class Follower:
         Raises:
             OutOfStep: the operation is not the one that follows here; nothing has been computed.
         """
-        number = command.get("run") or command.get("logits")
-        if number != self.counter + 1:
-            raise OutOfStep(f"operation {number} came after operation {self.counter}")
+        if command["number"] != self.counter + 1:
+            raise OutOfStep(f"operation {command['number']} came after operation {self.counter}")
         with shared_stream():
             for name, *values in command["changes"]:
                 getattr(self, f"_{name}")(*values)
-            if "run" in command:
+            if "ids" in command:
                 self._run(command)
             else:
-                self._head(command["shape"])
+                self._read(command["read"], command["shape"])
         self.counter += 1
         if self.counter % CLEAR_EVERY == 0:
             mx.clear_cache()
@@ -126,7 +126,7 @@ class Follower:
             if own != command["digest"]:
                 theirs, ours = next(pair for pair in zip(command["digest"], own, strict=True) if pair[0] != pair[1])
                 raise OutOfStep(
-                    f"operation {command['run']} goes on from {theirs[0]} tokens with digest {theirs[1]:x}, and the "
+                    f"operation {command['number']} goes on from {theirs[0]} tokens with digest {theirs[1]:x}, and the "
                     f"cache here has {ours[0]} with digest {ours[1]:x}"
                 )
             held.run_under(*command["under"])
@@ -134,24 +134,26 @@ class Follower:
         cache = None if held is None else held.cache
         self._hidden = self._model.hidden(mx.array(ids, mx.int32), cache, rows=command["rows"])
         mx.eval(self._hidden)
-        if command["head"]:
-            mx.eval(self._model.logits(self._hidden))
+        if command["read"]:
+            self._read(command["read"], None)
         if len(ids[0]) > 1:  # as `finish_chunk` does: what is cached, without the rest of its graph
             mx.eval([] if cache is None else [layer.state for layer in cache])
             mx.clear_cache()
 
-    def _head(self, shape: list[int] | None) -> None:
+    def _read(self, read: list[Any], shape: list[int] | None) -> None:
+        """Computes this rank's part of `logits` or `candidates`; of other hidden states if there is a shape."""
         hidden = self._hidden
         if shape is not None:
             hidden = mx.distributed.all_sum(mx.zeros(shape, self._model.dtype), group=self._group)
         assert hidden is not None
-        mx.eval(self._model.logits(hidden))
+        name, *arguments = read
+        mx.eval(arrays_of(getattr(self._model, name)(hidden, *arguments)))
 
     def _cache(self, number: int, kv_bits: int | None, max_kv_size: int | None) -> None:
         self.held[number] = HeldCache(self._model.make_cache(None, kv_bits, max_kv_size), RunningDigest())
 
-    def _batch(self, number: int, regime: Any) -> None:
-        self.held[number] = HeldBatch(self._model.make_batch_cache(regime), [])
+    def _batch(self, number: int, regime: Any, kv_bits: int | None) -> None:
+        self.held[number] = HeldBatch(self._model.make_batch_cache(regime, kv_bits), [])
 
     def _drop(self, number: int) -> None:
         self.held.pop(number, None)
@@ -187,6 +189,12 @@ class Follower:
         for layer, state in zip(held.cache, batch.cache.row(row), strict=True):
             layer.state = state
         held.digest = batch.digests[row].copy()
+
+    def _take_back(self, number: int, counts: list[int]) -> None:
+        batch = self.held[number]
+        batch.cache.take_back(counts)
+        for digest, count in zip(batch.digests, counts, strict=True):
+            digest.cut(len(digest) - count)
 
     def _keep(self, number: int, rows: list[int]) -> None:
         batch = self.held[number]

@@ -86,7 +86,7 @@ def _ring(given: Mapping[str, str]) -> Launch | None:
     if nodes is None:
         return None
     shape = f"MLX_HOSTFILE {given['MLX_HOSTFILE']:.200} must hold a list with one list for each rank, such as "
-    if not isinstance(nodes, list) or not all(isinstance(node, list) and node for node in nodes):
+    if not isinstance(nodes, list) or not nodes or not all(isinstance(node, list) and node for node in nodes):
         raise RequestError(f'{shape}[["192.168.0.1:5000"], ["192.168.0.2:5000"]]')
     addresses = [[address(f"MLX_HOSTFILE, rank {rank}", each) for each in node] for rank, node in enumerate(nodes)]
     flat = [each for node in addresses for each in node]
@@ -104,7 +104,7 @@ def _jaccl(given: Mapping[str, str]) -> Launch | None:
     devices = _json_file("MLX_IBV_DEVICES", given["MLX_IBV_DEVICES"])
     if devices is None:
         return None
-    if not isinstance(devices, list) or not all(isinstance(row, list) for row in devices):
+    if not isinstance(devices, list) or not devices or not all(isinstance(row, list) for row in devices):
         raise RequestError(f"MLX_IBV_DEVICES {given['MLX_IBV_DEVICES']:.200} must hold one list of devices a rank")
     coordinator = address("MLX_JACCL_COORDINATOR", given["MLX_JACCL_COORDINATOR"])
     shared = [coordinator, devices]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
@@ -20,13 +20,19 @@ from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime
 from phi4_mlx.models.snapshot import Snapshot
+from phi4_mlx.models.split_logits import LEAST, SplitLogits
 from phi4_mlx.ranks.digest import RunningDigest, columns
+
+Read = list[Any]
+"""What is read of hidden states: the name of a model's method, and its further arguments."""
 
 
 class Tells(Protocol):
     """The leader's end of the side channel; `phi4_mlx.ranks.join.Ranks` in a job."""
 
-    def tell(self, command: Mapping[str, Any], counter: int | None = None, tokens: int = 1) -> None:
+    def tell(
+        self, command: Mapping[str, Any], counter: int | None = None, tokens: int = 1, *, new: bool = False
+    ) -> None:
         """Sends a command to all followers, and expects that they have done it in due time."""
 
     def end(self, line: str) -> NoReturn:
@@ -38,7 +44,7 @@ class Leader:
 
     Args:
         ranks: the side channel.
-        splits_head: followers compute a part of the logits, as in tensor parallel.
+        splits_head: followers have a part of the head, as in tensor parallel.
 
     Attributes:
         counter: operations that ran the model so far.
@@ -50,8 +56,11 @@ class Leader:
         self._changes: deque[list[Any]] = deque()  # of caches, since the last operation
         self._numbers = itertools.count(1)
         self._snapshots: weakref.WeakKeyDictionary[Snapshot, int] = weakref.WeakKeyDictionary()
-        self._hidden: mx.array | None = None  # of the last operation
-        self._logits: mx.array | None = None  # of those, once they are computed
+        self._hidden: mx.array | None = None  # of the last pass
+        self._cache: weakref.ref[LedPromptCache | LedBatchCache] | None = None  # of that pass
+        self._read: Read | None = None  # what was last read of its hidden states,
+        self._found: mx.array | SplitLogits | None = None  # and the result
+        self._known: Counter[str] = Counter()  # kinds of operations
 
     def note(self, name: str, *values: Any) -> None:
         """Queues a change of a cache; see `Follower`."""
@@ -94,15 +103,15 @@ class Leader:
         """
         numbers: list[list[int]] = ids.tolist()
         ends_early = ids.shape[1] == 1 and not any(() if cache is None else cache.adapters)
-        head = self._splits_head and ids.shape[1] == 1  # of a decode step, whose logits are always read
+        # A decode step is read as the one before it: so it is one message.
+        read = cache.read if cache is not None and ids.shape[1] == 1 else None
         command = {
-            "run": self.counter + 1,
             "cache": None if cache is None else cache.number,
             "under": None if cache is None else [cache.regime, cache.adapters],
             "ids": numbers,
             "rows": rows,
             "digest": _digests(cache, numbers),
-            "head": head,
+            "read": read,
         }
         # Adapters and media may be refused while a pass is built: it is told when it is. One token alone is told
         # before, so that all ranks build at the same time.
@@ -118,31 +127,37 @@ class Leader:
         if cache is not None:
             cache.follow(numbers)
         mx.async_eval(hidden)
-        self._hidden, self._logits = hidden, None
-        if head:
-            self._logits = model.own_logits(hidden)
-            mx.async_eval(self._logits)
+        self._hidden, self._cache = hidden, None if cache is None else weakref.ref(cache)
+        self._read, self._found = read, None if read is None else model.own(read, hidden)
         return hidden
 
-    def logits(self, model: LedModel, hidden: mx.array) -> mx.array:
-        """The logits of hidden states [..., D] on all ranks."""
+    def read(self, model: LedModel, read: Read, hidden: mx.array) -> mx.array | SplitLogits:
+        """The logits of hidden states [..., D] on all ranks, or the likeliest of them.
+
+        Args:
+            model: the model.
+            read: the method of the model, "logits" or "candidates", and its further arguments.
+            hidden: usually those of the last pass, which every rank has; others are handed to them first.
+        """
         if not self._splits_head:
-            return model.own_logits(hidden)
-        if hidden is self._hidden and self._logits is not None:
-            return self._logits
+            return model.own(read, hidden)
         known = hidden is self._hidden
-        self._tell({"logits": self.counter + 1, "shape": None if known else [*hidden.shape]})
-        if not known:
-            hidden = model.spread(hidden)
-        logits = model.own_logits(hidden)
-        mx.async_eval(logits)
+        if known and self._found is not None and read == self._read:
+            return self._found
+        self._tell({"read": read, "shape": None if known else [*hidden.shape]})
+        found = model.own(read, hidden if known else model.spread(hidden))
         if known:
-            self._logits = logits
-        return logits
+            self._read, self._found = read, found
+            if self._cache is not None and (cache := self._cache()) is not None:
+                cache.read = read
+        return found
 
     def settle(self) -> None:
         """Waits until the last operation is computed."""
-        mx.eval([each for each in (self._hidden, self._logits) if each is not None])
+        if self._hidden is not None:
+            mx.eval(self._hidden)
+        if self._found is not None:
+            mx.eval(arrays_of(self._found))
 
     def _tell(self, command: Mapping[str, Any], tokens: int = 1) -> None:
         """Tells an operation over so many tokens, with the changes of caches before it."""
@@ -150,7 +165,20 @@ class Leader:
         while self._changes:
             changes.append(self._changes.popleft())
         self.counter += 1
-        self._ranks.tell({"changes": changes, **command}, self.counter, tokens)
+        self._ranks.tell({"number": self.counter, "changes": changes, **command}, self.counter, tokens, new=self._is_new(command))
+
+    def _is_new(self, command: Mapping[str, Any]) -> bool:
+        """True for the first operations of a kind: kernels are compiled, for steps at the second."""
+        ids, (regime, adapters) = command.get("ids"), command.get("under") or ("", [])
+        shape = ids and (len(ids), len(ids[0]) == 1)
+        kind = str((command["read"] and command["read"][0], regime, sorted({*map(str, adapters)}), shape))
+        self._known[kind] += 1
+        return self._known[kind] <= 2
+
+
+def arrays_of(found: mx.array | SplitLogits) -> mx.array:
+    """The array that is computed with the other ranks."""
+    return found.gathered if isinstance(found, SplitLogits) else found
 
 
 def _digests(cache: LedPromptCache | LedBatchCache | None, ids: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -189,11 +217,22 @@ class LedModel(LanguageModel):
 
     def logits(self, hidden: mx.array) -> mx.array:
         """See `LanguageModel.logits`."""
-        return self.leader.logits(self, hidden)
+        found = self.leader.read(self, ["logits"], hidden)
+        assert isinstance(found, mx.array)
+        return found
 
-    def own_logits(self, hidden: mx.array) -> mx.array:
-        """`logits` as the model computes them, of which the other ranks may have a part."""
-        return super().logits(hidden)  # type: ignore[safe-super]
+    def candidates(
+        self, hidden: mx.array, count: int = LEAST, temps: Sequence[float] = ()
+    ) -> mx.array | SplitLogits:
+        """See `LanguageModel.candidates`."""
+        return self.leader.read(self, ["candidates", count, [*temps]], hidden)
+
+    def own(self, read: Read, hidden: mx.array) -> mx.array | SplitLogits:
+        """The result of `logits` or `candidates` as the model computes it, queued; other ranks may have a part of it."""
+        name, *arguments = read
+        found: mx.array | SplitLogits = getattr(super(), name)(hidden, *arguments)
+        mx.async_eval(arrays_of(found))
+        return found
 
     def make_cache(
         self, regime: Regime | None = None, kv_bits: int | None = None, max_kv_size: int | None = None
@@ -204,11 +243,11 @@ class LedModel(LanguageModel):
         self.leader.note("cache", led.number, kv_bits, max_kv_size)
         return led
 
-    def make_batch_cache(self, regime: Regime) -> BatchCache:
+    def make_batch_cache(self, regime: Regime, kv_bits: int | None = None) -> BatchCache:
         """See `LanguageModel.make_batch_cache`."""
-        led = LedBatchCache(super().make_batch_cache(regime), regime)
+        led = LedBatchCache(super().make_batch_cache(regime, kv_bits), regime)
         led.leader, led.number, led.digests = self.leader, self.leader.number(led), []
-        self.leader.note("batch", led.number, regime)
+        self.leader.note("batch", led.number, regime, kv_bits)
         return led
 
 
@@ -233,6 +272,7 @@ class LedPromptCache(PromptCache):
     leader: Leader
     number: int
     digest: RunningDigest
+    read: Read | None = None  # of the latest hidden states
 
     @classmethod
     def of(cls, cache: PromptCache, leader: Leader, digest: RunningDigest) -> LedPromptCache:
@@ -301,6 +341,7 @@ class LedBatchCache(BatchCache):
     leader: Leader
     number: int
     digests: list[RunningDigest]
+    read: Read | None = None  # of the latest hidden states
 
     def follow(self, ids: Sequence[Sequence[int]]) -> None:
         """Notes ids [B, T] that the model has run."""
@@ -320,6 +361,13 @@ class LedBatchCache(BatchCache):
         self.leader.note("row", self.number, number, cache.number)
         cache.digest = self.digests[number].copy()
         return super().copy_row(number, ids, cache)
+
+    def take_back(self, counts: Sequence[int]) -> None:
+        """See `BatchCache.take_back`."""
+        self.leader.note("take_back", self.number, [*counts])
+        super().take_back(counts)
+        for digest, count in zip(self.digests, counts, strict=True):
+            digest.cut(len(digest) - count)
 
     def keep(self, rows: list[int]) -> None:
         """See `BatchCache.keep`."""

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
-from phi4_mlx.errors import RequestError
+from phi4_mlx.errors import RequestError, message_of
 from phi4_mlx.ranks.channel import HELLO_BYTES, JSON, Channel
 from phi4_mlx.ranks.door import HELLO_S, PURPOSES, Door, hello
 from phi4_mlx.ranks.launch import CHANNEL, WAIT, Launch
@@ -52,6 +52,7 @@ def lead(launch: Launch, about: Mapping[str, str]) -> Met:
     Raises:
         RequestError: the address cannot be used, a rank does not come, or one differs; those that came are told.
     """
+    _check_hosts(launch)
     door = Door(launch)
     try:
         guests = door.wait()
@@ -100,6 +101,7 @@ def follow(launch: Launch, about: Mapping[str, str]) -> Met:
     Raises:
         RequestError: the leader does not come, or refuses this rank.
     """
+    _check_hosts(launch)
     deadline = time.monotonic() + launch.wait_s
     leader, own = _named(launch, 0, None), _named(launch, launch.rank, socket.gethostname())
     commands, beats = (_knock(launch, hello(launch, each, dict(about)), deadline, leader) for each in PURPOSES)
@@ -116,6 +118,16 @@ def wait_to_go(launch: Launch, met: Met) -> None:
         _check_welcome(met.commands[0].receive(launch.wait_s + 1, HELLO_BYTES))
     except (OSError, ValueError):
         raise RequestError(f"{met.names[0]} has gone before all ranks were there") from None
+
+
+def _check_hosts(launch: Launch) -> None:
+    """Refuses a host without an address; the backend would say less."""
+    for rank, host in enumerate([launch.channel[0], *launch.hosts[1:]]):
+        try:
+            socket.getaddrinfo(host, None)
+        except (OSError, ValueError) as error:  # no such name, or not a name at all
+            reason = (error.strerror if isinstance(error, OSError) else None) or message_of(error)
+            raise RequestError(f"the host of rank {rank}, {host:.200}, has no address: {reason}") from None
 
 
 def _named(launch: Launch, rank: int, said: str | None) -> str:
@@ -156,8 +168,6 @@ def _knock(launch: Launch, first: JSON, deadline: float, leader: str) -> Channel
             return channel
         except RequestError:
             raise
-        except socket.gaierror as error:
-            raise RequestError(f"{leader}: the name {host:.200} has no address: {error.strerror}") from None
         except ValueError:
             reason = "another program listens"
         except OSError as error:

@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phi4_mlx.errors import Phi4Error, RequestError
-from phi4_mlx.server.options import KEY_VARIABLE, add_access_options, add_limit_options, add_log_option
+from phi4_mlx.server.options import (
+    KEY_VARIABLE,
+    add_access_options,
+    add_decoding_options,
+    add_limit_options,
+    add_log_option,
+)
 from phi4_mlx.terminal.command import (
     INTERRUPTED,
     OUR_MISTAKE,
@@ -28,7 +34,13 @@ from phi4_mlx.terminal.command import (
     typed,
     word,
 )
-from phi4_mlx.terminal.options import add_model_options, add_parallel_option, add_tool_options, advised
+from phi4_mlx.terminal.options import (
+    add_model_options,
+    add_parallel_option,
+    add_tool_options,
+    advised,
+    check_speculation_options,
+)
 
 if TYPE_CHECKING:
     from phi4_mlx.server.engine.engine import Settings
@@ -60,6 +72,7 @@ def _parser() -> Parser:
         help="folder of LoRA adapters that clients may name as the model (default: none)",
     )  # fmt: skip
     add_limit_options(parser)
+    add_decoding_options(parser)
     add_tool_options(parser, "the chat page may run, each call after a question; API clients do not see them")
     add_log_option(parser)
     return parser
@@ -189,6 +202,7 @@ def _served(args: argparse.Namespace) -> _Served:
 
     if switched_off := notice():
         complain(PROG, switched_off)
+    check_speculation_options(args)
     name, settings = DEFAULT_MODEL if args.model is None else args.model, _settings(args)
     folder, adapters = Path(settings.model), settings.adapters
     if args.verify:
@@ -204,6 +218,7 @@ def _served(args: argparse.Namespace) -> _Served:
 
 def _settings(args: argparse.Namespace) -> Settings:
     """The settings of the engine; a model of the Hub is downloaded."""
+    from phi4_mlx.generation.cache_store.store import store_settings
     from phi4_mlx.hub import DEFAULT_MODEL, resolve
     from phi4_mlx.server.engine.engine import Settings
 
@@ -216,6 +231,11 @@ def _settings(args: argparse.Namespace) -> Settings:
         args.prompt_cache_bytes,
         args.chat_format,
         args.parallel,
+        None if args.prompt_cache_dir is None else store_settings(args.prompt_cache_dir, args.prompt_cache_disk_bytes),
+        args.kv_bits,
+        args.speculate,
+        args.draft_model,
+        args.max_step_ms,
     )
 
 

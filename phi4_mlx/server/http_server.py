@@ -20,7 +20,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from phi4_mlx.server.guard import TimedProtocol
-from phi4_mlx.server.limits import GRACE_S, HEADER_BYTES
+from phi4_mlx.server.limits import GRACE_S, HEADER_BYTES, STORING_S
 from phi4_mlx.server.log import LOG
 from phi4_mlx.terminal.amount import amount
 
@@ -105,7 +105,7 @@ class Stop:
             return self.cut.set()
         self.signal = number
         self.asked.set()
-        leave_within(GRACE_S + CUTTING_S + 1.0, 1)
+        leave_within(GRACE_S + CUTTING_S + STORING_S + 1.0, 1)
 
 
 async def cancel_the_rest() -> None:

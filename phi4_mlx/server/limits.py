@@ -16,6 +16,7 @@ WRITE_BYTES = 2**16  # written at a time, and buffered by the kernel; 650 KB/s a
 WRITE_S = 20.0  # in which a client must read what is written, 3 KB a second
 STOPPING_WRITE_S = 2.0  # the same while the server stops
 GRACE_S = 30.0  # for running answers while the server stops
+STORING_S = 5.0  # for the prompt caches in memory to be stored, at the end
 SPARE_DESCRIPTORS = 64  # that connections leave free; a new engine takes about ten
 
 # Pictures and sounds
@@ -56,6 +57,7 @@ BIAS_ENTRIES_LIMIT = 1_024
 BIAS_LIMIT = 100.0
 API_TEMPERATURE_LIMIT = 2.0  # OpenAI's
 API_PENALTY_LIMIT = 2.0  # OpenAI's
+PRIORITY_LIMIT = 1_000_000  # and its negative
 
 # Fields of single APIs
 INCLUDE_LIMIT = 32

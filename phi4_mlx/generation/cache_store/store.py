@@ -32,7 +32,7 @@ from phi4_mlx.generation.cache_store.entries import (
     packed,
     projection_of,
 )
-from phi4_mlx.generation.cache_store.folder import SUFFIX, StoreFolder
+from phi4_mlx.generation.cache_store.folder import SUFFIX, StoreFolder, private_folder
 from phi4_mlx.generation.cache_store.writer import SETTLE_S, Waiting, Writer
 from phi4_mlx.generation.prompt_cache_content import (
     Tokenizer,
@@ -54,6 +54,36 @@ MIN_TOKENS = 32  # of a stored cache, and that a file must save; fewer are as fa
 READ_COST = 1 / 16  # of a token read and checked, in tokens prefilled: 128 KB at 1 GB/s, against 2 ms on an M1
 READY_S = 10.0  # that the first look-up waits for the headers of thousands of files
 MADE_BY = f"phi4_mlx {__version__}, mlx {mx.__version__}"
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """The settings of a store, which may cross to another process.
+
+    Attributes:
+        folder: the folder, from `private_folder`.
+        limit_bytes: the most bytes of its files.
+    """
+
+    folder: str
+    limit_bytes: int
+
+    def open(self, model: LanguageModel, tokenizer: Tokenizer, warn: Callable[[str], None]) -> CacheStore:
+        """Opens the store; see `CacheStore`.
+
+        Raises:
+            RequestError: the folder cannot be used any more.
+        """
+        return CacheStore(StoreFolder(private_folder(self.folder), self.limit_bytes), model, tokenizer, warn)
+
+
+def store_settings(folder: str, limit_bytes: int) -> StoreSettings:
+    """The settings of a store in a folder that is checked and made private.
+
+    Raises:
+        RequestError: the folder cannot be used.
+    """
+    return StoreSettings(str(private_folder(folder)), limit_bytes)
 
 
 @dataclass(frozen=True)
@@ -107,6 +137,10 @@ class CacheStore:
         self._unread = self.hits = 0
         self._writer = Writer(folder, self._catalogue, warn, first=partial(self._prepare, model))
 
+    def reopened(self, model: LanguageModel, tokenizer: Tokenizer) -> CacheStore:
+        """A store in the same folder for another model; close this one."""
+        return CacheStore(self._folder, model, tokenizer, self._warn)
+
     def find(
         self,
         model: LanguageModel,
@@ -157,17 +191,15 @@ class CacheStore:
         self._writer.touch(entry.name)
         return Read(found, header, data)
 
-    def restore(
-        self, read: Read, model: LanguageModel, ids: Sequence[int], adapter: str | None = None
-    ) -> PromptCache | None:
+    def restore(self, read: Read, model: LanguageModel, adapter: str | None = None) -> PromptCache | None:
         """The cache of a file, for the thread that generates; None if it does not fit the model.
 
         Args:
             read: from `read`.
-            model, ids, adapter: those of `find`.
+            model, adapter: those of `find`.
 
         Returns:
-            A cache of all tokens of the file: `fork` it to `read.found.length`.
+            A cache of all tokens of the file.
         """
         path, own = self._folder.path / read.found.entry.name, own_metadata(read.header)
         if "named_adapter" in own and adapter is not None:
@@ -187,14 +219,11 @@ class CacheStore:
     ) -> PromptCache | None:
         """A cache of the prompt's first `found.length` tokens; None if it cannot be read."""
         read = self.read(found)
-        cache = None if read is None else self.restore(read, model, ids, adapter)
+        cache = None if read is None else self.restore(read, model, adapter)
         if cache is None:
             return None
         with shared_stream():
-            cut = cache.fork(found.length)
-            cut.expect(ids)
-            cut.mark()
-        return cut
+            return cache.prefix_of(ids, found.length)
 
     def offer(self, model: LanguageModel, cache: PromptCache, leaving: bool = False) -> None:
         """Has a cache written soon, unless the store has nearly all of it.

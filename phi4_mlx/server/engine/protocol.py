@@ -28,6 +28,7 @@ class Job:
         grammar: the grammar that the answer must follow, as text of `phi4_mlx.grammar.grammars`; None for free text.
         adapter: the name of an adapter in `Settings.adapters`; None for the model itself.
         timeout_s: seconds after which the answer ends, from the time the engine takes the job.
+        priority: a job of a lower number is served first.
     """
 
     id: int
@@ -39,6 +40,7 @@ class Job:
     grammar: str | None = None
     adapter: str | None = None
     timeout_s: float = 600.0
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class Ping:
 
 @dataclass(frozen=True)
 class Leave:
-    """Ends the engine in order, over ranks that of the others too."""
+    """Ends the engine in order: its store takes what is in its memory, and other ranks end too."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,13 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class Notice:
+    """One line for the log."""
+
+    line: str
+
+
+@dataclass(frozen=True)
 class Broken:
     """The engine cannot start: one line for the person who started the server."""
 
@@ -160,4 +169,4 @@ class Broken:
 
 Event = Piece | Finish | Failure  # about a job
 Command = Job | Cancel | Ping | Leave  # from the server to the engine
-Report = list[Event] | Pong | Beat | Ready | Broken  # from the engine to the server
+Report = list[Event] | Pong | Beat | Ready | Notice | Broken  # from the engine to the server

@@ -18,14 +18,26 @@ from phi4_mlx.ranks.launch import launched
 from phi4_mlx.server.engine import process
 from phi4_mlx.server.engine.engine import Settings
 from phi4_mlx.server.engine.process import EngineProcess
-from phi4_mlx.server.engine.protocol import Beat, Cancel, Event, Failure, Finish, Job, Leave, Pong, Ready, Report
+from phi4_mlx.server.engine.protocol import (
+    Beat,
+    Cancel,
+    Event,
+    Failure,
+    Finish,
+    Job,
+    Leave,
+    Notice,
+    Pong,
+    Ready,
+    Report,
+)
+from phi4_mlx.server.limits import STORING_S
 from phi4_mlx.server.log import LOG
 
 PING_S = 30.0  # an engine answers between two chunks of a prefill, which take long on a slow machine
 SILENT_S = 5.0  # without a beat, after which an engine counts as frozen
 PAUSES_S = (0.0, 0.5, 1.0, 1.5, 2.0)  # before each start of an engine after a failed one; the last repeats
 RESTART_S = 40.0  # of failed starts, after which an engine that once was ready is given up
-LEAVE_S = 5.0  # for an engine over ranks to take its leave of them
 LATE_S = 4.0  # beyond a job's own limit, after which it ends without the engine
 EVENTS_LIMIT = 1024  # that wait for a client that does not read
 
@@ -130,14 +142,14 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Ends the engine, and fails the jobs that are left."""
-        self.state = "stopped"
+        orderly, self.state = self.state == "ready", "stopped"
         self._fail_all("the server is stopping")
         if self._watching is not None:
             self._watching.cancel()
         if self._engine is not None:
-            if self._over_ranks:  # which end in order when the engine does
+            if self._over_ranks or (orderly and self._settings.store is not None):
                 self._engine.send(Leave())
-                await self._engine.ended(LEAVE_S)
+                await self._engine.ended(STORING_S + 0.5)
             self._engine.kill()
             await self._engine.ended()
 
@@ -215,6 +227,8 @@ class Supervisor:
                 self.state = "ready"
         elif isinstance(report, Pong):
             source.pong(report)
+        elif isinstance(report, Notice):
+            LOG.warning("%s", report.line)
         elif isinstance(report, Ready):
             self.state, self.longest, self.note, self._failures = "ready", report.longest, report.note, _Failures()
             self._started.set()

@@ -202,6 +202,8 @@ ALLOWED = {
     ("phi4_mlx.evaluation.languages.token_table", "read_text"): "a file of this package",
     ("phi4_mlx.evaluation.suite", "read_text"): "a file of this package",
     ("phi4_mlx.evaluation.task_index", "read_bytes"): "the files of the installed lm-eval",
+    ("phi4_mlx.generation.cache_store.folder", "os.open"): "locks, and a file that must not exist yet",
+    ("phi4_mlx.generation.memory_pressure", "read_text"): "files of the kernel, whose size is 0 until they are read",
     ("phi4_mlx.generation.prompt_cache_file", "mx.load"): "after read_whole_header",
     ("phi4_mlx.lora.saving.checkpoints", "mx.load"): "a file of our own run, renamed into place",
     ("phi4_mlx.files.atomic", "os.open"): "locks and flushes",

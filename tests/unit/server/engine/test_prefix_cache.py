@@ -35,7 +35,7 @@ def model() -> Model:
 def put(
     prefixes: PrefixCache, model: Model, ids: list[int], adapter: str | None = None, regime: Regime | None = None
 ) -> None:
-    prefixes.put(adapter, filled_cache(model, mx.array([ids]), regime=regime))
+    prefixes.put(model, adapter, filled_cache(model, mx.array([ids]), regime=regime))
 
 
 def found(prefixes: PrefixCache, model: Model, ids: list[int], adapter: str | None = None) -> int:
@@ -162,8 +162,8 @@ def answered(prefixes: PrefixCache, model: SambaY, prompt: list[int], count: int
     whole, row = [*prompt, *answer], model.make_cache()
     row.restore(whole[: cache.offset], [layer.state for layer in cache], cache.regime)  # a row has no snapshots
     prompt_cache = filled(model, prompt)
-    prefixes.put(None, prompt_cache)
-    prefixes.put(None, row)
+    prefixes.put(model, None, prompt_cache)
+    prefixes.put(model, None, row)
     return whole
 
 
@@ -191,12 +191,12 @@ def test_a_conversation_has_one_entry_that_serves_its_earlier_turns_too(sambay: 
 
 def test_a_snapshot_that_two_entries_share_counts_once(sambay: SambaY) -> None:
     prefixes, prompt = PrefixCache(2**24), [n % 500 + 3 for n in range(200)]
-    prefixes.put(None, filled(sambay, prompt))
+    prefixes.put(sambay, None, filled(sambay, prompt))
     before, fixed = prefixes.nbytes, sambay.context_cost().fixed_bytes
     branch = prefixes.find(sambay, None, [*prompt[:-1], 9, 9])
     assert branch is not None and branch.offset == len(prompt) - 1
     decoded(sambay, [9, 9], 1, cache=branch)
-    prefixes.put(None, branch)
+    prefixes.put(sambay, None, branch)
     length = len(prompt) + 1
     assert len(prefixes) == 2
     assert prefixes.nbytes - before <= 2 * fixed + length * (sambay.context_cost().token_bytes + 4)
@@ -207,7 +207,7 @@ def test_an_entry_too_large_for_the_limit_loses_snapshots_before_it_is_refused(s
     least = len(prompt) * (cost.token_bytes + 4) + cost.fixed_bytes
     for limit, served in ((least // 2, 0), (least, 0), (least + 3 * cost.fixed_bytes, len(prompt) - 1)):
         prefixes = PrefixCache(limit)
-        prefixes.put(None, filled(sambay, prompt))
+        prefixes.put(sambay, None, filled(sambay, prompt))
         found = prefixes.find(sambay, None, prompt)
         assert (found.offset if found else 0) == served and prefixes.nbytes <= limit
         assert len(prefixes) == (limit >= least)
@@ -230,7 +230,7 @@ def multimodal() -> Multimodal:
 def keep(prefixes: PrefixCache, model: Multimodal, prompt: Prompt) -> None:
     cache = model.make_cache()
     decoded(model, prompt, 1, cache=cache)
-    prefixes.put(None, cache)
+    prefixes.put(model, None, cache)
 
 
 def test_two_pictures_of_one_size_with_the_same_words_are_never_confused(multimodal: Multimodal) -> None:
