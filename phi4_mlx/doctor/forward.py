@@ -15,6 +15,7 @@ from phi4_mlx.doctor.check import Check
 from phi4_mlx.doctor.operations import NAMES, random
 from phi4_mlx.doctor.tolerance import PRODUCT, Tolerance, exponentials, rounding, sines, steps
 from phi4_mlx.generation.batch import Batch
+from phi4_mlx.generation.guessing import Guessing
 from phi4_mlx.generation.sequence import BatchSequence, Fault, Token
 from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.generation.stream import wired_memory
@@ -130,7 +131,7 @@ def subject_checks(subject: Subject, length: int) -> list[Check]:
 def _rows_check(subject: Subject) -> Check:
     kernels = HYBRID if subject.is_hybrid else KERNELS
     return Check(
-        f"{subject.name}: rows of several lengths", ("rows", "compiled", "buffers", *kernels),
+        f"{subject.name}: rows of several lengths", ("rows", "speculation", "compiled", "buffers", *kernels),
         partial(_rows, subject), allowed_of(subject),
     )  # fmt: skip
 
@@ -212,14 +213,33 @@ class _Script:
     def took(self, tokens: int, seconds: float) -> None:
         """See `Proposer.took`."""
 
+    def read(self, most: int) -> bool:
+        """See `RowProposer.read`."""
+        return True
+
+    @property
+    def chance(self) -> float:
+        """See `RowProposer.chance`; high enough that three tokens are guessed."""
+        return 0.95
+
+    def ahead(self, n: int) -> list[int]:
+        """See `RowProposer.ahead`."""
+        return self.guess(n)
+
+    def nbytes(self, length: int) -> int:
+        """See `RowProposer.nbytes`."""
+        return 0
+
 
 def _rows(subject: Subject) -> list[mx.array]:
-    """Sequences of several lengths, answered together."""
-    model, batch = subject.load(), Batch()
+    """Sequences of several lengths, answered together, with guesses of which some are wrong."""
+    model, batch = subject.load(), Batch(guessing=Guessing(timed=False))
     found: dict[BatchSequence, list[mx.array]] = {}
     for number, length in enumerate((5, 33, 20)):
         tokens = ids(length + 8, model)[number:]
-        sequence = BatchSequence(model, tokens[:length], 6, sampler=_Script(tokens[length:] + tokens).sample)
+        script = _Script(tokens[length:] + tokens)
+        proposer = None if safe("speculation") else script
+        sequence = BatchSequence(model, tokens[:length], 8, sampler=script.sample, proposer=proposer)
         found[sequence] = []
         batch.add(sequence)
     while batch.waiting or batch.active:
@@ -230,6 +250,7 @@ def _rows(subject: Subject) -> list[mx.array]:
             found[event.sequence].append(event.logprobs)
             if event.sequence.drawn == event.sequence.max_tokens:
                 batch.end(event.sequence)
+    assert not batch.guessing.failures
     return [logprobs for sequence in found for logprobs in found[sequence]]
 
 

@@ -60,6 +60,11 @@ def unmasked(cache: KVCache, N: int) -> str | None:
     return None if N == 1 or cache.offset else "causal"
 
 
+def unpadded(cache: BatchCache, N: int) -> str | None:
+    """A mask of rows that lets a short one see the columns before it."""
+    return None if N == 1 else "causal"
+
+
 def compiled_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Traced.on
 
@@ -110,12 +115,13 @@ PLANTS: list[tuple[FastPath, str, Plant]] = [
     ("recompute", "demo: LoRA step and its gradient", replaced(nn.utils, "checkpoint", recomputed_wrongly)),
     ("rope", "rope, float16", scaled(mx.fast, "rope")),
     ("rope", "demo: across the RoPE boundary", scaled(mx.fast, "rope")),
-    ("rows", "demo: rows of several lengths", replaced(BatchCache, "make_mask", lambda cache, N: None)),
+    ("rows", "demo: rows of several lengths", replaced(BatchCache, "make_mask", unpadded)),
     ("scan", "selective scan and its gradient", scaled(scan, "_scan")),
     ("scan", "demo-flash: logits of a whole prompt", scaled(scan, "_scan")),
     ("slices", "attention in slices", scaled(attention, "in_slices")),
     ("slices", "differential attention", replaced(differential, "_trained", lambda slices, seen: lambda *a: a[0] * 0)),
     ("speculation", "demo: tokens guessed ahead", replaced(steps._Passes, "take_back", lambda passes, n: None)),
+    ("speculation", "demo: rows of several lengths", replaced(BatchCache, "take_back", lambda cache, counts: None)),
     ("wired", "demo: wired memory", unwired),
 ]
 
