@@ -320,9 +320,7 @@ def _check_finite(folder: Path, weights: Iterable[tuple[str, mx.array]]) -> None
 def share_weights(model: LanguageModel, config: Config | None = None) -> LanguageModel:
     """Another model over the same arrays, with the same adapters by name; an adapter on one is not on the other.
 
-    Args:
-        model: the model.
-        config: of the other one, with the same shapes; None for the model's own.
+    Another `config` must have the same shapes.
     """
     parameters = model.parameters()
     flat = tree_flatten(parameters)

@@ -52,3 +52,22 @@ def test_a_line_a_check_and_the_verdict_last() -> None:
     checks = [line for line in lines if line.startswith("ok ")]
     assert lines[-1] == f"all {len(checks)} checks passed"
     assert len(checks) > 40 and not done.stderr
+
+
+def test_a_chat_says_what_is_off_and_answers_the_same() -> None:
+    chat = [sys.executable, "-m", "phi4_mlx.chat", "--model", "demo", "--prompt", "hi"]
+    plain, safe = (
+        subprocess.run(chat, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
+        for environment in ({}, {"PHI4_MLX_SAFE": "rope,compiled,chunks,buffers"})
+    )
+    assert safe.stdout == plain.stdout and plain.returncode == safe.returncode == 0
+    notice = "PHI4_MLX_SAFE=buffers,chunks,compiled,rope: slower, with the same results"
+    assert notice in safe.stderr and "PHI4_MLX_SAFE" not in plain.stderr
+
+
+def test_an_unknown_path_is_refused_by_every_command() -> None:
+    command = [sys.executable, "-m", "phi4_mlx", "generate", "--model", "demo", "--prompt", "hi"]
+    environment = {**os.environ, "PHI4_MLX_SAFE": "ropes"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 2 and not done.stdout
+    assert "'ropes'" in done.stderr and "did you mean rope?" in done.stderr and done.stderr.count("\n") == 1
