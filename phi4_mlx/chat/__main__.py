@@ -137,7 +137,10 @@ def _open(
     from phi4_mlx.chat.conversation import Conversation
     from phi4_mlx.checkpoint import load
     from phi4_mlx.models.cache import CacheOptions
+    from phi4_mlx.models.safe import notice
 
+    if switched_off := notice():
+        complain(PROG, switched_off)
     settings = None
     if args.prompt_cache_dir is not None:
         from phi4_mlx.generation.cache_store.store import store_settings

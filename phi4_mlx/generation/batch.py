@@ -23,6 +23,7 @@ from phi4_mlx.generation.sampling import Draw
 from phi4_mlx.generation.sequence import BatchSequence, Fault, Token
 from phi4_mlx.models.cache import KVCache
 from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.queued import queue
 from phi4_mlx.models.shared_stream import shared_stream
 
 PREFILL_STEP_SIZE = 512  # prompt tokens a step; running answers wait for them
@@ -234,7 +235,7 @@ class Batch:
         greedy: Greedy | None = None,
     ) -> None:
         """Draws a token for each sequence from its row of the logits [n, V]; a failure is of one sequence alone."""
-        mx.async_eval(arrays_of(logits))  # the device computes them while the host computes grammar masks
+        queue(arrays_of(logits))  # the device computes them while the host computes grammar masks
         greedy = {} if greedy is None else greedy
         drawn: list[tuple[BatchSequence, int, Draws]] = []
         for sequence, n in due:
