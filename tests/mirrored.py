@@ -41,8 +41,9 @@ class Pair:
         self._embeddings: list[mx.array | None] = []
         self._hand_over(self.model, share)
 
-    def tell(self, command: Mapping[str, Any]) -> None:
+    def tell(self, command: Mapping[str, Any], counter: int | None = None, tokens: int = 1) -> None:
         """Sends a command as JSON to the follower, which obeys it at once."""
+        assert counter == command.get("run", command.get("logits")) and tokens > 0
         self.commands.append(json.loads(json.dumps(command)))
         self.follower.obey(self.commands[-1])
 

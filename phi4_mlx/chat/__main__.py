@@ -35,6 +35,7 @@ from phi4_mlx.terminal.options import (
     add_media_options,
     add_model_options,
     add_overflow_option,
+    add_parallel_option,
     add_sampling_options,
     cache_options,
     check_decoding_options,
@@ -46,6 +47,7 @@ from phi4_mlx.terminal.screen import Screen, keys
 
 if TYPE_CHECKING:
     from phi4_mlx.grammar.grammars import Grammar
+    from phi4_mlx.ranks.session import Session
     from phi4_mlx.tools.toolbox import Toolbox
 
 
@@ -63,6 +65,7 @@ def _parser() -> Parser:
         description="Chat with a model. Input from a pipe is answered line by line, as one conversation.",
     )
     add_model_options(parser)
+    add_parallel_option(parser)
     parser.add_argument(
         "--system-prompt", type=text, help="instructions to the model, before the conversation (default: none)"
     )
@@ -84,16 +87,25 @@ def _parser() -> Parser:
 
 
 def _chat(args: argparse.Namespace) -> None:
+    check_decoding_options(args)
+    from phi4_mlx.hub import DEFAULT_MODEL
+    from phi4_mlx.ranks.session import ModelOptions, open_session
+
+    name = DEFAULT_MODEL if args.model is None else args.model
+    with open_session(ModelOptions(name, args.parallel, **load_options(args)), partial(complain, PROG)) as session:
+        _chat_in(session, args)
+
+
+def _chat_in(session: Session, args: argparse.Namespace) -> None:
     prompt = args.prompt
     if prompt is not None:
         prompt = read_standard_input() if prompt == "-" else standard_input_beside(prompt)
     if prompt is not None and not prompt.strip() and not args.image and not args.audio:
         raise RequestError("the prompt is empty; it needs at least one character that is not white space")
-    check_decoding_options(args)
     person = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     screen, grammar = Screen(), None if args.schema is None else _grammar(args)
     with toolbox_of(args, person, partial(complain, PROG)) as toolbox:
-        chat = _open(args, screen, person, toolbox, grammar)
+        chat = _open(session, args, screen, person, toolbox, grammar)
         for path in args.image:
             attach_file(chat, path, "image")
         for path in args.audio:
@@ -114,15 +126,16 @@ def _grammar(args: argparse.Namespace) -> Grammar:
     return schema_grammar(args.schema)
 
 
-def _open(args: argparse.Namespace, screen: Screen, person: bool, toolbox: Toolbox, grammar: Grammar | None) -> Chat:
+def _open(
+    session: Session, args: argparse.Namespace, screen: Screen, person: bool, toolbox: Toolbox, grammar: Grammar | None
+) -> Chat:
     """Loads the models of the options, and begins a chat with them."""
     from phi4_mlx.chat.conversation import Conversation
     from phi4_mlx.checkpoint import load
-    from phi4_mlx.hub import DEFAULT_MODEL
     from phi4_mlx.models.cache import CacheOptions
 
-    name = DEFAULT_MODEL if args.model is None else args.model
-    model, tokenizer = load_shown(screen, name, load_options(args))
+    name = session.options.name
+    model, tokenizer = load_shown(screen, name, session.load)
     draft = None if args.draft_model is None else load(args.draft_model)[0]
     conversation = Conversation(
         model, tokenizer, args.system_prompt, toolbox,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from phi4_mlx.chat.notes import end_notes, full_note, settings_line, unanswered_note
 from phi4_mlx.chat.tools import Doorkeeper, shown_call, shown_result
-from phi4_mlx.terminal.options import LONG_PREFILL, LoadArguments, Settings, advised, sampling_defaults
+from phi4_mlx.errors import RequestError
+from phi4_mlx.terminal.options import LONG_PREFILL, Settings, advised, sampling_defaults
 from phi4_mlx.terminal.screen import Screen, StopButton
 
 if TYPE_CHECKING:
@@ -27,22 +28,22 @@ if TYPE_CHECKING:
 MAX_TOKENS = 2048  # of an answer, where the model's authors advise none
 
 
-def load_shown(screen: Screen, name: str, options: LoadArguments) -> tuple[LanguageModel, Tokenizer]:
+def load_shown(
+    screen: Screen, name: str, load: Callable[[], tuple[LanguageModel, Tokenizer]]
+) -> tuple[LanguageModel, Tokenizer]:
     """Loads a model, with a status line on the screen meanwhile.
 
     Args:
         screen: shows the status.
-        name: a folder, a Hub id or "demo".
-        options: the keyword arguments of `load`.
+        name: of the model, for the status.
+        load: loads it.
 
     Raises:
         Phi4Error: the model cannot be loaded.
     """
-    from phi4_mlx.checkpoint import load
-
     screen.status(f"loading {name} ...")
     try:
-        return load(name, **options)
+        return load()
     finally:
         screen.status("")
 
@@ -105,7 +106,12 @@ class Chat:
         Raises:
             Phi4Error: the model cannot be loaded; the current one stays.
         """
-        model, tokenizer = load_shown(self.screen, name, LoadArguments())
+        from phi4_mlx.checkpoint import load
+        from phi4_mlx.ranks.launch import launched
+
+        if launched() is not None:
+            raise RequestError("the ranks hold one model until the chat ends; start it again with another --model")
+        model, tokenizer = load_shown(self.screen, name, lambda: load(name))
         pending = [each.switched(self.conversation.tokenizer, tokenizer) for each in self.pending]
         self.conversation.switch(model, tokenizer)
         self.pending = pending

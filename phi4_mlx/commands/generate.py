@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from phi4_mlx.commands.prompt import prompt_messages, read_media, read_prompt, show_progress
@@ -17,6 +18,7 @@ from phi4_mlx.terminal.options import (
     add_decoding_options,
     add_media_options,
     add_model_options,
+    add_parallel_option,
     add_sampling_options,
     cache_options,
     check_decoding_options,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from phi4_mlx.grammar.grammars import Grammar
     from phi4_mlx.models.model import LanguageModel
     from phi4_mlx.models.prompt_cache import PromptCache
+    from phi4_mlx.ranks.session import Session
     from phi4_mlx.terminal.options import Settings
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
@@ -50,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog=PROG, description="Print a model's answer to one prompt.")
     add_model_options(parser)
+    add_parallel_option(parser)
     parser.add_argument(
         "--prompt", "-p", type=text,
         help="the prompt; text on standard input follows it, after an empty line; - reads that alone (default: -)",
@@ -103,6 +107,16 @@ def _generate(args: argparse.Namespace) -> None:
     _check_options(args)
     if args.prompts is not None:
         return answer_file(args, MAX_TOKENS)
+    from phi4_mlx.hub import DEFAULT_MODEL
+    from phi4_mlx.ranks.session import ModelOptions, check_over_ranks, open_session
+
+    check_over_ranks(args, "prompt_cache_file")
+    options = ModelOptions(args.model or DEFAULT_MODEL, args.parallel, **load_options(args))
+    with open_session(options, partial(complain, PROG)) as session:
+        _generate_in(session, args)
+
+
+def _generate_in(session: Session, args: argparse.Namespace) -> None:
     prompt = read_prompt(args)  # before the model is loaded, so that a mistake costs no wait
     grammar = _grammar(args) if args.schema is not None else None
 
@@ -111,10 +125,8 @@ def _generate(args: argparse.Namespace) -> None:
     from phi4_mlx.generation.options import DecodeOptions
     from phi4_mlx.generation.sampling import Sampling
     from phi4_mlx.generation.speculate import make_proposer
-    from phi4_mlx.hub import DEFAULT_MODEL
 
-    # Lazily: the first step reads each weight when it needs it.
-    model, tokenizer = load(args.model or DEFAULT_MODEL, **load_options(args), lazy=True)
+    model, tokenizer = session.load(lazy=True)  # the first step reads each weight when it needs it
     if args.prompt_cache_file is None:
         ids, cache = _ids(tokenizer, prompt, args), model.make_cache(**cache_options(args))
     else:

@@ -24,6 +24,7 @@ from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.cache import CacheOptions, LayerCache
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime, regime_of
+from phi4_mlx.models.split_logits import LEAST, SplitLogits
 from phi4_mlx.tokens.prompt import READS_ONLY_TEXT, Medium, Place, places_of
 
 
@@ -96,6 +97,22 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def logits(self, hidden: mx.array) -> mx.array:
         """The head: hidden states [..., D] -> logits [..., V]."""
+
+    def candidates(
+        self, hidden: mx.array, count: int = LEAST, temps: Sequence[float] = ()
+    ) -> mx.array | SplitLogits:
+        """The logits that a draw needs.
+
+        Args:
+            hidden: [..., D], n rows in all.
+            count: of each rank, where the head is split over ranks: the likeliest that a draw will probably look at.
+            temps: the temperature of each row; 1 for all if empty.
+
+        Returns:
+            All logits [n, V]; where the head is split, those that were gathered.
+        """
+        logits = self.logits(hidden)
+        return logits.reshape(-1, logits.shape[-1])
 
     @property
     @abstractmethod

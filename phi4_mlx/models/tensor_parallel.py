@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +22,7 @@ from phi4_mlx.files.safetensors import TensorInfo
 from phi4_mlx.models import text
 from phi4_mlx.models.causal_lm import CausalLM
 from phi4_mlx.models.share import Piece, Pieces, Share, part_of
-from phi4_mlx.models.split_logits import SplitLogits, top
+from phi4_mlx.models.split_logits import LEAST, SplitLogits, top
 
 VOCABULARY_UNIT = 8  # rows; Metal's fastest product with a quantised matrix takes multiples of 8
 BY_COLUMNS = ("self_attn.o_proj", "mlp.down_proj")
@@ -150,22 +150,28 @@ class TensorParallel(CausalLM):
     def logits(self, hidden: mx.array) -> mx.array:
         """See `LanguageModel.logits`. All ranks' parts are gathered; a draw needs only `candidates`."""
         local = super().logits(hidden)
-        V, size = self.config.vocab_size, self._group.size()
-        starts = [part_of(V, rank, size, VOCABULARY_UNIT) for rank in range(size)]
-        width = max(end - start for start, end in starts)
+        widths = [end - start for start, end in self._parts]
+        width = max(widths)
         padded = mx.pad(local, [*[(0, 0)] * (local.ndim - 1), (0, width - local.shape[-1])])
         gathered = mx.distributed.all_gather(padded[None], group=self._group)  # [size, ..., width]
-        return mx.concatenate([gathered[rank, ..., : end - start] for rank, (start, end) in enumerate(starts)], axis=-1)
+        return mx.concatenate([part[..., :own] for part, own in zip(gathered, widths, strict=True)], axis=-1)
 
-    def candidates(self, hidden: mx.array, count: int, temps: tuple[float, ...] = ()) -> SplitLogits:
-        """The likeliest logits of each rank, gathered; see `LanguageModel.candidates`."""
-        V, size = self.config.vocab_size, self._group.size()
-        starts = [part_of(V, rank, size, VOCABULARY_UNIT) for rank in range(size)]
-        count = min(count, min(end - start for start, end in starts))
+    def candidates(
+        self, hidden: mx.array, count: int = LEAST, temps: Sequence[float] = ()
+    ) -> mx.array | SplitLogits:
+        """See `LanguageModel.candidates`: the likeliest logits of each rank are gathered."""
+        parts = self._parts
+        count = min(count, *(end - start for start, end in parts))
         local = super().logits(hidden.reshape(-1, hidden.shape[-1])).astype(mx.float32)  # [n, V of this rank]
-        own = top(local, count, starts[self._group.rank()][0], temps)
+        own = top(local, count, parts[self._group.rank()][0], temps)
         gathered = mx.distributed.all_gather(own[None], group=self._group)  # [size, n, 2 count + 2]
-        return SplitLogits(self, hidden, gathered, count, tuple(temps), tuple(starts))
+        return SplitLogits.of(self, hidden, gathered, temps, parts)
+
+    @property
+    def _parts(self) -> list[tuple[int, int]]:
+        """The ids of each rank."""
+        V, size = self.config.vocab_size, self._group.size()
+        return [part_of(V, rank, size, VOCABULARY_UNIT) for rank in range(size)]
 
 
 @functools.cache

@@ -22,6 +22,7 @@ class Channel:
     def __init__(self, connection: socket.socket):
         self._socket = connection
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # commands may pause for hours
 
     def send(self, value: JSON, most: int = MOST_BYTES) -> None:
         """Sends a value; waits until the connection has taken it.

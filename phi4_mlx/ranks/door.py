@@ -110,14 +110,14 @@ class Door:
             guest = Guest(said["rank"], said["for"], said["host"], said["about"], channel)
             channel.send({"welcome": True})
             self._came.put(guest)
-        except (OSError, ValueError, TypeError, KeyError):  # a stranger, or gone
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # a stranger, or gone
             channel.close()
 
     def _objection(self, said: JSON, where: str) -> str:
         """The reason to refuse a connection; empty if there is none.
 
         Raises:
-            ValueError, TypeError, KeyError: no rank of a job speaks so.
+            ValueError, TypeError, KeyError, AttributeError: no rank of a job speaks so.
         """
         rank, purpose, about = said["rank"], said["for"], said["about"]
         texts = (said["host"], *about, *about.values())

@@ -19,6 +19,8 @@ from phi4_mlx.terminal.version import __version__
 MLX = (0, 32, 4)
 """The least version of mlx for ranks: in earlier ones a collective hangs when a peer has died (mlx #4060, #3742)."""
 
+_CLOSING_S = 60.0  # for what the followers still run
+
 
 def join(launch: Launch, about: Mapping[str, str]) -> Ranks:
     """Meets the other ranks, starts the watcher, and opens the backend.
@@ -173,8 +175,8 @@ class Ranks:
         for channel in self._met.commands.values():
             self._send(channel, {"close": True})
         for channel in self._met.commands.values():
-            while "closed" not in self._receive(channel):
-                pass
+            while "closed" not in self._receive(channel, _CLOSING_S):
+                pass  # an answer that nobody awaits
         self._watching.close()
         self._met.close()
 
@@ -197,9 +199,9 @@ class Ranks:
         except OSError as error:
             self._lost(error)
 
-    def _receive(self, channel: Channel) -> dict[str, JSON]:
+    def _receive(self, channel: Channel, timeout_s: float | None = None) -> dict[str, JSON]:
         try:
-            said: dict[str, JSON] = channel.receive()
+            said: dict[str, JSON] = channel.receive(timeout_s)
             return said
         except (OSError, ValueError) as error:
             self._lost(error)

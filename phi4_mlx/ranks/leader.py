@@ -26,8 +26,8 @@ from phi4_mlx.ranks.digest import RunningDigest, columns
 class Tells(Protocol):
     """The leader's end of the side channel; `phi4_mlx.ranks.join.Ranks` in a job."""
 
-    def tell(self, command: Mapping[str, Any]) -> None:
-        """Sends a command to all followers."""
+    def tell(self, command: Mapping[str, Any], counter: int | None = None, tokens: int = 1) -> None:
+        """Sends a command to all followers, and expects that they have done it in due time."""
 
     def end(self, line: str) -> NoReturn:
         """Ends the job on every rank."""
@@ -107,14 +107,14 @@ class Leader:
         # Adapters and media may be refused while a pass is built: it is told when it is. One token alone is told
         # before, so that all ranks build at the same time.
         if ends_early:
-            self._tell(command)
+            self._tell(command, ids.size)
             try:
                 hidden = run()
             except Exception as error:
                 self._ranks.end(f"rank 0 failed in operation {self.counter}: {type(error).__name__}: {error}")
         else:
             hidden = run()
-            self._tell(command)
+            self._tell(command, ids.size)
         if cache is not None:
             cache.follow(numbers)
         mx.async_eval(hidden)
@@ -140,13 +140,17 @@ class Leader:
             self._logits = logits
         return logits
 
-    def _tell(self, command: Mapping[str, Any]) -> None:
-        """Tells an operation, with the changes of caches before it."""
+    def settle(self) -> None:
+        """Waits until the last operation is computed."""
+        mx.eval([each for each in (self._hidden, self._logits) if each is not None])
+
+    def _tell(self, command: Mapping[str, Any], tokens: int = 1) -> None:
+        """Tells an operation over so many tokens, with the changes of caches before it."""
         changes = []
         while self._changes:
             changes.append(self._changes.popleft())
-        self._ranks.tell({"changes": changes, **command})
         self.counter += 1
+        self._ranks.tell({"changes": changes, **command}, self.counter, tokens)
 
 
 def _digests(cache: LedPromptCache | LedBatchCache | None, ids: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -149,7 +149,8 @@ def _knock(launch: Launch, first: JSON, deadline: float, leader: str) -> Channel
     while time.monotonic() < deadline:
         channel = None
         try:
-            channel = Channel(socket.create_connection(launch.channel, timeout=HELLO_S))
+            left_s = max(deadline - time.monotonic(), 0.1)
+            channel = Channel(socket.create_connection(launch.channel, timeout=min(HELLO_S, left_s)))
             channel.send(first, HELLO_BYTES)
             _check_welcome(channel.receive(HELLO_S, HELLO_BYTES))
             return channel

@@ -44,6 +44,7 @@ TIMES_LONGER = 4.0
 """Limit of an operation, as a multiple of the longest so far."""
 
 _MOST_BYTES = 2**16  # of a line between watchers
+_LONGEST = 1500  # characters of the line that is printed
 
 
 class Progress:
@@ -211,7 +212,8 @@ class Watcher:
                 link.closed = True
                 self._selector.unregister(link.socket)
                 return
-            self._done[rank] = said["done"]
+            if isinstance(said.get("done"), int):
+                self._done[rank] = said["done"]
 
     def _check(self, now: float) -> None:
         """Ends the job if a limit is exceeded."""
@@ -240,6 +242,7 @@ class Watcher:
 
     def _end(self, line: str) -> NoReturn:
         """Tells all ranks, prints the line, and ends the rank with this process."""
+        line = "".join(each if each.isprintable() else " " for each in line)[:_LONGEST]
         self._tell_peers({"end": line})
         with contextlib.suppress(OSError):
             os.write(2, f"phi4_mlx: {line}; the job ends\n".encode())

@@ -28,7 +28,7 @@ from phi4_mlx.terminal.command import (
     typed,
     word,
 )
-from phi4_mlx.terminal.options import add_model_options, add_tool_options, advised
+from phi4_mlx.terminal.options import add_model_options, add_parallel_option, add_tool_options, advised
 
 if TYPE_CHECKING:
     from phi4_mlx.server.engine.engine import Settings
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog=PROG, description="Serve a model over HTTP: OpenAI's and Anthropic's APIs, and a chat page.")
     add_model_options(parser)
+    add_parallel_option(parser)
     add_access_options(parser)
     parser.add_argument(
         "--adapters", type=word, metavar="FOLDER",
@@ -65,10 +66,14 @@ def _parser() -> Parser:
 
 
 def _serve(args: argparse.Namespace) -> None:
+    from phi4_mlx.ranks.session import is_follower, open_session
     from phi4_mlx.server.guard import is_loopback
     from phi4_mlx.server.log import logging_to
     from phi4_mlx.server.tools import opened_toolbox
 
+    if is_follower():
+        with open_session(_settings(args).model_options):
+            raise AssertionError("a follower does not come here")
     key = api_key(args.api_key)
     if key is None and not is_loopback(args.host):
         raise RequestError(
@@ -178,13 +183,11 @@ def _served(args: argparse.Namespace) -> _Served:
     """Reads everything but the weights."""
     from phi4_mlx.checkpoint import load_config, load_tokenizer_and_format
     from phi4_mlx.files.manifest import verify_manifest
-    from phi4_mlx.hub import DEFAULT_MODEL, resolve
-    from phi4_mlx.server.engine.engine import Settings
+    from phi4_mlx.hub import DEFAULT_MODEL
     from phi4_mlx.server.model_kind import model_kind
 
-    adapters = _adapters(args.adapters)
-    name = DEFAULT_MODEL if args.model is None else args.model
-    folder = resolve(name, args.revision)
+    name, settings = DEFAULT_MODEL if args.model is None else args.model, _settings(args)
+    folder, adapters = Path(settings.model), settings.adapters
     if args.verify:
         verify_manifest(folder)
     config = load_config(folder)
@@ -192,17 +195,25 @@ def _served(args: argparse.Namespace) -> _Served:
     shown = Path(name).name if Path(os.path.expanduser(name)).is_dir() else name
     if shown in adapters:
         raise RequestError(f"{args.adapters} has an adapter called {shown}, like the model; rename one of them")
-    settings = Settings(
-        str(folder),
+    kind = model_kind(folder, tokenizer.chat_format, args.chat_format is not None)
+    return _Served(settings, shown, tokenizer, config.vocab_size, kind)
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    """The settings of the engine; a model of the Hub is downloaded."""
+    from phi4_mlx.hub import DEFAULT_MODEL, resolve
+    from phi4_mlx.server.engine.engine import Settings
+
+    return Settings(
+        str(resolve(DEFAULT_MODEL if args.model is None else args.model, args.revision)),
         args.adapter_path,
-        adapters,
+        _adapters(args.adapters),
         args.decode_concurrency,
         args.kv_cache_bytes,
         args.prompt_cache_bytes,
         args.chat_format,
+        args.parallel,
     )
-    kind = model_kind(folder, tokenizer.chat_format, args.chat_format is not None)
-    return _Served(settings, shown, tokenizer, config.vocab_size, kind)
 
 
 async def _run(

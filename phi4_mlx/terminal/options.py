@@ -118,6 +118,16 @@ def add_model_options(parser: Parser) -> None:
     )
 
 
+def add_parallel_option(parser: Parser) -> None:
+    """Adds `--parallel`."""
+    parser.add_argument(
+        "--parallel",
+        choices=("tensor", "pipeline"),
+        help="how the ranks that mlx.launch has started hold the model: tensor splits every matrix, for speed over a "
+        "fast link; pipeline deals out the blocks, for memory over any link (default: chosen, with the reason)",
+    )
+
+
 def add_revision_option(parser: Parser, model: str = "model") -> None:
     """Adds `--revision`, of the name in the option `model`."""
 

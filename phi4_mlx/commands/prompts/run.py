@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from phi4_mlx.grammar.grammars import Grammar
     from phi4_mlx.models.model import LanguageModel
     from phi4_mlx.ranks.join import Ranks
+    from phi4_mlx.ranks.session import Session
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
 PROG = typed("generate")
@@ -34,7 +35,7 @@ EVERY_S = 30  # between two lines of progress, where standard error is no termin
 # Options of `generate` that ask for one answer alone -> their values where they are not given.
 _ONE_ANSWER: dict[str, object] = {
     "prompt": None, "image": [], "audio": [], "prompt_cache_file": None, "max_kv_size": None, "draft_model": None,
-    "speculate": "auto", "verbose": False,
+    "speculate": "auto", "verbose": False, "kv_bits": None,
 }  # fmt: skip
 
 
@@ -67,6 +68,12 @@ def answer_file(args: argparse.Namespace, max_tokens: int) -> None:
     """
     from phi4_mlx.ranks.launch import launched
 
+    if args.parallel is not None:
+        from phi4_mlx.hub import DEFAULT_MODEL
+        from phi4_mlx.ranks.session import ModelOptions, open_session
+
+        with open_session(ModelOptions(args.model or DEFAULT_MODEL, args.parallel, **load_options(args))) as session:
+            return _lead(args, max_tokens, None, session)
     launch = launched()
     if launch is None:
         return _lead(args, max_tokens, None)
@@ -85,7 +92,7 @@ def _shared_options(args: argparse.Namespace) -> dict[str, str]:
     return {f"--{name.replace('_', '-')}": str(getattr(args, name)) for name in names}
 
 
-def _lead(args: argparse.Namespace, max_tokens: int, ranks: Ranks | None) -> None:
+def _lead(args: argparse.Namespace, max_tokens: int, ranks: Ranks | None, session: Session | None = None) -> None:
     from phi4_mlx.commands.prompts.lines import read_prompts
 
     prompts = read_prompts(Path(os.path.expanduser(args.prompts)))  # before the model is loaded
@@ -100,7 +107,7 @@ def _lead(args: argparse.Namespace, max_tokens: int, ranks: Ranks | None) -> Non
     from phi4_mlx.commands.prompts.requests import about, identity, requests_of
     from phi4_mlx.generation.answer_batch import AnswerBatch
 
-    model, tokenizer, plan = _load(args)
+    model, tokenizer, plan = _load(args, session)
     settings = _settings(args, tokenizer, grammar, max_tokens)
     known = identity(model, tokenizer)
     whole = plan if ranks is None else replace(plan, limit_bytes=meet(ranks, known, plan.limit_bytes, grammar))
@@ -124,12 +131,13 @@ def _follow(args: argparse.Namespace, ranks: Ranks) -> NoReturn:
     follow(ranks, AnswerBatch(model, tokenizer, plan), grammar)
 
 
-def _load(args: argparse.Namespace) -> tuple[LanguageModel, Tokenizer, ContextPlan]:
+def _load(args: argparse.Namespace, session: Session | None = None) -> tuple[LanguageModel, Tokenizer, ContextPlan]:
+    """The whole model, or that of a session, which several ranks hold together."""
     from phi4_mlx.checkpoint import load
     from phi4_mlx.generation.memory import plan_context
     from phi4_mlx.hub import DEFAULT_MODEL
 
-    model, tokenizer = load(args.model or DEFAULT_MODEL, **load_options(args))
+    model, tokenizer = load(args.model or DEFAULT_MODEL, **load_options(args)) if session is None else session.load()
     return model, tokenizer, plan_context(model, args.kv_bits)
 
 

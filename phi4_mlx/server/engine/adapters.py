@@ -9,6 +9,7 @@ from phi4_mlx.adapters.layers import put_adapter, read_adapter
 from phi4_mlx.checkpoint import share_weights
 from phi4_mlx.errors import Phi4Error, RequestError
 from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.ranks.leader import LedModel
 
 DEFAULT = "--adapter-path"  # the name of that option's adapter
 
@@ -36,12 +37,18 @@ class JobAdapters:
         Phi4Error: the default cannot be used.
     """
 
+    _known: dict[str | None, Adapted]
+
     def __init__(self, base: LanguageModel, folders: dict[str, str], default: str | None):
         self._folders = folders
+        if isinstance(base, LedModel):  # the ranks have read their shares of them at the start
+            self._known = {None: Adapted(base, DEFAULT if default else None)}
+            self._known |= {name: Adapted(base, name) for name in folders}
+            return
         self._base = base = share_weights(base) if folders or default else base  # its own adapters by name stay its own
         if taken := [name for name in folders if base.adapters is not None and name in base.adapters.names]:
             raise RequestError(f"adapter {taken[0]!r} has the name of one of the model's own; choose another name")
-        self._known: dict[str | None, Adapted] = {None: Adapted(base, None)}
+        self._known = {None: Adapted(base, None)}
         if default:
             self._known[None] = self._load(DEFAULT, default)
 

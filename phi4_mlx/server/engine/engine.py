@@ -23,7 +23,9 @@ from phi4_mlx.generation.sequence import BatchSequence, Fault, Token
 from phi4_mlx.generation.stream import AnswerText
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
-from phi4_mlx.server.engine.adapters import JobAdapters
+from phi4_mlx.models.share import Parallel
+from phi4_mlx.ranks.session import ModelOptions
+from phi4_mlx.server.engine.adapters import DEFAULT, JobAdapters
 from phi4_mlx.server.engine.answer import Answer, compiled_constraint, failure_of, last_turn, token_logprob
 from phi4_mlx.server.engine.compiling import Compiling
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
@@ -54,6 +56,7 @@ class Settings:
         kv_limit_bytes: the most bytes of keys and values; None for a share of the machine's memory.
         prefix_limit_bytes: likewise for the prefix cache.
         chat_format: overrides the recognised one.
+        parallel: how ranks hold the model; None to choose.
     """
 
     model: str
@@ -63,6 +66,13 @@ class Settings:
     kv_limit_bytes: int | None = None
     prefix_limit_bytes: int | None = None
     chat_format: str | None = None
+    parallel: Parallel | None = None
+
+    @property
+    def model_options(self) -> ModelOptions:
+        """The model, with the adapters that jobs may use over ranks, where each rank reads its share at the start."""
+        adapters = self.adapters if self.adapter_path is None else {DEFAULT: self.adapter_path, **self.adapters}
+        return ModelOptions(self.model, self.parallel, adapters=adapters, chat_format=self.chat_format)
 
 
 class Engine:

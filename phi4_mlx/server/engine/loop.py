@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from multiprocessing.connection import Connection
 
-from phi4_mlx.checkpoint import load
-from phi4_mlx.errors import Phi4Error
+from phi4_mlx.errors import CheckpointError, Phi4Error
+from phi4_mlx.ranks.session import Session, open_session
 from phi4_mlx.server.engine.answer import short_message
 from phi4_mlx.server.engine.engine import Engine, Settings, check_room, limit_note
-from phi4_mlx.server.engine.protocol import Broken, Cancel, Event, Job, Ping, Pong, Ready
+from phi4_mlx.server.engine.protocol import Broken, Cancel, Command, Event, Job, Leave, Ping, Pong, Ready
 from phi4_mlx.server.engine.pulse import Pulse
+from phi4_mlx.terminal.command import complain, typed
 
 
 def run(connection: Connection, settings: Settings) -> None:
@@ -23,29 +24,45 @@ def run(connection: Connection, settings: Settings) -> None:
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         pulse = Pulse(connection)
         try:
-            engine = Engine(*load(settings.model, chat_format=settings.chat_format), settings)
-            check_room(engine)
+            with open_session(settings.model_options, partial(complain, typed("server"))) as session:
+                engine = _loaded(session, settings)
+                pulse.send(Ready(engine.longest, limit_note(engine)))
+                _answer_all(connection, pulse, engine)
         except Phi4Error as error:
-            return pulse.send(Broken(short_message(error)))
-        except Exception as error:
-            return pulse.send(
-                Broken(f"the engine could not load the model: {type(error).__name__}: {short_message(error)}")
-            )
-        pulse.send(Ready(engine.longest, limit_note(engine)))
-        while True:
-            messages: list[Job | Cancel | Ping] = []
-            pulse.turns, pulse.waiting = pulse.turns + 1, not engine.busy
-            while connection.poll(0 if engine.busy or messages else None):
-                messages.append(connection.recv())
-                pulse.waiting = False
-            for message in messages:
-                if isinstance(message, Ping):
-                    pulse.send(Pong(message.number, engine.gauges()))
-            if events := turn(engine, messages):
-                pulse.send(events)
+            pulse.send(Broken(short_message(error)))
 
 
-def turn(engine: Engine, messages: Iterable[Job | Cancel | Ping]) -> list[Event]:
+def _loaded(session: Session, settings: Settings) -> Engine:
+    """The engine with its model."""
+    try:
+        engine = Engine(*session.load(), settings)
+        check_room(engine)
+        return engine
+    except Phi4Error:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {short_message(error)}"
+        raise CheckpointError(f"the engine could not load the model: {why}") from None
+
+
+def _answer_all(connection: Connection, pulse: Pulse, engine: Engine) -> None:
+    """Answers jobs until the server says that this is all."""
+    leaves = False
+    while not leaves:
+        messages: list[Command] = []
+        pulse.turns, pulse.waiting = pulse.turns + 1, not engine.busy
+        while connection.poll(0 if engine.busy or messages else None):
+            messages.append(connection.recv())
+            pulse.waiting = False
+        for message in messages:
+            if isinstance(message, Ping):
+                pulse.send(Pong(message.number, engine.gauges()))
+            leaves = leaves or isinstance(message, Leave)
+        if events := turn(engine, messages):
+            pulse.send(events)
+
+
+def turn(engine: Engine, messages: Iterable[Command]) -> list[Event]:
     """Handles the server's messages, then takes a step."""
     events: list[Event] = []
     works: list[Callable[[], list[Event]]] = [partial(_handle, engine, message) for message in messages]
@@ -57,7 +74,7 @@ def turn(engine: Engine, messages: Iterable[Job | Cancel | Ping]) -> list[Event]
     return events
 
 
-def _handle(engine: Engine, message: Job | Cancel | Ping) -> list[Event]:
+def _handle(engine: Engine, message: Command) -> list[Event]:
     if isinstance(message, Job):
         return engine.submit(message)
     if isinstance(message, Cancel):

@@ -103,9 +103,9 @@ class EngineProcess:
         """Ends the process, even a stopped one."""
         self._process.kill()
 
-    async def ended(self) -> None:
-        """Waits until the process has ended and is reaped."""
-        await asyncio.to_thread(self._reader.join)
+    async def ended(self, timeout_s: float | None = None) -> None:
+        """Waits until the process has ended and is reaped, or the time is over."""
+        await asyncio.to_thread(self._reader.join, timeout_s)
 
     def beat(self, beat: Beat) -> None:
         """Takes a sign of life."""

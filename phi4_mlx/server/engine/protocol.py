@@ -113,6 +113,11 @@ class Ping:
 
 
 @dataclass(frozen=True)
+class Leave:
+    """Ends the engine in order, over ranks that of the others too."""
+
+
+@dataclass(frozen=True)
 class Pong:
     """The state of the engine: running jobs, and counts and sizes since its start, by name."""
 
@@ -154,5 +159,5 @@ class Broken:
 
 
 Event = Piece | Finish | Failure  # about a job
-Command = Job | Cancel | Ping  # from the server to the engine
+Command = Job | Cancel | Ping | Leave  # from the server to the engine
 Report = list[Event] | Pong | Beat | Ready | Broken  # from the engine to the server

@@ -14,16 +14,18 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.ranks.launch import launched
 from phi4_mlx.server.engine import process
 from phi4_mlx.server.engine.engine import Settings
 from phi4_mlx.server.engine.process import EngineProcess
-from phi4_mlx.server.engine.protocol import Beat, Cancel, Event, Failure, Finish, Job, Pong, Ready, Report
+from phi4_mlx.server.engine.protocol import Beat, Cancel, Event, Failure, Finish, Job, Leave, Pong, Ready, Report
 from phi4_mlx.server.log import LOG
 
 PING_S = 30.0  # an engine answers between two chunks of a prefill, which take long on a slow machine
 SILENT_S = 5.0  # without a beat, after which an engine counts as frozen
 PAUSES_S = (0.0, 0.5, 1.0, 1.5, 2.0)  # before each start of an engine after a failed one; the last repeats
 RESTART_S = 40.0  # of failed starts, after which an engine that once was ready is given up
+LEAVE_S = 5.0  # for an engine over ranks to take its leave of them
 LATE_S = 4.0  # beyond a job's own limit, after which it ends without the engine
 EVENTS_LIMIT = 1024  # that wait for a client that does not read
 
@@ -88,7 +90,7 @@ class Supervisor:
     """
 
     def __init__(self, settings: Settings, max_jobs: int) -> None:
-        self._settings, self._max_jobs = settings, max_jobs
+        self._settings, self._max_jobs, self._over_ranks = settings, max_jobs, launched() is not None
         self._clients: dict[int, _Client] = {}
         self._numbers = itertools.count(1)
         self._engine: EngineProcess | None = None
@@ -133,6 +135,9 @@ class Supervisor:
         if self._watching is not None:
             self._watching.cancel()
         if self._engine is not None:
+            if self._over_ranks:  # which end in order when the engine does
+                self._engine.send(Leave())
+                await self._engine.ended(LEAVE_S)
             self._engine.kill()
             await self._engine.ended()
 
@@ -255,6 +260,8 @@ class Supervisor:
 
     def _failed(self, reason: str) -> None:
         """Starts another engine after a pause, or gives up."""
+        if self._over_ranks:  # the other ranks have ended with it
+            return self._give_up(f"{reason}, and with it the job of all ranks")
         was_ready = self._started.is_set()
         pause_s = self._failures.pause_s(was_ready)
         if pause_s is None:

@@ -185,7 +185,7 @@ def test_another_model_reads_the_files_again(
         media = MediaSettings(crop_size=56, max_crops=4, image_token=6, audio_token=7)
 
     model = chat.conversation.model
-    monkeypatch.setattr("phi4_mlx.chat.session.load_shown", lambda screen, name, options: (model, tokenizers.pop(0)))
+    monkeypatch.setattr("phi4_mlx.chat.session.load_shown", lambda screen, name, load: (model, tokenizers.pop(0)))
     take_turn(chat, type_lines(f"'{red}' what?"))
     tokenizers = [CharTokenizer(), Smaller(), CharTokenizer()]
     sizes = []

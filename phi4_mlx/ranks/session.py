@@ -1,0 +1,275 @@
+"""The processes that hold a model: this one alone, or all ranks of a job, of which rank 0 goes on and others follow.
+
+A front door opens a session first, so that ranks meet before any of them waits for a person, and then loads the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from phi4_mlx.errors import Interruption, Phi4Error, RequestError
+from phi4_mlx.ranks.launch import Launch, launched
+
+if TYPE_CHECKING:
+    from phi4_mlx.models.model import LanguageModel
+    from phi4_mlx.models.share import Parallel
+    from phi4_mlx.ranks.join import Ranks
+    from phi4_mlx.ranks.leader import Leader
+    from phi4_mlx.tokens.tokenizer import Tokenizer
+
+HOW = "mlx.launch -n 2 -- python -m phi4_mlx ... starts two on this machine; see 'More than one machine' in the README"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """A model, as the options of a command name it.
+
+    Attributes:
+        name: a folder, a Hub id, or the name of an embedded package.
+        parallel: "tensor" or "pipeline"; None to choose, or for a process on its own.
+        adapter_path: a LoRA adapter for the whole model.
+        adapters: name -> folder of the adapters that a request may name.
+        revision, verify, chat_format: see `phi4_mlx.checkpoint.load`.
+    """
+
+    name: str
+    parallel: Parallel | None = None
+    adapter_path: str | None = None
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    revision: str | None = None
+    verify: bool = False
+    chat_format: str | None = None
+
+
+class Session:
+    """This process alone, which loads the whole model.
+
+    Args:
+        options: the model.
+
+    Attributes:
+        over_ranks: True if the model is held by several ranks.
+    """
+
+    over_ranks = False
+
+    def __init__(self, options: ModelOptions) -> None:
+        self.options = options
+
+    def load(self, lazy: bool = False) -> tuple[LanguageModel, Tokenizer]:
+        """Loads the model, once; see `phi4_mlx.checkpoint.load`.
+
+        Args:
+            lazy: leaves the weights on the disk until they are first used; over ranks they are read at once.
+
+        Raises:
+            Phi4Error: it cannot be loaded.
+        """
+        from phi4_mlx.checkpoint import load
+
+        options = self.options
+        return load(
+            options.name, options.adapter_path, lazy, options.revision, verify=options.verify,
+            chat_format=options.chat_format,
+        )  # fmt: skip
+
+    def fail(self, line: str) -> None:
+        """Ends the job on every rank with a line, if there are several."""
+
+
+class RanksSession(Session):
+    """All ranks of a job, as rank 0 sees them: its model tells the others what it runs.
+
+    Args:
+        options: the model.
+        ranks: joined.
+        folder: of the model.
+        parallel: the way in which the ranks hold it.
+    """
+
+    over_ranks = True
+
+    def __init__(self, options: ModelOptions, ranks: Ranks, folder: Path, parallel: Parallel) -> None:
+        super().__init__(options)
+        self.ranks = ranks
+        self._folder, self._parallel = folder, parallel
+        self._leader: Leader | None = None
+
+    def load(self, lazy: bool = False) -> tuple[LanguageModel, Tokenizer]:
+        """See `Session.load`; waits until every rank has its share."""
+        import mlx.core as mx
+
+        from phi4_mlx.checkpoint import check_vocabulary, load_tokenizer_and_format
+        from phi4_mlx.models.shared_stream import shared_stream
+        from phi4_mlx.ranks.leader import Leader, lead
+
+        ranks, group = self.ranks, self.ranks.group
+        with ranks, shared_stream():
+            share = _load(self.options, self._folder, self._parallel, ranks)
+            tokenizer = load_tokenizer_and_format(self._folder, self.options.chat_format, share.config.model_type)
+            check_vocabulary(self._folder, tokenizer, share.config)
+            ranks.answers()
+            self._leader = Leader(ranks, splits_head=self._parallel == "tensor")
+            model = lead(share, self._leader, lambda hidden: mx.distributed.all_sum(hidden, group=group))
+        return model, tokenizer
+
+    def fail(self, line: str) -> NoReturn:
+        """See `Session.fail`."""
+        self.ranks.end(line)
+
+    def close(self) -> None:
+        """Lets the other ranks finish what they were told, and leave."""
+        if self._leader is not None:
+            self._leader.settle()
+        self.ranks.close()
+
+
+@contextlib.contextmanager
+def open_session(options: ModelOptions, tell: Callable[[str], None] = lambda line: None) -> Iterator[Session]:
+    """Opens a session. On every rank but the first it does not return: they follow until the job ends.
+
+    Args:
+        options: the model.
+        tell: called on rank 0 with a line about the way in which the ranks hold the model, where none is asked for.
+
+    Yields:
+        The session of this process, or of rank 0. Its end, by a mistake or an interruption too, is that of all ranks.
+
+    Raises:
+        RequestError: `--parallel` is given to a process on its own, or the ranks cannot meet.
+        SystemExit: the job of this rank has ended.
+    """
+    launch = launched()
+    if launch is None:
+        if options.parallel is not None:
+            raise RequestError(f"--parallel {options.parallel} needs several ranks, and this is one process; {HOW}")
+        yield Session(options)
+        return
+    ranks, folder, parallel = _join(launch, options, tell)
+    if launch.rank:
+        _follow(ranks, options, folder, parallel)
+    session = RanksSession(options, ranks, folder, parallel)
+    try:
+        yield session
+    except (Phi4Error, OSError, KeyboardInterrupt, Interruption, SystemExit, GeneratorExit):
+        session.close()
+        raise
+    except Exception:
+        with ranks:  # ends the job: a rank may be lost, which the watcher then names
+            raise
+    session.close()
+
+
+def is_follower() -> bool:
+    """True on every rank but the first of a job; False for a process on its own."""
+    launch = launched()
+    return launch is not None and launch.rank > 0
+
+
+def check_over_ranks(args: argparse.Namespace, *names: str) -> None:
+    """Refuses options that do not work over ranks; only rank 0 says so.
+
+    Args:
+        args: the parsed options.
+        names: of those options, as attributes.
+
+    Raises:
+        RequestError: one is given, and there are several ranks.
+    """
+    given = [name for name in names if getattr(args, name) not in (None, False, [])]
+    if given and (launch := launched()) is not None:
+        if launch.rank:
+            raise SystemExit(2)
+        option = f"--{given[0].replace('_', '-')}"
+        raise RequestError(f"{option} does not work over ranks, each of which has a part of every cache; leave it out")
+
+
+def _join(launch: Launch, options: ModelOptions, tell: Callable[[str], None]) -> tuple[Ranks, Path, Parallel]:
+    """Meets the other ranks; they differ where one of them cannot read the model."""
+    from phi4_mlx.ranks.join import join
+
+    mistake: Phi4Error | OSError | None = None
+    folder, parallel = Path(), options.parallel
+    try:
+        folder, parallel, reason = _prepared(launch, options)
+        about = _about(folder, parallel, options)
+        if launch.rank == 0 and options.parallel is None:
+            tell(f"{launch.size} ranks over {launch.backend}, --parallel {parallel}: {reason}")
+    except (Phi4Error, OSError) as error:
+        mistake, about = error, {"the model": f"not usable: {error}"}
+    ranks = join(launch, about)
+    if launch.rank:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what an interruption means
+    if mistake is None:
+        assert parallel is not None
+        return ranks, folder, parallel
+    if launch.rank:
+        ranks.hear()  # all have made the same mistake: rank 0 says so
+    ranks.close()
+    raise mistake
+
+
+def _prepared(launch: Launch, options: ModelOptions) -> tuple[Path, Parallel, str]:
+    """(folder, way, reason for it) of a model."""
+    from phi4_mlx.checkpoint import load_config
+    from phi4_mlx.files.manifest import verify_manifest
+    from phi4_mlx.hub import resolve
+    from phi4_mlx.models.sharding import check_share, choose_parallel
+
+    folder = resolve(options.name, options.revision)
+    if options.verify:
+        verify_manifest(folder)
+    config = load_config(folder)
+    if options.parallel is not None:
+        check_share(config, options.parallel, launch.size)
+        return folder, options.parallel, ""
+    parallel, reason = choose_parallel(config, launch.size, launch.backend)
+    check_share(config, parallel, launch.size)
+    return folder, parallel, reason
+
+
+def _about(folder: Path, parallel: Parallel, options: ModelOptions) -> dict[str, str]:
+    """What all ranks must have in common."""
+    from phi4_mlx.ranks.package import files_fingerprint
+
+    adapters = options.adapters if options.adapter_path is None else {**options.adapters, "": options.adapter_path}
+    known = {f"adapter {name}" if name else "--adapter-path": path for name, path in adapters.items()}
+    return {
+        "the fingerprint of the model": files_fingerprint(folder),
+        "--parallel": parallel,
+        "--chat-format": options.chat_format or "the one detected",
+        **{name: files_fingerprint(Path(path).expanduser()) for name, path in known.items()},
+    }
+
+
+def _load(options: ModelOptions, folder: Path, parallel: Parallel, ranks: Ranks) -> LanguageModel:
+    """This rank's share, with its adapters."""
+    from phi4_mlx.checkpoint_share import load_share
+    from phi4_mlx.models.share import Share
+
+    share = Share(parallel, ranks.launch.rank, ranks.launch.size)
+    return load_share(folder, share, ranks.group)
+
+
+def _follow(ranks: Ranks, options: ModelOptions, folder: Path, parallel: Parallel) -> NoReturn:
+    """Loads this rank's share, and follows the leader until the job ends."""
+    from phi4_mlx.models.shared_stream import shared_stream
+    from phi4_mlx.ranks.follower import Follower, OutOfStep
+
+    with ranks:
+        with shared_stream():
+            follower = Follower(_load(options, folder, parallel, ranks), ranks.group)
+        ranks.answer(None)
+        while True:
+            command = ranks.hear()
+            try:
+                follower.obey(command)
+            except OutOfStep as error:
+                ranks.end(f"{ranks.name} is out of step: {error}")
+            ranks.done(follower.counter)
