@@ -52,7 +52,9 @@ class Pair:
         self._embeddings: list[mx.array | None] = []
         self._hand_over(self.model, share)
 
-    def tell(self, command: Mapping[str, Any], counter: int | None = None, tokens: int = 1) -> None:
+    def tell(
+        self, command: Mapping[str, Any], counter: int | None = None, tokens: int = 1, *, new: bool = False
+    ) -> None:
         """Sends a command as JSON to the follower, which obeys it at once."""
         assert counter == command["number"] and tokens > 0
         self.commands.append(json.loads(json.dumps(command)))

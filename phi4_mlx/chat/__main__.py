@@ -36,6 +36,7 @@ from phi4_mlx.terminal.options import (
     add_model_options,
     add_overflow_option,
     add_parallel_option,
+    add_prompt_cache_options,
     add_sampling_options,
     cache_options,
     check_decoding_options,
@@ -82,6 +83,7 @@ def _parser() -> Parser:
     add_sampling_options(parser, MAX_TOKENS)
     add_decoding_options(parser)
     add_overflow_option(parser)
+    add_prompt_cache_options(parser)
     parser.idle.append(Idle(("context_overflow",), lambda args: args.prompt is not None, "with --prompt: one question"))
     return parser
 
@@ -89,8 +91,9 @@ def _parser() -> Parser:
 def _chat(args: argparse.Namespace) -> None:
     check_decoding_options(args)
     from phi4_mlx.hub import DEFAULT_MODEL
-    from phi4_mlx.ranks.session import ModelOptions, open_session
+    from phi4_mlx.ranks.session import ModelOptions, check_over_ranks, open_session
 
+    check_over_ranks(args, "prompt_cache_dir")
     name = DEFAULT_MODEL if args.model is None else args.model
     with open_session(ModelOptions(name, args.parallel, **load_options(args)), partial(complain, PROG)) as session:
         _chat_in(session, args)
@@ -106,16 +109,17 @@ def _chat_in(session: Session, args: argparse.Namespace) -> None:
     screen, grammar = Screen(), None if args.schema is None else _grammar(args)
     with toolbox_of(args, person, partial(complain, PROG)) as toolbox:
         chat = _open(session, args, screen, person, toolbox, grammar)
-        for path in args.image:
-            attach_file(chat, path, "image")
-        for path in args.audio:
-            attach_file(chat, path, "audio")
-        if prompt is not None:
-            chat.answer(prompt)
-        elif person:
-            talk(chat)
-        else:
-            _answer_lines(chat)
+        with contextlib.closing(chat.conversation):
+            for path in args.image:
+                attach_file(chat, path, "image")
+            for path in args.audio:
+                attach_file(chat, path, "audio")
+            if prompt is not None:
+                chat.answer(prompt)
+            elif person:
+                talk(chat)
+            else:
+                _answer_lines(chat)
 
 
 def _grammar(args: argparse.Namespace) -> Grammar:
@@ -133,13 +137,22 @@ def _open(
     from phi4_mlx.chat.conversation import Conversation
     from phi4_mlx.checkpoint import load
     from phi4_mlx.models.cache import CacheOptions
+    from phi4_mlx.models.safe import notice
 
+    if switched_off := notice():
+        complain(PROG, switched_off)
+    settings = None
+    if args.prompt_cache_dir is not None:
+        from phi4_mlx.generation.cache_store.store import store_settings
+
+        settings = store_settings(args.prompt_cache_dir, args.prompt_cache_disk_bytes)
     name = session.options.name
     model, tokenizer = load_shown(screen, name, session.load)
     draft = None if args.draft_model is None else load(args.draft_model)[0]
     conversation = Conversation(
         model, tokenizer, args.system_prompt, toolbox,
         cache_options=CacheOptions(**cache_options(args)), overflow=args.context_overflow,
+        store=None if settings is None else settings.make_store(model, tokenizer, partial(complain, PROG)),
     )  # fmt: skip
     conversation.check_tools()
     chat = Chat(

@@ -49,9 +49,7 @@ def _parser() -> Parser:
         "--ranks", type=number(int, 2, MOST_RANKS), metavar="N",
         help="the number of machines, in place of --hosts (default: that of mlx.launch)",
     )  # fmt: skip
-    parser.add_argument(
-        "--parallel", choices=("tensor", "pipeline"), help="the only way to look at (default: both)"
-    )
+    parser.add_argument("--parallel", choices=("tensor", "pipeline"), help="the only way to look at (default: both)")
     add_kv_bits_option(parser)
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     return parser
@@ -115,19 +113,20 @@ def _ranks(args: argparse.Namespace, launch: Launch | None) -> int:
     if launch is not None:
         given = args.ranks if args.hosts is None else len(args.hosts.split(","))
         if given not in (None, launch.size):
-            raise RequestError(f"plan is about {given} machines, and mlx.launch has started {launch.size} ranks; drop one")
+            raise RequestError(f"{given} machines are planned, and mlx.launch has started {launch.size} ranks")
         return launch.size
     if (args.hosts is None) == (args.ranks is None):
         found = "both --hosts and --ranks" if args.hosts else "neither --hosts nor --ranks"
         raise RequestError(f"plan is for several machines, and {found} is given; name them, or their number")
     if args.hosts is None:
         return int(args.ranks)
-    hosts = [each.strip() for each in args.hosts.split(",")]
+    hosts = [each.strip().rpartition("@")[2] for each in args.hosts.split(",")]
     if len(hosts) < 2 or len(hosts) > MOST_RANKS:
         raise RequestError(f"--hosts {args.hosts!r:.60} names {amount(len(hosts), 'machine')}; name 2 to {MOST_RANKS}")
     for at, host in enumerate(hosts):
-        if host in hosts[:at]:
-            raise RequestError(f"--hosts names {host!r:.60} twice")
+        if not host or host in hosts[:at]:
+            raise RequestError(f"--hosts {args.hosts!r:.60} has {f'{host!r:.60} twice' if host else 'an empty name'}")
+    for host in hosts:
         _check_host(host)
     return len(hosts)
 

@@ -8,23 +8,28 @@ the batch cache, and it comes back as it first came: by a prefill of the ids tha
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from typing import Protocol
 
 import mlx.core as mx
 
+from phi4_mlx.generation.draws import Draws, Logits, apply_processors, arrays_of, draw
+from phi4_mlx.generation.guessing import Guessing
+from phi4_mlx.generation.prefill import ChunkPace, run_chunk
 from phi4_mlx.generation.row_group import RowGroup
-from phi4_mlx.generation.sampling import Draws, apply_processors, draw
+from phi4_mlx.generation.sampling import Draw
 from phi4_mlx.generation.sequence import BatchSequence, Fault, Token
-from phi4_mlx.generation.steps import chunk_ends, finish_chunk
 from phi4_mlx.models.cache import KVCache
 from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.queued import queue
 from phi4_mlx.models.shared_stream import shared_stream
-from phi4_mlx.tokens.prompt import places_of
 
 PREFILL_STEP_SIZE = 512  # prompt tokens a step; running answers wait for them
 MAX_PADDING = 4096  # columns that a row may add to rows of another length; one more forward pass costs four times that
-SNAPSHOTS_APART = 32  # tokens; a nearer snapshot saves less time than the additional forward pass takes
+
+Greedy = dict[Draw | None, Draws]  # by the sampler: the likeliest token of each row of the logits
 
 
 class PrefixStore(Protocol):
@@ -36,16 +41,25 @@ class PrefixStore(Protocol):
     def keep(self, sequence: BatchSequence) -> None:
         """Called when all ids of a sequence are prefilled; its cache will change afterwards."""
 
+    def set_aside(self, sequence: BatchSequence) -> None:
+        """Called when a sequence with a cache returns to the queue, before it loses the cache."""
+
 
 class Batch:
     """The scheduler of sequences that are answered together; any thread may call it, one at a time.
 
+    Sequences are served by priority, then in the order of arrival. Where rows or memory are short, the running sequence
+    that comes last returns to the queue, with its cache in `prefixes`: always if the caches exceed their limit, and for
+    a waiting sequence only if that one has a lower priority number.
+
     Attributes:
         max_rows: the most active sequences; more wait.
-        kv_limit_bytes: the most bytes of all caches; where they would exceed it, the youngest sequence waits.
-        prefill_step_size: prompt tokens that a step prefills.
+        kv_limit_bytes: the most bytes of all caches.
+        prefill_step_size: the most prompt tokens that a step prefills.
         prefixes: caches of earlier prompts; None for none.
-        waiting: sequences that have not started, in order.
+        guessing: the guesses of rows that have a proposer.
+        pace: the size of prefill chunks; None for `prefill_step_size`.
+        waiting: sequences that have not started, or have returned, in order.
         active: started sequences, the oldest first.
     """
 
@@ -55,11 +69,16 @@ class Batch:
         kv_limit_bytes: float = math.inf,
         prefill_step_size: int = PREFILL_STEP_SIZE,
         prefixes: PrefixStore | None = None,
+        guessing: Guessing | None = None,
+        pace: ChunkPace | None = None,
     ):
         self.max_rows, self.kv_limit_bytes, self.prefill_step_size = max_rows, kv_limit_bytes, prefill_step_size
         self.prefixes = prefixes
+        self.guessing = guessing or Guessing()
+        self.pace = pace
         self.waiting: list[BatchSequence] = []
         self.active: list[BatchSequence] = []
+        self._arrivals = itertools.count()
         self._prefilling: list[BatchSequence] = []
         self._groups: list[RowGroup] = []
 
@@ -69,8 +88,9 @@ class Batch:
         return sum(sequence.nbytes for sequence in self._prefilling) + sum(group.nbytes for group in self._groups)
 
     def add(self, sequence: BatchSequence) -> None:
-        """Appends a sequence to the queue."""
-        self.waiting.append(sequence)
+        """Queues a sequence: before those of a higher priority number, behind all others."""
+        sequence.arrival = next(self._arrivals)
+        self._queue(sequence)
 
     def end(self, sequence: BatchSequence) -> PromptCache | None:
         """Takes a sequence out, wherever it is; returns the cache of its ids, if there is one."""
@@ -78,12 +98,11 @@ class Batch:
             if sequence in self.waiting:
                 self.waiting.remove(sequence)
             elif sequence in self.active:
-                self.active.remove(sequence)
                 self._take_out(sequence)
         return sequence.cache
 
     def step(self) -> list[Token | Fault]:
-        """Draws a token for every prefilled sequence, and prefills chunks of the others.
+        """Draws a token or more for every prefilled sequence, and prefills chunks of the others.
 
         Returns:
             The drawn tokens, and the sequences that cannot continue and are already out. A sequence that has reached
@@ -91,55 +110,87 @@ class Batch:
         """
         events: list[Token | Fault] = []
         with shared_stream():
+            if self.pace is not None:
+                self.pace.begin()
             self._admit()
             for group in list(self._groups):
                 self._decode(group, events)
             self._prefill(events)
         return events
 
+    def _queue(self, sequence: BatchSequence) -> None:
+        bisect.insort(self.waiting, sequence, key=lambda each: each.line)
+
     def _admit(self) -> None:
-        """Starts sequences while there is room; sends the youngest back to the queue where there is none."""
+        """Starts sequences while there is room, and sends others back to the queue where there is none."""
         while self.nbytes > self.kv_limit_bytes and len(self.active) > 1:
-            youngest = self.active.pop()
-            self._take_out(youngest)
-            youngest.cache = None
-            self.waiting.insert(0, youngest)
-        while self.waiting and len(self.active) < self.max_rows:
-            growth = sum(KVCache.STEP * sequence.model.context_cost().token_bytes for sequence in self.active)
-            if self.active and self.nbytes + growth + self.waiting[0].nbytes > self.kv_limit_bytes:
-                break
+            self._send_back(self._last)
+        while self.waiting and self._make_room(self.waiting[0]):
             self.active.append(self.waiting.pop(0))
             self._prefilling.append(self.active[-1])
 
+    @property
+    def _last(self) -> BatchSequence:
+        """The active sequence that is served last."""
+        return max(self.active, key=lambda each: each.line)
+
+    def _make_room(self, first: BatchSequence) -> bool:
+        """True if a waiting sequence can start; active ones of a higher priority number make room for it."""
+        while self.active and not self._has_room(first):
+            if (last := self._last).priority <= first.priority:
+                return False
+            self._send_back(last)
+        return True
+
+    def _has_room(self, sequence: BatchSequence) -> bool:
+        growth = sum(KVCache.STEP * each.cost.token_bytes for each in self.active)
+        return len(self.active) < self.max_rows and self.nbytes + growth + sequence.nbytes <= self.kv_limit_bytes
+
+    def _send_back(self, sequence: BatchSequence) -> None:
+        """Returns an active sequence to its place in the queue; it is prefilled again later."""
+        self._take_out(sequence)
+        if self.prefixes is not None and sequence.cache is not None:
+            self.prefixes.set_aside(sequence)
+        sequence.rest()
+        self._queue(sequence)
+
     def _prefill(self, events: list[Token | Fault]) -> None:
-        """Runs chunks of prompts in turn, `prefill_step_size` tokens in all."""
-        room = self.prefill_step_size
+        """Runs chunks of prompts in turn, `prefill_step_size` tokens in all, or as many as `pace` allows."""
+        room, running = self.prefill_step_size, any(any(group.members) for group in self._groups)
         while self._prefilling and room > 0:
             sequence = self._next_to_prefill()
             self._prefilling.remove(sequence)
             try:
                 if sequence.cache is None and self.prefixes is not None:
                     sequence.cache = self.prefixes.recall(sequence)
-                chunk, logits = _run_chunk(sequence, room)
+                chunk, logits = run_chunk(sequence, self.pace.size(room) if self.pace is not None and running else room)
                 room -= chunk
                 if logits is None:
                     self._prefilling.append(sequence)
-                    continue
-                if self.prefixes is not None:
-                    self.prefixes.keep(sequence)
-                self._draw([sequence], logits, events)
-                if sequence in self.active:
-                    self._place(sequence)
+                else:
+                    if self.prefixes is not None:
+                        self.prefixes.keep(sequence)
+                    self._draw([(sequence, 0)], logits, events)
+                    if sequence in self.active:
+                        self._place(sequence)
             except Exception as error:
                 events.append(self._fail(sequence, error))
+            else:
+                if self.pace is not None:
+                    room = self.pace.took(chunk, room) if running else room
 
     def _next_to_prefill(self) -> BatchSequence:
-        """Next sequence to prefill. One whose identical prompt is being prefilled waits, to reuse that cache."""
+        """Next sequence to prefill: by priority, answers that have begun before prompts, then in turn.
+
+        A sequence whose identical prompt is being prefilled waits, so that it can reuse that cache.
+        """
         started = [each for each in self._prefilling if each.cache is not None]
-        for sequence in self._prefilling:
-            if sequence.cache is not None or not any(sequence.repeats(each) for each in started):
-                return sequence
-        raise AssertionError("every sequence waits for another one")
+        ready = [
+            sequence
+            for sequence in self._prefilling
+            if sequence.cache is not None or not any(sequence.repeats(each) for each in started)
+        ]
+        return min(ready, key=lambda each: (each.priority, not each.drawn))
 
     def _place(self, sequence: BatchSequence) -> None:
         """Sends a prefilled sequence to the group that it fits best, or back to prefill."""
@@ -150,50 +201,53 @@ class Batch:
             return
         fitting = [group for group in self._groups if group.padding_with(sequence, cache) <= MAX_PADDING]
         if not fitting:
-            fitting = [RowGroup(sequence.model, sequence.model.make_batch_cache(cache.regime))]
+            rows = sequence.model.make_batch_cache(cache.regime, sequence.kv_bits)
+            fitting = [RowGroup(sequence.model, sequence.kv_bits, rows)]
             self._groups += fitting
         min(fitting, key=lambda group: group.padding_with(sequence, cache)).arrivals.append((sequence, cache))
 
     def _decode(self, group: RowGroup, events: list[Token | Fault]) -> None:
-        """Draws a token for every row of a group; a row that is out of step leaves it."""
+        """Draws a token for every row of a group, and further ones where guesses hold; a row out of step leaves it."""
         for member, length in zip(list(group.members), group.cache.lengths, strict=True):
             if member is not None and not member.in_step(length, group.cache.regime):
-                self._take_out(member)
+                self._leave(member)
                 self._prefilling.append(member)
         try:
             members = group.settle()
             if not members:
                 return
-            lengths = group.cache.lengths
-            ids = mx.array([[member.ids[length]] for member, length in zip(members, lengths, strict=True)])
-            logits = group.model(ids, group.cache)[:, -1]  # [B, V]
-            # A row that still has a forced token to run draws nothing.
-            due = [n for n, member in enumerate(members) if lengths[n] + 1 == len(member.ids)]
-            if due:
-                chosen = logits if len(due) == len(members) else logits[mx.array(due)]
-                self._draw([members[n] for n in due], chosen, events)
+            start = self.guessing.clock()
+            forward = group.run(self.guessing.chunks(members, group.cache))
+            greedy: Greedy = {}
+            while due := forward.due():
+                rows = [(members[row], row * forward.width + column) for row, column in due]
+                self._draw(rows, forward.logits, events, greedy)
+            forward.finish()
+            self.guessing.took(forward, self.guessing.clock() - start)
         except Exception as error:
             self._restart(group, error, events)
 
-    def _draw(self, sequences: list[BatchSequence], logits: mx.array, events: list[Token | Fault]) -> None:
-        """Draws a token for each sequence from its row of the logits [B, V]; a failure is of one sequence alone."""
-        mx.async_eval(logits)  # the device computes them while the host computes grammar masks
-        greedy = draw(logits, None)
-        drawn: list[tuple[int, Draws]] = []
-        for n, sequence in enumerate(sequences):
+    def _draw(
+        self,
+        due: list[tuple[BatchSequence, int]],
+        logits: Logits,
+        events: list[Token | Fault],
+        greedy: Greedy | None = None,
+    ) -> None:
+        """Draws a token for each sequence from its row of the logits [n, V]; a failure is of one sequence alone."""
+        queue(arrays_of(logits))  # the device computes them while the host computes grammar masks
+        greedy = {} if greedy is None else greedy
+        drawn: list[tuple[BatchSequence, int, Draws]] = []
+        for sequence, n in due:
             try:
-                if sequence.is_greedy:
-                    drawn.append((n, Draws(*(each[n : n + 1] for each in greedy))))
-                else:
-                    drawn.append((n, _draw_one(sequence, logits, n)))
+                drawn.append((sequence, n, _draw_one(sequence, logits, n, greedy)))
             except Exception as error:
                 events.append(self._fail(sequence, error))
-        mx.eval([(draws.tokens, draws.scores) for _, draws in drawn])
-        for n, draws in drawn:
-            sequence = sequences[n]
+        mx.eval([(draws.tokens, draws.scores) for *_, draws in drawn])
+        for sequence, n, draws in drawn:
             try:
                 while (tokens := sequence.take(draws.numbers()[0])) is None:
-                    draws = _draw_one(sequence, logits, n)
+                    draws = _draw_one(sequence, logits, n, greedy)
             except Exception as error:
                 events.append(self._fail(sequence, error))
             else:
@@ -201,8 +255,10 @@ class Batch:
 
     def _fail(self, sequence: BatchSequence, error: Exception) -> Fault:
         """Takes out a sequence that cannot continue."""
-        self.end(sequence)
-        sequence.cache = None
+        if sequence in self.active:
+            self._leave(sequence, keep=False)
+            self.active.remove(sequence)
+        sequence.rest()
         return Fault(sequence, error)
 
     def _restart(self, group: RowGroup, error: Exception, events: list[Token | Fault]) -> None:
@@ -220,6 +276,11 @@ class Batch:
                 self._prefilling.append(sequence)
 
     def _take_out(self, sequence: BatchSequence) -> None:
+        """Makes an active sequence inactive."""
+        self.active.remove(sequence)
+        self._leave(sequence)
+
+    def _leave(self, sequence: BatchSequence, keep: bool = True) -> None:
         """Takes an active sequence out of wherever it is; keeps its row's cache if its regime still fits."""
         if sequence in self._prefilling:
             return self._prefilling.remove(sequence)
@@ -228,33 +289,22 @@ class Batch:
             if sequence in group.members:
                 number = group.members.index(sequence)
                 group.members[number] = None
-                if sequence.regime == group.cache.regime:
-                    sequence.cache = group.cache.copy_row(number, sequence.ids, sequence.model.make_cache())
+                if keep and sequence.regime == group.cache.regime:
+                    sequence.cache = group.cache.copy_row(number, sequence.ids, sequence.new_cache())
         self._groups = [group for group in self._groups if group.arrivals or any(group.members)]
 
 
-def _run_chunk(sequence: BatchSequence, room: int) -> tuple[int, mx.array | None]:
-    """Runs up to `room` ids that a sequence's cache lacks; returns their count, and logits [1, V] after the last id."""
-    model, cache = sequence.model, sequence.cache
-    if cache is None or cache.regime != sequence.regime:  # another RoPE table: nothing cached is of use
-        cache = sequence.cache = model.make_cache()
-        cache.adapter = sequence.adapter
-        cache.admit(mx.array([sequence.ids]), places_of(sequence.ids))  # sets the RoPE table of the whole length
-    rest, snapshots = len(sequence.ids) - cache.offset, cache.needs_snapshots
-    size = chunk_ends(rest, room, 1, snapshots=snapshots)[0]
-    if snapshots and SNAPSHOTS_APART <= sequence.last_turn - cache.offset < size:
-        size = sequence.last_turn - cache.offset
-    chunk = mx.array([sequence.ids[cache.offset : cache.offset + size]])
-    hidden = model.hidden(chunk, cache, rows=1)
-    if size < rest:
-        finish_chunk(cache, snapshots)
-        return size, None
-    return size, model.logits(hidden)[:, 0]
+def _draw_one(sequence: BatchSequence, logits: Logits, n: int, greedy: Greedy) -> Draws:
+    """A token for row n of the logits [n, V], as its sequence wants it drawn.
 
-
-def _draw_one(sequence: BatchSequence, logits: mx.array, n: int) -> Draws:
-    """A token for row n of the logits [B, V], as its sequence wants it drawn."""
-    row = logits[n : n + 1]
+    Args:
+        greedy: the likeliest token of every row, once a sequence has wanted one.
+    """
+    if sequence.is_greedy:
+        if sequence.sampler not in greedy:
+            greedy[sequence.sampler] = draw(logits, sequence.sampler)
+        return Draws(*(each[n : n + 1] for each in greedy[sequence.sampler]))
+    row: Logits = logits[n : n + 1]
     if sequence.processors:
         row = apply_processors(sequence.processors, mx.array(sequence.ids), row)
     return draw(row, sequence.sampler, sequence.logits_mask.mask() if sequence.logits_mask is not None else None)

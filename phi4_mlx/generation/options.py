@@ -49,6 +49,29 @@ class Proposer(Protocol):
         """Up to `most` tokens that may come next."""
 
 
+class RowProposer(Protocol):
+    """Guesses tokens ahead for a row of a batch, which decides how many; each row has its own."""
+
+    def begin(self, ids: Sequence[int]) -> None:
+        """Starts a sequence with the ids already in it; without ids, frees what is cached."""
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Appends tokens that are final."""
+
+    def read(self, most: int) -> bool:
+        """True if it can guess at once; else reads up to `most` tokens that it must read before."""
+
+    @property
+    def chance(self) -> float:
+        """Probability that a guess holds if those before it did; 0 without a guess."""
+
+    def ahead(self, n: int) -> list[int]:
+        """The n tokens likely to come next, or fewer."""
+
+    def nbytes(self, length: int) -> int:
+        """Bytes that it keeps for a sequence of that length."""
+
+
 @dataclass(frozen=True)
 class DecodeOptions:
     """The options of `generate_step` and, with `stop`, of `stream_generate`; see there.

@@ -7,83 +7,35 @@ so that a cut-off applies to the distribution that is sampled.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 
-from phi4_mlx.errors import CheckpointError, RequestError, check_number, check_whole
+from phi4_mlx.errors import RequestError, check_number, check_whole
 from phi4_mlx.models.compiled import compiled
-from phi4_mlx.models.safe import safe
+from phi4_mlx.models.split_logits import likeliest
 from phi4_mlx.terminal.limits import PENALTY_RANGE, REPETITION_PENALTY_RANGE, SEED_LIMIT, TEMPERATURE_LIMIT, TOP_K_LIMIT
 
 _MISS = math.log(2**-32)  # log of the accepted probability that no draw of several lies in the nucleus
 _MAX_TRIES = 16  # at a top_p of 0.75; below that, sorting is as fast
-_BLOCK = 512  # token ids
+_LONG = 512  # token ids, from which a sort takes longer than the tries
 _MIN_TEMP = 1e-30  # keeps logits finite in float32; far above it, only the likeliest token is ever drawn
 
 Draw = Callable[[mx.array], mx.array]  # logits or log-probabilities [n, V] -> tokens [n]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]  # (tokens so far [S], logits [1, V]) -> logits [1, V]
 
 
-class Draws(NamedTuple):
-    """Tokens on the device.
+@dataclass(frozen=True)
+class Processor:
+    """A logits processor under which each logit grows with the given one, and depends on no other."""
 
-    Attributes:
-        tokens: [n].
-        logprobs: log-probabilities [n, V], computed only when they are read.
-        scores: numbers [n, 1] that are finite if all logits are.
-    """
+    process: LogitsProcessor
 
-    tokens: mx.array
-    logprobs: mx.array
-    scores: mx.array
-
-    def queue(self) -> None:
-        """Starts the computation of the tokens."""
-        (mx.eval if safe("queue") else mx.async_eval)(self.tokens, self.scores)
-
-    def numbers(self) -> list[int]:
-        """The tokens as ids, once they are computed.
-
-        Raises:
-            CheckpointError: the model computed NaN or infinity.
-        """
-        if not all(math.isfinite(score) for (score,) in self.scores.tolist()):
-            raise CheckpointError(
-                "the model computed NaN or infinity instead of logits: its weights or the adapter's are damaged, or "
-                "too large for their dtype; get them again, or convert with --dtype float32"
-            )
-        return list(self.tokens.tolist())
-
-
-def draw(logits: mx.array, sampler: Draw | None, mask: mx.array | None = None) -> Draws:
-    """Draws a token from each row of logits: the one place where tokens come from.
-
-    Args:
-        logits: [n, V], after any processors.
-        sampler: None takes the likeliest token.
-        mask: allowed tokens, bool [V]; None for all.
-
-    Returns:
-        The tokens with their log-probabilities.
-    """
-    if mask is not None:
-        logits = mx.where(mask, logits, -mx.inf)
-    total = mx.logsumexp(logits, axis=-1, keepdims=True)
-    logprobs = logits - total
-    if sampler is not None:
-        return Draws(sampler(logprobs), logprobs, total)
-    tokens = mx.argmax(logits, axis=-1)  # a NaN or an infinity wins it
-    return Draws(tokens, logprobs, mx.take_along_axis(logits, tokens[:, None], axis=-1))
-
-
-def apply_processors(processors: Iterable[LogitsProcessor], ids: mx.array, logits: mx.array) -> mx.array:
-    """Logits [1, V] after each processor in turn; `ids` [S] are the tokens before them."""
-    for process in processors:
-        logits = process(ids, logits)
-    return logits
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        """Logits [1, V], of logits [1, V] and the tokens so far [S]."""
+        return self.process(tokens, logits)
 
 
 @dataclass(frozen=True)
@@ -151,26 +103,55 @@ class Sampler:
         """Tokens [B] for logits or log-probabilities [B, V]; `key` is a random key, by default MLX's global state."""
         if self.temp == 0:
             return mx.argmax(logits, axis=-1)
-        logits = logits.astype(mx.float32) / max(self.temp, _MIN_TEMP)
-        if 0 < self.top_k < logits.shape[-1]:
-            tokens = mx.argpartition(-logits, self.top_k - 1, axis=-1)[..., : self.top_k]
-            drawn = self._draw(mx.take_along_axis(logits, tokens, axis=-1), key)
-            return mx.take_along_axis(tokens, drawn[..., None], axis=-1)[..., 0]
-        return self._draw(logits, key)
+        return self.choose(self.tempered(logits), self.noise(logits.shape, key))
 
-    def _draw(self, logits: mx.array, key: mx.array | None) -> mx.array:
-        """Tokens [B] for tempered logits [B, V]."""
-        if self.min_p > 0:
-            floor = mx.max(logits, axis=-1, keepdims=True) + math.log(self.min_p)
-            allowed = mx.where(logits < floor, -math.inf, logits)
-        else:
-            allowed = logits
-        if not 0 < self.top_p < 1:
-            return mx.random.categorical(allowed, key=key)
+    def tempered(self, logits: mx.array) -> mx.array:
+        """Logits over the temperature, in float32."""
+        return logits.astype(mx.float32) / self.divisor
+
+    @property
+    def divisor(self) -> float:
+        """The temperature, far enough above 0 to divide by."""
+        return max(self.temp, _MIN_TEMP)
+
+    def noise(self, shape: tuple[int, ...], key: mx.array | None) -> mx.array:
+        """Random numbers that `choose` adds to logits of this shape, [B, V]; [B, top_k] where that many are kept."""
+        B, V = shape
+        return mx.random.gumbel((B, self.top_k if 0 < self.top_k < V else V), key=key)
+
+    def choose(self, logits: mx.array, noise: mx.array) -> mx.array:
+        """Tokens [B]: of the tempered logits [B, V] that are kept, the largest with its noise."""
+        if logits.shape == noise.shape:
+            return self._choose(logits, noise)
+        tokens = self.largest(logits)
+        drawn = self._choose(mx.take_along_axis(logits, tokens, axis=-1), noise)
+        return mx.take_along_axis(tokens, drawn[..., None], axis=-1)[..., 0]
+
+    def largest(self, logits: mx.array) -> mx.array:
+        """The `top_k` likeliest tokens [B, top_k], in the order of their ids."""
+        return mx.sort(mx.argpartition(-logits, self.top_k - 1, axis=-1)[..., : self.top_k], axis=-1)
+
+    def allowed(self, logits: mx.array) -> mx.array:
+        """Tempered logits, -inf where `min_p` cuts them off."""
+        if self.min_p == 0:
+            return logits
+        floor = mx.max(logits, axis=-1, keepdims=True) + math.log(self.min_p)
+        return mx.where(logits < floor, -math.inf, logits)
+
+    @property
+    def has_nucleus(self) -> bool:
+        """True if `top_p` cuts tokens off."""
+        return 0 < self.top_p < 1
+
+    def _choose(self, logits: mx.array, noise: mx.array) -> mx.array:
+        """`choose` without `top_k`."""
+        allowed = self.allowed(logits)
+        if not self.has_nucleus:
+            return mx.argmax(allowed + noise, axis=-1)
         tries = _MISS / math.log1p(-self.top_p)
-        if tries <= _MAX_TRIES and logits.shape[-1] > _BLOCK:
-            return _draw_from_nucleus(logits, allowed, self.top_p, math.ceil(tries), key)
-        return _draw_sorted(logits, allowed, self.top_p, key)
+        if tries <= _MAX_TRIES and logits.shape[-1] > _LONG:
+            return _choose_in_nucleus(logits, allowed + noise, self.top_p, math.ceil(tries))
+        return _choose_sorted(logits, allowed + noise, self.top_p)
 
 
 def make_sampler(
@@ -192,14 +173,24 @@ def make_sampler(
     if seed is None:
         return sampler
     check_whole("seed", seed, 0, SEED_LIMIT)
-    key = mx.random.key(seed)
+    return SeededSampler(sampler, mx.random.key(seed))
 
-    def seeded(logits: mx.array) -> mx.array:
-        nonlocal key
-        key, now = mx.random.split(key)
-        return sampler(logits, now)
 
-    return seeded
+@dataclass
+class SeededSampler:
+    """A sampler with random numbers of its own: each call takes the next key."""
+
+    sampler: Sampler
+    key: mx.array
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        """Tokens [B] for logits [B, V]."""
+        return self.sampler(logits, self.next_key())
+
+    def next_key(self) -> mx.array:
+        """The random key of the next draw."""
+        self.key, key = mx.random.split(self.key)
+        return key
 
 
 def make_logits_processors(
@@ -227,7 +218,7 @@ def make_logits_processors(
     """
     processors: list[LogitsProcessor] = []
     if logit_bias:
-        processors.append(_bias(logit_bias))
+        processors.append(Processor(_bias(logit_bias)))
     if repetition_penalty is not None:
         check_number("repetition_penalty", repetition_penalty, *REPETITION_PENALTY_RANGE)
         processors.append(_recent(repetition_context_size, "repetition_context_size", _repetition(repetition_penalty)))
@@ -242,28 +233,25 @@ def make_logits_processors(
     return processors
 
 
-def _draw_sorted(logits: mx.array, allowed: mx.array, top_p: float, key: mx.array | None) -> mx.array:
-    """Tokens [B] from the fewest logits [B, V] whose probability reaches top_p, restricted to the allowed ones."""
+def _choose_sorted(logits: mx.array, scores: mx.array, top_p: float) -> mx.array:
+    """Tokens [B] with the largest scores [B, V] among the fewest logits [B, V] whose probability reaches top_p."""
     order = mx.argsort(-logits, axis=-1)
     probs = mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1, precise=True)
     before = mx.cumsum(probs, axis=-1) - probs  # mass of all likelier tokens
-    nucleus = mx.where(before < top_p, mx.take_along_axis(allowed, order, axis=-1), -math.inf)
-    drawn = mx.random.categorical(nucleus, key=key)
-    return mx.take_along_axis(order, drawn[..., None], axis=-1)[..., 0]
+    kept = mx.where(before < top_p, mx.take_along_axis(scores, order, axis=-1), -math.inf)
+    return mx.take_along_axis(order, mx.argmax(kept, axis=-1, keepdims=True), axis=-1)[..., 0]
 
 
-def _draw_from_nucleus(
-    logits: mx.array, allowed: mx.array, top_p: float, tries: int, key: mx.array | None
-) -> mx.array:
-    """`_draw_sorted` without the sort.
+def _choose_in_nucleus(logits: mx.array, scores: mx.array, top_p: float, tries: int) -> mx.array:
+    """`_choose_sorted` without the sort of all logits.
 
-    A token drawn from the whole vocabulary lies in the nucleus if the likelier tokens sum to less than top_p, which has
-    a probability of top_p or more. Several are drawn at once, and the first in the nucleus is taken. Equally likely
-    tokens are ordered by id.
+    The token with the largest score lies in the nucleus if the likelier tokens sum to less than top_p, which has a
+    probability of top_p or more; so does the next one, if it does not. The first of several in the nucleus is taken.
+    Equally likely tokens are ordered by id.
     """
     probs = mx.softmax(logits, axis=-1)
-    weights = probs if allowed is logits else mx.where(allowed == -math.inf, 0.0, probs)
-    drawn = _draw_by_weight(weights, tries, key)  # [B, N]
+    drawn = likeliest(scores, tries)  # [B, N]
+    drawn = mx.take_along_axis(drawn, mx.argsort(-mx.take_along_axis(scores, drawn, axis=-1), axis=-1), axis=-1)
     own = mx.take_along_axis(probs, drawn, axis=-1)
     inside = _mass_before(probs[:, None], own[..., None], drawn[..., None]) < top_p
     first = mx.argmax(inside, axis=-1, keepdims=True)
@@ -277,18 +265,6 @@ def _mass_before(probs: mx.array, own: mx.array, token: mx.array) -> mx.array:
     ids = mx.arange(probs.shape[-1])
     before = (probs > own) | ((probs == own) & (ids < token))
     return mx.where(before, probs, 0.0).sum(axis=-1)
-
-
-def _draw_by_weight(weights: mx.array, n: int, key: mx.array | None) -> mx.array:
-    """Draws n tokens [B, n] by weights [B, V]: first a block of ids, then one within it, which loses no precision."""
-    B, V = weights.shape
-    blocks = mx.pad(weights, [(0, 0), (0, -V % _BLOCK)]).reshape(B, -1, _BLOCK)
-    at, within = mx.random.uniform(shape=(2, B, n, 1), key=key)
-    totals = mx.cumsum(blocks.sum(axis=-1), axis=-1)[:, None]  # [B, 1, V / block]
-    block = mx.minimum((totals <= at * totals[..., -1:]).sum(axis=-1), blocks.shape[1] - 1)  # [B, n]
-    inside = mx.cumsum(mx.take_along_axis(blocks, block[..., None], axis=1), axis=-1)  # [B, n, block]
-    offset = (inside <= within * inside[..., -1:]).sum(axis=-1)
-    return mx.minimum(block * _BLOCK + offset, V - 1)
 
 
 def _bias(logit_bias: Mapping[int, float]) -> LogitsProcessor:
@@ -313,7 +289,7 @@ def _recent(size: int, name: str, change: Callable[[mx.array, mx.array], mx.arra
         counts = mx.zeros(logits.shape[-1]).at[tokens[-size:]].add(1)
         return change(counts, logits)
 
-    return process
+    return Processor(process)
 
 
 def _repetition(penalty: float) -> Callable[[mx.array, mx.array], mx.array]:

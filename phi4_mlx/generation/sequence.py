@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import mlx.core as mx
 
 from phi4_mlx.generation.memory import cache_bytes
-from phi4_mlx.generation.options import LogitsMask
-from phi4_mlx.generation.sampling import Draw, LogitsProcessor
+from phi4_mlx.generation.options import LogitsMask, RowProposer
+from phi4_mlx.generation.sampling import Draw, LogitsProcessor, Sampler
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime
@@ -31,7 +32,13 @@ class BatchSequence:
         cache: of the first ids; None for none. Taken over, and changed.
         last_turn: tokens before the last turn, where a snapshot lets other prompts branch off; 0 if unknown.
         adapter: the user's adapter of all its tokens, by name; None for that of its media, or for the base alone.
+        kv_bits: 4 or 8 quantises its keys and values; None does not. A `cache` that is given must have the same.
+        priority: a sequence of a lower number starts sooner, and takes the place of a running one of a higher number.
+        proposer: guesses its next tokens; None for no guesses.
+        end_ids: ends of an answer, which are never guessed.
         restarts: times that its rows were lost to a failure of a whole step.
+        cost: bytes that its context takes.
+        arrival: its number in the order of arrival; set by the batch.
     """
 
     model: LanguageModel
@@ -43,10 +50,17 @@ class BatchSequence:
     cache: PromptCache | None = None
     last_turn: int = 0
     adapter: str | None = None
+    kv_bits: int | None = None
+    priority: int = 0
+    proposer: RowProposer | None = None
+    end_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.ids)
         self.restarts = 0
+        self.cost = self.model.context_cost(self.kv_bits)
+        self.arrival = 0
+        self._told = 0  # ids that the proposer knows
 
     @property
     def drawn(self) -> int:
@@ -59,14 +73,50 @@ class BatchSequence:
         return self.model.regime(len(self.ids))
 
     @property
+    def line(self) -> tuple[int, int]:
+        """Its place among other sequences; the lowest is served first."""
+        return self.priority, self.arrival
+
+    @property
     def nbytes(self) -> int:
-        """Bytes that a cache of all its ids takes, in whole buffers, and its snapshots."""
-        return cache_bytes(self.model.context_cost(), len(self.ids))
+        """Bytes that a cache of all its ids takes, in whole buffers, with its snapshots and those of its proposer."""
+        return cache_bytes(self.cost, len(self.ids)) + self.proposer_bytes
+
+    @property
+    def proposer_bytes(self) -> int:
+        """Bytes that its proposer keeps."""
+        return self.proposer.nbytes(len(self.ids)) if self.proposer is not None else 0
 
     @property
     def is_greedy(self) -> bool:
         """True if it takes the likeliest token of unchanged logits."""
-        return self.sampler is None and not self.processors and self.logits_mask is None
+        likeliest = self.sampler is None or (isinstance(self.sampler, Sampler) and self.sampler.temp == 0)
+        return likeliest and not self.processors and self.logits_mask is None
+
+    def new_cache(self) -> PromptCache:
+        """An empty cache of the kind that it needs."""
+        return self.model.make_cache(kv_bits=self.kv_bits)
+
+    def inform(self) -> None:
+        """Tells the proposer of the ids that it does not know."""
+        assert self.proposer is not None
+        if self._told:
+            self.proposer.extend(self.ids[self._told :])
+        else:
+            self.proposer.begin(self.ids)
+        self._told = len(self.ids)
+
+    def guesses(self, most: int) -> list[int]:
+        """Up to `most` tokens that may come next; neither the end of an answer nor a slot of a picture."""
+        assert self.proposer is not None
+        never = self.end_ids | self.model.slot_ids
+        return [*takewhile(lambda token: token not in never, self.proposer.ahead(most))]
+
+    def rest(self) -> None:
+        """Frees its cache and that of its proposer, until it is prefilled again."""
+        self.cache, self._told = None, 0
+        if self.proposer is not None:
+            self.proposer.begin(())
 
     def take(self, token: int) -> list[int] | None:
         """Appends a drawn token; returns it with the tokens that a grammar forces after it.
@@ -82,7 +132,8 @@ class BatchSequence:
 
     def repeats(self, other: BatchSequence) -> bool:
         """True if a cache of all ids of `other` is one of its own ids."""
-        return (self.model, self.adapter) == (other.model, other.adapter) and self.ids == other.ids
+        same = self.model is other.model and (self.adapter, self.kv_bits) == (other.adapter, other.kv_bits)
+        return same and self.ids == other.ids
 
     def in_step(self, length: int, regime: Regime) -> bool:
         """True if a cache of that length and regime continues one token at a time."""

@@ -14,8 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import mlx.core as mx
+
 from phi4_mlx.errors import RequestError
-from phi4_mlx.generation.steps import generate_step
+from phi4_mlx.generation.memory import cache_bytes
+from phi4_mlx.generation.steps import finish_chunk, generate_step
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.safe import safe
 from phi4_mlx.tokens.prompt import Prompt
@@ -26,8 +29,12 @@ MAX_GUESSES = 16  # a pass; half of them would have to hold to pay for more
 MIN_GAIN = 1.05  # expected gain of a guess, to cover its bookkeeping
 NGRAM = 2  # tokens that an earlier place must share with the end
 CANDIDATES = 16  # earlier places examined, the latest first
+DRAFT_CHANCE = 0.8  # that a guess of a draft model holds, before any has been tried
+READ_AT_ONCE = 64  # tokens that a draft model reads at once before it guesses; more are a prefill in chunks
 LONGEST = 32  # shared tokens beyond which a longer match is not better
 DECAY = 0.9  # weight of past measurements at the next one
+PRIOR = 0.5  # passes that a further token is taken to cost before it is measured; the worst case, on a CPU
+FORGET = 256  # passes without a guess, after which the prior counts again: a machine is not busy forever
 
 
 class Pace:
@@ -41,7 +48,8 @@ class Pace:
     def __init__(self, timed: bool):
         self.timed = timed
         self._step_s = 0.0
-        self._further = 0.5 if timed else 0.1  # in passes; half of one is the worst case, on a CPU
+        self._further = PRIOR if timed else 0.1  # in passes
+        self._plain = 0  # passes of one token since the last longer one
 
     def took(self, tokens: int, seconds: float) -> None:
         """Records the wall time of a pass over `tokens` tokens."""
@@ -50,9 +58,18 @@ class Pace:
         if tokens == 1:
             # The fastest recent pass: passes are often delayed, never too fast.
             self._step_s = min(seconds, self._step_s / DECAY) if self._step_s else seconds
+            self._plain += 1
+            if self._plain == FORGET:
+                self._plain, self._further = 0, min(self._further, PRIOR)
         elif self._step_s:
+            self._plain = 0
             further = (seconds / self._step_s - 1) / (tokens - 1)
             self._further = DECAY * self._further + (1 - DECAY) * min(max(further, 0.0), 2.0)
+
+    @property
+    def known(self) -> bool:
+        """True unless the time of a pass of one token is still to be measured."""
+        return not self.timed or self._step_s > 0
 
     def length(self, chance: float, most: int) -> int:
         """The number of guesses with the most expected tokens a second; 0 if guessing does not pay.
@@ -61,11 +78,20 @@ class Pace:
             chance: probability that a guess holds if those before it did.
             most: upper limit.
         """
-        best, gain, tokens = 0, MIN_GAIN, 1.0
-        for n in range(1, min(most, MAX_GUESSES) + 1):
-            tokens += chance**n
-            if (promised := tokens / (1 + n * self._further)) > gain:
-                best, gain = n, promised
+        return self.further([[chance**n for n in range(1, most + 1)]], min(most, MAX_GUESSES))
+
+    def further(self, gains: Sequence[Sequence[float]], most: int) -> int:
+        """`length` of rows that share a pass.
+
+        Args:
+            gains: for each row, the probability of each further token that the pass makes it final.
+            most: upper limit.
+        """
+        best, gain, tokens = 0, MIN_GAIN * len(gains), float(len(gains))
+        for n in range(most):
+            tokens += sum(row[n] for row in gains if n < len(row))
+            if (promised := tokens / (1 + (n + 1) * self._further)) > gain:
+                best, gain = n + 1, promised
         return best
 
 
@@ -134,12 +160,27 @@ class PromptLookup:
 
     def guess(self, most: int) -> list[int]:
         """See `Proposer.guess`."""
-        if self._source < 0:
-            return []
+        return self.ahead(self.pace.length(self._rate.chance, most)) if self._source >= 0 else []
+
+    @property
+    def chance(self) -> float:
+        """See `RowProposer.chance`."""
+        return self._rate.chance if self._source >= 0 else 0.0
+
+    def ahead(self, n: int) -> list[int]:
+        """See `RowProposer.ahead`."""
         guesses: list[int] = []
-        for at in range(self._source, self._source + self.pace.length(self._rate.chance, most)):
+        for at in range(self._source, self._source + n):
             guesses.append(self._ids[at] if at < len(self._ids) else guesses[at - len(self._ids)])
         return guesses
+
+    def read(self, most: int) -> bool:
+        """True: it has read everything that it knows of."""
+        return True
+
+    def nbytes(self, length: int) -> int:
+        """0: a few numbers a token."""
+        return 0
 
     @property
     def _rate(self) -> _Rate:
@@ -182,7 +223,7 @@ class DraftModel:
     def __init__(self, draft: LanguageModel, timed: bool = True):
         self.draft, self.pace = draft, Pace(timed)
         self._cache = draft.make_cache()
-        self._rate = _Rate(0.8)
+        self._rate = _Rate(DRAFT_CHANCE)
         self._ids: list[int] = []
         self._guesses: list[int] = []
         self._since = 0  # tokens since the last guess
@@ -190,6 +231,8 @@ class DraftModel:
     def begin(self, ids: Sequence[int]) -> None:
         """See `Proposer.begin`."""
         self._ids, self._guesses = [*ids], []
+        if not ids:
+            self._cache = self.draft.make_cache()
 
     def extend(self, tokens: Sequence[int]) -> None:
         """See `Proposer.extend`."""
@@ -212,7 +255,36 @@ class DraftModel:
 
     def guess(self, most: int) -> list[int]:
         """See `Proposer.guess`."""
-        n = min(most, max(1, self.pace.length(self._rate.chance, most)), self._room)
+        return self.ahead(min(most, max(1, self.pace.length(self._rate.chance, most))))
+
+    @property
+    def chance(self) -> float:
+        """See `RowProposer.chance`; where its guesses failed it tries again after a while."""
+        if self._room < 1:
+            return 0.0
+        return max(self._rate.chance, DRAFT_CHANCE) if self._since >= self.RETRY else self._rate.chance
+
+    def read(self, most: int) -> bool:
+        """See `RowProposer.read`."""
+        changes = self._cache.offset > 0 and self._cache.regime != self.draft.regime(len(self._ids) + 1)
+        rest = self._ids if changes else self._cache.reuse(self._ids)
+        if len(rest) <= READ_AT_ONCE:
+            return True
+        if most > 0:
+            if changes or not self._cache.offset:
+                self._cache = self.draft.make_cache()
+                self._cache.admit(mx.array([self._ids]))  # sets the RoPE table of the whole length
+            self.draft.hidden(mx.array([rest[:most]]), self._cache, rows=1)
+            finish_chunk(self._cache, self._cache.needs_snapshots)
+        return False
+
+    def nbytes(self, length: int) -> int:
+        """The bytes of the draft's cache."""
+        return cache_bytes(self.draft.context_cost(), length)
+
+    def ahead(self, n: int) -> list[int]:
+        """See `RowProposer.ahead`."""
+        n = min(n, self._room)
         if n < 1:
             return []
         new = Prompt(self._cache.reuse(self._ids))  # without media: a guess may be wrong

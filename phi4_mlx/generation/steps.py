@@ -15,12 +15,14 @@ from operator import index
 import mlx.core as mx
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.generation.draws import Draws, Logits, apply_processors, arrays_of, draw, joined, wanted
 from phi4_mlx.generation.memory import PREFILL_STEP_SIZE
 from phi4_mlx.generation.options import DecodeOptions, LogitsMask, Progress, Proposer
-from phi4_mlx.generation.sampling import Draw, Draws, LogitsProcessor, apply_processors, draw
+from phi4_mlx.generation.sampling import Draw, LogitsProcessor
 from phi4_mlx.models.cache import REWIND
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.queued import queue
 from phi4_mlx.models.safe import safe
 from phi4_mlx.models.shared_stream import shared_stream
 from phi4_mlx.tokens.prefix import shared_length
@@ -172,7 +174,7 @@ class _Passes:
     def __post_init__(self) -> None:
         self._processors = list(self.options.logits_processors or ())
 
-    def advance(self, ids: mx.array, rows: int, decoding: bool) -> mx.array:
+    def advance(self, ids: mx.array, rows: int, decoding: bool) -> Logits:
         """Runs ids [1, T] in chunks, at a RoPE crossing the whole sequence; the logits of the last `rows` positions."""
         T, cache, step_size = ids.shape[1], self.cache, self.options.prefill_step_size
         one_more = T == 1 and cache.offset > 0
@@ -193,9 +195,9 @@ class _Passes:
                 finish_chunk(cache, snapshots)
                 if progress:
                     progress(stop, total)
-        logits = self.model.logits(hidden)[0]
+        logits = self.model.candidates(hidden, *wanted([self.options.sampler]))
         if progress:
-            mx.eval(logits)
+            mx.eval(arrays_of(logits))
             progress(total, total)
         return logits
 
@@ -204,19 +206,19 @@ class _Passes:
         taken = self.cache.trim(n)
         assert taken == n, f"the cache took back {taken} of {n} tokens"
 
-    def draw(self, logits: mx.array, row: int | None = None, mask: mx.array | None = None) -> Draws:
+    def draw(self, logits: Logits, row: int | None = None, mask: mx.array | None = None) -> Draws:
         """Tokens for the logits [n, V] of a pass, or for one of its rows."""
-        rows = range(logits.shape[0]) if row is None else [row]
+        rows = range(len(logits)) if row is None else [row]
         if self._processors:
-            logits = mx.concatenate([self._processed(logits, each) for each in rows])
+            logits = joined([self._processed(logits, each) for each in rows])
         elif row is not None:
             logits = logits[row : row + 1]
         return draw(logits, self.options.sampler, mask)
 
-    def _processed(self, logits: mx.array, row: int) -> mx.array:
+    def _processed(self, logits: Logits, row: int) -> Logits:
         """One row of the logits, processed with the tokens before it."""
         ids = self.cache.ids[0]
-        before = ids[: ids.shape[0] - (logits.shape[0] - 1 - row)]
+        before = ids[: ids.shape[0] - (len(logits) - 1 - row)]
         return apply_processors(self._processors, before, logits[row : row + 1])
 
 
@@ -302,7 +304,7 @@ def _masked_steps(
         start = time.perf_counter()
         guesses = _guesses(proposer, passes, left - 1, len(unread)) if proposer is not None and count else []
         logits = passes.advance(mx.array([[*unread, *guesses]], mx.int32), 1 + len(guesses), count > 0)
-        mx.async_eval(logits)
+        queue(arrays_of(logits))
         first = passes.draw(logits, 0, logits_mask.mask())  # the host computes the mask while the device runs
         first.queue()
         yield from waiting
@@ -337,7 +339,7 @@ def _guesses(proposer: Proposer, passes: _Passes, most: int, unread: int) -> lis
 
 
 def _accepted(
-    draws: Draws, logits: mx.array, row: int, passes: _Passes, logits_mask: LogitsMask
+    draws: Draws, logits: Logits, row: int, passes: _Passes, logits_mask: LogitsMask
 ) -> list[Drawn]:
     """The first token drawn from a row of the logits that the mask accepts, and the tokens it forces."""
     while (forced := logits_mask.accept(number := draws.numbers()[0])) is None:

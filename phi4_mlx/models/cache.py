@@ -67,6 +67,10 @@ class LayerCache(Protocol):
     def rewindable(self) -> bool:
         """True if the tokens of a pass of at most `REWIND` can be taken back after it; speculation needs that."""
 
+    @property
+    def rewinds_rows(self) -> bool:
+        """True if `state` has a column a token, so that each row of a batch can take back its own number of tokens."""
+
     def can_trim(self, n: int) -> bool:
         """True if the last n tokens can be taken back now."""
 
@@ -224,6 +228,8 @@ class KVCache:
     def rewindable(self) -> bool:
         """True without a `max_size`: dropped tokens do not come back."""
         return self.max_size is None
+
+    rewinds_rows = rewindable
 
     def can_trim(self, n: int) -> bool:
         """True if the last n tokens can be taken back now."""

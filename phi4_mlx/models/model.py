@@ -106,7 +106,7 @@ class LanguageModel(nn.Module, ABC):
         Args:
             hidden: [..., D], n rows in all.
             count: of each rank, where the head is split over ranks: the likeliest that a draw will probably look at.
-            temps: the temperature of each row; 1 for all if empty.
+            temps: the temperature of each row, or one for all; 1 if empty.
 
         Returns:
             All logits [n, V]; where the head is split, those that were gathered.
@@ -211,9 +211,9 @@ class LanguageModel(nn.Module, ABC):
         options = CacheOptions(regime, kv_bits, max_kv_size)
         return PromptCache(self.layer_caches(options), self.boundary, options)
 
-    def make_batch_cache(self, regime: Regime) -> BatchCache:
-        """An empty cache for rows of several sequences, all under one RoPE table."""
-        return BatchCache(self.layer_caches(CacheOptions(regime)), regime)
+    def make_batch_cache(self, regime: Regime, kv_bits: int | None = None) -> BatchCache:
+        """An empty cache for rows of several sequences, all under one RoPE table and with the same `kv_bits`."""
+        return BatchCache(self.layer_caches(CacheOptions(regime, kv_bits)), regime)
 
     def regime(self, length: int) -> Regime:
         """The RoPE table that a sequence of `length` tokens needs."""

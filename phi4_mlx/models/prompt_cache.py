@@ -158,12 +158,16 @@ class PromptCache(LayerCaches):
 
     def keep_shared(self, ids: Sequence[int]) -> int:
         """Keeps the longest reusable prefix that the cached tokens share with `ids`; returns its length."""
+        kept = self.shared_with(ids)
+        self.truncate(kept)
+        self._cached.name(cut(places_of(ids), 0, kept))  # in place of absent ones
+        return kept
+
+    def shared_with(self, ids: Sequence[int]) -> int:
+        """The length of the longest reusable prefix that the cached tokens share with `ids`."""
         places = places_of(ids)
         serves = self.serves(places, self.regime)
-        kept = self.reusable(shared_length(self.keys, keys_of(ids, places)) if serves else 0)
-        self.truncate(kept)
-        self._cached.name(cut(places, 0, kept))  # in place of absent ones
-        return kept
+        return self.reusable(shared_length(self.keys, keys_of(ids, places)) if serves else 0)
 
     def forget_media(self) -> None:
         """Keeps the identity of media alone, in place of their pixels and features."""

@@ -34,7 +34,7 @@ def top(logits: mx.array, count: int, first: int, temps: Sequence[float] = ()) -
         logits: float32 [n, V of the rank].
         count: of the likeliest, at most V of the rank.
         first: the id of the first logit.
-        temps: the temperature of each row, for the mass of the others; 1 for all if empty.
+        temps: the temperature of each row, or one for all, for the mass of the others; 1 if empty.
 
     Returns:
         float32 [n, 2 count + 2]: their values, their ids, and the log-sum-exp of the others at temperature 1 and at the
@@ -73,7 +73,7 @@ class SplitLogits:
         model: has the head.
         hidden: what the logits are of, [..., D].
         gathered: what `top` found on each rank, [size, rows of hidden, 2 count + 2].
-        temps: of the rows of `hidden`, for the mass of the others; 1 for all if empty.
+        temps: of the rows of `hidden`, or one for all, for the mass of the others; 1 if empty.
         parts: the range of ids of each rank.
         rows: the rows of `hidden` that this is about.
         changes: of the logits of each row; None for none.
@@ -124,7 +124,7 @@ class SplitLogits:
     @property
     def count(self) -> int:
         """Logits known of each rank."""
-        return (self.gathered.shape[2] - 2) // 2
+        return int(self.gathered.shape[2] - 2) // 2
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -142,7 +142,7 @@ class SplitLogits:
 
     @property
     def others(self) -> tuple[mx.array, mx.array]:
-        """The log-sum-exp of all unchanged logits that are not known: at temperature 1 and at the row's, [n, 1] each."""
+        """The log-sum-exp of the unchanged logits that are not known, at temperature 1 and at the row's, [n, 1] each."""
         masses = mx.logsumexp(self.gathered[:, mx.array(self.rows), -2:], axis=0)
         return masses[:, :1], masses[:, 1:]
 

@@ -126,7 +126,7 @@ class SplitMLP(text.MLP):
 
 
 class SplitEmbedding(nn.Module):
-    """The rows of an embedding that one rank has; a token of another rank's is zero here, and the ranks are added up."""
+    """One rank's rows of an embedding: tokens of other ranks are zero, and the ranks are added up."""
 
     traceable = True
     _group: mx.distributed.Group
@@ -174,10 +174,12 @@ class TensorParallel(CausalLM):
         return [part_of(V, rank, size, VOCABULARY_UNIT) for rank in range(size)]
 
 
-@functools.cache
-def _split(kind: type[nn.Module]) -> type[nn.Module]:
-    """The split form of a dense or quantised embedding; one type, so that compiled steps share a trace."""
-    return type(f"Split{kind.__name__}", (SplitEmbedding, kind), {})
+class SplitDenseEmbedding(SplitEmbedding, nn.Embedding):
+    """A dense one."""
+
+
+class SplitQuantizedEmbedding(SplitEmbedding, nn.QuantizedEmbedding):
+    """A quantised one."""
 
 
 def as_part(model: CausalLM, config: ModelConfig, share: Share, group: mx.distributed.Group) -> None:
@@ -195,7 +197,8 @@ def as_part(model: CausalLM, config: ModelConfig, share: Share, group: mx.distri
         for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
             linear.add_up = functools.partial(mx.distributed.all_sum, group=group)
     embedding = model.model.embed_tokens
-    embedding.__class__, embedding._group = _split(type(embedding)), group
+    kind = SplitQuantizedEmbedding if isinstance(embedding, nn.QuantizedEmbedding) else SplitDenseEmbedding
+    embedding.__class__, embedding._group = kind, group
     embedding.first = part_of(config.vocab_size, share.rank, share.size, VOCABULARY_UNIT)[0]
     shapes = {**vars(model.config), "vocab_size": config.vocab_size}
     model.config, model._group = ModelConfig(**shapes), group

@@ -152,8 +152,8 @@ class Follower:
     def _cache(self, number: int, kv_bits: int | None, max_kv_size: int | None) -> None:
         self.held[number] = HeldCache(self._model.make_cache(None, kv_bits, max_kv_size), RunningDigest())
 
-    def _batch(self, number: int, regime: Any) -> None:
-        self.held[number] = HeldBatch(self._model.make_batch_cache(regime), [])
+    def _batch(self, number: int, regime: Any, kv_bits: int | None) -> None:
+        self.held[number] = HeldBatch(self._model.make_batch_cache(regime, kv_bits), [])
 
     def _drop(self, number: int) -> None:
         self.held.pop(number, None)
@@ -189,6 +189,12 @@ class Follower:
         for layer, state in zip(held.cache, batch.cache.row(row), strict=True):
             layer.state = state
         held.digest = batch.digests[row].copy()
+
+    def _take_back(self, number: int, counts: list[int]) -> None:
+        batch = self.held[number]
+        batch.cache.take_back(counts)
+        for digest, count in zip(batch.digests, counts, strict=True):
+            digest.cut(len(digest) - count)
 
     def _keep(self, number: int, rows: list[int]) -> None:
         batch = self.held[number]

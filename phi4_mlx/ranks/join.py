@@ -97,7 +97,13 @@ class Ranks:
             )
 
     def tell(
-        self, command: Mapping[str, JSON], counter: int | None = None, tokens: int = 1, *, rank: int | None = None
+        self,
+        command: Mapping[str, JSON],
+        counter: int | None = None,
+        tokens: int = 1,
+        *,
+        new: bool = False,
+        rank: int | None = None,
     ) -> None:
         """Sends a command to all followers; of the leader.
 
@@ -106,10 +112,11 @@ class Ranks:
             counter: of an operation whose end each follower reports by `done`; the watcher ends the job if a follower
                 takes far longer than for any operation before. None for a command without such a report.
             tokens: how many tokens the operation runs, the measure of its length.
+            new: kernels may have to be compiled for the operation, so that no earlier one says how long it takes.
             rank: the only follower that it is for; None for all.
         """
         if counter is not None:
-            self._watching.told(counter, tokens)
+            self._watching.told(counter, tokens, new)
         for follower, channel in self._met.commands.items():
             if rank in (None, follower):
                 self._send(channel, {"command": dict(command)})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
@@ -23,7 +23,6 @@ from phi4_mlx.models.snapshot import Snapshot
 from phi4_mlx.models.split_logits import LEAST, SplitLogits
 from phi4_mlx.ranks.digest import RunningDigest, columns
 
-
 Read = list[Any]
 """What is read of hidden states: the name of a model's method, and its further arguments."""
 
@@ -31,7 +30,9 @@ Read = list[Any]
 class Tells(Protocol):
     """The leader's end of the side channel; `phi4_mlx.ranks.join.Ranks` in a job."""
 
-    def tell(self, command: Mapping[str, Any], counter: int | None = None, tokens: int = 1) -> None:
+    def tell(
+        self, command: Mapping[str, Any], counter: int | None = None, tokens: int = 1, *, new: bool = False
+    ) -> None:
         """Sends a command to all followers, and expects that they have done it in due time."""
 
     def end(self, line: str) -> NoReturn:
@@ -59,6 +60,7 @@ class Leader:
         self._cache: weakref.ref[LedPromptCache | LedBatchCache] | None = None  # of that pass
         self._read: Read | None = None  # what was last read of its hidden states,
         self._found: mx.array | SplitLogits | None = None  # and the result
+        self._known: Counter[str] = Counter()  # kinds of operations
 
     def note(self, name: str, *values: Any) -> None:
         """Queues a change of a cache; see `Follower`."""
@@ -163,7 +165,16 @@ class Leader:
         while self._changes:
             changes.append(self._changes.popleft())
         self.counter += 1
-        self._ranks.tell({"number": self.counter, "changes": changes, **command}, self.counter, tokens)
+        told = {"number": self.counter, "changes": changes, **command}
+        self._ranks.tell(told, self.counter, tokens, new=self._is_new(command))
+
+    def _is_new(self, command: Mapping[str, Any]) -> bool:
+        """True for the first operations of a kind: kernels are compiled, for steps at the second."""
+        ids, (regime, adapters) = command.get("ids"), command.get("under") or ("", [])
+        shape = ids and (len(ids), len(ids[0]) == 1)
+        kind = str((command["read"] and command["read"][0], regime, sorted({*map(str, adapters)}), shape))
+        self._known[kind] += 1
+        return self._known[kind] <= 2
 
 
 def arrays_of(found: mx.array | SplitLogits) -> mx.array:
@@ -218,7 +229,7 @@ class LedModel(LanguageModel):
         return self.leader.read(self, ["candidates", count, [*temps]], hidden)
 
     def own(self, read: Read, hidden: mx.array) -> mx.array | SplitLogits:
-        """The result of `logits` or `candidates` as the model computes it, queued; other ranks may have a part of it."""
+        """The result of `logits` or `candidates` by the model itself, queued; other ranks may have a part of it."""
         name, *arguments = read
         found: mx.array | SplitLogits = getattr(super(), name)(hidden, *arguments)
         mx.async_eval(arrays_of(found))
@@ -233,11 +244,11 @@ class LedModel(LanguageModel):
         self.leader.note("cache", led.number, kv_bits, max_kv_size)
         return led
 
-    def make_batch_cache(self, regime: Regime) -> BatchCache:
+    def make_batch_cache(self, regime: Regime, kv_bits: int | None = None) -> BatchCache:
         """See `LanguageModel.make_batch_cache`."""
-        led = LedBatchCache(super().make_batch_cache(regime), regime)
+        led = LedBatchCache(super().make_batch_cache(regime, kv_bits), regime)
         led.leader, led.number, led.digests = self.leader, self.leader.number(led), []
-        self.leader.note("batch", led.number, regime)
+        self.leader.note("batch", led.number, regime, kv_bits)
         return led
 
 
@@ -351,6 +362,13 @@ class LedBatchCache(BatchCache):
         self.leader.note("row", self.number, number, cache.number)
         cache.digest = self.digests[number].copy()
         return super().copy_row(number, ids, cache)
+
+    def take_back(self, counts: Sequence[int]) -> None:
+        """See `BatchCache.take_back`."""
+        self.leader.note("take_back", self.number, [*counts])
+        super().take_back(counts)
+        for digest, count in zip(self.digests, counts, strict=True):
+            digest.cut(len(digest) - count)
 
     def keep(self, rows: list[int]) -> None:
         """See `BatchCache.keep`."""

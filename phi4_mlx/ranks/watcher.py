@@ -41,7 +41,7 @@ OPERATION_S = 8.0
 """Least limit of an operation that has no more tokens than one before it."""
 
 FIRST_OPERATION_S = 180.0
-"""Least limit of an operation with more tokens than all before it: kernels are compiled, and the weights are read."""
+"""Least limit of an operation of a new kind, or with more tokens than all before it: kernels are compiled."""
 
 AFTER_IDLE_S = 60.0
 """Least limit of an operation after `IDLE_S` without one: the machine may have moved the weights out of memory."""
@@ -59,23 +59,23 @@ class Progress:
     """The operations that run, and how long they may take. Times are in seconds, of any clock."""
 
     def __init__(self) -> None:
-        self._running: deque[tuple[int, int]] = deque()  # (counter, tokens)
+        self._running: deque[tuple[int, int, bool]] = deque()  # (counter, tokens, new)
         self._since = 0.0  # when the first of them began
         self._idle_since = 0.0
         self._after_idle = False
         self._most_tokens = 0
         self._longest_s = 0.0
 
-    def told(self, counter: int, tokens: int, now: float) -> None:
+    def told(self, counter: int, tokens: int, now: float, new: bool = False) -> None:
         """An operation begins, after those before it."""
         if not self._running:
             self._since, self._after_idle = now, now - self._idle_since > IDLE_S
-        self._running.append((counter, max(tokens, 1)))
+        self._running.append((counter, max(tokens, 1), new))
 
     def done(self, counter: int, now: float) -> None:
         """All ranks have done the operations up to this one."""
         while self._running and self._running[0][0] <= counter:
-            _, tokens = self._running.popleft()
+            _, tokens, _ = self._running.popleft()
             self._most_tokens = max(self._most_tokens, tokens)
             self._longest_s = max(self._longest_s, now - self._since)
             self._since = self._idle_since = now
@@ -87,10 +87,10 @@ class Progress:
 
     def limit_s(self) -> float:
         """How long the operation that runs may take."""
-        tokens = self._running[0][1] if self._running else 0
-        if tokens <= self._most_tokens:
+        _, tokens, new = self._running[0] if self._running else (0, 0, False)
+        if tokens <= self._most_tokens and not new:
             return max(AFTER_IDLE_S if self._after_idle else OPERATION_S, TIMES_LONGER * self._longest_s)
-        growth = tokens / self._most_tokens if self._most_tokens else 1.0
+        growth = max(1.0, tokens / self._most_tokens) if self._most_tokens else 1.0
         return max(FIRST_OPERATION_S, TIMES_LONGER * self._longest_s * growth)
 
     def overdue(self, now: float) -> tuple[int, float] | None:
@@ -201,7 +201,7 @@ class Watcher:
             return
         for said in lines:
             if "told" in said:
-                self._progress.told(said["told"], said["tokens"], now)
+                self._progress.told(said["told"], said["tokens"], now, said["new"])
             elif "done" in said:
                 self._own_done = max(self._own_done, said["done"])
             elif "opening" in said:

@@ -50,9 +50,9 @@ class Watching:
             each.close()
         threading.Thread(target=self._obey, daemon=True).start()
 
-    def told(self, counter: int, tokens: int) -> None:
+    def told(self, counter: int, tokens: int, new: bool) -> None:
         """The leader has told the followers to run an operation."""
-        self._say({"told": counter, "tokens": tokens})
+        self._say({"told": counter, "tokens": tokens, "new": new})
 
     def done(self, counter: int) -> None:
         """This follower has run an operation."""

@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phi4_mlx.errors import Phi4Error, RequestError
-from phi4_mlx.server.options import KEY_VARIABLE, add_access_options, add_limit_options, add_log_option
+from phi4_mlx.server.options import (
+    KEY_VARIABLE,
+    add_access_options,
+    add_decoding_options,
+    add_limit_options,
+    add_log_option,
+)
 from phi4_mlx.terminal.command import (
     INTERRUPTED,
     OUR_MISTAKE,
@@ -28,7 +34,13 @@ from phi4_mlx.terminal.command import (
     typed,
     word,
 )
-from phi4_mlx.terminal.options import add_model_options, add_parallel_option, add_tool_options, advised
+from phi4_mlx.terminal.options import (
+    add_model_options,
+    add_parallel_option,
+    add_tool_options,
+    advised,
+    check_speculation_options,
+)
 
 if TYPE_CHECKING:
     from phi4_mlx.server.engine.engine import Settings
@@ -60,17 +72,19 @@ def _parser() -> Parser:
         help="folder of LoRA adapters that clients may name as the model (default: none)",
     )  # fmt: skip
     add_limit_options(parser)
+    add_decoding_options(parser)
     add_tool_options(parser, "the chat page may run, each call after a question; API clients do not see them")
     add_log_option(parser)
     return parser
 
 
 def _serve(args: argparse.Namespace) -> None:
-    from phi4_mlx.ranks.session import is_follower, open_session
+    from phi4_mlx.ranks.session import check_over_ranks, is_follower, open_session
     from phi4_mlx.server.guard import is_loopback
     from phi4_mlx.server.log import logging_to
     from phi4_mlx.server.tools import opened_toolbox
 
+    check_over_ranks(args, "prompt_cache_dir")
     if is_follower():
         with open_session(_settings(args).model_options):
             raise AssertionError("a follower does not come here")
@@ -184,8 +198,12 @@ def _served(args: argparse.Namespace) -> _Served:
     from phi4_mlx.checkpoint import load_config, load_tokenizer_and_format
     from phi4_mlx.files.manifest import verify_manifest
     from phi4_mlx.hub import DEFAULT_MODEL
+    from phi4_mlx.models.safe import notice
     from phi4_mlx.server.model_kind import model_kind
 
+    if switched_off := notice():
+        complain(PROG, switched_off)
+    check_speculation_options(args)
     name, settings = DEFAULT_MODEL if args.model is None else args.model, _settings(args)
     folder, adapters = Path(settings.model), settings.adapters
     if args.verify:
@@ -214,7 +232,11 @@ def _settings(args: argparse.Namespace) -> Settings:
         args.prompt_cache_bytes,
         args.chat_format,
         args.parallel,
-        store_settings(args.prompt_cache_dir, args.prompt_cache_disk_bytes),
+        None if args.prompt_cache_dir is None else store_settings(args.prompt_cache_dir, args.prompt_cache_disk_bytes),
+        args.kv_bits,
+        args.speculate,
+        args.draft_model,
+        args.max_step_ms,
     )
 
 

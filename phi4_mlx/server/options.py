@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from phi4_mlx.terminal.command import Parser, number, word
 from phi4_mlx.terminal.limits import MAX_TOKENS_LIMIT
-from phi4_mlx.terminal.options import add_overflow_option, add_prompt_cache_options, advised_text
+from phi4_mlx.terminal.options import (
+    add_kv_bits_option,
+    add_overflow_option,
+    add_prompt_cache_options,
+    add_speculation_options,
+    advised_text,
+)
 
 KEY_VARIABLE = "PHI4_MLX_API_KEY"
 LOG_LEVELS = (
@@ -67,6 +73,17 @@ def add_limit_options(parser: Parser) -> None:
         help="bytes for earlier prompts (default: a quarter of the memory beside the weights)",
     )  # fmt: skip
     add_prompt_cache_options(parser)
+
+
+def add_decoding_options(parser: Parser) -> None:
+    """Adds the options of the cache, of speculative decoding and of latency."""
+    add_kv_bits_option(parser)
+    add_speculation_options(parser)
+    parser.add_argument(
+        "--max-step-ms", type=number(float, 1.0, 60_000.0), metavar="N",
+        help="milliseconds that a step may take while answers run: prompts are read in smaller chunks where needed, of "
+        "16 tokens at least (default: chunks of 512 tokens)",
+    )  # fmt: skip
 
 
 def add_log_option(parser: Parser) -> None:

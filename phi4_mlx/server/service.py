@@ -130,9 +130,8 @@ class Service:
                 seed = ask.sampling.seed
                 sampling = ask.sampling if seed is None else replace(ask.sampling, seed=(seed + n) % 2**64)
                 adapter = self.models[ask.model]
-                jobs.append(
-                    Job(0, prompt, limit, sampling, ask.stop, ask.top_logprobs, grammar, adapter, self.timeout_s)
-                )
+                job = Job(0, prompt, limit, sampling, ask.stop, ask.top_logprobs, grammar, adapter, self.timeout_s)
+                jobs.append(replace(job, priority=ask.priority))
         return jobs, ignored
 
     async def grammar(self, ask: Ask) -> tuple[str | None, tuple[str, ...]]:

@@ -225,6 +225,11 @@ def add_decoding_options(parser: Parser) -> None:
         metavar="N",
         help="cache at most N tokens: the first 4 and the latest; those between are dropped (default: all)",
     )
+    add_speculation_options(parser)
+
+
+def add_speculation_options(parser: Parser) -> None:
+    """Adds `--speculate` and `--draft-model`."""
     parser.add_argument(
         "--speculate",
         choices=("auto", "off", "lookup"),
@@ -293,11 +298,20 @@ def check_decoding_options(args: argparse.Namespace) -> None:
     Raises:
         RequestError: an option would have no effect; names both.
     """
+    check_speculation_options(args)
     guesses = "--draft-model" if args.draft_model is not None else f"--speculate {args.speculate}"
-    if args.draft_model is not None and args.speculate == "off":
-        raise RequestError("--draft-model guesses tokens, and --speculate off forbids it; drop one")
     if args.max_kv_size is not None and guesses in ("--draft-model", "--speculate lookup"):
         raise RequestError(f"{guesses} may have to take tokens back, and --max-kv-size makes that impossible; drop one")
+
+
+def check_speculation_options(args: argparse.Namespace) -> None:
+    """Checks that a draft model may guess.
+
+    Raises:
+        RequestError: it may not; names both options.
+    """
+    if args.draft_model is not None and args.speculate == "off":
+        raise RequestError("--draft-model guesses tokens, and --speculate off forbids it; drop one")
 
 
 def cache_options(args: argparse.Namespace) -> CacheArguments:

@@ -46,37 +46,25 @@ class Exchange(Protocol):
         """Sends a value to the leader; of a follower."""
 
 
-def meet(ranks: Ranks, known: Sequence[str], limit_bytes: int, grammar: Grammar | None) -> int:
-    """Meets the followers once all have loaded the model; of the leader.
+def meet(ranks: Ranks, limit_bytes: int, grammar: Grammar | None) -> int:
+    """Waits until the followers have loaded the model; of the leader.
 
     Args:
         ranks: all ranks.
-        known: the `identity` of the leader's model.
         limit_bytes: usable bytes of the leader's machine.
         grammar: of all requests.
 
     Returns:
         The usable bytes of the smallest machine.
-
-    Raises:
-        RequestError: a follower has another model, tokenizer or adapter.
     """
     ranks.tell({"grammar": None if grammar is None else grammar.text})
-    limits = [limit_bytes]
-    for rank, (theirs, limit) in enumerate(ranks.answers(), 1):
-        for what, one, other in zip(("model", "tokenizer", "chat format", "adapter"), known, theirs, strict=True):
-            if one != other:
-                raise RequestError(
-                    f"{ranks.names[rank]} has another {what} under the same name ({other:.8}, not {one:.8}); copy that "
-                    f"of {ranks.names[0]}"
-                )
-        limits.append(limit)
-    return min(limits)
+    limits: list[int] = ranks.answers()
+    return min(limit_bytes, *limits)
 
 
-def greet(ranks: Ranks, known: Sequence[str], limit_bytes: int) -> Grammar | None:
-    """Tells the leader about a follower's model and machine; returns the grammar of all requests."""
-    ranks.answer([known, limit_bytes])
+def greet(ranks: Ranks, limit_bytes: int) -> Grammar | None:
+    """Tells the leader that a follower has loaded the model; returns the grammar of all requests."""
+    ranks.answer(limit_bytes)
     text = ranks.hear()["grammar"]
     return None if text is None else Grammar(text)
 

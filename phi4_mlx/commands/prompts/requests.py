@@ -12,18 +12,15 @@ from typing import TYPE_CHECKING, Any
 from phi4_mlx.commands.prompts.lines import PromptFile, PromptLine
 from phi4_mlx.data.jsonl import refuse_lines
 from phi4_mlx.errors import RequestError
-from phi4_mlx.fingerprint import adapter_fingerprint, base_fingerprint
 from phi4_mlx.generation.answer_batch import AnswerRequest
 from phi4_mlx.generation.memory import ContextPlan, check_context
 from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.hub import DEFAULT_MODEL
-from phi4_mlx.models.shared_stream import shared_stream
 from phi4_mlx.terminal.command import shown_default
 
 if TYPE_CHECKING:
     from phi4_mlx.commands.prompts.output import About
     from phi4_mlx.grammar.grammars import Grammar
-    from phi4_mlx.models.model import LanguageModel
     from phi4_mlx.terminal.options import Settings
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
@@ -117,24 +114,22 @@ def _ids(line: PromptLine, settings: RequestSettings, tokenizer: Tokenizer) -> l
     return tokenizer.apply_chat_template(messages, line.tools or None)
 
 
-def identity(model: LanguageModel, tokenizer: Tokenizer) -> list[str]:
-    """Fingerprints of a model's weights, tokenizer and adapter."""
-    with shared_stream():
-        return [
-            base_fingerprint(model),
-            tokenizer.fingerprint(),
-            tokenizer.chat_format.name,
-            adapter_fingerprint(model),
-        ]
+def about(
+    args: argparse.Namespace, prompts: PromptFile, settings: RequestSettings, known: Mapping[str, str], chat_format: str
+) -> About:
+    """What the answers depend on, by the option that sets it.
 
-
-def about(args: argparse.Namespace, prompts: PromptFile, settings: RequestSettings, known: Sequence[str]) -> About:
-    """What the answers depend on, by the option that sets it; `known` is the `identity` of the model."""
+    Args:
+        args: the options of `generate`.
+        prompts: the file.
+        settings: of all its answers.
+        known: fingerprints of the model and its adapter, by their options.
+        chat_format: the name of the prompts' format.
+    """
     grammar = None if settings.grammar is None else hashlib.sha256(settings.grammar.text.encode()).hexdigest()
-    weights, vocabulary, chat_format, adapter = known
     found: dict[str, tuple[Any, Any]] = {
-        "--model": ([weights, vocabulary], args.model or DEFAULT_MODEL),
-        "--adapter-path": (adapter, args.adapter_path),
+        "--model": (known["--model"], args.model or DEFAULT_MODEL),
+        "--adapter-path": (known["--adapter-path"], args.adapter_path),
         "--prompts": (prompts.digest, args.prompts),
         "--schema": (grammar, args.schema),
         "--chat-format": (chat_format,) * 2,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -22,10 +24,9 @@ if TYPE_CHECKING:
     from phi4_mlx.commands.prompts.requests import RequestSettings
     from phi4_mlx.files.json_file import JsonObject
     from phi4_mlx.generation.answer_batch import Answer, AnswerRequest
-    from phi4_mlx.generation.memory import ContextPlan
     from phi4_mlx.grammar.grammars import Grammar
-    from phi4_mlx.models.model import LanguageModel
     from phi4_mlx.ranks.join import Ranks
+    from phi4_mlx.ranks.launch import Launch
     from phi4_mlx.ranks.session import Session
     from phi4_mlx.tokens.tokenizer import Tokenizer
 
@@ -35,7 +36,7 @@ EVERY_S = 30  # between two lines of progress, where standard error is no termin
 # Options of `generate` that ask for one answer alone -> their values where they are not given.
 _ONE_ANSWER: dict[str, object] = {
     "prompt": None, "image": [], "audio": [], "prompt_cache_file": None, "max_kv_size": None, "draft_model": None,
-    "speculate": "auto", "verbose": False, "kv_bits": None,
+    "speculate": "auto", "verbose": False,
 }  # fmt: skip
 
 
@@ -57,7 +58,8 @@ def check_file_options(args: argparse.Namespace) -> None:
 
 
 def answer_file(args: argparse.Namespace, max_tokens: int) -> None:
-    """Answers a file of prompts, on one machine or with the other ranks of a launch.
+    """Answers a file of prompts: on one machine, or over ranks, of which each has the whole model or, with
+    `--parallel`, all together have one.
 
     Args:
         args: the options of `generate`.
@@ -66,36 +68,71 @@ def answer_file(args: argparse.Namespace, max_tokens: int) -> None:
     Raises:
         Phi4Error: the prompts, the model or the files cannot be used.
     """
+    from phi4_mlx.commands.prompts.lines import read_prompts
+    from phi4_mlx.hub import DEFAULT_MODEL, resolve
     from phi4_mlx.ranks.launch import launched
+    from phi4_mlx.ranks.session import ModelOptions, Session, open_session
 
-    if args.parallel is not None:
-        from phi4_mlx.hub import DEFAULT_MODEL
-        from phi4_mlx.ranks.session import ModelOptions, open_session
-
-        with open_session(ModelOptions(args.model or DEFAULT_MODEL, args.parallel, **load_options(args))) as session:
-            return _lead(args, max_tokens, None, session)
     launch = launched()
-    if launch is None:
-        return _lead(args, max_tokens, None)
+    path = Path(os.path.expanduser(args.prompts))
+    # A mistake in the file costs no wait for the model; ranks meet first, as a long file would keep the others waiting.
+    prompts = read_prompts(path) if launch is None else None
+
+    def answer(session: Session, ranks: Ranks | None) -> None:
+        _lead(args, max_tokens, prompts or read_prompts(path), known, session, ranks)
+
+    folder = resolve(args.model or DEFAULT_MODEL, args.revision)
+    known = _identity(args, folder)
+    options = ModelOptions(args.model or DEFAULT_MODEL, args.parallel, **load_options(args))
+    if launch is None or args.parallel is not None:
+        with open_session(options, partial(complain, PROG)) as session:
+            return answer(session, None)
+    with _joined(launch, args, known) as ranks:
+        (partial(_follow, args.kv_bits) if launch.rank else answer)(Session(options), ranks)
+
+
+def _identity(args: argparse.Namespace, folder: Path) -> dict[str, str]:
+    """The fingerprints of the model and its adapter."""
+    from phi4_mlx.ranks.package import files_fingerprint
+
+    adapter = None if args.adapter_path is None else Path(os.path.expanduser(args.adapter_path))
+    return {
+        "--model": files_fingerprint(folder),
+        "--adapter-path": "none" if adapter is None else files_fingerprint(adapter),
+    }
+
+
+@contextlib.contextmanager
+def _joined(launch: Launch, args: argparse.Namespace, known: Mapping[str, str]) -> Iterator[Ranks]:
+    """All ranks of a job, each with the whole model; its end, by a mistake or an interruption too, is that of all."""
     from phi4_mlx.ranks.join import join
 
-    with join(launch, _shared_options(args)) as ranks:
+    same = {name: str(getattr(args, name)) for name in ("chat_format", "kv_bits", "parallel", "prompts")}
+    ranks = join(launch, {**known, **{f"--{name.replace('_', '-')}": value for name, value in same.items()}})
+    if launch.rank:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what an interruption means
+    try:
+        yield ranks
+    except (Phi4Error, OSError, KeyboardInterrupt) as error:
         if launch.rank:
-            _follow(args, ranks)
-        _lead(args, max_tokens, ranks)
+            with ranks:
+                raise
+        ranks.close()
+        raise error
+    except Exception:
+        with ranks:  # ends the job: a rank may be lost, which the watcher then names
+            raise
     ranks.close()
 
 
-def _shared_options(args: argparse.Namespace) -> dict[str, str]:
-    """The options that a follower does not learn from its leader."""
-    names = ("model", "adapter_path", "revision", "chat_format", "kv_bits", "prompts")
-    return {f"--{name.replace('_', '-')}": str(getattr(args, name)) for name in names}
-
-
-def _lead(args: argparse.Namespace, max_tokens: int, ranks: Ranks | None, session: Session | None = None) -> None:
-    from phi4_mlx.commands.prompts.lines import read_prompts
-
-    prompts = read_prompts(Path(os.path.expanduser(args.prompts)))  # before the model is loaded
+def _lead(
+    args: argparse.Namespace,
+    max_tokens: int,
+    prompts: PromptFile,
+    known: Mapping[str, str],
+    session: Session,
+    ranks: Ranks | None,
+) -> None:
     grammar = None
     if args.schema is not None:
         from phi4_mlx.grammar.grammars import schema_grammar
@@ -104,41 +141,32 @@ def _lead(args: argparse.Namespace, max_tokens: int, ranks: Ranks | None, sessio
 
     from phi4_mlx.commands.prompts.dealing import lead, meet
     from phi4_mlx.commands.prompts.output import AnswerFile
-    from phi4_mlx.commands.prompts.requests import about, identity, requests_of
+    from phi4_mlx.commands.prompts.requests import about, requests_of
     from phi4_mlx.generation.answer_batch import AnswerBatch
+    from phi4_mlx.generation.memory import plan_context
 
-    model, tokenizer, plan = _load(args, session)
+    model, tokenizer = session.load()
     settings = _settings(args, tokenizer, grammar, max_tokens)
-    known = identity(model, tokenizer)
-    whole = plan if ranks is None else replace(plan, limit_bytes=meet(ranks, known, plan.limit_bytes, grammar))
-    requests = requests_of(prompts, settings, tokenizer, whole)
-    with AnswerFile(
-        Path(os.path.expanduser(args.output)), len(requests), about(args, prompts, settings, known)
-    ) as answers:
+    plan = plan_context(model, args.kv_bits)
+    smallest = plan if ranks is None else replace(plan, limit_bytes=meet(ranks, plan.limit_bytes, grammar))
+    requests = requests_of(prompts, settings, tokenizer, smallest)
+    depends = about(args, prompts, settings, known, tokenizer.chat_format.name)
+    with AnswerFile(Path(os.path.expanduser(args.output)), len(requests), depends) as answers:
         run = PromptRun(prompts, answers)
         missing = [requests[index] for index in answers.missing()]
         with run.to_the_end():
-            lead(ranks, AnswerBatch(model, tokenizer, plan), missing, run.take)
+            lead(ranks, AnswerBatch(model, tokenizer, plan, args.kv_bits), missing, run.take)
 
 
-def _follow(args: argparse.Namespace, ranks: Ranks) -> NoReturn:
+def _follow(kv_bits: int | None, session: Session, ranks: Ranks) -> NoReturn:
     from phi4_mlx.commands.prompts.dealing import follow, greet
-    from phi4_mlx.commands.prompts.requests import identity
     from phi4_mlx.generation.answer_batch import AnswerBatch
-
-    model, tokenizer, plan = _load(args)
-    grammar = greet(ranks, identity(model, tokenizer), plan.limit_bytes)
-    follow(ranks, AnswerBatch(model, tokenizer, plan), grammar)
-
-
-def _load(args: argparse.Namespace, session: Session | None = None) -> tuple[LanguageModel, Tokenizer, ContextPlan]:
-    """The whole model, or that of a session, which several ranks hold together."""
-    from phi4_mlx.checkpoint import load
     from phi4_mlx.generation.memory import plan_context
-    from phi4_mlx.hub import DEFAULT_MODEL
 
-    model, tokenizer = load(args.model or DEFAULT_MODEL, **load_options(args)) if session is None else session.load()
-    return model, tokenizer, plan_context(model, args.kv_bits)
+    model, tokenizer = session.load()
+    plan = plan_context(model, kv_bits)
+    grammar = greet(ranks, plan.limit_bytes)
+    follow(ranks, AnswerBatch(model, tokenizer, plan, kv_bits), grammar)
 
 
 def _settings(
@@ -189,7 +217,9 @@ class PromptRun:
         """Shows the progress; at the end, or where the run is stopped, one line says what is in the file."""
         answers = self._answers
         if 0 < self._before < answers.total:
-            complain(PROG, f"{answers.path} has {self._before:,} of {amount(answers.total, 'answer')} already")
+            complain(
+                PROG, f"{self._before:,} of {amount(answers.total, 'answer')} are there already, in {answers.path}"
+            )
         try:
             with progress_bar("answers", of=lambda done: f"{int(done):,}") as self._show:
                 self._progress()
@@ -198,8 +228,8 @@ class PromptRun:
             if isinstance(error, (KeyboardInterrupt, Exception)):
                 complain(
                     PROG,
-                    f"stopped with {answers.done:,} of {amount(answers.total, 'answer')} in {answers.path}; the same "
-                    "command goes on from there",
+                    f"stopped; {answers.done:,} of {amount(answers.total, 'answer')} are kept in {answers.path} and "
+                    f"{answers.path.name}.run, and the same command goes on from there",
                 )
             raise
         cut = f"; {self._cut:,} of this run cut by max-tokens" if self._cut else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from phi4_mlx.commands.sizing.estimate import (
     ANSWER_TOKENS,
@@ -11,7 +11,7 @@ from phi4_mlx.commands.sizing.estimate import (
     service_of,
     step_s,
 )
-from phi4_mlx.commands.sizing.machines import DECODE_SHARE, LINKS, MACS, PREFILL_SHARE, Link
+from phi4_mlx.commands.sizing.machines import DECODE_SHARE, LINKS, MACS, PREFILL_SHARE, Link, Mac
 from phi4_mlx.commands.sizing.split import Split
 from phi4_mlx.generation.memory import PREFILL_STEP_SIZE
 from phi4_mlx.models.share import Parallel
@@ -20,12 +20,13 @@ from phi4_mlx.terminal.amount import amount, size
 CONTEXT = 2048  # tokens cached in a decode step of the tables
 
 ROUTER = (
-    "A router in front of several such servers must know: which of them has a conversation (the prefix cache is each "
-    "server's own, so the same user or the same beginning goes to the same server while it is healthy);",
-    "their health (GET /health; no request goes to one that does not answer in time, and one that failed before its "
-    "first token may be sent to another);",
-    "their model names (GET /v1/models; all serve the same model and adapters under the same names);",
-    "and how many answers each is drawing (a full server answers 429 or 503; the request goes to the next).",
+    "A router in front of several such servers must know",
+    "- which of them has a conversation: each has its own prefix cache, so a user, or a shared beginning, stays with",
+    "  one server while it is healthy;",
+    "- their health, by GET /health: a server that does not answer in time gets no request, and a request that failed",
+    "  before its first token may go to another;",
+    "- their model names, by GET /v1/models: all serve the same model and adapters under the same names;",
+    "- how busy they are: a full server answers 429 or 503, and the request goes to the next.",
 )
 
 
@@ -70,36 +71,41 @@ def ranks(split: Split, limit_bytes: int) -> Iterator[str]:
     for what, tokens in (("a decode step", 1), (f"a prefill chunk of {PREFILL_STEP_SIZE:,} tokens", PREFILL_STEP_SIZE)):
         crossing = split.exchanges(tokens)
         yield f"{what}: {crossing.words}, {size(crossing.nbytes)}"
-    yield f"this machine allows {size(limit_bytes)} a rank: a context of {amount(split.most_tokens(limit_bytes), 'token')}"
+    longest = amount(split.most_tokens(limit_bytes), "token")
+    yield f"this machine allows {size(limit_bytes)} a rank: a context of {longest}"
 
 
 def macs(splits: Sequence[Split], alone: Split, matrix_weights: int) -> Iterator[str]:
-    """Named Macs and links: one machine, then so many of them by each way."""
-    (first, *_) = splits or [alone]
-    yield f"Computed, not measured: decode at {DECODE_SHARE} of the memory bandwidth and {CONTEXT:,} cached tokens,"
-    yield f"prefill at {PREFILL_SHARE} of the GPU's float32 rate; the sources stand in commands/sizing/machines.py."
-    ways_over: list[tuple[str, Split, Link | None]] = [("one", alone, None)]
-    for split in splits:
-        ways_over += [(f"{split.size}, {split.parallel}, {link.name}", split, link) for link in LINKS]
-    for title, cell in (
-        ("tokens/s of one answer", lambda split, mac, link: f"{1 / step_s(split, mac, link, CONTEXT):,.0f}"),
-        ("prompt tokens/s", lambda split, mac, link: f"{prefill_per_s(split, mac, link, matrix_weights):,.0f}"),
+    """Named Macs and links: one machine, then several of them by each way."""
+    yield f"Computed, not measured: decode at {DECODE_SHARE} of the memory bandwidth, with {CONTEXT:,} cached tokens;"
+    yield f"prefill at {PREFILL_SHARE} of the GPU's float32 rate. Sources: phi4_mlx/commands/sizing/machines.py."
+    yield "A dash: the memory or the ports do not allow it. Links, with the time of an exchange and bytes a second:"
+    for link in LINKS:
+        yield f"  {link.name}: {1000 * link.latency_s:g} ms, {size(link.bytes_per_s)}/s"
+    rows: list[tuple[str, Split, Link | None]] = [("1", alone, None)]
+    rows += [(f"{split.size}, {split.parallel}, {link.name}", split, link) for split in splits for link in LINKS]
+
+    def cells(split: Split, link: Link | None, cell: Callable[[Split, Mac, Link | None], float]) -> Iterator[str]:
+        for mac in MACS:
+            possible = split.most_tokens(mac.usable_bytes) and (link is None or link.thunderbolt <= mac.thunderbolt)
+            yield f"{cell(split, mac, link):,.0f}" if possible else "-"
+
+    def prefill(split: Split, mac: Mac, link: Link | None) -> float:
+        return prefill_per_s(split, mac, link, matrix_weights)
+
+    def longest(split: Split, mac: Mac, link: Link | None) -> float:
+        return split.most_tokens(mac.usable_bytes)
+
+    names = [mac.name.removeprefix("MacBook ").removeprefix("Mac ") for mac in MACS]
+    short: list[tuple[str, Split, Link | None]]
+    short = [("1", alone, None), *((f"{split.size}, {split.parallel}", split, None) for split in splits)]
+    for title, chosen, cell in (
+        ("tokens/s of one answer", rows, lambda split, mac, link: 1 / step_s(split, mac, link, CONTEXT)),
+        ("prompt tokens/s", rows, prefill),
+        ("longest context", short, longest),
     ):
         yield ""
-        names = [_short(mac.name) for mac in MACS]
-        rows = []
-        for name, split, link in ways_over:
-            fits = [split.most_tokens(mac.usable_bytes) > 0 for mac in MACS]
-            rows.append([name, *(cell(split, mac, link) if fit else "-" for mac, fit in zip(MACS, fits, strict=True))])
-        yield from table([title, *names], rows)
-    yield ""
-    yield from table(
-        ["longest context", *(_short(mac.name) for mac in MACS)],
-        [
-            [name, *(f"{split.most_tokens(mac.usable_bytes):,}" for mac in MACS)]
-            for name, split in (("one", alone), *((f"{each.size}, {each.parallel}", each) for each in splits))
-        ],
-    )
+        yield from table([title, *names], [[name, *cells(split, link, cell)] for name, split, link in chosen])
 
 
 def fleet(alone: Split, matrix_weights: int) -> Iterator[str]:
@@ -114,7 +120,3 @@ def fleet(alone: Split, matrix_weights: int) -> Iterator[str]:
             rows.append([mac.name, str(service.rows), size(service.user_bytes), f"{service.requests_per_s:.2f}"])
     yield from table(["one machine, its own server", "answers at a time", "cache a user", "requests/s"], rows)
     yield from ROUTER
-
-
-def _short(name: str) -> str:
-    return name.replace("MacBook ", "").replace("Mac ", "")

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from phi4_mlx.commands.sizing.shape import Shape
 from phi4_mlx.generation.memory import ContextPlan
+from phi4_mlx.models.cache import CacheOptions
 from phi4_mlx.models.model import ContextCost
 from phi4_mlx.models.sharding import check_share, share_config, share_pieces, share_plan
 from phi4_mlx.models.share import Parallel, Share
-
-CANDIDATES = 32  # logits of each rank that a draw gathers: their values, their ids and two sums, 4 bytes each
+from phi4_mlx.models.split_logits import LEAST
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Split:
         if self.parallel == "pipeline":
             back = rows * self.width
             return Exchanges(self.size, (self.size - 1) * states + back, f"{self.size} hand-overs")
-        gather = self.size * rows * 4 * (2 * CANDIDATES + 2)
+        gather = self.size * rows * 4 * (2 * LEAST + 2)  # values, ids and two sums, 4 bytes each
         sums = 2 * self.layers + 1
         return Exchanges(sums + 1, sums * states + gather, f"{sums} sums and 1 gather")
 
@@ -107,11 +107,17 @@ def split_of(shape: Shape, parallel: Parallel, size: int, kv_bits: int | None = 
 
 
 def whole(shape: Shape, kv_bits: int | None = None) -> Split:
-    """The model on one machine."""
+    """The model on one machine.
+
+    Raises:
+        RequestError: the model cannot keep such a cache.
+    """
+    model = shape.model()
+    model.layer_caches(CacheOptions(None, kv_bits))
     return Split(
         "pipeline",
         (shape.weights_bytes,),
-        (shape.model().context_cost(kv_bits),),
+        (model.context_cost(kv_bits),),
         shape.config.num_hidden_layers,
         shape.config.hidden_size * shape.dtype.size,
         shape.config.max_position_embeddings,

@@ -18,6 +18,7 @@ from phi4_mlx.server.limits import (
     BRACKETS_LIMIT,
     CHOICES_LIMIT,
     NAME_CHARS_LIMIT,
+    PRIORITY_LIMIT,
     SCHEMA_CHARS_LIMIT,
     STOP_CHARS_LIMIT,
     STOPS_LIMIT,
@@ -83,6 +84,11 @@ def read_max_tokens(fields: Fields, name: str = "max_tokens") -> int | None:
     if type(value) is int and not 1 <= value <= MAX_TOKENS_LIMIT:
         return None
     return fields.integer(name, None, 1, MAX_TOKENS_LIMIT)
+
+
+def read_priority(fields: Fields) -> int:
+    """The priority: requests of a lower number are served first, as in vLLM."""
+    return fields.integer("priority", 0, -PRIORITY_LIMIT, PRIORITY_LIMIT)
 
 
 def tool_call(call_id: str, name: str, arguments: str) -> JsonObject:

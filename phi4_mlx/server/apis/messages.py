@@ -18,6 +18,7 @@ from phi4_mlx.server.apis.body import (
     demands_format,
     read_max_tokens,
     read_model,
+    read_priority,
     read_response_format,
     read_sampling,
     read_stop,
@@ -73,6 +74,7 @@ def parse(body: Any, vocabulary: int, defaults: Sampling = API_SAMPLING, media: 
         sampling=read_sampling(fields, vocabulary, defaults),
         max_tokens=read_max_tokens(fields),
         stop=read_stop(fields, "stop_sequences"),
+        priority=read_priority(fields),
         stream=fields.boolean("stream", False),
         ignored=fields.ignored.paths(),  # last, when all else is read
     )

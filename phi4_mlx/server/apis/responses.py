@@ -20,6 +20,7 @@ from phi4_mlx.server.apis.body import (
     demands_format,
     read_max_tokens,
     read_model,
+    read_priority,
     read_response_format,
     read_sampling,
     read_stop,
@@ -81,6 +82,7 @@ def parse(body: Any, vocabulary: int, defaults: Sampling = API_SAMPLING, media: 
         sampling=sampling,
         max_tokens=max_tokens,
         stop=read_stop(fields),
+        priority=read_priority(fields),
         stream=fields.boolean("stream", False),
         top_logprobs=_top_logprobs(fields),
         repeated={

@@ -83,6 +83,7 @@ class Ask:
         include_usage: True to end a stream with the token counts.
         top_logprobs: as in `protocol.Job`.
         echo: True to repeat the prompt before its answer.
+        priority: as in `protocol.Job`.
         repeated: fields of the request that the answer repeats.
         ignored: paths of the fields and parts that have no effect on the answer.
         dropped: number of the oldest turns that the service left out, because the context has no room for them.
@@ -104,6 +105,7 @@ class Ask:
     include_usage: bool = False
     top_logprobs: int | None = None
     echo: bool = False
+    priority: int = 0
     repeated: Mapping[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     dropped: int = 0

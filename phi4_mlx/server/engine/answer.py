@@ -26,7 +26,7 @@ class Answer:
     sequence: BatchSequence
     text: AnswerText
     ends_at: float  # on the monotonic clock
-    cached_tokens: int = 0
+    cached_tokens: int | None = None  # of the prompt; None until it is looked up
     tokens: int = 0  # sent so far
 
     @property

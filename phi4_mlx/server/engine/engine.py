@@ -18,9 +18,12 @@ from mlx.utils import tree_flatten
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.batch import Batch
 from phi4_mlx.generation.cache_store.store import StoreSettings
+from phi4_mlx.generation.guessing import Guessing
 from phi4_mlx.generation.memory import cache_bytes, memory_limit
 from phi4_mlx.generation.options import LogitsMask
+from phi4_mlx.generation.prefill import ChunkPace
 from phi4_mlx.generation.sequence import BatchSequence, Fault, Token
+from phi4_mlx.generation.speculate import Mode, make_proposer
 from phi4_mlx.generation.stream import AnswerText
 from phi4_mlx.models.cache import CacheOptions
 from phi4_mlx.models.model import LanguageModel
@@ -61,6 +64,11 @@ class Settings:
         chat_format: overrides the recognised one.
         parallel: how ranks hold the model; None to choose.
         store: keeps prompt caches for later; None for none.
+        kv_bits: 4 or 8 quantises keys and values; None does not.
+        speculate: as for `make_proposer`.
+        draft_model: a folder or a Hub id of a model that guesses in place of a lookup; None for none.
+        max_step_ms: milliseconds that a step may take while answers run, decode passes and prefill chunks together;
+            None for chunks of one size.
     """
 
     model: str
@@ -72,6 +80,10 @@ class Settings:
     chat_format: str | None = None
     parallel: Parallel | None = None
     store: StoreSettings | None = None
+    kv_bits: int | None = None
+    speculate: Mode = "off"
+    draft_model: str | None = None
+    max_step_ms: float | None = None
 
     @property
     def model_options(self) -> ModelOptions:
@@ -83,8 +95,16 @@ class Settings:
 class Engine:
     """One model, its adapters, and the running jobs.
 
+    Args:
+        base: the model, without the adapters of the settings.
+        tokenizer: of the model.
+        settings: the settings.
+        draft: the model that guesses; None for a lookup.
+        warn: called with a line about what the store of caches cannot do.
+
     Attributes:
         prefixes: caches of earlier prompts.
+        guessing: the guesses of all jobs so far.
         prefilled_tokens: prompt tokens computed so far, without those found in the prefix cache.
         drawn_tokens: answer tokens so far.
     """
@@ -94,18 +114,26 @@ class Engine:
         base: LanguageModel,
         tokenizer: Tokenizer,
         settings: Settings,
+        draft: LanguageModel | None = None,
         warn: Callable[[str], None] = lambda line: None,
     ):
-        self.tokenizer, self.settings = tokenizer, settings
+        _check_options(base, settings, draft)
+        self.tokenizer, self.settings, self._draft = tokenizer, settings, draft
+        self.guessing = Guessing(timed=settings.speculate == "auto")
+        self._guesses = settings.speculate != "off" and _rewindable(base)
         self.kv_limit_bytes, prefix_limit_bytes = _memory_limits(base, settings)
         self.prefilled_tokens = self.drawn_tokens = 0
         self._adapters = JobAdapters(base, settings.adapters, settings.adapter_path)
         self._answers: dict[BatchSequence, Answer] = {}
         self._compiling = Compiling(partial(compiled_constraint, tokenizer, base.config.vocab_size))
         self._unkept = 0
-        store = None if settings.store is None else settings.store.open(self._adapters.get(None).model, tokenizer, warn)
+        store = (
+            None
+            if settings.store is None
+            else settings.store.make_store(self._adapters.get(None).model, tokenizer, warn)
+        )
         self.prefixes = PrefixCache(prefix_limit_bytes, store)
-        self._recalling = Recalling(self.prefixes, self.kv_limit_bytes, CacheOptions())
+        self._recalling = Recalling(self.prefixes, self.kv_limit_bytes, CacheOptions(None, settings.kv_bits))
         self.batch = self._new_batch()
 
     @property
@@ -116,11 +144,17 @@ class Engine:
     @property
     def longest(self) -> int:
         """The most tokens of a prompt and its answer: the limit of the context, or of memory."""
-        model = self._adapters.get(None).model
-        cost = model.context_cost()
-        fixed = cache_bytes(cost, 0)  # with one buffer, which the last token may leave empty
-        tokens = (self.kv_limit_bytes - fixed) // max(cost.token_bytes, 1)
-        return min(model.config.max_position_embeddings, tokens)
+        fixed, token_bytes = self.context_bytes
+        tokens = (self.kv_limit_bytes - fixed) // max(token_bytes, 1)
+        return min(self._adapters.get(None).model.config.max_position_embeddings, tokens)
+
+    @property
+    def context_bytes(self) -> tuple[int, int]:
+        """Bytes that a context takes before its first token, with one buffer, and those of each token."""
+        costs = [self._adapters.get(None).model.context_cost(self.settings.kv_bits)]
+        if self._draft is not None:
+            costs.append(self._draft.context_cost())
+        return sum(cache_bytes(cost, 0) for cost in costs), sum(cost.token_bytes for cost in costs)
 
     def submit(self, job: Job) -> list[Event]:
         """Queues a job, once its grammar is compiled; returns its failure if it cannot be served."""
@@ -180,8 +214,8 @@ class Engine:
     def recall(self, sequence: BatchSequence) -> PromptCache | None:
         """The cached prefix of a prompt that is about to be prefilled; called by the batch."""
         answer = self._answers[sequence]
-        cache = self.prefixes.find(sequence.model, answer.job.adapter, sequence.ids)
-        if not answer.tokens:
+        cache = self.prefixes.find(sequence.model, answer.job.adapter, sequence.ids, sequence.kv_bits)
+        if answer.cached_tokens is None:  # else it has found its own cache
             answer.cached_tokens = cache.offset if cache else 0
         return cache
 
@@ -189,8 +223,12 @@ class Engine:
         """Stores a prefilled prompt at once, for prompts with the same prefix; called by the batch."""
         answer = self._answers[sequence]
         if not answer.tokens:
-            self.prefilled_tokens += len(answer.job.prompt) - answer.cached_tokens
+            self.prefilled_tokens += len(answer.job.prompt) - (answer.cached_tokens or 0)
         self._put(answer, sequence.cache)
+
+    def set_aside(self, sequence: BatchSequence) -> None:
+        """Stores the cache of a job that returns to the queue; called by the batch."""
+        self._put(self._answers[sequence], sequence.cache)
 
     def gauges(self) -> dict[str, float]:
         """Counts and bytes by metric name."""
@@ -198,6 +236,10 @@ class Engine:
             "answers_under_way": len(self._answers) + len(self._compiling),
             "prefilled_tokens_total": self.prefilled_tokens,
             "drawn_tokens_total": self.drawn_tokens,
+            "passes_total": self.guessing.passes,
+            "guessed_tokens_total": self.guessing.guessed,
+            "held_tokens_total": self.guessing.held,
+            "guess_failures_total": self.guessing.failures,
             "kv_bytes": self.batch.nbytes,
             "kv_limit_bytes": self.kv_limit_bytes,
             "prefix_cache_bytes": self.prefixes.nbytes,
@@ -226,6 +268,10 @@ class Engine:
             constraint,
             last_turn=last_turn(job.prompt, self.tokenizer.eos_ids),
             adapter=adapter,
+            kv_bits=self.settings.kv_bits,
+            priority=job.priority,
+            proposer=make_proposer(self.settings.speculate, model, self._draft) if self._guesses else None,
+            end_ids=self.tokenizer.eos_ids,
         )
         text = AnswerText(self.tokenizer.streaming_decoder(), list(job.stop))
         return Answer(job, sequence, text, time.monotonic() + job.timeout_s)
@@ -255,7 +301,8 @@ class Engine:
         if forced and reason == "stop":
             reason = "length"
         self._end(answer)
-        finish = Finish(job.id, reason, answer.text.stopped_by, len(job.prompt), answer.cached_tokens, answer.tokens)
+        cached, stopped_by = answer.cached_tokens or 0, answer.text.stopped_by
+        finish = Finish(job.id, reason, stopped_by, len(job.prompt), cached, answer.tokens)
         return [Piece(job.id, rest, (), forced), finish] if rest else [finish]
 
     def _out_of_time(self, answer: Answer) -> list[Event]:
@@ -293,7 +340,9 @@ class Engine:
             self._unkept += 1
 
     def _new_batch(self) -> Batch:
-        return Batch(self.settings.max_rows, self.kv_limit_bytes, prefixes=self)
+        limit_ms = self.settings.max_step_ms
+        pace = None if limit_ms is None else ChunkPace(limit_ms / 1000)
+        return Batch(self.settings.max_rows, self.kv_limit_bytes, prefixes=self, guessing=self.guessing, pace=pace)
 
 
 def check_room(engine: Engine) -> None:
@@ -305,8 +354,8 @@ def check_room(engine: Engine) -> None:
     model = engine._adapters.get(None).model
     least = min(LEAST_TOKENS, model.config.max_position_embeddings)
     if engine.longest < least:
-        cost = model.context_cost()
-        needed = cache_bytes(cost, 0) + least * max(cost.token_bytes, 1)
+        fixed, token_bytes = engine.context_bytes
+        needed = fixed + least * max(token_bytes, 1)
         raise RequestError(
             f"running answers may take {engine.kv_limit_bytes:,} bytes, and one of {least} tokens takes {needed:,}; "
             f"use --kv-cache-bytes {needed} or more, or a smaller model"
@@ -332,3 +381,28 @@ def _memory_limits(base: LanguageModel, settings: Settings) -> tuple[int, int]:
     free = max(0, total - mx.get_active_memory() - unread - ACTIVATION_BYTES)
     kv, prefix = settings.kv_limit_bytes, settings.prefix_limit_bytes
     return free // 2 if kv is None else kv, free // 4 if prefix is None else prefix
+
+
+def _rewindable(base: LanguageModel) -> bool:
+    """True if rows of a batch can take back wrong guesses."""
+    return base.make_batch_cache("short").rewindable
+
+
+def _check_options(base: LanguageModel, settings: Settings, draft: LanguageModel | None) -> None:
+    """Checks that the model can do what the settings ask for.
+
+    Raises:
+        RequestError: it cannot; names the model and the option.
+    """
+    kind = getattr(base.config, "model_type", "this model")
+    try:
+        base.layer_caches(CacheOptions(None, settings.kv_bits))
+    except RequestError as error:
+        raise RequestError(f"{kind}: {error}") from None
+    asked = "--draft-model" if draft is not None else "--speculate lookup" if settings.speculate == "lookup" else None
+    if asked and not _rewindable(base):
+        raise RequestError(
+            f"{kind} cannot take back wrong guesses of one answer among several: it has recurrent states; leave out "
+            f"{asked}"
+        )
+    make_proposer(settings.speculate, base, draft)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from multiprocessing.connection import Connection
 
+from phi4_mlx.checkpoint import load
 from phi4_mlx.errors import CheckpointError, Phi4Error
 from phi4_mlx.generation.memory_pressure import read_memory
 from phi4_mlx.ranks.session import Session, open_session
@@ -46,7 +47,8 @@ def run(connection: Connection, settings: Settings) -> None:
 def _loaded(session: Session, settings: Settings, warn: Callable[[str], None]) -> Engine:
     """The engine with its model."""
     try:
-        engine = Engine(*session.load(), settings, warn=warn)
+        draft = None if settings.draft_model is None else load(settings.draft_model)[0]
+        engine = Engine(*session.load(), settings, draft, warn)
         check_room(engine)
         return engine
     except Phi4Error:

@@ -45,7 +45,8 @@ class _Entry:
 
     def extends(self, other: _Entry) -> bool:
         """True if the tokens of this entry begin with those of `other`, under the same adapter and RoPE table."""
-        same = self.adapter == other.adapter and self.cache.conditions.hold_for(other.cache.conditions)
+        own, others = (self.adapter, self.cache.options), (other.adapter, other.cache.options)
+        same = own == others and self.cache.conditions.hold_for(other.cache.conditions)
         return same and _shared(self.keys, other.keys) == len(other.keys)
 
     def lacks(self, other: _Entry) -> int:
@@ -78,30 +79,38 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def reusable(self, model: LanguageModel, adapter: str | None, ids: Sequence[int]) -> int:
+    def reusable(
+        self, model: LanguageModel, adapter: str | None, ids: Sequence[int], kv_bits: int | None = None
+    ) -> int:
         """Tokens of a prompt that `find` would find; 0 for none."""
-        return self._best(model, adapter, ids)[0]
+        return self._best(model, adapter, ids, kv_bits)[0]
 
-    def find(self, model: LanguageModel, adapter: str | None, ids: Sequence[int]) -> PromptCache | None:
+    def find(
+        self, model: LanguageModel, adapter: str | None, ids: Sequence[int], kv_bits: int | None = None
+    ) -> PromptCache | None:
         """A cache of the longest known prefix of a prompt, at most all of it except one token.
 
         Args:
             model: the model that will use the cache.
             adapter: the user's adapter on it; entries of others are not used.
             ids: the whole prompt, a `Prompt` if there are media; its length decides the RoPE table.
+            kv_bits: of its keys and values; entries of another kind are not used.
         """
-        length, best = self._best(model, adapter, ids)
+        length, best = self._best(model, adapter, ids, kv_bits)
         if best is None:
             return None
         self._entries.remove(best)
         self._entries.append(best)
         return best.cache.prefix_of(ids, length)  # the entry knows only the identity of its media
 
-    def _best(self, model: LanguageModel, adapter: str | None, ids: Sequence[int]) -> tuple[int, _Entry | None]:
+    def _best(
+        self, model: LanguageModel, adapter: str | None, ids: Sequence[int], kv_bits: int | None
+    ) -> tuple[int, _Entry | None]:
         """The entry that serves the most tokens of a prompt, and their number."""
         places, regime = places_of(ids), model.regime(len(ids))
         wanted = np.array(keys_of(ids, places)[:-1], np.int64)
-        fitting = [each for each in self._entries if each.adapter == adapter and each.cache.serves(places, regime)]
+        same = [each for each in self._entries if (each.adapter, each.cache.options.kv_bits) == (adapter, kv_bits)]
+        fitting = [each for each in same if each.cache.serves(places, regime)]
         found = [(each.reusable(wanted), each) for each in fitting]
         length, best = max(found, key=lambda pair: pair[0], default=(0, None))
         return (0, None) if length < self.MIN_SHARED else (length, best)

@@ -28,6 +28,7 @@ class Job:
         grammar: the grammar that the answer must follow, as text of `phi4_mlx.grammar.grammars`; None for free text.
         adapter: the name of an adapter in `Settings.adapters`; None for the model itself.
         timeout_s: seconds after which the answer ends, from the time the engine takes the job.
+        priority: a job of a lower number is served first.
     """
 
     id: int
@@ -39,6 +40,7 @@ class Job:
     grammar: str | None = None
     adapter: str | None = None
     timeout_s: float = 600.0
+    priority: int = 0
 
 
 @dataclass(frozen=True)

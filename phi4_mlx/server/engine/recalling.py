@@ -41,7 +41,7 @@ class Recalling:
         store, sequence = self._prefixes.store, answer.sequence
         if store is None:
             return False
-        known = self._prefixes.reusable(sequence.model, answer.job.adapter, sequence.ids)
+        known = self._prefixes.reusable(sequence.model, answer.job.adapter, sequence.ids, sequence.kv_bits)
         found = store.find(sequence.model, sequence.ids, sequence.adapter, self._options, beyond=known)
         if found is None or found.entry.nbytes > self._most_bytes:
             return False
@@ -69,14 +69,15 @@ class Recalling:
     def _recall(self, waiting: _Waiting) -> None:
         """Gives a job what was read for it, unless memory has as much by now."""
         answer, found, store = waiting.answer, waiting.found, self._prefixes.store
-        model, ids, adapter = answer.sequence.model, answer.sequence.ids, answer.job.adapter
-        if self._prefixes.reusable(model, adapter, ids) >= found.length:
+        sequence, adapter = answer.sequence, answer.job.adapter
+        model, ids, kv_bits = sequence.model, sequence.ids, sequence.kv_bits
+        if self._prefixes.reusable(model, adapter, ids, kv_bits) >= found.length:
             return
         read = waiting.read.result()
-        cache = None if read is None or store is None else store.restore(read, model, answer.sequence.adapter)
+        cache = None if read is None or store is None else store.restore(read, model, sequence.adapter)
         if cache is None:
             return
         self._prefixes.put(model, adapter, cache)
-        if self._prefixes.reusable(model, adapter, ids) < found.length:  # memory has no room to keep it
-            answer.sequence.cache = cache.prefix_of(ids, found.length)
+        if self._prefixes.reusable(model, adapter, ids, kv_bits) < found.length:  # memory has no room to keep it
+            sequence.cache = cache.prefix_of(ids, found.length)
             answer.cached_tokens = found.length

@@ -254,16 +254,16 @@ def test_sequences_whose_step_failed_restart_once(
 ) -> None:
     asked = random_prompts(3, seed=7, longest=30)
     sequences = [BatchSequence(model, list(prompt), 12) for prompt in asked]
-    failures, forward = times, Model.__call__
+    failures, forward = times, Model.hidden
 
-    def failing(model: Model, ids: mx.array, cache: Any = None) -> mx.array:
+    def failing(model: Model, ids: mx.array, cache: Any = None, **options: Any) -> mx.array:
         nonlocal failures
         if failures and len(ids) == 3:
             failures -= 1
             raise RuntimeError("no memory")
-        return forward(model, ids, cache)
+        return forward(model, ids, cache, **options)
 
-    monkeypatch.setattr(Model, "__call__", failing)
+    monkeypatch.setattr(Model, "hidden", failing)
     assert len(run(batch_of(*sequences))) == faults
     assert failures == 0
     if not faults:
@@ -291,14 +291,14 @@ def test_sequences_of_very_different_length_are_not_padded_to_one_length(
 ) -> None:
     monkeypatch.setattr(batch_module, "MAX_PADDING", 16)
     sequences = [BatchSequence(model, [3] * length, 8) for length in (4, 5, 60, 6)]
-    batch, forward, passes = batch_of(*sequences), Model.__call__, []
+    batch, forward, passes = batch_of(*sequences), Model.hidden, []
 
-    def recording(model: Model, ids: mx.array, cache: Any = None) -> mx.array:
+    def recording(model: Model, ids: mx.array, cache: Any = None, **options: Any) -> mx.array:
         passes.append(len(ids))
-        return forward(model, ids, cache)
+        return forward(model, ids, cache, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Model, "__call__", recording)
+        patch.setattr(Model, "hidden", recording)
         for _ in range(4):
             passes.clear()
             batch.step()
