@@ -127,7 +127,11 @@ class Engine:
         self._answers: dict[BatchSequence, Answer] = {}
         self._compiling = Compiling(partial(compiled_constraint, tokenizer, base.config.vocab_size))
         self._unkept = 0
-        store = None if settings.store is None else settings.store.open(self._adapters.get(None).model, tokenizer, warn)
+        store = (
+            None
+            if settings.store is None
+            else settings.store.make_store(self._adapters.get(None).model, tokenizer, warn)
+        )
         self.prefixes = PrefixCache(prefix_limit_bytes, store)
         self._recalling = Recalling(self.prefixes, self.kv_limit_bytes, CacheOptions(None, settings.kv_bits))
         self.batch = self._new_batch()
