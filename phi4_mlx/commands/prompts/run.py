@@ -95,11 +95,13 @@ def _identity(args: argparse.Namespace, folder: Path) -> dict[str, str]:
     """The fingerprints of the model and its adapter."""
     from phi4_mlx.ranks.package import files_fingerprint
 
-    adapter = None if args.adapter_path is None else Path(os.path.expanduser(args.adapter_path))
-    return {
-        "--model": files_fingerprint(folder),
-        "--adapter-path": "none" if adapter is None else files_fingerprint(adapter),
-    }
+    known = {"--model": files_fingerprint(folder), "--adapter-path": "none"}
+    if args.adapter_path is not None:
+        try:
+            known["--adapter-path"] = files_fingerprint(Path(os.path.expanduser(args.adapter_path)))
+        except (Phi4Error, OSError):  # loading it says what is wrong
+            known["--adapter-path"] = "unreadable"
+    return known
 
 
 @contextlib.contextmanager
