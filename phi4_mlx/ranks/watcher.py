@@ -146,6 +146,7 @@ class Watcher:
     def __init__(self, about: dict[str, Any]):
         self._rank: int = about["rank"]
         self._process: int = about["process"]
+        self._processes: list[int] = [self._process, *about["above"]]
         self._names = {int(rank): name for rank, name in about["names"].items()}
         self._own = Link(about["own"])
         self._peers = {int(rank): Link(descriptor) for rank, descriptor in about["beats"].items()}
@@ -248,7 +249,7 @@ class Watcher:
                 self._end(f"{self._names[rank]} has not been heard for {SILENT_S:g} s: {why}")
         if now - self._looked >= LOOK_S:
             self._looked = now
-            if not _is_stopped(self._process):
+            if not any(map(_is_stopped, self._processes)):
                 self._stopped_since = None
             elif self._stopped_since is None:
                 self._stopped_since = now
@@ -272,13 +273,16 @@ class Watcher:
         self._tell_peers({"end": line})
         with contextlib.suppress(OSError):
             os.write(2, f"phi4_mlx: {line}; the job ends\n".encode())
+        for process in filter(_is_stopped, self._processes):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                os.kill(process, signal.SIGKILL)
         self._own.send(END)
         deadline = time.monotonic() + 1.0
         with contextlib.suppress(OSError):  # raised when the rank has left
             while time.monotonic() < deadline:
                 self._own.receive()
                 time.sleep(0.01)
-            os.kill(self._process, signal.SIGKILL)  # frozen, or in native code that keeps the interpreter's lock
+            os.kill(self._process, signal.SIGKILL)  # in native code that keeps the interpreter's lock
         os._exit(0)
 
 
