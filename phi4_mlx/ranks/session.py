@@ -252,12 +252,22 @@ def _prepared(launch: Launch, options: ModelOptions) -> tuple[Path, Parallel, st
 
 
 def _load(options: ModelOptions, folder: Path, parallel: Parallel, ranks: Ranks) -> LanguageModel:
-    """This rank's share, with its adapters."""
-    from phi4_mlx.checkpoint_share import load_share
+    """This rank's share, with its parts of the adapters, all of them read now: none is refused in the middle of a job."""
+    from phi4_mlx.adapters.layers import put_adapter
+    from phi4_mlx.checkpoint_share import load_share, share_adapter
     from phi4_mlx.models.share import Share
 
-    share = Share(parallel, ranks.launch.rank, ranks.launch.size)
-    return load_share(folder, share, ranks.group)
+    model = load_share(folder, Share(parallel, ranks.launch.rank, ranks.launch.size), ranks.group)
+    if options.adapter_path is not None:
+        put_adapter(model, share_adapter(model, Path(options.adapter_path)))
+    if options.adapters:
+        assert model.adapters is not None
+        if taken := [name for name in options.adapters if name in model.adapters.names]:
+            raise RequestError(f"adapter {taken[0]!r} has the name of one of the model's own; choose another name")
+        for name, path in options.adapters.items():
+            model.adapters.add(name, share_adapter(model, Path(path)))
+            model.adapters.load(name)
+    return model
 
 
 def _follow(ranks: Ranks, options: ModelOptions, folder: Path, parallel: Parallel) -> NoReturn:
