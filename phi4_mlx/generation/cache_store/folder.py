@@ -43,23 +43,6 @@ class StoredFile:
         return self.name.startswith(".")
 
 
-def check_one_process(folder: str | None, ranks: int) -> None:
-    """Checks that a store is not asked for over ranks.
-
-    Args:
-        folder: the value of `--prompt-cache-dir`; None if it is not given.
-        ranks: the number of processes that share the model.
-
-    Raises:
-        RequestError: each rank has only a share of every cache.
-    """
-    if folder is not None and ranks > 1:
-        raise RequestError(
-            f"{OPTION} {folder:.200} stores whole prompt caches, and each of {ranks} ranks has a share of one; "
-            "leave it out, or run one process"
-        )
-
-
 def private_folder(given: str | Path) -> Path:
     """The folder of a store, made if it is missing, and readable by its owner alone.
 

@@ -47,6 +47,7 @@ from phi4_mlx.models.cached_tokens import conditions_of
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.shared_stream import shared_stream
+from phi4_mlx.terminal.amount import size as amount_of
 from phi4_mlx.terminal.version import __version__
 from phi4_mlx.tokens.prompt import keys_of, places_of
 
@@ -77,13 +78,13 @@ class StoreSettings:
         return CacheStore(StoreFolder(private_folder(self.folder), self.limit_bytes), model, tokenizer, warn)
 
 
-def store_settings(folder: str, limit_bytes: int) -> StoreSettings:
-    """The settings of a store in a folder that is checked and made private.
+def store_settings(folder: str | None, limit_bytes: int) -> StoreSettings | None:
+    """The settings of a store in a folder that is checked and made private; None for none.
 
     Raises:
         RequestError: the folder cannot be used.
     """
-    return StoreSettings(str(private_folder(folder)), limit_bytes)
+    return None if folder is None else StoreSettings(str(private_folder(folder)), limit_bytes)
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class CacheStore:
         self._catalogue = Catalogue(folder, warn)
         self._tokenizer_fingerprint = tokenizer.fingerprint()[:32]
         self._base: dict[int, tuple[weakref.ref[LanguageModel], dict[str | None, str]]] = {}
-        self._unread = self.hits = 0
+        self._unread = self._unstorable = self.hits = 0
         self._writer = Writer(folder, self._catalogue, warn)
         threading.Thread(target=self._fingerprints, args=(model, None), name="fingerprint").start()
 
@@ -251,7 +252,7 @@ class CacheStore:
             buffers = [memory_of(each) for each in arrays]
         size = len(header_of(layout, about)) + sum(each.nbytes for each in buffers) + 32
         if size > self._folder.limit_bytes:
-            return
+            return self._too_large(size)
         entry = StoredEntry(name, size, match, entry.projection, keys, snapshots)
         due_s = 0.0 if leaving else time.monotonic() + SETTLE_S
         self._writer.add(Waiting(entry, layout, about, buffers, due_s, leaving))
@@ -266,13 +267,21 @@ class CacheStore:
 
     def gauges(self) -> dict[str, float]:
         """Counts and bytes by metric name."""
+        failures = self._unread + self._unstorable + self._writer.failures + self._catalogue.damaged
         return {
             "prefix_cache_disk_bytes": self._catalogue.nbytes,
             "prefix_cache_disk_limit_bytes": self._folder.limit_bytes,
             "prefix_cache_disk_entries": len(self._catalogue),
             "prefix_cache_disk_hits_total": self.hits,
-            "prefix_cache_disk_failures_total": self._unread + self._writer.failures + self._catalogue.damaged,
+            "prefix_cache_disk_failures_total": failures,
         }
+
+    def _too_large(self, nbytes: int) -> None:
+        """Counts a cache that can never be stored, and says so once."""
+        self._unstorable += 1
+        if self._unstorable == 1:
+            limit = amount_of(self._folder.limit_bytes)
+            self._warn(f"a prompt cache of {amount_of(nbytes)} is not stored: all of them may have {limit} on the disk")
 
     def _has(self, entry: StoredEntry, leaving: bool) -> bool:
         """True if the store has enough of a cache, or soon will."""

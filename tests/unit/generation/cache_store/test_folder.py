@@ -17,7 +17,7 @@ from phi4_mlx.files.lock import lock
 from phi4_mlx.files.safetensors import TensorWriter
 from phi4_mlx.generation.cache_store import catalogue as catalogue_module
 from phi4_mlx.generation.cache_store import writer as writer_module
-from phi4_mlx.generation.cache_store.folder import StoreFolder, check_one_process, private_folder
+from phi4_mlx.generation.cache_store.folder import StoreFolder, private_folder
 from phi4_mlx.models.text import Model
 from tests.conftest import make_tiny_model
 from tests.damage import flipped_bits
@@ -76,13 +76,6 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path, monkeypatch: p
     assert not [*(tmp_path / "mine").iterdir()]
 
 
-def test_a_store_over_ranks_is_refused_by_name() -> None:
-    check_one_process(None, 4)
-    check_one_process("DIR", 1)
-    with pytest.raises(RequestError, match="--prompt-cache-dir DIR stores whole prompt caches, and each of 2 ranks"):
-        check_one_process("DIR", 2)
-
-
 def test_the_limit_is_never_exceeded_while_five_times_as_much_is_written(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +99,16 @@ def test_the_limit_is_never_exceeded_while_five_times_as_much_is_written(
         store.offer(model, prefilled(model, [*range(500)] * 2), leaving=True)  # larger than the limit
         assert store.flush(SOON_S)
     assert 0.8 * limit < largest <= limit and written > 4 * limit and len(files(folder)) > 2
+
+
+def test_a_cache_that_can_never_be_stored_is_one_line(model: Model, tmp_path: Path) -> None:
+    folder, lines = tmp_path / "s", []
+    with opened(folder, model, 20_000, lines.append) as store:
+        for n in range(3):
+            store.offer(model, prefilled(model, [n] * 90))
+        assert store.flush(SOON_S) and store.gauges()["prefix_cache_disk_failures_total"] == 3
+    assert len(lines) == 1 and "KB is not stored: all of them may have 20.0 KB on the disk" in lines[0]
+    assert not files(folder)
 
 
 def test_the_least_recently_used_goes_first(model: Model, tmp_path: Path) -> None:
