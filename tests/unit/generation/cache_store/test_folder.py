@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import stat
 import threading
 from pathlib import Path
@@ -16,6 +17,7 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.files.lock import lock
 from phi4_mlx.files.safetensors import TensorWriter
 from phi4_mlx.generation.cache_store import catalogue as catalogue_module
+from phi4_mlx.generation.cache_store import folder as folder_module
 from phi4_mlx.generation.cache_store import writer as writer_module
 from phi4_mlx.generation.cache_store.folder import StoreFolder, private_folder
 from phi4_mlx.models.text import Model
@@ -310,5 +312,23 @@ def test_the_room_of_a_folder(tmp_path: Path) -> None:
         os.utime(path, ns=(n, n))
     names = [file.name for file in folder.files()]
     assert names == [f"{name * 32}.promptcache" for name in "abc"]
-    assert folder.make_room(10, folder.files()) == [] and folder.make_room(101, folder.files()) is None
+    assert folder.make_room(10, folder.files()) == []
+    with pytest.raises(OSError, match="No space left on device"):
+        folder.make_room(101, folder.files())
     assert folder.make_room(41, folder.files()) == names[:2] and len(folder.files()) == 1
+
+
+@pytest.mark.parametrize(("free", "kept"), [(10**12, 6), (200_000 + 50_000, 6), (200_000, 5), (100_000, 2), (0, 5)])
+def test_a_part_of_the_volume_stays_free(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, kept: int
+) -> None:
+    """The volume has 4 MB, so that 200 KB are to stay free, and the store 230 KB; a file has 47 KB."""
+    folder = tmp_path / "s"
+    for n in range(5):
+        keep(folder, model, [n] * 90)
+    monkeypatch.setattr(folder_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(4_000_000, 0, free))  # type: ignore[attr-defined]
+    lines: list[str] = []
+    with opened(folder, model, warn=lines.append) as store:
+        store.offer(model, prefilled(model, [9] * 90), leaving=True)
+        assert store.flush(SOON_S)
+    assert len(files(folder)) == kept and len(lines) == (free == 0)  # nothing is removed where it would not help
