@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.batch import Batch
-from phi4_mlx.generation.cache_store.store import StoreSettings
+from phi4_mlx.generation.cache_store.store import CacheStore, StoreSettings
 from phi4_mlx.generation.guessing import Guessing
 from phi4_mlx.generation.memory import cache_bytes, memory_limit
 from phi4_mlx.generation.options import LogitsMask
@@ -127,12 +127,7 @@ class Engine:
         self._answers: dict[BatchSequence, Answer] = {}
         self._compiling = Compiling(partial(compiled_constraint, tokenizer, base.config.vocab_size))
         self._unkept = 0
-        store = (
-            None
-            if settings.store is None
-            else settings.store.make_store(self._adapters.get(None).model, tokenizer, warn)
-        )
-        self.prefixes = PrefixCache(prefix_limit_bytes, store)
+        self.prefixes = PrefixCache(prefix_limit_bytes, self._store(warn))
         self._recalling = Recalling(self.prefixes, self.kv_limit_bytes, CacheOptions(None, settings.kv_bits))
         self.batch = self._new_batch()
 
@@ -338,6 +333,16 @@ class Engine:
                 self.prefixes.put(answer.sequence.model, answer.job.adapter, cache)
         except Exception:
             self._unkept += 1
+
+    def _store(self, warn: Callable[[str], None]) -> CacheStore | None:
+        """The store of the settings; the server has checked it, and one that is lost since costs a line."""
+        if self.settings.store is None:
+            return None
+        try:
+            return self.settings.store.make_store(self._adapters.get(None).model, self.tokenizer, warn)
+        except RequestError as error:
+            warn(str(error))
+            return None
 
     def _new_batch(self) -> Batch:
         limit_ms = self.settings.max_step_ms
