@@ -127,7 +127,9 @@ class Engine:
         self._answers: dict[BatchSequence, Answer] = {}
         self._compiling = Compiling(partial(compiled_constraint, tokenizer, base.config.vocab_size))
         self._unkept = 0
-        self.prefixes = PrefixCache(prefix_limit_bytes, self._store(warn))
+        self.prefixes = PrefixCache(
+            prefix_limit_bytes, _opened_store(settings, self._adapters.get(None).model, tokenizer, warn)
+        )
         self._recalling = Recalling(self.prefixes, self.kv_limit_bytes, CacheOptions(None, settings.kv_bits))
         self.batch = self._new_batch()
 
@@ -338,20 +340,21 @@ class Engine:
         except Exception:
             self._unkept += 1
 
-    def _store(self, warn: Callable[[str], None]) -> CacheStore | None:
-        """The store of the settings; the server has checked it, and one that is lost since costs a line."""
-        if self.settings.store is None:
-            return None
-        try:
-            return self.settings.store.make_store(self._adapters.get(None).model, self.tokenizer, warn)
-        except RequestError as error:
-            warn(str(error))
-            return None
-
     def _new_batch(self) -> Batch:
         limit_ms = self.settings.max_step_ms
         pace = None if limit_ms is None else ChunkPace(limit_ms / 1000)
         return Batch(self.settings.max_rows, self.kv_limit_bytes, prefixes=self, guessing=self.guessing, pace=pace)
+
+
+def _opened_store(
+    settings: Settings, model: LanguageModel, tokenizer: Tokenizer, warn: Callable[[str], None]
+) -> CacheStore | None:
+    """The store of the settings; the server has checked it, and one that is lost since costs a line."""
+    try:
+        return None if settings.store is None else settings.store.make_store(model, tokenizer, warn)
+    except RequestError as error:
+        warn(str(error))
+        return None
 
 
 def check_room(engine: Engine) -> None:

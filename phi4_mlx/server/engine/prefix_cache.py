@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from phi4_mlx.generation.cache_store.store import CacheStore
 from phi4_mlx.generation.memory_pressure import Reading, share_of
 from phi4_mlx.models.model import LanguageModel
-from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.prompt_cache import PromptCache, prefix_of
 from phi4_mlx.tokens.prompt import keys_of, places_of
 
 Keys = NDArray[np.int64]  # [S]
@@ -102,7 +102,7 @@ class PrefixCache:
             return None
         self._entries.remove(best)
         self._entries.append(best)
-        return best.cache.prefix_of(ids, length)  # the entry knows only the identity of its media
+        return prefix_of(best.cache, ids, length)  # the entry knows only the identity of its media
 
     def _best(
         self, model: LanguageModel, adapter: str | None, ids: Sequence[int], kv_bits: int | None
