@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.batch import Batch
-from phi4_mlx.generation.cache_store.store import StoreSettings
+from phi4_mlx.generation.cache_store.store import CacheStore, StoreSettings
 from phi4_mlx.generation.guessing import Guessing
 from phi4_mlx.generation.memory import cache_bytes, memory_limit
 from phi4_mlx.generation.options import LogitsMask
@@ -127,12 +127,9 @@ class Engine:
         self._answers: dict[BatchSequence, Answer] = {}
         self._compiling = Compiling(partial(compiled_constraint, tokenizer, base.config.vocab_size))
         self._unkept = 0
-        store = (
-            None
-            if settings.store is None
-            else settings.store.make_store(self._adapters.get(None).model, tokenizer, warn)
+        self.prefixes = PrefixCache(
+            prefix_limit_bytes, _opened_store(settings, self._adapters.get(None).model, tokenizer, warn)
         )
-        self.prefixes = PrefixCache(prefix_limit_bytes, store)
         self._recalling = Recalling(self.prefixes, self.kv_limit_bytes, CacheOptions(None, settings.kv_bits))
         self.batch = self._new_batch()
 
@@ -343,6 +340,17 @@ class Engine:
         limit_ms = self.settings.max_step_ms
         pace = None if limit_ms is None else ChunkPace(limit_ms / 1000)
         return Batch(self.settings.max_rows, self.kv_limit_bytes, prefixes=self, guessing=self.guessing, pace=pace)
+
+
+def _opened_store(
+    settings: Settings, model: LanguageModel, tokenizer: Tokenizer, warn: Callable[[str], None]
+) -> CacheStore | None:
+    """The store of the settings; the server has checked it, and one that is lost since costs a line."""
+    try:
+        return None if settings.store is None else settings.store.make_store(model, tokenizer, warn)
+    except RequestError as error:
+        warn(str(error))
+        return None
 
 
 def check_room(engine: Engine) -> None:
