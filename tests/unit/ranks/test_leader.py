@@ -10,6 +10,7 @@ import pytest
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.batch import Batch
+from phi4_mlx.generation.guessing import Guessing
 from phi4_mlx.generation.sampling import make_sampler
 from phi4_mlx.generation.sequence import BatchSequence
 from phi4_mlx.generation.speculate import PromptLookup
@@ -74,13 +75,15 @@ class Store:
 
     def keep(self, sequence: BatchSequence) -> None:
         assert sequence.cache is not None
-        self.prefixes.put(None, sequence.cache)
+        self.prefixes.put(sequence.model, None, sequence.cache)
 
 
-def batched(model: LanguageModel) -> list[list[int]]:
+def batched(model: LanguageModel, lookup: bool = False) -> list[list[int]]:
     """The answers to eight prompts, some with a common beginning, four at a time."""
-    batch, common = Batch(4, prefixes=Store(), prefill_step_size=32), [7, 8, 9] * 12
+    batch, common = Batch(4, prefixes=Store(), prefill_step_size=32, guessing=Guessing(timed=False)), [7, 8, 9] * 12
     sequences = [BatchSequence(model, [*common[: 12 * (n % 4)], n, n + 1], 10 + n, last_turn=12) for n in range(8)]
+    for sequence in sequences:
+        sequence.proposer = PromptLookup() if lookup else None
     for sequence in sequences:
         batch.add(sequence)
     while batch.waiting or batch.active:
@@ -88,7 +91,13 @@ def batched(model: LanguageModel) -> list[list[int]]:
             assert hasattr(event, "token"), event
             if event.sequence.drawn >= event.sequence.max_tokens and event.sequence in batch.active:
                 batch.end(event.sequence)
+    assert (batch.guessing.guessed > batch.guessing.held) is lookup
     return [sequence.ids for sequence in sequences]
+
+
+def test_guesses_in_a_batch_are_taken_back_on_every_rank() -> None:
+    pair = Pair(make_tiny_model)
+    assert batched(pair.model, lookup=True) == batched(make_tiny_model())
 
 
 @pytest.mark.parametrize("splits_head", [False, True])
@@ -134,6 +143,16 @@ def test_a_cache_from_elsewhere_is_refused() -> None:
     other(mx.array([PROMPT]), cache)
     with pytest.raises(RequestError, match="cannot take states from elsewhere"):
         pair.model.make_cache().restore(PROMPT, [layer.state for layer in cache], "short")
+
+
+def test_other_hidden_states_than_the_last_are_handed_over_first() -> None:
+    pair = Pair(make_tiny_model, splits_head=True)
+    first = pair.model.hidden(mx.array([PROMPT]))
+    logits = pair.model.logits(first)
+    assert "shape" in pair.commands[-1] and pair.commands[-1]["shape"] is None
+    pair.model.hidden(mx.array([[3]]))
+    assert mx.array_equal(pair.model.logits(first), logits)
+    assert pair.commands[-1]["shape"] == [1, len(PROMPT), first.shape[-1]]
 
 
 def test_a_failure_of_the_leader_after_it_has_told_ends_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
