@@ -18,7 +18,9 @@ from phi4_mlx.generation.sequence import BatchSequence, Fault, Token
 from phi4_mlx.generation.speculate import DraftModel, PromptLookup
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.text import Model
+from phi4_mlx.tokens.prompt import Prompt
 from tests.conftest import BOUNDARY, make_tiny_model
+from tests.media import clip, picture, prompt_of
 from tests.model_runs import decoded
 from tests.tiny_multimodal import make_tiny_multimodal
 from tests.tiny_sambay import make_tiny_sambay
@@ -268,6 +270,20 @@ def test_guesses_end_before_the_end_of_an_answer_and_before_a_picture() -> None:
     sequence.ids += [5, 6, 9]
     sequence.inform()
     assert sequence.guesses(6) == [7]
+
+
+def test_rows_with_pictures_are_guessed_as_others() -> None:
+    model = make_tiny_multimodal(seed=3)
+    prompts = [prompt_of([5, 6], picture(1), [7, 8, 9]), prompt_of([5, 6, 7]), prompt_of([4], picture(2), [5], clip(1))]
+    expected = [decoded(model, prompt, 20) for prompt in prompts]
+    guessing = untimed()
+    sequences = [
+        BatchSequence(model, Prompt([*prompt], prompt.places), 20, proposer=Oracle(prompt, alone, 5))
+        for prompt, alone in zip(prompts, expected, strict=True)
+    ]
+    run(sequences, guessing)
+    assert [answer(sequence) for sequence in sequences] == expected
+    assert guessing.held > 20
 
 
 def test_a_drawn_guess_carries_its_log_probabilities(model: Model) -> None:
