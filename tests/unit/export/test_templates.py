@@ -19,8 +19,8 @@ from phi4_mlx.tokens.tokenizer import Tokenizer
 from tests.conftest import DATA
 from tests.conversations import CALLS, PLAIN, TOOLS
 
-FORMATS = ["phi4-mini", "phi4-mini-reasoning", "phi3.5-mini", "phi4", "phi4-reasoning"]
-WITH_TOOLS = FORMATS[:2]
+FORMATS = [*CHAT_FORMATS]
+WITH_TOOLS = [name for name in FORMATS if name.startswith("phi4-mini")]
 
 
 def tokenizer_of(name: str, folder: Path) -> Tokenizer:
