@@ -19,10 +19,11 @@ from phi4_mlx.adapters.layers import load_adapter
 from phi4_mlx.checkpoint import load
 from phi4_mlx.export.gguf_file import GGUF_FILE, write_gguf
 from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.tokens.chat_format import CHAT_FORMATS
 from phi4_mlx.tokens.tokenizer import Tokenizer
 from tests.adapters import adapted, save_adapter
 from tests.conftest import make_tiny_model, write_tiny_checkpoint
-from tests.conversations import CALLS, PLAIN, TOOLS
+from tests.conversations import CALLS, PLAIN, TOOLS, write_tokenizer
 
 llama = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'xllamacpp>=2026.10'")
 
@@ -155,14 +156,22 @@ def test_a_longer_context_uses_the_long_table_throughout(sources: Sources, tmp_p
     assert np.abs(short - theirs)[np.isfinite(theirs)].max() > 0.5
 
 
-def test_ids_and_prompts_are_ours(tmp_path: Path) -> None:
-    _, tokenizer = load("demo")
-    write_gguf("demo", tmp_path / "out")
+@pytest.mark.parametrize("name", CHAT_FORMATS)
+def test_ids_and_prompts_are_ours(name: str, tmp_path: Path) -> None:
+    source: str | Path = "demo"
+    if name != "phi4-mini":
+        source = write_tiny_checkpoint(tmp_path / "source", **SHAPE)
+        write_tokenizer(name, source)
+    _, tokenizer = load(source, chat_format=name)
+    write_gguf(source, tmp_path / "out", chat_format=name)
     server = Llama(tmp_path / "out")
     for text in TEXTS:
         assert server.tokens(text) == tokenizer.encode(text), text
-    conversations = [(messages, tools) for messages in PLAIN.values() for tools in (None, TOOLS)]
-    for messages, tools in [*conversations, (CALLS["call"], TOOLS), (CALLS["call"], None)]:
+    conversations: list[Any] = [(messages, None) for messages in PLAIN.values()]
+    if name.startswith("phi4-mini"):
+        conversations += [(messages, TOOLS) for messages in PLAIN.values()]
+        conversations += [(CALLS["call"], TOOLS), (CALLS["call"], None)]
+    for messages, tools in conversations:
         body = {"messages": messages} | ({"tools": tools} if tools else {})
         prompt = server.post("/apply-template", body)["prompt"]
         assert server.tokens(prompt, specials=True) == tokenizer.apply_chat_template(messages, tools), prompt
