@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
+from phi4_mlx.errors import RequestError
 from phi4_mlx.terminal.command import USER_MISTAKE, complain, typed
 from phi4_mlx.terminal.suggestion import suggestion
 from phi4_mlx.terminal.version import __version__
@@ -20,6 +22,7 @@ COMMANDS = {
     "models": ("phi4_mlx.commands.models", "list, download and remove the models in the Hugging Face cache"),
     "context": ("phi4_mlx.commands.context", "show the memory that a context takes, and what fits on this machine"),
     "plan": ("phi4_mlx.commands.plan", "show what a model over several machines takes: bytes, exchanges and times"),
+    "doctor": ("phi4_mlx.commands.doctor", "check this machine: memory, and each fast path against its slow twin"),
     "lora": ("phi4_mlx.lora.__main__", "fine-tune a model on your own data"),
     "convert": ("phi4_mlx.convert.__main__", "convert a Hugging Face checkpoint to a package, such as a 4-bit one"),
     "compare": ("phi4_mlx.commands.compare", "measure how far a model is from another, such as before quantising"),
@@ -29,6 +32,10 @@ COMMANDS = {
     "export": ("phi4_mlx.lora.export", "write a model or an adapter for Ollama, vLLM, transformers or PEFT"),
     "lora.export": ("phi4_mlx.lora.export", "the same as export"),
 }
+
+
+OVER_RANKS = ("generate", "chat", "server", "lora", "evaluate", "plan")
+"""The commands that several processes of one job may run together."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,9 +63,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and f"{name}.{rest[0]}" in COMMANDS:
         complain(typed(name), f"unrecognized arguments: {rest[0]}; did you mean {typed(f'{name}.{rest[0]}')}?")
         return USER_MISTAKE
+    if name not in OVER_RANKS and {"MLX_RANK", "OMPI_COMM_WORLD_RANK"} & os.environ.keys() and _refuses_ranks(name):
+        return USER_MISTAKE
     module, _ = COMMANDS[name]
     command: Callable[..., int] = importlib.import_module(module).main
     return command(rest, name) if name == "export" else command(rest)  # its module has two names
+
+
+def _refuses_ranks(name: str) -> bool:
+    """True if there are several ranks, each of which would do the same; rank 0 says so."""
+    from phi4_mlx.ranks.launch import launched
+
+    try:
+        launch = launched()
+    except RequestError as error:
+        complain(typed(name), str(error))
+        return True
+    if launch is not None and launch.rank == 0:
+        commands = ", ".join(OVER_RANKS)
+        complain(typed(name), f"{launch.size} ranks would all do the same; start it without mlx.launch ({commands} with)")
+    return launch is not None
 
 
 def _help() -> str:

@@ -91,8 +91,9 @@ def _parser() -> Parser:
 def _chat(args: argparse.Namespace) -> None:
     check_decoding_options(args)
     from phi4_mlx.hub import DEFAULT_MODEL
-    from phi4_mlx.ranks.session import ModelOptions, open_session
+    from phi4_mlx.ranks.session import ModelOptions, check_over_ranks, open_session
 
+    check_over_ranks(args, "prompt_cache_dir")
     name = DEFAULT_MODEL if args.model is None else args.model
     with open_session(ModelOptions(name, args.parallel, **load_options(args)), partial(complain, PROG)) as session:
         _chat_in(session, args)
@@ -136,7 +137,10 @@ def _open(
     from phi4_mlx.chat.conversation import Conversation
     from phi4_mlx.checkpoint import load
     from phi4_mlx.models.cache import CacheOptions
+    from phi4_mlx.models.safe import notice
 
+    if switched_off := notice():
+        complain(PROG, switched_off)
     settings = None
     if args.prompt_cache_dir is not None:
         from phi4_mlx.generation.cache_store.store import store_settings
@@ -148,7 +152,7 @@ def _open(
     conversation = Conversation(
         model, tokenizer, args.system_prompt, toolbox,
         cache_options=CacheOptions(**cache_options(args)), overflow=args.context_overflow,
-        store=None if settings is None else settings.open(model, tokenizer, partial(complain, PROG)),
+        store=None if settings is None else settings.make_store(model, tokenizer, partial(complain, PROG)),
     )  # fmt: skip
     conversation.check_tools()
     chat = Chat(

@@ -79,11 +79,12 @@ def _parser() -> Parser:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    from phi4_mlx.ranks.session import is_follower, open_session
+    from phi4_mlx.ranks.session import check_over_ranks, is_follower, open_session
     from phi4_mlx.server.guard import is_loopback
     from phi4_mlx.server.log import logging_to
     from phi4_mlx.server.tools import opened_toolbox
 
+    check_over_ranks(args, "prompt_cache_dir")
     if is_follower():
         with open_session(_settings(args).model_options):
             raise AssertionError("a follower does not come here")
@@ -197,8 +198,11 @@ def _served(args: argparse.Namespace) -> _Served:
     from phi4_mlx.checkpoint import load_config, load_tokenizer_and_format
     from phi4_mlx.files.manifest import verify_manifest
     from phi4_mlx.hub import DEFAULT_MODEL
+    from phi4_mlx.models.safe import notice
     from phi4_mlx.server.model_kind import model_kind
 
+    if switched_off := notice():
+        complain(PROG, switched_off)
     check_speculation_options(args)
     name, settings = DEFAULT_MODEL if args.model is None else args.model, _settings(args)
     folder, adapters = Path(settings.model), settings.adapters
