@@ -236,7 +236,8 @@ def write_package(
         drawn = write_report(out, calibration)[1:] if calibration else []
         sizes = {name: adapter.nbytes for name, adapter in loras.items()}
         origin = read_origin(hf_path, folder, tuned)
-        card = model_card(origin, config, parameters, sizes, calibration, *(path.name for path in drawn), library=library)
+        picture = drawn[0].name if drawn else ""
+        card = model_card(origin, config, parameters, sizes, calibration, picture, library)
         documents = {MANIFEST_FILE: _json(manifest), CARD_FILE: card.encode()}
         for name, data in {**documents, **small}.items():  # config.json last: with it the package is complete
             (out / name).write_bytes(data)
