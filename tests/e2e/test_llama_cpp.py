@@ -175,3 +175,20 @@ def test_ids_and_prompts_are_ours(name: str, tmp_path: Path) -> None:
         body = {"messages": messages} | ({"tools": tools} if tools else {})
         prompt = server.post("/apply-template", body)["prompt"]
         assert server.tokens(prompt, specials=True) == tokenizer.apply_chat_template(messages, tools), prompt
+
+
+def test_the_demo_calls_a_tool_and_answers_from_its_result(tmp_path: Path) -> None:
+    """llama.cpp finds the call in the answer by the template in the file."""
+    parameters = {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]}
+    function = {"name": "calculator", "description": "Evaluates an arithmetic expression.", "parameters": parameters}
+    write_gguf("demo", tmp_path / "out")
+    server, messages = Llama(tmp_path / "out"), [{"role": "user", "content": "What is 12*7?"}]
+    body = {"tools": [{"type": "function", "function": function}], "temperature": 0, "max_tokens": 60}
+    answer = server.post("/v1/chat/completions", body | {"messages": messages})["choices"][0]
+    assert answer["finish_reason"] == "tool_calls"
+    (call,) = answer["message"]["tool_calls"]
+    assert call["function"]["name"] == "calculator"
+    assert json.loads(call["function"]["arguments"]) == {"expression": "12 * 7"}
+    messages += [answer["message"], {"role": "tool", "tool_call_id": call["id"], "content": "84"}]
+    answer = server.post("/v1/chat/completions", body | {"messages": messages})["choices"][0]
+    assert answer["message"]["content"] == "The answer is 84."
