@@ -236,6 +236,7 @@ def _prepared(launch: Launch, options: ModelOptions) -> tuple[Path, Parallel, st
 
 def _about(folder: Path, parallel: Parallel, options: ModelOptions) -> dict[str, str]:
     """What all ranks must have in common."""
+    from phi4_mlx.models.safe import VARIABLE, switched_off
     from phi4_mlx.ranks.package import files_fingerprint
 
     adapters = options.adapters if options.adapter_path is None else {**options.adapters, "": options.adapter_path}
@@ -244,6 +245,7 @@ def _about(folder: Path, parallel: Parallel, options: ModelOptions) -> dict[str,
         "the fingerprint of the model": files_fingerprint(folder),
         "--parallel": parallel,
         "--chat-format": options.chat_format or "the one detected",
+        VARIABLE: ",".join(switched_off()) or "not set",
         **{name: files_fingerprint(Path(path).expanduser()) for name, path in known.items()},
     }
 
