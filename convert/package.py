@@ -261,7 +261,8 @@ def _small_files(
     ids = {key: raw[key] for key in ("bos_token_id", "pad_token_id") if isinstance(raw.get(key), int)}
     if generation.get("eos_token_id") != eos:
         files[name] = _json(ids | generation | {"eos_token_id": eos})
-    files["config.json"] = _json(_config(config, parameters) | ids | {"eos_token_id": eos})
+    tokens = {"pad_token_id": None} | ids | {"eos_token_id": eos}  # without it, transformers pads with 32000
+    files["config.json"] = _json(_config(config, parameters) | tokens)
     return files
 
 

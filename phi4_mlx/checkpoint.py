@@ -244,7 +244,7 @@ def load_model(folder: Path) -> LanguageModel:
         for name, stored in tensors.model.items():
             if name in wanted:
                 weights.append((name, files[stored.path][stored.name].reshape(stored.info.shape)))
-        _check_finite(folder, [each for each in weights if not model.on_demand(each[0])])
+        check_finite(folder, [each for each in weights if not model.on_demand(each[0])])
     model.load_weights(weights)
     model.eval()
     add_shipped(model, shipped_with(model, folder, tensors))
@@ -304,7 +304,7 @@ def stored_tensors(folder: Path, config: Config) -> StoredTensors:
     return StoredTensors(model, loras)
 
 
-def _check_finite(folder: Path, weights: Iterable[tuple[str, mx.array]]) -> None:
+def check_finite(folder: Path, weights: Iterable[tuple[str, mx.array]]) -> None:
     """Refuses NaN and infinity outside the matrices, which are large and whose NaN shows in the logits."""
     matrix = (".weight", ".scales", ".biases")
     small = {name: array for name, array in weights if array.ndim != 2 or not name.endswith(matrix)}

@@ -6,14 +6,18 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from phi4_mlx.checkpoint import check_tensors, empty_model, load_config, stored_tensors
+from phi4_mlx.adapters.folder import Adapter
+from phi4_mlx.adapters.layers import check_fit, read_adapter
+from phi4_mlx.adapters.shipped import add_shipped
+from phi4_mlx.checkpoint import check_finite, check_tensors, empty_model, load_config, shipped_with, stored_tensors
 from phi4_mlx.files.dtypes import mlx_dtype
 from phi4_mlx.files.safetensors import Stored
 from phi4_mlx.files.tensor_parts import read_part
 from phi4_mlx.models.causal_lm import CausalLM
 from phi4_mlx.models.model import LanguageModel
-from phi4_mlx.models.sharding import check_share, join_ranks, prepare_share, share_config, share_pieces
-from phi4_mlx.models.share import Piece, Share
+from phi4_mlx.models.pipeline import deal_blocks, keep_blocks
+from phi4_mlx.models.sharding import adapter_part, check_share, join_ranks, share_config, share_pieces
+from phi4_mlx.models.share import Holding, Piece, Share
 
 
 def load_share(folder: Path, share: Share, group: mx.distributed.Group) -> LanguageModel:
@@ -39,18 +43,54 @@ def load_share(folder: Path, share: Share, group: mx.distributed.Group) -> Langu
     infos = {name: info for name, info in tensors.infos.items() if name in wanted}
     check_share(config, share.parallel, share.size, infos)
     pieces = share_pieces(config, share, infos)
-    model = empty_model(
-        share_config(config, share, infos), {name: piece.of(infos[piece.name]) for name, piece in pieces.items()}
-    )
-    assert isinstance(model, CausalLM)
-    prepare_share(model, share)
-    model.load_weights([(name, _read(tensors.model[piece.name], piece)) for name, piece in pieces.items()])
+    holding = Holding(config, infos, pieces)
+    shipped = shipped_with(whole, folder, tensors)
+    model = _empty_share(whole, holding, share)
+    weights = [
+        (name, _read(tensors.model[piece.name], piece, later=model.on_demand(name))) for name, piece in pieces.items()
+    ]
+    now = [(pieces[name].name, array) for name, array in weights if not model.on_demand(name)]
+    check_finite(folder, now)
+    mx.eval(now)
+    model.load_weights(weights)
     model.eval()
-    join_ranks(model, config, share, group)
+    add_shipped(model, {name: adapter_part(adapter, holding) for name, adapter in shipped.items()})
+    join_ranks(model, holding, share, group)
     return model
 
 
-def _read(stored: Stored, piece: Piece) -> mx.array:
+def _empty_share(whole: LanguageModel, holding: Holding, share: Share) -> CausalLM:
+    """The model of a rank's share, with lazy random weights; the whole one, without the blocks of others, or another."""
+    if share.parallel == "pipeline":
+        assert isinstance(whole, CausalLM)
+        keep_blocks(whole, deal_blocks(holding.infos, share.size)[share.rank], share.rank)
+        return whole
+    infos = {name: piece.of(holding.infos[piece.name]) for name, piece in holding.pieces.items()}
+    model = empty_model(share_config(holding.config, share, holding.infos), infos)
+    assert isinstance(model, CausalLM)
+    return model
+
+
+def share_adapter(model: LanguageModel, path: Path) -> Adapter:
+    """The part of an adapter that goes on a rank's share, by `put_adapter` or by name.
+
+    Args:
+        model: from `load_share`.
+        path: as for `read_adapter`.
+
+    Raises:
+        ConfigError, CheckpointError, RequestError: as `load_adapter`, for the whole model.
+    """
+    holding: Holding = model.holding
+    adapter = read_adapter(path)
+    check_fit(empty_model(holding.config, holding.infos), adapter)
+    return adapter_part(adapter, holding)
+
+
+def _read(stored: Stored, piece: Piece, later: bool) -> mx.array:
+    """A part of a tensor; one that is read at its first use is always whole."""
     info = piece.of(stored.info)
+    if later:
+        return mx.load(str(stored.path))[stored.name].reshape(info.shape)
     found = mx.array(memoryview(read_part(stored, piece.axis, piece.ranges)), mx.uint8)
     return found.view(mlx_dtype(info.dtype)).reshape(info.shape)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
+from phi4_mlx.errors import RequestError
 from phi4_mlx.terminal.command import USER_MISTAKE, complain, typed
 from phi4_mlx.terminal.suggestion import suggestion
 from phi4_mlx.terminal.version import __version__
@@ -30,6 +32,10 @@ COMMANDS = {
     "export": ("phi4_mlx.lora.export", "write a model or an adapter for Ollama, vLLM, transformers or PEFT"),
     "lora.export": ("phi4_mlx.lora.export", "the same as export"),
 }
+
+
+OVER_RANKS = ("generate", "chat", "server", "lora", "evaluate", "plan")
+"""The commands that several processes of one job may run together."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,9 +63,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and f"{name}.{rest[0]}" in COMMANDS:
         complain(typed(name), f"unrecognized arguments: {rest[0]}; did you mean {typed(f'{name}.{rest[0]}')}?")
         return USER_MISTAKE
+    if name not in OVER_RANKS and {"MLX_RANK", "OMPI_COMM_WORLD_RANK"} & os.environ.keys() and _refuses_ranks(name):
+        return USER_MISTAKE
     module, _ = COMMANDS[name]
     command: Callable[..., int] = importlib.import_module(module).main
     return command(rest, name) if name == "export" else command(rest)  # its module has two names
+
+
+def _refuses_ranks(name: str) -> bool:
+    """True if there are several ranks, each of which would do the same; rank 0 says so."""
+    from phi4_mlx.ranks.launch import launched
+
+    try:
+        launch = launched()
+    except RequestError as error:
+        complain(typed(name), str(error))
+        return True
+    if launch is not None and launch.rank == 0:
+        commands = ", ".join(OVER_RANKS)
+        complain(typed(name), f"{launch.size} ranks would all do the same; start it without mlx.launch ({commands} with)")
+    return launch is not None
 
 
 def _help() -> str:

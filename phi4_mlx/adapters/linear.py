@@ -128,6 +128,8 @@ class DoRALinear(LoRALinear):
         a, b = self.lora_a.astype(mx.float32), self.scale * self.lora_b.astype(mx.float32)
         cross = self._without_bias(self.linear(a.T.astype(dtype))).astype(mx.float32)  # [R, out]
         squares = self._row_squares + ((2 * cross + (a.T @ a) @ b) * b).sum(axis=0)
+        if (add_up := getattr(self.linear, "add_up", None)) is not None:  # its columns are split over ranks
+            squares = add_up(squares)
         return mx.sqrt(mx.maximum(squares, 1e-30))  # a row of zeros stays zero
 
 

@@ -91,8 +91,9 @@ def _parser() -> Parser:
 def _chat(args: argparse.Namespace) -> None:
     check_decoding_options(args)
     from phi4_mlx.hub import DEFAULT_MODEL
-    from phi4_mlx.ranks.session import ModelOptions, open_session
+    from phi4_mlx.ranks.session import ModelOptions, check_over_ranks, open_session
 
+    check_over_ranks(args, "prompt_cache_dir")
     name = DEFAULT_MODEL if args.model is None else args.model
     with open_session(ModelOptions(name, args.parallel, **load_options(args)), partial(complain, PROG)) as session:
         _chat_in(session, args)
@@ -151,7 +152,7 @@ def _open(
     conversation = Conversation(
         model, tokenizer, args.system_prompt, toolbox,
         cache_options=CacheOptions(**cache_options(args)), overflow=args.context_overflow,
-        store=None if settings is None else settings.open(model, tokenizer, partial(complain, PROG)),
+        store=None if settings is None else settings.make_store(model, tokenizer, partial(complain, PROG)),
     )  # fmt: skip
     conversation.check_tools()
     chat = Chat(

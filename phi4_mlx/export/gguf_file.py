@@ -39,13 +39,12 @@ class Exported:
 
     Attributes:
         nbytes: of the file.
-        exact_context: tokens to allocate at most for the short RoPE table; None if the model has one table.
-        boundary: tokens up to which the model itself uses the short table; None if it has one.
+        exact_context: tokens to allocate at most for the short RoPE table, 0 if llama.cpp cannot allocate so few; None
+            if the model has one table.
     """
 
     nbytes: int
     exact_context: int | None
-    boundary: int | None
 
 
 def write_gguf(
@@ -77,7 +76,7 @@ def write_gguf(
         raise RequestError(f"type {kind!r:.40} is not known; known are {', '.join(TYPES)}")
     if find_spec("gguf") is None:
         raise RequestError(
-            f"the package gguf, which writes GGUF files, is not installed: {sys.executable} -m pip install 'gguf>=0.17'"
+            f"the package gguf, which writes GGUF files, is not installed: {sys.executable} -m pip install 'gguf>=0.19'"
         )
     if Path(target).suffix == ".gguf":
         raise RequestError(f"{target} is the name of a file; name a folder, for {GGUF_FILE} and {MODELFILE} in it")
@@ -102,12 +101,12 @@ def write_gguf(
         context = exact_context(boundary) if boundary else None
         text = modelfile(GGUF_FILE, go_template(chat_format), _stops(tokenizer, chat_format), context)
         (out / MODELFILE).write_text(text, encoding="utf-8")
-        return Exported((out / GGUF_FILE).stat().st_size, context, boundary)
+        return Exported((out / GGUF_FILE).stat().st_size, context)
 
 
 def _carried(folder: Path, config: Config) -> ModelConfig:
     """The config of a model that llama.cpp's phi3 computes exactly; RequestError for any other."""
-    if not isinstance(config, ModelConfig):
+    if type(config) is not ModelConfig:  # a multimodal one is a subclass
         raise RequestError(
             f"{folder} is a model of type {config.model_type}, which llama.cpp cannot run exactly; GGUF is for "
             "Phi-4-mini, Phi-3.5-mini and Phi-4 (phi3); --format mlx writes a package"

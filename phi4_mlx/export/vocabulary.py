@@ -95,7 +95,7 @@ def read_vocabulary(folder: Path, tokenizer: Tokenizer, end: str, rows: int) -> 
             types[token] = BYTE
     scores = [-1e4] * rows
     for order, (left, right) in enumerate(reversed(merges)):
-        scores[vocab[left + right]] = order - len(merges)  # of the first merge that makes it, as it is written last
+        scores[vocab[left + right]] = float(order - len(merges))  # of the first merge that makes it, written last
     unknown = vocab.get(spec["model"].get("unk_token"))
     if unknown is not None:
         types[unknown] = UNKNOWN

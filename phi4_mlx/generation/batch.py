@@ -38,6 +38,9 @@ class PrefixStore(Protocol):
     def recall(self, sequence: BatchSequence) -> PromptCache | None:
         """A cache of the first ids of a sequence, for it to take over; called when its prefill starts."""
 
+    def share(self, sequence: BatchSequence) -> None:
+        """Called when the first ids of a sequence are prefilled, and another one that shares them has waited."""
+
     def keep(self, sequence: BatchSequence) -> None:
         """Called when all ids of a sequence are prefilled; its cache will change afterwards."""
 
@@ -163,10 +166,13 @@ class Batch:
             try:
                 if sequence.cache is None and self.prefixes is not None:
                     sequence.cache = self.prefixes.recall(sequence)
+                sharing = [each for each in self._prefilling if each.cache is None and each.waits_for(sequence)]
                 chunk, logits = run_chunk(sequence, self.pace.size(room) if self.pace is not None and running else room)
                 room -= chunk
                 if logits is None:
                     self._prefilling.append(sequence)
+                    if self.prefixes is not None and not all(each.waits_for(sequence) for each in sharing):
+                        self.prefixes.share(sequence)
                 else:
                     if self.prefixes is not None:
                         self.prefixes.keep(sequence)
@@ -180,12 +186,17 @@ class Batch:
                     room = self.pace.took(chunk, room) if running else room
 
     def _next_to_prefill(self) -> BatchSequence:
-        """Next sequence to prefill. One whose identical prompt is being prefilled waits, to reuse that cache."""
+        """Next sequence to prefill: by priority, answers that have begun before prompts, then in turn.
+
+        A sequence whose beginning is being prefilled waits, so that it can reuse that cache.
+        """
         started = [each for each in self._prefilling if each.cache is not None]
-        for sequence in self._prefilling:
-            if sequence.cache is not None or not any(sequence.repeats(each) for each in started):
-                return sequence
-        raise AssertionError("every sequence waits for another one")
+        ready = [
+            sequence
+            for sequence in self._prefilling
+            if sequence.cache is not None or not any(sequence.waits_for(each) for each in started)
+        ]
+        return min(ready, key=lambda each: (each.priority, not each.drawn))
 
     def _place(self, sequence: BatchSequence) -> None:
         """Sends a prefilled sequence to the group that it fits best, or back to prefill."""

@@ -78,7 +78,7 @@ class RowGroup:
         width, lengths = max(map(len, chunks)), self.cache.lengths
         ids = mx.array([[*chunk, *[0] * (width - len(chunk))] for chunk in chunks], mx.int32)
         known = [len(member.ids) - length for member, length in zip(self.members, lengths, strict=True) if member]
-        samplers = [member and member.sampler for member in self.members for _ in range(width)]
+        samplers = [None if member is None else member.sampler for member in self.members for _ in range(width)]
         logits = self.model.candidates(self.model.hidden(ids, self.cache), *wanted(samplers))
         return RowPass(self, lengths, chunks, known, width, logits)
 

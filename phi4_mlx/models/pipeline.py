@@ -6,19 +6,22 @@ ranks one array crosses for each forward pass: [B, T, D], and [B, rows, D] from 
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from phi4_mlx.adapters.named import NamedAdapters
 from phi4_mlx.files.safetensors import TensorInfo, tensor_bytes
 from phi4_mlx.models.batch_cache import BatchCache
-from phi4_mlx.models.causal_lm import CausalLM
+from phi4_mlx.models.causal_lm import Carried, CausalLM
 from phi4_mlx.models.prompt_cache import PromptCache
-from phi4_mlx.models.share import Piece, Pieces, Share
+from phi4_mlx.models.share import Holding, Piece, Pieces, Share
 
 BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
@@ -68,15 +71,27 @@ def pieces_of(infos: Mapping[str, TensorInfo], share: Share) -> Pieces:
     return found
 
 
+ENDS = {"embed_tokens", "embed_tokens_extend", "norm", "final_layernorm"}
+"""The parts of a decoder outside its blocks, which rank 0 has."""
+
+Crossing = tuple[tuple[tuple[int, ...], mx.Dtype], ...]
+"""Shape and dtype of each array that one rank hands to the next."""
+
+
 class Stage(CausalLM):
     """The part of a model that one rank runs; see `as_stage`, which makes it of a model with this rank's blocks.
 
     `hidden` takes part in the pass of all ranks. On rank 0 its result is the whole model's; on others it is what they
-    handed on, and their `logits` do not exist.
+    handed on, and there are no logits.
+
+    Attributes:
+        first: the number of this rank's first block in the whole model.
+        holding: what the ranks share.
     """
 
+    first: int
+    holding: Holding
     _group: mx.distributed.Group
-    _last_norm: nn.Module
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -93,31 +108,111 @@ class Stage(CausalLM):
         segments: mx.array | None = None,
         rows: int | None = None,
     ) -> mx.array:
-        """See `LanguageModel.hidden`; with `rows`, only the last rank drops the others."""
-        rank, size = self._group.rank(), self._group.size()
-        (B, T), D = ids.shape, self.config.hidden_size
+        """See `LanguageModel.hidden`; ranks take no packed samples."""
+        assert segments is None
+        rank, size, (B, T) = self._group.rank(), self._group.size(), ids.shape
+        given: Carried = () if embeddings is None else (embeddings,)
         if rank:
-            embeddings = mx.distributed.recv((B, T, D), self.dtype, rank - 1, group=self._group)
-        own = rows if rank == size - 1 else None
-        x = super().hidden(ids, cache, embeddings=embeddings, segments=segments, rows=own)
-        sent = mx.distributed.send(x, (rank + 1) % size, group=self._group)
+            given = _received(self.crossing(self.first, B, T, rows), rank - 1, self._group)
+        found = self.run_blocks(ids, cache, given, rows)
+        if rank == size - 1:
+            found = found[:1]
+        sent = mx.distributed.send(_packed(found), (rank + 1) % size, group=self._group)
         mx.async_eval(sent)  # before the result is waited for: nothing else orders the two
         if rank:
             return sent
-        x = mx.distributed.recv((B, min(T, rows or T), D), self.dtype, size - 1, group=self._group)
-        return self._last_norm(x)
+        shape = (B, min(T, rows or T), self.config.hidden_size)
+        x = mx.distributed.recv(shape, self.stream_dtype, size - 1, group=self._group)
+        mx.async_eval(x)  # also where the caller drops it: it would be taken for the next one
+        return self.last_norm.applied(x)
+
+    def crossing(self, number: int, B: int, T: int, rows: int | None) -> Crossing:
+        """The arrays that the block of that number takes from the one before it, for ids [B, T]."""
+        return (((B, T, self.config.hidden_size), self.stream_dtype),)
+
+    @property
+    def stream_dtype(self) -> mx.Dtype:
+        """The dtype of the hidden states between blocks."""
+        return self.dtype
+
+    def run_blocks(
+        self, ids: mx.array, cache: PromptCache | BatchCache | None, given: Carried, rows: int | None
+    ) -> Carried:
+        """What this rank's blocks hand on, of ids [B, T] and what the rank before handed on."""
+        last = self._group.rank() == self._group.size() - 1
+        return (super().hidden(ids, cache, embeddings=given[0] if given else None, rows=rows if last else None),)
+
+    @property
+    def last_norm(self) -> Later:
+        """The norm before the head, on rank 0."""
+        norm: Later = self.model.norm
+        return norm
+
+    @staticmethod
+    def config_of(config: Any, blocks: int) -> Any:
+        """The whole model's config for a rank of so many blocks, of which the cost of a context follows."""
+        return replace(config, num_hidden_layers=blocks)
 
 
-def as_stage(model: CausalLM, share: Share, group: mx.distributed.Group) -> None:
-    """Makes a model with the blocks of one rank, and its weights, one stage of the whole model."""
+def _packed(arrays: Carried) -> mx.array:
+    """Arrays as one message: itself, or the numbers of several in float32."""
+    if len(arrays) == 1:
+        return arrays[0]
+    return mx.concatenate([array.astype(mx.float32).reshape(-1) for array in arrays])
+
+
+def _received(crossing: Crossing, rank: int, group: mx.distributed.Group) -> Carried:
+    """The arrays that a rank has packed."""
+    if len(crossing) == 1:
+        return (mx.distributed.recv(*crossing[0], rank, group=group),)
+    sizes = [math.prod(shape) for shape, _ in crossing]
+    numbers = mx.distributed.recv((sum(sizes),), mx.float32, rank, group=group)
+    parts = mx.split(numbers, [*accumulate(sizes)][:-1])
+    return tuple(part.reshape(shape).astype(dtype) for part, (shape, dtype) in zip(parts, crossing, strict=True))
+
+
+class Later(nn.Module):
+    """A norm that the decoder passes by, to be applied to what the last rank returns."""
+
+    traceable = True
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x
+
+    def applied(self, x: mx.array) -> mx.array:
+        """The norm of x."""
+        normed: mx.array = super().__call__(x)
+        return normed
+
+
+def as_stage(
+    model: CausalLM, kind: Any, dealt: Sequence[range], rank: int, group: mx.distributed.Group
+) -> None:
+    """Makes a model of one rank's blocks, and its weights, one stage of the whole model.
+
+    Args:
+        model: see `keep_blocks`.
+        kind: the class of its stages.
+        dealt: the blocks of each rank.
+        rank: this one.
+        group: all ranks.
+    """
+    model.__class__ = type(f"{type(model).__name__}Stage", (kind, type(model)), {})
+    assert isinstance(model, Stage)
+    model.first, model._group = dealt[rank].start, group
+    # Rank 0 plans the memory of all: a context costs as much as on the rank with the most blocks.
+    model.config = kind.config_of(model.config, max(map(len, dealt)))
+    if rank == 0:
+        norm: Any = model.last_norm
+        norm.__class__ = type(f"Later{type(norm).__name__}", (Later, type(norm)), {})
+
+
+def keep_blocks(model: CausalLM, blocks: range, rank: int) -> None:
+    """Removes the blocks of other ranks from a whole model, and on other ranks what only rank 0 has."""
     decoder: Any = model.model
-    model._last_norm, decoder.norm = decoder.norm, nn.Identity()
-    model._group = group
-    model.__class__ = type(f"{type(model).__name__}Stage", (Stage, type(model)), {})
-
-
-def without_ends(model: CausalLM, share: Share) -> None:
-    """Removes what only rank 0 has from the model of another rank."""
-    if share.rank:
-        model.model.embed_tokens = model.model.norm = nn.Identity()
+    decoder.layers = decoder.layers[blocks.start : blocks.stop]
+    model.adapters = NamedAdapters(decoder.layers)
+    if rank:
+        for name in ENDS.intersection(decoder):
+            decoder[name] = nn.Identity()
         model.pop("lm_head", None)

@@ -6,18 +6,21 @@ embedding and the head by vocabulary. **Pipeline** deals whole blocks, for memor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 
+from phi4_mlx.adapters.folder import FULL, Adapter
+from phi4_mlx.adapters.quantized import dense
 from phi4_mlx.config.fields import Config
 from phi4_mlx.errors import RequestError
 from phi4_mlx.files.safetensors import TensorInfo
-from phi4_mlx.models import pipeline, tensor_parallel
+from phi4_mlx.models import pipeline, sambay, tensor_parallel
 from phi4_mlx.models.causal_lm import CausalLM
-from phi4_mlx.models.share import Parallel, Pieces, Share, pieces_bytes
+from phi4_mlx.models.sambay_stage import SambaYStage
+from phi4_mlx.models.share import Holding, Parallel, Piece, Pieces, Share, pieces_bytes
 
 FAST_BACKENDS = ("jaccl", "nccl")
 """The backends whose exchanges are fast enough for two of them in each layer."""
@@ -74,15 +77,63 @@ def share_plan(config: Any, infos: Mapping[str, TensorInfo], parallel: Parallel,
     return [pieces_bytes(share_pieces(config, Share(parallel, rank, size), infos), infos) for rank in range(size)]
 
 
-def prepare_share(model: CausalLM, share: Share) -> None:
-    """Removes what other ranks hold from a model with the config of a share, before its weights are loaded."""
-    if share.parallel == "pipeline":
-        pipeline.without_ends(model, share)
-
-
-def join_ranks(model: CausalLM, config: Any, share: Share, group: mx.distributed.Group) -> None:
-    """Makes a loaded share run together with those of the other ranks of a group; `config` is the whole model's."""
+def join_ranks(model: CausalLM, holding: Holding, share: Share, group: mx.distributed.Group) -> None:
+    """Makes a loaded share run together with those of the other ranks of a group."""
+    model.holding = holding
     if share.parallel == "tensor":
-        tensor_parallel.as_part(model, config, share, group)
+        tensor_parallel.as_part(model, holding.config, share, group)
     else:
-        pipeline.as_stage(model, share, group)
+        kind: Any = SambaYStage if isinstance(model, sambay.Model) else pipeline.Stage
+        pipeline.as_stage(model, kind, pipeline.deal_blocks(holding.infos, share.size), share.rank, group)
+
+
+def adapter_part(adapter: Adapter, holding: Holding) -> Adapter:
+    """One rank's part of an adapter, by the names that the rank's share has.
+
+    Args:
+        adapter: for the whole model, which it must fit.
+        holding: the rank's share.
+
+    Returns:
+        An adapter for the share, without tensors if it adapts nothing there.
+    """
+    if any(piece.ranges for piece in holding.pieces.values()):
+        adapter = dense(adapter)  # a cut may lie within a group
+    tensors: dict[str, mx.array] = {}
+    if adapter.kind == FULL:
+        for name, piece in holding.pieces.items():
+            if piece.name in adapter.tensors:
+                tensors[name] = _cut(adapter.tensors[piece.name], piece.axis, piece.ranges)
+        return replace(adapter, tensors=tensors)
+    matrices = {
+        piece.name.removesuffix(".weight"): (name.removesuffix(".weight"), piece)
+        for name, piece in holding.pieces.items()
+        if name.endswith(".weight")
+    }
+    for name, array in adapter.tensors.items():
+        path, _, part = name.rpartition(".")
+        if path in matrices:
+            own, piece = matrices[path]
+            tensors[f"{own}.{part}"] = _adapter_tensor(part, array, piece, holding)
+    return replace(adapter, tensors=tensors, num_layers=None, keys=None, only_layers=None)
+
+
+def _adapter_tensor(part: str, array: mx.array, piece: Piece, holding: Holding) -> mx.array:
+    """The part of lora_a [in, R], lora_b [R, out] or m [out] of a matrix of which a rank has a part."""
+    ranges = piece.ranges
+    if ranges is None:
+        return array
+    if piece.axis == 1:
+        stored = holding.infos[piece.name].shape[1]  # packed, if quantised
+        width = array.shape[0]
+        inputs = tuple((start * width // stored, end * width // stored) for start, end in ranges)
+        return _cut(array, 0, inputs) if part == "lora_a" else array
+    return array if part == "lora_a" else _cut(array, array.ndim - 1, ranges)
+
+
+def _cut(array: mx.array, axis: int, ranges: Sequence[tuple[int, int]] | None) -> mx.array:
+    """The indices of some ranges along an axis."""
+    if ranges is None:
+        return array
+    parts = [mx.split(array, [start, end], axis=axis)[1] for start, end in ranges]
+    return mx.contiguous(mx.concatenate(parts, axis=axis))

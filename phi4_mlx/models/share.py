@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from phi4_mlx.files.safetensors import TensorInfo, tensor_bytes
 
@@ -52,6 +52,21 @@ class Piece:
 
 Pieces = Mapping[str, Piece]
 """Name in a share -> the part of the checkpoint that it is."""
+
+
+@dataclass(frozen=True)
+class Holding:
+    """The whole model of which a rank has a share, and the rank's part of its tensors.
+
+    Attributes:
+        config: the whole model's.
+        infos: its tensors.
+        pieces: those that the rank holds.
+    """
+
+    config: Any
+    infos: Mapping[str, TensorInfo]
+    pieces: Pieces
 
 
 def pieces_bytes(pieces: Pieces, infos: Mapping[str, TensorInfo]) -> int:

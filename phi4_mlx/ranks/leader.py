@@ -165,7 +165,8 @@ class Leader:
         while self._changes:
             changes.append(self._changes.popleft())
         self.counter += 1
-        self._ranks.tell({"number": self.counter, "changes": changes, **command}, self.counter, tokens, new=self._is_new(command))
+        told = {"number": self.counter, "changes": changes, **command}
+        self._ranks.tell(told, self.counter, tokens, new=self._is_new(command))
 
     def _is_new(self, command: Mapping[str, Any]) -> bool:
         """True for the first operations of a kind: kernels are compiled, for steps at the second."""
@@ -228,7 +229,7 @@ class LedModel(LanguageModel):
         return self.leader.read(self, ["candidates", count, [*temps]], hidden)
 
     def own(self, read: Read, hidden: mx.array) -> mx.array | SplitLogits:
-        """The result of `logits` or `candidates` as the model computes it, queued; other ranks may have a part of it."""
+        """The result of `logits` or `candidates` by the model itself, queued; other ranks may have a part of it."""
         name, *arguments = read
         found: mx.array | SplitLogits = getattr(super(), name)(hidden, *arguments)
         mx.async_eval(arrays_of(found))

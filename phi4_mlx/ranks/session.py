@@ -10,6 +10,7 @@ import contextlib
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -191,28 +192,46 @@ def check_over_ranks(args: argparse.Namespace, *names: str) -> None:
 
 
 def _join(launch: Launch, options: ModelOptions, tell: Callable[[str], None]) -> tuple[Ranks, Path, Parallel]:
-    """Meets the other ranks; they differ where one of them cannot read the model."""
+    """Meets the other ranks; they differ where one of them cannot read what the others can."""
+    from phi4_mlx.models.safe import VARIABLE, switched_off
     from phi4_mlx.ranks.join import join
+    from phi4_mlx.ranks.package import files_fingerprint
 
-    mistake: Phi4Error | OSError | None = None
-    folder, parallel = Path(), options.parallel
-    try:
-        folder, parallel, reason = _prepared(launch, options)
-        about = _about(folder, parallel, options)
-        if launch.rank == 0 and options.parallel is None:
-            tell(f"{launch.size} ranks over {launch.backend}, --parallel {parallel}: {reason}")
-    except (Phi4Error, OSError) as error:
-        mistake, about = error, {"the model": f"not usable: {error}"}
+    mistakes: list[Phi4Error | OSError] = []
+    prepared: list[tuple[Path, Parallel, str]] = []
+
+    def known(what: Callable[[], str]) -> str:
+        try:
+            return what()
+        except (Phi4Error, OSError) as error:
+            mistakes.append(error)
+            return f"not usable ({error})"
+
+    def model() -> str:
+        prepared.append(_prepared(launch, options))
+        return files_fingerprint(prepared[0][0])
+
+    adapters = {f"adapter {name}": path for name, path in options.adapters.items()}
+    adapters |= {"--adapter-path": options.adapter_path} if options.adapter_path else {}
+    about = {
+        "the model's fingerprint": known(model),
+        "--parallel": options.parallel or "not given",
+        "--chat-format": options.chat_format or "not given",
+        VARIABLE: known(lambda: ",".join(switched_off()) or "not given"),
+        **{name: known(partial(files_fingerprint, Path(path).expanduser())) for name, path in adapters.items()},
+    }
     ranks = join(launch, about)
     if launch.rank:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what an interruption means
-    if mistake is None:
-        assert parallel is not None
-        return ranks, folder, parallel
-    if launch.rank:
-        ranks.hear()  # all have made the same mistake: rank 0 says so
-    ranks.close()
-    raise mistake
+    if mistakes:
+        if launch.rank:
+            ranks.hear()  # all have made the same mistake: rank 0 says so
+        ranks.close()
+        raise mistakes[0]
+    folder, parallel, reason = prepared[0]
+    if launch.rank == 0 and options.parallel is None:
+        tell(f"{launch.size} ranks over {launch.backend}, --parallel {parallel}: {reason}")
+    return ranks, folder, parallel
 
 
 def _prepared(launch: Launch, options: ModelOptions) -> tuple[Path, Parallel, str]:
@@ -226,37 +245,31 @@ def _prepared(launch: Launch, options: ModelOptions) -> tuple[Path, Parallel, st
     if options.verify:
         verify_manifest(folder)
     config = load_config(folder)
-    if options.parallel is not None:
-        check_share(config, options.parallel, launch.size)
-        return folder, options.parallel, ""
-    parallel, reason = choose_parallel(config, launch.size, launch.backend)
+    if options.parallel is None:
+        parallel, reason = choose_parallel(config, launch.size, launch.backend)
+    else:
+        parallel, reason = options.parallel, ""
     check_share(config, parallel, launch.size)
     return folder, parallel, reason
 
 
-def _about(folder: Path, parallel: Parallel, options: ModelOptions) -> dict[str, str]:
-    """What all ranks must have in common."""
-    from phi4_mlx.models.safe import VARIABLE, switched_off
-    from phi4_mlx.ranks.package import files_fingerprint
-
-    adapters = options.adapters if options.adapter_path is None else {**options.adapters, "": options.adapter_path}
-    known = {f"adapter {name}" if name else "--adapter-path": path for name, path in adapters.items()}
-    return {
-        "the fingerprint of the model": files_fingerprint(folder),
-        "--parallel": parallel,
-        "--chat-format": options.chat_format or "the one detected",
-        VARIABLE: ",".join(switched_off()) or "not set",
-        **{name: files_fingerprint(Path(path).expanduser()) for name, path in known.items()},
-    }
-
-
 def _load(options: ModelOptions, folder: Path, parallel: Parallel, ranks: Ranks) -> LanguageModel:
-    """This rank's share, with its adapters."""
-    from phi4_mlx.checkpoint_share import load_share
+    """This rank's share, with its parts of the adapters, all of them read now: none is refused in the middle of a job."""
+    from phi4_mlx.adapters.layers import put_adapter
+    from phi4_mlx.checkpoint_share import load_share, share_adapter
     from phi4_mlx.models.share import Share
 
-    share = Share(parallel, ranks.launch.rank, ranks.launch.size)
-    return load_share(folder, share, ranks.group)
+    model = load_share(folder, Share(parallel, ranks.launch.rank, ranks.launch.size), ranks.group)
+    if options.adapter_path is not None:
+        put_adapter(model, share_adapter(model, Path(options.adapter_path)))
+    if options.adapters:
+        assert model.adapters is not None
+        if taken := [name for name in options.adapters if name in model.adapters.names]:
+            raise RequestError(f"adapter {taken[0]!r} has the name of one of the model's own; choose another name")
+        for name, path in options.adapters.items():
+            model.adapters.add(name, share_adapter(model, Path(path)))
+            model.adapters.load(name)
+    return model
 
 
 def _follow(ranks: Ranks, options: ModelOptions, folder: Path, parallel: Parallel) -> NoReturn:

@@ -31,6 +31,9 @@ ALIVE, END = b".", b"!"
 BEAT_S = 0.5
 SILENT_S = 6.0
 FROZEN_S = 2.0
+CAUSE_S = 0.5
+"""Seconds that the end of a rank at the start waits for another's line: mlx.launch ends the others after the first."""
+
 OPENING_S = 60.0
 """Limit for the backend to open after all ranks have met."""
 
@@ -148,6 +151,8 @@ class Watcher:
         self._own_done = 0
         self._opening_since: float | None = None
         self._stopped_since: float | None = None
+        self._gone = f"{self._names[self._rank]} has ended: it was killed, or has left with an error"
+        self._gone_since: float | None = None
         self._beaten = 0.0
         self._met = False  # until then, the rank itself sees who comes and who goes
         self._selector = selectors.DefaultSelector()
@@ -172,6 +177,8 @@ class Watcher:
                 self._own.send(ALIVE)
                 self._tell_peers({"done": self._own_done})
                 self._check(now)
+            if self._gone_since is not None and now - self._gone_since > CAUSE_S:
+                self._end(self._gone)
 
     def _forgive(self, seconds: float) -> None:
         """Leaves out a time in which this process was stopped, or its machine slept."""
@@ -186,7 +193,12 @@ class Watcher:
         try:
             lines = self._own.receive()
         except OSError:
-            self._end(f"{self._names[self._rank]} has ended: it was killed, or has left with an error")
+            if self._met:
+                self._end(self._gone)
+            self._selector.unregister(self._own.socket)
+            self._gone_since = now
+            self._meet(now)
+            return
         for said in lines:
             if "told" in said:
                 self._progress.told(said["told"], said["tokens"], now, said["new"])

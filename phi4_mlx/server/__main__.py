@@ -79,11 +79,12 @@ def _parser() -> Parser:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    from phi4_mlx.ranks.session import is_follower, open_session
+    from phi4_mlx.ranks.session import check_over_ranks, is_follower, open_session
     from phi4_mlx.server.guard import is_loopback
     from phi4_mlx.server.log import logging_to
     from phi4_mlx.server.tools import opened_toolbox
 
+    check_over_ranks(args, "prompt_cache_dir")
     if is_follower():
         with open_session(_settings(args).model_options):
             raise AssertionError("a follower does not come here")

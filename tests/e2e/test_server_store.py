@@ -12,8 +12,8 @@ import pytest
 
 from tests.e2e.server_process import Server, serving
 from tests.e2e.test_server_snapshots import answer, body
-from tests.e2e.waiting import until
 from tests.tiny_sambay import write_tiny_sambay
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 

@@ -88,10 +88,11 @@ class Doings:
 
     def join(self) -> None:
         """Rows for caches of one RoPE table, in a new batch or one that is there."""
-        plain = [each for each in self.caches if each.offset and not any(each.options.__dict__.values())]
+        plain = [each for each in self.caches if each.offset and each.options.max_kv_size is None]
         fitting = [batch for batch in self.batches if batch.regime == plain[0].regime] if plain else []
         if plain:
-            batch = fitting[0] if fitting else self.pair.model.make_batch_cache(plain[0].regime)
+            made = self.pair.model.make_batch_cache(plain[0].regime, self.options.get("kv_bits"))
+            batch = fitting[0] if fitting else made
             assert isinstance(batch, LedBatchCache)
             self.batches += [] if fitting else [batch]
             batch.join([each for each in plain if each.regime == batch.regime][:3])
@@ -101,7 +102,10 @@ class Doings:
 
     def step(self) -> None:
         if (batch := self.batch()) is not None and batch.lengths:
-            self.pair.model(mx.array([[self.number(0, 500)] for _ in batch.lengths]), batch)
+            width = self.number(1, 4) if batch.rewindable else 1
+            self.pair.model(mx.array([[self.number(0, 500)] * width for _ in batch.lengths]), batch)
+            if width > 1:
+                batch.take_back([self.number(0, width - 1) for _ in batch.lengths])
 
     def keep(self) -> None:
         if (batch := self.batch()) is not None and batch.lengths:
@@ -111,7 +115,8 @@ class Doings:
     def copy_row(self) -> None:
         if (batch := self.batch()) is not None and batch.lengths:
             row = self.number(0, len(batch.lengths) - 1)
-            copied = batch.copy_row(row, [0] * (batch.lengths[row] + 2), self.pair.model.make_cache())
+            empty = self.pair.model.make_cache(**self.options)
+            copied = batch.copy_row(row, [0] * (batch.lengths[row] + 2), empty)
             assert isinstance(copied, LedPromptCache)
             self.caches.append(copied)
 

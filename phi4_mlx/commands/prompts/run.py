@@ -36,7 +36,7 @@ EVERY_S = 30  # between two lines of progress, where standard error is no termin
 # Options of `generate` that ask for one answer alone -> their values where they are not given.
 _ONE_ANSWER: dict[str, object] = {
     "prompt": None, "image": [], "audio": [], "prompt_cache_file": None, "max_kv_size": None, "draft_model": None,
-    "speculate": "auto", "verbose": False, "kv_bits": None,
+    "speculate": "auto", "verbose": False,
 }  # fmt: skip
 
 
@@ -88,18 +88,20 @@ def answer_file(args: argparse.Namespace, max_tokens: int) -> None:
         with open_session(options, partial(complain, PROG)) as session:
             return answer(session, None)
     with _joined(launch, args, known) as ranks:
-        (_follow if launch.rank else answer)(Session(options), ranks)
+        (partial(_follow, args.kv_bits) if launch.rank else answer)(Session(options), ranks)
 
 
 def _identity(args: argparse.Namespace, folder: Path) -> dict[str, str]:
     """The fingerprints of the model and its adapter."""
     from phi4_mlx.ranks.package import files_fingerprint
 
-    adapter = None if args.adapter_path is None else Path(os.path.expanduser(args.adapter_path))
-    return {
-        "--model": files_fingerprint(folder),
-        "--adapter-path": "none" if adapter is None else files_fingerprint(adapter),
-    }
+    known = {"--model": files_fingerprint(folder), "--adapter-path": "none"}
+    if args.adapter_path is not None:
+        try:
+            known["--adapter-path"] = files_fingerprint(Path(os.path.expanduser(args.adapter_path)))
+        except (Phi4Error, OSError):  # loading it says what is wrong
+            known["--adapter-path"] = "unreadable"
+    return known
 
 
 @contextlib.contextmanager
@@ -155,18 +157,18 @@ def _lead(
         run = PromptRun(prompts, answers)
         missing = [requests[index] for index in answers.missing()]
         with run.to_the_end():
-            lead(ranks, AnswerBatch(model, tokenizer, plan), missing, run.take)
+            lead(ranks, AnswerBatch(model, tokenizer, plan, args.kv_bits), missing, run.take)
 
 
-def _follow(session: Session, ranks: Ranks) -> NoReturn:
+def _follow(kv_bits: int | None, session: Session, ranks: Ranks) -> NoReturn:
     from phi4_mlx.commands.prompts.dealing import follow, greet
     from phi4_mlx.generation.answer_batch import AnswerBatch
     from phi4_mlx.generation.memory import plan_context
 
     model, tokenizer = session.load()
-    plan = plan_context(model)
+    plan = plan_context(model, kv_bits)
     grammar = greet(ranks, plan.limit_bytes)
-    follow(ranks, AnswerBatch(model, tokenizer, plan), grammar)
+    follow(ranks, AnswerBatch(model, tokenizer, plan, kv_bits), grammar)
 
 
 def _settings(
@@ -217,7 +219,9 @@ class PromptRun:
         """Shows the progress; at the end, or where the run is stopped, one line says what is in the file."""
         answers = self._answers
         if 0 < self._before < answers.total:
-            complain(PROG, f"{answers.path} has {self._before:,} of {amount(answers.total, 'answer')} already")
+            complain(
+                PROG, f"{self._before:,} of {amount(answers.total, 'answer')} are there already, in {answers.path}"
+            )
         try:
             with progress_bar("answers", of=lambda done: f"{int(done):,}") as self._show:
                 self._progress()
@@ -226,8 +230,8 @@ class PromptRun:
             if isinstance(error, (KeyboardInterrupt, Exception)):
                 complain(
                     PROG,
-                    f"stopped with {answers.done:,} of {amount(answers.total, 'answer')} in {answers.path}; the same "
-                    "command goes on from there",
+                    f"stopped; {answers.done:,} of {amount(answers.total, 'answer')} are kept in {answers.path} and "
+                    f"{answers.path.name}.run, and the same command goes on from there",
                 )
             raise
         cut = f"; {self._cut:,} of this run cut by max-tokens" if self._cut else ""

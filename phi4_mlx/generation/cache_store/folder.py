@@ -11,7 +11,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,7 +86,8 @@ def private_folder(given: str | Path) -> Path:
             _close_to_others(path, given)
         _try_to_write(path)
     except OSError as error:
-        reason = error.strerror or type(error).__name__
+        in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))
+        reason = "a part of its path is a file" if in_the_way else error.strerror or type(error).__name__
         raise RequestError(f"{OPTION} {given} cannot be used: {reason}; name a folder that can be written") from None
     return path
 
@@ -167,15 +168,19 @@ class StoreFolder:
         finally:
             os.close(descriptor)
 
-    def make_room(self, nbytes: int) -> list[str] | None:
-        """Removes the least recently used files until `nbytes` more fit; call it under the lock.
+    def make_room(self, nbytes: int, files: Sequence[StoredFile]) -> list[str] | None:
+        """Removes the least recently used files until `nbytes` more fit.
+
+        Args:
+            nbytes: of the file to write.
+            files: those that are there, from `files` under the lock.
 
         Returns:
             The names of the removed files; None, and nothing is removed, if they would never fit.
         """
         if nbytes > self.limit_bytes:
             return None
-        files, removed = self.files(), []
+        removed = []
         used = sum(file.nbytes for file in files)
         for file in sorted(files, key=lambda file: not file.partial):  # what killed writers have left goes first
             if used + nbytes > self.limit_bytes or file.partial:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -68,7 +68,7 @@ class StoreSettings:
     folder: str
     limit_bytes: int
 
-    def open(self, model: LanguageModel, tokenizer: Tokenizer, warn: Callable[[str], None]) -> CacheStore:
+    def make_store(self, model: LanguageModel, tokenizer: Tokenizer, warn: Callable[[str], None]) -> CacheStore:
         """Opens the store; see `CacheStore`.
 
         Raises:
@@ -119,7 +119,7 @@ class CacheStore:
 
     Args:
         folder: the folder.
-        model: whose fingerprint is computed at once, in the thread.
+        model: whose fingerprint is computed at once, in a thread; it reads all weights.
         tokenizer: of the model.
         warn: called, also by other threads, with one line about a file that is dropped or a disk that refuses a write.
 
@@ -135,7 +135,8 @@ class CacheStore:
         self._tokenizer_fingerprint = tokenizer.fingerprint()[:32]
         self._base: dict[int, tuple[weakref.ref[LanguageModel], dict[str | None, str]]] = {}
         self._unread = self.hits = 0
-        self._writer = Writer(folder, self._catalogue, warn, first=partial(self._prepare, model))
+        self._writer = Writer(folder, self._catalogue, warn)
+        threading.Thread(target=self._fingerprints, args=(model, None), name="fingerprint").start()
 
     def reopened(self, model: LanguageModel, tokenizer: Tokenizer) -> CacheStore:
         """A store in the same folder for another model; close this one."""
@@ -201,7 +202,7 @@ class CacheStore:
         Returns:
             A cache of all tokens of the file.
         """
-        path, own = self._folder.path / read.found.entry.name, own_metadata(read.header)
+        path, own = self._folder.path / read.found.entry.name, own_metadata(read.header.metadata)
         if "named_adapter" in own and adapter is not None:
             own["named_adapter"] = adapter  # the same tensors may have another name by now
         try:
@@ -268,7 +269,7 @@ class CacheStore:
         return {
             "prefix_cache_disk_bytes": self._catalogue.nbytes,
             "prefix_cache_disk_limit_bytes": self._folder.limit_bytes,
-            "prefix_cache_disk_entries": self._catalogue.files,
+            "prefix_cache_disk_entries": len(self._catalogue),
             "prefix_cache_disk_hits_total": self.hits,
             "prefix_cache_disk_failures_total": self._unread + self._writer.failures + self._catalogue.damaged,
         }
@@ -281,7 +282,7 @@ class CacheStore:
                 self._writer.touch(each.name)
                 return True
         for waiting in self._writer.waiting:
-            if len(entry) - waiting.entry.serves(entry) <= (0 if leaving else allowed):
+            if waiting.entry.serves(entry) == len(entry):
                 if leaving:
                     self._writer.hasten(waiting.entry)
                 return True
@@ -312,10 +313,6 @@ class CacheStore:
                 "tokenizer": self._tokenizer_fingerprint,
                 "made_by": MADE_BY,
             }
-
-    def _prepare(self, model: LanguageModel) -> None:
-        """Computes the fingerprint of a model, which reads all its weights."""
-        self._fingerprints(model, None)
 
     def _missed(self, entry: StoredEntry, reason: str, unreadable: bool) -> None:
         """Counts a file that could not be used; a damaged one is dropped, with one line."""

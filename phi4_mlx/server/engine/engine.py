@@ -127,7 +127,11 @@ class Engine:
         self._answers: dict[BatchSequence, Answer] = {}
         self._compiling = Compiling(partial(compiled_constraint, tokenizer, base.config.vocab_size))
         self._unkept = 0
-        store = None if settings.store is None else settings.store.open(self._adapters.get(None).model, tokenizer, warn)
+        store = (
+            None
+            if settings.store is None
+            else settings.store.make_store(self._adapters.get(None).model, tokenizer, warn)
+        )
         self.prefixes = PrefixCache(prefix_limit_bytes, store)
         self._recalling = Recalling(self.prefixes, self.kv_limit_bytes, CacheOptions(None, settings.kv_bits))
         self.batch = self._new_batch()
@@ -214,6 +218,10 @@ class Engine:
         if answer.cached_tokens is None:  # else it has found its own cache
             answer.cached_tokens = cache.offset if cache else 0
         return cache
+
+    def share(self, sequence: BatchSequence) -> None:
+        """Stores the beginning of a prompt that others wait for; called by the batch."""
+        self._put(self._answers[sequence], sequence.cache)
 
     def keep(self, sequence: BatchSequence) -> None:
         """Stores a prefilled prompt at once, for prompts with the same prefix; called by the batch."""

@@ -15,7 +15,7 @@ from phi4_mlx.agent import Round
 from phi4_mlx.chat.commands import obey
 from phi4_mlx.chat.conversation import Turn, reply_ids
 from phi4_mlx.chat.session import Chat
-from phi4_mlx.generation import prompt_cache_file as prompt_file
+from phi4_mlx.generation import prompt_cache_content
 from phi4_mlx.models.cache import CacheOptions
 from phi4_mlx.tools.calls import ToolCall
 from tests.char_tokenizer import CharTokenizer
@@ -76,7 +76,7 @@ def test_an_older_cache_of_a_turn_taken_back_is_removed(
         if failing:
             remember(chat, drawn_turn("five", "six"))
         with monkeypatch.context() as patch:
-            patch.setattr(prompt_file, "TensorWriter", full)
+            patch.setattr(prompt_cache_content, "TensorWriter", full)
             last_note(chat, "/save talk")
         assert not kept.exists()
         (tmp_path / "talk.json").unlink()
@@ -92,7 +92,7 @@ def test_no_failure_costs_the_conversation(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(prompt_file, "TensorWriter", full)
+        patch.setattr(prompt_cache_content, "TensorWriter", full)
         note = last_note(chat, "/save talk")
     assert note.startswith("saved 1 turn to") and note.endswith("/load will prefill again: No space left on device")
     assert [file.name for file in tmp_path.iterdir()] == ["talk.json"]

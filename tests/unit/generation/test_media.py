@@ -162,12 +162,12 @@ def test_a_file_without_the_media_does_not_cross_the_boundary_unless_they_are_gi
 def test_forged_media_of_a_file_are_refused(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, media: str
 ) -> None:
-    from phi4_mlx.generation import prompt_cache_file
+    from phi4_mlx.generation import prompt_cache_content
 
     cache = model.make_cache()
     decoded(model, ONE, 1, cache=cache)
     forged = media.replace("%s", "ab" * 32)
-    monkeypatch.setattr(prompt_cache_file.json, "dumps", _forging(prompt_cache_file.json.dumps, forged))
+    monkeypatch.setattr(prompt_cache_content.json, "dumps", _forging(prompt_cache_content.json.dumps, forged))
     save_prompt_cache(tmp_path / "kept", cache, model, TOKENIZER)
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="is not a prompt cache of this model") as refused:

@@ -299,13 +299,13 @@ class Clock:
 def test_measured_times_decide_whether_a_batch_guesses(
     model: Model, monkeypatch: pytest.MonkeyPatch, further: float, pays: bool
 ) -> None:
-    clock, forward = Clock(further), Model.__call__
+    clock, forward = Clock(further), Model.hidden
 
-    def slow(self: Model, ids: mx.array, cache: Any = None) -> mx.array:
+    def slow(self: Model, ids: mx.array, cache: Any = None, **options: Any) -> mx.array:
         clock.now += 0.01 * (1 + clock.further * (ids.shape[1] - 1))
-        return forward(self, ids, cache)
+        return forward(self, ids, cache, **options)
 
-    monkeypatch.setattr(Model, "__call__", slow)
+    monkeypatch.setattr(Model, "hidden", slow)
     prompts = [[n + 3, 7, n + 9] for n in range(3)]
     expected = [decoded(model, prompt, 60) for prompt in prompts]
     guessing = Guessing(timed=True, clock=clock)

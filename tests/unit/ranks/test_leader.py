@@ -74,7 +74,7 @@ class Store:
 
     def keep(self, sequence: BatchSequence) -> None:
         assert sequence.cache is not None
-        self.prefixes.put(None, sequence.cache)
+        self.prefixes.put(sequence.model, None, sequence.cache)
 
 
 def batched(model: LanguageModel) -> list[list[int]]:
@@ -134,6 +134,16 @@ def test_a_cache_from_elsewhere_is_refused() -> None:
     other(mx.array([PROMPT]), cache)
     with pytest.raises(RequestError, match="cannot take states from elsewhere"):
         pair.model.make_cache().restore(PROMPT, [layer.state for layer in cache], "short")
+
+
+def test_other_hidden_states_than_the_last_are_handed_over_first() -> None:
+    pair = Pair(make_tiny_model, splits_head=True)
+    first = pair.model.hidden(mx.array([PROMPT]))
+    logits = pair.model.logits(first)
+    assert "shape" in pair.commands[-1] and pair.commands[-1]["shape"] is None
+    pair.model.hidden(mx.array([[3]]))
+    assert mx.array_equal(pair.model.logits(first), logits)
+    assert pair.commands[-1]["shape"] == [1, len(PROMPT), first.shape[-1]]
 
 
 def test_a_failure_of_the_leader_after_it_has_told_ends_the_job(monkeypatch: pytest.MonkeyPatch) -> None:

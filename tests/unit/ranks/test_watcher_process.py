@@ -34,8 +34,8 @@ class Watched:
 
     def ended(self, leaves: bool = True) -> str:
         """The line on standard error, after the watcher has left; its rank leaves when it is told, or stays."""
-        self.own.settimeout(WAIT_S)
         while leaves and self.own.fileno() != -1:
+            self.own.settimeout(WAIT_S)
             said = self.own.recv(4096)
             if END in said or not said:
                 self.own.close()
@@ -123,8 +123,14 @@ def test_the_line_of_the_rank_goes_to_its_peers(met: Watched) -> None:
 
 def test_a_rank_that_ends_without_a_word_is_named(watched: Watched) -> None:
     watched.own.close()
-    assert "rank 0 (here) has ended: it was killed" in watched.ended()
+    assert "rank 0 (here) has ended: it was killed" in watched.ended(leaves=False)
     assert watched.rank.poll() is None  # its id may be another's by now
+
+
+def test_a_rank_that_was_ended_after_another_names_the_other(watched: Watched) -> None:
+    watched.own.close()
+    watched.say(watched.peers[0], {"end": "rank 1 (there) has ended"})
+    assert "rank 1 (there) has ended" in watched.ended(leaves=False)
 
 
 def test_an_ordinary_end_is_silent_and_told(met: Watched) -> None:
