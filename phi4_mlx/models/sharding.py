@@ -85,7 +85,8 @@ def join_ranks(model: CausalLM, holding: Holding, share: Share, group: mx.distri
         tensor_parallel.as_part(model, holding.config, share, group)
     else:
         kind: Any = SambaYStage if isinstance(model, sambay.Model) else pipeline.Stage
-        pipeline.as_stage(model, kind, pipeline.deal_blocks(holding.config, holding.infos, share.size), share.rank, group)
+        dealt = pipeline.deal_blocks(holding.config, holding.infos, share.size)
+        pipeline.as_stage(model, kind, dealt, share.rank, group)
 
 
 def adapter_part(adapter: Adapter, holding: Holding) -> Adapter:
