@@ -15,7 +15,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from phi4_mlx.generation.draws import Draws, Logits, apply_processors, arrays_of, draw
+from phi4_mlx.generation.draws import Draws, apply_processors, arrays_of, draw
 from phi4_mlx.generation.guessing import Guessing
 from phi4_mlx.generation.prefill import ChunkPace, run_chunk
 from phi4_mlx.generation.row_group import RowGroup
@@ -25,6 +25,7 @@ from phi4_mlx.models.cache import KVCache
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.queued import queue
 from phi4_mlx.models.shared_stream import shared_stream
+from phi4_mlx.models.split_logits import Logits
 
 PREFILL_STEP_SIZE = 512  # prompt tokens a step; running answers wait for them
 MAX_PADDING = 4096  # columns that a row may add to rows of another length; one more forward pass costs four times that

@@ -30,7 +30,7 @@ SAMPLING = [
     {"temp": 1.0, "seed": 3},
     {"temp": 0.7, "top_p": 0.8, "seed": 4},
     {"temp": 1.2, "top_k": 9, "min_p": 0.05, "seed": 5},
-    {"temp": 0.9, "top_p": 0.95, "seed": 6, "repetition_penalty": 1.3, "frequency_penalty": 0.4, "logit_bias": {9: 4.0}},
+    {"temp": 0.9, "top_p": 0.95, "repetition_penalty": 1.3, "frequency_penalty": 0.4, "logit_bias": {9: 4}, "seed": 6},
 ]
 
 
