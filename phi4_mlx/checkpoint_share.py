@@ -16,8 +16,8 @@ from phi4_mlx.files.tensor_parts import read_part
 from phi4_mlx.models.causal_lm import CausalLM
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.pipeline import deal_blocks, keep_blocks
-from phi4_mlx.models.share import Holding, Piece, Share
 from phi4_mlx.models.sharding import adapter_part, check_share, join_ranks, share_config, share_pieces
+from phi4_mlx.models.share import Holding, Piece, Share
 
 
 def load_share(folder: Path, share: Share, group: mx.distributed.Group) -> LanguageModel:

@@ -43,7 +43,7 @@ class RankCommand:
         self.ranks = []
         for rank, (own, first) in enumerate([(words, "pass"), (others or words, before)]):
             program = [*PYTHON[:2], PYTHON[2].format(before=first), *own]
-            pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+            pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
             self.ranks.append(subprocess.Popen(program, env=environment(folder, rank), text=True, **pipes))
 
     def wait(self, given: str = "") -> list[Ended]:

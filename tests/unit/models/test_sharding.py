@@ -13,12 +13,11 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx.checkpoint import load_model, read_config, stored_tensors
 from phi4_mlx.checkpoint_share import load_share, share_adapter
-from phi4_mlx.config.text import ModelConfig
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.files.dtypes import name_of
 from phi4_mlx.files.safetensors import TensorInfo
-from phi4_mlx.models.share import Parallel, Share, part_of
 from phi4_mlx.models.sharding import check_share, choose_parallel, share_pieces, share_plan
+from phi4_mlx.models.share import Parallel, Share, part_of
 from phi4_mlx.models.text import Model
 from tests.conftest import tiny_config_dict, write_tiny_checkpoint
 from tests.presets import PRESETS
