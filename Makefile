@@ -96,6 +96,6 @@ $(VENV)/runtime.stamp: setup.py pyproject.toml
 	@echo 'Installed. To run the commands of README.md: source $(VENV)/bin/activate' >&2
 
 $(VENV)/dev.stamp: $(VENV)/runtime.stamp
-	@$(PY) -c "$$INSTALLER" -e '.[dev]'
+	@$(PY) -c "$$INSTALLER" -e '.[dev,interop]'
 	@$(PY) -c "$$INSTALLER" --no-deps $(LEADERBOARD)
 	@touch $@

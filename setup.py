@@ -56,6 +56,8 @@ setup(
         "mcp": ["mcp>=2"],
         "pdf": ["pypdfium2>=4.30"],
         "record": ["sounddevice>=0.5"],
+        "gguf": ["gguf>=0.19"],
+        "interop": ["xllamacpp>=2026.10"],  # llama.cpp, for tests/e2e/test_llama_cpp.py
         # bfcl-eval, for the task bfcl, is installed without its dependencies, which no extra can say: see the Makefile.
         "eval": ["lm-eval>=0.4.13"],
         "dev": [
@@ -66,6 +68,7 @@ setup(
             "hypothesis>=6.100",
             "mcp>=2",
             "pypdfium2>=4.30",
+            "gguf>=0.19",
             "jsonschema>=4.20",
             "httpx>=0.27",
             "openai>=3",

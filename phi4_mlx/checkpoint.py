@@ -35,7 +35,7 @@ from phi4_mlx.models import multimodal_names, sambay, text
 from phi4_mlx.models.dequantized import dequantize_products
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.padded import PaddedLinear, padded_width
-from phi4_mlx.models.safe import safe
+from phi4_mlx.models.safe import safe, switched_off
 from phi4_mlx.models.shared_stream import shared_stream
 from phi4_mlx.terminal.suggestion import suggestion
 from phi4_mlx.tokens.chat_format import CHAT_FORMATS, ChatFormat, recognise, recognise_flash
@@ -150,8 +150,9 @@ def load(
         ConfigError: config.json needs maths that is not implemented; a JSON file or a chat template is damaged.
         CheckpointError: weights are missing, damaged, unexpected or of another shape; the Hub cannot be reached.
         TokenizerError: the tokenizer's files are missing or damaged, or it has more ids than the embedding has rows.
-        RequestError: the chat format is unknown.
+        RequestError: the chat format is unknown, or `PHI4_MLX_SAFE` has an unknown name.
     """
+    switched_off()  # refuses a wrong name before the weights are read
     folder = resolve(path_or_hf_repo, revision)
     if verify:
         verify_manifest(folder)
@@ -316,12 +317,15 @@ def check_finite(folder: Path, weights: Iterable[tuple[str, mx.array]]) -> None:
             )
 
 
-def share_weights(model: LanguageModel) -> LanguageModel:
-    """Another model over the same arrays, with the same adapters by name; an adapter on one is not on the other."""
+def share_weights(model: LanguageModel, config: Config | None = None) -> LanguageModel:
+    """Another model over the same arrays, with the same adapters by name; an adapter on one is not on the other.
+
+    Another `config` must have the same shapes.
+    """
     parameters = model.parameters()
     flat = tree_flatten(parameters)
     infos = {name: TensorInfo(name_of(array.dtype), tuple(array.shape), 0, 0) for name, array in flat}
-    twin = empty_model(model.config, infos)
+    twin = empty_model(config or model.config, infos)
     twin.update(parameters)
     twin.eval()
     if twin.adapters is not None and model.adapters is not None:

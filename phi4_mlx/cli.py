@@ -22,6 +22,7 @@ COMMANDS = {
     "models": ("phi4_mlx.commands.models", "list, download and remove the models in the Hugging Face cache"),
     "context": ("phi4_mlx.commands.context", "show the memory that a context takes, and what fits on this machine"),
     "plan": ("phi4_mlx.commands.plan", "show what a model over several machines takes: bytes, exchanges and times"),
+    "doctor": ("phi4_mlx.commands.doctor", "check this machine: memory, and each fast path against its slow twin"),
     "lora": ("phi4_mlx.lora.__main__", "fine-tune a model on your own data"),
     "convert": ("phi4_mlx.convert.__main__", "convert a Hugging Face checkpoint to a package, such as a 4-bit one"),
     "compare": ("phi4_mlx.commands.compare", "measure how far a model is from another, such as before quantising"),

@@ -37,6 +37,7 @@ export
 generation
 agent transcription
 lora server evaluation
+doctor
 chat commands bridge
 cli
 __main__

@@ -2,10 +2,10 @@
 
 A result is the largest difference of an element, divided by the largest element of the reference.
 
-Two computations of a sum of n products may add them in any order. Each is off by at most lambda sqrt(n) u, with a
-probability of 1 - 2 n exp(-lambda^2 / 2): u is the unit roundoff, and lambda is 4 here. Both may be off, which makes 8.
-Further operations in a row add as much again. Sums of 16-bit numbers are float32, and each result that is rounded to 16
-bits adds 8 u of its dtype; MLX's quantised products on a CPU sum in 16 bits, and were seen to be off by 12 u.
+After n roundings in a row, a result is off by at most lambda sqrt(n) u, with a probability of 1 - 2 n exp(-lambda^2/2):
+u is the unit roundoff, and lambda is 4 here. Two computations, which add in any order, may both be off: 8 sqrt(n) u. A
+sum of products has a rounding a term. Sums of 16-bit numbers are float32, and only their results are rounded to 16
+bits; but MLX's quantised products on a CPU sum in 16 bits, and were seen to be off by 12 u.
 
 Source: Higham and Mary 2019, "A new approach to probabilistic rounding error analysis", theorem 2.4.
 """
@@ -19,10 +19,12 @@ import mlx.core as mx
 
 ROUNDOFF = {mx.float32: 2.0**-24, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
 SIDES = 8  # twice lambda
+PRODUCT = 9  # roundings to 16 bits in a quantised product on a CPU
 
-# Metal's fast sine and cosine, which its RoPE kernel uses, may be off by as much within one turn.
-# Source: Metal Shading Language Specification, "Relaxed math", accuracy of single precision.
-SINE = 2.0**-13
+# Metal's fast sine and cosine, which its RoPE kernel uses, may be off by as much within one turn; its fast exponential
+# of x by 3 + 2 |x| units in the last place, here for the |x| of up to 32 whose exponential matters beside 1.
+# Source: Metal Shading Language Specification, accuracy of single precision with fast math.
+SINE, EXPONENTIAL = 2.0**-13, 2.0**-17
 
 
 @dataclass(frozen=True)
@@ -53,17 +55,22 @@ def rounding(dtype: mx.Dtype, terms: int, operations: int = 1, results: int = 1)
         operations: in a row.
         results: rounded to `dtype` in a row, if it is not float32.
     """
-    value = SIDES * operations * math.sqrt(terms) * ROUNDOFF[mx.float32]
-    why = f"8 x {operations} x sqrt({terms}) x 2^-24"
+    value = SIDES * math.sqrt(operations * terms) * ROUNDOFF[mx.float32]
+    why = f"8 x sqrt({operations} x {terms}) x 2^-24"
     if dtype != mx.float32:
-        value += SIDES * results * ROUNDOFF[dtype]
-        why += f" + 8 x {results} x {_power(ROUNDOFF[dtype])}"
+        value += SIDES * math.sqrt(results) * ROUNDOFF[dtype]
+        why += f" + 8 x sqrt({results}) x {_power(ROUNDOFF[dtype])}"
     return Tolerance(value, why)
 
 
 def sines(layers: int = 1) -> Tolerance:
     """The tolerance of rotations in so many layers; see `SINE`."""
     return Tolerance(2 * layers * SINE, f"2 x {layers} x {_power(SINE)}")
+
+
+def exponentials(layers: int = 1) -> Tolerance:
+    """The tolerance of a softmax or a gate in so many layers; see `EXPONENTIAL`."""
+    return Tolerance(2 * layers * EXPONENTIAL, f"2 x {layers} x {_power(EXPONENTIAL)}")
 
 
 def steps(bits: int) -> Tolerance:

@@ -45,7 +45,7 @@ def write_dense(
 
     def planned(folder: Path, config: Config) -> list[ExactParameter]:
         nonlocal boundary
-        if not isinstance(config, ModelConfig):
+        if type(config) is not ModelConfig:  # a multimodal one is a subclass
             raise RequestError(
                 f"{folder} is a model of type {config.model_type}, which transformers and vLLM read in another layout; "
                 "--format hf is for Phi-4-mini, Phi-3.5-mini and Phi-4 (phi3); --format mlx writes a package"
@@ -54,5 +54,5 @@ def write_dense(
         parameters: list[ExactParameter] = exact_parameters(folder, config, adapter)
         return parameters
 
-    write_package(Path(target), model, revision, planned, progress, tuned=adapter is not None)
+    write_package(Path(target), model, revision, planned, progress, tuned=adapter is not None, library="transformers")
     return boundary

@@ -39,12 +39,13 @@ class _Turns:
 _IM = _Turns("<|im_start|>{}<|im_sep|>", "<|im_end|>", last="", tools=False)
 _TURNS = {
     "phi4-mini": _Turns(),
+    "phi4-mini-flash-reasoning": _Turns(),
     "phi4-mini-reasoning": _Turns(system=Phi4MiniReasoning.SYSTEM),
     "phi3.5-mini": _Turns("<|{}|>\n", "<|end|>\n", tools=False, skips_empty=True),
     "phi4": _IM,
     "phi4-reasoning": _Turns(_IM.opening, _IM.closing, last="", system=Phi4Reasoning.SYSTEM, tools=False),
 }
-assert {*_TURNS} < {*CHAT_FORMATS}
+assert _TURNS.keys() == CHAT_FORMATS.keys()
 
 # Tools in the flat form: each argument's schema by its name, with "str" for "string".
 _JINJA_TOOLS = (
@@ -70,9 +71,9 @@ _JINJA_CALLS = (
     "{{ function.arguments if function.arguments is string else function.arguments | tojson }}{{ '}' }}"
     "{{ ', ' if not loop.last else '' }}{% endfor %}{{ ']CLOSE' }}{% endif %}"
 ).replace("OPEN", CALLS_OPEN).replace("CLOSE", CALLS_CLOSE)
-_JINJA_GIVEN = (  # in "tools" of a system message, as in Microsoft's template
-    "{% if message.role == 'system' and message.tools %}"
-    "{{ 'OPEN' + message.tools + 'CLOSE' if message.tools is string else declared(message.tools) }}{% endif %}"
+_JINJA_GIVEN = (  # an expression: the "tools" of a system message, as in Microsoft's template
+    "(('OPEN' + message.tools + 'CLOSE' if message.tools is string else declared(message.tools))"
+    " if message.role == 'system' and message.tools else '')"
 ).replace("OPEN", TOOLS_OPEN).replace("CLOSE", TOOLS_CLOSE)
 
 
@@ -87,13 +88,15 @@ def jinja_template(chat_format: ChatFormat, vocabulary: Vocabulary) -> str:
     after = turns.opening.format("user").rstrip().endswith(tuple(vocabulary.strips_after))
     before = turns.closing.startswith(tuple(vocabulary.strips_before))
     strip = {(True, True): ".strip()", (True, False): ".lstrip()", (False, True): ".rstrip()"}.get((after, before), "")
-    content = f"{{{{ (message.content if message.content else ''){strip} }}}}"
+    content = "(message.content if message.content else '')"
     begin, first = "", ""
     if turns.system:
-        given = f"{{{{ ' ' + (message.content if message.content else '') }}}}{_JINJA_GIVEN if turns.tools else ''}"
+        given = f"{content} + {_JINJA_GIVEN}" if turns.tools else content
         begin = (
+            "{% set system = namespace(text='') %}{% for message in messages %}{% if message.role == 'system' %}"
+            f"{{% set system.text = system.text + ' ' + {given} %}}{{% endif %}}{{% endfor %}}"
             f"{_quoted(turns.opening.format('system') + turns.system)}"
-            f"{{% for message in messages %}}{{% if message.role == 'system' %}}{given}{{% endif %}}{{% endfor %}}"
+            f"{{{{ system.text{'.rstrip()' if before else ''} }}}}"
             f"{'{% if tools %}{{ declared(tools) }}{% endif %}' if turns.tools else ''}{_quoted(turns.closing)}"
         )
     elif turns.tools:
@@ -105,10 +108,10 @@ def jinja_template(chat_format: ChatFormat, vocabulary: Vocabulary) -> str:
         )
         first = (
             "{% if message.role == 'system' and not found.shown %}{{ declared(tools) }}{% set found.shown = true %}"
-            f"{{% else %}}{_JINJA_GIVEN}{{% endif %}}"
+            f"{{% else %}}{{{{ {_JINJA_GIVEN} }}}}{{% endif %}}"
         )
     opening = _quoted(turns.opening).replace("{}", "' + message.role + '")
-    turn = f"{opening}{content}{first}{_JINJA_CALLS if turns.tools else ''}{_quoted(turns.closing)}"
+    turn = f"{opening}{{{{ {content}{strip} }}}}{first}{_JINJA_CALLS if turns.tools else ''}{_quoted(turns.closing)}"
     if turns.system:
         turn = f"{{% if message.role != 'system' %}}{turn}{{% endif %}}"
     if turns.skips_empty:

@@ -26,7 +26,7 @@ from phi4_mlx.tools.calls import ToolCall
 MAX_ROWS = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AnswerRequest:
     """A prompt and the settings of its answer.
 
@@ -90,10 +90,13 @@ class AnswerBatch:
         model: the model that answers.
         tokenizer: of the model.
         plan: of the model's memory; the caches take half of what it leaves.
+        kv_bits: of keys and values; None leaves them unquantised.
     """
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, plan: ContextPlan) -> None:
-        self._model, self._tokenizer = model, tokenizer
+    def __init__(
+        self, model: LanguageModel, tokenizer: Tokenizer, plan: ContextPlan, kv_bits: int | None = None
+    ) -> None:
+        self._model, self._tokenizer, self._kv_bits = model, tokenizer, kv_bits
         self._batch = Batch(MAX_ROWS, room_for_rows(plan, 0), prefixes=_Beginnings())
         self._drawings: dict[BatchSequence, _Drawing] = {}
         self._unread: dict[BatchSequence, int] = {}  # tokens of a prompt that its predecessor does not share
@@ -143,8 +146,9 @@ class AnswerBatch:
         sampling = request.sampling
         sampler = sampling.sampler() if sampling.temp else None
         return BatchSequence(
-            self._model, [*request.ids], request.max_tokens, sampler, sampling.processors(), self._mask(request)
-        )
+            self._model, [*request.ids], request.max_tokens, sampler, sampling.processors(), self._mask(request),
+            kv_bits=self._kv_bits,
+        )  # fmt: skip
 
     def _mask(self, request: AnswerRequest) -> LogitsMask | None:
         if request.grammar is None:
@@ -247,10 +251,15 @@ class _Beginnings:
         length = latest.reusable(shared_length(latest.keys, sequence.ids[:-1]))
         return latest.fork(length) if length else None
 
+    def share(self, sequence: BatchSequence) -> None:
+        """See `PrefixStore`."""
+        self.keep(sequence)
+
     def keep(self, sequence: BatchSequence) -> None:
         """See `PrefixStore`."""
         assert sequence.cache is not None
         self._latest = sequence.cache.fork(sequence.cache.offset)
 
     def set_aside(self, sequence: BatchSequence) -> None:
-        """See `PrefixStore`; the latest prompt alone is kept."""
+        """See `PrefixStore`."""
+        self.keep(sequence)

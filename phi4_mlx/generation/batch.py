@@ -23,6 +23,7 @@ from phi4_mlx.generation.sampling import Draw
 from phi4_mlx.generation.sequence import BatchSequence, Fault, Token
 from phi4_mlx.models.cache import KVCache
 from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.queued import queue
 from phi4_mlx.models.shared_stream import shared_stream
 
 PREFILL_STEP_SIZE = 512  # prompt tokens a step; running answers wait for them
@@ -41,7 +42,7 @@ class PrefixStore(Protocol):
         """Called when all ids of a sequence are prefilled; its cache will change afterwards."""
 
     def set_aside(self, sequence: BatchSequence) -> None:
-        """Called when a sequence with a cache returns to the queue, before it loses the cache."""
+        """Called with a cache of the first ids: others wait for them, or the sequence returns to the queue."""
 
 
 class Batch:
@@ -162,10 +163,13 @@ class Batch:
             try:
                 if sequence.cache is None and self.prefixes is not None:
                     sequence.cache = self.prefixes.recall(sequence)
+                sharing = [each for each in self._prefilling if each.cache is None and each.waits_for(sequence)]
                 chunk, logits = run_chunk(sequence, self.pace.size(room) if self.pace is not None and running else room)
                 room -= chunk
                 if logits is None:
                     self._prefilling.append(sequence)
+                    if self.prefixes is not None and not all(each.waits_for(sequence) for each in sharing):
+                        self.prefixes.set_aside(sequence)
                 else:
                     if self.prefixes is not None:
                         self.prefixes.keep(sequence)
@@ -179,12 +183,17 @@ class Batch:
                     room = self.pace.took(chunk, room) if running else room
 
     def _next_to_prefill(self) -> BatchSequence:
-        """Next sequence to prefill. One whose identical prompt is being prefilled waits, to reuse that cache."""
+        """Next sequence to prefill: by priority, answers that have begun before prompts, then in turn.
+
+        A sequence whose beginning is being prefilled waits, so that it can reuse that cache.
+        """
         started = [each for each in self._prefilling if each.cache is not None]
-        for sequence in self._prefilling:
-            if sequence.cache is not None or not any(sequence.repeats(each) for each in started):
-                return sequence
-        raise AssertionError("every sequence waits for another one")
+        ready = [
+            sequence
+            for sequence in self._prefilling
+            if sequence.cache is not None or not any(sequence.waits_for(each) for each in started)
+        ]
+        return min(ready, key=lambda each: (each.priority, not each.drawn))
 
     def _place(self, sequence: BatchSequence) -> None:
         """Sends a prefilled sequence to the group that it fits best, or back to prefill."""
@@ -229,7 +238,7 @@ class Batch:
         greedy: Greedy | None = None,
     ) -> None:
         """Draws a token for each sequence from its row of the logits [n, V]; a failure is of one sequence alone."""
-        mx.async_eval(arrays_of(logits))  # the device computes them while the host computes grammar masks
+        queue(arrays_of(logits))  # the device computes them while the host computes grammar masks
         greedy = {} if greedy is None else greedy
         drawn: list[tuple[BatchSequence, int, Draws]] = []
         for sequence, n in due:

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from phi4_mlx.errors import CheckpointError
 from phi4_mlx.generation.sampling import Draw, LogitsProcessor, Processor, Sampler, SeededSampler
-from phi4_mlx.models.safe import safe
+from phi4_mlx.models.queued import queue
 from phi4_mlx.models.split_logits import LEAST, SplitLogits
 
 _RANDOM = 256  # logits of each rank that a draw at random looks at first
@@ -40,7 +40,7 @@ class Draws(NamedTuple):
 
     def queue(self) -> None:
         """Starts the computation of the tokens."""
-        (mx.eval if safe("queue") else mx.async_eval)(self.tokens, self.scores)
+        queue(self.tokens, self.scores)
 
     def numbers(self) -> list[int]:
         """The tokens as ids, once they are computed.

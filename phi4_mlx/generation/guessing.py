@@ -1,7 +1,7 @@
 """Guesses of rows that share a forward pass: the number of columns follows from their chances and the pass's time.
 
-A pass is a rectangle: it computes as many columns for a row without a guess as for the row with the most. So the rows
-choose their width together, by the tokens a second that all of them can expect.
+A pass is a rectangle: it computes as many columns for a row without a guess as for the row with the most. So rows
+choose a width together, by the tokens a second that all of them can expect.
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ class Guessing:
         width = 1
         if any(chances):
             gains = [[1.0] * (len(ids) - 1) + chance for ids, chance in zip(unread, chances, strict=True)]
-            pace = self._pace(len(members))
-            width += pace.further(gains, min(MAX_GUESSES, MAX_CELLS // len(members) - 1)) if pace.known else 0
+            width += self._further(gains, min(MAX_GUESSES, MAX_CELLS // len(members) - 1))
         return [
             [*ids, *self._guesses(member, min(len(chance), width - len(ids)))][:width]
             for member, ids, chance in zip(members, unread, chances, strict=True)
@@ -63,6 +62,13 @@ class Guessing:
         self.guessed += forward.guessed
         self.held += forward.held
         self._pace(len(forward.chunks)).took(forward.width, seconds)
+
+    def _further(self, gains: list[list[float]], most: int) -> int:
+        """Columns beside the first: the best for all rows by measured times, else for the row that wants the most."""
+        pace = self._pace(len(gains))
+        if self._timed:
+            return pace.further(gains, most) if pace.known else 0
+        return max(pace.further([gain], most) for gain in gains)
 
     def _pace(self, rows: int) -> Pace:
         return self._paces.setdefault(rows.bit_length(), Pace(self._timed))

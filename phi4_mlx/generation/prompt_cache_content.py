@@ -153,9 +153,9 @@ def cache_of(
         raise CheckpointError(f"{path} is not a prompt cache of this model: {reason:.200}; {MAKE_ONE}") from None
 
 
-def own_metadata(header: Header) -> dict[str, str]:
-    """Our own metadata of a file, without their prefix."""
-    return {name.removeprefix(_OWN): value for name, value in header.metadata.items() if name.startswith(_OWN)}
+def own_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Our own metadata of a file, without their prefix, from all in its header."""
+    return {name.removeprefix(_OWN): value for name, value in metadata.items() if name.startswith(_OWN)}
 
 
 def caller_metadata(header: Header) -> dict[str, str]:

@@ -100,7 +100,7 @@ def load_prompt_cache(
     """
     path = Path(os.path.expanduser(path))
     header = read_cache_header(path)
-    own = own_metadata(header)
+    own = own_metadata(header.metadata)
     tensors = _read_tensors(path, header)
     cache = cache_of(path, model, lambda adapter: identity(model, tokenizer, adapter), own, tensors)
     if not return_metadata:

@@ -18,6 +18,9 @@ from phi4_mlx.models.rope import Regime
 FORCED_RUN = 8  # forced tokens from which a prefill is faster than a step each
 
 
+WORTH_WAITING = 32  # tokens to prefill that two sequences share, from which the second waits for the first
+
+
 @dataclass(eq=False)
 class BatchSequence:
     """A prompt and its answer so far.
@@ -130,10 +133,14 @@ class BatchSequence:
         self.ids += tokens
         return tokens
 
-    def repeats(self, other: BatchSequence) -> bool:
-        """True if a cache of all ids of `other` is one of its own ids."""
-        same = self.model is other.model and (self.adapter, self.kv_bits) == (other.adapter, other.kv_bits)
-        return same and self.ids == other.ids
+    def waits_for(self, other: BatchSequence) -> bool:
+        """True if the ids that `other` prefills next are its own too, so that it had better reuse their cache."""
+        if self.model is not other.model or other.priority > self.priority:
+            return False
+        if (self.adapter, self.kv_bits, self.regime) != (other.adapter, other.kv_bits, other.regime):
+            return False
+        end = min((other.cache.offset if other.cache else 0) + WORTH_WAITING, len(other.ids))
+        return self.ids[:end] == other.ids[:end]
 
     def in_step(self, length: int, regime: Regime) -> bool:
         """True if a cache of that length and regime continues one token at a time."""

@@ -22,6 +22,7 @@ from phi4_mlx.generation.sampling import Draw, LogitsProcessor
 from phi4_mlx.models.cache import REWIND
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.queued import queue
 from phi4_mlx.models.safe import safe
 from phi4_mlx.models.shared_stream import shared_stream
 from phi4_mlx.tokens.prefix import shared_length
@@ -303,7 +304,7 @@ def _masked_steps(
         start = time.perf_counter()
         guesses = _guesses(proposer, passes, left - 1, len(unread)) if proposer is not None and count else []
         logits = passes.advance(mx.array([[*unread, *guesses]], mx.int32), 1 + len(guesses), count > 0)
-        mx.async_eval(arrays_of(logits))
+        queue(arrays_of(logits))
         first = passes.draw(logits, 0, logits_mask.mask())  # the host computes the mask while the device runs
         first.queue()
         yield from waiting

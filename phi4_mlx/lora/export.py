@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import time
 from collections.abc import Sequence
@@ -120,8 +121,12 @@ def _parser(command: str = "lora.export") -> Parser:
     )  # fmt: skip
     add("--output", type=word, metavar="OUT", help="with --format: the new folder (default: none)")
     add("--type", choices=TYPES, default="F16", help="with --format gguf: the numbers of the matrices")
+    add(
+        "--chat-format", type=word, metavar="NAME",
+        help="with --format gguf: chat format of its templates (default: the one detected)",
+    )  # fmt: skip
     add_revision_option(parser)
-    parser.idle.append(Idle(("type",), lambda args: args.format != "gguf", "without --format gguf"))
+    parser.idle.append(Idle(("type", "chat_format"), lambda args: args.format != "gguf", "without --format gguf"))
     return parser
 
 
@@ -178,18 +183,24 @@ def _gguf(args: argparse.Namespace) -> None:
 
     with progress_bar("exporting") as progress:
         exported = write_gguf(
-            args.model, args.output, args.adapter_path, args.type, args.revision, progress=progress
+            args.model, args.output, args.adapter_path, args.type, args.revision,
+            chat_format=args.chat_format, progress=progress,
         )  # fmt: skip
-    name = Path(os.path.abspath(os.path.expanduser(args.output))).name
+    name = re.sub(r"[^a-z0-9_.-]+", "-", Path(os.path.abspath(os.path.expanduser(args.output))).name.lower())
     file, recipe = (os.path.join(args.output, each) for each in (GGUF_FILE, MODELFILE))
     print(f"{file}: {size(exported.nbytes)}, {args.type}; run it: {shlex.join(['llama-cli', '-m', file])}")
-    print(f"{recipe}: for Ollama: {shlex.join(['ollama', 'create', name.lower(), '-f', recipe])}")
+    print(f"{recipe}: for Ollama: {shlex.join(['ollama', 'create', name, '-f', recipe])}")
+    if exported.exact_context is None:
+        return
+    why = "note: llama.cpp chooses the RoPE table by the context that it allocates, not by the text"
     if exported.exact_context:
         print(
-            "note: llama.cpp chooses the RoPE table by the context that it allocates, not by the text: with num_ctx "
-            f"{exported.exact_context} or less, as in the {MODELFILE}, answers are exact below {exported.boundary:,} "
-            "tokens; longer conversations need a larger one, which uses the long table from the first token on"
+            f"{why}: with num_ctx {exported.exact_context} or less, as in the {MODELFILE}, answers are exact below "
+            f"{exported.exact_context:,} tokens; longer conversations need a larger one, which uses the long table "
+            "from the first token on"
         )
+    else:
+        print(f"{why}: no context is small enough for the short table of this model, so answers differ from those here")
 
 
 def _hf(args: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.models.queued import queue
 from phi4_mlx.models.rope import Regime
 from phi4_mlx.tokens.prompt import AbsentMedium, Mode, Place, cut, joined, keys_of, moved
 
@@ -76,7 +77,7 @@ class CachedTokens:
     def append(self, ids: mx.array) -> None:
         """Appends ids [B, t]."""
         if len(self._pieces) >= MAX_PIECES:
-            mx.async_eval(self.ids)
+            queue(self.ids)
         self._pieces.append(ids)
         self.count += ids.shape[1]
 
@@ -89,7 +90,7 @@ class CachedTokens:
         """Drops what is past `length` tokens."""
         if length < self.count:
             self._pieces, self.count = [self.ids[:, :length]], length
-            mx.async_eval(self._pieces)  # else a chain of slices grows from trim to trim
+            queue(self._pieces)  # else a chain of slices grows from trim to trim
         self._places = self.places
 
     def first(self, length: int) -> CachedTokens:

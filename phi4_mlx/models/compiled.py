@@ -59,7 +59,12 @@ class CompiledSteps:
         return self._under.setdefault(adapted, CompiledSteps())
 
     def ready(self, parts: Sequence[Any]) -> bool:
-        """True if these modules have the same contents as at the last call; else notes the new ones."""
+        """True if these modules have the same contents as at the last call; else notes the new ones.
+
+        False too if compiled functions are off.
+        """
+        if safe("compiled"):
+            return False
         same = len(parts) == len(self._parts) and all(map(is_, parts, self._parts))
         if same and all(map(is_, self._contents(), self._seen)):
             return True

@@ -33,7 +33,6 @@ from phi4_mlx.models.differential import SCORES, Attention, Mask
 from phi4_mlx.models.fused import layer_norm
 from phi4_mlx.models.model import ContextCost
 from phi4_mlx.models.prompt_cache import PromptCache
-from phi4_mlx.models.safe import safe
 from phi4_mlx.models.scan import selective_scan, short_scan
 from phi4_mlx.models.state import RecurrentCache, WindowCache
 
@@ -60,8 +59,7 @@ class LayerNorm(nn.LayerNorm):
     traceable = True
 
     def __call__(self, x: mx.array) -> mx.array:
-        normed = layer_norm(x, None, None, self.eps)
-        return (normed * self.weight + self.bias).astype(self.weight.dtype)
+        return (layer_norm(x, None, None, self.eps) * self.weight + self.bias).astype(self.weight.dtype)
 
 
 class Samples:
@@ -289,8 +287,7 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.record(ids)
             caches, mask = cache, cache.make_mask(T) if isinstance(cache, BatchCache) else None
-        one_step = T == 1 and cache is not None and cache[0].offset and embeddings is None
-        one_step = one_step and not (self.training or safe("compiled"))
+        one_step = T == 1 and cache is not None and cache[0].offset and embeddings is None and not self.training
         layers, steps = self._under(adapted), self._compiled.of(adapted)
         if one_step and steps.ready([self.embed_tokens, *layers, self.final_layernorm]):
             return self._step(steps.calls(None, lambda: self._trace(adapted)), layers, ids, mask, caches)

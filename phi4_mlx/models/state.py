@@ -191,10 +191,14 @@ class WindowCache(SnapshotCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Appends keys and values of T tokens; returns those that the new ones see."""
-        T, new = keys.shape[2], [keys, values]
         if safe("buffers"):
-            self._set(appended(self.arrays, new), self.offset + T)
+            self._set(appended(self.arrays, [keys, values]), self.offset + keys.shape[2])
             return self._buffers[0], self._buffers[1]
+        return self._written(keys, values)
+
+    def _written(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """`update_and_fetch` by writes into the buffers."""
+        T, new = keys.shape[2], [keys, values]
         if not self._buffers or self._filled + T > self._buffers[0].shape[2]:
             room = T if T > self.STEP else self.STEP
             kept = self.arrays

@@ -30,7 +30,6 @@ from phi4_mlx.models.fused import RMSNorm, softmax_attention
 from phi4_mlx.models.model import ContextCost
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import PackedRotation, Regime, Rope, Rotation, regime_of
-from phi4_mlx.models.safe import safe
 
 # Prefixes of the weights of a block that work before its attention, and after it.
 BEFORE, AFTER = ("input_layernorm.", "self_attn.qkv_proj."), ("self_attn.o_proj.", "post_attention_layernorm.", "mlp.")
@@ -179,7 +178,7 @@ class Decoder(nn.Module):
             caches, position, mask = cache, cache.positions, cache.make_mask(T)
 
         layers, steps = self._under(adapted), self._compiled.of(adapted)
-        one_step = T == 1 and cache is not None and not (self.training or safe("compiled"))
+        one_step = T == 1 and cache is not None and not self.training
         if one_step and steps.ready([self.embed_tokens, *layers, self.norm]):
             embed, given = (self.embed_tokens, ids) if embeddings is None else (nn.Identity(), embeddings)
             calls = steps.calls((regime, type(embed)), lambda: self._trace(embed, regime, adapted))

@@ -161,10 +161,10 @@ def _knock(launch: Launch, first: JSON, deadline: float, leader: str) -> Channel
     while time.monotonic() < deadline:
         channel = None
         try:
-            left_s = max(deadline - time.monotonic(), 0.1)
-            channel = Channel(socket.create_connection(launch.channel, timeout=min(HELLO_S, left_s)))
+            left_s = min(max(deadline - time.monotonic(), 0.1), HELLO_S)
+            channel = Channel(socket.create_connection(launch.channel, timeout=left_s))
             channel.send(first, HELLO_BYTES)
-            _check_welcome(channel.receive(HELLO_S, HELLO_BYTES))
+            _check_welcome(channel.receive(left_s, HELLO_BYTES))
             return channel
         except RequestError:
             raise

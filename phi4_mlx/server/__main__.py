@@ -198,8 +198,11 @@ def _served(args: argparse.Namespace) -> _Served:
     from phi4_mlx.checkpoint import load_config, load_tokenizer_and_format
     from phi4_mlx.files.manifest import verify_manifest
     from phi4_mlx.hub import DEFAULT_MODEL
+    from phi4_mlx.models.safe import notice
     from phi4_mlx.server.model_kind import model_kind
 
+    if switched_off := notice():
+        complain(PROG, switched_off)
     check_speculation_options(args)
     name, settings = DEFAULT_MODEL if args.model is None else args.model, _settings(args)
     folder, adapters = Path(settings.model), settings.adapters
@@ -220,16 +223,17 @@ def _settings(args: argparse.Namespace) -> Settings:
     from phi4_mlx.hub import DEFAULT_MODEL, resolve
     from phi4_mlx.server.engine.engine import Settings
 
+    adapters, store = _adapters(args.adapters), store_settings(args.prompt_cache_dir, args.prompt_cache_disk_bytes)
     return Settings(
         str(resolve(DEFAULT_MODEL if args.model is None else args.model, args.revision)),
         args.adapter_path,
-        _adapters(args.adapters),
+        adapters,
         args.decode_concurrency,
         args.kv_cache_bytes,
         args.prompt_cache_bytes,
         args.chat_format,
         args.parallel,
-        None if args.prompt_cache_dir is None else store_settings(args.prompt_cache_dir, args.prompt_cache_disk_bytes),
+        store,
         args.kv_bits,
         args.speculate,
         args.draft_model,

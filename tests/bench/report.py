@@ -72,6 +72,7 @@ FIGURES = [
     Figure("sampling", "time of a draw, temp 0.8, top-p 0.95", "ratios/top_p 0.95", 0.4, ratio=True),
     Figure("second_turn", "time to first token, history from a file, long RoPE table", "ratios/long", 0.05),
     Figure("second_turn", "time to first token, history from a file, short RoPE table", "ratios/short", 0.05),
+    Figure("restart", "time to first token after a restart, prompt on disk", "of_cold", 0.15),
     Figure("turns", "growth of active memory over 200 turns", "drift_percent/active", 2.0, unit="%"),
     Figure("turns", "growth of cached memory over 200 turns", "drift_percent/cached", 2.0, unit="%"),
     Figure("turns", "growth of resident memory over 200 turns", "drift_percent/resident", 2.0, unit="%"),

@@ -190,7 +190,7 @@ def test_a_batch_decodes_each_sequence_as_it_would_be_alone(model: LanguageModel
 def test_the_prefix_cache_shortens_a_second_prompt(model: LanguageModel) -> None:
     store, cache = PrefixCache(10**7), model.make_cache()
     decoded(model, PROMPT, 1, cache=cache, prefill_step_size=16)
-    store.put(None, cache)
+    store.put(model, None, cache)
     for prompt, at_least in (([*PROMPT, 1, 2, 3], len(PROMPT)), (PROMPT, len(PROMPT) - 1), ([*PROMPT[:30], 1], 16)):
         found = store.find(model, None, prompt)
         assert found is not None and at_least <= found.offset < len(prompt)

@@ -71,7 +71,10 @@ def read_prompts(path: Path) -> PromptFile:
     digest = hashlib.sha256()
 
     def read(record: dict[str, Any], source: str) -> PromptLine:
-        digest.update(json.dumps(record, sort_keys=True).encode() + b"\n")
+        try:
+            digest.update(json.dumps(record, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+        except UnicodeEncodeError:
+            raise RequestError("the line has half of a surrogate pair, which is no text; remove it") from None
         return _line(record, int(source.rpartition(":")[2]))
 
     return PromptFile(path, read_lines(path, read, bare="prompt"), digest.hexdigest())
@@ -111,10 +114,6 @@ def _text(prompt: Any) -> str:
         raise RequestError(f"prompt must be a text, not {prompt!r:.60}; a conversation is written as messages")
     if not prompt.strip():
         raise RequestError("the prompt is empty; it needs at least one character that is not white space")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise RequestError("the prompt has half of a surrogate pair, which is no text") from None
     return prompt
 
 

@@ -36,7 +36,7 @@ EVERY_S = 30  # between two lines of progress, where standard error is no termin
 # Options of `generate` that ask for one answer alone -> their values where they are not given.
 _ONE_ANSWER: dict[str, object] = {
     "prompt": None, "image": [], "audio": [], "prompt_cache_file": None, "max_kv_size": None, "draft_model": None,
-    "speculate": "auto", "verbose": False, "kv_bits": None,
+    "speculate": "auto", "verbose": False,
 }  # fmt: skip
 
 
@@ -58,8 +58,7 @@ def check_file_options(args: argparse.Namespace) -> None:
 
 
 def answer_file(args: argparse.Namespace, max_tokens: int) -> None:
-    """Answers a file of prompts: on one machine, or over ranks, of which each has the whole model or, with
-    `--parallel`, all together have one.
+    """Answers a file of prompts, on one machine or over ranks; each has the whole model, with `--parallel` a share.
 
     Args:
         args: the options of `generate`.
@@ -88,18 +87,20 @@ def answer_file(args: argparse.Namespace, max_tokens: int) -> None:
         with open_session(options, partial(complain, PROG)) as session:
             return answer(session, None)
     with _joined(launch, args, known) as ranks:
-        (_follow if launch.rank else answer)(Session(options), ranks)
+        (partial(_follow, args.kv_bits) if launch.rank else answer)(Session(options), ranks)
 
 
 def _identity(args: argparse.Namespace, folder: Path) -> dict[str, str]:
     """The fingerprints of the model and its adapter."""
     from phi4_mlx.ranks.package import files_fingerprint
 
-    adapter = None if args.adapter_path is None else Path(os.path.expanduser(args.adapter_path))
-    return {
-        "--model": files_fingerprint(folder),
-        "--adapter-path": "none" if adapter is None else files_fingerprint(adapter),
-    }
+    known = {"--model": files_fingerprint(folder), "--adapter-path": "none"}
+    if args.adapter_path is not None:
+        try:
+            known["--adapter-path"] = files_fingerprint(Path(os.path.expanduser(args.adapter_path)))
+        except (Phi4Error, OSError):  # loading it says what is wrong
+            known["--adapter-path"] = "unreadable"
+    return known
 
 
 @contextlib.contextmanager
@@ -107,8 +108,8 @@ def _joined(launch: Launch, args: argparse.Namespace, known: Mapping[str, str]) 
     """All ranks of a job, each with the whole model; its end, by a mistake or an interruption too, is that of all."""
     from phi4_mlx.ranks.join import join
 
-    same = {name: str(getattr(args, name)) for name in ("chat_format", "kv_bits", "parallel", "prompts")}
-    ranks = join(launch, {**known, **{f"--{name.replace('_', '-')}": value for name, value in same.items()}})
+    same = {"--chat-format": args.chat_format, "--kv-bits": args.kv_bits, "--parallel": args.parallel}
+    ranks = join(launch, {**known, **{name: str(value or "not given") for name, value in same.items()}})
     if launch.rank:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what an interruption means
     try:
@@ -144,6 +145,7 @@ def _lead(
     from phi4_mlx.commands.prompts.requests import about, requests_of
     from phi4_mlx.generation.answer_batch import AnswerBatch
     from phi4_mlx.generation.memory import plan_context
+    from phi4_mlx.generation.stream import wired_memory
 
     model, tokenizer = session.load()
     settings = _settings(args, tokenizer, grammar, max_tokens)
@@ -154,19 +156,21 @@ def _lead(
     with AnswerFile(Path(os.path.expanduser(args.output)), len(requests), depends) as answers:
         run = PromptRun(prompts, answers)
         missing = [requests[index] for index in answers.missing()]
-        with run.to_the_end():
-            lead(ranks, AnswerBatch(model, tokenizer, plan), missing, run.take)
+        with run.to_the_end(), wired_memory():
+            lead(ranks, AnswerBatch(model, tokenizer, plan, args.kv_bits), missing, run.take)
 
 
-def _follow(session: Session, ranks: Ranks) -> NoReturn:
+def _follow(kv_bits: int | None, session: Session, ranks: Ranks) -> NoReturn:
     from phi4_mlx.commands.prompts.dealing import follow, greet
     from phi4_mlx.generation.answer_batch import AnswerBatch
     from phi4_mlx.generation.memory import plan_context
+    from phi4_mlx.generation.stream import wired_memory
 
     model, tokenizer = session.load()
-    plan = plan_context(model)
+    plan = plan_context(model, kv_bits)
     grammar = greet(ranks, plan.limit_bytes)
-    follow(ranks, AnswerBatch(model, tokenizer, plan), grammar)
+    with wired_memory():
+        follow(ranks, AnswerBatch(model, tokenizer, plan, kv_bits), grammar)
 
 
 def _settings(
@@ -217,7 +221,9 @@ class PromptRun:
         """Shows the progress; at the end, or where the run is stopped, one line says what is in the file."""
         answers = self._answers
         if 0 < self._before < answers.total:
-            complain(PROG, f"{answers.path} has {self._before:,} of {amount(answers.total, 'answer')} already")
+            complain(
+                PROG, f"{self._before:,} of {amount(answers.total, 'answer')} are there already, in {answers.path}"
+            )
         try:
             with progress_bar("answers", of=lambda done: f"{int(done):,}") as self._show:
                 self._progress()
@@ -226,8 +232,8 @@ class PromptRun:
             if isinstance(error, (KeyboardInterrupt, Exception)):
                 complain(
                     PROG,
-                    f"stopped with {answers.done:,} of {amount(answers.total, 'answer')} in {answers.path}; the same "
-                    "command goes on from there",
+                    f"stopped; {answers.done:,} of {amount(answers.total, 'answer')} are kept in {answers.path} and "
+                    f"{answers.path.name}.run, and the same command goes on from there",
                 )
             raise
         cut = f"; {self._cut:,} of this run cut by max-tokens" if self._cut else ""

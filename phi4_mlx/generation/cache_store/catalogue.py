@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from phi4_mlx.errors import CheckpointError, message_of
 from phi4_mlx.generation.cache_store.entries import Match, StoredEntry, read_entry
-from phi4_mlx.generation.cache_store.folder import StoreFolder
+from phi4_mlx.generation.cache_store.folder import StoredFile, StoreFolder
 
 MAX_ENTRIES = 20_000  # compared with a prompt; older files are left unread
 SETTLED_NS = (
@@ -25,50 +25,64 @@ class Catalogue:
         warn: called with one line about a file that is dropped.
 
     Attributes:
-        nbytes: bytes of all files, when they were last counted.
-        files: their number.
         damaged: files dropped so far.
     """
 
     def __init__(self, folder: StoreFolder, warn: Callable[[str], None]) -> None:
         self._folder, self._warn = folder, warn
-        self._entries: dict[str, StoredEntry | None] = {}  # by name; None for one of another version, or unread
+        self._sizes: dict[str, int] = {}  # of all files, by name
+        self._entries: dict[str, StoredEntry] = {}  # of those that have this version
         self._by_match: dict[Match, tuple[StoredEntry, ...]] = {}
         self._turn = threading.RLock()
         self._seen_ns = -1
-        self.nbytes = self.files = self.damaged = 0
+        self.damaged = 0
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        with self._turn:
+            return sum(self._sizes.values())
 
     def matching(self, match: Match) -> Sequence[StoredEntry]:
         """The entries with these fingerprints, versions, RoPE table and options."""
         return self._by_match.get(match, ())
 
     def refresh(self) -> None:
-        """Reads the headers of new files, and forgets those that are gone, if the folder has changed."""
+        """Takes the files of the folder, if it has changed."""
+        changed_ns = self._folder.changed_ns
+        if changed_ns != self._seen_ns:
+            self.take(self._folder.files())
+            self._seen_ns = changed_ns if time.time_ns() - changed_ns > SETTLED_NS else -1
+
+    def take(self, files: Sequence[StoredFile]) -> None:
+        """Reads the headers of new files, the last ones first, and forgets those that are not among `files`."""
+        whole = {file.name: file.nbytes for file in files if not file.partial}
         with self._turn:
-            changed_ns = self._folder.changed_ns
-            if changed_ns == self._seen_ns:
-                return
-            files = [file for file in self._folder.files() if not file.partial]
-            gone = self._entries.keys() - {file.name for file in files}
-            self._remove(gone)
-            new = [file.name for file in files if file.name not in self._entries][-MAX_ENTRIES:]
-            for name in reversed(new):  # the latest first
-                self._entries[name] = self._read(name)
-            self._group({entry.match for name in new if (entry := self._entries[name]) is not None})
-            settled = time.time_ns() - changed_ns > SETTLED_NS
-            self._seen_ns = changed_ns if settled else -1
-            self.nbytes, self.files = sum(file.nbytes for file in files), len(files)
+            self.forget(self._sizes.keys() - whole.keys())
+            new = [name for name in whole if name not in self._sizes]
+        for name in reversed(new[-MAX_ENTRIES:]):
+            self._read(name)
+        with self._turn:
+            self._sizes |= whole
+            self._group({entry.match for name in new if (entry := self._entries.get(name)) is not None})
 
     def add(self, entry: StoredEntry) -> None:
-        """Adds the entry of a file that has just been written."""
+        """Adds the entry of a file that has just been written, under the folder's lock."""
         with self._turn:
-            self._entries[entry.name] = entry
+            self._sizes[entry.name], self._entries[entry.name] = entry.nbytes, entry
             self._group({entry.match})
 
     def forget(self, names: Iterable[str]) -> None:
-        """Removes entries whose files are gone."""
+        """Removes files that are gone."""
         with self._turn:
-            self._remove(names)
+            names = [*names]
+            for name in names:
+                self._sizes.pop(name, None)
+            removed = [self._entries.pop(name, None) for name in names]
+            self._group({entry.match for entry in removed if entry is not None})
 
     def drop(self, name: str, reason: str) -> None:
         """Removes a damaged file and its entry; says so in one line."""
@@ -78,20 +92,18 @@ class Catalogue:
             self._folder.drop(name)
         self._warn(reason)
 
-    def _read(self, name: str) -> StoredEntry | None:
+    def _read(self, name: str) -> None:
         try:
-            return read_entry(self._folder.path / name)
+            entry = read_entry(self._folder.path / name)
         except CheckpointError as error:
             if not isinstance(error.__context__, OSError):  # else it is gone, or there are too many open files
                 self.drop(name, message_of(error))
-            return None
-
-    def _remove(self, names: Iterable[str]) -> None:
-        removed = [self._entries.pop(name, None) for name in [*names]]
-        self._group({entry.match for entry in removed if entry is not None})
+            return
+        if entry is not None:
+            with self._turn:
+                self._entries[name] = entry
 
     def _group(self, matches: Iterable[Match]) -> None:
         """Makes the groups of these matches anew; a reader keeps the old ones."""
         for match in matches:
-            group = tuple(each for each in self._entries.values() if each is not None and each.match == match)
-            self._by_match[match] = group
+            self._by_match[match] = tuple(each for each in self._entries.values() if each.match == match)

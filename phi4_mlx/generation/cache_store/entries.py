@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from phi4_mlx.errors import CheckpointError, RequestError
 from phi4_mlx.files.regular_file import open_regular
-from phi4_mlx.files.safetensors import Header, read_whole_header
 from phi4_mlx.generation.prompt_cache_content import FORMAT, VERSIONS, own_metadata, places_in, snapshots_in
 from phi4_mlx.models.cached_tokens import conditions_of
 from phi4_mlx.tokens.prompt import Place, keys_of
@@ -19,6 +21,7 @@ from phi4_mlx.tokens.prompt import Place, keys_of
 Match = tuple[str | None, ...]
 
 MAX_LOSS = 0.1  # share of an entry's tokens that may be prefilled again if a longer entry replaces it
+MAX_HEADER_BYTES = 2**24  # 64 layers with eight snapshots have 0.2 MB
 _KEY_BYTES = 8
 _MATCHED = ("model", "adapter", "tokenizer", "made_by", "regime", "pinned", "kv_bits", "max_kv_size", "num_layers")
 
@@ -90,35 +93,38 @@ def projection_of(places: Iterable[Place]) -> str | None:
 def read_entry(path: Path) -> StoredEntry | None:
     """The entry of a file, of which the header and the ids are read; None if it has another version.
 
+    Thousands of files are read at a start, so the claims of a header are verified only when its cache is read.
+
     Raises:
-        CheckpointError: the file is missing, damaged or not a prompt cache.
+        CheckpointError: the file cannot be read, is damaged or is not a prompt cache; an OSError is its context.
     """
-    header = read_whole_header(path, "it is dropped", "prompt cache file")
-    if header.metadata.get(FORMAT) not in VERSIONS:
-        return None
-    own = own_metadata(header)
-    try:
-        places = places_in(own)
-        ids = _read_ids(path, header)
-        snapshots = tuple(snapshots_in(own)) if "snapshots" in own else None
-        keys, projection = packed(keys_of(ids, places)), projection_of(places)
-    except (KeyError, ValueError, TypeError, RecursionError, OverflowError, RequestError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}; it is dropped") from None
-    size = max(info.end for info in header.tensors.values())
-    return StoredEntry(path.name, size, match_of(own), projection, keys, snapshots)
-
-
-def _read_ids(path: Path, header: Header) -> list[int]:
-    info = header.tensors["ids"]
-    if info.dtype != "I32" or len(info.shape) != 1:
-        raise ValueError(f"its ids are {info.dtype} of shape {list(info.shape)}")
     try:
         with open_regular(path) as file:
-            file.seek(info.start)
-            data = file.read(info.end - info.start)
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(MAX_HEADER_BYTES, size - 8):
+                raise ValueError(f"its header claims {length:,} bytes, in a file of {size:,}")
+            header = json.loads(file.read(length))
+            metadata = header["__metadata__"]
+            if metadata[FORMAT] not in VERSIONS:
+                return None
+            end = header["checksum"]["data_offsets"][1] + 8 + length
+            if size != end:
+                raise ValueError(f"it has {size:,} bytes, and its tensors end at byte {end:,}")
+            ids = np.frombuffer(file.read(4 * header["ids"]["shape"][0]), "<i4")  # the first tensor
+        return _entry(path.name, size, own_metadata(metadata), ids)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    return np.frombuffer(data, "<i4").tolist()  # type: ignore[no-any-return]  # numpy's stub says Any
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (LookupError, ValueError, TypeError, AttributeError, OverflowError, RecursionError, RequestError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{path} is damaged: {reason:.200}; it is dropped") from None
+
+
+def _entry(name: str, size: int, own: Mapping[str, str], ids: NDArray[np.int32]) -> StoredEntry:
+    places = places_in(own)
+    keys = packed(keys_of(ids.tolist(), places)) if places else ids.astype(np.int64).tobytes()
+    snapshots = tuple(snapshots_in(own)) if "snapshots" in own else None
+    return StoredEntry(name, size, match_of(own), projection_of(places), keys, snapshots)
 
 
 def _shared(a: bytes, b: bytes) -> int:

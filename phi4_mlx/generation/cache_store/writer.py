@@ -43,21 +43,21 @@ class Waiting:
 class Writer:
     """Writes what waits, the first that is due first.
 
+    Its thread computes nothing with MLX, which aborts where such a thread outlives the interpreter.
+
     Args:
         folder: where to.
         catalogue: of the folder.
         warn: called with one line when the disk refuses a write.
-        first: called in the thread before anything else.
 
     Attributes:
         waiting: the caches that wait.
         failures: caches that could not be written.
+        ready: set once the headers of all files have been read.
     """
 
-    def __init__(
-        self, folder: StoreFolder, catalogue: Catalogue, warn: Callable[[str], None], first: Callable[[], None]
-    ) -> None:
-        self._folder, self._catalogue, self._warn, self._first = folder, catalogue, warn, first
+    def __init__(self, folder: StoreFolder, catalogue: Catalogue, warn: Callable[[str], None]) -> None:
+        self._folder, self._catalogue, self._warn = folder, catalogue, warn
         self._change = threading.Condition()
         self._touched: set[str] = set()
         self._writing = self._closed = False
@@ -112,9 +112,8 @@ class Writer:
         return whole
 
     def _work(self) -> None:
-        for task in (self._first, self._refresh):
-            with contextlib.suppress(Exception):  # what fails here fails again, and is counted, where it is needed
-                task()
+        with contextlib.suppress(Exception):
+            self._refresh()
         self.ready.set()
         while not self._closed:
             with contextlib.suppress(Exception):  # a cache that is not stored costs a prefill
@@ -155,19 +154,19 @@ class Writer:
             return
         try:
             with self._folder.locked(self._wait_for_lock):
-                catalogue.refresh()
-                stored = catalogue.matching(entry.match)
-                if any(each.serves(entry) == len(entry) for each in stored):
+                self._touch()
+                files = self._folder.files()
+                catalogue.take(files)
+                if any(each.serves(entry) == len(entry) for each in catalogue.matching(entry.match)):
                     return
-                removed = self._folder.make_room(entry.nbytes)
-                if removed is None:
-                    return
-                catalogue.forget(removed)
+                catalogue.forget(self._folder.make_room(entry.nbytes, files))
                 write_content(self._folder.path / entry.name, waiting.layout, waiting.about, waiting.buffers)
-                for each in catalogue.matching(entry.match):
-                    if entry.replaces(each):
-                        self._folder.drop(each.name)
                 catalogue.add(entry)
+                replaced = [each.name for each in catalogue.matching(entry.match) if entry.replaces(each)]
+                replaced.remove(entry.name)
+                catalogue.forget(replaced)
+                for name in replaced:
+                    self._folder.drop(name)
         except TimeoutError:
             self.failures += 1
         except (OSError, RequestError) as error:
@@ -181,10 +180,15 @@ class Writer:
         time.sleep(LOCK_S)
         return not self._closed
 
-    def _refresh(self) -> None:
+    def _touch(self) -> None:
+        """Notes the uses of files in the folder."""
         with self._change:
             touched, self._touched = self._touched, set()
         for name in touched:
             self._folder.touch(name)
+
+    def _refresh(self) -> None:
+        """Looks at what other processes have done."""
+        self._touch()
         with contextlib.suppress(OSError):  # the folder is gone: the next write says so
             self._catalogue.refresh()

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 from phi4_mlx.adapters.folder import place
 from phi4_mlx.lora.progress import Tick
 from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.models.queued import queue
 
 _Part = tuple[float, list[mx.array]]
 """(work: bytes of weights times tokens, arrays)"""
@@ -65,10 +66,10 @@ class Milestones:
         parts.reverse()
         self.outputs = []  # or no part could be freed before the end
         work, waiting = parts.pop()
-        mx.async_eval(waiting)
+        queue(waiting)
         while parts:
             following, arrays = parts.pop()
-            mx.async_eval(arrays)
+            queue(arrays)
             mx.eval(waiting)
             done += work
             tick(before + done / total, before + (done + following) / total)

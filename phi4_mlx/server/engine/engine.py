@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.batch import Batch
-from phi4_mlx.generation.cache_store.store import StoreSettings
+from phi4_mlx.generation.cache_store.store import CacheStore, StoreSettings
 from phi4_mlx.generation.guessing import Guessing
 from phi4_mlx.generation.memory import cache_bytes
 from phi4_mlx.generation.options import LogitsMask
@@ -129,8 +129,9 @@ class Engine:
         self._answers: dict[BatchSequence, Answer] = {}
         self._compiling = Compiling(partial(compiled_constraint, tokenizer, base.config.vocab_size))
         self._unkept = 0
-        store = None if settings.store is None else settings.store.open(self._adapters.get(None).model, tokenizer, warn)
-        self.prefixes = PrefixCache(prefix_limit_bytes, store)
+        self.prefixes = PrefixCache(
+            prefix_limit_bytes, _opened_store(settings, self._adapters.get(None).model, tokenizer, warn)
+        )
         self._recalling = Recalling(self.prefixes, self.kv_limit_bytes, CacheOptions(None, settings.kv_bits))
         self.batch = self._new_batch()
 
@@ -225,7 +226,7 @@ class Engine:
         self._put(answer, sequence.cache)
 
     def set_aside(self, sequence: BatchSequence) -> None:
-        """Stores the cache of a job that returns to the queue; called by the batch."""
+        """Stores the beginning of a prompt that others wait for, or that returns to the queue; called by the batch."""
         self._put(self._answers[sequence], sequence.cache)
 
     def gauges(self) -> dict[str, float]:
@@ -341,6 +342,17 @@ class Engine:
         limit_ms = self.settings.max_step_ms
         pace = None if limit_ms is None else ChunkPace(limit_ms / 1000)
         return Batch(self.settings.max_rows, self.kv_limit_bytes, prefixes=self, guessing=self.guessing, pace=pace)
+
+
+def _opened_store(
+    settings: Settings, model: LanguageModel, tokenizer: Tokenizer, warn: Callable[[str], None]
+) -> CacheStore | None:
+    """The store of the settings; the server has checked it, and one that is lost since costs a line."""
+    try:
+        return None if settings.store is None else settings.store.make_store(model, tokenizer, warn)
+    except RequestError as error:
+        warn(str(error))
+        return None
 
 
 def check_room(engine: Engine) -> None:

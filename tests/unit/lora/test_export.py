@@ -16,7 +16,7 @@ from phi4_mlx.adapters.peft import PEFT_FILE, scale_of
 from phi4_mlx.checkpoint import load_model
 from phi4_mlx.errors import CheckpointError, Phi4Error, RequestError
 from phi4_mlx.files.safetensors import read_header
-from phi4_mlx.lora.export import from_peft, main, to_peft
+from phi4_mlx.lora.export import FORMATS, from_peft, main, to_peft
 from phi4_mlx.models.text import Model
 from tests.adapters import adapted, save_adapter
 from tests.counting_run import same
@@ -256,12 +256,69 @@ def test_the_command_does_both_ways(adapter: Path, tmp_path: Path, capsys: pytes
         assert (tmp_path / "back" / name).read_bytes() == (adapter / name).read_bytes()
 
 
+@pytest.mark.parametrize("way", FORMATS)
+def test_a_format_is_written_and_the_way_on_is_told(
+    way: str, adapter: Path, tmp_path: Path, tiny_checkpoint: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    base, out = tiny_checkpoint(original_max_position_embeddings=600), tmp_path / "my out"
+    assert main(["--format", way, "--model", str(base), "--adapter-path", str(adapter), "--output", str(out)]) == 0
+    told = capfd.readouterr()
+    assert told.err == ""
+    names = {path.name for path in out.iterdir()}
+    if way == "gguf":
+        assert names == {"model.gguf", "Modelfile"}
+        assert f"ollama create my-out -f '{out}/Modelfile'" in told.out
+        assert "with num_ctx 512 or less, as in the Modelfile, answers are exact below 512 tokens" in told.out
+    elif way == "peft":
+        to_peft(adapter, tmp_path / "again")
+        for name in ("adapter_config.json", PEFT_FILE):
+            assert (out / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    else:
+        assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= names
+        other = load_model(out)
+        model = load_model(base)
+        load_adapter(model, adapter)
+        ids = mx.array([[5, 6, 7]])
+        assert mx.abs(other(ids) - model(ids)).max().item() < 1e-4
+        assert ("chat with it" if way == "mlx" else "--max-model-len 600") in told.out
+
+
+def test_a_type_has_no_effect_on_other_formats(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--format", "hf", "--model", "demo", "--output", str(tmp_path / "out"), "--type", "Q8_0"]) == 0
+    assert "--type has no effect without --format gguf" in capfd.readouterr().err
+    assert "quantization" not in config_of(tmp_path / "out")
+
+
+def test_a_model_without_an_adapter_as_a_package(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--format", "mlx", "--model", "demo", "--output", str(tmp_path / "out")]) == 0
+    assert "quantization" in config_of(tmp_path / "out")
+
+
+def config_of(model: Path) -> dict[str, Any]:
+    return json.loads((model / "config.json").read_text())
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         ([], "one of the arguments --peft --from-peft --format is required"),
         (["--peft", "{out}", "--from-peft", "{peft}"], "not allowed with"),
         (["--peft", "{out}", "--model", "m"], "--model m needs --from-peft"),
+        (["--peft", "{out}", "--output", "o"], "--output o needs --format; choose one of gguf, hf, peft, mlx"),
+        (["--format", "gguf", "--model", "demo"], "--format gguf needs --output, the new folder"),
+        (["--format", "hf", "--output", "{out}"], "--format hf needs --model"),
+        (["--format", "peft", "--output", "{out}"], "--format peft needs --adapter-path"),
+        (["--format", "ggfu", "--output", "{out}"], "'ggfu' is not one of gguf, hf, peft, mlx; did you mean gguf?"),
+        (["--format", "gguf", "--type", "Q4_0"], "'Q4_0' is not one of F16, BF16, Q8_0"),
+        (["--format", "gguf", "--model", "demo", "--output", "{adapter}"], "already exists; remove it"),
+        (["--format", "hf", "--model", "demo", "--output", "{adapter}"], "already exists; remove it"),
+        (["--format", "hf", "--model", "demo-flash", "--output", "{out}"], "type phi4flash, which transformers and"),
+        (["--format", "hf", "--model", "demo-multimodal", "--output", "{out}"], "--format mlx writes a package"),
+        (["--format", "gguf", "--model", "demo-multimodal", "--output", "{out}"], "llama.cpp cannot run exactly"),
+        *(
+            (["--format", way, "--model", "demo", "--adapter-path", "{adapter}", "--output", "{out}"], "another model")
+            for way in FORMATS
+        ),
         (["--adapter-path", "{adapter}", "--peft", "{adapter}"], "already exists"),
         (["--adapter-path", "{peft}", "--peft", "{out}"], "has no lora_parameters"),
         (["--adapter-path", "nowhere", "--peft", "{out}"], "nowhere holds no adapter_config.json"),

@@ -51,6 +51,7 @@ def test_white_space_does_not_change_the_digest_and_words_do(tmp_path: Path) -> 
         ({"prompt": 3}, "prompt must be a text, not 3"),
         (" \n", "the prompt is empty"),
         ({"prompt": "\ud800"}, "half of a surrogate pair"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),
         ({"prompt": "a", "tools": [{"name": "add"}]}, "tools go with messages"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens must be a whole number from 1"),
         ({"prompt": "a", "seed": -1}, "seed must be a whole number from 0"),

@@ -16,7 +16,7 @@ from phi4_mlx.commands.prompts.run import PromptRun
 from phi4_mlx.generation import answer_batch
 from phi4_mlx.generation.answer_batch import AnswerBatch
 from phi4_mlx.models.model import LanguageModel
-from tests.conftest import TinyCheckpoint
+from tests.conftest import TinyCheckpoint, write_tiny_checkpoint
 from tests.kinds import WRITERS
 
 Run = Callable[..., list[dict[str, Any]]]
@@ -74,6 +74,20 @@ def test_more_prompts_than_rows_are_answered_as_alone(run: Run, monkeypatch: pyt
     assert run(lines, *options, out="other") == one
 
 
+def test_quantised_keys_and_values_answer_as_alone(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_tiny_checkpoint(tmp_path / "wide", hidden_size=192)  # heads of 32 numbers, as kv_bits needs
+    lines, options = texts(4), ["--model", str(model), "--kv-bits", "4", "--max-tokens", "6"]
+    found = run(lines, *options)
+    for line, answer in zip(lines, found, strict=True):
+        capsys.readouterr()
+        assert generate.main(["-p", line, *options]) == 0
+        assert capsys.readouterr().out == answer["text"] + "\n"
+    run(lines, *options[:2], "--max-tokens", "6", code=2)
+    assert "--kv-bits 4, not none" in capsys.readouterr().err
+
+
 def test_a_stopped_run_goes_on_and_draws_nothing_twice(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,7 +108,9 @@ def test_a_stopped_run_goes_on_and_draws_nothing_twice(
     capsys.readouterr()
     run(lines, *options, code=130)
     line = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(r"stopped with 2 of 8 answers in .*out\.jsonl; the same command goes on from there$", line)
+    assert re.search(
+        r"stopped; 2 of 8 answers are kept in .*out\.jsonl and out\.jsonl\.run, and the same command goes on", line
+    )
     run(lines, *options, code=130)
     assert run(lines, *options) == whole
     assert sorted(each for each in taken if each != "stopped") == [*"01234567"]
@@ -133,7 +149,6 @@ def test_calls_of_tools_are_apart(run: Run) -> None:
         (["--draft-model", "x"], "--draft-model does not work with --prompts"),
         (["--speculate", "lookup"], "--speculate does not work with --prompts"),
         (["--prompt-cache-file", "x"], "--prompt-cache-file does not work with --prompts"),
-        (["--kv-bits", "8"], "--kv-bits does not work with --prompts"),
         (["--verbose"], "--verbose does not work with --prompts"),
         (["--schema", "x", "--stop", "y"], "--stop may end an answer before it obeys the schema"),
     ],
@@ -188,7 +203,7 @@ def test_a_failed_answer_names_its_line_and_keeps_the_others(
     monkeypatch.setattr(AnswerBatch, "step", failing)
     run([{"prompt": "abc", "max_tokens": n + 1} for n in range(4)], code=2)
     err = capsys.readouterr().err.splitlines()
-    assert "stopped with 2 of 4 answers" in err[-2] and err[-1].endswith(f"{tmp_path / 'p.jsonl'}:3: NaN")
+    assert "stopped; 2 of 4 answers are kept" in err[-2] and err[-1].endswith(f"{tmp_path / 'p.jsonl'}:3: NaN")
 
 
 def test_the_same_beginning_is_run_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

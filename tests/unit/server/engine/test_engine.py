@@ -16,12 +16,14 @@ from phi4_mlx.adapters.layers import load_adapter
 from phi4_mlx.checkpoint import load
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.sampling import Sampling
+from phi4_mlx.generation.sequence import WORTH_WAITING
 from phi4_mlx.generation.stream import generate
 from phi4_mlx.models.text import Decoder
 from phi4_mlx.server.engine import engine as engine_module
 from phi4_mlx.server.engine.loop import turn
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
 from phi4_mlx.server.engine.protocol import Cancel, Failure, Job, Piece
+from phi4_mlx.tokens.prompt import Prompt
 from tests.adapters import adapted, save_adapter
 from tests.conftest import Demo
 from tests.unit.server.engine.harness import (
@@ -128,6 +130,22 @@ def test_logprobs_are_those_of_a_plain_forward_pass(demo: Demo, make_engine: Mak
     without_top = [each for event in events[2] if isinstance(event, Piece) for each in event.logprobs]
     assert len(without_top) == len(tokens) and not any(each.top for each in without_top)
     assert not any(event.logprobs for event in events[3] if isinstance(event, Piece))
+
+
+@pytest.mark.parametrize("chunk", [48, 80, 512])
+def test_a_beginning_that_waiting_prompts_share_is_prefilled_once(
+    demo: Demo, make_engine: MakeEngine, chunk: int
+) -> None:
+    shared = random.Random(8).choices(range(900), k=100)
+    jobs = [Job(n, Prompt([*shared, *range(n, n + 60)]), 6, GREEDY) for n in range(1, 5)]
+    engine = make_engine()
+    engine.batch.prefill_step_size = chunk
+    events = run(engine, *jobs)
+    cached = [finish(events[job.id]).cached_tokens for job in jobs]
+    assert cached[0] == 0 and all(100 - WORTH_WAITING < count <= 100 for count in cached[1:])
+    assert engine.prefilled_tokens == sum(len(job.prompt) for job in jobs) - sum(cached)
+    for job in jobs:
+        assert text(events[job.id]) == text(run(make_engine(prefix_limit_bytes=0), job)[job.id])
 
 
 @pytest.mark.parametrize("moment", ["waiting", "prefilling", "decoding"])

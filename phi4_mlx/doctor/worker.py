@@ -1,0 +1,74 @@
+"""The child process that computes, `python -m phi4_mlx.doctor.worker`: an order comes in, a line a result goes out.
+
+A crash of native code ends this process alone. The last name that it has written is that of the check that died.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+
+def main() -> int:
+    """Reads the order, a JSON object, and writes the results; returns the exit code."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no result
+    order = json.loads(sys.stdin.readline())
+    work = {"names": names, "machine": machine, "checks": checks, "speed": speed}[order["work"]]
+    for answer in work(order):
+        write(answers, answer)
+    return 0
+
+
+def write(answers: TextIO, answer: dict[str, Any]) -> None:
+    """Writes a result at once."""
+    answers.write(json.dumps(answer) + "\n")
+    answers.flush()
+
+
+def names(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The name of each check, with its fast paths that are on."""
+    from phi4_mlx.doctor.check import ways_out
+    from phi4_mlx.doctor.checks import all_checks
+
+    for check in all_checks(_folder(order)):
+        yield {"name": check.name, "ways_out": [*ways_out(check)]}
+
+
+def checks(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Runs the checks of these names; writes each name before its check begins."""
+    from phi4_mlx.doctor.check import run_check
+    from phi4_mlx.doctor.checks import all_checks
+    from phi4_mlx.doctor.devices import devices
+
+    wanted, found = {*order["names"]}, devices()
+    for check in all_checks(_folder(order)):
+        if check.name in wanted:
+            yield {"begins": check.name}
+            yield {"outcome": run_check(check, found)}
+
+
+def machine(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The facts of this machine, and the models that fit."""
+    from phi4_mlx.doctor.machine import about, fits
+
+    yield {"machine": about()}
+    yield {"fits": fits(_folder(order))}
+
+
+def speed(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The speed of this machine."""
+    from phi4_mlx.doctor.speed import speeds
+
+    for row in speeds():
+        yield {"speed": row}
+
+
+def _folder(order: dict[str, Any]) -> Path | None:
+    return None if order["folder"] is None else Path(order["folder"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

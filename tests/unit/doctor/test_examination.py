@@ -1,0 +1,145 @@
+"""The examination in child processes: crashes, hangs, and the report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import pytest
+
+from phi4_mlx.commands import doctor
+from phi4_mlx.doctor import child, report
+from phi4_mlx.doctor.check import Outcome, failed, plain
+from phi4_mlx.doctor.child import ChildDied, answers
+from phi4_mlx.doctor.examination import run_checks
+from phi4_mlx.errors import RequestError
+
+ORDER = {"folder": None}
+ABORTING = "import os; os.abort()"
+
+
+def worker(fault: str) -> list[str]:
+    """The command of a worker with a fault in it."""
+    return [
+        sys.executable, "-c", f"import os, sys, mlx.core as mx\n{fault}\n"
+        "from phi4_mlx.doctor.worker import main\nsys.exit(main())",
+    ]  # fmt: skip
+
+
+def test_a_crash_costs_one_check_and_names_the_way_out() -> None:
+    told: list[Outcome] = []
+    ways_out = {"norms, float32": [["norms"]], "rope, float32": [["norms"], ["rope"]], "attention, float32": []}
+    command = worker("mx.fast.rope = lambda *a, **k: os.abort()")
+    found = run_checks(ORDER, ways_out, told.append, command)
+    assert found == told
+    passed = {each["name"]: each["passed"] for each in found}
+    assert passed == {"norms, float32": True, "rope, float32": False, "attention, float32": True}
+    dead = next(each for each in found if not each["passed"])
+    assert dead["switch_off"] == ["rope"]
+    assert dead["error"] is not None and "died by SIGABRT" in dead["error"]
+    assert "PHI4_MLX_SAFE=rope helps" in report.check_line(dead)
+
+
+def test_a_crash_that_no_switch_helps_is_named() -> None:
+    found = run_checks(ORDER, {"matrix product, float32": []}, lambda outcome: None, worker("os.abort()"))
+    assert [each["name"] for each in found] == ["matrix product, float32"]
+    assert report.verdict(found) == (
+        [], "1 of 1 check failed; no switch helps matrix product, float32: report it with --json"
+    )  # fmt: skip
+
+
+def test_a_hanging_process_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "SILENT_S", 0.2)
+    command = [sys.executable, "-c", "import time; print('{\"a\": 1}', flush=True); time.sleep(60)"]
+    found = answers({}, {}, command)
+    assert next(found) == {"a": 1}
+    with pytest.raises(ChildDied, match="no result for 0 s"):
+        next(found)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import os; os.abort()", "died by SIGABRT"),
+        ("import sys; sys.exit(3)", "ended with 3"),
+        ("raise ValueError('no kernel')", "ended with 1: ValueError: no kernel"),
+    ],
+)
+def test_the_end_of_a_process_is_explained(code: str, reason: str) -> None:
+    with pytest.raises(ChildDied, match=reason):
+        list(answers({}, {}, [sys.executable, "-c", code]))
+
+
+def test_the_environment_reaches_the_process_and_stays_there() -> None:
+    code = "import json, os; print(json.dumps(os.environ['MLX_ENABLE_TF32']))"
+    assert list(answers({}, child.FULL_PRECISION, [sys.executable, "-c", code])) == ["0"]
+
+
+OUTCOME: Outcome = {
+    "name": "rope, float32", "passed": True, "devices": 1e-7, "twins": 2e-7, "tolerance": 1e-6, "why": "8 u",
+    "error": None, "switch_off": [],
+}  # fmt: skip
+
+
+def test_the_verdict_unites_the_switches() -> None:
+    wrong: list[Outcome] = [
+        {**OUTCOME, "passed": False, "switch_off": ["rope"]},
+        {**OUTCOME, "passed": False, "switch_off": ["blocks", "rope"]},
+    ]
+    assert report.verdict([OUTCOME, *wrong]) == (
+        ["blocks", "rope"], "2 of 3 checks failed; switch off with PHI4_MLX_SAFE=blocks,rope"
+    )  # fmt: skip
+    assert report.verdict([OUTCOME]) == ([], "all 1 check passed")
+
+
+def test_lines_have_the_figures() -> None:
+    assert report.check_line(OUTCOME).split() == ["ok", "rope,", "float32", "1.0e-07", "2.0e-07", "1.0e-06"]
+    line = report.check_line({**OUTCOME, "passed": False, "error": "RuntimeError: no kernel"})
+    assert line.endswith("no switch helps; RuntimeError: no kernel")
+
+
+def test_one_device_is_said() -> None:
+    machine: Any = {"devices": ["cpu"], "switched_off": ["rope"]}
+    one, off = report.not_compared(machine)
+    assert "no GPU was compared" in one and "rope" in off
+    assert report.not_compared({**machine, "devices": ["cpu", "gpu"], "switched_off": []}) == []
+
+
+def test_errors_name_no_paths() -> None:
+    error = RuntimeError("cannot open '/Users/ada/models/x.metallib' or ~/y or C:\\Users\\ada")
+    assert plain(error) == "RuntimeError: cannot open '(path)' or (path) or (path)"
+    assert failed("a", "b")["passed"] is False
+
+
+def test_an_unknown_switch_is_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from phi4_mlx.models import safe
+
+    monkeypatch.setattr(safe, "_off", None)
+    monkeypatch.setenv("PHI4_MLX_SAFE", "compield")
+    assert doctor.main([]) == 2
+    message = capsys.readouterr().err
+    assert "'compield'" in message and "did you mean compiled?" in message and message.count("\n") == 1
+
+
+def test_a_machine_without_mlx_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from phi4_mlx.doctor.examination import examine
+
+    command = [sys.executable, "-c", "raise ImportError('libmlx.so: no such file')"]
+    with pytest.raises(RequestError, match=r"MLX does not start: .*libmlx\.so"):
+        examine(None, lambda line: None, command)
+
+
+def test_a_failed_check_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from phi4_mlx.doctor import examination
+
+    def examine(folder: object, tell: object) -> dict[str, Any]:
+        return {"passed": False, "verdict": "1 of 1 check failed"}
+
+    monkeypatch.setattr(examination, "examine", examine)
+    assert doctor.main([]) == 1
+    assert capsys.readouterr().out == "1 of 1 check failed\n"
+    assert doctor.main(["--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["passed"] is False
