@@ -216,10 +216,6 @@ class Engine:
             answer.cached_tokens = cache.offset if cache else 0
         return cache
 
-    def share(self, sequence: BatchSequence) -> None:
-        """Stores the beginning of a prompt that others wait for; called by the batch."""
-        self._put(self._answers[sequence], sequence.cache)
-
     def keep(self, sequence: BatchSequence) -> None:
         """Stores a prefilled prompt at once, for prompts with the same prefix; called by the batch."""
         answer = self._answers[sequence]
@@ -228,7 +224,7 @@ class Engine:
         self._put(answer, sequence.cache)
 
     def set_aside(self, sequence: BatchSequence) -> None:
-        """Stores the cache of a job that returns to the queue; called by the batch."""
+        """Stores the beginning of a prompt that others wait for, or that returns to the queue; called by the batch."""
         self._put(self._answers[sequence], sequence.cache)
 
     def gauges(self) -> dict[str, float]:
