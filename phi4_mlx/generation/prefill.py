@@ -60,14 +60,11 @@ class PrefixStore(Protocol):
     def recall(self, sequence: BatchSequence) -> PromptCache | None:
         """A cache of the first ids of a sequence, for it to take over; called when its prefill starts."""
 
-    def share(self, sequence: BatchSequence) -> None:
-        """Called when the first ids of a sequence are prefilled, and another one that shares them has waited."""
-
     def keep(self, sequence: BatchSequence) -> None:
         """Called when all ids of a sequence are prefilled; its cache will change afterwards."""
 
     def set_aside(self, sequence: BatchSequence) -> None:
-        """Called when a sequence with a cache returns to the queue, before it loses the cache."""
+        """Called with a cache of the first ids: others wait for them, or the sequence returns to the queue."""
 
 
 class Prefilling:
@@ -137,7 +134,7 @@ class Prefilling:
         if logits is None:
             self._sequences.append(sequence)
             if prefixes is not None and not all(each.waits_for(sequence) for each in sharing):
-                prefixes.share(sequence)
+                prefixes.set_aside(sequence)
         elif prefixes is not None:
             prefixes.keep(sequence)
         return chunk, logits

@@ -193,6 +193,7 @@ def check_over_ranks(args: argparse.Namespace, *names: str) -> None:
 
 def _join(launch: Launch, options: ModelOptions, tell: Callable[[str], None]) -> tuple[Ranks, Path, Parallel]:
     """Meets the other ranks; they differ where one of them cannot read what the others can."""
+    from phi4_mlx.models.safe import VARIABLE, switched_off
     from phi4_mlx.ranks.join import join
     from phi4_mlx.ranks.package import files_fingerprint
 
@@ -216,6 +217,7 @@ def _join(launch: Launch, options: ModelOptions, tell: Callable[[str], None]) ->
         "the model's fingerprint": known(model),
         "--parallel": options.parallel or "not given",
         "--chat-format": options.chat_format or "not given",
+        VARIABLE: known(lambda: ",".join(switched_off()) or "not given"),
         **{name: known(partial(files_fingerprint, Path(path).expanduser())) for name, path in adapters.items()},
     }
     ranks = join(launch, about)

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.batch import Batch
+from phi4_mlx.generation.cache_store.store import CacheStore
 from phi4_mlx.generation.guessing import Guessing
 from phi4_mlx.generation.memory import memory_limit
 from phi4_mlx.generation.options import LogitsMask
@@ -70,8 +71,7 @@ class Engine:
         self.drawn_tokens = 0
         self._answers: dict[BatchSequence, Answer] = {}
         self._compiling = Compiling(partial(compiled_constraint, tokenizer, base.config.vocab_size))
-        stored = settings.store
-        store = None if stored is None else stored.make_store(self.sequences.model, tokenizer, warn)
+        store = _opened_store(settings, self.sequences.model, tokenizer, warn)
         self.prefixes = PrefixCache(prefix_limit_bytes, store)
         self._recalling = Recalling(self.prefixes, self.kv_limit_bytes, CacheOptions(None, settings.kv_bits))
         self._caches = JobCaches(self.prefixes, self._answers)
@@ -236,6 +236,17 @@ class Engine:
         rows, limit_ms = self.settings.max_rows, self.settings.max_step_ms
         pace = None if limit_ms is None else ChunkPace(limit_ms / 1000)
         return Batch(rows, self.kv_limit_bytes, prefixes=self._caches, guessing=self.guessing, pace=pace)
+
+
+def _opened_store(
+    settings: Settings, model: LanguageModel, tokenizer: Tokenizer, warn: Callable[[str], None]
+) -> CacheStore | None:
+    """The store of the settings; the server has checked it, and one that is lost since costs a line."""
+    try:
+        return None if settings.store is None else settings.store.make_store(model, tokenizer, warn)
+    except RequestError as error:
+        warn(str(error))
+        return None
 
 
 def check_room(engine: Engine) -> None:

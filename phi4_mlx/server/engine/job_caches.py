@@ -34,10 +34,6 @@ class JobCaches:
             answer.cached_tokens = cache.offset if cache else 0
         return cache
 
-    def share(self, sequence: BatchSequence) -> None:
-        """Stores the beginning of a prompt that others wait for."""
-        self.put(self._answers[sequence], sequence.cache)
-
     def keep(self, sequence: BatchSequence) -> None:
         """Stores a prefilled prompt at once, for prompts with the same prefix."""
         answer = self._answers[sequence]
@@ -46,7 +42,7 @@ class JobCaches:
         self.put(answer, sequence.cache)
 
     def set_aside(self, sequence: BatchSequence) -> None:
-        """Stores the cache of a job that returns to the queue."""
+        """Stores the beginning of a prompt that others wait for, or that returns to the queue."""
         self.put(self._answers[sequence], sequence.cache)
 
     def put(self, answer: Answer, cache: PromptCache | None) -> None:
