@@ -19,16 +19,18 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.batch import Batch
 from phi4_mlx.generation.cache_store.store import CacheStore, StoreSettings
 from phi4_mlx.generation.guessing import Guessing
-from phi4_mlx.generation.memory import cache_bytes, memory_limit
+from phi4_mlx.generation.memory import cache_bytes
 from phi4_mlx.generation.options import LogitsMask
 from phi4_mlx.generation.prefill import ChunkPace
 from phi4_mlx.generation.sequence import BatchSequence, Fault, Token
 from phi4_mlx.generation.speculate import Mode, make_proposer
 from phi4_mlx.generation.stream import AnswerText
 from phi4_mlx.models.cache import CacheOptions
+from phi4_mlx.models.machine import memory_limit
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.share import Parallel
+from phi4_mlx.ranks.leader import LedModel
 from phi4_mlx.ranks.session import ModelOptions
 from phi4_mlx.server.engine.adapters import DEFAULT, JobAdapters
 from phi4_mlx.server.engine.answer import Answer, compiled_constraint, failure_of, last_turn, token_logprob
@@ -388,7 +390,8 @@ def _memory_limits(base: LanguageModel, settings: Settings) -> tuple[int, int]:
         unread += sum(base.adapters.nbytes.values())
     free = max(0, total - mx.get_active_memory() - unread - ACTIVATION_BYTES)
     kv, prefix = settings.kv_limit_bytes, settings.prefix_limit_bytes
-    return free // 2 if kv is None else kv, free // 4 if prefix is None else prefix
+    burden = base.leader.burden if isinstance(base, LedModel) else 1.0
+    return free // 2 if kv is None else kv, int(free / burden) // 4 if prefix is None else prefix
 
 
 def _rewindable(base: LanguageModel) -> bool:
