@@ -55,13 +55,12 @@ class Batch:
         guessing: Guessing | None = None,
         pace: ChunkPace | None = None,
     ):
-        self.max_rows, self.kv_limit_bytes = max_rows, kv_limit_bytes
-        self.prefixes = prefixes
+        self.max_rows, self.kv_limit_bytes, self.prefixes = max_rows, kv_limit_bytes, prefixes
         self.guessing = guessing or Guessing()
         self.waiting: list[BatchSequence] = []
         self.active: list[BatchSequence] = []
-        self._arrivals = itertools.count()
         self.prefilling = Prefilling(prefill_step_size, prefixes, pace)
+        self._arrivals = itertools.count()
         self._groups: list[RowGroup] = []
 
     @property
