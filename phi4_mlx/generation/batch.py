@@ -38,14 +38,11 @@ class PrefixStore(Protocol):
     def recall(self, sequence: BatchSequence) -> PromptCache | None:
         """A cache of the first ids of a sequence, for it to take over; called when its prefill starts."""
 
-    def share(self, sequence: BatchSequence) -> None:
-        """Called when the first ids of a sequence are prefilled, and another one that shares them has waited."""
-
     def keep(self, sequence: BatchSequence) -> None:
         """Called when all ids of a sequence are prefilled; its cache will change afterwards."""
 
     def set_aside(self, sequence: BatchSequence) -> None:
-        """Called when a sequence with a cache returns to the queue, before it loses the cache."""
+        """Called with a cache of the first ids: others wait for them, or the sequence returns to the queue."""
 
 
 class Batch:
@@ -172,7 +169,7 @@ class Batch:
                 if logits is None:
                     self._prefilling.append(sequence)
                     if self.prefixes is not None and not all(each.waits_for(sequence) for each in sharing):
-                        self.prefixes.share(sequence)
+                        self.prefixes.set_aside(sequence)
                 else:
                     if self.prefixes is not None:
                         self.prefixes.keep(sequence)

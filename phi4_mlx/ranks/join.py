@@ -75,6 +75,7 @@ class Ranks:
         self.names = met.names
         self._met = met
         self._watching = watching
+        self._closed = False
 
     @property
     def name(self) -> str:
@@ -178,7 +179,10 @@ class Ranks:
         self._watching.end(line)
 
     def close(self) -> None:
-        """Ends the job in order: the followers exit with code 0 at their next `hear`; of the leader."""
+        """Ends the job in order: the followers exit with code 0 at their next `hear`; of the leader, once or again."""
+        if self._closed:
+            return
+        self._closed = True
         for channel in self._met.commands.values():
             self._send(channel, {"close": True})
         for channel in self._met.commands.values():

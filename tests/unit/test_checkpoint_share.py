@@ -77,6 +77,7 @@ def alone(run: dict[str, Any]) -> tuple[LanguageModel, dict[str, Any]]:
     if "adapter" in run:
         load_adapter(model, Path(run["adapter"]))
     for name, path in run.get("adapters", {}).items():
+        assert model.adapters is not None
         model.adapters.add(name, read_adapter(Path(path)))
     return model, answers(model, run)
 

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.batch import Batch
-from phi4_mlx.generation.cache_store.store import StoreSettings
+from phi4_mlx.generation.cache_store.store import CacheStore, StoreSettings
 from phi4_mlx.generation.guessing import Guessing
 from phi4_mlx.generation.memory import cache_bytes, memory_limit
 from phi4_mlx.generation.options import LogitsMask
@@ -127,12 +127,9 @@ class Engine:
         self._answers: dict[BatchSequence, Answer] = {}
         self._compiling = Compiling(partial(compiled_constraint, tokenizer, base.config.vocab_size))
         self._unkept = 0
-        store = (
-            None
-            if settings.store is None
-            else settings.store.make_store(self._adapters.get(None).model, tokenizer, warn)
+        self.prefixes = PrefixCache(
+            prefix_limit_bytes, _opened_store(settings, self._adapters.get(None).model, tokenizer, warn)
         )
-        self.prefixes = PrefixCache(prefix_limit_bytes, store)
         self._recalling = Recalling(self.prefixes, self.kv_limit_bytes, CacheOptions(None, settings.kv_bits))
         self.batch = self._new_batch()
 
@@ -219,10 +216,6 @@ class Engine:
             answer.cached_tokens = cache.offset if cache else 0
         return cache
 
-    def share(self, sequence: BatchSequence) -> None:
-        """Stores the beginning of a prompt that others wait for; called by the batch."""
-        self._put(self._answers[sequence], sequence.cache)
-
     def keep(self, sequence: BatchSequence) -> None:
         """Stores a prefilled prompt at once, for prompts with the same prefix; called by the batch."""
         answer = self._answers[sequence]
@@ -231,7 +224,7 @@ class Engine:
         self._put(answer, sequence.cache)
 
     def set_aside(self, sequence: BatchSequence) -> None:
-        """Stores the cache of a job that returns to the queue; called by the batch."""
+        """Stores the beginning of a prompt that others wait for, or that returns to the queue; called by the batch."""
         self._put(self._answers[sequence], sequence.cache)
 
     def gauges(self) -> dict[str, float]:
@@ -347,6 +340,17 @@ class Engine:
         limit_ms = self.settings.max_step_ms
         pace = None if limit_ms is None else ChunkPace(limit_ms / 1000)
         return Batch(self.settings.max_rows, self.kv_limit_bytes, prefixes=self, guessing=self.guessing, pace=pace)
+
+
+def _opened_store(
+    settings: Settings, model: LanguageModel, tokenizer: Tokenizer, warn: Callable[[str], None]
+) -> CacheStore | None:
+    """The store of the settings; the server has checked it, and one that is lost since costs a line."""
+    try:
+        return None if settings.store is None else settings.store.make_store(model, tokenizer, warn)
+    except RequestError as error:
+        warn(str(error))
+        return None
 
 
 def check_room(engine: Engine) -> None:

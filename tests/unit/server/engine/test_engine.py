@@ -132,7 +132,7 @@ def test_logprobs_are_those_of_a_plain_forward_pass(demo: Demo, make_engine: Mak
     assert not any(event.logprobs for event in events[3] if isinstance(event, Piece))
 
 
-@pytest.mark.parametrize("chunk", [48, 512])
+@pytest.mark.parametrize("chunk", [48, 80, 512])
 def test_a_beginning_that_waiting_prompts_share_is_prefilled_once(
     demo: Demo, make_engine: MakeEngine, chunk: int
 ) -> None:
