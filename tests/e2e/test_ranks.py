@@ -15,6 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from phi4_mlx.checkpoint import load_model
+from tests.adapters import adapted, save_adapter
 from tests.conftest import ROOT, write_tiny_checkpoint
 from tests.kinds import WRITERS
 from tests.rank_commands import HANG_S, RankCommand, alone, environment, over_ranks
@@ -41,8 +43,23 @@ def test_a_model_answers_by_tensor_parallel_as_in_one_process(tmp_path: Path, op
 
 @pytest.mark.parametrize("kind", ["phi4flash", "phi4mm"])
 def test_every_kind_of_model_answers_over_a_pipeline(tmp_path: Path, kind: str) -> None:
-    words = ("generate", "--model", str(WRITERS[kind](tmp_path / "model", seed=4)), *TEXT)
+    words = ("generate", "--model", str(WRITERS[kind](tmp_path / "model", seed=4)), *TEXT, *GREEDY)
     assert over_ranks(tmp_path, *words, "--parallel", "pipeline") == alone(*words)
+
+
+def write_adapter(model: Path, folder: Path, seed: int = 0) -> str:
+    """An adapter for the model in a folder; returns its path."""
+    save_adapter(adapted(load_model(model), seed=seed), folder, {})
+    return str(folder)
+
+
+@pytest.mark.parametrize("parallel", ["tensor", "pipeline"])
+def test_an_adapter_is_shared_out_with_the_model(tmp_path: Path, parallel: str) -> None:
+    model = write_tiny_checkpoint(tmp_path / "model", seed=4)
+    plain = ("generate", "--model", str(model), *TEXT)
+    words = (*plain, "--adapter-path", write_adapter(model, tmp_path / "adapter"))
+    answer = over_ranks(tmp_path, *words, "--parallel", parallel)
+    assert answer == alone(*words) and answer != alone(*plain)
 
 
 def test_the_way_is_chosen_with_a_reason_and_a_small_cache_works(tmp_path: Path) -> None:
@@ -205,6 +222,24 @@ def test_a_lost_rank_ends_the_server_everywhere(served: Served, victim: int) -> 
     os.kill(served.command.ranks[victim].pid, signal.SIGKILL)
     assert 0 not in served.ended(60)
     assert any(f"rank {victim}" in line for line in (served.others if victim == 0 else served.lines))
+
+
+def test_a_server_answers_under_adapters_by_name_by_tensor_parallel(tmp_path: Path) -> None:
+    model = write_tiny_checkpoint(tmp_path / "model", seed=4)
+    adapters = {name: write_adapter(model, tmp_path / "adapters" / name, n) for n, name in enumerate(("one", "two"))}
+    given = ("--model", str(model), "--adapters", str(tmp_path / "adapters"), "--speculate", "lookup")
+    server = Served(tmp_path, *given, "--parallel", "tensor")
+    try:
+        url = f"{server.url}/v1/completions"
+        for name in (None, *adapters, "one"):
+            body = {"model": name or "model", "prompt": "one two three one two", "max_tokens": 16, "temperature": 0}
+            reply = httpx.post(url, json=body | {"logprobs": 2}, timeout=HANG_S).json()["choices"][0]
+            adapter = () if name is None else ("--adapter-path", adapters[name])
+            words = ("--model", str(model), "--ignore-chat-template", "-p", body["prompt"], "--max-tokens", "16")
+            assert reply["text"].strip() == alone("generate", *words, *adapter, *GREEDY).strip()
+            assert all(len(top) in (2, 3) for top in reply["logprobs"]["top_logprobs"])
+    finally:
+        server.command.kill()
 
 
 def test_prompts_of_a_file_are_answered_by_one_model_over_ranks(tmp_path: Path) -> None:

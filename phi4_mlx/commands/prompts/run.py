@@ -58,8 +58,7 @@ def check_file_options(args: argparse.Namespace) -> None:
 
 
 def answer_file(args: argparse.Namespace, max_tokens: int) -> None:
-    """Answers a file of prompts: on one machine, or over ranks, of which each has the whole model or, with
-    `--parallel`, all together have one.
+    """Answers a file of prompts, on one machine or over ranks; each has the whole model, with `--parallel` a share.
 
     Args:
         args: the options of `generate`.
@@ -109,8 +108,8 @@ def _joined(launch: Launch, args: argparse.Namespace, known: Mapping[str, str]) 
     """All ranks of a job, each with the whole model; its end, by a mistake or an interruption too, is that of all."""
     from phi4_mlx.ranks.join import join
 
-    same = {name: str(getattr(args, name)) for name in ("chat_format", "kv_bits", "parallel", "prompts")}
-    ranks = join(launch, {**known, **{f"--{name.replace('_', '-')}": value for name, value in same.items()}})
+    same = {"--chat-format": args.chat_format, "--kv-bits": args.kv_bits, "--parallel": args.parallel}
+    ranks = join(launch, {**known, **{name: str(value or "not given") for name, value in same.items()}})
     if launch.rank:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what an interruption means
     try:
@@ -146,6 +145,7 @@ def _lead(
     from phi4_mlx.commands.prompts.requests import about, requests_of
     from phi4_mlx.generation.answer_batch import AnswerBatch
     from phi4_mlx.generation.memory import plan_context
+    from phi4_mlx.generation.stream import wired_memory
 
     model, tokenizer = session.load()
     settings = _settings(args, tokenizer, grammar, max_tokens)
@@ -156,7 +156,7 @@ def _lead(
     with AnswerFile(Path(os.path.expanduser(args.output)), len(requests), depends) as answers:
         run = PromptRun(prompts, answers)
         missing = [requests[index] for index in answers.missing()]
-        with run.to_the_end():
+        with run.to_the_end(), wired_memory():
             lead(ranks, AnswerBatch(model, tokenizer, plan, args.kv_bits), missing, run.take)
 
 
@@ -164,11 +164,13 @@ def _follow(kv_bits: int | None, session: Session, ranks: Ranks) -> NoReturn:
     from phi4_mlx.commands.prompts.dealing import follow, greet
     from phi4_mlx.generation.answer_batch import AnswerBatch
     from phi4_mlx.generation.memory import plan_context
+    from phi4_mlx.generation.stream import wired_memory
 
     model, tokenizer = session.load()
     plan = plan_context(model, kv_bits)
     grammar = greet(ranks, plan.limit_bytes)
-    follow(ranks, AnswerBatch(model, tokenizer, plan, kv_bits), grammar)
+    with wired_memory():
+        follow(ranks, AnswerBatch(model, tokenizer, plan, kv_bits), grammar)
 
 
 def _settings(

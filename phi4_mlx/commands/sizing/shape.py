@@ -42,9 +42,9 @@ class Shape:
         """Bytes of all tensors."""
         return sum(tensor_bytes(info.dtype, info.shape) for info in self.infos.values())
 
-    def model(self, config: Any = None, infos: Mapping[str, TensorInfo] | None = None) -> LanguageModel:
-        """An empty model of this shape, or of another one; its weights are never computed."""
-        model = empty_model(self.config if config is None else config, self.infos if infos is None else infos)
+    def model(self) -> LanguageModel:
+        """An empty model of this shape; its weights are never computed."""
+        model = empty_model(self.config, self.infos)
         model.set_dtype(self.dtype)
         return model
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import mlx.core as mx
+
+from phi4_mlx.checkpoint_share import empty_share
 from phi4_mlx.commands.sizing.shape import Shape
 from phi4_mlx.generation.memory import ContextPlan
 from phi4_mlx.models.cache import CacheOptions
-from phi4_mlx.models.model import ContextCost
-from phi4_mlx.models.sharding import check_share, share_config, share_pieces, share_plan
-from phi4_mlx.models.share import Parallel, Share
+from phi4_mlx.models.model import ContextCost, LanguageModel
+from phi4_mlx.models.pipeline import Stage
+from phi4_mlx.models.sharding import check_share, join_ranks, share_pieces, share_plan
+from phi4_mlx.models.share import Holding, Parallel, Share
 from phi4_mlx.models.split_logits import LEAST
 
 
@@ -37,7 +42,7 @@ class Split:
         weights_bytes: that each rank reads and holds.
         costs: of a context, for each rank.
         layers: of the whole model.
-        width: bytes of one hidden state.
+        width: bytes of one hidden state between blocks.
         longest: the most tokens of the model's context.
     """
 
@@ -58,12 +63,12 @@ class Split:
 
         Args:
             tokens: that the pass runs, all sequences together.
-            rows: sequences whose next token is drawn.
+            rows: sequences, of which each draws its next token.
         """
-        states = tokens * self.width
         if self.parallel == "pipeline":
-            back = rows * self.width
-            return Exchanges(self.size, (self.size - 1) * states + back, f"{self.size} hand-overs")
+            handed = ((self.size - 1) * tokens + rows) * self.width  # the last rank returns the drawn rows alone
+            return Exchanges(self.size, handed, f"{self.size} hand-overs")
+        states = tokens * self.width
         gather = self.size * rows * 4 * (2 * LEAST + 2)  # values, ids and two sums, 4 bytes each
         sums = 2 * self.layers + 1
         return Exchanges(sums + 1, sums * states + gather, f"{sums} sums and 1 gather")
@@ -90,18 +95,25 @@ def split_of(shape: Shape, parallel: Parallel, size: int, kv_bits: int | None = 
         RequestError: the model cannot be split so.
     """
     check_share(shape.config, parallel, size, shape.infos)
-    costs = []
+    costs, dtype = [], shape.dtype
     for rank in range(size):
         share = Share(parallel, rank, size)
-        pieces = share_pieces(shape.config, share, shape.infos)
-        infos = {name: piece.of(shape.infos[piece.name]) for name, piece in pieces.items()}
-        costs.append(shape.model(share_config(shape.config, share, shape.infos), infos).context_cost(kv_bits))
+        holding = Holding(shape.config, shape.infos, share_pieces(shape.config, share, shape.infos))
+        model = empty_share(shape.model(), holding, share)
+        model.set_dtype(shape.dtype)
+        group: Any = None  # the model never runs
+        join_ranks(model, holding, share, group)
+        if isinstance(model, Stage):  # its config is that of the rank with the most blocks
+            model.config = model.config_of(shape.config, len(model.layers))
+            dtype = model.stream_dtype
+        costs.append(_cost(model, kv_bits))
+
     return Split(
         parallel,
         tuple(share_plan(shape.config, shape.infos, parallel, size)),
         tuple(costs),
         shape.config.num_hidden_layers,
-        shape.config.hidden_size * shape.dtype.size,
+        shape.config.hidden_size * dtype.size,
         shape.config.max_position_embeddings,
     )
 
@@ -117,8 +129,14 @@ def whole(shape: Shape, kv_bits: int | None = None) -> Split:
     return Split(
         "pipeline",
         (shape.weights_bytes,),
-        (model.context_cost(kv_bits),),
+        (_cost(model, kv_bits),),
         shape.config.num_hidden_layers,
         shape.config.hidden_size * shape.dtype.size,
         shape.config.max_position_embeddings,
     )
+
+
+def _cost(model: LanguageModel, kv_bits: int | None) -> ContextCost:
+    """The cost of a context, the same on every machine: on a GPU some models need less."""
+    with mx.stream(mx.cpu):
+        return model.context_cost(kv_bits)

@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from phi4_mlx.checkpoint import load
@@ -15,10 +16,11 @@ from phi4_mlx.cli import main
 from phi4_mlx.commands.sizing.estimate import exchange_s, prefill_per_s, service_of, step_s
 from phi4_mlx.commands.sizing.machines import LINKS, MACS, Link, Mac
 from phi4_mlx.commands.sizing.shape import matrix_weights, read_shape
-from phi4_mlx.commands.sizing.split import split_of, whole
+from phi4_mlx.commands.sizing.split import Split, split_of, whole
 from phi4_mlx.generation.memory import plan_context
 from phi4_mlx.models import sharding
-from tests.conftest import DATA
+from phi4_mlx.models.share import Holding, Share
+from tests.conftest import DATA, TinyModel
 from tests.kinds import WRITERS
 from tests.sizing_page import PAGE, page
 
@@ -72,7 +74,7 @@ def test_a_rank_of_two_holds_about_half_and_a_step_has_two_sums_a_layer(capsys: 
         assert split["longest_context"] > 0
     assert tensor["decode_step"] == {"exchanges": 2 * 32 + 2, "bytes": 65 * 3072 * 2 + 2 * 4 * 66}
     assert pipeline["decode_step"] == {"exchanges": 2, "bytes": 2 * 3072 * 2}
-    assert sum(pipeline["cache_token_bytes"]) == sum(tensor["cache_token_bytes"]) == 32 * 2 * 8 * 128 * 2
+    assert sum(tensor["cache_token_bytes"]) == 32 * 2 * 8 * 128 * 2
     assert [each["parallel"] for each in found["chosen"]] == ["tensor", "pipeline"]
 
 
@@ -124,6 +126,14 @@ def test_tensor_is_offered_only_where_it_divides(capsys: pytest.CaptureFixture[s
     assert "over jaccl: --parallel pipeline" in out and "By pipeline" in out
 
 
+def test_a_model_of_one_block_can_be_split_by_tensor_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = WRITERS["phi3"](tmp_path / "flat", num_hidden_layers=1)
+    found = answer(["--model", str(folder), "--ranks", "2"], capsys)
+    assert [each["parallel"] for each in found["splits"]] == ["tensor"]
+    assert {each["parallel"] for each in found["chosen"]} == {"tensor"}
+    assert "cannot share 1 block" in refused(["--model", str(folder), "--ranks", "2", "--parallel", "pipeline"], capsys)
+
+
 def test_times_follow_from_bytes_and_links() -> None:
     shape = read_shape(MINI)
     alone, tensor = whole(shape), split_of(shape, "tensor", 2)
@@ -153,6 +163,38 @@ def test_the_bytes_of_a_share_are_predicted(parallel: Any, tmp_path: Path) -> No
     shape = read_shape(WRITERS["phi3"](tmp_path / "tiny"))
     found = sharding.share_plan(shape.config, shape.infos, parallel, 2)
     assert split_of(shape, parallel, 2).weights_bytes == tuple(found)
+
+
+def test_the_exchanges_of_a_step_are_counted(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group of one process runs each exchange of tensor parallel, though nothing crosses."""
+    model, seen = tiny_model(), {"sums": 0, "gathers": 0, "bytes": 0}
+    group = mx.distributed.init()
+    assert group.size() == 1
+
+    def counted(kind: str, exchange: Any) -> Any:
+        def count(array: mx.array, **options: Any) -> Any:
+            seen[kind] += 1
+            seen["bytes"] += array.nbytes
+            return exchange(array, **options)
+
+        return count
+
+    monkeypatch.setattr(mx.distributed, "all_sum", counted("sums", mx.distributed.all_sum))
+    monkeypatch.setattr(mx.distributed, "all_gather", counted("gathers", mx.distributed.all_gather))
+    config = model.config
+    sharding.join_ranks(model, Holding(config, {}, {}), Share("tensor", 0, 1), group)
+    cache = model.make_cache()
+    mx.disable_compile()  # else blocks share a trace
+    try:
+        hidden = model.hidden(cache.admit(mx.array([[1]])), cache)
+        model.candidates(hidden)
+    finally:
+        mx.enable_compile()
+    width = config.hidden_size * model.dtype.size
+    split = Split("tensor", (0,), (), config.num_hidden_layers, width, 0)
+    expected = split.exchanges(1)
+    assert (seen["sums"] + seen["gathers"], seen["bytes"]) == (expected.count, expected.nbytes)
+    assert seen["sums"] == 2 * config.num_hidden_layers + 1
 
 
 def test_the_page_has_what_the_command_prints() -> None:
