@@ -99,6 +99,7 @@ def model_card(
     adapters: Mapping[str, int],
     report: Report | None = None,
     picture: str = "",
+    library: str = "mlx",
 ) -> str:
     """The text of README.md; the same for the same source and options.
 
@@ -109,29 +110,30 @@ def model_card(
         adapters: folder of each LoRA in the package -> its bytes.
         report: of the calibration, if there was one.
         picture: file name of the report's picture; "" if there is none.
+        library: the one that the package is for, "mlx" or "transformers".
     """
     parts = [
-        f"---\n{yaml.safe_dump(_front_matter(origin, config, parameters), allow_unicode=True)}---\n",
-        f"# {visible(origin.name)} for MLX\n",
+        f"---\n{yaml.safe_dump(_front_matter(origin, config, parameters, library), allow_unicode=True)}---\n",
+        f"# {visible(origin.name)}{' for MLX' if library == 'mlx' else ''}\n",
         _history(origin, report is not None),
         _sizes(config, parameters, adapters),
-        _usage(config),
+        _usage(config) if library == "mlx" else _TRANSFORMERS_USAGE,
     ]
     if report:
         parts.append(_calibration(report, picture))
     return "\n".join(parts)
 
 
-def _front_matter(origin: Origin, config: Config, parameters: Sequence[Parameter]) -> dict[str, Any]:
+def _front_matter(origin: Origin, config: Config, parameters: Sequence[Parameter], library: str) -> dict[str, Any]:
     given = {key: origin.metadata[key] for key in _KEPT if key in origin.metadata}
     own = given.get("tags", [])
     main = _main_schemes(parameters)
-    tags = [*(own if isinstance(own, list) else [own]), "mlx", "phi4_mlx", config.model_type]
+    tags = [*(own if isinstance(own, list) else [own]), library, "phi4_mlx", config.model_type]
     if main:
         tags.append(f"{round(sum(scheme.bits * count for scheme, count in main.items()) / main.total())}-bit")
     media = any(parameter.on_demand for parameter in parameters)
     found = {"pipeline_tag": "image-text-to-text" if media else "text-generation"} | given
-    found |= {"library_name": "mlx", "tags": list(dict.fromkeys(tags))}
+    found |= {"library_name": library, "tags": list(dict.fromkeys(tags))}
     if origin.hub_id:
         relation = "finetune" if origin.tuned else "quantized" if main else ""
         base: dict[str, Any] = {"base_model": origin.hub_id} | ({"base_model_relation": relation} if relation else {})
@@ -200,6 +202,22 @@ def _formats(parameters: Collection[Parameter]) -> str:
         numbers[name] += each.rows * _per_row(each)
     widths = {name: f"{', '.join(map(str, sorted(found)))} bits " for name, found in bits.items()}
     return ", ".join(f"{widths.get(name, '')}{name}" for name, _ in numbers.most_common())
+
+
+_TRANSFORMERS_USAGE = """## Use
+
+`PATH` is the folder of this file, or the name of its repository on the Hub.
+
+```sh
+vllm serve PATH
+```
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained("PATH"), AutoTokenizer.from_pretrained("PATH")
+```
+"""
 
 
 def _usage(config: Config) -> str:

@@ -194,6 +194,7 @@ def write_package(
     planned_loras: Callable[[Path, Config], dict[str, Adapter]] | None = None,
     report: Callable[[], Report | None] = lambda: None,
     tuned: bool = False,
+    library: str = "mlx",
 ) -> None:
     """Writes a package, whole or not at all.
 
@@ -206,6 +207,7 @@ def write_package(
         planned_loras: likewise to the LoRAs to write, by folder; None keeps those of the checkpoint as they are.
         report: gives the report of the calibration, if there was one, once the weights are written.
         tuned: whether the weights are a fine-tune of the checkpoint, for the model card.
+        library: the one that the package is for, for the model card.
 
     Raises:
         Phi4Error: as `convert`, and whatever `planned` raises.
@@ -234,7 +236,8 @@ def write_package(
         drawn = write_report(out, calibration)[1:] if calibration else []
         sizes = {name: adapter.nbytes for name, adapter in loras.items()}
         origin = read_origin(hf_path, folder, tuned)
-        card = model_card(origin, config, parameters, sizes, calibration, *(path.name for path in drawn))
+        picture = drawn[0].name if drawn else ""
+        card = model_card(origin, config, parameters, sizes, calibration, picture, library)
         documents = {MANIFEST_FILE: _json(manifest), CARD_FILE: card.encode()}
         for name, data in {**documents, **small}.items():  # config.json last: with it the package is complete
             (out / name).write_bytes(data)

@@ -1,4 +1,15 @@
-"""Conversations that chat templates must render as the chat formats do, with tools and calls in OpenAI's form."""
+"""Conversations that chat templates must render as the chat formats do, and tiny tokenizers of each format.
+
+Tools and calls are in OpenAI's form.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from tests.conftest import DATA
 
 TOOLS = [
     {
@@ -44,3 +55,22 @@ CALLS = {
     "own": [{"role": "system", "content": "S", "tools": [TOOLS[0]]}, {"role": "user", "content": "a"}],
     "text": [{"role": "system", "content": "S", "tools": "[]"}, {"role": "user", "content": "a"}],
 }  # fmt: skip
+
+
+def write_tokenizer(name: str, folder: Path) -> None:
+    """Writes the files of a tiny tokenizer with the control tokens of a chat format."""
+    source = DATA / ("tiny_sentencepiece" if name == "phi3.5-mini" else "tiny_tokenizer")
+    for file in source.glob("*.json"):
+        shutil.copy(file, folder)
+    if name not in ("phi4", "phi4-reasoning"):
+        return
+    path = folder / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    names = {"<|user|>": "<|im_start|>", "<|assistant|>": "<|im_sep|>", "<|end|>": "<|im_end|>"}
+    for token in spec["added_tokens"]:
+        if token["content"] in names:
+            token |= {"content": names[token["content"]], "lstrip": True, "rstrip": True}
+    cl100k = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    cl100k += r"\s*[\r\n]+|\s+(?!\S)|\s+"
+    spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = cl100k
+    path.write_text(json.dumps(spec))

@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 
-def run_ranks(folder: Path, module: str, *arguments: str, size: int = 2, timeout_s: float = 240) -> list[str]:
+def run_ranks(folder: Path, module: str, *arguments: str, size: int = 2, timeout_s: float = 120) -> list[str]:
     """What each rank of `python -m module` printed.
 
     Args:

@@ -71,6 +71,7 @@ def work() -> None:
             if "ERROR" in os.environ:
                 raise ValueError(os.environ["ERROR"])
             ranks.close()
+            ranks.close()  # again
             print("closed")
             return
         while True:

@@ -135,6 +135,7 @@ def _open(
 ) -> Chat:
     """Loads the models of the options, and begins a chat with them."""
     from phi4_mlx.chat.conversation import Conversation
+    from phi4_mlx.chat.stored_caches import StoredCaches
     from phi4_mlx.checkpoint import load
     from phi4_mlx.models.cache import CacheOptions
     from phi4_mlx.models.safe import notice
@@ -146,13 +147,13 @@ def _open(
         from phi4_mlx.generation.cache_store.store import store_settings
 
         settings = store_settings(args.prompt_cache_dir, args.prompt_cache_disk_bytes)
-    name = session.options.name
+    name, warn = session.options.name, partial(complain, PROG)
     model, tokenizer = load_shown(screen, name, session.load)
     draft = None if args.draft_model is None else load(args.draft_model)[0]
     conversation = Conversation(
         model, tokenizer, args.system_prompt, toolbox,
         cache_options=CacheOptions(**cache_options(args)), overflow=args.context_overflow,
-        store=None if settings is None else settings.make_store(model, tokenizer, partial(complain, PROG)),
+        store=StoredCaches(None if settings is None else settings.make_store(model, tokenizer, warn)),
     )  # fmt: skip
     conversation.check_tools()
     chat = Chat(
@@ -165,7 +166,7 @@ def _open(
         draft=draft,
         grammar=grammar,
         approve=None if args.allow_tools else Doorkeeper(screen.ask),
-        warn=partial(complain, PROG),
+        warn=warn,
     )
     complain_of_cuts(PROG, args, chat.settings["temp"])
     return chat

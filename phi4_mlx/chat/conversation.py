@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from phi4_mlx.agent import AgentEvent, Approval, Message, Round, ToolLoop
+from phi4_mlx.chat.stored_caches import StoredCaches
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import ContextPlan, check_context, plan_context
 from phi4_mlx.generation.options import DecodeOptions
@@ -27,14 +28,10 @@ from phi4_mlx.tools.markup import CALLS_CLOSE, CALLS_OPEN
 from phi4_mlx.tools.toolbox import Toolbox
 
 if TYPE_CHECKING:
-    from phi4_mlx.generation.cache_store.store import CacheStore
     from phi4_mlx.grammar.grammars import Grammar
     from phi4_mlx.models.model import LanguageModel
     from phi4_mlx.tokens.media.media_file import MediaFile
     from phi4_mlx.tokens.tokenizer import Tokenizer
-
-
-STORING_S = 10.0  # for the prompt cache to be stored, at the end
 
 
 class Interrupted(Exception):
@@ -105,7 +102,7 @@ class Conversation:
         usage: of the last answer.
         cache_options: the kind of cache to make.
         overflow: at the end of the context, "stop" refuses a question and "oldest" leaves out the oldest turns.
-        store: keeps prompt caches for the next start; None for none.
+        store: keeps prompt caches for the next start.
         cache: the prompt cache.
         dropped: number of turns at the front that the cached prompt leaves out.
     """
@@ -118,7 +115,7 @@ class Conversation:
     usage: Usage = field(default_factory=Usage)
     cache_options: CacheOptions = field(default_factory=CacheOptions)
     overflow: Overflow = "stop"
-    store: CacheStore | None = None
+    store: StoredCaches = field(default_factory=StoredCaches)
 
     def __post_init__(self) -> None:
         self.forget_cache()
@@ -145,32 +142,13 @@ class Conversation:
             )
             for turn in self.turns
         ]
-        if self.store is not None:
-            self.close()
-            self.store = self.store.reopened(model, tokenizer)
+        self.close()
+        self.store.switch(model, tokenizer)
         self.model, self.tokenizer, self.turns, self.cache, self.dropped = model, tokenizer, turns, cache, 0
 
     def close(self) -> None:
         """Stores the prompt cache for the next start."""
-        if self.store is not None:
-            self._store_cache(self.store, leaving=True)
-            self.store.close(STORING_S)
-
-    def _recall(self, prompt: Sequence[int]) -> None:
-        """Takes a cache of the store, if it has more of a prompt than the one here."""
-        if self.store is None:
-            return
-        regime = self.cache_options.regime or self.model.regime(len(prompt))
-        known = self.cache.shared_with(prompt[:-1]) if self.cache.regime == regime else 0
-        found = self.store.find(self.model, prompt, None, self.cache_options, beyond=known)
-        if found is not None:
-            self.cache = self.store.load(found, self.model, prompt) or self.cache
-
-    def _store_cache(self, store: CacheStore, leaving: bool = False) -> None:
-        """Offers the cache to the store, unless it has dropped tokens; a failure costs a prefill."""
-        if self.cache.offset and (self.cache.is_trimmable() or self.cache.needs_snapshots):
-            with contextlib.suppress(Exception):
-                store.offer(self.model, self.cache, leaving)
+        self.store.close(self.model, self.cache)
 
     def forget_cache(self) -> None:
         """Replaces the cache with an empty one; the next prompt is prefilled whole."""
@@ -277,26 +255,16 @@ class Conversation:
 
         prompt, dropped = fitted()
         if len(prompt) >= self.context:
-            raise RequestError(self._too_long(len(prompt)))
+            raise RequestError(_too_long(self, len(prompt)))
         check_context(plan, len(prompt))
         self.dropped = dropped
-        self._recall(prompt)
+        self.cache = self.store.recalled(self.model, self.cache, prompt)
         loop = ToolLoop(
             self.model, self.tokenizer, prompt, self.toolbox, self.cache, options,
             grammar=grammar, approve=approve, longest=plan.most_tokens,
             thinks=self.tokenizer.chat_format.reasons, shorten=None if self.overflow == "stop" else shorten,
         )  # fmt: skip
         return self._answer(asked, loop)
-
-    def _too_long(self, length: int) -> str:
-        """The message for a question that does not fit."""
-        holds = f"tokens long, and the context holds {self.context:,}{self.model.config.context_note}"
-        if self.overflow == "oldest":
-            return f"without any earlier turn, the prompt is still {length:,} {holds}; shorten the question"
-        if not self.turns:
-            return f"the prompt is {length:,} {holds}; shorten the question"
-        message = f"the conversation would be {length:,} {holds}; /reset begins a new one, /undo takes back a turn"
-        return f"{message}; a chat started with --context-overflow oldest leaves out the oldest turns"
 
     def _answer(self, asked: Turn, loop: ToolLoop) -> Generator[AgentEvent, None, None]:
         self.usage = Usage()
@@ -321,8 +289,18 @@ class Conversation:
         finally:
             if any(each.ids for each in loop.rounds) or self.usage.finish_reason:
                 self.turns.append(_answered(asked, loop.rounds))
-            if self.store is not None:
-                self._store_cache(self.store)
+            self.store.keep(self.model, self.cache)
+
+
+def _too_long(conversation: Conversation, length: int) -> str:
+    """The message for a question that does not fit."""
+    holds = f"tokens long, and the context holds {conversation.context:,}{conversation.model.config.context_note}"
+    if conversation.overflow == "oldest":
+        return f"without any earlier turn, the prompt is still {length:,} {holds}; shorten the question"
+    if not conversation.turns:
+        return f"the prompt is {length:,} {holds}; shorten the question"
+    message = f"the conversation would be {length:,} {holds}; /reset begins a new one, /undo takes back a turn"
+    return f"{message}; a chat started with --context-overflow oldest leaves out the oldest turns"
 
 
 def _open_turn(question: str, media: Sequence[MediaFile] = ()) -> Turn:

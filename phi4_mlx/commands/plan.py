@@ -63,7 +63,7 @@ def _plan(args: argparse.Namespace) -> None:
 
     from phi4_mlx.commands.sizing.shape import matrix_weights, read_shape
     from phi4_mlx.commands.sizing.split import split_of, whole
-    from phi4_mlx.generation.memory import memory_limit
+    from phi4_mlx.models.machine import memory_limit
     from phi4_mlx.models.sharding import choose_parallel
 
     path = _path(args)

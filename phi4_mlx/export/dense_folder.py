@@ -54,5 +54,5 @@ def write_dense(
         parameters: list[ExactParameter] = exact_parameters(folder, config, adapter)
         return parameters
 
-    write_package(Path(target), model, revision, planned, progress, tuned=adapter is not None)
+    write_package(Path(target), model, revision, planned, progress, tuned=adapter is not None, library="transformers")
     return boundary

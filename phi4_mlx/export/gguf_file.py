@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi4_mlx.adapters.layers import read_adapter
-from phi4_mlx.checkpoint import check_vocabulary, load_config
+from phi4_mlx.checkpoint import check_vocabulary, load_config, load_tokenizer_and_format
 from phi4_mlx.config.fields import Config
 from phi4_mlx.config.text import ModelConfig
 from phi4_mlx.convert.exact import exact_parameters
@@ -24,8 +24,8 @@ from phi4_mlx.export.templates import go_template, jinja_template
 from phi4_mlx.export.vocabulary import Vocabulary, read_vocabulary
 from phi4_mlx.files.atomic import whole_or_absent
 from phi4_mlx.hub import resolve
-from phi4_mlx.tokens.chat_format import ChatFormat, recognise
-from phi4_mlx.tokens.tokenizer import Tokenizer, load_tokenizer
+from phi4_mlx.tokens.chat_format import CHAT_FORMATS, ChatFormat
+from phi4_mlx.tokens.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -54,6 +54,7 @@ def write_gguf(
     kind: str = "F16",
     revision: str | None = None,
     *,
+    chat_format: str | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Exported:
     """Writes a folder with model.gguf and a Modelfile for Ollama, whole or not at all.
@@ -64,6 +65,7 @@ def write_gguf(
         adapter_path: an adapter to merge into the weights; None for none.
         kind: of the matrices, one of `TYPES`; vectors are F32.
         revision: a commit, branch or tag of the Hub repository.
+        chat_format: overrides the recognised chat format; a key of `CHAT_FORMATS`.
         progress: called with (bytes done, total bytes) of the source.
 
     Raises:
@@ -85,21 +87,21 @@ def write_gguf(
     with whole_or_absent(Path(target)) as out:
         folder = resolve(model, revision)
         config = _carried(folder, load_config(folder))
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer_and_format(folder, chat_format)
         check_vocabulary(folder, tokenizer, config)
-        chat_format = recognise(folder, tokenizer)
-        vocabulary = read_vocabulary(folder, tokenizer, chat_format.end, config.vocab_size)
+        turns = CHAT_FORMATS[tokenizer.chat_format.name]
+        vocabulary = read_vocabulary(folder, tokenizer, turns.end, config.vocab_size)
         adapter = None if adapter_path is None else read_adapter(Path(os.path.expanduser(adapter_path)))
         tensors = [GGUFTensor(each, kind) for each in exact_parameters(folder, config, adapter)]
         check_room(out, sum(tensor.nbytes for tensor in tensors))
         writer = GGUFWriter(out / GGUF_FILE, "phi3")
         add_config(writer, config, _name(model, adapter_path, vocabulary), kind)
         add_vocabulary(writer, vocabulary)
-        writer.add_chat_template(jinja_template(chat_format, vocabulary))
+        writer.add_chat_template(jinja_template(turns, vocabulary))
         _write(writer, tensors, dict(_factors(config)), progress or (lambda done, total: None))
         boundary = config.original_max_position_embeddings if config.rope_scaling else None
         context = exact_context(boundary) if boundary else None
-        text = modelfile(GGUF_FILE, go_template(chat_format), _stops(tokenizer, chat_format), context)
+        text = modelfile(GGUF_FILE, go_template(turns), _stops(tokenizer, turns), context)
         (out / MODELFILE).write_text(text, encoding="utf-8")
         return Exported((out / GGUF_FILE).stat().st_size, context)
 

@@ -39,12 +39,13 @@ class _Turns:
 _IM = _Turns("<|im_start|>{}<|im_sep|>", "<|im_end|>", last="", tools=False)
 _TURNS = {
     "phi4-mini": _Turns(),
+    "phi4-mini-flash-reasoning": _Turns(),
     "phi4-mini-reasoning": _Turns(system=Phi4MiniReasoning.SYSTEM),
     "phi3.5-mini": _Turns("<|{}|>\n", "<|end|>\n", tools=False, skips_empty=True),
     "phi4": _IM,
     "phi4-reasoning": _Turns(_IM.opening, _IM.closing, last="", system=Phi4Reasoning.SYSTEM, tools=False),
 }
-assert {*_TURNS} < {*CHAT_FORMATS}
+assert _TURNS.keys() == CHAT_FORMATS.keys()
 
 # Tools in the flat form: each argument's schema by its name, with "str" for "string".
 _JINJA_TOOLS = (

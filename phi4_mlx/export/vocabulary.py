@@ -16,7 +16,7 @@ from phi4_mlx.files.json_file import read_json
 from phi4_mlx.files.regular_file import TOKENIZER_BYTES
 from phi4_mlx.files.safetensors import bytes_in
 from phi4_mlx.tokens import byte_bpe
-from phi4_mlx.tokens.tokenizer import Tokenizer
+from phi4_mlx.tokens.tokenizer import Control, Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Token types. A control token is not shown in an answer, one that is user-defined is."""
@@ -68,27 +68,22 @@ def read_vocabulary(folder: Path, tokenizer: Tokenizer, end: str, rows: int) -> 
 
     Raises:
         RequestError: llama.cpp has no tokenizer that gives the same ids.
+        TokenizerError: the tokenizer lacks `end`.
     """
     spec = json.loads(bytes_in(folder, "tokenizer.json", TOKENIZER_BYTES))
-    pattern = byte_bpe.pattern(spec)
-    pre = next((name for part, name in _SPLITTERS.items() if pattern and part in pattern), None)
-    if pre is None and (pattern is not None or (spec.get("decoder") or {}).get("type") == "ByteLevel"):
-        raise RequestError(
-            f"{folder}: tokenizer.json splits texts by the pattern {pattern!r:.60}, which llama.cpp does not have; it "
-            f"has those of o200k and cl100k; use --format hf"
-        )
+    pre = _splitter(folder, spec)
     tokens = [f"[PAD{token}]" for token in range(rows)]
     types = [UNUSED] * rows
     for text, token in spec["model"]["vocab"].items():
-        tokens[token], types[token] = text, NORMAL
+        tokens[token], types[token] = _utf8(text), NORMAL
     added = {each["content"]: each for each in spec["added_tokens"]}
     for text, token in tokenizer.control_ids.items():
-        tokens[token], types[token] = text, CONTROL if added[text].get("special") else USER_DEFINED
+        tokens[token], types[token] = _utf8(text), CONTROL if added[text].get("special") else USER_DEFINED
     ids = _ids(folder, tokenizer, end)
     merges = byte_bpe.merge_pairs(spec)
     strips = [frozenset(text for text, each in added.items() if each.get(side)) for side in ("lstrip", "rstrip")]
     if pre is not None:
-        return Vocabulary("gpt2", pre, tokens, types, [*map(" ".join, merges)], [], ids, False, *strips)
+        return Vocabulary("gpt2", pre, tokens, types, [_utf8(" ".join(m)) for m in merges], [], ids, False, *strips)
     vocab = spec["model"]["vocab"]
     for token in vocab.values():
         if types[token] == NORMAL and len(tokens[token]) == 6 and tokens[token].startswith("<0x"):
@@ -103,10 +98,30 @@ def read_vocabulary(folder: Path, tokenizer: Tokenizer, end: str, rows: int) -> 
     return Vocabulary("llama", "default", tokens, types, [], scores, ids, tokenizer.leading_spaces == 1, *strips)
 
 
+def _splitter(folder: Path, spec: Mapping[str, Any]) -> str | None:
+    """llama.cpp's name for the way a byte-level BPE splits a text; None for SentencePiece's; else RequestError."""
+    pattern = byte_bpe.pattern(spec)
+    pre = next((name for part, name in _SPLITTERS.items() if pattern and part in pattern), None)
+    byte_level = pattern is not None or (spec.get("decoder") or {}).get("type") == "ByteLevel"
+    first_only = (spec.get("pre_tokenizer") or {}).get("prepend_scheme") == "first"
+    if (byte_level and pre is None) or first_only:
+        found = "a space before the first text alone" if first_only else f"the pattern {pattern!r:.60}"
+        raise RequestError(
+            f"{folder}: tokenizer.json splits texts by {found}, which llama.cpp does not have; it has the patterns of "
+            "o200k and cl100k, and SentencePiece's spaces; use --format hf"
+        )
+    return pre
+
+
+def _utf8(text: str) -> str:
+    """The text with a question mark for each half of a surrogate pair, which a file cannot hold."""
+    return text.encode(errors="replace").decode()
+
+
 def _ids(folder: Path, tokenizer: Tokenizer, end: str) -> dict[str, int]:
     """The ids with a meaning. Those that end an answer are "eot" for the end of a turn, then "eos", then "eom"."""
     config: dict[str, Any] = read_json(folder / "config.json")
-    turn = tokenizer.control_ids[end]
+    (turn,) = tokenizer.encode_pieces([Control(end)])
     ends = [turn, *sorted(token for token in tokenizer.eos_ids - {turn} if token < tokenizer.vocab_size)]
     ids = {"eos": turn, **dict(zip(("eot", "eos", "eom"), ends, strict=False))}
     for name, key in (("bos", "bos_token_id"), ("padding", "pad_token_id")):

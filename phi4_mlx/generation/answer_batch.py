@@ -261,4 +261,5 @@ class _Beginnings:
         self._latest = sequence.cache.fork(sequence.cache.offset)
 
     def set_aside(self, sequence: BatchSequence) -> None:
-        """See `PrefixStore`; the latest prompt alone is kept."""
+        """See `PrefixStore`."""
+        self.keep(sequence)

@@ -135,11 +135,11 @@ class BatchSequence:
 
     def waits_for(self, other: BatchSequence) -> bool:
         """True if the ids that `other` prefills next are its own too, so that it had better reuse their cache."""
-        if other.cache is None or self.model is not other.model or other.priority > self.priority:
+        if self.model is not other.model or other.priority > self.priority:
             return False
         if (self.adapter, self.kv_bits, self.regime) != (other.adapter, other.kv_bits, other.regime):
             return False
-        end = min(other.cache.offset + WORTH_WAITING, len(other.ids))
+        end = min((other.cache.offset if other.cache else 0) + WORTH_WAITING, len(other.ids))
         return self.ids[:end] == other.ids[:end]
 
     def in_step(self, length: int, regime: Regime) -> bool:

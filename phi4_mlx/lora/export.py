@@ -121,8 +121,12 @@ def _parser(command: str = "lora.export") -> Parser:
     )  # fmt: skip
     add("--output", type=word, metavar="OUT", help="with --format: the new folder (default: none)")
     add("--type", choices=TYPES, default="F16", help="with --format gguf: the numbers of the matrices")
+    add(
+        "--chat-format", type=word, metavar="NAME",
+        help="with --format gguf: chat format of its templates (default: the one detected)",
+    )  # fmt: skip
     add_revision_option(parser)
-    parser.idle.append(Idle(("type",), lambda args: args.format != "gguf", "without --format gguf"))
+    parser.idle.append(Idle(("type", "chat_format"), lambda args: args.format != "gguf", "without --format gguf"))
     return parser
 
 
@@ -178,7 +182,10 @@ def _gguf(args: argparse.Namespace) -> None:
     from phi4_mlx.export.gguf_file import GGUF_FILE, MODELFILE, write_gguf
 
     with progress_bar("exporting") as progress:
-        exported = write_gguf(args.model, args.output, args.adapter_path, args.type, args.revision, progress=progress)
+        exported = write_gguf(
+            args.model, args.output, args.adapter_path, args.type, args.revision,
+            chat_format=args.chat_format, progress=progress,
+        )  # fmt: skip
     name = re.sub(r"[^a-z0-9_.-]+", "-", Path(os.path.abspath(os.path.expanduser(args.output))).name.lower())
     file, recipe = (os.path.join(args.output, each) for each in (GGUF_FILE, MODELFILE))
     print(f"{file}: {size(exported.nbytes)}, {args.type}; run it: {shlex.join(['llama-cli', '-m', file])}")

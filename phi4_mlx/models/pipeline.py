@@ -6,7 +6,6 @@ ranks one array crosses for each forward pass: [B, T, D], and [B, rows, D] from 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,50 +16,56 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from phi4_mlx.adapters.named import NamedAdapters
+from phi4_mlx.config.fields import Config
+from phi4_mlx.config.sambay import SambaYConfig
 from phi4_mlx.files.safetensors import TensorInfo, tensor_bytes
 from phi4_mlx.models.batch_cache import BatchCache
-from phi4_mlx.models.causal_lm import Carried, CausalLM
+from phi4_mlx.models.causal_lm import CausalLM
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.share import Holding, Piece, Pieces, Share
 
 BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
-def deal_blocks(infos: Mapping[str, TensorInfo], size: int) -> list[range]:
+def last_start(config: Config) -> int:
+    """The last block with which a rank may begin: a SambaY decoder's later blocks share results, on one rank."""
+    blocks = config.num_hidden_layers
+    return blocks // 2 if isinstance(config, SambaYConfig) else blocks - 1
+
+
+def deal_blocks(config: Config, infos: Mapping[str, TensorInfo], size: int) -> list[range]:
     """The blocks of each rank: consecutive ones, so that the rank with the most bytes has as few as possible.
 
     Args:
-        infos: the tensors of the whole model; those outside the blocks are rank 0's.
-        size: the number of ranks, at most the number of blocks.
+        config: the whole model's.
+        infos: its tensors; those outside the blocks are rank 0's.
+        size: the number of ranks.
     """
-    sizes: dict[int, int] = {}
-    outside = 0
+    sizes, outside = [0] * config.num_hidden_layers, 0
     for name, info in infos.items():
-        nbytes = tensor_bytes(info.dtype, info.shape)
         if found := BLOCK.match(name):
-            sizes[int(found[1])] = sizes.get(int(found[1]), 0) + nbytes
+            sizes[int(found[1])] += tensor_bytes(info.dtype, info.shape)
         else:
-            outside += nbytes
-    sums = [*accumulate((sizes[number] for number in sorted(sizes)), initial=0)]
-    count = len(sizes)
-    # best[end]: (most bytes of a rank, the ends of the ranks) where the ranks so far hold the blocks before `end`.
-    best = {end: (outside + sums[end], [end]) for end in range(1, count + 1)}
+            outside += tensor_bytes(info.dtype, info.shape)
+    sums, starts = [*accumulate(sizes, initial=0)], range(1, last_start(config) + 1)
+    # dealt[end]: most bytes of a rank, and where the ranks end, if those so far hold the blocks before `end`.
+    dealt = {end: (outside + sums[end], [end]) for end in [*starts, len(sizes)]}
     for _ in range(1, size):
-        best = {
+        dealt = {
             end: min(
                 (max(most, sums[end] - sums[start]), [*ends, end])
-                for start, (most, ends) in best.items()
-                if start < end
+                for start, (most, ends) in dealt.items()
+                if start < end and start in starts
             )
-            for end in range(min(best) + 1, count + 1)
+            for end in [*dealt][1:]
         }
-    _, ends = best[count]
+    ends = dealt[len(sizes)][1]
     return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def pieces_of(infos: Mapping[str, TensorInfo], share: Share) -> Pieces:
+def pieces_of(config: Config, infos: Mapping[str, TensorInfo], share: Share) -> Pieces:
     """The tensors of one rank by their names in its share, whose blocks count from 0."""
-    blocks = deal_blocks(infos, share.size)[share.rank]
+    blocks = deal_blocks(config, infos, share.size)[share.rank]
     found = {}
     for name in infos:
         if (block := BLOCK.match(name)) is None:
@@ -73,9 +78,6 @@ def pieces_of(infos: Mapping[str, TensorInfo], share: Share) -> Pieces:
 
 ENDS = {"embed_tokens", "embed_tokens_extend", "norm", "final_layernorm"}
 """The parts of a decoder outside its blocks, which rank 0 has."""
-
-Crossing = tuple[tuple[tuple[int, ...], mx.Dtype], ...]
-"""Shape and dtype of each array that one rank hands to the next."""
 
 
 class Stage(CausalLM):
@@ -111,13 +113,11 @@ class Stage(CausalLM):
         """See `LanguageModel.hidden`; ranks take no packed samples."""
         assert segments is None
         rank, size, (B, T) = self._group.rank(), self._group.size(), ids.shape
-        given: Carried = () if embeddings is None else (embeddings,)
         if rank:
-            given = _received(self.crossing(self.first, B, T, rows), rank - 1, self._group)
-        found = self.run_blocks(ids, cache, given, rows)
-        if rank == size - 1:
-            found = found[:1]
-        sent = mx.distributed.send(_packed(found), (rank + 1) % size, group=self._group)
+            shape = (B, T, self.config.hidden_size)
+            embeddings = mx.distributed.recv(shape, self.stream_dtype, rank - 1, group=self._group)
+        x = self.run_blocks(ids, cache, embeddings, rows if rank == size - 1 else None)
+        sent = mx.distributed.send(x, (rank + 1) % size, group=self._group)
         mx.async_eval(sent)  # before the result is waited for: nothing else orders the two
         if rank:
             return sent
@@ -126,21 +126,16 @@ class Stage(CausalLM):
         mx.async_eval(x)  # also where the caller drops it: it would be taken for the next one
         return self.last_norm.applied(x)
 
-    def crossing(self, number: int, B: int, T: int, rows: int | None) -> Crossing:
-        """The arrays that the block of that number takes from the one before it, for ids [B, T]."""
-        return (((B, T, self.config.hidden_size), self.stream_dtype),)
-
     @property
     def stream_dtype(self) -> mx.Dtype:
         """The dtype of the hidden states between blocks."""
         return self.dtype
 
     def run_blocks(
-        self, ids: mx.array, cache: PromptCache | BatchCache | None, given: Carried, rows: int | None
-    ) -> Carried:
-        """What this rank's blocks hand on, of ids [B, T] and what the rank before handed on."""
-        last = self._group.rank() == self._group.size() - 1
-        return (super().hidden(ids, cache, embeddings=given[0] if given else None, rows=rows if last else None),)
+        self, ids: mx.array, cache: PromptCache | BatchCache | None, embeddings: mx.array | None, rows: int | None
+    ) -> mx.array:
+        """Hidden states [B, rows or T, D] after this rank's blocks, of ids [B, T] or their states before the blocks."""
+        return super().hidden(ids, cache, embeddings=embeddings, rows=rows)
 
     @property
     def last_norm(self) -> Later:
@@ -152,23 +147,6 @@ class Stage(CausalLM):
     def config_of(config: Any, blocks: int) -> Any:
         """The whole model's config for a rank of so many blocks, of which the cost of a context follows."""
         return replace(config, num_hidden_layers=blocks)
-
-
-def _packed(arrays: Carried) -> mx.array:
-    """Arrays as one message: itself, or the numbers of several in float32."""
-    if len(arrays) == 1:
-        return arrays[0]
-    return mx.concatenate([array.astype(mx.float32).reshape(-1) for array in arrays])
-
-
-def _received(crossing: Crossing, rank: int, group: mx.distributed.Group) -> Carried:
-    """The arrays that a rank has packed."""
-    if len(crossing) == 1:
-        return (mx.distributed.recv(*crossing[0], rank, group=group),)
-    sizes = [math.prod(shape) for shape, _ in crossing]
-    numbers = mx.distributed.recv((sum(sizes),), mx.float32, rank, group=group)
-    parts = mx.split(numbers, [*accumulate(sizes)][:-1])
-    return tuple(part.reshape(shape).astype(dtype) for part, (shape, dtype) in zip(parts, crossing, strict=True))
 
 
 class Later(nn.Module):

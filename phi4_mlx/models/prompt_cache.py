@@ -187,17 +187,6 @@ class PromptCache(LayerCaches):
         twin.truncate(length)
         return twin
 
-    def prefix_of(self, ids: Sequence[int], length: int) -> PromptCache:
-        """A fork of `length` tokens for a whole prompt that begins with them, which has the media of the rest.
-
-        Where snapshots are needed, the first is taken there, so that a longer cache of the conversation can replace
-        this one.
-        """
-        cache = self.fork(length)
-        cache.expect(ids)
-        cache.mark()
-        return cache
-
     def branch(self, length: int) -> PromptCache:
         """An empty record over the layers' arrays of the first `length` tokens, which `fork` completes."""
         return PromptCache([layer.fork(length) for layer in self], self._boundary, self.options)
@@ -230,3 +219,14 @@ class PromptCache(LayerCaches):
         if self._cached.count > self.offset:
             self._cached.truncate(self.offset)
             super()._follow_layers()
+
+
+def prefix_of(cache: PromptCache, ids: Sequence[int], length: int) -> PromptCache:
+    """A fork of a cache, for a whole prompt that begins with its first `length` tokens, and with the prompt's media.
+
+    Where snapshots are needed, the first is taken there, so that a longer cache of the conversation can replace it.
+    """
+    fork = cache.fork(length)
+    fork.expect(ids)
+    fork.mark()
+    return fork

@@ -1,8 +1,6 @@
 """One rank's blocks of a SambaY decoder, in a pipeline.
 
-In the first half, hidden states alone cross from rank to rank. Blocks of the second half also read the memory of the
-wanted rows and the keys and values of the full attention: a rank that has blocks of the second half alone keeps a cache
-of those too, so that only those of the new tokens cross.
+Hidden states alone cross from rank to rank, because the last one has all blocks that share results with later ones.
 """
 
 from __future__ import annotations
@@ -14,15 +12,14 @@ import mlx.core as mx
 
 from phi4_mlx.config.sambay import SambaYConfig
 from phi4_mlx.models.batch_cache import BatchCache
-from phi4_mlx.models.cache import CacheOptions, KVCache, LayerCache
-from phi4_mlx.models.causal_lm import Carried
-from phi4_mlx.models.pipeline import Crossing, Later, Stage
+from phi4_mlx.models.cache import CacheOptions, LayerCache
+from phi4_mlx.models.pipeline import Later, Stage
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.sambay import MambaBlock, MemoryBlock, SelfAttentionBlock
 
 
 class SambaYStage(Stage):
-    """The blocks of one rank; all `Stage`s of a model know the numbers of the blocks that share results."""
+    """The blocks of one rank."""
 
     config: SambaYConfig
 
@@ -42,58 +39,35 @@ class SambaYStage(Stage):
         """See `Stage.config_of`: blocks differ too much for their number to say what a context costs."""
         return config
 
-    @property
-    def num_cached(self) -> int:
-        """The first block of the second half, in the whole model."""
-        return self.config.num_hidden_layers // 2 + 2
-
     def layer_caches(self, options: CacheOptions) -> list[LayerCache]:
         """See `LanguageModel.layer_caches`: those of this rank's blocks."""
-        self.model.num_cached = max(0, min(len(self.layers), self.num_cached - self.first))
-        caches = super().layer_caches(options)  # type: ignore[safe-super]
-        return caches or [KVCache()]
-
-    def crossing(self, number: int, B: int, T: int, rows: int | None) -> Crossing:
-        """See `Stage.crossing`."""
-        config, is_second = self.config, number >= self.num_cached
-        wanted = min(T, rows or T) if is_second else T
-        found: Crossing = (((B, wanted, config.hidden_size), self.stream_dtype),)
-        if number >= self.num_cached - 1:
-            found += (((B, wanted, config.mamba_width), self.dtype),)
-        if is_second:
-            K, Dh = config.num_key_value_heads, config.head_dim
-            found += (((B, K, T, Dh), self.dtype), ((B, K // 2, T, 2 * Dh), self.dtype))
-        return found
+        self.model.num_cached = min(len(self.layers), self.config.num_hidden_layers // 2 + 2 - self.first)
+        return super().layer_caches(options)  # type: ignore[safe-super]
 
     def run_blocks(
-        self, ids: mx.array, cache: PromptCache | BatchCache | None, given: Carried, rows: int | None
-    ) -> Carried:
+        self, ids: mx.array, cache: PromptCache | BatchCache | None, embeddings: mx.array | None, rows: int | None
+    ) -> mx.array:
         """See `Stage.run_blocks`; steps are not compiled."""
         T, layers = ids.shape[1], list(self.layers)
-        caches: Sequence[Any] = [None] * max(1, len(layers))
+        caches: Sequence[Any] = [None] * len(layers)
         mask = None
         if cache is not None:
             adapted = self.adapters.select(cache.adapters)
             cache.record(ids)
             found = cache.make_mask(T) if isinstance(cache, BatchCache) else None
-            caches, mask = cache, found if isinstance(found, mx.array) else None  # of padded rows alone
+            caches, mask = cache, found if isinstance(found, mx.array) else None  # a window masks by itself
             if adapted is not None:
                 adapted.start()
                 layers = adapted.layers
-        x, memory, *new = (*(given or (self.model.embed_tokens(ids).astype(mx.float32),)), None, None, None)[:4]
-        keys, values = new
-        if self.first >= self.num_cached and caches[0] is not None:
-            keys, values = caches[0].update_and_fetch(*new)
-        for number, layer in enumerate(layers, self.first):
-            own = caches[number - self.first] if number < self.num_cached else None
+        x = (self.model.embed_tokens(ids) if embeddings is None else embeddings).astype(mx.float32)
+        for number, layer in enumerate(layers):
             if isinstance(layer, MambaBlock):
-                x, memory = layer(x, own, None)
+                x, memory = layer(x, caches[number], None)
             elif isinstance(layer, SelfAttentionBlock):
-                is_full = number == self.num_cached - 1
-                x, keys, values = layer(x, own, mask, rows if is_full else None)
-                if is_full:
-                    new = [keys[:, :, -T:], values[:, :, -T:]]
-                    memory = memory if rows is None else memory[:, -rows:]
+                is_full = layer.attn.window is None
+                x, keys, values = layer(x, caches[number], mask, rows if is_full else None)
+                if is_full and rows is not None:
+                    memory = memory[:, -rows:]
             else:
                 x = layer(x, memory) if isinstance(layer, MemoryBlock) else layer(x, keys, values, mask)
-        return (x, memory, *new)[: len(self.crossing(self.first + len(layers), 1, 1, None))]
+        return x

@@ -39,10 +39,10 @@ def check_share(config: Config, parallel: Parallel, size: int, infos: Mapping[st
         RequestError: something does not divide; names it, the numbers, and the way out.
     """
     if parallel == "pipeline":
-        if size > config.num_hidden_layers:
-            raise RequestError(
-                f"{size} ranks cannot share {config.num_hidden_layers} blocks; start at most as many ranks as blocks"
-            )
+        if size > (most := pipeline.last_start(config) + 1):
+            blocks = config.num_hidden_layers
+            together = f", the last {blocks - most + 1} of which stay together" if most < blocks else ""
+            raise RequestError(f"{size} ranks cannot share {blocks} blocks{together}; start at most {most}")
         return
     tensor_parallel.check_split(config, size, infos)
 
@@ -62,14 +62,14 @@ def share_config(config: Any, share: Share, infos: Mapping[str, TensorInfo]) -> 
     """The config of one rank's share, of which its shapes, caches and costs follow."""
     if share.parallel == "tensor":
         return tensor_parallel.split_config(config, share)
-    return replace(config, num_hidden_layers=len(pipeline.deal_blocks(infos, share.size)[share.rank]))
+    return replace(config, num_hidden_layers=len(pipeline.deal_blocks(config, infos, share.size)[share.rank]))
 
 
 def share_pieces(config: Any, share: Share, infos: Mapping[str, TensorInfo]) -> Pieces:
     """The parts of the checkpoint's tensors that one rank holds."""
     if share.parallel == "tensor":
         return tensor_parallel.pieces_of(config, infos, share)
-    return pipeline.pieces_of(infos, share)
+    return pipeline.pieces_of(config, infos, share)
 
 
 def share_plan(config: Any, infos: Mapping[str, TensorInfo], parallel: Parallel, size: int) -> list[int]:
@@ -84,7 +84,8 @@ def join_ranks(model: CausalLM, holding: Holding, share: Share, group: mx.distri
         tensor_parallel.as_part(model, holding.config, share, group)
     else:
         kind: Any = SambaYStage if isinstance(model, sambay.Model) else pipeline.Stage
-        pipeline.as_stage(model, kind, pipeline.deal_blocks(holding.infos, share.size), share.rank, group)
+        dealt = pipeline.deal_blocks(holding.config, holding.infos, share.size)
+        pipeline.as_stage(model, kind, dealt, share.rank, group)
 
 
 def adapter_part(adapter: Adapter, holding: Holding) -> Adapter:

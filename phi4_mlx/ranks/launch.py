@@ -22,7 +22,7 @@ CHANNEL = "PHI4_MLX_CHANNEL"
 WAIT = "PHI4_MLX_JOIN_S"
 """Variable with the seconds that a rank waits at the start for the others."""
 
-WAIT_S = 7.0
+WAIT_S = 6.0
 
 _APART = 10007  # between a port of the backend and the side channel's: jobs side by side take consecutive ports
 _MOST_RANKS = 256

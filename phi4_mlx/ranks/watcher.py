@@ -30,7 +30,12 @@ ALIVE, END = b".", b"!"
 
 BEAT_S = 0.5
 SILENT_S = 6.0
+"""Seconds without a beat after which a machine counts as gone; leaves time for the line within 10 s."""
+
 FROZEN_S = 2.0
+LOOK_S = 1.0
+"""Seconds between two looks at the state of the rank's process: where there is no /proc, each starts `ps`."""
+
 CAUSE_S = 0.5
 """Seconds that the end of a rank at the start waits for another's line: mlx.launch ends the others after the first."""
 
@@ -143,6 +148,7 @@ class Watcher:
     def __init__(self, about: dict[str, Any]):
         self._rank: int = about["rank"]
         self._process: int = about["process"]
+        self._processes: list[int] = [self._process, *about["above"]]
         self._names = {int(rank): name for rank, name in about["names"].items()}
         self._own = Link(about["own"])
         self._peers = {int(rank): Link(descriptor) for rank, descriptor in about["beats"].items()}
@@ -150,6 +156,7 @@ class Watcher:
         self._done = dict.fromkeys(self._peers, 0)  # rank -> the last operation that it has done
         self._own_done = 0
         self._opening_since: float | None = None
+        self._looked = 0.0  # at the state of the process
         self._stopped_since: float | None = None
         self._gone = f"{self._names[self._rank]} has ended: it was killed, or has left with an error"
         self._gone_since: float | None = None
@@ -242,19 +249,21 @@ class Watcher:
             if self._met and not link.closed and now - link.heard > SILENT_S:
                 why = "it is frozen, or its machine sleeps or is off the network"
                 self._end(f"{self._names[rank]} has not been heard for {SILENT_S:g} s: {why}")
-        if not _is_stopped(self._process):
-            self._stopped_since = None
-        elif self._stopped_since is None:
-            self._stopped_since = now
-        elif now - self._stopped_since > FROZEN_S:
-            self._end(f"{own} is frozen: its process was stopped by a signal")
+        if now - self._looked >= LOOK_S:
+            self._looked = now
+            if not any(map(_is_stopped, self._processes)):
+                self._stopped_since = None
+            elif self._stopped_since is None:
+                self._stopped_since = now
+            elif now - self._stopped_since >= FROZEN_S:
+                self._end(f"{own} is frozen: its process was stopped by a signal")
         if self._opening_since is not None and now - self._opening_since > OPENING_S:
             self._end(f"{own} has waited {OPENING_S:g} s for the backend to open")
         self._progress.done(min(self._done.values()), now)
         if late := self._progress.overdue(now):
             counter, limit = late
             behind = [self._names[rank] for rank, done in self._done.items() if done < counter]
-            self._end(f"{' and '.join(behind)} has not done operation {counter} within {limit:.0f} s")
+            self._end(f"{' and '.join(behind)} did not finish operation {counter} within {limit:.0f} s")
 
     def _tell_peers(self, value: dict[str, Any]) -> None:
         for link in self._peers.values():
@@ -266,13 +275,16 @@ class Watcher:
         self._tell_peers({"end": line})
         with contextlib.suppress(OSError):
             os.write(2, f"phi4_mlx: {line}; the job ends\n".encode())
+        for process in filter(_is_stopped, self._processes):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                os.kill(process, signal.SIGKILL)
         self._own.send(END)
         deadline = time.monotonic() + 1.0
         with contextlib.suppress(OSError):  # raised when the rank has left
             while time.monotonic() < deadline:
                 self._own.receive()
                 time.sleep(0.01)
-            os.kill(self._process, signal.SIGKILL)  # frozen, or in native code that keeps the interpreter's lock
+            os.kill(self._process, signal.SIGKILL)  # in native code that keeps the interpreter's lock
         os._exit(0)
 
 
@@ -281,11 +293,12 @@ def _is_stopped(process: int) -> bool:
     try:
         with open(f"/proc/{process}/stat", "rb") as file:  # Linux; proc(5): the state follows the name in parentheses
             return file.read(4096).rpartition(b") ")[2][:1] == b"T"
-    except FileNotFoundError:
-        shown = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, check=False)
-        return shown.stdout.strip()[:1] == b"T"
     except OSError:
-        return False
+        pass
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        shown = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, check=False, timeout=1)
+        return shown.stdout.strip()[:1] == b"T"
+    return False
 
 
 if __name__ == "__main__":

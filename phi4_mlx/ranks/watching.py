@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -31,10 +32,12 @@ class Watching:
         self._lock = threading.Lock()
         self._closed = False
         self._socket, theirs = socket.socketpair()
+        above = multiprocessing.parent_process()  # the server's, of its engine: a rank is frozen where that one is
         beats = {peer: channel.detach() for peer, channel in met.beats.items()}
         about = {
             "rank": rank,
             "process": os.getpid(),
+            "above": [] if above is None else [above.pid],
             "names": {str(each): name for each, name in met.names.items()},
             "own": theirs.fileno(),
             "beats": {str(peer): each.fileno() for peer, each in beats.items()},

@@ -19,10 +19,11 @@ from phi4_mlx.adapters.layers import load_adapter
 from phi4_mlx.checkpoint import load
 from phi4_mlx.export.gguf_file import GGUF_FILE, write_gguf
 from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.tokens.chat_format import CHAT_FORMATS
 from phi4_mlx.tokens.tokenizer import Tokenizer
 from tests.adapters import adapted, save_adapter
 from tests.conftest import make_tiny_model, write_tiny_checkpoint
-from tests.conversations import CALLS, PLAIN, TOOLS
+from tests.conversations import CALLS, PLAIN, TOOLS, write_tokenizer
 
 llama = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'xllamacpp>=2026.10'")
 
@@ -155,14 +156,39 @@ def test_a_longer_context_uses_the_long_table_throughout(sources: Sources, tmp_p
     assert np.abs(short - theirs)[np.isfinite(theirs)].max() > 0.5
 
 
-def test_ids_and_prompts_are_ours(tmp_path: Path) -> None:
-    _, tokenizer = load("demo")
-    write_gguf("demo", tmp_path / "out")
+@pytest.mark.parametrize("name", CHAT_FORMATS)
+def test_ids_and_prompts_are_ours(name: str, tmp_path: Path) -> None:
+    source: str | Path = "demo"
+    if name != "phi4-mini":
+        source = write_tiny_checkpoint(tmp_path / "source", **SHAPE)
+        write_tokenizer(name, source)
+    _, tokenizer = load(source, chat_format=name)
+    write_gguf(source, tmp_path / "out", chat_format=name)
     server = Llama(tmp_path / "out")
     for text in TEXTS:
         assert server.tokens(text) == tokenizer.encode(text), text
-    conversations = [(messages, tools) for messages in PLAIN.values() for tools in (None, TOOLS)]
-    for messages, tools in [*conversations, (CALLS["call"], TOOLS), (CALLS["call"], None)]:
+    conversations: list[Any] = [(messages, None) for messages in PLAIN.values()]
+    if name.startswith("phi4-mini"):
+        conversations += [(messages, TOOLS) for messages in PLAIN.values()]
+        conversations += [(CALLS["call"], TOOLS), (CALLS["call"], None)]
+    for messages, tools in conversations:
         body = {"messages": messages} | ({"tools": tools} if tools else {})
         prompt = server.post("/apply-template", body)["prompt"]
         assert server.tokens(prompt, specials=True) == tokenizer.apply_chat_template(messages, tools), prompt
+
+
+def test_the_demo_calls_a_tool_and_answers_from_its_result(tmp_path: Path) -> None:
+    """llama.cpp finds the call in the answer by the template in the file."""
+    parameters = {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]}
+    function = {"name": "calculator", "description": "Evaluates an arithmetic expression.", "parameters": parameters}
+    write_gguf("demo", tmp_path / "out")
+    server, messages = Llama(tmp_path / "out"), [{"role": "user", "content": "What is 12*7?"}]
+    body = {"tools": [{"type": "function", "function": function}], "temperature": 0, "max_tokens": 60}
+    answer = server.post("/v1/chat/completions", body | {"messages": messages})["choices"][0]
+    assert answer["finish_reason"] == "tool_calls"
+    (call,) = answer["message"]["tool_calls"]
+    assert call["function"]["name"] == "calculator"
+    assert json.loads(call["function"]["arguments"]) == {"expression": "12 * 7"}
+    messages += [answer["message"], {"role": "tool", "tool_call_id": call["id"], "content": "84"}]
+    answer = server.post("/v1/chat/completions", body | {"messages": messages})["choices"][0]
+    assert answer["message"]["content"] == "The answer is 84."

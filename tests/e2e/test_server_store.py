@@ -54,3 +54,16 @@ def test_prompts_are_found_after_a_dead_engine_and_after_an_end(tmp_path: Path, 
     files = list((tmp_path / "store").iterdir())
     assert files and all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in files)
     assert not [file for file in files if file.name.startswith(".")]
+
+
+def test_a_disk_that_refuses_writes_costs_one_line(tmp_path: Path) -> None:
+    """A limit of the size of files stands for a full disk: the error comes in the middle of a write as well."""
+    more = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
+    with serving("--prompt-cache-dir", str(tmp_path / "store"), more=more) as server:
+        first = asked(server, "demo")
+        until(lambda: server.metrics()["prefix_cache_disk_failures_total"] == 1)
+        assert asked(server, "demo") == (first[0], first[1], first[1] - 1)
+        asked(server, "demo", messages=body("Another one.", SYSTEM)["messages"])
+    lines = [line for line in server.lines if "prompt cache" in line]
+    assert len(lines) == 1 and "File too large; 60 s without one" in lines[0], server.lines
+    assert not list((tmp_path / "store").iterdir())

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from phi4_mlx.files.lock import lock
 
 OPTION = "--prompt-cache-dir"
 SUFFIX = ".promptcache"
+SPARE, SPARE_BYTES = 0.05, 10**9  # of the volume, that is left free for others: the smaller of the two
 _OURS = re.compile(r"[0-9a-f]{32}\.promptcache|\.[0-9a-f]{32}\.promptcache\.\d+-\d+\.partial")
 
 
@@ -41,23 +43,6 @@ class StoredFile:
     def partial(self) -> bool:
         """True for one that is not complete."""
         return self.name.startswith(".")
-
-
-def check_one_process(folder: str | None, ranks: int) -> None:
-    """Checks that a store is not asked for over ranks.
-
-    Args:
-        folder: the value of `--prompt-cache-dir`; None if it is not given.
-        ranks: the number of processes that share the model.
-
-    Raises:
-        RequestError: each rank has only a share of every cache.
-    """
-    if folder is not None and ranks > 1:
-        raise RequestError(
-            f"{OPTION} {folder:.200} stores whole prompt caches, and each of {ranks} ranks has a share of one; "
-            "leave it out, or run one process"
-        )
 
 
 def private_folder(given: str | Path) -> Path:
@@ -168,7 +153,7 @@ class StoreFolder:
         finally:
             os.close(descriptor)
 
-    def make_room(self, nbytes: int, files: Sequence[StoredFile]) -> list[str] | None:
+    def make_room(self, nbytes: int, files: Sequence[StoredFile]) -> list[str]:
         """Removes the least recently used files until `nbytes` more fit.
 
         Args:
@@ -176,14 +161,18 @@ class StoreFolder:
             files: those that are there, from `files` under the lock.
 
         Returns:
-            The names of the removed files; None, and nothing is removed, if they would never fit.
+            The names of the removed files.
+
+        Raises:
+            OSError: they would never fit on this volume, of which `SPARE` is left to others; nothing is removed.
         """
-        if nbytes > self.limit_bytes:
-            return None
-        removed = []
-        used = sum(file.nbytes for file in files)
+        used, removed = sum(file.nbytes for file in files), []
+        volume = shutil.disk_usage(self.path)
+        limit = min(self.limit_bytes, used + volume.free - min(SPARE_BYTES, int(SPARE * volume.total)))
+        if nbytes > limit:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for file in sorted(files, key=lambda file: not file.partial):  # what killed writers have left goes first
-            if used + nbytes > self.limit_bytes or file.partial:
+            if used + nbytes > limit or file.partial:
                 self.drop(file.name)
                 removed.append(file.name)
                 used -= file.nbytes

@@ -10,8 +10,7 @@ import hashlib
 import json
 import threading
 import time
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -21,7 +20,6 @@ from phi4_mlx.errors import CheckpointError, message_of
 from phi4_mlx.files.dtypes import mlx_dtype
 from phi4_mlx.files.regular_file import read_regular
 from phi4_mlx.files.safetensors import Header, header_of, read_whole_header
-from phi4_mlx.fingerprint import adapter_fingerprint, base_fingerprint, named_fingerprint
 from phi4_mlx.generation.cache_store.catalogue import Catalogue
 from phi4_mlx.generation.cache_store.entries import (
     MAX_LOSS,
@@ -32,6 +30,7 @@ from phi4_mlx.generation.cache_store.entries import (
     packed,
     projection_of,
 )
+from phi4_mlx.generation.cache_store.fingerprints import Fingerprints
 from phi4_mlx.generation.cache_store.folder import SUFFIX, StoreFolder, private_folder
 from phi4_mlx.generation.cache_store.writer import SETTLE_S, Waiting, Writer
 from phi4_mlx.generation.prompt_cache_content import (
@@ -45,15 +44,14 @@ from phi4_mlx.generation.prompt_cache_content import (
 from phi4_mlx.models.cache import CacheOptions
 from phi4_mlx.models.cached_tokens import conditions_of
 from phi4_mlx.models.model import LanguageModel
-from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.prompt_cache import PromptCache, prefix_of
 from phi4_mlx.models.shared_stream import shared_stream
-from phi4_mlx.terminal.version import __version__
+from phi4_mlx.terminal.amount import size as amount_of
 from phi4_mlx.tokens.prompt import keys_of, places_of
 
 MIN_TOKENS = 32  # of a stored cache, and that a file must save; fewer are as fast to prefill
 READ_COST = 1 / 16  # of a token read and checked, in tokens prefilled: 128 KB at 1 GB/s, against 2 ms on an M1
 READY_S = 10.0  # that the first look-up waits for the headers of thousands of files
-MADE_BY = f"phi4_mlx {__version__}, mlx {mx.__version__}"
 
 
 @dataclass(frozen=True)
@@ -77,13 +75,13 @@ class StoreSettings:
         return CacheStore(StoreFolder(private_folder(self.folder), self.limit_bytes), model, tokenizer, warn)
 
 
-def store_settings(folder: str, limit_bytes: int) -> StoreSettings:
-    """The settings of a store in a folder that is checked and made private.
+def store_settings(folder: str | None, limit_bytes: int) -> StoreSettings | None:
+    """The settings of a store in a folder that is checked and made private; None for none.
 
     Raises:
         RequestError: the folder cannot be used.
     """
-    return StoreSettings(str(private_folder(folder)), limit_bytes)
+    return None if folder is None else StoreSettings(str(private_folder(folder)), limit_bytes)
 
 
 @dataclass(frozen=True)
@@ -132,11 +130,10 @@ class CacheStore:
     ) -> None:
         self._folder, self._warn = folder, warn
         self._catalogue = Catalogue(folder, warn)
-        self._tokenizer_fingerprint = tokenizer.fingerprint()[:32]
-        self._base: dict[int, tuple[weakref.ref[LanguageModel], dict[str | None, str]]] = {}
-        self._unread = self.hits = 0
+        self._fingerprints = Fingerprints(tokenizer)
+        self._unread = self._unstorable = self.hits = 0
         self._writer = Writer(folder, self._catalogue, warn)
-        threading.Thread(target=self._fingerprints, args=(model, None), name="fingerprint").start()
+        threading.Thread(target=self._fingerprints.of, args=(model, None), name="fingerprint").start()
 
     def reopened(self, model: LanguageModel, tokenizer: Tokenizer) -> CacheStore:
         """A store in the same folder for another model; close this one."""
@@ -208,7 +205,7 @@ class CacheStore:
         try:
             with shared_stream():
                 tensors = _tensors(read)
-                cache = cache_of(path, model, lambda name: self._fingerprints(model, name), own, tensors)
+                cache = cache_of(path, model, lambda name: self._fingerprints.of(model, name), own, tensors)
         except CheckpointError as error:
             self._missed(read.found.entry, message_of(error), False)
             return None
@@ -224,7 +221,7 @@ class CacheStore:
         if cache is None:
             return None
         with shared_stream():
-            return cache.prefix_of(ids, found.length)
+            return prefix_of(cache, ids, found.length)
 
     def offer(self, model: LanguageModel, cache: PromptCache, leaving: bool = False) -> None:
         """Has a cache written soon, unless the store has nearly all of it.
@@ -234,10 +231,11 @@ class CacheStore:
             cache: of one sequence, after `compact`; it must not change any more.
             leaving: True if it leaves memory: it is written at once, unless the store has all of it.
         """
-        if cache.offset < MIN_TOKENS or (cache.adapter in cache.mode_adapters and not cache.places):
+        stray = not cache.places and not cache.serves((), cache.regime)  # under the adapter of media cut off
+        if cache.offset < MIN_TOKENS or stray:
             return
         with shared_stream():
-            fingerprints, keys = self._fingerprints(model, cache.adapter), packed(cache.keys)
+            fingerprints, keys = self._fingerprints.of(model, cache.adapter), packed(cache.keys)
             match = match_of({**fingerprints, **shape(cache.options, cache.regime, len(cache))})
             name = hashlib.sha256(json.dumps(match).encode() + keys).hexdigest()[:32] + SUFFIX
             snapshots = tuple(each.length for each in cache.snapshots) if cache.needs_snapshots else None
@@ -251,7 +249,7 @@ class CacheStore:
             buffers = [memory_of(each) for each in arrays]
         size = len(header_of(layout, about)) + sum(each.nbytes for each in buffers) + 32
         if size > self._folder.limit_bytes:
-            return
+            return self._too_large(size)
         entry = StoredEntry(name, size, match, entry.projection, keys, snapshots)
         due_s = 0.0 if leaving else time.monotonic() + SETTLE_S
         self._writer.add(Waiting(entry, layout, about, buffers, due_s, leaving))
@@ -266,13 +264,21 @@ class CacheStore:
 
     def gauges(self) -> dict[str, float]:
         """Counts and bytes by metric name."""
+        failures = self._unread + self._unstorable + self._writer.failures + self._catalogue.damaged
         return {
             "prefix_cache_disk_bytes": self._catalogue.nbytes,
             "prefix_cache_disk_limit_bytes": self._folder.limit_bytes,
             "prefix_cache_disk_entries": len(self._catalogue),
             "prefix_cache_disk_hits_total": self.hits,
-            "prefix_cache_disk_failures_total": self._unread + self._writer.failures + self._catalogue.damaged,
+            "prefix_cache_disk_failures_total": failures,
         }
+
+    def _too_large(self, nbytes: int) -> None:
+        """Counts a cache that can never be stored, and says so once."""
+        self._unstorable += 1
+        if self._unstorable == 1:
+            limit = amount_of(self._folder.limit_bytes)
+            self._warn(f"a prompt cache of {amount_of(nbytes)} is not stored: all of them may have {limit} on the disk")
 
     def _has(self, entry: StoredEntry, leaving: bool) -> bool:
         """True if the store has enough of a cache, or soon will."""
@@ -295,24 +301,8 @@ class CacheStore:
         empty = model.make_cache(**vars(options))
         regime = options.regime or model.regime(len(ids))
         needed = conditions_of(places_of(ids), regime, adapter, empty.mode_adapters)
-        about = {**self._fingerprints(model, needed.adapter), **shape(options, regime, len(empty))}
+        about = {**self._fingerprints.of(model, needed.adapter), **shape(options, regime, len(empty))}
         return match_of(about), needed.projection
-
-    def _fingerprints(self, model: LanguageModel, adapter: str | None) -> Mapping[str, str]:
-        """The fingerprints of a model with an adapter; each is computed once."""
-        with shared_stream():
-            reference, known = self._base.get(id(model), (None, {}))
-            if reference is None or reference() is not model:
-                known = {"": base_fingerprint(model)}
-                self._base[id(model)] = weakref.ref(model), known
-            if adapter not in known:
-                known[adapter] = adapter_fingerprint(model) if adapter is None else named_fingerprint(model, adapter)
-            return {
-                "model": known[""],
-                "adapter": known[adapter],
-                "tokenizer": self._tokenizer_fingerprint,
-                "made_by": MADE_BY,
-            }
 
     def _missed(self, entry: StoredEntry, reason: str, unreadable: bool) -> None:
         """Counts a file that could not be used; a damaged one is dropped, with one line."""

@@ -159,10 +159,7 @@ class Writer:
                 catalogue.take(files)
                 if any(each.serves(entry) == len(entry) for each in catalogue.matching(entry.match)):
                     return
-                removed = self._folder.make_room(entry.nbytes, files)
-                if removed is None:
-                    return
-                catalogue.forget(removed)
+                catalogue.forget(self._folder.make_room(entry.nbytes, files))
                 write_content(self._folder.path / entry.name, waiting.layout, waiting.about, waiting.buffers)
                 catalogue.add(entry)
                 replaced = [each.name for each in catalogue.matching(entry.match) if entry.replaces(each)]

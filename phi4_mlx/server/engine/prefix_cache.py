@@ -11,6 +11,7 @@ may take follows what the machine has left.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from phi4_mlx.generation.cache_store.store import CacheStore
 from phi4_mlx.generation.memory_pressure import Reading, share_of
 from phi4_mlx.models.model import LanguageModel
-from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.prompt_cache import PromptCache, prefix_of
 from phi4_mlx.tokens.prompt import keys_of, places_of
 
 Keys = NDArray[np.int64]  # [S]
@@ -101,7 +102,7 @@ class PrefixCache:
             return None
         self._entries.remove(best)
         self._entries.append(best)
-        return best.cache.prefix_of(ids, length)  # the entry knows only the identity of its media
+        return prefix_of(best.cache, ids, length)  # the entry knows only the identity of its media
 
     def _best(
         self, model: LanguageModel, adapter: str | None, ids: Sequence[int], kv_bits: int | None
@@ -147,17 +148,20 @@ class PrefixCache:
             reading: of this moment; None where the system gives none.
         """
         self.limit_bytes = share_of(reading, self.nbytes, self.limit_bytes, self._most_bytes)
-        if self.nbytes > self.limit_bytes:
-            self._evict()
+        self._evict()
+        if self.limit_bytes < self._most_bytes:
             mx.clear_cache()  # else MLX would keep what has become free
 
     def close(self, timeout_s: float) -> None:
-        """Has the store write all entries, the most recently used first; nothing can be found or put afterwards."""
-        if self.store is not None:
-            for entry in reversed(self._entries):
-                self.store.offer(entry.model, entry.cache, leaving=True)
-            self.clear()
-            self.store.close(timeout_s)
+        """Has the store write entries until the time is over, the most recently used first, and closes it."""
+        if self.store is None:
+            return
+        end_s = time.monotonic() + timeout_s
+        for entry in reversed(self._entries):
+            self.store.offer(entry.model, entry.cache, leaving=True)
+            if not self.store.flush(max(0.0, end_s - time.monotonic())):
+                break
+        self.store.close(max(0.0, end_s - time.monotonic()))
 
     def _evict(self) -> None:
         """Drops the least recently used entries until the others keep to the limit."""

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from phi4_mlx.server.engine import loop
-from phi4_mlx.server.engine.engine import Settings
-from phi4_mlx.server.engine.protocol import Beat, Command, Ping, Pong, Report
+from phi4_mlx.server.engine.protocol import Beat, Command, Leave, Ping, Pong, Report
+from phi4_mlx.server.engine.settings import Settings
 
 TICK_S = 0.5  # the watch counts ticks: after a sleep of the whole machine, one long interval is one tick
 FIRST_BEAT_S = 60.0  # from the launch: Python and MLX are imported before the first beat
@@ -102,6 +102,14 @@ class EngineProcess:
     def kill(self) -> None:
         """Ends the process, even a stopped one."""
         self._process.kill()
+
+    async def end(self, timeout_s: float) -> None:
+        """Ends the process; with a timeout, it is asked first, so that it can store what is in its memory."""
+        if timeout_s:
+            self.send(Leave())
+            await self.ended(timeout_s)
+        self.kill()
+        await self.ended()
 
     async def ended(self, timeout_s: float | None = None) -> None:
         """Waits until the process has ended and is reaped, or the time is over."""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from phi4_mlx.generation.cache_store.store import Found, Read
 from phi4_mlx.models.cache import CacheOptions
+from phi4_mlx.models.prompt_cache import prefix_of
 from phi4_mlx.server.engine.answer import Answer
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
 
@@ -79,5 +80,5 @@ class Recalling:
             return
         self._prefixes.put(model, adapter, cache)
         if self._prefixes.reusable(model, adapter, ids, kv_bits) < found.length:  # memory has no room to keep it
-            sequence.cache = cache.prefix_of(ids, found.length)
+            sequence.cache = prefix_of(cache, ids, found.length)
             answer.cached_tokens = found.length

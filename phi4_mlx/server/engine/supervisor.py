@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from phi4_mlx.errors import RequestError
 from phi4_mlx.ranks.launch import launched
 from phi4_mlx.server.engine import process
-from phi4_mlx.server.engine.engine import Settings
 from phi4_mlx.server.engine.process import EngineProcess
 from phi4_mlx.server.engine.protocol import (
     Beat,
@@ -25,12 +24,12 @@ from phi4_mlx.server.engine.protocol import (
     Failure,
     Finish,
     Job,
-    Leave,
     Notice,
     Pong,
     Ready,
     Report,
 )
+from phi4_mlx.server.engine.settings import Settings
 from phi4_mlx.server.limits import STORING_S
 from phi4_mlx.server.log import LOG
 
@@ -61,6 +60,15 @@ class _Client:
         if not self.ended:
             self.started, self.ended = True, isinstance(event, (Finish, Failure))
             self.events.put_nowait(event)
+
+    def deliver(self, event: Event) -> bool:
+        """Queues an event; a client that leaves too many unread fails instead, and the result is False."""
+        full = self.events.qsize() >= EVENTS_LIMIT and not self.ended
+        if full:
+            self.fail(503, f"the client has left {EVENTS_LIMIT} parts of its answer unread")
+        else:
+            self.put(event)
+        return not full
 
     def fail(self, status: int, message: str) -> None:
         """Queues a failure as the last event."""
@@ -142,16 +150,13 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Ends the engine, and fails the jobs that are left."""
-        orderly, self.state = self.state == "ready", "stopped"
+        leaves = self._over_ranks or (self.state == "ready" and self._settings.store is not None)
+        self.state = "stopped"
         self._fail_all("the server is stopping")
         if self._watching is not None:
             self._watching.cancel()
         if self._engine is not None:
-            if self._over_ranks or (orderly and self._settings.store is not None):
-                self._engine.send(Leave())
-                await self._engine.ended(STORING_S + 0.5)
-            self._engine.kill()
-            await self._engine.ended()
+            await self._engine.end(STORING_S + 0.5 if leaves else 0.0)
 
     async def events(self, job: Job) -> AsyncGenerator[Event, None]:
         """Gives a job to the engine and yields its events; closing the generator cancels the job.
@@ -244,12 +249,8 @@ class Supervisor:
 
     def _deliver(self, event: Event) -> None:
         client = self._clients.get(event.job)
-        if client is None or client.ended:
-            return
-        if client.events.qsize() >= EVENTS_LIMIT:
-            client.fail(503, f"the client has left {EVENTS_LIMIT} parts of its answer unread")
-            return self._cancel(client)
-        client.put(event)
+        if client is not None and not client.deliver(event):
+            self._cancel(client)
 
     def _out_of_time(self, client: _Client) -> None:
         if not client.ended:

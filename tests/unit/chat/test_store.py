@@ -9,7 +9,8 @@ import pytest
 
 from phi4_mlx.chat.__main__ import main as chat
 from phi4_mlx.chat.conversation import Conversation
-from phi4_mlx.generation.cache_store.store import store_settings
+from phi4_mlx.chat.stored_caches import StoredCaches
+from phi4_mlx.generation.cache_store.store import CacheStore, store_settings
 from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.models.cache import CacheOptions
 from phi4_mlx.models.model import LanguageModel
@@ -22,15 +23,21 @@ SYSTEM = "You are a careful teller of numbers and of names."
 Begin = Callable[..., Conversation]
 
 
+def opened(folder: Path, model: LanguageModel) -> CacheStore:
+    settings = store_settings(str(folder), 2**30)
+    assert settings is not None
+    return settings.make_store(model, TOKENIZER, pytest.fail)
+
+
 @pytest.fixture(params=MAKERS)
 def begin(request: pytest.FixtureRequest, tmp_path: Path) -> Begin:
     """`begin()` -> a conversation with one model and one store."""
     model: LanguageModel = MAKERS[request.param](seed=2)
 
     def make(model: LanguageModel = model, **options: int) -> Conversation:
-        store = store_settings(str(tmp_path / "s"), 2**30).make_store(model, TOKENIZER, pytest.fail)
+        store = opened(tmp_path / "s", model)
         cache_options = CacheOptions(**options)  # type: ignore[arg-type]  # of its integers
-        return Conversation(model, TOKENIZER, SYSTEM, cache_options=cache_options, store=store)  # type: ignore[arg-type]
+        return Conversation(model, TOKENIZER, SYSTEM, cache_options=cache_options, store=StoredCaches(store))  # type: ignore[arg-type]
 
     return make
 
@@ -61,12 +68,12 @@ def test_the_next_chat_finds_the_conversation(begin: Begin) -> None:
 def test_a_conversation_is_stored_while_it_goes_on(begin: Begin, tmp_path: Path) -> None:
     first = begin()
     ask(first, "one question about numbers")
-    assert first.store is not None and first.store.flush(SOON_S)
+    assert first.store.store is not None and first.store.store.flush(SOON_S)
     second = begin()  # the first has not ended
     second.turns = [*first.turns]
     assert ask(second, "another question") > 60
     ask(first, "and another one")
-    assert first.store.gauges()["prefix_cache_disk_hits_total"] == 0  # it has its own cache
+    assert first.store.store.gauges()["prefix_cache_disk_hits_total"] == 0  # it has its own cache
     first.close()
     second.close()
     assert len(files(tmp_path / "s")) >= 1
@@ -74,8 +81,8 @@ def test_a_conversation_is_stored_while_it_goes_on(begin: Begin, tmp_path: Path)
 
 def test_switching_the_model_switches_the_store(tmp_path: Path) -> None:
     model, other = make_tiny_model(seed=1), make_tiny_model(seed=2)
-    store = store_settings(str(tmp_path / "s"), 2**30).make_store(model, TOKENIZER, pytest.fail)
-    conversation = Conversation(model, TOKENIZER, SYSTEM, store=store)  # type: ignore[arg-type]
+    store = opened(tmp_path / "s", model)
+    conversation = Conversation(model, TOKENIZER, SYSTEM, store=StoredCaches(store))  # type: ignore[arg-type]
     ask(conversation, "one question about numbers")
     conversation.switch(other, TOKENIZER)  # type: ignore[arg-type]
     assert len(files(tmp_path / "s")) == 1
@@ -88,9 +95,9 @@ def test_switching_the_model_switches_the_store(tmp_path: Path) -> None:
 
 def test_a_cache_that_has_dropped_tokens_is_not_stored(tmp_path: Path) -> None:
     model = make_tiny_model(seed=1)
-    store = store_settings(str(tmp_path / "s"), 2**30).make_store(model, TOKENIZER, pytest.fail)
+    store = opened(tmp_path / "s", model)
     options = CacheOptions(max_kv_size=512)
-    conversation = Conversation(model, TOKENIZER, SYSTEM, cache_options=options, store=store)  # type: ignore[arg-type]
+    conversation = Conversation(model, TOKENIZER, SYSTEM, cache_options=options, store=StoredCaches(store))  # type: ignore[arg-type]
     ask(conversation, "long " * 130)
     assert not conversation.cache.is_trimmable()
     conversation.close()

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from phi4_mlx.checkpoint import load_model
 from phi4_mlx.convert.exact import ExactParameter
 from phi4_mlx.convert.package import convert
-from phi4_mlx.errors import CheckpointError, Phi4Error, RequestError
+from phi4_mlx.errors import CheckpointError, Phi4Error, RequestError, TokenizerError
 from phi4_mlx.export import gguf_file
 from phi4_mlx.export.gguf_file import Exported, write_gguf
 from tests.adapters import adapted, save_adapter
@@ -200,6 +200,35 @@ def test_a_pattern_that_llama_cpp_does_not_have(tiny_checkpoint: TinyCheckpoint,
     path.write_text(json.dumps(spec))
     with pytest.raises(RequestError, match=r"splits texts by the pattern .*which llama\.cpp does not have"):
         write_gguf(tmp_path / "tiny", tmp_path / "out")
+
+
+def test_a_chat_format_by_name(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    folder = tiny_checkpoint()
+    write_gguf(folder, tmp_path / "out", chat_format="phi3.5-mini")
+    assert "tool_call" not in fields(tmp_path / "out")["tokenizer.chat_template"]
+    with pytest.raises(TokenizerError, match=r"lacks '<\|im_end\|>', which the chat format uses"):
+        write_gguf(folder, tmp_path / "other", chat_format="phi4")
+
+
+def test_sentencepiece_scores_follow_the_merges(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    folder = tiny_checkpoint()
+    for file in (DATA / "tiny_sentencepiece").glob("*.json"):
+        shutil.copy(file, folder)
+    write_gguf(folder, tmp_path / "out")
+    found, spec = fields(tmp_path / "out"), json.loads((folder / "tokenizer.json").read_text())
+    assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.add_space_prefix"]) == ("llama", True)
+    assert found["general.name"] == "tiny + phi3"  # for this word llama.cpp removes white space after control tokens
+    vocab, scores = spec["model"]["vocab"], found["tokenizer.ggml.scores"]
+    made = [scores[vocab["".join(pair)]] for pair in spec["model"]["merges"]]
+    first = [score for n, score in enumerate(made) if score not in made[:n]]
+    assert first == sorted(first, reverse=True) and first[0] == -1
+    types = found["tokenizer.ggml.token_type"]
+    assert types[vocab["<0x0A>"]] == 6 and types[vocab["<unk>"]] == 2
+    spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    spec["normalizer"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(RequestError, match=r"a space before the first text alone, which llama\.cpp does not have"):
+        write_gguf(folder, tmp_path / "other")
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,10 @@ from phi4_mlx.checkpoint import load_tokenizer_and_format
 from phi4_mlx.export.templates import go_template, jinja_template
 from phi4_mlx.export.vocabulary import read_vocabulary
 from phi4_mlx.tokens.chat_format import CHAT_FORMATS
-from phi4_mlx.tokens.tokenizer import Tokenizer
-from tests.conftest import DATA
-from tests.conversations import CALLS, PLAIN, TOOLS
+from tests.conversations import CALLS, PLAIN, TOOLS, write_tokenizer
 
-FORMATS = ["phi4-mini", "phi4-mini-reasoning", "phi3.5-mini", "phi4", "phi4-reasoning"]
-WITH_TOOLS = FORMATS[:2]
-
-
-def tokenizer_of(name: str, folder: Path) -> Tokenizer:
-    """A tiny tokenizer with the control tokens of a format."""
-    shutil.copytree(DATA / ("tiny_sentencepiece" if name == "phi3.5-mini" else "tiny_tokenizer"), folder)
-    (folder / "config.json").write_text("{}")
-    if name in ("phi4", "phi4-reasoning"):
-        path = folder / "tokenizer.json"
-        spec = json.loads(path.read_text())
-        names = {"<|user|>": "<|im_start|>", "<|assistant|>": "<|im_sep|>", "<|end|>": "<|im_end|>"}
-        for token in spec["added_tokens"]:
-            if token["content"] in names:
-                token |= {"content": names[token["content"]], "lstrip": True, "rstrip": True}
-        path.write_text(json.dumps(spec))
-    return load_tokenizer_and_format(folder, name)
+FORMATS = [*CHAT_FORMATS]
+WITH_TOOLS = [name for name in FORMATS if name.startswith("phi4-mini")]
 
 
 def rendered(template: str, messages: Any, tools: Any, add_generation_prompt: bool) -> str:
@@ -49,7 +31,10 @@ def rendered(template: str, messages: Any, tools: Any, add_generation_prompt: bo
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_jinja_gives_the_ids_of_the_format(name: str, tmp_path: Path) -> None:
-    tokenizer = tokenizer_of(name, tmp_path / "tokenizer")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "config.json").write_text("{}")
+    write_tokenizer(name, tmp_path / "tokenizer")
+    tokenizer = load_tokenizer_and_format(tmp_path / "tokenizer", name)
     chat_format = CHAT_FORMATS[name]
     vocabulary = read_vocabulary(tmp_path / "tokenizer", tokenizer, chat_format.end, tokenizer.vocab_size)
     template = jinja_template(chat_format, vocabulary)

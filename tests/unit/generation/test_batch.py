@@ -222,7 +222,7 @@ class OnePrefixStore:
         self.recalled.append(length if known else 0)
         return self.cache.fork(length) if self.cache is not None and known else None
 
-    def share(self, sequence: BatchSequence) -> None:
+    def set_aside(self, sequence: BatchSequence) -> None:
         raise AssertionError("identical prompts share nothing before all of it is prefilled")
 
     def keep(self, sequence: BatchSequence) -> None:

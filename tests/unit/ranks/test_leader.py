@@ -10,6 +10,7 @@ import pytest
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.batch import Batch
+from phi4_mlx.generation.guessing import Guessing
 from phi4_mlx.generation.sampling import make_sampler
 from phi4_mlx.generation.sequence import BatchSequence
 from phi4_mlx.generation.speculate import PromptLookup
@@ -77,10 +78,12 @@ class Store:
         self.prefixes.put(sequence.model, None, sequence.cache)
 
 
-def batched(model: LanguageModel) -> list[list[int]]:
+def batched(model: LanguageModel, lookup: bool = False) -> list[list[int]]:
     """The answers to eight prompts, some with a common beginning, four at a time."""
-    batch, common = Batch(4, prefixes=Store(), prefill_step_size=32), [7, 8, 9] * 12
+    batch, common = Batch(4, prefixes=Store(), prefill_step_size=32, guessing=Guessing(timed=False)), [7, 8, 9] * 12
     sequences = [BatchSequence(model, [*common[: 12 * (n % 4)], n, n + 1], 10 + n, last_turn=12) for n in range(8)]
+    for sequence in sequences:
+        sequence.proposer = PromptLookup() if lookup else None
     for sequence in sequences:
         batch.add(sequence)
     while batch.waiting or batch.active:
@@ -88,7 +91,13 @@ def batched(model: LanguageModel) -> list[list[int]]:
             assert hasattr(event, "token"), event
             if event.sequence.drawn >= event.sequence.max_tokens and event.sequence in batch.active:
                 batch.end(event.sequence)
+    assert (batch.guessing.guessed > batch.guessing.held) is lookup
     return [sequence.ids for sequence in sequences]
+
+
+def test_guesses_in_a_batch_are_taken_back_on_every_rank() -> None:
+    pair = Pair(make_tiny_model)
+    assert batched(pair.model, lookup=True) == batched(make_tiny_model())
 
 
 @pytest.mark.parametrize("splits_head", [False, True])

@@ -25,6 +25,7 @@ class Watched:
     """The watcher of rank 0, whose own rank and two peers are these sockets."""
 
     rank: subprocess.Popen[bytes]
+    above: subprocess.Popen[bytes]
     process: subprocess.Popen[bytes]
     own: socket.socket
     peers: list[socket.socket]
@@ -55,16 +56,17 @@ class Watched:
 
 @pytest.fixture
 def watched() -> Iterator[Watched]:
-    rank = subprocess.Popen(["sleep", "600"])
+    rank, above = (subprocess.Popen(["sleep", "600"]) for _ in range(2))
     pairs = [socket.socketpair() for _ in range(3)]
     far = [pair[1].fileno() for pair in pairs]
-    about = {"rank": 0, "process": rank.pid, "names": NAMES, "own": far[0], "beats": {"1": far[1], "2": far[2]}}
+    about = {"rank": 0, "process": rank.pid, "above": [above.pid], "names": NAMES, "own": far[0],
+             "beats": {"1": far[1], "2": far[2]}}  # fmt: skip
     process = subprocess.Popen([sys.executable, "-I", "-S", watcher.__file__, json.dumps(about)],
                                pass_fds=far, stderr=subprocess.PIPE)  # fmt: skip
     for _, theirs in pairs:
         theirs.close()
-    yield Watched(rank, process, pairs[0][0], [pair[0] for pair in pairs[1:]])
-    for each in (rank, process):
+    yield Watched(rank, above, process, pairs[0][0], [pair[0] for pair in pairs[1:]])
+    for each in (rank, above, process):
         each.kill()
         each.communicate()
     for ours, _ in pairs:
@@ -84,6 +86,7 @@ def test_the_end_of_a_peer_ends_the_rank_and_the_other_peer(met: Watched) -> Non
     assert met.ended(leaves=False) == "phi4_mlx: rank 1 (there) has ended, or its connection was cut; the job ends"
     assert {"end": "rank 1 (there) has ended, or its connection was cut"} in met.heard(met.peers[1])
     assert met.rank.wait(WAIT_S) == -signal.SIGKILL  # it does not leave by itself
+    assert met.above.poll() is None
 
 
 def test_a_rank_that_leaves_when_it_is_told_is_not_killed(met: Watched) -> None:
@@ -146,6 +149,14 @@ def test_peers_are_not_missed_before_all_have_met(watched: Watched) -> None:
         watched.process.wait(0.5)
     watched.say(watched.own, {"opening": True})
     assert "rank 1 (there) has ended" in watched.ended()
+
+
+@pytest.mark.slow
+def test_a_rank_is_frozen_where_the_process_above_it_is(met: Watched) -> None:
+    met.above.send_signal(signal.SIGSTOP)
+    assert "rank 0 (here) is frozen" in met.ended()
+    assert met.above.wait(WAIT_S) == -signal.SIGKILL
+    assert met.rank.poll() is None  # it has left by itself
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import stat
 import threading
 from pathlib import Path
@@ -16,8 +17,9 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.files.lock import lock
 from phi4_mlx.files.safetensors import TensorWriter
 from phi4_mlx.generation.cache_store import catalogue as catalogue_module
+from phi4_mlx.generation.cache_store import folder as folder_module
 from phi4_mlx.generation.cache_store import writer as writer_module
-from phi4_mlx.generation.cache_store.folder import StoreFolder, check_one_process, private_folder
+from phi4_mlx.generation.cache_store.folder import StoreFolder, private_folder
 from phi4_mlx.models.text import Model
 from tests.conftest import make_tiny_model
 from tests.damage import flipped_bits
@@ -76,13 +78,6 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path, monkeypatch: p
     assert not [*(tmp_path / "mine").iterdir()]
 
 
-def test_a_store_over_ranks_is_refused_by_name() -> None:
-    check_one_process(None, 4)
-    check_one_process("DIR", 1)
-    with pytest.raises(RequestError, match="--prompt-cache-dir DIR stores whole prompt caches, and each of 2 ranks"):
-        check_one_process("DIR", 2)
-
-
 def test_the_limit_is_never_exceeded_while_five_times_as_much_is_written(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +101,16 @@ def test_the_limit_is_never_exceeded_while_five_times_as_much_is_written(
         store.offer(model, prefilled(model, [*range(500)] * 2), leaving=True)  # larger than the limit
         assert store.flush(SOON_S)
     assert 0.8 * limit < largest <= limit and written > 4 * limit and len(files(folder)) > 2
+
+
+def test_a_cache_that_can_never_be_stored_is_one_line(model: Model, tmp_path: Path) -> None:
+    folder, lines = tmp_path / "s", []
+    with opened(folder, model, 20_000, lines.append) as store:
+        for n in range(3):
+            store.offer(model, prefilled(model, [n] * 90))
+        assert store.flush(SOON_S) and store.gauges()["prefix_cache_disk_failures_total"] == 3
+    assert len(lines) == 1 and "KB is not stored: all of them may have 20.0 KB on the disk" in lines[0]
+    assert not files(folder)
 
 
 def test_the_least_recently_used_goes_first(model: Model, tmp_path: Path) -> None:
@@ -307,5 +312,23 @@ def test_the_room_of_a_folder(tmp_path: Path) -> None:
         os.utime(path, ns=(n, n))
     names = [file.name for file in folder.files()]
     assert names == [f"{name * 32}.promptcache" for name in "abc"]
-    assert folder.make_room(10, folder.files()) == [] and folder.make_room(101, folder.files()) is None
+    assert folder.make_room(10, folder.files()) == []
+    with pytest.raises(OSError, match="No space left on device"):
+        folder.make_room(101, folder.files())
     assert folder.make_room(41, folder.files()) == names[:2] and len(folder.files()) == 1
+
+
+@pytest.mark.parametrize(("free", "kept"), [(10**12, 6), (200_000 + 50_000, 6), (200_000, 5), (100_000, 2), (0, 5)])
+def test_a_part_of_the_volume_stays_free(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, kept: int
+) -> None:
+    """The volume has 4 MB, so that 200 KB are to stay free, and the store 230 KB; a file has 47 KB."""
+    folder = tmp_path / "s"
+    for n in range(5):
+        keep(folder, model, [n] * 90)
+    monkeypatch.setattr(folder_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(4_000_000, 0, free))  # type: ignore[attr-defined]
+    lines: list[str] = []
+    with opened(folder, model, warn=lines.append) as store:
+        store.offer(model, prefilled(model, [9] * 90), leaving=True)
+        assert store.flush(SOON_S)
+    assert len(files(folder)) == kept and len(lines) == (free == 0)  # nothing is removed where it would not help

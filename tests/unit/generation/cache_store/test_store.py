@@ -11,9 +11,10 @@ import pytest
 
 from phi4_mlx.adapters.layers import read_adapter
 from phi4_mlx.checkpoint import share_weights
-from phi4_mlx.generation.cache_store import store as store_module
+from phi4_mlx.generation.cache_store import fingerprints
 from phi4_mlx.generation.cache_store import writer as writer_module
 from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.models.prompt_cache import prefix_of
 from tests.adapters import adapted, save_adapter
 from tests.char_tokenizer import CharTokenizer
 from tests.conftest import BOUNDARY, make_tiny_model
@@ -47,7 +48,7 @@ def test_a_stored_cache_continues_as_the_one_in_memory_to_the_bit(
         assert best.length == longest >= 79
         loaded = store.load(best, model, prompt)
         assert loaded is not None and loaded.offset == longest and loaded.ids[0].tolist() == prompt[:longest]
-    memory = kept.prefix_of(prompt, longest)
+    memory = prefix_of(kept, prompt, longest)
     assert [each.length for each in loaded.snapshots] == [each.length for each in memory.snapshots]
     assert mx.array_equal(next_logits(model, loaded, prompt), next_logits(model, memory, prompt))
 
@@ -71,7 +72,7 @@ def test_another_model_tokenizer_or_version_finds_nothing(tmp_path: Path, monkey
     other = CharTokenizer()
     monkeypatch.setattr(other, "fingerprint", lambda: "f" * 64)
     assert found(folder, model, IDS, tokenizer=other) == 0
-    monkeypatch.setattr(store_module, "MADE_BY", "phi4_mlx 9.9.9")
+    monkeypatch.setattr(fingerprints, "MADE_BY", "phi4_mlx 9.9.9")
     assert found(folder, model, IDS) == 0
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from phi4_mlx.generation.cache_store import store as store_module
 from phi4_mlx.generation.cache_store import writer as writer_module
+from phi4_mlx.generation.cache_store.folder import StoreFolder, private_folder
 from phi4_mlx.generation.cache_store.store import CacheStore, store_settings
 from phi4_mlx.generation.memory_pressure import Reading
 from phi4_mlx.models.text import Model
@@ -18,8 +20,9 @@ from phi4_mlx.server.engine.engine import Engine
 from phi4_mlx.server.engine.loop import turn
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
 from phi4_mlx.server.engine.protocol import Job
+from phi4_mlx.server.engine.settings import Settings
 from tests.conftest import Demo, make_tiny_model
-from tests.stores import SOON_S, files, next_logits, opened, prefilled
+from tests.stores import SOON_S, TOKENIZER, files, next_logits, opened, prefilled
 from tests.unit.server.engine.harness import GREEDY, MakeEngine, alone, finish, run, run_to_the_end, text
 
 IDS = [n % 500 + 3 for n in range(100)]
@@ -123,6 +126,44 @@ def test_a_damaged_file_costs_a_prefill(make_stored: Callable[..., Engine], demo
     assert text(events) == alone(demo, job) and finish(events).cached_tokens == 0
     assert engine.gauges()["prefix_cache_disk_failures_total"] == 1
     engine.close(SOON_S)
+
+
+def test_a_store_that_is_lost_costs_a_line_and_not_the_engine(
+    demo: Demo, make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    settings, lines = store_settings(str(tmp_path / "s"), 2**30), []
+    (tmp_path / "s").rmdir()
+    (tmp_path / "s").write_text("")
+    engine = Engine(*demo, Settings("demo", store=settings), warn=lines.append)
+    assert len(lines) == 1 and "exists and is not a folder" in lines[0]
+    assert text(run(engine, Job(1, prompt_of(1), 4, GREEDY))[1])
+    engine.close(SOON_S)
+
+
+def test_the_end_stores_what_was_used_last_and_keeps_to_its_time(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "MAX_LEAVING_BYTES", 1)  # what stays in memory does not count
+    monkeypatch.setattr(writer_module, "SETTLE_S", 1000.0)
+    monkeypatch.setattr(store_module, "SETTLE_S", 1000.0)
+    gate, write, written = threading.Event(), writer_module.write_content, []
+
+    def slow(path: Path, *content: Any) -> int:
+        written.append(path)
+        assert len(written) < 4 or gate.wait(SOON_S)
+        return write(path, *content)
+
+    monkeypatch.setattr(writer_module, "write_content", slow)
+    store = CacheStore(StoreFolder(private_folder(tmp_path / "s"), 2**30), model, TOKENIZER, pytest.fail)
+    prefixes = PrefixCache(2**20)
+    for n in range(6):
+        prefixes.put(model, None, prefilled(model, [n] * 60))
+    prefixes.store = store
+    prefixes.close(1.0)
+    assert len(files(tmp_path / "s")) == 3  # the disk is busy with a fourth
+    gate.set()
+    with opened(tmp_path / "s", model) as again:
+        assert [n for n in range(6) if again.find(model, [n] * 60)][-3:] == [3, 4, 5]
 
 
 def test_running_answers_are_stored_at_the_end(make_stored: Callable[..., Engine]) -> None:
