@@ -130,7 +130,7 @@ class Engine:
         self.prefixes = PrefixCache(
             prefix_limit_bytes, _opened_store(settings, self._adapters.get(None).model, tokenizer, warn)
         )
-        self._recalling = Recalling(self.prefixes, self.kv_limit_bytes, CacheOptions(None, settings.kv_bits))
+        self._recalling = Recalling(self.prefixes, self.kv_limit_bytes)
         self.batch = self._new_batch()
 
     @property

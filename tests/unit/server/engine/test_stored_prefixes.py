@@ -223,3 +223,34 @@ def test_what_a_limit_evicts_is_found_on_the_disk(make_stored: Callable[..., Eng
         assert finish(events).cached_tokens == 59 and text(events) == alone(demo, job)
     assert engine.gauges()["prefix_cache_bytes"] <= 200_000
     engine.close(SOON_S)
+
+
+def test_a_store_that_fails_in_any_way_costs_a_prefill(
+    make_stored: Callable[..., Engine], demo: Demo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, job = make_stored(), Job(1, prompt_of(1), 10, GREEDY)
+    run(engine, job)
+    engine.close(SOON_S)
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    for name in ("find", "read", "restore", "offer"):
+        with monkeypatch.context() as patch:
+            patch.setattr(CacheStore, name, broken)
+            engine = make_stored()
+            assert text(run(engine, job)[1]) == alone(demo, job)
+        engine.close(SOON_S)
+
+
+def test_jobs_without_room_in_memory_share_one_read(make_stored: Callable[..., Engine], demo: Demo) -> None:
+    engine = make_stored()
+    run(engine, Job(1, prompt_of(1), 4, GREEDY))
+    engine.close(SOON_S)
+    engine = make_stored(prefix_limit_bytes=0)
+    jobs = [Job(n, prompt_of(1), 4, GREEDY) for n in range(3)]
+    events = run(engine, *jobs)
+    assert [finish(events[n]).cached_tokens for n in range(3)] == [59] * 3
+    assert {text(events[n]) for n in range(3)} == {alone(demo, jobs[0])}
+    assert engine.gauges()["prefix_cache_disk_hits_total"] == 1
+    engine.close(SOON_S)
