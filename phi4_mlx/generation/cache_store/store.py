@@ -258,11 +258,11 @@ class CacheStore:
         """True if the store has enough of a cache, or soon will."""
         allowed = MIN_TOKENS if leaving else MAX_LOSS * len(entry)
         for each in self._catalogue.matching(entry.match):
-            if len(entry) - each.serves(entry) <= allowed:
+            if each.serves(entry, allowed):
                 self._writer.touch(each.name)
                 return True
         for waiting in self._writer.waiting:
-            if waiting.entry.serves(entry) == len(entry):
+            if waiting.entry.serves(entry):
                 if leaving:
                     self._writer.hasten(waiting.entry)
                 return True
