@@ -17,8 +17,9 @@ from phi4_mlx.generation.cache_store.store import store_settings
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.text import Decoder
 from phi4_mlx.server.engine import engine as engine_module
-from phi4_mlx.server.engine.engine import Engine, Settings
+from phi4_mlx.server.engine.engine import Engine
 from phi4_mlx.server.engine.protocol import Event, Failure, Finish, Job
+from phi4_mlx.server.engine.settings import Settings
 from phi4_mlx.tokens.prompt import Prompt
 from tests.adapters import adapted, save_adapter
 from tests.media import clip, picture, prompt_of
