@@ -255,3 +255,10 @@ def test_jobs_without_room_in_memory_share_one_read(make_stored: Callable[..., E
     assert {text(events[n]) for n in range(3)} == {alone(demo, jobs[0])}
     assert engine.gauges()["prefix_cache_disk_hits_total"] == 1
     engine.close(SOON_S)
+
+
+def test_quantised_caches_are_found_by_engines_that_quantise_alike(make_stored: Callable[..., Engine]) -> None:
+    for bits, cached in ((8, 0), (None, 0), (8, 59), (None, 59), (4, 0)):
+        engine = make_stored(kv_bits=bits)
+        assert finish(run(engine, Job(1, prompt_of(1), 4, GREEDY))[1]).cached_tokens == cached, bits
+        engine.close(SOON_S)
