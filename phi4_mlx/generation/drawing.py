@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
-from phi4_mlx.generation.draws import Draws, Logits, apply_processors, arrays_of, draw
+from phi4_mlx.generation.draws import Draws, apply_processors, arrays_of, draw
 from phi4_mlx.generation.sampling import Draw
 from phi4_mlx.generation.sequence import BatchSequence, Token
 from phi4_mlx.models.queued import queue
+from phi4_mlx.models.split_logits import Logits
 
 
 class Drawing:

@@ -8,10 +8,11 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from phi4_mlx.generation.draws import Logits, wanted
+from phi4_mlx.generation.draws import wanted
 from phi4_mlx.generation.sequence import BatchSequence
 from phi4_mlx.generation.steps import chunk_ends, finish_chunk
 from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.split_logits import Logits
 from phi4_mlx.tokens.prompt import places_of
 
 SNAPSHOTS_APART = 32  # tokens; a nearer snapshot saves less time than the additional forward pass takes

@@ -18,13 +18,14 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.batch import Batch
 from phi4_mlx.generation.cache_store.store import CacheStore
 from phi4_mlx.generation.guessing import Guessing
-from phi4_mlx.generation.memory import memory_limit
 from phi4_mlx.generation.options import LogitsMask
 from phi4_mlx.generation.prefill import ChunkPace
 from phi4_mlx.generation.sequence import BatchSequence, Fault, Token
 from phi4_mlx.generation.stream import AnswerText
 from phi4_mlx.models.cache import CacheOptions
+from phi4_mlx.models.machine import memory_limit
 from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.ranks.leader import LedModel
 from phi4_mlx.server.engine.answer import Answer, compiled_constraint, failure_of, token_logprob
 from phi4_mlx.server.engine.compiling import Compiling
 from phi4_mlx.server.engine.job_caches import JobCaches
@@ -284,4 +285,5 @@ def _memory_limits(base: LanguageModel, settings: Settings) -> tuple[int, int]:
         unread += sum(base.adapters.nbytes.values())
     free = max(0, total - mx.get_active_memory() - unread - ACTIVATION_BYTES)
     kv, prefix = settings.kv_limit_bytes, settings.prefix_limit_bytes
-    return free // 2 if kv is None else kv, free // 4 if prefix is None else prefix
+    burden = base.leader.burden if isinstance(base, LedModel) else 1.0
+    return free // 2 if kv is None else kv, int(free / burden) // 4 if prefix is None else prefix
