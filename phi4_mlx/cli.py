@@ -81,7 +81,7 @@ def _refuses_ranks(name: str) -> bool:
         return True
     if launch is not None and launch.rank == 0:
         commands = ", ".join(OVER_RANKS)
-        complain(typed(name), f"{launch.size} ranks would all do the same; start it without mlx.launch ({commands} with)")
+        complain(typed(name), f"{launch.size} ranks would all do the same; only {commands} run as ranks")
     return launch is not None
 
 

@@ -48,6 +48,15 @@ def load_shown(
         screen.status("")
 
 
+def _load_other(name: str) -> tuple[LanguageModel, Tokenizer]:
+    from phi4_mlx.checkpoint import load
+    from phi4_mlx.ranks.launch import launched
+
+    if launched() is not None:
+        raise RequestError("the ranks hold one model until the chat ends; start it again with another --model")
+    return load(name)
+
+
 class Chat:
     """A conversation, the settings of its answers, and the screen that shows them.
 
@@ -106,12 +115,7 @@ class Chat:
         Raises:
             Phi4Error: the model cannot be loaded; the current one stays.
         """
-        from phi4_mlx.checkpoint import load
-        from phi4_mlx.ranks.launch import launched
-
-        if launched() is not None:
-            raise RequestError("the ranks hold one model until the chat ends; start it again with another --model")
-        model, tokenizer = load_shown(self.screen, name, lambda: load(name))
+        model, tokenizer = load_shown(self.screen, name, lambda: _load_other(name))
         pending = [each.switched(self.conversation.tokenizer, tokenizer) for each in self.pending]
         self.conversation.switch(model, tokenizer)
         self.pending = pending

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import dataclass
-
-import mlx.core as mx
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.models.attention import SLICE
 from phi4_mlx.models.cache import CacheOptions, KVCache, buffer_length
+from phi4_mlx.models.machine import memory_limit
 from phi4_mlx.models.model import ContextCost, LanguageModel
 from phi4_mlx.models.snapshot import MAX_SNAPSHOTS
 from phi4_mlx.terminal.amount import amount, size
@@ -22,18 +20,6 @@ SMALLER = {
     "--kv-bits 4 makes room for more": CacheOptions(None, kv_bits=4),
     "--max-kv-size drops the oldest": CacheOptions(None, max_kv_size=512),
 }
-
-
-def memory_limit() -> int:
-    """Usable bytes: Metal's recommended working set, or else the machine's memory."""
-    if mx.metal.is_available():
-        return int(mx.device_info()["max_recommended_working_set_size"])
-    return machine_bytes()
-
-
-def machine_bytes() -> int:
-    """The machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def cache_bytes(cost: ContextCost, length: int, snapshots: int = MAX_SNAPSHOTS) -> int:

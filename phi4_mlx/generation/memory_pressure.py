@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from phi4_mlx.generation.memory import machine_bytes
+from phi4_mlx.models.machine import machine_bytes
 
 RESERVE = 1 / 16  # of the machine's memory, which caches leave to others
 NORMAL, WARNING, CRITICAL = 1, 2, 4  # Source: `kern.memorystatus_vm_pressure_level` in XNU's kern_memorystatus_notify.c

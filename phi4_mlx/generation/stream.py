@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 import mlx.core as mx
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.generation.memory import memory_limit
 from phi4_mlx.generation.options import DecodeOptions, is_forced
 from phi4_mlx.generation.steps import decode, open_cache
 from phi4_mlx.generation.stop_strings import StopStrings
+from phi4_mlx.models.machine import memory_limit
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.safe import safe

@@ -19,7 +19,6 @@ from phi4_mlx.adapters.peft import is_peft
 from phi4_mlx.checkpoint import load
 from phi4_mlx.data.samples import Pair
 from phi4_mlx.errors import RequestError
-from phi4_mlx.generation.memory import memory_limit
 from phi4_mlx.lora.display import report_end, show
 from phi4_mlx.lora.loading import Samples, download, read_data, read_weights
 from phi4_mlx.lora.program import Program
@@ -39,6 +38,7 @@ from phi4_mlx.lora.training.signals import TESTING, Stop
 from phi4_mlx.lora.training.trainable import make_trainable
 from phi4_mlx.lora.training.trainer import Trainer, evaluate
 from phi4_mlx.lora.view import Tell, View, to_stderr, view_of
+from phi4_mlx.models.machine import memory_limit
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.terminal.amount import amount, size
 

@@ -87,6 +87,7 @@ class Follower:
         group: the ranks; None for the default one.
 
     Attributes:
+        model: as given.
         counter: operations that ran the model so far.
         held: number -> the twin of a cache or snapshot that the leader has.
     """
@@ -94,7 +95,7 @@ class Follower:
     def __init__(self, model: LanguageModel, group: mx.distributed.Group | None = None) -> None:
         self.counter = 0
         self.held: dict[int, Any] = {}
-        self._model, self._group = model, group
+        self.model, self._group = model, group
         self._hidden: mx.array | None = None  # of the last operation
 
     def obey(self, command: Mapping[str, Any]) -> None:
@@ -132,7 +133,7 @@ class Follower:
             held.run_under(*command["under"])
             held.follow(ids)
         cache = None if held is None else held.cache
-        self._hidden = self._model.hidden(mx.array(ids, mx.int32), cache, rows=command["rows"])
+        self._hidden = self.model.hidden(mx.array(ids, mx.int32), cache, rows=command["rows"])
         mx.eval(self._hidden)
         if command["read"]:
             self._read(command["read"], None)
@@ -144,16 +145,16 @@ class Follower:
         """Computes this rank's part of `logits` or `candidates`; of other hidden states if there is a shape."""
         hidden = self._hidden
         if shape is not None:
-            hidden = mx.distributed.all_sum(mx.zeros(shape, self._model.dtype), group=self._group)
+            hidden = mx.distributed.all_sum(mx.zeros(shape, self.model.dtype), group=self._group)
         assert hidden is not None
         name, *arguments = read
-        mx.eval(arrays_of(getattr(self._model, name)(hidden, *arguments)))
+        mx.eval(arrays_of(getattr(self.model, name)(hidden, *arguments)))
 
     def _cache(self, number: int, kv_bits: int | None, max_kv_size: int | None) -> None:
-        self.held[number] = HeldCache(self._model.make_cache(None, kv_bits, max_kv_size), RunningDigest())
+        self.held[number] = HeldCache(self.model.make_cache(None, kv_bits, max_kv_size), RunningDigest())
 
     def _batch(self, number: int, regime: Any, kv_bits: int | None) -> None:
-        self.held[number] = HeldBatch(self._model.make_batch_cache(regime, kv_bits), [])
+        self.held[number] = HeldBatch(self.model.make_batch_cache(regime, kv_bits), [])
 
     def _drop(self, number: int) -> None:
         self.held.pop(number, None)

@@ -10,13 +10,15 @@ import itertools
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from math import ceil
 from typing import Any, NoReturn, Protocol
 
 import mlx.core as mx
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.models.batch_cache import BatchCache
-from phi4_mlx.models.model import LanguageModel
+from phi4_mlx.models.model import ContextCost, LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime
 from phi4_mlx.models.snapshot import Snapshot
@@ -48,10 +50,11 @@ class Leader:
 
     Attributes:
         counter: operations that ran the model so far.
+        burden: how many times as large a part of its memory a context takes on the fullest rank as on this one, or 1.
     """
 
     def __init__(self, ranks: Tells, *, splits_head: bool) -> None:
-        self.counter = 0
+        self.counter, self.burden = 0, 1.0
         self._ranks, self._splits_head = ranks, splits_head
         self._changes: deque[list[Any]] = deque()  # of caches, since the last operation
         self._numbers = itertools.count(1)
@@ -250,6 +253,13 @@ class LedModel(LanguageModel):
         led.leader, led.number, led.digests = self.leader, self.leader.number(led), []
         self.leader.note("batch", led.number, regime, kv_bits)
         return led
+
+
+    def context_cost(self, kv_bits: int | None = None) -> ContextCost:
+        """See `LanguageModel.context_cost`; in bytes of the leader's memory, but so that every rank has room."""
+        cost, burden = super().context_cost(kv_bits), self.leader.burden  # type: ignore[safe-super]
+        bytes_of = {name: ceil(burden * getattr(cost, name)) for name in ("token_bytes", "layer_bytes", "fixed_bytes")}
+        return replace(cost, **bytes_of)
 
 
 def lead(model: LanguageModel, leader: Leader, spread: Callable[[mx.array], mx.array]) -> LedModel:

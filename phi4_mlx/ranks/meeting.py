@@ -88,7 +88,7 @@ def let_go(met: Met) -> None:
         try:
             channel.send({"welcome": True})
         except OSError:
-            _refuse(met, f"{met.names[rank]} has gone before all ranks were there")
+            _refuse(met, f"{met.names[rank]} has ended before all ranks were there")
 
 
 def follow(launch: Launch, about: Mapping[str, str]) -> Met:
@@ -117,7 +117,7 @@ def wait_to_go(launch: Launch, met: Met) -> None:
     try:
         _check_welcome(met.commands[0].receive(launch.wait_s + 1, HELLO_BYTES))
     except (OSError, ValueError):
-        raise RequestError(f"{met.names[0]} has gone before all ranks were there") from None
+        raise RequestError(f"{met.names[0]} has ended or frozen before all ranks were there") from None
 
 
 def _check_hosts(launch: Launch) -> None:
@@ -135,7 +135,7 @@ def _named(launch: Launch, rank: int, said: str | None) -> str:
     if rank == 0:
         return f"rank 0 ({launch.channel[0]})"
     host = launch.hosts[rank] if rank < len(launch.hosts) else said
-    return f"rank {rank} ({host or 'its host is unknown'})"
+    return f"rank {rank} ({host or 'its host is unknown':.200})"
 
 
 def _refuse(met: Met, line: str) -> NoReturn:

@@ -115,8 +115,8 @@ class RanksSession(Session):
             share = _load(self.options, self._folder, self._parallel, ranks)
             tokenizer = load_tokenizer_and_format(self._folder, self.options.chat_format, share.config.model_type)
             check_vocabulary(self._folder, tokenizer, share.config)
-            ranks.answers()
             self._leader = Leader(ranks, splits_head=self._parallel == "tensor")
+            self._leader.burden = max(1.0, max(ranks.answers()) / _fullness(share))
             model = lead(share, self._leader, lambda hidden: mx.distributed.all_sum(hidden, group=group))
         return model, tokenizer
 
@@ -254,7 +254,7 @@ def _prepared(launch: Launch, options: ModelOptions) -> tuple[Path, Parallel, st
 
 
 def _load(options: ModelOptions, folder: Path, parallel: Parallel, ranks: Ranks) -> LanguageModel:
-    """This rank's share, with its parts of the adapters, all of them read now: none is refused in the middle of a job."""
+    """This rank's share, with its parts of the adapters, all read now, so that none is refused later."""
     from phi4_mlx.adapters.layers import put_adapter
     from phi4_mlx.checkpoint_share import load_share, share_adapter
     from phi4_mlx.models.share import Share
@@ -272,6 +272,17 @@ def _load(options: ModelOptions, folder: Path, parallel: Parallel, ranks: Ranks)
     return model
 
 
+def _fullness(model: LanguageModel) -> float:
+    """The part of this rank's memory, beside the weights, that a context takes; of a length at which both kinds count.
+
+    Both are positive: a rank whose weights alone fill its memory counts as one with a byte left.
+    """
+    from phi4_mlx.models.machine import memory_limit
+
+    cost = model.context_cost()
+    return max(4096 * cost.token_bytes + cost.fixed_bytes, 1) / max(memory_limit() - model.weights_bytes, 1)
+
+
 def _follow(ranks: Ranks, options: ModelOptions, folder: Path, parallel: Parallel) -> NoReturn:
     """Loads this rank's share, and follows the leader until the job ends."""
     from phi4_mlx.models.shared_stream import shared_stream
@@ -280,7 +291,7 @@ def _follow(ranks: Ranks, options: ModelOptions, folder: Path, parallel: Paralle
     with ranks:
         with shared_stream():
             follower = Follower(_load(options, folder, parallel, ranks), ranks.group)
-        ranks.answer(None)
+        ranks.answer(_fullness(follower.model))
         while True:
             command = ranks.hear()
             try:

@@ -43,7 +43,7 @@ from phi4_mlx.terminal.options import (
 )
 
 if TYPE_CHECKING:
-    from phi4_mlx.server.engine.engine import Settings
+    from phi4_mlx.server.engine.settings import Settings
     from phi4_mlx.server.engine.supervisor import Supervisor
     from phi4_mlx.server.grammar_pool import GrammarPool
     from phi4_mlx.server.guard import Guard
@@ -221,7 +221,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     """The settings of the engine; a model of the Hub is downloaded."""
     from phi4_mlx.generation.cache_store.store import store_settings
     from phi4_mlx.hub import DEFAULT_MODEL, resolve
-    from phi4_mlx.server.engine.engine import Settings
+    from phi4_mlx.server.engine.settings import Settings
 
     adapters, store = _adapters(args.adapters), store_settings(args.prompt_cache_dir, args.prompt_cache_disk_bytes)
     return Settings(

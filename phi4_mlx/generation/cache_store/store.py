@@ -231,7 +231,8 @@ class CacheStore:
             cache: of one sequence, after `compact`; it must not change any more.
             leaving: True if it leaves memory: it is written at once, unless the store has all of it.
         """
-        if cache.offset < MIN_TOKENS or (cache.adapter in cache.mode_adapters and not cache.places):
+        stray = not cache.places and not cache.serves((), cache.regime)  # under the adapter of media cut off
+        if cache.offset < MIN_TOKENS or stray:
             return
         with shared_stream():
             fingerprints, keys = self._fingerprints.of(model, cache.adapter), packed(cache.keys)

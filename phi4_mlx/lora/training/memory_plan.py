@@ -18,9 +18,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.generation.memory import memory_limit
 from phi4_mlx.lora.training.batches import Batch, Batches, Shape
 from phi4_mlx.lora.training.loss import Loss, token_losses
+from phi4_mlx.models.machine import memory_limit
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.terminal.amount import amount, size
 

@@ -10,7 +10,8 @@ import pytest
 
 from phi4_mlx.config.sambay import SambaYConfig
 from phi4_mlx.errors import RequestError
-from phi4_mlx.generation.memory import ContextPlan, check_context, memory_limit, plan_context
+from phi4_mlx.generation.memory import ContextPlan, check_context, plan_context
+from phi4_mlx.models.machine import memory_limit
 from phi4_mlx.models.model import ContextCost
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.sambay import Model as SambaYModel

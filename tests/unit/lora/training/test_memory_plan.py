@@ -159,6 +159,6 @@ def test_what_cannot_fit_is_refused_with_a_setting_that_would() -> None:
     with pytest.raises(RequestError) as caught:
         check(plan, 4, 2048, plan, 6 * 10**9)  # running blocks again would not be enough
     assert "--grad-checkpoint" not in str(caught.value)
-    from phi4_mlx.generation.memory import memory_limit
+    from phi4_mlx.models.machine import memory_limit
 
     assert memory_limit() > 10**9

@@ -16,10 +16,11 @@ from phi4_mlx.generation.cache_store.folder import StoreFolder, private_folder
 from phi4_mlx.generation.cache_store.store import CacheStore, store_settings
 from phi4_mlx.generation.memory_pressure import Reading
 from phi4_mlx.models.text import Model
-from phi4_mlx.server.engine.engine import Engine, Settings
+from phi4_mlx.server.engine.engine import Engine
 from phi4_mlx.server.engine.loop import turn
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
 from phi4_mlx.server.engine.protocol import Job
+from phi4_mlx.server.engine.settings import Settings
 from tests.conftest import Demo, make_tiny_model
 from tests.stores import SOON_S, TOKENIZER, files, next_logits, opened, prefilled
 from tests.unit.server.engine.harness import GREEDY, MakeEngine, alone, finish, run, run_to_the_end, text
