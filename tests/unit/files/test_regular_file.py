@@ -194,6 +194,7 @@ ALLOWED = {
     ("phi4_mlx.adapters.folder", "mx.load"): "after read_header, which opens it as a regular file",
     ("phi4_mlx.adapters.shipped", "mx.load"): "after read_header",
     ("phi4_mlx.checkpoint", "mx.load"): "after read_header",
+    ("phi4_mlx.checkpoint_share", "mx.load"): "after read_header",
     ("phi4_mlx.convert.work_folder", "mx.load"): "a file of our own run, in a folder of our own",
     ("phi4_mlx.files.line_file", "os.open"): "locks; what is no regular file is refused",
     ("phi4_mlx.files.line_file", "open"): "the file that it has open",
