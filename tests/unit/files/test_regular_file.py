@@ -206,6 +206,7 @@ ALLOWED = {
     ("phi4_mlx.generation.cache_store.folder", "os.open"): "locks, and a file that must not exist yet",
     ("phi4_mlx.generation.memory_pressure", "read_text"): "files of the kernel, whose size is 0 until they are read",
     ("phi4_mlx.generation.prompt_cache_file", "mx.load"): "after read_whole_header",
+    ("phi4_mlx.ranks.watcher", "open"): "a file of the kernel, in a process without this package",
     ("phi4_mlx.lora.saving.checkpoints", "mx.load"): "a file of our own run, renamed into place",
     ("phi4_mlx.files.atomic", "os.open"): "locks and flushes",
     ("phi4_mlx.files.regular_file", "os.open"): "the door itself",
