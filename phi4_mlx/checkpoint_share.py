@@ -60,7 +60,7 @@ def load_share(folder: Path, share: Share, group: mx.distributed.Group) -> Langu
 
 
 def empty_share(whole: LanguageModel, holding: Holding, share: Share) -> CausalLM:
-    """The model of a rank's share, with lazy random weights; the whole one, without the blocks of others, or another."""
+    """The model of a rank's share, with lazy random weights; `whole` loses what others hold."""
     if share.parallel == "pipeline":
         assert isinstance(whole, CausalLM)
         keep_blocks(whole, deal_blocks(holding.config, holding.infos, share.size)[share.rank], share.rank)

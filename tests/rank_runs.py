@@ -25,6 +25,7 @@ from phi4_mlx.generation.sequence import BatchSequence, Token
 from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.share import Share
+from tests.media import picture, prompt_of
 
 COUNTED = ("all_sum", "all_gather", "send", "recv")
 DRAWN = 8  # by each sequence of a batch
@@ -55,6 +56,9 @@ def answers(model: LanguageModel, run: dict[str, Any]) -> dict[str, Any]:
         hidden = model.hidden(cache.admit(mx.array([PROMPT])), cache)
         found["logits"] = model.logits(hidden).tolist()
         found["tokens"] = [token for token, _ in generate_step(PROMPT, model, max_tokens=count, prefill_step_size=16)]
+    if run.get("picture"):
+        prompt = prompt_of([490, 5, 6], picture(0), [20, 21, 22])
+        found["picture"] = [token for token, _ in generate_step(prompt, model, max_tokens=DRAWN)]
     for number, settings in enumerate(run.get("sampling", ())):
         bias = {int(token): amount for token, amount in settings.get("logit_bias", {}).items()}
         sampling = Sampling(**{**settings, "logit_bias": bias})

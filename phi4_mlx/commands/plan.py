@@ -75,23 +75,26 @@ def _plan(args: argparse.Namespace) -> None:
         try:
             splits[parallel] = split_of(shape, parallel, ranks, args.kv_bits)
         except RequestError as error:
-            if len(asked) == 1 or parallel == "pipeline":
-                raise
             splits[parallel] = str(error)
+    possible = [each for each in splits.values() if not isinstance(each, str)]
+    if not possible:
+        raise RequestError(f"{splits[asked[-1]]}")
     backends = ["jaccl", "ring"] if launch is None else [launch.backend]
     chosen = [(backend, *choose_parallel(shape.config, ranks, backend)) for backend in backends]
-    if args.parallel:
-        chosen = [(backend, args.parallel, "asked for") for backend, _, _ in chosen]
+    if len(possible) == 1:
+        why = "it is asked for" if args.parallel else next(each for each in splits.values() if isinstance(each, str))
+        chosen = [(backend, possible[0].parallel, why) for backend, _, _ in chosen]
     measured = None
     if launch is not None:
         from phi4_mlx.commands.sizing.measured import measure
 
         split = splits[chosen[0][1]]
-        assert not isinstance(split, str)
+        if isinstance(split, str):
+            raise RequestError(split)
         if shape.from_config:
             raise RequestError(f"{path} has no weights, so nothing can be measured; start plan without mlx.launch")
         measured = measure(launch, path, split)
-    name, possible = args.model or _default(), [each for each in splits.values() if not isinstance(each, str)]
+    name = args.model or _default()
     if args.json:
         print(json.dumps(_json(name, alone, possible, chosen, memory_limit(), measured)))
         return

@@ -27,22 +27,20 @@ def examine(
         command: of the processes that compute.
 
     Raises:
-        RequestError: MLX does not start, or `PHI4_MLX_SAFE` has an unknown name.
+        RequestError: MLX does not start, the package cannot be loaded, or `PHI4_MLX_SAFE` has an unknown name.
     """
     switched_off()
     start = time.monotonic()
     order: dict[str, Any] = {"folder": None if folder is None else str(folder)}
     try:
         found = _joined(answers({**order, "work": "machine"}, {}, command))
-        named = [*answers({**order, "work": "names"}, {}, command)]
     except ChildDied as died:
         raise RequestError(f"MLX does not start: {died}") from None
     machine, fits = found["machine"], found["fits"]
     head = report.check_head(machine["devices"])
     for line in (*report.machine_lines(machine), "", *report.fit_lines(fits), "", head):
         tell(line)
-    ways_out = {each["name"]: each["ways_out"] for each in named}
-    checks = run_checks(order, ways_out, lambda outcome: tell(report.check_line(outcome)), command)
+    checks = run_checks(order, found["ways_out"], lambda outcome: tell(report.check_line(outcome)), command)
     speed = _speed(order, tell, command)
     limits = report.not_compared(machine)
     paths, verdict = report.verdict(checks)

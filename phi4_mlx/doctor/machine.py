@@ -16,7 +16,8 @@ import mlx.nn as nn
 from phi4_mlx.checkpoint import KINDS, load_model
 from phi4_mlx.doctor.devices import devices
 from phi4_mlx.errors import RequestError
-from phi4_mlx.generation.memory import memory_limit, plan_context
+from phi4_mlx.generation.memory import plan_context
+from phi4_mlx.models.machine import memory_limit
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.safe import switched_off
 from phi4_mlx.terminal.version import __version__

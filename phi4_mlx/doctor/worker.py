@@ -11,14 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from phi4_mlx.errors import Phi4Error
+
 
 def main() -> int:
     """Reads the order, a JSON object, and writes the results; returns the exit code."""
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no result
     order = json.loads(sys.stdin.readline())
-    work = {"names": names, "machine": machine, "checks": checks, "speed": speed}[order["work"]]
-    for answer in work(order):
-        write(answers, answer)
+    work = {"machine": machine, "checks": checks, "speed": speed}[order["work"]]
+    try:
+        for answer in work(order):
+            write(answers, answer)
+    except Phi4Error as mistake:
+        write(answers, {"mistake": str(mistake)})
     return 0
 
 
@@ -26,15 +31,6 @@ def write(answers: TextIO, answer: dict[str, Any]) -> None:
     """Writes a result at once."""
     answers.write(json.dumps(answer) + "\n")
     answers.flush()
-
-
-def names(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The name of each check, with its fast paths that are on."""
-    from phi4_mlx.doctor.check import ways_out
-    from phi4_mlx.doctor.checks import all_checks
-
-    for check in all_checks(_folder(order)):
-        yield {"name": check.name, "ways_out": [*ways_out(check)]}
 
 
 def checks(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -51,11 +47,14 @@ def checks(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def machine(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The facts of this machine, and the models that fit."""
+    """The facts of this machine, the models that fit, and for each check what to switch off in turn if it fails."""
+    from phi4_mlx.doctor.check import ways_out
+    from phi4_mlx.doctor.checks import all_checks
     from phi4_mlx.doctor.machine import about, fits
 
     yield {"machine": about()}
     yield {"fits": fits(_folder(order))}
+    yield {"ways_out": {check.name: [*ways_out(check)] for check in all_checks(_folder(order))}}
 
 
 def speed(order: dict[str, Any]) -> Iterator[dict[str, Any]]:

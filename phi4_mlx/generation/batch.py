@@ -11,38 +11,18 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from typing import Protocol
 
-import mlx.core as mx
-
-from phi4_mlx.generation.draws import Draws, Logits, apply_processors, arrays_of, draw
+from phi4_mlx.generation.drawing import Drawing
 from phi4_mlx.generation.guessing import Guessing
-from phi4_mlx.generation.prefill import ChunkPace, run_chunk
+from phi4_mlx.generation.prefill import ChunkPace, Prefilling, PrefixStore
 from phi4_mlx.generation.row_group import RowGroup
-from phi4_mlx.generation.sampling import Draw
 from phi4_mlx.generation.sequence import BatchSequence, Fault, Token
 from phi4_mlx.models.cache import KVCache
 from phi4_mlx.models.prompt_cache import PromptCache
-from phi4_mlx.models.queued import queue
 from phi4_mlx.models.shared_stream import shared_stream
 
 PREFILL_STEP_SIZE = 512  # prompt tokens a step; running answers wait for them
 MAX_PADDING = 4096  # columns that a row may add to rows of another length; one more forward pass costs four times that
-
-Greedy = dict[Draw | None, Draws]  # by the sampler: the likeliest token of each row of the logits
-
-
-class PrefixStore(Protocol):
-    """Caches of earlier prompts."""
-
-    def recall(self, sequence: BatchSequence) -> PromptCache | None:
-        """A cache of the first ids of a sequence, for it to take over; called when its prefill starts."""
-
-    def keep(self, sequence: BatchSequence) -> None:
-        """Called when all ids of a sequence are prefilled; its cache will change afterwards."""
-
-    def set_aside(self, sequence: BatchSequence) -> None:
-        """Called with a cache of the first ids: others wait for them, or the sequence returns to the queue."""
 
 
 class Batch:
@@ -52,13 +32,16 @@ class Batch:
     that comes last returns to the queue, with its cache in `prefixes`: always if the caches exceed their limit, and for
     a waiting sequence only if that one has a lower priority number.
 
+    Args:
+        prefill_step_size: the most prompt tokens that a step prefills.
+        pace: the size of prefill chunks while answers run; None for `prefill_step_size`.
+
     Attributes:
         max_rows: the most active sequences; more wait.
         kv_limit_bytes: the most bytes of all caches.
-        prefill_step_size: the most prompt tokens that a step prefills.
         prefixes: caches of earlier prompts; None for none.
+        prefilling: active sequences whose prompts are being read.
         guessing: the guesses of rows that have a proposer.
-        pace: the size of prefill chunks; None for `prefill_step_size`.
         waiting: sequences that have not started, or have returned, in order.
         active: started sequences, the oldest first.
     """
@@ -72,20 +55,18 @@ class Batch:
         guessing: Guessing | None = None,
         pace: ChunkPace | None = None,
     ):
-        self.max_rows, self.kv_limit_bytes, self.prefill_step_size = max_rows, kv_limit_bytes, prefill_step_size
-        self.prefixes = prefixes
+        self.max_rows, self.kv_limit_bytes, self.prefixes = max_rows, kv_limit_bytes, prefixes
         self.guessing = guessing or Guessing()
-        self.pace = pace
         self.waiting: list[BatchSequence] = []
         self.active: list[BatchSequence] = []
+        self.prefilling = Prefilling(prefill_step_size, prefixes, pace)
         self._arrivals = itertools.count()
-        self._prefilling: list[BatchSequence] = []
         self._groups: list[RowGroup] = []
 
     @property
     def nbytes(self) -> int:
         """Bytes of all caches, with room for the next token of each."""
-        return sum(sequence.nbytes for sequence in self._prefilling) + sum(group.nbytes for group in self._groups)
+        return self.prefilling.nbytes + sum(group.nbytes for group in self._groups)
 
     def add(self, sequence: BatchSequence) -> None:
         """Queues a sequence: before those of a higher priority number, behind all others."""
@@ -110,8 +91,7 @@ class Batch:
         """
         events: list[Token | Fault] = []
         with shared_stream():
-            if self.pace is not None:
-                self.pace.begin()
+            self.prefilling.begin()
             self._admit()
             for group in list(self._groups):
                 self._decode(group, events)
@@ -127,7 +107,7 @@ class Batch:
             self._send_back(self._last)
         while self.waiting and self._make_room(self.waiting[0]):
             self.active.append(self.waiting.pop(0))
-            self._prefilling.append(self.active[-1])
+            self.prefilling.add(self.active[-1])
 
     @property
     def _last(self) -> BatchSequence:
@@ -155,52 +135,24 @@ class Batch:
         self._queue(sequence)
 
     def _prefill(self, events: list[Token | Fault]) -> None:
-        """Runs chunks of prompts in turn, `prefill_step_size` tokens in all, or as many as `pace` allows."""
-        room, running = self.prefill_step_size, any(any(group.members) for group in self._groups)
-        while self._prefilling and room > 0:
-            sequence = self._next_to_prefill()
-            self._prefilling.remove(sequence)
+        """Runs chunks of prompts, and draws the first token of those that are read."""
+        running = any(any(group.members) for group in self._groups)
+        for sequence, result in self.prefilling.run(running):
             try:
-                if sequence.cache is None and self.prefixes is not None:
-                    sequence.cache = self.prefixes.recall(sequence)
-                sharing = [each for each in self._prefilling if each.cache is None and each.waits_for(sequence)]
-                chunk, logits = run_chunk(sequence, self.pace.size(room) if self.pace is not None and running else room)
-                room -= chunk
-                if logits is None:
-                    self._prefilling.append(sequence)
-                    if self.prefixes is not None and not all(each.waits_for(sequence) for each in sharing):
-                        self.prefixes.set_aside(sequence)
-                else:
-                    if self.prefixes is not None:
-                        self.prefixes.keep(sequence)
-                    self._draw([(sequence, 0)], logits, events)
-                    if sequence in self.active:
-                        self._place(sequence)
+                if isinstance(result, Exception):
+                    raise result
+                self._draw([(sequence, 0)], Drawing(result), events)
+                if sequence in self.active:
+                    self._place(sequence)
             except Exception as error:
                 events.append(self._fail(sequence, error))
-            else:
-                if self.pace is not None:
-                    room = self.pace.took(chunk, room) if running else room
-
-    def _next_to_prefill(self) -> BatchSequence:
-        """Next sequence to prefill: by priority, answers that have begun before prompts, then in turn.
-
-        A sequence whose beginning is being prefilled waits, so that it can reuse that cache.
-        """
-        started = [each for each in self._prefilling if each.cache is not None]
-        ready = [
-            sequence
-            for sequence in self._prefilling
-            if sequence.cache is not None or not any(sequence.waits_for(each) for each in started)
-        ]
-        return min(ready, key=lambda each: (each.priority, not each.drawn))
 
     def _place(self, sequence: BatchSequence) -> None:
         """Sends a prefilled sequence to the group that it fits best, or back to prefill."""
         cache = sequence.cache
         assert cache is not None
         if not sequence.in_step(cache.offset, cache.regime):
-            self._prefilling.append(sequence)
+            self.prefilling.add(sequence)
             return
         fitting = [group for group in self._groups if group.padding_with(sequence, cache) <= MAX_PADDING]
         if not fitting:
@@ -214,47 +166,25 @@ class Batch:
         for member, length in zip(list(group.members), group.cache.lengths, strict=True):
             if member is not None and not member.in_step(length, group.cache.regime):
                 self._leave(member)
-                self._prefilling.append(member)
+                self.prefilling.add(member)
         try:
             members = group.settle()
             if not members:
                 return
             start = self.guessing.clock()
             forward = group.run(self.guessing.chunks(members, group.cache))
-            greedy: Greedy = {}
+            drawing = Drawing(forward.logits)
             while due := forward.due():
-                rows = [(members[row], row * forward.width + column) for row, column in due]
-                self._draw(rows, forward.logits, events, greedy)
+                self._draw([(members[row], row * forward.width + column) for row, column in due], drawing, events)
             forward.finish()
             self.guessing.took(forward, self.guessing.clock() - start)
         except Exception as error:
             self._restart(group, error, events)
 
-    def _draw(
-        self,
-        due: list[tuple[BatchSequence, int]],
-        logits: Logits,
-        events: list[Token | Fault],
-        greedy: Greedy | None = None,
-    ) -> None:
-        """Draws a token for each sequence from its row of the logits [n, V]; a failure is of one sequence alone."""
-        queue(arrays_of(logits))  # the device computes them while the host computes grammar masks
-        greedy = {} if greedy is None else greedy
-        drawn: list[tuple[BatchSequence, int, Draws]] = []
-        for sequence, n in due:
-            try:
-                drawn.append((sequence, n, _draw_one(sequence, logits, n, greedy)))
-            except Exception as error:
-                events.append(self._fail(sequence, error))
-        mx.eval([(draws.tokens, draws.scores) for *_, draws in drawn])
-        for sequence, n, draws in drawn:
-            try:
-                while (tokens := sequence.take(draws.numbers()[0])) is None:
-                    draws = _draw_one(sequence, logits, n, greedy)
-            except Exception as error:
-                events.append(self._fail(sequence, error))
-            else:
-                events += [Token(sequence, each, None if i else draws.logprobs[0]) for i, each in enumerate(tokens)]
+    def _draw(self, due: list[tuple[BatchSequence, int]], drawing: Drawing, events: list[Token | Fault]) -> None:
+        """Draws a token for each sequence from its row of the logits; a failure is of one sequence alone."""
+        for sequence, result in drawing.draw(due):
+            events += [self._fail(sequence, result)] if isinstance(result, Exception) else result
 
     def _fail(self, sequence: BatchSequence, error: Exception) -> Fault:
         """Takes out a sequence that cannot continue."""
@@ -276,7 +206,7 @@ class Batch:
             if sequence.restarts > 1:
                 events.append(self._fail(sequence, error))
             else:
-                self._prefilling.append(sequence)
+                self.prefilling.add(sequence)
 
     def _take_out(self, sequence: BatchSequence) -> None:
         """Makes an active sequence inactive."""
@@ -285,8 +215,8 @@ class Batch:
 
     def _leave(self, sequence: BatchSequence, keep: bool = True) -> None:
         """Takes an active sequence out of wherever it is; keeps its row's cache if its regime still fits."""
-        if sequence in self._prefilling:
-            return self._prefilling.remove(sequence)
+        if self.prefilling.remove(sequence):
+            return
         for group in self._groups:
             group.arrivals = [arrival for arrival in group.arrivals if arrival[0] is not sequence]
             if sequence in group.members:
@@ -295,19 +225,3 @@ class Batch:
                 if keep and sequence.regime == group.cache.regime:
                     sequence.cache = group.cache.copy_row(number, sequence.ids, sequence.new_cache())
         self._groups = [group for group in self._groups if group.arrivals or any(group.members)]
-
-
-def _draw_one(sequence: BatchSequence, logits: Logits, n: int, greedy: Greedy) -> Draws:
-    """A token for row n of the logits [n, V], as its sequence wants it drawn.
-
-    Args:
-        greedy: the likeliest token of every row, once a sequence has wanted one.
-    """
-    if sequence.is_greedy:
-        if sequence.sampler not in greedy:
-            greedy[sequence.sampler] = draw(logits, sequence.sampler)
-        return Draws(*(each[n : n + 1] for each in greedy[sequence.sampler]))
-    row: Logits = logits[n : n + 1]
-    if sequence.processors:
-        row = apply_processors(sequence.processors, mx.array(sequence.ids), row)
-    return draw(row, sequence.sampler, sequence.logits_mask.mask() if sequence.logits_mask is not None else None)

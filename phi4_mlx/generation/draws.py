@@ -10,18 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from phi4_mlx.errors import CheckpointError
 from phi4_mlx.generation.sampling import Draw, LogitsProcessor, Processor, Sampler, SeededSampler
 from phi4_mlx.models.queued import queue
-from phi4_mlx.models.split_logits import LEAST, SplitLogits
+from phi4_mlx.models.split_logits import LEAST, Logits, SplitLogits
 
 _RANDOM = 256  # logits of each rank that a draw at random looks at first
-
-Logits: TypeAlias = mx.array | SplitLogits
 
 
 class Draws(NamedTuple):

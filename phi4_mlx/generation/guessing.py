@@ -63,6 +63,15 @@ class Guessing:
         self.held += forward.held
         self._pace(len(forward.chunks)).took(forward.width, seconds)
 
+    def gauges(self) -> dict[str, float]:
+        """Its counts by metric name."""
+        return {
+            "passes_total": self.passes,
+            "guessed_tokens_total": self.guessed,
+            "held_tokens_total": self.held,
+            "guess_failures_total": self.failures,
+        }
+
     def _further(self, gains: list[list[float]], most: int) -> int:
         """Columns beside the first: the best for all rows by measured times, else for the row that wants the most."""
         pace = self._pace(len(gains))

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from phi4_mlx.generation.draws import Logits, wanted
+from phi4_mlx.generation.draws import wanted
 from phi4_mlx.generation.memory import cache_bytes
 from phi4_mlx.generation.sequence import BatchSequence
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.safe import safe
+from phi4_mlx.models.split_logits import Logits
 from phi4_mlx.tokens.prefix import shared_length
 
 

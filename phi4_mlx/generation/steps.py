@@ -15,7 +15,7 @@ from operator import index
 import mlx.core as mx
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.generation.draws import Draws, Logits, apply_processors, arrays_of, draw, joined, wanted
+from phi4_mlx.generation.draws import Draws, apply_processors, arrays_of, draw, joined, wanted
 from phi4_mlx.generation.memory import PREFILL_STEP_SIZE
 from phi4_mlx.generation.options import DecodeOptions, LogitsMask, Progress, Proposer
 from phi4_mlx.generation.sampling import Draw, LogitsProcessor
@@ -25,6 +25,7 @@ from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.queued import queue
 from phi4_mlx.models.safe import safe
 from phi4_mlx.models.shared_stream import shared_stream
+from phi4_mlx.models.split_logits import Logits
 from phi4_mlx.tokens.prefix import shared_length
 from phi4_mlx.tokens.prompt import Place, Prompt, places_of
 

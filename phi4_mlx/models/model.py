@@ -24,7 +24,7 @@ from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.cache import CacheOptions, LayerCache
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime, regime_of
-from phi4_mlx.models.split_logits import LEAST, SplitLogits
+from phi4_mlx.models.split_logits import LEAST, Logits
 from phi4_mlx.tokens.prompt import READS_ONLY_TEXT, Medium, Place, places_of
 
 
@@ -98,21 +98,14 @@ class LanguageModel(nn.Module, ABC):
     def logits(self, hidden: mx.array) -> mx.array:
         """The head: hidden states [..., D] -> logits [..., V]."""
 
-    def candidates(
-        self, hidden: mx.array, count: int = LEAST, temps: Sequence[float] = ()
-    ) -> mx.array | SplitLogits:
-        """The logits that a draw needs.
+    def candidates(self, hidden: mx.array, count: int = LEAST, temps: Sequence[float] = ()) -> Logits:
+        """The logits that draws from the n rows of `hidden` [..., D] need: all [n, V], or those of a split head.
 
         Args:
-            hidden: [..., D], n rows in all.
-            count: of each rank, where the head is split over ranks: the likeliest that a draw will probably look at.
+            count: of the likeliest on each rank, where ranks split the head.
             temps: the temperature of each row, or one for all; 1 if empty.
-
-        Returns:
-            All logits [n, V]; where the head is split, those that were gathered.
         """
-        logits = self.logits(hidden)
-        return logits.reshape(-1, logits.shape[-1])
+        return self.logits(hidden).flatten(0, -2)
 
     @property
     @abstractmethod
@@ -247,21 +240,21 @@ class LanguageModel(nn.Module, ABC):
         return frozenset()
 
     def check_ids(self, ids: Sequence[int]) -> None:
-        """Raises RequestError unless there are ids, all of them in the vocabulary, and only media that the model reads.
-
-        Args:
-            ids: [T]; a `Prompt` if there are media.
-        """
-        V = self.config.vocab_size
-        if not ids:
-            context = self.config.max_position_embeddings
-            raise RequestError(f"the prompt has 0 tokens; it needs at least 1, and the context holds {context}")
-        if not (min(ids) >= 0 and max(ids) < V):  # MLX would read past it
-            outside = next(token for token in ids if not 0 <= token < V)
-            raise RequestError(f"token {outside} of the prompt is outside the model's vocabulary of {V}")
+        """Raises RequestError unless there are ids, or a `Prompt`, in the vocabulary, and only media that it reads."""
+        _check_range(ids, self.config)
         self.check_media(ids)
 
     def check_media(self, ids: Sequence[int]) -> None:
         """Raises RequestError if ids have media that the model cannot read, or slots without media."""
         if places := places_of(ids):
             raise RequestError(f"the prompt has {places[0].medium.kind} input, and this model {READS_ONLY_TEXT}")
+
+
+def _check_range(ids: Sequence[int], config: Config) -> None:
+    """Refuses no ids, and those outside the vocabulary, which MLX would read past."""
+    V, context = config.vocab_size, config.max_position_embeddings
+    if not ids:
+        raise RequestError(f"the prompt has 0 tokens; it needs at least 1, and the context holds {context}")
+    if not (min(ids) >= 0 and max(ids) < V):
+        outside = next(token for token in ids if not 0 <= token < V)
+        raise RequestError(f"token {outside} of the prompt is outside the model's vocabulary of {V}")

@@ -40,10 +40,9 @@ def check_share(config: Config, parallel: Parallel, size: int, infos: Mapping[st
     """
     if parallel == "pipeline":
         if size > (most := pipeline.last_start(config) + 1):
-            raise RequestError(
-                f"{size} ranks cannot share the {config.num_hidden_layers} blocks of this model, of which each needs "
-                f"one or more; start at most {most}"
-            )
+            blocks = config.num_hidden_layers
+            together = f", the last {blocks - most + 1} of which stay together" if most < blocks else ""
+            raise RequestError(f"{size} ranks cannot share {blocks} blocks{together}; start at most {most}")
         return
     tensor_parallel.check_split(config, size, infos)
 
@@ -85,7 +84,8 @@ def join_ranks(model: CausalLM, holding: Holding, share: Share, group: mx.distri
         tensor_parallel.as_part(model, holding.config, share, group)
     else:
         kind: Any = SambaYStage if isinstance(model, sambay.Model) else pipeline.Stage
-        pipeline.as_stage(model, kind, pipeline.deal_blocks(holding.config, holding.infos, share.size), share.rank, group)
+        dealt = pipeline.deal_blocks(holding.config, holding.infos, share.size)
+        pipeline.as_stage(model, kind, dealt, share.rank, group)
 
 
 def adapter_part(adapter: Adapter, holding: Holding) -> Adapter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import mlx.core as mx
 
@@ -18,9 +18,7 @@ Change = Callable[[mx.array], mx.array]  # logits [1, V] -> logits [1, V], each 
 class SplitHead(Protocol):
     """A model whose head is split."""
 
-    def candidates(
-        self, hidden: mx.array, count: int = LEAST, temps: Sequence[float] = ()
-    ) -> mx.array | SplitLogits:
+    def candidates(self, hidden: mx.array, count: int = LEAST, temps: Sequence[float] = ()) -> Logits:
         """See `LanguageModel.candidates`."""
 
     def logits(self, hidden: mx.array) -> mx.array:
@@ -142,7 +140,7 @@ class SplitLogits:
 
     @property
     def others(self) -> tuple[mx.array, mx.array]:
-        """The log-sum-exp of the unchanged logits that are not known, at temperature 1 and at the row's, [n, 1] each."""
+        """The log-sum-exp of unchanged logits that are not known, at temperature 1 and at the row's, [n, 1] each."""
         masses = mx.logsumexp(self.gathered[:, mx.array(self.rows), -2:], axis=0)
         return masses[:, :1], masses[:, 1:]
 
@@ -166,7 +164,7 @@ class SplitLogits:
             [row if change is None else change(row) for row, change in zip(rows, self.changes, strict=True)]
         )
 
-    def more(self) -> mx.array | SplitLogits:
+    def more(self) -> Logits:
         """The same with more of each rank's logits; all of them [n, V], with their changes, where that is most."""
         count = self.count * _MORE
         if count < min(end - start for start, end in self.parts):
@@ -179,3 +177,7 @@ class SplitLogits:
         """All logits [n, V], with their changes."""
         logits = self.model.logits(self.hidden).reshape(-1, self.parts[-1][1])
         return self.apply_changes(logits[mx.array(self.rows)])
+
+
+Logits: TypeAlias = mx.array | SplitLogits
+"""What a draw looks at: all logits [n, V], or those of a split head."""

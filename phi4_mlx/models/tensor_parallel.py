@@ -22,7 +22,7 @@ from phi4_mlx.files.safetensors import TensorInfo
 from phi4_mlx.models import text
 from phi4_mlx.models.causal_lm import CausalLM
 from phi4_mlx.models.share import Piece, Pieces, Share, part_of
-from phi4_mlx.models.split_logits import LEAST, SplitLogits, top
+from phi4_mlx.models.split_logits import LEAST, Logits, SplitLogits, top
 
 VOCABULARY_UNIT = 8  # rows; Metal's fastest product with a quantised matrix takes multiples of 8
 BY_COLUMNS = ("self_attn.o_proj", "mlp.down_proj")
@@ -156,9 +156,7 @@ class TensorParallel(CausalLM):
         gathered = mx.distributed.all_gather(padded[None], group=self._group)  # [size, ..., width]
         return mx.concatenate([part[..., :own] for part, own in zip(gathered, widths, strict=True)], axis=-1)
 
-    def candidates(
-        self, hidden: mx.array, count: int = LEAST, temps: Sequence[float] = ()
-    ) -> mx.array | SplitLogits:
+    def candidates(self, hidden: mx.array, count: int = LEAST, temps: Sequence[float] = ()) -> Logits:
         """See `LanguageModel.candidates`: the likeliest logits of each rank are gathered."""
         parts = self._parts
         count = min(count, *(end - start for start, end in parts))

@@ -38,7 +38,7 @@ def join(launch: Launch, about: Mapping[str, str]) -> Ranks:
     met = (lead if launch.rank == 0 else follow)(launch, everything)
     watching = Watching(launch.rank, met)
     try:
-        let_go(met) if launch.rank == 0 else wait_to_go(launch, met)
+        let_go(met) if launch.rank == 0 else wait_to_go(met)
     except BaseException:
         watching.close()
         raise
@@ -89,11 +89,16 @@ class Ranks:
 
     def open_backend(self) -> None:
         """Initialises `mx.distributed`."""
+        backend = self.launch.backend
         with self._watching.opening():
-            self.group = mx.distributed.init(strict=True, backend=self.launch.backend)
+            try:
+                self.group = mx.distributed.init(strict=True, backend=backend)
+            except RuntimeError as error:
+                advice = "if another job uses its ports, choose others, with mlx.launch by --starting-port"
+                raise RuntimeError(f"the backend {backend} does not open: {message_of(error)}; {advice}") from None
         if (self.group.rank(), self.group.size()) != (self.launch.rank, self.launch.size):
             raise RequestError(
-                f"the backend {self.launch.backend} counts {self.name} as rank {self.group.rank()} of "
+                f"the backend {backend} counts {self.name} as rank {self.group.rank()} of "
                 f"{self.group.size()}, not of {self.launch.size}"
             )
 
@@ -179,7 +184,7 @@ class Ranks:
         self._watching.end(line)
 
     def close(self) -> None:
-        """Ends the job in order: the followers exit with code 0 at their next `hear`; of the leader, once or again."""
+        """Ends the job in order; of the leader. The followers exit with code 0 at their next `hear`."""
         if self._closed:
             return
         self._closed = True

@@ -30,6 +30,8 @@ ALIVE, END = b".", b"!"
 
 BEAT_S = 0.5
 SILENT_S = 6.0
+"""Seconds without a beat after which a machine counts as gone; leaves time for the line within 10 s."""
+
 FROZEN_S = 2.0
 LOOK_S = 1.0
 """Seconds between two looks at the state of the rank's process: where there is no /proc, each starts `ps`."""
@@ -261,7 +263,7 @@ class Watcher:
         if late := self._progress.overdue(now):
             counter, limit = late
             behind = [self._names[rank] for rank, done in self._done.items() if done < counter]
-            self._end(f"{' and '.join(behind)} has not done operation {counter} within {limit:.0f} s")
+            self._end(f"{' and '.join(behind)} did not finish operation {counter} within {limit:.0f} s")
 
     def _tell_peers(self, value: dict[str, Any]) -> None:
         for link in self._peers.values():

@@ -1,6 +1,6 @@
 """Ranks that are killed, frozen, absent or unplugged at random moments: how long until the job has ended on all others.
 
-    python tests/bench/ranks.py [--times 20] [--ranks 2 4] [--launcher on off] [--failure killed ...]
+    python tests/bench/ranks.py [--times 5] [--ranks 2 4] [--launcher on off] [--failure killed ...]
 
 Moments are drawn from the start of the processes to the time in which the job is idle. A rank that is stopped before it
 has joined cannot end; it is killed here. The last line is JSON.
@@ -59,7 +59,7 @@ def attempt(folder: Path, size: int, launcher: bool, failure: str, chance: rando
 
 def main() -> None:
     parser = option_parser(__doc__)
-    parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--launcher", nargs="+", choices=("on", "off"), default=["on", "off"])
     parser.add_argument("--failure", nargs="+", choices=FAILURES, default=FAILURES)

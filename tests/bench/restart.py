@@ -17,9 +17,10 @@ from harness import last_line, option_parser
 from phi4_mlx.checkpoint import load
 from phi4_mlx.generation.cache_store.store import store_settings
 from phi4_mlx.generation.sampling import Sampling
-from phi4_mlx.server.engine.engine import Engine, Settings
+from phi4_mlx.server.engine.engine import Engine
 from phi4_mlx.server.engine.loop import turn
 from phi4_mlx.server.engine.protocol import Finish, Job
+from phi4_mlx.server.engine.settings import Settings
 from phi4_mlx.tokens.prompt import Prompt
 
 BAR = 0.15  # of the cold time

@@ -84,7 +84,7 @@ def test_a_rank_with_another_option_is_refused_on_all(start: Start) -> None:
 
 
 def test_an_operation_that_does_not_end_ends_the_job(start: Start) -> None:
-    check_end(start(STUCK="1"), "rank 1 (127.0.0.1) has not done operation 5 within 8 s")
+    check_end(start(STUCK="1"), "rank 1 (127.0.0.1) did not finish operation 5 within 8 s")
 
 
 def test_a_rank_in_native_code_that_keeps_the_lock_is_ended_too(start: Start) -> None:

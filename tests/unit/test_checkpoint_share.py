@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from phi4_mlx.adapters.layers import load_adapter, read_adapter
 from phi4_mlx.checkpoint import load_model
@@ -30,7 +30,7 @@ SAMPLING = [
     {"temp": 1.0, "seed": 3},
     {"temp": 0.7, "top_p": 0.8, "seed": 4},
     {"temp": 1.2, "top_k": 9, "min_p": 0.05, "seed": 5},
-    {"temp": 0.9, "top_p": 0.95, "seed": 6, "repetition_penalty": 1.3, "frequency_penalty": 0.4, "logit_bias": {9: 4.0}},
+    {"temp": 0.9, "top_p": 0.95, "repetition_penalty": 1.3, "frequency_penalty": 0.4, "logit_bias": {9: 4}, "seed": 6},
 ]
 
 
@@ -58,6 +58,15 @@ def write_adapter(folder: Path, model_folder: Path, kind: str, seed: int, **opti
     model = load_model(model_folder)
     adapted(model, kind, seed, **options)
     train_a_little(model, seed)
+    save_adapter(model, folder, {})
+    return folder
+
+
+def write_full(folder: Path, model_folder: Path) -> Path:
+    """A fully fine-tuned model's weights, as training writes them."""
+    model = load_model(model_folder)
+    model.update(tree_map(lambda array: array * 1.05, model.parameters()))
+    model.unfreeze()
     save_adapter(model, folder, {})
     return folder
 
@@ -111,6 +120,7 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
     multimodal = write_tiny_multimodal(folder / "multimodal")
     lora = write_adapter(folder / "lora", tiny, "lora", 1)
     dora = write_adapter(folder / "dora", tiny, "dora", 2)
+    full = write_full(folder / "full", tiny)
     short = {"tokens": 8}
     return {
         "tensor": {**RUN, "folder": str(tiny), "parallel": "tensor", "exchanges": True},
@@ -122,6 +132,7 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
         "tensor, masked": {"folder": str(tiny), "parallel": "tensor", "sampling": SAMPLING[1:3], "masked": True},
         "tensor, LoRA": {**short, "folder": str(four), "parallel": "tensor", "adapter": str(lora)},
         "tensor, DoRA": {**short, "folder": str(tiny), "parallel": "tensor", "adapter": str(dora)},
+        "tensor, full": {**short, "folder": str(tiny), "parallel": "tensor", "adapter": str(full)},
         "tensor, named adapters": {
             "folder": str(tiny), "parallel": "tensor", "adapters": {"one": str(lora), "two": str(dora)},
             "batch": [None, "one", "two", "one"],
@@ -129,9 +140,10 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
         "pipeline": {**RUN, "folder": str(tiny), "parallel": "pipeline", "exchanges": True},
         "pipeline, 4 bits": {**RUN, "folder": str(four), "parallel": "pipeline"},
         "pipeline, flash": {**short, "batch": [None] * 3, "folder": str(flash), "parallel": "pipeline"},
-        "pipeline, multimodal": {**short, "folder": str(multimodal), "parallel": "pipeline"},
+        "pipeline, multimodal": {**short, "picture": True, "folder": str(multimodal), "parallel": "pipeline"},
         "pipeline, untied": {**short, "folder": str(untied), "parallel": "pipeline"},
         "pipeline, LoRA": {**short, "folder": str(four), "parallel": "pipeline", "adapter": str(lora)},
+        "pipeline, full": {**short, "folder": str(tiny), "parallel": "pipeline", "adapter": str(full)},
         "pipeline, named adapters": {
             "folder": str(tiny), "parallel": "pipeline", "adapters": {"one": str(lora), "two": str(dora)},
             "batch": [None, "one", "two", "one"],

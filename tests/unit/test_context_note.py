@@ -15,8 +15,9 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.options import DecodeOptions
 from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.generation.steps import generate_step
-from phi4_mlx.server.engine.engine import Engine, Settings, limit_note
+from phi4_mlx.server.engine.engine import Engine, limit_note
 from phi4_mlx.server.engine.protocol import Failure, Job
+from phi4_mlx.server.engine.settings import Settings
 from tests.conftest import write_tiny_checkpoint
 from tests.tiny_sambay import write_tiny_sambay
 

@@ -37,9 +37,10 @@ from phi4_mlx.lora.training.batches import Batches
 from phi4_mlx.lora.training.trainer import Trainer
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.snapshot import MAX_SNAPSHOTS
-from phi4_mlx.server.engine.engine import Engine, Settings
+from phi4_mlx.server.engine.engine import Engine
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
 from phi4_mlx.server.engine.protocol import Finish, Job, Piece
+from phi4_mlx.server.engine.settings import Settings
 from tests import kinds
 from tests.adapters import adapted, save_adapter
 from tests.conftest import ROOT

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -14,7 +12,7 @@ from phi4_mlx.commands.sizing.shape import Shape
 from phi4_mlx.generation.memory import ContextPlan
 from phi4_mlx.models.cache import CacheOptions
 from phi4_mlx.models.model import ContextCost, LanguageModel
-from phi4_mlx.models.pipeline import Crossing, Stage
+from phi4_mlx.models.pipeline import Stage
 from phi4_mlx.models.sharding import check_share, join_ranks, share_pieces, share_plan
 from phi4_mlx.models.share import Holding, Parallel, Share
 from phi4_mlx.models.split_logits import LEAST
@@ -44,9 +42,8 @@ class Split:
         weights_bytes: that each rank reads and holds.
         costs: of a context, for each rank.
         layers: of the whole model.
-        width: bytes of one hidden state.
+        width: bytes of one hidden state between blocks.
         longest: the most tokens of the model's context.
-        handed: of pipeline, (sequences, new tokens of each) -> bytes that all ranks hand on in a pass.
     """
 
     parallel: Parallel
@@ -55,7 +52,6 @@ class Split:
     layers: int
     width: int
     longest: int
-    handed: Callable[[int, int], int] = field(default=lambda B, T: 0, compare=False)
 
     @property
     def size(self) -> int:
@@ -70,7 +66,8 @@ class Split:
             rows: sequences, of which each draws its next token.
         """
         if self.parallel == "pipeline":
-            return Exchanges(self.size, self.handed(rows, tokens // rows), f"{self.size} hand-overs")
+            handed = ((self.size - 1) * tokens + rows) * self.width  # the last rank returns the drawn rows alone
+            return Exchanges(self.size, handed, f"{self.size} hand-overs")
         states = tokens * self.width
         gather = self.size * rows * 4 * (2 * LEAST + 2)  # values, ids and two sums, 4 bytes each
         sums = 2 * self.layers + 1
@@ -98,7 +95,7 @@ def split_of(shape: Shape, parallel: Parallel, size: int, kv_bits: int | None = 
         RequestError: the model cannot be split so.
     """
     check_share(shape.config, parallel, size, shape.infos)
-    costs, stages = [], list[Stage]()
+    costs, dtype = [], shape.dtype
     for rank in range(size):
         share = Share(parallel, rank, size)
         holding = Holding(shape.config, shape.infos, share_pieces(shape.config, share, shape.infos))
@@ -108,29 +105,17 @@ def split_of(shape: Shape, parallel: Parallel, size: int, kv_bits: int | None = 
         join_ranks(model, holding, share, group)
         if isinstance(model, Stage):  # its config is that of the rank with the most blocks
             model.config = model.config_of(shape.config, len(model.layers))
-            stages.append(model)
+            dtype = model.stream_dtype
         costs.append(_cost(model, kv_bits))
-
-    def handed(B: int, T: int) -> int:
-        arrays = [stage.crossing(stage.first, B, T, 1) for stage in stages[1:]]
-        back: int = B * shape.config.hidden_size * stages[0].stream_dtype.size
-        return sum(map(_crossing_bytes, arrays)) + back
 
     return Split(
         parallel,
         tuple(share_plan(shape.config, shape.infos, parallel, size)),
         tuple(costs),
         shape.config.num_hidden_layers,
-        shape.config.hidden_size * shape.dtype.size,
+        shape.config.hidden_size * dtype.size,
         shape.config.max_position_embeddings,
-        handed,
     )
-
-
-def _crossing_bytes(crossing: Crossing) -> int:
-    """Bytes of arrays that one rank hands to the next; several of them cross in float32."""
-    sizes = [math.prod(shape) for shape, _ in crossing]
-    return sum(sizes) * (4 if len(crossing) > 1 else crossing[0][1].size)
 
 
 def whole(shape: Shape, kv_bits: int | None = None) -> Split:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
@@ -17,81 +16,27 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.batch import Batch
-from phi4_mlx.generation.cache_store.store import CacheStore, StoreSettings
+from phi4_mlx.generation.cache_store.store import CacheStore
 from phi4_mlx.generation.guessing import Guessing
-from phi4_mlx.generation.memory import cache_bytes
 from phi4_mlx.generation.options import LogitsMask
 from phi4_mlx.generation.prefill import ChunkPace
 from phi4_mlx.generation.sequence import BatchSequence, Fault, Token
-from phi4_mlx.generation.speculate import Mode, make_proposer
 from phi4_mlx.generation.stream import AnswerText
-from phi4_mlx.models.cache import CacheOptions
 from phi4_mlx.models.machine import memory_limit
 from phi4_mlx.models.model import LanguageModel
-from phi4_mlx.models.prompt_cache import PromptCache
-from phi4_mlx.models.share import Parallel
 from phi4_mlx.ranks.leader import LedModel
-from phi4_mlx.ranks.session import ModelOptions
-from phi4_mlx.server.engine.adapters import DEFAULT, JobAdapters
-from phi4_mlx.server.engine.answer import Answer, compiled_constraint, failure_of, last_turn, token_logprob
+from phi4_mlx.server.engine.answer import Answer, compiled_constraint, failure_of, token_logprob
 from phi4_mlx.server.engine.compiling import Compiling
+from phi4_mlx.server.engine.job_caches import JobCaches
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
-from phi4_mlx.server.engine.protocol import (
-    Event,
-    Failure,
-    Finish,
-    Job,
-    Piece,
-)
+from phi4_mlx.server.engine.protocol import Event, Failure, Finish, Job, Piece
 from phi4_mlx.server.engine.recalling import Recalling
-from phi4_mlx.tokens.prompt import Prompt, places_of
+from phi4_mlx.server.engine.sequences import JobSequences
+from phi4_mlx.server.engine.settings import Settings
 from phi4_mlx.tokens.tokenizer import Tokenizer
 
 ACTIVATION_BYTES = 2**29  # activation memory of a forward pass
 LEAST_TOKENS = 256  # of a prompt and its answer; an engine with room for fewer does not start
-MESSAGE_CHARS = 400  # of an exception's message
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings of an engine; they cross to its process.
-
-    Attributes:
-        model: a folder, a Hub id or "demo".
-        adapter_path: an adapter that is always on.
-        adapters: name -> folder of the adapters that a job may name.
-        max_rows: the most jobs that are answered at a time.
-        kv_limit_bytes: the most bytes of keys and values; None for a share of the machine's memory.
-        prefix_limit_bytes: likewise for the prefix cache.
-        chat_format: overrides the recognised one.
-        parallel: how ranks hold the model; None to choose.
-        store: keeps prompt caches for later; None for none.
-        kv_bits: 4 or 8 quantises keys and values; None does not.
-        speculate: as for `make_proposer`.
-        draft_model: a folder or a Hub id of a model that guesses in place of a lookup; None for none.
-        max_step_ms: milliseconds that a step may take while answers run, decode passes and prefill chunks together;
-            None for chunks of one size.
-    """
-
-    model: str
-    adapter_path: str | None = None
-    adapters: dict[str, str] = field(default_factory=dict)
-    max_rows: int = 32
-    kv_limit_bytes: int | None = None
-    prefix_limit_bytes: int | None = None
-    chat_format: str | None = None
-    parallel: Parallel | None = None
-    store: StoreSettings | None = None
-    kv_bits: int | None = None
-    speculate: Mode = "off"
-    draft_model: str | None = None
-    max_step_ms: float | None = None
-
-    @property
-    def model_options(self) -> ModelOptions:
-        """The model, with the adapters that jobs may use over ranks, where each rank reads its share at the start."""
-        adapters = self.adapters if self.adapter_path is None else {DEFAULT: self.adapter_path, **self.adapters}
-        return ModelOptions(self.model, self.parallel, adapters=adapters, chat_format=self.chat_format)
 
 
 class Engine:
@@ -107,7 +52,7 @@ class Engine:
     Attributes:
         prefixes: caches of earlier prompts.
         guessing: the guesses of all jobs so far.
-        prefilled_tokens: prompt tokens computed so far, without those found in the prefix cache.
+        sequences: makes them of jobs.
         drawn_tokens: answer tokens so far.
     """
 
@@ -119,21 +64,23 @@ class Engine:
         draft: LanguageModel | None = None,
         warn: Callable[[str], None] = lambda line: None,
     ):
-        _check_options(base, settings, draft)
-        self.tokenizer, self.settings, self._draft = tokenizer, settings, draft
+        self.tokenizer, self.settings = tokenizer, settings
         self.guessing = Guessing(timed=settings.speculate == "auto")
-        self._guesses = settings.speculate != "off" and _rewindable(base)
         self.kv_limit_bytes, prefix_limit_bytes = _memory_limits(base, settings)
-        self.prefilled_tokens = self.drawn_tokens = 0
-        self._adapters = JobAdapters(base, settings.adapters, settings.adapter_path)
+        self.sequences = JobSequences(base, tokenizer, settings, draft)
+        self.drawn_tokens = 0
         self._answers: dict[BatchSequence, Answer] = {}
         self._compiling = Compiling(partial(compiled_constraint, tokenizer, base.config.vocab_size))
-        self._unkept = 0
-        self.prefixes = PrefixCache(
-            prefix_limit_bytes, _opened_store(settings, self._adapters.get(None).model, tokenizer, warn)
-        )
-        self._recalling = Recalling(self.prefixes, self.kv_limit_bytes, CacheOptions(None, settings.kv_bits))
+        store = _opened_store(settings, self.sequences.model, tokenizer, warn)
+        self.prefixes = PrefixCache(prefix_limit_bytes, store)
+        self._recalling = Recalling(self.prefixes, self.kv_limit_bytes)
+        self._caches = JobCaches(self.prefixes, self._answers)
         self.batch = self._new_batch()
+
+    @property
+    def prefilled_tokens(self) -> int:
+        """Prompt tokens computed so far, without those found in the prefix cache."""
+        return self._caches.prefilled_tokens
 
     @property
     def busy(self) -> bool:
@@ -143,17 +90,9 @@ class Engine:
     @property
     def longest(self) -> int:
         """The most tokens of a prompt and its answer: the limit of the context, or of memory."""
-        fixed, token_bytes = self.context_bytes
+        fixed, token_bytes = self.sequences.context_bytes
         tokens = (self.kv_limit_bytes - fixed) // max(token_bytes, 1)
-        return min(self._adapters.get(None).model.config.max_position_embeddings, tokens)
-
-    @property
-    def context_bytes(self) -> tuple[int, int]:
-        """Bytes that a context takes before its first token, with one buffer, and those of each token."""
-        costs = [self._adapters.get(None).model.context_cost(self.settings.kv_bits)]
-        if self._draft is not None:
-            costs.append(self._draft.context_cost())
-        return sum(cache_bytes(cost, 0) for cost in costs), sum(cost.token_bytes for cost in costs)
+        return min(self.sequences.model.config.max_position_embeddings, tokens)
 
     def submit(self, job: Job) -> list[Event]:
         """Queues a job, once its grammar is compiled; returns its failure if it cannot be served."""
@@ -210,68 +149,31 @@ class Engine:
             self._end(answer)
         self.prefixes.close(timeout_s)
 
-    def recall(self, sequence: BatchSequence) -> PromptCache | None:
-        """The cached prefix of a prompt that is about to be prefilled; called by the batch."""
-        answer = self._answers[sequence]
-        cache = self.prefixes.find(sequence.model, answer.job.adapter, sequence.ids, sequence.kv_bits)
-        if answer.cached_tokens is None:  # else it has found its own cache
-            answer.cached_tokens = cache.offset if cache else 0
-        return cache
-
-    def keep(self, sequence: BatchSequence) -> None:
-        """Stores a prefilled prompt at once, for prompts with the same prefix; called by the batch."""
-        answer = self._answers[sequence]
-        if not answer.tokens:
-            self.prefilled_tokens += len(answer.job.prompt) - (answer.cached_tokens or 0)
-        self._put(answer, sequence.cache)
-
-    def set_aside(self, sequence: BatchSequence) -> None:
-        """Stores the beginning of a prompt that others wait for, or that returns to the queue; called by the batch."""
-        self._put(self._answers[sequence], sequence.cache)
-
     def gauges(self) -> dict[str, float]:
         """Counts and bytes by metric name."""
         return {
             "answers_under_way": len(self._answers) + len(self._compiling),
             "prefilled_tokens_total": self.prefilled_tokens,
             "drawn_tokens_total": self.drawn_tokens,
-            "passes_total": self.guessing.passes,
-            "guessed_tokens_total": self.guessing.guessed,
-            "held_tokens_total": self.guessing.held,
-            "guess_failures_total": self.guessing.failures,
+            **self.guessing.gauges(),
             "kv_bytes": self.batch.nbytes,
             "kv_limit_bytes": self.kv_limit_bytes,
             "prefix_cache_bytes": self.prefixes.nbytes,
             "prefix_cache_limit_bytes": self.prefixes.limit_bytes,
             "prefix_cache_entries": len(self.prefixes),
-            "prefix_cache_failures_total": self._unkept,
+            "prefix_cache_failures_total": self._caches.failures,
             **({} if self.prefixes.store is None else self.prefixes.store.gauges()),
             "active_memory_bytes": mx.get_active_memory(),
             "peak_memory_bytes": mx.get_peak_memory(),
         }
 
     def _answer(self, job: Job, constraint: LogitsMask | None) -> Answer:
-        model, adapter = self._adapters.get(job.adapter)
-        model.check_ids(job.prompt)
+        sequence = self.sequences.of(job, constraint)
         if len(job.prompt) + job.max_tokens > self.longest:
             raise RequestError(
                 f"{len(job.prompt)} prompt tokens and max_tokens {job.max_tokens} come to more than {self.longest}, "
                 f"the limit of this server{limit_note(self)}; shorten the prompt or lower max_tokens"
             )
-        sequence = BatchSequence(
-            model,
-            Prompt(job.prompt, places_of(job.prompt)),
-            job.max_tokens,
-            job.sampling.sampler(),
-            job.sampling.processors(),
-            constraint,
-            last_turn=last_turn(job.prompt, self.tokenizer.eos_ids),
-            adapter=adapter,
-            kv_bits=self.settings.kv_bits,
-            priority=job.priority,
-            proposer=make_proposer(self.settings.speculate, model, self._draft) if self._guesses else None,
-            end_ids=self.tokenizer.eos_ids,
-        )
         text = AnswerText(self.tokenizer.streaming_decoder(), list(job.stop))
         return Answer(job, sequence, text, time.monotonic() + job.timeout_s)
 
@@ -323,25 +225,17 @@ class Engine:
     def _end(self, answer: Answer) -> None:
         """Ends a job and keeps its cache."""
         del self._answers[answer.sequence]
-        self._put(answer, self.batch.end(answer.sequence))
+        self._caches.put(answer, self.batch.end(answer.sequence))
 
     def _forget(self, answer: Answer) -> None:
         """Ends a job and drops its cache."""
         self._answers.pop(answer.sequence, None)
         self.batch.end(answer.sequence)
 
-    def _put(self, answer: Answer, cache: PromptCache | None) -> None:
-        """Stores a cache for prompts with the same prefix; a failure only costs their prefill."""
-        try:
-            if cache is not None and cache.offset:
-                self.prefixes.put(answer.sequence.model, answer.job.adapter, cache)
-        except Exception:
-            self._unkept += 1
-
     def _new_batch(self) -> Batch:
-        limit_ms = self.settings.max_step_ms
+        rows, limit_ms = self.settings.max_rows, self.settings.max_step_ms
         pace = None if limit_ms is None else ChunkPace(limit_ms / 1000)
-        return Batch(self.settings.max_rows, self.kv_limit_bytes, prefixes=self, guessing=self.guessing, pace=pace)
+        return Batch(rows, self.kv_limit_bytes, prefixes=self._caches, guessing=self.guessing, pace=pace)
 
 
 def _opened_store(
@@ -361,10 +255,10 @@ def check_room(engine: Engine) -> None:
     Raises:
         RequestError: there is not; states the least number of bytes.
     """
-    model = engine._adapters.get(None).model
+    model = engine.sequences.model
     least = min(LEAST_TOKENS, model.config.max_position_embeddings)
     if engine.longest < least:
-        fixed, token_bytes = engine.context_bytes
+        fixed, token_bytes = engine.sequences.context_bytes
         needed = fixed + least * max(token_bytes, 1)
         raise RequestError(
             f"running answers may take {engine.kv_limit_bytes:,} bytes, and one of {least} tokens takes {needed:,}; "
@@ -374,7 +268,7 @@ def check_room(engine: Engine) -> None:
 
 def limit_note(engine: Engine) -> str:
     """The text that follows the engine's limit in messages: the note of the context, if that is the limit."""
-    config = engine._adapters.get(None).model.config
+    config = engine.sequences.model.config
     return config.context_note if engine.longest == config.max_position_embeddings else ""
 
 
@@ -392,28 +286,3 @@ def _memory_limits(base: LanguageModel, settings: Settings) -> tuple[int, int]:
     kv, prefix = settings.kv_limit_bytes, settings.prefix_limit_bytes
     burden = base.leader.burden if isinstance(base, LedModel) else 1.0
     return free // 2 if kv is None else kv, int(free / burden) // 4 if prefix is None else prefix
-
-
-def _rewindable(base: LanguageModel) -> bool:
-    """True if rows of a batch can take back wrong guesses."""
-    return base.make_batch_cache("short").rewindable
-
-
-def _check_options(base: LanguageModel, settings: Settings, draft: LanguageModel | None) -> None:
-    """Checks that the model can do what the settings ask for.
-
-    Raises:
-        RequestError: it cannot; names the model and the option.
-    """
-    kind = getattr(base.config, "model_type", "this model")
-    try:
-        base.layer_caches(CacheOptions(None, settings.kv_bits))
-    except RequestError as error:
-        raise RequestError(f"{kind}: {error}") from None
-    asked = "--draft-model" if draft is not None else "--speculate lookup" if settings.speculate == "lookup" else None
-    if asked and not _rewindable(base):
-        raise RequestError(
-            f"{kind} cannot take back wrong guesses of one answer among several: it has recurrent states; leave out "
-            f"{asked}"
-        )
-    make_proposer(settings.speculate, base, draft)

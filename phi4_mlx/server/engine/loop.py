@@ -14,9 +14,10 @@ from phi4_mlx.errors import CheckpointError, Phi4Error
 from phi4_mlx.generation.memory_pressure import read_memory
 from phi4_mlx.ranks.session import Session, open_session
 from phi4_mlx.server.engine.answer import short_message
-from phi4_mlx.server.engine.engine import Engine, Settings, check_room, limit_note
+from phi4_mlx.server.engine.engine import Engine, check_room, limit_note
 from phi4_mlx.server.engine.protocol import Broken, Cancel, Command, Event, Job, Leave, Notice, Ping, Pong, Ready
 from phi4_mlx.server.engine.pulse import Pulse
+from phi4_mlx.server.engine.settings import Settings
 from phi4_mlx.server.limits import STORING_S
 from phi4_mlx.terminal.command import complain, typed
 from phi4_mlx.terminal.printable import one_line

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from phi4_mlx.server.engine import loop
-from phi4_mlx.server.engine.engine import Settings
 from phi4_mlx.server.engine.protocol import Beat, Command, Leave, Ping, Pong, Report
+from phi4_mlx.server.engine.settings import Settings
 
 TICK_S = 0.5  # the watch counts ticks: after a sleep of the whole machine, one long interval is one tick
 FIRST_BEAT_S = 60.0  # from the launch: Python and MLX are imported before the first beat

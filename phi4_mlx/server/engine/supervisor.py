@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from phi4_mlx.errors import RequestError
 from phi4_mlx.ranks.launch import launched
 from phi4_mlx.server.engine import process
-from phi4_mlx.server.engine.engine import Settings
 from phi4_mlx.server.engine.process import EngineProcess
 from phi4_mlx.server.engine.protocol import (
     Beat,
@@ -30,6 +29,7 @@ from phi4_mlx.server.engine.protocol import (
     Ready,
     Report,
 )
+from phi4_mlx.server.engine.settings import Settings
 from phi4_mlx.server.limits import STORING_S
 from phi4_mlx.server.log import LOG
 

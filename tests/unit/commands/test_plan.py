@@ -126,6 +126,14 @@ def test_tensor_is_offered_only_where_it_divides(capsys: pytest.CaptureFixture[s
     assert "over jaccl: --parallel pipeline" in out and "By pipeline" in out
 
 
+def test_a_model_of_one_block_can_be_split_by_tensor_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = WRITERS["phi3"](tmp_path / "flat", num_hidden_layers=1)
+    found = answer(["--model", str(folder), "--ranks", "2"], capsys)
+    assert [each["parallel"] for each in found["splits"]] == ["tensor"]
+    assert {each["parallel"] for each in found["chosen"]} == {"tensor"}
+    assert "cannot share 1 block" in refused(["--model", str(folder), "--ranks", "2", "--parallel", "pipeline"], capsys)
+
+
 def test_times_follow_from_bytes_and_links() -> None:
     shape = read_shape(MINI)
     alone, tensor = whole(shape), split_of(shape, "tensor", 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ def worker(fault: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_crash_costs_one_check_and_names_the_way_out() -> None:
     told: list[Outcome] = []
     ways_out = {"norms, float32": [["norms"]], "rope, float32": [["norms"], ["rope"]], "attention, float32": []}
@@ -124,6 +126,12 @@ def test_an_unknown_switch_is_refused_before_anything_runs(
     assert "'compield'" in message and "did you mean compiled?" in message and message.count("\n") == 1
 
 
+def test_a_package_that_cannot_be_loaded_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--model", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "config.json does not exist" in message and "MLX does not start" not in message
+
+
 def test_a_machine_without_mlx_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from phi4_mlx.doctor.examination import examine
 
@@ -143,3 +151,43 @@ def test_a_failed_check_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert capsys.readouterr().out == "1 of 1 check failed\n"
     assert doctor.main(["--json"]) == 1
     assert json.loads(capsys.readouterr().out)["passed"] is False
+
+
+TWO_DEVICES = """
+import contextlib
+from phi4_mlx.doctor import checks, devices, operations, speed
+from phi4_mlx.doctor.devices import Device
+
+@contextlib.contextmanager
+def wrong_rope():
+    right = mx.fast.rope
+    mx.fast.rope = lambda *a, **k: 2 * right(*a, **k)
+    try:
+        yield
+    finally:
+        mx.fast.rope = right
+
+both = [devices.devices()[0], Device("gpu", wrong_rope)]
+devices.devices = lambda: both
+few = [each for each in operations.operation_checks() if each.name in ("norms, float32", "rope, float32")]
+checks.all_checks = lambda folder: few
+speed.speeds = lambda: iter([{"name": "memory, read", "value": 2.0, "unit": "GB/s", "share": None}])
+"""
+
+
+@pytest.mark.slow
+def test_a_gpu_that_is_wrong_is_reported_with_the_switch() -> None:
+    from phi4_mlx.doctor.examination import examine
+
+    lines: list[str] = []
+    found = examine(None, lines.append, worker(TWO_DEVICES))
+    assert [each["passed"] for each in found["checks"]] == [True, False]
+    across, twins = found["checks"][1]["devices"], found["checks"][1]["twins"]
+    assert across == pytest.approx(1.0, abs=0.01) and twins == pytest.approx(1.0, abs=0.01)
+    assert found["verdict"] == "1 of 2 checks failed; switch off with PHI4_MLX_SAFE=rope"
+    assert found["switch_off"] == ["rope"] and not found["passed"] and found["not_compared"] == []
+    head = next(line for line in lines if line.endswith("allowed"))
+    assert "gpu to cpu" in head
+    assert next(line for line in lines if line.startswith("FAIL")).endswith("PHI4_MLX_SAFE=rope helps")
+    assert any(line.startswith("rope: rotations as sines") for line in lines)
+    assert any(line.startswith("memory, read") for line in lines)

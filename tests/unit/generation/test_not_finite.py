@@ -17,8 +17,9 @@ from phi4_mlx.generation.sequence import BatchSequence, Fault
 from phi4_mlx.generation.speculate import PromptLookup
 from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.models.text import Model
-from phi4_mlx.server.engine.engine import Engine, Settings
+from phi4_mlx.server.engine.engine import Engine
 from phi4_mlx.server.engine.protocol import Failure, Job
+from phi4_mlx.server.engine.settings import Settings
 from tests.conftest import Demo, TinyCheckpoint, make_tiny_model
 from tests.unit.convert.test_finite import poisoned
 from tests.unit.server.engine.harness import run

@@ -22,13 +22,15 @@ from phi4_mlx.files.dtypes import name_of
 from phi4_mlx.files.safetensors import TensorWriter, read_whole_header
 from phi4_mlx.models.cache import CacheOptions, KVCache
 from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.sambay import Model as SambaY
 from phi4_mlx.models.text import Model
 from phi4_mlx.tokens.tokenizer import load_tokenizer
 from tests.char_tokenizer import CharTokenizer
 from tests.conftest import BOUNDARY, TinyCheckpoint, TinyModel
 from tests.conftest import TOKENIZER as TOKENIZER_FILES
 from tests.damage import flipped_bits
-from tests.model_runs import close, filled_cache, random_ids
+from tests.model_runs import close, decoded, filled_cache, random_ids
+from tests.tiny_sambay import make_tiny_sambay
 
 TOKENIZER = CharTokenizer()
 WIDE = {"num_attention_heads": 3, "num_key_value_heads": 1}  # head_dim 32, which can be quantised
@@ -375,3 +377,56 @@ def test_the_fingerprint_of_a_tokenizer_depends_on_the_meaning_of_its_ids(tmp_pa
     ending = load_tokenizer(tmp_path)
     ending.eos_ids |= {5}
     assert len({fingerprint(), *others, ending.fingerprint()}) == 5
+
+
+LENGTH = "layers.0.snapshots.40.length"
+
+
+@pytest.fixture(scope="module")
+def sambay() -> SambaY:
+    return make_tiny_sambay(seed=5)
+
+
+def snapped(model: SambaY) -> PromptCache:
+    """A cache of 100 tokens with snapshots after 40, 80 and 99 of them."""
+    cache = model.make_cache()
+    decoded(model, random_ids(100)[0].tolist(), 1, cache=cache, prefill_step_size=40)
+    assert [each.length for each in cache.snapshots] == [40, 80, 99]
+    return cache
+
+
+@pytest.mark.parametrize("shared", [100, 99, 90, 50, 40, 39])
+def test_a_loaded_cache_returns_to_the_snapshots_of_the_saved_one(sambay: SambaY, tmp_path: Path, shared: int) -> None:
+    cache, history = snapped(sambay), random_ids(100)[0].tolist()
+    save_prompt_cache(tmp_path / "kept", cache, sambay, TOKENIZER)
+    loaded = load_prompt_cache(tmp_path / "kept", sambay, TOKENIZER)
+    prompt = [*history[:shared], 511 - history[shared - 1], 7]
+    rest, expected = loaded.reuse(prompt), cache.reuse(prompt)
+    assert rest == expected and len(rest) == len(prompt) - max(n for n in (0, 40, 80, 99, 100) if n <= shared)
+    assert mx.array_equal(sambay(mx.array([rest]), loaded), sambay(mx.array([rest]), cache))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda t, m: m.update({"phi4_mlx.snapshots": "[40, 80]"}), r"'layers.\d+.snapshots.99.\w+' is left over"),
+        (lambda t, m: m.update({"phi4_mlx.snapshots": "[40, 80, 99, 101]"}), "it lacks 'layers.0.snapshots.101"),
+        (lambda t, m: m.update({"phi4_mlx.snapshots": "[80, 40, 99]"}), "are not the lengths of at most 8 snapshots"),
+        (lambda t, m: m.update({"phi4_mlx.snapshots": '{"a": 1}'}), "are not the lengths of at most 8 snapshots"),
+        (lambda t, m: m.update({"phi4_mlx.snapshots": "[true]"}), "are not the lengths of at most 8 snapshots"),
+        (lambda t, m: m.update({"phi4_mlx.snapshots": "["}), "Expecting value"),
+        (lambda t, m: m.pop("phi4_mlx.snapshots"), "is left over"),
+        (lambda t, m: t.update({LENGTH: t[LENGTH] + 1}), "its snapshot after 40 tokens holds another number of them"),
+        (lambda t, m: t.pop(LENGTH), f"it lacks '{LENGTH}'"),
+        (lambda t, m: t.update({LENGTH.replace("length", "conv"): mx.zeros((1, 1))}), "of shape"),
+    ],
+)
+def test_forged_snapshots_are_one_line(sambay: SambaY, tmp_path: Path, change: Any, complaint: str) -> None:
+    path = tmp_path / "kept"
+    save_prompt_cache(path, snapped(sambay), sambay, TOKENIZER)
+    forged(path, lambda tensors, about: None)
+    assert load_prompt_cache(path, sambay, TOKENIZER).offset == 100
+    forged(path, change)
+    with pytest.raises(CheckpointError, match=rf"is not a prompt cache of this model: .*({complaint})") as refused:
+        load_prompt_cache(path, sambay, TOKENIZER)
+    assert "\n" not in str(refused.value)

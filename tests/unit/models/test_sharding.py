@@ -21,6 +21,7 @@ from phi4_mlx.models.share import Parallel, Share, part_of
 from phi4_mlx.models.text import Model
 from tests.conftest import tiny_config_dict, write_tiny_checkpoint
 from tests.presets import PRESETS
+from tests.tiny_sambay import sambay_config_dict
 
 WAYS: tuple[Parallel, ...] = ("tensor", "pipeline")
 
@@ -113,8 +114,12 @@ def test_groups_that_would_be_cut_are_refused_by_name() -> None:
 
 
 def test_more_ranks_than_blocks_are_refused() -> None:
-    with pytest.raises(RequestError, match="3 ranks cannot share the 2 blocks of this model, .* start at most 2"):
+    with pytest.raises(RequestError, match="3 ranks cannot share 2 blocks; start at most 2"):
         check_share(read_config(tiny_config_dict()), "pipeline", 3)
+    with pytest.raises(RequestError, match="6 ranks cannot share 8 blocks, the last 4 of which stay together"):
+        check_share(read_config(sambay_config_dict()), "pipeline", 6)
+    with pytest.raises(RequestError, match="is for decoders of model_type phi3, and this one is phi4flash"):
+        check_share(read_config(sambay_config_dict()), "tensor", 2)
 
 
 def test_the_way_is_chosen_with_a_reason() -> None:
@@ -129,13 +134,14 @@ def test_the_way_is_chosen_with_a_reason() -> None:
 def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The bytes of each read of a part of a file."""
     found: list[int] = []
-    preadv = os.preadv
+    pread = os.pread
 
-    def counting(descriptor: int, buffers: Any, offset: int) -> int:
-        found.append(preadv(descriptor, buffers, offset))
-        return found[-1]
+    def counting(descriptor: int, size: int, offset: int) -> bytes:
+        part = pread(descriptor, size, offset)
+        found.append(len(part))
+        return part
 
-    monkeypatch.setattr(os, "preadv", counting)
+    monkeypatch.setattr(os, "pread", counting)
     return found
 
 

@@ -13,8 +13,9 @@ import httpx
 from phi4_mlx.checkpoint import load
 from phi4_mlx.files.json_file import JsonObject
 from phi4_mlx.server.app import App
-from phi4_mlx.server.engine.engine import Engine, Settings, limit_note
+from phi4_mlx.server.engine.engine import Engine, limit_note
 from phi4_mlx.server.engine.protocol import Event, Failure, Finish, Job, Pong
+from phi4_mlx.server.engine.settings import Settings
 from phi4_mlx.server.guard import Guard
 from phi4_mlx.server.request_log import RequestLog
 from phi4_mlx.server.service import Service

@@ -10,7 +10,8 @@ import pytest
 
 from phi4_mlx.server.engine import process as process_module
 from phi4_mlx.server.engine import supervisor as supervisor_module
-from phi4_mlx.server.engine.engine import Engine, Settings
+from phi4_mlx.server.engine.engine import Engine
+from phi4_mlx.server.engine.settings import Settings
 from tests.conftest import Demo
 from tests.unit.server.engine.harness import MakeEngine
 from tests.unit.server.engine.scripted import ENGINE

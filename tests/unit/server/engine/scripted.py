@@ -12,8 +12,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from phi4_mlx.server.engine.engine import Settings
 from phi4_mlx.server.engine.protocol import Event, Failure, Job, Piece
+from phi4_mlx.server.engine.settings import Settings
 from phi4_mlx.server.engine.supervisor import Supervisor
 
 HANG_S = 120.0  # a test that takes longer is stuck

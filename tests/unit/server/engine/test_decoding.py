@@ -12,8 +12,9 @@ from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.generation.stream import generate
 from phi4_mlx.grammar.grammars import json_schema
-from phi4_mlx.server.engine.engine import Engine, Settings
+from phi4_mlx.server.engine.engine import Engine
 from phi4_mlx.server.engine.protocol import Finish, Job
+from phi4_mlx.server.engine.settings import Settings
 from tests.adapters import adapted, save_adapter
 from tests.conftest import Demo, make_tiny_model
 from tests.tiny_sambay import make_tiny_sambay

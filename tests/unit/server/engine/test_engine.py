@@ -139,7 +139,7 @@ def test_a_beginning_that_waiting_prompts_share_is_prefilled_once(
     shared = random.Random(8).choices(range(900), k=100)
     jobs = [Job(n, Prompt([*shared, *range(n, n + 60)]), 6, GREEDY) for n in range(1, 5)]
     engine = make_engine()
-    engine.batch.prefill_step_size = chunk
+    engine.batch.prefilling.step_size = chunk
     events = run(engine, *jobs)
     cached = [finish(events[job.id]).cached_tokens for job in jobs]
     assert cached[0] == 0 and all(100 - WORTH_WAITING < count <= 100 for count in cached[1:])
@@ -154,7 +154,7 @@ def test_a_cancelled_job_sends_no_more_events_and_its_cache_is_kept(
 ) -> None:
     engine, (first, second, *_) = make_engine(), greedy_jobs(demo[1])
     if moment == "prefilling":
-        engine.batch.prefill_step_size = 4
+        engine.batch.prefilling.step_size = 4
     events = [*engine.submit(first), *engine.submit(second)] if moment == "waiting" else turn(engine, [first, second])
     assert engine.gauges()["answers_under_way"] == 2
     engine.cancel(first.id)
@@ -274,7 +274,7 @@ def test_a_prompt_that_several_jobs_share_is_prefilled_once(
     demo: Demo, make_engine: MakeEngine, words: int, chunk: int
 ) -> None:
     engine = make_engine()
-    engine.batch.prefill_step_size = chunk
+    engine.batch.prefilling.step_size = chunk
     shared = prompt(demo[1], "Count: " + "one " * words)
     jobs = [Job(n, shared, 4, Sampling(temp=1.0, seed=n)) for n in range(5)]
     events = run(engine, *jobs)

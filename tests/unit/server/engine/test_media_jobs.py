@@ -13,17 +13,20 @@ from mlx.utils import tree_flatten
 from phi4_mlx.adapters.layers import load_adapter
 from phi4_mlx.checkpoint import load, share_weights
 from phi4_mlx.errors import RequestError
+from phi4_mlx.generation.cache_store.store import store_settings
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.text import Decoder
 from phi4_mlx.server.engine import engine as engine_module
-from phi4_mlx.server.engine.engine import Engine, Settings
+from phi4_mlx.server.engine.engine import Engine
 from phi4_mlx.server.engine.protocol import Event, Failure, Finish, Job
+from phi4_mlx.server.engine.settings import Settings
 from phi4_mlx.tokens.prompt import Prompt
 from tests.adapters import adapted, save_adapter
 from tests.media import clip, picture, prompt_of
 from tests.model_runs import decoded
+from tests.stores import SOON_S
 from tests.tiny_multimodal import write_tiny_multimodal
-from tests.unit.server.engine.harness import GREEDY, run, text
+from tests.unit.server.engine.harness import GREEDY, finish, run, text
 
 TEXT = [490, 5, 6]
 
@@ -85,6 +88,26 @@ def test_jobs_of_all_kinds_share_an_engine_and_a_prefix_cache(
         assert isinstance(end, Finish)
         assert end.cached_tokens == (len(job.prompt) - 1 if len(job.prompt) > 8 else 0)
     assert len({tuple(answer) for answer in answers}) == len(answers)
+
+
+def test_jobs_of_all_kinds_find_their_own_caches_on_the_disk(
+    loaded: tuple[LanguageModel, Any], adapters: dict[str, str], tmp_path: Path
+) -> None:
+    settings = {"store": store_settings(str(tmp_path / "s"), 10**8)}
+    asked = [replace(job, prompt=prompt_of([*range(20, 60)], job.prompt)) for job in jobs()]
+    engine = make(loaded, adapters, **settings)
+    first = run(engine, *asked)
+    engine.close(SOON_S)
+    assert len({text(first[job.id]) for job in asked}) == len(asked)
+    engine = make(loaded, adapters, **settings)
+    again = run(engine, *asked)
+    for job in asked:
+        assert text(again[job.id]) == text(first[job.id]) and finish(again[job.id]).cached_tokens == len(job.prompt) - 1
+    engine.close(SOON_S)
+    for name, by_name in (("lora", asked[5]), ("dora", asked[6])):  # always on, and without a name
+        engine = make(loaded, {}, adapter_path=adapters[name], **settings)
+        assert text(run(engine, asked[0])[0]) == text(first[by_name.id])
+        engine.close(SOON_S)
 
 
 @pytest.mark.parametrize("name", ["lora", "whole"])

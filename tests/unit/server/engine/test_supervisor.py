@@ -17,8 +17,8 @@ import pytest
 
 from phi4_mlx.errors import Phi4Error
 from phi4_mlx.generation.sampling import Sampling
-from phi4_mlx.server.engine.engine import Settings
 from phi4_mlx.server.engine.protocol import Failure, Finish, Job, Piece, Pong
+from phi4_mlx.server.engine.settings import Settings
 from phi4_mlx.server.engine.supervisor import Full, Supervisor
 from tests.unit.server.engine.scripted import (
     ANSWER,
