@@ -61,6 +61,19 @@ def test_a_prompt_on_the_disk_is_answered_as_one_in_memory(
     engine.close(SOON_S)
 
 
+def test_a_quantised_cache_on_the_disk_serves_engines_of_its_kind(
+    demo: Demo, make_stored: Callable[..., Engine]
+) -> None:
+    job, said = Job(1, prompt_of(1), 20, GREEDY), {}
+    for kv_bits, cached in ((4, 0), (8, 0), (None, 0), (4, 59), (8, 59), (None, 59)):
+        engine = make_stored(kv_bits=kv_bits)
+        events = run(engine, job)[1]
+        assert finish(events).cached_tokens == cached
+        assert text(events) == said.setdefault(kv_bits, text(events))
+        engine.close(SOON_S)
+    assert said[None] == alone(demo, job)
+
+
 def test_an_engine_without_room_in_memory_works_from_the_disk(demo: Demo, make_stored: Callable[..., Engine]) -> None:
     engine = make_stored(prefix_limit_bytes=0)
     for n, cached in ((1, 0), (2, 59)):
