@@ -74,9 +74,11 @@ class Product:
     excess: mx.array | None
 
     @classmethod
-    def of(cls, linear: nn.Module, adapter: Adapter, path: str, dtype: mx.Dtype) -> Product:
+    def of(
+        cls, linear: nn.Module, adapter: Adapter, path: str, dtype: mx.Dtype, *, dequantized: bool = False
+    ) -> Product:
         """The product of an adapter's layer, computed from its tensors in the dtype of the hidden states."""
-        excess = None
+        excess, scheme = None, adapter.scheme
         if adapter.scheme is None:
             a, b, *excesses = layer_of(linear, adapter, path).operands(dtype)
             arrays = {"a": mx.contiguous(a), "b": b}  # of PEFT, a is a transposed view
@@ -88,8 +90,14 @@ class Product:
                 array = adapter.tensors[f"{path}.lora_{name}"].astype(mx.float32)
                 given[name] = (array * factor).astype(dtype)
             arrays = given
+            if dequantized:
+                a, b = (
+                    mx.dequantize(given[name], given[f"{name}_scales"], given[f"{name}_biases"], *adapter.scheme)
+                    for name in ("a", "b")
+                )
+                arrays, scheme = {"a": mx.contiguous(a.T), "b": b}, None
         mx.eval(arrays, excess)
-        return cls(arrays, adapter.scheme, excess)
+        return cls(arrays, scheme, excess)
 
     @property
     def rank(self) -> int:

@@ -62,14 +62,15 @@ class NamedAdapters:
 
     Args:
         layers: the blocks of the model.
+        dequantized: True to keep the matrices of quantised adapters dense.
 
     Attributes:
         on: False makes every row compute as the base does.
         replaced: True if weights of the base that they were made for are replaced by fine-tuned ones.
     """
 
-    def __init__(self, layers: list[nn.Module]) -> None:
-        self._layers = layers
+    def __init__(self, layers: list[nn.Module], *, dequantized: bool = False) -> None:
+        self._layers, self._dequantized = layers, dequantized
         self._entries: dict[str, _Entry] = {}
         self._ready: dict[tuple[str, ...], Selection] = {}  # the most recently used last
         self.on, self.replaced = True, False
@@ -199,7 +200,10 @@ class NamedAdapters:
             check_fit(blocks, adapter)
             linears = linear_layers(blocks)
             dtype = self._layers[0].input_layernorm.weight.dtype
-            products = {path: Product.of(linears[path], adapter, path, dtype) for path in adapter.paths}
+            products = {
+                path: Product.of(linears[path], adapter, path, dtype, dequantized=self._dequantized)
+                for path in adapter.paths
+            }
             if entry.trained and all(product.is_zero for product in products.values()):
                 raise CheckpointError(
                     f"{adapter.source}: lora_b is zero in all {len(products)} layers of adapter {name!r}, so it "

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from phi4_mlx.errors import RequestError
+
 SILENT_S = 600.0  # after which a process counts as hung
 
 COMMAND = (sys.executable, "-m", "phi4_mlx.doctor.worker")
@@ -38,6 +40,7 @@ def answers(
         command: of the process.
 
     Raises:
+        RequestError: the process says that the user has made a mistake.
         ChildDied: it ended by a signal or with an error, or was silent for `SILENT_S` and is killed.
     """
     # The package's own folder comes first, so that a file in the current one cannot stand in for a module.
@@ -52,7 +55,10 @@ def answers(
             with process.stdin as orders:
                 orders.write((json.dumps(order) + "\n").encode())
             for line in _lines(process.stdout.fileno()):
-                yield json.loads(line)
+                answer = json.loads(line)
+                if "mistake" in answer:
+                    raise RequestError(answer["mistake"])
+                yield answer
             if code := process.wait():
                 errors.seek(0)
                 raise ChildDied(f"{_ending(code)}{_last_line(errors.read())}")

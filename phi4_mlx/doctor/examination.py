@@ -27,7 +27,7 @@ def examine(
         command: of the processes that compute.
 
     Raises:
-        RequestError: MLX does not start, or `PHI4_MLX_SAFE` has an unknown name.
+        RequestError: MLX does not start, the package cannot be loaded, or `PHI4_MLX_SAFE` has an unknown name.
     """
     switched_off()
     start = time.monotonic()

@@ -109,6 +109,10 @@ def model_checks() -> list[Check]:
         ),
         Check("vision tower", ("padding", "attention", "norms", "products"), partial(_vision, media), allowed),
         Check("audio tower", ("padding", "attention", "norms", "products"), partial(_audio, media), allowed),
+        Check(
+            "demo-multimodal: clip and its adapter", ("compiled", "buffers", *KERNELS, "padding"),
+            partial(_clip, media), allowed,
+        ),
     ]  # fmt: skip
 
 
@@ -285,6 +289,22 @@ def _audio(subject: Subject) -> list[mx.array]:
     """A clip of two seconds."""
     model = _multimodal(subject)
     return [model.audio(random(1, 200, model.config.audio.input_size))]
+
+
+def _clip(subject: Subject) -> list[mx.array]:
+    """A prompt with a clip, whose adapter is quantised, and tokens after it."""
+    import numpy as np
+
+    from phi4_mlx.tokens.media.audio import Audio
+
+    model = _multimodal(subject)
+    clip = Audio(np.array(random(1, 64, model.config.audio.input_size)), 0.64)
+    before, *after = [[token] for token in ids(4, model)]
+    cache = model.make_cache()
+    prompt = mx.array([[*before, *[model.config.audio.audio_token_id] * clip.tokens]])
+    found = [model(prompt, cache, [clip])]
+    assert cache.adapter is not None
+    return [*found, *(model(mx.array([token]), cache) for token in after)]
 
 
 def _multimodal(subject: Subject) -> MultimodalModel:

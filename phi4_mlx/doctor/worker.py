@@ -11,14 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from phi4_mlx.errors import Phi4Error
+
 
 def main() -> int:
     """Reads the order, a JSON object, and writes the results; returns the exit code."""
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no result
     order = json.loads(sys.stdin.readline())
     work = {"machine": machine, "checks": checks, "speed": speed}[order["work"]]
-    for answer in work(order):
-        write(answers, answer)
+    try:
+        for answer in work(order):
+            write(answers, answer)
+    except Phi4Error as mistake:
+        write(answers, {"mistake": str(mistake)})
     return 0
 
 

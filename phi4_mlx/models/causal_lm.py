@@ -38,7 +38,7 @@ class CausalLM(LanguageModel):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.recompute = False
-        self.adapters = NamedAdapters(decoder.layers)
+        self.adapters = NamedAdapters(decoder.layers, dequantized=safe("products"))
 
     def hidden(
         self,

@@ -22,6 +22,7 @@ from phi4_mlx.files.safetensors import TensorInfo, tensor_bytes
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.causal_lm import CausalLM
 from phi4_mlx.models.prompt_cache import PromptCache
+from phi4_mlx.models.safe import safe
 from phi4_mlx.models.share import Holding, Piece, Pieces, Share
 
 BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -189,7 +190,7 @@ def keep_blocks(model: CausalLM, blocks: range, rank: int) -> None:
     """Removes the blocks of other ranks from a whole model, and on other ranks what only rank 0 has."""
     decoder: Any = model.model
     decoder.layers = decoder.layers[blocks.start : blocks.stop]
-    model.adapters = NamedAdapters(decoder.layers)
+    model.adapters = NamedAdapters(decoder.layers, dequantized=safe("products"))
     if rank:
         for name in ENDS.intersection(decoder):
             decoder[name] = nn.Identity()

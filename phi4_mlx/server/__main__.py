@@ -288,13 +288,14 @@ async def _run(
 
 
 def _summary(served: _Served, longest: int, key: str | None, toolbox: Toolbox) -> str:
-    """A line about the model, its context, the key and the tools."""
+    """A line about the model, its context, its prompt caches, the key and the tools."""
     names = [tool["function"]["name"] for tool in toolbox.declarations]
     tools = ", ".join(names[:SHOWN_TOOLS]) + f" and {len(names) - SHOWN_TOOLS} more" * (len(names) > SHOWN_TOOLS)
     parts = [
         f"{served.name} ({served.kind}), context {longest:,} tokens",
         *([] if served.media is None else ["reads pictures and sounds"]),
         *([f"adapters: {', '.join(served.settings.adapters)}"] if served.settings.adapters else []),
+        *([] if served.settings.store is None else [f"prompt caches in {served.settings.store.folder}"]),
         "no key is needed" if key is None else "clients must send the key",
         f"tools for the page: {tools}" if tools else "no tools",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,6 +124,12 @@ def test_an_unknown_switch_is_refused_before_anything_runs(
     assert doctor.main([]) == 2
     message = capsys.readouterr().err
     assert "'compield'" in message and "did you mean compiled?" in message and message.count("\n") == 1
+
+
+def test_a_package_that_cannot_be_loaded_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--model", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "config.json does not exist" in message and "MLX does not start" not in message
 
 
 def test_a_machine_without_mlx_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

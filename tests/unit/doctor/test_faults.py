@@ -111,6 +111,7 @@ PLANTS: list[tuple[FastPath, str, Plant]] = [
     ("products", "4-bit product, float32", scaled(mx, "quantized_matmul")),
     ("products", "8-bit product, bfloat16", scaled(mx, "quantized_matmul")),
     ("products", "audio tower", scaled(mx, "quantized_matmul")),
+    ("products", "demo-multimodal: clip and its adapter", scaled(mx, "quantized_matmul")),
     ("queue", "demo: tokens guessed ahead", failing(mx, "async_eval")),
     ("recompute", "demo: LoRA step and its gradient", replaced(nn.utils, "checkpoint", recomputed_wrongly)),
     ("rope", "rope, float16", scaled(mx.fast, "rope")),
