@@ -10,8 +10,8 @@ import errno
 import os
 import re
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 SMALL_BYTES = 2**24
 """Limit of configs, indexes, chat templates, schemas, options and prompts. The largest of them, the index of weights,
@@ -29,7 +29,7 @@ _KINDS = {
 }  # fmt: skip
 
 
-def open_regular(path: Path, opened: bool = False) -> BinaryIO:
+def open_regular(path: Path, opened: bool = False) -> BufferedReader:
     """Opens a file for reading, and never waits for a writer.
 
     Args:

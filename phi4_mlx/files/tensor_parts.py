@@ -11,6 +11,8 @@ from phi4_mlx.files.dtypes import DTYPES
 from phi4_mlx.files.regular_file import open_regular
 from phi4_mlx.files.safetensors import Stored
 
+MOST = 2**24  # bytes of one read; macOS refuses 2**31
+
 
 def read_part(stored: Stored, axis: int = 0, ranges: Sequence[tuple[int, int]] | None = None) -> bytearray:
     """Reads a part of a tensor, and no other byte of its numbers.
@@ -48,7 +50,8 @@ def read_part(stored: Stored, axis: int = 0, ranges: Sequence[tuple[int, int]] |
 
 def _fill(descriptor: int, room: memoryview, offset: int) -> None:
     while room:
-        count = os.preadv(descriptor, [room], offset)
-        if not count:
+        found = os.pread(descriptor, min(len(room), MOST), offset)
+        if not found:
             raise EOFError
-        room, offset = room[count:], offset + count
+        room[: len(found)] = found
+        room, offset = room[len(found) :], offset + len(found)

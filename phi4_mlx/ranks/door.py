@@ -48,12 +48,17 @@ def hello(launch: Launch, purpose: str, about: dict[str, str]) -> JSON:
 class Door:
     """Listens at the channel's address. Each connection has a thread: a silent one delays nobody.
 
+    Args:
+        launch: of the leader.
+        wait_s: seconds that it waits for the followers.
+
     Attributes:
         refused: a sentence about the last rank that was refused; empty if there is none.
     """
 
-    def __init__(self, launch: Launch):
+    def __init__(self, launch: Launch, wait_s: float):
         self._launch = launch
+        self._wait_s = wait_s
         self._came: queue.Queue[Guest] = queue.Queue()
         self._lock = threading.Lock()
         self._taken: set[tuple[int, str]] = set()
@@ -74,7 +79,7 @@ class Door:
 
     def wait(self) -> dict[tuple[int, str], Guest]:
         """(rank, purpose) -> connection, of the followers that come in time."""
-        deadline = time.monotonic() + self._launch.wait_s
+        deadline = time.monotonic() + self._wait_s
         guests: dict[tuple[int, str], Guest] = {}
         while len(guests) < len(PURPOSES) * (self._launch.size - 1):
             try:
@@ -108,7 +113,7 @@ class Door:
                 channel.close()
                 return
             guest = Guest(said["rank"], said["for"], said["host"], said["about"], channel)
-            channel.send({"welcome": True})
+            channel.send({"welcome": self._wait_s})
             self._came.put(guest)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):  # a stranger, or gone
             channel.close()

@@ -38,7 +38,7 @@ def join(launch: Launch, about: Mapping[str, str]) -> Ranks:
     met = (lead if launch.rank == 0 else follow)(launch, everything)
     watching = Watching(launch.rank, met)
     try:
-        let_go(met) if launch.rank == 0 else wait_to_go(launch, met)
+        let_go(met) if launch.rank == 0 else wait_to_go(met)
     except BaseException:
         watching.close()
         raise

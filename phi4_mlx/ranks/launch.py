@@ -22,8 +22,6 @@ CHANNEL = "PHI4_MLX_CHANNEL"
 WAIT = "PHI4_MLX_JOIN_S"
 """Variable with the seconds that a rank waits at the start for the others."""
 
-WAIT_S = 6.0
-
 _APART = 10007  # between a port of the backend and the side channel's: jobs side by side take consecutive ports
 _MOST_RANKS = 256
 _HOSTFILE_BYTES = 2**20
@@ -40,7 +38,7 @@ class Launch:
         channel: (host, port) of the leader's side channel.
         hosts: the host of each rank, as far as the environment names them.
         job: digest of the environment that all ranks share; ranks of another job have another.
-        wait_s: seconds that a rank waits for the others.
+        wait_s: seconds that a rank waits for the others; None for a time that fits this machine.
     """
 
     rank: int
@@ -49,7 +47,7 @@ class Launch:
     channel: tuple[str, int]
     hosts: tuple[str, ...] = ()
     job: str = ""
-    wait_s: float = WAIT_S
+    wait_s: float | None = None
 
 
 def launched(environment: Mapping[str, str] | None = None) -> Launch | None:
@@ -166,9 +164,11 @@ def address(name: str, text: object) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _wait(given: Mapping[str, str]) -> float:
+def _wait(given: Mapping[str, str]) -> float | None:
+    if WAIT not in given:
+        return None
     try:
-        wait = float(given.get(WAIT, WAIT_S))
+        wait = float(given[WAIT])
     except ValueError:
         wait = 0.0
     if not 1 <= wait <= 86400:

@@ -8,7 +8,11 @@ of them go, or none.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
+import re
 import socket
+import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +24,9 @@ from phi4_mlx.ranks.door import HELLO_S, PURPOSES, Door, hello
 from phi4_mlx.ranks.launch import CHANNEL, WAIT, Launch
 
 _RETRY_S = 0.05
+_WAIT_S = 6.0  # with the start of a process, less than the 10 s within which a job without one of its ranks ends
+_TIMES_AGE = 3.0  # a server has two processes, started one after the other
+_MOST_WAIT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -30,11 +37,13 @@ class Met:
         commands: rank -> connection for commands and answers.
         beats: rank -> connection for the watchers.
         names: rank -> its name in messages, such as "rank 1 (192.168.0.2)".
+        wait_s: seconds that the leader waits for all followers.
     """
 
     commands: dict[int, Channel]
     beats: dict[int, Channel]
     names: dict[int, str]
+    wait_s: float
 
     def close(self) -> None:
         """Closes all connections."""
@@ -53,7 +62,8 @@ def lead(launch: Launch, about: Mapping[str, str]) -> Met:
         RequestError: the address cannot be used, a rank does not come, or one differs; those that came are told.
     """
     _check_hosts(launch)
-    door = Door(launch)
+    wait_s = _wait_s(launch)
+    door = Door(launch, wait_s)
     try:
         guests = door.wait()
     finally:
@@ -63,11 +73,11 @@ def lead(launch: Launch, about: Mapping[str, str]) -> Met:
     names = {rank: _named(launch, rank, said.get(rank)) for rank in range(launch.size)}
     commands, beats = ({rank: guests[rank, purpose].channel for rank in ranks if (rank, purpose) in guests}
                        for purpose in PURPOSES)  # fmt: skip
-    met = Met(commands, beats, names)
+    met = Met(commands, beats, names, wait_s)
     late = [names[rank] for rank in ranks if rank not in commands or rank not in beats]
     if late:
         stranger = f"; {door.refused}" if door.refused else ""
-        _refuse(met, f"{' and '.join(late)} did not come within {launch.wait_s:g} s ({WAIT}){stranger}")
+        _refuse(met, f"{' and '.join(late)} did not come within {wait_s:g} s ({WAIT}){stranger}")
     for rank in ranks:
         theirs = guests[rank, "commands"].about
         for key in sorted({*about, *theirs}):
@@ -86,7 +96,7 @@ def let_go(met: Met) -> None:
     """
     for rank, channel in met.commands.items():
         try:
-            channel.send({"welcome": True})
+            channel.send({"welcome": met.wait_s})
         except OSError:
             _refuse(met, f"{met.names[rank]} has ended before all ranks were there")
 
@@ -102,20 +112,30 @@ def follow(launch: Launch, about: Mapping[str, str]) -> Met:
         RequestError: the leader does not come, or refuses this rank.
     """
     _check_hosts(launch)
-    deadline = time.monotonic() + launch.wait_s
-    leader, own = _named(launch, 0, None), _named(launch, launch.rank, socket.gethostname())
-    commands, beats = (_knock(launch, hello(launch, each, dict(about)), deadline, leader) for each in PURPOSES)
-    return Met({0: commands}, {0: beats}, {0: leader, launch.rank: own})
+    wait_s = _wait_s(launch)
+    deadline = time.monotonic() + wait_s
+    names = {0: _named(launch, 0, None), launch.rank: _named(launch, launch.rank, socket.gethostname())}
+    met = []
+    for purpose in PURPOSES:
+        knocked = _knock(launch, hello(launch, purpose, dict(about)), deadline)
+        if isinstance(knocked, str):
+            host, port = launch.channel
+            raise RequestError(
+                f"{names[0]} does not answer at {host}:{port} within {wait_s:g} s ({WAIT}): "
+                f"{knocked}; {CHANNEL}=HOST:PORT on all ranks chooses another address"
+            )
+        met.append(knocked)
+    return Met({0: met[0][0]}, {0: met[1][0]}, names, met[0][1])
 
 
-def wait_to_go(launch: Launch, met: Met) -> None:
+def wait_to_go(met: Met) -> None:
     """Waits until the leader has met all ranks.
 
     Raises:
         RequestError: a rank did not come, or differs; or the leader has gone.
     """
     try:
-        _check_welcome(met.commands[0].receive(launch.wait_s + 1, HELLO_BYTES))
+        _check_welcome(met.commands[0].receive(met.wait_s + 1, HELLO_BYTES))
     except (OSError, ValueError):
         raise RequestError(f"{met.names[0]} has ended or frozen before all ranks were there") from None
 
@@ -146,26 +166,24 @@ def _refuse(met: Met, line: str) -> NoReturn:
     raise RequestError(line)
 
 
-def _check_welcome(answer: JSON) -> None:
-    """Raises the leader's refusal, or ValueError if it is not a leader's answer."""
+def _check_welcome(answer: JSON) -> float:
+    """The seconds that the leader waits for all; raises its refusal, or ValueError if it is not a leader's answer."""
     if isinstance(answer, dict) and isinstance(answer.get("refused"), str):
         raise RequestError(answer["refused"])
-    if not isinstance(answer, dict) or answer.get("welcome") is not True:
+    if not isinstance(answer, dict) or not isinstance(answer.get("welcome"), int | float):
         raise ValueError("not a leader")
+    return float(answer["welcome"])
 
 
-def _knock(launch: Launch, first: JSON, deadline: float, leader: str) -> Channel:
-    """A connection that the leader has welcomed; tries again until the deadline, as the leader may start later."""
-    host, port = launch.channel
+def _knock(launch: Launch, first: JSON, deadline: float) -> tuple[Channel, float] | str:
+    """A connection that the leader has welcomed, or why there is none; tries again, as the leader may start later."""
     reason = "nobody listens"
-    while time.monotonic() < deadline:
+    while (left_s := deadline - time.monotonic()) > 0:
         channel = None
         try:
-            left_s = min(max(deadline - time.monotonic(), 0.1), HELLO_S)
-            channel = Channel(socket.create_connection(launch.channel, timeout=left_s))
+            channel = Channel(socket.create_connection(launch.channel, timeout=min(left_s, HELLO_S)))
             channel.send(first, HELLO_BYTES)
-            _check_welcome(channel.receive(left_s, HELLO_BYTES))
-            return channel
+            return channel, _check_welcome(channel.receive(min(left_s, HELLO_S), HELLO_BYTES))
         except RequestError:
             raise
         except ValueError:
@@ -175,7 +193,21 @@ def _knock(launch: Launch, first: JSON, deadline: float, leader: str) -> Channel
         if channel is not None:
             channel.close()
         time.sleep(_RETRY_S)
-    raise RequestError(
-        f"{leader} does not answer at {host}:{port} within {launch.wait_s:g} s ({WAIT}): {reason}; "
-        f"{CHANNEL}=HOST:PORT on all ranks chooses another address"
-    )
+    return reason
+
+
+def _wait_s(launch: Launch) -> float:
+    """Seconds to wait for the others: more where this process has been slow to start, as they may be as slow."""
+    return min(max(_WAIT_S, _TIMES_AGE * _age_s()), _MOST_WAIT_S) if launch.wait_s is None else launch.wait_s
+
+
+def _age_s() -> float:
+    """Whole seconds since this process was started, or the server that has started it; 0 if that is unknown."""
+    above = multiprocessing.parent_process()
+    process = os.getpid() if above is None else above.pid
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["ps", "-o", "etime=", "-p", str(process)]
+        shown = subprocess.run(command, capture_output=True, text=True, check=False, timeout=5).stdout
+        parts = re.findall("[0-9]+", shown)[::-1]  # [[dd-]hh:]mm:ss
+        return sum(int(part) * unit for part, unit in zip(parts, (1, 60, 3600, 86400), strict=False))
+    return 0

@@ -228,16 +228,16 @@ def _settings(args: argparse.Namespace) -> Settings:
         str(resolve(DEFAULT_MODEL if args.model is None else args.model, args.revision)),
         args.adapter_path,
         adapters,
-        args.decode_concurrency,
-        args.kv_cache_bytes,
-        args.prompt_cache_bytes,
-        args.chat_format,
-        args.parallel,
-        store,
-        args.kv_bits,
-        args.speculate,
-        args.draft_model,
-        args.max_step_ms,
+        max_rows=args.decode_concurrency,
+        kv_limit_bytes=args.kv_cache_bytes,
+        prefix_limit_bytes=args.prompt_cache_bytes,
+        chat_format=args.chat_format,
+        parallel=args.parallel,
+        store=store,
+        kv_bits=args.kv_bits,
+        speculate=args.speculate,
+        draft_model=args.draft_model,
+        max_step_ms=args.max_step_ms,
     )
 
 
@@ -288,13 +288,14 @@ async def _run(
 
 
 def _summary(served: _Served, longest: int, key: str | None, toolbox: Toolbox) -> str:
-    """A line about the model, its context, the key and the tools."""
+    """A line about the model, its context, its prompt caches, the key and the tools."""
     names = [tool["function"]["name"] for tool in toolbox.declarations]
     tools = ", ".join(names[:SHOWN_TOOLS]) + f" and {len(names) - SHOWN_TOOLS} more" * (len(names) > SHOWN_TOOLS)
     parts = [
         f"{served.name} ({served.kind}), context {longest:,} tokens",
         *([] if served.media is None else ["reads pictures and sounds"]),
         *([f"adapters: {', '.join(served.settings.adapters)}"] if served.settings.adapters else []),
+        *([] if served.settings.store is None else [f"prompt caches in {served.settings.store.folder}"]),
         "no key is needed" if key is None else "clients must send the key",
         f"tools for the page: {tools}" if tools else "no tools",
     ]

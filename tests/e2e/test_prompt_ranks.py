@@ -114,4 +114,4 @@ def test_what_plan_predicts_is_measured(tmp_path: Path, tiny_checkpoint: TinyChe
     assert measured["parallel"] == parallel
     assert measured["predicted_bytes"] == found["splits"][0]["weights_bytes"]
     assert measured["held_bytes"] == pytest.approx(measured["predicted_bytes"], rel=0.01)
-    assert measured["step_s"] > 0 and len(measured["read_s"]) == 2
+    assert measured["step_s"] > 0 and len(measured["matrices_s"]) == 2

@@ -102,6 +102,9 @@ def test_mistakes_are_one_line_and_code_2(tmp_path: Path) -> None:
             (["--model", "demo", "--port", "0", "--adapters", str(tmp_path)], "adapter_config.json"),
             (["--model", "demo", "--host", "0.0.0.0"], "--api-key"),
             (["--model", "demo", "--port", "70000"], "--port"),
+            (["--model", "demo-flash", "--port", "0", "--kv-bits", "8"], "phi4flash"),
+            (["--model", "demo-flash", "--port", "0", "--speculate", "lookup"], "phi4flash"),
+            (["--model", "demo", "--port", "0", "--speculate", "off", "--draft-model", "demo"], "--draft-model"),
         ]:
             done = run_command(*words)
             assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr

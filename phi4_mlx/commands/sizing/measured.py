@@ -6,10 +6,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from phi4_mlx.checkpoint_share import load_share
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 STEPS = 16
 PROMPT = 32  # tokens before the first step
 
+_LINEARS = (nn.Linear, nn.QuantizedLinear)
+_EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -35,7 +40,7 @@ class Measured:
         predicted_bytes: weights of each rank, by `share_plan`.
         held_bytes: those that each rank holds.
         exchange_s: median of a sum over all ranks of one hidden state.
-        read_s: median of one pass over the weights, for each rank.
+        matrices_s: median of one token's products with the matrices, for each rank.
         predicted_step_s: from these.
         step_s: median of a decode step.
     """
@@ -44,7 +49,7 @@ class Measured:
     predicted_bytes: tuple[int, ...]
     held_bytes: tuple[int, ...]
     exchange_s: float
-    read_s: tuple[float, ...]
+    matrices_s: tuple[float, ...]
     predicted_step_s: float
     step_s: float
 
@@ -53,7 +58,7 @@ class Measured:
         for rank, (predicted, held) in enumerate(zip(self.predicted_bytes, self.held_bytes, strict=True)):
             yield f"rank {rank}: predicted {size(predicted)} of weights, holds {size(held)}"
         yield f"a sum of one hidden state over the ranks: {_ms(self.exchange_s)}"
-        yield f"one pass over the weights: {', '.join(map(_ms, self.read_s))}"
+        yield f"one token through the matrices of each rank: {', '.join(map(_ms, self.matrices_s))}"
         yield f"a decode step by {self.parallel}: predicted {_ms(self.predicted_step_s)}, measured {_ms(self.step_s)}"
 
     def to_json(self) -> dict[str, Any]:
@@ -79,18 +84,35 @@ def measure(launch: Launch, folder: Path, split: Split) -> Measured:
         mx.eval(arrays)
         state = mx.zeros(split.width // model.dtype.size, model.dtype)
         exchange_s = _median(lambda: mx.eval(mx.distributed.all_sum(state, group=ranks.group)))
-        read_s = _median(lambda: mx.eval([array.sum() for array in arrays]))
+        products = _products(model)
+        matrices_s = _median(lambda: mx.eval([product() for product in products]))
         step_s = _steps(model, share)
-        own = [sum(int(array.nbytes) for array in arrays), read_s]
+        own = [sum(int(array.nbytes) for array in arrays), matrices_s]
         if launch.rank:
             ranks.answer(own)
             while True:
                 ranks.hear()  # until the end of the job
-        held, reads = zip(own, *ranks.answers(), strict=True)
+        held, matrices = zip(own, *ranks.answers(), strict=True)
     ranks.close()
-    busy = sum(reads) if split.parallel == "pipeline" else max(reads)
+    busy = sum(matrices) if split.parallel == "pipeline" else max(matrices)
     predicted = busy + split.exchanges(1).count * exchange_s
-    return Measured(split.parallel, split.weights_bytes, held, exchange_s, reads, predicted, step_s)
+    return Measured(split.parallel, split.weights_bytes, held, exchange_s, matrices, predicted, step_s)
+
+
+def _products(model: Any) -> list[Callable[[], mx.array]]:
+    """One token's product with each matrix of the blocks, and with the head where this rank has one."""
+    linears = [each for layer in model.layers for _, each in layer.named_modules() if isinstance(each, _LINEARS)]
+    applied: list[tuple[nn.Module, Callable[[mx.array], mx.array]]] = [(each, each) for each in linears]
+    embedding = getattr(model.model, "embed_tokens", None)
+    if isinstance(embedding, _EMBEDDINGS):  # a head of its own is about as large
+        applied.append((embedding, embedding.as_linear))
+    return [partial(apply, mx.zeros((1, _width(module)), model.dtype)) for module, apply in applied]
+
+
+def _width(module: Any) -> int:
+    """The inputs of a matrix."""
+    width: int = module.weight.shape[1]
+    return width * 32 // module.bits if hasattr(module, "bits") else width
 
 
 def _steps(model: LanguageModel, share: Share) -> float:

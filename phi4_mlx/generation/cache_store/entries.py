@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from array import array
 from collections.abc import Iterable, Mapping
@@ -51,23 +52,24 @@ class StoredEntry:
 
     def reusable(self, keys: bytes, beyond: int = 0) -> int:
         """Tokens of a prompt that the entry can serve, if they are more than `beyond`; else 0 or a smaller number."""
-        if not self.keys.startswith(keys[: beyond * _KEY_BYTES]):
+        end = beyond * _KEY_BYTES
+        last = slice(max(0, end - _KEY_BYTES), end)  # tells most of thousands of entries apart at once
+        if self.keys[last] != keys[last] or not self.keys.startswith(keys[:end]):
             return 0
         shared = _shared(self.keys, keys)
         if self.snapshots is None or shared == len(self):
             return shared
         return max((length for length in self.snapshots if length <= shared), default=0)
 
-    def serves(self, other: StoredEntry) -> int:
-        """Tokens of another entry that this one holds too."""
+    def serves(self, other: StoredEntry, loss: float = 0.0) -> bool:
+        """True if this entry holds all tokens of another one, but for `loss` of them."""
+        least = math.ceil(len(other) - loss)
         fits = self.match == other.match and hold(self.projection, other.projection)
-        return self.reusable(other.keys) if fits else 0
+        return fits and self.reusable(other.keys, least) >= least
 
     def replaces(self, other: StoredEntry) -> bool:
         """True if this entry serves what `other` does, at a loss of at most `MAX_LOSS`."""
-        if len(self) < len(other) or not self.keys.startswith(other.keys):
-            return False
-        return len(other) - self.serves(other) <= MAX_LOSS * len(other)
+        return self.keys.startswith(other.keys) and self.serves(other, MAX_LOSS * len(other))
 
 
 def hold(projection: str | None, needed: str | None) -> bool:

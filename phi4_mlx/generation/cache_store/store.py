@@ -14,12 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
-import numpy as np
 
 from phi4_mlx.errors import CheckpointError, message_of
-from phi4_mlx.files.dtypes import mlx_dtype
-from phi4_mlx.files.regular_file import read_regular
-from phi4_mlx.files.safetensors import Header, header_of, read_whole_header
+from phi4_mlx.files.safetensors import header_of
 from phi4_mlx.generation.cache_store.catalogue import Catalogue
 from phi4_mlx.generation.cache_store.entries import (
     MAX_LOSS,
@@ -32,6 +29,7 @@ from phi4_mlx.generation.cache_store.entries import (
 )
 from phi4_mlx.generation.cache_store.fingerprints import Fingerprints
 from phi4_mlx.generation.cache_store.folder import SUFFIX, StoreFolder, private_folder
+from phi4_mlx.generation.cache_store.reading import Read, read_file
 from phi4_mlx.generation.cache_store.writer import SETTLE_S, Waiting, Writer
 from phi4_mlx.generation.prompt_cache_content import (
     Tokenizer,
@@ -97,21 +95,6 @@ class Found:
     length: int
 
 
-@dataclass(frozen=True)
-class Read:
-    """A file in memory, whose checksum is right.
-
-    Attributes:
-        found: where it was found.
-        header: of the file.
-        data: the whole file.
-    """
-
-    found: Found
-    header: Header
-    data: bytes
-
-
 class CacheStore:
     """Caches of earlier prompts in a folder.
 
@@ -172,42 +155,33 @@ class CacheStore:
 
     def read(self, found: Found) -> Read | None:
         """Reads and checks a file; any thread may do it. None if it is gone or damaged."""
-        entry = found.entry
-        path = self._folder.path / entry.name
         try:
-            header = read_whole_header(path, "it is dropped", "prompt cache file")
-            data = read_regular(path, entry.nbytes)
-        except (CheckpointError, OSError) as error:
-            self._missed(entry, message_of(error), isinstance(error.__context__ or error, OSError))
+            read = read_file(self._folder.path / found.entry.name)
+        except CheckpointError as error:
+            self._missed(found.entry.name, message_of(error), unreadable=isinstance(error.__context__, OSError))
             return None
-        checksum = header.tensors.get("checksum")
-        whole = checksum is not None and checksum.end == len(data) and data.startswith(header.raw)
-        view = memoryview(data)
-        if not whole or checksum is None or hashlib.sha256(view[: checksum.start]).digest() != data[checksum.start :]:
-            self._missed(entry, f"{path} is damaged: its checksum is wrong; it is dropped", False)
-            return None
-        self._writer.touch(entry.name)
-        return Read(found, header, data)
+        self._writer.touch(found.entry.name)
+        return read
 
     def restore(self, read: Read, model: LanguageModel, adapter: str | None = None) -> PromptCache | None:
         """The cache of a file, for the thread that generates; None if it does not fit the model.
 
         Args:
-            read: from `read`.
+            read: from `read`; it can be restored once.
             model, adapter: those of `find`.
 
         Returns:
             A cache of all tokens of the file.
         """
-        path, own = self._folder.path / read.found.entry.name, own_metadata(read.header.metadata)
+        own = own_metadata(read.header.metadata)
         if "named_adapter" in own and adapter is not None:
             own["named_adapter"] = adapter  # the same tensors may have another name by now
         try:
             with shared_stream():
-                tensors = _tensors(read)
-                cache = cache_of(path, model, lambda name: self._fingerprints.of(model, name), own, tensors)
+                tensors = read.take_tensors()
+                cache = cache_of(read.path, model, lambda name: self._fingerprints.of(model, name), own, tensors)
         except CheckpointError as error:
-            self._missed(read.found.entry, message_of(error), False)
+            self._missed(read.path.name, message_of(error), unreadable=False)
             return None
         self.hits += 1
         return cache
@@ -284,11 +258,11 @@ class CacheStore:
         """True if the store has enough of a cache, or soon will."""
         allowed = MIN_TOKENS if leaving else MAX_LOSS * len(entry)
         for each in self._catalogue.matching(entry.match):
-            if len(entry) - each.serves(entry) <= allowed:
+            if each.serves(entry, allowed):
                 self._writer.touch(each.name)
                 return True
         for waiting in self._writer.waiting:
-            if waiting.entry.serves(entry) == len(entry):
+            if waiting.entry.serves(entry):
                 if leaving:
                     self._writer.hasten(waiting.entry)
                 return True
@@ -304,20 +278,10 @@ class CacheStore:
         about = {**self._fingerprints.of(model, needed.adapter), **shape(options, regime, len(empty))}
         return match_of(about), needed.projection
 
-    def _missed(self, entry: StoredEntry, reason: str, unreadable: bool) -> None:
+    def _missed(self, name: str, reason: str, unreadable: bool) -> None:
         """Counts a file that could not be used; a damaged one is dropped, with one line."""
         if unreadable:  # most often another process has dropped it
             self._unread += 1
-            self._catalogue.forget([entry.name])
+            self._catalogue.forget([name])
         else:
-            self._catalogue.drop(entry.name, reason)
-
-
-def _tensors(read: Read) -> dict[str, mx.array]:
-    """The arrays of a file, without the checksum."""
-    found = {}
-    for name, info in read.header.tensors.items():
-        if name != "checksum":
-            numbers = np.frombuffer(read.data, np.uint8, info.end - info.start, info.start)
-            found[name] = mx.array(numbers).view(mlx_dtype(info.dtype)).reshape(info.shape)
-    return found
+            self._catalogue.drop(name, reason)

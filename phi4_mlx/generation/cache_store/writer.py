@@ -157,7 +157,7 @@ class Writer:
                 self._touch()
                 files = self._folder.files()
                 catalogue.take(files)
-                if any(each.serves(entry) == len(entry) for each in catalogue.matching(entry.match)):
+                if any(each.serves(entry) for each in catalogue.matching(entry.match)):
                     return
                 catalogue.forget(self._folder.make_room(entry.nbytes, files))
                 write_content(self._folder.path / entry.name, waiting.layout, waiting.about, waiting.buffers)

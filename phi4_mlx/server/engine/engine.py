@@ -22,7 +22,6 @@ from phi4_mlx.generation.options import LogitsMask
 from phi4_mlx.generation.prefill import ChunkPace
 from phi4_mlx.generation.sequence import BatchSequence, Fault, Token
 from phi4_mlx.generation.stream import AnswerText
-from phi4_mlx.models.cache import CacheOptions
 from phi4_mlx.models.machine import memory_limit
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.ranks.leader import LedModel
@@ -74,7 +73,7 @@ class Engine:
         self._compiling = Compiling(partial(compiled_constraint, tokenizer, base.config.vocab_size))
         store = _opened_store(settings, self.sequences.model, tokenizer, warn)
         self.prefixes = PrefixCache(prefix_limit_bytes, store)
-        self._recalling = Recalling(self.prefixes, self.kv_limit_bytes, CacheOptions(None, settings.kv_bits))
+        self._recalling = Recalling(self.prefixes, self.kv_limit_bytes)
         self._caches = JobCaches(self.prefixes, self._answers)
         self.batch = self._new_batch()
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
-from phi4_mlx.generation.cache_store.store import Found, Read
+from phi4_mlx.generation.cache_store.reading import Read
+from phi4_mlx.generation.cache_store.store import Found
 from phi4_mlx.models.cache import CacheOptions
-from phi4_mlx.models.prompt_cache import prefix_of
+from phi4_mlx.models.prompt_cache import PromptCache, prefix_of
 from phi4_mlx.server.engine.answer import Answer
 from phi4_mlx.server.engine.prefix_cache import PrefixCache
 
@@ -28,27 +30,23 @@ class Recalling:
     Args:
         prefixes: where caches go, with their store.
         most_bytes: a larger file is not read.
-        options: of the engine's caches.
     """
 
-    def __init__(self, prefixes: PrefixCache, most_bytes: int, options: CacheOptions) -> None:
-        self._prefixes, self._most_bytes, self._options = prefixes, most_bytes, options
+    def __init__(self, prefixes: PrefixCache, most_bytes: int) -> None:
+        self._prefixes, self._most_bytes = prefixes, most_bytes
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cache reader")
         self._waiting: list[_Waiting] = []
         self._reads: dict[str, Future[Read | None]] = {}  # by name
 
     def add(self, answer: Answer) -> bool:
         """Starts to read what the store has of a job's prompt; False if it has no more than memory."""
-        store, sequence = self._prefixes.store, answer.sequence
-        if store is None:
-            return False
-        known = self._prefixes.reusable(sequence.model, answer.job.adapter, sequence.ids, sequence.kv_bits)
-        found = store.find(sequence.model, sequence.ids, sequence.adapter, self._options, beyond=known)
-        if found is None or found.entry.nbytes > self._most_bytes:
+        found = self._found(answer)
+        if found is None:
             return False
         name = found.entry.name
         if name not in self._reads:
-            self._reads[name] = self._thread.submit(store.read, found)
+            assert self._prefixes.store is not None
+            self._reads[name] = self._thread.submit(self._prefixes.store.read, found)
         self._waiting.append(_Waiting(answer, found, self._reads[name]))
         return True
 
@@ -62,23 +60,44 @@ class Recalling:
             wait(self._reads.values(), IDLE_S, FIRST_COMPLETED)
         done = [each for each in self._waiting if each.read.done()]
         self._waiting = [each for each in self._waiting if each not in done]
+        restored: dict[tuple[str, str | None], PromptCache | None] = {}
         for each in done:
-            self._reads.pop(each.found.entry.name, None)
-            self._recall(each)
+            name, sequence = each.found.entry.name, each.answer.sequence
+            self._reads.pop(name, None)
+            with contextlib.suppress(Exception):  # costs a prefill
+                if self._known(each.answer) < each.found.length:
+                    key = name, sequence.adapter
+                    if key not in restored:
+                        restored[key] = self._restored(each)
+                    if (cache := restored[key]) is not None:
+                        self._give(each, cache)
         return [each.answer for each in done]
 
-    def _recall(self, waiting: _Waiting) -> None:
-        """Gives a job what was read for it, unless memory has as much by now."""
-        answer, found, store = waiting.answer, waiting.found, self._prefixes.store
-        sequence, adapter = answer.sequence, answer.job.adapter
-        model, ids, kv_bits = sequence.model, sequence.ids, sequence.kv_bits
-        if self._prefixes.reusable(model, adapter, ids, kv_bits) >= found.length:
-            return
-        read = waiting.read.result()
-        cache = None if read is None or store is None else store.restore(read, model, sequence.adapter)
-        if cache is None:
-            return
-        self._prefixes.put(model, adapter, cache)
-        if self._prefixes.reusable(model, adapter, ids, kv_bits) < found.length:  # memory has no room to keep it
-            sequence.cache = prefix_of(cache, ids, found.length)
-            answer.cached_tokens = found.length
+    def _known(self, answer: Answer) -> int:
+        """Tokens of a job's prompt that are in memory."""
+        sequence = answer.sequence
+        return self._prefixes.reusable(sequence.model, answer.job.adapter, sequence.ids, sequence.kv_bits)
+
+    def _found(self, answer: Answer) -> Found | None:
+        """What the store has of a job's prompt, if it is worth a read."""
+        store, sequence, found = self._prefixes.store, answer.sequence, None
+        if store is not None:
+            with contextlib.suppress(Exception):
+                known, options = self._known(answer), CacheOptions(None, sequence.kv_bits)
+                found = store.find(sequence.model, sequence.ids, sequence.adapter, options, beyond=known)
+        return None if found is None or found.entry.nbytes > self._most_bytes else found
+
+    def _restored(self, waiting: _Waiting) -> PromptCache | None:
+        """The cache of a file, which is in memory from now on."""
+        read, store, sequence = waiting.read.result(), self._prefixes.store, waiting.answer.sequence
+        cache = None if read is None or store is None else store.restore(read, sequence.model, sequence.adapter)
+        if cache is not None:
+            self._prefixes.put(sequence.model, waiting.answer.job.adapter, cache)
+        return cache
+
+    def _give(self, waiting: _Waiting, cache: PromptCache) -> None:
+        """Gives a job its cache, where memory has no room to keep it."""
+        answer, length = waiting.answer, waiting.found.length
+        if self._known(answer) < length:
+            answer.sequence.cache = prefix_of(cache, answer.sequence.ids, length)
+            answer.cached_tokens = length

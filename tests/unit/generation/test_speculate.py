@@ -14,7 +14,7 @@ import pytest
 
 from phi4_mlx import make_logits_processors, make_sampler
 from phi4_mlx.errors import RequestError
-from phi4_mlx.generation.speculate import MAX_GUESSES, DraftModel, Pace, PromptLookup, make_proposer
+from phi4_mlx.generation.speculate import FORGET, MAX_GUESSES, DraftModel, Pace, PromptLookup, make_proposer
 from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.generation.stream import stream_generate
 from phi4_mlx.grammar.constraint import Constraint
@@ -270,6 +270,30 @@ def test_one_delayed_pass_does_not_make_guesses_look_cheap() -> None:
     for _ in range(60):
         pace.took(5, 0.06)  # costs as much as five passes of 0.012 s, and would be cheap beside one of 0.5 s
     assert pace.length(0.99, MAX_GUESSES) == 0
+
+
+def test_a_high_cost_is_forgotten_after_many_passes_without_a_guess() -> None:
+    pace = Pace(timed=True)
+    assert not pace.known
+    pace.took(1, 0.01)
+    assert pace.known
+    for _ in range(60):
+        pace.took(5, 0.05)
+    for _ in range(FORGET - 1):
+        pace.took(1, 0.01)
+        assert pace.length(0.9, MAX_GUESSES) == 0
+    pace.took(1, 0.01)
+    assert pace.length(0.9, MAX_GUESSES) > 0
+
+
+def test_rows_that_share_a_pass_guess_where_all_of_them_gain() -> None:
+    pace, sure = Pace(timed=False), [1.0] * MAX_GUESSES  # a further column costs a tenth of a pass
+    assert pace.further([sure], MAX_GUESSES) == MAX_GUESSES
+    assert pace.further([sure, []], MAX_GUESSES) == MAX_GUESSES
+    assert pace.further([sure, *[[]] * 19], MAX_GUESSES) == 0  # 21 tokens in 1.1 passes
+    assert pace.further([sure, [1.0] * 3], 2) == 2
+    assert pace.further([sure[:3], *[[]] * 4], MAX_GUESSES) == 3
+    assert pace.further([[], []], MAX_GUESSES) == 0
 
 
 def test_guesses_of_a_draft_model_with_the_same_weights_hold(

@@ -134,13 +134,14 @@ def test_the_way_is_chosen_with_a_reason() -> None:
 def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The bytes of each read of a part of a file."""
     found: list[int] = []
-    preadv = os.preadv
+    pread = os.pread
 
-    def counting(descriptor: int, buffers: Any, offset: int) -> int:
-        found.append(preadv(descriptor, buffers, offset))
-        return found[-1]
+    def counting(descriptor: int, size: int, offset: int) -> bytes:
+        part = pread(descriptor, size, offset)
+        found.append(len(part))
+        return part
 
-    monkeypatch.setattr(os, "preadv", counting)
+    monkeypatch.setattr(os, "pread", counting)
     return found
 
 

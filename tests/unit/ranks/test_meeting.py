@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +13,7 @@ from dataclasses import replace
 import pytest
 
 from phi4_mlx.errors import RequestError
+from phi4_mlx.ranks import meeting
 from phi4_mlx.ranks.channel import Channel
 from phi4_mlx.ranks.door import hello
 from phi4_mlx.ranks.launch import Launch
@@ -41,7 +43,7 @@ def start(launch: Launch) -> Iterator[Start]:
         def meet() -> Met:
             found = (lead if own.rank == 0 else follow)(own, about)
             met.append(found)
-            let_go(found) if own.rank == 0 else wait_to_go(own, found)
+            let_go(found) if own.rank == 0 else wait_to_go(found)
             return found
 
         return pool.submit(meet)
@@ -105,7 +107,7 @@ def test_a_second_process_of_a_rank_is_refused(launch: Launch, start: Start) -> 
     leader = start(rank=0, size=3, wait_s=1.0)
     first = Channel(socket_to(launch))
     first.send(hello(replace(launch, rank=1, size=3), "commands", ABOUT))
-    assert first.receive(10) == {"welcome": True}
+    assert first.receive(10) == {"welcome": 1.0}
     assert "rank 1 is there already" in line(start(rank=1, size=3))
     assert "did not come" in line(leader)
     first.close()
@@ -169,3 +171,24 @@ def test_a_host_without_an_address_is_named(start: Start, rank: int, host: str) 
 
 def test_a_leader_that_is_not_this_machine_is_named(start: Start) -> None:
     assert "rank 0 cannot listen at 192.0.2.1:7000" in line(start(rank=0, channel=("192.0.2.1", 7000)))  # RFC 5737
+
+
+@pytest.mark.parametrize(("age", "wait"), [(0, 6), (2, 6), (5, 15), (3600, 30)])
+def test_a_process_that_was_slow_to_start_waits_longer(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, age: int, wait: float
+) -> None:
+    monkeypatch.setattr(meeting, "_age_s", lambda: age)
+    assert meeting._wait_s(replace(launch, wait_s=None)) == wait
+    assert meeting._wait_s(replace(launch, wait_s=2.5)) == 2.5
+
+
+@pytest.mark.parametrize(("shown", "age"), [("  00:07\n", 7), ("01:02:03", 3723), ("2-00:00:01", 172801), ("", 0)])
+def test_the_age_of_a_process_is_read_from_ps(monkeypatch: pytest.MonkeyPatch, shown: str, age: int) -> None:
+    done = subprocess.CompletedProcess([], 0, shown)
+    monkeypatch.setattr(meeting.subprocess, "run", lambda *_, **__: done)
+    assert meeting._age_s() == age
+
+
+def test_a_follower_waits_as_long_as_its_leader(start: Start) -> None:
+    leader, follower = start(rank=0, size=3, wait_s=2.5), start(rank=1, size=3, wait_s=0.5)
+    assert line(leader) == line(follower)

@@ -86,14 +86,14 @@ def test_the_limit_is_never_exceeded_while_five_times_as_much_is_written(
 
     def watched(writer: TensorWriter, data: memoryview) -> None:
         nonlocal largest
-        for start in range(0, len(data), 4096):  # in the middle of a tensor too
-            put(writer, data[start : start + 4096])
+        for start in range(0, len(data), 16384):  # in the middle of a tensor too
+            put(writer, data[start : start + 16384])
             largest = max(largest, size_of(folder))
 
     monkeypatch.setattr(TensorWriter, "_put", watched)
     written = 0
     with opened(folder, model, limit) as store:
-        for n in range(40):
+        for n in range(32):
             ids = [n, *(draw.randrange(500) for _ in range(draw.randrange(40, 200)))]
             store.offer(model, prefilled(model, ids), leaving=True)
             assert store.flush(SOON_S)

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import ROOT
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
 def test_no_file_is_torn_and_the_limit_holds_after_kills(tmp_path: Path, kills: int) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.store_kills", str(tmp_path / "s"), str(kills)],

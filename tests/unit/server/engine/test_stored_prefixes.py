@@ -61,6 +61,19 @@ def test_a_prompt_on_the_disk_is_answered_as_one_in_memory(
     engine.close(SOON_S)
 
 
+def test_a_quantised_cache_on_the_disk_serves_engines_of_its_kind(
+    demo: Demo, make_stored: Callable[..., Engine]
+) -> None:
+    job, said = Job(1, prompt_of(1), 20, GREEDY), {}
+    for kv_bits, cached in ((4, 0), (8, 0), (None, 0), (4, 59), (8, 59), (None, 59)):
+        engine = make_stored(kv_bits=kv_bits)
+        events = run(engine, job)[1]
+        assert finish(events).cached_tokens == cached
+        assert text(events) == said.setdefault(kv_bits, text(events))
+        engine.close(SOON_S)
+    assert said[None] == alone(demo, job)
+
+
 def test_an_engine_without_room_in_memory_works_from_the_disk(demo: Demo, make_stored: Callable[..., Engine]) -> None:
     engine = make_stored(prefix_limit_bytes=0)
     for n, cached in ((1, 0), (2, 59)):
@@ -215,12 +228,50 @@ def test_without_a_store_pressure_drops_entries(model: Model) -> None:
 
 def test_what_a_limit_evicts_is_found_on_the_disk(make_stored: Callable[..., Engine], demo: Demo) -> None:
     engine: Any = make_stored(prefix_limit_bytes=200_000)  # two prompts
-    jobs = [Job(n, prompt_of(100 * n), 2, GREEDY) for n in range(6)]
+    jobs = [Job(n, prompt_of(100 * n), 2, GREEDY) for n in range(4)]
     for job in jobs:
         run(engine, job)
-    assert engine.gauges()["prefix_cache_entries"] < 4 and engine.prefixes.store.flush(SOON_S)
+    assert engine.gauges()["prefix_cache_entries"] < 3 and engine.prefixes.store.flush(SOON_S)
     for job in jobs:
         events = run(engine, job)[job.id]
         assert finish(events).cached_tokens == 59 and text(events) == alone(demo, job)
     assert engine.gauges()["prefix_cache_bytes"] <= 200_000
     engine.close(SOON_S)
+
+
+def test_a_store_that_fails_in_any_way_costs_a_prefill(
+    make_stored: Callable[..., Engine], demo: Demo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, job = make_stored(), Job(1, prompt_of(1), 10, GREEDY)
+    run(engine, job)
+    engine.close(SOON_S)
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    for name in ("find", "read", "restore", "offer"):
+        with monkeypatch.context() as patch:
+            patch.setattr(CacheStore, name, broken)
+            engine = make_stored()
+            assert text(run(engine, job)[1]) == alone(demo, job)
+        engine.close(SOON_S)
+
+
+def test_jobs_without_room_in_memory_share_one_read(make_stored: Callable[..., Engine], demo: Demo) -> None:
+    engine = make_stored()
+    run(engine, Job(1, prompt_of(1), 4, GREEDY))
+    engine.close(SOON_S)
+    engine = make_stored(prefix_limit_bytes=0)
+    jobs = [Job(n, prompt_of(1), 4, GREEDY) for n in range(3)]
+    events = run(engine, *jobs)
+    assert [finish(events[n]).cached_tokens for n in range(3)] == [59] * 3
+    assert {text(events[n]) for n in range(3)} == {alone(demo, jobs[0])}
+    assert engine.gauges()["prefix_cache_disk_hits_total"] == 1
+    engine.close(SOON_S)
+
+
+def test_quantised_caches_are_found_by_engines_that_quantise_alike(make_stored: Callable[..., Engine]) -> None:
+    for bits, cached in ((8, 0), (None, 0), (8, 59), (None, 59), (4, 0)):
+        engine = make_stored(kv_bits=bits)
+        assert finish(run(engine, Job(1, prompt_of(1), 4, GREEDY))[1]).cached_tokens == cached, bits
+        engine.close(SOON_S)
