@@ -127,7 +127,7 @@ PLANTS: list[tuple[FastPath, str, Plant]] = [
 ]
 
 CASES = [
-    pytest.param(*plant, marks=[pytest.mark.slow] if "LoRA" in plant[1] else [], id=f"{plant[0]}: {plant[1]}")
+    pytest.param(*plant, marks=[pytest.mark.slow] if "LoRA" in plant[1] or "rows" in plant[1] else [], id=f"{plant[0]}: {plant[1]}")
     for plant in PLANTS
 ]
 
