@@ -25,8 +25,8 @@ from phi4_mlx.ranks.launch import CHANNEL, WAIT, Launch
 
 _RETRY_S = 0.05
 _WAIT_S = 6.0  # with the start of a process, less than the 10 s within which a job without one of its ranks ends
-_TIMES_AGE = 3.0  # a server has two processes, started one after the other
-_MOST_WAIT_S = 30.0
+_TIMES_AGE = 2.0  # a server has two processes, one started by the other
+_MOST_WAIT_S = 20.0
 
 
 @dataclass(frozen=True)

@@ -126,8 +126,9 @@ class RanksSession(Session):
 
     def close(self) -> None:
         """Lets the other ranks finish what they were told, and leave."""
-        if self._leader is not None:
-            self._leader.settle()
+        with self.ranks:  # names a rank that is lost meanwhile
+            if self._leader is not None:
+                self._leader.settle()
         self.ranks.close()
 
 
