@@ -8,8 +8,9 @@ from pathlib import Path
 
 MAX_CHARACTERS = 300
 
+_WORD = r"""[^\s'",;:/\\]"""
 # A folder's name may have spaces; a space before a slash begins another path.
-_PATH = re.compile(r"""(?<![\w.])(?:~\w*|[A-Za-z]:)?[/\\](?:[^\s'",;:/\\]+(?:[ ][^\s'",;:/\\]+)*[/\\])*[^\s'",;:/\\]*""")
+_PATH = re.compile(rf"(?<![\w.])(?:~\w*|[A-Za-z]:)?[/\\](?:{_WORD}+(?:[ ]{_WORD}+)*[/\\])*{_WORD}*")
 
 
 def redacted(text: str, folder: Path | None = None) -> str:
