@@ -254,7 +254,9 @@ def test_a_store_that_fails_in_any_way_costs_a_prefill(
             patch.setattr(CacheStore, name, broken)
             engine = make_stored()
             assert text(run(engine, job)[1]) == alone(demo, job)
-        engine.close(SOON_S)
+            assert engine.gauges()["prefix_cache_failures_total"] > 0
+            engine.prefixes.follow(LITTLE)
+            engine.close(SOON_S)
 
 
 def test_jobs_without_room_in_memory_share_one_read(make_stored: Callable[..., Engine], demo: Demo) -> None:
