@@ -11,6 +11,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from phi4_mlx.adapters.layers import add_adapter
+from phi4_mlx.checkpoint import empty_model, read_config
 from phi4_mlx.doctor.check import Check
 from phi4_mlx.doctor.forward import Subject, allowed_of, ids
 from phi4_mlx.doctor.operations import random
