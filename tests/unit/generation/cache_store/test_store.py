@@ -215,6 +215,18 @@ def test_a_file_that_was_read_once_is_restored_once_and_stays(tmp_path: Path, mo
             assert len(files(folder)) == 1
 
 
+def test_a_file_whose_ids_are_not_first_is_dropped(tmp_path: Path) -> None:
+    model, lines = make_tiny_model(seed=1), []
+    keep(tmp_path / "s", model, IDS)
+    (path,) = files(tmp_path / "s")
+    data = path.read_bytes()
+    assert data.count(b"[0,400]") == 1
+    path.write_bytes(data.replace(b"[0,400]", b"[4,404]"))
+    with opened(tmp_path / "s", model, warn=lines.append) as store:
+        assert store.find(model, IDS) is None
+    assert len(lines) == 1 and "its ids are at bytes 4 to 404, not first" in lines[0]
+
+
 def test_a_file_that_another_process_has_written_anew_is_read_anew(tmp_path: Path) -> None:
     model, lines = make_tiny_model(seed=1), []
     keep(tmp_path / "s", model, IDS)
