@@ -80,7 +80,7 @@ def _plan(args: argparse.Namespace) -> None:
     if not possible:
         raise RequestError(f"{splits[asked[-1]]}")
     backends = ["jaccl", "ring"] if launch is None else [launch.backend]
-    chosen = [(backend, *choose_parallel(shape.config, ranks, backend)) for backend in backends]
+    chosen = [(backend, *choose_parallel(shape.config, ranks, backend, shape.infos)) for backend in backends]
     if len(possible) == 1:
         why = "it is asked for" if args.parallel else next(each for each in splits.values() if isinstance(each, str))
         chosen = [(backend, possible[0].parallel, why) for backend, _, _ in chosen]

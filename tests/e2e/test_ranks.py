@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from phi4_mlx.checkpoint import load_model
+from phi4_mlx.cli import main
 from tests.adapters import adapted, save_adapter
 from tests.conftest import ROOT, write_tiny_checkpoint
 from tests.kinds import WRITERS
@@ -99,6 +100,16 @@ def test_a_mistake_on_all_ranks_is_one_line_of_rank_0(tmp_path: Path, words: tup
     assert (code, out, other) == (2, "", (2, "", "")), err
     (said,) = err.splitlines()
     assert line in said
+
+
+def test_groups_that_tensor_parallel_would_cut_are_refused_by_rank_0(tmp_path: Path) -> None:
+    model = write_tiny_checkpoint(tmp_path / "tiny", hidden_size=192, intermediate_size=192)
+    packed = tmp_path / "packed"
+    assert main(["convert", "--hf-path", str(model), "--mlx-path", str(packed), "-q"]) == 0
+    words = ("generate", "--model", str(packed), "-p", "a", "--parallel", "tensor")
+    (code, out, err), other = RankCommand(tmp_path, *words).wait()
+    assert (code, out, other) == (2, "", (2, "", "")), err
+    assert "groups of its quantisation, and it has 3 in a row; use --parallel pipeline" in err and err.count("\n") == 1
 
 
 def test_a_mistake_after_the_start_ends_both(tmp_path: Path) -> None:
