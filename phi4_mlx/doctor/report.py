@@ -25,7 +25,7 @@ class Report(TypedDict):
         fits: the models of the family, and the longest context of each.
         checks: the outcome of each check.
         not_compared: what this machine cannot show, in words.
-        speed: measurements; empty where they died.
+        speed: measurements, up to one that died.
         seconds: that all took.
         passed: True if every check passed.
         switch_off: the fast paths to switch off.

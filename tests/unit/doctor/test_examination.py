@@ -125,6 +125,12 @@ def test_errors_name_no_paths(text: str, shown: str) -> None:
     assert redacted(text, Path("/own models/the best")) == shown
 
 
+@pytest.mark.parametrize("home", ["/", "/nonexistent", ""])
+def test_any_home_is_redacted(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", home)
+    assert redacted("/nonexistent/x: 3 GB/s") == "(path): 3 GB/s"
+
+
 @pytest.mark.parametrize(
     ("code", "passed"),
     [
