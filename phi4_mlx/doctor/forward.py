@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from phi4_mlx.models.multimodal import Model as MultimodalModel
 
 CHUNKS = 4  # of a prompt, and a shorter one
+MOST = 0.5  # a larger difference is a fault, whatever the dtype
 TEXT = 1000  # ids of text in the smallest package
 BOUNDARY = 48  # of the RoPE tables, in place of the package's own
 OPERATIONS = 6  # in a row in a block, which sum or round
@@ -152,7 +153,8 @@ def allowed_of(subject: Subject, passes: int = 1) -> Tolerance:
     operations = OPERATIONS * layers
     found = rounding(subject.dtype or model.dtype, config.intermediate_size, operations, PRODUCT * operations)
     found += exponentials(layers)
-    return found if subject.is_hybrid else found + sines(layers)
+    found = found if subject.is_hybrid else found + sines(layers)
+    return found if found.value < MOST else Tolerance(MOST, f"{found.why}, but at most {MOST}")
 
 
 def ids(length: int, model: LanguageModel) -> list[int]:

@@ -11,7 +11,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from phi4_mlx.adapters.layers import add_adapter
-from phi4_mlx.config.text import ModelConfig
+from phi4_mlx.checkpoint import empty_model, read_config
 from phi4_mlx.doctor.check import Check
 from phi4_mlx.doctor.forward import Subject, allowed_of, ids
 from phi4_mlx.doctor.operations import random
@@ -19,8 +19,6 @@ from phi4_mlx.doctor.tolerance import exponentials, rounding
 from phi4_mlx.hub import resolve
 from phi4_mlx.lora.training.batches import Batch
 from phi4_mlx.lora.training.loss import TRAINED_CHUNK_ROWS, sft_loss, token_losses
-from phi4_mlx.models.model import LanguageModel
-from phi4_mlx.models.text import Model
 
 LENGTHS = 20, 30  # tokens of the samples packed in a row
 PASSES = 3  # operations in backward, of which each has two, beside those in forward
@@ -75,7 +73,7 @@ def _trained_head() -> list[mx.array]:
         "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": V, "max_position_embeddings": 64,
         "tie_word_embeddings": False,
     }  # fmt: skip
-    model: LanguageModel = Model(ModelConfig.from_dict(raw))
+    model = empty_model(read_config(raw), {})
     model.head.update({"weight": random(1, V, D)})
     targets = mx.array(ids(N, model))
 

@@ -67,6 +67,8 @@ def not_compared(machine: Machine) -> list[str]:
             f"MLX has one device here, the {machine['devices'][0]}: no GPU was compared with it, only each fast path "
             "with its slow twin"
         )
+    if not str(machine["versions"]["system"]).startswith("macOS"):
+        found.append("weights are wired on macOS alone, so that path was not taken")
     if machine["switched_off"]:
         found.append(f"{VARIABLE} has switched off {', '.join(machine['switched_off'])}, which were not compared")
     return found

@@ -7,7 +7,6 @@ on Linux what programs can have without swapping, and the limit of the control g
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -90,10 +89,9 @@ def _text(path: Path) -> str:
 
 
 def _read_macos() -> Reading:
-    """Free pages, and those that the system can empty at once: read ahead, purgeable, and copies of files."""
-    names = ("page_free", "page_speculative", "page_purgeable", "page_pageable_external")
-    pages = sum(_sysctl(f"vm.{name}_count") for name in names)
-    return Reading(pages * os.sysconf("SC_PAGE_SIZE"), machine_bytes(), _sysctl("kern.memorystatus_vm_pressure_level"))
+    """The level alone: what is free says little where the system compresses memory before it swaps."""
+    total = machine_bytes()
+    return Reading(total, total, _sysctl("kern.memorystatus_vm_pressure_level"))
 
 
 def _sysctl(name: str) -> int:

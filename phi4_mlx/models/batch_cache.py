@@ -54,7 +54,7 @@ class BatchCache(list[LayerCache]):
     @property
     def rewindable(self) -> bool:
         """True if `take_back` works, and rows can append several tokens each; speculation needs that."""
-        return all(layer.rewinds_rows for layer in self)
+        return all(layer.is_trimmable() for layer in self)
 
     def record(self, ids: mx.array) -> None:
         """Keeps no ids: the sequences have them."""

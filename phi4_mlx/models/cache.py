@@ -67,15 +67,11 @@ class LayerCache(Protocol):
     def rewindable(self) -> bool:
         """True if the tokens of a pass of at most `REWIND` can be taken back after it; speculation needs that."""
 
-    @property
-    def rewinds_rows(self) -> bool:
-        """True if `state` has a column a token, so that each row of a batch can take back its own number of tokens."""
-
     def can_trim(self, n: int) -> bool:
         """True if the last n tokens can be taken back now."""
 
     def is_trimmable(self) -> bool:
-        """True if `trim` can take back some tokens and keep the others."""
+        """True if `trim` can take back some tokens and keep the others; `state` then has a column a token, axis 2."""
 
     def trim(self, n: int) -> int:
         """Takes back the last n tokens and returns how many it took: all, n, or 0 where that is not possible."""
@@ -228,8 +224,6 @@ class KVCache:
     def rewindable(self) -> bool:
         """True without a `max_size`: dropped tokens do not come back."""
         return self.max_size is None
-
-    rewinds_rows = rewindable
 
     def can_trim(self, n: int) -> bool:
         """True if the last n tokens can be taken back now."""

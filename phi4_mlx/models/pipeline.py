@@ -6,6 +6,7 @@ ranks one array crosses for each forward pass: [B, T, D], and [B, rows, D] from 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -35,7 +36,7 @@ def last_start(config: Config) -> int:
 
 
 def deal_blocks(config: Config, infos: Mapping[str, TensorInfo], size: int) -> list[range]:
-    """The blocks of each rank: consecutive ones, so that the rank with the most bytes has as few as possible.
+    """The blocks of each rank: consecutive ones, so that the fullest rank has few bytes, and the others are alike.
 
     Args:
         config: the whole model's.
@@ -49,13 +50,18 @@ def deal_blocks(config: Config, infos: Mapping[str, TensorInfo], size: int) -> l
         else:
             outside += tensor_bytes(info.dtype, info.shape)
     sums, starts = [*accumulate(sizes, initial=0)], range(1, last_start(config) + 1)
-    # dealt[end]: most bytes of a rank, and where the ranks end, if those so far hold the blocks before `end`.
-    dealt = {end: (outside + sums[end], [end]) for end in [*starts, len(sizes)]}
+    total = outside + sums[-1]
+
+    def cost(nbytes: int) -> float:
+        return math.pow(nbytes / total, 16)  # in a sum, the largest one outweighs all others
+
+    # dealt[end]: the least cost, and where the ranks end, if those so far hold the blocks before `end`.
+    dealt = {end: (cost(outside + sums[end]), [end]) for end in [*starts, len(sizes)]}
     for _ in range(1, size):
         dealt = {
             end: min(
-                (max(most, sums[end] - sums[start]), [*ends, end])
-                for start, (most, ends) in dealt.items()
+                (spent + cost(sums[end] - sums[start]), [*ends, end])
+                for start, (spent, ends) in dealt.items()
                 if start < end and start in starts
             )
             for end in [*dealt][1:]

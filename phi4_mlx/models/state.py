@@ -24,7 +24,6 @@ class SnapshotCache(ABC):
     """A cache that can take back the tokens of the latest short pass; to go back further, it restores a snapshot."""
 
     rewindable = True
-    rewinds_rows = False  # a state has no columns
     offset: int
 
     @property

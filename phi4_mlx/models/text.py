@@ -185,7 +185,7 @@ class Decoder(nn.Module):
             return self._step(calls, layers, given, mx.array(position), mask, caches)
         if adapted is not None:
             adapted.start()
-        x = self.embed_tokens(ids) if embeddings is None else embeddings
+        (x,) = self.into_blocks(self.embed_tokens(ids) if embeddings is None else embeddings)
         rotation: Rotation | PackedRotation = self.rope.at(position, regime, x.dtype)
         if segments is not None:
             rotation, mask = self.rope.packed(segments, x.dtype), PackedAttention(segments)
@@ -199,7 +199,7 @@ class Decoder(nn.Module):
 
     def into_blocks(self, embeddings: mx.array) -> Carried:
         """See `CausalLM.into_blocks`."""
-        return (embeddings,)
+        return (embeddings.astype(self.layers[0].input_layernorm.weight.dtype),)  # rows in mxfp4 become bfloat16
 
     def through_block(self, number: int, carried: Carried) -> Carried:
         """See `CausalLM.through_block`."""
@@ -232,7 +232,7 @@ class Decoder(nn.Module):
             return x, *layer.heads(x, self.rope.at(offset, regime, x.dtype))
 
         def first(embedding: Any, layer: Any, given: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
-            return heads(layer, embedding(given), offset)
+            return heads(layer, embedding(given).astype(layer.input_layernorm.weight.dtype), offset)
 
         def between(layer: Any, following: Any, x: mx.array, seen: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
             return heads(following, layer.rest(x, seen), offset)

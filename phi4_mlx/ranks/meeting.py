@@ -25,8 +25,8 @@ from phi4_mlx.ranks.launch import CHANNEL, WAIT, Launch
 
 _RETRY_S = 0.05
 _WAIT_S = 6.0  # with the start of a process, less than the 10 s within which a job without one of its ranks ends
-_TIMES_AGE = 3.0  # a server has two processes, started one after the other
-_MOST_WAIT_S = 30.0
+_TIMES_AGE = 2.0  # a server has two processes, one started by the other
+_MOST_WAIT_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def lead(launch: Launch, about: Mapping[str, str]) -> Met:
         _refuse(met, f"{' and '.join(late)} did not come within {wait_s:g} s ({WAIT}){stranger}")
     for rank in ranks:
         theirs = guests[rank, "commands"].about
-        for key in sorted({*about, *theirs}):
+        for key in {**about, **theirs}:
             ours, other = about.get(key, "none"), theirs.get(key, "none")
             if ours != other:
                 line = f"{key} is {ours:.200} on {names[0]} but {other:.200} on {names[rank]}; all ranks need the same"

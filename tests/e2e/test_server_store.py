@@ -64,6 +64,6 @@ def test_a_disk_that_refuses_writes_costs_one_line(tmp_path: Path) -> None:
         until(lambda: server.metrics()["prefix_cache_disk_failures_total"] == 1)
         assert asked(server, "demo") == (first[0], first[1], first[1] - 1)
         asked(server, "demo", messages=body("Another one.", SYSTEM)["messages"])
-    lines = [line for line in server.lines if "prompt cache" in line]
+    lines = [line for line in server.lines if "cannot be written" in line]
     assert len(lines) == 1 and "File too large; 60 s without one" in lines[0], server.lines
     assert not list((tmp_path / "store").iterdir())

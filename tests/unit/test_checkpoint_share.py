@@ -118,6 +118,7 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
     nvfp4 = write_quantized(folder / "nvfp4", tiny, mode="nvfp4", group_size=16)
     flash = write_tiny_sambay(folder / "flash")
     multimodal = write_tiny_multimodal(folder / "multimodal")
+    mxfp4 = write_quantized(folder / "mxfp4", tiny, mode="mxfp4")
     lora = write_adapter(folder / "lora", tiny, "lora", 1)
     dora = write_adapter(folder / "dora", tiny, "dora", 2)
     full = write_full(folder / "full", tiny)
@@ -139,6 +140,7 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
         },
         "pipeline": {**RUN, "folder": str(tiny), "parallel": "pipeline", "exchanges": True},
         "pipeline, 4 bits": {**RUN, "folder": str(four), "parallel": "pipeline"},
+        "pipeline, mxfp4": {**short, "folder": str(mxfp4), "parallel": "pipeline"},
         "pipeline, flash": {**short, "batch": [None] * 3, "folder": str(flash), "parallel": "pipeline"},
         "pipeline, multimodal": {**short, "picture": True, "folder": str(multimodal), "parallel": "pipeline"},
         "pipeline, untied": {**short, "folder": str(untied), "parallel": "pipeline"},

@@ -157,7 +157,7 @@ class StoreFolder:
         """Removes the least recently used files until `nbytes` more fit.
 
         Args:
-            nbytes: of the file to write.
+            nbytes: of the file to write; 0 keeps the store to its own limit alone.
             files: those that are there, from `files` under the lock.
 
         Returns:
@@ -166,11 +166,13 @@ class StoreFolder:
         Raises:
             OSError: they would never fit on this volume, of which `SPARE` is left to others; nothing is removed.
         """
-        used, removed = sum(file.nbytes for file in files), []
-        volume = shutil.disk_usage(self.path)
-        limit = min(self.limit_bytes, used + volume.free - min(SPARE_BYTES, int(SPARE * volume.total)))
+        used, limit = sum(file.nbytes for file in files), self.limit_bytes
+        if nbytes:
+            volume = shutil.disk_usage(self.path)
+            limit = min(limit, used + volume.free - min(SPARE_BYTES, int(SPARE * volume.total)))
         if nbytes > limit:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        removed = []
         for file in sorted(files, key=lambda file: not file.partial):  # what killed writers have left goes first
             if used + nbytes > limit or file.partial:
                 self.drop(file.name)

@@ -117,12 +117,18 @@ class Writer:
             self.failures += 1
 
     def _work(self) -> None:
-        with contextlib.suppress(Exception):
-            self._refresh()
+        for task in (self._tidy, self._refresh):
+            with contextlib.suppress(Exception):  # the first write says what is wrong
+                task()
         self.ready.set()
         while not self._closed:
             with contextlib.suppress(Exception):  # the next look at the folder may succeed
                 self._take_turn()
+
+    def _tidy(self) -> None:
+        """Removes what killed writers have left, and what a limit lower than before has no room for."""
+        with self._folder.locked(lambda: False):
+            self._folder.make_room(0, self._folder.files())
 
     def _take_turn(self) -> None:
         """Waits for a cache that is due and writes it, or looks at the folder."""

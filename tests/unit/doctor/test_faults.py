@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, get_args
@@ -127,8 +128,9 @@ PLANTS: list[tuple[FastPath, str, Plant]] = [
     ("wired", "demo: wired memory", unwired),
 ]
 
+SLOW = re.compile("LoRA|rows")
 CASES = [
-    pytest.param(*plant, marks=[pytest.mark.slow] if "LoRA" in plant[1] else [], id=f"{plant[0]}: {plant[1]}")
+    pytest.param(*plant, marks=[pytest.mark.slow] if SLOW.search(plant[1]) else [], id=f"{plant[0]}: {plant[1]}")
     for plant in PLANTS
 ]
 

@@ -54,6 +54,13 @@ def test_a_rank_of_two_holds_at_most_55_percent_of_a_published_model(
         assert sum(plan) == whole
 
 
+def test_ranks_of_a_pipeline_hold_about_as_much() -> None:
+    config = PRESETS["phi-4-mini"]
+    plan = share_plan(config, infos_of(config, 4), "pipeline", 8)
+    assert max(plan[1:]) - min(plan[1:]) <= 0.03 * sum(plan)  # a block; the embedding is rank 0's
+    assert plan[0] <= 0.19 * sum(plan)
+
+
 @pytest.mark.parametrize(("preset", "sizes"), [("phi-4-mini", {2, 4, 8}), ("phi-4", {2, 5, 10})])
 def test_published_models_split_by_their_heads(preset: str, sizes: set[int]) -> None:
     config, found = PRESETS[preset], set()

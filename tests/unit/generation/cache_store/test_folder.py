@@ -103,6 +103,17 @@ def test_the_limit_is_never_exceeded_while_five_times_as_much_is_written(
     assert 0.8 * limit < largest <= limit and written > 4 * limit and len(files(folder)) > 2
 
 
+def test_a_lower_limit_holds_from_the_start(model: Model, tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    for n in range(5):
+        keep(folder, model, [n] * 90)
+    (folder / f".{'a' * 32}.promptcache.{os.getpid()}-7.partial").write_bytes(b"half")
+    limit = size_of(folder) // 2
+    with opened(folder, model, limit) as store:
+        assert [n for n in range(5) if store.find(model, [n] * 90)] == [3, 4]
+        assert size_of(folder) <= limit and len(files(folder)) == 2
+
+
 def test_a_cache_that_can_never_be_stored_is_one_line(model: Model, tmp_path: Path) -> None:
     folder, lines = tmp_path / "s", []
     with opened(folder, model, 20_000, lines.append) as store:
