@@ -96,6 +96,12 @@ def test_the_verdict_unites_the_switches() -> None:
     assert report.verdict([OUTCOME]) == ([], "all 1 check passed")
 
 
+def test_a_check_with_nothing_to_compare_is_not_called_passed() -> None:
+    alone: Outcome = {**OUTCOME, "devices": None, "twins": None}
+    assert report.check_line(alone).split()[0] == "-"
+    assert report.verdict([OUTCOME, alone]) == ([], "all 1 check passed")
+
+
 def test_lines_have_the_figures() -> None:
     assert report.check_line(OUTCOME).split() == ["ok", "rope,", "float32", "1.0e-07", "2.0e-07", "1.0e-06"]
     line = report.check_line({**OUTCOME, "passed": False, "error": "RuntimeError: no kernel"})
