@@ -109,10 +109,8 @@ def _compared(check: Outcome) -> bool:
 def check_line(check: Outcome) -> str:
     """A check on one line; one that failed names what to switch off."""
     figures = [("-" if value is None else f"{value:.1e}") for value in (check["devices"], check["twins"])]
-    line = (
-        f"{'-' if not _compared(check) else 'ok' if check['passed'] else 'FAIL':4} {check['name']:46} {figures[0]:>10} {figures[1]:>8} "
-        f"{check['tolerance']:8.1e}"
-    )
+    mark = "FAIL" if not check["passed"] else "ok" if _compared(check) else "-"
+    line = f"{mark:4} {check['name']:46} {figures[0]:>10} {figures[1]:>8} {check['tolerance']:8.1e}"
     if check["passed"]:
         return line
     why = f"; {check['error']}" if check["error"] else ""
