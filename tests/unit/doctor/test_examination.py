@@ -61,6 +61,13 @@ def test_a_hanging_process_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
         next(found)
 
 
+def test_a_process_that_hangs_at_its_exit_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "EXIT_S", 0.2)
+    command = [sys.executable, "-c", "import os, time; os.write(1, b'{}\\n'); os.close(1); time.sleep(20)"]
+    with pytest.raises(ChildDied, match=r"did not end within 0\.2 s"):
+        list(answers({}, {}, command))
+
+
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
