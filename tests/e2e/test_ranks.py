@@ -233,8 +233,11 @@ def test_a_server_over_ranks_answers_together_and_ends_in_order(served: Served) 
 def test_a_lost_rank_ends_the_server_everywhere(served: Served, victim: int) -> None:
     served.ask("Who are you?")
     os.kill(served.command.ranks[victim].pid, signal.SIGKILL)
-    assert 0 not in served.ended(60)
-    assert any(f"rank {victim}" in line for line in (served.others if victim == 0 else served.lines))
+    codes = served.ended(60)
+    assert codes[1 - victim] == 1
+    said = served.others if victim == 0 else [line for line in served.lines if line.startswith("phi4_mlx: ")]
+    assert len(said) == 1 and f"rank {victim}" in said[0]
+    assert not any("the engine died" in line for line in served.lines)
 
 
 def test_a_server_answers_under_adapters_by_name_by_tensor_parallel(tmp_path: Path) -> None:
