@@ -91,11 +91,12 @@ def _parser() -> Parser:
 def _chat(args: argparse.Namespace) -> None:
     check_decoding_options(args)
     from phi4_mlx.hub import DEFAULT_MODEL
-    from phi4_mlx.ranks.session import ModelOptions, check_over_ranks, open_session
+    from phi4_mlx.ranks.session import ModelOptions, check_over_ranks, command_options, open_session
 
     check_over_ranks(args, "prompt_cache_dir")
     name = DEFAULT_MODEL if args.model is None else args.model
-    with open_session(ModelOptions(name, args.parallel, **load_options(args)), partial(complain, PROG)) as session:
+    options = ModelOptions(name, args.parallel, **load_options(args), command=command_options("chat", args))
+    with open_session(options, partial(complain, PROG)) as session:
         _chat_in(session, args)
 
 

@@ -109,10 +109,11 @@ def _generate(args: argparse.Namespace) -> None:
 
         return answer_file(args, MAX_TOKENS)
     from phi4_mlx.hub import DEFAULT_MODEL
-    from phi4_mlx.ranks.session import ModelOptions, check_over_ranks, open_session
+    from phi4_mlx.ranks.session import ModelOptions, check_over_ranks, command_options, open_session
 
     check_over_ranks(args, "prompt_cache_file")
-    options = ModelOptions(args.model or DEFAULT_MODEL, args.parallel, **load_options(args))
+    name, command = args.model or DEFAULT_MODEL, command_options("generate", args)
+    options = ModelOptions(name, args.parallel, **load_options(args), command=command)
     with open_session(options, partial(complain, PROG)) as session:
         _generate_in(session, args)
 

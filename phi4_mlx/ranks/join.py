@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 from collections.abc import Mapping
 from types import TracebackType
@@ -20,6 +21,7 @@ MLX = (0, 32, 4)
 """The least version of mlx for ranks: in earlier ones a collective hangs when a peer has died (mlx #4060, #3742)."""
 
 _CLOSING_S = 60.0  # for what the followers still run
+_LEAVING_S = 5.0  # for the leader's last line
 
 
 def join(launch: Launch, about: Mapping[str, str]) -> Ranks:
@@ -131,14 +133,17 @@ class Ranks:
         """Waits for the leader's next command; of a follower.
 
         Raises:
-            SystemExit: with code 0, after the leader's `close`.
+            SystemExit: with the code of the leader's `close`.
         """
         said = self._receive(self._met.commands[0])
         if "close" in said:
             self._send(self._met.commands[0], {"closed": True})
             self._watching.close()
+            if said["close"]:  # mlx.launch kills the leader when a rank has failed: first it says what is wrong
+                with contextlib.suppress(OSError, ValueError):
+                    self._met.commands[0].receive(_LEAVING_S)
             self._met.close()
-            raise SystemExit(0)
+            raise SystemExit(said["close"])
         command: dict[str, JSON] = said["command"]
         return command
 
@@ -183,18 +188,23 @@ class Ranks:
         """
         self._watching.end(line)
 
-    def close(self) -> None:
-        """Ends the job in order; of the leader. The followers exit with code 0 at their next `hear`."""
+    def close(self, code: int = 0) -> None:
+        """Ends the job in order; of the leader. The followers exit at their next `hear`.
+
+        Args:
+            code: their exit code. If it is not 0, they wait until this process has ended, for some seconds.
+        """
         if self._closed:
             return
         self._closed = True
         for channel in self._met.commands.values():
-            self._send(channel, {"close": True})
+            self._send(channel, {"close": code})
         for channel in self._met.commands.values():
             while "closed" not in self._receive(channel, _CLOSING_S):
                 pass  # an answer that nobody awaits
         self._watching.close()
-        self._met.close()
+        if not code:
+            self._met.close()
 
     def __enter__(self) -> Ranks:
         return self

@@ -80,7 +80,7 @@ def lead(launch: Launch, about: Mapping[str, str]) -> Met:
         _refuse(met, f"{' and '.join(late)} did not come within {wait_s:g} s ({WAIT}){stranger}")
     for rank in ranks:
         theirs = guests[rank, "commands"].about
-        for key in sorted({*about, *theirs}):
+        for key in {**about, **theirs}:
             ours, other = about.get(key, "none"), theirs.get(key, "none")
             if ours != other:
                 line = f"{key} is {ours:.200} on {names[0]} but {other:.200} on {names[rank]}; all ranks need the same"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from phi4_mlx.errors import Interruption, Phi4Error, RequestError
 from phi4_mlx.ranks.launch import Launch, launched
+from phi4_mlx.terminal.command import USER_MISTAKE
 
 if TYPE_CHECKING:
     from phi4_mlx.models.model import LanguageModel
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from phi4_mlx.ranks.join import Ranks
     from phi4_mlx.ranks.leader import Leader
     from phi4_mlx.tokens.tokenizer import Tokenizer
+
+_NOT_COMPARED = frozenset((
+    "model", "revision", "verify", "adapter_path", "adapters", "parallel", "prompt", "system_prompt", "image", "audio",
+    "prompts", "output", "schema", "tools", "mcp", "api_key", "debug",
+))  # fmt: skip
 
 HOW = "mlx.launch -n 2 -- python -m phi4_mlx ... starts two on this machine; see 'More than one machine' in the README"
 
@@ -37,6 +43,7 @@ class ModelOptions:
         adapter_path: a LoRA adapter for the whole model.
         adapters: name -> folder of the adapters that a request may name.
         revision, verify, chat_format: see `phi4_mlx.checkpoint.load`.
+        command: from `command_options`.
     """
 
     name: str
@@ -46,6 +53,7 @@ class ModelOptions:
     revision: str | None = None
     verify: bool = False
     chat_format: str | None = None
+    command: Mapping[str, str] = field(default_factory=dict)
 
 
 class Session:
@@ -124,12 +132,12 @@ class RanksSession(Session):
         """See `Session.fail`."""
         self.ranks.end(line)
 
-    def close(self) -> None:
-        """Lets the other ranks finish what they were told, and leave."""
+    def close(self, code: int = 0) -> None:
+        """Lets the other ranks finish what they were told, and leave with an exit code."""
         with self.ranks:  # names a rank that is lost meanwhile
             if self._leader is not None:
                 self._leader.settle()
-        self.ranks.close()
+        self.ranks.close(code)
 
 
 @contextlib.contextmanager
@@ -159,7 +167,10 @@ def open_session(options: ModelOptions, tell: Callable[[str], None] = lambda lin
     session = RanksSession(options, ranks, folder, parallel)
     try:
         yield session
-    except (Phi4Error, OSError, KeyboardInterrupt, Interruption, SystemExit, GeneratorExit):
+    except (Phi4Error, OSError):
+        session.close(USER_MISTAKE)
+        raise
+    except (KeyboardInterrupt, Interruption, SystemExit, GeneratorExit):
         session.close()
         raise
     except Exception:
@@ -172,6 +183,21 @@ def is_follower() -> bool:
     """True on every rank but the first of a job; False for a process on its own."""
     launch = launched()
     return launch is not None and launch.rank > 0
+
+
+def command_options(command: str, args: argparse.Namespace) -> dict[str, str]:
+    """A command and its options as texts, which must be equal on all ranks.
+
+    Args:
+        command: "generate", for example; how it is started does not matter.
+        args: the parsed options. Left out are the model, whose files are compared, and what only rank 0 reads.
+    """
+    texts = {
+        f"--{name.replace('_', '-')}": "not given" if value is None else str(value)
+        for name, value in vars(args).items()
+        if name not in _NOT_COMPARED
+    }
+    return {"the command": command, **texts}
 
 
 def check_over_ranks(args: argparse.Namespace, *names: str) -> None:
@@ -215,9 +241,9 @@ def _join(launch: Launch, options: ModelOptions, tell: Callable[[str], None]) ->
     adapters = {f"adapter {name}": path for name, path in options.adapters.items()}
     adapters |= {"--adapter-path": options.adapter_path} if options.adapter_path else {}
     about = {
+        **options.command,
         "the model's fingerprint": known(model),
         "--parallel": options.parallel or "not given",
-        "--chat-format": options.chat_format or "not given",
         VARIABLE: known(lambda: ",".join(switched_off()) or "not given"),
         **{name: known(partial(files_fingerprint, Path(path).expanduser())) for name, path in adapters.items()},
     }
@@ -227,7 +253,7 @@ def _join(launch: Launch, options: ModelOptions, tell: Callable[[str], None]) ->
     if mistakes:
         if launch.rank:
             ranks.hear()  # all have made the same mistake: rank 0 says so
-        ranks.close()
+        ranks.close(USER_MISTAKE)
         raise mistakes[0]
     folder, parallel, reason = prepared[0]
     if launch.rank == 0 and options.parallel is None:

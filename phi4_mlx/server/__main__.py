@@ -221,6 +221,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     """The settings of the engine; a model of the Hub is downloaded."""
     from phi4_mlx.generation.cache_store.store import store_settings
     from phi4_mlx.hub import DEFAULT_MODEL, resolve
+    from phi4_mlx.ranks.session import command_options
     from phi4_mlx.server.engine.settings import Settings
 
     adapters, store = _adapters(args.adapters), store_settings(args.prompt_cache_dir, args.prompt_cache_disk_bytes)
@@ -238,6 +239,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         speculate=args.speculate,
         draft_model=args.draft_model,
         max_step_ms=args.max_step_ms,
+        command=command_options("server", args),
     )
 
 

@@ -95,8 +95,8 @@ def test_mlx_launch_starts_a_command(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_on_all_ranks_is_one_line_of_rank_0(tmp_path: Path, words: tuple[str, ...], line: str) -> None:
-    (code, out, err), (_, *printed) = RankCommand(tmp_path, "generate", "--model", "demo", "-p", "a", *words).wait()
-    assert (code, out, printed) == (2, "", ["", ""]), err
+    (code, out, err), other = RankCommand(tmp_path, "generate", "--model", "demo", "-p", "a", *words).wait()
+    assert (code, out, other) == (2, "", (2, "", "")), err
     (said,) = err.splitlines()
     assert line in said
 
@@ -104,7 +104,7 @@ def test_a_mistake_on_all_ranks_is_one_line_of_rank_0(tmp_path: Path, words: tup
 def test_a_mistake_after_the_start_ends_both(tmp_path: Path) -> None:
     words = ("generate", "--model", "demo", "--parallel", "pipeline", "-p", "a", "--max-tokens", "99999")
     (code, out, err), (other, *printed) = RankCommand(tmp_path, *words).wait()
-    assert (code, out, other, printed) == (2, "", 0, ["", ""]), err
+    assert (code, out, other, printed) == (2, "", 2, ["", ""]), err
     assert err.count("\n") == 1 and "the context holds 4096" in err
 
 
@@ -115,6 +115,19 @@ def test_ranks_with_different_models_are_refused_by_both(tmp_path: Path) -> None
     ).wait()
     for code, out, err in ranks:
         assert (code, out) == (2, "") and "the model's fingerprint is" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        (("generate", "--kv-bits", "4"), "--kv-bits is not given on rank 0 (127.0.0.1) but 4 on rank 1 (127.0.0.1)"),
+        (("chat",), "the command is generate on rank 0 (127.0.0.1) but chat on rank 1 (127.0.0.1)"),
+    ],
+)
+def test_ranks_with_different_options_are_refused_by_both(tmp_path: Path, others: tuple[str, ...], said: str) -> None:
+    same = ("--model", "demo", "-p", "a")
+    for code, out, err in RankCommand(tmp_path, "generate", *same, others=(*others, *same)).wait():
+        assert (code, out) == (2, "") and said in err and err.count("\n") == 1, err
 
 
 def test_a_model_that_one_rank_lacks_is_named_by_both(tmp_path: Path) -> None:

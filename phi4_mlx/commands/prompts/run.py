@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from phi4_mlx.errors import Phi4Error, RequestError
 from phi4_mlx.terminal.amount import amount, duration
-from phi4_mlx.terminal.command import complain, progress_bar, typed
+from phi4_mlx.terminal.command import USER_MISTAKE, complain, progress_bar, typed
 from phi4_mlx.terminal.options import complain_of_cuts, given_sampling, load_options, sampling_defaults
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def answer_file(args: argparse.Namespace, max_tokens: int) -> None:
     from phi4_mlx.commands.prompts.lines import read_prompts
     from phi4_mlx.hub import DEFAULT_MODEL, resolve
     from phi4_mlx.ranks.launch import launched
-    from phi4_mlx.ranks.session import ModelOptions, Session, open_session
+    from phi4_mlx.ranks.session import ModelOptions, Session, command_options, open_session
 
     _check_options(args)
     launch = launched()
@@ -66,7 +66,8 @@ def answer_file(args: argparse.Namespace, max_tokens: int) -> None:
 
     folder = resolve(args.model or DEFAULT_MODEL, args.revision)
     known = _identity(args, folder)
-    options = ModelOptions(args.model or DEFAULT_MODEL, args.parallel, **load_options(args))
+    name, command = args.model or DEFAULT_MODEL, command_options("generate", args)
+    options = ModelOptions(name, args.parallel, **load_options(args), command=command)
     if launch is None or args.parallel is not None:
         with open_session(options, partial(complain, PROG)) as session:
             return answer(session, None)
@@ -110,18 +111,18 @@ def _identity(args: argparse.Namespace, folder: Path) -> dict[str, str]:
 def _joined(launch: Launch, args: argparse.Namespace, known: Mapping[str, str]) -> Iterator[Ranks]:
     """All ranks of a job, each with the whole model; its end, by a mistake or an interruption too, is that of all."""
     from phi4_mlx.ranks.join import join
+    from phi4_mlx.ranks.session import command_options
 
-    same = {"--chat-format": args.chat_format, "--kv-bits": args.kv_bits, "--parallel": args.parallel}
-    ranks = join(launch, {**known, **{name: str(value or "not given") for name, value in same.items()}})
+    ranks = join(launch, {**command_options("generate", args), **known, "--parallel": args.parallel or "not given"})
     if launch.rank:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what an interruption means
     try:
         yield ranks
-    except (Phi4Error, OSError, KeyboardInterrupt):
+    except (Phi4Error, OSError, KeyboardInterrupt) as error:
         if launch.rank:
             with ranks:
                 raise
-        ranks.close()
+        ranks.close(0 if isinstance(error, KeyboardInterrupt) else USER_MISTAKE)
         raise
     except Exception:
         with ranks:  # ends the job: a rank may be lost, which the watcher then names

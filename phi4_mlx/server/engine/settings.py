@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from phi4_mlx.generation.cache_store.store import StoreSettings
@@ -30,6 +31,7 @@ class Settings:
         draft_model: a folder or a Hub id of a model that guesses in place of a lookup; None for none.
         max_step_ms: milliseconds that a step may take while answers run, decode passes and prefill chunks together;
             None for chunks of one size.
+        command: see `ModelOptions`.
     """
 
     model: str
@@ -45,9 +47,12 @@ class Settings:
     speculate: Mode = "off"
     draft_model: str | None = None
     max_step_ms: float | None = None
+    command: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def model_options(self) -> ModelOptions:
         """The model, with the adapters that jobs may use over ranks, where each rank reads its share at the start."""
         adapters = self.adapters if self.adapter_path is None else {DEFAULT: self.adapter_path, **self.adapters}
-        return ModelOptions(self.model, self.parallel, adapters=adapters, chat_format=self.chat_format)
+        return ModelOptions(
+            self.model, self.parallel, adapters=adapters, chat_format=self.chat_format, command=self.command
+        )
