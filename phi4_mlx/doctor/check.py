@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
 
 import mlx.core as mx
 import numpy as np
 
 from phi4_mlx.doctor.devices import Device
+from phi4_mlx.doctor.outcome import Outcome, failed
 from phi4_mlx.doctor.tolerance import Tolerance
 from phi4_mlx.errors import Phi4Error, message_of
 from phi4_mlx.models.safe import FastPath, safe, without
@@ -35,30 +34,6 @@ class Check:
     tolerance: Tolerance
 
 
-class Outcome(TypedDict):
-    """The JSON of a check.
-
-    Attributes:
-        name: of the check.
-        passed: True if no difference exceeds the tolerance.
-        devices: the largest difference of another device from the CPU; None where there is one device.
-        twins: the largest difference of the fast paths from their slow twins on a device; None where there are none.
-        tolerance: the allowed difference.
-        why: its derivation.
-        error: of a computation that did not end; None otherwise.
-        switch_off: the fast paths without which the check passes, where it failed; empty if none helps.
-    """
-
-    name: str
-    passed: bool
-    devices: float | None
-    twins: float | None
-    tolerance: float
-    why: str
-    error: str | None
-    switch_off: list[str]
-
-
 def run_check(check: Check, devices: Sequence[Device]) -> Outcome:
     """Runs a check, and where it fails, again without each of its fast paths.
 
@@ -72,14 +47,6 @@ def run_check(check: Check, devices: Sequence[Device]) -> Outcome:
     return outcome
 
 
-def failed(name: str, error: str) -> Outcome:
-    """The outcome of a check that did not end."""
-    return {
-        "name": name, "passed": False, "devices": None, "twins": None, "tolerance": 0.0, "why": "", "error": error,
-        "switch_off": [],
-    }  # fmt: skip
-
-
 def _compared(check: Check, devices: Sequence[Device]) -> Outcome:
     outcome = failed(check.name, "")
     outcome["tolerance"], outcome["why"] = check.tolerance.value, check.tolerance.why
@@ -87,7 +54,7 @@ def _compared(check: Check, devices: Sequence[Device]) -> Outcome:
         fast = [_results(check, device) for device in devices]
         slow = [_results(check, device, check.paths) for device in devices] if on_paths(check) else []
     except Exception as error:
-        outcome["error"] = plain(error)
+        outcome["error"] = _described(error)
         return outcome
     across = [difference(each, fast[0]) for each in fast[1:]]
     twins = [difference(*pair) for pair in zip(fast, slow, strict=False)]
@@ -150,7 +117,6 @@ def difference(found: Arrays, reference: Arrays) -> float:
     return worst
 
 
-def plain(error: BaseException) -> str:
-    """The text of an exception without paths, for a report that others read."""
-    text = re.sub(r"(?<![\w.])(~|[A-Za-z]:)?[/\\][^\s'\",;]+", "(path)", message_of(error))
-    return text[:300] if isinstance(error, Phi4Error) else f"{type(error).__name__}: {text}"[:300]
+def _described(error: BaseException) -> str:
+    text = message_of(error)
+    return text if isinstance(error, Phi4Error) else f"{type(error).__name__}: {text}"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import mlx.core as mx
+
+from phi4_mlx.checkpoint import load_config
 from phi4_mlx.doctor.check import Check
 from phi4_mlx.doctor.forward import Subject, model_checks, subject_checks
 from phi4_mlx.doctor.learning import learning_checks
@@ -18,5 +21,9 @@ def all_checks(folder: Path | None = None) -> list[Check]:
     Args:
         folder: of the user's package; None for none.
     """
-    own = [] if folder is None else subject_checks(Subject("--model", folder), OWN_LENGTH)
+    own: list[Check] = []
+    if folder is not None:
+        # Rounding to 16 bits in tens of layers would hide a fault; float32 takes little more memory in 4 bits.
+        dtype = mx.float32 if load_config(folder).quantization else None
+        own = subject_checks(Subject("--model", folder, dtype), OWN_LENGTH)
     return [*operation_checks(), *model_checks(), *learning_checks(), *own]

@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from phi4_mlx.doctor import report
 from phi4_mlx.doctor.child import COMMAND, FULL_PRECISION, ChildDied, answers
+from phi4_mlx.doctor.outcome import Outcome, failed
+from phi4_mlx.doctor.redaction import redacted
 from phi4_mlx.errors import RequestError
 from phi4_mlx.models.safe import VARIABLE, switched_off
-
-if TYPE_CHECKING:
-    from phi4_mlx.doctor.check import Outcome
 
 
 def examine(
@@ -31,7 +30,7 @@ def examine(
     """
     switched_off()
     start = time.monotonic()
-    order: dict[str, Any] = {"folder": None if folder is None else str(folder)}
+    order: dict[str, Any] = {"folder": None if folder is None else str(folder.absolute())}
     try:
         found = _joined(answers({**order, "work": "machine"}, {}, command))
     except ChildDied as died:
@@ -63,38 +62,36 @@ def run_checks(
 
     Args:
         order: with the folder of the user's package.
-        ways_out: by the name of each check, what to switch off in turn if it fails.
+        ways_out: by the name of each check in its order, what to switch off in turn if it fails.
         tell: called with each outcome.
         command: of the processes.
     """
     found: list[Outcome] = []
     left = [*ways_out]
+
+    def add(outcome: Outcome) -> None:
+        if outcome["error"] is not None:
+            outcome["error"] = redacted(outcome["error"], _folder(order))
+        left.remove(outcome["name"])
+        found.append(outcome)
+        tell(outcome)
+
     while left:
-        begun = left[0]
-        outcome: Outcome
         try:
             for answer in answers({**order, "work": "checks", "names": left}, FULL_PRECISION, command):
-                begun = answer.get("begins", begun)
                 if "outcome" in answer:
-                    outcome = answer["outcome"]
-                    left.remove(outcome["name"])
-                    found.append(outcome)
-                    tell(outcome)
-            break
+                    add(answer["outcome"])
+            if left:
+                raise ChildDied("the process ended before this check")
         except ChildDied as died:
-            outcome = _dead(begun, str(died), _survival(order, begun, ways_out[begun], command))
-            left.remove(begun)
-            found.append(outcome)
-            tell(outcome)
+            if left:  # else it died after its last check
+                begun = left[0]
+                add(failed(begun, str(died), _survival(order, begun, ways_out[begun], command)))
     return found
 
 
-def _dead(name: str, reason: str, paths: list[str]) -> Outcome:
-    """The outcome of a check that killed its process."""
-    return {
-        "name": name, "passed": False, "devices": None, "twins": None, "tolerance": 0.0, "why": "", "error": reason,
-        "switch_off": paths,
-    }  # fmt: skip
+def _folder(order: Mapping[str, Any]) -> Path | None:
+    return None if order["folder"] is None else Path(order["folder"])
 
 
 def _survival(
@@ -107,7 +104,7 @@ def _survival(
             ended = _joined(answers({**order, "work": "checks", "names": [name]}, environment, command))
         except ChildDied:
             continue
-        if ended["outcome"]["passed"]:
+        if "outcome" in ended and ended["outcome"]["passed"]:
             return [*paths]
     return []
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +16,7 @@ from phi4_mlx.checkpoint import KINDS, load_model
 from phi4_mlx.doctor.devices import devices
 from phi4_mlx.errors import RequestError
 from phi4_mlx.generation.memory import plan_context
-from phi4_mlx.models.machine import memory_limit
+from phi4_mlx.models.machine import machine_bytes, memory_limit
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.safe import switched_off
 from phi4_mlx.terminal.version import __version__
@@ -109,7 +108,7 @@ def about() -> Machine:
         "versions": versions,
         "chip": str(info.get("device_name", "unknown")),
         "devices": [device.name for device in devices()],
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": machine_bytes(),
         "limit_bytes": memory_limit(),
         "wired_limit_mb": _wired_limit_mb(),
         "switched_off": switched_off(),

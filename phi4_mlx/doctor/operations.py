@@ -52,7 +52,7 @@ def operation_checks() -> list[Check]:
             ),
             Check(f"norms, {name}", ("norms",), partial(_norms, dtype), rounding(dtype, max(NORMS), 3, 2)),
             Check(f"rope, {name}", ("rope",), partial(_rope, dtype), rounding(dtype, FAR**2, 2) + sines()),
-            Check(f"attention, {name}", ("attention",), partial(_attention, dtype), _softmax(dtype)),
+            Check(f"attention, {name}", ("attention", "slices"), partial(_attention, dtype), _softmax(dtype)),
             Check(
                 f"attention of padded heads, {name}", ("padding", "attention"), partial(_padded, dtype),
                 _softmax(dtype),

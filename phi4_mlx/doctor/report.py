@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypedDict
 
+from phi4_mlx.doctor.outcome import Outcome
 from phi4_mlx.models.safe import TWINS, VARIABLE
 from phi4_mlx.terminal.amount import amount, size
 
 if TYPE_CHECKING:
-    from phi4_mlx.doctor.check import Outcome
     from phi4_mlx.doctor.machine import Fit, Machine
     from phi4_mlx.doctor.speed import Speed
 

@@ -1,11 +1,12 @@
 """The child process that computes, `python -m phi4_mlx.doctor.worker`: an order comes in, a line a result goes out.
 
-A crash of native code ends this process alone. The last name that it has written is that of the check that died.
+A crash of native code ends this process alone. The check that died is the first one without an outcome.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,14 +17,15 @@ from phi4_mlx.errors import Phi4Error
 
 def main() -> int:
     """Reads the order, a JSON object, and writes the results; returns the exit code."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no result
-    order = json.loads(sys.stdin.readline())
-    work = {"machine": machine, "checks": checks, "speed": speed}[order["work"]]
-    try:
-        for answer in work(order):
-            write(answers, answer)
-    except Phi4Error as mistake:
-        write(answers, {"mistake": str(mistake)})
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)  # what libraries print, native ones too, is no result
+        order = json.loads(sys.stdin.readline())
+        work = {"machine": machine, "checks": checks, "speed": speed}[order["work"]]
+        try:
+            for answer in work(order):
+                write(answers, answer)
+        except Phi4Error as mistake:
+            write(answers, {"mistake": str(mistake)})
     return 0
 
 
@@ -34,7 +36,7 @@ def write(answers: TextIO, answer: dict[str, Any]) -> None:
 
 
 def checks(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Runs the checks of these names; writes each name before its check begins."""
+    """Runs the checks of these names, in the order of all checks."""
     from phi4_mlx.doctor.check import run_check
     from phi4_mlx.doctor.checks import all_checks
     from phi4_mlx.doctor.devices import devices
@@ -42,7 +44,6 @@ def checks(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
     wanted, found = {*order["names"]}, devices()
     for check in all_checks(_folder(order)):
         if check.name in wanted:
-            yield {"begins": check.name}
             yield {"outcome": run_check(check, found)}
 
 

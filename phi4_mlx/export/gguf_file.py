@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 TYPES = ("F16", "BF16", "Q8_0")
 GGUF_FILE, MODELFILE = "model.gguf", "Modelfile"
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -124,10 +126,11 @@ def _carried(folder: Path, config: Config) -> ModelConfig:
 def _name(model: str | Path, adapter_path: str | Path | None, vocabulary: Vocabulary) -> str:
     """The name of the model in the file's metadata."""
     parts = [Path(os.path.abspath(os.path.expanduser(each))).name for each in (model, adapter_path) if each is not None]
-    # llama.cpp removes the white space after control tokens for this word in a name, if the vocabulary has these.
+    name = " + ".join(parts)
+    # For "phi3" or "phi-3" in a name, llama.cpp removes the white space after control tokens, and fails without these.
     if vocabulary.strips_after and {"<unk>", "<s>", "</s>", "<|endoftext|>"} <= {*vocabulary.tokens}:
-        parts.append("phi3")
-    return " + ".join(parts)
+        return f"{name} + phi3"
+    return re.sub("(?i)(phi)-?3", r"\1 3", name)
 
 
 def _stops(tokenizer: Tokenizer, chat_format: ChatFormat) -> list[str]:

@@ -174,7 +174,7 @@ def _check_adapter(args: argparse.Namespace) -> None:
     from phi4_mlx.checkpoint import empty_model, load_config
     from phi4_mlx.hub import resolve
 
-    adapter = read_adapter(Path(args.adapter_path), lazy=True)
+    adapter = read_adapter(Path(os.path.expanduser(args.adapter_path)), lazy=True)
     check_fit(empty_model(load_config(resolve(args.model, args.revision)), {}), adapter)
 
 
@@ -186,7 +186,8 @@ def _gguf(args: argparse.Namespace) -> None:
             args.model, args.output, args.adapter_path, args.type, args.revision,
             chat_format=args.chat_format, progress=progress,
         )  # fmt: skip
-    name = re.sub(r"[^a-z0-9_.-]+", "-", Path(os.path.abspath(os.path.expanduser(args.output))).name.lower())
+    folder = Path(os.path.abspath(os.path.expanduser(args.output))).name.lower()
+    name = re.sub(r"[^a-z0-9_.-]+", "-", folder).strip("_.-") or "model"
     file, recipe = (os.path.join(args.output, each) for each in (GGUF_FILE, MODELFILE))
     print(f"{file}: {size(exported.nbytes)}, {args.type}; run it: {shlex.join(['llama-cli', '-m', file])}")
     print(f"{recipe}: for Ollama: {shlex.join(['ollama', 'create', name, '-f', recipe])}")

@@ -6,6 +6,7 @@ ranks one array crosses for each forward pass: [B, T, D], and [B, rows, D] from 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -52,7 +53,7 @@ def deal_blocks(config: Config, infos: Mapping[str, TensorInfo], size: int) -> l
     total = outside + sums[-1]
 
     def cost(nbytes: int) -> float:
-        return (nbytes / total) ** 16.0  # in a sum, the largest one outweighs all others
+        return math.pow(nbytes / total, 16)  # in a sum, the largest one outweighs all others
 
     # dealt[end]: the least cost, and where the ranks end, if those so far hold the blocks before `end`.
     dealt = {end: (cost(outside + sums[end]), [end]) for end in [*starts, len(sizes)]}

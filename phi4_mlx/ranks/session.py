@@ -134,8 +134,9 @@ class RanksSession(Session):
 
     def close(self, code: int = 0) -> None:
         """Lets the other ranks finish what they were told, and leave with an exit code."""
-        if self._leader is not None:
-            self._leader.settle()
+        with self.ranks:  # names a rank that is lost meanwhile
+            if self._leader is not None:
+                self._leader.settle()
         self.ranks.close(code)
 
 

@@ -174,11 +174,11 @@ class Watcher:
             if now - looked > SILENT_S / 2:
                 self._forgive(now - looked)
             looked = now
-            if self._own in ready:
-                self._hear_own(now)
-            for rank, link in self._peers.items():
+            for rank, link in self._peers.items():  # before its own rank, whose end may follow from theirs
                 if link in ready:
                     self._hear(rank, link)
+            if self._own in ready:
+                self._hear_own(now)
             if now - self._beaten >= BEAT_S:
                 self._beaten = now
                 self._own.send(ALIVE)

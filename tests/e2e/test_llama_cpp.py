@@ -118,6 +118,13 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
     }
 
 
+def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path / "my-phi-3-ft", **SHAPE)
+    write_gguf(folder, tmp_path / "out")
+    _, tokenizer = load(folder)
+    assert Llama(tmp_path / "out").tokens("a  b") == tokenizer.encode("a  b")
+
+
 @pytest.mark.parametrize("name", ["demo", "tied", "untied"])
 @pytest.mark.parametrize("kind", ["F16", "Q8_0"])
 def test_greedy_tokens_and_probabilities(name: str, kind: str, sources: Sources, tmp_path: Path) -> None:

@@ -12,9 +12,7 @@ from phi4_mlx.generation.cache_store.entries import Match, StoredEntry, read_ent
 from phi4_mlx.generation.cache_store.folder import StoredFile, StoreFolder
 
 MAX_ENTRIES = 20_000  # compared with a prompt; older files are left unread
-SETTLED_NS = (
-    10**8
-)  # since a folder's change; clocks of file systems tick in steps, and another change may follow in one
+SETTLED_NS = 10**8  # since a folder's change: clocks of file systems tick in steps, and one may hide a second change
 
 
 class Catalogue:
@@ -58,11 +56,11 @@ class Catalogue:
             self._seen_ns = changed_ns if time.time_ns() - changed_ns > SETTLED_NS else -1
 
     def take(self, files: Sequence[StoredFile]) -> None:
-        """Reads the headers of new files, the last ones first, and forgets those that are not among `files`."""
+        """Reads the headers of new and rewritten files, the last ones first, and forgets those not among `files`."""
         whole = {file.name: file.nbytes for file in files if not file.partial}
         with self._turn:
             self.forget(self._sizes.keys() - whole.keys())
-            new = [name for name in whole if name not in self._sizes]
+            new = [name for name, nbytes in whole.items() if self._sizes.get(name) != nbytes]
         for name in reversed(new[-MAX_ENTRIES:]):
             self._read(name)
         with self._turn:

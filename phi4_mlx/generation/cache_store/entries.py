@@ -113,7 +113,10 @@ def read_entry(path: Path) -> StoredEntry | None:
             end = header["checksum"]["data_offsets"][1] + 8 + length
             if size != end:
                 raise ValueError(f"it has {size:,} bytes, and its tensors end at byte {end:,}")
-            ids = np.frombuffer(file.read(4 * header["ids"]["shape"][0]), "<i4")  # the first tensor
+            start, stop = header["ids"]["data_offsets"]
+            if start != 0 or not 0 < stop <= size:
+                raise ValueError(f"its ids are at bytes {start} to {stop}, not first")
+            ids = np.frombuffer(file.read(stop), "<i4")
         return _entry(path.name, size, own_metadata(metadata), ids)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None

@@ -44,9 +44,9 @@ class Fingerprints:
             if (number, adapter) not in self._adapters:
                 found = adapter_fingerprint(model) if adapter is None else named_fingerprint(model, adapter)
                 self._adapters[number, adapter] = found
-        return {
-            "model": base,
-            "adapter": self._adapters[number, adapter],
-            "tokenizer": self._tokenizer,
-            "made_by": MADE_BY,
-        }
+            return {
+                "model": base,
+                "adapter": self._adapters[number, adapter],
+                "tokenizer": self._tokenizer,
+                "made_by": MADE_BY,
+            }

@@ -31,11 +31,15 @@ class Read:
     buffers: dict[str, NDArray[np.uint8]]
 
     def take_tensors(self) -> dict[str, mx.array]:
-        """The tensors as arrays, for the thread that generates; each buffer is dropped once it is copied."""
-        found = {}
-        for name in [*self.buffers]:
+        """The tensors as arrays, for the thread that generates; the second call finds none.
+
+        Each buffer is dropped once it is copied.
+        """
+        buffers, found = self.buffers.copy(), {}
+        self.buffers.clear()  # also where the copying fails
+        for name in [*buffers]:
             info = self.header.tensors[name]
-            found[name] = mx.array(self.buffers.pop(name)).view(mlx_dtype(info.dtype)).reshape(info.shape)
+            found[name] = mx.array(buffers.pop(name)).view(mlx_dtype(info.dtype)).reshape(info.shape)
         return found
 
 
@@ -50,7 +54,8 @@ def read_file(path: Path) -> Read:
     buffers: dict[str, NDArray[np.uint8]] = {}
     try:
         with open_regular(path) as file:
-            digest = hashlib.sha256(file.read(len(header.raw)))
+            file.seek(len(header.raw))
+            digest = hashlib.sha256(header.raw)
             for name, info in ordered:
                 buffer = np.empty(info.end - info.start, np.uint8)
                 if file.readinto(buffer.data) != buffer.size:

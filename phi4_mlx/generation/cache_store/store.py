@@ -167,7 +167,7 @@ class CacheStore:
         """The cache of a file, for the thread that generates; None if it does not fit the model.
 
         Args:
-            read: from `read`; it can be restored once.
+            read: from `read`; the second call gets None, since the first has taken its arrays.
             model, adapter: those of `find`.
 
         Returns:
@@ -179,6 +179,8 @@ class CacheStore:
         try:
             with shared_stream():
                 tensors = read.take_tensors()
+                if not tensors:
+                    return None
                 cache = cache_of(read.path, model, lambda name: self._fingerprints.of(model, name), own, tensors)
         except CheckpointError as error:
             self._missed(read.path.name, message_of(error), unreadable=False)

@@ -73,12 +73,8 @@ class Writer:
         with self._change:
             replaced = [each for each in self.waiting if new.entry.replaces(each.entry)]
             new.due_s = min([new.due_s, *(each.due_s for each in replaced)])
-            waiting = [*(each for each in self.waiting if each not in replaced), new]
-            leaving = [each for each in waiting if each.leaving]
-            while len(leaving) > 1 and sum(each.entry.nbytes for each in leaving) > MAX_LEAVING_BYTES:
-                waiting.remove(leaving.pop(0))
-                self.failures += 1
-            self.waiting = waiting
+            self.waiting = [*(each for each in self.waiting if each not in replaced), new]
+            self._bound()
             self._change.notify_all()
 
     def hasten(self, entry: StoredEntry) -> None:
@@ -87,6 +83,7 @@ class Writer:
             for each in self.waiting:
                 if each.entry is entry:
                     each.due_s, each.leaving = 0.0, True
+            self._bound()
             self._change.notify_all()
 
     def touch(self, name: str) -> None:
@@ -111,13 +108,21 @@ class Writer:
         self._thread.join(timeout_s if whole else 0.0)
         return whole
 
+    def _bound(self) -> None:
+        """Gives up the first of those that have left memory, until the others keep to `MAX_LEAVING_BYTES`."""
+        leaving = [each for each in self.waiting if each.leaving]
+        while len(leaving) > 1 and sum(each.entry.nbytes for each in leaving) > MAX_LEAVING_BYTES:
+            lost = leaving.pop(0)
+            self.waiting = [each for each in self.waiting if each is not lost]  # others may read the old list
+            self.failures += 1
+
     def _work(self) -> None:
         for task in (self._tidy, self._refresh):
             with contextlib.suppress(Exception):  # the first write says what is wrong
                 task()
         self.ready.set()
         while not self._closed:
-            with contextlib.suppress(Exception):  # a cache that is not stored costs a prefill
+            with contextlib.suppress(Exception):  # the next look at the folder may succeed
                 self._take_turn()
 
     def _tidy(self) -> None:
@@ -132,6 +137,8 @@ class Writer:
             return self._refresh()
         try:
             self._write(waiting)
+        except Exception:  # a cache that is not stored costs a prefill
+            self.failures += 1
         finally:
             with self._change:
                 self._writing = False
@@ -145,7 +152,7 @@ class Writer:
             while not self._closed and now < look_s:
                 due = min(self.waiting, key=lambda each: each.due_s, default=None)
                 if due is not None and due.due_s <= now:
-                    self.waiting.remove(due)
+                    self.waiting = [each for each in self.waiting if each is not due]
                     self._writing = True
                     return due
                 self._change.wait(min(look_s, look_s if due is None else due.due_s) - now)

@@ -19,12 +19,16 @@ class JobCaches:
 
     Attributes:
         prefilled_tokens: prompt tokens computed so far, without those found in the prefix cache.
-        failures: caches that could not be kept.
     """
 
     def __init__(self, prefixes: PrefixCache, answers: Mapping[BatchSequence, Answer]) -> None:
         self._prefixes, self._answers = prefixes, answers
-        self.prefilled_tokens = self.failures = 0
+        self.prefilled_tokens = 0
+
+    @property
+    def failures(self) -> int:
+        """Caches that could not be kept, stored or read."""
+        return self._prefixes.failures
 
     def recall(self, sequence: BatchSequence) -> PromptCache | None:
         """The cached prefix of a prompt that is about to be prefilled."""
@@ -51,4 +55,4 @@ class JobCaches:
             if cache is not None and cache.offset:
                 self._prefixes.put(answer.sequence.model, answer.job.adapter, cache)
         except Exception:
-            self.failures += 1
+            self._prefixes.failures += 1

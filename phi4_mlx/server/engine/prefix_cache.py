@@ -66,6 +66,7 @@ class PrefixCache:
         limit_bytes: the bytes that entries may have now: `most_bytes`, or less where the machine has too little left.
         nbytes: bytes of all entries.
         store: as given.
+        failures: caches that could not be kept, stored or read; each costs a prefill.
     """
 
     MIN_SHARED = 8  # tokens; a shorter prefix is as fast to compute
@@ -74,7 +75,7 @@ class PrefixCache:
 
     def __init__(self, most_bytes: int, store: CacheStore | None = None):
         self.limit_bytes, self.nbytes, self.store = most_bytes, 0, store
-        self._most_bytes = most_bytes
+        self._most_bytes, self.failures = most_bytes, 0
         self._entries: list[_Entry] = []  # the most recently used last
 
     def __len__(self) -> int:
@@ -131,8 +132,7 @@ class PrefixCache:
         for each in self._entries:
             if entry.extends(each):
                 entry.cache.snapshots.add(each.cache.snapshots)
-        if self.store is not None:
-            self.store.offer(model, entry.cache, leaving=large)
+        self._offer(entry, leaving=large)
         if large:
             return
         while _nbytes([entry]) > self.limit_bytes and entry.cache.snapshots:
@@ -158,17 +158,23 @@ class PrefixCache:
             return
         end_s = time.monotonic() + timeout_s
         for entry in reversed(self._entries):
-            self.store.offer(entry.model, entry.cache, leaving=True)
+            self._offer(entry, leaving=True)
             if not self.store.flush(max(0.0, end_s - time.monotonic())):
                 break
         self.store.close(max(0.0, end_s - time.monotonic()))
 
+    def _offer(self, entry: _Entry, leaving: bool) -> None:
+        """Has the store keep an entry, if there is one."""
+        try:
+            if self.store is not None:
+                self.store.offer(entry.model, entry.cache, leaving)
+        except Exception:  # most likely memory is short
+            self.failures += 1
+
     def _evict(self) -> None:
         """Drops the least recently used entries until the others keep to the limit."""
         while (used := _nbytes(self._entries)) > self.limit_bytes or len(self._entries) > self.MAX_ENTRIES:
-            entry = self._entries.pop(0)
-            if self.store is not None:
-                self.store.offer(entry.model, entry.cache, leaving=True)
+            self._offer(self._entries.pop(0), leaving=True)
         self.nbytes = used
 
     def clear(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
@@ -64,7 +65,7 @@ class Recalling:
         for each in done:
             name, sequence = each.found.entry.name, each.answer.sequence
             self._reads.pop(name, None)
-            with contextlib.suppress(Exception):  # costs a prefill
+            with self._counted():
                 if self._known(each.answer) < each.found.length:
                     key = name, sequence.adapter
                     if key not in restored:
@@ -72,6 +73,14 @@ class Recalling:
                     if (cache := restored[key]) is not None:
                         self._give(each, cache)
         return [each.answer for each in done]
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Counts a failure, which costs a prefill."""
+        try:
+            yield
+        except Exception:
+            self._prefixes.failures += 1
 
     def _known(self, answer: Answer) -> int:
         """Tokens of a job's prompt that are in memory."""
@@ -82,7 +91,7 @@ class Recalling:
         """What the store has of a job's prompt, if it is worth a read."""
         store, sequence, found = self._prefixes.store, answer.sequence, None
         if store is not None:
-            with contextlib.suppress(Exception):
+            with self._counted():
                 known, options = self._known(answer), CacheOptions(None, sequence.kv_bits)
                 found = store.find(sequence.model, sequence.ids, sequence.adapter, options, beyond=known)
         return None if found is None or found.entry.nbytes > self._most_bytes else found

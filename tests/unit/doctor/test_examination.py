@@ -11,9 +11,10 @@ import pytest
 
 from phi4_mlx.commands import doctor
 from phi4_mlx.doctor import child, report
-from phi4_mlx.doctor.check import Outcome, failed, plain
 from phi4_mlx.doctor.child import ChildDied, answers
 from phi4_mlx.doctor.examination import run_checks
+from phi4_mlx.doctor.outcome import Outcome
+from phi4_mlx.doctor.redaction import MAX_CHARACTERS, redacted
 from phi4_mlx.errors import RequestError
 
 ORDER = {"folder": None}
@@ -109,10 +110,60 @@ def test_one_device_is_said() -> None:
     assert report.not_compared({**machine, **mac}) == []
 
 
-def test_errors_name_no_paths() -> None:
-    error = RuntimeError("cannot open '/Users/ada/models/x.metallib' or ~/y or C:\\Users\\ada")
-    assert plain(error) == "RuntimeError: cannot open '(path)' or (path) or (path)"
-    assert failed("a", "b")["passed"] is False
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("cannot open '/Users/ada/x.metallib' or ~/y or C:\\Users\\ada", "cannot open '(path)' or (path) or (path)"),
+        ("/Users/ada lovelace/models/a b/config.json is damaged", "(path) is damaged"),
+        ("/own models/the best/config.json is damaged", "(path) is damaged"),
+        ("/own models/the best has no tokenizer", "(path) has no tokenizer"),
+        ("~ada/x, /a: 3 GB/s", "(path), (path): 3 GB/s"),
+        (f"{Path.home()}/x: no", "(path): no"),
+        ("a" * 1000, "a" * MAX_CHARACTERS),
+    ],
+)
+def test_errors_name_no_paths(text: str, shown: str) -> None:
+    assert redacted(text, Path("/own models/the best")) == shown
+
+
+@pytest.mark.parametrize(
+    ("code", "passed"),
+    [
+        ("tell(0); tell(1)\nos.abort()", [True, True]),  # at its exit
+        ("if len(names) == 2: tell(0)\nos.abort()", [True, False]),  # between two checks
+        ("if len(names) == 2: tell(0)", [True, False]),
+    ],
+)
+def test_no_check_is_lost_or_told_twice(code: str, passed: list[bool]) -> None:
+    answers = [json.dumps({"outcome": {**OUTCOME, "name": name}}) for name in ("a", "b")]
+    program = (
+        "import json, os, sys\nnames = json.loads(sys.stdin.readline())['names']\n"
+        f"def tell(n): print({answers!r}[n], flush=True)\n{code}"
+    )
+    found = run_checks(ORDER, {"a": [], "b": []}, lambda outcome: None, [sys.executable, "-c", program])
+    assert [(each["name"], each["passed"]) for each in found] == [*zip(("a", "b"), passed, strict=True)]
+
+
+def test_the_end_of_a_process_names_no_paths() -> None:
+    command = [sys.executable, "-c", "raise OSError('/Users/ada/x.metallib: no such file')"]
+    (found,) = run_checks(ORDER, {"a": []}, lambda outcome: None, command)
+    assert found["error"] == "the process ended with 1: OSError: (path): no such file"
+
+
+def test_what_native_code_prints_is_no_outcome() -> None:
+    noise = "from phi4_mlx.doctor import check\nright = check.run_check\n"
+    noise += "check.run_check = lambda *a: (os.write(1, b'noise\\n'), right(*a))[1]"
+    (found,) = run_checks(ORDER, {"matrix product, float32": []}, lambda outcome: None, worker(noise))
+    assert found["passed"]
+
+
+def test_a_relative_folder_is_found_from_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from phi4_mlx.doctor.examination import examine
+
+    monkeypatch.chdir(tmp_path)
+    code = "import json, sys; raise ValueError(json.loads(sys.stdin.readline())['folder'])"
+    with pytest.raises(RequestError, match=str(tmp_path / "mine")):
+        examine(Path("mine"), lambda line: None, [sys.executable, "-c", code])
 
 
 def test_an_unknown_switch_is_refused_before_anything_runs(

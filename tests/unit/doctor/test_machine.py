@@ -97,10 +97,10 @@ def test_nan_is_a_failure_in_words() -> None:
 
 def test_an_exception_is_a_failure_in_words() -> None:
     def compute() -> list[mx.array]:
-        raise RuntimeError("no kernel named /Users/ada/x")
+        raise RuntimeError("no kernel of this name")
 
     outcome = run_check(Check("raises", (), compute, EXACT), devices())
-    assert outcome["error"] == "RuntimeError: no kernel named (path)" and not outcome["passed"]
+    assert outcome["error"] == "RuntimeError: no kernel of this name" and not outcome["passed"]
 
 
 def test_tolerances_state_their_derivation() -> None:

@@ -97,6 +97,12 @@ def test_the_metadata_is_the_models(tiny_checkpoint: TinyCheckpoint, tmp_path: P
     assert "tool_call" in found["tokenizer.chat_template"]
 
 
+def test_a_name_does_not_change_how_llama_cpp_reads_texts(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    folder = tiny_checkpoint("my-Phi-3.5-and-phi3")
+    write_gguf(folder, tmp_path / "out")
+    assert fields(tmp_path / "out")["general.name"] == "my-Phi 3.5-and-phi 3"
+
+
 def test_the_modelfile_beside_it(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     write_gguf(tiny_checkpoint(**LONG), tmp_path / "out")
     lines = (tmp_path / "out" / "Modelfile").read_text().splitlines()

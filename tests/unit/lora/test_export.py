@@ -283,6 +283,15 @@ def test_a_format_is_written_and_the_way_on_is_told(
         assert ("chat with it" if way == "mlx" else "--max-model-len 600") in told.out
 
 
+@pytest.mark.parametrize(("folder", "name"), [("-v", "v"), ("Größe", "gr-e"), ("模型", "model")])
+def test_ollama_gets_a_name_that_it_takes(
+    folder: str, name: str, tmp_path: Path, tiny_checkpoint: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / folder
+    assert main(["--format", "gguf", "--model", str(tiny_checkpoint()), "--output", str(out)]) == 0
+    assert f"ollama create {name} -f " in capfd.readouterr().out
+
+
 def test_a_type_has_no_effect_on_other_formats(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--format", "hf", "--model", "demo", "--output", str(tmp_path / "out"), "--type", "Q8_0"]) == 0
     assert "--type has no effect without --format gguf" in capfd.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -134,6 +135,16 @@ def test_a_rank_that_was_ended_after_another_names_the_other(watched: Watched) -
     watched.own.close()
     watched.say(watched.peers[0], {"end": "rank 1 (there) has ended"})
     assert "rank 1 (there) has ended" in watched.ended(leaves=False)
+
+
+def test_the_cause_comes_before_its_effect(met: Watched) -> None:
+    assert met.own.recv(1)  # it has begun
+    met.process.send_signal(signal.SIGSTOP)
+    os.waitpid(met.process.pid, os.WUNTRACED)
+    met.own.close()
+    met.say(met.peers[0], {"end": "rank 1 (there) has ended"})
+    met.process.send_signal(signal.SIGCONT)
+    assert "rank 1 (there) has ended" in met.ended(leaves=False)
 
 
 def test_an_ordinary_end_is_silent_and_told(met: Watched) -> None:

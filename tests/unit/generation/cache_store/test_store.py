@@ -11,8 +11,10 @@ import pytest
 
 from phi4_mlx.adapters.layers import read_adapter
 from phi4_mlx.checkpoint import share_weights
-from phi4_mlx.generation.cache_store import fingerprints
+from phi4_mlx.generation.cache_store import fingerprints, reading
 from phi4_mlx.generation.cache_store import writer as writer_module
+from phi4_mlx.generation.cache_store.catalogue import Catalogue
+from phi4_mlx.generation.cache_store.folder import StoreFolder
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import prefix_of
 from tests.adapters import adapted, save_adapter
@@ -160,20 +162,82 @@ def test_an_offer_waits_for_no_disk_and_what_replaces_it_is_written_alone(
     assert len(written) == 2 and found(folder, model, IDS[:64]) == 63
 
 
-def test_memory_that_waits_to_be_written_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("offers", [(True,), (False, True)], ids=["leaving", "hastened"])
+def test_memory_that_waits_to_be_written_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offers: tuple[bool, ...]
+) -> None:
     model, folder = make_tiny_model(seed=1), tmp_path / "s"
     gate = threading.Event()
     monkeypatch.setattr(writer_module, "MAX_LEAVING_BYTES", 100_000)
     whole = writer_module.write_content
     monkeypatch.setattr(writer_module, "write_content", lambda *content: gate.wait(SOON_S) and whole(*content))
     with opened(folder, model) as store:
-        for n in range(8):
-            store.offer(model, prefilled(model, [n] * 90), leaving=True)  # 46 KB each
+        caches = [prefilled(model, [n] * 90) for n in range(8)]  # 46 KB each
+        for leaving in offers:
+            for cache in caches:
+                store.offer(model, cache, leaving=leaving)
         lost = store.gauges()["prefix_cache_disk_failures_total"]
         assert 4 <= lost <= 6
         gate.set()
         assert store.flush(SOON_S)
         assert len(files(folder)) == 8 - lost
+
+
+def test_a_failure_of_the_writer_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, lines = make_tiny_model(seed=1), []
+
+    def broken(*content: Any) -> int:
+        raise ValueError("a mistake of ours")
+
+    monkeypatch.setattr(writer_module, "write_content", broken)
+    with opened(tmp_path / "s", model, warn=lines.append) as store:
+        store.offer(model, prefilled(model, IDS))
+        assert store.flush(SOON_S)
+        assert store.gauges()["prefix_cache_disk_failures_total"] == 1 and not lines
+
+
+def test_a_file_that_was_read_once_is_restored_once_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, folder = make_tiny_model(seed=1), tmp_path / "s"
+    keep(folder, model, IDS)
+    with opened(folder, model, warn=pytest.fail) as store:
+        best = store.find(model, IDS)
+        assert best is not None
+        for fails in (False, True):
+            read = store.read(best)
+            assert read is not None
+            if fails:
+                with monkeypatch.context() as patch, pytest.raises(MemoryError):
+                    patch.setattr(reading, "mlx_dtype", lambda name: (_ for _ in ()).throw(MemoryError))
+                    store.restore(read, model)
+            else:
+                assert store.restore(read, model) is not None
+            assert store.restore(read, model) is None
+            assert len(files(folder)) == 1
+
+
+def test_a_file_whose_ids_are_not_first_is_dropped(tmp_path: Path) -> None:
+    model, lines = make_tiny_model(seed=1), []
+    keep(tmp_path / "s", model, IDS)
+    (path,) = files(tmp_path / "s")
+    data = path.read_bytes()
+    assert data.count(b"[0,400]") == 1
+    path.write_bytes(data.replace(b"[0,400]", b"[4,404]"))
+    with opened(tmp_path / "s", model, warn=lines.append) as store:
+        assert store.find(model, IDS) is None
+    assert len(lines) == 1 and "its ids are at bytes 4 to 404, not first" in lines[0]
+
+
+def test_a_file_that_another_process_has_written_anew_is_read_anew(tmp_path: Path) -> None:
+    model, lines = make_tiny_model(seed=1), []
+    keep(tmp_path / "s", model, IDS)
+    (path,) = files(tmp_path / "s")
+    folder = StoreFolder(tmp_path / "s", 2**30)
+    catalogue = Catalogue(folder, lines.append)
+    catalogue.take(folder.files())
+    assert len(catalogue) == 1 and not lines
+    path.write_bytes(path.read_bytes() + b"more")
+    catalogue.take(folder.files())
+    assert len(lines) == 1 and "its tensors end at byte" in lines[0] and not files(tmp_path / "s")
 
 
 def test_the_names_of_adapters_may_change(tmp_path: Path) -> None:

@@ -254,7 +254,23 @@ def test_a_store_that_fails_in_any_way_costs_a_prefill(
             patch.setattr(CacheStore, name, broken)
             engine = make_stored()
             assert text(run(engine, job)[1]) == alone(demo, job)
-        engine.close(SOON_S)
+            assert engine.gauges()["prefix_cache_failures_total"] > 0
+            engine.close(SOON_S)
+
+
+def test_an_eviction_that_the_store_fails_frees_memory_all_the_same(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    with opened(tmp_path / "s", model) as store:
+        prefixes = PrefixCache(2**20, store)
+        for n in range(3):
+            prefixes.put(model, None, prefilled(model, [n] * 60))
+        monkeypatch.setattr(CacheStore, "offer", broken)
+        prefixes.follow(LITTLE)
+        assert (len(prefixes), prefixes.nbytes, prefixes.failures) == (0, 0, 3)
 
 
 def test_jobs_without_room_in_memory_share_one_read(make_stored: Callable[..., Engine], demo: Demo) -> None:
