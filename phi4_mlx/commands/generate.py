@@ -10,7 +10,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from phi4_mlx.commands.prompt import prompt_messages, read_media, read_prompt, show_progress
-from phi4_mlx.commands.prompts.run import answer_file, check_file_options
 from phi4_mlx.errors import RequestError
 from phi4_mlx.terminal.amount import amount, size
 from phi4_mlx.terminal.command import Idle, Parser, complain, run, text, typed, word
@@ -106,6 +105,8 @@ def _parser() -> Parser:
 def _generate(args: argparse.Namespace) -> None:
     _check_options(args)
     if args.prompts is not None:
+        from phi4_mlx.commands.prompts.run import answer_file
+
         return answer_file(args, MAX_TOKENS)
     from phi4_mlx.hub import DEFAULT_MODEL
     from phi4_mlx.ranks.session import ModelOptions, check_over_ranks, command_options, open_session
@@ -216,7 +217,8 @@ def _grammar(args: argparse.Namespace) -> Grammar:
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    check_file_options(args)
+    if args.output is not None and args.prompts is None:
+        raise RequestError("--output is the file of the answers to --prompts; name both")
     check_decoding_options(args)
     if args.schema is not None and args.stop:
         raise RequestError("--stop may end an answer before it obeys the schema; drop --stop or --schema")

@@ -50,6 +50,10 @@ class LineFile:
         """Bytes of the file."""
         return os.fstat(self._file).st_size
 
+    def begins_with(self, start: bytes) -> bool:
+        """True if these bytes begin the file, or the file is shorter and begins them."""
+        return start.startswith(os.pread(self._file, len(start), 0))
+
     def lines(self) -> Iterator[bytes]:
         """The whole lines, with their ends; cuts off a last line that was not written whole."""
         whole = 0

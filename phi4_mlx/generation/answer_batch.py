@@ -251,10 +251,6 @@ class _Beginnings:
         length = latest.reusable(shared_length(latest.keys, sequence.ids[:-1]))
         return latest.fork(length) if length else None
 
-    def share(self, sequence: BatchSequence) -> None:
-        """See `PrefixStore`."""
-        self.keep(sequence)
-
     def keep(self, sequence: BatchSequence) -> None:
         """See `PrefixStore`."""
         assert sequence.cache is not None

@@ -11,9 +11,11 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
+from collections.abc import Sequence
 
 from phi4_mlx.generation.drawing import Drawing
 from phi4_mlx.generation.guessing import Guessing
+from phi4_mlx.generation.memory import cache_bytes
 from phi4_mlx.generation.prefill import ChunkPace, Prefilling, PrefixStore
 from phi4_mlx.generation.row_group import RowGroup
 from phi4_mlx.generation.sequence import BatchSequence, Fault, Token
@@ -43,7 +45,7 @@ class Batch:
         prefilling: active sequences whose prompts are being read.
         guessing: the guesses of rows that have a proposer.
         waiting: sequences that have not started, or have returned, in order.
-        active: started sequences, the oldest first.
+        active: started sequences, the last started last.
     """
 
     def __init__(
@@ -116,15 +118,20 @@ class Batch:
 
     def _make_room(self, first: BatchSequence) -> bool:
         """True if a waiting sequence can start; active ones of a higher priority number make room for it."""
-        while self.active and not self._has_room(first):
+        staying = [each for each in self.active if each.priority <= first.priority]
+        least = sum(cache_bytes(each.cost, len(each.ids), snapshots=0) for each in staying)
+        if staying and not self._fits(first, staying, least):
+            return False  # also without those that would make room
+        while self.active and not self._fits(first, self.active, self.nbytes):
             if (last := self._last).priority <= first.priority:
                 return False
             self._send_back(last)
         return True
 
-    def _has_room(self, sequence: BatchSequence) -> bool:
-        growth = sum(KVCache.STEP * each.cost.token_bytes for each in self.active)
-        return len(self.active) < self.max_rows and self.nbytes + growth + sequence.nbytes <= self.kv_limit_bytes
+    def _fits(self, sequence: BatchSequence, active: Sequence[BatchSequence], nbytes: int) -> bool:
+        """True if a sequence can start beside active ones, whose caches take so many bytes."""
+        growth = sum(KVCache.STEP * each.cost.token_bytes for each in active)
+        return len(active) < self.max_rows and nbytes + growth + sequence.nbytes <= self.kv_limit_bytes
 
     def _send_back(self, sequence: BatchSequence) -> None:
         """Returns an active sequence to its place in the queue; it is prefilled again later."""

@@ -101,17 +101,24 @@ def plan_context(model: LanguageModel, kv_bits: int | None = None, max_kv_size: 
     )
 
 
-def check_context(plan: ContextPlan, length: int) -> None:
+def check_context(plan: ContextPlan, length: int, answer: int = 0) -> None:
     """Refuses a text that does not fit, before it has cost any time.
 
+    Args:
+        plan: the memory.
+        length: tokens of the prompt.
+        answer: the longest answer that was asked for, in tokens; 0 if it may be as long as fits.
+
     Raises:
-        RequestError: `length` tokens need more memory than this machine allows; says how many would fit.
+        RequestError: the tokens need more memory than this machine allows; says how many would fit.
     """
-    needed = plan.peak_bytes(length)
+    needed = plan.peak_bytes(length + answer)
     if needed > plan.limit_bytes:
-        way_out = ", ".join(plan.ways_out) or "shorten it"
+        ways_out = [*(["lower max-tokens"] if answer else []), *plan.ways_out]
+        way_out = ", ".join(ways_out) or "shorten it"
+        answered = f" with an answer of {answer:,}" if answer else ""
         raise RequestError(
-            f"a prompt of {amount(length, 'token')} takes {size(needed)}, and this machine allows "
+            f"a prompt of {amount(length, 'token')}{answered} takes {size(needed)}, and this machine allows "
             f"{size(plan.limit_bytes)}: {amount(plan.most_tokens, 'token')}; {way_out}"
         )
 

@@ -49,8 +49,13 @@ class ChunkPace:
     def took(self, tokens: int, room: int) -> int:
         """Ends a chunk; returns the tokens that the step may still prefill: those of `room`, or 0 at the limit."""
         now = self._clock()
-        token_s = (now - self._chunk_began) / tokens
-        self._token_s = token_s if self._token_s is None else DECAY * self._token_s + (1 - DECAY) * token_s
+        took_s = now - self._chunk_began
+        if self._token_s is None:
+            self._token_s = took_s / tokens
+        elif tokens < LEAST_CHUNK:  # the end of a prompt: its time a token says little of a longer chunk
+            self._token_s = max(self._token_s, took_s / LEAST_CHUNK)
+        else:
+            self._token_s = DECAY * self._token_s + (1 - DECAY) * took_s / tokens
         left_s = self.limit_s - (now - self._began)
         return room if left_s >= LEAST_CHUNK * self._token_s else 0
 

@@ -112,7 +112,7 @@ class RowPass:
         """(row, column) of the logits that the next token of a row is drawn from; rows that have none are left out."""
         found = []
         for row, (member, start, chunk) in enumerate(zip(self.group.members, self.starts, self.chunks, strict=True)):
-            if member is not None and (member.drawn < member.max_tokens or start + 1 == len(member.ids)):
+            if member is not None and member.drawn < member.max_tokens:
                 last = len(member.ids) - start - 1
                 if last < len(chunk) and member.ids[start:] == chunk[: last + 1]:
                     found.append((row, last))

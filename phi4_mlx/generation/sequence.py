@@ -16,8 +16,6 @@ from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime
 
 FORCED_RUN = 8  # forced tokens from which a prefill is faster than a step each
-
-
 WORTH_WAITING = 32  # tokens to prefill that two sequences share, from which the second waits for the first
 
 

@@ -102,6 +102,8 @@ class AnswerFile:
     def _begin(self, about: About) -> None:
         """Goes on with the run that is there, or begins one."""
         head = json.loads(json.dumps(about))
+        if not self._journal.begins_with(f'{{"{next(iter(about))}":'.encode()):
+            raise self._damaged(1)  # before reading cuts off its last line: it may be somebody's file
         lines = list(self._journal.lines())
         written = self._read_answers(known=bool(lines))
         before = self._read_head(lines[0]) if lines else None

@@ -82,7 +82,7 @@ def _request(line: PromptLine, settings: RequestSettings, tokenizer: Tokenizer, 
     assert isinstance(asked, int)
     if line.max_tokens is not None or settings.limited:
         max_tokens = min(asked, plan.longest - len(ids))
-        check_context(plan, len(ids) + max_tokens)
+        check_context(plan, len(ids), max_tokens)
     else:
         check_context(plan, len(ids) + 1)
         max_tokens = max(min(asked, plan.most_tokens - len(ids)), 1)

@@ -40,23 +40,6 @@ _ONE_ANSWER: dict[str, object] = {
 }  # fmt: skip
 
 
-def check_file_options(args: argparse.Namespace) -> None:
-    """Checks that `--prompts` and `--output` come together, and no option that asks for one answer with them.
-
-    Raises:
-        RequestError: an option does not work here; names it.
-    """
-    if args.prompts is None:
-        if args.output is not None:
-            raise RequestError("--output is the file of the answers to --prompts; name both")
-        return
-    if args.output is None:
-        raise RequestError("--prompts needs --output, the file of the answers")
-    for name, default in _ONE_ANSWER.items():
-        if getattr(args, name) != default:
-            raise RequestError(f"--{name.replace('_', '-')} does not work with --prompts; drop one of the two")
-
-
 def answer_file(args: argparse.Namespace, max_tokens: int) -> None:
     """Answers a file of prompts, on one machine or over ranks; each has the whole model, with `--parallel` a share.
 
@@ -72,6 +55,7 @@ def answer_file(args: argparse.Namespace, max_tokens: int) -> None:
     from phi4_mlx.ranks.launch import launched
     from phi4_mlx.ranks.session import ModelOptions, Session, command_options, open_session
 
+    _check_options(args)
     launch = launched()
     path = Path(os.path.expanduser(args.prompts))
     # A mistake in the file costs no wait for the model; ranks meet first, as a long file would keep the others waiting.
@@ -89,6 +73,25 @@ def answer_file(args: argparse.Namespace, max_tokens: int) -> None:
             return answer(session, None)
     with _joined(launch, args, known) as ranks:
         (partial(_follow, args.kv_bits) if launch.rank else answer)(Session(options), ranks)
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuses options that ask for one answer, and an output that is the file of prompts."""
+    if args.output is None:
+        raise RequestError("--prompts needs --output, the file of the answers")
+    for name, default in _ONE_ANSWER.items():
+        if getattr(args, name) != default:
+            raise RequestError(f"--{name.replace('_', '-')} does not work with --prompts; drop one of the two")
+    for path in (args.output, f"{args.output}.run"):
+        if _is_same_file(path, args.prompts):
+            raise RequestError(f"--output {args.output} would be written over the prompts; name another file")
+
+
+def _is_same_file(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(os.path.expanduser(one), os.path.expanduser(other))
+    except (OSError, ValueError):  # one of them is not there
+        return False
 
 
 def _identity(args: argparse.Namespace, folder: Path) -> dict[str, str]:
@@ -120,7 +123,7 @@ def _joined(launch: Launch, args: argparse.Namespace, known: Mapping[str, str]) 
             with ranks:
                 raise
         ranks.close(0 if isinstance(error, KeyboardInterrupt) else USER_MISTAKE)
-        raise error
+        raise
     except Exception:
         with ranks:  # ends the job: a rank may be lost, which the watcher then names
             raise

@@ -347,6 +347,15 @@ def test_rows_of_any_length_join_and_leave_in_any_order(seed: int, chunk: int) -
         assert sequence.drawn == sequence.max_tokens or sequence in sequences[:5]
 
 
+def test_a_sequence_that_is_not_ended_at_its_limit_draws_no_more(model: Model) -> None:
+    sequence, other = BatchSequence(model, [3, 4, 5], 2), BatchSequence(model, [6, 7], 6)
+    batch = batch_of(sequence, other)
+    for _ in range(6):
+        batch.step()
+    assert (sequence.drawn, other.drawn) == (2, 6)
+    assert answer(other) == decoded(model, [6, 7], 6)
+
+
 def test_a_batch_cache_masks_the_columns_before_each_sequence(model: Model) -> None:
     caches = [filled_cache(model, mx.array([[1] * length])) for length in (3, 7, 5)]
     batch_cache = model.make_batch_cache("short")

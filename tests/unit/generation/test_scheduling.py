@@ -100,6 +100,24 @@ def test_equals_do_not_make_room_for_each_other(model: Model) -> None:
     assert run(batch, lambda step: batch.add(second) if step == 2 else None) == [first, second]
 
 
+def test_no_sequence_leaves_for_one_that_still_does_not_fit(model: Model) -> None:
+    buffer = 256 * model.context_cost().token_bytes
+    equal = BatchSequence(model, [5] * 700, 8, priority=0)
+    low, large = BatchSequence(model, [3, 4], 8, priority=1), BatchSequence(model, [6] * 1100, 4, priority=0)
+    batch = Batch(kv_limit_bytes=8 * buffer, prefixes=Kept())
+    batch.add(equal)
+    batch.add(low)
+    waited: list[bool] = []
+
+    def join(step: int) -> None:
+        if step == 3:
+            batch.add(large)
+        waited.append(low in batch.waiting)
+
+    assert set(run(batch, join)) == {equal, low, large} and not any(waited[1:])
+    assert low.ids[2:] == decoded(model, [3, 4], 8)
+
+
 def test_the_last_in_line_returns_where_memory_is_short(model: Model) -> None:
     buffer = 256 * model.context_cost().token_bytes
     urgent, first, later = sequences = sequences_of(model, [0, 3, 3], max_tokens=300)
@@ -215,6 +233,23 @@ def test_the_first_chunk_of_an_unknown_machine_is_small(monkeypatch: pytest.Monk
     assert pace.size(512) == prefill_module.LEAST_CHUNK
     pace.took(16, 512)
     assert pace.size(512) == 512 and pace.size(3) == 3
+
+
+def test_the_short_end_of_a_prompt_does_not_shrink_the_next_chunk() -> None:
+    machine = [0.0]
+    pace = ChunkPace(0.1, lambda: machine[0])
+
+    def chunk(tokens: int, seconds: float) -> int:
+        pace.begin()
+        size = pace.size(512)
+        machine[0] += seconds
+        pace.took(tokens, 512)
+        return size
+
+    chunk(100, 0.1)
+    chunk(1, 0.01)  # a pass of one token takes ten times as long a token
+    assert chunk(1, 0.05) == 100
+    assert chunk(1, 0.01) == 32  # a machine that has become slow is noticed also by short chunks
 
 
 def test_an_answer_that_crosses_the_boundary_does_not_wait_for_prompts() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +168,27 @@ def test_prompts_and_output_come_together(options: list[str], capsys: pytest.Cap
     assert generate.main(options) == 2
     err = capsys.readouterr().err
     assert "--prompts" in err and "--output" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("prompts", "output"), [("p.jsonl", "./p.jsonl"), ("p.jsonl.run", "p.jsonl")])
+def test_prompts_are_not_written_over(
+    tmp_path: Path, prompts: str, output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(prompts).write_text('"Hi"\n"Ho"')
+    assert generate.main(["--model", "demo", "--prompts", prompts, "--output", output]) == 2
+    err = capsys.readouterr().err
+    assert f"--output {output} would be written over the prompts" in err and err.count("\n") == 1
+    assert Path(prompts).read_text() == '"Hi"\n"Ho"' and len([*tmp_path.iterdir()]) == 1
+
+
+def test_the_command_loads_nothing_of_files_of_prompts_where_none_is_given() -> None:
+    code = (
+        "import sys; from phi4_mlx.commands import generate; generate.main(['--stop']);"
+        "print([name for name in sys.modules if name.startswith('phi4_mlx.commands.prompts')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(
