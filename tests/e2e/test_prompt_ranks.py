@@ -91,7 +91,8 @@ def test_a_mistake_ends_both_ranks(tmp_path: Path, wrong: str) -> None:
     words = ["generate", "--model", "demo", "--prompts", str(tmp_path / "p.jsonl"), "--output", str(tmp_path / "out")]
     words += ["--verbose"] if wrong == "option" else []
     (code, _, err), (other, *_) = RankCommand(tmp_path, *words).wait()
-    assert code == other == 2 and err.count("\n") == 1 and ("p.jsonl:2: holds 3" if wrong == "prompts" else "--verbose") in err
+    assert code == other == 2 and err.count("\n") == 1
+    assert ("p.jsonl:2: holds 3" if wrong == "prompts" else "--verbose") in err
 
 
 @pytest.mark.slow
