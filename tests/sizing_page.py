@@ -1,4 +1,4 @@
-"""Writes docs/sizing.md: text, and what `plan` prints for models whose config is all that it reads.
+"""Writes docs/sizing.md: text, and what `plan` prints for models of which it reads the config alone.
 
 python -m tests.sizing_page
 """
@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from phi4_mlx.commands import plan
+from phi4_mlx.commands.sizing.machines import SOURCES
 from tests.conftest import DATA, ROOT
 from tests.presets import PRESETS
 
@@ -21,29 +22,40 @@ QUANTIZATION = {"group_size": 64, "bits": 4}
 
 TEXT = """# A model over several Macs: what it takes
 
-Everything in the blocks below is what `python -m phi4_mlx plan` prints; `python -m tests.sizing_page` writes this page
-anew, and a test compares the two. Only the line about the machine that the command runs on is left out. Nothing here
-has been measured on a Mac: the figures follow from the shapes of the models and from public figures of Macs and links,
-whose sources stand in `phi4_mlx/commands/sizing/machines.py`. Started by `mlx.launch` on your own machines, the same
-command loads the shares, runs some steps, and prints measured beside predicted times.
+Three ways to use several Macs:
 
-There are three ways to use several Macs:
+| way | each Mac holds | what it is for | link |
+|---|---|---|---|
+| each its own model | all weights | many prompts: `generate --prompts`, `evaluate`, or a server on each | any |
+| `--parallel pipeline` | some of the blocks | a model too large for one Mac; an answer is no faster | any |
+| `--parallel tensor` | a part of every matrix | one answer, faster: two sums a layer cross | JACCL |
 
-- **each its own model**: for files of prompts (`generate --prompts`), evaluation, and many users. Nothing crosses while
-  answers are drawn, so any link will do; `N` Macs answer `N` times as much, and no single answer is faster;
-- **pipeline** (`--parallel pipeline`): each Mac holds some of the blocks. For models that are too large for one, over
-  any link; one answer is no faster than on one Mac;
-- **tensor parallel** (`--parallel tensor`): each Mac holds a part of every matrix. One answer is faster, but two sums a
-  layer cross, so it needs JACCL: RDMA over Thunderbolt 5, from macOS 26.2.
+**Private links only.** The links have no authentication and no encryption: whoever reaches their ports can read prompts
+and answers, and write them. Connect the Macs by a cable or a network of their own.
 
-**Private links only.** The links between the Macs have no authentication and no encryption: whoever reaches their ports
-can read prompts and answers, and write them. Connect the Macs by a cable or a network of their own.
+Bytes and exchanges follow from the shapes of the models and are exact. Every time and speed below is **computed**: from
+those bytes, and from public figures of Macs and links, whose sources stand at the end. None has been measured on a Mac.
+Started by `mlx.launch` on your own machines, `plan` runs some steps and prints measured beside predicted times.
+
+"""
+
+AFTER = """
+## A fleet of servers
+
+`requests/s` above are those of one Mac with the whole model; N Macs answer N times as many. A router in front of them
+must know
+
+- which of them has a conversation: each has its own prefix cache, so a user, or a beginning that prompts share, stays
+  with one server while it is healthy;
+- their health, by `GET /health`: a request that failed before its first token may go to another server;
+- their model names, by `GET /v1/models`: all serve the same model and adapters under the same names;
+- how busy they are: a full server answers 429 or 503, and the request goes to the next.
 
 ## Predicted and measured
 
 `mlx.launch -n 2 -- python -m phi4_mlx plan --model M --parallel W`, three times for each way, with a random model of 8
-blocks and 203 MB in float32. Measured once, by two processes on the 2 cores of a Linux machine without a GPU, over the
-ring on its loopback. Seven times as many processes wanted these cores, so the times are rough; the bytes are exact.
+blocks in float32. Measured by two processes on the two cores of a busy Linux machine without a GPU, over the ring on
+its loopback: the bytes are exact, the times rough.
 
 | | tensor | pipeline |
 |---|---|---|
@@ -52,28 +64,38 @@ ring on its loopback. Seven times as many processes wanted these cores, so the t
 | a decode step, predicted from products and exchanges | 333, 520, 360 ms | 734, 275, 616 ms |
 | measured | 458, 615, 716 ms | 695, 616, 559 ms |
 
+## Sources
+
+| figure | source |
+|---|---|
 """
 
-BLOCKS = (
-    ("## Phi-4-mini in 4 bits, two Macs\n", "Phi-4-mini-instruct-4bit", "2"),
-    ("\n## Phi-4 (14B) in 4 bits, two Macs\n", "phi-4-4bit", "2"),
-)
+MINI, LARGE = "Phi-4-mini-instruct-4bit", "phi-4-4bit"
+KEPT = ("By ", "tokens/s of one answer", "longest context", "A fleet")  # of the second model: what differs
 
 
 def page() -> str:
     """The text of the page."""
-    parts = [TEXT]
     before = os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
-            for title, name, ranks in BLOCKS:
-                _write(Path(name))
-                parts += [title, "\n```console\n", f"$ python -m phi4_mlx plan --model {name} --ranks {ranks}\n"]
-                parts += [printed(["--model", name, "--ranks", ranks]), "```\n"]
+            mini, large = _block(MINI), _block(LARGE)
         finally:
             os.chdir(before)
-    return "".join(parts)
+    first, *sections = large.split("\n\n")
+    shorter = "\n\n".join([first, *(each for each in sections if each.startswith(KEPT))])
+    sources = "".join(f"| {figure} | {source} |\n" for figure, source in SOURCES)
+    return (
+        f"{TEXT}## Phi-4-mini in 4 bits, two Macs\n\n```console\n{mini}```\n\n"
+        f"## Phi-4 (14B) in 4 bits, two Macs\n\nThe parts that differ:\n\n```console\n{shorter}```\n{AFTER}{sources}"
+    )
+
+
+def _block(name: str) -> str:
+    """A command and what it prints."""
+    _write(Path(name))
+    return f"$ python -m phi4_mlx plan --model {name} --ranks 2\n{printed(['--model', name, '--ranks', '2'])}"
 
 
 def printed(arguments: list[str]) -> str:

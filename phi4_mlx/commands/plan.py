@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ from phi4_mlx.terminal.command import Parser, number, run, typed, word
 from phi4_mlx.terminal.options import add_kv_bits_option, add_revision_option
 
 if TYPE_CHECKING:
+    from phi4_mlx.commands.sizing.measured import Measured
+    from phi4_mlx.commands.sizing.shape import Shape
     from phi4_mlx.commands.sizing.split import Split
     from phi4_mlx.models.share import Parallel
     from phi4_mlx.ranks.launch import Launch
@@ -61,54 +63,88 @@ def _plan(args: argparse.Namespace) -> None:
     launch = launched()
     ranks = _ranks(args, launch)
 
-    from phi4_mlx.commands.sizing.shape import matrix_weights, read_shape
-    from phi4_mlx.commands.sizing.split import split_of, whole
+    from phi4_mlx.commands.sizing.shape import read_shape
+    from phi4_mlx.commands.sizing.split import whole
     from phi4_mlx.models.machine import memory_limit
-    from phi4_mlx.models.sharding import choose_parallel
 
     path = _path(args)
     shape = read_shape(path)
-    alone, weights = whole(shape, args.kv_bits), matrix_weights(shape.model())
-    asked: tuple[Parallel, ...] = (args.parallel,) if args.parallel else ("tensor", "pipeline")
-    splits: dict[Parallel, Split | str] = {}
-    for parallel in asked:
-        try:
-            splits[parallel] = split_of(shape, parallel, ranks, args.kv_bits)
-        except RequestError as error:
-            splits[parallel] = str(error)
-    possible = [each for each in splits.values() if not isinstance(each, str)]
-    if not possible:
-        raise RequestError(f"{splits[asked[-1]]}")
-    backends = ["jaccl", "ring"] if launch is None else [launch.backend]
-    chosen = [(backend, *choose_parallel(shape.config, ranks, backend, shape.infos)) for backend in backends]
-    if len(possible) == 1:
-        why = "it is asked for" if args.parallel else next(each for each in splits.values() if isinstance(each, str))
-        chosen = [(backend, possible[0].parallel, why) for backend, _, _ in chosen]
+    alone, splits = whole(shape, args.kv_bits), _splits(shape, args.parallel, ranks, args.kv_bits)
+    chosen = _chosen(shape, splits, ranks, ["jaccl", "ring"] if launch is None else [launch.backend])
     measured = None
     if launch is not None:
         from phi4_mlx.commands.sizing.measured import measure
 
         split = splits[chosen[0][1]]
-        if isinstance(split, str):
-            raise RequestError(split)
+        assert not isinstance(split, str)
         if shape.from_config:
             raise RequestError(f"{path} has no weights, so nothing can be measured; start plan without mlx.launch")
         measured = measure(launch, path, split)
     name = args.model or _default()
     if args.json:
+        possible = [each for each in splits.values() if not isinstance(each, str)]
         print(json.dumps(_json(name, alone, possible, chosen, memory_limit(), measured)))
         return
-    from phi4_mlx.commands.sizing import report
-
     print(f"{name}: weights {size(alone.weights_bytes[0])}, {amount(ranks, 'rank')}")
-    sections = [report.ways(splits, chosen)]
-    sections += [report.ranks(split, memory_limit()) for split in possible]
-    sections += [iter(measured.lines())] if measured is not None else []
-    sections += [report.macs(possible, alone, weights), report.fleet(alone, weights)]
-    titles = ["Ways", *(f"By {split.parallel}" for split in possible)]
-    titles += ["Measured here"] if measured is not None else []
-    for title, section in zip([*titles, "Named Macs and links", "A fleet"], sections, strict=True):
-        print(f"\n{title}", *section, sep="\n")
+    for title, lines in _sections(shape, alone, splits, chosen, measured):
+        print(f"\n{title}", *lines, sep="\n")
+
+
+def _splits(
+    shape: Shape, parallel: Parallel | None, ranks: int, kv_bits: int | None
+) -> dict[Parallel, Split | str]:
+    """The model split by each way, or by the one that is asked for, or why it cannot be; one way at least is possible.
+
+    Raises:
+        RequestError: none is.
+    """
+    from phi4_mlx.commands.sizing.split import split_of
+
+    asked: tuple[Parallel, ...] = (parallel,) if parallel else ("tensor", "pipeline")
+    splits: dict[Parallel, Split | str] = {}
+    for way in asked:
+        try:
+            splits[way] = split_of(shape, way, ranks, kv_bits)
+        except RequestError as error:
+            splits[way] = str(error)
+    if all(isinstance(each, str) for each in splits.values()):
+        raise RequestError(str(splits[asked[-1]]))
+    return splits
+
+
+def _chosen(
+    shape: Shape, splits: Mapping[Parallel, Split | str], ranks: int, backends: Sequence[str]
+) -> list[tuple[str, Parallel, str]]:
+    """(backend, way, reason) of each backend: the only way that is possible or asked for, or the better one."""
+    from phi4_mlx.models.sharding import choose_parallel
+
+    possible = [way for way, each in splits.items() if not isinstance(each, str)]
+    if len(possible) > 1:
+        return [(backend, *choose_parallel(shape.config, ranks, backend, shape.infos)) for backend in backends]
+    refusals = [each for each in splits.values() if isinstance(each, str)]
+    return [(backend, possible[0], refusals[0] if refusals else "it is asked for") for backend in backends]
+
+
+def _sections(
+    shape: Shape,
+    alone: Split,
+    splits: Mapping[Parallel, Split | str],
+    chosen: Sequence[tuple[str, Parallel, str]],
+    measured: Measured | None,
+) -> Iterator[tuple[str, Iterable[str]]]:
+    """The titles of the report, and the lines under each."""
+    from phi4_mlx.commands.sizing import report
+    from phi4_mlx.commands.sizing.shape import matrix_weights
+    from phi4_mlx.models.machine import memory_limit
+
+    possible, weights = [each for each in splits.values() if not isinstance(each, str)], matrix_weights(shape.model())
+    yield "Ways", report.ways(splits, chosen)
+    for split in possible:
+        yield f"By {split.parallel}", report.ranks(split, memory_limit())
+    if measured is not None:
+        yield "Measured here", measured.lines()
+    yield "Named Macs and links", report.macs(possible, alone, weights)
+    yield "A fleet", report.fleet(alone, weights)
 
 
 def _ranks(args: argparse.Namespace, launch: Launch | None) -> int:
@@ -170,7 +206,8 @@ def _default() -> str:
 
 
 def _json(
-    name: str, alone: Split, splits: Sequence[Split], chosen: Sequence[tuple[str, str, str]], limit: int, measured: Any
+    name: str, alone: Split, splits: Sequence[Split], chosen: Sequence[tuple[str, str, str]], limit: int,
+    measured: Measured | None,
 ) -> dict[str, Any]:
     """The JSON of `--json`."""
     from phi4_mlx.generation.memory import PREFILL_STEP_SIZE

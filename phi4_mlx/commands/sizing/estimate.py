@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from phi4_mlx.commands.sizing.machines import PREFILL_SHARE, Link, Mac
-from phi4_mlx.commands.sizing.split import Exchanges, Split
+from phi4_mlx.commands.sizing.split import Split
 from phi4_mlx.generation.memory import PREFILL_STEP_SIZE, cache_bytes
 
 PROMPT_TOKENS = 1024
@@ -28,12 +28,30 @@ def step_s(split: Split, mac: Mac, link: Link | None, length: int, rows: int = 1
         for nbytes, cost in zip(split.weights_bytes, split.costs, strict=True)
     ]
     busy = sum(reads) if split.parallel == "pipeline" else max(reads)
-    return busy + exchange_s(split.exchanges(rows, rows), link)
+    return busy + exchange_s(split, link, rows, rows)
 
 
-def exchange_s(exchanges: Exchanges, link: Link | None) -> float:
-    """Seconds of the exchanges of a pass; none on one machine."""
-    return 0.0 if link is None else exchanges.count * link.latency_s + exchanges.nbytes / link.bytes_per_s
+def exchange_s(split: Split, link: Link | None, tokens: int, rows: int = 1) -> float:
+    """Seconds of the exchanges of a pass; none on one machine.
+
+    A sum over a ring of N ranks takes 2 (N - 1) messages, one after another, each of a part of N; over JACCL every rank
+    sends to all others at once, each by a cable of its own.
+
+    Args:
+        split: the model over its ranks.
+        link: between them; None for one machine.
+        tokens: as for `Split.exchanges`.
+        rows: as for `Split.exchanges`.
+
+    Source: mlx/distributed/ring/ring.cpp and mlx/distributed/jaccl/lib/jaccl/mesh_impl.h of github.com/ml-explore/mlx.
+    """
+    if link is None:
+        return 0.0
+    crossing, trips, share = split.exchanges(tokens, rows), 1, 1.0
+    if split.parallel == "tensor" and link.backend == "ring":
+        trips = split.size - 1  # of two messages each
+        share = 2 * trips / split.size
+    return crossing.count * trips * link.latency_s + share * crossing.nbytes / link.bytes_per_s
 
 
 def prefill_per_s(split: Split, mac: Mac, link: Link | None, matrix_weights: int) -> float:
@@ -42,7 +60,7 @@ def prefill_per_s(split: Split, mac: Mac, link: Link | None, matrix_weights: int
     busy = 2 * matrix_weights * chunk / (mac.flops * PREFILL_SHARE)
     if split.parallel == "tensor":
         busy /= split.size
-    return chunk / (busy + exchange_s(split.exchanges(chunk), link))
+    return chunk / (busy + exchange_s(split, link, chunk))
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,7 @@ from phi4_mlx.commands.benchmark import BANDWIDTHS
 
 GB = 10**9
 
-# The part of the two ceilings that a GPU reaches. Source: llama.cpp on an M1 Max, 46.2 tokens/s of a model of 4.92 GB
-# (0.57 of 400 GB/s), github.com/brand-o/normiebench/issues/40; on an M1 Ultra, 2,142 prompt tokens/s of 3.21e9
-# parameters (0.65 of its 21 TFLOPS), github.com/geerlingguy/ai-benchmarks/issues/48.
+# The part of the two ceilings that a GPU reaches; see SOURCES.
 DECODE_SHARE = 0.57
 PREFILL_SHARE = 0.65
 
@@ -35,10 +33,7 @@ class Mac:
 
     @property
     def usable_bytes(self) -> int:
-        """Metal's recommended working set: two thirds of up to 36 GB, three quarters of more.
-
-        Source: logs with 32 GB (github.com/ollama/ollama, issue 434) and 64 GB (github.com/ggml-org/llama.cpp, 1870).
-        """
+        """Metal's recommended working set: two thirds of up to 36 GB, three quarters of more; see `SOURCES`."""
         return self.memory_bytes * 2 // 3 if self.memory_bytes <= 36 * 2**30 else self.memory_bytes * 3 // 4
 
     @property
@@ -47,8 +42,6 @@ class Mac:
         return BANDWIDTHS[self.chip] * GB * DECODE_SHARE
 
 
-# Memory and ports: Apple's technical specifications. TFLOPS: github.com/huggingface/huggingface.js, pull requests 1044
-# (M4, M4 Pro), 1304 (M3 Ultra, twice an M3 Max) and 2033 (M5, M5 Max).
 MACS = (
     Mac("MacBook Air M4, 16 GB", "Apple M4", 16 * 2**30, 4.6e12, thunderbolt=4),
     Mac("MacBook Pro M5, 32 GB", "Apple M5", 32 * 2**30, 5.7e12, thunderbolt=4),
@@ -78,14 +71,38 @@ class Link:
 
 
 LINKS = (
-    # Less than 50 us: jeffgeerling.com/blog/2025/15-tb-vram-on-mac-studio-rdma-over-thunderbolt-5. 3.5 GB/s:
-    # github.com/ml-explore/mlx/issues/3207. macOS 26.2 and Thunderbolt 5: Apple's technical note TN3205.
     Link("Thunderbolt 5, JACCL", "jaccl", 50e-6, 3.5e9, thunderbolt=5),
-    # 0.38 to 0.95 ms for a round trip: github.com/exo-explore/exo/issues/2295. The bandwidth of the same cable.
     Link("Thunderbolt 5, TCP", "ring", 0.4e-3, 3.5e9, thunderbolt=5),
-    # 300 us over TCP: the first source above. 10 Gb/s: IEEE 802.3an.
     Link("10 GbE, TCP", "ring", 0.3e-3, 1.25e9),
-    # 7.5 to 30 ms on average for a round trip under load: exo's issue 2295. 0.6 Gb/s: half of Wi-Fi 6 at 80 MHz, two
-    # streams (1.2 Gb/s, IEEE 802.11ax).
     Link("Wi-Fi, TCP", "ring", 7.5e-3, 0.075e9),
 )
+
+SOURCES = (
+    ("memory, bandwidth and ports of Macs", "Apple's technical specifications"),
+    (
+        "float32 rates of their GPUs",
+        "github.com/huggingface/huggingface.js, pull requests 1044, 1304 (twice an M3 Max) and 2033",
+    ),
+    (
+        "the part of the memory that a GPU may use",
+        "github.com/ollama/ollama, issue 434; github.com/ggml-org/llama.cpp, issue 1870",
+    ),
+    (
+        f"decode at {DECODE_SHARE} of the bandwidth",
+        "llama.cpp, M1 Max, 46.2 tokens/s of 4.92 GB at 400 GB/s: github.com/brand-o/normiebench, issue 40",
+    ),
+    (
+        f"prefill at {PREFILL_SHARE} of the float32 rate",
+        "llama.cpp, M1 Ultra, 2,142 tokens/s of 3.21e9 weights at 21 TFLOPS: github.com/geerlingguy/ai-benchmarks, "
+        "issue 48",
+    ),
+    (
+        "JACCL, 0.05 ms; TCP over 10 GbE, 0.3 ms",
+        "jeffgeerling.com/blog/2025/15-tb-vram-on-mac-studio-rdma-over-thunderbolt-5",
+    ),
+    ("TCP over Thunderbolt, 0.4 ms; Wi-Fi, 7.5 ms", "github.com/exo-explore/exo, issue 2295: the least of each"),
+    ("Thunderbolt 5, 3.5 GB/s", "github.com/ml-explore/mlx, issue 3207"),
+    ("JACCL from macOS 26.2 over Thunderbolt 5", "Apple's technical note TN3205"),
+    ("10 GbE, 1.25 GB/s; Wi-Fi, 75 MB/s", "IEEE 802.3an; half of 802.11ax with 80 MHz and two streams"),
+)
+"""What the figures above and `BANDWIDTHS` follow from: (figure, source)."""

@@ -19,17 +19,6 @@ from phi4_mlx.terminal.amount import amount, size
 
 CONTEXT = 2048  # tokens cached in a decode step of the tables
 
-ROUTER = (
-    "A router in front of several such servers must know",
-    "- which of them has a conversation: each has its own prefix cache, so a user, or a shared beginning, stays with",
-    "  one server while it is healthy;",
-    "- their health, by GET /health: a server that does not answer in time gets no request, and a request that failed",
-    "  before its first token may go to another;",
-    "- their model names, by GET /v1/models: all serve the same model and adapters under the same names;",
-    "- how busy they are: a full server answers 429 or 503, and the request goes to the next.",
-)
-
-
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     """The lines of a table; the first column is flush left, the others right."""
     body = [head, *rows]
@@ -109,7 +98,7 @@ def macs(splits: Sequence[Split], alone: Split, matrix_weights: int) -> Iterator
 
 
 def fleet(alone: Split, matrix_weights: int) -> Iterator[str]:
-    """Requests a second of one machine with a server, and what a router in front of several must know."""
+    """Requests a second of one machine with a server of its own."""
     yield f"Computed: requests of {PROMPT_TOKENS:,} prompt tokens, none of them cached, and answers of {ANSWER_TOKENS}."
     rows = []
     for mac in MACS:
@@ -118,5 +107,4 @@ def fleet(alone: Split, matrix_weights: int) -> Iterator[str]:
             rows.append([mac.name, "-", "-", "-"])
         else:
             rows.append([mac.name, str(service.rows), size(service.user_bytes), f"{service.requests_per_s:.2f}"])
-    yield from table(["one machine, its own server", "answers at a time", "cache a user", "requests/s"], rows)
-    yield from ROUTER
+    yield from table(["one server", "answers at a time", "cache a user", "requests/s"], rows)

@@ -20,17 +20,27 @@ MESSAGE_CHARS = 400  # of an exception's message
 
 @dataclass(eq=False)
 class Answer:
-    """A running job."""
+    """A running job.
+
+    Attributes:
+        job: as it was submitted.
+        sequence: its prompt and its tokens so far.
+        text: the text of its tokens, up to a stop string.
+        ends_at: its time limit, on the monotonic clock.
+        cached_tokens: of the prompt; None until they are looked up.
+        tokens: sent so far.
+    """
 
     job: Job
     sequence: BatchSequence
     text: AnswerText
-    ends_at: float  # on the monotonic clock
-    cached_tokens: int | None = None  # of the prompt; None until it is looked up
-    tokens: int = 0  # sent so far
+    ends_at: float
+    cached_tokens: int | None = None
+    tokens: int = 0
 
     @property
     def forced(self) -> bool:
+        """True once its grammar forces it to its end, at max_tokens."""
         return is_forced(self.sequence.logits_mask)
 
 
@@ -41,6 +51,7 @@ def last_turn(prompt: Sequence[int], end_ids: Container[int]) -> int:
 
 
 def compiled_constraint(tokenizer: Tokenizer, vocab_size: int, job: Job) -> LogitsMask:
+    """The constraint of a job's grammar; slow, so it runs in a thread."""
     from phi4_mlx.grammar.constraint import Constraint
     from phi4_mlx.grammar.grammars import Grammar
 
@@ -59,11 +70,13 @@ def token_logprob(tokenizer: Tokenizer, event: Token, count: int) -> TokenLogpro
 
 
 def failure_of(job: Job, error: Exception) -> Failure:
+    """The failure of a job: 400 for a mistake of its client, 500 for ours or the model's."""
     if isinstance(error, Phi4Error):
         return Failure(job.id, 500 if isinstance(error, CheckpointError) else 400, short_message(error))
     return Failure(job.id, 500, f"the engine could not answer: {type(error).__name__}: {short_message(error)}")
 
 
 def short_message(error: Exception) -> str:
+    """The message of an exception in one line, cut at `MESSAGE_CHARS`."""
     message = one_line(message_of(error))
     return message if len(message) <= MESSAGE_CHARS else message[:MESSAGE_CHARS] + "..."

@@ -140,9 +140,9 @@ def test_times_follow_from_bytes_and_links() -> None:
     mac, link = MACS[-1], Link("test", "ring", 1e-3, 1e9)
     assert step_s(alone, mac, None, 0) == pytest.approx(alone.weights_bytes[0] / mac.bytes_per_s)
     exchanges = tensor.exchanges(1)
-    assert exchange_s(exchanges, link) == pytest.approx(66 * 1e-3 + exchanges.nbytes / 1e9)
+    assert exchange_s(tensor, link, 1) == pytest.approx(66 * 1e-3 + exchanges.nbytes / 1e9)
     half = max(tensor.weights_bytes) / mac.bytes_per_s
-    assert step_s(tensor, mac, link, 0) == pytest.approx(half + exchange_s(exchanges, link))
+    assert step_s(tensor, mac, link, 0) == pytest.approx(half + exchange_s(tensor, link, 1))
     assert step_s(tensor, mac, link, 4096) > step_s(tensor, mac, link, 0)
     weights = matrix_weights(shape.model())
     free = Link("free", "jaccl", 0, 1e30)
@@ -151,6 +151,14 @@ def test_times_follow_from_bytes_and_links() -> None:
     service = service_of(alone, mac, weights)
     assert service is not None and service.rows == 32
     assert service.user_bytes == whole(shape).costs[0].token_bytes * 1536  # 1,280 tokens and the next, in whole buffers
+
+
+def test_a_sum_over_a_ring_of_four_takes_three_round_trips_and_over_jaccl_one() -> None:
+    split = split_of(read_shape(MINI), "tensor", 4)
+    crossing = split.exchanges(1)
+    ring, mesh = (exchange_s(split, Link("test", backend, 1e-3, 1e9), 1) for backend in ("ring", "jaccl"))
+    assert ring == pytest.approx(3 * 66e-3 + 1.5 * crossing.nbytes / 1e9)
+    assert mesh == pytest.approx(66e-3 + crossing.nbytes / 1e9)
 
 
 def test_links_to_jaccl_need_thunderbolt_5() -> None:
