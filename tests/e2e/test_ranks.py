@@ -42,6 +42,13 @@ def test_a_model_answers_by_tensor_parallel_as_in_one_process(tmp_path: Path, op
     assert over_ranks(tmp_path, *words, "--parallel", "tensor") == alone(*words)
 
 
+def test_attention_that_waits_within_a_long_chunk_finds_the_other_rank_at_work(tmp_path: Path) -> None:
+    model = str(write_tiny_checkpoint(tmp_path / "model", max_position_embeddings=2048))
+    prompt = ("--ignore-chat-template", "-p", "one two three " * 100, "--max-tokens", "2")
+    words = ("generate", "--model", model, *prompt, *GREEDY)
+    assert over_ranks(tmp_path, *words, "--parallel", "tensor") == alone(*words)
+
+
 @pytest.mark.parametrize("kind", ["phi4flash", "phi4mm"])
 def test_every_kind_of_model_answers_over_a_pipeline(tmp_path: Path, kind: str) -> None:
     words = ("generate", "--model", str(WRITERS[kind](tmp_path / "model", seed=4)), *TEXT, *GREEDY)

@@ -119,8 +119,7 @@ class Supervisor:
         self._watching: asyncio.Task[None] | None = None
         self._failures = _Failures()
         self._started, self._given_up, self._reason = asyncio.Event(), asyncio.Event(), ""
-        self.job_ended = False
-        self.state, self.restarts, self.longest, self.note = "loading", 0, 0, ""
+        self.state, self.restarts, self.longest, self.note, self.job_ended = "loading", 0, 0, "", False
 
     @property
     def jobs(self) -> int:

@@ -200,6 +200,18 @@ def test_a_failure_of_the_leader_after_it_has_told_ends_the_job(monkeypatch: pyt
         pair.model(mx.array([[3, 4]]), cache)
 
 
+@pytest.mark.parametrize("ids", [[3], [3, 4]])
+def test_an_interruption_within_a_pass_ends_the_job(monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> None:
+    pair = Pair(make_tiny_model)
+
+    def interrupt(self: Any, *_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(pair.model.model), "__call__", interrupt)
+    with pytest.raises(Ended, match="rank 0 failed in operation 1: KeyboardInterrupt"):  # others may run it already
+        pair.model.hidden(mx.array([ids]), pair.model.make_cache())
+
+
 @pytest.mark.parametrize("splits_head", [False, True])
 def test_a_pass_that_is_refused_is_not_told(splits_head: bool) -> None:
     pair = Pair(make_tiny_model, splits_head=splits_head)
