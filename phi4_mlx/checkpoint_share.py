@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,9 +10,18 @@ import mlx.core as mx
 from phi4_mlx.adapters.folder import Adapter
 from phi4_mlx.adapters.layers import check_fit, read_adapter
 from phi4_mlx.adapters.shipped import add_shipped
-from phi4_mlx.checkpoint import check_finite, check_tensors, empty_model, load_config, shipped_with, stored_tensors
+from phi4_mlx.checkpoint import (
+    StoredTensors,
+    check_finite,
+    check_tensors,
+    empty_model,
+    load_config,
+    shipped_with,
+    stored_tensors,
+)
+from phi4_mlx.config.fields import Config
 from phi4_mlx.files.dtypes import mlx_dtype
-from phi4_mlx.files.safetensors import Stored
+from phi4_mlx.files.safetensors import Stored, TensorInfo
 from phi4_mlx.files.tensor_parts import read_part
 from phi4_mlx.models.causal_lm import CausalLM
 from phi4_mlx.models.model import LanguageModel
@@ -36,11 +46,8 @@ def load_share(folder: Path, share: Share, group: mx.distributed.Group) -> Langu
         RequestError: the model does not divide so.
     """
     config = load_config(folder)
-    tensors = stored_tensors(folder, config)
-    whole = empty_model(config, tensors.infos)  # lazy: it takes no memory
-    tensors = tensors.shaped(whole)
-    wanted = check_tensors(whole, tensors.infos)
-    infos = {name: info for name, info in tensors.infos.items() if name in wanted}
+    whole, tensors = _checked(folder, config)
+    infos = tensors.infos
     check_share(config, share.parallel, share.size, infos)
     pieces = share_pieces(config, share, infos)
     holding = Holding(config, infos, pieces)
@@ -57,6 +64,28 @@ def load_share(folder: Path, share: Share, group: mx.distributed.Group) -> Langu
     add_shipped(model, {name: adapter_part(adapter, holding) for name, adapter in shipped.items()})
     join_ranks(model, holding, share, group)
     return model
+
+
+def tensor_infos(folder: Path, config: Config) -> dict[str, TensorInfo]:
+    """The tensors of a whole model, from the headers of its files.
+
+    Args:
+        folder: of the package.
+        config: the model's.
+
+    Raises:
+        CheckpointError: a header is damaged, or a tensor is missing, or of another shape or dtype.
+    """
+    return _checked(folder, config)[1].infos
+
+
+def _checked(folder: Path, config: Config) -> tuple[LanguageModel, StoredTensors]:
+    """A whole model with lazy random weights, which take no memory, and the stored tensors that it needs."""
+    tensors = stored_tensors(folder, config)
+    whole = empty_model(config, tensors.infos)
+    tensors = tensors.shaped(whole)
+    wanted = check_tensors(whole, tensors.infos)
+    return whole, replace(tensors, model={name: tensors.model[name] for name in tensors.model if name in wanted})
 
 
 def empty_share(whole: LanguageModel, holding: Holding, share: Share) -> CausalLM:

@@ -25,7 +25,9 @@ class Candidates(LanguageModel):
 
     def candidates(self, hidden: mx.array, count: int = LEAST, temps: Sequence[float] = ()) -> mx.array | SplitLogits:
         logits: mx.array = super().logits(hidden)  # type: ignore[safe-super]
-        return logits.reshape(-1, logits.shape[-1])
+        logits = logits.reshape(-1, logits.shape[-1])
+        assert len(temps) in (0, 1, len(logits)), f"{len(temps)} temperatures for {len(logits)} rows"
+        return logits
 
 
 class Pair:

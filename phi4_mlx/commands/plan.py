@@ -120,7 +120,7 @@ def _chosen(
 
     possible = [way for way, each in splits.items() if not isinstance(each, str)]
     if len(possible) > 1:
-        return [(backend, *choose_parallel(shape.config, ranks, backend)) for backend in backends]
+        return [(backend, *choose_parallel(shape.config, ranks, backend, shape.infos)) for backend in backends]
     refusals = [each for each in splits.values() if isinstance(each, str)]
     return [(backend, possible[0], refusals[0] if refusals else "it is asked for") for backend in backends]
 

@@ -58,7 +58,7 @@ def _compared(check: Check, devices: Sequence[Device]) -> Outcome:
         return outcome
     across = [difference(each, fast[0]) for each in fast[1:]]
     twins = [difference(*pair) for pair in zip(fast, slow, strict=False)]
-    if not np.isfinite([*across, *twins]).all():
+    if not np.isfinite([*across, *twins, *(difference(each, each) for each in fast)]).all():
         outcome["error"] = "a result has NaN, infinity or another shape"
         return outcome
     outcome["devices"], outcome["twins"] = max(across, default=None), max(twins, default=None)
@@ -87,9 +87,7 @@ def _way_out(check: Check, devices: Sequence[Device]) -> list[str]:
         return []
     for paths in ways_out(check):
         try:
-            if all(
-                difference(_results(check, each, paths), reference) <= check.tolerance.value for each in devices
-            ):
+            if all(difference(_results(check, each, paths), reference) <= check.tolerance.value for each in devices):
                 return [*paths]
         except Exception:  # this path was not the cause
             continue

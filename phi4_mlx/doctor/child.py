@@ -17,6 +17,7 @@ from typing import Any
 from phi4_mlx.errors import RequestError
 
 SILENT_S = 600.0  # after which a process counts as hung
+EXIT_S = 30.0  # after the last result
 
 COMMAND = (sys.executable, "-m", "phi4_mlx.doctor.worker")
 
@@ -41,7 +42,7 @@ def answers(
 
     Raises:
         RequestError: the process says that the user has made a mistake.
-        ChildDied: it ended by a signal or with an error, or was silent for `SILENT_S` and is killed.
+        ChildDied: it ended by a signal or with an error, or was silent for `SILENT_S` or did not end, and is killed.
     """
     # The package's own folder comes first, so that a file in the current one cannot stand in for a module.
     path = os.pathsep.join(dict.fromkeys(filter(None, sys.path)))
@@ -59,15 +60,23 @@ def answers(
                 if "mistake" in answer:
                     raise RequestError(answer["mistake"])
                 yield answer
-            if code := process.wait():
+            if code := _exit_code(process):
                 errors.seek(0)
                 raise ChildDied(f"{_ending(code)}{_last_line(errors.read())}")
         except BrokenPipeError:
-            raise ChildDied(_ending(process.wait())) from None
+            raise ChildDied(_ending(_exit_code(process))) from None
         finally:
             process.kill()  # without effect if it has ended by itself
             process.stdout.close()
             process.wait()
+
+
+def _exit_code(process: subprocess.Popen[bytes]) -> int:
+    """The exit code of a process that has closed its pipe; raises ChildDied if it does not end."""
+    try:
+        return process.wait(EXIT_S)
+    except subprocess.TimeoutExpired:
+        raise ChildDied(f"the process did not end within {EXIT_S:g} s of its last result") from None
 
 
 def _lines(descriptor: int) -> Iterator[bytes]:

@@ -110,7 +110,7 @@ def _survival(
 
 
 def _speed(order: Mapping[str, Any], tell: Callable[[str], None], command: Sequence[str]) -> list[Any]:
-    """The table of speeds, as far as it came."""
+    """The speeds, up to one that died."""
     rows: list[Any] = []
     try:
         for answer in answers({**order, "work": "speed"}, {}, command):

@@ -20,9 +20,8 @@ def redacted(text: str, folder: Path | None = None) -> str:
         text: of an error.
         folder: the user's package, whose name may be any text; None for none.
     """
-    for known in (folder, Path.home()):
-        if known is not None:
-            names = sorted({str(known), os.path.abspath(known), os.path.realpath(known)}, key=len, reverse=True)
-            for name in names:
-                text = text.replace(name, "/(path)")
+    known = [os.path.expanduser("~"), *([] if folder is None else [str(folder)])]
+    names = {name for each in known for name in (each, os.path.abspath(each), os.path.realpath(each))} - {"/", "~"}
+    for name in sorted(names, key=len, reverse=True):
+        text = text.replace(name, "/(path)")
     return _PATH.sub("(path)", text)[:MAX_CHARACTERS]

@@ -25,7 +25,7 @@ class Report(TypedDict):
         fits: the models of the family, and the longest context of each.
         checks: the outcome of each check.
         not_compared: what this machine cannot show, in words.
-        speed: measurements; empty where they died.
+        speed: measurements, up to one that died.
         seconds: that all took.
         passed: True if every check passed.
         switch_off: the fast paths to switch off.
@@ -48,7 +48,7 @@ def verdict(checks: Sequence[Outcome]) -> tuple[list[str], str]:
     """The fast paths to switch off, and the last line of the report."""
     failed = [check for check in checks if not check["passed"]]
     if not failed:
-        return [], f"all {amount(len(checks), 'check')} passed"
+        return [], f"all {amount(sum(map(_compared, checks)), 'check')} passed"
     paths = sorted({path for check in failed for path in check["switch_off"]})
     helpless = [check["name"] for check in failed if not check["switch_off"]]
     parts = [f"{len(failed)} of {amount(len(checks), 'check')} failed"]
@@ -101,13 +101,16 @@ def check_head(devices: Sequence[str]) -> str:
     return f"{'':4} {'check':46} {across:>10} {'to twin':>8} {'allowed':>8}"
 
 
+def _compared(check: Outcome) -> bool:
+    """False for a check that passed without a second device or a twin to compare with."""
+    return not check["passed"] or (check["devices"], check["twins"]) != (None, None)
+
+
 def check_line(check: Outcome) -> str:
     """A check on one line; one that failed names what to switch off."""
     figures = [("-" if value is None else f"{value:.1e}") for value in (check["devices"], check["twins"])]
-    line = (
-        f"{'ok' if check['passed'] else 'FAIL':4} {check['name']:46} {figures[0]:>10} {figures[1]:>8} "
-        f"{check['tolerance']:8.1e}"
-    )
+    mark = "FAIL" if not check["passed"] else "ok" if _compared(check) else "-"
+    line = f"{mark:4} {check['name']:46} {figures[0]:>10} {figures[1]:>8} {check['tolerance']:8.1e}"
     if check["passed"]:
         return line
     why = f"; {check['error']}" if check["error"] else ""

@@ -78,7 +78,8 @@ def write_gguf(
     """
     if kind not in TYPES:
         raise RequestError(f"type {kind!r:.40} is not known; known are {', '.join(TYPES)}")
-    if find_spec("gguf") is None:
+    package = find_spec("gguf")
+    if package is None or package.origin is None:  # a folder of that name in the current one has no origin
         raise RequestError(
             f"the package gguf, which writes GGUF files, is not installed: {sys.executable} -m pip install 'gguf>=0.19'"
         )

@@ -89,8 +89,8 @@ def draw(logits: Logits, sampler: Draw | None, mask: mx.array | None = None) -> 
         logits = mx.where(mask, logits, -mx.inf)
     total = mx.logsumexp(logits, axis=-1, keepdims=True)
     logprobs = logits - total
-    if sampler is not None:
-        return Draws(sampler(logprobs), logprobs, total)
+    if sampler is not None:  # ours draw alike from both; in half precision log-probabilities are rounded once more
+        return Draws(sampler(logprobs if _settings(sampler) is None else logits), logprobs, total)
     tokens = mx.argmax(logits, axis=-1)  # a NaN or an infinity wins it
     return Draws(tokens, logprobs, mx.take_along_axis(logits, tokens[:, None], axis=-1))
 
@@ -142,11 +142,13 @@ def _draw_split(logits: SplitLogits, sampler: Draw | None, mask: mx.array | None
         known = _Known(found, mask, settings)
         tokens, settled = known.choose(noise)
         if settled.all():
-            return Draws(tokens, known.logprobs, known.total)
+            return Draws(tokens, known.logprobs, known.score)
         found = found.more()
+    drawn = draw(found, None, mask)
     if settings is None or noise is None:
-        return draw(found, None, mask)
-    return draw(found, lambda logprobs: settings.choose(settings.tempered(logprobs), noise), mask)
+        return drawn
+    allowed = found if mask is None else mx.where(mask, found, -mx.inf)
+    return drawn._replace(tokens=settings.choose(settings.tempered(allowed), noise))
 
 
 class _Known:
@@ -184,6 +186,11 @@ class _Known:
         least, most = self._totals(1.0, self._split.others[0])
         return most if self._exact else least
 
+    @property
+    def score(self) -> mx.array:
+        """A number [n, 1] that is finite if all logits are, also those that are not known."""
+        return self._totals(1.0, self._split.others[0])[1]
+
     def _totals(self, divisor: float, others: mx.array) -> tuple[mx.array, mx.array]:
         """Two log-sum-exps of all logits over a temperature [n, 1]: the true one is neither below nor above them."""
         known = mx.where(self._is_known, self._bounds, -mx.inf).astype(mx.float32) / divisor
@@ -214,8 +221,9 @@ class _Known:
         return tokens, settled & self._knows(tokens[:, None])
 
     def _knows(self, tokens: mx.array) -> mx.array:
-        """True for rows [n] of which all these tokens [n, m] are known."""
-        return mx.take_along_axis(self._is_known, tokens, axis=-1).all(axis=-1)
+        """True for rows [n] of which all these tokens [n, m] are known, or masked."""
+        certain = self._is_known | (self._bounds == -mx.inf)
+        return mx.take_along_axis(certain, tokens, axis=-1).all(axis=-1)
 
     def _nucleus(self, logits: mx.array, settings: Sampler) -> tuple[mx.array, mx.array]:
         """The tokens that `top_p` keeps, bool [n, V], and True for rows [n] of which that is certain."""

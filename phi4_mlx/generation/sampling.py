@@ -128,8 +128,8 @@ class Sampler:
         return mx.take_along_axis(tokens, drawn[..., None], axis=-1)[..., 0]
 
     def largest(self, logits: mx.array) -> mx.array:
-        """The `top_k` likeliest tokens [B, top_k], in the order of their ids."""
-        return mx.sort(mx.argpartition(-logits, self.top_k - 1, axis=-1)[..., : self.top_k], axis=-1)
+        """The `top_k` likeliest tokens [B, top_k], of equal ones the first, in the order of their ids."""
+        return mx.sort(mx.argsort(-logits, axis=-1)[..., : self.top_k], axis=-1)
 
     def allowed(self, logits: mx.array) -> mx.array:
         """Tempered logits, -inf where `min_p` cuts them off."""

@@ -19,6 +19,7 @@ import mlx.nn as nn
 from phi4_mlx.adapters.named import NamedAdapters
 from phi4_mlx.config.fields import Config
 from phi4_mlx.config.sambay import SambaYConfig
+from phi4_mlx.files.dtypes import FLOATS, mlx_dtype
 from phi4_mlx.files.safetensors import TensorInfo, tensor_bytes
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.causal_lm import CausalLM
@@ -83,6 +84,12 @@ def pieces_of(config: Config, infos: Mapping[str, TensorInfo], share: Share) -> 
     return found
 
 
+def widest_dtype(infos: Mapping[str, TensorInfo]) -> mx.Dtype:
+    """A dtype that has the numbers of all blocks, whose tensors may differ in theirs."""
+    found = {info.dtype for name, info in infos.items() if BLOCK.match(name) and info.dtype in FLOATS}
+    return mlx_dtype(found.pop()) if len(found) == 1 else mx.float32
+
+
 ENDS = {"embed_tokens", "embed_tokens_extend", "norm", "final_layernorm"}
 """The parts of a decoder outside its blocks, which rank 0 has."""
 
@@ -101,6 +108,7 @@ class Stage(CausalLM):
     first: int
     holding: Holding
     _group: mx.distributed.Group
+    _widest: mx.Dtype
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -124,7 +132,7 @@ class Stage(CausalLM):
             shape = (B, T, self.config.hidden_size)
             embeddings = mx.distributed.recv(shape, self.stream_dtype, rank - 1, group=self._group)
         x = self.run_blocks(ids, cache, embeddings, rows if rank == size - 1 else None)
-        sent = mx.distributed.send(x, (rank + 1) % size, group=self._group)
+        sent = mx.distributed.send(x.astype(self.stream_dtype), (rank + 1) % size, group=self._group)
         mx.async_eval(sent)  # before the result is waited for: nothing else orders the two
         if rank:
             return sent
@@ -135,8 +143,8 @@ class Stage(CausalLM):
 
     @property
     def stream_dtype(self) -> mx.Dtype:
-        """The dtype of the hidden states between blocks."""
-        return self.dtype
+        """The dtype of the hidden states between blocks, the same on all ranks."""
+        return self._widest
 
     def run_blocks(
         self, ids: mx.array, cache: PromptCache | BatchCache | None, embeddings: mx.array | None, rows: int | None
@@ -176,7 +184,7 @@ def as_stage(
     """Makes a model of one rank's blocks, and its weights, one stage of the whole model.
 
     Args:
-        model: see `keep_blocks`.
+        model: from `keep_blocks`, with its `holding`.
         kind: the class of its stages.
         dealt: the blocks of each rank.
         rank: this one.
@@ -185,6 +193,7 @@ def as_stage(
     model.__class__ = type(f"{type(model).__name__}Stage", (kind, type(model)), {})
     assert isinstance(model, Stage)
     model.first, model._group = dealt[rank].start, group
+    model._widest = widest_dtype(model.holding.infos)
     # Rank 0 plans the memory of all: a context costs as much as on the rank with the most blocks.
     model.config = kind.config_of(model.config, max(map(len, dealt)))
     if rank == 0:

@@ -47,10 +47,12 @@ def check_share(config: Config, parallel: Parallel, size: int, infos: Mapping[st
     tensor_parallel.check_split(config, size, infos)
 
 
-def choose_parallel(config: Config, size: int, backend: str) -> tuple[Parallel, str]:
-    """The way to take where none is asked for, and the reason for it."""
+def choose_parallel(
+    config: Config, size: int, backend: str, infos: Mapping[str, TensorInfo] | None = None
+) -> tuple[Parallel, str]:
+    """The way to take where none is asked for, and the reason for it; arguments as for `check_share`."""
     try:
-        check_share(config, "tensor", size)
+        check_share(config, "tensor", size, infos)
     except RequestError as error:
         return "pipeline", str(error)
     if backend not in FAST_BACKENDS:

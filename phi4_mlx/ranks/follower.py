@@ -122,6 +122,8 @@ class Follower:
 
     def _run(self, command: Mapping[str, Any]) -> None:
         held, ids = self.held.get(command["cache"]), command["ids"]
+        if held is None and command["cache"] is not None:
+            raise OutOfStep(f"operation {command['number']} goes on from cache {command['cache']}, which is not here")
         if held is not None:
             own = [[len(digest), digest.value] for digest in held.digests]
             if own != command["digest"]:

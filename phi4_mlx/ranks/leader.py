@@ -16,7 +16,7 @@ from typing import Any, NoReturn, Protocol
 
 import mlx.core as mx
 
-from phi4_mlx.errors import RequestError
+from phi4_mlx.errors import Phi4Error, RequestError, message_of
 from phi4_mlx.models.batch_cache import BatchCache
 from phi4_mlx.models.model import ContextCost, LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
@@ -105,9 +105,8 @@ class Leader:
             The hidden states, whose computation is queued.
         """
         numbers: list[list[int]] = ids.tolist()
-        ends_early = ids.shape[1] == 1 and not any(() if cache is None else cache.adapters)
         # A decode step is read as the one before it: so it is one message.
-        read = cache.read if cache is not None and ids.shape[1] == 1 else None
+        read = cache.read if cache is not None and ids.shape[1] == 1 and _fits(cache.read, len(numbers)) else None
         command = {
             "cache": None if cache is None else cache.number,
             "under": None if cache is None else [cache.regime, cache.adapters],
@@ -116,16 +115,20 @@ class Leader:
             "digest": _digests(cache, numbers),
             "read": read,
         }
-        # Adapters and media may be refused while a pass is built: it is told when it is. One token alone is told
-        # before, so that all ranks build at the same time.
-        if ends_early:
+        if model.adapters is not None and cache is not None:
+            model.adapters.select(cache.adapters)  # refused before it is told
+        # Media may be refused while a pass is built. Sums may be computed meanwhile, for which all ranks must run.
+        first = self._splits_head or ids.shape[1] == 1
+        if first:
             self._tell(command, ids.size)
-            try:
-                hidden = run()
-            except Exception as error:
-                self._ranks.end(f"rank 0 failed in operation {self.counter}: {type(error).__name__}: {error}")
-        else:
+        try:
             hidden = run()
+        except BaseException as error:
+            if isinstance(error, Phi4Error) and not first:
+                raise
+            why = f"{type(error).__name__}: {message_of(error)}".removesuffix(": ")
+            self._ranks.end(f"rank 0 failed in operation {self.counter + (not first)}: {why}")
+        if not first:
             self._tell(command, ids.size)
         if cache is not None:
             cache.follow(numbers)
@@ -185,6 +188,11 @@ def arrays_of(found: mx.array | SplitLogits) -> mx.array:
     return found.gathered if isinstance(found, SplitLogits) else found
 
 
+def _fits(read: Read | None, rows: int) -> bool:
+    """True if what was read of other rows can be read of so many: the temperatures are one for all, or one a row."""
+    return read is None or read[0] != "candidates" or len(read[2]) in (0, 1, rows)
+
+
 def _digests(cache: LedPromptCache | LedBatchCache | None, ids: Sequence[Sequence[int]]) -> list[list[int]]:
     """(length, digest) before new ids, of each sequence."""
     if cache is None:
@@ -225,9 +233,7 @@ class LedModel(LanguageModel):
         assert isinstance(found, mx.array)
         return found
 
-    def candidates(
-        self, hidden: mx.array, count: int = LEAST, temps: Sequence[float] = ()
-    ) -> mx.array | SplitLogits:
+    def candidates(self, hidden: mx.array, count: int = LEAST, temps: Sequence[float] = ()) -> mx.array | SplitLogits:
         """See `LanguageModel.candidates`."""
         return self.leader.read(self, ["candidates", count, [*temps]], hidden)
 
@@ -253,7 +259,6 @@ class LedModel(LanguageModel):
         led.leader, led.number, led.digests = self.leader, self.leader.number(led), []
         self.leader.note("batch", led.number, regime, kv_bits)
         return led
-
 
     def context_cost(self, kv_bits: int | None = None) -> ContextCost:
         """See `LanguageModel.context_cost`; in bytes of the leader's memory, but so that every rank has room."""

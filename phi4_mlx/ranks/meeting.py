@@ -183,7 +183,7 @@ def _knock(launch: Launch, first: JSON, deadline: float) -> tuple[Channel, float
         try:
             channel = Channel(socket.create_connection(launch.channel, timeout=min(left_s, HELLO_S)))
             channel.send(first, HELLO_BYTES)
-            return channel, _check_welcome(channel.receive(min(left_s, HELLO_S), HELLO_BYTES))
+            return channel, _check_welcome(channel.receive(left_s, HELLO_BYTES))
         except RequestError:
             raise
         except ValueError:

@@ -264,6 +264,7 @@ def _join(launch: Launch, options: ModelOptions, tell: Callable[[str], None]) ->
 def _prepared(launch: Launch, options: ModelOptions) -> tuple[Path, Parallel, str]:
     """(folder, way, reason for it) of a model."""
     from phi4_mlx.checkpoint import load_config
+    from phi4_mlx.checkpoint_share import tensor_infos
     from phi4_mlx.files.manifest import verify_manifest
     from phi4_mlx.hub import resolve
     from phi4_mlx.models.sharding import check_share, choose_parallel
@@ -272,11 +273,12 @@ def _prepared(launch: Launch, options: ModelOptions) -> tuple[Path, Parallel, st
     if options.verify:
         verify_manifest(folder)
     config = load_config(folder)
+    infos = tensor_infos(folder, config)
     if options.parallel is None:
-        parallel, reason = choose_parallel(config, launch.size, launch.backend)
+        parallel, reason = choose_parallel(config, launch.size, launch.backend, infos)
     else:
         parallel, reason = options.parallel, ""
-    check_share(config, parallel, launch.size)
+    check_share(config, parallel, launch.size, infos)
     return folder, parallel, reason
 
 

@@ -278,6 +278,8 @@ async def _run(
                 complain(PROG, f"stopped by {signal.Signals(stop.signal).name}")
             code = INTERRUPTED if stop.signal == signal.SIGINT else 0
         except Phi4Error:
+            if supervisor.job_ended:
+                raise SystemExit(code) from None  # after the watcher's line
             code = USER_MISTAKE
             raise
         finally:

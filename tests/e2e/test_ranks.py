@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from phi4_mlx.checkpoint import load_model
+from phi4_mlx.cli import main
 from tests.adapters import adapted, save_adapter
 from tests.conftest import ROOT, write_tiny_checkpoint
 from tests.kinds import WRITERS
@@ -99,6 +100,16 @@ def test_a_mistake_on_all_ranks_is_one_line_of_rank_0(tmp_path: Path, words: tup
     assert (code, out, other) == (2, "", (2, "", "")), err
     (said,) = err.splitlines()
     assert line in said
+
+
+def test_groups_that_tensor_parallel_would_cut_are_refused_by_rank_0(tmp_path: Path) -> None:
+    model = write_tiny_checkpoint(tmp_path / "tiny", hidden_size=192, intermediate_size=192)
+    packed = tmp_path / "packed"
+    assert main(["convert", "--hf-path", str(model), "--mlx-path", str(packed), "-q"]) == 0
+    words = ("generate", "--model", str(packed), "-p", "a", "--parallel", "tensor")
+    (code, out, err), other = RankCommand(tmp_path, *words).wait()
+    assert (code, out, other) == (2, "", (2, "", "")), err
+    assert "groups of its quantisation, and it has 3 in a row; use --parallel pipeline" in err and err.count("\n") == 1
 
 
 def test_a_mistake_after_the_start_ends_both(tmp_path: Path) -> None:
@@ -233,8 +244,11 @@ def test_a_server_over_ranks_answers_together_and_ends_in_order(served: Served) 
 def test_a_lost_rank_ends_the_server_everywhere(served: Served, victim: int) -> None:
     served.ask("Who are you?")
     os.kill(served.command.ranks[victim].pid, signal.SIGKILL)
-    assert 0 not in served.ended(60)
-    assert any(f"rank {victim}" in line for line in (served.others if victim == 0 else served.lines))
+    codes = served.ended(60)
+    assert codes[1 - victim] == 1
+    said = served.others if victim == 0 else [line for line in served.lines if line.startswith("phi4_mlx: ")]
+    assert len(said) == 1 and f"rank {victim}" in said[0]
+    assert not any("the engine died" in line for line in served.lines)
 
 
 def test_a_server_answers_under_adapters_by_name_by_tensor_parallel(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from phi4_mlx.checkpoint import check_tensors, empty_model, load_config, read_config, stored_tensors
+from phi4_mlx.checkpoint import empty_model, load_config, read_config
+from phi4_mlx.checkpoint_share import tensor_infos
 from phi4_mlx.config.fields import Config
 from phi4_mlx.files.dtypes import mlx_dtype, name_of
 from phi4_mlx.files.json_file import read_json
@@ -61,11 +62,7 @@ def read_shape(path: Path) -> Shape:
     """
     if path.is_dir() and any(path.glob("*.safetensors")):
         config = load_config(path)
-        tensors = stored_tensors(path, config)
-        whole = empty_model(config, tensors.infos)
-        tensors = tensors.shaped(whole)
-        wanted = check_tensors(whole, tensors.infos)
-        infos = {name: info for name, info in tensors.infos.items() if name in wanted}
+        infos = tensor_infos(path, config)
         norm = next(info for name, info in infos.items() if name.endswith("norm.weight"))
         return Shape(config, infos, mlx_dtype(norm.dtype))
     raw = read_json(path / "config.json" if path.is_dir() else path)

@@ -192,12 +192,16 @@ class CacheStore:
         self, found: Found, model: LanguageModel, ids: Sequence[int], adapter: str | None = None
     ) -> PromptCache | None:
         """A cache of the prompt's first `found.length` tokens; None if it cannot be read."""
-        read = self.read(found)
-        cache = None if read is None else self.restore(read, model, adapter)
-        if cache is None:
+        try:
+            read = self.read(found)
+            cache = None if read is None else self.restore(read, model, adapter)
+            if cache is None:
+                return None
+            with shared_stream():
+                return prefix_of(cache, ids, found.length)
+        except Exception:  # most likely memory is short; costs a prefill
+            self._unread += 1
             return None
-        with shared_stream():
-            return prefix_of(cache, ids, found.length)
 
     def offer(self, model: LanguageModel, cache: PromptCache, leaving: bool = False) -> None:
         """Has a cache written soon, unless the store has nearly all of it.

@@ -32,6 +32,7 @@ from phi4_mlx.server.engine.protocol import (
 from phi4_mlx.server.engine.settings import Settings
 from phi4_mlx.server.limits import STORING_S
 from phi4_mlx.server.log import LOG
+from phi4_mlx.terminal.command import OUR_MISTAKE
 
 PING_S = 30.0  # an engine answers between two chunks of a prefill, which take long on a slow machine
 SILENT_S = 5.0  # without a beat, after which an engine counts as frozen
@@ -106,6 +107,7 @@ class Supervisor:
     Attributes:
         state: "loading", "ready", "frozen" (no sign of life for some seconds), "restarting" or "stopped".
         restarts: number of times that an engine was lost or could not be started.
+        job_ended: True if the job of all ranks has ended; a watcher has printed why.
         longest, note: those of `Ready`; 0 and "" until the engine is ready.
     """
 
@@ -117,6 +119,7 @@ class Supervisor:
         self._watching: asyncio.Task[None] | None = None
         self._failures = _Failures()
         self._started, self._given_up, self._reason = asyncio.Event(), asyncio.Event(), ""
+        self.job_ended = False
         self.state, self.restarts, self.longest, self.note = "loading", 0, 0, ""
 
     @property
@@ -271,6 +274,7 @@ class Supervisor:
                 if client.started or client.retried:
                     client.fail(503, "the engine died during this answer and is restarting; ask again")
                 client.retried = True
+        self.job_ended = self._over_ranks and (self._started.is_set() or source.exit_code == OUR_MISTAKE)
         self._failed(f"the engine died (exit code {source.exit_code})")
 
     def _failed(self, reason: str) -> None:

@@ -61,6 +61,13 @@ def test_a_hanging_process_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
         next(found)
 
 
+def test_a_process_that_hangs_at_its_exit_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "EXIT_S", 0.2)
+    command = [sys.executable, "-c", "import os, time; os.write(1, b'{}\\n'); os.close(1); time.sleep(20)"]
+    with pytest.raises(ChildDied, match=r"did not end within 0\.2 s"):
+        list(answers({}, {}, command))
+
+
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
@@ -96,6 +103,12 @@ def test_the_verdict_unites_the_switches() -> None:
     assert report.verdict([OUTCOME]) == ([], "all 1 check passed")
 
 
+def test_a_check_with_nothing_to_compare_is_not_called_passed() -> None:
+    alone: Outcome = {**OUTCOME, "devices": None, "twins": None}
+    assert report.check_line(alone).split()[0] == "-"
+    assert report.verdict([OUTCOME, alone]) == ([], "all 1 check passed")
+
+
 def test_lines_have_the_figures() -> None:
     assert report.check_line(OUTCOME).split() == ["ok", "rope,", "float32", "1.0e-07", "2.0e-07", "1.0e-06"]
     line = report.check_line({**OUTCOME, "passed": False, "error": "RuntimeError: no kernel"})
@@ -124,6 +137,12 @@ def test_one_device_is_said() -> None:
 )
 def test_errors_name_no_paths(text: str, shown: str) -> None:
     assert redacted(text, Path("/own models/the best")) == shown
+
+
+@pytest.mark.parametrize("home", ["/", "/nonexistent", ""])
+def test_any_home_is_redacted(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", home)
+    assert redacted("/nonexistent/x: 3 GB/s") == "(path): 3 GB/s"
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,10 @@ def test_nan_is_a_failure_in_words() -> None:
     assert outcome["twins"] is None
 
 
+def test_nan_is_a_failure_where_nothing_is_compared() -> None:
+    assert not run_check(Check("nan", (), lambda: [mx.array([float("nan")])], EXACT), devices()[:1])["passed"]
+
+
 def test_an_exception_is_a_failure_in_words() -> None:
     def compute() -> list[mx.array]:
         raise RuntimeError("no kernel of this name")

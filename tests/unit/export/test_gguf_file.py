@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -268,10 +269,11 @@ def test_the_target_exists_or_is_a_file(tiny_checkpoint: TinyCheckpoint, tmp_pat
         write_gguf(folder, tmp_path / "out", kind="Q4_0")
 
 
+@pytest.mark.parametrize("found", [None, ModuleSpec("gguf", None, is_package=True)], ids=["nothing", "a folder"])
 def test_without_the_gguf_package(
-    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: ModuleSpec | None
 ) -> None:
-    monkeypatch.setattr(gguf_file, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf_file, "find_spec", lambda name: found)
     with pytest.raises(RequestError, match=r"which writes GGUF files, is not installed: .* -m pip install 'gguf>="):
         write_gguf(tiny_checkpoint(), tmp_path / "out")
 

@@ -25,7 +25,7 @@ class SplitHead:
 
     def candidates(self, hidden: mx.array, count: int = LEAST, temps: Sequence[float] = ()) -> SplitLogits:
         self.asked.append(count)
-        ranks = [top(hidden[:, start:end], count, start, temps) for start, end in PARTS]
+        ranks = [top(hidden[:, start:end].astype(mx.float32), count, start, temps) for start, end in PARTS]
         return SplitLogits.of(self, hidden, mx.stack(ranks), temps, PARTS)
 
     def logits(self, hidden: mx.array) -> mx.array:
@@ -83,6 +83,15 @@ def test_a_split_head_draws_what_all_logits_do(settings: dict[str, Any] | None, 
         assert split == whole
 
 
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("settings", SAMPLERS, ids=str)
+def test_logits_of_half_precision_are_drawn_alike(settings: dict[str, Any] | None, dtype: mx.Dtype) -> None:
+    for seed in range(8):
+        logits = random_logits(5, 2.0, seed).astype(dtype)
+        whole, split, _ = both(logits, settings and {**settings, "seed": seed})
+        assert split == whole
+
+
 @pytest.mark.parametrize("settings", SAMPLERS, ids=str)
 def test_masks_and_penalties_are_those_of_all_logits(settings: dict[str, Any] | None) -> None:
     for seed in range(4):
@@ -113,6 +122,13 @@ def test_a_mask_of_unlikely_tokens_asks_for_all_logits() -> None:
     assert asked == [LEAST, 16 * LEAST, V]
 
 
+def test_a_mask_of_fewer_tokens_than_are_kept_asks_once() -> None:
+    logits = random_logits(1, 4.0)
+    likely = mx.array(np.isin(np.arange(V), mx.argsort(-logits[0])[:5].tolist()))
+    whole, split, asked = both(logits, {"temp": 1.0, "top_k": 40, "seed": 1}, likely)
+    assert split == whole and len(asked) == 1
+
+
 def test_a_foreign_sampler_or_processor_gets_all_logits() -> None:
     model, logits = SplitHead(), random_logits(2, 2.0)
     split = model.candidates(logits)
@@ -136,6 +152,10 @@ def test_logits_that_are_not_finite_are_reported(at: int) -> None:
     logits[0, at] = mx.nan
     with pytest.raises(CheckpointError, match="NaN or infinity"):
         draw(SplitHead().candidates(logits), None).numbers()
+    with pytest.raises(CheckpointError, match="NaN or infinity"):  # also where the draw does not look at it
+        draw(
+            apply_processors(make_logits_processors({7: 90.0}), mx.array([1]), SplitHead().candidates(logits)), None
+        ).numbers()
 
 
 def test_rows_are_chosen_and_joined() -> None:

@@ -363,3 +363,10 @@ def test_whole_weights_are_no_adapter(tiny_model: TinyModel, tmp_path: Path) -> 
     with pytest.raises(RequestError, match="holds full weights, not an adapter; convert it with `phi4-mlx fuse`"):
         to_peft(tmp_path / "full", tmp_path / "out")
     shutil.rmtree(tmp_path / "full")
+
+
+def test_the_types_are_those_of_the_writer() -> None:
+    from phi4_mlx.export import gguf_file
+    from phi4_mlx.lora import export
+
+    assert export.TYPES == gguf_file.TYPES

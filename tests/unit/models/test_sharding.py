@@ -118,6 +118,7 @@ def test_groups_that_would_be_cut_are_refused_by_name() -> None:
     config = read_config(tiny_config_dict(hidden_size=192, intermediate_size=192))
     with pytest.raises(RequestError, match=r"o_proj between whole groups of its quantisation, and it has 3 in a row"):
         check_share(config, "tensor", 2, infos_of(config, 4))
+    assert choose_parallel(config, 2, "jaccl", infos_of(config, 4))[0] == "pipeline"
 
 
 def test_more_ranks_than_blocks_are_refused() -> None:
@@ -164,6 +165,41 @@ def test_a_rank_reads_and_holds_what_the_plan_says(
     plan = share_plan(config, infos, parallel, 2)
     assert sum(bytes_read) == model.weights_bytes == plan[rank]
     assert plan[rank] <= 0.55 * load_model(folder).weights_bytes
+
+
+class Place:
+    """A group of two, as one rank sees it."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.size = (lambda: rank), (lambda: 2)
+
+
+@pytest.mark.parametrize("layer", ["model.layers.0.input_layernorm", "model.layers.1.mlp.down_proj"])
+def test_ranks_of_a_pipeline_agree_on_the_dtype_between_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: str
+) -> None:
+    folder = write_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=4, dtype=mx.bfloat16)
+    file = str(folder / "model.safetensors")
+    weights = mx.load(file)
+    mx.eval(weights)
+    mx.save_safetensors(file, {n: w.astype(mx.float32) if n.startswith(layer) else w for n, w in weights.items()})
+    crossed: list[mx.Dtype] = []
+
+    def send(x: mx.array, to: int, group: Any) -> mx.array:
+        crossed.append(x.dtype)
+        return x
+
+    def recv(shape: tuple[int, ...], dtype: mx.Dtype, source: int, group: Any) -> mx.array:
+        crossed.append(dtype)
+        return mx.zeros(shape, dtype)
+
+    monkeypatch.setattr(mx.distributed, "send", send)
+    monkeypatch.setattr(mx.distributed, "recv", recv)
+    for rank in (0, 1):
+        place: Any = Place(rank)
+        model = load_share(folder, Share("pipeline", rank, 2), place)
+        model.hidden(mx.array([[1, 2]]), model.make_cache())
+    assert crossed == [mx.float32] * 4
 
 
 def test_damage_is_reported_as_for_a_whole_model(tmp_path: Path) -> None:

@@ -78,12 +78,13 @@ class Store:
         self.prefixes.put(sequence.model, None, sequence.cache)
 
 
-def batched(model: LanguageModel, lookup: bool = False) -> list[list[int]]:
+def batched(model: LanguageModel, lookup: bool = False, temp: float = 0.0) -> list[list[int]]:
     """The answers to eight prompts, some with a common beginning, four at a time."""
     batch, common = Batch(4, prefixes=Store(), prefill_step_size=32, guessing=Guessing(timed=False)), [7, 8, 9] * 12
     sequences = [BatchSequence(model, [*common[: 12 * (n % 4)], n, n + 1], 10 + n, last_turn=12) for n in range(8)]
     for sequence in sequences:
         sequence.proposer = PromptLookup() if lookup else None
+        sequence.sampler = make_sampler(temp, seed=len(sequence.ids)) if temp else None
     for sequence in sequences:
         batch.add(sequence)
     while batch.waiting or batch.active:
@@ -98,6 +99,25 @@ def batched(model: LanguageModel, lookup: bool = False) -> list[list[int]]:
 def test_guesses_in_a_batch_are_taken_back_on_every_rank() -> None:
     pair = Pair(make_tiny_model)
     assert batched(pair.model, lookup=True) == batched(make_tiny_model())
+
+
+def test_rows_that_come_and_go_are_drawn_at_their_own_temperatures() -> None:
+    pair = Pair(make_tiny_model, splits_head=True)
+    assert batched(pair.model, temp=0.8) == batched(make_tiny_model(), temp=0.8)
+
+
+def test_sums_within_a_pass_find_the_followers_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(make_tiny_model, splits_head=True)
+    told, run = [], type(pair.model.model).__call__
+
+    def look(self: Any, *arguments: Any, **options: Any) -> mx.array:
+        told.append(len(pair.commands))
+        found: mx.array = run(self, *arguments, **options)
+        return found
+
+    monkeypatch.setattr(type(pair.model.model), "__call__", look)
+    pair.model.hidden(mx.array([PROMPT]), pair.model.make_cache())  # attention may wait for a part of a long chunk
+    assert told == [1]
 
 
 @pytest.mark.parametrize("splits_head", [False, True])
@@ -133,6 +153,16 @@ def test_a_follower_whose_cache_is_one_token_off_is_refused(fault: str) -> None:
         pair.model(mx.array([[3, 4]]), cache)
 
 
+def test_a_cache_that_a_follower_does_not_have_is_refused() -> None:
+    pair = Pair(make_tiny_model)
+    cache = pair.model.make_cache()
+    pair.model(mx.array([PROMPT]), cache)
+    pair.follower.held.clear()
+    with pytest.raises(OutOfStep, match="operation 2 goes on from cache 1, which is not here"):
+        pair.model(mx.array([[3]]), cache)
+    assert pair.follower.counter == 1
+
+
 def test_a_cache_from_elsewhere_is_refused() -> None:
     pair, other = Pair(make_tiny_model), make_tiny_model()
     with pytest.raises(RequestError, match=r"make it with model.make_cache\(\)"):
@@ -166,7 +196,15 @@ def test_a_failure_of_the_leader_after_it_has_told_ends_the_job(monkeypatch: pyt
     monkeypatch.setattr(type(pair.model.model), "__call__", fail)
     with pytest.raises(Ended, match="rank 0 failed in operation 2: ValueError: planted"):
         pair.model(mx.array([[3]]), cache)
-    told = len(pair.commands)
-    with pytest.raises(ValueError, match="planted"):  # a chunk is told when it is built: nobody waits for it
+    with pytest.raises(Ended, match="rank 0 failed in operation 3: ValueError: planted"):
         pair.model(mx.array([[3, 4]]), cache)
-    assert len(pair.commands) == told
+
+
+@pytest.mark.parametrize("splits_head", [False, True])
+def test_a_pass_that_is_refused_is_not_told(splits_head: bool) -> None:
+    pair = Pair(make_tiny_model, splits_head=splits_head)
+    cache = pair.model.make_cache()
+    cache.adapter = "none"
+    with pytest.raises(RequestError, match="none"):
+        pair.model(mx.array([[3, 4]]), cache)
+    assert not pair.commands

@@ -162,6 +162,25 @@ def test_another_program_in_the_leaders_place_is_named(launch: Launch, start: St
         server.shutdown(socket.SHUT_RDWR)
 
 
+def test_a_leader_that_answers_late_is_not_asked_twice(
+    launch: Launch, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meeting, "HELLO_S", 0.1)  # a second connection would be refused: the rank is there already
+    with socket.create_server(launch.channel) as server:
+        follower = start(rank=1)
+        kept = []
+        for _ in ("commands", "beats"):
+            kept.append(Channel(server.accept()[0]))
+            said = kept[-1].receive(10)
+            server.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                server.accept()
+            server.settimeout(10)
+            kept[-1].send({"welcome": 10})
+        kept[0].send({"welcome": 10})
+        assert follower.result(10).commands and said["for"] == "beats"
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "a" * 80, "a..b", "\0"])
 def test_a_host_without_an_address_is_named(start: Start, rank: int, host: str) -> None:

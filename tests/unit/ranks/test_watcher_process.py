@@ -182,5 +182,3 @@ def test_ctrl_c_does_not_end_the_watcher(met: Watched) -> None:
     met.process.send_signal(signal.SIGINT)
     met.say(met.own, {"close": True})
     assert met.process.wait(WAIT_S) == 0
-
-

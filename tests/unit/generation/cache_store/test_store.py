@@ -15,6 +15,7 @@ from phi4_mlx.generation.cache_store import fingerprints, reading
 from phi4_mlx.generation.cache_store import writer as writer_module
 from phi4_mlx.generation.cache_store.catalogue import Catalogue
 from phi4_mlx.generation.cache_store.folder import StoreFolder
+from phi4_mlx.generation.cache_store.store import CacheStore
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import prefix_of
 from tests.adapters import adapted, save_adapter
@@ -213,6 +214,25 @@ def test_a_file_that_was_read_once_is_restored_once_and_stays(tmp_path: Path, mo
                 assert store.restore(read, model) is not None
             assert store.restore(read, model) is None
             assert len(files(folder)) == 1
+
+
+@pytest.mark.parametrize("name", ["read", "restore"])
+def test_a_load_that_fails_in_any_way_costs_a_prefill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    model = make_tiny_model(seed=1)
+    keep(tmp_path / "s", model, IDS)
+    with opened(tmp_path / "s", model, warn=pytest.fail) as store:
+        best = store.find(model, IDS)
+        assert best is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(CacheStore, name, broken)
+            assert store.load(best, model, IDS) is None
+        assert store.gauges()["prefix_cache_disk_failures_total"] == 1
+        assert store.load(best, model, IDS) is not None
 
 
 def test_a_file_whose_ids_are_not_first_is_dropped(tmp_path: Path) -> None:
