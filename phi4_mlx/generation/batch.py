@@ -12,6 +12,7 @@ import bisect
 import itertools
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 
 from phi4_mlx.generation.drawing import Drawing
 from phi4_mlx.generation.guessing import Guessing
@@ -25,6 +26,8 @@ from phi4_mlx.models.shared_stream import shared_stream
 
 PREFILL_STEP_SIZE = 512  # prompt tokens a step; running answers wait for them
 MAX_PADDING = 4096  # columns that a row may add to rows of another length; one more forward pass costs four times that
+
+_LINE = attrgetter("line")
 
 
 class Batch:
@@ -62,8 +65,7 @@ class Batch:
         self.waiting: list[BatchSequence] = []
         self.active: list[BatchSequence] = []
         self.prefilling = Prefilling(prefill_step_size, prefixes, pace)
-        self._arrivals = itertools.count()
-        self._groups: list[RowGroup] = []
+        self._arrivals, self._groups = itertools.count(), list[RowGroup]()
 
     @property
     def nbytes(self) -> int:
@@ -101,29 +103,24 @@ class Batch:
         return events
 
     def _queue(self, sequence: BatchSequence) -> None:
-        bisect.insort(self.waiting, sequence, key=lambda each: each.line)
+        bisect.insort(self.waiting, sequence, key=_LINE)
 
     def _admit(self) -> None:
         """Starts sequences while there is room, and sends others back to the queue where there is none."""
         while self.nbytes > self.kv_limit_bytes and len(self.active) > 1:
-            self._send_back(self._last)
+            self._send_back(max(self.active, key=_LINE))
         while self.waiting and self._make_room(self.waiting[0]):
             self.active.append(self.waiting.pop(0))
             self.prefilling.add(self.active[-1])
 
-    @property
-    def _last(self) -> BatchSequence:
-        """The active sequence that is served last."""
-        return max(self.active, key=lambda each: each.line)
-
     def _make_room(self, first: BatchSequence) -> bool:
         """True if a waiting sequence can start; active ones of a higher priority number make room for it."""
-        staying = [each for each in self.active if each.priority <= first.priority]
+        staying = [each for each in self.active if each.priority <= first.priority]  # do not make room
         least = sum(cache_bytes(each.cost, len(each.ids), snapshots=0) for each in staying)
         if staying and not self._fits(first, staying, least):
-            return False  # also without those that would make room
+            return False
         while self.active and not self._fits(first, self.active, self.nbytes):
-            if (last := self._last).priority <= first.priority:
+            if (last := max(self.active, key=_LINE)).priority <= first.priority:
                 return False
             self._send_back(last)
         return True
@@ -143,8 +140,7 @@ class Batch:
 
     def _prefill(self, events: list[Token | Fault]) -> None:
         """Runs chunks of prompts, and draws the first token of those that are read."""
-        running = any(any(group.members) for group in self._groups)
-        for sequence, result in self.prefilling.run(running):
+        for sequence, result in self.prefilling.run(any(any(group.members) for group in self._groups)):
             try:
                 if isinstance(result, Exception):
                     raise result
@@ -155,18 +151,22 @@ class Batch:
                 events.append(self._fail(sequence, error))
 
     def _place(self, sequence: BatchSequence) -> None:
-        """Sends a prefilled sequence to the group that it fits best, or back to prefill."""
+        """Sends a prefilled sequence to the group that it fits best, within the limit, or back to prefill."""
         cache = sequence.cache
         assert cache is not None
         if not sequence.in_step(cache.offset, cache.regime):
             self.prefilling.add(sequence)
             return
-        fitting = [group for group in self._groups if group.padding_with(sequence, cache) <= MAX_PADDING]
-        if not fitting:
-            rows = sequence.model.make_batch_cache(cache.regime, sequence.kv_bits)
-            fitting = [RowGroup(sequence.model, sequence.kv_bits, rows)]
-            self._groups += fitting
-        min(fitting, key=lambda group: group.padding_with(sequence, cache)).arrivals.append((sequence, cache))
+        padding = {group: group.padding_with(sequence, cache) for group in self._groups}
+        for group in sorted(padding, key=padding.__getitem__):
+            if padding[group] > MAX_PADDING:
+                break
+            group.arrivals.append((sequence, cache))
+            if self.nbytes <= self.kv_limit_bytes:
+                return
+            group.arrivals.pop()
+        rows = sequence.model.make_batch_cache(cache.regime, sequence.kv_bits)
+        self._groups.append(RowGroup(sequence.model, sequence.kv_bits, rows, arrivals=[(sequence, cache)]))
 
     def _decode(self, group: RowGroup, events: list[Token | Fault]) -> None:
         """Draws a token for every row of a group, and further ones where guesses hold; a row out of step leaves it."""
@@ -203,11 +203,9 @@ class Batch:
 
     def _restart(self, group: RowGroup, error: Exception, events: list[Token | Fault]) -> None:
         """Starts the sequences of a lost group again; one that loses its row twice has failed."""
-        arrived = [sequence for sequence, _ in group.arrivals]
-        lost = [member for member in [*group.members, *arrived] if member is not None]
         if group in self._groups:
             self._groups.remove(group)
-        for sequence in lost:
+        for sequence in group.sequences:
             sequence.cache = None
             sequence.restarts += 1
             if sequence.restarts > 1:

@@ -37,6 +37,11 @@ class RowGroup:
     arrivals: list[tuple[BatchSequence, PromptCache]] = field(default_factory=list)
 
     @property
+    def sequences(self) -> list[BatchSequence]:
+        """Those that have a row, or will have one."""
+        return [*(member for member in self.members if member is not None), *(arrival for arrival, _ in self.arrivals)]
+
+    @property
     def columns(self) -> int:
         """Columns of the cache with the arrivals in it."""
         return max([self.cache.columns, *(cache.offset for _, cache in self.arrivals)])
@@ -45,10 +50,10 @@ class RowGroup:
     def nbytes(self) -> int:
         """Bytes of all rows, the arrivals included."""
         cost, columns = self.model.context_cost(self.kv_bits), self.columns
-        members = [member for member in self.members if member is not None]
-        arrivals = [sequence for sequence, _ in self.arrivals]
-        rows = len(members) * cache_bytes(cost, columns, snapshots=0) + len(arrivals) * cache_bytes(cost, columns)
-        return rows + sum(sequence.proposer_bytes for sequence in [*members, *arrivals])
+        sequences, arriving = self.sequences, len(self.arrivals)
+        rows = (len(sequences) - arriving) * cache_bytes(cost, columns, snapshots=0)
+        rows += arriving * cache_bytes(cost, columns)
+        return rows + sum(sequence.proposer_bytes for sequence in sequences)
 
     def padding_with(self, sequence: BatchSequence, cache: PromptCache) -> float:
         """Columns that the sequence would add beyond its own tokens; infinite if it cannot be a row here."""

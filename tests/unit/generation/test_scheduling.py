@@ -118,6 +118,19 @@ def test_no_sequence_leaves_for_one_that_still_does_not_fit(model: Model) -> Non
     assert low.ids[2:] == decoded(model, [3, 4], 8)
 
 
+def test_a_short_row_that_has_no_room_beside_a_long_one_has_columns_of_its_own(model: Model) -> None:
+    """Padded to the long row's columns, it would exceed the limit, and alone it does not: it must not go to and fro."""
+    buffer = 256 * model.context_cost().token_bytes
+    long, short = BatchSequence(model, [5] * 700, 12), BatchSequence(model, [3, 4, 5], 12)
+    store = Kept()
+    batch = Batch(kv_limit_bytes=5 * buffer, prefill_step_size=1024, prefixes=store)
+    batch.add(long)
+    batch.add(short)
+    run(batch)
+    assert store.recalled == [0, 0]
+    assert short.ids[3:] == decoded(model, [3, 4, 5], 12)
+
+
 def test_the_last_in_line_returns_where_memory_is_short(model: Model) -> None:
     buffer = 256 * model.context_cost().token_bytes
     urgent, first, later = sequences = sequences_of(model, [0, 3, 3], max_tokens=300)
