@@ -138,7 +138,7 @@ class SmallConversation(Conversation):
 
 def test_all_apis_keep_the_same_turns_as_the_chat(server: InProcessServer) -> None:
     plain = [each for each in talk(40) if each["role"] in ("user", "assistant") and each["content"]]
-    tokenizer, model = server.supervisor.tokenizer, server.supervisor.engine._adapters.get(None).model
+    tokenizer, model = server.supervisor.tokenizer, server.supervisor.engine.sequences.model
     chat = SmallConversation(model, tokenizer, "Be brief.", overflow="oldest")
     pairs = zip(plain[::2], plain[1::2], strict=False)
     chat.turns = [Turn(q["content"], a["content"], tuple(tokenizer.encode(a["content"]))) for q, a in pairs]

@@ -128,7 +128,7 @@ def break_find(engine: Engine, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         engine.prefixes,
         "find",
-        lambda model, adapter, ids: broken() if is_bad(ids) else find(model, adapter, ids),
+        lambda model, adapter, ids, kv_bits: broken() if is_bad(ids) else find(model, adapter, ids, kv_bits),
     )
 
 
