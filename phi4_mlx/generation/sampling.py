@@ -129,7 +129,7 @@ class Sampler:
 
     def largest(self, logits: mx.array) -> mx.array:
         """The `top_k` likeliest tokens [B, top_k], of equal ones the first, in the order of their ids."""
-        return mx.sort(mx.argsort(-logits, axis=-1)[..., : self.top_k], axis=-1)
+        return mx.sort(likeliest(logits, self.top_k), axis=-1)
 
     def allowed(self, logits: mx.array) -> mx.array:
         """Tempered logits, -inf where `min_p` cuts them off."""

@@ -48,18 +48,21 @@ def top(logits: mx.array, count: int, first: int, temps: Sequence[float] = ()) -
 
 
 def likeliest(logits: mx.array, count: int) -> mx.array:
-    """The places of the largest numbers of each row [n, count]: within the blocks with the largest maxima."""
+    """The places of the largest numbers of each row [n, count], of equal ones the first.
+
+    They stand in the `count` blocks with the largest maxima, of equal ones the first.
+    """
     n, V = logits.shape
     if count == 1:
         return mx.argmax(logits, axis=-1, keepdims=True)
     blocks = -(-V // _BLOCK)
     if count >= blocks:
-        return mx.argpartition(-logits, min(count, V - 1), axis=-1)[:, :count]
+        return mx.argsort(-logits, axis=-1)[:, :count]
     padded = mx.pad(logits, [(0, 0), (0, blocks * _BLOCK - V)], constant_values=-mx.inf).reshape(n, blocks, _BLOCK)
-    best = mx.argpartition(-padded.max(axis=-1), count - 1, axis=-1)[:, :count, None]  # [n, count, 1]
+    best = mx.sort(mx.argsort(-padded.max(axis=-1), axis=-1)[:, :count], axis=-1)[..., None]  # [n, count, 1]
     inside = mx.take_along_axis(padded, best, axis=1).reshape(n, -1)
     places = (best * _BLOCK + mx.arange(_BLOCK)).reshape(n, -1)
-    chosen = mx.argpartition(-inside, count - 1, axis=-1)[:, :count]
+    chosen = mx.argsort(-inside, axis=-1)[:, :count]
     return mx.take_along_axis(places, chosen, axis=-1)
 
 
