@@ -19,12 +19,12 @@ import mlx.core as mx
 from phi4_mlx.adapters.layers import put_adapter
 from phi4_mlx.checkpoint_share import load_share, share_adapter
 from phi4_mlx.generation.batch import Batch
-from phi4_mlx.generation.draws import arrays_of
 from phi4_mlx.generation.sampling import Sampling
 from phi4_mlx.generation.sequence import BatchSequence, Token
 from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.share import Share
+from phi4_mlx.models.split_logits import array_of
 from tests.media import picture, prompt_of
 
 COUNTED = ("all_sum", "all_gather", "send", "recv")
@@ -120,7 +120,7 @@ def step_exchanges(model: LanguageModel) -> dict[str, int]:
     model.train()  # without compiled steps
     try:
         found = model.candidates(model.hidden(cache.admit(mx.array([[3]])), cache, rows=1))
-        mx.eval(arrays_of(found))
+        mx.eval(array_of(found))
     finally:
         model.eval()
         for name, function in functions.items():

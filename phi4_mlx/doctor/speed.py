@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from statistics import median
 from typing import TypedDict
 
@@ -16,6 +16,7 @@ from phi4_mlx.doctor.forward import ids
 from phi4_mlx.doctor.operations import NAMES
 from phi4_mlx.generation.steps import generate_step
 from phi4_mlx.hub import resolve
+from phi4_mlx.models.machine import median_seconds
 
 COPIED = 2**26  # float32 numbers, 268 MB: more than any cache
 GATE_UP = 16384, 3072  # the largest matrix of a block of Phi-4-mini
@@ -59,19 +60,9 @@ def speeds() -> Iterator[Speed]:
 def _bandwidth() -> tuple[float, float]:
     """GB/s of a copy, read and written, and of a sum."""
     numbers = mx.zeros(COPIED)
-    copied, read = _seconds(lambda: mx.eval(numbers + 1)), _seconds(lambda: mx.eval(numbers.sum()))
+    copied = median_seconds(lambda: mx.eval(numbers + 1), RUNS)
+    read = median_seconds(lambda: mx.eval(numbers.sum()), RUNS)
     return 2e-9 * numbers.nbytes / copied, 1e-9 * numbers.nbytes / read
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    """The median time of some work, once it has run."""
-    work()
-    times = []
-    for _ in range(RUNS):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return median(times)
 
 
 def _products(dtype: mx.Dtype) -> float:
@@ -87,7 +78,7 @@ def _products(dtype: mx.Dtype) -> float:
     x = mx.ones((1, 1, width), dtype)
     mx.eval([layer.parameters() for layer in layers], x)
     nbytes = sum(int(layers[0][name].nbytes) for name in ("weight", "scales", "biases"))
-    return MATRICES * nbytes / _seconds(lambda: mx.eval([layer(x) for layer in layers])) / 1e9
+    return MATRICES * nbytes / median_seconds(lambda: mx.eval([layer(x) for layer in layers]), RUNS) / 1e9
 
 
 def _decode(package: str) -> tuple[float, int]:

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
-from phi4_mlx.generation.draws import Draws, apply_processors, arrays_of, draw
+from phi4_mlx.generation.draws import Draws, apply_processors, draw
 from phi4_mlx.generation.sampling import Draw
 from phi4_mlx.generation.sequence import BatchSequence, Token
 from phi4_mlx.models.queued import queue
-from phi4_mlx.models.split_logits import Logits
+from phi4_mlx.models.split_logits import Logits, array_of
 
 
 class Drawing:
@@ -33,7 +33,7 @@ class Drawing:
         Yields:
             Each sequence with its token and those that a grammar forces after it, or with the reason of its failure.
         """
-        queue(arrays_of(self._logits))  # the device computes them while the host computes grammar masks
+        queue(array_of(self._logits))  # the device computes them while the host computes grammar masks
         drawn: list[tuple[BatchSequence, int, Draws]] = []
         for sequence, n in due:
             try:

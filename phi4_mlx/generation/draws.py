@@ -66,11 +66,6 @@ def wanted(samplers: Sequence[Draw | None]) -> tuple[int, tuple[float, ...]]:
     return count, () if all(temp == 1.0 for temp in temps) else tuple(temps)
 
 
-def arrays_of(logits: Logits) -> mx.array:
-    """The array to compute for a draw from logits."""
-    return logits if isinstance(logits, mx.array) else logits.gathered
-
-
 def draw(logits: Logits, sampler: Draw | None, mask: mx.array | None = None) -> Draws:
     """Draws a token from each row of logits.
 

@@ -15,7 +15,7 @@ from operator import index
 import mlx.core as mx
 
 from phi4_mlx.errors import RequestError
-from phi4_mlx.generation.draws import Draws, apply_processors, arrays_of, draw, joined, wanted
+from phi4_mlx.generation.draws import Draws, apply_processors, draw, joined, wanted
 from phi4_mlx.generation.memory import PREFILL_STEP_SIZE
 from phi4_mlx.generation.options import DecodeOptions, LogitsMask, Progress, Proposer
 from phi4_mlx.generation.sampling import Draw, LogitsProcessor
@@ -25,7 +25,7 @@ from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.queued import queue
 from phi4_mlx.models.safe import safe
 from phi4_mlx.models.shared_stream import shared_stream
-from phi4_mlx.models.split_logits import Logits
+from phi4_mlx.models.split_logits import Logits, array_of
 from phi4_mlx.tokens.prefix import shared_length
 from phi4_mlx.tokens.prompt import Place, Prompt, places_of
 
@@ -198,7 +198,7 @@ class _Passes:
                     progress(stop, total)
         logits = self.model.candidates(hidden, *wanted([self.options.sampler]))
         if progress:
-            mx.eval(arrays_of(logits))
+            mx.eval(array_of(logits))
             progress(total, total)
         return logits
 
@@ -305,7 +305,7 @@ def _masked_steps(
         start = time.perf_counter()
         guesses = _guesses(proposer, passes, left - 1, len(unread)) if proposer is not None and count else []
         logits = passes.advance(mx.array([[*unread, *guesses]], mx.int32), 1 + len(guesses), count > 0)
-        queue(arrays_of(logits))
+        queue(array_of(logits))
         first = passes.draw(logits, 0, logits_mask.mask())  # the host computes the mask while the device runs
         first.queue()
         yield from waiting

@@ -1,8 +1,11 @@
-"""The memory of the machine, as far as MLX may use it."""
+"""The machine: its memory, as far as MLX may use it, and the time that work takes on it."""
 
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
+from statistics import median
 
 import mlx.core as mx
 
@@ -17,3 +20,14 @@ def memory_limit() -> int:
 def machine_bytes() -> int:
     """The machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def median_seconds(work: Callable[[], object], runs: int) -> float:
+    """The median time of some work in several runs, after one that does not count."""
+    work()
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return median(times)

@@ -184,3 +184,8 @@ class SplitLogits:
 
 Logits: TypeAlias = mx.array | SplitLogits
 """What a draw looks at: all logits [n, V], or those of a split head."""
+
+
+def array_of(logits: Logits) -> mx.array:
+    """The array to compute before a draw from logits; ranks that split the head compute it together."""
+    return logits.gathered if isinstance(logits, SplitLogits) else logits

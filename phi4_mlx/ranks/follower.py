@@ -18,8 +18,8 @@ from phi4_mlx.models.model import LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.shared_stream import shared_stream
 from phi4_mlx.models.snapshot import Snapshot
+from phi4_mlx.models.split_logits import array_of
 from phi4_mlx.ranks.digest import RunningDigest, columns
-from phi4_mlx.ranks.leader import arrays_of
 
 CLEAR_EVERY = 256  # operations; frees the buffers of outgrown caches
 
@@ -150,7 +150,7 @@ class Follower:
             hidden = mx.distributed.all_sum(mx.zeros(shape, self.model.dtype), group=self._group)
         assert hidden is not None
         name, *arguments = read
-        mx.eval(arrays_of(getattr(self.model, name)(hidden, *arguments)))
+        mx.eval(array_of(getattr(self.model, name)(hidden, *arguments)))
 
     def _cache(self, number: int, kv_bits: int | None, max_kv_size: int | None) -> None:
         self.held[number] = HeldCache(self.model.make_cache(None, kv_bits, max_kv_size), RunningDigest())

@@ -165,7 +165,7 @@ class Ranks:
         Returns:
             The values, in the order of ranks from 1.
         """
-        return [self._receive(channel)["answer"] for channel in self._met.commands.values()]
+        return [self.answer_of(rank) for rank in self._met.commands]
 
     def answer_of(self, rank: int) -> JSON:
         """Waits for the next `answer` of one follower; of the leader."""

@@ -22,7 +22,7 @@ from phi4_mlx.models.model import ContextCost, LanguageModel
 from phi4_mlx.models.prompt_cache import PromptCache
 from phi4_mlx.models.rope import Regime
 from phi4_mlx.models.snapshot import Snapshot
-from phi4_mlx.models.split_logits import LEAST, SplitLogits
+from phi4_mlx.models.split_logits import LEAST, SplitLogits, array_of
 from phi4_mlx.ranks.digest import RunningDigest, columns
 
 Read = list[Any]
@@ -163,7 +163,7 @@ class Leader:
         if self._hidden is not None:
             mx.eval(self._hidden)
         if self._found is not None:
-            mx.eval(arrays_of(self._found))
+            mx.eval(array_of(self._found))
 
     def _tell(self, command: Mapping[str, Any], tokens: int = 1) -> None:
         """Tells an operation over so many tokens, with the changes of caches before it."""
@@ -181,11 +181,6 @@ class Leader:
         kind = str((command["read"] and command["read"][0], regime, sorted({*map(str, adapters)}), shape))
         self._known[kind] += 1
         return self._known[kind] <= 2
-
-
-def arrays_of(found: mx.array | SplitLogits) -> mx.array:
-    """The array that is computed with the other ranks."""
-    return found.gathered if isinstance(found, SplitLogits) else found
 
 
 def _fits(read: Read | None, rows: int) -> bool:
@@ -241,7 +236,7 @@ class LedModel(LanguageModel):
         """The result of `logits` or `candidates` by the model itself, queued; other ranks may have a part of it."""
         name, *arguments = read
         found: mx.array | SplitLogits = getattr(super(), name)(hidden, *arguments)
-        mx.async_eval(arrays_of(found))
+        mx.async_eval(array_of(found))
         return found
 
     def make_cache(

@@ -165,18 +165,30 @@ def open_session(options: ModelOptions, tell: Callable[[str], None] = lambda lin
     if launch.rank:
         _follow(ranks, options, folder, parallel)
     session = RanksSession(options, ranks, folder, parallel)
-    try:
+    with ending(ranks, session.close):
         yield session
+
+
+@contextlib.contextmanager
+def ending(ranks: Ranks, close: Callable[[int], None]) -> Iterator[None]:
+    """Ends the job of all ranks with a block on rank 0, by a mistake or an interruption too.
+
+    Args:
+        ranks: the job.
+        close: ends it in order, with an exit code of the others.
+    """
+    try:
+        yield
     except (Phi4Error, OSError):
-        session.close(USER_MISTAKE)
+        close(USER_MISTAKE)
         raise
     except (KeyboardInterrupt, Interruption, SystemExit, GeneratorExit):
-        session.close()
+        close(0)
         raise
     except Exception:
         with ranks:  # ends the job: a rank may be lost, which the watcher then names
             raise
-    session.close()
+    close(0)
 
 
 def is_follower() -> bool:

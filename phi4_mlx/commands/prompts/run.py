@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from phi4_mlx.errors import Phi4Error, RequestError
 from phi4_mlx.terminal.amount import amount, duration
-from phi4_mlx.terminal.command import USER_MISTAKE, complain, progress_bar, typed
+from phi4_mlx.terminal.command import complain, progress_bar, typed
 from phi4_mlx.terminal.options import complain_of_cuts, given_sampling, load_options, sampling_defaults
 
 if TYPE_CHECKING:
@@ -111,23 +111,13 @@ def _identity(args: argparse.Namespace, folder: Path) -> dict[str, str]:
 def _joined(launch: Launch, args: argparse.Namespace, known: Mapping[str, str]) -> Iterator[Ranks]:
     """All ranks of a job, each with the whole model; its end, by a mistake or an interruption too, is that of all."""
     from phi4_mlx.ranks.join import join
-    from phi4_mlx.ranks.session import command_options
+    from phi4_mlx.ranks.session import command_options, ending
 
     ranks = join(launch, {**command_options("generate", args), **known, "--parallel": args.parallel or "not given"})
     if launch.rank:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what an interruption means
-    try:
+    with ranks if launch.rank else ending(ranks, ranks.close):
         yield ranks
-    except (Phi4Error, OSError, KeyboardInterrupt) as error:
-        if launch.rank:
-            with ranks:
-                raise
-        ranks.close(0 if isinstance(error, KeyboardInterrupt) else USER_MISTAKE)
-        raise
-    except Exception:
-        with ranks:  # ends the job: a rank may be lost, which the watcher then names
-            raise
-    ranks.close()
 
 
 def _lead(

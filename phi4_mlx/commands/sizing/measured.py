@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,7 +14,9 @@ from mlx.utils import tree_flatten
 
 from phi4_mlx.checkpoint_share import load_share
 from phi4_mlx.commands.sizing.split import Split
+from phi4_mlx.models.machine import median_seconds
 from phi4_mlx.models.share import Share
+from phi4_mlx.models.split_logits import array_of
 from phi4_mlx.ranks.join import join
 from phi4_mlx.terminal.amount import size
 
@@ -83,9 +83,9 @@ def measure(launch: Launch, folder: Path, split: Split) -> Measured:
         arrays = [array for _, array in tree_flatten(model.parameters())]
         mx.eval(arrays)
         state = mx.zeros(split.width // model.dtype.size, model.dtype)
-        exchange_s = _median(lambda: mx.eval(mx.distributed.all_sum(state, group=ranks.group)))
+        exchange_s = median_seconds(lambda: mx.eval(mx.distributed.all_sum(state, group=ranks.group)), STEPS)
         products = _products(model)
-        matrices_s = _median(lambda: mx.eval([product() for product in products]))
+        matrices_s = median_seconds(lambda: mx.eval([product() for product in products]), STEPS)
         step_s = _steps(model, share)
         own = [sum(int(array.nbytes) for array in arrays), matrices_s]
         if launch.rank:
@@ -124,22 +124,10 @@ def _steps(model: LanguageModel, share: Share) -> float:
         if share.parallel == "pipeline" and share.rank:  # only rank 0 has the head
             mx.eval(hidden)
             return
-        found = model.candidates(hidden)
-        mx.eval(found if isinstance(found, mx.array) else found.gathered)
+        mx.eval(array_of(model.candidates(hidden)))
 
     run([1] * PROMPT)
-    return _median(lambda: run([1]))
-
-
-def _median(work: Callable[[], object]) -> float:
-    """Median seconds of some work, after a first time."""
-    work()
-    times = []
-    for _ in range(STEPS):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return median_seconds(lambda: run([1]), STEPS)
 
 
 def _ms(seconds: float) -> str:

@@ -56,7 +56,7 @@ class StoredEntry:
         last = slice(max(0, end - _KEY_BYTES), end)  # tells most of thousands of entries apart at once
         if self.keys[last] != keys[last] or not self.keys.startswith(keys[:end]):
             return 0
-        shared = _shared(self.keys, keys)
+        shared = shared_keys(np.frombuffer(self.keys, np.int64), np.frombuffer(keys, np.int64))
         if self.snapshots is None or shared == len(self):
             return shared
         return max((length for length in self.snapshots if length <= shared), default=0)
@@ -132,8 +132,8 @@ def _entry(name: str, size: int, own: Mapping[str, str], ids: NDArray[np.int32])
     return StoredEntry(name, size, match_of(own), projection_of(places), keys, snapshots)
 
 
-def _shared(a: bytes, b: bytes) -> int:
+def shared_keys(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
     """The number of keys that two sequences begin with alike."""
-    n = min(len(a), len(b)) // _KEY_BYTES
-    differing = np.flatnonzero(np.frombuffer(a, np.int64, n) != np.frombuffer(b, np.int64, n))
+    n = min(len(a), len(b))
+    differing = np.flatnonzero(a[:n] != b[:n])
     return int(differing[0]) if len(differing) else n

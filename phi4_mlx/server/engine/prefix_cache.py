@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from phi4_mlx.generation.cache_store.entries import MAX_LOSS, shared_keys
 from phi4_mlx.generation.cache_store.store import CacheStore
 from phi4_mlx.generation.memory_pressure import Reading, share_of
 from phi4_mlx.models.model import LanguageModel
@@ -42,13 +43,13 @@ class _Entry:
 
     def reusable(self, keys: Keys) -> int:
         """Tokens of a prompt that the entry can serve."""
-        return self.cache.reusable(_shared(self.keys, keys))
+        return self.cache.reusable(shared_keys(self.keys, keys))
 
     def extends(self, other: _Entry) -> bool:
         """True if the tokens of this entry begin with those of `other`, under the same adapter and RoPE table."""
         own, others = (self.adapter, self.cache.options), (other.adapter, other.cache.options)
         same = own == others and self.cache.conditions.hold_for(other.cache.conditions)
-        return same and _shared(self.keys, other.keys) == len(other.keys)
+        return same and shared_keys(self.keys, other.keys) == len(other.keys)
 
     def lacks(self, other: _Entry) -> int:
         """Tokens of `other` that must be prefilled again if this entry replaces it."""
@@ -70,7 +71,6 @@ class PrefixCache:
     """
 
     MIN_SHARED = 8  # tokens; a shorter prefix is as fast to compute
-    MAX_LOSS = 0.1  # share of an entry's tokens that may be prefilled again if a longer entry replaces it
     MAX_ENTRIES = 1024  # each is compared with a prompt, in some microseconds
 
     def __init__(self, most_bytes: int, store: CacheStore | None = None):
@@ -137,7 +137,7 @@ class PrefixCache:
             return
         while _nbytes([entry]) > self.limit_bytes and entry.cache.snapshots:
             entry.cache.snapshots.thin(len(entry.cache.snapshots) - 1)
-        self._entries = [each for each in self._entries if entry.lacks(each) > self.MAX_LOSS * len(each.keys)]
+        self._entries = [each for each in self._entries if entry.lacks(each) > MAX_LOSS * len(each.keys)]
         self._entries.append(entry)
         self._evict()
 
@@ -186,10 +186,3 @@ def _nbytes(entries: Sequence[_Entry]) -> int:
     """Bytes of entries; a snapshot that several of them share counts once."""
     snapshots = {each: each.nbytes for entry in entries for each in entry.cache.snapshots}
     return sum(entry.nbytes for entry in entries) + sum(snapshots.values())
-
-
-def _shared(a: Keys, b: Keys) -> int:
-    """The length of the common prefix of two sequences."""
-    n = min(len(a), len(b))
-    differing = np.flatnonzero(a[:n] != b[:n])
-    return int(differing[0]) if len(differing) else n
